@@ -1,0 +1,1 @@
+"""Trained adapters: saved whole, opened again, asked questions."""

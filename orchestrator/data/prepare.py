@@ -1,0 +1,196 @@
+"""From an experiment's data section to token ids: once a sweep, shared by all trials."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base import load_tokenizer
+from orchestrator.data.render import Example, render, template_columns
+from orchestrator.data.sources import Row, read_rows
+from orchestrator.errors import DataError
+from orchestrator.spec.sections import BaseSection, DataSection
+
+IGNORED = -100
+"""Label of a token that has no part in the loss (torch's cross entropy, transformers' collators)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row as the model sees it. `labels[i]` is `ids[i]` or IGNORED; both (tokens,)."""
+
+    ids: list[int]
+    labels: list[int]
+    num_prompt: int
+    """Tokens before the completion."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt, with the answer that is wanted."""
+
+    ids: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows: `datasets.Dataset`s with columns input_ids and labels, and the held-out prompts."""
+
+    train: Any
+    held_out: Any
+    prompts: list[Prompt]
+    fingerprint: str
+    """Hash of all ids and labels."""
+    num_truncated: int
+    """Rows cut to max_length."""
+    num_dropped: int
+    """Rows that had no token in the loss after the cut."""
+
+
+def prepare(data: DataSection, base: BaseSection) -> PreparedData:
+    """Read, split and tokenise. The split depends on the data section alone, not on the trial.
+
+    Raises:
+        DataError: a row or a source is not what the section says.
+    """
+    if data.template:
+        template_columns(data.template)  # a malformed template is told before any file is read
+    tokenizer = load_tokenizer(base)
+    train, held_out = _split(data)
+    counts = {"truncated": 0, "dropped": 0}
+
+    def tokenised(rows: list[Row]) -> tuple[list[Tokens], list[Prompt]]:
+        kept, prompts = [], []
+        for example in (render(row, data, tokenizer) for row in rows):
+            tokens = encode(example, tokenizer, data)
+            prompts.append(Prompt(tokens.ids[: tokens.num_prompt], example.answer))
+            counts["truncated"] += len(tokens.ids) > data.max_length
+            ids, labels = tokens.ids[: data.max_length], tokens.labels[: data.max_length]
+            if all(label == IGNORED for label in labels[1:]):
+                counts["dropped"] += 1
+                continue
+            kept.append(Tokens(ids, labels, tokens.num_prompt))
+        if not kept:
+            raise DataError(f"data.max_length={data.max_length} leaves no token of any completion to learn from")
+        return kept, prompts if data.format != "text" else []
+
+    train_tokens, _ = tokenised(train)
+    held_out_tokens, prompts = tokenised(held_out)
+    return PreparedData(
+        train=_dataset(train_tokens),
+        held_out=_dataset(held_out_tokens),
+        prompts=prompts,
+        fingerprint=_fingerprint(train_tokens, held_out_tokens),
+        num_truncated=counts["truncated"],
+        num_dropped=counts["dropped"],
+    )
+
+
+def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
+    """Token ids with exactly one BOS (where the tokenizer uses one) and one EOS at the ends.
+
+    Special tokens written in the text count; what is missing is added, except under a chat template, which says
+    itself how a conversation begins and ends.
+    """
+    text = example.prompt + example.completion
+    if tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip()
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # A token belongs to the completion when it reaches past the prompt's last character.
+    parts = [(i, end > len(example.prompt)) for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"])]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while bos is not None and len(parts) > 1 and parts[0][0] == parts[1][0] == bos:
+        parts.pop(0)
+    while eos is not None and len(parts) > 1 and parts[-1][0] == parts[-2][0] == eos:
+        parts.pop()
+    if data.format != "messages":
+        if bos is not None and parts[0][0] != bos and tokenizer("").input_ids[:1] == [bos]:
+            parts.insert(0, (bos, not example.prompt))
+        if eos is not None and parts[-1][0] != eos:
+            parts.append((eos, True))
+    ids = [i for i, _ in parts]
+    labels = [i if in_completion or data.loss_on == "all" else IGNORED for i, in_completion in parts]
+    return Tokens(ids, labels, sum(not in_completion for _, in_completion in parts))
+
+
+def load_or_prepare(data: DataSection, base: BaseSection, folder: Path) -> PreparedData:
+    """Prepared data from `folder`, made there first if need be. Safe against others that do the same."""
+    target = folder / _key(data, base)
+    if not target.is_dir():
+        save(prepare(data, base), data, base, folder)
+    return _load(target)
+
+
+def save(prepared: PreparedData, data: DataSection, base: BaseSection, folder: Path) -> None:
+    """Put prepared data under `folder`, complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
+    prepared.train.save_to_disk(building / "train")
+    prepared.held_out.save_to_disk(building / "held_out")
+    meta = {
+        "fingerprint": prepared.fingerprint,
+        "num_truncated": prepared.num_truncated,
+        "num_dropped": prepared.num_dropped,
+        "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
+    }
+    (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    building.chmod(0o755)
+    try:
+        os.rename(building, folder / _key(data, base))
+    except OSError:
+        if not (folder / _key(data, base)).is_dir():
+            raise
+        shutil.rmtree(building)  # another worker was first, with the same content
+
+
+def _load(folder: Path) -> PreparedData:
+    from datasets import load_from_disk
+
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
+    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "held_out"), prompts, **meta)
+
+
+def _key(data: DataSection, base: BaseSection) -> str:
+    tokenizer = base.model_dump(include={"model", "revision", "pad_token"})
+    text = json.dumps([data.model_dump(mode="json"), tokenizer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _split(data: DataSection) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows."""
+    rows = read_rows(data.source, data.config, data.split, data.max_rows)
+    held_out = data.held_out
+    if held_out.source is not None:
+        return rows, read_rows(held_out.source, held_out.config, held_out.split, held_out.max_rows)
+    num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
+    if num_held_out >= len(rows):
+        raise DataError(f"data.held_out takes {num_held_out} of {len(rows)} rows: none is left to train on")
+    order = list(range(len(rows)))
+    random.Random(data.seed).shuffle(order)
+    chosen = set(order[:num_held_out])
+    return (
+        [row for i, row in enumerate(rows) if i not in chosen],
+        [row for i, row in enumerate(rows) if i in chosen],
+    )
+
+
+def _dataset(rows: list[Tokens]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
+
+
+def _fingerprint(*parts: list[Tokens]) -> str:
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            digest.update(json.dumps([row.ids, row.labels]).encode())
+        digest.update(b"|")
+    return digest.hexdigest()

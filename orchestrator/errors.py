@@ -1,0 +1,41 @@
+"""Every error this project raises on purpose: what is wrong, and what to do about it."""
+
+
+class OrchestratorError(Exception):
+    """A fault with its cause and its remedy. Picklable, so that it crosses process borders whole."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
+
+
+class RequestError(OrchestratorError):
+    """What was asked for is wrong: nothing has been started or written. Exit code 2."""
+
+
+class SpecError(RequestError):
+    """An experiment file or an override does not describe a valid sweep."""
+
+
+class DataError(RequestError):
+    """A row, a column or a source of data is not what the experiment says."""
+
+
+class RecordError(RequestError):
+    """A sweep, a trial or an adapter that was named is not there, or is not whole."""
+
+
+class ClusterError(OrchestratorError):
+    """Ray cannot be reached, or its nodes do not share the output folder. Exit code 1."""
+
+
+class TrialError(OrchestratorError):
+    """A trial failed while it ran, for a reason that running it again would meet again."""
+
+
+class SweepError(OrchestratorError):
+    """A sweep ended without any finished trial. Exit code 1."""

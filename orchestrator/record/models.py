@@ -1,0 +1,110 @@
+"""What a sweep leaves on disk, as typed records."""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.spec import SweepSpec, TrialConfig
+
+
+class Record(BaseModel):
+    """Frozen, closed, and exact about infinities: NaN is written as "NaN", not as null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class TrialState(StrEnum):
+    """Stopped (by the scheduler) is not failed."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    STOPPED = "STOPPED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+
+
+class MetricPoint(Record):
+    """What was measured after one optimizer step."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Real (not padding) tokens trained on so far."""
+    time_s: float
+    """Seconds of this trial's work so far, restarts included."""
+    values: dict[str, float]
+    """Name -> value: `train/loss`, `train/grad_norm`, `train/learning_rate`, `eval/loss`, ..."""
+
+
+class BestPoint(Record):
+    """The best evaluation of a trial, and the adapter of that very step."""
+
+    value: float
+    """Value of the search metric."""
+    step: int
+    """Optimizer step of the evaluation."""
+    values: dict[str, float]
+    """All that was measured with this adapter."""
+    adapter: str
+    """PEFT adapter folder, relative to the trial's."""
+
+
+class TrialResult(Record):
+    """One trial so far (progress.json) or for good (result.json)."""
+
+    trial_id: str
+    state: TrialState
+    config: TrialConfig
+    metric: str
+    mode: Literal["min", "max"]
+    best: BestPoint | None = None
+    step: int = 0
+    """Optimizer steps done."""
+    total_steps: int | None = None
+    """Optimizer steps planned; known once training has begun."""
+    tokens: int = 0
+    """Real tokens trained on."""
+    tokens_per_second: float | None = None
+    """Real tokens over seconds of training; evaluation and saving not counted."""
+    grad_norm: float | None = None
+    """Largest gradient norm seen before clipping."""
+    peak_memory_gib: float | None = None
+    """Most memory held: on a GPU what torch allocated, on a CPU the process's resident set."""
+    seconds: float = 0.0
+    """Wall-clock seconds of this trial's work, restarts included; loading the base not counted."""
+    gpu_seconds: float = 0.0
+    """`seconds` times the share of GPUs held; 0 on a CPU."""
+    device: str | None = None
+    """Name of the GPU, or cpu."""
+    applied: dict[str, Any] = {}
+    """What was read back from the live modules and optimizer after the first step."""
+    checkpoint: str | None = None
+    """Last complete checkpoint, relative to the trial's folder."""
+    data_fingerprint: str | None = None
+    """Hash of the tokens trained and evaluated on."""
+    error: str | None = None
+    """Why the trial failed."""
+    warnings: list[str] = []
+    """What went wrong without stopping the trial, such as a tracker that failed."""
+
+
+class SweepInfo(Record):
+    """What is known of a sweep before its first trial starts."""
+
+    name: str
+    created: str
+    """UTC, ISO 8601."""
+    spec: SweepSpec
+    data_fingerprint: str
+    num_train: int
+    """Training rows."""
+    num_held_out: int
+    """Held-out rows."""
+    num_truncated: int
+    """Rows that were cut to max_length."""
+    versions: dict[str, str]
+    """Package -> version on the driver."""
+    git_commit: str | None
+    """Commit of the working directory, `-dirty` where it had changes."""

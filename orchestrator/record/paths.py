@@ -1,0 +1,94 @@
+"""The one owner of every path that a sweep leaves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrialPaths:
+    """Where one trial writes."""
+
+    sweep: Path
+    trial_id: str
+
+    @property
+    def root(self) -> Path:
+        return self.sweep / "trials" / self.trial_id
+
+    @property
+    def config(self) -> Path:
+        """TrialConfig: all that is needed to run this trial again."""
+        return self.root / "trial.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One MetricPoint a line."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """TrialResult so far, rewritten at each evaluation and checkpoint."""
+        return self.root / "progress.json"
+
+    @property
+    def result(self) -> Path:
+        """TrialResult; exists when the trial has ended for good."""
+        return self.root / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """What the libraries said."""
+        return self.root / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Trainer checkpoints to resume from; gone once there is a result."""
+        return self.root / "checkpoints"
+
+    def adapter(self, step: int) -> Path:
+        """PEFT adapter of one step; only the best one is kept."""
+        return self.root / "adapters" / f"step-{step}"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.sweep / "tensorboard" / self.trial_id
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """Where one sweep writes."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def sweep(self) -> Path:
+        """SweepInfo: the resolved spec, versions, git commit, data fingerprint."""
+        return self.root / "sweep.json"
+
+    @property
+    def data(self) -> Path:
+        """Tokenised rows, shared by all trials."""
+        return self.root / "data"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def tune(self) -> Path:
+        """Ray Tune's own state, for `resume`; absent for a single trial."""
+        return self.root / "tune"
+
+    def trial(self, trial_id: str) -> TrialPaths:
+        return TrialPaths(self.root, trial_id)
+
+    def trial_ids(self) -> list[str]:
+        """Trials that have a configuration on disk, oldest first."""
+        found = (self.root / "trials").glob("*/trial.json")
+        return [
+            path.parent.name for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
+        ]

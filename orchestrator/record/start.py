@@ -1,0 +1,77 @@
+"""What is known of a sweep before its first trial starts."""
+
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from orchestrator.errors import RequestError
+from orchestrator.record.models import SweepInfo
+from orchestrator.record.paths import SweepPaths
+from orchestrator.spec import SweepSpec
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "ray", "qlora-orchestrator")
+
+
+def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> SweepPaths:
+    """Where a new sweep goes: `--output`/`--name`, else the experiment's output section, else file name and time.
+
+    Args:
+        spec: the experiment.
+        source: name of its file, for the default name.
+        name: overrides `output.name`.
+        output: overrides `output.folder`.
+
+    Raises:
+        RequestError: the folder exists already, or is a URI.
+    """
+    folder = output or spec.output.folder
+    if "://" in folder:
+        raise RequestError(
+            f"output {folder}: must be a folder, not a URI", "Mount the storage on every node and give the mount."
+        )
+    chosen = name or spec.output.name or f"{Path(source).stem}-{datetime.now():%m%d-%H%M%S}"
+    paths = SweepPaths((Path(folder) / chosen).resolve())
+    if paths.root.exists():
+        raise RequestError(
+            f"{paths.root}: already exists",
+            f"`orchestrator resume {paths.root}` goes on with it; --name gives this one another name.",
+        )
+    return paths
+
+
+def describe_sweep(
+    spec: SweepSpec, paths: SweepPaths, fingerprint: str, num_train: int, num_held_out: int, num_truncated: int
+) -> SweepInfo:
+    """The sweep's record, with the versions and the commit it runs on."""
+    return SweepInfo(
+        name=paths.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        spec=spec,
+        data_fingerprint=fingerprint,
+        num_train=num_train,
+        num_held_out=num_held_out,
+        num_truncated=num_truncated,
+        versions=_versions(),
+        git_commit=_git_commit(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git_commit() -> str | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or not in a checkout
+        return None

@@ -1,0 +1,115 @@
+"""Read a sweep back from its folder: the disk is the truth, everything else is a view of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from orchestrator.errors import RecordError
+from orchestrator.record.files import write_atomic
+from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState
+from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.spec import TrialConfig
+
+_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig)
+
+# States whose best adapter may be chosen: what still runs can get better, what failed is not trusted.
+CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
+
+
+@dataclass(frozen=True)
+class BestAdapter:
+    """The trial that won, and where its adapter lies."""
+
+    sweep: SweepPaths
+    trial: TrialResult
+    adapter: Path
+    num_compared: int
+    """Finished trials it was compared with, itself included."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep as its folder tells it."""
+
+    paths: SweepPaths
+    info: SweepInfo
+
+    def trials(self) -> list[TrialResult]:
+        """All trials, best first; those without an evaluation last."""
+        spec = self.info.spec
+        results = [read_trial(self.paths.trial(trial_id), self.info) for trial_id in self.paths.trial_ids()]
+        sign = 1 if spec.search.resolved_mode == "min" else -1
+        return sorted(results, key=lambda r: (r.best is None, sign * r.best.value if r.best else 0.0))
+
+    def best(self) -> BestAdapter:
+        """The finished trial (COMPLETE or STOPPED) with the best evaluation, and the adapter of that step.
+
+        Raises:
+            RecordError: no trial has finished with an adapter.
+        """
+        finished = [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
+        if not finished:
+            raise RecordError(
+                f"{self.paths.root}: no trial has finished with an evaluation yet",
+                f"`orchestrator status {self.paths.root}` shows where the trials are.",
+            )
+        winner = finished[0]
+        assert winner.best is not None
+        adapter = self.paths.trial(winner.trial_id).root / winner.best.adapter
+        if not adapter.is_dir():
+            raise RecordError(f"{adapter}: the adapter of trial {winner.trial_id} is missing")
+        return BestAdapter(self.paths, winner, adapter, len(finished))
+
+
+def open_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
+    """Open a sweep by its folder, or by its name under `output`.
+
+    Raises:
+        RecordError: there is no such sweep, or its record cannot be read.
+    """
+    for root in (Path(sweep), Path(output) / sweep):
+        paths = SweepPaths(root.resolve())
+        if paths.sweep.is_file():
+            return SweepRecord(paths, _read(SweepInfo, paths.sweep))
+    raise RecordError(
+        f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
+        "Give the sweep's folder, or its name together with --output.",
+    )
+
+
+def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
+    """One trial: its result, else its progress, else PENDING with its configuration."""
+    for path in (paths.result, paths.progress):
+        if path.is_file():
+            return _read(TrialResult, path)
+    search = info.spec.search
+    return TrialResult(
+        trial_id=paths.trial_id,
+        state=TrialState.PENDING,
+        config=_read(TrialConfig, paths.config),
+        metric=search.metric,
+        mode=search.resolved_mode,
+    )
+
+
+def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
+    """Every point of a trial in order. A line cut short by a crash is left out."""
+    if not paths.metrics.is_file():
+        return []
+    lines = paths.metrics.read_text(encoding="utf-8").split("\n")
+    # Only what follows the last line break can be cut short: each point is one write that ends in it.
+    return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
+
+
+def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig) -> None:
+    """Put a record on disk in one atomic step."""
+    write_atomic(path, record.model_dump_json(indent=2) + "\n")
+
+
+def _read(model: type[_T], path: Path) -> _T:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error

@@ -1,0 +1,124 @@
+"""Read an experiment file: every bad field dies here, before any GPU second is spent."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.messages import describe
+from orchestrator.spec.search import read_path, write_path
+from orchestrator.spec.sweep_spec import SweepSpec
+
+_Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
+# These maps have dotted field names as keys, so the rest of an override's path is one key.
+_FLAT_MAPS = ("search.space.", "search.tied.")
+
+
+class _Loader(_Parent):  # type: ignore[misc]
+    """YAML where `5e-5` is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise SpecError(f"line {mark.line + 1}: {key!r} is given twice")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+# YAML 1.1 wants a point in a float: without this, 5e-5 is a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read, override and validate an experiment file.
+
+    Relative paths in the file count from the file's folder, those in overrides from the working directory.
+
+    Args:
+        file: YAML experiment file.
+        overrides: `dotted.field=value` strings; values are read as YAML.
+
+    Raises:
+        SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
+    """
+    path = Path(file)
+    document = _read_yaml(path)
+    _anchor_paths(document, path.resolve().parent)
+    for override in overrides:
+        _apply_override(document, override)
+    _anchor_paths(document, Path.cwd())
+    return parse_spec(document, str(path))
+
+
+def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
+    """Validate a document that is already in memory; `source` names it in messages.
+
+    Raises:
+        SpecError: a field is unknown, missing or out of its bounds.
+    """
+    try:
+        return SweepSpec.model_validate(document)
+    except ValueError as error:
+        faults = describe(error, SweepSpec)
+        raise SpecError(f"{source}: " + f"\n{source}: ".join(faults)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SpecError(f"{path}: there is no such experiment file", "Examples lie in experiments/.")
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: is not UTF-8 text") from error
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.message}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise SpecError(f"{path}:{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{path}: must hold sections such as base and data, got {type(document).__name__}")
+    return document
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise SpecError(f"--set {override}: must be written dotted.field=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not YAML") from error
+    for flat in _FLAT_MAPS:
+        if path.startswith(flat):
+            section, name = flat.rstrip(".").split(".")
+            document.setdefault(section, {}).setdefault(name, {})[path.removeprefix(flat)] = value
+            return
+    try:
+        write_path(document, path, value)
+    except (TypeError, AttributeError) as error:
+        raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
+
+
+def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
+    """Make local paths absolute. A hub id stays as it is, unless a file of that name lies in `folder`."""
+    for field in _PATH_FIELDS:
+        try:
+            value = read_path(document, field)
+        except (KeyError, TypeError):
+            continue
+        if not isinstance(value, str) or value == "embedded" or Path(value).is_absolute():
+            continue
+        local = folder / Path(value).expanduser()
+        if value.startswith((".", "~")) or value.endswith((".jsonl", ".json")) or local.exists():
+            write_path(document, field, str(local.resolve()))

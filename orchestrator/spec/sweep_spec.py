@@ -1,0 +1,133 @@
+"""The whole experiment, and how one trial's configuration is drawn from it."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from orchestrator.spec.messages import describe
+from orchestrator.spec.search import SearchSection, evaluate_tie, read_path, write_path
+from orchestrator.spec.sections import (
+    BaseSection,
+    DataSection,
+    EvaluationSection,
+    LoraSection,
+    OutputSection,
+    ResourcesSection,
+    SchedulerSection,
+    Section,
+    TrackingSection,
+    TrainingSection,
+    TrialConfig,
+)
+
+TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
+
+# Trials are compared on the same held-out tokens: what changes those cannot be searched.
+_SAME_FOR_ALL = ("data.source", "data.config", "data.split", "data.format", "data.loss_on", "data.max_rows")
+_SAME_FOR_ALL_REASON = "trials could no longer be compared on the same held-out tokens"
+
+
+class SweepSpec(Section):
+    """A resolved experiment file."""
+
+    base: BaseSection
+    """The base model."""
+    data: DataSection
+    """Training and held-out rows."""
+    lora: LoraSection = LoraSection()
+    """The adapter."""
+    training: TrainingSection = TrainingSection()
+    """The optimisation."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """Metrics beside the loss."""
+    search: SearchSection = SearchSection()
+    """The space of trials."""
+    scheduler: SchedulerSection = SchedulerSection()
+    """Early stopping."""
+    resources: ResourcesSection = ResourcesSection()
+    """Cluster resources."""
+    tracking: TrackingSection = TrackingSection()
+    """TensorBoard and W&B."""
+    output: OutputSection = OutputSection()
+    """The sweep's folder."""
+
+    @model_validator(mode="after")
+    def _metrics_can_be_measured(self) -> Self:
+        if self.evaluation.metrics and self.data.format == "text":
+            raise ValueError(f"evaluation.metrics {self.evaluation.metrics} need prompts; data.format text has none")
+        known = ["eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in self.evaluation.metrics)]
+        if self.search.metric not in known:
+            raise ValueError(f"search.metric {self.search.metric!r} is not measured; one of {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _rungs_meet_evaluations(self) -> Self:
+        grace, every = self.grace_steps, self.training.eval_steps
+        if self.scheduler.kind != "none" and grace % every:
+            raise ValueError(
+                f"scheduler.grace_steps ({grace}) must be a multiple of training.eval_steps ({every}): "
+                "trials are compared at equal steps"
+            )
+        if self.scheduler.kind != "none" and {"training.eval_steps"} & {*self.search.space, *self.search.tied}:
+            raise ValueError(f"training.eval_steps cannot be searched under scheduler {self.scheduler.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_axis_holds(self) -> Self:
+        for path in (*self.search.space, *self.search.tied):
+            _check_searchable(path)
+        defaults = {path: axis.probes()[0] for path, axis in self.search.space.items()}
+        for path, axis in self.search.space.items():
+            for value in axis.probes():
+                try:
+                    self.trial_config(defaults | {path: value})
+                except ValueError as error:
+                    raise ValueError(f"search.space.{path}: the value {value!r} gives {describe(error)[0]}") from error
+        if not self.search.space:
+            self.trial_config({})
+        return self
+
+    @property
+    def grace_steps(self) -> int:
+        """First step at which the scheduler may stop a trial."""
+        return self.scheduler.grace_steps or self.training.eval_steps
+
+    def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
+        """The configuration of one trial.
+
+        Args:
+            point: dotted field -> value, one for each axis of the search space.
+
+        Raises:
+            ValueError: a value or a tied expression does not fit its field.
+        """
+        document: dict[str, Any] = self.model_dump(mode="json", include=set(TRIAL_SECTIONS))
+        varied = dict(point)
+        for path, value in varied.items():
+            write_path(document, path, value)
+
+        def lookup(path: str) -> Any:
+            try:
+                return read_path(document, path)
+            except (KeyError, TypeError):
+                raise ValueError(f"there is no field {path}") from None
+
+        for path, expression in self.search.tied.items():
+            try:
+                varied[path] = evaluate_tie(expression, lookup)
+            except ValueError as error:
+                raise ValueError(f"search.tied.{path} {error}") from error
+            write_path(document, path, varied[path])
+        return TrialConfig.model_validate({**document, "varied": varied})
+
+
+def _check_searchable(path: str) -> None:
+    if path in _SAME_FOR_ALL or path in ("data.held_out", "data.seed") or path.startswith("data.held_out."):
+        raise ValueError(f"search: {path} cannot vary: {_SAME_FOR_ALL_REASON}")
+    section, _, field = path.partition(".")
+    if section not in TRIAL_SECTIONS or section == "evaluation":
+        raise ValueError(f"search: {path} is not a field of a trial; axes lie in base, data, lora or training")
+    fields = SweepSpec.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    if field not in fields:
+        raise ValueError(f"search: there is no field {path}; fields of {section}: {', '.join(fields)}")

@@ -1,0 +1,48 @@
+"""Results that only the driver can write: of trials that the scheduler stopped, and of those whose worker is gone."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from orchestrator.record import SweepPaths, SweepRecord, TrialPaths, TrialState, open_sweep, read_trial, write_record
+
+
+class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
+    """Writes result.json where the worker has not. Holds no state: Tune pickles it with the sweep.
+
+    A worker cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
+    time of these calls it waits for Tune's word, and all it has measured is on disk.
+    """
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial ended: by itself, or stopped by the scheduler."""
+        record, paths = _locate(trial)
+        _end(record, paths, TrialState.STOPPED)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial failed, and has no attempt left."""
+        record, paths = _locate(trial)
+        error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
+        _end(record, paths, TrialState.FAILED, f"gave up after {trial.num_failures} failures; the last: {error}")
+
+
+def cancel_unknown(record: SweepRecord) -> None:
+    """End trials that Tune no longer knows: begun in the last moment of a driver that was killed, replaced since."""
+    known = {path.name for path in record.paths.tune.iterdir() if path.is_dir()}
+    for trial_id in record.paths.trial_ids():
+        if trial_id not in known:
+            paths = record.paths.trial(trial_id)
+            _end(record, paths, TrialState.CANCELLED, "lost with the driver; another trial took its place")
+
+
+def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
+    root = Path(trial.storage.experiment_fs_path).parent
+    return open_sweep(root), SweepPaths(root).trial(trial.trial_id)
+
+
+def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:
+    if paths.result.is_file() or not paths.config.is_file():
+        return
+    so_far = read_trial(paths, record.info)
+    write_record(paths.result, so_far.model_copy(update={"state": state, "error": error, "checkpoint": None}))

@@ -1,0 +1,132 @@
+"""A sweep from its first trial to its last, and on again after an interruption."""
+
+import logging
+import os
+from typing import Any
+
+from orchestrator.cluster import connection, require_shared_folder
+from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.record import SweepPaths, SweepRecord, TrialState
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep.follow import Watch, follow
+from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
+from orchestrator.sweep.schedulers import make_scheduler
+from orchestrator.sweep.search import make_searcher, tune_space
+from orchestrator.sweep.trainable import QloraTrial
+from orchestrator.training.start import start_sweep
+
+
+class Interrupted(OrchestratorError):
+    """Ctrl-C: results are kept, and `resume` goes on."""
+
+
+def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | None = None) -> SweepRecord:
+    """Run all trials of an experiment.
+
+    Args:
+        spec: the experiment.
+        paths: a folder that does not exist yet, from `record.start.choose_folder`.
+        watch: follows.
+        address: of a Ray cluster; None starts Ray here.
+
+    Raises:
+        RequestError: base or data are not what the experiment says; nothing is written.
+        ClusterError: Ray cannot be reached, or its nodes do not share the folder.
+        SweepError: no trial finished.
+        Interrupted: Ctrl-C.
+    """
+    with connection(address):
+        require_shared_folder(paths.root.parent)
+        info = start_sweep(spec, paths)
+        return _drive(SweepRecord(paths, info), watch)
+
+
+def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) -> SweepRecord:
+    """Go on with a sweep whose driver died or was interrupted. Finished trials do not run again.
+
+    Raises:
+        As `run_sweep`.
+    """
+    with connection(address):
+        require_shared_folder(record.paths.root)
+        return _drive(record, watch)
+
+
+def _drive(record: SweepRecord, watch: Watch) -> SweepRecord:
+    from ray import tune
+
+    _quiet_tune()
+    spec, paths = record.info.spec, record.paths
+    trainable = _make_trainable(spec, paths)
+    if tune.Tuner.can_restore(str(paths.tune)):
+        tuner = tune.Tuner.restore(
+            str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
+        )
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=tune_space(spec.search),
+            tune_config=tune.TuneConfig(
+                metric=spec.search.metric,
+                mode=spec.search.resolved_mode,
+                search_alg=make_searcher(spec.search),
+                scheduler=make_scheduler(spec),
+                num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
+                max_concurrent_trials=spec.resources.max_concurrent,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=paths.tune.name,
+                storage_path=str(paths.root),
+                failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
+                callbacks=[ResultKeeper()],
+                verbose=0,
+            ),
+        )
+    with follow(record, watch):
+        tuner.fit()
+    cancel_unknown(record)
+    return _conclude(record)
+
+
+def _make_trainable(spec: SweepSpec, paths: SweepPaths) -> Any:
+    import ray
+    from ray import tune
+
+    resources = spec.resources
+    gpus = resources.gpus_per_trial
+    if gpus == "auto":
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    share = gpus / resources.trials_per_gpu
+    trainable = tune.with_parameters(QloraTrial, folder=str(paths.root))
+    return tune.with_resources(trainable, {"cpu": resources.cpus_per_trial, "gpu": share})
+
+
+def _quiet_tune() -> None:
+    """A person sees our lines. Trackers are ours, so Tune's own loggers would double them."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Search and scheduler state go to disk at every turn of Tune's loop, not every 10 s: a killed driver loses nothing.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    for name in ("ray", "ray.tune", "ray.train", "optuna"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _conclude(record: SweepRecord) -> SweepRecord:
+    trials = record.trials()
+    ended = [trial for trial in trials if trial.state not in (TrialState.RUNNING, TrialState.PENDING)]
+    total = record.info.spec.search.total_trials
+    if len(ended) < total:
+        raise Interrupted(
+            f"interrupted with {len(ended)} of {total} trials ended; their results are kept",
+            f"Go on with: orchestrator resume {record.paths.root}",
+        )
+    if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
+        first = next(trial for trial in trials if trial.error)
+        raise SweepError(
+            f"all {len(trials)} trials failed; the first one: {first.error}",
+            f"Its log: {record.paths.trial(first.trial_id).log}",
+        )
+    return record

@@ -1,0 +1,78 @@
+"""The trial as Ray Tune sees it."""
+
+from typing import Any
+
+from ray import tune
+
+from orchestrator.errors import TrialError
+from orchestrator.record import TrialResult, TrialState, open_sweep, read_trial
+from orchestrator.sweep.session import TrialSession
+
+
+class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
+    """One Tune step is one evaluation. The actor is reused from trial to trial, and with it imports and base."""
+
+    def setup(self, config: dict[str, Any], folder: str) -> None:
+        """`config` holds the searched fields; `folder` is the sweep's."""
+        self._sweep = open_sweep(folder)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """End the trial that was here, begin the next."""
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Go on to the next evaluation, or to the end."""
+        if self._session is None:
+            return _report_result(read_trial(self._paths, self._sweep.info))
+        event = self._session.next()
+        if isinstance(event, TrialResult):
+            return _report_result(event)
+        return {**event.values, "step": event.step, "tokens": event.tokens, "done": False}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the trial's own folder holds its checkpoints, and knows which one is complete."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: see `save_checkpoint`."""
+
+    def cleanup(self) -> None:
+        """End the trial in good order."""
+        self._end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        spec, paths = self._sweep.info.spec, self._sweep.paths.trial(self.trial_id)
+        self._paths = paths
+        self._session: TrialSession | None = None
+        if paths.result.is_file():  # ended before its worker or the driver died; the disk is the truth
+            return
+        trial_config = spec.trial_config(plain_values(config))
+        data_folder = self._sweep.paths.data
+
+        def run(session: Any) -> TrialResult | None:
+            from orchestrator.training.trial import run_trial
+
+            return run_trial(trial_config, spec, paths, data_folder, session)
+
+        self._session = TrialSession(run)
+
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._session.stop()
+            self._session = None
+
+
+def plain_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Searched values as JSON types: samplers give numpy scalars."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
+
+
+def _report_result(result: TrialResult) -> dict[str, Any]:
+    """The last report of a trial: its best evaluation, by which it is chosen."""
+    if result.state == TrialState.FAILED or result.best is None:
+        raise TrialError(result.error or "failed in an earlier attempt")
+    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True}

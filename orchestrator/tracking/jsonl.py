@@ -1,0 +1,19 @@
+"""metrics.jsonl: one MetricPoint a line."""
+
+from orchestrator.record import MetricPoint, TrialPaths, read_metrics
+from orchestrator.record.files import write_atomic
+
+
+class JsonlTracker:
+    """Appends points; a resumed trial first drops those it will measure again."""
+
+    name = "JSONL"
+
+    def __init__(self, paths: TrialPaths, resumed_step: int) -> None:
+        kept = [point for point in read_metrics(paths) if point.step <= resumed_step]
+        write_atomic(paths.metrics, "".join(f"{point.model_dump_json()}\n" for point in kept))
+        self._path = paths.metrics
+
+    def log(self, point: MetricPoint) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(point.model_dump_json() + "\n")

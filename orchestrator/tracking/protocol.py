@@ -1,0 +1,42 @@
+"""What a tracker is."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.record import MetricPoint, TrialPaths, TrialResult
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import TrackingSection
+
+
+@dataclass(frozen=True)
+class TrialIdentity:
+    """What a tracker needs to know of the trial it records."""
+
+    paths: TrialPaths
+    config: TrialConfig
+    tracking: TrackingSection
+    metric: str
+    resumed_step: int
+    """Step the trial goes on from; 0 for a fresh one."""
+
+    @property
+    def group(self) -> str:
+        """Name of the sweep."""
+        return self.paths.sweep.name
+
+    def flat_config(self) -> dict[str, Any]:
+        """Dotted field -> plain value, for trackers that know no nesting."""
+        sections = self.config.model_dump(mode="json", exclude={"varied"})
+        return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+
+
+class Tracker(Protocol):
+    """A sink for points. Its constructor may fail loudly; after that, its caller turns failures into warnings."""
+
+    name: str
+
+    def log(self, point: MetricPoint) -> None:
+        """Record one point."""
+
+    def finish(self, result: TrialResult) -> None:
+        """Record the outcome and close."""

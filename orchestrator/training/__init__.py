@@ -1,0 +1,1 @@
+"""What a trial is: one adapter trained on one base, recorded and resumable."""

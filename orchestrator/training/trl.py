@@ -1,0 +1,91 @@
+"""The classic engine: trl's SFTTrainer as it is, built from a trial's configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data import PreparedData
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import TrainingSection
+
+
+def build_trainer(
+    config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path, callbacks: list[Any]
+) -> Any:
+    """An SFTTrainer that adapts `model` (a bare base) on `data`.
+
+    Args:
+        config: the trial.
+        model: the bare base, from `base.lease`.
+        tokenizer: its tokenizer, with a padding token.
+        data: tokenised rows.
+        checkpoints: folder of the trainer's checkpoints.
+        callbacks: transformers callbacks.
+    """
+    import torch
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    lora, training = config.lora, config.training
+    precision = resolve_precision(training)
+    on_cpu = not torch.cuda.is_available()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(checkpoints),
+            max_steps=training.steps or -1,
+            num_train_epochs=training.epochs or 1.0,
+            per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.eval_batch_size,
+            gradient_accumulation_steps=training.accumulation,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.schedule,
+            warmup_steps=training.warmup,
+            optim=training.optimizer,
+            max_grad_norm=training.max_grad_norm,
+            weight_decay=training.weight_decay,
+            activation_checkpointing=training.recompute,
+            train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+            eval_strategy="steps",
+            eval_steps=training.eval_steps,
+            logging_steps=training.logging_steps,
+            save_strategy="steps",
+            save_steps=training.save_steps or training.eval_steps,
+            save_total_limit=2,  # the last complete one stays while the next is written
+            seed=training.seed,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            logging_nan_inf_filter=False,  # it would hide NaN
+            disable_tqdm=True,
+            report_to=[],
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},  # rows come with ids and labels
+        ),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            bias=lora.bias,
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=callbacks,
+    )
+    # SFTTrainer casts adapters on a quantised base to bfloat16; the optimizer is built later, from what is here.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, training.adapter_dtype))
+    return trainer
+
+
+def resolve_precision(training: TrainingSection) -> str:
+    """bf16, fp16 or none, for this process's device."""
+    import torch
+
+    if training.precision != "auto":
+        return training.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "none"
