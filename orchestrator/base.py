@@ -1,7 +1,6 @@
 """The 4-bit base: loaded once a process, leased to one trial after another, clean in and clean out."""
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,8 +128,8 @@ def _take_off(model: Any, forward: Any) -> None:
         if isinstance(module, LoraLayer):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    model.disable_input_require_grads() if hasattr(model, "_require_grads_hooks") else None
-    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    model.activation_checkpointing_disable()
     if forward is None:
         model.__dict__.pop("forward", None)  # trl's `add_fused_lm_head`
     else:
@@ -150,7 +149,7 @@ def _free_memory() -> None:
 
 
 def _require_folder(base: BaseSection) -> None:
-    if os.path.isabs(base.model) and not (Path(base.model) / "config.json").is_file():
+    if Path(base.model).is_absolute() and not (Path(base.model) / "config.json").is_file():
         raise RequestError(f"base.model {base.model}: there is no model in this folder (no config.json)")
 
 

@@ -4,6 +4,8 @@
 class OrchestratorError(Exception):
     """A fault with its cause and its remedy. Picklable, so that it crosses process borders whole."""
 
+    exit_code = 1
+
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
         self.message = message
@@ -15,6 +17,8 @@ class OrchestratorError(Exception):
 
 class RequestError(OrchestratorError):
     """What was asked for is wrong: nothing has been started or written. Exit code 2."""
+
+    exit_code = 2
 
 
 class SpecError(RequestError):
@@ -39,3 +43,9 @@ class TrialError(OrchestratorError):
 
 class SweepError(OrchestratorError):
     """A sweep ended without any finished trial. Exit code 1."""
+
+
+class Interrupted(OrchestratorError):
+    """A sweep was interrupted: its results are kept, and it can go on. Exit code 130."""
+
+    exit_code = 130

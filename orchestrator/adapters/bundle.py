@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -70,7 +69,7 @@ def save_adapter(
     building.chmod(0o755)
     if folder.exists():
         shutil.rmtree(folder)
-    os.rename(building, folder)
+    building.rename(folder)
 
 
 def verify_adapter(folder: Path) -> None:
@@ -107,7 +106,7 @@ def export_adapter(adapter: Path, target: Path) -> None:
         shutil.copytree(adapter, building, dirs_exist_ok=True)
         verify_adapter(building)
         building.chmod(0o755)
-        os.replace(building, target)  # over an empty folder too
+        building.replace(target)  # over an empty folder too
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -103,7 +102,10 @@ def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
         text = text.rstrip()
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # A token belongs to the completion when it reaches past the prompt's last character.
-    parts = [(i, end > len(example.prompt)) for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"])]
+    parts = [
+        (i, end > len(example.prompt))
+        for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while bos is not None and len(parts) > 1 and parts[0][0] == parts[1][0] == bos:
         parts.pop(0)
@@ -129,6 +131,9 @@ def load_or_prepare(data: DataSection, base: BaseSection, folder: Path) -> Prepa
 
 def save(prepared: PreparedData, data: DataSection, base: BaseSection, folder: Path) -> None:
     """Put prepared data under `folder`, complete or not at all."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
     prepared.train.save_to_disk(building / "train")
@@ -142,7 +147,7 @@ def save(prepared: PreparedData, data: DataSection, base: BaseSection, folder: P
     (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     building.chmod(0o755)
     try:
-        os.rename(building, folder / _key(data, base))
+        building.rename(folder / _key(data, base))
     except OSError:
         if not (folder / _key(data, base)).is_dir():
             raise

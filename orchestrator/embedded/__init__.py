@@ -1,5 +1,7 @@
-"""The embedded default: a small pretrained base (`BASE_DIR`) and the task (`task`) that fine-tunes it."""
+"""The embedded default: a small pretrained base (`BASE_DIR`) the task (`task`) that
+fine-tunes it, and the sweep that does so (`EXPERIMENT`)."""
 
 from pathlib import Path
 
 BASE_DIR = Path(__file__).parent / "base"
+EXPERIMENT = Path(__file__).parent / "demo.yaml"

@@ -97,6 +97,8 @@ class SweepInfo(Record):
     created: str
     """UTC, ISO 8601."""
     spec: SweepSpec
+    is_single_trial: bool
+    """One trial of the experiment's own values, run without Ray."""
     data_fingerprint: str
     num_train: int
     """Training rows."""
@@ -108,3 +110,8 @@ class SweepInfo(Record):
     """Package -> version on the driver."""
     git_commit: str | None
     """Commit of the working directory, `-dirty` where it had changes."""
+
+    @property
+    def num_trials(self) -> int:
+        """Trials the sweep will have."""
+        return 1 if self.is_single_trial else self.spec.search.total_trials

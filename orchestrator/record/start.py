@@ -10,7 +10,17 @@ from orchestrator.record.models import SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.spec import SweepSpec
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "ray", "qlora-orchestrator")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "ray",
+    "qlora-orchestrator",
+)
 
 
 def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> SweepPaths:
@@ -41,14 +51,22 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
 
 
 def describe_sweep(
-    spec: SweepSpec, paths: SweepPaths, fingerprint: str, num_train: int, num_held_out: int, num_truncated: int
+    spec: SweepSpec,
+    paths: SweepPaths,
+    *,
+    is_single_trial: bool,
+    data_fingerprint: str,
+    num_train: int,
+    num_held_out: int,
+    num_truncated: int,
 ) -> SweepInfo:
     """The sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
         name=paths.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=spec,
-        data_fingerprint=fingerprint,
+        is_single_trial=is_single_trial,
+        data_fingerprint=data_fingerprint,
         num_train=num_train,
         num_held_out=num_held_out,
         num_truncated=num_truncated,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,6 +27,28 @@ class BestAdapter:
     adapter: Path
     num_compared: int
     """Finished trials it was compared with, itself included."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
+        trial, best = self.trial, self.trial.best
+        assert best is not None
+        sections = trial.config.model_dump(mode="json", exclude={"varied"})
+        return {
+            "sweep": self.sweep.name,
+            "trial_id": trial.trial_id,
+            "state": trial.state,
+            "metric": trial.metric,
+            "mode": trial.mode,
+            "value": best.value,
+            "step": best.step,
+            "values": best.values,
+            "num_compared": self.num_compared,
+            "config": {f"{section}.{name}": v for section, fields in sections.items() for name, v in fields.items()},
+            "varied": trial.config.varied,
+            "adapter": str(self.adapter),
+            "base": trial.config.base.model,
+            "data_fingerprint": trial.data_fingerprint,
+        }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from orchestrator.cluster import connection, require_shared_folder
-from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import SweepPaths, SweepRecord, TrialState
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.follow import Watch, follow
@@ -14,10 +14,6 @@ from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.search import make_searcher, tune_space
 from orchestrator.sweep.trainable import QloraTrial
 from orchestrator.training.start import start_sweep
-
-
-class Interrupted(OrchestratorError):
-    """Ctrl-C: results are kept, and `resume` goes on."""
 
 
 def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | None = None) -> SweepRecord:
@@ -107,6 +103,7 @@ def _quiet_tune() -> None:
     """A person sees our lines. Trackers are ours, so Tune's own loggers would double them."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table at verbosity 0 too
     # Search and scheduler state go to disk at every turn of Tune's loop, not every 10 s: a killed driver loses nothing.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")

@@ -59,7 +59,6 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
 
         self._session = TrialSession(run)
 
-
     def _end(self) -> None:
         if self._session is not None:
             self._session.stop()

@@ -20,7 +20,7 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
     from orchestrator.training.trial import run_trial
 
     take_gpus(spec.resources)
-    info = start_sweep(spec, paths)
+    info = start_sweep(spec, paths, is_single_trial=True)
     trial_id = uuid.uuid4().hex[:8]
     return run_trial(spec.trial_config({}), info.spec, paths.trial(trial_id), paths.data, watcher)
 

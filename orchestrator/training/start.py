@@ -6,7 +6,7 @@ from orchestrator.record.start import describe_sweep
 from orchestrator.spec import SweepSpec
 
 
-def start_sweep(spec: SweepSpec, paths: SweepPaths) -> SweepInfo:
+def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = False) -> SweepInfo:
     """Tokenise, then write the sweep's data and record.
 
     Raises:
@@ -18,7 +18,8 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths) -> SweepInfo:
     info = describe_sweep(
         spec,
         paths,
-        prepared.fingerprint,
+        is_single_trial=is_single_trial,
+        data_fingerprint=prepared.fingerprint,
         num_train=len(prepared.train),
         num_held_out=len(prepared.held_out),
         num_truncated=prepared.num_truncated,

@@ -12,10 +12,10 @@ from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.tracking import Trackers, open_trackers
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases, read_back
+from orchestrator.training.device import device_name, reset_peak_memory, use_device
 from orchestrator.training.generate import exact_match
 from orchestrator.training.log_file import output_to
 from orchestrator.training.loss_meter import LossMeter
-from orchestrator.training.device import device_name, reset_peak_memory, use_device
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.trl import build_trainer
 from orchestrator.training.watcher import Watcher
@@ -44,6 +44,7 @@ def run_trial(
     write_record(paths.config, config)
     with output_to(paths.log):
         so_far = _so_far(config, spec, paths)
+        write_record(paths.progress, so_far)
         tracking = TrialIdentity(paths, config, spec.tracking, so_far.metric, so_far.step)
         trackers = open_trackers(tracking)
         attempt = _Attempt(config, paths, trackers, watcher, use_device(spec.resources), so_far)

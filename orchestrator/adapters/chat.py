@@ -1,0 +1,108 @@
+"""Ask a trained adapter, or the base beneath it."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from orchestrator.adapters.bundle import verify_adapter
+from orchestrator.base import load_base, load_tokenizer
+from orchestrator.data import render_prompt
+from orchestrator.errors import RecordError
+from orchestrator.record import open_sweep
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import BaseSection, DataSection
+
+
+@dataclass(frozen=True)
+class Chat:
+    """An adapter on its base, ready to answer."""
+
+    model: Any
+    tokenizer: Any
+    data: DataSection | None
+    """How the training rows were written; None for an adapter that does not say."""
+
+    def stream(self, question: str, max_new_tokens: int, base_only: bool = False) -> Iterator[str]:
+        """Pieces of the greedy answer as they come.
+
+        Args:
+            question: plain text; it is put into the form of the training rows.
+            max_new_tokens: tokens the answer may have.
+            base_only: answer without the adapter.
+        """
+        from transformers import TextIteratorStreamer
+
+        text = render_prompt(question, self.data, self.tokenizer) if self.data else question
+        # A prompt that writes its own BOS gets no second one.
+        own_bos = self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not own_bos).to(self.model.device)
+        inputs.pop("token_type_ids", None)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures: list[BaseException] = []
+
+        def generate() -> None:
+            with self.model.disable_adapter() if base_only else nullcontext():
+                try:
+                    self.model.generate(
+                        **inputs,
+                        streamer=streamer,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        use_cache=True,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                    )
+                except BaseException as error:  # raised again below, in the caller's thread
+                    failures.append(error)
+                    streamer.end()
+
+        thread = Thread(target=generate, name="generate", daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failures:
+            raise failures[0]
+
+
+def open_chat(adapter: Path) -> Chat:
+    """Load an adapter and its base, in the form it was trained on.
+
+    Raises:
+        RecordError: the folder is not a whole adapter.
+        RequestError: its base cannot be loaded.
+    """
+    from peft import PeftConfig, PeftModel
+
+    verify_adapter(adapter)
+    if (adapter / "trial.json").is_file():
+        config = TrialConfig.model_validate_json((adapter / "trial.json").read_text(encoding="utf-8"))
+        base, data = config.base, config.data
+    else:
+        base, data = BaseSection(model=PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path), None
+    model = PeftModel.from_pretrained(load_base(base), str(adapter))
+    model.eval()
+    return Chat(model, load_tokenizer(base), data)
+
+
+def find_adapter(sweep_or_adapter: str, output: str) -> Path:
+    """An adapter folder, or the best adapter of a sweep.
+
+    Raises:
+        RecordError: neither is there.
+    """
+    folder = Path(sweep_or_adapter)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    try:
+        return open_sweep(sweep_or_adapter, output).best().adapter
+    except RecordError as error:
+        if folder.is_dir() and not (folder / "sweep.json").is_file():
+            raise RecordError(
+                f"{folder}: holds neither a sweep (sweep.json) nor an adapter (adapter_config.json)"
+            ) from error
+        raise

@@ -1,0 +1,313 @@
+"""The command line: verbs over the rooms below."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import Interrupted, OrchestratorError, RequestError
+from orchestrator.spec import SweepSpec, load_spec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.record import SweepPaths, SweepRecord
+
+app = typer.Typer(
+    name="orchestrator",
+    help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
+Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a field; may be repeated.")]
+Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
+Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
+Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster (`auto`, or HOST:PORT); default a local Ray.")]
+
+
+@app.command(epilog="Example: orchestrator check experiments/demo.yaml --set training.steps=100")
+def check(file: File, set_: Set = None, as_json: Json = False) -> None:
+    """Validate an experiment file and print it with every field resolved."""
+    spec = load_spec(file, set_ or [])
+    document = spec.model_dump(mode="json")
+    document["search"]["num_trials"] = spec.search.total_trials
+    document["search"]["mode"] = spec.search.resolved_mode
+    if as_json:
+        _print_json(document)
+        return
+    import yaml
+
+    print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
+    print(f"# valid: {spec.search.total_trials} trials")
+
+
+@app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
+def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
+    """Run one trial here, without Ray: the experiment's own values, none searched."""
+    from orchestrator.record import open_sweep
+    from orchestrator.record.start import choose_folder
+    from orchestrator.report.live import TrialView
+
+    spec = load_spec(file, set_ or [])
+    paths = choose_folder(spec, file.name, name, output)
+    with _resumable(paths.root), _screen(paths.root) as console:
+        console.print(f"trial in {paths.root}", soft_wrap=True, highlight=False)
+        from orchestrator.training.local import run_local_trial
+
+        with TrialView(console) as view:
+            run_local_trial(spec, paths, view)
+        _show_best(console, open_sweep(paths.root))
+
+
+@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
+def sweep(file: File, set_: Set = None, name: Name = None, address: Address = None, output: Output = None) -> None:
+    """Run a sweep, on a local Ray or on a cluster."""
+    from orchestrator.record.start import choose_folder
+
+    spec = load_spec(file, set_ or [])
+    _sweep(spec, choose_folder(spec, file.name, name, output), address)
+
+
+@app.command(epilog="Example: orchestrator resume runs/demo")
+def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> None:
+    """Go on after the driver died or was interrupted; finished trials do not run again."""
+    from orchestrator.record import open_sweep
+    from orchestrator.report.live import SweepView, TrialView
+
+    record = open_sweep(sweep, output)
+    with _resumable(record.paths.root), _screen(record.paths.root) as console:
+        if record.info.is_single_trial:
+            from orchestrator.training.local import resume_local_trial
+
+            with TrialView(console) as trial_view:
+                resume_local_trial(record, trial_view)
+        else:
+            from orchestrator.sweep import resume_sweep
+
+            with SweepView(console, record.info.spec.search.total_trials) as view:
+                resume_sweep(record, view.update, address)
+            _show_trials(console, record)
+        _show_best(console, record)
+
+
+@app.command(epilog="Example: orchestrator status runs/demo --json")
+def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
+    """Show a sweep's trials, best first."""
+    from orchestrator.record import open_sweep
+
+    record = open_sweep(sweep, output)
+    trials = record.trials()
+    if as_json:
+        search = record.info.spec.search
+        _print_json(
+            {
+                "sweep": record.paths.name,
+                "folder": str(record.paths.root),
+                "metric": search.metric,
+                "mode": search.resolved_mode,
+                "num_trials": record.info.num_trials,
+                "trials": [trial.model_dump(mode="json") for trial in trials],
+            }
+        )
+        return
+    from rich.console import Console
+
+    from orchestrator.report.tables import trials_table
+
+    console = Console()
+    console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
+    for failed in (trial for trial in trials if trial.error):
+        console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: orchestrator best runs/demo --export adapter")
+def best(
+    sweep: Sweep,
+    as_json: Json = False,
+    export: Annotated[Path | None, typer.Option(help="Copy the adapter, a complete PEFT folder, to here.")] = None,
+    output: Where = "runs",
+) -> None:
+    """Show the best adapter, and why it is the best."""
+    from orchestrator.record import open_sweep
+
+    record = open_sweep(sweep, output)
+    winner = record.best()
+    if export is not None:
+        from orchestrator.adapters.bundle import export_adapter
+
+        export_adapter(winner.adapter, export)
+    if as_json:
+        _print_json(winner.as_dict() | ({"exported": str(export.resolve())} if export else {}))
+        return
+    from rich.console import Console
+
+    console = Console()
+    _show_best(console, record)
+    if export is not None:
+        console.print(f"exported to {export}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog='Example: orchestrator chat runs/demo --compare-base --prompt "What is the total of 12 and 45?"')
+def chat(
+    sweep_or_adapter: Annotated[
+        str, typer.Argument(help="A sweep, whose best adapter answers, or an adapter folder.", show_default=False)
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A question; may be repeated. Default: ask for them.")
+    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Let the base answer too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    output: Where = "runs",
+) -> None:
+    """Ask the best adapter; answers are streamed."""
+    from orchestrator.adapters.chat import find_adapter, open_chat
+    from orchestrator.training.log_file import output_to
+
+    folder = find_adapter(sweep_or_adapter, output)
+    with output_to(Path(os.devnull)):  # what libraries print while they load; faults are raised
+        session = open_chat(folder)
+    for question in prompt or _questions():
+        for label, base_only in [("base   ", True), ("adapter", False)] if compare_base else [("", False)]:
+            print(f"{label}> " if label else "", end="")
+            for piece in session.stream(question, max_new_tokens, base_only):
+                print(piece, end="", flush=True)
+            print()
+
+
+@app.command(epilog="Example: orchestrator board runs/demo --port 6006")
+def board(
+    sweep: Sweep,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 6006,
+    output: Where = "runs",
+) -> None:
+    """Open TensorBoard on a sweep: curves, and its trials as one HParams table."""
+    from orchestrator.record import open_sweep
+
+    record = open_sweep(sweep, output)
+    if not record.paths.tensorboard.is_dir():
+        raise RequestError(f"{record.paths.root}: has no TensorBoard records", "tracking.tensorboard was off.")
+    arguments = ["-m", "tensorboard.main", "--logdir", str(record.paths.tensorboard), "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+@app.command(epilog="Example: orchestrator demo --name first")
+def demo(
+    name: Name = None,
+    output: Output = None,
+    set_: Set = None,
+) -> None:
+    """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
+    from orchestrator.embedded import EXPERIMENT
+    from orchestrator.record.start import choose_folder
+    from orchestrator.report.demo import show_side_by_side
+
+    spec = load_spec(EXPERIMENT, set_ or [])
+    paths = choose_folder(spec, "demo", name, output)
+    record = _sweep(spec, paths, None)
+    with _screen(paths.root) as console:
+        show_side_by_side(console, record)
+        console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
+
+
+def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepRecord":
+    from orchestrator.report.live import SweepView
+
+    with _resumable(paths.root), _screen(paths.root) as console:
+        console.print(f"sweep of {spec.search.total_trials} trials in {paths.root}", soft_wrap=True, highlight=False)
+        from orchestrator.sweep import run_sweep
+
+        with SweepView(console, spec.search.total_trials) as view:
+            record = run_sweep(spec, paths, view.update, address)
+        _show_trials(console, record)
+        _show_best(console, record)
+    return record
+
+
+def _show_trials(console: "Console", record: "SweepRecord") -> None:
+    from orchestrator.report.tables import trials_table
+
+    console.print(trials_table(record.trials()))
+
+
+def _show_best(console: "Console", record: "SweepRecord") -> None:
+    winner = record.best()
+    point = winner.trial.best
+    assert point is not None
+    console.print(
+        f"best of {winner.num_compared}: {winner.trial.trial_id}, {winner.trial.metric} {point.value:.6g} "
+        f"at step {point.step}\nadapter: {winner.adapter}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@contextmanager
+def _screen(root: Path) -> Iterator["Console"]:
+    """A console for our lines. What libraries print meanwhile goes to `driver.log` in the sweep's folder."""
+    from rich.console import Console
+
+    from orchestrator.training.log_file import output_to
+
+    with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
+        log = Path(folder) / "driver.log"
+        try:
+            with output_to(log):
+                yield Console(file=own)
+        finally:
+            if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
+                with (root / "driver.log").open("ab") as kept:
+                    kept.write(log.read_bytes())
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """On Ctrl-C, say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / "sweep.json").is_file():
+            raise Interrupted(
+                "interrupted; what was measured is kept", f"Go on with: orchestrator resume {folder}"
+            ) from None
+        raise
+
+
+def _questions() -> Iterator[str]:
+    """Lines from standard input, with a prompt where a person types them."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 130 interrupted."""
+    try:
+        app()  # its own usage errors leave with 2, Ctrl-C with 130
+    except OrchestratorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a person sees: tables and live views of the records. No logic."""

@@ -1,0 +1,36 @@
+"""The same held-out prompts, answered by the base and by the best adapter."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.adapters.chat import open_chat
+from orchestrator.data import load_or_prepare
+from orchestrator.record import SweepRecord
+from orchestrator.report.tables import trials_table
+from orchestrator.training.generate import answer
+
+_NUM_PROMPTS = 6
+
+
+def show_side_by_side(console: Console, record: SweepRecord) -> None:
+    """Print the best trial's row, then prompts with the wanted answer, the base's and the adapter's."""
+    winner = record.best()
+    config = winner.trial.config
+    chat = open_chat(winner.adapter)
+    prompts = load_or_prepare(config.data, config.base, record.paths.data).prompts[:_NUM_PROMPTS]
+    ids = [prompt.ids for prompt in prompts]
+    new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
+    with chat.model.disable_adapter():
+        before = answer(chat.model, chat.tokenizer, ids, new, batch)
+    after = answer(chat.model, chat.tokenizer, ids, new, batch)
+    console.print(trials_table([winner.trial]))
+    table = Table(title="held-out prompts", title_justify="left", header_style="bold")
+    for name in ("prompt", "wanted", "base", "best adapter"):
+        table.add_column(name)
+    for prompt, base_said, adapter_said in zip(prompts, before, after, strict=True):
+        question = chat.tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        mark = "green" if adapter_said == prompt.answer else "red"
+        # Text, not markup: the template has square brackets.
+        table.add_row(*map(Text, (question, prompt.answer, base_said)), Text(adapter_said, style=mark))
+    console.print(table)

@@ -1,0 +1,121 @@
+"""Live views of a running sweep and of a running trial."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.report.tables import duration, number, trials_table
+
+_MOVING = (TrialState.PENDING, TrialState.RUNNING)
+
+
+class SweepView:
+    """A live table on a terminal; elsewhere, a line for each change."""
+
+    def __init__(self, console: Console, total_trials: int) -> None:
+        self._console = console
+        self._total = total_trials
+        self._trials: list[TrialResult] = []
+        self._began = time.monotonic()
+        self._steps_before: int | None = None
+        self._said: set[str] = set()
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def update(self, trials: list[TrialResult]) -> None:
+        """Show these trials, best first."""
+        self._trials = trials
+        if self._steps_before is None:  # a resumed sweep brings steps that this run has not made
+            self._steps_before = sum(trial.step for trial in trials)
+        if not self._console.is_terminal:
+            self._say_changes()
+
+    def _render(self) -> RenderableType:
+        return Group(trials_table(self._trials), self._summary()) if self._trials else self._summary()
+
+    def _summary(self) -> Text:
+        ended = sum(trial.state not in _MOVING for trial in self._trials)
+        parts = [f"{ended} of {self._total} trials ended", f"{duration(time.monotonic() - self._began)} gone"]
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"at most {duration(left)} left")
+        best = next((trial for trial in self._trials if trial.best), None)
+        if best and best.best:
+            parts.append(f"best {best.metric} {number(best.best.value)} ({best.trial_id})")
+        if not self._trials:
+            parts.append("starting workers")
+        return Text(", ".join(parts))
+
+    def _seconds_left(self) -> float | None:
+        """At the pace so far, if no further trial is stopped early."""
+        total_steps = max((trial.total_steps or 0 for trial in self._trials), default=0)
+        done = sum(trial.step for trial in self._trials) - (self._steps_before or 0)
+        if not total_steps or not done:
+            return None
+        to_do = (self._total - len(self._trials)) * total_steps
+        to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in _MOVING)
+        return (time.monotonic() - self._began) / done * to_do
+
+    def _say_changes(self) -> None:
+        for trial in self._trials:
+            best = f", {trial.metric} {number(trial.best.value)} at {trial.best.step}" if trial.best else ""
+            error = f": {trial.error}" if trial.error else ""
+            line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{error}"
+            if trial.step and line not in self._said:
+                self._said.add(line)
+                left = self._seconds_left()
+                self._console.print(
+                    line + (f" (at most {duration(left)} left)" if left else ""), soft_wrap=True, highlight=False
+                )
+
+
+class TrialView:
+    """A progress bar of one trial here; a `training.watcher.Watcher` that never ends it."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._console = console
+        self._task = self._progress.add_task("loading", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_step(self, step: int, total_steps: int) -> bool:
+        """See `Watcher`."""
+        self._progress.update(self._task, completed=step, total=total_steps, description="training")
+        return True
+
+    def on_report(self, point: MetricPoint) -> bool:
+        """See `Watcher`."""
+        values = ", ".join(f"{name} {number(value)}" for name, value in point.values.items())
+        self._progress.console.print(f"step {point.step}: {values}", highlight=False)
+        return True

@@ -1,0 +1,60 @@
+"""Tables of trials."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from orchestrator.record import TrialResult, TrialState
+
+_COLORS = {
+    TrialState.RUNNING: "cyan",
+    TrialState.COMPLETE: "green",
+    TrialState.STOPPED: "yellow",
+    TrialState.FAILED: "red",
+    TrialState.CANCELLED: "magenta",
+}
+
+
+def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Table:
+    """One row a trial, in the order given: state, step, best evaluation, and what was varied."""
+    fields = list(dict.fromkeys(name for trial in trials for name in trial.config.varied))
+    metrics = list(dict.fromkeys(name for trial in trials if trial.best for name in trial.best.values))
+    metric = trials[0].metric if trials else "eval/loss"
+    others = [name for name in metrics if name != metric]
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("trial", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", metric, "at step", *others, *(name.partition(".")[2] for name in fields), "tok/s", "time"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        best = trial.best
+        table.add_row(
+            trial.trial_id,
+            f"[{_COLORS.get(trial.state, 'default')}]{trial.state}[/]",
+            f"{trial.step}/{trial.total_steps or '?'}",
+            number(best.value) if best else "",
+            str(best.step) if best else "",
+            *(number(best.values[name]) if best and name in best.values else "" for name in others),
+            *(number(trial.config.varied.get(name, "")) for name in fields),
+            number(trial.tokens_per_second) if trial.tokens_per_second else "",
+            duration(trial.seconds),
+        )
+    return table
+
+
+def number(value: Any) -> str:
+    """A value in a few characters."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `3m20s`, `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
