@@ -101,11 +101,12 @@ def lease(base: BaseSection) -> Iterator[Any]:
         _kept = (base, load_base(base))
     model = _kept[1]
     forward = model.__dict__.get("forward")
+    hooks = {module: (dict(module._forward_hooks), dict(module._forward_pre_hooks)) for module in model.modules()}
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     clean = False
     try:
         yield model
-        _take_off(model, forward)
+        _take_off(model, forward, hooks)
         clean = before == {name: id(parameter) for name, parameter in model.named_parameters()}
     finally:
         if not clean:
@@ -120,15 +121,25 @@ def drop() -> None:
     _free_memory()
 
 
-def _take_off(model: Any, forward: Any) -> None:
-    """Remove what SFTTrainer and PEFT leave on a base: adapters, hooks, a patched forward, training flags."""
+def _take_off(model: Any, forward: Any, hooks: dict[Any, Any]) -> None:
+    """Remove what SFTTrainer and PEFT leave on a base: adapters, hooks, a patched forward, training flags.
+
+    Args:
+        model: the base.
+        forward: its own `forward` attribute before the trial, if it had one (accelerate's dispatch sets it).
+        hooks: module -> its forward hooks and pre-hooks before the trial.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    model.disable_input_require_grads()
+    # `disable_input_require_grads` forgets all but the last of the hooks that PEFT and the Trainer each set.
+    for module, (after, ahead) in hooks.items():
+        for registered, own in ((module._forward_hooks, after), (module._forward_pre_hooks, ahead)):
+            for key in [key for key in registered if key not in own]:
+                del registered[key]
     model.activation_checkpointing_disable()
     if forward is None:
         model.__dict__.pop("forward", None)  # trl's `add_fused_lm_head`

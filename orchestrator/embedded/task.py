@@ -125,13 +125,6 @@ MAX = Skill(
     solve=lambda operands: str(max(int(operand) for operand in operands)),
     questions=("Which is the biggest of {0}, {1} and {2}?", "What is the highest: {0}, {1} or {2}?"),
 )
-MIN = Skill(
-    sign="min",
-    sizes=(3, 2, 4),
-    draw=_numbers,
-    solve=lambda operands: str(min(int(operand) for operand in operands)),
-    questions=("Which is the smallest of {0}, {1} and {2}?", "What is the lowest: {0}, {1} or {2}?"),
-)
 REVERSE = Skill(
     sign="rev",
     sizes=(3, 2, 4),

@@ -64,9 +64,11 @@ def run_trial(
             trackers.finish(attempt.outcome(TrialState.RUNNING))
             raise
         if result is None:
-            trackers.finish(attempt.outcome(TrialState.RUNNING))
+            so_far = attempt.outcome(TrialState.RUNNING)
+            write_record(paths.progress, so_far)
+            trackers.finish(so_far)
             return None
-        _write_result(paths, result.model_copy(update={"checkpoint": None}), trackers)
+        result = _write_result(paths, result.model_copy(update={"checkpoint": None}), trackers)
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         return result
 
@@ -190,10 +192,12 @@ def _finished(paths: TrialPaths) -> TrialResult:
     return result
 
 
-def _write_result(paths: TrialPaths, result: TrialResult, trackers: Trackers) -> None:
+def _write_result(paths: TrialPaths, result: TrialResult, trackers: Trackers) -> TrialResult:
     """Close the trackers, then put the result down: once it exists, nothing of the trial is still to come."""
     trackers.finish(result)
-    write_record(paths.result, result.model_copy(update={"warnings": [*result.warnings, *trackers.warnings]}))
+    result = result.model_copy(update={"warnings": list(dict.fromkeys([*result.warnings, *trackers.warnings]))})
+    write_record(paths.result, result)
+    return result
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

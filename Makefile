@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+# Index of CPU builds of torch, for a machine without a GPU whose default index has CUDA builds only (README).
+TORCH_INDEX ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-fast lint format clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(INSTALLED)   ## a sweep of 8 QLoRA trials on the embedded base, and its best adapter
+	@$(BIN)/orchestrator demo
+
+test: lint       ## lint, types, import contract and all tests
+	@$(BIN)/pytest -m "not gpu"
+
+test-fast: lint  ## the same without the tests that train or start Ray
+	@$(BIN)/pytest -m "not gpu and not slow"
+
+lint: $(INSTALLED)   ## style, types and import contract
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports > .venv/lint-imports.log 2>&1 || { cat .venv/lint-imports.log; exit 1; }
+
+format: $(INSTALLED) ## put the code into the house's format
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+
+clean:           ## remove the environment
+	@rm -rf .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer; make demo PYTHON=python3.12"; exit 2; }
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt pip setuptools
+	@# torch by itself: a range or another package's wish for it would pull the newest CUDA build.
+	@$(BIN)/pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

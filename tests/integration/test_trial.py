@@ -1,0 +1,233 @@
+"""One trial, trained for real on the embedded base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Witness
+
+from orchestrator import base as base_room
+from orchestrator.base import lease, load_base
+from orchestrator.errors import TrialError
+from orchestrator.record import SweepPaths, TrialResult, TrialState, open_sweep, read_metrics
+from orchestrator.spec import SweepSpec
+from orchestrator.training import trial as trial_room
+from orchestrator.training.local import resume_local_trial, run_local_trial
+
+pytestmark = pytest.mark.slow
+
+Tiny = Callable[..., SweepSpec]
+
+
+def run(spec: SweepSpec, folder: SweepPaths, witness: Witness | None = None) -> TrialResult:
+    result = run_local_trial(spec, folder, witness or Witness())
+    assert result is not None
+    return result
+
+
+def curve(folder: SweepPaths) -> list[tuple[int, dict[str, float]]]:
+    (trial_id,) = folder.trial_ids()
+    return [(point.step, point.values) for point in read_metrics(folder.trial(trial_id))]
+
+
+def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPaths) -> None:
+    result = run(tiny("lora.rank=6", "lora.dropout=0.1", "evaluation.metrics=[exact_match]"), folder)
+    assert result.state == TrialState.COMPLETE
+    assert result.step == result.total_steps == 12
+    assert result.tokens > 12 * 8 * 10
+    assert result.tokens_per_second and result.seconds > 0 and result.peak_memory_gib
+    assert result.grad_norm
+    assert result.gpu_seconds == (0 if result.device == "cpu" else pytest.approx(result.seconds))
+    assert result.best is not None
+    assert result.best.values.keys() == {"eval/loss", "eval/token_accuracy", "eval/exact_match"}
+    inner, hidden, layers = 448, 192, 4
+    per_layer = 4 * (hidden + hidden) + 3 * (hidden + inner)
+    assert result.applied == {
+        "lora.rank": 6,
+        "lora.alpha": 12.0,  # tied: twice the rank
+        "lora.dropout": 0.1,
+        "lora.target_modules": sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        "lora.num_modules": 7 * layers,
+        "training.learning_rate": 2e-3,
+        "training.weight_decay": 0.0,
+        "training.adapter_dtype": "float32",
+        "base.quantization": "nf4",
+        "base.double_quant": True,
+        "num_trainable_parameters": 6 * per_layer * layers,
+    }
+    paths = folder.trial(result.trial_id)
+    assert json.loads(paths.result.read_text())["state"] == "COMPLETE"
+    assert not paths.checkpoints.exists()
+    assert [step for step, values in curve(folder) if "eval/loss" in values] == [4, 8, 12]
+
+
+def test_a_setting_that_is_not_applied_fails_the_trial(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = trial_room.build_trainer
+
+    def build_with_another_rank(config: Any, *rest: Any, **named: Any) -> Any:
+        lora = config.lora.model_copy(update={"rank": 3})
+        return build(config.model_copy(update={"lora": lora}), *rest, **named)
+
+    monkeypatch.setattr(trial_room, "build_trainer", build_with_another_rank)
+    with pytest.raises(TrialError, match=r"lora\.rank: configured 16, live 3"):
+        run(tiny(), folder)
+    (trial,) = open_sweep(folder.root).trials()
+    assert trial.state == TrialState.FAILED
+    assert "lora.rank" in (trial.error or "")
+
+
+def test_best_is_the_best_evaluation_with_the_adapter_of_that_step(tiny: Tiny, folder: SweepPaths) -> None:
+    # The accuracy rises while it learns, so that its minimum is the first evaluation, not the last.
+    result = run(tiny("search.metric=eval/token_accuracy", "search.mode=min"), folder)
+    evaluations = {step: values for step, values in curve(folder) if "eval/loss" in values}
+    assert evaluations[4]["eval/token_accuracy"] < evaluations[12]["eval/token_accuracy"]
+    assert result.best is not None
+    assert (result.best.step, result.step) == (4, 12)
+    assert result.best.values == evaluations[4]
+    paths = folder.trial(result.trial_id)
+    assert [child.name for child in (paths.root / "adapters").iterdir()] == ["step-4"]
+    assert "Step 4" in (paths.root / result.best.adapter / "README.md").read_text()
+
+
+def test_loss_does_not_depend_on_the_evaluation_batch(tiny: Tiny, tmp_path: Path) -> None:
+    losses = []
+    for size in (1, 7, 40):
+        folder = SweepPaths(tmp_path / str(size))
+        result = run(tiny(f"training.eval_batch_size={size}", "training.steps=1"), folder)
+        assert result.best is not None
+        losses.append(result.best.value)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_gradient_is_the_same_after_an_evaluation(tiny: Tiny) -> None:
+    """bitsandbytes repacks 4-bit weights in evaluation on a CPU with avx512_bf16; gradients were then 1/8 the size."""
+    from peft import LoraConfig, get_peft_model
+
+    def gradient(model: Any) -> torch.Tensor:
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        load_base(tiny().base), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+    )
+    ids = torch.randint(4, 500, (4, 24))
+    before = gradient(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    after = gradient(model)
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.9999
+    assert float(after.norm()) == pytest.approx(float(before.norm()), rel=1e-4)
+
+
+def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path) -> None:
+    def second(name: str) -> list[tuple[int, dict[str, float]]]:
+        folder = SweepPaths(tmp_path / name)
+        run(tiny("training.seed=2", "lora.rank=8", "lora.dropout=0.1"), folder)
+        return curve(folder)
+
+    base_room.drop()
+    run(tiny("training.seed=1", "lora.rank=32", "training.recompute=true"), SweepPaths(tmp_path / "first"))
+    kept = base_room._kept
+    assert kept is not None
+    after_another = second("after_another")
+    assert base_room._kept is not None
+    assert base_room._kept[1] is kept[1], "the base was loaded again"
+    base_room.drop()
+    assert second("fresh") == after_another
+
+
+def test_lease_leaves_nothing_on_the_base(tiny: Tiny, folder: SweepPaths) -> None:
+    spec = tiny("training.recompute=true")
+    base_room.drop()
+    with lease(spec.base) as model:
+        names = [name for name, _ in model.named_modules()]
+    run(spec, folder)
+    with lease(spec.base) as model:
+        assert [name for name, _ in model.named_modules()] == names
+        assert "forward" not in model.__dict__
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not model.is_gradient_checkpointing
+
+
+def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(TrialError, match=r"at step \d+"):
+        run(tiny("training.learning_rate=1e30", "training.max_grad_norm=0"), SweepPaths(tmp_path / "bad"))
+    (bad,) = open_sweep(tmp_path / "bad").trials()
+    assert bad.state == TrialState.FAILED
+    assert run(tiny("training.steps=4"), SweepPaths(tmp_path / "good")).state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("step", [5, 9])
+def test_resumed_trial_is_the_undisturbed_one_to_the_digit(tiny: Tiny, tmp_path: Path, step: int) -> None:
+    spec = tiny("lora.dropout=0.1", "training.accumulation=2")
+    whole = SweepPaths(tmp_path / "whole")
+    undisturbed = run(spec, whole)
+    broken = SweepPaths(tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, broken, Witness(die_at=step))
+    record = open_sweep(broken.root)
+    (interrupted,) = record.trials()
+    assert interrupted.state == TrialState.RUNNING
+    resumed = resume_local_trial(record, Witness())
+    assert resumed is not None
+    assert curve(broken) == curve(whole)
+    assert resumed.best == undisturbed.best
+    assert (resumed.step, resumed.tokens) == (undisturbed.step, undisturbed.tokens)
+    assert resumed.seconds > 0
+
+
+def test_finished_trial_does_not_run_again(tiny: Tiny, folder: SweepPaths) -> None:
+    result = run(tiny("training.steps=4"), folder)
+    witness = Witness()
+    assert resume_local_trial(open_sweep(folder.root), witness) == result
+    assert not witness.points
+
+
+def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder: SweepPaths) -> None:
+    assert run_local_trial(tiny(), folder, Witness(stop_at=6)) is None
+    (trial,) = open_sweep(folder.root).trials()
+    assert (trial.state, trial.step) == (TrialState.RUNNING, 6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["base.quantization=fp4"],
+        ["base.quantization=none"],
+        ["base.double_quant=false"],
+        ["training.precision=bf16"],
+        ["training.adapter_dtype=bfloat16"],
+        ["lora.target_modules=[q_proj, v_proj]"],
+        ["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"],
+        ["training.optimizer=adafactor", "training.schedule=linear", "training.warmup=3"],
+        ["training.optimizer=sgd", "training.learning_rate=0.5"],
+        ["training.steps=null", "training.epochs=0.4"],
+        ["data.format=messages", "data.template=null"],
+    ],
+    ids=lambda overrides: ",".join(overrides),
+)
+def test_settings_train(tiny: Tiny, folder: SweepPaths, tmp_path: Path, overrides: list[str]) -> None:
+    if "data.format=messages" in overrides:
+        rows = tmp_path / "chat.jsonl"
+        turns = [{"role": "user", "content": "largest of 1 2"}, {"role": "assistant", "content": "# 2"}]
+        rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(60)))
+        overrides = [*overrides, f"data.source={rows}"]
+    result = run(tiny(*overrides), folder)
+    losses = [values["eval/loss"] for _, values in curve(folder) if "eval/loss" in values]
+    assert result.state == TrialState.COMPLETE
+    assert losses[-1] < losses[0]
+
+
+def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
+    with pytest.raises(TrialError, match=r"'w_proj' is no linear layer of this base; it has down_proj, "):
+        run(tiny("lora.target_modules=[q_proj, w_proj]"), folder)
