@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One GPU: the demo, a sweep of 4 trials at the 1.1B shape under ASHA, one trial at the 7B shape in the classic setting.
+# One GPU: a sweep of 4 trials at the 1.1B shape under ASHA, one trial at the 7B shape in the classic setting, the demo.
 #
 #   scripts/gpu_check.sh GSM8K_FOLDER OUT
 #
@@ -14,8 +14,6 @@ orchestrator() { python3 -m orchestrator.cli "$@"; }
 bases=$(mktemp -d); trap 'rm -rf "$bases"' EXIT
 template='<s>[INST] {question} [/INST] {answer} </s>'
 
-time orchestrator demo --output "$out" --name demo
-
 python3 scripts/make_base.py 1.1b "$bases/1.1b" --text "$data"
 time orchestrator sweep experiments/tinyllama-gsm8k.yaml --output "$out" --name sweep-1.1b \
   --set base.model="$bases/1.1b" --set data.source="$data" --set data.config=null \
@@ -27,10 +25,13 @@ python3 scripts/make_base.py 7b "$bases/7b" --text "$data"
 time orchestrator trial experiments/llama2-7b-chat.yaml --output "$out" --name trial-7b \
   --set base.model="$bases/7b" --set data.source="$data" --set data.format=template --set "data.template='$template'" \
   --set 'data.held_out={count: 100}' --set training.epochs=null --set training.steps=40 --set training.eval_steps=20
+
+time orchestrator demo --output "$out" --name demo
+
 python3 - "$out" <<'PYTHON'
 import sys
 from orchestrator.record import open_sweep
-for name in ("demo", "sweep-1.1b", "trial-7b"):
+for name in ("sweep-1.1b", "trial-7b", "demo"):
     for trial in open_sweep(name, sys.argv[1]).trials():
         print(name, trial.trial_id, trial.state, f"step {trial.step}", f"loss {trial.best.value:.4f}" if trial.best else "",
               f"{trial.tokens_per_second} tok/s", f"{trial.peak_memory_gib} GiB", f"{trial.gpu_seconds} GPU s", trial.device)
