@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -64,10 +64,9 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
     spec = load_spec(file, set_ or [])
     paths = choose_folder(spec, file.name, name, output)
     with _resumable(paths.root), _screen(paths.root) as console:
-        console.print(f"trial in {paths.root}", soft_wrap=True, highlight=False)
         from orchestrator.training.local import run_local_trial
 
-        with TrialView(console) as view:
+        with TrialView(console, f"trial in {paths.root}") as view:
             run_local_trial(spec, paths, view)
         _show_best(console, open_sweep(paths.root))
 
@@ -92,12 +91,13 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
 
-            with TrialView(console) as trial_view:
+            with TrialView(console, f"going on in {record.paths.root}") as trial_view:
                 resume_local_trial(record, trial_view)
         else:
             from orchestrator.sweep import resume_sweep
 
-            with SweepView(console, record.info.spec.search.total_trials) as view:
+            title = f"going on with the sweep in {record.paths.root}"
+            with SweepView(console, record.info.num_trials, title) as view:
                 resume_sweep(record, view.update, address)
             _show_trials(console, record)
         _show_best(console, record)
@@ -123,11 +123,9 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
             }
         )
         return
-    from rich.console import Console
-
     from orchestrator.report.tables import trials_table
 
-    console = Console()
+    console = _console()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
     for failed in (trial for trial in trials if trial.error):
         console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
@@ -152,9 +150,7 @@ def best(
     if as_json:
         _print_json(winner.as_dict() | ({"exported": str(export.resolve())} if export else {}))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     _show_best(console, record)
     if export is not None:
         console.print(f"exported to {export}", soft_wrap=True, highlight=False)
@@ -226,10 +222,10 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
     from orchestrator.report.live import SweepView
 
     with _resumable(paths.root), _screen(paths.root) as console:
-        console.print(f"sweep of {spec.search.total_trials} trials in {paths.root}", soft_wrap=True, highlight=False)
         from orchestrator.sweep import run_sweep
 
-        with SweepView(console, spec.search.total_trials) as view:
+        total = spec.search.total_trials
+        with SweepView(console, total, f"sweep of {total} trials in {paths.root}") as view:
             record = run_sweep(spec, paths, view.update, address)
         _show_trials(console, record)
         _show_best(console, record)
@@ -257,19 +253,25 @@ def _show_best(console: "Console", record: "SweepRecord") -> None:
 @contextmanager
 def _screen(root: Path) -> Iterator["Console"]:
     """A console for our lines. What libraries print meanwhile goes to `driver.log` in the sweep's folder."""
-    from rich.console import Console
-
     from orchestrator.training.log_file import output_to
 
     with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
         log = Path(folder) / "driver.log"
         try:
             with output_to(log):
-                yield Console(file=own)
+                yield _console(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
                 with (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
+
+
+def _console(file: TextIO | None = None) -> "Console":
+    """A console as wide as the terminal; a table in a pipe or a file is not cut to 80 columns."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=160)
 
 
 @contextmanager

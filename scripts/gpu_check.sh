@@ -17,14 +17,14 @@ template='<s>[INST] {question} [/INST] {answer} </s>'
 python3 scripts/make_base.py 1.1b "$bases/1.1b" --text "$data"
 time orchestrator sweep experiments/tinyllama-gsm8k.yaml --output "$out" --name sweep-1.1b \
   --set base.model="$bases/1.1b" --set data.source="$data" --set data.config=null \
-  --set 'data.held_out={count: 100}' --set evaluation.metrics=[] --set search.num_trials=4 \
-  --set training.batch_size=4 --set training.steps=90 --set training.eval_steps=10 --set scheduler.grace_steps=10
+  --set 'data.held_out={count: 100}' --set evaluation.metrics=[] --set search.num_trials=4 --set search.seed=3 \
+  --set training.batch_size=4 --set training.steps=90 --set training.eval_steps=30 --set scheduler.grace_steps=30
 orchestrator best "$out/sweep-1.1b" --json
 
 python3 scripts/make_base.py 7b "$bases/7b" --text "$data"
 time orchestrator trial experiments/llama2-7b-chat.yaml --output "$out" --name trial-7b \
   --set base.model="$bases/7b" --set data.source="$data" --set data.format=template --set "data.template='$template'" \
-  --set 'data.held_out={count: 100}' --set training.epochs=null --set training.steps=40 --set training.eval_steps=20
+  --set 'data.held_out={count: 100}' --set training.epochs=null --set training.steps=40 --set training.eval_steps=20 --set scheduler.grace_steps=20
 
 time orchestrator demo --output "$out" --name demo
 

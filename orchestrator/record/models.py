@@ -78,6 +78,8 @@ class TrialResult(Record):
     """`seconds` times the share of GPUs held; 0 on a CPU."""
     device: str | None = None
     """Name of the GPU, or cpu."""
+    worker: str | None = None
+    """`host:pid` of the process that ran it last."""
     applied: dict[str, Any] = {}
     """What was read back from the live modules and optimizer after the first step."""
     checkpoint: str | None = None

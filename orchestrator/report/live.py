@@ -18,12 +18,15 @@ _MOVING = (TrialState.PENDING, TrialState.RUNNING)
 class SweepView:
     """A live table on a terminal; elsewhere, a line for each change."""
 
-    def __init__(self, console: Console, total_trials: int) -> None:
+    def __init__(self, console: Console, total_trials: int, title: str) -> None:
+        """`title` is printed when the first trial begins: before that, the sweep may yet be refused."""
         self._console = console
+        self._title: str | None = title
         self._total = total_trials
         self._trials: list[TrialResult] = []
         self._began = time.monotonic()
-        self._steps_before: int | None = None
+        self._first_seen: tuple[float, int] | None = None
+        """When steps were first seen, and how many: the pace counts from there, without start-up and earlier runs."""
         self._said: set[str] = set()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
@@ -40,9 +43,13 @@ class SweepView:
 
     def update(self, trials: list[TrialResult]) -> None:
         """Show these trials, best first."""
+        if self._title:
+            self._console.print(self._title, soft_wrap=True, highlight=False)
+            self._title = None
         self._trials = trials
-        if self._steps_before is None:  # a resumed sweep brings steps that this run has not made
-            self._steps_before = sum(trial.step for trial in trials)
+        steps = sum(trial.step for trial in trials)
+        if self._first_seen is None and steps:
+            self._first_seen = time.monotonic(), steps
         if not self._console.is_terminal:
             self._say_changes()
 
@@ -65,12 +72,15 @@ class SweepView:
     def _seconds_left(self) -> float | None:
         """At the pace so far, if no further trial is stopped early."""
         total_steps = max((trial.total_steps or 0 for trial in self._trials), default=0)
-        done = sum(trial.step for trial in self._trials) - (self._steps_before or 0)
-        if not total_steps or not done:
+        if not total_steps or self._first_seen is None:
+            return None
+        since, steps_then = self._first_seen
+        done = sum(trial.step for trial in self._trials) - steps_then
+        if done <= 0:
             return None
         to_do = (self._total - len(self._trials)) * total_steps
         to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in _MOVING)
-        return (time.monotonic() - self._began) / done * to_do
+        return (time.monotonic() - since) / done * to_do
 
     def _say_changes(self) -> None:
         for trial in self._trials:
@@ -88,7 +98,9 @@ class SweepView:
 class TrialView:
     """A progress bar of one trial here; a `training.watcher.Watcher` that never ends it."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, title: str) -> None:
+        """`title` is printed at the first step: before that, the trial may yet be refused."""
+        self._title: str | None = title
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -111,6 +123,9 @@ class TrialView:
 
     def on_step(self, step: int, total_steps: int) -> bool:
         """See `Watcher`."""
+        if self._title:
+            self._progress.console.print(self._title, soft_wrap=True, highlight=False)
+            self._title = None
         self._progress.update(self._task, completed=step, total=total_steps, description="training")
         return True
 

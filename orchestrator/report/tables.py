@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.record import TrialResult, TrialState
@@ -17,15 +18,22 @@ _COLORS = {
 
 
 def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Table:
-    """One row a trial, in the order given: state, step, best evaluation, and what was varied."""
+    """One row a trial, in the order given: state, step, best evaluation, what was varied."""
     fields = list(dict.fromkeys(name for trial in trials for name in trial.config.varied))
     metrics = list(dict.fromkeys(name for trial in trials if trial.best for name in trial.best.values))
     metric = trials[0].metric if trials else "eval/loss"
-    others = [name for name in metrics if name != metric]
-    table = Table(title=title, title_justify="left", header_style="bold")
+    others = [name for name in metrics if name not in (metric, "eval/token_accuracy")]
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("trial", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("step", metric, "at step", *others, *(name.partition(".")[2] for name in fields), "tok/s", "time"):
+    for name in (
+        "step",
+        metric,
+        "at",
+        *(name.partition("/")[2] for name in others),
+        *(name.partition(".")[2] for name in fields),
+        "time",
+    ):
         table.add_column(name, justify="right")
     for trial in trials:
         best = trial.best
@@ -37,7 +45,6 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Tab
             str(best.step) if best else "",
             *(number(best.values[name]) if best and name in best.values else "" for name in others),
             *(number(trial.config.varied.get(name, "")) for name in fields),
-            number(trial.tokens_per_second) if trial.tokens_per_second else "",
             duration(trial.seconds),
         )
     return table

@@ -1,6 +1,8 @@
 """One trial, from its configuration to its result on disk."""
 
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def run_trial(
         return _finished(paths)
     write_record(paths.config, config)
     with output_to(paths.log):
-        so_far = _so_far(config, spec, paths)
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        so_far = _so_far(config, spec, paths).model_copy(update={"worker": worker})
         write_record(paths.progress, so_far)
         tracking = TrialIdentity(paths, config, spec.tracking, so_far.metric, so_far.step)
         trackers = open_trackers(tracking)
@@ -128,9 +131,7 @@ class _Attempt:
                 return live
 
             self._recorder = Recorder(
-                result=so_far.model_copy(
-                    update={"data_fingerprint": data.fingerprint, "device": device_name(), "state": TrialState.RUNNING}
-                ),
+                result=so_far.model_copy(update={"data_fingerprint": data.fingerprint, "device": device_name()}),
                 paths=self._paths,
                 trackers=self._trackers,
                 watcher=self._watcher,

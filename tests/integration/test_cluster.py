@@ -1,0 +1,208 @@
+"""Ray clusters of two and three nodes on this machine: a sweep over them, and what is refused before it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster import connection, require_shared_folder
+from orchestrator.errors import ClusterError, RequestError
+from orchestrator.record import SweepPaths, TrialResult, TrialState
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep import run_sweep
+
+pytestmark = pytest.mark.slow
+
+Tiny = Callable[..., SweepSpec]
+
+DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
+BIN = Path(sys.executable).parent
+SECOND, BLIND = "127.0.0.2", "127.0.0.3"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a cluster of two nodes, each with room for one trial."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1, node_ip_address=SECOND)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def blind_node(address: str, folder: Path, log: Path) -> Iterator[int]:
+    """A third node that has another folder in the place of `folder`; gives its process id."""
+    folder.mkdir(parents=True)
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+    allowed = subprocess.run([*hide, "true"], capture_output=True, text=True)
+    if allowed.returncode:
+        pytest.skip(f"a mount namespace of its own is not permitted here: {allowed.stderr.strip()}")
+    start = [str(BIN / "ray"), "start", "--block", "--address", address, "--node-ip-address", BLIND, "--num-cpus", "1"]
+    start += ["--object-store-memory", str(100 * 1024**2), "--min-worker-port", "0", "--max-worker-port", "0"]
+    with log.open("wb") as output:
+        process = subprocess.Popen([*hide, *start], stdout=output, stderr=output)
+    try:
+        yield process.pid
+    finally:
+        process.terminate()  # it ends the node's processes
+        process.wait(60)
+
+
+def ignore(trials: list[TrialResult]) -> None:
+    """Watch nothing."""
+
+
+def wait_for(node: str, alive: bool) -> None:
+    import ray
+
+    deadline = time.monotonic() + 60
+    while not any(n["NodeManagerAddress"] == node and n["Alive"] == alive for n in ray.nodes()):
+        assert time.monotonic() < deadline, f"{node} did not become {'alive' if alive else 'dead'}: {ray.nodes()}"
+        time.sleep(0.2)
+
+
+def orchestrator(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """The command line as a user has it, with a fresh home folder."""
+    home.mkdir()
+    return subprocess.run(
+        [str(BIN / "orchestrator"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=_user_environment() | {"HOME": str(home)},
+    )
+
+
+def _user_environment() -> dict[str, str]:
+    """Without the Ray settings that this test process or its Ray has made."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
+
+
+def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths) -> None:
+    from ray.tune import ExperimentAnalysis
+
+    spec = tiny("search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2")
+    record = run_sweep(spec, folder, ignore, address=address)
+
+    trials = record.trials()
+    assert len(trials) == 4
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
+    assert record.best().adapter.is_dir()
+    ran_on = {trial.trial_id: trial.last_result["node_ip"] for trial in ExperimentAnalysis(str(folder.tune)).trials}
+    assert ran_on.keys() == {trial.trial_id for trial in trials}
+    head = address.partition(":")[0]
+    assert set(ran_on.values()) == {head, SECOND}
+    assert {path.name for path in folder.root.parent.iterdir()} == {folder.name}  # no probe is left
+
+
+def test_node_with_another_folder_is_named_and_nothing_is_written(
+    address: str, tiny: Tiny, folder: SweepPaths, tmp_path: Path
+) -> None:
+    output = folder.root.parent
+    with connection(address), blind_node(address, output, tmp_path / "node.log") as node:
+        wait_for(BLIND, alive=True)
+        with pytest.raises(ClusterError) as refused:
+            run_sweep(tiny(), folder, ignore, address=address)
+        assert f"output {output} is not shared: node {BLIND} (" in refused.value.message
+        assert "sees another folder of that name" in refused.value.message
+        assert refused.value.message.count("node ") == 1  # the others are not blamed
+        assert list(output.iterdir()) == []
+        assert list(Path(f"/proc/{node}/root/{output}").iterdir()) == []  # as the node sees it
+
+    with connection(address):
+        wait_for(BLIND, alive=False)
+        require_shared_folder(output)  # the dead are not asked
+    assert list(output.iterdir()) == []
+
+
+def test_probe_leaves_no_folder_that_was_not_there(address: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with connection(address):
+        require_shared_folder(tmp_path / "there" / "new" / "runs")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_output_that_cannot_be_written_is_refused(address: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with connection(address), pytest.raises(RequestError, match=f"{tmp_path}/file/runs: cannot be written"):
+        require_shared_folder(tmp_path / "file" / "runs")
+
+
+@pytest.mark.parametrize("nowhere", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1", "127.0.0.1:http"])
+def test_address_without_a_cluster_is_told_at_once(nowhere: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=f"Ray at {nowhere} cannot be reached"), connection(nowhere):
+        pass
+    assert time.monotonic() - began < 5
+
+
+def test_sweep_at_an_address_without_a_cluster(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    said = orchestrator("sweep", str(DEMO), "--address", "127.0.0.1:1", "--output", str(runs), home=tmp_path / "home")
+    assert said.returncode == 1
+    assert "error: Ray at 127.0.0.1:1 cannot be reached" in said.stderr
+    assert "ray start --head" in said.stderr
+    assert "Traceback" not in said.stderr + said.stdout
+    assert not runs.exists()
+
+
+def test_address_that_is_not_ray_is_given_up() -> None:
+    """Ray by itself tries for 20 times its timeout of 40 s, which is lowered to 3 s here."""
+    with socket.create_server(("", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        code = f"from orchestrator.cluster import connection\nwith connection({address!r}): pass"
+        environment = {"RAY_py_gcs_connect_timeout_s": "1", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=_user_environment() | environment,
+        )
+    assert f"ClusterError: Ray at {address} cannot be reached" in said.stderr
+
+
+def test_local_ray_writes_nothing_at_home_and_shares_its_folder(tmp_path: Path) -> None:
+    home, output = tmp_path / "home", tmp_path / "new" / "runs"
+    home.mkdir()
+    code = (
+        "from pathlib import Path\n"
+        "from orchestrator.cluster import connection, require_shared_folder\n"
+        "with connection(None):\n"
+        f"    require_shared_folder(Path({str(output)!r}))\n"
+        "    print('shared')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=_user_environment() | {"HOME": str(home)},
+    )
+    assert said.stdout == "shared\n", said.stderr
+    assert said.stderr == ""
+    assert list(home.rglob("*")) == []
+    assert not output.parent.exists()
+
+
+def test_sweep_with_bad_data_writes_nothing(tmp_path: Path) -> None:
+    rows, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 8 + '{"question": "2 + 2?"}\n')
+    bad = ["--set", f"data.source={rows}", "--set", "data.held_out={count: 2}"]
+    said = orchestrator("sweep", str(DEMO), *bad, "--output", str(runs), home=tmp_path / "home")
+    assert said.returncode == 2, said.stderr
+    assert "answer" in said.stderr  # told by the rows, after the probe
+    assert "Traceback" not in said.stderr + said.stdout
+    assert not runs.exists()
+    assert not (tmp_path / "home" / ".ray").exists()

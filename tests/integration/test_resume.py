@@ -1,0 +1,147 @@
+"""A sweep that loses its driver or a worker goes on, and what was finished stays as it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, TINY
+
+from orchestrator.record import SweepRecord, TrialResult, TrialState, open_sweep, read_metrics
+
+pytestmark = pytest.mark.slow
+
+NUM_TRIALS = 5
+STEPS = 40
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.cli", *arguments]
+
+
+def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    settings = [
+        *TINY,
+        f"search.num_trials={NUM_TRIALS}",
+        f"training.steps={STEPS}",
+        "training.eval_steps=5",
+        "scheduler.kind=none",
+        *overrides,
+    ]
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ["sweep", str(DEMO), "--output", str(folder), "--name", "s", *options]
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until_in_the_middle(folder: Path, driver: subprocess.Popen[str]) -> SweepRecord:
+    """One trial has finished, another has a checkpoint and is still running."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert driver.poll() is None, driver.communicate()
+        if (folder / "s" / "sweep.json").is_file():
+            record = open_sweep(folder / "s")
+            trials = record.trials()
+            if any(t.state == TrialState.COMPLETE for t in trials) and any(is_under_way(t) for t in trials):
+                return record
+        time.sleep(0.05)
+    raise AssertionError("no trial finished within 180 s")
+
+
+def is_under_way(trial: TrialResult) -> bool:
+    return trial.state == TrialState.RUNNING and trial.checkpoint is not None and trial.step < STEPS - 10
+
+
+def assert_whole(record: SweepRecord, finished_before: dict[Path, int]) -> None:
+    """As many trials as were asked for, each complete, each step recorded once, finished ones not touched."""
+    complete = [trial for trial in record.trials() if trial.state == TrialState.COMPLETE]
+    others = [trial for trial in record.trials() if trial.state != TrialState.COMPLETE]
+    assert len(complete) == NUM_TRIALS
+    assert all(trial.state == TrialState.CANCELLED for trial in others), others
+    for trial in complete:
+        points = read_metrics(record.paths.trial(trial.trial_id))
+        steps = [point.step for point in points if "eval/loss" in point.values]
+        assert steps == list(range(5, STEPS + 1, 5))
+        assert trial.step == STEPS
+        assert trial.tokens == points[-1].tokens
+    for path, changed in finished_before.items():
+        assert path.stat().st_mtime_ns == changed, "a finished trial was run again"
+
+
+def finished(record: SweepRecord) -> dict[Path, int]:
+    results = [record.paths.trial(trial_id).result for trial_id in record.paths.trial_ids()]
+    return {path: path.stat().st_mtime_ns for path in results if path.is_file()}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, algorithm: str) -> None:
+    with start_sweep(tmp_path, f"search.algorithm={algorithm}") as driver:
+        record = wait_until_in_the_middle(tmp_path, driver)
+        driver.send_signal(signal.SIGKILL)
+    before = finished(record)
+    configs = {trial.trial_id: trial.config for trial in record.trials()}
+    assert before
+    resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "best of 5" in resumed.stdout
+    assert_whole(record, before)
+    after = {trial.trial_id: trial.config for trial in record.trials()}
+    assert all(after[trial_id] == config for trial_id, config in configs.items())
+
+
+def test_ctrl_c_keeps_results_and_says_how_to_go_on(tmp_path: Path) -> None:
+    with start_sweep(tmp_path) as driver:
+        record = wait_until_in_the_middle(tmp_path, driver)
+        driver.send_signal(signal.SIGINT)
+        _, message = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert f"orchestrator resume {tmp_path / 's'}" in message
+    assert "Traceback" not in message
+    before = finished(record)
+    assert before
+    states = {trial.state for trial in record.trials()}
+    assert states <= {TrialState.COMPLETE, TrialState.RUNNING, TrialState.PENDING}, states
+    resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_whole(record, before)
+
+
+def test_worker_is_killed_and_its_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    with start_sweep(tmp_path) as driver:
+        record = wait_until_in_the_middle(tmp_path, driver)
+        victim = next(trial for trial in record.trials() if is_under_way(trial))
+        assert victim.worker is not None
+        os.kill(int(victim.worker.rpartition(":")[2]), signal.SIGKILL)
+        output, message = driver.communicate(timeout=240)
+    assert driver.returncode == 0, message
+    assert "best of 5" in output
+    assert_whole(record, {})
+    again = next(trial for trial in record.trials() if trial.trial_id == victim.trial_id)
+    assert again.worker != victim.worker
+
+
+def test_a_trial_that_fails_by_itself_does_not_stop_the_sweep(tmp_path: Path) -> None:
+    with start_sweep(
+        tmp_path,
+        "search={algorithm: grid}",
+        "search.space.training.learning_rate={grid: [1e-3, 1e30]}",
+        "training.max_grad_norm=0",
+        "training.steps=5",
+    ) as driver:
+        output, message = driver.communicate(timeout=240)
+    assert driver.returncode == 0, message
+    good, bad = open_sweep(tmp_path / "s").trials()
+    assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.FAILED)
+    assert "at step" in (bad.error or "")
+    assert "best of 1" in output
+
+
+def test_a_sweep_of_failures_fails(tmp_path: Path) -> None:
+    with start_sweep(tmp_path, "search={algorithm: grid}", "lora.target_modules=[nowhere]") as driver:
+        _, message = driver.communicate(timeout=240)
+    assert driver.returncode == 1
+    assert "'nowhere' is no linear layer of this base" in message
+    assert "log.txt" in message
+    assert "Traceback" not in message

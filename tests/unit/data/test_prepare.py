@@ -1,0 +1,196 @@
+"""Split, cut, fingerprint, and prepared data that is shared."""
+
+import functools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.base import load_tokenizer
+from orchestrator.data import PreparedData, load_or_prepare, prepare, save
+from orchestrator.data.prepare import IGNORED
+from orchestrator.errors import DataError
+from orchestrator.spec.sections import BaseSection, DataSection
+
+BASE = BaseSection(model="embedded")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Forty rows, no two alike."""
+    return _write(tmp_path / "rows.jsonl", [f"row {i}" for i in range(40)])
+
+
+def test_the_split_is_the_same_each_time(rows: Path) -> None:
+    first, again = prepare(_section(rows), BASE), prepare(_section(rows), BASE)
+    assert _texts(first) == _texts(again)
+    other = prepare(_section(rows, seed=7), BASE)
+    assert _texts(first) != _texts(other)
+    for prepared in (first, other):
+        train, held_out = _texts(prepared)
+        assert not set(train) & set(held_out)
+        assert sorted(train + held_out) == sorted(_texts_of(rows))
+
+
+def test_the_split_is_drawn_from_all_over(rows: Path) -> None:
+    _, held_out = _texts(prepare(_section(rows, held_out={"count": 10}), BASE))
+    places = [_texts_of(rows).index(text) for text in held_out]
+    assert places == sorted(places), "rows keep their order"
+    assert places not in ([*range(10)], [*range(30, 40)])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "num_held_out"),
+    [({"share": 0.1}, 4), ({"share": 0.25}, 10), ({"share": 0.001}, 1), ({"count": 7}, 7), ({"count": 39}, 39)],
+)
+def test_share_and_count(rows: Path, held_out: dict[str, Any], num_held_out: int) -> None:
+    prepared = prepare(_section(rows, held_out=held_out), BASE)
+    assert (len(prepared.train), len(prepared.held_out)) == (40 - num_held_out, num_held_out)
+
+
+def test_held_out_rows_of_their_own(rows: Path, tmp_path: Path) -> None:
+    own = _write(tmp_path / "own.jsonl", ["one", "two", "three"])
+    prepared = prepare(_section(rows, held_out={"source": str(own), "max_rows": 2}), BASE)
+    assert _texts(prepared) == (_texts_of(rows), ["one", "two"])
+
+
+def test_the_first_rows_only(rows: Path) -> None:
+    train, held_out = _texts(prepare(_section(rows, max_rows=10), BASE))
+    assert sorted(train + held_out) == sorted(_texts_of(rows)[:10])
+
+
+@pytest.mark.parametrize("held_out", [{"count": 40}, {"count": 41}, {"share": 0.99}])
+def test_rows_must_be_left_to_train_on(rows: Path, held_out: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"data\.held_out takes \d+ of 40 rows"):
+        prepare(_section(rows, held_out=held_out), BASE)
+
+
+def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
+    rows = _write(tmp_path / "rows.jsonl", ["1", "1 2 3 4 5 6 7 8 9", "1 2", "9 8 7 6 5 4 3 2 1"])
+    whole = prepare(_section(rows, held_out={"count": 1}, max_length=64), BASE)
+    cut = prepare(_section(rows, held_out={"count": 1}, max_length=8), BASE)
+    assert (whole.num_truncated, cut.num_truncated, cut.num_dropped) == (0, 2, 0)
+    for part in ("train", "held_out"):
+        assert getattr(cut, part)["input_ids"] == [ids[:8] for ids in getattr(whole, part)["input_ids"]]
+        assert getattr(cut, part)["labels"] == getattr(cut, part)["input_ids"]
+
+
+def test_rows_without_anything_to_learn_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    prompts = ["1", "1 2 3 4 5 6 7 8 9", "2", "3"]
+    rows.write_text("".join(json.dumps({"prompt": p, "completion": " 5"}) + "\n" for p in prompts))
+    section = _section(rows, format="prompt", loss_on="completion", max_length=8, held_out={"source": str(rows)})
+    prepared = prepare(section, BASE)
+    assert (len(prepared.train), len(prepared.held_out)) == (3, 3)
+    assert (prepared.num_truncated, prepared.num_dropped) == (2, 2)
+    assert all(any(label != IGNORED for label in labels) for labels in prepared.train["labels"])
+
+
+def test_held_out_prompts_have_their_answers() -> None:
+    section = DataSection(source="embedded", format="template", template="<s>[INST] {question} [/INST] {answer} </s>")
+    prepared = prepare(section.model_copy(update={"max_rows": 30}), BASE)
+    assert len(prepared.prompts) == len(prepared.held_out) == 3
+    for prompt, ids in zip(prepared.prompts, prepared.held_out["input_ids"], strict=True):
+        assert ids[: len(prompt.ids)] == prompt.ids
+        assert prompt.answer.startswith("# ")
+        assert prompt.answer.replace(" ", "") in _decode(ids[len(prompt.ids) :]).replace(" ", "")
+
+
+def test_text_has_no_prompts(rows: Path) -> None:
+    assert prepare(_section(rows), BASE).prompts == []
+
+
+def test_the_fingerprint_is_of_the_tokens(rows: Path, tmp_path: Path) -> None:
+    fingerprint = prepare(_section(rows), BASE).fingerprint
+    assert prepare(_section(rows), BASE).fingerprint == fingerprint
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(rows.read_bytes())
+    assert prepare(_section(copy), BASE).fingerprint == fingerprint, "whatever the file is called"
+    _write(copy, [*_texts_of(rows)[:-1], "another"])
+    own = {"source": str(copy)}
+    others = [
+        _section(copy),
+        _section(rows, seed=1),
+        _section(rows, max_length=8, held_out={"count": 5}),
+        _section(rows, held_out=own),
+        _section(copy, held_out={"source": str(rows)}),
+    ]
+    found = {prepare(section, BASE).fingerprint for section in others}
+    assert len(found | {fingerprint}) == len(others) + 1
+
+
+def test_the_fingerprint_is_of_the_labels_too(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    sections = [_section(rows, format="prompt", loss_on=loss_on) for loss_on in ("all", "completion")]
+    assert len({prepare(section, BASE).fingerprint for section in sections}) == 2
+
+
+def test_data_is_made_once_and_then_loaded(rows: Path, tmp_path: Path) -> None:
+    section, folder = _section(rows), tmp_path / "data"
+    made = load_or_prepare(section, BASE, folder)
+    assert made.fingerprint == prepare(section, BASE).fingerprint
+    rows.unlink()
+    loaded = load_or_prepare(section, BASE, folder)
+    assert (loaded.fingerprint, loaded.num_truncated, loaded.prompts) == (made.fingerprint, 0, [])
+    assert _texts(loaded) == _texts(made)
+    with pytest.raises(DataError, match="no such data file"):
+        load_or_prepare(_section(rows, seed=1), BASE, folder)
+    with pytest.raises(DataError, match="no such data file"):
+        load_or_prepare(section, BASE.model_copy(update={"pad_token": "eos"}), folder)
+
+
+def test_two_at_once_do_not_break_each_other(rows: Path, tmp_path: Path) -> None:
+    section, folder = _section(rows), tmp_path / "data"
+    alone = prepare(section, BASE)  # and the libraries are imported: they do not like that from two threads
+    together = threading.Barrier(2)
+
+    def ask(_: int) -> PreparedData:
+        together.wait()
+        return load_or_prepare(section, BASE, folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(ask, range(2))
+    assert _texts(one) == _texts(other) == _texts(alone)
+    assert len(list(folder.iterdir())) == 1, "nothing else is left"
+
+
+def test_the_second_to_save_gives_way(rows: Path, tmp_path: Path) -> None:
+    section, folder = _section(rows), tmp_path / "data"
+    prepared = prepare(section, BASE)
+    save(prepared, section, BASE, folder)
+    (kept,) = folder.iterdir()
+    (kept / "mark").touch()
+    save(prepared, section, BASE, folder)
+    assert list(folder.iterdir()) == [kept]
+    assert (kept / "mark").exists()
+
+
+def _section(source: Path, **values: Any) -> DataSection:
+    return DataSection.model_validate({"source": str(source), "format": "text", **values})
+
+
+def _write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def _texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def _texts(prepared: PreparedData) -> tuple[list[str], list[str]]:
+    train, held_out = ([_decode(ids) for ids in part["input_ids"]] for part in (prepared.train, prepared.held_out))
+    return train, held_out
+
+
+def _decode(ids: list[int]) -> str:
+    return str(_tokenizer().decode(ids, skip_special_tokens=True))
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return load_tokenizer(BASE)

@@ -1,0 +1,51 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+from orchestrator.record.files import write_atomic
+
+
+def test_folders_are_made_and_old_text_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.json"
+    write_atomic(path, "a long old text")
+    write_atomic(path, "ähnlich\n")
+    assert path.read_bytes() == "ähnlich\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644, "others may read it, unlike a temporary file"
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new " * 10_000 + "\ud800")  # cannot be written as UTF-8
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failing_replacement_leaves_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomic(tmp_path / "x.json", "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_a_reader_never_meets_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    texts = {letter * 200_000 for letter in "ab"}
+    write_atomic(path, "a" * 200_000)
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            for text in sorted(texts):
+                write_atomic(path, text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert {path.read_text() for _ in range(300)} <= texts
+    finally:
+        done.set()
+        writer.join()

@@ -1,0 +1,330 @@
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
+from orchestrator.spec.search import AXIS_KINDS, Axis, evaluate_tie
+
+Document = dict[str, Any]
+
+
+def _spec(document: Document, **search: Any) -> SweepSpec:
+    return parse_spec(document | {"search": search})
+
+
+@pytest.mark.parametrize(
+    ("written", "probes"),
+    [
+        ({"choice": [8, 16, 32]}, [8, 16, 32]),
+        ({"choice": [8]}, [8]),
+        ({"grid": ["a", None]}, ["a", None]),
+        ({"choice": [["q_proj"], ["q_proj", "v_proj"]]}, [["q_proj"], ["q_proj", "v_proj"]]),
+        ({"uniform": [0, 0.5]}, [0, 0.5]),
+        ({"uniform": [-1.0, 1.0]}, [-1.0, 1.0]),
+        ({"loguniform": [1e-5, 1e-3]}, [1e-5, 1e-3]),
+        ({"randint": [4, 9]}, [4, 8]),
+        ({"randint": [4, 5]}, [4, 4]),
+    ],
+)
+def test_an_axis_is_one_kind_with_its_values(written: dict[str, list[Any]], probes: list[Any]) -> None:
+    axis = Axis.model_validate(written)
+    assert axis.kind == next(iter(written))
+    assert axis.probes() == probes
+    assert axis.is_discrete == (axis.kind in ("choice", "grid"))
+    assert axis.model_dump() == written
+    assert Axis.model_validate_json(axis.model_dump_json()) == axis
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([8, 16], "must be one of {choice: [...]}"),
+        ({}, "must be one of"),
+        ({"choice": [1], "grid": [1]}, "must be one of"),
+        ({"logunifrm": [1e-5, 1e-3]}, "got {'logunifrm': [1e-05, 0.001]}"),
+        ({"kind": "choice", "values": [1]}, "must be one of"),
+        ({"choice": 8}, "choice takes a list, got 8"),
+        ({"choice": []}, "at least 1 item"),
+        ({"choice": [8, 8]}, "choice holds a value twice: [8, 8]"),
+        ({"uniform": [0.1]}, "uniform takes two numbers"),
+        ({"uniform": [0.1, 0.2, 0.3]}, "uniform takes two numbers"),
+        ({"uniform": ["0.1", 0.2]}, "uniform takes two numbers"),
+        ({"uniform": [False, True]}, "uniform takes two numbers"),
+        ({"uniform": [0.2, 0.1]}, "must hold low < high, but got (low=0.2, high=0.1)"),
+        ({"uniform": [0.2, 0.2]}, "must hold low < high"),
+        ({"loguniform": [0, 1e-3]}, "loguniform must hold low > 0, but got low=0"),
+        ({"loguniform": [-1e-3, 1e-3]}, "loguniform must hold low > 0"),
+        ({"randint": [1.0, 3.0]}, "randint takes two whole numbers"),
+        ({"randint": [3, 3]}, "must hold low < high, but got (low=3, high=3)"),
+    ],
+)
+def test_a_wrong_axis_is_told_what_is_right(document: Document, written: Any, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        _spec(document, space={"lora.rank": written})
+    assert "search.space.lora.rank" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_every_kind_is_tested() -> None:
+    assert set(AXIS_KINDS) == {"choice", "grid", "uniform", "loguniform", "randint"}
+
+
+@pytest.mark.parametrize(
+    ("path", "axis", "wrong"),
+    [
+        ("lora.rank", {"choice": [16, 8, 0]}, "0"),
+        ("lora.rank", {"choice": [16, "8"]}, "'8'"),
+        ("lora.rank", {"randint": [0, 9]}, "0"),
+        ("lora.rank", {"uniform": [1, 9.5]}, "9.5"),
+        ("lora.dropout", {"uniform": [0.0, 1.5]}, "1.5"),
+        ("lora.dropout", {"uniform": [-0.5, 0.5]}, "-0.5"),
+        ("training.schedule", {"choice": ["cosine", "cosin"]}, "'cosin'"),
+        ("base.quantization", {"grid": ["nf4", "int8"]}, "'int8'"),
+    ],
+)
+def test_every_value_of_an_axis_must_fit_its_field(document: Document, path: str, axis: Any, wrong: str) -> None:
+    algorithm = "grid" if "grid" in axis else "random"
+    with pytest.raises(SpecError) as caught:
+        _spec(document, algorithm=algorithm, space={path: axis})
+    assert f"search.space.{path}: the value {wrong} gives {path}: " in str(caught.value)
+
+
+def test_a_value_that_only_another_field_forbids_is_refused(document: Document) -> None:
+    document["training"] = {"adapter_dtype": "bfloat16"}
+    with pytest.raises(SpecError, match="the value 'fp16' gives training: precision fp16"):
+        _spec(document, space={"training.precision": {"choice": ["bf16", "fp16"]}})
+
+
+@pytest.mark.xfail(strict=True, reason="_every_axis_holds tries each axis alone: a pair that clashes dies mid-sweep")
+def test_two_axes_whose_values_clash_are_refused(document: Document) -> None:
+    space = {
+        "training.precision": {"grid": ["none", "fp16"]},
+        "training.adapter_dtype": {"grid": ["float32", "bfloat16"]},
+    }
+    with pytest.raises(SpecError, match="fp16"):
+        _spec(document, algorithm="grid", space=space)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("lora.rnk", "there is no field lora.rnk; fields of lora: rank, alpha, dropout"),
+        ("lora", "there is no field lora"),
+        ("rank", "rank is not a field of a trial"),
+        ("search.seed", "search.seed is not a field of a trial"),
+        ("evaluation.rows", "evaluation.rows is not a field of a trial"),
+        ("lora.rank.x", "there is no field lora.rank.x"),
+        ("scheduler.grace_steps", "axes lie in base, data, lora or training"),
+    ],
+)
+def test_only_fields_of_a_trial_are_searched_or_tied(document: Document, path: str, message: str) -> None:
+    for search in ({"space": {path: {"choice": [1]}}}, {"tied": {path: "1 * 1"}}):
+        with pytest.raises(SpecError) as caught:
+            _spec(document, **search)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data.source",
+        "data.config",
+        "data.split",
+        "data.format",
+        "data.loss_on",
+        "data.max_rows",
+        "data.seed",
+        "data.held_out",
+        "data.held_out.share",
+        "data.held_out.source",
+        pytest.param(
+            "data.max_length",
+            marks=pytest.mark.xfail(strict=True, reason="not in _SAME_FOR_ALL: it cuts the held-out rows as well"),
+        ),
+        pytest.param(
+            "data.template",
+            marks=pytest.mark.xfail(strict=True, reason="not in _SAME_FOR_ALL: it writes the held-out rows as well"),
+        ),
+    ],
+)
+def test_what_changes_the_held_out_tokens_is_not_searched(document: Document, path: str) -> None:
+    value = "{question}: {answer}" if path == "data.template" else 64
+    with pytest.raises(SpecError, match=rf"{path} cannot vary: .* held-out tokens"):
+        _spec(document, space={path: {"choice": [value]}})
+
+
+@pytest.mark.parametrize(
+    ("search", "total"),
+    [
+        ({}, 10),
+        ({"num_trials": 3}, 3),
+        ({"algorithm": "optuna", "space": {"lora.rank": {"choice": [1, 2]}}}, 10),
+        ({"algorithm": "grid", "space": {}}, 1),
+        ({"algorithm": "grid", "space": {"lora.rank": {"grid": [1, 2, 3]}}}, 3),
+        ({"algorithm": "grid", "space": {"lora.rank": {"grid": [1, 2, 3]}, "lora.dropout": {"choice": [0.0, 0.1]}}}, 6),
+    ],
+)
+def test_number_of_trials(document: Document, search: dict[str, Any], total: int) -> None:
+    assert _spec(document, **search).search.total_trials == total
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "resolved"),
+    [
+        ("eval/loss", None, "min"),
+        ("eval/token_accuracy", None, "max"),
+        ("eval/exact_match", None, "max"),
+        ("eval/loss", "max", "max"),
+        ("eval/token_accuracy", "min", "min"),
+    ],
+)
+def test_which_end_is_better(document: Document, metric: str, mode: str | None, resolved: str) -> None:
+    document["evaluation"] = {"metrics": ["exact_match"]}
+    assert _spec(document, metric=metric, mode=mode).search.resolved_mode == resolved
+
+
+def test_a_trial_has_its_point_and_the_experiments_other_values(document: Document) -> None:
+    document["lora"] = {"dropout": 0.2}
+    spec = _spec(document, space={"lora.rank": {"choice": [4, 8]}, "training.learning_rate": {"uniform": [1e-4, 1e-3]}})
+    config = spec.trial_config({"lora.rank": 8, "training.learning_rate": 5e-4})
+    assert (config.lora.rank, config.lora.dropout, config.training.learning_rate) == (8, 0.2, 5e-4)
+    assert config.varied == {"lora.rank": 8, "training.learning_rate": 5e-4}
+    assert (config.base, config.data, config.evaluation) == (spec.base, spec.data, spec.evaluation)
+    assert (spec.lora.rank, spec.training.learning_rate) == (16, 2e-4), "the experiment itself is as it was"
+    assert TrialConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_a_point_out_of_bounds_is_refused(document: Document) -> None:
+    with pytest.raises(ValueError, match=r"lora\.rank"):
+        _spec(document).trial_config({"lora.rank": 0})
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7, 64])
+def test_a_tied_value_follows_the_point(document: Document, rank: int) -> None:
+    space = {"lora.rank": {"randint": [1, 65]}}
+    config = _spec(document, space=space, tied={"lora.alpha": "2 * lora.rank"}).trial_config({"lora.rank": rank})
+    assert config.lora.alpha == 2 * rank
+    assert config.varied == {"lora.rank": rank, "lora.alpha": 2 * rank}
+
+
+def test_a_tied_value_follows_the_experiment_where_nothing_is_searched(document: Document) -> None:
+    document["lora"] = {"rank": 24}
+    assert _spec(document, tied={"lora.alpha": "lora.rank / 2"}).trial_config({}).lora.alpha == 12
+
+
+def test_a_tied_value_can_build_on_one_tied_before_it(document: Document) -> None:
+    tied = {"lora.alpha": "2 * lora.rank", "training.weight_decay": "lora.alpha / 1000"}
+    config = _spec(document, tied=tied).trial_config({"lora.rank": 8})
+    assert (config.lora.alpha, config.training.weight_decay) == (16, 0.016)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"tied": {"lora.rank": "lora.alpha / 2"}}, "lora.rank: Input should be a valid integer"),
+        ({"tied": {"lora.alpha": "lora.rnk"}}, "search.tied.lora.alpha there is no field lora.rnk"),
+        ({"tied": {"lora.alpha": "2 * rank"}}, "search.tied.lora.alpha cannot use 'rank'"),
+        ({"tied": {"lora.alpha": "lora.rank / 0"}}, "search.tied.lora.alpha cannot be computed: division by zero"),
+        ({"tied": {"lora.alpha": "2 * base"}}, "cannot use 'base'"),
+        ({"tied": {"lora.alpha": "0 - lora.rank"}}, "lora.alpha: Input should be greater than 0"),
+        (
+            {"tied": {"lora.rank": "4 * 2"}, "space": {"lora.rank": {"choice": [1]}}},
+            "lora.rank is both searched and tied",
+        ),
+        (
+            {"tied": {"lora.alpha": "1 / (lora.rank - 8)"}, "space": {"lora.rank": {"choice": [4, 8]}}},
+            "search.space.lora.rank: the value 4 gives lora.alpha",
+        ),
+        (
+            {"tied": {"lora.alpha": "1 / (8 - lora.rank)"}, "space": {"lora.rank": {"choice": [4, 8]}}},
+            "search.space.lora.rank: the value 8 gives search.tied.lora.alpha cannot be computed",
+        ),
+    ],
+)
+def test_a_wrong_tie_is_refused_at_load(document: Document, search: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        _spec(document, **search)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("7", 7),
+        ("-a.x", -10),
+        ("a.x + a.y - 1", 12),
+        ("a.x * a.y", 30),
+        ("a.x / 4", 2.5),
+        ("a.x // 4", 2),
+        ("a.y ** 2", 9),
+        ("2 * (a.x + 1)", 22),
+        ("2 * a.x + 1", 21),
+        ("min(a.x, a.y, 5)", 3),
+        ("max(a.x, a.y)", 10),
+        ("round(a.x / a.y)", 3),
+        ("round(a.x / a.y, 2)", 3.33),
+        ("max(1, round(0.5 * a.y - 1e-1))", 1),
+        ("deep.er.x", 5),
+    ],
+)
+def test_arithmetic(expression: str, value: float) -> None:
+    assert evaluate_tie(expression, {"a.x": 10, "a.y": 3, "deep.er.x": 5}.__getitem__) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os')",
+        "__import__('os').system('true')",
+        "open('/etc/passwd')",
+        "eval('1')",
+        "().__class__",
+        "lora.rank.__class__",
+        "lora.__class__.__mro__",
+        "'a' * 3",
+        "[1][0]",
+        "[x for x in (1,)]",
+        "(lambda: 1)()",
+        "print(lora.rank)",
+        "min.__call__(1, 2)",
+        "min(*[1, 2])",
+        "round(number=1.5)",
+        "True",
+        "None",
+        "1j",
+        "1 if 1 else 2",
+        "1 < 2",
+        "1 and 2",
+        "lora.rank % 2",
+        "~1",
+        "(x := 1)",
+        "f'{1}'",
+        "...",
+        "1; 2",
+        "x = 1",
+        "import os",
+        "2 *",
+        "",
+    ],
+)
+def test_nothing_but_arithmetic_is_run(document: Document, expression: str) -> None:
+    with pytest.raises(SpecError, match=r"search\.tied\.lora\.alpha (is not arithmetic|cannot use|there is no field)"):
+        _spec(document, tied={"lora.alpha": expression})
+
+
+@pytest.mark.parametrize("expression", ["2**20000", "+".join("1" * 20000), "-" * 100000 + "1"], ids=lambda e: e[:8])
+@pytest.mark.xfail(
+    strict=True,
+    reason="evaluate_tie lets RecursionError and MemoryError through, describe the ValueError of a long number",
+)
+def test_arithmetic_too_large_is_refused_too(document: Document, expression: str) -> None:
+    with pytest.raises(SpecError):
+        _spec(document, tied={"lora.alpha": expression})
+
+
+@pytest.mark.xfail(strict=True, reason="Axis and the floats of the sections admit infinity")
+def test_an_axis_is_finite(document: Document) -> None:
+    with pytest.raises(SpecError):
+        _spec(document, space={"training.learning_rate": {"uniform": [1e-5, float("inf")]}})

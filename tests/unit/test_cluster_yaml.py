@@ -1,0 +1,97 @@
+"""cluster.yaml is a file that Ray's launcher accepts, and says what the project promises of it."""
+
+import copy
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def written() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    return config
+
+
+def accept(config: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` does before it reaches the cloud: the file with Ray's defaults filled in, or an error."""
+    resolved: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(resolved)
+    return resolved
+
+
+def test_ray_accepts_it(written: dict[str, Any]) -> None:
+    assert accept(written)["cluster_name"] == written["cluster_name"]
+
+
+def test_ray_refuses_an_unknown_key(written: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError, match="setup_comands"):
+        accept(written | {"setup_comands": []})
+
+
+@pytest.mark.parametrize("field", ["resources", "node_config"])
+def test_ray_refuses_a_node_type_without(field: str, written: dict[str, Any]) -> None:
+    del written["available_node_types"]["gpu"][field]
+    with pytest.raises(jsonschema.ValidationError, match=f"'{field}' is a required property"):
+        accept(written)
+
+
+def test_ray_refuses_a_head_that_is_no_node_type(written: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="head_node_type"):
+        accept(written | {"head_node_type": "boss"})
+
+
+def test_the_head_takes_no_trial_and_gpu_machines_scale_from_zero(written: dict[str, Any]) -> None:
+    config = accept(written)
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert head["max_workers"] == 0
+    assert types
+    for worker in types.values():
+        assert worker["min_workers"] == 0
+        assert 0 < worker["max_workers"] <= config["max_workers"]
+        assert worker["resources"]["GPU"] >= 1
+
+
+def test_every_node_installs_the_pinned_project(written: dict[str, Any]) -> None:
+    config = accept(written)
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        assert any("pip install" in command and "-e ~/orchestrator" in command for command in commands)
+    installs = [part for c in config["head_setup_commands"] for part in c.split("&&") if "pip install" in part]
+    for install in installs:
+        assert "-c ~/orchestrator/constraints.txt" in install or "==" in install, install
+
+
+def test_every_node_mounts_the_shared_folder(written: dict[str, Any]) -> None:
+    config = accept(written)
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        assert any("mount /shared" in command for command in commands)
+    assert "--output /shared/" in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+
+
+def test_what_is_synced_is_there_and_enough_to_install(written: dict[str, Any]) -> None:
+    sources = [ROOT / local for local in written["file_mounts"].values()]
+    assert [source for source in sources if not source.exists()] == []
+    synced = {source.resolve() for source in sources}
+    for needed in ("orchestrator", "pyproject.toml", "README.md", "constraints.txt", "experiments"):
+        assert ROOT / needed in synced, needed
+
+
+def test_commands_are_valid_shell(written: dict[str, Any]) -> None:
+    config = accept(written)
+    for command in config["head_setup_commands"] + config["worker_setup_commands"]:
+        # As Ray runs it, in parentheses (`command_runner._with_interactive`).
+        checked = subprocess.run(["bash", "-n", "-c", f"true && ({command})"], capture_output=True, text=True)
+        assert checked.returncode == 0, f"{command}: {checked.stderr}"
+
+
+def test_the_usage_names_this_ray() -> None:
+    assert f'"ray[default]=={version("ray")}"' in (ROOT / "cluster.yaml").read_text(encoding="utf-8")

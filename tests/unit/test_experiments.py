@@ -1,0 +1,90 @@
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.spec import SweepSpec, TrialConfig, load_spec
+from orchestrator.spec.search import Axis
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_are_experiments() -> None:
+    assert len(FILES) >= 3
+    assert {"demo.yaml", "llama2-7b-chat.yaml", "tinyllama-gsm8k.yaml"} <= {file.name for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_point_of_the_space_is_a_trial(file: Path) -> None:
+    spec, rng = load_spec(file), random.Random(0)
+    assert spec.search.space
+    assert spec.search.total_trials > 1
+    for _ in range(20):
+        point = {path: _draw(axis, rng) for path, axis in spec.search.space.items()}
+        config = spec.trial_config(point)
+        assert point.items() <= config.varied.items()
+        assert set(config.varied) == {*spec.search.space, *spec.search.tied}
+        for path, value in config.varied.items():
+            assert _field(config, path) == value
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_alpha_is_tied_as_written(file: Path) -> None:
+    spec = load_spec(file)
+    for rank in spec.search.space["lora.rank"].values:
+        lora = spec.trial_config({"lora.rank": rank}).lora
+        assert lora.alpha == (2 * rank if spec.search.tied else spec.lora.alpha)
+
+
+def test_the_classic_recipe() -> None:
+    spec = load_spec(FOLDER / "llama2-7b-chat.yaml")
+    wanted = {
+        "base.model": "NousResearch/Llama-2-7b-chat-hf",
+        "base.quantization": "nf4",
+        "base.compute_dtype": "float16",
+        "base.double_quant": False,
+        "base.pad_token": "eos",
+        "data.source": "mlabonne/guanaco-llama2-1k",
+        "data.format": "text",
+        "lora.rank": 64,
+        "lora.alpha": 16,
+        "lora.dropout": 0.1,
+        "lora.bias": "none",
+        "training.epochs": 1,
+        "training.steps": None,
+        "training.batch_size": 4,
+        "training.accumulation": 1,
+        "training.learning_rate": 2e-4,
+        "training.schedule": "cosine",
+        "training.warmup": 0.03,
+        "training.optimizer": "paged_adamw_32bit",
+        "training.max_grad_norm": 0.3,
+        "training.weight_decay": 0.001,
+        "training.recompute": True,
+        "training.group_by_length": True,
+        "training.precision": "none",
+    }
+    assert {path: _field(spec, path) for path in wanted} == wanted
+
+
+def test_the_demo_needs_nothing_but_the_package() -> None:
+    spec = load_spec(FOLDER / "demo.yaml")
+    assert (spec.base.model, spec.data.source) == ("embedded", "embedded")
+    assert spec.search.total_trials == 8
+
+
+def _draw(axis: Axis, rng: random.Random) -> Any:
+    if axis.is_discrete:
+        return rng.choice(axis.values)
+    low, high = axis.values
+    if axis.kind == "randint":
+        return rng.randrange(low, high)
+    return math.exp(rng.uniform(math.log(low), math.log(high))) if axis.kind == "loguniform" else rng.uniform(low, high)
+
+
+def _field(config: SweepSpec | TrialConfig, path: str) -> Any:
+    section, _, name = path.partition(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,38 @@
+"""`check` and `--help` answer at once: they need none of the heavy libraries."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "ray", "wandb", "numpy"}
+ROOT = Path(__file__).parents[2]
+CALLS = [["check", "experiments/demo.yaml", "--json"], ["--help"]]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
+def test_no_heavy_library_is_imported(call: list[str]) -> None:
+    done = _run("-X", "importtime", "-m", "orchestrator.cli", *call)
+    # Lines such as `import time:  120 |  450 |   yaml.loader`.
+    modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert "orchestrator.spec.load" in modules, "the report is read as it is written"
+    assert {module.partition(".")[0] for module in modules} & HEAVY == set()
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
+def test_the_answer_takes_less_than_half_a_second(call: list[str]) -> None:
+    seconds = []
+    for _ in range(4):  # the first one warms the disk
+        began = time.perf_counter()
+        _run("-m", "orchestrator.cli", *call)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds[1:]) < 0.5
+
+
+def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    return done
