@@ -21,22 +21,12 @@ import tokenizers
 import torch
 import transformers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizer import BOS, EOS, PAD, byte_level_bpe
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded.task import SKILLS, plain_line, pretraining_lines
-
-UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
-
-# Llama-2's format. It holds the BOS itself: encode what it renders without special tokens, or there are two.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
-    "{% else %}{{ raise_exception('Only the roles user and assistant are supported') }}{% endif %}"
-    "{% endfor %}"
-)
 
 CHUNK_LINES = 50_000
 """Lines a process makes at a time: chunk `i` has the seed `seed * 1000 + i`."""
@@ -104,31 +94,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 512 tokens: any text has tokens, each digit is one, BOS comes first by default."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[UNK, BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    """The 512 tokens of the embedded base."""
     # The chat format's marks are in no pretraining line, but every row would pay for them letter by letter.
-    lines = [f"{line} [INST] [/INST]" for line in islice(pretraining_lines(seed), 20_000)]
-    tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B:1",
-        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=1024
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    lines = (f"{line} [INST] [/INST]" for line in islice(pretraining_lines(seed), 20_000))
+    return byte_level_bpe(lines, vocabulary=512, max_length=1024)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -10,10 +10,11 @@ UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('Only the roles user and assistant are supported') }}{% endif %}"
     "{% endfor %}"
 )
-"""Llama-2's form: <s>[INST] question [/INST] answer </s>."""
+"""Llama-2's format. It holds the BOS itself: encode what it renders without special tokens, or there are two."""
 
 
 def byte_level_bpe(texts: Iterable[str], vocabulary: int, max_length: int = 4096) -> PreTrainedTokenizerFast:

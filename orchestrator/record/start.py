@@ -1,5 +1,6 @@
 """What is known of a sweep before its first trial starts."""
 
+import os
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,7 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
         output: overrides `output.folder`.
 
     Raises:
-        RequestError: the folder exists already, or is a URI.
+        RequestError: the folder exists already, cannot be made, or is a URI.
     """
     folder = output or spec.output.folder
     if "://" in folder:
@@ -47,6 +48,9 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
             f"{paths.root}: already exists",
             f"`orchestrator resume {paths.root}` goes on with it; --name gives this one another name.",
         )
+    standing = next(path for path in paths.root.parents if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise RequestError(f"output {folder}: {standing} is not a folder that can be written to")
     return paths
 
 

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from typing import Any
 
 from orchestrator.cluster import connection, require_shared_folder
-from orchestrator.errors import Interrupted, SweepError
+from orchestrator.errors import Interrupted, RequestError, SweepError
 from orchestrator.record import SweepPaths, SweepRecord, TrialState
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.sections import ResourcesSection
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
 from orchestrator.sweep.schedulers import make_scheduler
@@ -33,8 +33,9 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
     """
     with connection(address):
         require_shared_folder(paths.root.parent)
+        gpus_per_trial(spec.resources, address)
         info = start_sweep(spec, paths)
-        return _drive(SweepRecord(paths, info), watch)
+        return _drive(SweepRecord(paths, info), watch, address)
 
 
 def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) -> SweepRecord:
@@ -45,15 +46,18 @@ def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) 
     """
     with connection(address):
         require_shared_folder(record.paths.root)
-        return _drive(record, watch)
+        return _drive(record, watch, address)
 
 
-def _drive(record: SweepRecord, watch: Watch) -> SweepRecord:
+def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecord:
     from ray import tune
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths
-    trainable = _make_trainable(spec, paths)
+    trainable = tune.with_resources(
+        tune.with_parameters(QloraTrial, folder=str(paths.root)),
+        {"cpu": spec.resources.cpus_per_trial, "gpu": gpus_per_trial(spec.resources, address)},
+    )
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
@@ -86,17 +90,24 @@ def _drive(record: SweepRecord, watch: Watch) -> SweepRecord:
     return _conclude(record)
 
 
-def _make_trainable(spec: SweepSpec, paths: SweepPaths) -> Any:
-    import ray
-    from ray import tune
+def gpus_per_trial(resources: ResourcesSection, address: str | None) -> float:
+    """GPUs that Ray sets aside for each trial; a share of one where trials share it.
 
-    resources = spec.resources
-    gpus = resources.gpus_per_trial
-    if gpus == "auto":
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    share = gpus / resources.trials_per_gpu
-    trainable = tune.with_parameters(QloraTrial, folder=str(paths.root))
-    return tune.with_resources(trainable, {"cpu": resources.cpus_per_trial, "gpu": share})
+    Raises:
+        RequestError: `auto` on a cluster that has no GPU now. It may be about to start some: training a night long
+            on CPUs is nothing to guess at.
+    """
+    import ray
+
+    whole = resources.gpus_per_trial
+    if whole == "auto":
+        whole = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        if address is not None and not whole:
+            raise RequestError(
+                f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
+                "Say resources.gpus_per_trial=1 (GPU workers will be started and waited for) or =0 (train on CPUs).",
+            )
+    return whole / resources.trials_per_gpu
 
 
 def _quiet_tune() -> None:

@@ -1,10 +1,11 @@
 """The trial as Ray Tune sees it."""
 
+import socket
 from typing import Any
 
 from ray import tune
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import ClusterError, RecordError, TrialError
 from orchestrator.record import TrialResult, TrialState, open_sweep, read_trial
 from orchestrator.sweep.session import TrialSession
 
@@ -14,7 +15,10 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
 
     def setup(self, config: dict[str, Any], folder: str) -> None:
         """`config` holds the searched fields; `folder` is the sweep's."""
-        self._sweep = open_sweep(folder)
+        try:
+            self._sweep = open_sweep(folder)
+        except RecordError as error:  # a node that joined after the probe
+            raise ClusterError(f"node {socket.gethostname()} does not see {folder}: it is not shared") from error
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -91,7 +91,8 @@ def _user_environment() -> dict[str, str]:
 def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths) -> None:
     from ray.tune import ExperimentAnalysis
 
-    spec = tiny("search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2")
+    short = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
+    spec = tiny(*short, "resources.gpus_per_trial=0")
     record = run_sweep(spec, folder, ignore, address=address)
 
     trials = record.trials()
@@ -103,6 +104,12 @@ def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths) -
     head = address.partition(":")[0]
     assert set(ran_on.values()) == {head, SECOND}
     assert {path.name for path in folder.root.parent.iterdir()} == {folder.name}  # no probe is left
+
+
+def test_a_cluster_without_gpus_is_not_guessed_to_be_meant(address: str, tiny: Tiny, folder: SweepPaths) -> None:
+    with pytest.raises(RequestError, match="has no GPU at this moment"):
+        run_sweep(tiny(), folder, ignore, address=address)
+    assert not folder.root.exists()
 
 
 def test_node_with_another_folder_is_named_and_nothing_is_written(

@@ -39,7 +39,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             "tracking.wandb.mode=disabled",
         ],
     )
-    return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("learned") / "sweep"), lambda trials: None)
+    return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("learned") / "sweep"), lambda _: None)
 
 
 def test_the_task_is_learned_and_the_learning_rate_matters(learned: SweepRecord) -> None:
@@ -95,7 +95,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             "output.name=halved",
         ],
     )
-    return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("halved") / "halved"), lambda trials: None)
+    return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("halved") / "halved"), lambda _: None)
 
 
 def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None:
