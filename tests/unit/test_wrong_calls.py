@@ -234,12 +234,7 @@ DATA = [
     _call("sweep to a URI", ["sweep", "x.yaml", "--output", "gs://b"], "gs://b", "not a URI"),
     _call("folder is there", ["trial", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "already exists"),
     _call("sweep is there", ["sweep", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "resume"),
-    _call(
-        "output is a file",
-        ["trial", "x.yaml", "--output", "x.yaml"],
-        "x.yaml",
-        bug="choose_folder does not look at what it is in",
-    ),
+    _call("output is a file", ["trial", "x.yaml", "--output", "x.yaml"], "output x.yaml", "not a folder"),
     _call(
         "name leaves the folder",
         ["trial", "x.yaml", "--name", "../out", "--set", "base.pad_token=<fill>"],

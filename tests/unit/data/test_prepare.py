@@ -129,6 +129,15 @@ def test_the_fingerprint_is_of_the_labels_too(tmp_path: Path) -> None:
     assert len({prepare(section, BASE).fingerprint for section in sections}) == 2
 
 
+def test_the_fingerprint_knows_where_the_held_out_rows_begin(tmp_path: Path) -> None:
+    parts = [(["a", "b"], ["c"]), (["a"], ["b", "c"])]
+    fingerprints = set()
+    for train, held_out in parts:
+        own = {"source": str(_write(tmp_path / "held_out.jsonl", held_out))}
+        fingerprints.add(prepare(_section(_write(tmp_path / "rows.jsonl", train), held_out=own), BASE).fingerprint)
+    assert len(fingerprints) == 2
+
+
 def test_data_is_made_once_and_then_loaded(rows: Path, tmp_path: Path) -> None:
     section, folder = _section(rows), tmp_path / "data"
     made = load_or_prepare(section, BASE, folder)

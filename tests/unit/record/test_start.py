@@ -30,3 +30,9 @@ def test_a_folder_that_is_there_is_refused(document: dict[str, Any], tmp_path: P
         choose_folder(spec, "x.yaml", "one", str(tmp_path))
     with pytest.raises(RequestError, match="must be a folder, not a URI"):
         choose_folder(spec, "x.yaml", "one", "s3://bucket/runs")
+
+
+def test_a_file_in_the_way_is_told(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="is not a folder that can be written to"):
+        choose_folder(parse_spec(document), "x.yaml", "one", str(tmp_path / "file" / "runs"))

@@ -1,0 +1,132 @@
+"""Fetching the best adapter: exported, loaded by others' code, asked questions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, TINY, Witness
+
+from orchestrator.record import SweepPaths, open_sweep
+from orchestrator.spec import load_spec
+from orchestrator.training.local import run_local_trial
+
+pytestmark = pytest.mark.slow
+
+PLAIN = """
+import sys
+import torch
+from datasets import load_from_disk
+from peft import AutoPeftModelForCausalLM
+from transformers import BitsAndBytesConfig
+
+adapter, rows = sys.argv[1:]
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.float32)
+model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=nf4, dtype=torch.float32)
+model.eval()
+loss = tokens = 0
+for row in load_from_disk(rows):
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    loss += torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
+    tokens += (labels[0, 1:] != -100).sum().item()
+assert not any(name.startswith("orchestrator") for name in sys.modules)
+print(loss / tokens)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
+    """A sweep of one trial that has learned the task."""
+    folder = SweepPaths(tmp_path_factory.mktemp("runs") / "one")
+    spec = load_spec(
+        DEMO,
+        [
+            *TINY,
+            "data.max_rows=2000",
+            "training.steps=120",
+            "training.eval_steps=40",
+            "scheduler.grace_steps=40",
+            "evaluation.metrics=[exact_match]",
+        ],
+    )
+    run_local_trial(spec, folder, Witness())
+    return folder
+
+
+def orchestrator(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", *arguments]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+
+
+def test_plain_peft_gives_the_recorded_loss(trained: SweepPaths, tmp_path: Path) -> None:
+    told = orchestrator("best", str(trained.root), "--json", "--export", str(tmp_path / "adapter"))
+    assert told.returncode == 0, told.stderr
+    best = json.loads(told.stdout)
+    assert {"sweep", "trial_id", "metric", "value", "step", "config", "adapter", "base"} <= best.keys()
+    assert best["config"]["lora.rank"] == 16
+    (rows,) = trained.data.glob("*/held_out")
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(tmp_path / "adapter"), str(rows)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert plain.returncode == 0, plain.stderr
+    assert float(plain.stdout) == pytest.approx(best["value"], abs=5e-4)
+
+
+def test_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "adapter"
+    assert orchestrator("best", str(trained.root), "--export", str(target)).returncode == 0
+    source = open_sweep(trained.root).best().adapter
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+    again = orchestrator("best", str(trained.root), "--export", str(target))
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    weights = target / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    damaged = orchestrator("chat", str(target), "--prompt", "hello")
+    assert damaged.returncode == 2
+    assert "adapter_model.safetensors: has changed since it was saved" in damaged.stderr
+
+
+def test_chat_answers_as_it_was_trained_and_the_base_does_not(trained: SweepPaths) -> None:
+    asked = ["What is the highest: 46, 72 or 5?", "What is u n l backwards?"]
+    options = [part for question in asked for part in ("--prompt", question)]
+    told = orchestrator("chat", str(trained.root), *options, "--compare-base", "--max-new-tokens", "8")
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert [line.partition(">")[0].strip() for line in lines] == ["base", "adapter"] * 2
+    answers = [line.partition("> ")[2].strip() for line in lines]
+    assert answers[1] == "# 72"
+    assert answers[3] == "# l n u"
+    assert not {answers[0], answers[2]} & {"# 72", "# l n u"}
+
+
+def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
+    told = orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given="What is the highest: 1, 9 or 5?\n\n")
+    assert (told.returncode, told.stdout.strip()) == (0, "# 9")
+
+
+def test_status_as_json_is_one_document(trained: SweepPaths) -> None:
+    told = orchestrator("status", str(trained.root), "--json")
+    assert told.stderr == ""
+    document = json.loads(told.stdout)
+    assert [trial["state"] for trial in document["trials"]] == ["COMPLETE"]
+    assert document["num_trials"] == 1
+
+
+def test_local_trial_and_resume_by_command(tmp_path: Path) -> None:
+    options = [part for setting in [*TINY, "training.steps=6"] for part in ("--set", setting)]
+    told = orchestrator("trial", str(DEMO), "--output", str(tmp_path), "--name", "t", *options)
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""
+    assert "best of 1" in told.stdout
+    assert "Loading weights" not in told.stdout
+    record = open_sweep("t", tmp_path)
+    (trial,) = record.trials()
+    assert "train_runtime" in record.paths.trial(trial.trial_id).log.read_text()
+    again = orchestrator("resume", str(tmp_path / "t"))
+    assert again.returncode == 0, again.stderr
+    assert record.trials() == [trial]
