@@ -94,14 +94,17 @@ def export_adapter(adapter: Path, target: Path) -> None:
     """Copy an adapter folder, checked before and after, complete or not at all.
 
     Raises:
-        RequestError: the target exists and is not an empty folder.
+        RequestError: the target exists and is not an empty folder, or cannot be made.
         RecordError: the adapter is not whole.
     """
     verify_adapter(adapter)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    except OSError as error:
+        raise RequestError(f"{target}: cannot be made: {error}") from error
     try:
         shutil.copytree(adapter, building, dirs_exist_ok=True)
         verify_adapter(building)

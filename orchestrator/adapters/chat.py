@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.base import load_base, load_tokenizer
-from orchestrator.data import render_prompt
+from orchestrator.data import encode_prompt, render_prompt
 from orchestrator.errors import RecordError
 from orchestrator.record import open_sweep
 from orchestrator.spec import TrialConfig
@@ -33,13 +33,14 @@ class Chat:
             max_new_tokens: tokens the answer may have.
             base_only: answer without the adapter.
         """
+        import torch
         from transformers import TextIteratorStreamer
 
-        text = render_prompt(question, self.data, self.tokenizer) if self.data else question
-        # A prompt that writes its own BOS gets no second one.
-        own_bos = self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
-        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not own_bos).to(self.model.device)
-        inputs.pop("token_type_ids", None)
+        if self.data:
+            ids = encode_prompt(render_prompt(question, self.data, self.tokenizer), self.tokenizer, self.data)
+        else:
+            ids = self.tokenizer(question)["input_ids"]
+        inputs = torch.tensor([ids], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
 
@@ -47,7 +48,8 @@ class Chat:
             with self.model.disable_adapter() if base_only else nullcontext():
                 try:
                     self.model.generate(
-                        **inputs,
+                        input_ids=inputs,
+                        attention_mask=torch.ones_like(inputs),
                         streamer=streamer,
                         max_new_tokens=max_new_tokens,
                         do_sample=False,

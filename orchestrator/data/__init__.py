@@ -1,6 +1,6 @@
 """Rows, templates, split and tokens."""
 
-from orchestrator.data.prepare import PreparedData, Prompt, load_or_prepare, prepare, save
+from orchestrator.data.prepare import PreparedData, Prompt, encode_prompt, load, prepare, save
 from orchestrator.data.render import render_prompt
 
-__all__ = ["PreparedData", "Prompt", "load_or_prepare", "prepare", "render_prompt", "save"]
+__all__ = ["PreparedData", "Prompt", "encode_prompt", "load", "prepare", "render_prompt", "save"]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-import shutil
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,23 +97,17 @@ def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
     Special tokens written in the text count; what is missing is added, except under a chat template, which says
     itself how a conversation begins and ends.
     """
-    text = example.prompt + example.completion
-    if tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
-        text = text.rstrip()
+    prompt = _single_bos(example.prompt, tokenizer)
+    text = _single_eos(_single_bos(example.prompt + example.completion, tokenizer), tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # A token belongs to the completion when it reaches past the prompt's last character.
     parts = [
-        (i, end > len(example.prompt))
-        for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        (i, end > len(prompt)) for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    while bos is not None and len(parts) > 1 and parts[0][0] == parts[1][0] == bos:
-        parts.pop(0)
-    while eos is not None and len(parts) > 1 and parts[-1][0] == parts[-2][0] == eos:
-        parts.pop()
     if data.format != "messages":
-        if bos is not None and parts[0][0] != bos and tokenizer("").input_ids[:1] == [bos]:
-            parts.insert(0, (bos, not example.prompt))
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if _lacks_bos([i for i, _ in parts], tokenizer):
+            parts.insert(0, (bos, not prompt))
         if eos is not None and parts[-1][0] != eos:
             parts.append((eos, True))
     ids = [i for i, _ in parts]
@@ -121,21 +115,38 @@ def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
     return Tokens(ids, labels, sum(not in_completion for _, in_completion in parts))
 
 
-def load_or_prepare(data: DataSection, base: BaseSection, folder: Path) -> PreparedData:
-    """Prepared data from `folder`, made there first if need be. Safe against others that do the same."""
-    target = folder / _key(data, base)
-    if not target.is_dir():
-        save(prepare(data, base), data, base, folder)
-    return _load(target)
+def encode_prompt(prompt: str, tokenizer: Any, data: DataSection) -> list[int]:
+    """Token ids of a prompt alone, the same as those it has before its completion in `encode`."""
+    ids: list[int] = tokenizer(_single_bos(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id, *ids] if data.format != "messages" and _lacks_bos(ids, tokenizer) else ids
 
 
-def save(prepared: PreparedData, data: DataSection, base: BaseSection, folder: Path) -> None:
-    """Put prepared data under `folder`, complete or not at all."""
+def _single_bos(text: str, tokenizer: Any) -> str:
+    if not tokenizer.bos_token:
+        return text
+    return re.sub(rf"^(\s*{re.escape(tokenizer.bos_token)})+", lambda _: tokenizer.bos_token, text)
+
+
+def _single_eos(text: str, tokenizer: Any) -> str:
+    if not tokenizer.eos_token:
+        return text
+    eos = re.escape(tokenizer.eos_token)
+    return re.sub(rf"(\s*){eos}(\s*{eos})*\s*$", lambda match: match[1] + tokenizer.eos_token, text)
+
+
+def _lacks_bos(ids: list[int], tokenizer: Any) -> bool:
+    """Whether BOS is missing in front, for a tokenizer that would have put it there."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]
+
+
+def save(prepared: PreparedData, folder: Path) -> None:
+    """Put prepared data into `folder`, which must not exist, complete or not at all."""
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    folder.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     prepared.train.save_to_disk(building / "train")
     prepared.held_out.save_to_disk(building / "held_out")
     meta = {
@@ -146,26 +157,16 @@ def save(prepared: PreparedData, data: DataSection, base: BaseSection, folder: P
     }
     (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     building.chmod(0o755)
-    try:
-        building.rename(folder / _key(data, base))
-    except OSError:
-        if not (folder / _key(data, base)).is_dir():
-            raise
-        shutil.rmtree(building)  # another worker was first, with the same content
+    building.rename(folder)
 
 
-def _load(folder: Path) -> PreparedData:
+def load(folder: Path) -> PreparedData:
+    """What `save` has put into `folder`."""
     from datasets import load_from_disk
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
     return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "held_out"), prompts, **meta)
-
-
-def _key(data: DataSection, base: BaseSection) -> str:
-    tokenizer = base.model_dump(include={"model", "revision", "pad_token"})
-    text = json.dumps([data.model_dump(mode="json"), tokenizer], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _split(data: DataSection) -> tuple[list[Row], list[Row]]:

@@ -45,12 +45,14 @@ def render_prompt(text: str, data: DataSection, tokenizer: Any) -> str:
     A template with more than one prompt field cannot be filled from one text: it is then used as it stands.
     """
     if data.format == "messages":
-        return str(tokenizer.apply_chat_template([_turn("user", text)], tokenize=False, add_generation_prompt=True))
-    if data.format == "template":
-        head, fields = _template_head(data.template or "")
-        if len(fields) == 1:
-            return head.format_map({fields[0]: text}).rstrip()
-    return text
+        turn = {"role": "user", "content": text}
+        text = str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+    elif data.format == "template":
+        head, _ = _template_parts(data.template or "")
+        columns = {name for _, name in head if name is not None}
+        if len(columns) == 1:
+            text = _fill(head, dict.fromkeys(columns, text))
+    return text.rstrip()
 
 
 def template_columns(template: str) -> list[str]:
@@ -60,27 +62,37 @@ def template_columns(template: str) -> list[str]:
         DataError: the template is malformed, or has no column.
     """
     try:
-        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise DataError(f"data.template {template!r}: {error}", "Write a literal brace twice: {{ or }}.") from error
-    if not columns or any(not name.isidentifier() for name in columns):
+    columns = [name for _, name, _, _ in parts if name is not None]
+    plain = all(not form and not conversion for _, _, form, conversion in parts)
+    if not columns or not plain or any(not name.isidentifier() for name in columns):
         raise DataError(f"data.template {template!r}: needs {{column}} fields with plain names, got {columns}")
     return columns
 
 
-def _template_head(template: str) -> tuple[str, list[str]]:
-    """The template up to its last field, and the fields in it."""
-    columns = template_columns(template)
-    return template[: template.rindex("{" + columns[-1])], columns[:-1]
+_Parts = list[tuple[str, str | None]]
+"""Literal text, each followed by a column or by nothing."""
+
+
+def _template_parts(template: str) -> tuple[_Parts, _Parts]:
+    """A template in two: up to its last column, and from there on."""
+    parts: _Parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    last = max(i for i, (_, name) in enumerate(parts) if name is not None)
+    text, name = parts[last]
+    return [*parts[:last], (text, None)], [("", name), *parts[last + 1 :]]
+
+
+def _fill(parts: _Parts, values: dict[str, str]) -> str:
+    return "".join(text + (values[name] if name is not None else "") for text, name in parts)
 
 
 def _render_template(row: Row, template: str) -> Example:
     columns = template_columns(template)
     values = {name: _string(row, name) for name in columns}
-    head, _ = _template_head(template)
-    prompt = head.format_map(values)
-    completion = template[len(head) :].format_map(values)
-    return _split(prompt, completion, row, values[columns[-1]])
+    head, tail = _template_parts(template)
+    return _split(_fill(head, values), _fill(tail, values), row, values[columns[-1]])
 
 
 def _render_messages(row: Row, tokenizer: Any) -> Example:
@@ -104,10 +116,6 @@ def _render_messages(row: Row, tokenizer: Any) -> Example:
 def _split(prompt: str, completion: str, row: Row, answer: str | None = None) -> Example:
     kept = prompt.rstrip()
     return Example(kept, prompt[len(kept) :] + completion, (answer or completion).strip(), row.where)
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _string(row: Row, column: str) -> str:

@@ -1,6 +1,7 @@
 """What is known of a sweep before its first trial starts."""
 
 import os
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from orchestrator.errors import RequestError
 from orchestrator.record.models import SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.sections import NAME_PATTERN
 
 _PACKAGES = (
     "torch",
@@ -40,6 +42,10 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
     if "://" in folder:
         raise RequestError(
             f"output {folder}: must be a folder, not a URI", "Mount the storage on every node and give the mount."
+        )
+    if name is not None and not re.match(NAME_PATTERN, name):
+        raise RequestError(
+            f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         )
     chosen = name or spec.output.name or f"{Path(source).stem}-{datetime.now():%m%d-%H%M%S}"
     paths = SweepPaths((Path(folder) / chosen).resolve())

@@ -92,8 +92,12 @@ def open_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
         RecordError: there is no such sweep, or its record cannot be read.
     """
     for root in (Path(sweep), Path(output) / sweep):
-        paths = SweepPaths(root.resolve())
-        if paths.sweep.is_file():
+        try:
+            paths = SweepPaths(root.resolve())
+            found = paths.sweep.is_file()
+        except (OSError, ValueError) as error:  # a name too long for a path, or with a zero byte
+            raise RecordError(f"{sweep!s:.80}: is not the name of a sweep: {error}") from error
+        if found:
             return SweepRecord(paths, _read(SweepInfo, paths.sweep))
     raise RecordError(
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
@@ -122,7 +126,10 @@ def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
         return []
     lines = paths.metrics.read_text(encoding="utf-8").split("\n")
     # Only what follows the last line break can be cut short: each point is one write that ends in it.
-    return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
+    try:
+        return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
+    except ValidationError as error:
+        raise RecordError(f"{paths.metrics}: the record is damaged: {error}") from error
 
 
 def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig) -> None:

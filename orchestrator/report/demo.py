@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.adapters.chat import open_chat
-from orchestrator.data import load_or_prepare
+from orchestrator.data import load
 from orchestrator.record import SweepRecord
 from orchestrator.report.tables import trials_table
 from orchestrator.training.generate import answer
@@ -18,7 +18,7 @@ def show_side_by_side(console: Console, record: SweepRecord) -> None:
     winner = record.best()
     config = winner.trial.config
     chat = open_chat(winner.adapter)
-    prompts = load_or_prepare(config.data, config.base, record.paths.data).prompts[:_NUM_PROMPTS]
+    prompts = load(record.paths.data).prompts[:_NUM_PROMPTS]
     ids = [prompt.ids for prompt in prompts]
     new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
     with chat.model.disable_adapter():

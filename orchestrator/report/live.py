@@ -108,8 +108,8 @@ class TrialView:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
-        self._console = console
         self._task = self._progress.add_task("loading", total=None)
 
     def __enter__(self) -> Self:

@@ -9,7 +9,7 @@ import yaml
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.messages import describe
-from orchestrator.spec.search import read_path, write_path
+from orchestrator.spec.search import read_path, write_keys
 from orchestrator.spec.sweep_spec import SweepSpec
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -22,10 +22,11 @@ class _Loader(_Parent):  # type: ignore[misc]
     """YAML where `5e-5` is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in named]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                mark = node.value[i][0].start_mark
+                mark = named[i].start_mark
                 raise SpecError(f"line {mark.line + 1}: {key!r} is given twice")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -56,7 +57,6 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     _anchor_paths(document, path.resolve().parent)
     for override in overrides:
         _apply_override(document, override)
-    _anchor_paths(document, Path.cwd())
     return parse_spec(document, str(path))
 
 
@@ -82,6 +82,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: is not UTF-8 text") from error
     except SpecError as error:
         raise SpecError(f"{path}: {error.message}") from error
+    except RecursionError as error:
+        raise SpecError(f"{path}: is nested too deep") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -97,15 +99,19 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {override}: must be written dotted.field=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except SpecError as error:
+        raise SpecError(f"--set {override}: {error.message}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"--set {override}: the value is not YAML") from error
-    for flat in _FLAT_MAPS:
-        if path.startswith(flat):
-            section, name = flat.rstrip(".").split(".")
-            document.setdefault(section, {}).setdefault(name, {})[path.removeprefix(flat)] = value
-            return
+    flat = next((flat for flat in _FLAT_MAPS if path.startswith(flat)), None)
+    keys = [*flat.rstrip(".").split("."), path.removeprefix(flat)] if flat else path.split(".")
+    alone: dict[str, Any] = {}
+    write_keys(alone, keys, value)
+    _anchor_paths(alone, Path.cwd())
+    for key in keys:
+        value = alone = alone[key]
     try:
-        write_path(document, path, value)
+        write_keys(document, keys, value)
     except (TypeError, AttributeError) as error:
         raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
 
@@ -117,8 +123,11 @@ def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
             value = read_path(document, field)
         except (KeyError, TypeError):
             continue
-        if not isinstance(value, str) or value == "embedded" or Path(value).is_absolute():
+        if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
             continue
-        local = folder / Path(value).expanduser()
-        if value.startswith((".", "~")) or value.endswith((".jsonl", ".json")) or local.exists():
-            write_path(document, field, str(local.resolve()))
+        try:
+            local = folder / Path(value).expanduser()
+            if value.startswith((".", "~")) or value.endswith((".jsonl", ".json")) or local.exists():
+                write_keys(document, field.split("."), str(local.resolve()))
+        except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+            raise SpecError(f"{field}: {value!r:.80} is not a path: {error}") from error

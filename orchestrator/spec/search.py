@@ -1,8 +1,9 @@
 """The search section: a space over dotted fields, and values tied to them by arithmetic."""
 
 import ast
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
@@ -42,6 +43,8 @@ class Axis(Section):
             kind = "whole numbers" if self.kind == "randint" else "numbers"
             raise ValueError(f"{self.kind} takes two {kind}, [low, high], got {self.values}")
         low, high = self.values
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError(f"{self.kind} takes finite numbers, got {self.values}")
         if low >= high:
             raise ValueError(f"must hold low < high, but got (low={low}, high={high})")
         if self.kind == "loguniform" and low <= 0:
@@ -112,13 +115,22 @@ class SearchSection(Section):
         return self.mode or ("min" if self.metric == "eval/loss" else "max")
 
 
+_LONGEST_TIE = 200
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > 64:
+        raise ArithmeticError(f"exponent {exponent} is larger than 64")
+    return operator.pow(base, exponent)
+
+
 _OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Pow: operator.pow,
+    ast.Pow: _power,
     ast.USub: operator.neg,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round}
@@ -132,6 +144,9 @@ def evaluate_tie(expression: str, lookup: Callable[[str], Any]) -> Any:
     Raises:
         ValueError: the expression holds anything else, or its arithmetic fails.
     """
+
+    if len(expression) > _LONGEST_TIE:
+        raise ValueError(f"is longer than {_LONGEST_TIE} characters")
 
     def value_of(node: ast.AST) -> Any:
         match node:
@@ -151,7 +166,7 @@ def evaluate_tie(expression: str, lookup: Callable[[str], Any]) -> Any:
         return value_of(ast.parse(expression, mode="eval").body)
     except SyntaxError as error:
         raise ValueError(f"is not arithmetic: {error.msg}") from error
-    except (ArithmeticError, TypeError) as error:
+    except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot be computed: {error}") from error
 
 
@@ -163,9 +178,11 @@ def read_path(document: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def write_path(document: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path, making the mappings on the way."""
-    *parents, leaf = path.split(".")
+def write_keys(document: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set the value at a path of keys, making the mappings on the way (also in the place of nothing)."""
+    *parents, leaf = keys
     for key in parents:
-        document = document.setdefault(key, {})
+        if document.get(key) is None:
+            document[key] = {}
+        document = document[key]
     document[leaf] = value

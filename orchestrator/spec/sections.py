@@ -4,13 +4,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+"""A sweep's name: one folder of its own."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
     """Strict (no silent conversion), frozen, and closed (unknown fields are refused)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class BaseSection(Section):
@@ -237,7 +242,7 @@ class OutputSection(Section):
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
     """Holds one folder a sweep; on a cluster, shared by all nodes. `--output` overrides it."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Folder of this sweep; default the file's name and the time. `--name` overrides it."""
 
 

@@ -1,12 +1,15 @@
 """The whole experiment, and how one trial's configuration is drawn from it."""
 
+import itertools
+import math
+import random
 from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import model_validator
 
 from orchestrator.spec.messages import describe
-from orchestrator.spec.search import SearchSection, evaluate_tie, read_path, write_path
+from orchestrator.spec.search import SearchSection, evaluate_tie, read_path, write_keys
 from orchestrator.spec.sections import (
     BaseSection,
     DataSection,
@@ -23,9 +26,9 @@ from orchestrator.spec.sections import (
 
 TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
 
-# Trials are compared on the same held-out tokens: what changes those cannot be searched.
-_SAME_FOR_ALL = ("data.source", "data.config", "data.split", "data.format", "data.loss_on", "data.max_rows")
-_SAME_FOR_ALL_REASON = "trials could no longer be compared on the same held-out tokens"
+# Trials are compared on the same held-out tokens: what makes the tokens cannot be searched.
+_MAKES_TOKENS = ("base.model", "base.revision", "base.trust_remote_code", "base.pad_token")
+_MOST_CHECKED = 256
 
 
 class SweepSpec(Section):
@@ -77,15 +80,15 @@ class SweepSpec(Section):
     def _every_axis_holds(self) -> Self:
         for path in (*self.search.space, *self.search.tied):
             _check_searchable(path)
-        defaults = {path: axis.probes()[0] for path, axis in self.search.space.items()}
-        for path, axis in self.search.space.items():
-            for value in axis.probes():
-                try:
-                    self.trial_config(defaults | {path: value})
-                except ValueError as error:
-                    raise ValueError(f"search.space.{path}: the value {value!r} gives {describe(error)[0]}") from error
-        if not self.search.space:
-            self.trial_config({})
+        probes = {path: axis.probes() for path, axis in self.search.space.items()}
+        first = {path: values[0] for path, values in probes.items()}
+        alone = [(f".{path}: the value {v!r}", first | {path: v}) for path, values in probes.items() for v in values]
+        together = [(f": the point {point}", point) for point in _combinations(probes)]
+        for where, point in [*alone, *together]:
+            try:
+                self.trial_config(point)
+            except ValueError as error:
+                raise ValueError(f"search.space{where} gives {describe(error)[0]}") from error
         return self
 
     @property
@@ -105,7 +108,7 @@ class SweepSpec(Section):
         document: dict[str, Any] = self.model_dump(mode="json", include=set(TRIAL_SECTIONS))
         varied = dict(point)
         for path, value in varied.items():
-            write_path(document, path, value)
+            write_keys(document, path.split("."), value)
 
         def lookup(path: str) -> Any:
             try:
@@ -118,16 +121,26 @@ class SweepSpec(Section):
                 varied[path] = evaluate_tie(expression, lookup)
             except ValueError as error:
                 raise ValueError(f"search.tied.{path} {error}") from error
-            write_path(document, path, varied[path])
+            write_keys(document, path.split("."), varied[path])
         return TrialConfig.model_validate({**document, "varied": varied})
 
 
+def _combinations(probes: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the axes' probes; of very many, a seeded draw."""
+    if math.prod(map(len, probes.values())) <= _MOST_CHECKED:
+        return [dict(zip(probes, values, strict=True)) for values in itertools.product(*probes.values())]
+    draw = random.Random(0)
+    return [{path: draw.choice(values) for path, values in probes.items()} for _ in range(_MOST_CHECKED)]
+
+
 def _check_searchable(path: str) -> None:
-    if path in _SAME_FOR_ALL or path in ("data.held_out", "data.seed") or path.startswith("data.held_out."):
-        raise ValueError(f"search: {path} cannot vary: {_SAME_FOR_ALL_REASON}")
     section, _, field = path.partition(".")
-    if section not in TRIAL_SECTIONS or section == "evaluation":
-        raise ValueError(f"search: {path} is not a field of a trial; axes lie in base, data, lora or training")
+    if section == "data" or path in _MAKES_TOKENS:
+        raise ValueError(
+            f"search: {path} cannot vary: rows are tokenised once, and trials are compared on the same held-out tokens"
+        )
+    if section not in ("base", "lora", "training"):
+        raise ValueError(f"search: {path} is not a field of a trial; axes lie in base, lora or training")
     fields = SweepSpec.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
     if field not in fields:
         raise ValueError(f"search: there is no field {path}; fields of {section}: {', '.join(fields)}")

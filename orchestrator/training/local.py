@@ -17,10 +17,10 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
         RequestError: base or data are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
     """
-    from orchestrator.training.trial import run_trial
-
     take_gpus(spec.resources)
     info = start_sweep(spec, paths, is_single_trial=True)
+    from orchestrator.training.trial import run_trial  # seconds of imports: a bad row is told before them
+
     trial_id = uuid.uuid4().hex[:8]
     return run_trial(spec.trial_config({}), info.spec, paths.trial(trial_id), paths.data, watcher)
 

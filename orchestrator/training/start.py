@@ -14,7 +14,7 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
     """
     prepared = prepare(spec.data, spec.base)
     paths.root.mkdir(parents=True)
-    save(prepared, spec.data, spec.base, paths.data)
+    save(prepared, paths.data)
     info = describe_sweep(
         spec,
         paths,

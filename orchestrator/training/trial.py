@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base import lease, load_tokenizer
-from orchestrator.data import PreparedData, load_or_prepare
+from orchestrator.data import PreparedData, load
 from orchestrator.errors import TrialError
 from orchestrator.record import TrialPaths, TrialResult, TrialState, read_metrics, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
@@ -32,7 +32,7 @@ def run_trial(
         config: what to train.
         spec: the sweep, for its metric, tracking and resources.
         paths: where the trial writes. A `result.json` that is there already is returned as it is.
-        data_folder: tokenised rows, made there if need be.
+        data_folder: tokenised rows, from `data.save`.
         watcher: follows, and may end the trial.
 
     Returns:
@@ -52,7 +52,7 @@ def run_trial(
         trackers = open_trackers(tracking)
         attempt = _Attempt(config, paths, trackers, watcher, use_device(spec.resources), so_far)
         try:
-            result = attempt.run(load_or_prepare(config.data, config.base, data_folder))
+            result = attempt.run(load(data_folder))
         except TrialError as error:
             _write_result(paths, attempt.outcome(TrialState.FAILED, str(error)), trackers)
             raise

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, TINY, Witness
+from tiny import DEMO, TINY, Witness
 
 from orchestrator.record import SweepPaths, open_sweep
 from orchestrator.spec import load_spec
@@ -68,7 +68,7 @@ def test_plain_peft_gives_the_recorded_loss(trained: SweepPaths, tmp_path: Path)
     best = json.loads(told.stdout)
     assert {"sweep", "trial_id", "metric", "value", "step", "config", "adapter", "base"} <= best.keys()
     assert best["config"]["lora.rank"] == 16
-    (rows,) = trained.data.glob("*/held_out")
+    rows = trained.data / "held_out"
     plain = subprocess.run(
         [sys.executable, "-c", PLAIN, str(tmp_path / "adapter"), str(rows)],
         capture_output=True, text=True, check=False, cwd=tmp_path,

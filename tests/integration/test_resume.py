@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, TINY
+from tiny import DEMO, TINY
 
 from orchestrator.record import SweepRecord, TrialResult, TrialState, open_sweep, read_metrics
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Witness
+from tiny import Witness
 
 from orchestrator import base as base_room
 from orchestrator.base import lease, load_base

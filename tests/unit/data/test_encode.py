@@ -62,10 +62,8 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "<s> hello </s>\n",
         "<s><s>hello</s></s>",
         "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>",
-        *(
-            pytest.param(text, marks=pytest.mark.xfail(strict=True, reason="encode: space keeps them apart"))
-            for text in ("\n<s>hello</s>", "<s>hello</s> </s>")
-        ),
+        "\n<s>hello</s>",
+        "<s>hello</s> </s>",
     ],
 )
 def test_a_text_has_one_beginning_and_one_end(tokenizer: Any, text: str) -> None:
@@ -113,7 +111,6 @@ def test_a_chat_asks_with_the_tokens_of_training(tokenizer: Any, name: str) -> N
     assert _chat_ids(tokenizer, section) == tokens.ids[: tokens.num_prompt]
 
 
-@pytest.mark.xfail(strict=True, reason="Chat.stream adds a beginning that the chat template does not have")
 def test_a_chat_adds_no_beginning_to_a_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("<|assistant|>\n", "<|assistant|>"))
     section, columns, _, _ = FORMATS["messages"]
@@ -121,7 +118,6 @@ def test_a_chat_adds_no_beginning_to_a_chat_template(tokenizer: Any, monkeypatch
     assert _chat_ids(tokenizer, section) == tokens.ids[: tokens.num_prompt]
 
 
-@pytest.mark.xfail(strict=True, reason="render_prompt keeps the space that training counts to the completion")
 def test_a_chat_template_that_ends_in_space(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ bos_token }}" + CHATML)
     section, columns, _, _ = FORMATS["messages"]
@@ -129,7 +125,6 @@ def test_a_chat_template_that_ends_in_space(tokenizer: Any, monkeypatch: pytest.
     assert _chat_ids(tokenizer, section) == tokens.ids[: tokens.num_prompt]
 
 
-@pytest.mark.xfail(strict=True, reason="render_prompt keeps the space that training counts to the completion")
 def test_a_prompt_that_ends_in_space(tokenizer: Any) -> None:
     prompt = "### Question\nWhat?\n### Answer\n"
     tokens = _encoded(tokenizer, {"format": "prompt"}, {"prompt": prompt, "completion": ANSWER})
@@ -174,7 +169,6 @@ def test_the_completion_begins_at_the_last_field(tokenizer: Any) -> None:
     assert (example.prompt, example.completion, example.answer) == ("1 2 3 ->", " 1!", "1")
 
 
-@pytest.mark.xfail(strict=True, reason="_template_head finds the field's name in the literal braces after it")
 def test_literal_braces_after_the_last_field(tokenizer: Any) -> None:
     section = _section({"format": "template", "template": "{question} {answer} {{answer}}"})
     example = render(Row({"question": "1", "answer": "2"}, "x:1"), section, tokenizer)

@@ -2,15 +2,13 @@
 
 import functools
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data import PreparedData, load_or_prepare, prepare, save
+from orchestrator.data import PreparedData, load, prepare, save
 from orchestrator.data.prepare import IGNORED
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -138,44 +136,18 @@ def test_the_fingerprint_knows_where_the_held_out_rows_begin(tmp_path: Path) -> 
     assert len(fingerprints) == 2
 
 
-def test_data_is_made_once_and_then_loaded(rows: Path, tmp_path: Path) -> None:
-    section, folder = _section(rows), tmp_path / "data"
-    made = load_or_prepare(section, BASE, folder)
-    assert made.fingerprint == prepare(section, BASE).fingerprint
-    rows.unlink()
-    loaded = load_or_prepare(section, BASE, folder)
-    assert (loaded.fingerprint, loaded.num_truncated, loaded.prompts) == (made.fingerprint, 0, [])
+def test_what_is_saved_is_what_is_loaded(rows: Path, tmp_path: Path) -> None:
+    made = prepare(_section(rows), BASE)
+    save(made, tmp_path / "data")
+    loaded = load(tmp_path / "data")
+    assert (loaded.fingerprint, loaded.num_truncated, loaded.num_dropped, loaded.prompts) == (
+        made.fingerprint,
+        0,
+        0,
+        [],
+    )
     assert _texts(loaded) == _texts(made)
-    with pytest.raises(DataError, match="no such data file"):
-        load_or_prepare(_section(rows, seed=1), BASE, folder)
-    with pytest.raises(DataError, match="no such data file"):
-        load_or_prepare(section, BASE.model_copy(update={"pad_token": "eos"}), folder)
-
-
-def test_two_at_once_do_not_break_each_other(rows: Path, tmp_path: Path) -> None:
-    section, folder = _section(rows), tmp_path / "data"
-    alone = prepare(section, BASE)  # and the libraries are imported: they do not like that from two threads
-    together = threading.Barrier(2)
-
-    def ask(_: int) -> PreparedData:
-        together.wait()
-        return load_or_prepare(section, BASE, folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(ask, range(2))
-    assert _texts(one) == _texts(other) == _texts(alone)
-    assert len(list(folder.iterdir())) == 1, "nothing else is left"
-
-
-def test_the_second_to_save_gives_way(rows: Path, tmp_path: Path) -> None:
-    section, folder = _section(rows), tmp_path / "data"
-    prepared = prepare(section, BASE)
-    save(prepared, section, BASE, folder)
-    (kept,) = folder.iterdir()
-    (kept / "mark").touch()
-    save(prepared, section, BASE, folder)
-    assert list(folder.iterdir()) == [kept]
-    assert (kept / "mark").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {rows.name, "data"}, "nothing else is left"
 
 
 def _section(source: Path, **values: Any) -> DataSection:

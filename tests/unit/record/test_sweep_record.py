@@ -164,7 +164,6 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
         assert read_metrics(trial) == points[:2]
 
 
-@pytest.mark.xfail(strict=True, reason="read_metrics raises pydantic's own error")
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     trial = SweepPaths(tmp_path).trial("a")
     trial.root.mkdir(parents=True)

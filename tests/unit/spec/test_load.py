@@ -50,7 +50,6 @@ def test_a_key_given_twice_is_refused_with_its_line(file: Path, added: str, line
         load_spec(file)
 
 
-@pytest.mark.xfail(strict=True, reason="_apply_override lets the loader's own SpecError through as it is")
 def test_a_key_twice_in_an_override_names_the_override(file: Path) -> None:
     with pytest.raises(SpecError, match=r"--set lora=.*'rank' is given twice"):
         load_spec(file, ["lora={rank: 8, rank: 16}"])
@@ -94,7 +93,6 @@ def test_hub_ids_and_embedded_are_left_alone(file: Path, monkeypatch: pytest.Mon
     assert (spec.base.model, spec.data.source, spec.data.held_out.source) == ("owner/base", "embedded", "owner/rows")
 
 
-@pytest.mark.xfail(strict=True, reason="load_spec anchors the file's own hub ids at the working directory too")
 def test_a_hub_id_in_the_file_means_the_same_from_every_folder(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
