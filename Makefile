@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PIP := $(BIN)/pip install -q --disable-pip-version-check
 
 .PHONY: help demo test test-fast lint format clean
 
@@ -34,10 +35,10 @@ clean:           ## remove the environment
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer; make demo PYTHON=python3.12"; exit 2; }
-	@echo "installing into .venv (a few minutes the first time)"
+	@echo "installing into .venv (a few minutes the first time; .venv/install.log)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt pip setuptools
-	@# torch by itself: a range or another package's wish for it would pull the newest CUDA build.
-	@$(BIN)/pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# torch by itself: a range, or another package's wish for it, would pull the newest CUDA build.
+	@{ $(PIP) -c constraints.txt pip setuptools && \
+	   $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) && \
+	   $(PIP) -c constraints.txt -e '.[dev]'; } > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
 	@touch $@
