@@ -38,7 +38,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv (a few minutes the first time; .venv/install.log)"
 	@$(PYTHON) -m venv .venv
 	@# torch by itself: a range, or another package's wish for it, would pull the newest CUDA build.
-	@{ $(PIP) -c constraints.txt pip setuptools && \
-	   $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) && \
+	@{ $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) && \
 	   $(PIP) -c constraints.txt -e '.[dev]'; } > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
 	@touch $@

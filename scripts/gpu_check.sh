@@ -27,11 +27,12 @@ time orchestrator trial experiments/llama2-7b-chat.yaml --output "$out" --name t
   --set 'data.held_out={count: 100}' --set training.epochs=null --set training.steps=40 --set training.eval_steps=20 --set scheduler.grace_steps=20
 
 time orchestrator demo --output "$out" --name demo
+time orchestrator demo --output "$out" --name demo-4-a-gpu --set resources.trials_per_gpu=4
 
 python3 - "$out" <<'PYTHON'
 import sys
 from orchestrator.record import open_sweep
-for name in ("sweep-1.1b", "trial-7b", "demo"):
+for name in ("sweep-1.1b", "trial-7b", "demo", "demo-4-a-gpu"):
     for trial in open_sweep(name, sys.argv[1]).trials():
         print(name, trial.trial_id, trial.state, f"step {trial.step}", f"loss {trial.best.value:.4f}" if trial.best else "",
               f"{trial.tokens_per_second} tok/s", f"{trial.peak_memory_gib} GiB", f"{trial.gpu_seconds} GPU s", trial.device)

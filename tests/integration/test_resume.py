@@ -108,6 +108,24 @@ def test_ctrl_c_keeps_results_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert_whole(record, before)
 
 
+def test_ctrl_c_of_a_single_trial(tmp_path: Path) -> None:
+    options = [part for setting in [*TINY, "training.steps=200"] for part in ("--set", setting)]
+    arguments = ["trial", str(DEMO), "--output", str(tmp_path), "--name", "t", *options]
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trial:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "t").glob("trials/*/checkpoints/checkpoint-8")) and time.monotonic() < deadline:
+            assert trial.poll() is None, trial.communicate()
+            time.sleep(0.05)
+        trial.send_signal(signal.SIGINT)
+        _, message = trial.communicate(timeout=60)
+    assert trial.returncode == 130
+    assert f"orchestrator resume {tmp_path / 't'}" in message
+    assert "Traceback" not in message
+    (interrupted,) = open_sweep(tmp_path / "t").trials()
+    assert (interrupted.state, interrupted.error) == (TrialState.RUNNING, None)
+    assert interrupted.checkpoint is not None
+
+
 def test_worker_is_killed_and_its_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     with start_sweep(tmp_path) as driver:
         record = wait_until_in_the_middle(tmp_path, driver)

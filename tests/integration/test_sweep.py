@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import DEMO
+from tiny import DEMO, TINY
 
 from orchestrator.adapters.chat import open_chat
 from orchestrator.data import load
@@ -116,6 +116,25 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
         ]
         assert any(value < points[-1].values["eval/loss"] for value in others), "the best of its rung was stopped"
     assert halved.best().trial.trial_id == min(trials, key=lambda t: t.best.value if t.best else 9e9).trial_id
+
+
+def test_the_median_rule_stops_what_lies_behind(tmp_path: Path) -> None:
+    rates = [3e-3, 2e-3, 1e-3, 1e-6]
+    spec = load_spec(
+        DEMO,
+        [
+            *TINY,
+            "search={algorithm: grid}",
+            f"search.space.training.learning_rate={{grid: {rates}}}",
+            "scheduler={kind: median, grace_steps: 4, min_trials: 2}",
+            "resources.max_concurrent=1",
+        ],
+    )
+    record = run_sweep(spec, SweepPaths(tmp_path / "median"), lambda _: None)
+    trials = {trial.config.training.learning_rate: trial for trial in record.trials()}
+    assert (trials[1e-6].state, trials[1e-6].step) == (TrialState.STOPPED, 4)
+    assert trials[3e-3].state == trials[2e-3].state == TrialState.COMPLETE
+    assert len({trial.worker for trial in trials.values()}) == 1, "one at a time, in one worker"
 
 
 def test_tied_values_follow_the_searched_ones(halved: SweepRecord) -> None:

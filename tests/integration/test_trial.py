@@ -96,6 +96,19 @@ def test_best_is_the_best_evaluation_with_the_adapter_of_that_step(tiny: Tiny, f
     assert "Step 4" in (paths.root / result.best.adapter / "README.md").read_text()
 
 
+def test_a_generation_metric_that_is_searched_for_is_taken_at_every_evaluation(tiny: Tiny, folder: SweepPaths) -> None:
+    result = run(
+        tiny("evaluation={metrics: [exact_match], rows: 8, max_new_tokens: 8}", "search.metric=eval/exact_match"),
+        folder,
+    )
+    assert result.mode == "max"
+    evaluations = [values for _, values in curve(folder) if "eval/loss" in values]
+    assert len(evaluations) == 3
+    assert all("eval/exact_match" in values for values in evaluations)
+    assert result.best is not None
+    assert result.best.value == max(values["eval/exact_match"] for values in evaluations)
+
+
 def test_loss_does_not_depend_on_the_evaluation_batch(tiny: Tiny, tmp_path: Path) -> None:
     losses = []
     for size in (1, 7, 40):
