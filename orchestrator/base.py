@@ -90,10 +90,10 @@ def keep_trainable(model: Any) -> None:
 
 
 @contextmanager
-def lease(base: BaseSection) -> Iterator[Any]:
+def lease(base: BaseSection, trains_biases: bool = False) -> Iterator[Any]:
     """The base for one trial. Loaded at first use and kept; what the trial hung on it is taken off afterwards.
 
-    If the trial fails, or trained the base's own biases, the base is dropped instead of kept.
+    If the trial fails, or trains the base's own biases, the base is dropped instead of kept.
     """
     global _kept
     if _kept is None or _kept[0] != base:
@@ -107,7 +107,7 @@ def lease(base: BaseSection) -> Iterator[Any]:
     try:
         yield model
         _take_off(model, forward, hooks)
-        clean = before == {name: id(parameter) for name, parameter in model.named_parameters()}
+        clean = not trains_biases and before == {name: id(parameter) for name, parameter in model.named_parameters()}
     finally:
         if not clean:
             drop()

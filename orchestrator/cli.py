@@ -30,7 +30,9 @@ app = typer.Typer(
 
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a field; may be repeated.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
+]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
 Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
 Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
@@ -232,6 +234,19 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
     return record
 
 
+def _say_rows(console: "Console", record: "SweepRecord") -> None:
+    """What became of rows that did not stay as they were."""
+    info, most = record.info, record.info.spec.data.max_length
+    told = [
+        (info.num_truncated, f"rows were cut to data.max_length={most} tokens"),
+        (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
+        (info.num_shared, "held-out rows are training rows too: their loss says little"),
+    ]
+    for number, what in told:
+        if number:
+            console.print(f"note: {number} of {info.num_train + info.num_held_out} {what}", highlight=False)
+
+
 def _show_trials(console: "Console", record: "SweepRecord") -> None:
     from orchestrator.report.tables import trials_table
 
@@ -239,6 +254,7 @@ def _show_trials(console: "Console", record: "SweepRecord") -> None:
 
 
 def _show_best(console: "Console", record: "SweepRecord") -> None:
+    _say_rows(console, record)
     winner = record.best()
     point = winner.trial.best
     assert point is not None

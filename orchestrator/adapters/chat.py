@@ -8,6 +8,7 @@ from threading import Thread
 from typing import Any
 
 from orchestrator.adapters.bundle import verify_adapter
+from orchestrator.adapters.generate import GREEDY
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data import encode_prompt, render_prompt
 from orchestrator.errors import RecordError
@@ -52,12 +53,8 @@ class Chat:
                         attention_mask=torch.ones_like(inputs),
                         streamer=streamer,
                         max_new_tokens=max_new_tokens,
-                        do_sample=False,
-                        temperature=None,
-                        top_p=None,
-                        top_k=None,
-                        use_cache=True,
                         pad_token_id=self.tokenizer.pad_token_id,
+                        **GREEDY,
                     )
                 except BaseException as error:  # raised again below, in the caller's thread
                     failures.append(error)

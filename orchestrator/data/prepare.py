@@ -50,6 +50,8 @@ class PreparedData:
     """Rows cut to max_length."""
     num_dropped: int
     """Rows that had no token in the loss after the cut."""
+    num_shared: int
+    """Held-out rows that are training rows too, token for token."""
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
@@ -88,6 +90,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         fingerprint=_fingerprint(train_tokens, held_out_tokens),
         num_truncated=counts["truncated"],
         num_dropped=counts["dropped"],
+        num_shared=len({tuple(row.ids) for row in train_tokens} & {tuple(row.ids) for row in held_out_tokens}),
     )
 
 
@@ -153,6 +156,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
         "fingerprint": prepared.fingerprint,
         "num_truncated": prepared.num_truncated,
         "num_dropped": prepared.num_dropped,
+        "num_shared": prepared.num_shared,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
     (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

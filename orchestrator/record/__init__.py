@@ -5,9 +5,11 @@ from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
     BestAdapter,
     SweepRecord,
+    end_trial,
     open_sweep,
     read_metrics,
     read_trial,
+    resumable,
     write_record,
 )
 
@@ -21,8 +23,10 @@ __all__ = [
     "TrialPaths",
     "TrialResult",
     "TrialState",
+    "end_trial",
     "open_sweep",
     "read_metrics",
     "read_trial",
+    "resumable",
     "write_record",
 ]

@@ -108,6 +108,10 @@ class SweepInfo(Record):
     """Held-out rows."""
     num_truncated: int
     """Rows that were cut to max_length."""
+    num_dropped: int
+    """Rows that had no token to learn from after the cut."""
+    num_shared: int
+    """Held-out rows that are training rows too, token for token."""
     versions: dict[str, str]
     """Package -> version on the driver."""
     git_commit: str | None

@@ -69,6 +69,8 @@ def describe_sweep(
     num_train: int,
     num_held_out: int,
     num_truncated: int,
+    num_dropped: int,
+    num_shared: int,
 ) -> SweepInfo:
     """The sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
@@ -80,6 +82,8 @@ def describe_sweep(
         num_train=num_train,
         num_held_out=num_held_out,
         num_truncated=num_truncated,
+        num_dropped=num_dropped,
+        num_shared=num_shared,
         versions=_versions(),
         git_commit=_git_commit(),
     )

@@ -1,5 +1,6 @@
 """Read a sweep back from its folder: the disk is the truth, everything else is a view of it."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,6 @@ class BestAdapter:
         """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
         trial, best = self.trial, self.trial.best
         assert best is not None
-        sections = trial.config.model_dump(mode="json", exclude={"varied"})
         return {
             "sweep": self.sweep.name,
             "trial_id": trial.trial_id,
@@ -43,7 +43,7 @@ class BestAdapter:
             "step": best.step,
             "values": best.values,
             "num_compared": self.num_compared,
-            "config": {f"{section}.{name}": v for section, fields in sections.items() for name, v in fields.items()},
+            "config": trial.config.dotted(),
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
             "base": trial.config.base.model,
@@ -130,6 +130,32 @@ def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
         return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
     except ValidationError as error:
         raise RecordError(f"{paths.metrics}: the record is damaged: {error}") from error
+
+
+def resumable(paths: TrialPaths, config: TrialConfig) -> TrialResult | None:
+    """A trial as it was at its last complete checkpoint; None where it must begin anew.
+
+    Step and tokens are those of the checkpoint: what was done after it will be done again. The best adapter may be of
+    a later step: it is whole, and will be measured again with the same value.
+    """
+    if not paths.progress.is_file():
+        return None
+    progress = _read(TrialResult, paths.progress)
+    if progress.config != config or progress.checkpoint is None or not (paths.root / progress.checkpoint).is_dir():
+        return None
+    step = int(progress.checkpoint.rpartition("-")[2])
+    if progress.step == step:
+        return progress
+    points = [point for point in read_metrics(paths) if point.step <= step]
+    return progress.model_copy(update={"step": step, "tokens": points[-1].tokens if points else 0})
+
+
+def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
+    """Put a result down for good; checkpoints are of no more use then."""
+    result = result.model_copy(update={"checkpoint": None})
+    write_record(paths.result, result)
+    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    return result
 
 
 def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig) -> None:

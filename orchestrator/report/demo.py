@@ -5,10 +5,10 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.adapters.chat import open_chat
+from orchestrator.adapters.generate import answer
 from orchestrator.data import load
 from orchestrator.record import SweepRecord
 from orchestrator.report.tables import trials_table
-from orchestrator.training.generate import answer
 
 _NUM_PROMPTS = 6
 

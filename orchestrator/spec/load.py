@@ -47,7 +47,7 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
 
     Args:
         file: YAML experiment file.
-        overrides: `dotted.field=value` strings; values are read as YAML.
+        overrides: `dotted.field=value` strings; values are read as YAML. A searched or tied field is then fixed.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
@@ -112,6 +112,8 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         value = alone = alone[key]
     try:
         write_keys(document, keys, value)
+        for searched in ("space", "tied"):  # a field that is set is fixed
+            (document.get("search") or {}).get(searched, {}).pop(path, None)
     except (TypeError, AttributeError) as error:
         raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
 

@@ -101,7 +101,9 @@ class SearchSection(Section):
 
     @property
     def total_trials(self) -> int:
-        """Number of trials the sweep will have."""
+        """Number of trials the sweep will have; one where nothing is searched."""
+        if not self.space:
+            return 1
         if self.algorithm != "grid":
             return self.num_trials or 10
         total = 1

@@ -58,6 +58,8 @@ class HeldOut(Section):
         given = [name for name in ("share", "count", "source") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of share, count, source, but got {given or 'none'}")
+        if self.source is None and (self.config is not None or self.max_rows is not None or self.split != "test"):
+            raise ValueError("config, split and max_rows belong to a source, and none is given")
         return self
 
 
@@ -85,12 +87,23 @@ class DataSection(Section):
     seed: int = 42
     """Seed of the split."""
 
+    @staticmethod
+    def is_local(source: str) -> bool:
+        """Whether a source is a file or the embedded task, and not a hub id."""
+        return source == "embedded" or source.startswith("/")
+
     @model_validator(mode="after")
-    def _template_where_used(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.format == "template" and not self.template:
             raise ValueError("format template needs a template, such as '<s>[INST] {question} [/INST] {answer} </s>'")
         if self.format != "template" and self.template:
             raise ValueError(f"a template is given, but format is {self.format}; set format: template")
+        if self.held_out.source == self.source and (
+            self.is_local(self.source) or (self.held_out.config, self.held_out.split) == (self.config, self.split)
+        ):
+            raise ValueError("held_out.source is the training source: the trials would be scored on what they learned")
+        if self.is_local(self.source) and (self.config is not None or self.split != "train"):
+            raise ValueError(f"config and split belong to a hub data set, but source is {self.source}")
         if self.format == "text" and self.loss_on == "completion":
             raise ValueError("loss_on: completion needs to know the prompt; format text has none")
         return self
@@ -129,7 +142,7 @@ class TrainingSection(Section):
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = "cosine"
     """Learning rate over the steps."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Share of the steps (below 1) or number of steps (1 and above)."""
+    """Share of the steps (below 1) or number of steps (1 and above); schedule constant has none."""
     optimizer: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -143,7 +156,7 @@ class TrainingSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.3
     """Clip the gradient to this norm; 0 clips nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
+    """Weight decay (decoupled in AdamW)."""
     recompute: bool = False
     """Compute activations again in the backward pass: less memory, about a third more work."""
     group_by_length: bool = False
@@ -165,6 +178,8 @@ class TrainingSection(Section):
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs})")
+        if self.steps is not None and self.warmup >= max(1, self.steps):
+            raise ValueError(f"warmup ({self.warmup:g} steps) must end before the last step ({self.steps})")
         if self.precision == "fp16" and self.adapter_dtype == "bfloat16":
             raise ValueError("precision fp16 scales gradients, which bfloat16 adapters cannot take; use float32")
         return self
@@ -256,3 +271,8 @@ class TrialConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     varied: dict[str, Any] = {}
     """Dotted fields that the search chose or tied, with their values."""
+
+    def dotted(self) -> dict[str, Any]:
+        """Dotted field -> plain value, for readers that know no nesting."""
+        sections = self.model_dump(mode="json", exclude={"varied"})
+        return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}

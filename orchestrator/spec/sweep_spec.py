@@ -83,12 +83,14 @@ class SweepSpec(Section):
         probes = {path: axis.probes() for path, axis in self.search.space.items()}
         first = {path: values[0] for path, values in probes.items()}
         alone = [(f".{path}: the value {v!r}", first | {path: v}) for path, values in probes.items() for v in values]
-        together = [(f": the point {point}", point) for point in _combinations(probes)]
+        together = [(f": the point {point}", point) for point in _combinations(probes) if point]
         for where, point in [*alone, *together]:
             try:
                 self.trial_config(point)
             except ValueError as error:
                 raise ValueError(f"search.space{where} gives {describe(error)[0]}") from error
+        if not probes:
+            self.trial_config({})
         return self
 
     @property
@@ -111,17 +113,21 @@ class SweepSpec(Section):
             write_keys(document, path.split("."), value)
 
         def lookup(path: str) -> Any:
+            if path in unresolved:
+                raise ValueError(f"reads {path}, which is tied itself; a tie may read only those written before it")
             try:
                 return read_path(document, path)
             except (KeyError, TypeError):
                 raise ValueError(f"there is no field {path}") from None
 
+        unresolved = set(self.search.tied)
         for path, expression in self.search.tied.items():
             try:
                 varied[path] = evaluate_tie(expression, lookup)
             except ValueError as error:
                 raise ValueError(f"search.tied.{path} {error}") from error
             write_keys(document, path.split("."), varied[path])
+            unresolved.remove(path)
         return TrialConfig.model_validate({**document, "varied": varied})
 
 

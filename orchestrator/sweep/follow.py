@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult
 
 Watch = Callable[[list[TrialResult]], None]
@@ -20,7 +21,10 @@ def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
     def run() -> None:
         seen: list[TrialResult] = []
         while not done.wait(_PERIOD_S):
-            trials = record.trials()
+            try:
+                trials = record.trials()
+            except (RecordError, OSError):  # shared storage that stumbles: the next look will tell
+                continue
             if trials != seen:
                 watch(trials)
                 seen = trials

@@ -5,7 +5,16 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator.record import SweepPaths, SweepRecord, TrialPaths, TrialState, open_sweep, read_trial, write_record
+from orchestrator.record import (
+    SweepPaths,
+    SweepRecord,
+    TrialPaths,
+    TrialState,
+    end_trial,
+    open_sweep,
+    read_trial,
+    write_record,
+)
 from orchestrator.sweep.trainable import plain_values
 
 
@@ -19,7 +28,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""
         record, paths = _locate(trial)
-        end_trial(record, paths, TrialState.STOPPED)
+        _end(record, paths, TrialState.STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial failed, and has no attempt left."""
@@ -27,7 +36,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
         if not paths.config.is_file():  # its worker did not come as far
             write_record(paths.config, record.info.spec.trial_config(plain_values(trial.config)))
         error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
-        end_trial(record, paths, TrialState.FAILED, f"gave up after {trial.num_failures} failures; the last: {error}")
+        _end(record, paths, TrialState.FAILED, f"gave up after {trial.num_failures} failures; the last: {error}")
 
 
 def cancel_unknown(record: SweepRecord) -> None:
@@ -36,7 +45,7 @@ def cancel_unknown(record: SweepRecord) -> None:
     for trial_id in record.paths.trial_ids():
         if trial_id not in known:
             paths = record.paths.trial(trial_id)
-            end_trial(record, paths, TrialState.CANCELLED, "lost with the driver; another trial took its place")
+            _end(record, paths, TrialState.CANCELLED, "lost with the driver; another trial took its place")
 
 
 def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
@@ -44,9 +53,9 @@ def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
     return open_sweep(root), SweepPaths(root).trial(trial.trial_id)
 
 
-def end_trial(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:
+def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:
     """Write the result of a trial that has none, from its progress."""
     if paths.result.is_file():
         return
     so_far = read_trial(paths, record.info)
-    write_record(paths.result, so_far.model_copy(update={"state": state, "error": error, "checkpoint": None}))
+    end_trial(paths, so_far.model_copy(update={"state": state, "error": error}))

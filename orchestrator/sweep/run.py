@@ -6,6 +6,7 @@ import os
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.errors import Interrupted, RequestError, SweepError
 from orchestrator.record import SweepPaths, SweepRecord, TrialState
+from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import ResourcesSection
 from orchestrator.sweep.follow import Watch, follow
@@ -33,7 +34,7 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
     """
     with connection(address):
         require_shared_folder(paths.root.parent)
-        gpus_per_trial(spec.resources, address)
+        trial_resources(spec.resources, address)
         info = start_sweep(spec, paths)
         return _drive(SweepRecord(paths, info), watch, address)
 
@@ -56,7 +57,7 @@ def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecor
     spec, paths = record.info.spec, record.paths
     trainable = tune.with_resources(
         tune.with_parameters(QloraTrial, folder=str(paths.root)),
-        {"cpu": spec.resources.cpus_per_trial, "gpu": gpus_per_trial(spec.resources, address)},
+        trial_resources(spec.resources, address),
     )
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
@@ -69,10 +70,10 @@ def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecor
             tune_config=tune.TuneConfig(
                 metric=spec.search.metric,
                 mode=spec.search.resolved_mode,
-                search_alg=make_searcher(spec.search),
+                search_alg=make_searcher(spec.search, spec.resources.max_concurrent),
                 scheduler=make_scheduler(spec),
                 num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
-                max_concurrent_trials=spec.resources.max_concurrent,
+                max_concurrent_trials=spec.resources.max_concurrent if spec.search.algorithm == "optuna" else None,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -84,30 +85,38 @@ def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecor
                 verbose=0,
             ),
         )
-    with follow(record, watch):
-        tuner.fit()
-    cancel_unknown(record)
+    with only_driver(paths):
+        with follow(record, watch):
+            tuner.fit()
+        cancel_unknown(record)
     return _conclude(record)
 
 
-def gpus_per_trial(resources: ResourcesSection, address: str | None) -> float:
-    """GPUs that Ray sets aside for each trial; a share of one where trials share it.
+def trial_resources(resources: ResourcesSection, address: str | None) -> dict[str, float]:
+    """What Ray sets aside for each trial: `cpu` and `gpu`, a share of one where trials share it.
 
     Raises:
-        RequestError: `auto` on a cluster that has no GPU now. It may be about to start some: training a night long
-            on CPUs is nothing to guess at.
+        RequestError: `auto` on a cluster that has no GPU now (it may be about to start some: training a night long on
+            CPUs is nothing to guess at), or more than a machine that cannot grow has, where Ray would wait for ever.
     """
     import ray
 
+    there = ray.cluster_resources()
+    gpus, cpus = there.get("GPU", 0), there.get("CPU", 0)
     whole = resources.gpus_per_trial
     if whole == "auto":
-        whole = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        whole = 1 if gpus >= 1 else 0
         if address is not None and not whole:
             raise RequestError(
                 f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
                 "Say resources.gpus_per_trial=1 (GPU workers will be started and waited for) or =0 (train on CPUs).",
             )
-    return whole / resources.trials_per_gpu
+    if address is None and (whole > gpus or resources.cpus_per_trial > cpus):
+        raise RequestError(
+            f"a trial takes {whole} GPUs, {resources.cpus_per_trial} cores; this machine has {gpus:g} and {cpus:g}",
+            "Change resources.gpus_per_trial (auto takes what there is) or cpus_per_trial, or give --address.",
+        )
+    return {"cpu": resources.cpus_per_trial, "gpu": whole / resources.trials_per_gpu}
 
 
 def _quiet_tune() -> None:
@@ -115,7 +124,7 @@ def _quiet_tune() -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table at verbosity 0 too
-    # Search and scheduler state go to disk at every turn of Tune's loop, not every 10 s: a killed driver loses nothing.
+    # Trials and searcher go to disk at every turn of Tune's loop, not every 10 s: a killed driver loses nothing.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     for name in ("ray", "ray.tune", "ray.train", "optuna"):
@@ -124,8 +133,8 @@ def _quiet_tune() -> None:
 
 def _conclude(record: SweepRecord) -> SweepRecord:
     trials = record.trials()
-    ended = [trial for trial in trials if trial.state not in (TrialState.RUNNING, TrialState.PENDING)]
-    total = record.info.spec.search.total_trials
+    ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
+    total = record.info.num_trials
     if len(ended) < total:
         raise Interrupted(
             f"interrupted with {len(ended)} of {total} trials ended; their results are kept",

@@ -14,11 +14,11 @@ def tune_space(search: SearchSection) -> dict[str, Any]:
     return {path: _domain(axis, search.algorithm == "grid") for path, axis in search.space.items()}
 
 
-def make_searcher(search: SearchSection) -> Searcher | SearchAlgorithm:
-    """The algorithm, seeded."""
+def make_searcher(search: SearchSection, max_concurrent: int | None) -> Searcher | SearchAlgorithm:
+    """The algorithm, seeded. Optuna's concurrency is limited by Tune, that of the others by themselves."""
     if search.algorithm == "optuna":
         return OptunaSearch(metric=search.metric, mode=search.resolved_mode, seed=search.seed)
-    return BasicVariantGenerator(random_state=search.seed)
+    return BasicVariantGenerator(random_state=search.seed, max_concurrent=max_concurrent or 0)
 
 
 def _domain(axis: Axis, every_value: bool) -> Any:

@@ -1,12 +1,24 @@
 """The trial as Ray Tune sees it."""
 
+import os
 import socket
 from typing import Any
 
+import ray
 from ray import tune
 
 from orchestrator.errors import ClusterError, RecordError, TrialError
-from orchestrator.record import TrialResult, TrialState, open_sweep, read_trial
+from orchestrator.record import (
+    MetricPoint,
+    TrialPaths,
+    TrialResult,
+    TrialState,
+    open_sweep,
+    read_metrics,
+    read_trial,
+    resumable,
+)
+from orchestrator.spec import TrialConfig
 from orchestrator.sweep.session import TrialSession
 
 
@@ -15,6 +27,8 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
 
     def setup(self, config: dict[str, Any], folder: str) -> None:
         """`config` holds the searched fields; `folder` is the sweep's."""
+        if not ray.get_gpu_ids():  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         try:
             self._sweep = open_sweep(folder)
         except RecordError as error:  # a node that joined after the probe
@@ -29,12 +43,14 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
 
     def step(self) -> dict[str, Any]:
         """Go on to the next evaluation, or to the end."""
+        if self._known:
+            return _report(self._known.pop(0))
         if self._session is None:
             return _report_result(read_trial(self._paths, self._sweep.info))
         event = self._session.next()
         if isinstance(event, TrialResult):
             return _report_result(event)
-        return {**event.values, "step": event.step, "tokens": event.tokens, "done": False}
+        return _report(event)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing: the trial's own folder holds its checkpoints, and knows which one is complete."""
@@ -51,15 +67,25 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         spec, paths = self._sweep.info.spec, self._sweep.paths.trial(self.trial_id)
         self._paths = paths
         self._session: TrialSession | None = None
+        self._known: list[MetricPoint] = []
         if paths.result.is_file():  # ended before its worker or the driver died; the disk is the truth
             return
         trial_config = spec.trial_config(plain_values(config))
+        self._known = _known_points(paths, trial_config)
         data_folder = self._sweep.paths.data
 
         def run(session: Any) -> TrialResult | None:
             from orchestrator.training.trial import run_trial
 
-            return run_trial(trial_config, spec, paths, data_folder, session)
+            return run_trial(
+                trial_config,
+                spec,
+                paths,
+                data_folder,
+                session,
+                sharing=spec.resources.trials_per_gpu,
+                is_last_attempt=False,
+            )
 
         self._session = TrialSession(run)
 
@@ -67,6 +93,23 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         if self._session is not None:
             self._session.stop()
             self._session = None
+
+
+def _known_points(paths: TrialPaths, config: TrialConfig) -> list[MetricPoint]:
+    """Evaluations up to the checkpoint that a trial goes on from, but for the last step's, which come with the result.
+
+    They are reported again: after the loss of a driver the scheduler has forgotten them, and after the loss of a
+    worker it may not have heard the last.
+    """
+    start = resumable(paths, config)
+    if start is None:
+        return []
+    last = min(start.step, (start.total_steps or start.step + 1) - 1)
+    return [point for point in read_metrics(paths) if point.step <= last and start.metric in point.values]
+
+
+def _report(point: MetricPoint) -> dict[str, Any]:
+    return {**point.values, "step": point.step, "tokens": point.tokens, "done": False}
 
 
 def plain_values(config: dict[str, Any]) -> dict[str, Any]:

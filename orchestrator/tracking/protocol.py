@@ -1,7 +1,7 @@
 """What a tracker is."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from orchestrator.record import MetricPoint, TrialPaths, TrialResult
 from orchestrator.spec import TrialConfig
@@ -23,11 +23,6 @@ class TrialIdentity:
     def group(self) -> str:
         """Name of the sweep."""
         return self.paths.sweep.name
-
-    def flat_config(self) -> dict[str, Any]:
-        """Dotted field -> plain value, for trackers that know no nesting."""
-        sections = self.config.model_dump(mode="json", exclude={"varied"})
-        return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 class Tracker(Protocol):

@@ -14,7 +14,7 @@ class TensorBoardTracker:
 
     def __init__(self, identity: TrialIdentity) -> None:
         # purge_step hides what a lost worker had written past the checkpoint.
-        purge = identity.resumed_step + 1 if identity.resumed_step else None
+        purge = identity.resumed_step + 1
         self._writer = SummaryWriter(str(identity.paths.tensorboard), purge_step=purge, flush_secs=10)
         varied = identity.config.varied or {
             "lora.rank": identity.config.lora.rank,
@@ -33,5 +33,5 @@ class TensorBoardTracker:
 
     def finish(self, result: TrialResult) -> None:
         if result.best:
-            self._writer.add_scalar(f"best/{result.metric}", result.best.value, result.step)
+            self._writer.add_scalar(f"best/{result.metric}", result.best.value, result.best.step)
         self._writer.close()

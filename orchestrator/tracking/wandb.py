@@ -24,7 +24,7 @@ class WandbTracker:
             group=identity.group,
             id=identity.paths.trial_id,
             name=identity.paths.trial_id,
-            config=identity.flat_config(),
+            config=identity.config.dotted(),
             dir=str(identity.paths.sweep),
             mode=mode,
             resume="allow",

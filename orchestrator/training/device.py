@@ -2,20 +2,17 @@
 
 import resource
 
-from orchestrator.spec.sections import ResourcesSection
-
 GIB = 2**30
 
 
-def use_device(resources: ResourcesSection) -> float:
-    """Hold to the trial's share of this machine, and say how many GPUs that is (0 on a CPU)."""
+def use_device(threads: int) -> int:
+    """Number of GPUs this process sees; where there is none, hold to that many threads."""
     import torch
 
-    if not torch.cuda.is_available():
-        torch.set_num_threads(resources.cpus_per_trial)
-        return 0.0
-    whole = 1 if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
-    return whole / resources.trials_per_gpu
+    gpus = int(torch.cuda.device_count())
+    if not gpus:
+        torch.set_num_threads(threads)
+    return gpus
 
 
 def device_name() -> str:

@@ -3,7 +3,9 @@
 import os
 import uuid
 
+from orchestrator.errors import RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
+from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import ResourcesSection
 from orchestrator.training.start import start_sweep
@@ -14,30 +16,43 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
     """Run the experiment's own values (no search) as one trial.
 
     Raises:
-        RequestError: base or data are not what the experiment says; nothing is written.
+        RequestError: base, data or GPUs are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
     """
     take_gpus(spec.resources)
     info = start_sweep(spec, paths, is_single_trial=True)
-    from orchestrator.training.trial import run_trial  # seconds of imports: a bad row is told before them
-
-    trial_id = uuid.uuid4().hex[:8]
-    return run_trial(spec.trial_config({}), info.spec, paths.trial(trial_id), paths.data, watcher)
+    return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
 
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is."""
-    from orchestrator.training.trial import run_trial
-
     take_gpus(record.info.spec.resources)
-    ids = record.paths.trial_ids()
-    paths = record.paths.trial(ids[0] if ids else uuid.uuid4().hex[:8])
-    return run_trial(record.info.spec.trial_config({}), record.info.spec, paths, record.paths.data, watcher)
+    known = record.paths.trial_ids()
+    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
+
+
+def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:
+    from orchestrator.training.trial import run_trial  # seconds of imports: a bad row is told before them
+
+    spec, paths = record.info.spec, record.paths
+    with only_driver(paths):
+        return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
 
 
 def take_gpus(resources: ResourcesSection) -> None:
-    """Show this process only the GPUs that its trial takes (the Trainer would otherwise spread over all of them)."""
+    """Show this process only the GPUs that its trial takes (the Trainer would otherwise spread over all of them).
+
+    Raises:
+        RequestError: there are fewer.
+    """
+    import torch
+
     wanted = 1 if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible is not None else [str(i) for i in range(wanted)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:wanted])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:wanted])  # read when CUDA starts, not at import
+    if resources.gpus_per_trial != "auto" and torch.cuda.device_count() < wanted:
+        raise RequestError(
+            f"resources.gpus_per_trial={wanted}, but this machine has {torch.cuda.device_count()} GPUs to take",
+            "Set it to what there is; auto takes one, or none where there is none.",
+        )

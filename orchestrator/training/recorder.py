@@ -68,7 +68,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if state.global_step == self._start.step + 1:
             self._update(applied=self._read_applied(kwargs["optimizer"]))
         if state.global_step == state.max_steps:
-            control.should_log = control.should_evaluate = True
+            control.should_evaluate = True
+        if control.should_save or control.should_evaluate:  # a checkpoint's figures are those of its step
+            control.should_log = True
         if not self._watcher.on_step(state.global_step, state.max_steps):
             self._stop(control)
 
@@ -78,13 +80,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         values = {f"train/{name}": logs[name] for name in ("loss", "grad_norm", "learning_rate")}
         self._count_tokens(logs["num_tokens"])
         self._record(state.global_step, values)
-        for name in ("loss", "grad_norm"):
+        # fp16's scaler meets infinite gradients while it looks for its scale, and skips those steps.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs[name]):
                 raise TrialError(
                     f"{name} is {logs[name]} at step {state.global_step}",
                     "Try a lower learning rate, or another precision.",
                 )
-        self._update(grad_norm=max(logs["grad_norm"], self.result.grad_norm or 0.0))
+        if math.isfinite(logs["grad_norm"]):
+            self._update(grad_norm=max(logs["grad_norm"], self.result.grad_norm or 0.0))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self.result.grad_norm == 0.0:

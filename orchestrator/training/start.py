@@ -1,6 +1,10 @@
 """Put a new sweep on disk: its data first, so that a bad row is told before anything is written."""
 
+import tempfile
+from pathlib import Path
+
 from orchestrator.data import prepare, save
+from orchestrator.errors import RequestError
 from orchestrator.record import SweepInfo, SweepPaths, write_record
 from orchestrator.record.start import describe_sweep
 from orchestrator.spec import SweepSpec
@@ -13,8 +17,12 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
         RequestError: the base's tokenizer or the data are not what the experiment says; nothing is written.
     """
     prepared = prepare(spec.data, spec.base)
-    paths.root.mkdir(parents=True)
-    save(prepared, paths.data)
+    try:
+        paths.root.parent.mkdir(parents=True, exist_ok=True)
+        building = SweepPaths(Path(tempfile.mkdtemp(dir=paths.root.parent, prefix=f".{paths.name}.")))
+    except OSError as error:
+        raise RequestError(f"{paths.root}: cannot be made: {error}") from error
+    save(prepared, building.data)
     info = describe_sweep(
         spec,
         paths,
@@ -23,6 +31,10 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
         num_train=len(prepared.train),
         num_held_out=len(prepared.held_out),
         num_truncated=prepared.num_truncated,
+        num_dropped=prepared.num_dropped,
+        num_shared=prepared.num_shared,
     )
-    write_record(paths.sweep, info)
+    write_record(building.sweep, info)
+    building.root.chmod(0o755)
+    building.root.rename(paths.root)  # a sweep's folder is there with its record, or not at all
     return info

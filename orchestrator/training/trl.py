@@ -8,9 +8,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 
 
-def build_trainer(
-    config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path, callbacks: list[Any]
-) -> Any:
+def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path) -> Any:
     """An SFTTrainer that adapts `model` (a bare base) on `data`.
 
     Args:
@@ -19,7 +17,6 @@ def build_trainer(
         tokenizer: its tokenizer, with a padding token.
         data: tokenised rows.
         checkpoints: folder of the trainer's checkpoints.
-        callbacks: transformers callbacks.
     """
     import torch
     from peft import LoraConfig
@@ -72,8 +69,8 @@ def build_trainer(
             target_modules=lora.target_modules,
             bias=lora.bias,
             task_type="CAUSAL_LM",
+            revision=config.base.revision,
         ),
-        callbacks=callbacks,
     )
     # SFTTrainer casts adapters on a quantised base to bfloat16; the optimizer is built later, from what is here.
     for parameter in trainer.model.parameters():

@@ -15,7 +15,7 @@ from orchestrator.record import SweepRecord, TrialResult, TrialState, open_sweep
 pytestmark = pytest.mark.slow
 
 NUM_TRIALS = 5
-STEPS = 40
+STEPS = 24
 
 
 def command(*arguments: str) -> list[str]:
@@ -27,7 +27,7 @@ def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         *TINY,
         f"search.num_trials={NUM_TRIALS}",
         f"training.steps={STEPS}",
-        "training.eval_steps=5",
+        "training.eval_steps=4",
         "scheduler.kind=none",
         *overrides,
     ]
@@ -51,7 +51,7 @@ def wait_until_in_the_middle(folder: Path, driver: subprocess.Popen[str]) -> Swe
 
 
 def is_under_way(trial: TrialResult) -> bool:
-    return trial.state == TrialState.RUNNING and trial.checkpoint is not None and trial.step < STEPS - 10
+    return trial.state == TrialState.RUNNING and trial.checkpoint is not None and trial.step < STEPS - 6
 
 
 def assert_whole(record: SweepRecord, finished_before: dict[Path, int]) -> None:
@@ -63,7 +63,7 @@ def assert_whole(record: SweepRecord, finished_before: dict[Path, int]) -> None:
     for trial in complete:
         points = read_metrics(record.paths.trial(trial.trial_id))
         steps = [point.step for point in points if "eval/loss" in point.values]
-        assert steps == list(range(5, STEPS + 1, 5))
+        assert steps == list(range(4, STEPS + 1, 4))
         assert trial.step == STEPS
         assert trial.tokens == points[-1].tokens
     for path, changed in finished_before.items():
@@ -146,7 +146,7 @@ def test_a_trial_that_fails_by_itself_does_not_stop_the_sweep(tmp_path: Path) ->
         "search={algorithm: grid}",
         "search.space.training.learning_rate={grid: [1e-3, 1e30]}",
         "training.max_grad_norm=0",
-        "training.steps=5",
+        "training.steps=4",
     ) as driver:
         output, message = driver.communicate(timeout=240)
     assert driver.returncode == 0, message

@@ -13,11 +13,11 @@ import pytest
 from tiny import DEMO, TINY
 
 from orchestrator.adapters.chat import open_chat
+from orchestrator.adapters.generate import exact_match
 from orchestrator.data import load
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
 from orchestrator.spec import load_spec
 from orchestrator.sweep import run_sweep
-from orchestrator.training.generate import exact_match
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +106,7 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
             assert trial.step == 16
             continue
         assert trial.step in (4, 8), "stopped between rungs"
+        assert not halved.paths.trial(trial.trial_id).checkpoints.exists()
         assert points[-1].step == trial.step, "went on after it was stopped"
         others = [
             point.values["eval/loss"]
@@ -181,11 +182,13 @@ def test_wandb_holds_one_offline_run_a_trial(halved: SweepRecord) -> None:
     runs = [path.name for path in (halved.paths.root / "wandb").glob("offline-run-*")]
     trials = halved.trials()
     assert sorted(name.partition("-")[2].split("-", 2)[2] for name in runs) == sorted(t.trial_id for t in trials)
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
     for trial in trials:
         (run,) = (halved.paths.root / "wandb").glob(f"offline-run-*-{trial.trial_id}")
         (log,) = run.glob("run-*.wandb")
         summary, config, group = _read_wandb(log)
         assert group == "halved"
+        assert summary["state"] == trial.state
         assert config["lora.rank"] == trial.config.lora.rank
         assert trial.best is not None
         assert summary["best/eval/loss"] == pytest.approx(trial.best.value)

@@ -1,6 +1,7 @@
 """One trial, trained for real on the embedded base."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tiny import Witness
 
 from orchestrator import base as base_room
 from orchestrator.base import lease, load_base
+from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, open_sweep, read_metrics
 from orchestrator.spec import SweepSpec
@@ -182,9 +184,11 @@ def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tm
     assert run(tiny("training.steps=4"), SweepPaths(tmp_path / "good")).state == TrialState.COMPLETE
 
 
-@pytest.mark.parametrize("step", [5, 9])
-def test_resumed_trial_is_the_undisturbed_one_to_the_digit(tiny: Tiny, tmp_path: Path, step: int) -> None:
-    spec = tiny("lora.dropout=0.1", "training.accumulation=2")
+@pytest.mark.parametrize(("step", "save_steps"), [(5, 4), (9, 3)])
+def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
+    tiny: Tiny, tmp_path: Path, step: int, save_steps: int
+) -> None:
+    spec = tiny("lora.dropout=0.1", "training.accumulation=2", f"training.save_steps={save_steps}")
     whole = SweepPaths(tmp_path / "whole")
     undisturbed = run(spec, whole)
     broken = SweepPaths(tmp_path / "broken")
@@ -199,6 +203,58 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(tiny: Tiny, tmp_path:
     assert resumed.best == undisturbed.best
     assert (resumed.step, resumed.tokens) == (undisturbed.step, undisturbed.tokens)
     assert resumed.seconds > 0
+
+
+def test_interrupted_while_it_answers_trains_no_step_more(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny("evaluation={metrics: [exact_match], rows: 8, max_new_tokens: 8}")
+    whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
+    undisturbed = run(spec, whole)
+
+    def interrupt(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trial_room, "exact_match", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_local_trial(spec, broken, Witness())
+    resumed = resume_local_trial(open_sweep(broken.root), Witness())
+    assert resumed is not None
+    assert (resumed.step, resumed.tokens, resumed.best) == (12, undisturbed.tokens, undisturbed.best)
+    assert curve(broken) == curve(whole)
+
+
+def test_a_base_whose_biases_were_trained_is_not_used_again(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path / "base"
+    shutil.copytree(BASE_DIR, folder)
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    spec = tiny(f"base.model={folder}", "lora.bias=all", "training.steps=4")
+    with lease(spec.base) as model:
+        fresh = {name: value.clone() for name, value in model.named_parameters() if name.endswith("bias")}
+    assert fresh
+    assert run(spec, SweepPaths(tmp_path / "biased")).applied["num_trainable_parameters"] > 0
+    with lease(spec.base) as model:
+        assert all(torch.equal(value, model.get_parameter(name)) for name, value in fresh.items())
+
+
+def test_a_base_that_cannot_be_loaded_ends_the_trial(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(BASE_DIR, folder)
+    (folder / "model.safetensors").unlink()
+    paths = SweepPaths(tmp_path / "sweep")
+    with pytest.raises(TrialError, match="cannot be loaded"):
+        run(tiny(f"base.model={folder}"), paths)
+    (trial,) = open_sweep(paths.root).trials()
+    assert trial.state == TrialState.FAILED
+    assert "cannot be loaded" in (trial.error or "")
 
 
 def test_finished_trial_does_not_run_again(tiny: Tiny, folder: SweepPaths) -> None:

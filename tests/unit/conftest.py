@@ -38,6 +38,8 @@ def make_sweep(document: dict[str, Any]) -> MakeSweep:
             num_train=9,
             num_held_out=1,
             num_truncated=0,
+            num_dropped=0,
+            num_shared=0,
             versions={},
             git_commit=None,
         )

@@ -256,7 +256,25 @@ CALLS = [
     _call("endless name of a sweep", ["status", "a" * 300], "a" * 300),
 ]
 
-WRONG = [*FILES, *FIELDS, *SEARCHES, *DATA, *CALLS]
+MISUSES = [
+    _set(
+        "held out is the training source",
+        ["data.held_out={source: embedded}"],
+        "held_out.source is the training source",
+    ),
+    _set("part of no source", ["data.held_out={share: 0.1, max_rows: 5}"], "data.held_out", "none is given"),
+    _set("configuration of a file", ["data.config=main"], "data", "config and split belong to a hub data set"),
+    _set("warmup without an end", ["training.steps=20", "training.warmup=500"], "warmup (500 steps) must end before"),
+    _set("tie to itself", ["search.tied.lora.alpha=2 * lora.alpha"], "reads lora.alpha, which is tied itself"),
+    _set(
+        "tie to a later tie",
+        ["search.tied={lora.alpha: 2 * lora.rank, lora.rank: 8 * training.batch_size}"],
+        "reads lora.rank, which is tied itself",
+    ),
+    _trial("more GPUs than there are", ["resources.gpus_per_trial=1"], "gpus_per_trial=1", "has 0 GPUs"),
+]
+
+WRONG = [*MISUSES, *FILES, *FIELDS, *SEARCHES, *DATA, *CALLS]
 
 
 @pytest.fixture
@@ -319,7 +337,7 @@ def test_the_experiment_is_right_but_for_what_the_table_adds(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 0
-    assert "# valid: 10 trials" in capfd.readouterr().out
+    assert "# valid: 1 trials" in capfd.readouterr().out
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

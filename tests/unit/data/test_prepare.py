@@ -80,10 +80,12 @@ def test_rows_without_anything_to_learn_are_dropped_and_counted(tmp_path: Path) 
     rows = tmp_path / "rows.jsonl"
     prompts = ["1", "1 2 3 4 5 6 7 8 9", "2", "3"]
     rows.write_text("".join(json.dumps({"prompt": p, "completion": " 5"}) + "\n" for p in prompts))
-    section = _section(rows, format="prompt", loss_on="completion", max_length=8, held_out={"source": str(rows)})
+    same = tmp_path / "same.jsonl"
+    same.write_text(rows.read_text())
+    section = _section(rows, format="prompt", loss_on="completion", max_length=8, held_out={"source": str(same)})
     prepared = prepare(section, BASE)
     assert (len(prepared.train), len(prepared.held_out)) == (3, 3)
-    assert (prepared.num_truncated, prepared.num_dropped) == (2, 2)
+    assert (prepared.num_truncated, prepared.num_dropped, prepared.num_shared) == (2, 2, 3)
     assert all(any(label != IGNORED for label in labels) for labels in prepared.train["labels"])
 
 

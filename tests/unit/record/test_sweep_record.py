@@ -175,8 +175,9 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
 def test_trials_are_counted_by_what_the_sweep_will_have(
     tmp_path: Path, make_sweep: MakeSweep, document: dict[str, Any]
 ) -> None:
-    record = open_sweep(make_sweep(tmp_path / "s", {}, num_trials=5).root)
+    search = {"num_trials": 5, "space": {"lora.rank": {"choice": [4, 8]}}}
+    record = open_sweep(make_sweep(tmp_path / "s", {}, **search).root)
     assert record.info.num_trials == 5
     assert record.info.model_copy(update={"is_single_trial": True}).num_trials == 1
-    assert record.info.spec == parse_spec(document | {"search": {"num_trials": 5}})
+    assert record.info.spec == parse_spec(document | {"search": search})
     assert SweepRecord(record.paths, record.info).trials() == []

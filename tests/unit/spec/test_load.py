@@ -139,7 +139,7 @@ def test_defaults_are_resolved(file: Path) -> None:
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.target_modules) == (16, 32, "all-linear")
     assert (spec.training.learning_rate, spec.training.batch_size) == (2e-4, 4)
     assert spec.data.held_out.share == 0.1
-    assert (spec.search.algorithm, spec.search.total_trials) == ("random", 10)
+    assert (spec.search.algorithm, spec.search.total_trials) == ("random", 1)
     assert spec.grace_steps == spec.training.eval_steps == 50
     assert load_spec(file, ["training.eval_steps=20"]).grace_steps == 20
     assert load_spec(file, ["scheduler.grace_steps=200"]).grace_steps == 200
@@ -178,3 +178,13 @@ def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_field_that_is_set_is_searched_and_tied_no_more() -> None:
+    spec = load_spec("experiments/demo.yaml", ["lora.alpha=8", "training.learning_rate=1e-3"])
+    assert spec.search.space.keys() == {"lora.rank", "lora.dropout"}
+    assert spec.search.tied == {}
+    config = spec.trial_config({"lora.rank": 32, "lora.dropout": 0.0})
+    assert (config.lora.rank, config.lora.alpha, config.training.learning_rate) == (32, 8, 1e-3)
+    again = ["training.learning_rate=1e-3", "search.space.training.learning_rate={choice: [1e-4]}"]
+    assert "training.learning_rate" in load_spec("experiments/demo.yaml", again).search.space

@@ -151,8 +151,9 @@ def test_what_changes_the_held_out_tokens_is_not_searched(document: Document, pa
 @pytest.mark.parametrize(
     ("search", "total"),
     [
-        ({}, 10),
-        ({"num_trials": 3}, 3),
+        ({}, 1),
+        ({"num_trials": 3}, 1),
+        ({"num_trials": 3, "space": {"lora.rank": {"choice": [1, 2]}}}, 3),
         ({"algorithm": "optuna", "space": {"lora.rank": {"choice": [1, 2]}}}, 10),
         ({"algorithm": "grid", "space": {}}, 1),
         ({"algorithm": "grid", "space": {"lora.rank": {"grid": [1, 2, 3]}}}, 3),

@@ -97,7 +97,7 @@ def test_what_is_switched_off_is_not_opened(paths: TrialPaths, result: TrialResu
 
 def test_an_identity_is_flat_for_trackers_that_know_no_nesting(paths: TrialPaths, result: TrialResult) -> None:
     identity = TrialIdentity(paths, result.config, TrackingSection(), "eval/loss", 0)
-    flat = identity.flat_config()
+    flat = identity.config.dotted()
     assert identity.group == "s"
     assert (flat["lora.rank"], flat["training.learning_rate"], flat["base.model"]) == (16, 2e-4, "embedded")
     assert {name.partition(".")[0] for name in flat} == {"base", "data", "lora", "training", "evaluation"}

@@ -1,9 +1,12 @@
-"""Greedy answers to held-out prompts."""
+"""Greedy answers."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data import Prompt
+
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+"""Arguments of `generate`: the likeliest token each time, whatever the base's own generation settings are."""
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
@@ -35,12 +38,8 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tok
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
+                **GREEDY,
             )
         texts = tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):

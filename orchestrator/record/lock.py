@@ -1,0 +1,26 @@
+"""One driver a sweep: a second one would write into the same trials."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from orchestrator.errors import RequestError
+from orchestrator.record.paths import SweepPaths
+
+
+@contextmanager
+def only_driver(paths: SweepPaths) -> Iterator[None]:
+    """Hold the sweep for this process. The lock goes with the process, however it ends.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    with (paths.root / ".driver.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"{paths.root}: another process is running this sweep",
+                f"`orchestrator status {paths.root}` shows how far it is.",
+            ) from None
+        yield
