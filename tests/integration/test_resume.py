@@ -75,9 +75,17 @@ def finished(record: SweepRecord) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in results if path.is_file()}
 
 
-@pytest.mark.parametrize("algorithm", ["random", "optuna"])
-def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, algorithm: str) -> None:
-    with start_sweep(tmp_path, f"search.algorithm={algorithm}") as driver:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["search.algorithm=optuna"],
+        # Rungs that no trial reaches: all run to their end, and the scheduler reads the ended ones again.
+        ["search.algorithm=random", "scheduler.kind=asha", "scheduler.grace_steps=400"],
+    ],
+    ids=["optuna", "random-asha"],
+)
+def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[str]) -> None:
+    with start_sweep(tmp_path, *overrides) as driver:
         record = wait_until_in_the_middle(tmp_path, driver)
         driver.send_signal(signal.SIGKILL)
     before = finished(record)

@@ -36,6 +36,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             f"search.space.training.seed={{grid: {list(SEEDS)}}}",
             "lora.rank=16",
             "scheduler.kind=none",
+            "training.steps=150",
             "tracking.wandb.mode=disabled",
         ],
     )
