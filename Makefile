@@ -14,8 +14,9 @@ help:            ## this list
 demo: $(INSTALLED)   ## a sweep of 8 QLoRA trials on the embedded base, and its best adapter
 	@$(BIN)/orchestrator demo
 
-test: lint       ## lint, types, import contract and all tests
+test: lint       ## lint, types, import contract and all tests; on a machine with an NVIDIA GPU, those of it too
 	@$(BIN)/pytest -m "not gpu"
+	@if command -v nvidia-smi > /dev/null; then $(BIN)/pytest tests/gpu; fi
 
 test-fast: lint  ## the same without the tests that train or start Ray
 	@$(BIN)/pytest -m "not gpu and not slow"

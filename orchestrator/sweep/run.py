@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.errors import Interrupted, RequestError, SweepError
@@ -29,7 +30,7 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
     Raises:
         RequestError: base or data are not what the experiment says; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
-        SweepError: no trial finished.
+        SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C.
     """
     with connection(address):
@@ -51,6 +52,24 @@ def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) 
 
 
 def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecord:
+    from ray.tune.error import TuneError
+
+    with only_driver(record.paths):
+        tuner = _make_tuner(record, address)
+        try:
+            with follow(record, watch):
+                tuner.fit()
+        except TuneError as error:
+            raise SweepError(
+                f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
+                f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
+            ) from error
+        cancel_unknown(record)
+    return _conclude(record)
+
+
+def _make_tuner(record: SweepRecord, address: str | None) -> Any:
+    """A new tuner, or the one whose state lies in the sweep's folder."""
     from ray import tune
 
     _quiet_tune()
@@ -60,36 +79,30 @@ def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecor
         trial_resources(spec.resources, address),
     )
     if tune.Tuner.can_restore(str(paths.tune)):
-        tuner = tune.Tuner.restore(
+        return tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
         )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=tune_space(spec.search),
-            tune_config=tune.TuneConfig(
-                metric=spec.search.metric,
-                mode=spec.search.resolved_mode,
-                search_alg=make_searcher(spec.search, spec.resources.max_concurrent),
-                scheduler=make_scheduler(spec),
-                num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
-                max_concurrent_trials=spec.resources.max_concurrent if spec.search.algorithm == "optuna" else None,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name=paths.tune.name,
-                storage_path=str(paths.root),
-                failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
-                callbacks=[ResultKeeper()],
-                verbose=0,
-            ),
-        )
-    with only_driver(paths):
-        with follow(record, watch):
-            tuner.fit()
-        cancel_unknown(record)
-    return _conclude(record)
+    return tune.Tuner(
+        trainable,
+        param_space=tune_space(spec.search),
+        tune_config=tune.TuneConfig(
+            metric=spec.search.metric,
+            mode=spec.search.resolved_mode,
+            search_alg=make_searcher(spec.search, spec.resources.max_concurrent),
+            scheduler=make_scheduler(spec),
+            num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
+            max_concurrent_trials=spec.resources.max_concurrent if spec.search.algorithm == "optuna" else None,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=paths.tune.name,
+            storage_path=str(paths.root),
+            failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
+            callbacks=[ResultKeeper()],
+            verbose=0,
+        ),
+    )
 
 
 def trial_resources(resources: ResourcesSection, address: str | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 
 from orchestrator.adapters.generate import exact_match
 from orchestrator.base import lease, load_tokenizer
-from orchestrator.data import load
+from orchestrator.data import PreparedData, load
 from orchestrator.errors import OrchestratorError, TrialError
 from orchestrator.record import TrialPaths, TrialResult, TrialState, end_trial, resumable, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
@@ -118,63 +118,68 @@ class _Attempt:
 
     def run(self, data_folder: Path) -> TrialResult | None:
         """Train, evaluate, answer; None if the watcher ended it."""
-        config, start = self._config, self._start
+        config = self._config
         gpus = use_device(self._spec.resources.cpus_per_trial) / self._sharing
         data = load(data_folder)
         tokenizer = load_tokenizer(config.base)
         self._trackers = open_trackers(
-            TrialIdentity(self._paths, config, self._spec.tracking, start.metric, start.step)
+            TrialIdentity(self._paths, config, self._spec.tracking, self._start.metric, self._start.step)
         )
         reset_peak_memory()
         with lease(config.base, trains_biases=config.lora.bias != "none") as base:
-            modules = expected_modules(base, config.lora)
-            wanted = expected(config, modules, num_expected_biases(base, config.lora, modules))
-            trainer = build_trainer(config, base, tokenizer, data, self._paths.checkpoints)
-            model = trainer.model
-            meter = LossMeter(model)
-            metrics = config.evaluation.metrics
-            is_searched = start.metric.removeprefix("eval/") in metrics
-
-            def generation_metrics() -> dict[str, float]:
-                prompts = data.prompts[: config.evaluation.rows]
-                new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
-                return {"eval/exact_match": exact_match(model, tokenizer, prompts, new, batch)}
-
-            def evaluate() -> dict[str, float]:
-                return meter.read() | (generation_metrics() if is_searched else {})
-
-            def read_applied(optimizer: Any) -> dict[str, Any]:
-                live = read_back(model, optimizer)
-                compare(wanted, live)
-                return live
-
-            recorder = self._recorder = Recorder(
-                result=start.model_copy(update={"data_fingerprint": data.fingerprint, "device": device_name()}),
-                paths=self._paths,
-                trackers=self._trackers,
-                watcher=self._watcher,
-                gpus=gpus,
-                evaluate=evaluate,
-                read_applied=read_applied,
-                tokenizer=tokenizer,
-            )
-            trainer.add_callback(recorder)
-            trains = start.step != start.total_steps  # the Trainer would make one step more than are left
-            if trains:
-                trainer.train(
-                    resume_from_checkpoint=str(self._paths.root / start.checkpoint) if start.checkpoint else None
-                )
-            meter.close()
-            if recorder.stopped:
-                self.leave()
-                return None
-            if metrics and not is_searched:
-                best = recorder.result.best
-                assert best is not None
-                if not trains or best.step != recorder.result.step:
-                    set_peft_model_state_dict(model, load_peft_weights(str(self._paths.root / best.adapter)))
-                recorder.record_final(generation_metrics())
+            self._adapt(base, tokenizer, data, gpus)
+        if self._recorder is None or self._recorder.stopped:
+            self.leave()
+            return None
         return self._finish(self._outcome(TrialState.COMPLETE))
+
+    def _adapt(self, base: Any, tokenizer: Any, data: PreparedData, gpus: float) -> None:
+        """Train an adapter on `base`, and measure the best one by generation."""
+        config, start = self._config, self._start
+        modules = expected_modules(base, config.lora)
+        wanted = expected(config, modules, num_expected_biases(base, config.lora, modules))
+        trainer = build_trainer(config, base, tokenizer, data, self._paths.checkpoints)
+        model = trainer.model
+        meter = LossMeter(model)
+        metrics = config.evaluation.metrics
+        is_searched = start.metric.removeprefix("eval/") in metrics
+
+        def generation_metrics() -> dict[str, float]:
+            prompts = data.prompts[: config.evaluation.rows]
+            new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
+            return {"eval/exact_match": exact_match(model, tokenizer, prompts, new, batch)}
+
+        def evaluate() -> dict[str, float]:
+            return meter.read() | (generation_metrics() if is_searched else {})
+
+        def read_applied(optimizer: Any) -> dict[str, Any]:
+            live = read_back(model, optimizer)
+            compare(wanted, live)
+            return live
+
+        assert self._trackers is not None
+        recorder = self._recorder = Recorder(
+            result=start.model_copy(update={"data_fingerprint": data.fingerprint, "device": device_name()}),
+            paths=self._paths,
+            trackers=self._trackers,
+            watcher=self._watcher,
+            gpus=gpus,
+            evaluate=evaluate,
+            read_applied=read_applied,
+            tokenizer=tokenizer,
+        )
+        trainer.add_callback(recorder)
+        trains = start.step != start.total_steps  # the Trainer would make one step more than are left
+        if trains:
+            checkpoint = str(self._paths.root / start.checkpoint) if start.checkpoint else None
+            trainer.train(resume_from_checkpoint=checkpoint)
+        meter.close()
+        if metrics and not is_searched and not recorder.stopped:
+            best = recorder.result.best
+            assert best is not None
+            if not trains or best.step != recorder.result.step:
+                set_peft_model_state_dict(model, load_peft_weights(str(self._paths.root / best.adapter)))
+            recorder.record_final(generation_metrics())
 
     def fail(self, error: str) -> None:
         """End the trial as FAILED."""

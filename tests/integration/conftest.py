@@ -1,5 +1,6 @@
 """Fixtures of the integration tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from tiny import DEMO, TINY
 
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec, load_spec
+
+# Results to the digit are those of a CPU; tests/gpu has a process of its own. Before CUDA starts.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -282,6 +282,7 @@ def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder
         ["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"],
         ["training.optimizer=adafactor", "training.schedule=linear", "training.warmup=3"],
         ["training.optimizer=sgd", "training.learning_rate=0.5"],
+        ["training.optimizer=paged_adamw_32bit"],
         ["training.steps=null", "training.epochs=0.4"],
         ["data.format=messages", "data.template=null"],
     ],

@@ -1,0 +1,36 @@
+"""What a CPU cannot show: the GPU is used, its figures are recorded, precisions and paged optimizers train."""
+
+from pathlib import Path
+
+import pytest
+from tiny import DEMO, TINY, Witness
+
+from orchestrator.record import SweepPaths, TrialState, read_metrics
+from orchestrator.spec import load_spec
+from orchestrator.training.local import run_local_trial
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.precision=auto"],
+        ["training.precision=fp16"],
+        ["training.precision=none", "base.compute_dtype=float16"],
+        ["training.optimizer=paged_adamw_32bit"],
+        ["training.optimizer=paged_adamw_8bit", "training.recompute=true"],
+    ],
+    ids=",".join,
+)
+def test_trial_trains_on_the_gpu(tmp_path: Path, overrides: list[str]) -> None:
+    paths = SweepPaths(tmp_path / "sweep")
+    result = run_local_trial(load_spec(DEMO, [*TINY, *overrides]), paths, Witness())
+    assert result is not None
+    assert result.state == TrialState.COMPLETE
+    assert result.device != "cpu"
+    assert result.gpu_seconds == pytest.approx(result.seconds, abs=0.01)
+    assert 0 < (result.peak_memory_gib or 0) < 1
+    points = read_metrics(paths.trial(result.trial_id))
+    losses = [point.values["eval/loss"] for point in points if "eval/loss" in point.values]
+    assert losses[-1] < losses[0]
