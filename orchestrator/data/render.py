@@ -17,7 +17,6 @@ class Example:
     completion: str
     answer: str
     """The completion without template, space and special tokens: what a generated answer is compared with."""
-    where: str
 
 
 def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
@@ -30,9 +29,9 @@ def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
     match data.format:
         case "text":
             text = _string(row, "text")
-            return Example("", text, text.strip(), row.where)
+            return Example("", text, text.strip())
         case "prompt":
-            return _split(_string(row, "prompt"), _string(row, "completion"), row)
+            return _split(_string(row, "prompt"), _string(row, "completion"))
         case "messages":
             return _render_messages(row, tokenizer)
         case "template":
@@ -92,7 +91,7 @@ def _render_template(row: Row, template: str) -> Example:
     columns = template_columns(template)
     values = {name: _string(row, name) for name in columns}
     head, tail = _template_parts(template)
-    return _split(_fill(head, values), _fill(tail, values), row, values[columns[-1]])
+    return _split(_fill(head, values), _fill(tail, values), values[columns[-1]])
 
 
 def _render_messages(row: Row, tokenizer: Any) -> Example:
@@ -110,12 +109,12 @@ def _render_messages(row: Row, tokenizer: Any) -> Example:
     prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)).rstrip()
     if not whole.startswith(prompt):
         raise DataError(f"{row.where}: the chat template renders the prompt alone otherwise than with its answer")
-    return Example(prompt, whole[len(prompt) :], messages[-1]["content"].strip(), row.where)
+    return Example(prompt, whole[len(prompt) :], messages[-1]["content"].strip())
 
 
-def _split(prompt: str, completion: str, row: Row, answer: str | None = None) -> Example:
+def _split(prompt: str, completion: str, answer: str | None = None) -> Example:
     kept = prompt.rstrip()
-    return Example(kept, prompt[len(kept) :] + completion, (answer or completion).strip(), row.where)
+    return Example(kept, prompt[len(kept) :] + completion, (answer or completion).strip())
 
 
 def _string(row: Row, column: str) -> str:

@@ -1,5 +1,5 @@
-"""The embedded default: a small pretrained base (`BASE_DIR`) the task (`task`) that
-fine-tunes it, and the sweep that does so (`EXPERIMENT`)."""
+"""The embedded default: a small pretrained base (`BASE_DIR`), the task that fine-tunes it (`task`), and
+the sweep that does so (`EXPERIMENT`)."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ class TrialSession:
     """
 
     def __init__(self, run: Callable[[Watcher], TrialResult | None]) -> None:
-        """`run` is called in the thread, with this session as its watcher."""
+        """`run` is called in the thread, with this object as its watcher."""
         self._events: queue.Queue[MetricPoint | TrialResult | BaseException | None] = queue.Queue()
         self._go_on = threading.Semaphore(0)
         self._waiting = False
