@@ -83,6 +83,11 @@ class SweepPaths:
         """Ray Tune's own state, for `resume`; absent for a single trial."""
         return self.root / "tune"
 
+    @property
+    def tune_snapshot(self) -> Path:
+        """The last whole state of Ray Tune: trials and searcher."""
+        return self.root / "tune-snapshot.zip"
+
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)
 

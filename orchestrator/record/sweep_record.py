@@ -120,6 +120,11 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
     )
 
 
+def read_result(paths: TrialPaths) -> TrialResult:
+    """The result of a trial that has ended."""
+    return _read(TrialResult, paths.result)
+
+
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
     """Every point of a trial in order. A line cut short by a crash is left out."""
     if not paths.metrics.is_file():

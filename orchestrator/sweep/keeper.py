@@ -15,7 +15,8 @@ from orchestrator.record import (
     read_trial,
     write_record,
 )
-from orchestrator.sweep.trainable import plain_values
+from orchestrator.sweep.snapshot import keep_snapshot
+from orchestrator.sweep.trainable import paths_of, plain_values
 
 
 class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
@@ -24,6 +25,12 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
     A worker cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
     time of these calls it waits for Tune's word, and all it has measured is on disk.
     """
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune has handled an event, and written its state on this machine."""
+        if trials:
+            staging = Path(trials[0].storage.experiment_driver_staging_path)
+            keep_snapshot(staging, SweepPaths(paths_of(trials[0]).sweep))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""
@@ -49,8 +56,8 @@ def cancel_unknown(record: SweepRecord) -> None:
 
 
 def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
-    root = Path(trial.storage.experiment_fs_path).parent
-    return open_sweep(root), SweepPaths(root).trial(trial.trial_id)
+    paths = paths_of(trial)
+    return open_sweep(paths.sweep), paths
 
 
 def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:

@@ -14,6 +14,7 @@ from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
 from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.search import make_searcher, tune_space
+from orchestrator.sweep.snapshot import put_snapshot_back
 from orchestrator.sweep.trainable import QloraTrial
 from orchestrator.training.start import start_sweep
 
@@ -35,9 +36,9 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
     """
     with connection(address):
         require_shared_folder(paths.root.parent)
-        trial_resources(spec.resources, address)
+        resources = trial_resources(spec.resources, address)
         info = start_sweep(spec, paths)
-        return _drive(SweepRecord(paths, info), watch, address)
+        return _drive(SweepRecord(paths, info), watch, resources)
 
 
 def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) -> SweepRecord:
@@ -48,14 +49,14 @@ def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) 
     """
     with connection(address):
         require_shared_folder(record.paths.root)
-        return _drive(record, watch, address)
+        return _drive(record, watch, trial_resources(record.info.spec.resources, address))
 
 
-def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecord:
+def _drive(record: SweepRecord, watch: Watch, resources: dict[str, float]) -> SweepRecord:
     from ray.tune.error import TuneError
 
     with only_driver(record.paths):
-        tuner = _make_tuner(record, address)
+        tuner = _make_tuner(record, resources)
         try:
             with follow(record, watch):
                 tuner.fit()
@@ -68,16 +69,14 @@ def _drive(record: SweepRecord, watch: Watch, address: str | None) -> SweepRecor
     return _conclude(record)
 
 
-def _make_tuner(record: SweepRecord, address: str | None) -> Any:
+def _make_tuner(record: SweepRecord, resources: dict[str, float]) -> Any:
     """A new tuner, or the one whose state lies in the sweep's folder."""
     from ray import tune
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths
-    trainable = tune.with_resources(
-        tune.with_parameters(QloraTrial, folder=str(paths.root)),
-        trial_resources(spec.resources, address),
-    )
+    trainable = tune.with_resources(tune.with_parameters(QloraTrial, folder=str(paths.root)), resources)
+    put_snapshot_back(paths)
     if tune.Tuner.can_restore(str(paths.tune)):
         return tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True

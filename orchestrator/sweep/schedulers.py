@@ -1,12 +1,12 @@
 """Early stopping in Ray Tune's terms, counted in optimizer steps (Tune by itself counts reports)."""
 
-from pathlib import Path
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from orchestrator.record import SweepPaths, read_metrics
+from orchestrator.record import read_metrics
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.trainable import paths_of
 
 # No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31
@@ -63,8 +63,7 @@ class RememberingScheduler(TrialScheduler):  # type: ignore[misc]  # ray is unty
         self._inner.on_trial_add(controller, trial)
         if not trial.is_finished():
             return
-        paths = SweepPaths(Path(trial.storage.experiment_fs_path).parent).trial(trial.trial_id)
-        for point in read_metrics(paths):
+        for point in read_metrics(paths_of(trial)):
             if self.metric in point.values:
                 self.on_trial_result(controller, trial, {**point.values, "step": point.step})
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,12 +11,13 @@ from ray import tune
 from orchestrator.errors import ClusterError, RecordError, TrialError
 from orchestrator.record import (
     MetricPoint,
+    SweepPaths,
     TrialPaths,
     TrialResult,
     TrialState,
     open_sweep,
     read_metrics,
-    read_trial,
+    read_result,
     resumable,
 )
 from orchestrator.spec import TrialConfig
@@ -46,7 +48,7 @@ class QloraTrial(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         if self._known:
             return _report(self._known.pop(0))
         if self._session is None:
-            return _report_result(read_trial(self._paths, self._sweep.info))
+            return _report_result(read_result(self._paths))
         event = self._session.next()
         if isinstance(event, TrialResult):
             return _report_result(event)
@@ -110,6 +112,11 @@ def _known_points(paths: TrialPaths, config: TrialConfig) -> list[MetricPoint]:
 
 def _report(point: MetricPoint) -> dict[str, Any]:
     return {**point.values, "step": point.step, "tokens": point.tokens, "done": False}
+
+
+def paths_of(trial: Any) -> TrialPaths:
+    """Where a Tune trial writes: Tune's own folder lies in the sweep's, which may have been moved."""
+    return SweepPaths(Path(trial.storage.experiment_fs_path).parent).trial(trial.trial_id)
 
 
 def plain_values(config: dict[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if self._is_better(value):
             self._keep_adapter(kwargs["model"], state.global_step, value, values)
         self._write_progress()
+        self._drop_older_adapters()
         if control.should_save and not self.stopped:
             self._unreported = point  # reported once its checkpoint is complete
         else:
@@ -135,16 +136,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         return best is None or (value < best.value if self.result.mode == "min" else value > best.value)
 
     def _keep_adapter(self, model: Any, step: int, value: float, values: dict[str, float]) -> None:
-        """Save the new best, name it in the progress, and only then delete the old one."""
         folder = self._paths.adapter(step)
         save_adapter(
             model, self._tokenizer, folder, self.result.config, self.result.trial_id, step, self.result.metric, value
         )
         relative = str(folder.relative_to(self._paths.root))
         self._update(best=BestPoint(value=value, step=step, values=values, adapter=relative))
-        self._write_progress()
-        for other in folder.parent.iterdir():
-            if other != folder:
+
+    def _drop_older_adapters(self) -> None:
+        """Delete all but the best, which the progress on disk must name by now."""
+        assert self.result.best is not None
+        best = self._paths.root / self.result.best.adapter
+        for other in best.parent.iterdir():
+            if other != best:
                 shutil.rmtree(other)
 
     def _record(self, step: int, values: dict[str, float]) -> MetricPoint:

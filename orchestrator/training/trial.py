@@ -12,7 +12,7 @@ from orchestrator.adapters.generate import exact_match
 from orchestrator.base import lease, load_tokenizer
 from orchestrator.data import PreparedData, load
 from orchestrator.errors import OrchestratorError, TrialError
-from orchestrator.record import TrialPaths, TrialResult, TrialState, end_trial, resumable, write_record
+from orchestrator.record import TrialPaths, TrialResult, TrialState, end_trial, read_result, resumable, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.tracking import Trackers, open_trackers
 from orchestrator.tracking.protocol import TrialIdentity
@@ -55,7 +55,10 @@ def run_trial(
         TrialError: the trial failed for good; its result is on disk as FAILED.
     """
     if paths.result.is_file():
-        return finished_result(paths)
+        result = read_result(paths)
+        if result.state == TrialState.FAILED:
+            raise TrialError(result.error or "failed in an earlier attempt")
+        return result
     write_record(paths.config, config)
     with output_to(paths.log):
         attempt = _Attempt(config, spec, paths, watcher, sharing)
@@ -79,18 +82,6 @@ def run_trial(
         except BaseException:  # Ctrl-C
             attempt.leave()
             raise
-
-
-def finished_result(paths: TrialPaths) -> TrialResult:
-    """The result on disk.
-
-    Raises:
-        TrialError: it says FAILED.
-    """
-    result = TrialResult.model_validate_json(paths.result.read_text(encoding="utf-8"))
-    if result.state == TrialState.FAILED:
-        raise TrialError(result.error or "failed in an earlier attempt")
-    return result
 
 
 class _Attempt:
@@ -188,7 +179,7 @@ class _Attempt:
     def leave(self) -> None:
         """Close what is open of a trial that was stopped or will go on later."""
         if self._paths.result.is_file():  # the driver has said why it was stopped
-            ended = TrialResult.model_validate_json(self._paths.result.read_text(encoding="utf-8"))
+            ended = read_result(self._paths)
         else:
             ended = self._outcome(TrialState.RUNNING)
             write_record(self._paths.progress, ended)

@@ -1,0 +1,43 @@
+"""Tune's state, whole at every moment.
+
+Tune copies its state file by file into the sweep's folder while it goes on (ray 2.60, `_ExperimentCheckpointManager`):
+a driver that is killed in between leaves a torn one, from which Tune begins a new search without a word. Here the files
+that Tune has just finished on this machine go into one archive, which is replaced in one step.
+"""
+
+import tempfile
+import zipfile
+from pathlib import Path
+
+from orchestrator.record import SweepPaths
+
+_STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl")
+
+
+def keep_snapshot(staging: Path, paths: SweepPaths) -> None:
+    """Archive the state files in `staging`, if they have changed. Call it from Tune's own thread, which writes them."""
+    files = _state_files(staging)
+    archive = paths.tune_snapshot
+    changed = max((file.stat().st_mtime_ns for file in files), default=0)
+    if not files or (archive.is_file() and archive.stat().st_mtime_ns > changed):
+        return
+    with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=f".{archive.name}.", delete=False) as building:
+        with zipfile.ZipFile(building, "w") as packed:
+            for file in files:
+                packed.write(file, file.name)
+        Path(building.name).chmod(0o644)
+    Path(building.name).replace(archive)
+
+
+def put_snapshot_back(paths: SweepPaths) -> None:
+    """Replace the state files in Tune's folder by the archived ones, if there are any."""
+    if not paths.tune_snapshot.is_file():
+        return
+    for file in _state_files(paths.tune):
+        file.unlink()
+    with zipfile.ZipFile(paths.tune_snapshot) as packed:
+        packed.extractall(paths.tune)
+
+
+def _state_files(folder: Path) -> list[Path]:
+    return [file for pattern in _STATE for file in folder.glob(pattern)]

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from orchestrator.record import SweepPaths
+from orchestrator.sweep.snapshot import keep_snapshot, put_snapshot_back
+
+
+def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    whole = {"experiment_state-1.json": "{}", "search_gen_state-1.json": "{}", "searcher-state-1.pkl": "state"}
+    for name, text in whole.items():
+        (staging / name).write_text(text)
+    keep_snapshot(staging, paths)
+    for name in (*whole, "searcher-state-2.pkl"):  # the second: of a driver that died at once
+        (paths.tune / name).write_text("")
+    (paths.tune / "tuner.pkl").write_text("tuner")
+    put_snapshot_back(paths)
+    assert {file.name: file.read_text() for file in paths.tune.iterdir()} == whole | {"tuner.pkl": "tuner"}
+    assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
+
+
+def test_the_newest_state_is_kept(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    for text in ("old", "new"):
+        (staging / "searcher-state-1.pkl").write_text(text)
+        keep_snapshot(staging, paths)
+    put_snapshot_back(paths)
+    assert (paths.tune / "searcher-state-1.pkl").read_text() == "new"
+
+
+def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
+    paths = SweepPaths(tmp_path)
+    paths.tune.mkdir()
+    (paths.tune / "experiment_state-1.json").write_text("{}")
+    put_snapshot_back(paths)
+    assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
