@@ -14,8 +14,8 @@ import torch
 from tokenizer import byte_level_bpe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# hidden, inner, layers, heads, key-value heads: TinyLlama-1.1B and Llama-2-7B.
-SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32)}
+# hidden, inner, layers, heads, key-value heads: TinyLlama-1.1B, Llama-2-7B, and one to try a script on.
+SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32), "tiny": (64, 128, 1, 2, 1)}
 VOCABULARY = 32_000
 
 

@@ -76,6 +76,12 @@ class TrialResult(Record):
     """Wall-clock seconds of this trial's work, restarts included; loading the base not counted."""
     gpu_seconds: float = 0.0
     """`seconds` times the share of GPUs held; 0 on a CPU."""
+    engine: Literal["fast", "trl"] | None = None
+    """What made the steps."""
+    engine_reason: str | None = None
+    """Why not the fast engine, where `auto` took the other."""
+    memory_plan: dict[str, Any] | None = None
+    """What the fast engine gave up for memory; on a GPU its peak, foreseen and measured with the largest batch."""
     device: str | None = None
     """Name of the GPU, or cpu."""
     worker: str | None = None

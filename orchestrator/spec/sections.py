@@ -157,8 +157,12 @@ class TrainingSection(Section):
     """Clip the gradient to this norm; 0 clips nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay (decoupled in AdamW)."""
-    recompute: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more work."""
+    engine: Literal["auto", "fast", "trl"] = "auto"
+    """trl is its SFTTrainer as it is; fast is the same training, many times sooner; auto is fast where it can be."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Compute activations again in the backward: less memory, more work; auto where they do not fit (trl: never)."""
+    dequantise: Literal["auto", "once", "per_layer"] = "auto"
+    """fast: dequantise the base once and keep it, or at each use (less memory, slower); auto keeps it if it fits."""
     group_by_length: bool = False
     """Batch rows of like length."""
     eval_steps: PositiveInt = 50
@@ -271,6 +275,25 @@ class TrialConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     varied: dict[str, Any] = {}
     """Dotted fields that the search chose or tied, with their values."""
+
+    @model_validator(mode="after")
+    def _fast_holds_it(self) -> Self:
+        if self.training.engine == "fast" and (reason := self.why_not_fast()):
+            raise ValueError(f"training.engine fast cannot hold {reason}; use auto or trl")
+        return self
+
+    def why_not_fast(self) -> str | None:
+        """What in this configuration the fast engine cannot hold, or None; the base may be another reason."""
+        training = self.training
+        if self.lora.bias != "none":
+            return f"lora.bias {self.lora.bias}"
+        if training.optimizer not in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"):
+            return f"training.optimizer {training.optimizer}"
+        if training.precision == "fp16":
+            return "training.precision fp16"
+        if training.group_by_length:
+            return "training.group_by_length (without padding it would gain nothing)"
+        return None
 
     def dotted(self) -> dict[str, Any]:
         """Dotted field -> plain value, for readers that know no nesting."""

@@ -13,6 +13,7 @@ from orchestrator.errors import TrialError
 from orchestrator.record import BestPoint, MetricPoint, TrialPaths, TrialResult, write_record
 from orchestrator.tracking import Trackers
 from orchestrator.training.device import peak_memory_gib
+from orchestrator.training.finite import require_finite
 from orchestrator.training.watcher import Watcher
 
 
@@ -27,7 +28,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         watcher: Watcher,
         gpus: float,
         evaluate: Callable[[], dict[str, float]],
-        read_applied: Callable[[Any], dict[str, Any]],
+        read_applied: Callable[[], dict[str, Any]],
         tokenizer: Any,
     ) -> None:
         """
@@ -38,7 +39,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             watcher: who follows.
             gpus: share of GPUs held, for `gpu_seconds`.
             evaluate: values of the evaluation that has just run.
-            read_applied: live values of the configured fields, from the optimizer; raises TrialError if they differ.
+            read_applied: live values of the configured fields; raises TrialError if they differ.
             tokenizer: saved with each adapter.
         """
         self.result = result
@@ -52,7 +53,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._read_applied = read_applied
         self._tokenizer = tokenizer
         self._began = time.monotonic()
-        self._step_began = 0.0
+        self._training_since: float | None = None
         self._training_s = result.tokens / result.tokens_per_second if result.tokens_per_second else 0.0
         self._unreported: MetricPoint | None = None
 
@@ -60,13 +61,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._update(total_steps=state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step_began = time.monotonic()
+        if self._training_since is None:
+            self._training_since = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training_s += time.monotonic() - self._step_began
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._update(step=state.global_step)
         if state.global_step == self._start.step + 1:
-            self._update(applied=self._read_applied(kwargs["optimizer"]))
+            self._update(applied=self._read_applied())
         if state.global_step == state.max_steps:
             control.should_evaluate = True
         if control.should_save or control.should_evaluate:  # a checkpoint's figures are those of its step
@@ -77,30 +78,29 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:  # evaluations are recorded in on_evaluate; the rest is a summary
             return
+        # Steps may still be on their way at their end; when the loss is there, they are done.
+        assert self._training_since is not None
+        now = time.monotonic()
+        self._training_s += now - self._training_since
+        self._training_since = now
         values = {f"train/{name}": logs[name] for name in ("loss", "grad_norm", "learning_rate")}
         self._count_tokens(logs["num_tokens"])
         self._record(state.global_step, values)
         # fp16's scaler meets infinite gradients while it looks for its scale, and skips those steps.
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            if not math.isfinite(logs[name]):
-                raise TrialError(
-                    f"{name} is {logs[name]} at step {state.global_step}",
-                    "Try a lower learning rate, or another precision.",
-                )
+        checked = ("loss",) if args.fp16 else ("loss", "grad_norm")
+        require_finite({name: logs[name] for name in checked}, state.global_step)
         if math.isfinite(logs["grad_norm"]):
             self._update(grad_norm=max(logs["grad_norm"], self.result.grad_norm or 0.0))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self.result.grad_norm == 0.0:
             raise TrialError(f"the gradient has been zero up to step {state.global_step}: the adapter does not train")
+        self._training_since = None
         self._count_tokens(metrics["eval_num_tokens"])
         values = self._evaluate()
         point = self._record(state.global_step, values)
         value = values[self.result.metric]
-        if not math.isfinite(value):
-            raise TrialError(
-                f"{self.result.metric} is {value} at step {state.global_step}", "Try a lower learning rate."
-            )
+        require_finite({self.result.metric: value}, state.global_step)
         if self._is_better(value):
             self._keep_adapter(kwargs["model"], state.global_step, value, values)
         self._write_progress()
@@ -111,6 +111,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             self._report(point, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training_since = None
         self._update(checkpoint=f"checkpoints/checkpoint-{state.global_step}")
         self._write_progress()
         if self._unreported:

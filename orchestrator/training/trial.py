@@ -16,12 +16,11 @@ from orchestrator.record import TrialPaths, TrialResult, TrialState, end_trial, 
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.tracking import Trackers, open_trackers
 from orchestrator.tracking.protocol import TrialIdentity
-from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases, read_back
+from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases
 from orchestrator.training.device import device_name, reset_peak_memory, use_device
 from orchestrator.training.log_file import output_to
-from orchestrator.training.loss_meter import LossMeter
+from orchestrator.training.loop import open_loop
 from orchestrator.training.recorder import Recorder
-from orchestrator.training.trl import build_trainer
 from orchestrator.training.watcher import Watcher
 
 
@@ -129,9 +128,8 @@ class _Attempt:
         config, start = self._config, self._start
         modules = expected_modules(base, config.lora)
         wanted = expected(config, modules, num_expected_biases(base, config.lora, modules))
-        trainer = build_trainer(config, base, tokenizer, data, self._paths.checkpoints)
-        model = trainer.model
-        meter = LossMeter(model)
+        loop, about_loop = open_loop(config, base, modules, tokenizer, data, self._paths.checkpoints, self._sharing)
+        model = loop.trainer.model
         metrics = config.evaluation.metrics
         is_searched = start.metric.removeprefix("eval/") in metrics
 
@@ -141,16 +139,18 @@ class _Attempt:
             return {"eval/exact_match": exact_match(model, tokenizer, prompts, new, batch)}
 
         def evaluate() -> dict[str, float]:
-            return meter.read() | (generation_metrics() if is_searched else {})
+            return loop.measured() | (generation_metrics() if is_searched else {})
 
-        def read_applied(optimizer: Any) -> dict[str, Any]:
-            live = read_back(model, optimizer)
+        def read_applied() -> dict[str, Any]:
+            live = loop.read_back()
             compare(wanted, live)
             return live
 
         assert self._trackers is not None
         recorder = self._recorder = Recorder(
-            result=start.model_copy(update={"data_fingerprint": data.fingerprint, "device": device_name()}),
+            result=start.model_copy(
+                update={"data_fingerprint": data.fingerprint, "device": device_name()} | about_loop
+            ),
             paths=self._paths,
             trackers=self._trackers,
             watcher=self._watcher,
@@ -159,12 +159,11 @@ class _Attempt:
             read_applied=read_applied,
             tokenizer=tokenizer,
         )
-        trainer.add_callback(recorder)
+        loop.trainer.add_callback(recorder)
         trains = start.step != start.total_steps  # the Trainer would make one step more than are left
         if trains:
             checkpoint = str(self._paths.root / start.checkpoint) if start.checkpoint else None
-            trainer.train(resume_from_checkpoint=checkpoint)
-        meter.close()
+            loop.train(checkpoint)
         if metrics and not is_searched and not recorder.stopped:
             best = recorder.result.best
             assert best is not None

@@ -5,7 +5,30 @@ from typing import Any
 
 from orchestrator.data import PreparedData
 from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import TrainingSection
+from orchestrator.training.applied import read_back
+from orchestrator.training.loss_meter import LossMeter
+from orchestrator.training.precision import resolve_precision
+
+
+class TrlLoop:
+    """SFTTrainer's own loop."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._meter = LossMeter(trainer.model)
+
+    def train(self, checkpoint: str | None) -> None:
+        """From the start or a checkpoint to the last step, or until a callback stops it."""
+        self.trainer.train(resume_from_checkpoint=checkpoint)
+        self._meter.close()
+
+    def measured(self) -> dict[str, float]:
+        """`eval/loss` and `eval/token_accuracy` of the evaluation that has just run."""
+        return self._meter.read()
+
+    def read_back(self) -> dict[str, Any]:
+        """Live values by the names of `applied.expected`."""
+        return read_back(self.trainer.model, self.trainer.optimizer)
 
 
 def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path) -> Any:
@@ -40,7 +63,7 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
             optim=training.optimizer,
             max_grad_norm=training.max_grad_norm,
             weight_decay=training.weight_decay,
-            activation_checkpointing=training.recompute,
+            activation_checkpointing=training.recompute is True,
             train_sampling_strategy="group_by_length" if training.group_by_length else "random",
             eval_strategy="steps",
             eval_steps=training.eval_steps,
@@ -77,12 +100,3 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, training.adapter_dtype))
     return trainer
-
-
-def resolve_precision(training: TrainingSection) -> str:
-    """bf16, fp16 or none, for this process's device."""
-    import torch
-
-    if training.precision != "auto":
-        return training.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "none"

@@ -16,12 +16,16 @@ from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, open_sweep, read_metrics
 from orchestrator.spec import SweepSpec
+from orchestrator.training import loop as loop_room
 from orchestrator.training import trial as trial_room
+from orchestrator.training.fast.engine import CPU_TOKENS
 from orchestrator.training.local import resume_local_trial, run_local_trial
 
 pytestmark = pytest.mark.slow
 
 Tiny = Callable[..., SweepSpec]
+
+ENGINES = ["fast", "trl"]
 
 
 def run(spec: SweepSpec, folder: SweepPaths, witness: Witness | None = None) -> TrialResult:
@@ -35,9 +39,18 @@ def curve(folder: SweepPaths) -> list[tuple[int, dict[str, float]]]:
     return [(point.step, point.values) for point in read_metrics(folder.trial(trial_id))]
 
 
-def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPaths) -> None:
-    result = run(tiny("lora.rank=6", "lora.dropout=0.1", "evaluation.metrics=[exact_match]"), folder)
+@pytest.mark.parametrize("engine", ["auto", "trl"])
+def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    settings = [f"training.engine={engine}", "lora.rank=6", "lora.dropout=0.1", "evaluation.metrics=[exact_match]"]
+    result = run(tiny(*settings), folder)
     assert result.state == TrialState.COMPLETE
+    assert result.engine == ("trl" if engine == "trl" else "fast")
+    assert result.engine_reason is None
+    assert result.memory_plan == (
+        None
+        if engine == "trl"
+        else {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS, "predicted_gib": None}
+    )
     assert result.step == result.total_steps == 12
     assert result.tokens > 12 * 8 * 10
     assert result.tokens_per_second
@@ -68,21 +81,36 @@ def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPat
     assert [step for step, values in curve(folder) if "eval/loss" in values] == [4, 8, 12]
 
 
+@pytest.mark.parametrize(
+    ("engine", "section", "field", "value", "message"),
+    [
+        ("trl", "lora", "rank", 3, "lora.rank: configured 16, live 3"),
+        ("trl", "training", "weight_decay", 0.5, "training.weight_decay: configured 0.0, live 0.5"),
+        ("fast", "training", "weight_decay", 0.5, "training.weight_decay: configured 0.0, live 0.5"),
+    ],
+)
 def test_a_setting_that_is_not_applied_fails_the_trial(
-    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny,
+    folder: SweepPaths,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    section: str,
+    field: str,
+    value: Any,
+    message: str,
 ) -> None:
-    build = trial_room.build_trainer
+    build = loop_room.build_trainer
 
-    def build_with_another_rank(config: Any, *rest: Any, **named: Any) -> Any:
-        lora = config.lora.model_copy(update={"rank": 3})
-        return build(config.model_copy(update={"lora": lora}), *rest, **named)
+    def build_with_another_value(config: Any, *rest: Any, **named: Any) -> Any:
+        changed = getattr(config, section).model_copy(update={field: value})
+        return build(config.model_copy(update={section: changed}), *rest, **named)
 
-    monkeypatch.setattr(trial_room, "build_trainer", build_with_another_rank)
-    with pytest.raises(TrialError, match=r"lora\.rank: configured 16, live 3"):
-        run(tiny(), folder)
+    monkeypatch.setattr(loop_room, "build_trainer", build_with_another_value)
+    with pytest.raises(TrialError, match=message.replace(".", r"\.")):
+        run(tiny(f"training.engine={engine}"), folder)
     (trial,) = open_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED
-    assert "lora.rank" in (trial.error or "")
+    assert message in (trial.error or "")
 
 
 def test_best_is_the_best_evaluation_with_the_adapter_of_that_step(tiny: Tiny, folder: SweepPaths) -> None:
@@ -115,7 +143,7 @@ def test_loss_does_not_depend_on_the_evaluation_batch(tiny: Tiny, tmp_path: Path
     losses = []
     for size in (1, 7, 40):
         folder = SweepPaths(tmp_path / str(size))
-        result = run(tiny(f"training.eval_batch_size={size}", "training.steps=1"), folder)
+        result = run(tiny("training.engine=trl", f"training.eval_batch_size={size}", "training.steps=1"), folder)
         assert result.best is not None
         losses.append(result.best.value)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
@@ -145,14 +173,17 @@ def test_gradient_is_the_same_after_an_evaluation(tiny: Tiny) -> None:
     assert float(after.norm()) == pytest.approx(float(before.norm()), rel=1e-4)
 
 
-def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "then"), [("trl", "trl"), ("trl", "fast"), ("fast", "trl"), ("fast", "fast")])
+def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path, first: str, then: str) -> None:
     def second(name: str) -> list[tuple[int, dict[str, float]]]:
         folder = SweepPaths(tmp_path / name)
-        run(tiny("training.seed=2", "lora.rank=8", "lora.dropout=0.1"), folder)
+        settings = ["training.seed=2", "lora.rank=8", "lora.dropout=0.1", "training.steps=6"]
+        run(tiny(f"training.engine={then}", *settings), folder)
         return curve(folder)
 
     base_room.drop()
-    run(tiny("training.seed=1", "lora.rank=32", "training.recompute=true"), SweepPaths(tmp_path / "first"))
+    settings = ["training.seed=1", "lora.rank=32", "training.recompute=true", "training.steps=4"]
+    run(tiny(f"training.engine={first}", *settings), SweepPaths(tmp_path / "first"))
     kept = base_room._kept
     assert kept is not None
     after_another = second("after_another")
@@ -162,8 +193,9 @@ def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path) -> 
     assert second("fresh") == after_another
 
 
-def test_lease_leaves_nothing_on_the_base(tiny: Tiny, folder: SweepPaths) -> None:
-    spec = tiny("training.recompute=true")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lease_leaves_nothing_on_the_base(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    spec = tiny(f"training.engine={engine}", "training.recompute=true", "training.steps=4")
     base_room.drop()
     with lease(spec.base) as model:
         names = [name for name, _ in model.named_modules()]
@@ -176,19 +208,23 @@ def test_lease_leaves_nothing_on_the_base(tiny: Tiny, folder: SweepPaths) -> Non
         assert not model.is_gradient_checkpointing
 
 
-def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    wild = [f"training.engine={engine}", "training.learning_rate=1e30", "training.max_grad_norm=0"]
     with pytest.raises(TrialError, match=r"at step \d+"):
-        run(tiny("training.learning_rate=1e30", "training.max_grad_norm=0"), SweepPaths(tmp_path / "bad"))
+        run(tiny(*wild), SweepPaths(tmp_path / "bad"))
     (bad,) = open_sweep(tmp_path / "bad").trials()
     assert bad.state == TrialState.FAILED
-    assert run(tiny("training.steps=4"), SweepPaths(tmp_path / "good")).state == TrialState.COMPLETE
+    good = run(tiny(f"training.engine={engine}", "training.steps=4"), SweepPaths(tmp_path / "good"))
+    assert good.state == TrialState.COMPLETE
 
 
-@pytest.mark.parametrize(("step", "save_steps"), [(5, 4), (9, 3)])
+@pytest.mark.parametrize(("engine", "step", "save_steps"), [("trl", 5, 4), ("fast", 9, 3)])  # more in test_fast
 def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
-    tiny: Tiny, tmp_path: Path, step: int, save_steps: int
+    tiny: Tiny, tmp_path: Path, engine: str, step: int, save_steps: int
 ) -> None:
-    spec = tiny("lora.dropout=0.1", "training.accumulation=2", f"training.save_steps={save_steps}")
+    settings = [f"training.engine={engine}", f"training.save_steps={save_steps}"]
+    spec = tiny("lora.dropout=0.1", "training.accumulation=2", *settings)
     whole = SweepPaths(tmp_path / "whole")
     undisturbed = run(spec, whole)
     broken = SweepPaths(tmp_path / "broken")
@@ -240,7 +276,9 @@ def test_a_base_whose_biases_were_trained_is_not_used_again(tiny: Tiny, tmp_path
     with lease(spec.base) as model:
         fresh = {name: value.clone() for name, value in model.named_parameters() if name.endswith("bias")}
     assert fresh
-    assert run(spec, SweepPaths(tmp_path / "biased")).applied["num_trainable_parameters"] > 0
+    result = run(spec, SweepPaths(tmp_path / "biased"))
+    assert result.applied["num_trainable_parameters"] > 0
+    assert (result.engine, result.engine_reason) == ("trl", "lora.bias all")
     with lease(spec.base) as model:
         assert all(torch.equal(value, model.get_parameter(name)) for name, value in fresh.items())
 
@@ -264,31 +302,44 @@ def test_finished_trial_does_not_run_again(tiny: Tiny, folder: SweepPaths) -> No
     assert not witness.points
 
 
-def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder: SweepPaths) -> None:
-    assert run_local_trial(tiny(), folder, Witness(stop_at=6)) is None
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    assert run_local_trial(tiny(f"training.engine={engine}"), folder, Witness(stop_at=6)) is None
     (trial,) = open_sweep(folder.root).trials()
     assert (trial.state, trial.step) == (TrialState.RUNNING, 6)
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "reason"),
     [
-        ["base.quantization=fp4"],
-        ["base.quantization=none"],
-        ["base.double_quant=false"],
-        ["training.precision=bf16"],
-        ["training.adapter_dtype=bfloat16"],
-        ["lora.target_modules=[q_proj, v_proj]"],
-        ["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"],
-        ["training.optimizer=adafactor", "training.schedule=linear", "training.warmup=3"],
-        ["training.optimizer=sgd", "training.learning_rate=0.5"],
-        ["training.optimizer=paged_adamw_32bit"],
-        ["training.steps=null", "training.epochs=0.4"],
-        ["data.format=messages", "data.template=null"],
+        (["base.quantization=fp4"], None),
+        (["base.quantization=none"], None),
+        (["base.quantization=none", "training.engine=trl"], None),
+        (["base.double_quant=false"], None),
+        (["base.compute_dtype=bfloat16"], None),
+        (["training.precision=bf16"], "base.compute_dtype float32 under precision bf16"),
+        (["training.adapter_dtype=bfloat16"], None),
+        (["training.adapter_dtype=bfloat16", "training.engine=trl"], None),
+        (["training.dequantise=per_layer", "training.recompute=true"], None),
+        (["lora.target_modules=[q_proj, v_proj]"], None),
+        (
+            ["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"],
+            "training.group_by_length (without padding it would gain nothing)",
+        ),
+        (
+            ["training.optimizer=adafactor", "training.schedule=linear", "training.warmup=3"],
+            "training.optimizer adafactor",
+        ),
+        (["training.optimizer=sgd", "training.learning_rate=0.5"], "training.optimizer sgd"),
+        (["training.optimizer=paged_adamw_32bit"], None),
+        (["training.steps=null", "training.epochs=0.4"], None),
+        (["data.format=messages", "data.template=null"], None),
     ],
-    ids=lambda overrides: ",".join(overrides),
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
-def test_settings_train(tiny: Tiny, folder: SweepPaths, tmp_path: Path, overrides: list[str]) -> None:
+def test_settings_train(
+    tiny: Tiny, folder: SweepPaths, tmp_path: Path, overrides: list[str], reason: str | None
+) -> None:
     if "data.format=messages" in overrides:
         rows = tmp_path / "chat.jsonl"
         turns = [{"role": "user", "content": "largest of 1 2"}, {"role": "assistant", "content": "# 2"}]
@@ -298,6 +349,9 @@ def test_settings_train(tiny: Tiny, folder: SweepPaths, tmp_path: Path, override
     losses = [values["eval/loss"] for _, values in curve(folder) if "eval/loss" in values]
     assert result.state == TrialState.COMPLETE
     assert losses[-1] < losses[0]
+    asked_for_trl = "training.engine=trl" in overrides
+    assert result.engine == ("trl" if reason or asked_for_trl else "fast")
+    assert result.engine_reason == reason
 
 
 def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:

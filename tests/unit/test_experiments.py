@@ -53,6 +53,7 @@ def test_the_classic_recipe() -> None:
         "lora.alpha": 16,
         "lora.dropout": 0.1,
         "lora.bias": "none",
+        "training.engine": "trl",
         "training.epochs": 1,
         "training.steps": None,
         "training.batch_size": 4,

@@ -1,0 +1,1 @@
+"""One command a figure, its baseline in the same run: see docs/benchmarks.md."""

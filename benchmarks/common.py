@@ -1,0 +1,149 @@
+"""What all benchmarks share: the setting, a trial's run, and where figures go."""
+
+import argparse
+import gc
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base import drop
+from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
+from orchestrator.spec import SweepSpec
+from orchestrator.spec.load import parse_spec
+from orchestrator.training.local import run_local_trial
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "A": {"engine": "trl", "recompute": True, "optimizer": "paged_adamw_32bit"},
+    "B": {"engine": "trl", "recompute": False, "optimizer": "adamw_torch_fused"},
+}
+"""A: trl's defaults. B: the same, tuned. Both with the adapter in float32, as ours."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A base of a well-known shape with random weights, and GSM8K rows in `[INST]` form."""
+
+    shape: str
+    base: Path
+    rows: Path
+    out: Path
+
+    def spec(self, training: dict[str, Any], **sections: dict[str, Any]) -> SweepSpec:
+        """Batch 4, rank 16 on all linear layers, dropout 0.1, rows of at most 512 tokens; the rest as asked."""
+        document: dict[str, Any] = {
+            "base": {"model": str(self.base)},
+            "data": {
+                "source": str(self.rows),
+                "format": "template",
+                "template": "<s>[INST] {question} [/INST] {answer} </s>",
+                "loss_on": "completion",
+                "max_length": 512,
+                "max_rows": 2000,
+                "held_out": {"count": 100},
+            },
+            "lora": {"rank": 16, "alpha": 32, "dropout": 0.1},
+            "training": {"batch_size": 4, "eval_batch_size": 4, "learning_rate": 2e-4, "logging_steps": 10} | training,
+            "tracking": {"wandb": {"mode": "disabled"}},
+        }
+        for name, fields in sections.items():
+            document[name] = document.get(name, {}) | fields
+        return parse_spec(document, "benchmark")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trial's result, its points, and the seconds of the whole call."""
+
+    result: TrialResult
+    points: list[MetricPoint]
+    seconds: float
+
+    def tokens_per_second(self, after: int) -> float:
+        """Real tokens a second from the first training point at or after a step to the last before evaluation."""
+        points = [point for point in self.points if "train/loss" in point.values and point.step >= after]
+        return (points[-1].tokens - points[0].tokens) / (points[-1].time_s - points[0].time_s)
+
+
+class Silent:
+    """A watcher that lets everything pass, and notes when the first step was made."""
+
+    first_step: float | None = None
+
+    def on_step(self, step: int, total_steps: int) -> bool:
+        self.first_step = self.first_step or time.time()
+        return True
+
+    def on_report(self, point: MetricPoint) -> bool:
+        return True
+
+
+def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
+    """Train one trial as `orchestrator trial` does, in this process, base and engine kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths, start = SweepPaths(Path(folder) / "trial"), time.monotonic()
+        result = run_local_trial(spec, paths, watcher or Silent())
+        seconds = time.monotonic() - start
+        assert result is not None
+        return Run(result, read_metrics(paths.trial(result.trial_id)), seconds)
+
+
+def forget() -> None:
+    """Free what earlier runs kept on the GPU, so that each engine's memory is its own."""
+    import torch
+
+    drop()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(about: str, measure: Callable[[Setting], dict[str, Any]]) -> None:
+    """Parse the command line, measure, write `OUT/<name>-<shape>.json`, print a table row."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("shape", choices=["1.1b", "7b", "tiny"], help="tiny is for a try on a CPU")
+    parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
+    parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="kept between runs")
+    arguments = parser.parse_args()
+    base = arguments.bases / arguments.shape
+    if not (base / "config.json").is_file():
+        command = [sys.executable, ROOT / "scripts" / "make_base.py", arguments.shape, base, "--text", arguments.rows]
+        subprocess.run(command, check=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    setting = Setting(arguments.shape, base.resolve(), arguments.rows.resolve(), arguments.out)
+    name, figures = Path(sys.argv[0]).stem, measure(setting)
+    figures = {"benchmark": name, "shape": arguments.shape, **figures, **environment()}
+    (arguments.out / f"{name}-{arguments.shape}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(" | ".join(f"{key}: {value}" for key, value in figures.items() if not isinstance(value, dict)), flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit and date."""
+    import torch
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git.stdout.strip() or None,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,35 @@
+"""Peak GPU memory of one trial, foreseen and measured: base kept, base dequantised at each use, and trl's (B).
+
+python -m benchmarks.memory 7b --rows train.jsonl
+"""
+
+from typing import Any
+
+from benchmarks.common import BASELINES, Setting, forget, main, run
+
+FORMS: dict[str, dict[str, Any]] = {
+    "kept": {"engine": "fast", "dequantise": "once"},
+    "not_kept": {"engine": "fast", "dequantise": "per_layer"},
+    "recomputed": {"engine": "fast", "dequantise": "per_layer", "recompute": True},
+    "B": BASELINES["B"],
+}
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, training in FORMS.items():
+        forget()
+        done = run(setting.spec(training | {"steps": 30, "eval_steps": 30}))
+        measured, predicted = done.result.peak_memory_gib, (done.result.memory_plan or {}).get("predicted_gib")
+        figures[name] = {
+            "measured_gib": measured,
+            "predicted_gib": predicted,
+            "predicted_over_measured": round(predicted / measured, 3) if predicted and measured else None,
+            "tokens_per_second": round(done.tokens_per_second(after=10)),
+            "eval_loss": done.result.best.value if done.result.best else None,
+        }
+    return {"forms": figures, **{name: each["measured_gib"] for name, each in figures.items()}}
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], measure)

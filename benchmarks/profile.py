@@ -1,0 +1,75 @@
+"""Where a fast step's time goes on the GPU, by kernel.
+
+python -m benchmarks.profile 1.1b --rows train.jsonl
+"""
+
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import Setting, main
+from orchestrator.base import lease, load_tokenizer
+from orchestrator.data import prepare
+from orchestrator.training.applied import expected_modules
+from orchestrator.training.fast.slot import Slot
+from orchestrator.training.loop import open_loop
+
+STEPS = 20
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    config = setting.spec({"engine": "fast", "steps": 500, "eval_steps": 500}).trial_config({})
+    data = prepare(config.data, config.base)
+    with lease(config.base) as base, tempfile.TemporaryDirectory() as folder:
+        modules = expected_modules(base, config.lora)
+        slot, _ = open_loop(config, base, modules, load_tokenizer(config.base), data, Path(folder))
+        assert isinstance(slot, Slot)
+        batches = slot.begin(None)
+        some = [next(batches)[1] for _ in range(STEPS)]
+        captured = time.perf_counter()
+        for batch in some:
+            slot.send(batch)
+        slot.collect()
+        captured = time.perf_counter() - captured
+        start = time.perf_counter()
+        for batch in some:
+            slot.send(batch)
+        slot.collect()
+        seconds = time.perf_counter() - start
+        host = time.perf_counter()
+        for batch in some[:4]:
+            slot.send(batch)
+        host = (time.perf_counter() - host) / 4
+        slot.collect()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for batch in some:
+                slot.send(batch)
+            slot.collect()
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.device_time
+            counts[event.name] += 1
+    kernels = {
+        name[:90]: {"ms_a_step": round(spent / STEPS / 1e3, 4), "launches_a_step": round(counts[name] / STEPS, 1)}
+        for name, spent in sorted(times.items(), key=lambda item: -item[1])[:40]
+    }
+    for name, each in kernels.items():
+        print(f"{each['ms_a_step']:9.4f} ms {each['launches_a_step']:7.1f}  {name}")
+    return {
+        "ms_a_step": round(seconds / STEPS * 1e3, 3),
+        "host_ms_a_step": round(host * 1e3, 3),
+        "kernel_ms_a_step": round(sum(times.values()) / STEPS / 1e3, 3),
+        "capture_s": round(captured, 2),
+        "kernels": kernels,
+    }
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], measure)

@@ -1,0 +1,204 @@
+"""Slots on one base: a step for all that have a batch, as one CUDA graph a bucket where there is a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.training.fast import plain
+from orchestrator.training.fast.decoder import Decoder, Step
+from orchestrator.training.fast.lora import Adapters
+from orchestrator.training.fast.row import Layout, Row, Rows, Span
+from orchestrator.training.memory import EVALUATION_TOKENS, Recompute
+
+AHEAD = 4
+"""Steps that the host may be ahead of the GPU."""
+
+CPU_TOKENS = 2048
+"""Of one pass on a CPU: longer ones are no faster, and take memory."""
+
+FINEST = 64
+"""Tokens: no two buckets on a GPU are closer."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a step measured, of each slot."""
+
+    losses: list[float]
+    """Weighted by the slot's `loss_weight`: the parts of a batch add up to its mean per token."""
+    norms: list[float]
+    """Of the whole gradient before clipping, where the slot stepped."""
+    hits: list[float]
+    """Tokens whose target was likeliest."""
+
+
+class Pending:
+    """Figures on their way from the device."""
+
+    def __init__(self, values: torch.Tensor, arrived: Any) -> None:
+        """
+        Args:
+            values: (3, slots) float32 on the host.
+            arrived: CUDA event after which they are there, or None.
+        """
+        self._values = values
+        self._arrived = arrived
+
+    @property
+    def is_there(self) -> bool:
+        """Whether reading would not wait."""
+        return self._arrived is None or bool(self._arrived.query())
+
+    def read(self) -> Figures:
+        """The figures, waiting for them if need be."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return Figures(*self._values.tolist())
+
+
+class Engine:
+    """Steps and evaluations of all slots of one worker."""
+
+    def __init__(self, decoder: Decoder, adapters: Adapters, recompute: Recompute, pool: Any) -> None:
+        """
+        Args:
+            decoder: the base.
+            adapters: the slots.
+            recompute: what the backward computes again.
+            pool: memory of captured graphs, shared by engines that never step at once; None steps without graphs.
+        """
+        self.adapters = adapters
+        self._decoder = decoder
+        self._recompute = recompute
+        self._on_gpu = adapters.weights.is_cuda
+        self._ops = _kernels() if self._on_gpu else plain
+        self.max_tokens = CPU_TOKENS
+        """Of one pass: a larger batch takes several."""
+        self._pool = pool
+        self._probed = 0, 0
+        self.peak_bytes: int | None = None
+        """GPU memory at the peak of the probe: what the graphs' pool keeps from then on, and what stands."""
+        self._buckets: dict[tuple[Layout, bool], _Bucket] = {}
+
+    def step(self, spans: Sequence[Span]) -> Pending:
+        """Forward, backward and, where a slot's batch ends here, its update. Returns without waiting for the device.
+
+        Args:
+            spans: what each slot trains on, at most one a slot.
+        """
+        return self._run(spans, self._layout([spans]), trains=True)
+
+    def probe(self, tokens: int, evaluation_tokens: int) -> None:
+        """Run an empty step and an empty evaluation of these sizes, unless larger ones have run.
+
+        Memory is then known to suffice, and kernels are loaded, which no capture could do.
+
+        Raises:
+            torch.OutOfMemoryError: it does not.
+        """
+        if tokens <= self._probed[0] and evaluation_tokens <= self._probed[1]:
+            return
+        torch.cuda.reset_peak_memory_stats()
+        for count, trains in ((tokens, True), (evaluation_tokens, False)):
+            layout = self._bucket(count, -(-count // self._decoder.longest))
+            bucket = _Bucket(layout, self.adapters.weights.device)
+            bucket.bring([])
+            bucket.send(self._compute(bucket.row, trains)).read()
+        self._probed = tokens, evaluation_tokens
+        self.peak_bytes = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()  # for the graphs' pool
+
+    def evaluate(self, rows: Rows, slot: int, table: dict[str, float]) -> tuple[float, float]:
+        """Mean loss per token and share of tokens whose target was likeliest, without dropout.
+
+        Args:
+            rows: all of them count.
+            slot: whose adapter.
+            table: its `TABLE`.
+        """
+        most = EVALUATION_TOKENS if self._on_gpu else CPU_TOKENS
+        total = int(rows.lengths.sum())
+        even = -(-total // -(-total // most))  # of passes that are alike
+        max_tokens = min(most, even + rows.longest)
+        table = dict(table, threshold=0, keep_scale=1.0, applies=0, loss_weight=1.0)
+        passes = [[Span(slot, rows, batch, table)] for batch in rows.batches(range(len(rows)), max_tokens)]
+        layout = self._layout(passes)
+        figures = [pending.read() for pending in [self._run(spans, layout, trains=False) for spans in passes]]
+        count = rows.num_targets(range(len(rows)))
+        return sum(each.losses[slot] for each in figures) / count, sum(each.hits[slot] for each in figures) / count
+
+    def _layout(self, steps: Sequence[Sequence[Span]]) -> Layout:
+        """The smallest bucket that holds each of these steps."""
+        tile = self._ops.TILE
+        tokens = max(sum(span.num_tokens + -span.num_tokens % tile for span in spans) for spans in steps)
+        return self._bucket(tokens, max(sum(len(span.indices) + 1 for span in spans) for spans in steps))
+
+    def _bucket(self, tokens: int, sequences: int) -> Layout:
+        tile, longest = self._ops.TILE, self._decoder.longest
+        apart = max(FINEST, 1 << max(0, tokens.bit_length() - 5)) if self._on_gpu else tile
+        tokens += -tokens % apart
+        sequences += -(-tokens // longest)  # as many as the rest of the bucket may need
+        return Layout(tokens, sequences + -sequences % 8, self.adapters.num_slots, tile, longest)
+
+    def _run(self, spans: Sequence[Span], layout: Layout, trains: bool) -> Pending:
+        if not self._on_gpu:
+            buffer = layout.buffer("cpu")
+            layout.fill(buffer.numpy(), spans)
+            return Pending(self._compute(layout.row(buffer), trains), None)
+        bucket = self._buckets.get((layout, trains))
+        if bucket is None:
+            bucket = self._buckets[layout, trains] = _Bucket(layout, self.adapters.weights.device)
+        bucket.bring(spans)
+        if self._pool is None:
+            return bucket.send(self._compute(bucket.row, trains))
+        if bucket.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                bucket.values = self._compute(bucket.row, trains)
+            bucket.graph = graph
+        bucket.graph.replay()
+        return bucket.send(bucket.values)
+
+    def _compute(self, row: Row, trains: bool) -> torch.Tensor:
+        """(3, slots): losses, norms, hits."""
+        ops, slots = self._ops, self.adapters.num_slots
+        step = Step(ops, row, self.adapters, self._recompute)
+        losses, hits = self._decoder.train(step) if trains else self._decoder.evaluate(step)
+        norms = ops.update(self.adapters, row) if trains else torch.zeros(slots, device=losses.device)
+        sums = ops.sum_by_slot(losses, row, slots) * row.table["loss_weight"]
+        return torch.stack((sums, norms, ops.sum_by_slot(hits, row, slots)))
+
+
+class _Bucket:
+    """Buffers of one layout on the GPU, and its graph."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._layout = layout
+        self._buffer = layout.buffer(device)
+        self.row = layout.row(self._buffer)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.values = torch.empty(0)
+
+    # Pinned memory is taken anew each time: torch's allocator gives none back that a copy still reads or writes.
+
+    def bring(self, spans: Sequence[Span]) -> None:
+        """Send a step's input to the device."""
+        staging = self._layout.buffer("cpu", pinned=True)
+        self._layout.fill(staging.numpy(), spans)
+        self._buffer.copy_(staging, non_blocking=True)
+
+    def send(self, values: torch.Tensor) -> Pending:
+        """Send a step's figures to the host."""
+        result = torch.empty(values.shape, pin_memory=True)
+        result.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Pending(result, arrived)
+
+
+def _kernels() -> Any:
+    from orchestrator.training.fast import kernels  # needs Triton
+
+    return kernels

@@ -1,0 +1,131 @@
+"""Stacked adapters: the LoRA matrices of all slots in one flat tensor, a row a slot."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ALIGNMENT = 16
+"""Elements: each group begins at a multiple, so that kernels read whole words."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear layer that an adapter changes."""
+
+    name: str
+    number: int
+    """In the model, counting all that could be adapted: dropout masks count by it, whatever else is adapted."""
+    in_features: int
+    column: int
+    """Where its output begins in that of its group."""
+    width: int
+    """Its output features."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapted layers that read the same input: their adapters lie together."""
+
+    layers: tuple[Adapted, ...]
+    a: int
+    """Where A lies in a slot's flat weights: (layers * rank, in_features)."""
+    b: int
+    """Where B lies: (sum of widths, rank)."""
+
+    @property
+    def in_features(self) -> int:
+        return self.layers[0].in_features
+
+    @property
+    def width(self) -> int:
+        """Adapted output features of all layers."""
+        return sum(layer.width for layer in self.layers)
+
+
+class Adapters:
+    """LoRA weights, gradients and optimizer moments of `num_slots` adapters, each flat: (slots, size).
+
+    Ranks below `rank` are filled with zeros, which stay: where B's column is zero so is the gradient of A's row, and
+    the other way round; AdamW then moves neither.
+    """
+
+    def __init__(
+        self,
+        adapted: Sequence[Sequence[Adapted]],
+        num_slots: int,
+        rank: int,
+        dtype: torch.dtype,
+        compute: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            adapted: layers by the input that they share, from `adapted_layers`.
+            num_slots: adapters that train together.
+            rank: of the stack.
+            dtype: of weights and moments.
+            compute: of the adapters' products.
+            device: of all of it.
+        """
+        self.num_slots = num_slots
+        self.rank = rank
+        self.compute = compute
+        self.places: list[Group | None] = []
+        at = 0
+        for layers in adapted:
+            if not layers:
+                self.places.append(None)
+                continue
+            group = Group(tuple(layers), at, at + len(layers) * rank * layers[0].in_features)
+            self.places.append(group)
+            at = group.b + group.width * rank
+            at += -at % ALIGNMENT
+        self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
+        self.moment1 = torch.zeros_like(self.weights)
+        self.moment2 = torch.zeros_like(self.weights)
+        self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
+
+    def a(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
+        """A view of one of the flat tensors: (slots, layers * rank, in_features)."""
+        rows = len(group.layers) * self.rank
+        return flat[:, group.a : group.a + rows * group.in_features].unflatten(1, (rows, group.in_features))
+
+    def b(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
+        """A view of one of the flat tensors: (slots, width, rank)."""
+        return flat[:, group.b : group.b + group.width * self.rank].unflatten(1, (group.width, self.rank))
+
+    def matrices(self, slot: int, rank: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views of a slot's A (rank, in) and B (out, rank) by PEFT's names, without the adapter's.
+
+        Args:
+            slot: whose.
+            rank: of its adapter.
+            flat: weights, or moments.
+        """
+        for group in filter(None, self.places):
+            a, b, row = self.a(group, flat)[slot], self.b(group, flat)[slot], 0
+            for index, layer in enumerate(group.layers):
+                yield f"{layer.name}.lora_A", a[index * self.rank : index * self.rank + rank]
+                yield f"{layer.name}.lora_B", b[row : row + layer.width, :rank]
+                row += layer.width
+
+    def clear(self, slot: int) -> None:
+        """Make a slot as if it had never been used."""
+        for flat in (self.weights, self.moment1, self.moment2, self.gradients):
+            flat[slot].zero_()
+
+
+def padded_rank(rank: int) -> int:
+    """The stack's rank for an adapter of this one: a power of two from 16 on, so that few graphs serve all ranks."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a PEFT model by the names of `Adapters.matrices`."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }

@@ -1,0 +1,221 @@
+"""A step's tokens, laid end to end: no padding between sequences, and each slot's span a whole number of tiles."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""Target of a token that has no loss."""
+
+TABLE = (
+    "key",  # of the dropout masks of this trial and step
+    "threshold",  # a token's feature is dropped where its 31 random bits are below
+    "keep_scale",  # 1 / (1 - dropout)
+    "scale",  # alpha / rank
+    "loss_weight",  # 1 / tokens with a loss in the whole batch
+    "applies",  # 1 where the batch ends with this row: the slot's optimizer steps
+    "learning_rate",
+    "decay",  # weight decay
+    "gain1",  # 1 - beta1, and not beta1: 4 bytes hold 0.001 to 8 digits, but 1 - 0.999 only to 4
+    "gain2",  # 1 - beta2
+    "epsilon",
+    "correction1",  # 1 - beta1 ** steps
+    "correction2",  # 1 - beta2 ** steps
+    "max_norm",  # infinite where nothing is clipped
+)
+"""What a slot's row of the table says, each in 4 bytes."""
+
+INTEGERS = ("key", "threshold", "applies")
+
+
+class Rows:
+    """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths."""
+
+    def __init__(self, input_ids: Sequence[Any], labels: Sequence[Any]) -> None:
+        """
+        Args:
+            input_ids: tokens of each row.
+            labels: the same, with -100 where there is no loss.
+        """
+        self.lengths = np.array([len(row) for row in input_ids], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in input_ids])
+        targets = np.concatenate([np.asarray(row, dtype=np.int32) for row in labels])
+        # A token's target is the next token of its own row.
+        self._targets = np.append(targets[1:], np.int32(IGNORED))
+        self._targets[self._ends - 1] = IGNORED
+
+    @classmethod
+    def of(cls, dataset: Any) -> "Rows":
+        """From a `datasets.Dataset` with input_ids and labels."""
+        table = dataset.with_format("arrow")[:]
+        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        ends = np.cumsum(ids.value_lengths().to_numpy())[:-1]
+        return cls(*(np.split(column.flatten().to_numpy(), ends) for column in (ids, labels)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
+    def ids(self, row: int) -> Any:
+        """(length,) int32 tokens."""
+        return self._ids[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+    def targets(self, row: int) -> Any:
+        """(length,) int32 next tokens, -100 where there is no loss."""
+        return self._targets[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+    def batches(self, indices: Iterable[int], max_tokens: int) -> list[list[int]]:
+        """Split rows, in their order, into batches of at most so many tokens; a longer row stands alone."""
+        batches: list[list[int]] = []
+        left = 0
+        for index in indices:
+            length = int(self.lengths[index])
+            if not batches or length > left:
+                batches.append([])
+                left = max_tokens
+            batches[-1].append(index)
+            left -= length
+        return batches
+
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Tokens with a loss in these rows."""
+        return int(sum(np.count_nonzero(self.targets(index) != IGNORED) for index in indices))
+
+
+@dataclass(frozen=True)
+class Span:
+    """One slot's part of a step."""
+
+    slot: int
+    rows: Rows
+    indices: Sequence[int]
+    """Rows, in the order of the batch."""
+    table: dict[str, float]
+    """This slot's values of `TABLE`."""
+    first_token: int = 0
+    """Tokens of the same batch in earlier rows: dropout counts on."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.rows.lengths[list(self.indices)].sum())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step's input on the device: views of one buffer, so that one copy brings all of it."""
+
+    ids: torch.Tensor
+    """(tokens,) int32."""
+    targets: torch.Tensor
+    """(tokens,) int32 next tokens; -100 where there is no loss, fillers included."""
+    positions: torch.Tensor
+    """(tokens,) int32 within the sequence."""
+    counters: torch.Tensor
+    """(tokens,) int32 within the slot's batch: what dropout counts by."""
+    tiles: torch.Tensor
+    """(tokens / tile,) int32 slot of each tile."""
+    bounds: torch.Tensor
+    """(sequences + 1,) int32 ends of the sequences, fillers included; the last ones may be empty."""
+    table: dict[str, torch.Tensor]
+    """`TABLE`, each (slots,)."""
+    longest: int
+    """No sequence is longer."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences side by side: (sequences, longest) tokens' places in the row, and which of them are real.
+
+        The others repeat their own sequence's last token: nothing of another sequence, not even a NaN, is near.
+        """
+        starts, ends = self.bounds[:-1].long(), self.bounds[1:].long()
+        starts, ends = starts[ends > starts], ends[ends > starts]
+        places = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
+        return places.minimum(ends[:, None] - 1), places < ends[:, None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a bucket: all that a captured graph depends on."""
+
+    num_tokens: int
+    num_sequences: int
+    num_slots: int
+    tile: int
+    longest: int
+
+    def buffer(self, device: str | torch.device, pinned: bool = False) -> torch.Tensor:
+        """(size,) int32 for one row."""
+        return torch.zeros(self._slices[-1].stop, dtype=torch.int32, device=device, pin_memory=pinned)
+
+    def row(self, buffer: torch.Tensor) -> Row:
+        """Views of a buffer."""
+        ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
+        values = table.view(len(TABLE), self.num_slots)
+        named = {
+            name: column if name in INTEGERS else column.view(torch.float32)
+            for name, column in zip(TABLE, values, strict=True)
+        }
+        return Row(ids, targets, positions, counters, tiles, bounds, named, self.longest)
+
+    def fill(self, buffer: Any, spans: Sequence[Span]) -> None:
+        """Write a step into a buffer on the host.
+
+        Args:
+            buffer: (size,) int32 numpy array.
+            spans: at most one a slot. Slots without one keep a table of zeros: their weights do not change.
+        """
+        ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
+        ids.fill(0)
+        targets.fill(IGNORED)
+        counters.fill(0)
+        tiles.fill(0)
+        table.fill(0)
+        table = table.reshape(len(TABLE), self.num_slots)
+        at, ends = 0, [0]
+        for span in spans:
+            counter, first_tile = span.first_token, at // self.tile
+            for index in span.indices:
+                end = at + int(span.rows.lengths[index])
+                ids[at:end] = span.rows.ids(index)
+                targets[at:end] = span.rows.targets(index)
+                counters[at:end] = np.arange(counter, counter + end - at, dtype=np.int32)
+                counter += end - at
+                at = end
+                ends.append(at)
+            if at % self.tile:
+                at += self.tile - at % self.tile
+                ends.append(at)
+            tiles[first_tile : at // self.tile] = span.slot
+            for column, name in zip(table, TABLE, strict=True):
+                value = np.int32(span.table[name]) if name in INTEGERS else np.float32(span.table[name]).view(np.int32)
+                column[span.slot] = value
+        while ends[-1] < self.num_tokens:  # the rest of the bucket, in sequences that are not too long
+            ends.append(min(ends[-1] + self.longest, self.num_tokens))
+        bounds.fill(self.num_tokens)
+        bounds[: len(ends)] = ends
+        starts = np.repeat(ends[:-1], np.diff(ends))
+        positions[:] = np.arange(self.num_tokens) - starts
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        tokens = self.num_tokens
+        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE) * self.num_slots]
+        slices, at = [], 0
+        for size in sizes:
+            slices.append(slice(at, at + size))
+            at += size + -size % 4  # 16 bytes: what kernels like to read
+        return slices

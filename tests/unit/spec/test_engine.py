@@ -1,0 +1,67 @@
+"""Which engine a trial may ask for is told at load, before there is a base or a GPU."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import parse_spec
+from orchestrator.spec.sections import TrainingSection
+
+Document = dict[str, Any]
+
+REFUSED = [
+    ({"lora": {"bias": "all"}}, "lora.bias all"),
+    ({"lora": {"bias": "lora_only"}}, "lora.bias lora_only"),
+    ({"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor"),
+    ({"training": {"optimizer": "paged_adamw_8bit"}}, "training.optimizer paged_adamw_8bit"),
+    ({"training": {"precision": "fp16"}}, "training.precision fp16"),
+    ({"training": {"group_by_length": True}}, "training.group_by_length (without padding it would gain nothing)"),
+]
+
+
+def with_engine(document: Document, sections: Document, engine: str) -> Document:
+    return document | sections | {"training": sections.get("training", {}) | {"engine": engine}}
+
+
+@pytest.mark.parametrize(("sections", "reason"), REFUSED, ids=str)
+def test_fast_is_refused_with_the_reason(document: Document, sections: Document, reason: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(with_engine(document, sections, "fast"), "x.yaml")
+    assert f"training.engine fast cannot hold {reason}; use auto or trl" in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["auto", "trl"])
+@pytest.mark.parametrize(("sections", "reason"), REFUSED, ids=str)
+def test_the_others_take_it_and_the_reason_is_known(
+    document: Document, sections: Document, reason: str, engine: str
+) -> None:
+    config = parse_spec(with_engine(document, sections, engine)).trial_config({})
+    assert config.why_not_fast() == reason
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"])
+def test_fast_takes_adamw_in_32_bits(document: Document, optimizer: str) -> None:
+    config = parse_spec(with_engine(document, {"training": {"optimizer": optimizer}}, "fast")).trial_config({})
+    assert config.why_not_fast() is None
+
+
+def test_a_search_that_would_meet_what_fast_cannot_hold_is_refused(document: Document) -> None:
+    search = {"space": {"training.optimizer": {"choice": ["adamw_torch", "sgd"]}}}
+    assert parse_spec(document | {"search": search})
+    with pytest.raises(SpecError, match=r"the value 'sgd' gives .*engine fast cannot hold training\.optimizer sgd"):
+        parse_spec(document | {"search": search, "training": {"engine": "fast"}})
+
+
+def test_defaults_leave_the_choice_to_the_machine() -> None:
+    section = TrainingSection()
+    assert (section.engine, section.recompute, section.dequantise) == ("auto", "auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("engine", "slow"), ("dequantise", "never"), ("recompute", "yes"), ("recompute", 1)]
+)
+def test_other_values_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=field):
+        TrainingSection.model_validate({field: value})

@@ -1,0 +1,84 @@
+"""Shared by the engine's tests: rows of tokens, a slot's table, and a step as the engine lays it out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.base import load_base
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.fast.plain import TILE
+from orchestrator.training.fast.row import Layout, Row, Rows, Span
+
+MakeRows = Callable[..., Rows]
+MakeTable = Callable[..., dict[str, float]]
+MakeRow = Callable[..., Row]
+
+
+@pytest.fixture
+def make_rows() -> MakeRows:
+    """`make_rows(5, 9, seed=1)`: rows of these lengths, of which the first two tokens have no loss."""
+
+    def make(*lengths: int, seed: int = 0, vocabulary: int = 90) -> Rows:
+        generator = np.random.default_rng(seed)
+        ids = [generator.integers(0, vocabulary, length).tolist() for length in lengths]
+        return Rows(ids, [[-100, -100, *row[2:]] for row in ids])
+
+    return make
+
+
+@pytest.fixture
+def make_table() -> MakeTable:
+    """`make_table(dropout=0.1, step=3, learning_rate=1e-3)`: what a slot's table says at its third step."""
+
+    def make(dropout: float = 0.0, step: int = 1, **values: float) -> dict[str, float]:
+        return {
+            "key": 12345,
+            "threshold": round(dropout * 2**31),
+            "keep_scale": 1 / (1 - dropout),
+            "scale": 2.0,
+            "loss_weight": 0.1,
+            "applies": 1,
+            "learning_rate": 1e-3,
+            "decay": 0.0,
+            "gain1": 1 - 0.9,
+            "gain2": 1 - 0.999,
+            "epsilon": 1e-8,
+            "correction1": 1 - 0.9**step,
+            "correction2": 1 - 0.999**step,
+            "max_norm": float("inf"),
+        } | values
+
+    return make
+
+
+@pytest.fixture
+def make_row() -> MakeRow:
+    """`make_row(span, ..., num_slots=2, num_tokens=64)`: these spans as one row; by default no longer than need be."""
+
+    def make(*spans: Span, num_slots: int = 1, num_tokens: int = 0, num_sequences: int = 32) -> Row:
+        used = sum(span.num_tokens + -span.num_tokens % TILE for span in spans)
+        longest = max([40, *(span.rows.longest for span in spans)])
+        layout = Layout(max(used, num_tokens), num_sequences, num_slots, TILE, longest)
+        buffer = layout.buffer("cpu")
+        layout.fill(buffer.numpy(), spans)
+        return layout.row(buffer)
+
+    return make
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are those of a CPU, wherever they run."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def base() -> Any:
+    """The embedded base in NF4, as a trial of the demo holds it. Bare: who adapts it, takes one of his own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "device_count", lambda: 0)
+        return load_base(BaseSection(model="embedded", compute_dtype="float32"))

@@ -1,0 +1,197 @@
+"""The decoder against the Hugging Face model of the same weights, with PEFT's adapters and autograd."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from orchestrator.base import load_base
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.applied import expected_modules
+from orchestrator.training.fast import plain
+from orchestrator.training.fast.decoder import Decoder, adapted_layers
+from orchestrator.training.fast.engine import Engine
+from orchestrator.training.fast.lora import Adapters, lora_parameters
+from orchestrator.training.fast.row import Rows, Span
+from orchestrator.training.memory import Recompute
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+MakeRows = Callable[..., Rows]
+MakeTable = Callable[..., dict[str, float]]
+
+SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+MODELS: dict[str, tuple[PreTrainedConfig | None, str]] = {
+    "embedded, nf4": (None, "nf4"),
+    "qwen2 with biases and a tied head, nf4": (
+        Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True),
+        "nf4",
+    ),
+    "mistral with wide heads": (
+        MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+        "none",
+    ),
+    "llama with all biases and scaled positions": (
+        LlamaConfig(**SIZES, num_attention_heads=2, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+        "none",
+    ),
+}
+LENGTHS = (5, 19, 2, 11)
+DROPOUT, RANK, ALPHA = 0.1, 4, 12
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def open_model(name: str, folder: Path) -> Any:
+    config, quantization = MODELS[name]
+    if config is None:
+        return load_base(BaseSection(model="embedded", compute_dtype="float32"))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # a new model has biases of 0 and norms of 1
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return load_base(BaseSection(model=str(folder), quantization=quantization, compute_dtype="float32"))
+
+
+class Masked(torch.nn.Module):
+    """Dropout with masks that are given."""
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self._kept / (1 - DROPOUT) if self.training else x
+
+
+def padded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, longest) ids, targets and mask, as a collator makes them."""
+    ids, targets = (
+        [torch.from_numpy(part(index)).long() for index in range(len(rows))] for part in (rows.ids, rows.targets)
+    )
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100), mask
+
+
+def loss_of(model: Any, rows: Rows) -> torch.Tensor:
+    ids, targets, mask = padded(rows)
+    return cross_entropy(model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_those_of_peft(
+    name: str, targets: Any, tmp_path: Path, make_rows: MakeRows, make_table: MakeTable, make_row: Callable[..., Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = open_model(name, tmp_path)
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets, init_lora_weights=False)
+    modules = expected_modules(model, BaseLora(targets))  # type: ignore[arg-type]
+    decoder = Decoder(model, torch.float32, max(LENGTHS), keeps=True)
+    places = adapted_layers(model, modules)
+    adapters = Adapters(places, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))
+    engine = Engine(decoder, adapters, "nothing", None)
+    peft = get_peft_model(model, lora)
+    parameters = lora_parameters(peft)
+    matrices = dict(adapters.matrices(0, RANK, adapters.weights))
+    assert matrices.keys() == parameters.keys()
+    for key, matrix in matrices.items():
+        matrix.copy_(parameters[key].detach())
+
+    rows = make_rows(*LENGTHS)
+    num_targets = rows.num_targets(range(len(rows)))
+    table = make_table(DROPOUT, scale=ALPHA / RANK, applies=0, loss_weight=1 / num_targets)
+    span = Span(0, rows, range(len(rows)), table)
+    row = make_row(span)
+    for layers in places:
+        for layer in layers:
+            kept = plain.keep(row, layer.number, layer.in_features)[: span.num_tokens]
+            drop = peft.get_submodule(f"base_model.model.{layer.name}").lora_dropout
+            drop["default"] = Masked(pad_sequence(list(kept.split(LENGTHS)), batch_first=True))
+
+    peft.train()
+    reference = loss_of(peft, rows)
+    reference.backward()
+    reference = reference.detach()
+    figures = engine.step([span]).read()
+    assert figures.losses[0] == pytest.approx(float(reference), abs=1e-5)
+    gradients = dict(adapters.matrices(0, RANK, adapters.gradients))
+    for key, gradient in gradients.items():
+        expected = parameters[key].grad
+        cosine = float(cosine_similarity(gradient.flatten(), expected.flatten(), dim=0))
+        assert cosine >= 0.9999, f"{key}: cosine {cosine:.6f}"
+    whole, expected = (
+        torch.cat([each.flatten() for each in parts])
+        for parts in (gradients.values(), [parameters[key].grad for key in gradients])
+    )
+    assert (whole - expected).norm() <= 2e-5 * expected.norm()
+    assert figures.norms[0] == pytest.approx(float(expected.norm()), rel=2e-5)
+
+    peft.eval()
+    with torch.no_grad():
+        reference = loss_of(peft, rows)
+    loss, accuracy = engine.evaluate(rows, 0, table)
+    assert loss == pytest.approx(float(reference), abs=1e-5)
+    assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
+    ids, wanted, mask = padded(rows)
+    hits = (peft(input_ids=ids, attention_mask=mask).logits.argmax(-1) == wanted).sum()
+    assert accuracy == pytest.approx(int(hits) / num_targets)
+
+
+class BaseLora:
+    """What `expected_modules` reads of a `LoraSection`."""
+
+    def __init__(self, targets: Any) -> None:
+        self.target_modules = targets
+
+
+def test_a_module_has_the_same_masks_whatever_else_is_adapted(base: Any) -> None:
+    everything = {layer.name: layer for layers in adapted_layers(base, names(base)) for layer in layers}
+    some = [layer for layers in adapted_layers(base, names(base, "v_proj", "down_proj")) for layer in layers]
+    assert len(everything) == 4 * 7
+    assert len({layer.number for layer in everything.values()}) == len(everything)
+    assert [layer.name.rpartition(".")[2] for layer in some] == ["v_proj", "down_proj"] * 4
+    assert all(layer == everything[layer.name] for layer in some)
+
+
+def names(model: Any, *leaves: str) -> list[str]:
+    """Linear layers of the decoder, or those of these names."""
+    return [name for name in expected_modules(model, BaseLora("all-linear")) if not leaves or name.endswith(leaves)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_given_up_for_memory_changes_no_bit(
+    base: Any, make_rows: MakeRows, make_table: MakeTable, dtype: torch.dtype
+) -> None:
+    rows, results = make_rows(*LENGTHS, vocabulary=500), []
+    table = make_table(DROPOUT, learning_rate=1e-3, max_norm=0.1)
+    choices: list[tuple[bool, Recompute]] = [
+        (keeps, recompute) for keeps in (True, False) for recompute in ("nothing", "elementwise", "layers")
+    ]
+    model = base if dtype == torch.float32 else load_base(BaseSection(model="embedded"))
+    for keeps, recompute in choices:
+        torch.manual_seed(1)
+        adapters = Adapters(adapted_layers(model, names(model)), 1, 8, torch.float32, dtype, torch.device("cpu"))
+        adapters.weights.normal_(std=0.02)
+        engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None)
+        figures = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
+        results.append((choices, figures, engine.evaluate(rows, 0, table), adapters.weights))
+    _, figures, evaluated, weights = results[0]
+    assert figures[0].losses != figures[2].losses, "it trains"
+    for _, other_figures, other_evaluated, other_weights in results[1:]:
+        assert other_figures == figures
+        assert other_evaluated == evaluated
+        assert torch.equal(other_weights, weights)

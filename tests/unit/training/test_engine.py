@@ -1,0 +1,209 @@
+"""Several slots in one step, and one batch in several: each slot's numbers are those that it has alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestrator.spec.sections import LoraSection
+from orchestrator.training.applied import expected_modules
+from orchestrator.training.fast.decoder import Decoder, adapted_layers
+from orchestrator.training.fast.engine import Engine, Figures
+from orchestrator.training.fast.lora import Adapters
+from orchestrator.training.fast.row import Rows, Span
+from orchestrator.training.fast.slot import dropout_key
+
+MakeRows = Callable[..., Rows]
+MakeTable = Callable[..., dict[str, float]]
+
+LENGTHS = (9, 4, 17, 8, 1, 12, 6, 15)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(shape)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a slot trains."""
+
+    rank: int
+    batch: int
+    steps: Sequence[int]
+    """Of all slots' steps, those in which it has a batch."""
+    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    alpha: float = 16.0
+    decay: float = 0.0
+    max_norm: float = math.inf
+    seed: int = 0
+
+
+TRIALS = {
+    3: Trial(rank=4, batch=2, steps=range(STEPS), dropout=0.1, alpha=8, seed=1),
+    0: Trial(rank=16, batch=1, steps=(0, 2, 3, 5), learning_rate=5e-3, decay=0.1, seed=2),
+    2: Trial(rank=8, batch=5, steps=range(STEPS), dropout=0.4, alpha=2, max_norm=0.01, seed=3),
+}
+
+
+def make_engine(model: Any, num_slots: int, rank: int) -> Engine:
+    modules = expected_modules(model, LoraSection())
+    adapters = Adapters(
+        adapted_layers(model, modules), num_slots, rank, torch.float32, torch.float32, torch.device("cpu")
+    )
+    return Engine(Decoder(model, torch.float32, max(LENGTHS), keeps=True), adapters, "nothing", None)
+
+
+def start(engine: Engine, slot: int, trial: Trial) -> None:
+    generator = torch.Generator().manual_seed(trial.seed)
+    for _, matrix in engine.adapters.matrices(slot, trial.rank, engine.adapters.weights):
+        matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+
+
+def weights(engine: Engine, slot: int, rank: int) -> torch.Tensor:
+    matrices = engine.adapters.matrices(slot, rank, engine.adapters.weights)
+    return torch.cat([matrix.flatten() for _, matrix in matrices])
+
+
+@pytest.fixture
+def span(make_rows: MakeRows, make_table: MakeTable) -> Callable[[int, Trial, int], Span]:
+    """A trial's batch at a step, in this slot."""
+
+    def make(slot: int, trial: Trial, step: int) -> Span:
+        rows = make_rows(*LENGTHS, seed=trial.seed)
+        done = [s for s in trial.steps if s <= step]
+        indices = [(len(done) * 3 + i) % len(rows) for i in range(trial.batch)]
+        table = make_table(
+            trial.dropout,
+            step=len(done),
+            key=dropout_key(trial.seed, len(done)),
+            scale=trial.alpha / trial.rank,
+            loss_weight=1 / max(1, rows.num_targets(indices)),
+            learning_rate=trial.learning_rate,
+            decay=trial.decay,
+            max_norm=trial.max_norm,
+        )
+        return Span(slot, rows, indices, table)
+
+    return make
+
+
+def test_each_slot_has_the_numbers_that_it_has_alone(
+    model: Any, span: Callable[[int, Trial, int], Span], make_rows: MakeRows, make_table: MakeTable
+) -> None:
+    """Ranks, rates, dropouts, batches differ; one slot is idle throughout, one now and then."""
+    idle, held_out = 1, make_rows(*LENGTHS, seed=9)
+    together = make_engine(model, 4, 16)
+    for slot, trial in TRIALS.items():
+        start(together, slot, trial)
+    flats = together.adapters.weights, together.adapters.moment1, together.adapters.moment2
+    for flat in flats:
+        flat[idle].uniform_(0.1, 1.0)
+    before = [flat[idle].clone() for flat in flats]
+    figures: list[Figures] = []
+    starts = {slot: weights(together, slot, trial.rank).clone() for slot, trial in TRIALS.items()}
+    for step in range(STEPS):
+        spans = [span(slot, trial, step) for slot, trial in TRIALS.items() if step in trial.steps]
+        figures.append(together.step(spans).read())
+    for flat, was in zip(flats, before, strict=True):
+        assert torch.equal(flat[idle], was), "an idle slot changes"
+
+    for slot, trial in TRIALS.items():
+        alone = make_engine(model, 1, trial.rank)
+        start(alone, 0, trial)
+        for step in trial.steps:
+            expected, found = alone.step([span(0, trial, step)]).read(), figures[step]
+            assert found.losses[slot] == pytest.approx(expected.losses[0], abs=2e-6)
+            assert found.norms[slot] == pytest.approx(expected.norms[0], rel=1e-5)
+            assert found.hits[slot] == expected.hits[0]
+        update = weights(alone, 0, trial.rank) - starts[slot]
+        difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
+        assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
+        loss, accuracy = together.evaluate(held_out, slot, make_table(trial.dropout, scale=trial.alpha / trial.rank))
+        expected_loss, expected_accuracy = alone.evaluate(held_out, 0, make_table(scale=trial.alpha / trial.rank))
+        assert loss == pytest.approx(expected_loss, abs=1e-6)
+        assert accuracy == expected_accuracy
+
+
+def test_a_slot_that_diverges_takes_no_other_along(model: Any, span: Callable[[int, Trial, int], Span]) -> None:
+    sick = Trial(rank=8, batch=2, steps=range(STEPS), learning_rate=1e30, seed=4)
+    results = []
+    for trials in (TRIALS, TRIALS | {1: sick}):
+        engine = make_engine(model, 4, 16)
+        for slot, trial in trials.items():
+            start(engine, slot, trial)
+        figures = []
+        for step in range(STEPS):
+            spans = [span(slot, trial, step) for slot, trial in reversed(trials.items()) if step in trial.steps]
+            figures.append(engine.step(spans).read())
+        results.append((engine, figures))
+    (healthy, expected), (mixed, found) = results
+    assert math.isfinite(found[0].losses[1])
+    assert not any(math.isfinite(each.losses[1]) and math.isfinite(each.norms[1]) for each in found[1:]), "it diverges"
+    for slot in TRIALS:
+        for step in TRIALS[slot].steps:
+            assert found[step].losses[slot] == pytest.approx(expected[step].losses[slot], abs=2e-6)
+        one, other = (weights(engine, slot, TRIALS[slot].rank) for engine in (healthy, mixed))
+        assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+@pytest.mark.parametrize("max_tokens", [17, 30])
+def test_a_batch_in_several_passes_is_one_step(
+    model: Any, make_rows: MakeRows, make_table: MakeTable, max_tokens: int
+) -> None:
+    """Losses and gradients add up, dropout's masks go on, and the weights move once, at the end."""
+    rows, trial = make_rows(*LENGTHS), Trial(rank=8, batch=8, steps=())
+    table = make_table(0.3, loss_weight=1 / rows.num_targets(range(8)), decay=0.1, max_norm=0.1)
+    order = [3, 0, 7, 4, 1, 5, 2, 6]
+    whole, parts = make_engine(model, 1, 8), make_engine(model, 1, 8)
+    for engine in (whole, parts):
+        start(engine, 0, trial)
+    began = weights(whole, 0, 8).clone()
+    expected = whole.step([Span(0, rows, order, table)]).read()
+    passes, first_token, found = rows.batches(order, max_tokens), 0, []
+    assert len(passes) > 2
+    for indices in passes:
+        assert torch.equal(weights(parts, 0, 8), began)
+        values = table | {"applies": int(indices is passes[-1])}
+        found.append(parts.step([Span(0, rows, indices, values, first_token)]).read())
+        first_token += int(rows.lengths[indices].sum())
+    assert sum(each.losses[0] for each in found) == pytest.approx(expected.losses[0], abs=2e-6)
+    assert sum(each.hits[0] for each in found) == expected.hits[0]
+    assert found[-1].norms[0] == pytest.approx(expected.norms[0], rel=1e-5)
+    update, difference = weights(whole, 0, 8) - began, weights(parts, 0, 8) - weights(whole, 0, 8)
+    assert difference.norm() <= 1e-4 * update.norm()
+
+
+def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
+    model: Any, make_rows: MakeRows, make_table: MakeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, engine = make_rows(*LENGTHS), make_engine(model, 1, 8)
+    start(engine, 0, Trial(rank=8, batch=1, steps=()))
+    before = [flat.clone() for flat in (engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1)]
+    values = [engine.evaluate(rows, 0, make_table(dropout)) for dropout in (0.0, 0.5)]
+    for most in (40, 17, 1):
+        monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
+        values.append(engine.evaluate(rows, 0, make_table()))
+    one_by_one = [
+        engine.evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]]), 0, make_table()) for i in (0, 2)
+    ]
+    pair = engine.evaluate(
+        Rows([rows.ids(i) for i in (0, 2)], [[-100, *rows.targets(i)[:-1]] for i in (0, 2)]), 0, make_table()
+    )
+    counts = [rows.num_targets([i]) for i in (0, 2)]
+    assert pair[0] == pytest.approx(sum(n * each[0] for n, each in zip(counts, one_by_one, strict=True)) / sum(counts))
+    assert [loss for loss, _ in values] == pytest.approx([values[0][0]] * 5, abs=1e-6)
+    assert len({accuracy for _, accuracy in values}) == 1
+    after = engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1
+    assert all(map(torch.equal, after, before)), "an evaluation trains nothing"

@@ -1,0 +1,390 @@
+"""Each Triton kernel does what its plain counterpart does: on a GPU if there is one, else in Triton's interpreter."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from orchestrator.training.fast import plain  # noqa: E402
+from orchestrator.training.fast.lora import Adapted, Adapters  # noqa: E402
+from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
+
+FAST = "orchestrator.training.fast"
+MODULES = [f"{FAST}.{leaf}" for leaf in ("early", "lora_kernels", "attention_kernels", "kernels")]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+TOLERANCE = 1e-2 if ON_GPU else 1e-5
+"""Of the difference's norm to the reference's, the reference in float32."""
+NUM_SLOTS = 4
+
+
+def load_kernels() -> ModuleType:
+    """The kernels; without a GPU, copies of them and of Triton that interpret, out of other tests' sight."""
+    if ON_GPU:
+        return importlib.import_module(MODULES[-1])
+
+    def take() -> dict[str, ModuleType]:
+        return {
+            name: sys.modules.pop(name)
+            for name in list(sys.modules)
+            if name in MODULES or (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
+        }
+
+    package, others, before = importlib.import_module(FAST), take(), os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        kernels = importlib.import_module(MODULES[-1])
+        mend_interpreter(importlib.import_module("triton.runtime.interpreter"))
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+        take()
+        sys.modules.update(others)
+        for name in MODULES:
+            leaf = name.removeprefix(f"{FAST}.")
+            vars(package).pop(leaf, None)
+            if name in others:
+                setattr(package, leaf, others[name])
+    return kernels
+
+
+def mend_interpreter(interpreter: Any) -> None:
+    """NumPy 2.4 takes no array of one element for an integer, which Triton 3.6 relies on."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+kernels = load_kernels()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_row(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **table: Any) -> Row:
+    """A step of these sequences by slot; `table` gives each slot's values, or one for all."""
+    generator = np.random.default_rng(0)
+    spans = []
+    for slot, slot_lengths in lengths.items():
+        ids = [generator.integers(0, 90, length).tolist() for length in slot_lengths]
+        labels = [[-100, *row[1:]] if len(row) < 3 else [-100, -100, *row[2:]] for row in ids]
+        values = {
+            "key": 1234567 + 987654321 * slot % 2**30,
+            "threshold": 0,
+            "keep_scale": 1.0,
+            "scale": 1.0,
+            "loss_weight": 0.1,
+            "applies": 1,
+            "learning_rate": 1e-2,
+            "decay": 0.1,
+            "gain1": 0.1,
+            "gain2": 0.01,
+            "epsilon": 1e-8,
+            "correction1": 0.1,
+            "correction2": 0.01,
+            "max_norm": 1.0,
+        }
+        values |= {name: value[slot] if isinstance(value, dict) else value for name, value in table.items()}
+        spans.append(Span(slot, Rows(ids, labels), range(len(ids)), values, first_token=17))
+    layout = Layout(num_tiles * kernels.TILE, 16, num_slots, kernels.TILE, 100)
+    buffer = layout.buffer("cpu")
+    layout.fill(buffer.numpy(), spans)
+    return layout.row(buffer.to(DEVICE))
+
+
+def dropout(probability: float) -> tuple[int, float]:
+    return int(probability * 2**31), 1 / (1 - probability)
+
+
+def several_slots() -> Row:
+    """Out of order, one idle, one with no dropout, and a tile of fillers that bears the first slot's number."""
+    drops = {0: dropout(0.5), 2: dropout(0.1), 3: dropout(0.0)}
+    return make_row(
+        {2: [5, 61, 30], 0: [50], 3: [64]},
+        5,
+        NUM_SLOTS,
+        threshold={slot: threshold for slot, (threshold, _) in drops.items()},
+        keep_scale={slot: scale for slot, (_, scale) in drops.items()},
+        scale={0: 2.0, 2: 0.5, 3: 1.0},
+        loss_weight={0: 0.3, 2: 0.01, 3: 1.0},
+    )
+
+
+def one_slot() -> Row:
+    threshold, keep_scale = dropout(0.2)
+    return make_row({0: [5, 61, 30]}, 2, 1, threshold=threshold, keep_scale=keep_scale, scale=0.5)
+
+
+ROWS: list[Callable[[], Row]] = [one_slot, several_slots]
+
+
+def is_real(row: Row) -> Any:
+    """(T, 1): 0 at fillers, whose gradients vanish in a step."""
+    return (row.counters > 0).to(DTYPE)[:, None]
+
+
+def random(*shape: int, dtype: Any = DTYPE) -> Any:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def assert_close(value: Any, reference: Any, tolerance: float = TOLERANCE) -> None:
+    assert value.shape == reference.shape
+    error = (value.float() - reference.float()).norm() / reference.float().norm()
+    assert error <= tolerance, f"differs by {float(error):.2e} of the norm"
+
+
+def make_adapters(row: Row, groups: list[list[Adapted]], rank: int, dtype: Any = torch.float32) -> tuple[Any, Any]:
+    """Adapters for the kernels and the same in float32 for the reference; the second slot's rank is 4."""
+    num_slots = len(row.table["key"])
+    ours, reference = (Adapters(groups, num_slots, rank, dtype, compute, DEVICE) for compute in (DTYPE, torch.float32))
+    ours.weights.normal_()
+    if num_slots == NUM_SLOTS:
+        for group in ours.places:
+            ours.a(group, ours.weights)[2].unflatten(0, (-1, rank))[:, 4:] = 0
+            ours.b(group, ours.weights)[2][:, 4:] = 0
+    reference.weights.copy_(ours.weights)
+    return ours, reference
+
+
+GROUPS = {
+    "three": [Adapted("q", 4, 72, 0, 40), Adapted("k", 5, 72, 40, 24), Adapted("v", 6, 72, 64, 24)],
+    "two of three": [Adapted("q", 11, 72, 0, 40), Adapted("v", 13, 72, 64, 24)],
+    "one, wide": [Adapted("down", 20, 200, 0, 330)],
+}
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_add_norm(delta: bool) -> None:
+    states, weight = random(5, 100), random(100)
+    added = random(5, 100) if delta else None
+    ours = kernels.add_norm(states, added, weight, 1e-5)
+    for value, reference in zip(ours, plain.add_norm(states, added, weight, 1e-5), strict=True):
+        assert_close(value, reference)
+
+
+def test_add_norm_backward() -> None:
+    gradient, by_normed, states, weight = random(5, 100), random(5, 100), random(5, 100), random(100)
+    root = plain.add_norm(states, None, weight, 1e-5)[2]
+    inputs = (gradient, by_normed, states, root, weight)
+    assert_close(kernels.add_norm_backward(*inputs), plain.add_norm_backward(*inputs))
+
+
+def test_swiglu_and_its_backward() -> None:
+    gate_up, gradient = random(5, 2 * 1100), random(5, 1100)
+    assert_close(kernels.swiglu(gate_up), plain.swiglu(gate_up))
+    assert_close(kernels.swiglu_backward(gradient, gate_up), plain.swiglu_backward(gradient, gate_up))
+
+
+@pytest.mark.parametrize("queries", [2, 6])
+@pytest.mark.parametrize("make", ROWS)
+def test_attention_and_its_backward(make: Callable[[], Row], queries: int) -> None:
+    row, size = make(), 32
+    angles = torch.arange(100, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 3, size // 2, device=DEVICE)
+    angles = torch.cat((angles, angles), 1)
+    heads = plain.Heads(queries, 2, size, angles.cos().to(DTYPE), angles.sin().to(DTYPE))
+    wide = plain.Heads(queries, 2, size, heads.cos.float(), heads.sin.float())
+    qkv, gradient = random(row.num_tokens, (queries + 4) * size), random(row.num_tokens, queries * size)
+    output, attended = kernels.attention(qkv.clone(), row, heads)
+    reference, reference_attended = plain.attention(qkv.float(), row, wide)
+    assert_close(output, reference)
+    by_qkv = kernels.attention_backward(gradient, attended, row, heads)
+    assert_close(by_qkv, plain.attention_backward(gradient.float(), reference_attended, row, wide))
+
+
+def test_attention_does_not_spread_what_is_not_finite() -> None:
+    row = several_slots()
+    angles = torch.zeros(100, 32, device=DEVICE, dtype=DTYPE)
+    heads = plain.Heads(2, 2, 32, angles, angles)
+    qkv, gradient = random(row.num_tokens, 6 * 32), random(row.num_tokens, 2 * 32)
+    sick = (row.tiles == 2).repeat_interleave(kernels.TILE)
+    qkv[sick] = float("nan")
+    output, attended = kernels.attention(qkv, row, heads)
+    by_qkv = kernels.attention_backward(gradient, attended, row, heads)
+    assert output[~sick].isfinite().all()
+    assert by_qkv[~sick].isfinite().all()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("make", ROWS)
+def test_adapters_and_their_backward(make: Callable[[], Row], group: str) -> None:
+    row, layers = make(), GROUPS[group]
+    ours, reference = make_adapters(row, [layers], 16)
+    place = ours.places[0]
+    width = max(layer.column + layer.width for layer in layers)
+    x, y = random(row.num_tokens, place.in_features), random(row.num_tokens, width)
+    low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
+    assert_close(low, expected_low)
+    expected = y.float()
+    kernels.lora_up_(y, low, ours, place, row)
+    plain.lora_up_(expected, expected_low, reference, place, row)
+    assert_close(y, expected)
+
+    by_x, gradient = random(*x.shape), random(*y.shape) * is_real(row)
+    expected = by_x.float()
+    for adapters in (ours, reference):  # gradients add up
+        torch.manual_seed(1)
+        adapters.gradients.normal_()
+    before = ours.gradients.clone()
+    kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
+    plain.lora_backward(gradient.float(), x.float(), expected_low, expected, reference, place, row)
+    assert_close(by_x, expected)
+    for slot in range(ours.num_slots):
+        if slot in row.tiles:
+            for view in (ours.a, ours.b):
+                own, others = (view(place, flat - before)[slot] for flat in (ours.gradients, reference.gradients))
+                assert_close(own, others, max(TOLERANCE, 1e-4))
+        else:
+            assert torch.equal(ours.gradients[slot], before[slot])
+
+
+def test_wide_ranks_and_stored_bfloat16() -> None:
+    row, layers = one_slot(), GROUPS["two of three"]
+    ours, reference = make_adapters(row, [layers], 128, torch.bfloat16 if ON_GPU else torch.float32)
+    place = ours.places[0]
+    x, by_x, gradient = (
+        random(row.num_tokens, 72),
+        random(row.num_tokens, 72),
+        random(row.num_tokens, 88) * is_real(row),
+    )
+    low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
+    assert_close(low, expected_low)
+    expected = by_x.float()
+    kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
+    plain.lora_backward(gradient.float(), x.float(), expected_low, expected, reference, place, row)
+    assert_close(by_x, expected)
+    assert_close(ours.gradients, reference.gradients)
+
+
+def test_masks_are_the_same_bit_for_bit() -> None:
+    row = make_row({1: [70], 0: [60]}, 3, 2, threshold={0: dropout(0.3)[0], 1: dropout(0.9)[0]})
+    numbers = (0, 7, 153)
+    layers = [Adapted(str(number), number, 48, 48 * number, 48) for number in numbers]
+    adapters, _ = make_adapters(row, [layers], 64)
+    place = adapters.places[0]
+    adapters.a(place, adapters.weights)[:] = torch.eye(64, 48, device=DEVICE).repeat(3, 1)
+    low = kernels.lora_down(torch.ones(row.num_tokens, 48, dtype=DTYPE, device=DEVICE), adapters, place, row)
+    for number, masks in zip(numbers, low.unflatten(1, (3, 64)).unbind(1), strict=True):
+        assert torch.equal(masks[:, :48] != 0, plain.keep(row, number, 48))
+
+
+def test_a_slot_that_is_not_finite_stays_alone() -> None:
+    row = several_slots()
+    ours, _ = make_adapters(row, [GROUPS["three"]], 16)
+    place = ours.places[0]
+    ours.weights[2] = float("nan")
+    x, y, by_x = random(row.num_tokens, 72), random(row.num_tokens, 88), random(row.num_tokens, 72)
+    low = kernels.lora_down(x, ours, place, row)
+    kernels.lora_up_(y, low, ours, place, row)
+    kernels.lora_backward(y, x, low, by_x, ours, place, row)
+    sick = (row.tiles == 2).repeat_interleave(kernels.TILE)
+    for values in (low, y, by_x):
+        assert values[sick].isnan().any()
+        assert values[~sick].isfinite().all()
+    assert ours.gradients[2].isnan().any()
+    assert ours.gradients[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("max_logits", [1 << 26, 50 * 4200])
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, max_logits: int) -> None:
+    monkeypatch.setattr(kernels, "MAX_LOGITS", max_logits)
+    row = make_row({1: [30], 0: [20]}, 2, 2, loss_weight={0: 0.3, 1: 0.01})
+    states, head = random(row.num_tokens, 32), random(4200, 32)
+    with torch.no_grad():  # some targets are the likeliest
+        head[row.targets[:10].clamp(min=0).long()] = states[:10]
+    logits = states @ head.T  # as the kernel rounds them
+    for trains in (True, False):
+        losses, hits, gradient = kernels.cross_entropy(states, head, row, trains)
+        expected_losses, expected_hits, expected = plain.cross_entropy(states, head, row, trains)
+        assert_close(losses, expected_losses)
+        likeliest = (logits.float().argmax(-1) == row.targets) if ON_GPU else expected_hits.bool()
+        assert torch.equal(hits.bool(), likeliest)
+        assert hits.any()
+        assert (losses[row.targets == -100] == 0).all()
+        if trains:
+            assert_close(gradient, expected)
+        else:
+            assert gradient is None
+
+
+def test_the_first_of_those_equally_likely_counts() -> None:
+    row = make_row({0: [40]}, 1, 1)
+    states, head = (torch.randint(-2, 3, (size, 4), device=DEVICE).to(DTYPE) for size in (kernels.TILE, 100))
+    logits = states.float() @ head.float().T  # small integers, so that many are equal
+    likeliest, index = logits == logits.max(1, keepdim=True).values, torch.arange(100, device=DEVICE)
+    first, last = (likeliest * (100 - index)).argmax(1), (likeliest * (1 + index)).argmax(1)
+    row.targets[:20], row.targets[20:40] = first[:20].int(), last[20:40].int()
+    hits = kernels.cross_entropy(states, head, row, False)[1]
+    assert hits[:20].all()
+    assert torch.equal(hits[20:40].bool(), (first == last)[20:40])
+    assert not hits[20:40].all()
+
+
+def test_sum_by_slot() -> None:
+    row = several_slots()
+    values = random(row.num_tokens, dtype=torch.float32)
+    assert_close(kernels.sum_by_slot(values, row, NUM_SLOTS), plain.sum_by_slot(values, row, NUM_SLOTS), 1e-5)
+
+
+def test_update() -> None:
+    """Clipped, not clipped, waiting, not finite: each slot for itself."""
+    row = make_row(
+        {slot: [9] for slot in range(NUM_SLOTS)},
+        NUM_SLOTS,
+        NUM_SLOTS,
+        max_norm={0: 1.0, 1: float("inf"), 2: 1.0, 3: 1.0},
+        applies={0: 1, 1: 1, 2: 0, 3: 1},
+        learning_rate={0: 1e-2, 1: 1e-3, 2: 1e-2, 3: 1e-2},
+    )
+    ours, reference = make_adapters(row, [GROUPS["three"], GROUPS["one, wide"]], 16)
+    for adapters in (ours, reference):
+        torch.manual_seed(1)
+        for flat in (adapters.moment1, adapters.gradients):
+            flat.normal_()
+        adapters.moment2.uniform_()
+        adapters.gradients[3, 40] = float("nan")
+    before = [flat.clone() for flat in (ours.weights, ours.moment1, ours.moment2)]
+    norms, expected = kernels.update(ours, row), plain.update(reference, row)
+    assert_close(norms[:2], expected[:2], 1e-5)
+    assert norms[2] == 0
+    assert norms[3].isnan()
+    for name in ("weights", "moment1", "moment2"):
+        assert_close(getattr(ours, name), getattr(reference, name), 1e-5)
+    assert torch.equal(ours.gradients, reference.gradients)
+    assert ours.gradients[2].any()
+    for flat, old in zip((ours.weights, ours.moment1, ours.moment2), before, strict=True):
+        assert torch.equal(flat[2:], old[2:])
+        assert not torch.equal(flat[:2], old[:2])
+
+
+def test_the_same_twice() -> None:
+    """No sum depends on which program comes first."""
+    row, layers = one_slot(), GROUPS["one, wide"]
+    results = []
+    for _ in range(2):
+        torch.manual_seed(2)
+        ours, _ = make_adapters(row, [layers], 16)
+        place = ours.places[0]
+        x, gradient = random(row.num_tokens, place.in_features), random(row.num_tokens, place.width)
+        low = kernels.lora_down(x, ours, place, row)
+        by_x = torch.zeros_like(x)
+        kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
+        results.append((low, by_x, ours.gradients))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)

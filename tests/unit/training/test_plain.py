@@ -1,0 +1,431 @@
+"""The parts of a fast step against PyTorch's own operations and its autograd."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from orchestrator.training.fast import plain
+from orchestrator.training.fast.lora import Adapted, Adapters
+from orchestrator.training.fast.row import IGNORED, Row, Rows, Span
+from orchestrator.training.fast.slot import dropout_key
+
+MakeRows = Callable[..., Rows]
+MakeTable = Callable[..., dict[str, float]]
+MakeRow = Callable[..., Row]
+
+FLOAT = 1e-6
+"""Of the reference's norm: what float32 keeps."""
+DOUBLE = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def assert_close(value: torch.Tensor, reference: torch.Tensor, tolerance: float = FLOAT) -> None:
+    assert value.shape == reference.shape
+    value, reference = value.detach().double(), reference.detach().double()
+    error = float((value - reference).norm() / reference.norm())
+    assert error <= tolerance, f"differs by {error:.2e} of the norm"
+
+
+# Norm, gated product
+
+
+def reference_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return F.rms_norm(states, states.shape[-1:], weight, epsilon)
+
+
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_add_norm_and_its_backward(has_delta: bool) -> None:
+    states, weight = random(7, 40), random(40)
+    delta = random(7, 40) if has_delta else None
+    total, normed, root = plain.add_norm(states, delta, weight, 1e-3)
+    leaf = (states if delta is None else states + delta).requires_grad_()
+    reference = reference_norm(leaf, weight, 1e-3)
+    assert_close(total, leaf, DOUBLE)
+    assert_close(normed, reference)
+    by_total, by_normed = random(7, 40), random(7, 40)
+    (by_leaf,) = torch.autograd.grad([leaf * 1.0, reference], leaf, [by_total, by_normed])
+    assert_close(plain.add_norm_backward(by_total, by_normed, total, root, weight), by_leaf)
+
+
+def test_swiglu_and_its_backward() -> None:
+    gate_up, gradient = random(7, 40).requires_grad_(), random(7, 20)
+    gate, up = gate_up[:, :20], gate_up[:, 20:]
+    reference = gate / (1 + torch.exp(-gate)) * up
+    assert_close(plain.swiglu(gate_up.detach()), reference)
+    (by_gate_up,) = torch.autograd.grad(reference, gate_up, gradient)
+    assert_close(plain.swiglu_backward(gradient, gate_up.detach()), by_gate_up)
+
+
+# Attention
+
+
+def make_heads(queries: int, keys: int, size: int) -> plain.Heads:
+    angles = torch.arange(40)[:, None] / 10 ** torch.linspace(0, 2, size // 2, dtype=torch.float64)
+    angles = torch.cat((angles, angles), 1)
+    return plain.Heads(queries, keys, size, angles.cos(), angles.sin())
+
+
+def reference_attention(qkv: torch.Tensor, lengths: list[int], heads: plain.Heads) -> torch.Tensor:
+    """One sequence after another, rotation as a product of complex numbers (arXiv 2104.09864, section 3.2.1)."""
+    outputs = []
+    for sequence in qkv.split(lengths):
+        parts = sequence.unflatten(1, (-1, heads.size)).split((heads.queries, heads.keys, heads.keys), 1)
+        angle = torch.complex(heads.cos, heads.sin)[: len(sequence), None, : heads.size // 2]
+        rotated = [torch.complex(*part.chunk(2, -1)) * angle for part in parts[:2]]
+        query, key = (torch.cat((part.real, part.imag), -1) for part in rotated)
+        key, value = (part.repeat_interleave(heads.queries // heads.keys, 1) for part in (key, parts[2]))
+        scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(heads.size)
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), value).flatten(1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (6, 2), (4, 1)])
+def test_attention_and_its_backward(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow, queries: int, keys: int
+) -> None:
+    rows, heads = make_rows(5, 1, 13, 9), make_heads(queries, keys, 8)
+    row = make_row(Span(0, rows, [2, 0, 1], make_table()), Span(1, rows, [3], make_table()), num_slots=2, num_tokens=48)
+    lengths = [13, 5, 1, 5, 9, 7, 8]  # with the rest of each slot's tiles and of the bucket
+    qkv, gradient = random(48, (queries + 2 * keys) * 8).requires_grad_(), random(48, queries * 8)
+    reference = reference_attention(qkv, lengths, heads)
+    output, attended = plain.attention(qkv.detach(), row, heads)
+    assert_close(output, reference, DOUBLE)
+    (by_qkv,) = torch.autograd.grad(reference, qkv, gradient)
+    assert_close(plain.attention_backward(gradient, attended, row, heads), by_qkv, DOUBLE)
+
+
+def test_what_is_not_finite_stays_in_its_sequence(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
+) -> None:
+    rows, heads = make_rows(5, 13, 9), make_heads(2, 2, 8)
+    row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in range(3)), num_slots=3)
+    qkv, gradient = random(row.num_tokens, 6 * 8), random(row.num_tokens, 2 * 8)
+    sick = (row.tiles == 1).repeat_interleave(plain.TILE)
+    qkv[sick], gradient[sick] = math.nan, math.nan
+    output, attended = plain.attention(qkv, row, heads)
+    assert output[~sick].isfinite().all()
+    assert plain.attention_backward(gradient, attended, row, heads)[~sick].isfinite().all()
+
+
+# Adapters
+
+DROPOUTS = {0: 0.5, 1: 0.0, 2: 0.1}
+SCALES = {0: 2.0, 1: 0.5, 2: 1.0}
+GROUPS = {
+    "all of three": [Adapted("q", 4, 24, 0, 12), Adapted("k", 5, 24, 12, 8), Adapted("v", 6, 24, 20, 8)],
+    "two of three": [Adapted("q", 11, 24, 0, 12), Adapted("v", 13, 24, 20, 8)],
+    "one": [Adapted("down", 20, 24, 0, 28)],
+}
+
+
+def make_adapters(num_slots: int, layers: list[Adapted], rank: int = 4) -> Adapters:
+    adapters = Adapters([layers], num_slots, rank, torch.float64, torch.float64, torch.device("cpu"))
+    adapters.weights.normal_()
+    return adapters
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("slots", [[0], [2, 0, 1]])
+def test_adapters_and_their_backward(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow, group: str, slots: list[int]
+) -> None:
+    """Each token through its slot's A and B, with the masks of `keep` in both directions."""
+    layers, rank = GROUPS[group], 4
+    spans = [
+        Span(
+            slot,
+            make_rows(7, 12, 5, seed=slot),
+            [1, 0, 2],
+            make_table(DROPOUTS[slot], key=77 + slot, scale=SCALES[slot]),
+            first_token=3,
+        )
+        for slot in slots
+    ]
+    row = make_row(*spans, num_slots=len(slots), num_tokens=80)
+    slot_of = row.tiles.repeat_interleave(plain.TILE).long()
+    adapters = make_adapters(len(slots), layers)
+    place = adapters.places[0]
+    assert place is not None
+    a, b = (part(place, adapters.weights).clone().requires_grad_() for part in (adapters.a, adapters.b))
+    x, y, gradient = random(80, 24).requires_grad_(), random(80, 28), random(80, 28)
+    # A slot's tokens have no gradient at fillers.
+    gradient[row.targets == IGNORED] = 0
+
+    rates = torch.tensor([DROPOUTS[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
+    scales = torch.tensor([SCALES[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
+    reference, at = y.clone(), 0
+    for index, layer in enumerate(layers):
+        dropped = x * plain.keep(row, layer.number, 24) / (1 - rates)[:, None]
+        low = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
+        up = torch.einsum("tr,tor->to", low, b[slot_of, at : at + layer.width]) * scales[:, None]
+        reference = reference + F.pad(up, (layer.column, 28 - layer.column - layer.width))
+        at += layer.width
+    by_a, by_b, by_x = torch.autograd.grad(reference, [a, b, x], gradient)
+
+    output = y.clone()
+    low = plain.lora_down(x.detach(), adapters, place, row)
+    plain.lora_up_(output, low, adapters, place, row)
+    assert_close(output, reference)
+    through_base = random(80, 24)
+    for times in (1, 2):  # gradients add up
+        x_gradient = through_base.clone()
+        plain.lora_backward(gradient, x.detach(), low, x_gradient, adapters, place, row)
+        assert_close(x_gradient - through_base, by_x)
+        assert_close(adapters.a(place, adapters.gradients), times * by_a)
+        assert_close(adapters.b(place, adapters.gradients), times * by_b)
+
+
+def test_matrices_lie_where_products_read_them() -> None:
+    """PEFT's A and B of a rank below the stack's, written by name."""
+    layers = GROUPS["two of three"]
+    adapters = make_adapters(2, layers, rank=8)
+    adapters.weights.zero_()
+    written = {name: matrix.normal_() for name, matrix in adapters.matrices(1, 3, adapters.weights)}
+    assert {name: tuple(matrix.shape) for name, matrix in written.items()} == {
+        "q.lora_A": (3, 24), "q.lora_B": (12, 3), "v.lora_A": (3, 24), "v.lora_B": (8, 3),
+    }  # fmt: skip
+    assert not adapters.weights[0].any()
+    place = adapters.places[0]
+    assert place is not None
+    a, b = adapters.a(place, adapters.weights)[1], adapters.b(place, adapters.weights)[1]
+    for at, column, name in ((0, slice(0, 12), "q"), (8, slice(12, 20), "v")):
+        assert_close(b[column] @ a[at : at + 8], written[f"{name}.lora_B"] @ written[f"{name}.lora_A"], DOUBLE)
+
+
+# Head and loss
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [100, 7, 1])
+def test_cross_entropy(
+    make_rows: MakeRows,
+    make_table: MakeTable,
+    make_row: MakeRow,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens_at_a_time: int,
+) -> None:
+    monkeypatch.setattr(plain, "MAX_LOGITS", tokens_at_a_time * 90 + 1)
+    spans = [Span(1, make_rows(9, 4), [0, 1], make_table(loss_weight=0.3)), Span(0, make_rows(6), [0], make_table())]
+    row = make_row(*spans, num_slots=2, num_tokens=32)
+    states, head = random(32, 16).requires_grad_(), random(90, 16)
+    head[row.targets[2].long()] = states[2].detach()  # likeliest
+    weights = torch.tensor([0.1, 0.3])[row.tiles.repeat_interleave(plain.TILE).long()]
+    logits = states @ head.T
+    reference = F.cross_entropy(logits, row.targets.long(), reduction="none", ignore_index=IGNORED)
+    (by_states,) = torch.autograd.grad(reference, states, weights.double())
+    losses, hits, gradient = plain.cross_entropy(states.detach(), head, row, trains=True)
+    assert_close(losses, reference)
+    assert torch.equal(losses == 0, row.targets == IGNORED)
+    assert gradient is not None
+    assert_close(gradient, by_states)
+    assert torch.equal(hits.bool(), logits.argmax(-1) == row.targets)
+    assert hits[2]
+    evaluated = plain.cross_entropy(states.detach(), head, row, trains=False)
+    assert torch.equal(evaluated[0], losses)
+    assert torch.equal(evaluated[1], hits)
+    assert evaluated[2] is None
+
+
+def test_sums_by_slot(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
+    rows = make_rows(9, 4, 20)
+    row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in (2, 0)), num_slots=3)
+    values = random(row.num_tokens)
+    sums = plain.sum_by_slot(values, row, 3)
+    assert sums.tolist() == pytest.approx([values[24:].sum().item(), 0, values[:24].sum().item()])
+
+
+# Optimizer
+
+
+def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
+    """Slot 0 is clipped and decays, slot 1 neither; the last waits for the rest of its batch."""
+    settings = {
+        0: {"learning_rate": 1e-2, "decay": 0.1, "max_norm": 0.5},
+        1: {"learning_rate": 1e-3, "decay": 0.0, "max_norm": math.inf, "gain1": 1 - 0.8, "gain2": 1 - 0.95},
+        2: {"learning_rate": 1e-2, "decay": 0.1, "max_norm": 0.5, "applies": 0},
+    }
+    betas = {0: (0.9, 0.999), 1: (0.8, 0.95)}
+    adapters = Adapters([GROUPS["all of three"]], 3, 4, torch.float32, torch.float32, torch.device("cpu"))
+    adapters.weights.normal_()
+    parameters = {slot: torch.nn.Parameter(adapters.weights[slot].clone()) for slot in (0, 1)}
+    optimizers = {
+        slot: torch.optim.AdamW(
+            [parameter],
+            lr=settings[slot]["learning_rate"],
+            weight_decay=settings[slot]["decay"],
+            betas=betas[slot],
+            eps=1e-8,
+        )
+        for slot, parameter in parameters.items()
+    }
+    before = [flat[2].clone() for flat in (adapters.weights, adapters.moment1, adapters.moment2)]
+    waiting = torch.zeros_like(adapters.gradients[2])
+    for step in range(1, 6):
+        corrections = {
+            slot: {"correction1": 1 - one**step, "correction2": 1 - two**step} for slot, (one, two) in betas.items()
+        }
+        tables = [make_table(step=step, **settings[slot] | corrections.get(slot, {})) for slot in range(3)]
+        row = make_row(*(Span(slot, make_rows(9), [0], table) for slot, table in enumerate(tables)), num_slots=3)
+        gradients = torch.randn_like(adapters.gradients)
+        adapters.gradients += gradients
+        waiting += gradients[2]
+        norms = plain.update(adapters, row)
+        for slot, parameter in parameters.items():
+            parameter.grad = gradients[slot].clone()
+            norm = torch.nn.utils.clip_grad_norm_([parameter], settings[slot]["max_norm"])
+            assert norms[slot].item() == pytest.approx(norm.item(), rel=1e-6)
+            optimizers[slot].step()
+            state = optimizers[slot].state[parameter]
+            assert_close(adapters.weights[slot], parameter)
+            assert_close(adapters.moment1[slot], state["exp_avg"])
+            assert_close(adapters.moment2[slot], state["exp_avg_sq"])
+            assert not adapters.gradients[slot].any()
+    for flat, was in zip((adapters.weights, adapters.moment1, adapters.moment2), before, strict=True):
+        assert torch.equal(flat[2], was)
+    assert_close(adapters.gradients[2], waiting)
+
+
+def test_a_gradient_that_is_not_finite_steps_no_slot_but_is_told(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
+) -> None:
+    adapters = make_adapters(3, GROUPS["one"])
+    before = adapters.weights.clone()
+    adapters.gradients.normal_()
+    adapters.gradients[1, 5] = math.nan
+    row = make_row(*(Span(slot, make_rows(9), [0], make_table()) for slot in range(3)), num_slots=3)
+    norms = plain.update(adapters, row)
+    assert norms.isfinite().tolist() == [True, False, True]
+    assert torch.equal(adapters.weights[1], before[1])
+    assert not adapters.moment1[1].any()
+    assert not adapters.moment2[1].any()
+    assert not adapters.gradients.any(), "the next batch begins at zero"
+    assert not torch.isclose(adapters.weights[[0, 2]], before[[0, 2]]).all(1).any()
+
+
+def test_where_the_rank_is_below_the_stacks_nothing_trains(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
+) -> None:
+    adapters = make_adapters(1, GROUPS["all of three"], rank=8)
+    place = adapters.places[0]
+    assert place is not None
+    adapters.a(place, adapters.weights)[0].unflatten(0, (3, 8))[:, 5:] = 0
+    adapters.b(place, adapters.weights)[0][:, 5:] = 0
+    row = make_row(Span(0, make_rows(20), [0], make_table(0.1, decay=0.1)))
+    x, gradient = random(row.num_tokens, 24), random(row.num_tokens, 28)
+    low = plain.lora_down(x, adapters, place, row)
+    plain.lora_backward(gradient, x, low, torch.zeros_like(x), adapters, place, row)
+    plain.update(adapters, row)
+    for flat in (adapters.weights, adapters.moment1, adapters.moment2):
+        a, b = adapters.a(place, flat)[0].unflatten(0, (3, 8)), adapters.b(place, flat)[0]
+        assert a[:, :5].any()
+        assert b[:, :5].any()
+        assert not a[:, 5:].any()
+        assert not b[:, 5:].any()
+
+
+# Dropout masks
+
+
+@pytest.fixture
+def mask(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> Callable[..., Any]:
+    """`mask(seed=1, step=2, module=3, dropout=0.5)`: (tokens, features) bool."""
+
+    def make(
+        seed: int = 0, step: int = 0, module: int = 0, dropout: float = 0.3, tokens: int = 256, features: int = 256
+    ) -> Any:
+        table = make_table(dropout, key=dropout_key(seed, step))
+        return plain.keep(make_row(Span(0, make_rows(tokens), [0], table)), module, features)
+
+    return make
+
+
+@pytest.mark.parametrize("dropout", [0.01, 0.05, 0.1, 0.5, 0.9])
+def test_masks_keep_as_many_as_they_should(mask: Callable[..., Any], dropout: float) -> None:
+    for module in range(3):
+        kept = mask(module=module, dropout=dropout, tokens=512, features=512).double()
+        variance = dropout * (1 - dropout)
+        assert abs(kept.mean() - (1 - dropout)) < 4 * math.sqrt(variance / kept.numel())
+        for dimension in (0, 1):  # no token and no feature is dropped more often than chance has it
+            spread = kept.mean(dimension).var() / (variance / 512)
+            assert abs(spread - 1) < 4 * math.sqrt(2 / 512)
+
+
+OTHERS = [{"step": 1}, {"step": 2}, {"step": 1000}, {"seed": 1}, {"seed": 2**32}, {"module": 1}, {"module": 7},
+          {"seed": 1, "step": 1}, {"seed": 1, "step": 1, "module": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_masks_of_another_step_module_or_seed_are_unlike(mask: Callable[..., Any], other: dict[str, int]) -> None:
+    """Correlations at all shifts at once: none is a moved copy of the other."""
+    correlation = correlations(mask(), mask(**other))
+    assert correlation.abs().max() < 6  # of 65,536 standard normal values 4.3 is the largest to be expected
+
+
+def test_a_mask_repeats_nothing_of_itself(mask: Callable[..., Any]) -> None:
+    correlation = correlations(mask(), mask())
+    assert correlation[0] > 200
+    assert correlation[1:].abs().max() < 6
+
+
+def correlations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of two masks in a row, the second moved by each number of places in turn; in standard deviations."""
+    first, second = ((each.double() - each.double().mean()).flatten() / each.double().std() for each in (one, other))
+    spectrum = torch.fft.rfft(first).conj() * torch.fft.rfft(second)
+    return torch.fft.irfft(spectrum, len(first)) / math.sqrt(len(first))
+
+
+def test_masks_whose_keys_are_alike_are_unlike() -> None:
+    """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with places changed."""
+    keys = torch.tensor([dropout_key(seed, step) for seed in range(8) for step in range(1000)], dtype=torch.int32)
+    mixed = plain._mix(keys)
+    order = mixed.sort().indices.tolist()
+    close = [(i, j) for i, j in pairwise(order) if int(mixed[i] ^ mixed[j]) in range(1, 1 << 12)]
+    assert len(close) >= 5, "there are such pairs"
+    for i, j in close:
+        one, other = (keep_all(int(keys[k]), 1 << 12) for k in (i, j))
+        moved = other[torch.arange(1 << 12) ^ int(mixed[i] ^ mixed[j])]
+        assert abs((one == moved).double().mean() - 0.5) < 0.05
+
+
+def keep_all(key: int, features: int) -> torch.Tensor:
+    """(features,) bool of the first token, half of them kept."""
+    table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
+    nothing = torch.zeros(8, dtype=torch.int32)
+    row = Row(nothing, nothing, nothing, nothing, nothing[:1], nothing, table, 8)
+    return plain.keep(row, 0, features)[0]
+
+
+def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
+    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
+) -> None:
+    rows, table = make_rows(7, 12, 5, 9), make_table(0.4, key=99)
+    other = make_table(0.7, key=98)
+
+    def span(slot: int, indices: list[int], first_token: int = 0) -> Span:
+        return Span(slot, rows, indices, table, first_token)
+
+    whole = plain.keep(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
+    arrangements = [
+        (0, make_row(span(0, [1, 0, 2]), num_tokens=200)),
+        (0, make_row(span(0, [2, 1, 0]))),  # other lengths in the same batch
+        (16, make_row(Span(2, rows, [3], other), span(1, [1, 0, 2]), num_slots=3)),
+        (40, make_row(Span(0, rows, [1, 3], other), Span(1, rows, [0, 3], other), span(4, [1, 0, 2]), num_slots=5)),
+    ]
+    for at, row in arrangements:
+        assert torch.equal(plain.keep(row, 3, 20)[at : at + 24], whole)
+    # The second pass of a batch goes on where the first ended.
+    assert torch.equal(plain.keep(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
+    assert not torch.equal(plain.keep(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])
