@@ -17,6 +17,7 @@ from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, open_sweep, read_metrics
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training.applied import expected_modules
+from orchestrator.training.device import use_device
 from orchestrator.training.fast import build
 from orchestrator.training.fast.engine import AHEAD, Engine, Figures
 from orchestrator.training.local import resume_local_trial, run_local_trial
@@ -37,6 +38,7 @@ class Trained:
     folder: Path
     logs: list[dict[str, float]] = field(default_factory=list)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> what was measured, and the norm of the update so far in the trainer's model."""
     events: list[str] = field(default_factory=list)
     batches: dict[int, list[Any]] = field(default_factory=dict)
     """Optimizer steps done -> the rows of the next: (tokens, labels but the first), each."""
@@ -55,17 +57,22 @@ def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = N
     """Train on the demo by one of the engines, without the trial's records."""
     config = load_spec(DEMO, [*TINY, *PLAIN, f"training.engine={engine}", *overrides]).trial_config({})
     data, seen = prepare(config.data, config.base), Trained(folder)
+    use_device(1)  # threads as a trial has them
     with lease(config.base) as base, pytest.MonkeyPatch.context() as patched:
         modules = expected_modules(base, config.lora)
         loop, about = open_loop(config, base, modules, load_tokenizer(config.base), data, folder)
         assert about["engine"] == engine
         watch_events(loop, seen)
         watch_rows(loop.trainer, seen.batches, patched)
-        parameters = {name: p for name, p in loop.trainer.model.named_parameters() if p.requires_grad}
-        seen.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        seen.start = weights(loop)
         loop.train(checkpoint)
-        seen.end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        seen.end = weights(loop)
     return seen
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    """The adapter in the trainer's model, now."""
+    return {name: p.detach().clone() for name, p in loop.trainer.model.named_parameters() if p.requires_grad}
 
 
 def watch_events(loop: Loop, seen: Trained) -> None:
@@ -79,7 +86,8 @@ def watch_events(loop: Loop, seen: Trained) -> None:
         if event == "on_log" and "loss" in values["logs"]:
             seen.logs.append({"step": state.global_step, "epochs": state.epoch, **values["logs"]})
         if event == "on_evaluate":
-            seen.evaluations[state.global_step] = loop.measured()
+            size = sum(float((weight - seen.start[name]).square().sum()) for name, weight in weights(loop).items())
+            seen.evaluations[state.global_step] = {**loop.measured(), "update": math.sqrt(size)}
         return tell(event, args, state, control, **values)
 
     handler.call_event = told
@@ -117,7 +125,7 @@ def assert_same(fast: Trained, trl: Trained, loss: float = 1e-5, update: float =
     assert largest(fast.column("loss"), trl.column("loss")) <= loss
     assert fast.column("grad_norm") == pytest.approx(trl.column("grad_norm"), rel=1e-4)
     assert fast.evaluations.keys() == trl.evaluations.keys()
-    for name, bound in (("eval/loss", loss), ("eval/token_accuracy", 1e-9)):
+    for name, bound in (("eval/loss", loss), ("eval/token_accuracy", 1e-9), ("update", 1e-5)):
         assert largest(*([values[name] for values in each.evaluations.values()] for each in (fast, trl))) <= bound
     assert all(torch.equal(fast.start[name], start) for name, start in trl.start.items())
     assert difference(fast, trl) <= update
@@ -312,14 +320,16 @@ def test_a_trial_that_is_broken_again_and_again_is_the_undisturbed_one(tiny: Tin
     assert open_sweep(broken.root).trials()[0].checkpoint == "checkpoints/checkpoint-10"
     resumed = resume_local_trial(open_sweep(broken.root), Witness())
     assert resumed is not None
+    assert resumed.best is not None
+    assert undisturbed.best is not None
+    assert resumed.best.value == undisturbed.best.value
     assert (resumed.best, resumed.tokens, resumed.step) == (undisturbed.best, undisturbed.tokens, 12)
     (one,), (other,) = points(whole), points(broken)
     assert len(one) == 12 + 3
     assert other == one
     adapters = [
-        paths.trial(result.trial_id).root / result.best.adapter / "adapter_model.safetensors"
+        paths.trial(result.trial_id).root / resumed.best.adapter / "adapter_model.safetensors"
         for paths, result in ((whole, undisturbed), (broken, resumed))
-        if result.best is not None
     ]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 

@@ -47,9 +47,7 @@ def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPat
     assert result.engine == ("trl" if engine == "trl" else "fast")
     assert result.engine_reason is None
     assert result.memory_plan == (
-        None
-        if engine == "trl"
-        else {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}
+        None if engine == "trl" else {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}
     )
     assert result.step == result.total_steps == 12
     assert result.tokens > 12 * 8 * 10

@@ -17,6 +17,12 @@ MakeTable = Callable[..., dict[str, float]]
 MakeRow = Callable[..., Row]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """So small are these products that threads would only wait for one another."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def make_rows() -> MakeRows:
     """`make_rows(5, 9, seed=1)`: rows of these lengths, of which the first two tokens have no loss."""

@@ -64,7 +64,7 @@ def model_of(config: PreTrainedConfig) -> Any:
         ),
         (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout in attention"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "model_type", value),
 )
 def test_what_the_base_must_be(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
     model = model_of(config)
