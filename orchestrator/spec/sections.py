@@ -289,6 +289,8 @@ class TrialConfig(Section):
             return f"lora.bias {self.lora.bias}"
         if training.optimizer not in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"):
             return f"training.optimizer {training.optimizer}"
+        if training.optimizer == "paged_adamw_32bit" and training.adapter_dtype != "float32":
+            return "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16"
         if training.precision == "fp16":
             return "training.precision fp16"
         if training.group_by_length:

@@ -58,8 +58,15 @@ def open_loop(
         rows, held_out = Rows.of(data.train), Rows.of(data.held_out)
         longest = max(rows.longest, held_out.longest)
         reason = why_not(config, base, modules, longest)
+        engine = None
         if reason is None:
-            engine, plan = engine_for(base, config, modules, rows, held_out, sharing)
+            try:
+                engine, plan = engine_for(base, config, modules, rows, held_out, sharing)
+            except TrialError as error:  # it does not fit
+                if wanted == "fast":
+                    raise
+                reason = error.message
+        if engine is not None:
             trainer = build_trainer(config, base, tokenizer, data, checkpoints)
             return Slot(0, trainer, engine, config, rows, held_out), {
                 "engine": "fast",

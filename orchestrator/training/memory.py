@@ -170,7 +170,7 @@ def predict(
 
     weights = {"qkv": shape.hidden * qkv, "gate_up": 2 * shape.hidden * shape.inner}
     # Dequantised one by one, then laid together.
-    dequantised = 0 if choice.keeps_base or not quantised else 2 * BF16 * max(weights.values())
+    dequantised = 0 if choice.keeps_base else (2 if quantised else 1) * BF16 * max(weights.values())
     in_backward = tokens * BF16 * (3 * shape.inner + 2 * shape.hidden)
     in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
 
@@ -184,7 +184,8 @@ def predict(
     passing = max(passing, evaluating - activations - head)
     return Memory(
         base=base,
-        kept=BF16 * linears if choice.keeps_base and quantised else 0,
+        # Of 16-bit weights only those are copied that are laid together.
+        kept=BF16 * (linears if quantised else shape.layers * sum(weights.values())) if choice.keeps_base else 0,
         adapters=slots * adapter_bytes + adapter * adapter_bytes,
         gradients=slots * FLOAT,
         optimizer=2 * slots * adapter_bytes,

@@ -346,3 +346,9 @@ def test_fast_that_the_base_forbids_is_told_when_the_trial_begins(tiny: Tiny, fo
     (trial,) = open_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED
     assert reason in (trial.error or "")
+
+
+def test_a_searched_dropout_of_many_digits_is_read_back(tiny: Tiny, folder: SweepPaths) -> None:
+    result = run_local_trial(tiny("training.engine=fast", "lora.dropout=0.0734521938"), folder, Witness())
+    assert result is not None
+    assert result.applied["lora.dropout"] == pytest.approx(0.0734521938, rel=1e-9)

@@ -25,6 +25,8 @@ adapter, rows = sys.argv[1:]
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.float32)
 model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=nf4, dtype=torch.float32)
+for module in model.modules():
+    module.support_avx512bf16_for_cpu = False  # bitsandbytes' bf16 form for inference on some CPUs: off by 6e-4
 model.eval()
 loss = tokens = 0
 for row in load_from_disk(rows):
@@ -74,7 +76,7 @@ def test_plain_peft_gives_the_recorded_loss(trained: SweepPaths, tmp_path: Path)
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert plain.returncode == 0, plain.stderr
-    assert float(plain.stdout) == pytest.approx(best["value"], abs=5e-4)
+    assert float(plain.stdout) == pytest.approx(best["value"], abs=1e-5)
 
 
 def test_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> None:

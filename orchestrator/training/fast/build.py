@@ -21,6 +21,15 @@ from orchestrator.training.precision import resolve_precision
 MOST_TOKENS = 8192
 """Of one pass: longer ones are no faster."""
 
+LONGEST_STEP = 64
+"""Tokens: the longest sequence is rounded up to a multiple, so that a tile's filler is never longer."""
+
+MAX_RANK, MAX_HEAD = 256, 128
+"""What the kernels' blocks hold in the memory of a multiprocessor."""
+
+MAX_ELEMENTS = 2**31
+"""Of one tensor: the kernels count in 32 bits."""
+
 GRAPHS = True
 """Capture steps as CUDA graphs."""
 
@@ -86,8 +95,14 @@ def why_not(config: TrialConfig, base: Any, modules: Collection[str], longest: i
     if torch.cuda.is_available():
         if precision != "bf16":
             return f"precision {precision} on a GPU"
-        if (size := BaseShape.of(base.config).head_size) & (size - 1):
-            return f"heads of {size} features on a GPU (its kernels take powers of two)"
+        shape = BaseShape.of(base.config)
+        if shape.head_size not in (16, 32, 64, MAX_HEAD):
+            return f"heads of {shape.head_size} features on a GPU (its kernels take 16, 32, 64 and {MAX_HEAD})"
+        if config.lora.rank > MAX_RANK:
+            return f"a rank over {MAX_RANK} on a GPU"
+        adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
+        if max(adapter, max(longest, MOST_TOKENS) * 2 * shape.inner) >= MAX_ELEMENTS:
+            return "tensors of 2**31 elements and more"
     return None
 
 
@@ -116,7 +131,7 @@ def engine_for(
         return _engine(base, config, modules, longest, choice), MemoryPlan(choice)
     rows = training.batch_size * training.accumulation
     largest = int(np.sort(train.lengths)[-rows:].sum())
-    evaluated = min(int(held_out.lengths.sum()), EVALUATION_TOKENS)
+    evaluated = min(int(held_out.lengths.sum()), max(EVALUATION_TOKENS, held_out.longest))
     budget = _budget(sharing)
     for choice in choices(longest, largest, keeps_base=keeps_base, recompute=recompute, most_tokens=MOST_TOKENS):
         tokens = min(largest, choice.max_tokens)
@@ -133,18 +148,28 @@ def engine_for(
         )
         if predicted.total > budget:
             continue
-        try:
-            engine = _engine(base, config, modules, longest, choice)
-            engine.probe(tokens, evaluated)
-        except torch.OutOfMemoryError:
+        # Once more if something else stood on the base: it may have been that.
+        for _ in range(1 + (base in _engines)):
+            if engine := _probed(base, config, modules, longest, choice, tokens, evaluated):
+                return engine, MemoryPlan(choice, predicted, engine.peak_bytes)
             release(base)
-            continue
-        return engine, MemoryPlan(choice, predicted, engine.peak_bytes)
     raise TrialError(
         f"the trial does not fit into {budget / GIB:.1f} GiB of GPU memory: its longest row has {longest} tokens, its"
         f" rank is {config.lora.rank}",
         "Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).",
     )
+
+
+def _probed(
+    base: Any, config: TrialConfig, modules: Collection[str], longest: int, choice: Choice, tokens: int, evaluated: int
+) -> Engine | None:
+    """An engine that has run its largest step, or None if there was not the memory for it."""
+    try:
+        engine = _engine(base, config, modules, longest, choice)
+        engine.probe(tokens, evaluated)
+    except torch.OutOfMemoryError:
+        return None
+    return engine
 
 
 def release(base: Any) -> None:
@@ -161,6 +186,7 @@ def _engine(base: Any, config: TrialConfig, modules: Collection[str], longest: i
     adapter_dtype = getattr(torch, config.training.adapter_dtype)
     lora_dtype = torch.bfloat16 if resolve_precision(config.training) == "bf16" else adapter_dtype
     rank = padded_rank(config.lora.rank) if on_gpu else config.lora.rank
+    longest += -longest % LONGEST_STEP
     about_base = (getattr(torch, config.base.compute_dtype), longest, choice.keeps_base)
     standing = _engines.get(base)
     if standing is None or standing.about != about_base:  # one form of the base at a time

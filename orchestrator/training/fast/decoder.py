@@ -20,6 +20,9 @@ from orchestrator.training.memory import Recompute
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Whose layers are those of `Layer`."""
 
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+"""What trl's LM head applies if a configuration has it (trl 1.16, `add_fused_lm_head`)."""
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linear layers of a decoder layer by the input that they share."""
 
@@ -32,6 +35,8 @@ def unknown_shape(model: Any, longest: int) -> str | None:
         longest: tokens of the longest row.
     """
     config = model.config
+    if not type(model).__module__.startswith("transformers.models."):
+        return "a model with code of its own"
     if config.model_type not in MODEL_TYPES:
         return f"model type {config.model_type!r} (it knows {', '.join(MODEL_TYPES)})"
     if config.hidden_act != "silu":
@@ -46,7 +51,22 @@ def unknown_shape(model: Any, longest: int) -> str | None:
         return "dropout in attention"
     if model.get_output_embeddings().bias is not None:
         return "a bias on the LM head"
+    if scales := [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]:
+        return f"logits that are changed ({scales[0]})"
+    for layer in model.model.layers:
+        for name, linear in layer.named_modules():
+            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, model.dtype):
+                return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
     return None
+
+
+def _is_known(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer's weight is what it seems: floats of the base's dtype, or NF4 and FP4 computed in it."""
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(linear, Linear4bit):
+        return linear.compute_dtype in (None, dtype)
+    return type(linear) is torch.nn.Linear and linear.weight.dtype == dtype
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[Adapted]]:
@@ -277,20 +297,20 @@ class Decoder:
             (T,) losses and (T,) hits, as from `cross_entropy`.
         """
         layers = list(zip(self._layers, self._groups(step.adapters), strict=True))
-        states, delta, passes = F.embedding(step.row.ids, self._embedding), None, []
+        states, delta = F.embedding(step.row.ids, self._embedding), None
+        passes: list[Any] = []  # what each layer's forward has left, or its input alone
         for layer, groups in layers:
             inputs = (states, delta)
             keeps = step.recompute != "layers"
             states, delta, kept = layer.forward(*inputs, step, groups, keeps)
-            passes.append((inputs, kept))
+            passes.append(inputs if kept is None else kept)
         states, normed, root = step.ops.add_norm(states, delta, self._norm, self._epsilon)
         losses, hits, by_normed = step.ops.cross_entropy(normed, self._head, step.row, trains=True)
         gradient = step.ops.add_norm_backward(torch.zeros_like(states), by_normed, states, root, self._norm)
-        del states, delta, normed, by_normed
+        del states, delta, inputs, kept, normed, by_normed
         for layer, groups in reversed(layers):
-            inputs, kept = passes.pop()
-            if kept is None:
-                kept = layer.forward(*inputs, step, groups, True)[2]
+            left = passes.pop()
+            kept = left if isinstance(left, Kept) else layer.forward(left[0], left[1], step, groups, True)[2]
             assert kept is not None
             gradient = layer.backward(gradient, kept, step, groups)
         return losses, hits

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-EARLY = tl.constexpr(torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0))
+_HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
+
+EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
 
 LAUNCH = {"launch_pdl": bool(EARLY.value)}
 """Options of each launch of a kernel that begins with `after_previous`."""

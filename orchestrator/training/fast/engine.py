@@ -106,7 +106,7 @@ class Engine:
             bucket = _Bucket(layout, self.adapters.weights.device)
             bucket.bring([])
             bucket.send(self._compute(bucket.row, trains)).read()
-        self._probed = tokens, evaluation_tokens
+        self._probed = max(tokens, self._probed[0]), max(evaluation_tokens, self._probed[1])
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # for the graphs' pool
 

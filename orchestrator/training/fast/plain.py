@@ -155,7 +155,7 @@ def lora_backward(
     a_gradient, b_gradient = adapters.a(group, adapters.gradients), adapters.b(group, adapters.gradients)
     scale, rank, at = _of_token(row.table["scale"], row), adapters.rank, 0
     for index, layer in enumerate(group.layers):
-        by_up = gradient[:, layer.column : layer.column + layer.width].to(low.dtype) * scale[:, None].to(low.dtype)
+        by_up = (gradient[:, layer.column : layer.column + layer.width] * scale[:, None]).to(low.dtype)
         ranks, rows = slice(rank * index, rank * (index + 1)), slice(at, at + layer.width)
         by_low = _by_tile(by_up, b[:, rows], row)
         b_gradient[:, rows] += _sum_by_slot(by_up, low[:, ranks], row)

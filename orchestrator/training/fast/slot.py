@@ -1,7 +1,8 @@
 """A trial in a slot: it holds an SFTTrainer, built but not run, and steps it in the engine.
 
 The trainer gives the order of batches, the schedule, callbacks, arguments and state; its own loop never runs.
-The events are those of transformers' `Trainer._inner_training_loop` (5.23), in the same order.
+The events are those of transformers' `Trainer._inner_training_loop` (5.23), in the same order, but for those within a
+step, whose gradients and update are one graph.
 """
 
 import math
@@ -55,10 +56,13 @@ class Slot:
 
     def train(self, checkpoint: str | None) -> None:
         """From the start, or from a checkpoint, to the last step, or until a callback stops it."""
-        for epoch, indices in self.begin(checkpoint):
+        batches, start, first = self.begin(checkpoint), time.time(), self.trainer.state.global_step
+        for epoch, indices in batches:
             self._step(epoch, indices)
         self.collect()
         self._store()
+        steps, seconds = self.trainer.state.global_step - first, time.time() - start
+        self.trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
         self._tell("on_train_end")
 
     def measured(self) -> dict[str, float]:
@@ -73,7 +77,7 @@ class Slot:
         return {
             **read_back(self.trainer.model, self.trainer.optimizer),
             "lora.alpha": round(table["scale"] * lora.rank, 9),
-            "lora.dropout": round(table["threshold"] / DROPOUT_STEPS, 6),
+            "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
             "lora.num_modules": len(names),
             "training.weight_decay": table["decay"],
@@ -166,7 +170,7 @@ class Slot:
         beta1, beta2 = group["betas"]
         return {
             "key": dropout_key(args.seed, step),
-            "threshold": round(lora.dropout * DROPOUT_STEPS),
+            "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
             "keep_scale": 1 / (1 - lora.dropout),
             "scale": lora.alpha / lora.rank,
             "loss_weight": 1 / max(1, num_targets),

@@ -16,7 +16,7 @@ from orchestrator.training.applied import expected_modules
 from orchestrator.training.fast import build
 from orchestrator.training.fast.build import engine_for, why_not
 from orchestrator.training.fast.engine import CPU_TOKENS
-from orchestrator.training.fast.row import Rows
+from orchestrator.training.fast.row import TABLE, Rows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -63,6 +63,7 @@ def model_of(config: PreTrainedConfig) -> Any:
             "positions of type 'dynamic'",
         ),
         (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout in attention"),
+        (LlamaConfig(**SIZES, logit_scale=0.5), "logits that are changed (logit_scale)"),
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
@@ -75,6 +76,12 @@ def test_a_head_with_a_bias_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.lm_head = torch.nn.Linear(32, 90, device="meta")
     assert why_not(trial(), model, [], LONGEST) == "a bias on the LM head"
+
+
+def test_a_layer_of_another_type_is_not_held(trial: MakeConfig) -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    model.model.layers[0].mlp.up_proj.half()
+    assert why_not(trial(), model, [], LONGEST) == "mlp.up_proj as a Linear of torch.float16"
 
 
 def test_a_base_on_two_devices_is_not_held(trial: MakeConfig) -> None:
@@ -145,10 +152,19 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
     assert engine(lora={"rank": 4}, training={"adapter_dtype": "bfloat16"}).adapters.weights.dtype == torch.bfloat16
     assert engine(lora={"rank": 4}) is first
     assert engine(lora={"rank": 4}, training={"dequantise": "per_layer"})._decoder is not first._decoder
-    assert engine(lora={"rank": 4}, longest=5)._decoder.longest == 5
+    longer = engine(lora={"rank": 4}, longest=200)._decoder
+    assert longer.longest >= 200 > first._decoder.longest
 
     standing, gone = len(build._engines), weakref.ref(bases[0])
-    del bases[:], first, second
+    del bases[:], first, second, longer
     gc.collect()
     assert gone() is None, "an engine keeps the base alive"
     assert len(build._engines) == standing - 1
+
+
+def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, base: Any) -> None:
+    config, rows = trial(), Rows([[1, 2, 3]], [[1, 2, 3]])
+    engine, _ = engine_for(base, config, expected_modules(base, config.lora), rows, rows)
+    table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
+    loss, _ = engine.evaluate(rows, 0, table)
+    assert loss > 0
