@@ -98,7 +98,7 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     differences = [
         f"{name}: configured {value!r}, live {found[name]!r}"
         for name, value in wanted.items()
-        if not _same(value, found[name])
+        if not same(value, found[name])
     ]
     if differences:
         raise TrialError("the live model differs from the trial's configuration: " + "; ".join(differences))
@@ -131,7 +131,8 @@ def _single(values: Iterable[Any]) -> Any:
     return distinct[0] if len(distinct) == 1 else distinct
 
 
-def _same(wanted: Any, found: Any) -> bool:
+def same(wanted: Any, found: Any) -> bool:
+    """Equal, or two numbers within a millionth."""
     if isinstance(wanted, float) and isinstance(found, int | float):
         return abs(wanted - found) <= 1e-6 * abs(wanted)
     return bool(wanted == found)

@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from orchestrator.spec import TrialConfig
-from orchestrator.training.applied import read_back
+from orchestrator.training.applied import read_back, same
 from orchestrator.training.fast.engine import AHEAD, Engine, Pending
 from orchestrator.training.fast.lora import lora_parameters
 from orchestrator.training.fast.row import Rows, Span
@@ -74,15 +74,19 @@ class Slot:
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, True, 1)
         matrices = dict(adapters.matrices(self._index, lora.rank, adapters.weights))
         names = {name.rpartition(".")[0] for name in matrices}
-        return {
-            **read_back(self.trainer.model, self.trainer.optimizer),
-            "lora.alpha": round(table["scale"] * lora.rank, 9),
+        held = {
+            "lora.alpha": table["scale"] * lora.rank,
             "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
             "lora.num_modules": len(names),
             "training.weight_decay": table["decay"],
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
+        }
+        live = read_back(self.trainer.model, self.trainer.optimizer)
+        # Where model and slot differ both are told, and `applied.compare` refuses them.
+        return {
+            name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
         }
 
     def begin(self, checkpoint: str | None) -> Iterator[tuple[float, list[int]]]:

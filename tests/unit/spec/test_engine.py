@@ -17,6 +17,10 @@ REFUSED = [
     ({"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor"),
     ({"training": {"optimizer": "paged_adamw_8bit"}}, "training.optimizer paged_adamw_8bit"),
     ({"training": {"precision": "fp16"}}, "training.precision fp16"),
+    (
+        {"training": {"optimizer": "paged_adamw_32bit", "adapter_dtype": "bfloat16"}},
+        "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16",
+    ),
     ({"training": {"group_by_length": True}}, "training.group_by_length (without padding it would gain nothing)"),
 ]
 

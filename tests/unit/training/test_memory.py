@@ -63,12 +63,17 @@ def test_the_base(section: dict[str, Any]) -> None:
     assert told.kept == 2 * copied
 
 
-def test_the_kept_base(half: Any) -> None:
-    decoder = Decoder(half, torch.bfloat16, 8, keeps=True)
+@pytest.mark.parametrize(("quantization", "num_copies"), [("nf4", 4 * 4), ("none", 4 * 2)])
+def test_the_kept_base(quantization: str, num_copies: int) -> None:
+    model = load_base(BaseSection(model="embedded", quantization=quantization))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    decoder = Decoder(model, torch.bfloat16, 8, keeps=True)
     parts = [part for layer in decoder._layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    assert foreseen(half).kept == sum(part._weight().nbytes for part in parts)
-    assert foreseen(half, keeps=False).kept == 0
-    assert Decoder(half, torch.bfloat16, 8, keeps=False)._layers[0].qkv._kept is None
+    copies = [weight.nbytes for weight in (part._weight() for part in parts) if weight.data_ptr() not in own]
+    assert len(copies) == num_copies
+    assert foreseen(model, quantised=quantization == "nf4").kept == sum(copies)
+    assert foreseen(model, keeps=False, quantised=quantization == "nf4").kept == 0
+    assert Decoder(model, torch.bfloat16, 8, keeps=False)._layers[0].qkv._kept is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
