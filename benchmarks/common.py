@@ -8,18 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base import drop
+from orchestrator.base import drop, lease, load_tokenizer
+from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
+from orchestrator.training.applied import expected_modules
 from orchestrator.training.local import run_local_trial
+from orchestrator.training.loop import Loop, open_loop
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -99,6 +103,23 @@ def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
         return Run(result, read_metrics(paths.trial(result.trial_id)), seconds)
 
 
+@contextmanager
+def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, int]]:
+    """A trial's loop, not yet run, and the tokens of its held-out rows."""
+    config = setting.spec(training).trial_config({})
+    data = prepare(config.data, config.base)
+    with lease(config.base) as base, tempfile.TemporaryDirectory() as folder:
+        modules = expected_modules(base, config.lora)
+        loop, _ = open_loop(config, base, modules, load_tokenizer(config.base), data, Path(folder))
+        yield loop, sum(len(row) for row in data.held_out["input_ids"])
+
+
+def foreseen(result: TrialResult) -> float | None:
+    """Predicted peak over the measured one, of a fast trial on a GPU."""
+    plan = result.memory_plan or {}
+    return round(plan["predicted_gib"] / plan["measured_gib"], 3) if "predicted_gib" in plan else None
+
+
 def forget() -> None:
     """Free what earlier runs kept on the GPU, so that each engine's memory is its own."""
     import torch
@@ -121,12 +142,17 @@ def main(about: str, measure: Callable[[Setting], dict[str, Any]]) -> None:
     if not (base / "config.json").is_file():
         command = [sys.executable, ROOT / "scripts" / "make_base.py", arguments.shape, base, "--text", arguments.rows]
         subprocess.run(command, check=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(arguments.shape, base.resolve(), arguments.rows.resolve(), arguments.out)
     name, figures = Path(sys.argv[0]).stem, measure(setting)
-    figures = {"benchmark": name, "shape": arguments.shape, **figures, **environment()}
-    (arguments.out / f"{name}-{arguments.shape}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {"benchmark": name, "shape": arguments.shape, **figures}
+    write(arguments.out / f"{name}-{arguments.shape}.json", figures)
     print(" | ".join(f"{key}: {value}" for key, value in figures.items() if not isinstance(value, dict)), flush=True)
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Figures with hardware, versions, commit and date, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures | environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -6,11 +6,10 @@ Whole trials: training, four evaluations with their checkpoints, and the answers
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import environment, run
+from benchmarks.common import run, write
 from orchestrator.spec.load import load_spec
 
 TURNS = 3
@@ -34,10 +33,8 @@ def main() -> None:
         "whole_trial_ratio": round(_typical(seconds["trl"]) / _typical(seconds["fast"]), 2),
         "tokens_per_second": speeds,
         "seconds": seconds,
-        **environment(),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "demo_trial.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write(arguments.out / "demo_trial.json", figures)
     print(f"fast over trl: training {figures['training_ratio']}, whole trial {figures['whole_trial_ratio']}")
 
 

@@ -3,18 +3,12 @@
 python -m benchmarks.evaluation 1.1b --rows train.jsonl
 """
 
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BASELINES, Setting, forget, main
-from orchestrator.base import lease, load_tokenizer
-from orchestrator.data import prepare
-from orchestrator.training.applied import expected_modules
+from benchmarks.common import BASELINES, Setting, forget, main, opened
 from orchestrator.training.fast.slot import Slot
-from orchestrator.training.loop import open_loop
 
 REPEATS = 5
 
@@ -28,13 +22,8 @@ def measure(setting: Setting) -> dict[str, Any]:
         "fast": {"engine": "fast"},
     }
     for name, training in forms.items():
-        config = setting.spec(training | {"steps": 1, "eval_steps": 1}).trial_config({})
-        data = prepare(config.data, config.base)
-        tokens = sum(len(row) for row in data.held_out["input_ids"])
         forget()
-        with lease(config.base) as base, tempfile.TemporaryDirectory() as folder:
-            modules = expected_modules(base, config.lora)
-            loop, _ = open_loop(config, base, modules, load_tokenizer(config.base), data, Path(folder))
+        with opened(setting, training | {"steps": 1, "eval_steps": 1}) as (loop, tokens):
             loop.train(None)
             seconds[name] = _best(loop.evaluate if isinstance(loop, Slot) else loop.trainer.evaluate)
             losses[name] = loop.measured()["eval/loss"]

@@ -31,6 +31,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     for engine, training in {"trl": BASELINES["B"], "fast": {"engine": "fast"}}.items():
         for trial in TRIALS:
             losses[engine].append(_loss(setting, trial, training))
+            print(engine, trial, losses[engine][-1], flush=True)
         forget()
     build.GRAPHS = False
     losses["eager"] = [_loss(setting, trial, {"engine": "fast"}) for trial in TRIALS[1:3]]

@@ -5,7 +5,7 @@ python -m benchmarks.memory 7b --rows train.jsonl
 
 from typing import Any
 
-from benchmarks.common import BASELINES, Setting, forget, main, run
+from benchmarks.common import BASELINES, Setting, foreseen, forget, main, run
 
 FORMS: dict[str, dict[str, Any]] = {
     "kept": {"engine": "fast", "dequantise": "once"},
@@ -20,11 +20,9 @@ def measure(setting: Setting) -> dict[str, Any]:
     for name, training in FORMS.items():
         forget()
         done = run(setting.spec(training | {"steps": 30, "eval_steps": 30}))
-        measured, predicted = done.result.peak_memory_gib, (done.result.memory_plan or {}).get("predicted_gib")
         figures[name] = {
-            "measured_gib": measured,
-            "predicted_gib": predicted,
-            "predicted_over_measured": round(predicted / measured, 3) if predicted and measured else None,
+            "measured_gib": done.result.peak_memory_gib,
+            "predicted_over_measured": foreseen(done.result),
             "tokens_per_second": round(done.tokens_per_second(after=10)),
             "eval_loss": done.result.best.value if done.result.best else None,
         }

@@ -3,31 +3,21 @@
 python -m benchmarks.profile 1.1b --rows train.jsonl
 """
 
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Setting, main
-from orchestrator.base import lease, load_tokenizer
-from orchestrator.data import prepare
-from orchestrator.training.applied import expected_modules
+from benchmarks.common import Setting, main, opened
 from orchestrator.training.fast.slot import Slot
-from orchestrator.training.loop import open_loop
 
 STEPS = 20
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    config = setting.spec({"engine": "fast", "steps": 500, "eval_steps": 500}).trial_config({})
-    data = prepare(config.data, config.base)
-    with lease(config.base) as base, tempfile.TemporaryDirectory() as folder:
-        modules = expected_modules(base, config.lora)
-        slot, _ = open_loop(config, base, modules, load_tokenizer(config.base), data, Path(folder))
+    with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, _):
         assert isinstance(slot, Slot)
         batches = slot.begin(None)
         some = [next(batches)[1] for _ in range(STEPS)]

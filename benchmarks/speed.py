@@ -7,7 +7,7 @@
 
 from typing import Any
 
-from benchmarks.common import BASELINES, Run, Setting, forget, main, run
+from benchmarks.common import BASELINES, Run, Setting, foreseen, forget, main, run
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -19,7 +19,6 @@ def measure(setting: Setting) -> dict[str, Any]:
         runs[name] = run(setting.spec({"engine": "fast", "steps": 200, "eval_steps": 200}))
     speed = {name: each.tokens_per_second(after=10) for name, each in runs.items()}
     fast = runs["fast"].result
-    plan = fast.memory_plan or {}
     return {
         "tokens_per_second": {name: round(value) for name, value in speed.items()},
         "over_A": round(speed["fast"] / speed["A"], 2),
@@ -29,13 +28,9 @@ def measure(setting: Setting) -> dict[str, Any]:
         "seconds": {name: round(each.seconds, 1) for name, each in runs.items()},
         "peak_gib": {name: each.result.peak_memory_gib for name, each in runs.items()},
         "eval_loss": {name: each.result.best.value if each.result.best else None for name, each in runs.items()},
-        "memory_plan": plan,
-        "predicted_over_measured": _ratio(plan.get("predicted_gib"), plan.get("measured_gib")),
+        "memory_plan": fast.memory_plan,
+        "predicted_over_measured": foreseen(fast),
     }
-
-
-def _ratio(predicted: float | None, measured: float | None) -> float | None:
-    return round(predicted / measured, 3) if predicted and measured else None
 
 
 if __name__ == "__main__":

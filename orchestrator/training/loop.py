@@ -58,7 +58,6 @@ def open_loop(
         rows, held_out = Rows.of(data.train), Rows.of(data.held_out)
         longest = max(rows.longest, held_out.longest)
         reason = why_not(config, base, modules, longest)
-        engine = None
         if reason is None:
             try:
                 engine, plan = engine_for(base, config, modules, rows, held_out, sharing)
@@ -66,14 +65,11 @@ def open_loop(
                 if wanted == "fast":
                     raise
                 reason = error.message
-        if engine is not None:
-            trainer = build_trainer(config, base, tokenizer, data, checkpoints)
-            return Slot(0, trainer, engine, config, rows, held_out), {
-                "engine": "fast",
-                "memory_plan": plan.record(),
-                "peak_memory_gib": plan.record().get("measured_gib"),
-            }
-        if wanted == "fast":
+            else:
+                trainer = build_trainer(config, base, tokenizer, data, checkpoints)
+                slot = Slot(0, trainer, engine, config, rows, held_out)
+                return slot, {"engine": "fast", "memory_plan": plan.record()}
+        elif wanted == "fast":
             raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
     release(base)  # memory that an earlier trial's engine keeps
     trainer = build_trainer(config, base, tokenizer, data, checkpoints)

@@ -4,7 +4,7 @@ Formulas follow `fast/decoder.py` (what a layer keeps), `fast/lora.py` (what a s
 (one scale for 64 weights; quantised once more, a byte each and one float32 for 256: arXiv 2305.14314, section 3).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,9 @@ Recompute = Literal["nothing", "elementwise", "layers"]
 
 EVALUATION_TOKENS = 8192
 """Of one pass of an evaluation, which keeps nothing for a backward."""
+
+MAX_LOGITS = 1 << 26
+"""Elements of the logits that exist at a time."""
 
 BF16, FLOAT = 2, 4
 WORKSPACE = 64 * 2**20
@@ -135,7 +138,6 @@ def predict(
     adapter_bytes: int = FLOAT,
     quantised: bool = True,
     double_quant: bool = True,
-    max_logits: int = 1 << 26,
 ) -> Memory:
     """Peak memory of the fast engine on one GPU.
 
@@ -150,7 +152,6 @@ def predict(
         adapter_bytes: of one of the adapters' weights.
         quantised: 4-bit weights, or 16-bit ones.
         double_quant: whether the scales are quantised too.
-        max_logits: elements of the logits that exist at a time.
     """
     linears, width = shape.num_linear_weights, shape.queries * shape.head_size
     scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
@@ -175,7 +176,7 @@ def predict(
     in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
 
     def logits(count: int) -> int:
-        return BF16 * (min(count * shape.vocabulary, max_logits) + 2 * count * shape.hidden)
+        return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + 2 * count * shape.hidden)
 
     head = logits(tokens)
     # The step's peak is at the head, where all layers' activations stand, or in the last layer's backward.
@@ -197,7 +198,7 @@ def predict(
 
 def choices(
     longest: int, largest_batch: int, *, keeps_base: bool | None, recompute: bool | None, most_tokens: int
-) -> Iterator[Choice]:
+) -> list[Choice]:
     """What can be given up, the fastest first.
 
     Args:
@@ -217,4 +218,4 @@ def choices(
         for level in levels
         for count in tokens
     ]
-    return iter(sorted(options, key=Choice.relative_time))
+    return sorted(options, key=Choice.relative_time)

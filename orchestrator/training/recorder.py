@@ -171,10 +171,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def close_books(self) -> None:
         """Bring time, memory and warnings up to date."""
         seconds = round(self._seconds(), 3)
+        probed = (self.result.memory_plan or {}).get("measured_gib", 0.0)  # an engine that stands probes only once
         self._update(
             seconds=seconds,
             gpu_seconds=round(self._start.gpu_seconds + (seconds - self._start.seconds) * self._gpus, 3),
-            peak_memory_gib=max(peak_memory_gib(), self._start.peak_memory_gib or 0.0),
+            peak_memory_gib=max(peak_memory_gib(), probed, self._start.peak_memory_gib or 0.0),
             warnings=[*self._start.warnings, *self._trackers.warnings],
         )
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from orchestrator.training.fast.lora import Adapted, Adapters, Group
 from orchestrator.training.fast.plain import Attended, Heads
 from orchestrator.training.fast.row import Row
-from orchestrator.training.memory import Recompute
+from orchestrator.training.memory import BaseShape, Recompute
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Whose layers are those of `Layer`."""
@@ -277,13 +277,12 @@ class Decoder:
         """
         inner, config = model.model, model.config
         device = inner.embed_tokens.weight.device
-        self.dtype = dtype
         self.longest = longest
         self.keeps = keeps
         positions = torch.arange(longest, device=device)[None]
         cos, sin = inner.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, size, cos[0], sin[0])
+        shape = BaseShape.of(config)
+        heads = Heads(shape.queries, shape.keys, shape.head_size, cos[0], sin[0])
         self._epsilon = config.rms_norm_eps
         self._embedding = inner.embed_tokens.weight.detach()
         self._norm = inner.norm.weight.detach()

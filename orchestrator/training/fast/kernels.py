@@ -11,10 +11,11 @@ import triton.language as tl
 
 from orchestrator.training.fast.attention_kernels import Attended, attention, attention_backward
 from orchestrator.training.fast.early import LAUNCH, after_previous
-from orchestrator.training.fast.lora import Adapters
 from orchestrator.training.fast.lora_kernels import lora_backward, lora_down, lora_up_
 from orchestrator.training.fast.plain import Heads
-from orchestrator.training.fast.row import Row
+from orchestrator.training.fast.row import IGNORED, Row
+from orchestrator.training.fast.update_kernels import update
+from orchestrator.training.memory import MAX_LOGITS
 
 __all__ = [
     "TILE",
@@ -37,11 +38,7 @@ __all__ = [
 TILE = 64
 """Tokens that surely belong to one slot."""
 
-MAX_LOGITS = 1 << 26
-"""Elements of the logits that exist at a time."""
-
-IGNORED: tl.constexpr = tl.constexpr(-100)
-"""`row.IGNORED`, where a kernel reads it."""
+_IGNORED = tl.constexpr(IGNORED)
 
 
 def add_norm(
@@ -142,7 +139,7 @@ def cross_entropy(
             start,
             vocabulary,
             TRAINS=trains,
-            TILE=_tile(row),
+            TILE=row.tile,
             BLOCK=4096,
             num_warps=8,
             **LAUNCH,
@@ -155,57 +152,8 @@ def cross_entropy(
 def sum_by_slot(values: torch.Tensor, row: Row, num_slots: int) -> torch.Tensor:
     """(T,) float32 -> (slots,). The same order of sums each time."""
     sums = torch.empty(num_slots, dtype=torch.float32, device=values.device)
-    _sum_by_slot[num_slots,](values, row.tiles, sums, len(values), TILE=_tile(row), BLOCK=1024, **LAUNCH)
+    _sum_by_slot[num_slots,](values, row.tiles, sums, len(values), TILE=row.tile, BLOCK=1024, **LAUNCH)
     return sums
-
-
-def update(adapters: Adapters, row: Row) -> torch.Tensor:
-    """Clip, make the AdamW step (arXiv 1711.05101) and clear the gradient of each slot whose batch is complete.
-
-    A slot whose gradient is not finite does not step; its norm tells.
-
-    Returns:
-        (slots,) float32 norms of the gradients before clipping; 0 where the batch goes on.
-    """
-    size, table = adapters.weights.shape[1], row.table
-    blocks = triton.cdiv(size, _ELEMENTS)
-    squares = torch.empty(adapters.num_slots, blocks, dtype=torch.float32, device=adapters.weights.device)
-    norms = torch.empty(adapters.num_slots, dtype=torch.float32, device=adapters.weights.device)
-    grid = (blocks, adapters.num_slots)
-    _squares[grid](
-        adapters.gradients, table["applies"], squares, size, blocks, ELEMENTS=_ELEMENTS, BLOCK=2048, **LAUNCH
-    )
-    _update[grid](
-        adapters.weights,
-        adapters.moment1,
-        adapters.moment2,
-        adapters.gradients,
-        squares,
-        norms,
-        table["applies"],
-        table["learning_rate"],
-        table["decay"],
-        table["gain1"],
-        table["gain2"],
-        table["epsilon"],
-        table["correction1"],
-        table["correction2"],
-        table["max_norm"],
-        size,
-        blocks,
-        ELEMENTS=_ELEMENTS,
-        BLOCK=1024,
-        **LAUNCH,
-    )
-    return norms
-
-
-_ELEMENTS = 16384
-# Weights that one program updates.
-
-
-def _tile(row: Row) -> int:
-    return row.num_tokens // len(row.tiles)
 
 
 @triton.jit
@@ -286,7 +234,7 @@ def _cross_entropy(
     logits += tl.program_id(0).to(tl.int64) * vocabulary
     target = tl.load(targets + token)
     each = tl.arange(0, BLOCK)
-    if target == IGNORED:
+    if target == _IGNORED:
         tl.store(losses + token, 0.0)
         tl.store(hits + token, 0.0)
         if TRAINS:
@@ -326,85 +274,3 @@ def _sum_by_slot(values, tiles, sums, num_tokens, TILE: tl.constexpr, BLOCK: tl.
         owner = tl.load(tiles + tokens // TILE, mask=inside, other=-1)
         total += tl.load(values + tokens, mask=inside & (owner == slot), other=0.0)
     tl.store(sums + slot, tl.sum(total))
-
-
-@triton.jit(do_not_specialize=["applies"])
-def _squares(gradients, applies, squares, size, blocks, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    after_previous()
-    block, slot = tl.program_id(0), tl.program_id(1)
-    if tl.load(applies + slot) != 0:
-        gradients += slot.to(tl.int64) * size
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, ELEMENTS, BLOCK):
-            at = block * ELEMENTS + start + tl.arange(0, BLOCK)
-            gradient = tl.load(gradients + at, mask=at < size, other=0.0)
-            total += gradient * gradient
-        tl.store(squares + slot * blocks + block, tl.sum(total))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "applies",
-        "learning_rates",
-        "decays",
-        "gains1",
-        "gains2",
-        "epsilons",
-        "corrections1",
-        "corrections2",
-        "max_norms",
-    ]
-)
-def _update(
-    weights,
-    moments1,
-    moments2,
-    gradients,
-    squares,
-    norms,
-    applies,
-    learning_rates,
-    decays,
-    gains1,
-    gains2,
-    epsilons,
-    corrections1,
-    corrections2,
-    max_norms,
-    size,
-    blocks,
-    ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    after_previous()
-    block, slot = tl.program_id(0), tl.program_id(1)
-    norm = 0.0
-    if tl.load(applies + slot) != 0:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, blocks, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            total += tl.load(squares + slot * blocks + index, mask=index < blocks, other=0.0)
-        norm = tl.sqrt(tl.sum(total))
-        learning_rate, gain1, gain2 = tl.load(learning_rates + slot), tl.load(gains1 + slot), tl.load(gains2 + slot)
-        clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
-        fade = 1 - learning_rate * tl.load(decays + slot)
-        rate = learning_rate / tl.load(corrections1 + slot)
-        correction2, epsilon = tl.load(corrections2 + slot), tl.load(epsilons + slot)
-        offset = slot.to(tl.int64) * size
-        for start in range(0, ELEMENTS, BLOCK):
-            index = block * ELEMENTS + start + tl.arange(0, BLOCK)
-            inside, at = index < size, offset + index
-            if norm < float("inf"):
-                gradient = tl.load(gradients + at, mask=inside) * clip
-                moment1 = tl.load(moments1 + at, mask=inside).to(tl.float32)
-                moment2 = tl.load(moments2 + at, mask=inside).to(tl.float32)
-                weight = tl.load(weights + at, mask=inside).to(tl.float32)
-                moment1 += (gradient - moment1) * gain1
-                moment2 += (gradient * gradient - moment2) * gain2
-                weight = weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon)
-                tl.store(moments1 + at, moment1.to(moments1.dtype.element_ty), mask=inside)
-                tl.store(moments2 + at, moment2.to(moments2.dtype.element_ty), mask=inside)
-                tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=inside)
-            tl.store(gradients + at, tl.zeros((BLOCK,), tl.float32), mask=inside)
-    if block == 0:
-        tl.store(norms + slot, norm)

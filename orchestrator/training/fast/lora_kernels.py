@@ -16,6 +16,17 @@ import triton.language as tl
 
 from orchestrator.training.fast.early import LAUNCH, after_previous
 from orchestrator.training.fast.lora import Adapters, Group
+from orchestrator.training.fast.lora_parts import (
+    add_up,
+    deliver,
+    is_last,
+    layer_key,
+    layer_of,
+    numbers_of,
+    survives,
+    third,
+    tiles_of,
+)
 from orchestrator.training.fast.row import Row
 
 MAX_LAYERS = 3
@@ -29,7 +40,7 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
     _down[num_tiles, num_layers, splits](
         x, adapters.a(group, adapters.weights), low, _parts(low, splits), _tickets(x.device), row.tiles, row.counters,
         *_dropout(row), adapters.weights.stride(0), group.in_features, *_numbers(group),
-        RANK=adapters.rank, SPLITS=splits, TILE=row.num_tokens // num_tiles, **_down_options(adapters.rank), **LAUNCH,
+        RANK=adapters.rank, SPLITS=splits, TILE=row.tile, **_down_options(adapters.rank), **LAUNCH,
     )  # fmt: skip
     return low
 
@@ -40,7 +51,7 @@ def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Grou
     _up[_column_blocks(group, options["BLOCK_N"]), len(row.tiles)](
         y, low, adapters.b(group, adapters.weights), row.tiles, row.table["scale"], adapters.weights.stride(0),
         y.stride(0), low.stride(0), *_columns(group),
-        RANK=adapters.rank, TILE=row.num_tokens // len(row.tiles), **options, **LAUNCH,
+        RANK=adapters.rank, TILE=row.tile, **options, **LAUNCH,
     )  # fmt: skip
 
 
@@ -76,7 +87,7 @@ def _backward_to_low(
         gradient, low, by_low, _parts(low, splits), _tickets(low.device), adapters.b(group, adapters.weights),
         adapters.b(group, adapters.gradients), row.tiles, row.table["scale"], num_tiles, adapters.num_slots,
         adapters.weights.stride(0), gradient.stride(0), *_columns(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, TILE=row.num_tokens // num_tiles, **options, **LAUNCH,
+        LAYERS=num_layers, RANK=adapters.rank, TILE=row.tile, **options, **LAUNCH,
     )  # fmt: skip
     return by_low
 
@@ -93,7 +104,7 @@ def _backward_to_x(
         x, by_low, x_gradient, adapters.a(group, adapters.weights), a_gradient, _parts(a_gradient, splits),
         _tickets(x.device), row.tiles, row.counters, *_dropout(row), num_tiles, adapters.num_slots,
         adapters.weights.stride(0), group.in_features, *_numbers(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, TILE=row.num_tokens // num_tiles, **options, **LAUNCH,
+        LAYERS=num_layers, RANK=adapters.rank, TILE=row.tile, **options, **LAUNCH,
     )  # fmt: skip
 
 
@@ -183,11 +194,11 @@ def _down(
     if threshold == 0:
         total = _down_sum(x, a, tokens, tokens, 0, 0, first, last, features, RANK, BLOCK_K, False)
     else:
-        key = _key(tl.load(keys + slot), _third(layer, number0, number1, number2))
+        key = layer_key(tl.load(keys + slot), third(layer, number0, number1, number2))
         count = tl.load(counters + tokens)
         total = _down_sum(x, a, tokens, count, key, threshold, first, last, features, RANK, BLOCK_K, True)
         total *= tl.load(keep_scales + slot)
-    _add_up(total, low, parts, tickets, tokens, tile, layer, split, tl.num_programs(0), tl.num_programs(1), SPLITS)
+    add_up(total, low, parts, tickets, tokens, tile, layer, split, tl.num_programs(0), tl.num_programs(1), SPLITS)
 
 
 @triton.jit
@@ -203,7 +214,7 @@ def _down_sum(
         values = tl.load(x + tokens[:, None] * features + columns[None, :], mask=inside, other=0.0)
         weights = tl.load(a + ranks[:, None] * features + columns[None, :], mask=inside, other=0.0)
         if DROPS:
-            values = tl.where(_survives(key, _places(count, columns, features), threshold), values, 0.0)
+            values = tl.where(survives(key, numbers_of(count, columns, features), threshold), values, 0.0)
         total = tl.dot(values, weights.to(values.dtype).T, total, input_precision="ieee")
     return total
 
@@ -215,7 +226,7 @@ def _up(
 ):  # fmt: skip
     after_previous()
     tile = tl.program_id(1)
-    layer, start, row, column, width = _place(
+    layer, start, row, column, width = layer_of(
         tl.program_id(0), column0, width0, column1, width1, column2, width2, BLOCK_N
     )
     slot = tl.load(tiles + tile)
@@ -241,9 +252,11 @@ def _up_backward(
     program, num_sums = tl.program_id(0), tl.num_programs(0) - num_tiles * LAYERS * SPLITS
     if program < num_sums:  # first, since they take longest
         slot, block = program % num_slots, program // num_slots
-        first, last = _tiles_of(slot, tiles, num_tiles, num_slots)
+        first, last = tiles_of(slot, tiles, num_tiles, num_slots)
         if first < last:
-            layer, start, row, column, width = _place(block, column0, width0, column1, width1, column2, width2, BLOCK_N)
+            layer, start, row, column, width = layer_of(
+                block, column0, width0, column1, width1, column2, width2, BLOCK_N
+            )
             columns, ranks = start + tl.arange(0, BLOCK_N), tl.arange(0, RANK)
             total = _b_gradient(
                 gradient + column, low + layer * RANK, columns, first, last, y_stride, width, LAYERS, RANK, TILE
@@ -255,12 +268,12 @@ def _up_backward(
         program -= num_sums
         split, layer, tile = program % SPLITS, program // SPLITS % LAYERS, program // (SPLITS * LAYERS)
         slot = tl.load(tiles + tile)
-        width, column = _third(layer, width0, width1, width2), _third(layer, column0, column1, column2)
-        b += slot.to(tl.int64) * stride + _third(layer, 0, width0, width0 + width1) * RANK
+        width, column = third(layer, width0, width1, width2), third(layer, column0, column1, column2)
+        b += slot.to(tl.int64) * stride + third(layer, 0, width0, width0 + width1) * RANK
         tokens = tile * TILE + tl.arange(0, TILE)
         total = _low_gradient(gradient + column, b, tokens, split, y_stride, width, RANK, SPLITS, BLOCK_N)
         total *= tl.load(scales + slot)
-        _add_up(total, by_low, parts, tickets, tokens, tile, layer, split, num_tiles, LAYERS, SPLITS)
+        add_up(total, by_low, parts, tickets, tokens, tile, layer, split, num_tiles, LAYERS, SPLITS)
 
 
 @triton.jit
@@ -304,7 +317,7 @@ def _down_backward(
 ):  # fmt: skip
     after_previous()
     block, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last = _tiles_of(slot, tiles, num_tiles, num_slots)
+    first, last = tiles_of(slot, tiles, num_tiles, num_slots)
     if first < last:
         per_split = tl.cdiv(last - first, SPLITS)
         first = first + split * per_split
@@ -316,7 +329,7 @@ def _down_backward(
         part = parts + split * num_slots * size * features
         columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
         key, threshold, keep_scale = tl.load(keys + slot), tl.load(thresholds + slot), tl.load(keep_scales + slot)
-        key0, key1, key2 = _key(key, number0), _key(key, number1), _key(key, number2)
+        key0, key1, key2 = layer_key(key, number0), layer_key(key, number1), layer_key(key, number2)
         if threshold == 0:
             _through(
                 x, by_low, x_gradient, a, a_gradient, part, counters, first, last, columns, features,
@@ -328,7 +341,7 @@ def _down_backward(
                 key0, key1, key2, threshold, keep_scale, SPLITS, LAYERS, RANK, TILE, True,
             )  # fmt: skip
         if SPLITS > 1:  # noqa: SIM102
-            if _is_last(tickets + slot * tl.num_programs(0) + block, SPLITS):
+            if is_last(tickets + slot * tl.num_programs(0) + block, SPLITS):
                 inside = columns[None, :] < features
                 for layer in tl.static_range(LAYERS):
                     at = (layer * RANK + tl.arange(0, RANK)[:, None]) * features + columns[None, :]
@@ -362,7 +375,7 @@ def _through(
         places = tokens[:, None] * features + columns[None, :]
         values = tl.load(x + places, mask=inside, other=0.0)
         before = tl.load(x_gradient + places, mask=inside, other=0.0)
-        numbers = _places(tl.load(counters + tokens), columns, features)
+        numbers = numbers_of(tl.load(counters + tokens), columns, features)
         lows = by_low + tokens[:, None] * (LAYERS * RANK) + tl.arange(0, RANK)[None, :]
         by_x = tl.zeros(values.shape, tl.float32)
         total0, by_x = _through_layer(values, weights0, total0, by_x, lows, key0, numbers, threshold, DROPS)
@@ -372,13 +385,13 @@ def _through(
             lows += 2 * RANK
             total2, by_x = _through_layer(values, weights2, total2, by_x, lows, key2, numbers, threshold, DROPS)
         tl.store(x_gradient + places, (before + by_x * keep_scale).to(values.dtype), mask=inside)
-    _deliver(total0 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
+    deliver(total0 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
     at += RANK * features
     if LAYERS > 1:
-        _deliver(total1 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
+        deliver(total1 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
     at += RANK * features
     if LAYERS > 2:
-        _deliver(total2 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
+        deliver(total2 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
 
 
 @triton.jit
@@ -389,103 +402,7 @@ def _through_layer(values, weights, total, by_x, lows, key, numbers, threshold, 
         # Always true, and gone in the machine code; but it binds the mask to the layout of `back`. Without it the
         # compiler hashes twice, once in that layout and once in that of `values`.
         always = back.to(tl.int32, bitcast=True) >= -(2**31)
-        kept = _survives(key, numbers, threshold) & always
+        kept = survives(key, numbers, threshold) & always
         values = tl.where(kept, values, 0.0)
         back = tl.where(kept, back, 0.0)
     return tl.dot(low.T, values, total, input_precision="ieee"), by_x + back
-
-
-@triton.jit
-def _deliver(total, gradient, part, inside, SPLITS: tl.constexpr):
-    if SPLITS == 1:
-        tl.store(gradient, tl.load(gradient, mask=inside) + total, mask=inside)
-    else:
-        tl.store(part, total, mask=inside)
-
-
-@triton.jit
-def _add_up(
-    total, out, parts, tickets, tokens, tile, layer, split, num_tiles, num_layers, SPLITS: tl.constexpr
-):  # fmt: skip
-    """Write the sum of all splits' (tokens, rank) totals to the layer's columns of `out`."""
-    RANK: tl.constexpr = total.shape[1]
-    places = tokens[:, None] * (num_layers * RANK) + layer * RANK + tl.arange(0, RANK)[None, :]
-    if SPLITS == 1:
-        tl.store(out + places, total.to(out.dtype.element_ty))
-    else:
-        size = num_tiles * tokens.shape[0] * num_layers * RANK
-        tl.store(parts + split * size + places, total)
-        if _is_last(tickets + tile * num_layers + layer, SPLITS):
-            total = tl.zeros(total.shape, tl.float32)
-            for each in tl.static_range(SPLITS):
-                total += tl.load(parts + each * size + places, cache_modifier=".cg")
-            tl.store(out + places, total.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _is_last(ticket, SPLITS: tl.constexpr):
-    """Whether all other programs that share the ticket have left their parts."""
-    tl.debug_barrier()  # this program's threads have
-    taken = tl.atomic_add(ticket, 1, sem="acq_rel")
-    if taken == SPLITS - 1:
-        tl.store(ticket, 0)
-    return taken == SPLITS - 1
-
-
-@triton.jit
-def _tiles_of(slot, tiles, num_tiles, num_slots):
-    """The slot's first tile and the one after its last; fillers at the row's end count only where it has no others."""
-    if num_slots == 1:
-        first, last = num_tiles * 0, num_tiles
-    else:
-        first, last = num_tiles, num_tiles
-        for start in range(0, num_tiles, 128):
-            index = start + tl.arange(0, 128)
-            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
-            first = tl.minimum(first, tl.min(tl.where(owners == slot, index, num_tiles)))
-        for start in range(0, num_tiles, 128):
-            index = start + tl.arange(0, 128)
-            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
-            last = tl.minimum(last, tl.min(tl.where((owners != slot) & (index > first), index, num_tiles)))
-    return first, last
-
-
-@triton.jit
-def _place(block, column0, width0, column1, width1, column2, width2, BLOCK: tl.constexpr):
-    """Of a block of columns: its layer, where it begins there, the layer's first row in B, first column, and width."""
-    blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
-    layer = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
-    start = (block - _third(layer, 0, blocks0, blocks0 + blocks1)) * BLOCK
-    row, column = _third(layer, 0, width0, width0 + width1), _third(layer, column0, column1, column2)
-    return layer, start, row, column, _third(layer, width0, width1, width2)
-
-
-@triton.jit
-def _third(layer, value0, value1, value2):
-    return tl.where(layer == 0, value0, tl.where(layer == 1, value1, value2))
-
-
-@triton.jit
-def _key(key, number):
-    """The masks' key of one layer: see `plain.keep`."""
-    key = key.to(tl.uint32, bitcast=True) ^ (number.to(tl.uint32) * 0x9E3779B9)
-    key = (key ^ (key >> 16)) * 0x7FEB352D
-    key = (key ^ (key >> 15)) * 0x846CA68B
-    return key ^ (key >> 16)
-
-
-@triton.jit
-def _places(count, columns, features):
-    """Numbers of tokens' features in the batch, (tokens, columns)."""
-    return count.to(tl.uint32)[:, None] * features.to(tl.uint32) + columns.to(tl.uint32)[None, :]
-
-
-@triton.jit
-def _survives(key, places, threshold):
-    """Whether dropout keeps the features of these numbers."""
-    bits = places ^ key
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits ^= key * 0x85EBCA6B
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    bits ^= bits >> 16
-    return bits >= threshold.to(tl.uint32) * 2

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast.lora import Adapters, Group
-from orchestrator.training.fast.row import IGNORED, Row
+from orchestrator.training.fast.row import IGNORED, Row, as_int32
 
 TILE = 8
 """Tokens that surely belong to one slot."""
@@ -238,13 +238,13 @@ def keep(row: Row, module: int, features: int) -> torch.Tensor:
     Returns:
         (T, features) bool.
     """
-    key = _mix(row.table["key"][row.tiles.long()] ^ _wrap(module * 0x9E3779B9))
-    key = key.repeat_interleave(row.num_tokens // len(row.tiles))[:, None]
+    key = _mix(row.table["key"][row.tiles.long()] ^ as_int32(module * 0x9E3779B9))
+    key = key.repeat_interleave(row.tile)[:, None]
     bits = row.counters[:, None] * features + torch.arange(features, dtype=torch.int32, device=key.device)
     bits = bits ^ key
-    bits = (bits ^ _shift(bits, 16)) * _wrap(0x7FEB352D)
-    bits = bits ^ (key * _wrap(0x85EBCA6B))
-    bits = (bits ^ _shift(bits, 15)) * _wrap(0x846CA68B)
+    bits = (bits ^ _shift(bits, 16)) * as_int32(0x7FEB352D)
+    bits = bits ^ (key * as_int32(0x85EBCA6B))
+    bits = (bits ^ _shift(bits, 15)) * as_int32(0x846CA68B)
     bits = bits ^ _shift(bits, 16)
     return _shift(bits, 1) >= _of_token(row.table["threshold"], row)[:, None]
 
@@ -259,7 +259,7 @@ def _kept(module: int, row: Row, x: torch.Tensor) -> torch.Tensor | None:
 
 def _of_token(values: torch.Tensor, row: Row) -> torch.Tensor:
     """(slots,) -> (T,)."""
-    return values[row.tiles.long()].repeat_interleave(row.num_tokens // len(row.tiles))
+    return values[row.tiles.long()].repeat_interleave(row.tile)
 
 
 def _by_tile(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
@@ -286,17 +286,11 @@ def _turned(states: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift(x, 16)) * _wrap(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _wrap(0x846CA68B)
+    x = (x ^ _shift(x, 16)) * as_int32(0x7FEB352D)
+    x = (x ^ _shift(x, 15)) * as_int32(0x846CA68B)
     return x ^ _shift(x, 16)
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift to the right of int32."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def _wrap(value: int) -> int:
-    """The int32 with these 32 bits."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value

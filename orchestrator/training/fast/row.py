@@ -32,6 +32,12 @@ TABLE = (
 INTEGERS = ("key", "threshold", "applies")
 
 
+def as_int32(value: int) -> int:
+    """The int32 with the lowest 32 bits of this."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
 class Rows:
     """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths."""
 
@@ -134,6 +140,11 @@ class Row:
     @property
     def num_tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def tile(self) -> int:
+        """Tokens of one tile."""
+        return len(self.ids) // len(self.tiles)
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:

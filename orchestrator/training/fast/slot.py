@@ -18,7 +18,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.applied import read_back, same
 from orchestrator.training.fast.engine import AHEAD, Engine, Pending
 from orchestrator.training.fast.lora import lora_parameters
-from orchestrator.training.fast.row import Rows, Span
+from orchestrator.training.fast.row import Rows, Span, as_int32
 from orchestrator.training.finite import require_finite
 
 
@@ -282,4 +282,4 @@ def dropout_key(seed: int, step: int) -> int:
         x = ((x ^ value ^ (x >> 16)) * 0x7FEB352D) & mask
         x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
         x ^= x >> 16
-    return x - (1 << 32) if x >> 31 else x
+    return as_int32(x)

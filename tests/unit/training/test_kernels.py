@@ -18,7 +18,8 @@ from orchestrator.training.fast.lora import Adapted, Adapters  # noqa: E402
 from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
 
 FAST = "orchestrator.training.fast"
-MODULES = [f"{FAST}.{leaf}" for leaf in ("early", "lora_kernels", "attention_kernels", "kernels")]
+LEAVES = ("early", "lora_parts", "lora_kernels", "attention_kernels", "update_kernels", "kernels")
+MODULES = [f"{FAST}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -1,0 +1,100 @@
+"""What the kernels of stacked adapters share: sums split among programs, a slot's tiles, a group's layers, dropout."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def deliver(total, gradient, part, inside, SPLITS: tl.constexpr):
+    if SPLITS == 1:
+        tl.store(gradient, tl.load(gradient, mask=inside) + total, mask=inside)
+    else:
+        tl.store(part, total, mask=inside)
+
+
+@triton.jit
+def add_up(
+    total, out, parts, tickets, tokens, tile, layer, split, num_tiles, num_layers, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Write the sum of all splits' (tokens, rank) totals to the layer's columns of `out`."""
+    RANK: tl.constexpr = total.shape[1]
+    places = tokens[:, None] * (num_layers * RANK) + layer * RANK + tl.arange(0, RANK)[None, :]
+    if SPLITS == 1:
+        tl.store(out + places, total.to(out.dtype.element_ty))
+    else:
+        size = num_tiles * tokens.shape[0] * num_layers * RANK
+        tl.store(parts + split * size + places, total)
+        if is_last(tickets + tile * num_layers + layer, SPLITS):
+            total = tl.zeros(total.shape, tl.float32)
+            for each in tl.static_range(SPLITS):
+                total += tl.load(parts + each * size + places, cache_modifier=".cg")
+            tl.store(out + places, total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def is_last(ticket, SPLITS: tl.constexpr):
+    """Whether all other programs that share the ticket have left their parts."""
+    tl.debug_barrier()  # this program's threads have
+    taken = tl.atomic_add(ticket, 1, sem="acq_rel")
+    if taken == SPLITS - 1:
+        tl.store(ticket, 0)
+    return taken == SPLITS - 1
+
+
+@triton.jit
+def tiles_of(slot, tiles, num_tiles, num_slots):
+    """The slot's first tile and the one after its last; fillers at the row's end count only where it has no others."""
+    if num_slots == 1:
+        first, last = num_tiles * 0, num_tiles
+    else:
+        first, last = num_tiles, num_tiles
+        for start in range(0, num_tiles, 128):
+            index = start + tl.arange(0, 128)
+            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
+            first = tl.minimum(first, tl.min(tl.where(owners == slot, index, num_tiles)))
+        for start in range(0, num_tiles, 128):
+            index = start + tl.arange(0, 128)
+            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
+            last = tl.minimum(last, tl.min(tl.where((owners != slot) & (index > first), index, num_tiles)))
+    return first, last
+
+
+@triton.jit
+def layer_of(block, column0, width0, column1, width1, column2, width2, BLOCK: tl.constexpr):
+    """Of a block of columns: its layer, where it begins there, the layer's first row in B, first column, and width."""
+    blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
+    layer = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
+    start = (block - third(layer, 0, blocks0, blocks0 + blocks1)) * BLOCK
+    row, column = third(layer, 0, width0, width0 + width1), third(layer, column0, column1, column2)
+    return layer, start, row, column, third(layer, width0, width1, width2)
+
+
+@triton.jit
+def third(layer, value0, value1, value2):
+    return tl.where(layer == 0, value0, tl.where(layer == 1, value1, value2))
+
+
+@triton.jit
+def layer_key(key, number):
+    """The masks' key of one layer: see `plain.keep`."""
+    key = key.to(tl.uint32, bitcast=True) ^ (number.to(tl.uint32) * 0x9E3779B9)
+    key = (key ^ (key >> 16)) * 0x7FEB352D
+    key = (key ^ (key >> 15)) * 0x846CA68B
+    return key ^ (key >> 16)
+
+
+@triton.jit
+def numbers_of(count, columns, features):
+    """Numbers of tokens' features in the batch, (tokens, columns)."""
+    return count.to(tl.uint32)[:, None] * features.to(tl.uint32) + columns.to(tl.uint32)[None, :]
+
+
+@triton.jit
+def survives(key, places, threshold):
+    """Whether dropout keeps the features of these numbers."""
+    bits = places ^ key
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits ^= key * 0x85EBCA6B
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    bits ^= bits >> 16
+    return bits >= threshold.to(tl.uint32) * 2
