@@ -1,9 +1,11 @@
-"""The 4-bit base: loaded once a process, leased to one trial after another, clean in and clean out."""
+"""The 4-bit base: loaded once a process, and never touched: each trial has a shell of its own over its weights."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from orchestrator.embedded import BASE_DIR
@@ -12,6 +14,9 @@ from orchestrator.spec.sections import BaseSection
 
 _kept: tuple[BaseSection, Any] | None = None
 """The base this process holds, and the section it was loaded from."""
+
+_keeping = RLock()
+"""Trials that start at once in threads load one base."""
 
 
 def base_location(base: BaseSection) -> str:
@@ -89,27 +94,52 @@ def keep_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-@contextmanager
-def lease(base: BaseSection, trains_biases: bool = False) -> Iterator[Any]:
-    """The base for one trial. Loaded at first use and kept; what the trial hung on it is taken off afterwards.
+def kept(base: BaseSection) -> Any:
+    """The base itself: loaded at first use and kept, the one of another section dropped first.
 
-    If the trial fails, or trains the base's own biases, the base is dropped instead of kept.
+    All trials of this process stand on it: read it, and hang nothing on it, for that there is `shell`.
     """
     global _kept
-    if _kept is None or _kept[0] != base:
-        drop()
-        _kept = (base, load_base(base))
-    model = _kept[1]
-    forward = model.__dict__.get("forward")
-    hooks = {module: (dict(module._forward_hooks), dict(module._forward_pre_hooks)) for module in model.modules()}
-    before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    clean = False
+    with _keeping:
+        if _kept is None or _kept[0] != base:
+            drop()
+            _kept = (base, load_base(base))
+        return _kept[1]
+
+
+def shell(model: Any, own_biases: bool = False) -> Any:
+    """New modules over the same weights, for one trial: adapters, hooks, flags and a patched forward go away with them.
+
+    Args:
+        model: a base; it stays as it is, and several shells of it may be in use at once.
+        own_biases: copy the biases, for a trial that trains them.
+    """
+    from bitsandbytes.functional import QuantState
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            memo |= {id(value): value for value in held.values() if isinstance(value, Tensor | QuantState)}
+    if own_biases:
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias":  # those that PEFT may train
+                memo[id(parameter)] = Parameter(parameter.detach().clone(), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def lease(base: BaseSection, trains_biases: bool = False) -> Iterator[Any]:
+    """A shell of the kept base, for one trial. A base that comes back altered is dropped."""
+    model = kept(base)
+    before = _weights(model)
+    lent = shell(model, own_biases=trains_biases)
     try:
-        yield model
-        _take_off(model, forward, hooks)
-        clean = not trains_biases and before == {name: id(parameter) for name, parameter in model.named_parameters()}
+        yield lent
     finally:
-        if not clean:
+        lent._modules.clear()  # who still names the shell must not hold its adapter's memory
+        if _weights(model) != before:
             drop()
         _free_memory()
 
@@ -117,38 +147,17 @@ def lease(base: BaseSection, trains_biases: bool = False) -> Iterator[Any]:
 def drop() -> None:
     """Forget the kept base."""
     global _kept
-    _kept = None
+    with _keeping:
+        _kept = None
     _free_memory()
 
 
-def _take_off(model: Any, forward: Any, hooks: dict[Any, Any]) -> None:
-    """Remove what SFTTrainer and PEFT leave on a base: adapters, hooks, a patched forward, training flags.
-
-    Args:
-        model: the base.
-        forward: its own `forward` attribute before the trial, if it had one (accelerate's dispatch sets it).
-        hooks: module -> its forward hooks and pre-hooks before the trial.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    # `disable_input_require_grads` forgets all but the last of the hooks that PEFT and the Trainer each set.
-    for module, (after, ahead) in hooks.items():
-        for registered, own in ((module._forward_hooks, after), (module._forward_pre_hooks, ahead)):
-            for key in [key for key in registered if key not in own]:
-                del registered[key]
-    model.activation_checkpointing_disable()
-    if forward is None:
-        model.__dict__.pop("forward", None)  # trl's `add_fused_lm_head`
-    else:
-        model.forward = forward
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(attribute, None)
-    model.requires_grad_(False)
-    model.eval()
+def _weights(model: Any) -> dict[str, tuple[Any, ...]]:
+    """What tells that a base's parameters are others, lie elsewhere, were written to, or train."""
+    return {
+        name: (id(parameter), parameter.data_ptr(), parameter._version, parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _free_memory() -> None:

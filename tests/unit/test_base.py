@@ -1,0 +1,232 @@
+import gc
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from orchestrator import base as base_room
+from orchestrator.base import drop, kept, lease, load_base, shell
+from orchestrator.spec.sections import BaseSection
+
+SECTION = BaseSection(model="embedded", compute_dtype="float32")
+OTHER = SECTION.model_copy(update={"quantization": "none"})
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    """The embedded base in NF4, as a trial has it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "device_count", lambda: 0)
+        return load_base(SECTION)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(4, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_shell_is_new_modules_over_the_same_weights(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a tensor is copied")
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
+    monkeypatch.setattr(Params4bit, "__deepcopy__", refuse)
+    taken = shell(base)
+    for (name, module), (same_name, other) in zip(base.named_modules(), taken.named_modules(), strict=True):
+        assert name == same_name
+        assert module is not other
+        assert type(module) is type(other)
+    assert all(a is b for a, b in zip(base.parameters(), taken.parameters(), strict=True))
+    assert all(a is b for a, b in zip(base.buffers(), taken.buffers(), strict=True))
+    for module, other in zip(linears(base), linears(taken), strict=True):
+        assert module.quant_state is other.quant_state is other.weight.quant_state
+        assert other.support_avx512bf16_for_cpu is False, "kept trainable"
+    assert taken.config is not base.config, "trl and the Trainer write to it"
+
+
+def test_a_shell_answers_as_its_base(base: Any, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(shell(base)(ids).logits, base(ids).logits)
+
+
+def test_shells_in_use_at_once_do_not_see_one_another(base: Any, ids: torch.Tensor) -> None:
+    """Each does to the bit what it does alone, whatever its neighbour does meanwhile; and the base answers as ever."""
+
+    def steps(seed: int) -> Iterator[torch.Tensor]:
+        model = adapted(shell(base), rank=4 * seed, seed=seed)
+        model.train()
+        model.get_base_model().activation_checkpointing_enable()
+        model.enable_input_require_grads()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert len(trained) == 2 * len(list(linears(base)))
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids).loss
+            yield loss.detach()
+            loss.backward()
+            assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+            yield torch.stack([parameter.grad.norm() for parameter in trained]).sum()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with torch.no_grad():
+        before = base(ids).logits
+    alone = [list(steps(1)), list(steps(2))]
+    at_once = list(zip(steps(1), steps(2), strict=True))
+    assert at_once == list(zip(*alone, strict=True))
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, before)
+    assert_bare(base)
+
+
+def test_what_hangs_on_a_shell_goes_with_it(base: Any, ids: torch.Tensor) -> None:
+    model = adapted(shell(base), rank=2, seed=0)
+    model.enable_input_require_grads()
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    gone = [weakref.ref(thing) for thing in (model, model.get_base_model(), layer, layer.lora_A["default"].weight)]
+    del model, layer
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+    assert_bare(base)
+
+
+def test_hooks_that_spread_a_base_over_gpus_are_the_shells_own(base: Any, ids: torch.Tensor) -> None:
+    """accelerate binds the module into the forward that it hangs on it."""
+    spread = shell(base)
+    for module in spread.modules():
+        add_hook_to_module(module, ModelHook())
+    taken = adapted(shell(spread), rank=2, seed=0)
+    with torch.no_grad():
+        assert torch.equal(spread(ids).logits, base(ids).logits)
+        assert torch.equal(taken(ids).logits, adapted(shell(base), rank=2, seed=0)(ids).logits)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_trial_that_trains_biases_has_its_own(ids: torch.Tensor, bias: str) -> None:
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    base = Qwen2ForCausalLM(shape).requires_grad_(False).eval()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = adapted(shell(base, own_biases=True), rank=2, seed=0, bias=bias)
+    trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 2 * 3
+    assert all(id(parameter) in trained for parameter in biases)
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(trained.values(), lr=1.0).step()
+    assert any(parameter.any() for parameter in biases)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert_bare(base)
+    shared = {id(parameter) for parameter in base.parameters()} & {id(parameter) for parameter in model.parameters()}
+    assert len(shared) == len(list(base.parameters())) - len(biases)
+
+
+def test_a_shell_of_a_large_base_takes_no_time() -> None:
+    with torch.device("meta"):
+        large = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shell(large)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.2
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseSection]]:
+    """What has been loaded; a base is a few weights here."""
+    sections, standing = [], weakref.WeakSet[torch.nn.Module]()
+
+    def load(section: BaseSection) -> torch.nn.Module:
+        assert not standing, "two bases in memory at once"
+        time.sleep(0.01)
+        sections.append(section)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
+        standing.add(model)
+        return model
+
+    drop()
+    monkeypatch.setattr(base_room, "load_base", load)
+    yield sections
+    drop()
+
+
+def test_a_base_is_loaded_once_and_kept_until_another_is_asked_for(loads: list[BaseSection]) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(kept, [SECTION] * 4))) == 1
+    assert loads == [SECTION]
+    with lease(SECTION) as one, lease(SECTION) as two:
+        assert one is not two
+    with pytest.raises(ValueError, match="a trial that fails"), lease(SECTION):
+        raise ValueError("a trial that fails")
+    assert loads == [SECTION]
+    kept(OTHER)
+    kept(SECTION)
+    assert loads == [SECTION, OTHER, SECTION]
+
+
+@pytest.mark.usefixtures("loads")
+def test_who_still_names_a_shell_after_its_lease_holds_no_adapter() -> None:
+    with lease(SECTION) as taken:
+        taken[0].adapter = torch.nn.Parameter(torch.ones(2))
+        adapter = weakref.ref(taken[0].adapter)
+    assert adapter() is None
+
+
+def train(model: Any) -> None:
+    model[0].weight.requires_grad = True
+
+
+def cast(model: Any) -> None:
+    model[1].bias.data = model[1].bias.data.to(torch.bfloat16)
+
+
+def write(model: Any) -> None:
+    model[0].weight.add_(1)
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("alter", [train, cast, write])
+def test_a_base_that_comes_back_altered_is_dropped(alter: Callable[[Any], None]) -> None:
+    with lease(SECTION) as taken:
+        alter(taken)
+    assert base_room._kept is None
+    with lease(SECTION, trains_biases=True) as taken:
+        cast(taken)
+    assert base_room._kept is not None, "biases of its own are the trial's"
+
+
+def adapted(model: Any, rank: int, seed: int, bias: str = "none") -> Any:
+    """The model with an adapter that changes its answers."""
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, bias=bias, task_type="CAUSAL_LM"),
+    )
+
+
+def linears(model: Any) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def assert_bare(base: Any) -> None:
+    """Nothing hangs on it, and nothing of it trains."""
+    assert not any(isinstance(module, LoraLayer) for module in base.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert not any(module.training for module in base.modules())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.parameters())
+    assert not base.is_gradient_checkpointing
+    assert not {"forward", "peft_config", "_hf_peft_config_loaded"} & vars(base).keys()
