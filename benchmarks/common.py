@@ -16,14 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base import drop, lease, load_tokenizer
+from orchestrator.base import drop, lease
 from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
-from orchestrator.training.applied import expected_modules
+from orchestrator.training.events import AtOnce
+from orchestrator.training.fast.pack import Pack
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.loop import Loop, open_loop
+from orchestrator.training.loop import Ground, Loop, Seat, find_seat, open_loop
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -104,14 +105,14 @@ def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
 
 
 @contextmanager
-def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, int]]:
-    """A trial's loop, not yet run, and the tokens of its held-out rows."""
+def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, Pack, int]]:
+    """A trial's loop, not yet run, what serves its tasks, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
-    data = prepare(config.data, config.base)
-    with lease(config.base) as base, tempfile.TemporaryDirectory() as folder:
-        modules = expected_modules(base, config.lora)
-        loop, _ = open_loop(config, base, modules, load_tokenizer(config.base), data, Path(folder))
-        yield loop, sum(len(row) for row in data.held_out["input_ids"])
+    ground = Ground.of(config.base, prepare(config.data, config.base))
+    with lease(config.base) as shell, tempfile.TemporaryDirectory() as folder:
+        seat = find_seat(config, ground)
+        pack = Pack(seat.engine if isinstance(seat, Seat) else None)
+        yield open_loop(config, ground, shell, seat, Path(folder), AtOnce()), pack, int(ground.held_out.lengths.sum())
 
 
 def foreseen(result: TrialResult) -> float | None:

@@ -23,9 +23,15 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
     for name, training in forms.items():
         forget()
-        with opened(setting, training | {"steps": 1, "eval_steps": 1}) as (loop, tokens):
-            loop.train(None)
-            seconds[name] = _best(loop.evaluate if isinstance(loop, Slot) else loop.trainer.evaluate)
+        with opened(setting, training | {"steps": 1, "eval_steps": 1}) as (loop, pack, tokens):
+            pack.join(loop.train(None))
+            while len(pack):
+                pack.turn()
+            if isinstance(loop, Slot):
+                engine, held = pack.engine, loop.held_out()
+                seconds[name] = _best(lambda engine=engine, held=held: engine.evaluate([held]))
+            else:
+                seconds[name] = _best(loop.trainer.evaluate)
             losses[name] = loop.measured()["eval/loss"]
     return {
         "tokens_per_second": {name: round(tokens / each) for name, each in seconds.items()},

@@ -11,34 +11,42 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Setting, main, opened
+from orchestrator.training.fast.pack import Batch
+from orchestrator.training.fast.row import Span
 from orchestrator.training.fast.slot import Slot
 
 STEPS = 20
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, _):
+    with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, pack, _):
         assert isinstance(slot, Slot)
+        assert pack.engine is not None
         batches = slot.begin(None)
         some = [next(batches)[1] for _ in range(STEPS)]
+
+        def send(batch: Batch) -> None:
+            span = Span(batch.slot, batch.rows, batch.indices, batch.table)
+            slot.sent(batch, [pack.engine.step([span])])
+
         captured = time.perf_counter()
         for batch in some:
-            slot.send(batch)
+            send(batch)
         slot.collect()
         captured = time.perf_counter() - captured
         start = time.perf_counter()
         for batch in some:
-            slot.send(batch)
+            send(batch)
         slot.collect()
         seconds = time.perf_counter() - start
         host = time.perf_counter()
         for batch in some[:4]:
-            slot.send(batch)
+            send(batch)
         host = (time.perf_counter() - host) / 4
         slot.collect()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for batch in some:
-                slot.send(batch)
+                send(batch)
             slot.collect()
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)

@@ -100,7 +100,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
 
             title = f"going on with the sweep in {record.paths.root}"
             with SweepView(console, record.info.num_trials, title) as view:
-                resume_sweep(record, view.update, address)
+                resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
         _show_best(console, record)
 
@@ -228,7 +228,7 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
 
         total = spec.search.total_trials
         with SweepView(console, total, f"sweep of {total} trials in {paths.root}") as view:
-            record = run_sweep(spec, paths, view.update, address)
+            record = run_sweep(spec, paths, view.update, address, view.say)
         _show_trials(console, record)
         _show_best(console, record)
     return record

@@ -1,9 +1,11 @@
 """A PEFT adapter folder that any PEFT user can load, with what is needed to know where it came from."""
 
+import copy
 import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,54 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter apart from its model, by which it can be written later, when the model trains on or is gone."""
+
+    weights: dict[str, Any]
+    """By the names of PEFT's file."""
+    config: Any
+    """Its `LoraConfig`."""
+
+    @classmethod
+    def of(cls, model: Any) -> "Adapter":
+        """The one adapter of a `PeftModel`; its tensors are not copied."""
+        from peft import get_peft_model_state_dict
+
+        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # save_embedding_layers=False: "auto" asks the hub whether the vocabulary grew.
+        weights = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+        config = copy.deepcopy(model.peft_config["default"])
+        config.inference_mode = True
+        return cls(weights, config)
+
+    def copied(self) -> "Adapter":
+        """The same, which later steps of a model that trains in place do not change."""
+        return Adapter({name: tensor.cpu().clone() for name, tensor in self.weights.items()}, self.config)
+
+    def save(self, folder: Path) -> None:
+        """Write the files of `PeftModel.save_pretrained` into a folder that exists."""
+        from safetensors.torch import save_file
+
+        whole = {name: tensor.contiguous() for name, tensor in self.weights.items()}
+        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.config.save_pretrained(str(folder))
+
+
 def save_adapter(
-    model: Any, tokenizer: Any, folder: Path, config: TrialConfig, trial_id: str, step: int, metric: str, value: float
+    adapter: Adapter,
+    tokenizer: Any,
+    folder: Path,
+    config: TrialConfig,
+    trial_id: str,
+    step: int,
+    metric: str,
+    value: float,
 ) -> None:
     """Write an adapter folder, complete or not at all.
 
     Args:
-        model: a `PeftModel` with one adapter.
+        adapter: its weights and PEFT configuration.
         tokenizer: saved beside it.
         folder: replaced if it exists.
         config: the trial's configuration.
@@ -47,8 +90,28 @@ def save_adapter(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    # save_embedding_layers=False: "auto" asks the hub whether the vocabulary grew.
-    model.save_pretrained(str(building), save_embedding_layers=False)
+    try:
+        _fill(building, adapter, tokenizer, config, trial_id, step, metric, value)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    building.chmod(0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    building.rename(folder)
+
+
+def _fill(
+    building: Path,
+    adapter: Adapter,
+    tokenizer: Any,
+    config: TrialConfig,
+    trial_id: str,
+    step: int,
+    metric: str,
+    value: float,
+) -> None:
+    adapter.save(building)
     tokenizer.save_pretrained(str(building))
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     card = _CARD.format(
@@ -66,10 +129,6 @@ def save_adapter(
     (building / "README.md").write_text(card, encoding="utf-8")
     sums = {path.name: _sha256(path) for path in sorted(building.iterdir())}
     (building / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
-    building.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
-    building.rename(folder)
 
 
 def verify_adapter(folder: Path) -> None:

@@ -164,13 +164,14 @@ def save(prepared: PreparedData, folder: Path) -> None:
     building.rename(folder)
 
 
-def load(folder: Path) -> PreparedData:
-    """What `save` has put into `folder`."""
+def load(folder: Path, in_memory: bool = False) -> PreparedData:
+    """What `save` has put into `folder`; rows are read when they are needed, or at once."""
     from datasets import load_from_disk
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
-    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "held_out"), prompts, **meta)
+    train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
+    return PreparedData(train, held_out, prompts, **meta)
 
 
 def _split(data: DataSection) -> tuple[list[Row], list[Row]]:

@@ -80,6 +80,8 @@ class TrialResult(Record):
     """What made the steps."""
     engine_reason: str | None = None
     """Why not the fast engine, where `auto` took the other."""
+    alone: str | None = None
+    """Why it did not train beside others, in a sweep whose trials do."""
     memory_plan: dict[str, Any] | None = None
     """What the fast engine gave up for memory; on a GPU its peak, foreseen and measured with the largest batch."""
     device: str | None = None
@@ -90,6 +92,10 @@ class TrialResult(Record):
     """What was read back from the live modules and optimizer after the first step."""
     checkpoint: str | None = None
     """Last complete checkpoint, relative to the trial's folder."""
+    parent: str | None = None
+    """Checkpoint of another trial that it went on from, as trial/checkpoints/checkpoint-step (PBT)."""
+    overshoot: int = 0
+    """Steps made past the evaluation at which the scheduler stopped the trial; not part of the record."""
     data_fingerprint: str | None = None
     """Hash of the tokens trained and evaluated on."""
     error: str | None = None

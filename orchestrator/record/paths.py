@@ -45,6 +45,16 @@ class TrialPaths:
         """Trainer checkpoints to resume from; gone once there is a result."""
         return self.root / "checkpoints"
 
+    @property
+    def offers(self) -> Path:
+        """Checkpoints that Tune has saved, for other trials to go on from (PBT); gone when the sweep has ended."""
+        return self.root / "offers"
+
+    @property
+    def lease(self) -> Path:
+        """Name of the lease by which a worker of a sweep trains it; whoever holds another one keeps off."""
+        return self.root / ".lease"
+
     def adapter(self, step: int) -> Path:
         """PEFT adapter of one step; only the best one is kept."""
         return self.root / "adapters" / f"step-{step}"
@@ -87,6 +97,11 @@ class SweepPaths:
     def tune_snapshot(self) -> Path:
         """The last whole state of Ray Tune: trials and searcher."""
         return self.root / "tune-snapshot.zip"
+
+    @property
+    def workers(self) -> Path:
+        """What the libraries said in a sweep's workers, a file for each process."""
+        return self.root / "workers"
 
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)

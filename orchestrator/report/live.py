@@ -19,7 +19,7 @@ class SweepView:
     """A live table on a terminal; elsewhere, a line for each change."""
 
     def __init__(self, console: Console, total_trials: int, title: str) -> None:
-        """`title` is printed when the first trial begins: before that, the sweep may yet be refused."""
+        """`title` is printed with the first that is said or shown: before that, the sweep may yet be refused."""
         self._console = console
         self._title: str | None = title
         self._total = total_trials
@@ -41,17 +41,25 @@ class SweepView:
         if self._console.is_terminal:
             self._live.stop()
 
+    def say(self, sentence: str) -> None:
+        """Print a sentence below the title."""
+        self._print_title()
+        self._console.print(sentence, soft_wrap=True, highlight=False)
+
     def update(self, trials: list[TrialResult]) -> None:
         """Show these trials, best first."""
-        if self._title:
-            self._console.print(self._title, soft_wrap=True, highlight=False)
-            self._title = None
+        self._print_title()
         self._trials = trials
         steps = sum(trial.step for trial in trials)
         if self._first_seen is None and steps:
             self._first_seen = time.monotonic(), steps
         if not self._console.is_terminal:
             self._say_changes()
+
+    def _print_title(self) -> None:
+        if self._title:
+            self._console.print(self._title, soft_wrap=True, highlight=False)
+            self._title = None
 
     def _render(self) -> RenderableType:
         return Group(trials_table(self._trials), self._summary()) if self._trials else self._summary()

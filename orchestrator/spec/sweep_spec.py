@@ -80,9 +80,8 @@ class SweepSpec(Section):
     def _every_axis_holds(self) -> Self:
         for path in (*self.search.space, *self.search.tied):
             _check_searchable(path)
-        probes = {path: axis.probes() for path, axis in self.search.space.items()}
-        first = {path: values[0] for path, values in probes.items()}
-        alone = [(f".{path}: the value {v!r}", first | {path: v}) for path, values in probes.items() for v in values]
+        probes = self._probes
+        alone = [(f".{path}: the value {point[path]!r}", point) for path, point in self._edges()]
         together = [(f": the point {point}", point) for point in _combinations(probes) if point]
         for where, point in [*alone, *together]:
             try:
@@ -97,6 +96,20 @@ class SweepSpec(Section):
     def grace_steps(self) -> int:
         """First step at which the scheduler may stop a trial."""
         return self.scheduler.grace_steps or self.training.eval_steps
+
+    def corners(self) -> list[TrialConfig]:
+        """Trials that stand for all: each value, or end, of each axis is in one of them."""
+        return [self.trial_config(point) for _, point in self._edges()] or [self.trial_config({})]
+
+    @property
+    def _probes(self) -> dict[str, list[Any]]:
+        return {path: axis.probes() for path, axis in self.search.space.items()}
+
+    def _edges(self) -> list[tuple[str, dict[str, Any]]]:
+        """Points that differ from a first one along one axis, and that axis."""
+        probes = self._probes
+        first = {path: values[0] for path, values in probes.items()}
+        return [(path, first | {path: value}) for path, values in probes.items() for value in values]
 
     def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial.

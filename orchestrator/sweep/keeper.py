@@ -1,5 +1,6 @@
-"""Results that only the driver can write: of trials that the scheduler stopped, and of those whose worker is gone."""
+"""Results that only the driver can write: of trials that the scheduler stopped, and of those whose relay is gone."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.sweep.snapshot import keep_snapshot
-from orchestrator.sweep.trainable import paths_of, plain_values
+from orchestrator.sweep.told import paths_of, plain_values
+
+_CLOSING_S = 60.0
 
 
 class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
-    """Writes result.json where the worker has not. Holds no state: Tune pickles it with the sweep.
+    """Writes result.json where the relay has not. Holds no state: Tune pickles it with the sweep.
 
-    A worker cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
-    time of these calls it waits for Tune's word, and all it has measured is on disk.
+    A relay cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
+    time of these calls it waits for Tune's word, and all that was reported is on disk.
     """
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -31,6 +34,10 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
         if trials:
             staging = Path(trials[0].storage.experiment_driver_staging_path)
             keep_snapshot(staging, SweepPaths(paths_of(trials[0]).sweep))
+        if trials and all(trial.is_finished() for trial in trials):
+            record, _ = _locate(trials[0])
+            if len(trials) == record.info.num_trials:
+                _await_relays([paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""
@@ -40,9 +47,10 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial failed, and has no attempt left."""
         record, paths = _locate(trial)
-        if not paths.config.is_file():  # its worker did not come as far
+        if not paths.config.is_file():  # its relay did not come as far
             write_record(paths.config, record.info.spec.trial_config(plain_values(trial.config)))
         error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
+        paths.lease.unlink(missing_ok=True)
         _end(record, paths, TrialState.FAILED, f"gave up after {trial.num_failures} failures; the last: {error}")
 
 
@@ -53,6 +61,15 @@ def cancel_unknown(record: SweepRecord) -> None:
         if trial_id not in known:
             paths = record.paths.trial(trial_id)
             _end(record, paths, TrialState.CANCELLED, "lost with the driver; another trial took its place")
+
+
+def _await_relays(trials: list[TrialPaths]) -> None:
+    """Wait until no ended trial is on a worker any more and its trackers are closed: Tune kills a relay after 10 s."""
+    deadline = time.monotonic() + _CLOSING_S
+    for paths in trials:
+        while paths.lease.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        paths.lease.unlink(missing_ok=True)  # of one that was killed
 
 
 def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:

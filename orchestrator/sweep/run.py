@@ -2,24 +2,33 @@
 
 import logging
 import os
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.cluster import connection, require_shared_folder
-from orchestrator.errors import Interrupted, RequestError, SweepError
+from orchestrator.data import load
+from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
-from orchestrator.spec.sections import ResourcesSection
+from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
+from orchestrator.sweep.lease import Workers
+from orchestrator.sweep.relay import Relay
 from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.search import make_searcher, tune_space
 from orchestrator.sweep.snapshot import put_snapshot_back
-from orchestrator.sweep.trainable import QloraTrial
 from orchestrator.training.start import start_sweep
 
+Say = Callable[[str], None]
+"""Takes a sentence for whoever has started the sweep."""
 
-def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | None = None) -> SweepRecord:
+
+def run_sweep(
+    spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | None = None, say: Say = lambda _: None
+) -> SweepRecord:
     """Run all trials of an experiment.
 
     Args:
@@ -27,6 +36,7 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
         paths: a folder that does not exist yet, from `record.start.choose_folder`.
         watch: follows.
         address: of a Ray cluster; None starts Ray here.
+        say: is told of the workers, before the first trial.
 
     Raises:
         RequestError: base or data are not what the experiment says; nothing is written.
@@ -36,12 +46,15 @@ def run_sweep(spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | N
     """
     with connection(address):
         require_shared_folder(paths.root.parent)
-        resources = trial_resources(spec.resources, address)
-        info = start_sweep(spec, paths)
-        return _drive(SweepRecord(paths, info), watch, resources)
+        with start_fleet(spec, address) as fleet:
+            info = start_sweep(spec, paths)
+            with only_driver(paths):
+                return _drive(SweepRecord(paths, info), fleet, watch, say)
 
 
-def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) -> SweepRecord:
+def resume_sweep(
+    record: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
+) -> SweepRecord:
     """Go on with a sweep whose driver died or was interrupted. Finished trials do not run again.
 
     Raises:
@@ -49,48 +62,59 @@ def resume_sweep(record: SweepRecord, watch: Watch, address: str | None = None) 
     """
     with connection(address):
         require_shared_folder(record.paths.root)
-        return _drive(record, watch, trial_resources(record.info.spec.resources, address))
+        with only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:
+            return _drive(record, fleet, watch, say)
 
 
-def _drive(record: SweepRecord, watch: Watch, resources: dict[str, float]) -> SweepRecord:
+def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRecord:
     from ray.tune.error import TuneError
 
-    with only_driver(record.paths):
-        tuner = _make_tuner(record, resources)
-        try:
-            with follow(record, watch):
-                tuner.fit()
-        except TuneError as error:
-            raise SweepError(
-                f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
-                f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
-            ) from error
-        cancel_unknown(record)
-    return _conclude(record)
+    spec = record.info.spec
+    workers, num_slots, chosen = fleet.open(spec, load(record.paths.data, in_memory=True), record.paths)
+    say(chosen)
+    tuner = _make_tuner(record, workers, min(num_slots, spec.resources.max_concurrent or num_slots))
+    try:
+        with follow(record, watch):
+            tuner.fit()
+    except TuneError as error:
+        raise SweepError(
+            f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
+            f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
+        ) from error
+    cancel_unknown(record)
+    _conclude(record)
+    for trial_id in record.paths.trial_ids():
+        shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)
+    return record
 
 
-def _make_tuner(record: SweepRecord, resources: dict[str, float]) -> Any:
-    """A new tuner, or the one whose state lies in the sweep's folder."""
+def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
+    """A new tuner, or the one whose state lies in the sweep's folder; it runs so many trials at once."""
     from ray import tune
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths
-    trainable = tune.with_resources(tune.with_parameters(QloraTrial, folder=str(paths.root)), resources)
+    trainable = tune.with_resources(
+        tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
+    )
+    searcher = make_searcher(spec.search, at_once)
     put_snapshot_back(paths)
     if tune.Tuner.can_restore(str(paths.tune)):
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
         )
+        # The one that was pickled knows how many trials the workers of then had room for.
+        tuner._local_tuner._tune_config.search_alg = searcher
+        return tuner
     return tune.Tuner(
         trainable,
         param_space=tune_space(spec.search),
         tune_config=tune.TuneConfig(
             metric=spec.search.metric,
             mode=spec.search.resolved_mode,
-            search_alg=make_searcher(spec.search, spec.resources.max_concurrent),
+            search_alg=searcher,
             scheduler=make_scheduler(spec),
             num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
-            max_concurrent_trials=spec.resources.max_concurrent if spec.search.algorithm == "optuna" else None,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -98,37 +122,11 @@ def _make_tuner(record: SweepRecord, resources: dict[str, float]) -> Any:
             name=paths.tune.name,
             storage_path=str(paths.root),
             failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[ResultKeeper()],
             verbose=0,
         ),
     )
-
-
-def trial_resources(resources: ResourcesSection, address: str | None) -> dict[str, float]:
-    """What Ray sets aside for each trial: `cpu` and `gpu`, a share of one where trials share it.
-
-    Raises:
-        RequestError: `auto` on a cluster that has no GPU now (it may be about to start some: training a night long on
-            CPUs is nothing to guess at), or more than a machine that cannot grow has, where Ray would wait for ever.
-    """
-    import ray
-
-    there = ray.cluster_resources()
-    gpus, cpus = there.get("GPU", 0), there.get("CPU", 0)
-    whole = resources.gpus_per_trial
-    if whole == "auto":
-        whole = 1 if gpus >= 1 else 0
-        if address is not None and not whole:
-            raise RequestError(
-                f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
-                "Say resources.gpus_per_trial=1 (GPU workers will be started and waited for) or =0 (train on CPUs).",
-            )
-    if address is None and (whole > gpus or resources.cpus_per_trial > cpus):
-        raise RequestError(
-            f"a trial takes {whole} GPUs, {resources.cpus_per_trial} cores; this machine has {gpus:g} and {cpus:g}",
-            "Change resources.gpus_per_trial (auto takes what there is) or cpus_per_trial, or give --address.",
-        )
-    return {"cpu": resources.cpus_per_trial, "gpu": whole / resources.trials_per_gpu}
 
 
 def _quiet_tune() -> None:
@@ -143,7 +141,7 @@ def _quiet_tune() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _conclude(record: SweepRecord) -> SweepRecord:
+def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
     total = record.info.num_trials
@@ -154,8 +152,8 @@ def _conclude(record: SweepRecord) -> SweepRecord:
         )
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next(trial for trial in trials if trial.error)
+        log = record.paths.trial(first.trial_id).log
         raise SweepError(
             f"all {len(trials)} trials failed; the first one: {first.error}",
-            f"Its log: {record.paths.trial(first.trial_id).log}",
+            f"Its log: {log}" if log.is_file() else f"The workers' logs: {record.paths.workers}",
         )
-    return record

@@ -6,7 +6,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orchestrator.record import read_metrics
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.trainable import paths_of
+from orchestrator.sweep.told import paths_of
 
 # No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31

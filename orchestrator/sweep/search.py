@@ -3,7 +3,7 @@
 from typing import Any
 
 from ray import tune
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.spec.search import Axis, SearchSection
@@ -14,11 +14,27 @@ def tune_space(search: SearchSection) -> dict[str, Any]:
     return {path: _domain(axis, search.algorithm == "grid") for path, axis in search.space.items()}
 
 
-def make_searcher(search: SearchSection, max_concurrent: int | None) -> Searcher | SearchAlgorithm:
-    """The algorithm, seeded. Optuna's concurrency is limited by Tune, that of the others by themselves."""
+def make_searcher(search: SearchSection, at_once: int) -> Searcher | SearchAlgorithm:
+    """The algorithm, seeded, with so many trials at once."""
     if search.algorithm == "optuna":
-        return OptunaSearch(metric=search.metric, mode=search.resolved_mode, seed=search.seed)
-    return BasicVariantGenerator(random_state=search.seed, max_concurrent=max_concurrent or 0)
+        return Limiter(OptunaSearch(metric=search.metric, mode=search.resolved_mode, seed=search.seed), at_once)
+    return Variants(random_state=search.seed, max_concurrent=at_once)
+
+
+class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # ray is untyped
+    """Keeps to its own limit after a resume, not to that of the workers of then."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See Tune."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
+    """As `Limiter`."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See Tune."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
 
 
 def _domain(axis: Axis, every_value: bool) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.record import SweepPaths
 
-_STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl")
+_STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl", "basic-variant-state-*.json")
 
 
 def keep_snapshot(staging: Path, paths: SweepPaths) -> None:

@@ -1,12 +1,21 @@
 """The loop that makes a trial's steps: SFTTrainer's own, or the fast engine's; their results are the same."""
 
-from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.adapters.bundle import Adapter
+from orchestrator.base import kept, load_tokenizer
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.events import Aside
+from orchestrator.training.fast.build import MemoryPlan, engine_for, release, why_not
+from orchestrator.training.fast.engine import Engine
+from orchestrator.training.fast.pack import Work
+from orchestrator.training.fast.row import Rows
+from orchestrator.training.fast.slot import Slot
 from orchestrator.training.trl import TrlLoop, build_trainer
 
 
@@ -16,8 +25,11 @@ class Loop(Protocol):
     trainer: Any
     """The SFTTrainer: its callbacks, and its PEFT model, which is up to date at evaluations, saves and the end."""
 
-    def train(self, checkpoint: str | None) -> None:
+    def train(self, checkpoint: str | None) -> Work:
         """From the start or a checkpoint to the last step, or until a callback stops it."""
+
+    def adapter(self) -> Adapter:
+        """What has been trained; nothing changes it later. For evaluations and the end."""
 
     def measured(self) -> dict[str, float]:
         """`eval/loss` and `eval/token_accuracy` of the evaluation that has just run."""
@@ -26,51 +38,82 @@ class Loop(Protocol):
         """Live values by the names of `applied.expected`."""
 
 
-def open_loop(
-    config: TrialConfig,
-    base: Any,
-    modules: Collection[str],
-    tokenizer: Any,
-    data: PreparedData,
-    checkpoints: Path,
-    sharing: int = 1,
-) -> tuple[Loop, dict[str, Any]]:
-    """The trial's loop, and what its record says of it: fields of `TrialResult`.
+@dataclass(frozen=True)
+class Ground:
+    """What the trials of a process train on."""
 
-    Args:
-        config: the trial.
-        base: the bare base, from `base.lease`.
-        modules: names of the layers to adapt.
-        tokenizer: the base's, with a padding token.
-        data: tokenised rows.
-        checkpoints: folder of checkpoints.
-        sharing: trials that share this process's GPU, this one included.
+    base: Any
+    """Kept: read only."""
+    tokenizer: Any
+    """With a padding token."""
+    data: PreparedData
+    train: Rows
+    held_out: Rows
+
+    @classmethod
+    def of(cls, base: BaseSection, data: PreparedData) -> "Ground":
+        """Load the base, if it is not there already."""
+        return cls(kept(base), load_tokenizer(base), data, Rows.of(data.train), Rows.of(data.held_out))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.train.longest, self.held_out.longest)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A slot of an engine."""
+
+    index: int
+    engine: Engine
+    plan: MemoryPlan
+
+
+def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
+    """The slot of an engine for this trial alone; or why it has none: None where it is to be trl's.
 
     Raises:
         TrialError: `training.engine` is fast, which cannot hold this trial.
     """
-    from orchestrator.training.fast.build import engine_for, release, why_not
-    from orchestrator.training.fast.row import Rows
-    from orchestrator.training.fast.slot import Slot
+    wanted = config.training.engine
+    reason = None if wanted == "trl" else why_not(config, ground.base, ground.longest)
+    if wanted != "trl" and reason is None:
+        try:
+            engine, plan = engine_for(ground.base, [config], ground.train, ground.held_out)
+        except TrialError as error:  # it does not fit
+            if wanted == "fast":
+                raise
+            reason = error.message
+        else:
+            return Seat(0, engine, plan)
+    elif wanted == "fast":
+        raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
+    release(ground.base)  # memory that an earlier trial's engine keeps
+    return reason
 
-    wanted, reason = config.training.engine, None
-    if wanted != "trl":
-        rows, held_out = Rows.of(data.train), Rows.of(data.held_out)
-        longest = max(rows.longest, held_out.longest)
-        reason = why_not(config, base, modules, longest)
-        if reason is None:
-            try:
-                engine, plan = engine_for(base, config, modules, rows, held_out, sharing)
-            except TrialError as error:  # it does not fit
-                if wanted == "fast":
-                    raise
-                reason = error.message
-            else:
-                trainer = build_trainer(config, base, tokenizer, data, checkpoints)
-                slot = Slot(0, trainer, engine, config, rows, held_out)
-                return slot, {"engine": "fast", "memory_plan": plan.record()}
-        elif wanted == "fast":
-            raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
-    release(base)  # memory that an earlier trial's engine keeps
-    trainer = build_trainer(config, base, tokenizer, data, checkpoints)
-    return TrlLoop(trainer), {"engine": "trl", "engine_reason": reason}
+
+def open_loop(
+    config: TrialConfig, ground: Ground, shell: Any, seat: Seat | str | None, checkpoints: Path, aside: Aside
+) -> Loop:
+    """The trial's loop.
+
+    Args:
+        config: the trial.
+        ground: what it trains on.
+        shell: a base of its own, from `base.shell`.
+        seat: from `find_seat`.
+        checkpoints: folder of checkpoints.
+        aside: writes them.
+    """
+    trainer = build_trainer(config, shell, ground.tokenizer, ground.data, checkpoints)
+    if isinstance(seat, Seat):
+        return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
+    return TrlLoop(trainer)
+
+
+def about(seat: Seat | str | None) -> dict[str, Any]:
+    """What a trial's record says of its loop: fields of `TrialResult`."""
+    if isinstance(seat, Seat):
+        return {"engine": "fast", "memory_plan": seat.plan.record()}
+    return {"engine": "trl", "engine_reason": seat}

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters.bundle import Adapter
 from orchestrator.data import PreparedData
 from orchestrator.spec import TrialConfig
 from orchestrator.training.applied import read_back
+from orchestrator.training.fast.pack import Work
 from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
 
@@ -17,10 +19,15 @@ class TrlLoop:
         self.trainer = trainer
         self._meter = LossMeter(trainer.model)
 
-    def train(self, checkpoint: str | None) -> None:
-        """From the start or a checkpoint to the last step, or until a callback stops it."""
+    def train(self, checkpoint: str | None) -> Work:
+        """All of it at once: from the start or a checkpoint to the last step, or until a callback stops it."""
+        yield from ()
         self.trainer.train(resume_from_checkpoint=checkpoint)
         self._meter.close()
+
+    def adapter(self) -> Adapter:
+        """A copy: the optimizer writes into the model's own tensors."""
+        return Adapter.of(self.trainer.model).copied()
 
     def measured(self) -> dict[str, float]:
         """`eval/loss` and `eval/token_accuracy` of the evaluation that has just run."""
@@ -70,7 +77,6 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
             logging_steps=training.logging_steps,
             save_strategy="steps",
             save_steps=training.save_steps or training.eval_steps,
-            save_total_limit=2,  # the last complete one stays while the next is written
             seed=training.seed,
             bf16=precision == "bf16",
             fp16=precision == "fp16",

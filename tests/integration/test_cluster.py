@@ -23,7 +23,8 @@ Tiny = Callable[..., SweepSpec]
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
 BIN = Path(sys.executable).parent
-SECOND, BLIND = "127.0.0.2", "127.0.0.3"
+SHORT = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
+SECOND, BLIND, ELSEWHERE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +48,58 @@ def blind_node(address: str, folder: Path, log: Path) -> Iterator[int]:
     allowed = subprocess.run([*hide, "true"], capture_output=True, text=True)
     if allowed.returncode:
         pytest.skip(f"a mount namespace of its own is not permitted here: {allowed.stderr.strip()}")
-    start = [str(BIN / "ray"), "start", "--block", "--address", address, "--node-ip-address", BLIND, "--num-cpus", "1"]
-    start += ["--object-store-memory", str(100 * 1024**2), "--min-worker-port", "0", "--max-worker-port", "0"]
     with log.open("wb") as output:
-        process = subprocess.Popen([*hide, *start], stdout=output, stderr=output)
+        process = subprocess.Popen([*hide, *start_node(address, BLIND)], stdout=output, stderr=output)
     try:
         yield process.pid
     finally:
         process.terminate()  # it ends the node's processes
         process.wait(60)
+
+
+@contextmanager
+def node_elsewhere(address: str, folder: Path) -> Iterator[None]:
+    """A third node whose working folder is `folder`, which is not that of the driver and of the others."""
+    folder.mkdir()
+    with (folder / "log").open("wb") as output:
+        process = subprocess.Popen(start_node(address, ELSEWHERE), cwd=folder, stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def start_node(address: str, ip: str) -> list[str]:
+    """The command for a further node of one core."""
+    start = [str(BIN / "ray"), "start", "--block", "--address", address, "--node-ip-address", ip, "--num-cpus", "1"]
+    return [*start, "--object-store-memory", str(100 * 1024**2), "--min-worker-port", "0", "--max-worker-port", "0"]
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Node and working folder of each worker of a sweep, once it has ended."""
+    import ray
+
+    from orchestrator.sweep.fleet import Fleet
+
+    found: set[tuple[str, str]] = set()
+    ends = Fleet.end
+
+    def end(self: Fleet) -> None:
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        found.update(ray.get([handle.__ray_call__.remote(place) for handle in self._handles]))
+        ends(self)
+
+    monkeypatch.setattr(Fleet, "end", end)
+    return found
+
+
+def place(_: object) -> tuple[str, str]:
+    """Runs in a worker."""
+    import ray
+
+    return ray.util.get_node_ip_address(), str(Path.cwd())
 
 
 def ignore(trials: list[TrialResult]) -> None:
@@ -88,22 +132,35 @@ def _user_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
 
 
-def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths) -> None:
-    from ray.tune import ExperimentAnalysis
-
-    short = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
-    spec = tiny(*short, "resources.gpus_per_trial=0")
-    record = run_sweep(spec, folder, ignore, address=address)
+def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths, places: set[tuple[str, str]]) -> None:
+    record = run_sweep(tiny(*SHORT, "resources.gpus_per_trial=0"), folder, ignore, address=address)
 
     trials = record.trials()
     assert len(trials) == 4
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
     assert record.best().adapter.is_dir()
-    ran_on = {trial.trial_id: trial.last_result["node_ip"] for trial in ExperimentAnalysis(str(folder.tune)).trials}
-    assert ran_on.keys() == {trial.trial_id for trial in trials}
-    head = address.partition(":")[0]
-    assert set(ran_on.values()) == {head, SECOND}
+    assert {node for node, _ in places} == {address.partition(":")[0], SECOND}
+    assert len({trial.worker for trial in trials}) == 2, "each node has trained"
     assert {path.name for path in folder.root.parent.iterdir()} == {folder.name}  # no probe is left
+
+
+def test_nodes_with_other_working_folders(
+    address: str, tiny: Tiny, folder: SweepPaths, places: set[tuple[str, str]], tmp_path: Path
+) -> None:
+    with connection(address), node_elsewhere(address, tmp_path / "elsewhere"):
+        wait_for(ELSEWHERE, alive=True)
+        record = run_sweep(
+            tiny(*SHORT, "search.num_trials=6", "resources.gpus_per_trial=0"), folder, ignore, address=address
+        )
+    assert (ELSEWHERE, str(tmp_path / "elsewhere")) in places
+    assert len({node for node, _ in places}) == 3
+    trials = record.trials()
+    assert len(trials) == 6
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
+    assert len({trial.worker for trial in trials}) == 3, "each node has trained"
+    assert list((tmp_path / "elsewhere").iterdir()) == [tmp_path / "elsewhere" / "log"], "wrote where it stood"
+    with connection(address):
+        wait_for(ELSEWHERE, alive=False)
 
 
 def test_a_cluster_without_gpus_is_not_guessed_to_be_meant(address: str, tiny: Tiny, folder: SweepPaths) -> None:

@@ -171,5 +171,6 @@ def test_a_sweep_of_failures_fails(tmp_path: Path) -> None:
         _, message = driver.communicate(timeout=240)
     assert driver.returncode == 1
     assert "'nowhere' is no linear layer of this base" in message
-    assert "log.txt" in message
+    assert f"logs: {tmp_path / 's' / 'workers'}" in message
+    assert list((tmp_path / "s" / "workers").glob("*.log"))
     assert "Traceback" not in message

@@ -1,7 +1,9 @@
 """One trial, trained for real on the embedded base."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ import torch
 from tiny import Witness
 
 from orchestrator import base as base_room
-from orchestrator.base import lease, load_base
+from orchestrator.base import kept, load_base
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, open_sweep, read_metrics
 from orchestrator.spec import SweepSpec
+from orchestrator.training import attempt as attempt_room
 from orchestrator.training import loop as loop_room
-from orchestrator.training import trial as trial_room
 from orchestrator.training.fast.engine import CPU_TOKENS
 from orchestrator.training.local import resume_local_trial, run_local_trial
 
@@ -180,30 +182,40 @@ def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path, fir
         return curve(folder)
 
     base_room.drop()
+    base = kept(tiny().base)
     settings = ["training.seed=1", "lora.rank=32", "training.recompute=true", "training.steps=4"]
     run(tiny(f"training.engine={first}", *settings), SweepPaths(tmp_path / "first"))
-    kept = base_room._kept
-    assert kept is not None
     after_another = second("after_another")
-    assert base_room._kept is not None
-    assert base_room._kept[1] is kept[1], "the base was loaded again"
+    assert kept(tiny().base) is base, "the base was loaded again"
     base_room.drop()
     assert second("fresh") == after_another
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_lease_leaves_nothing_on_the_base(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+def test_lease_leaves_nothing_on_the_base(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    build, trained = loop_room.build_trainer, []
+
+    def build_and_watch(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trained.append(weakref.ref(trainer.model))
+        return trainer
+
+    monkeypatch.setattr(loop_room, "build_trainer", build_and_watch)
     spec = tiny(f"training.engine={engine}", "training.recompute=true", "training.steps=4")
     base_room.drop()
-    with lease(spec.base) as model:
-        names = [name for name, _ in model.named_modules()]
+    base = kept(spec.base)
+    modules = dict(base.named_modules())
     run(spec, folder)
-    with lease(spec.base) as model:
-        assert [name for name, _ in model.named_modules()] == names
-        assert "forward" not in model.__dict__
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        assert not model.is_gradient_checkpointing
+    assert kept(spec.base) is base
+    assert dict(base.named_modules()) == modules
+    assert "forward" not in base.__dict__
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert not base.is_gradient_checkpointing
+    gc.collect()
+    assert [reference() for reference in trained] == [None], "what hung on its shell is gone"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -250,7 +262,7 @@ def test_interrupted_while_it_answers_trains_no_step_more(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(trial_room, "exact_match", interrupt)
+        patched.setattr(attempt_room, "exact_match", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_local_trial(spec, broken, Witness())
     resumed = resume_local_trial(open_sweep(broken.root), Witness())
@@ -259,7 +271,7 @@ def test_interrupted_while_it_answers_trains_no_step_more(
     assert curve(broken) == curve(whole)
 
 
-def test_a_base_whose_biases_were_trained_is_not_used_again(tiny: Tiny, tmp_path: Path) -> None:
+def test_trained_biases_are_the_trials_own(tiny: Tiny, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path / "base"
@@ -271,14 +283,14 @@ def test_a_base_whose_biases_were_trained_is_not_used_again(tiny: Tiny, tmp_path
     )  # fmt: skip
     Qwen2ForCausalLM(shape).save_pretrained(folder)
     spec = tiny(f"base.model={folder}", "lora.bias=all", "training.steps=4")
-    with lease(spec.base) as model:
-        fresh = {name: value.clone() for name, value in model.named_parameters() if name.endswith("bias")}
+    base = kept(spec.base)
+    fresh = {name: value.clone() for name, value in base.named_parameters() if name.endswith("bias")}
     assert fresh
     result = run(spec, SweepPaths(tmp_path / "biased"))
     assert result.applied["num_trainable_parameters"] > 0
     assert (result.engine, result.engine_reason) == ("trl", "lora.bias all")
-    with lease(spec.base) as model:
-        assert all(torch.equal(value, model.get_parameter(name)) for name, value in fresh.items())
+    assert kept(spec.base) is base
+    assert all(torch.equal(value, base.get_parameter(name)) for name, value in fresh.items())
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_trial(tiny: Tiny, tmp_path: Path) -> None:

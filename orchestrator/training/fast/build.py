@@ -1,7 +1,7 @@
 """Which trials the fast engine holds, and the engine of this process."""
 
 import gc
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
+from orchestrator.training.applied import expected_modules
 from orchestrator.training.fast.decoder import GROUPS, Decoder, adapted_layers, unknown_shape
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.fast.lora import Adapters, padded_rank
@@ -18,8 +19,11 @@ from orchestrator.training.fast.row import Rows
 from orchestrator.training.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, Memory, choices, predict
 from orchestrator.training.precision import resolve_precision
 
-MOST_TOKENS = 8192
+MOST_TOKENS = 16384
 """Of one pass: longer ones are no faster."""
+
+CPU_FULL = 512
+"""Tokens of a pass from which on a CPU is no faster a token: measured on the demo, docs/log.md."""
 
 LONGEST_STEP = 64
 """Tokens: the longest sequence is rounded up to a multiple, so that a tile's filler is never longer."""
@@ -52,6 +56,58 @@ _engines: WeakKeyDictionary[Any, _Standing] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What all trials of an engine share."""
+
+    num_slots: int
+    rank: int
+    """The largest; on a GPU padded."""
+    modules: frozenset[str]
+    """Names of all layers that any of them adapts."""
+    precision: str
+    adapter_dtype: str
+    keeps_base: bool | None
+    """None where the memory decides, here and below."""
+    recompute: bool | None
+    max_rows: int
+    """Of the largest batch."""
+
+    @classmethod
+    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int) -> "Kind":
+        """For these trials; where they differ in what must be the same, it is the first one's."""
+        training = configs[0].training
+        rank = max(config.lora.rank for config in configs)
+        return cls(
+            num_slots,
+            padded_rank(rank) if torch.cuda.is_available() else rank,
+            frozenset(name for config in configs for name in expected_modules(base, config.lora)),
+            resolve_precision(training),
+            training.adapter_dtype,
+            None if training.dequantise == "auto" else training.dequantise == "once",
+            None if training.recompute == "auto" else training.recompute,
+            max(config.training.batch_size * config.training.accumulation for config in configs),
+        )
+
+    def refuses(self, base: Any, config: TrialConfig) -> str | None:
+        """Why a trial, which the fast engine can hold, cannot be one of these; or None."""
+        own = Kind.of(base, [config], self.num_slots)
+        for name in ("precision", "adapter_dtype", "keeps_base", "recompute"):
+            if getattr(own, name) != getattr(self, name):
+                return f"{_FIELDS[name]} is another than that of the trials beside it"
+        if own.rank > self.rank or not own.modules <= self.modules:
+            return "its rank or its layers are more than the slots were made for"
+        return None
+
+
+_FIELDS = {
+    "precision": "training.precision",
+    "adapter_dtype": "training.adapter_dtype",
+    "keeps_base": "training.dequantise",
+    "recompute": "training.recompute",
+}
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """How a trial is held on its device."""
 
@@ -61,26 +117,30 @@ class MemoryPlan:
     measured: int | None = None
     """The same, from a step of the largest batch; bytes."""
 
+    @property
+    def measured_gib(self) -> float:
+        """0 on a CPU."""
+        return round((self.measured or 0) / GIB, 3)
+
     def record(self) -> dict[str, Any]:
         """For the trial's result."""
         record = asdict(self.choice)
-        if self.predicted is not None and self.measured is not None:
-            record["predicted_gib"] = round(self.predicted.total / GIB, 3)
-            record["measured_gib"] = round(self.measured / GIB, 3)
+        if self.predicted is not None:
+            record |= {"predicted_gib": round(self.predicted.total / GIB, 3), "measured_gib": self.measured_gib}
         return record
 
 
-def why_not(config: TrialConfig, base: Any, modules: Collection[str], longest: int) -> str | None:
+def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
     """Why the fast engine cannot hold this trial, or None.
 
     Args:
         config: the trial.
         base: the bare base.
-        modules: names of the layers to adapt.
         longest: tokens of the longest row.
     """
     if reason := config.why_not_fast():
         return reason
+    modules = expected_modules(base, config.lora)
     if reason := unknown_shape(base, longest):
         return reason
     known = {name for names in GROUPS for name in names}
@@ -107,65 +167,107 @@ def why_not(config: TrialConfig, base: Any, modules: Collection[str], longest: i
 
 
 def engine_for(
-    base: Any, config: TrialConfig, modules: Collection[str], train: Rows, held_out: Rows, sharing: int = 1
+    base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, num_slots: int = 1
 ) -> tuple[Engine, MemoryPlan]:
-    """The engine for this trial, one that stands or a new one on this base, and how it is held.
+    """The engine for such trials, one that stands or a new one on this base, and how it is held.
 
     Args:
-        config: the trial.
         base: the bare base.
-        modules: names of the layers to adapt.
+        configs: the trials, or some that stand for them: the largest of each kind.
         train: rows to train on.
         held_out: rows to evaluate on.
-        sharing: processes that share the GPU, this one included.
+        num_slots: trials at a time.
 
     Raises:
-        TrialError: the trial does not fit on the GPU, whatever is given up.
+        TrialError: they do not fit on the GPU, whatever is given up.
     """
-    training = config.training
-    longest = max(train.longest, held_out.longest)
-    keeps_base = None if training.dequantise == "auto" else training.dequantise == "once"
-    recompute = None if training.recompute == "auto" else training.recompute
+    kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
+    compute = getattr(torch, configs[0].base.compute_dtype)
     if not torch.cuda.is_available():
-        choice = Choice(keeps_base is not False, "layers" if recompute else "nothing", CPU_TOKENS)
-        return _engine(base, config, modules, longest, choice), MemoryPlan(choice)
-    rows = training.batch_size * training.accumulation
-    largest = int(np.sort(train.lengths)[-rows:].sum())
-    evaluated = min(int(held_out.lengths.sum()), max(EVALUATION_TOKENS, held_out.longest))
-    budget = _budget(sharing)
-    for choice in choices(longest, largest, keeps_base=keeps_base, recompute=recompute, most_tokens=MOST_TOKENS):
+        choice = Choice(kind.keeps_base is not False, "layers" if kind.recompute else "nothing", CPU_TOKENS)
+        return _engine(base, kind, compute, longest, choice), MemoryPlan(choice)
+    largest, budget = pass_tokens(kind, train), _budget()
+    evaluated = min(int(held_out.lengths.sum()) * num_slots, max(EVALUATION_TOKENS, held_out.longest))
+    for choice in choices(
+        longest, largest, keeps_base=kind.keeps_base, recompute=kind.recompute, most_tokens=MOST_TOKENS
+    ):
         tokens = min(largest, choice.max_tokens)
-        predicted = predict(
-            BaseShape.of(base.config),
-            choice,
-            tokens,
-            evaluated,
-            padded_rank(config.lora.rank),
-            {name.rpartition(".")[2] for name in modules},
-            adapter_bytes=4 if training.adapter_dtype == "float32" else 2,
-            quantised=config.base.quantization != "none",
-            double_quant=config.base.double_quant,
-        )
+        predicted = _predicted(BaseShape.of(base.config), kind, configs[0], choice, tokens, evaluated)
         if predicted.total > budget:
             continue
         # Once more if something else stood on the base: it may have been that.
         for _ in range(1 + (base in _engines)):
-            if engine := _probed(base, config, modules, longest, choice, tokens, evaluated):
+            if engine := _probed(base, kind, compute, longest, choice, tokens, evaluated):
                 return engine, MemoryPlan(choice, predicted, engine.peak_bytes)
             release(base)
     raise TrialError(
-        f"the trial does not fit into {budget / GIB:.1f} GiB of GPU memory: its longest row has {longest} tokens, its"
-        f" rank is {config.lora.rank}",
+        f"{num_slots} trials of rank {kind.rank} do not fit into {budget / GIB:.1f} GiB of GPU memory:"
+        f" their longest row has {longest} tokens",
         "Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).",
     )
 
 
+def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, wanted: int) -> tuple[int, str]:
+    """How many trials should train at a time, and why. The arguments are those of `engine_for`.
+
+    On a GPU it is the number whose tokens take least time each, by what fits into memory, and of equals the largest.
+    """
+    kinds = [Kind.of(base, configs, count) for count in range(1, wanted + 1)]
+    if not torch.cuda.is_available():
+        one = pass_tokens(kinds[0], train)
+        count = min(wanted, -(-CPU_FULL // one))
+        return count, f"a batch has up to {one} tokens, and a core is busy with {CPU_FULL}"
+    budget, shape, longest = _budget(), BaseShape.of(base.config), max(train.longest, held_out.longest)
+    times: dict[int, float] = {}
+    for kind in kinds:
+        largest = pass_tokens(kind, train)
+        for choice in choices(
+            longest, largest, keeps_base=kind.keeps_base, recompute=kind.recompute, most_tokens=MOST_TOKENS
+        ):
+            tokens = min(largest, choice.max_tokens)
+            if _predicted(shape, kind, configs[0], choice, tokens, EVALUATION_TOKENS).total <= budget:
+                times[kind.num_slots] = choice.relative_time()
+                break
+    if not times:
+        return 1, f"not even one fits into {budget / GIB:.0f} GiB of GPU memory"
+    count = max(times, key=lambda slots: (-round(times[slots], 3), slots))
+    limit = "more do not fit, or are no faster" if count < wanted else f"up to {MOST_TOKENS} tokens a pass"
+    return count, f"{budget / GIB:.0f} GiB of GPU memory, {limit}"
+
+
+def pass_tokens(kind: Kind, train: Rows) -> int:
+    """Tokens that a pass should hold: one slot's largest batch, or what the batches of all have on average, and more.
+
+    A batch that finds no room in a pass waits for the next.
+    """
+    largest = int(np.sort(train.lengths)[-kind.max_rows :].sum())
+    typical = 1.1 * kind.num_slots * kind.max_rows * float(train.lengths.mean())
+    return largest if kind.num_slots == 1 else max(largest, int(typical))
+
+
+def _predicted(
+    shape: BaseShape, kind: Kind, config: TrialConfig, choice: Choice, tokens: int, evaluated: int
+) -> Memory:
+    return predict(
+        shape,
+        choice,
+        tokens,
+        evaluated,
+        kind.rank,
+        {name.rpartition(".")[2] for name in kind.modules},
+        num_slots=kind.num_slots,
+        adapter_bytes=4 if kind.adapter_dtype == "float32" else 2,
+        quantised=config.base.quantization != "none",
+        double_quant=config.base.double_quant,
+    )
+
+
 def _probed(
-    base: Any, config: TrialConfig, modules: Collection[str], longest: int, choice: Choice, tokens: int, evaluated: int
+    base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, tokens: int, evaluated: int
 ) -> Engine | None:
     """An engine that has run its largest step, or None if there was not the memory for it."""
     try:
-        engine = _engine(base, config, modules, longest, choice)
+        engine = _engine(base, kind, compute, longest, choice)
         engine.probe(tokens, evaluated)
     except torch.OutOfMemoryError:
         return None
@@ -179,30 +281,30 @@ def release(base: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _engine(base: Any, config: TrialConfig, modules: Collection[str], longest: int, choice: Choice) -> Engine:
+def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice) -> Engine:
     """An engine on this base, of this kind: what stands already is kept, graphs included."""
     device = base.get_input_embeddings().weight.device
     on_gpu = device.type == "cuda"
-    adapter_dtype = getattr(torch, config.training.adapter_dtype)
-    lora_dtype = torch.bfloat16 if resolve_precision(config.training) == "bf16" else adapter_dtype
-    rank = padded_rank(config.lora.rank) if on_gpu else config.lora.rank
+    adapter_dtype = getattr(torch, kind.adapter_dtype)
+    lora_dtype = torch.bfloat16 if kind.precision == "bf16" else adapter_dtype
     longest += -longest % LONGEST_STEP
-    about_base = (getattr(torch, config.base.compute_dtype), longest, choice.keeps_base)
+    about_base = (compute, longest, choice.keeps_base)
     standing = _engines.get(base)
     if standing is None or standing.about != about_base:  # one form of the base at a time
         release(base)
         pool = torch.cuda.graph_pool_handle() if on_gpu and GRAPHS else None
         standing = _engines[base] = _Standing(about_base, Decoder(base, *about_base), pool, {})
-    about = (rank, adapter_dtype, lora_dtype, frozenset(modules), choice.recompute)
+    about = (kind.num_slots, kind.rank, adapter_dtype, lora_dtype, kind.modules, choice.recompute)
     if about not in standing.engines:
-        adapters = Adapters(adapted_layers(base, modules), 1, rank, adapter_dtype, lora_dtype, device)
+        adapted = adapted_layers(base, kind.modules)
+        adapters = Adapters(adapted, kind.num_slots, kind.rank, adapter_dtype, lora_dtype, device)
         standing.engines[about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool)
     engine = standing.engines[about]
     engine.max_tokens = choice.max_tokens
     return engine
 
 
-def _budget(sharing: int) -> int:
-    """Bytes of GPU memory that this process may hold: its share, of which others may have taken some."""
+def _budget() -> int:
+    """Bytes of GPU memory that this process may hold: others may have taken some."""
     free, total = torch.cuda.mem_get_info()
-    return int(min(free + torch.cuda.memory_reserved(), total / sharing) - MARGIN * total)
+    return int(free + torch.cuda.memory_reserved() - MARGIN * total)

@@ -34,6 +34,16 @@ class Figures:
     """Tokens whose target was likeliest."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """Rows that a slot's adapter is evaluated on."""
+
+    slot: int
+    rows: Rows
+    table: dict[str, float]
+    """The slot's values of `row.TABLE`."""
+
+
 class Pending:
     """Figures on their way from the device."""
 
@@ -110,29 +120,49 @@ class Engine:
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # for the graphs' pool
 
-    def evaluate(self, rows: Rows, slot: int, table: dict[str, float]) -> tuple[float, float]:
-        """Mean loss per token and share of tokens whose target was likeliest, without dropout.
+    def evaluate(self, asked: Sequence[Held]) -> list[tuple[float, float]]:
+        """Of each slot: mean loss per token, and share of tokens whose target was likeliest, without dropout.
 
         Args:
-            rows: all of them count.
-            slot: whose adapter.
-            table: its `TABLE`.
+            asked: at most one a slot. Their rows are laid one after another into passes that are alike.
         """
         most = EVALUATION_TOKENS if self._on_gpu else CPU_TOKENS
-        total = int(rows.lengths.sum())
-        even = -(-total // -(-total // most))  # of passes that are alike
-        max_tokens = min(most, even + rows.longest)
-        table = dict(table, threshold=0, keep_scale=1.0, applies=0, loss_weight=1.0)
-        passes = [[Span(slot, rows, batch, table)] for batch in rows.batches(range(len(rows)), max_tokens)]
+        total = sum(self.whole_tiles(int(held.rows.lengths.sum())) for held in asked)
+        even = -(-total // -(-total // most))
+        max_tokens = min(most, even + max(held.rows.longest for held in asked))
+        passes: list[list[Span]] = [[]]
+        left = max_tokens
+        for held in asked:
+            table = held.table | {"threshold": 0, "keep_scale": 1.0, "applies": 0, "loss_weight": 1.0}
+            rows, at = held.rows, 0
+            while at < len(rows):
+                fits = rows.fitting(range(at, len(rows)), left)
+                if not fits and passes[-1]:
+                    passes.append([])
+                    left = max_tokens
+                    continue
+                span = Span(held.slot, rows, range(at, at + max(fits, 1)), table)  # the longest row may stand alone
+                passes[-1].append(span)
+                left -= self.whole_tiles(span.num_tokens)
+                at += len(span.indices)
         layout = self._layout(passes)
         figures = [pending.read() for pending in [self._run(spans, layout, trains=False) for spans in passes]]
-        count = rows.num_targets(range(len(rows)))
-        return sum(each.losses[slot] for each in figures) / count, sum(each.hits[slot] for each in figures) / count
+        measured = []
+        for held in asked:
+            count = held.rows.num_targets(range(len(held.rows)))
+            losses, hits = (
+                sum(getattr(each, name)[held.slot] for each in figures) / count for name in ("losses", "hits")
+            )
+            measured.append((losses, hits))
+        return measured
+
+    def whole_tiles(self, tokens: int) -> int:
+        """What so many tokens of a slot take of a row."""
+        return tokens + -tokens % int(self._ops.TILE)
 
     def _layout(self, steps: Sequence[Sequence[Span]]) -> Layout:
         """The smallest bucket that holds each of these steps."""
-        tile = self._ops.TILE
-        tokens = max(sum(span.num_tokens + -span.num_tokens % tile for span in spans) for spans in steps)
+        tokens = max(sum(self.whole_tiles(span.num_tokens) for span in spans) for spans in steps)
         return self._bucket(tokens, max(sum(len(span.indices) + 1 for span in spans) for spans in steps))
 
     def _bucket(self, tokens: int, sequences: int) -> Layout:
@@ -155,7 +185,8 @@ class Engine:
             return bucket.send(self._compute(bucket.row, trains))
         if bucket.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Another thread may set a trial up meanwhile: what it allocates is none of the capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 bucket.values = self._compute(bucket.row, trains)
             bucket.graph = graph
         bucket.graph.replay()

@@ -4,12 +4,14 @@ Shapes: T tokens, H hidden, D head size. Autograd is used for attention alone: e
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast.lora import Adapters, Group
-from orchestrator.training.fast.row import IGNORED, Row, as_int32
+from orchestrator.training.fast.row import IGNORED, Row
 
 TILE = 8
 """Tokens that surely belong to one slot."""
@@ -118,10 +120,9 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
     a, rank = adapters.a(group, adapters.weights), adapters.rank
     x, lows = x.to(adapters.compute), []
     for index, layer in enumerate(group.layers):
-        kept = _kept(layer.number, row, x)
-        dropped = x if kept is None else x * kept
-        lows.append(_by_tile(dropped, a[:, rank * index : rank * (index + 1)].mT, row))
-    return torch.cat(lows, 1)
+        lows.append(_by_slot(_dropped(x, layer.number, row), a[:, rank * index : rank * (index + 1)].mT, row))
+    low = torch.cat(lows, 1)
+    return low * _of_token(row.table["keep_scale"], row)[:, None].to(low.dtype) if row.drops else low
 
 
 def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> None:
@@ -129,7 +130,7 @@ def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Grou
     b, rank, at = adapters.b(group, adapters.weights), adapters.rank, 0
     scale = _of_token(row.table["scale"], row)
     for index, layer in enumerate(group.layers):
-        up = _by_tile(low[:, rank * index : rank * (index + 1)], b[:, at : at + layer.width].mT, row)
+        up = _by_slot(low[:, rank * index : rank * (index + 1)], b[:, at : at + layer.width].mT, row)
         y[:, layer.column : layer.column + layer.width] += up * scale[:, None]
         at += layer.width
 
@@ -154,17 +155,16 @@ def lora_backward(
     a, b = adapters.a(group, adapters.weights), adapters.b(group, adapters.weights)
     a_gradient, b_gradient = adapters.a(group, adapters.gradients), adapters.b(group, adapters.gradients)
     scale, rank, at = _of_token(row.table["scale"], row), adapters.rank, 0
+    x, keep_scale = x.to(low.dtype), _of_token(row.table["keep_scale"], row)[:, None].to(low.dtype)
     for index, layer in enumerate(group.layers):
         by_up = (gradient[:, layer.column : layer.column + layer.width] * scale[:, None]).to(low.dtype)
         ranks, rows = slice(rank * index, rank * (index + 1)), slice(at, at + layer.width)
-        by_low = _by_tile(by_up, b[:, rows], row)
-        b_gradient[:, rows] += _sum_by_slot(by_up, low[:, ranks], row)
-        by_dropped = _by_tile(by_low, a[:, ranks], row)
-        dropped = x.to(low.dtype)
-        if (kept := _kept(layer.number, row, dropped)) is not None:
-            dropped, by_dropped = dropped * kept, by_dropped * kept
-        a_gradient[:, ranks] += _sum_by_slot(by_low, dropped, row)
-        x_gradient += by_dropped
+        by_low = _by_slot(by_up, b[:, rows], row)
+        _add_by_slot_(b_gradient[:, rows], by_up, low[:, ranks], row)
+        if row.drops:
+            by_low = by_low * keep_scale
+        _add_by_slot_(a_gradient[:, ranks], by_low, _dropped(x, layer.number, row), row)
+        x_gradient += _dropped(_by_slot(by_low, a[:, ranks], row), layer.number, row)
         at += layer.width
 
 
@@ -238,46 +238,51 @@ def keep(row: Row, module: int, features: int) -> torch.Tensor:
     Returns:
         (T, features) bool.
     """
-    key = _mix(row.table["key"][row.tiles.long()] ^ as_int32(module * 0x9E3779B9))
-    key = key.repeat_interleave(row.tile)[:, None]
-    bits = row.counters[:, None] * features + torch.arange(features, dtype=torch.int32, device=key.device)
-    bits = bits ^ key
-    bits = (bits ^ _shift(bits, 16)) * as_int32(0x7FEB352D)
-    bits = bits ^ (key * as_int32(0x85EBCA6B))
-    bits = (bits ^ _shift(bits, 15)) * as_int32(0x846CA68B)
-    bits = bits ^ _shift(bits, 16)
-    return _shift(bits, 1) >= _of_token(row.table["threshold"], row)[:, None]
+    if (known := row.masks.get((module, features))) is not None:  # the backward wants it again
+        return known
+    key, threshold = (_of_token(row.table[name], row).cpu().numpy().view(np.uint32) for name in ("key", "threshold"))
+    key = _mixed(key ^ np.uint32(module * 0x9E3779B9 & 0xFFFFFFFF))[:, None]
+    # In NumPy, whose integers are unsigned and whose steps are made in place: several times sooner than in PyTorch.
+    counters = row.counters.cpu().numpy().view(np.uint32)[:, None]
+    bits = counters * np.uint32(features) + np.arange(features, dtype=np.uint32)
+    bits ^= key
+    bits ^= bits >> np.uint32(16)
+    bits *= np.uint32(0x7FEB352D)
+    bits ^= key * np.uint32(0x85EBCA6B)
+    bits ^= bits >> np.uint32(15)
+    bits *= np.uint32(0x846CA68B)
+    bits ^= bits >> np.uint32(16)
+    mask = torch.from_numpy(bits >= threshold[:, None] * np.uint32(2)).to(row.ids.device)
+    row.masks[module, features] = mask
+    return mask
 
 
-def _kept(module: int, row: Row, x: torch.Tensor) -> torch.Tensor | None:
-    """What dropout multiplies x by: 0 or 1 / (1 - dropout); None where nothing is dropped. (T, features)."""
-    if not row.table["threshold"].any():
-        return None
-    scale = _of_token(row.table["keep_scale"], row)[:, None].to(x.dtype)
-    return torch.where(keep(row, module, x.shape[1]), scale, 0)
+def _dropped(x: torch.Tensor, module: int, row: Row) -> torch.Tensor:
+    """x without what dropout drops, not scaled yet."""
+    return torch.where(keep(row, module, x.shape[1]), x, 0) if row.drops else x
 
 
 def _of_token(values: torch.Tensor, row: Row) -> torch.Tensor:
     """(slots,) -> (T,)."""
-    return values[row.tiles.long()].repeat_interleave(row.tile)
+    return values[row.owners]
 
 
-def _by_tile(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
+def _by_slot(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
     """Each token times its slot's matrix: (T, in), (slots, in, out) -> (T, out)."""
     if len(weights) == 1:
         return x @ weights[0].to(x.dtype)
-    tiles = x.unflatten(0, (len(row.tiles), -1))
-    return torch.bmm(tiles, weights[row.tiles.long()].to(x.dtype)).flatten(0, 1)
+    side = row.side
+    return torch.bmm(x[side.places], weights[side.slots].to(x.dtype)).flatten(0, 1)[side.back]
 
 
-def _sum_by_slot(x: torch.Tensor, y: torch.Tensor, row: Row) -> torch.Tensor:
-    """x^T y over each slot's tokens: (T, m), (T, n) -> (slots, m, n) float32."""
-    slots = len(row.table["key"])
-    if slots == 1:
-        return (x.mT @ y).float()[None]
-    x, y = (t.unflatten(0, (len(row.tiles), -1)) for t in (x, y))
-    products = torch.bmm(x.mT, y)
-    return torch.zeros(slots, *products.shape[1:], device=x.device).index_add_(0, row.tiles.long(), products.float())
+def _add_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, row: Row) -> None:
+    """sums += x^T y over each slot's tokens: (T, m), (T, n) -> (slots, m, n) float32, in place."""
+    if len(sums) == 1:
+        sums[0] += (x.mT @ y).float()
+        return
+    side = row.side
+    y = torch.where(side.real[..., None], y[side.places], 0)
+    sums.index_add_(0, side.slots, torch.bmm(x[side.places].mT, y).float())
 
 
 def _turned(states: torch.Tensor) -> torch.Tensor:
@@ -285,12 +290,8 @@ def _turned(states: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), -1)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift(x, 16)) * as_int32(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * as_int32(0x846CA68B)
-    return x ^ _shift(x, 16)
-
-
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift to the right of int32."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
+def _mixed(x: Any) -> Any:
+    """uint32 -> uint32."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))

@@ -1,6 +1,6 @@
 """A step's tokens, laid end to end: no padding between sequences, and each slot's span a whole number of tiles."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,18 +79,9 @@ class Rows:
         """(length,) int32 next tokens, -100 where there is no loss."""
         return self._targets[self._ends[row] - self.lengths[row] : self._ends[row]]
 
-    def batches(self, indices: Iterable[int], max_tokens: int) -> list[list[int]]:
-        """Split rows, in their order, into batches of at most so many tokens; a longer row stands alone."""
-        batches: list[list[int]] = []
-        left = 0
-        for index in indices:
-            length = int(self.lengths[index])
-            if not batches or length > left:
-                batches.append([])
-                left = max_tokens
-            batches[-1].append(index)
-            left -= length
-        return batches
+    def fitting(self, indices: Sequence[int], max_tokens: int) -> int:
+        """How many of these rows, in their order, have at most so many tokens together."""
+        return int(np.searchsorted(np.cumsum(self.lengths[list(indices)]), max_tokens, side="right"))
 
     def num_targets(self, indices: Sequence[int]) -> int:
         """Tokens with a loss in these rows."""
@@ -114,6 +105,20 @@ class Span:
     def num_tokens(self) -> int:
         """Real tokens."""
         return int(self.rows.lengths[list(self.indices)].sum())
+
+
+@dataclass(frozen=True)
+class Side:
+    """The tokens of the slots that a row has, side by side: what one batched product takes."""
+
+    slots: torch.Tensor
+    """(present,) the slots."""
+    places: torch.Tensor
+    """(present, width) tokens' places in the row; where a slot has fewer, one of its own again."""
+    real: torch.Tensor
+    """(present, width) which of them are not such a repetition."""
+    back: torch.Tensor
+    """(tokens,) where each token of the row lies in the flat (present * width)."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,34 @@ class Row:
     def tile(self) -> int:
         """Tokens of one tile."""
         return len(self.ids) // len(self.tiles)
+
+    @cached_property
+    def owners(self) -> torch.Tensor:
+        """(tokens,) slot of each token."""
+        return self.tiles.long().repeat_interleave(self.tile)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether any slot has dropout. Reads the table: on a GPU it would wait."""
+        return bool(self.table["threshold"].any())
+
+    @cached_property
+    def masks(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Dropout's masks that `plain` has made: (module, features) -> (tokens, features)."""
+        return {}
+
+    @cached_property
+    def side(self) -> Side:
+        """Tokens by slot."""
+        slots, present, counts = self.owners.unique(return_inverse=True, return_counts=True)
+        order, starts = present.argsort(stable=True), counts.cumsum(0) - counts
+        each = torch.arange(int(counts.max()), device=order.device)
+        places = order[starts[:, None] + each.minimum(counts[:, None] - 1)]
+        back = torch.empty_like(order)
+        back[order] = (
+            present[order] * len(each) + torch.arange(len(order), device=order.device) - starts[present[order]]
+        )
+        return Side(slots, places, each < counts[:, None], back)
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,32 +1,48 @@
-"""A trial in a slot: it holds an SFTTrainer, built but not run, and steps it in the engine.
+"""A trial in a slot: it holds an SFTTrainer, built but not run, whose steps are made in the engine.
 
-The trainer gives the order of batches, the schedule, callbacks, arguments and state; its own loop never runs.
-The events are those of transformers' `Trainer._inner_training_loop` (5.23), in the same order, but for those within a
-step, whose gradients and update are one graph.
+The trainer gives the order of batches, the schedule, callbacks, arguments and state. Its own loop never runs, and its
+model is a place on the host where the adapter is laid for those who save it. The events are those of transformers'
+`Trainer._inner_training_loop` (5.23), in the same order, but for those within a step: its gradients and update are
+one graph.
 """
 
+import copy
 import math
+import shutil
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.trainer_callback import ExportableState
 
+from orchestrator.adapters.bundle import Adapter
 from orchestrator.spec import TrialConfig
 from orchestrator.training.applied import read_back, same
-from orchestrator.training.fast.engine import AHEAD, Engine, Pending
+from orchestrator.training.events import Aside
+from orchestrator.training.fast.engine import AHEAD, Engine, Held, Pending
 from orchestrator.training.fast.lora import lora_parameters
-from orchestrator.training.fast.row import Rows, Span, as_int32
+from orchestrator.training.fast.pack import Batch, Work
+from orchestrator.training.fast.row import Rows, as_int32
 from orchestrator.training.finite import require_finite
 
 
 class Slot:
-    """Drives one trial. The trainer's model is up to date at evaluations and saves, and at the end."""
+    """Drives one trial. The trainer's model holds the adapter, on the host, at evaluations and saves and at the end."""
 
     def __init__(
-        self, index: int, trainer: Any, engine: Engine, config: TrialConfig, train: Rows, held_out: Rows
+        self,
+        index: int,
+        trainer: Any,
+        engine: Engine,
+        config: TrialConfig,
+        train: Rows,
+        held_out: Rows,
+        aside: Aside,
     ) -> None:
         """
         Args:
@@ -36,6 +52,7 @@ class Slot:
             config: the trial.
             train: rows of the trainer's data set.
             held_out: rows to evaluate on.
+            aside: writes checkpoints.
         """
         self._index = index
         self.trainer = trainer
@@ -43,6 +60,7 @@ class Slot:
         self._config = config
         self._rows = train
         self._held_out = held_out
+        self._aside = aside
         self._parameters = lora_parameters(trainer.model)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
@@ -54,16 +72,35 @@ class Slot:
         self._stored_at: int | None = None
         self._optimizer_steps = 0
 
-    def train(self, checkpoint: str | None) -> None:
+    def train(self, checkpoint: str | None) -> Work:
         """From the start, or from a checkpoint, to the last step, or until a callback stops it."""
-        batches, start, first = self.begin(checkpoint), time.time(), self.trainer.state.global_step
-        for epoch, indices in batches:
-            self._step(epoch, indices)
+        batches, start = self.begin(checkpoint), time.time()
+        trainer, first = self.trainer, self.trainer.state.global_step
+        for epoch, batch in batches:
+            self._tell("on_step_begin")
+            self.sent(batch, (yield batch))
+            learning_rate = trainer.optimizer.param_groups[0]["lr"]
+            trainer.lr_scheduler.step()
+            trainer.state.global_step += 1
+            trainer.state.epoch = epoch
+            self._tell("on_step_end")
+            if trainer.control.should_log:
+                self._log(learning_rate)
+            if trainer.control.should_evaluate:
+                began = time.monotonic()
+                loss, accuracy = yield self.held_out()
+                self._evaluated(loss, accuracy, time.monotonic() - began)
+            if trainer.control.should_save:
+                self._save()
         self.collect()
         self._store()
-        steps, seconds = self.trainer.state.global_step - first, time.time() - start
-        self.trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
+        steps, seconds = trainer.state.global_step - first, time.time() - start
+        trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
         self._tell("on_train_end")
+
+    def adapter(self) -> Adapter:
+        """As `_store` has laid it."""
+        return Adapter.of(self.trainer.model)
 
     def measured(self) -> dict[str, float]:
         """The last evaluation."""
@@ -71,8 +108,8 @@ class Slot:
 
     def read_back(self) -> dict[str, Any]:
         """What the slot and its optimizer hold, by the names of `applied.expected`."""
-        adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, True, 1)
-        matrices = dict(adapters.matrices(self._index, lora.rank, adapters.weights))
+        adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
+        matrices = self._matrices(adapters.weights)
         names = {name.rpartition(".")[0] for name in matrices}
         held = {
             "lora.alpha": table["scale"] * lora.rank,
@@ -89,13 +126,13 @@ class Slot:
             name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
         }
 
-    def begin(self, checkpoint: str | None) -> Iterator[tuple[float, list[int]]]:
+    def begin(self, checkpoint: str | None) -> Iterator[tuple[float, Batch]]:
         """Loader, state, optimizer and schedule, as `Trainer.train` would have them, and the adapter into its slot.
 
         Returns:
-            The batches to come: the epochs that are done after each, and its rows.
+            The batches to come, and the epochs that are done after each.
         """
-        trainer, adapters, lora = self.trainer, self._engine.adapters, self._config.lora
+        trainer, adapters = self.trainer, self._engine.adapters
         set_seed(trainer.args.seed)  # the loader takes its seed from the process, which other slots share
         loader = trainer.get_train_dataloader()
         epochs, updates_per_epoch, _, _, _, batches_per_epoch, max_steps = trainer.set_initial_training_values(
@@ -106,24 +143,37 @@ class Slot:
         first, skipped = trainer._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, None)
         trainer._prepare_for_training(max_steps, loader, checkpoint)
         trainer.optimizer.step()  # no gradients, no step; a schedule warns unless its optimizer has stepped
+        if checkpoint is not None:
+            self._set_rate()
         adapters.clear(self._index)
-        weights = dict(adapters.matrices(self._index, lora.rank, adapters.weights))
+        weights = self._matrices(adapters.weights)
         if weights.keys() != self._parameters.keys():
-            raise RuntimeError(f"the slot adapts other layers than PEFT: {weights.keys() ^ self._parameters.keys()}")
+            raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
         for name, matrix in weights.items():
             matrix.copy_(self._parameters[name].detach())
         moments = trainer.optimizer.state
         for flat, key in ((adapters.moment1, "exp_avg"), (adapters.moment2, "exp_avg_sq")):
-            for name, matrix in adapters.matrices(self._index, lora.rank, flat):
+            for name, matrix in self._matrices(flat).items():
                 if saved := moments.get(self._parameters[name]):
                     matrix.copy_(saved[key])
                     self._optimizer_steps = int(saved["step"])
         moments.clear()
+        self._store()  # PEFT's own copy leaves the GPU
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
+
+    def _set_rate(self) -> None:
+        """Rate and decay are the configuration's: the checkpoint may be another trial's."""
+        trainer, training = self.trainer, self._config.training
+        schedule = trainer.lr_scheduler
+        schedule.base_lrs = [training.learning_rate for _ in schedule.base_lrs]
+        for group, factor in zip(trainer.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = training.learning_rate
+            group["lr"] = training.learning_rate * factor(schedule.last_epoch)
+        trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
-    ) -> Iterator[tuple[float, list[int]]]:
+    ) -> Iterator[tuple[float, Batch]]:
         accumulation = self.trainer.args.gradient_accumulation_steps
         self._tell("on_train_begin")
         for epoch in epochs:
@@ -132,7 +182,8 @@ class Slot:
             order = list(loader.batch_sampler)
             for at in range(skipped, len(order), accumulation):
                 micro = order[at : at + accumulation]
-                yield epoch + (at + len(micro)) / batches_per_epoch, [index for batch in micro for index in batch]
+                indices = [index for batch in micro for index in batch]
+                yield epoch + (at + len(micro)) / batches_per_epoch, self.batch(indices)
                 if self.trainer.control.should_epoch_stop or self.trainer.control.should_training_stop:
                     break
             skipped = 0
@@ -140,52 +191,41 @@ class Slot:
             if self.trainer.control.should_training_stop:
                 return
 
-    def _step(self, epoch: float, indices: Sequence[int]) -> None:
-        trainer, state = self.trainer, self.trainer.state
-        self._tell("on_step_begin")
-        self.send(indices)
-        learning_rate = trainer.optimizer.param_groups[0]["lr"]
-        trainer.lr_scheduler.step()
-        state.global_step += 1
-        state.epoch = epoch
-        self._tell("on_step_end")
-        self._act(learning_rate)
+    def batch(self, indices: list[int]) -> Batch:
+        """The next optimizer step, on these rows."""
+        table = self._table(self.trainer.state.global_step, self._rows.num_targets(indices))
+        return Batch(self._index, self._rows, indices, table)
 
-    def send(self, indices: Sequence[int]) -> None:
-        """Send a batch on its way, in as many passes as it needs, and its update."""
-        step = self.trainer.state.global_step
-        targets = self._rows.num_targets(indices)
+    def held_out(self) -> Held:
+        """An evaluation."""
+        return Held(self._index, self._held_out, self._table(0, 1))
+
+    def sent(self, batch: Batch, parts: list[Pending]) -> None:
+        """A batch is on its way."""
         self._optimizer_steps += 1
-        passes = self._rows.batches(indices, self._engine.max_tokens)
-        parts, first_token = [], 0
-        for number, batch in enumerate(passes):
-            table = self._table(step, number == len(passes) - 1, targets)
-            span = Span(self._index, self._rows, batch, table, first_token)
-            parts.append(self._engine.step([span]))
-            first_token += span.num_tokens
-        self._num_tokens += first_token
-        self._num_targets += targets
-        self._pending.append((step + 1, parts))
+        self._num_tokens += int(self._rows.lengths[list(batch.indices)].sum())
+        self._num_targets += self._rows.num_targets(batch.indices)
+        self._pending.append((self.trainer.state.global_step + 1, parts))
         self.collect(wait=False)
 
-    def _table(self, step: int, applies: bool, num_targets: int) -> dict[str, float]:
+    def _table(self, step: int, num_targets: int) -> dict[str, float]:
         """This trial's values of `row.TABLE` at a step."""
         lora, args, group = self._config.lora, self.trainer.args, self.trainer.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
+        (beta1, beta2), steps = group["betas"], self._optimizer_steps + 1
         return {
             "key": dropout_key(args.seed, step),
             "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
             "keep_scale": 1 / (1 - lora.dropout),
             "scale": lora.alpha / lora.rank,
             "loss_weight": 1 / max(1, num_targets),
-            "applies": int(applies),
+            "applies": 1,
             "learning_rate": group["lr"],
             "decay": group["weight_decay"],
             "gain1": 1 - beta1,
             "gain2": 1 - beta2,
             "epsilon": group["eps"],
-            "correction1": 1 - beta1 ** max(1, self._optimizer_steps),
-            "correction2": 1 - beta2 ** max(1, self._optimizer_steps),
+            "correction1": 1 - beta1**steps,
+            "correction2": 1 - beta2**steps,
             "max_norm": args.max_grad_norm or math.inf,
         }
 
@@ -203,66 +243,93 @@ class Slot:
             self._norm = norm
             self._hits += sum(each.hits[self._index] for each in figures)
 
-    def _act(self, learning_rate: float) -> None:
-        """Log, evaluate and save where the callbacks ask for it."""
-        trainer = self.trainer
-        if trainer.control.should_log and (self._losses or self._pending):
-            self.collect()
-            trainer.log(
-                {
-                    "loss": sum(self._losses) / len(self._losses),
-                    "grad_norm": self._norm,
-                    "learning_rate": learning_rate,
-                    "mean_token_accuracy": self._hits / self._num_targets,
-                    "num_tokens": self._num_tokens,
-                }
-            )
-            self._losses, self._hits, self._num_targets = [], 0.0, 0
-        if trainer.control.should_evaluate:
-            self.evaluate()
-        if trainer.control.should_save:
-            self._store()
-            self._save()
+    def _log(self, learning_rate: float) -> None:
+        self.collect()
+        if not self._losses:
+            return
+        self.trainer.log(
+            {
+                "loss": sum(self._losses) / len(self._losses),
+                "grad_norm": self._norm,
+                "learning_rate": learning_rate,
+                "mean_token_accuracy": self._hits / self._num_targets,
+                "num_tokens": self._num_tokens,
+            }
+        )
+        self._losses, self._hits, self._num_targets = [], 0.0, 0
 
-    def evaluate(self) -> None:
-        """Evaluate now, and tell the callbacks."""
-        trainer, start = self.trainer, time.monotonic()
-        loss, accuracy = self._engine.evaluate(self._held_out, self._index, self._table(0, False, 1))
+    def _evaluated(self, loss: float, accuracy: float, seconds: float) -> None:
+        """Tell the callbacks of an evaluation."""
         self._measured = {"eval/loss": loss, "eval/token_accuracy": accuracy}
         metrics = {
             "eval_loss": loss,
             "eval_mean_token_accuracy": accuracy,
             "eval_num_tokens": self._num_tokens,
-            "eval_runtime": time.monotonic() - start,
+            "eval_runtime": seconds,
         }
         self._store()
-        trainer.log(dict(metrics))
+        self.trainer.log(dict(metrics))
         self._tell("on_evaluate", metrics)
 
     def _save(self) -> None:
-        """A checkpoint as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
+        """Have a checkpoint written as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
         trainer, adapters = self.trainer, self._engine.adapters
-        rank, moments = self._config.lora.rank, (adapters.moment1, adapters.moment2)
-        for (name, first), (_, second) in zip(
-            *(adapters.matrices(self._index, rank, each) for each in moments), strict=True
-        ):
-            trainer.optimizer.state[self._parameters[name]] = {
+        self._store()
+        first, second = (self._at_home(flat) for flat in (adapters.moment1, adapters.moment2))
+        for name, parameter in self._parameters.items():
+            trainer.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self._optimizer_steps)),
-                "exp_avg": first.contiguous(),
-                "exp_avg_sq": second.contiguous(),
+                # Apart from the slot's whole row: a file holds all that lies behind a tensor.
+                "exp_avg": first[name].clone(memory_format=torch.contiguous_format),
+                "exp_avg_sq": second[name].clone(memory_format=torch.contiguous_format),
             }
-        trainer._save_checkpoint(trainer.model, None)
+        optimizer = trainer.optimizer.state_dict()
         trainer.optimizer.state.clear()
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state, schedule = copy.deepcopy(trainer.state), copy.deepcopy(trainer.lr_scheduler.state_dict())
+        adapter = self.adapter()
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def write() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+            try:
+                adapter.save(building)
+                torch.save(optimizer, building / "optimizer.pt")
+                torch.save(schedule, building / "scheduler.pt")
+                trainer._save_rng_state(str(building))
+                state.save_to_json(str(building / "trainer_state.json"))
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            building.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+
+        self._aside.do(write)
         self._tell("on_save")
 
     def _store(self) -> None:
-        """Bring the trainer's model up to date."""
-        if self._stored_at == self.trainer.state.global_step:
+        """Lay the adapter into the trainer's model: in tensors of their own, which nothing changes later."""
+        if self._stored_at == self._optimizer_steps:
             return
-        adapters = self._engine.adapters
-        for name, matrix in adapters.matrices(self._index, self._config.lora.rank, adapters.weights):
-            self._parameters[name].data.copy_(matrix)
-        self._stored_at = self.trainer.state.global_step
+        for name, matrix in self._at_home(self._engine.adapters.weights).items():
+            self._parameters[name].data = matrix
+        self._stored_at = self._optimizer_steps
+
+    def _at_home(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """This trial's matrices, copied to the host."""
+        row = flat[self._index : self._index + 1]
+        copied = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
+        return self._matrices(copied, 0)
+
+    def _matrices(self, flat: torch.Tensor, slot: int | None = None) -> dict[str, torch.Tensor]:
+        """The matrices that this trial adapts, of its slot or another row of `flat`, by the names of its parameters."""
+        index = self._index if slot is None else slot
+        every = self._engine.adapters.matrices(index, self._config.lora.rank, flat)
+        return {name: matrix for name, matrix in every if name in self._parameters}
 
     def _tell(self, event: str, *values: Any) -> None:
         trainer = self.trainer

@@ -8,7 +8,12 @@ def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
     paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
     paths.tune.mkdir(parents=True)
     staging.mkdir()
-    whole = {"experiment_state-1.json": "{}", "search_gen_state-1.json": "{}", "searcher-state-1.pkl": "state"}
+    whole = {
+        "experiment_state-1.json": "{}",
+        "search_gen_state-1.json": "{}",
+        "searcher-state-1.pkl": "state",
+        "basic-variant-state-1.json": "state",
+    }
     for name, text in whole.items():
         (staging / name).write_text(text)
     keep_snapshot(staging, paths)

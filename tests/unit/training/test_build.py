@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.applied import expected_modules
 from orchestrator.training.fast import build
-from orchestrator.training.fast.build import engine_for, why_not
-from orchestrator.training.fast.engine import CPU_TOKENS
+from orchestrator.training.fast.build import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots, why_not
+from orchestrator.training.fast.engine import CPU_TOKENS, Held
 from orchestrator.training.fast.row import TABLE, Rows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -69,30 +68,32 @@ def model_of(config: PreTrainedConfig) -> Any:
 )
 def test_what_the_base_must_be(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
     model = model_of(config)
-    assert why_not(trial(), model, expected_modules(model, trial().lora), LONGEST) == reason
+    assert why_not(trial(), model, LONGEST) == reason
 
 
 def test_a_head_with_a_bias_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.lm_head = torch.nn.Linear(32, 90, device="meta")
-    assert why_not(trial(), model, [], LONGEST) == "a bias on the LM head"
+    assert why_not(trial(), model, LONGEST) == "a bias on the LM head"
 
 
 def test_a_layer_of_another_type_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.up_proj.half()
-    assert why_not(trial(), model, [], LONGEST) == "mlp.up_proj as a Linear of torch.float16"
+    assert why_not(trial(), model, LONGEST) == "mlp.up_proj as a Linear of torch.float16"
 
 
 def test_a_base_on_two_devices_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.model.norm = torch.nn.RMSNorm(32)
-    assert why_not(trial(), model, [], LONGEST) == "a base on 2 devices"
+    assert why_not(trial(), model, LONGEST) == "a base on 2 devices"
 
 
 def test_an_adapter_elsewhere_is_not_held(trial: MakeConfig) -> None:
-    modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.router"]
-    assert why_not(trial(), model_of(LlamaConfig(**SIZES)), modules, LONGEST) == "an adapter on router"
+    model = model_of(LlamaConfig(**SIZES))
+    model.model.layers[0].mlp.router = torch.nn.Linear(32, 4, bias=False, device="meta")
+    assert why_not(trial(), model, LONGEST) == "an adapter on router"
+    assert why_not(trial(lora={"target_modules": ["q_proj", "mlp.up_proj"]}), model, LONGEST) is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_an_adapter_elsewhere_is_not_held(trial: MakeConfig) -> None:
 )
 def test_what_the_trial_must_be(trial: MakeConfig, sections: dict[str, Any], reason: str | None) -> None:
     model = model_of(LlamaConfig(**SIZES))
-    assert why_not(trial(**sections), model, [], LONGEST) == reason
+    assert why_not(trial(**sections), model, LONGEST) == reason
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_a_cpu_gives_nothing_up_unless_told(
 ) -> None:
     config = trial(training=training)
     rows = Rows([[1, 2, 3]], [[1, 2, 3]])
-    engine, found = engine_for(base, config, expected_modules(base, config.lora), rows, rows)
+    engine, found = engine_for(base, [config], rows, rows)
     assert found.record() == {
         "keeps_base": plan[0], "recompute": plan[1], "max_tokens": CPU_TOKENS,
     }  # fmt: skip
@@ -140,7 +141,7 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
 
     def engine(longest: int = 3, **sections: dict[str, Any]) -> Any:
         config, rows = trial(**sections), Rows([[1] * longest], [[1] * longest])
-        return engine_for(bases[0], config, expected_modules(bases[0], config.lora), rows, rows)[0]
+        return engine_for(bases[0], [config], rows, rows)[0]
 
     first = engine(lora={"rank": 4}, training={"learning_rate": 1e-3, "seed": 1})
     assert engine(lora={"rank": 4, "dropout": 0.3}, training={"learning_rate": 1e-4}) is first
@@ -164,7 +165,71 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
 
 def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, base: Any) -> None:
     config, rows = trial(), Rows([[1, 2, 3]], [[1, 2, 3]])
-    engine, _ = engine_for(base, config, expected_modules(base, config.lora), rows, rows)
+    engine, _ = engine_for(base, [config], rows, rows)
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
-    loss, _ = engine.evaluate(rows, 0, table)
+    ((loss, _),) = engine.evaluate([Held(0, rows, table)])
     assert loss > 0
+
+
+# Many at a time
+
+
+def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfig, base: Any) -> None:
+    rows = Rows([[1, 2, 3]], [[1, 2, 3]])
+    configs = [
+        trial(lora={"rank": 4, "target_modules": ["q_proj"]}),
+        trial(lora={"rank": 12, "target_modules": ["mlp.up_proj"]}),
+    ]
+    engine, _ = engine_for(base, configs, rows, rows, 3)
+    names = {name.rpartition(".")[0] for name, _ in engine.adapters.matrices(2, 12, engine.adapters.weights)}
+    assert (engine.adapters.num_slots, engine.adapters.rank) == (3, 12)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "up_proj"}
+    assert engine_for(base, configs[::-1], rows, rows, 3)[0] is engine
+    assert engine_for(base, configs, rows, rows, 2)[0] is not engine
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({}, None),
+        ({"lora": {"rank": 2, "target_modules": ["v_proj"]}}, None),
+        ({"training": {"learning_rate": 0.5, "batch_size": 64, "seed": 3, "weight_decay": 0.1}}, None),
+        ({"lora": {"rank": 9}}, "its rank or its layers are more than the slots were made for"),
+        (
+            {"lora": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}},
+            "its rank or its layers are more than the slots were made for",
+        ),
+        (
+            {"training": {"adapter_dtype": "bfloat16"}},
+            "training.adapter_dtype is another than that of the trials beside it",
+        ),
+        ({"training": {"recompute": True}}, "training.recompute is another than that of the trials beside it"),
+        ({"training": {"dequantise": "once"}}, "training.dequantise is another than that of the trials beside it"),
+        ({"training": {"precision": "bf16"}}, "training.precision is another than that of the trials beside it"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_beside_others(
+    trial: MakeConfig, base: Any, sections: dict[str, Any], reason: str | None
+) -> None:
+    lora = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
+    kind = Kind.of(base, [trial(lora=lora), trial(lora=lora | {"rank": 4})], 4)
+    assert kind.refuses(base, trial(**{"lora": lora} | sections)) == reason
+
+
+def test_a_pass_holds_the_largest_batch_of_one_and_the_usual_ones_of_many(trial: MakeConfig, base: Any) -> None:
+    rows = Rows([[1] * length for length in (2, 2, 2, 2, 2, 50)], [[1] * length for length in (2, 2, 2, 2, 2, 50)])
+    configs = [trial(training={"batch_size": 1}), trial(training={"batch_size": 1, "accumulation": 2})]
+    assert pass_tokens(Kind.of(base, configs, 1), rows) == 52
+    assert pass_tokens(Kind.of(base, configs, 2), rows) == 52, "2 * 2 * 10 is less"
+    assert pass_tokens(Kind.of(base, configs, 4), rows) == int(1.1 * 4 * 2 * 10)
+
+
+@pytest.mark.parametrize(("wanted", "batch_size", "slots"), [(8, 1, 8), (8, 4, 2), (1, 4, 1), (8, 16, 1)])
+def test_a_cpu_takes_as_many_as_keep_it_busy(
+    trial: MakeConfig, base: Any, wanted: int, batch_size: int, slots: int
+) -> None:
+    rows = Rows([[1] * 64] * 100, [[1] * 64] * 100)
+    count, reason = plan_slots(base, [trial(training={"batch_size": batch_size})], rows, rows, wanted)
+    assert count == slots
+    assert reason == f"a batch has up to {64 * batch_size} tokens, and a core is busy with {CPU_FULL}"

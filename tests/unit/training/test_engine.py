@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.applied import expected_modules
 from orchestrator.training.fast.decoder import Decoder, adapted_layers
-from orchestrator.training.fast.engine import Engine, Figures
+from orchestrator.training.fast.engine import Engine, Figures, Held
 from orchestrator.training.fast.lora import Adapters
+from orchestrator.training.fast.pack import Batch, Pack, Work
 from orchestrator.training.fast.row import Rows, Span
 from orchestrator.training.fast.slot import dropout_key
 
@@ -130,8 +131,11 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
         update = weights(alone, 0, trial.rank) - starts[slot]
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
-        loss, accuracy = together.evaluate(held_out, slot, make_table(trial.dropout, scale=trial.alpha / trial.rank))
-        expected_loss, expected_accuracy = alone.evaluate(held_out, 0, make_table(scale=trial.alpha / trial.rank))
+        asked = Held(slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
+        ((loss, accuracy),) = together.evaluate([asked])
+        ((expected_loss, expected_accuracy),) = alone.evaluate(
+            [Held(0, held_out, make_table(scale=trial.alpha / trial.rank))]
+        )
         assert loss == pytest.approx(expected_loss, abs=1e-6)
         assert accuracy == expected_accuracy
 
@@ -162,7 +166,7 @@ def test_a_slot_that_diverges_takes_no_other_along(model: Any, span: Callable[[i
 def test_a_batch_in_several_passes_is_one_step(
     model: Any, make_rows: MakeRows, make_table: MakeTable, max_tokens: int
 ) -> None:
-    """Losses and gradients add up, dropout's masks go on, and the weights move once, at the end."""
+    """Split by a pack: losses and gradients add up, dropout's masks go on, and the weights move once, at the end."""
     rows, trial = make_rows(*LENGTHS), Trial(rank=8, batch=8, steps=())
     table = make_table(0.3, loss_weight=1 / rows.num_targets(range(8)), decay=0.1, max_norm=0.1)
     order = [3, 0, 7, 4, 1, 5, 2, 6]
@@ -171,13 +175,19 @@ def test_a_batch_in_several_passes_is_one_step(
         start(engine, 0, trial)
     began = weights(whole, 0, 8).clone()
     expected = whole.step([Span(0, rows, order, table)]).read()
-    passes, first_token, found = rows.batches(order, max_tokens), 0, []
-    assert len(passes) > 2
-    for indices in passes:
+    parts.max_tokens = max_tokens
+    pack, found = Pack(parts), []
+
+    def work() -> Work:
+        found.extend(pending.read() for pending in (yield Batch(0, rows, order, table)))
+
+    pack.join(work())
+    passes = 0
+    while len(pack):
         assert torch.equal(weights(parts, 0, 8), began)
-        values = table | {"applies": int(indices is passes[-1])}
-        found.append(parts.step([Span(0, rows, indices, values, first_token)]).read())
-        first_token += int(rows.lengths[indices].sum())
+        pack.turn()
+        passes += 1
+    assert len(found) == passes > 2
     assert sum(each.losses[0] for each in found) == pytest.approx(expected.losses[0], abs=2e-6)
     assert sum(each.hits[0] for each in found) == expected.hits[0]
     assert found[-1].norms[0] == pytest.approx(expected.norms[0], rel=1e-5)
@@ -191,19 +201,46 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
     rows, engine = make_rows(*LENGTHS), make_engine(model, 1, 8)
     start(engine, 0, Trial(rank=8, batch=1, steps=()))
     before = [flat.clone() for flat in (engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1)]
-    values = [engine.evaluate(rows, 0, make_table(dropout)) for dropout in (0.0, 0.5)]
+
+    def evaluate(rows: Rows, dropout: float = 0.0) -> tuple[float, float]:
+        (measured,) = engine.evaluate([Held(0, rows, make_table(dropout))])
+        return measured
+
+    values = [evaluate(rows, dropout) for dropout in (0.0, 0.5)]
     for most in (40, 17, 1):
         monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
-        values.append(engine.evaluate(rows, 0, make_table()))
-    one_by_one = [
-        engine.evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]]), 0, make_table()) for i in (0, 2)
-    ]
-    pair = engine.evaluate(
-        Rows([rows.ids(i) for i in (0, 2)], [[-100, *rows.targets(i)[:-1]] for i in (0, 2)]), 0, make_table()
-    )
+        values.append(evaluate(rows))
+    one_by_one = [evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in (0, 2)]
+    pair = evaluate(Rows([rows.ids(i) for i in (0, 2)], [[-100, *rows.targets(i)[:-1]] for i in (0, 2)]))
     counts = [rows.num_targets([i]) for i in (0, 2)]
     assert pair[0] == pytest.approx(sum(n * each[0] for n, each in zip(counts, one_by_one, strict=True)) / sum(counts))
     assert [loss for loss, _ in values] == pytest.approx([values[0][0]] * 5, abs=1e-6)
     assert len({accuracy for _, accuracy in values}) == 1
     after = engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1
     assert all(map(torch.equal, after, before)), "an evaluation trains nothing"
+
+
+@pytest.mark.parametrize("most", [2048, 100, 33, 1])
+def test_an_evaluation_of_several_slots_measures_each_as_alone(
+    model: Any, make_rows: MakeRows, make_table: MakeTable, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Other rows, scales and ranks in slots that share passes; another slot holds NaN; nothing trains."""
+    monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
+    together = make_engine(model, 4, 16)
+    together.adapters.weights[1] = math.nan
+    held = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}
+    asked, expected = [], []
+    for slot, rows in held.items():
+        trial = TRIALS[slot]
+        start(together, slot, trial)
+        table = make_table(trial.dropout, scale=trial.alpha / trial.rank)
+        asked.append(Held(slot, rows, table))
+        alone = make_engine(model, 1, trial.rank)
+        start(alone, 0, trial)
+        expected.extend(alone.evaluate([Held(0, rows, table)]))
+    before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
+    measured = together.evaluate(asked)
+    assert [loss for loss, _ in measured] == pytest.approx([loss for loss, _ in expected], abs=1e-6)
+    assert [accuracy for _, accuracy in measured] == [accuracy for _, accuracy in expected]
+    assert len({loss for loss, _ in measured}) == 3
+    assert all(map(torch.equal, (together.adapters.weights[[0, 2, 3]], together.adapters.gradients), before))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -390,7 +391,7 @@ def correlations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def test_masks_whose_keys_are_alike_are_unlike() -> None:
     """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with places changed."""
     keys = torch.tensor([dropout_key(seed, step) for seed in range(8) for step in range(1000)], dtype=torch.int32)
-    mixed = plain._mix(keys)
+    mixed = torch.from_numpy(plain._mixed(keys.numpy().view(np.uint32)).view(np.int32))
     order = mixed.sort().indices.tolist()
     close = [(i, j) for i, j in pairwise(order) if int(mixed[i] ^ mixed[j]) in range(1, 1 << 12)]
     assert len(close) >= 5, "there are such pairs"

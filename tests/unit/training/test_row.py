@@ -59,20 +59,18 @@ def test_a_data_set_is_read_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "batches"),
-    [
-        (100, [[3, 0, 1, 2, 4]]),
-        (10, [[3, 0], [1], [2, 4]]),
-        (8, [[3], [0], [1], [2, 4]]),
-        (3, [[3], [0], [1], [2], [4]]),
-    ],
+    ("max_tokens", "count"),
+    [(100, 5), (27, 5), (26, 4), (21, 4), (20, 3), (10, 2), (9, 1), (7, 1), (6, 0), (0, 0), (-5, 0)],
 )
-def test_batches_keep_the_order_and_the_limit(max_tokens: int, batches: list[list[int]]) -> None:
-    assert rows_of(3, 9, 2, 7, 6).batches([3, 0, 1, 2, 4], max_tokens) == batches
+def test_rows_fit_in_their_order_up_to_the_limit(max_tokens: int, count: int) -> None:
+    """7, 3, 9, 2 and 6 tokens; how a batch is then split is the pack's."""
+    assert rows_of(3, 9, 2, 7, 6).fitting([3, 0, 1, 2, 4], max_tokens) == count
 
 
-def test_a_row_that_is_longer_than_the_limit_stands_alone() -> None:
-    assert rows_of(1, 50, 1, 1).batches(range(4), 10) == [[0], [1], [2, 3]]
+def test_of_no_rows_none_fit_and_a_longer_one_is_not_skipped() -> None:
+    assert rows_of(3, 9).fitting([], 10) == 0
+    assert rows_of(1, 50, 1, 1).fitting(range(4), 10) == 1
+    assert rows_of(1, 50, 1, 1).fitting(range(1, 4), 10) == 0
 
 
 def test_a_step_of_two_slots() -> None:

@@ -10,8 +10,10 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import parse_spec
+from orchestrator.training.events import AtOnce
 from orchestrator.training.fast.engine import AHEAD, Figures
-from orchestrator.training.fast.row import TABLE, Rows, Span
+from orchestrator.training.fast.pack import Batch
+from orchestrator.training.fast.row import TABLE, Rows
 from orchestrator.training.fast.slot import Slot, dropout_key
 
 
@@ -29,29 +31,27 @@ class Late:
         return Figures([0.0, self._loss], [0.0, 1.0], [0.0, 2.0])
 
 
-class FakeEngine:
-    """Keeps what it is sent."""
-
-    max_tokens = 20
+class FakePack:
+    """Keeps what it is given, and answers with figures that come late."""
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
+        self.batches: list[Batch] = []
         self.pending: list[Late] = []
         self.sick_from: float = math.inf
 
-    def step(self, spans: Sequence[Span]) -> Late:
-        self.spans.extend(spans)
+    def answer(self, batch: Batch) -> list[Any]:
+        self.batches.append(batch)
         self.pending.append(Late(math.nan if len(self.pending) + 1 >= self.sick_from else 0.5))
-        return self.pending[-1]
+        return [self.pending[-1]]
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
+def pack() -> FakePack:
+    return FakePack()
 
 
 @pytest.fixture
-def slot(engine: FakeEngine, document: dict[str, Any], make_rows: Callable[..., Rows]) -> Any:
+def slot(document: dict[str, Any], make_rows: Callable[..., Rows]) -> Any:
     """Slot 1, on rows of 7, 12, 5, 9 and 30 tokens."""
     spec = parse_spec(document | {"lora": {"rank": 8, "alpha": 4.0, "dropout": 0.2}})
     group = {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-7}
@@ -62,27 +62,54 @@ def slot(engine: FakeEngine, document: dict[str, Any], make_rows: Callable[..., 
         state=SimpleNamespace(global_step=0),
     )
     rows = make_rows(7, 12, 5, 9, 30)
-    return Slot(1, trainer, engine, spec.trial_config({}), rows, rows)  # type: ignore[arg-type]
+    engine = SimpleNamespace(adapters=None)
+    return Slot(1, trainer, engine, spec.trial_config({}), rows, rows, AtOnce())  # type: ignore[arg-type]
 
 
-def send(slot: Any, *batches: Sequence[int]) -> None:
+def send(slot: Any, pack: FakePack, *batches: Sequence[int]) -> None:
     for indices in batches:
-        slot.send(indices)
+        batch = slot.batch(list(indices))
+        slot.sent(batch, pack.answer(batch))
         slot.trainer.state.global_step += 1
 
 
-def test_a_batch_that_is_too_long_is_sent_in_passes_of_which_the_last_applies(slot: Any, engine: FakeEngine) -> None:
-    send(slot, [2, 1, 4, 0, 3])
-    assert [list(span.indices) for span in engine.spans] == [[2, 1], [4], [0, 3]]
-    assert [span.first_token for span in engine.spans] == [0, 17, 47]
-    assert [span.table["applies"] for span in engine.spans] == [0, 0, 1]
-    assert {span.table["loss_weight"] for span in engine.spans} == {1 / (63 - 5 * 2)}, "of the whole batch's tokens"
-    assert {span.slot for span in engine.spans} == {1}
+def test_a_batch_is_whole_and_weighs_all_of_its_tokens_however_long_it_is(slot: Any, pack: FakePack) -> None:
+    send(slot, pack, [2, 1, 4, 0, 3])
+    (batch,) = pack.batches
+    assert list(batch.indices) == [2, 1, 4, 0, 3]
+    assert batch.table["applies"] == 1
+    assert batch.table["loss_weight"] == 1 / (63 - 5 * 2)
+    assert batch.slot == 1
+    assert batch.rows.longest == 30
 
 
-def test_the_table_says_what_the_trial_is(slot: Any, engine: FakeEngine) -> None:
-    send(slot, [0], [1])
-    first, second = (span.table for span in engine.spans)
+def test_an_evaluation_asks_for_this_slot_and_its_scale(slot: Any, pack: FakePack) -> None:
+    send(slot, pack, [0])
+    held = slot.held_out()
+    assert (held.slot, held.table["scale"], len(held.rows)) == (1, 0.5, 5)
+    assert held.table.keys() == set(TABLE)
+
+
+def test_figures_of_a_batchs_passes_add_up(slot: Any) -> None:
+    slot.sent(slot.batch([2, 1, 4]), [Late(0.5), Late(0.25), Late(0.125)])
+    logs: list[dict[str, float]] = []
+    slot.trainer.log = logs.append
+    slot._log(1e-3)
+    tokens = 5 + 12 + 30
+    assert logs == [
+        {
+            "loss": 0.875,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-3,
+            "mean_token_accuracy": 3 * 2 / (tokens - 3 * 2),
+            "num_tokens": tokens,
+        }
+    ]
+
+
+def test_the_table_says_what_the_trial_is(slot: Any, pack: FakePack) -> None:
+    send(slot, pack, [0], [1])
+    first, second = (batch.table for batch in pack.batches)
     assert first.keys() == set(TABLE)
     assert (first["key"], second["key"]) == (dropout_key(5, 0), dropout_key(5, 1))
     assert second | {"key": 0} == {
@@ -104,19 +131,19 @@ def test_the_table_says_what_the_trial_is(slot: Any, engine: FakeEngine) -> None
     assert (first["correction1"], first["correction2"]) == (pytest.approx(0.2), pytest.approx(0.01))
 
 
-def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, engine: FakeEngine) -> None:
+def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, pack: FakePack) -> None:
     for step in range(10):
-        send(slot, [step % 4])
-        assert [pending.was_read for pending in engine.pending] == [s < step + 1 - AHEAD for s in range(step + 1)]
+        send(slot, pack, [step % 4])
+        assert [pending.was_read for pending in pack.pending] == [s < step + 1 - AHEAD for s in range(step + 1)]
     slot.collect()
-    assert all(pending.was_read for pending in engine.pending)
+    assert all(pending.was_read for pending in pack.pending)
 
 
-def test_a_loss_that_is_not_finite_is_told_within_a_few_steps_with_its_step(slot: Any, engine: FakeEngine) -> None:
-    engine.sick_from = 3
+def test_a_loss_that_is_not_finite_is_told_within_a_few_steps_with_its_step(slot: Any, pack: FakePack) -> None:
+    pack.sick_from = 3
     with pytest.raises(TrialError, match="loss is nan at step 3"):
-        send(slot, *[[0]] * 20)
-    assert len(engine.pending) <= 3 + AHEAD
+        send(slot, pack, *[[0]] * 20)
+    assert len(pack.pending) <= 3 + AHEAD
 
 
 def test_no_two_steps_of_any_seed_share_a_key() -> None:

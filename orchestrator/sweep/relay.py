@@ -1,0 +1,191 @@
+"""The trial as Ray Tune sees it: a light process that trains nothing itself."""
+
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from orchestrator.errors import ClusterError, RecordError, TrialError
+from orchestrator.record import (
+    MetricPoint,
+    TrialResult,
+    TrialState,
+    open_sweep,
+    read_metrics,
+    read_result,
+    read_trial,
+    resumable,
+    write_record,
+)
+from orchestrator.sweep.lease import Workers
+from orchestrator.sweep.remote import Claim, RemoteTrial
+from orchestrator.sweep.told import plain_values
+
+_OFFERS_KEPT = 3
+
+
+class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
+    """One Tune step is one evaluation. The actor is reused from trial to trial.
+
+    It takes a slot at the first step: what Tune does before, such as to load another trial's checkpoint, comes first.
+    """
+
+    _trial: RemoteTrial | None
+    _claim: Claim | None
+
+    def setup(self, config: dict[str, Any], folder: str, workers: Workers) -> None:
+        """`config` holds the searched fields; `folder` is the sweep's."""
+        try:
+            self._sweep = open_sweep(folder)
+        except RecordError as error:  # a node that joined after the probe
+            raise ClusterError(f"node {socket.gethostname()} does not see {folder}: it is not shared") from error
+        self._workers = workers
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """End the trial that was here, begin the next."""
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Go on to the next evaluation, or to the end."""
+        if self._trial is None and self._paths.result.is_file():  # ended before its worker or the driver died
+            return _report_result(read_result(self._paths))
+        if self._known:
+            return _report(self._known.pop(0))
+        if self._trial is None:
+            claim = self._claimed()
+            tracking = self._sweep.info.spec.tracking
+            self._trial = RemoteTrial(self._so_far(), self._paths, tracking, self._workers, claim)
+        told = self._trial.next()
+        return _report_result(told) if isinstance(told, TrialResult) else _report(told)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Offer the last complete checkpoint, which the trial itself may soon have dropped."""
+        so_far = resumable(self._paths, self._config)
+        if so_far is None or so_far.checkpoint is None:
+            return {}
+        source, offers = self._paths.root / so_far.checkpoint, self._paths.offers
+        building = offers / ".building"
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.copytree(source, building)  # no links: a trial that goes back writes its files again
+        shutil.rmtree(offers / source.name, ignore_errors=True)  # of before it went back
+        building.rename(offers / source.name)
+        newest_last = sorted(offers.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
+        for older in newest_last[:-_OFFERS_KEPT]:
+            shutil.rmtree(older)
+        return {"trial": self._paths.trial_id, "checkpoint": so_far.checkpoint, "step": so_far.step}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from what `save_checkpoint` has named, here or in the relay of another trial."""
+        if not checkpoint or self._paths.result.is_file():
+            return
+        self._claimed()
+        so_far = resumable(self._paths, self._config)
+        origin = f"{checkpoint['trial']}/{checkpoint['checkpoint']}"
+        if so_far is None or (checkpoint["trial"] != self._paths.trial_id and so_far.parent != origin):
+            self._adopt(checkpoint, origin)
+        # Tune knows what was reported up to there.
+        self._known = [point for point in self._known_points() if point.step > checkpoint["step"]]
+
+    def cleanup(self) -> None:
+        """End the trial in good order."""
+        self._end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._paths = self._sweep.paths.trial(self.trial_id)
+        self._config = self._sweep.info.spec.trial_config(plain_values(config))
+        self._claim = None
+        self._trial = None
+        self._warnings: list[str] = []
+        self._known = self._known_points()
+
+    def _end(self) -> None:
+        if self._trial is not None:
+            self._trial.stop()
+            self._trial = None
+        elif self._claim is not None:
+            self._claim.end()
+
+    def _claimed(self) -> Claim:
+        if self._claim is None:
+            self._claim = Claim(self._paths, self._workers)
+        return self._claim
+
+    def _so_far(self) -> TrialResult:
+        """The trial at its last complete checkpoint, or as one that has not begun."""
+        return resumable(self._paths, self._config) or self._fresh()
+
+    def _fresh(self) -> TrialResult:
+        search = self._sweep.info.spec.search
+        return TrialResult(
+            trial_id=self._paths.trial_id,
+            state=TrialState.RUNNING,
+            config=self._config,
+            metric=search.metric,
+            mode=search.resolved_mode,
+            warnings=self._warnings,
+        )
+
+    def _adopt(self, checkpoint: dict[str, Any], origin: str) -> None:
+        """Make another trial's checkpoint, or this one's under another configuration, the one to go on from.
+
+        What was recorded of this trial up to that step stays; its best adapter was of another configuration.
+        """
+        paths, info = self._paths, self._sweep.info
+        so_far = read_trial(paths, info) if paths.progress.is_file() else self._fresh()
+        donor_paths = self._sweep.paths.trial(checkpoint["trial"])
+        donor = read_trial(donor_paths, info)
+        source = donor_paths.offers / Path(checkpoint["checkpoint"]).name
+        copied = paths.root / ".adopted"
+        shutil.rmtree(copied, ignore_errors=True)
+        try:
+            shutil.copytree(source, copied / source.name)
+        except OSError:
+            self._warnings = [*so_far.warnings, f"began anew: {origin} was gone before it could be taken over"]
+            return
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)
+        copied.rename(paths.checkpoints)
+        before = [point for point in read_metrics(donor_paths) if point.step <= checkpoint["step"]]
+        start = so_far.model_copy(
+            update={
+                "state": TrialState.RUNNING,
+                "config": self._config,
+                "best": None,
+                "step": checkpoint["step"],
+                "total_steps": donor.total_steps,
+                "tokens": before[-1].tokens if before else 0,
+                "tokens_per_second": donor.tokens_per_second,
+                "grad_norm": None,
+                "applied": {},
+                "checkpoint": checkpoint["checkpoint"],
+                "parent": so_far.parent if donor_paths == paths else origin,
+            }
+        )
+        write_record(paths.progress, start)
+
+    def _known_points(self) -> list[MetricPoint]:
+        """Evaluations up to the checkpoint that the trial goes on from, but for the last step's.
+
+        They are reported again: after the loss of a driver the scheduler has forgotten them, and after the loss of a
+        worker it may not have heard the last.
+        """
+        start = resumable(self._paths, self._config)
+        if start is None:
+            return []
+        last = min(start.step, (start.total_steps or start.step + 1) - 1)
+        return [point for point in read_metrics(self._paths) if point.step <= last and start.metric in point.values]
+
+
+def _report(point: MetricPoint) -> dict[str, Any]:
+    return {**point.values, "step": point.step, "tokens": point.tokens, "done": False}
+
+
+def _report_result(result: TrialResult) -> dict[str, Any]:
+    """The last report of a trial: its best evaluation, by which it is chosen."""
+    if result.state == TrialState.FAILED or result.best is None:
+        raise TrialError(result.error or "failed in an earlier attempt")
+    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True}

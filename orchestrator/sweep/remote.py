@@ -1,0 +1,152 @@
+"""One attempt at a trial that some worker trains: its books are kept here, one evaluation at a time."""
+
+import shutil
+import threading
+import time
+import uuid
+from collections import deque
+
+from orchestrator.errors import TrialError
+from orchestrator.record import MetricPoint, TrialPaths, TrialResult, end_trial, read_result
+from orchestrator.spec.sections import TrackingSection
+from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
+from orchestrator.training.books import Books
+from orchestrator.training.events import Completed, Evaluated, Event, Failed, Left, Logged, Saved
+
+_LOOK_S = 0.5
+_RENEW_S = 5.0  # the host gives a lease up after 30 s
+
+
+class Claim:
+    """An attempt's right to a trial's folder, until another attempt claims it."""
+
+    def __init__(self, paths: TrialPaths, workers: Workers) -> None:
+        """Take it, and wait until no worker trains the trial for an earlier attempt."""
+        self.name = uuid.uuid4().hex
+        self._paths = paths
+        before = claim(paths, self.name)
+        if before is not None:
+            workers.evict(before)
+
+    @property
+    def holds(self) -> bool:
+        """Whether no other attempt has claimed the trial since."""
+        return is_claimed(self._paths, self.name)
+
+    def end(self) -> None:
+        """Give it up."""
+        if self.holds:
+            self._paths.lease.unlink()
+
+
+class RemoteTrial:
+    """Enters what the worker tells, up to the evaluation that was asked for: what came after it waits outside.
+
+    So the record of a trial that is stopped ends at the evaluation by which it was stopped, though its worker, which
+    waits for nobody, has gone on.
+    """
+
+    def __init__(
+        self, start: TrialResult, paths: TrialPaths, tracking: TrackingSection, workers: Workers, claim: Claim
+    ) -> None:
+        """Wait for a slot, and begin there.
+
+        Args:
+            start: the trial so far, as at the checkpoint that it goes on from; `start.config` is what to train.
+            paths: where it writes.
+            tracking: views of its records.
+            workers: have the slots.
+            claim: the right to the trial's folder.
+        """
+        self._paths = paths
+        self._claim = claim
+        self._inbox: deque[Event] = deque()
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._lease = workers.acquire(claim.name, start, paths)
+        with self._lock:
+            threading.Thread(target=self._attend, name="attend", daemon=True).start()
+            try:
+                self._books = Books(start, paths, tracking)
+            except BaseException:  # such as a tracker that is set wrongly
+                self._over.set()
+                self._lease.release()
+                raise
+
+    def next(self) -> MetricPoint | TrialResult:
+        """Go on to the next evaluation, or to the end, with which the last evaluation comes.
+
+        Raises:
+            TrialError: the trial has failed; its result is on disk.
+            AttemptLost: a fault from outside.
+        """
+        with self._lock:
+            while True:
+                event = self._next_event()
+                if isinstance(event, Left):
+                    self._leave()
+                    raise AttemptLost(event.lost or "another attempt has taken its place")
+                point = self._books.enter(event)
+                result = self._books.result
+                if isinstance(event, Completed):
+                    self._end()
+                    return result
+                if isinstance(event, Failed):
+                    self._end()
+                    raise TrialError(event.error, event.remedy)
+                if point is not None and point.step != result.total_steps:
+                    return point
+
+    def stop(self) -> None:
+        """Give the slot back, and close the books. Nothing if it is over."""
+        with self._lock:
+            if self._over.is_set():
+                return
+            untold = [*self._inbox, *self._lease.release()]
+            if self._claim.holds and self._paths.result.is_file():
+                self._settle(untold)
+            self._leave()
+
+    def _attend(self) -> None:
+        """Between questions: keep the slot, or give it back when the driver has put the result down.
+
+        Tune may keep this process, when it has stopped its trial, until there is another for it.
+        """
+        renewed = time.monotonic()
+        while not self._over.wait(_LOOK_S):
+            if self._paths.result.is_file():
+                self.stop()
+            elif time.monotonic() > renewed + _RENEW_S:
+                self._lease.renew()
+                renewed = time.monotonic()
+
+    def _next_event(self) -> Event:
+        try:
+            while not self._inbox:
+                self._inbox.extend(self._lease.events())
+        except AttemptLost:
+            self._lease.release()  # a worker that was out of reach for a moment trains on
+            self._leave()
+            raise
+        return self._inbox.popleft()
+
+    def _leave(self) -> None:
+        """Close the books, unless they are another attempt's by now."""
+        if self._claim.holds:
+            self._books.close()
+        self._end()
+
+    def _end(self) -> None:
+        self._over.set()
+        self._claim.end()
+
+    def _settle(self, untold: list[Event]) -> None:
+        """What the worker has made past the end of a stopped trial: count its steps, and take its files away."""
+        result = read_result(self._paths)
+        steps = [event.step for event in untold if isinstance(event, Logged | Evaluated | Saved | Left)]
+        end_trial(
+            self._paths, result.model_copy(update={"overshoot": max([0, *(step - result.step for step in steps)])})
+        )
+        for folder in self._paths.root.glob("adapters/step-*"):
+            if result.best is None or folder != self._paths.root / result.best.adapter:
+                shutil.rmtree(folder)

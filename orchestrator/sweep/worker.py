@@ -1,0 +1,120 @@
+"""The process that holds a base and trains on it; one a GPU, for the time of a sweep."""
+
+import os
+import socket
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from orchestrator.data import PreparedData
+from orchestrator.record import TrialPaths, TrialResult
+from orchestrator.spec import SweepSpec
+from orchestrator.training.events import Event, LeaseLost
+from orchestrator.training.log_file import output_to
+
+if TYPE_CHECKING:
+    from orchestrator.training.host import Host
+
+
+_LAST_EVENTS_S = 2.0
+
+
+class Worker:
+    """A Ray actor. Relays start trials on it, and hear of them by the lease that each of them holds.
+
+    Ray starts it anew when it dies; it must then be opened again.
+    """
+
+    def __init__(self) -> None:
+        """Begin to import what is heavy, while the driver makes tokens."""
+        if not ray.get_gpu_ids():  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._lock = threading.Lock()
+        self._host: Host | None = None
+        self._opened = 0, ""
+        self._output = ExitStack()
+        self._importing = threading.Thread(target=_import_libraries, daemon=True)
+        self._importing.start()
+
+    def open(
+        self, spec: SweepSpec, data: PreparedData, logs: str, slots: int, is_fixed: bool, gpus: float
+    ) -> tuple[int, str]:
+        """Begin to load the base; nothing if that was done before.
+
+        Args:
+            spec: the experiment.
+            data: its tokenised rows.
+            logs: folder for what this process prints.
+            slots: trials at a time.
+            is_fixed: whether that is settled; else fewer are taken where memory says so.
+            gpus: that this process has, perhaps a share of one.
+
+        Returns:
+            The slots there are, and why it is not more; nothing where it is as many as were asked for.
+        """
+        with self._lock:
+            if self._host is None:
+                self._importing.join()
+                from orchestrator.training.device import use_device
+                from orchestrator.training.host import Host, plan_slots
+
+                Path(logs).mkdir(parents=True, exist_ok=True)
+                self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
+                use_device(spec.resources.cpus_per_trial)
+                self._opened = (slots, "") if is_fixed else plan_slots(spec, data, slots)
+                self._host = Host(spec, data, self._opened[0], gpus, on_lost=_end_soon)
+            return self._opened
+
+    def free_slots(self) -> int | None:
+        """Trials that could be started now; None before it is opened."""
+        return None if self._host is None else self._host.free_slots()
+
+    def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
+        """See `Host`. A process whose training has ended for good makes room for a new one."""
+        if self._host is None:
+            return False
+        try:
+            return self._host.start(lease, start, paths)
+        except LeaseLost:
+            os._exit(1)
+
+    def events(self, lease: str, wait_s: float) -> list[Event] | None:
+        """See `Host`; None where there is no such lease."""
+        if self._host is None:
+            return None
+        try:
+            return self._host.events(lease, wait_s)
+        except LeaseLost:
+            return None
+
+    def renew(self, lease: str) -> None:
+        """See `Host`. A lease that is lost is told of by `events`."""
+        if self._host is None:
+            return
+        with suppress(LeaseLost):
+            self._host.renew(lease)
+
+    def release(self, lease: str) -> None:
+        """See `Host`."""
+        if self._host is not None:
+            self._host.release(lease)
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+
+def _end_soon() -> None:
+    """End the process, once relays have taken their trials' last events: Ray then makes a new one."""
+    time.sleep(_LAST_EVENTS_S)
+    os._exit(1)
+
+
+def _import_libraries() -> Any:
+    import orchestrator.training.host
+
+    return orchestrator.training.host

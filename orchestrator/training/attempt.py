@@ -1,0 +1,166 @@
+"""One go at a trial, from its base to its last event."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from peft import load_peft_weights, set_peft_model_state_dict
+
+from orchestrator.adapters.generate import exact_match
+from orchestrator.base import lease
+from orchestrator.errors import OrchestratorError
+from orchestrator.record import TrialPaths, TrialResult
+from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases
+from orchestrator.training.device import device_name, peak_memory_gib
+from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted
+from orchestrator.training.fast.pack import Pack, Work
+from orchestrator.training.loop import Ground, Loop, Seat, about, find_seat, open_loop
+from orchestrator.training.reporter import Reporter
+
+
+class Attempt:
+    """Trains one trial, and tells how it goes."""
+
+    def __init__(
+        self,
+        start: TrialResult,
+        paths: TrialPaths,
+        ground: Ground,
+        listener: Listener,
+        aside: Aside,
+        gpu_seconds: Callable[[], float],
+    ) -> None:
+        """
+        Args:
+            start: the trial so far, as at the checkpoint that it goes on from; `start.config` is what to train.
+            paths: where adapters and checkpoints go.
+            ground: what it trains on.
+            listener: hears of it.
+            aside: has files written.
+            gpu_seconds: that it has had.
+        """
+        self._start = start
+        self._config = start.config
+        self._paths = paths
+        self._ground = ground
+        self._aside = aside
+        self._gpu_seconds = gpu_seconds
+        self._reporter = Reporter(start, paths, listener, aside, self._usage, ground.tokenizer)
+        self._probed_gib = 0.0
+        self._shares = False
+
+    def run(self, shell: Any, find_seat: Callable[[], Seat | str | None]) -> Work:
+        """The trial as a pack's work. Nothing is raised but what ends the process: the last event says how it ended.
+
+        Args:
+            shell: a base of its own, from `base.shell`.
+            find_seat: its slot, or why it has none; see `loop.find_seat`.
+        """
+        tell = self._reporter.tell
+        try:
+            yield from self._train(shell, find_seat())
+        except OrchestratorError as error:
+            tell(Failed, error=error.message, remedy=error.remedy, traceback=None)
+        except Exception as error:
+            if _is_out_of_memory(error) and not self._shares:  # it will come again
+                tell(
+                    Failed,
+                    error=f"out of GPU memory at batch_size={self._config.training.batch_size}: {error}",
+                    remedy="Lower training.batch_size and raise accumulation, or set training.recompute: true.",
+                    traceback=None,
+                )
+            else:
+                print(traceback.format_exc())
+                tell(Left, step=self._reporter.step, lost=f"{type(error).__name__}: {error}")
+        except BaseException:  # Ctrl-C, or its pack ends
+            tell(Left, step=self._reporter.step, lost=None)
+            raise
+        else:
+            if self._reporter.stopped:
+                tell(Left, step=self._reporter.step, lost=None)
+            else:
+                tell(Completed)
+
+    def _train(self, shell: Any, seat: Seat | str | None) -> Work:
+        """Train an adapter on the shell, and have the best one answer."""
+        config, start, reporter = self._config, self._start, self._reporter
+        if isinstance(seat, Seat):
+            self._probed_gib = seat.plan.measured_gib  # an engine that stands does not probe again
+            self._shares = seat.engine.adapters.num_slots > 1
+        fields = about(seat) | {
+            "data_fingerprint": self._ground.data.fingerprint,
+            "device": device_name(),
+            "worker": f"{socket.gethostname()}:{os.getpid()}",
+        }
+        reporter.tell(Noted, fields=fields)
+        modules = expected_modules(shell, config.lora)
+        wanted = expected(config, modules, num_expected_biases(shell, config.lora, modules))
+        loop = open_loop(config, self._ground, shell, seat, self._paths.checkpoints, self._aside)
+
+        def measured() -> dict[str, float]:
+            is_searched = start.metric.removeprefix("eval/") in config.evaluation.metrics
+            return loop.measured() | (self._answers(loop) if is_searched else {})
+
+        def read_applied() -> dict[str, Any]:
+            live = loop.read_back()
+            compare(wanted, live)
+            return live
+
+        reporter.attach(loop.trainer, measured, read_applied, loop.adapter)
+        trains = start.step != start.total_steps  # the Trainer would make one step more than are left
+        if trains:
+            yield from loop.train(str(self._paths.root / start.checkpoint) if start.checkpoint else None)
+        metrics = config.evaluation.metrics
+        if metrics and start.metric.removeprefix("eval/") not in metrics and not reporter.stopped:
+            assert reporter.best is not None
+            self._aside.wait()  # until the best adapter is written
+            best = self._paths.adapter(reporter.best[1])
+            set_peft_model_state_dict(loop.trainer.model, load_peft_weights(str(best)))
+            reporter.tell(Answered, values=self._answers(loop))
+
+    def _answers(self, loop: Loop) -> dict[str, float]:
+        """Metrics by generation of the adapter in the trainer's model."""
+        model, data, config = loop.trainer.model, self._ground.data, self._config
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the fast engine lays it on the host
+                parameter.data = parameter.data.to(model.device)
+        prompts = data.prompts[: config.evaluation.rows]
+        new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
+        return {"eval/exact_match": exact_match(model, self._ground.tokenizer, prompts, new, batch)}
+
+    def _usage(self) -> tuple[float, float]:
+        return self._gpu_seconds(), max(peak_memory_gib(), self._probed_gib)
+
+
+def run_alone(
+    start: TrialResult,
+    paths: TrialPaths,
+    ground: Ground,
+    listener: Listener,
+    aside: Aside,
+    gpu_seconds: Callable[[], float],
+) -> None:
+    """Run a trial that has the process to itself. The arguments are those of `Attempt`."""
+    config, pack = start.config, Pack()
+
+    def seat() -> Seat | str | None:
+        found = find_seat(config, ground)
+        pack.engine = found.engine if isinstance(found, Seat) else None
+        return found
+
+    attempt = Attempt(start, paths, ground, listener, aside, gpu_seconds)
+    with lease(config.base, trains_biases=config.lora.bias != "none") as shell:
+        pack.join(attempt.run(shell, seat))
+        try:
+            while len(pack):
+                pack.turn()
+        finally:
+            pack.close()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

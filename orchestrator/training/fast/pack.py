@@ -1,0 +1,138 @@
+"""Many trials in one step: each gives what it needs next, and the engine does it for all of them together."""
+
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.training.fast.engine import Engine, Held, Pending
+from orchestrator.training.fast.row import Rows, Span
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step of a slot. Its answer is the list of `Pending`s of the passes that it took."""
+
+    slot: int
+    rows: Rows
+    indices: Sequence[int]
+    table: dict[str, float]
+    """The slot's values of `row.TABLE`, for the pass that ends the batch."""
+
+
+Task = Batch | Held
+"""What a trial needs next. The answer to `Held` is what `Engine.evaluate` measured."""
+
+Work = Generator[Task, Any, None]
+"""A trial: yields its tasks, is sent their answers, and ends by itself. Its own faults stay within it."""
+
+
+class Pack:
+    """Members whose steps are made together; each goes on as soon as its own task is done."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.engine = engine
+        """Does the tasks; None as long as no member has one."""
+        self._members: list[Member] = []
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def join(self, work: Work) -> None:
+        """Take a trial in: it begins here, up to its first task."""
+        self.add(Member(work))
+
+    def add(self, member: "Member") -> None:
+        """Take a trial in that has begun, unless it has ended before its first task."""
+        if member.task is not None:
+            self._members.append(member)
+
+    def turn(self) -> None:
+        """Evaluate for all members that ask for it, or else one pass of training.
+
+        A fault of the engine is a fault of all members.
+        """
+        assert self.engine is not None
+        asking = [member for member in self._members if isinstance(member.task, Held)]
+        try:
+            if asking:
+                held = [member.task for member in asking if isinstance(member.task, Held)]
+                answers: Sequence[Any] = self.engine.evaluate(held)
+            else:
+                asking = self._train(self.engine)
+                answers = [member.parts for member in asking]
+        except Exception as error:
+            for member in self._members:
+                member.fail(error)
+        else:
+            for member, answer in zip(asking, answers, strict=True):
+                member.go_on(answer)
+        self._members = [member for member in self._members if member.task is not None]
+
+    def close(self) -> None:
+        """End all members where they stand."""
+        for member in self._members:
+            member.work.close()
+        self._members.clear()
+
+    def _train(self, engine: Engine) -> list["Member"]:
+        """One pass: whole rows of each member's batch, as many as fit, those first that had none the last time.
+
+        Returns:
+            The members whose batches are done with it.
+        """
+        left = engine.max_tokens
+        spans: list[Span] = []
+        taken: list[Member] = []
+        for member in self._members:
+            span = member.take(left, first=not spans)
+            if span is not None:
+                spans.append(span)
+                taken.append(member)
+                left -= engine.whole_tiles(span.num_tokens)
+        pending = engine.step(spans)
+        for member in taken:
+            member.parts.append(pending)
+        self._members = [member for member in self._members if member not in taken] + taken
+        return [member for member in taken if not member.left]
+
+
+class Member:
+    """A trial and how far its task is done."""
+
+    def __init__(self, work: Work) -> None:
+        """It begins here, up to its first task: that may take a second, in any thread."""
+        self.task: Task | None = None
+        self.left: list[int] = []
+        self.parts: list[Pending] = []
+        self.work = work
+        self._first_token = 0
+        self.go_on(None)
+
+    def go_on(self, answer: Any) -> None:
+        """Give the answer to its task, and take the next one: None where the trial has ended."""
+        try:
+            self.task = self.work.send(answer)
+        except StopIteration:
+            self.task = None
+        if isinstance(self.task, Batch):
+            self.left, self.parts, self._first_token = list(self.task.indices), [], 0
+
+    def take(self, max_tokens: int, first: bool) -> Span | None:
+        """The next rows of its batch that fit; the first of a pass takes one row at least."""
+        task = self.task
+        assert isinstance(task, Batch)
+        fits = task.rows.fitting(self.left, max_tokens)
+        rows, self.left = self.left[: max(fits, int(first))], self.left[max(fits, int(first)) :]
+        if not rows:
+            return None
+        table = task.table if not self.left else task.table | {"applies": 0}
+        span = Span(task.slot, task.rows, rows, table, self._first_token)
+        self._first_token += span.num_tokens
+        return span
+
+    def fail(self, error: Exception) -> None:
+        """Have the trial end by this error."""
+        self.task = None
+        with suppress(StopIteration):
+            self.work.throw(error)

@@ -1,0 +1,180 @@
+"""Trials that train together on the embedded base, watched."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import DEMO, TINY
+from transformers import TrainerCallback
+
+from orchestrator.base import shell
+from orchestrator.data import prepare
+from orchestrator.spec import TrialConfig, load_spec
+from orchestrator.training.device import use_device
+from orchestrator.training.events import (
+    Aside,
+    AtOnce,
+)
+from orchestrator.training.fast.build import engine_for
+from orchestrator.training.fast.pack import Pack, Work
+from orchestrator.training.loop import Ground, Seat, open_loop
+
+LOSS, UPDATE = 1e-5, 1e-3
+"""What a trial beside others may differ by from itself alone: a loss, and an update to its norm."""
+
+COMMON = [
+    *TINY, "scheduler.kind=none", "search.space={}", "search.tied={}", "data.max_rows=60", "data.held_out={count: 20}",
+    "lora.dropout=0.1", "training.logging_steps=1", "training.save_steps=100", "training.batch_size=4",
+]  # fmt: skip
+"""40 rows: ten batches of four an epoch."""
+
+# Trials that are watched: each longer than an epoch.
+A = ["lora.rank=8", "lora.alpha=16", "training.steps=14", "training.eval_steps=6", "training.seed=1"]
+B = [
+    "lora.rank=5", "lora.alpha=20", "lora.target_modules=[q_proj, up_proj, down_proj]", "training.steps=12",
+    "training.eval_steps=5", "training.seed=2", "training.batch_size=3", "training.accumulation=2",
+    "training.weight_decay=0.1", "training.max_grad_norm=0.5", "training.schedule=cosine", "training.warmup=3",
+]  # fmt: skip
+# Trials beside them.
+OTHER = [
+    "lora.rank=16", "lora.alpha=4", "lora.dropout=0.4", "lora.target_modules=[q_proj, v_proj]", "training.steps=7",
+    "training.eval_steps=3", "training.seed=11", "training.batch_size=7", "training.accumulation=2",
+    "training.learning_rate=5e-3", "training.weight_decay=0.3", "training.max_grad_norm=0.01",
+    "training.schedule=linear", "training.warmup=2",
+]  # fmt: skip
+SINGLE = ["lora.rank=1", "lora.dropout=0", "training.batch_size=1", "training.steps=18", "training.eval_steps=4"]
+WILD = ["lora.rank=4", "training.learning_rate=1e30", "training.max_grad_norm=0", "training.steps=9"]
+LATE = ["lora.rank=12", "lora.alpha=1", "training.steps=5", "training.eval_steps=2", "training.seed=1"]
+
+
+def trial(*overrides: str) -> TrialConfig:
+    return load_spec(DEMO, [*COMMON, *overrides]).trial_config({})
+
+
+def open_ground() -> Ground:
+    """The demo's base and rows, in this process."""
+    use_device(1)
+    config = trial()
+    return Ground.of(config.base, prepare(config.data, config.base))
+
+
+@dataclass
+class Trained:
+    """What one trial showed."""
+
+    loop: Any
+    start: dict[str, torch.Tensor]
+    losses: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+    rates: dict[int, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    saved: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Step of a checkpoint -> weights and moments in the slot then."""
+    end: dict[str, torch.Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+    ended_at: int = 0
+
+    @property
+    def update(self) -> torch.Tensor:
+        return torch.cat([(self.end[name] - start).flatten() for name, start in self.start.items()])
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Keeps what a trial shows, and ends it at a step."""
+
+    def __init__(self, seen: Trained, stop_at: int | None, read: Callable[[], list[torch.Tensor]]) -> None:
+        self._seen = seen
+        self._stop_at = stop_at
+        self._read = read
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seen.ended_at = state.global_step
+        if state.global_step == self._stop_at:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self._seen.losses[state.global_step] = logs["loss"]
+            self._seen.norms[state.global_step] = logs["grad_norm"]
+            self._seen.rates[state.global_step] = logs["learning_rate"]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seen.evaluations[state.global_step] = self._seen.loop.measured()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seen.saved[state.global_step] = self._read()
+
+
+class Bench:
+    """A pack whose members are watched."""
+
+    def __init__(self, ground: Ground, folder: Path, num_slots: int, configs: Sequence[TrialConfig]) -> None:
+        self._ground = ground
+        self._folder = folder
+        self.engine, self.plan = engine_for(ground.base, configs, ground.train, ground.held_out, num_slots)
+        self.pack = Pack(self.engine)
+
+    @property
+    def flats(self) -> list[torch.Tensor]:
+        """Weights and moments, (slots, size) each."""
+        adapters = self.engine.adapters
+        return [adapters.weights, adapters.moment1, adapters.moment2]
+
+    def row(self, slot: int) -> list[torch.Tensor]:
+        """Weights and moments of a slot, copied."""
+        return [flat[slot].clone() for flat in self.flats]
+
+    def matrices(self, loop: Any) -> list[torch.Tensor]:
+        """The trial's own weights and moments in its slot, copied."""
+        return [matrix.clone() for flat in self.flats for matrix in loop._matrices(flat).values()]
+
+    def join(
+        self,
+        slot: int,
+        config: TrialConfig,
+        checkpoint: Path | None = None,
+        stop_at: int | None = None,
+        aside: Aside | None = None,
+        name: str = "",
+    ) -> Trained:
+        """Have a trial begin in a slot."""
+        lent, seat = shell(self._ground.base), Seat(slot, self.engine, self.plan)
+        checkpoints = self._folder / (name or str(slot))
+        loop = open_loop(config, self._ground, lent, seat, checkpoints, aside or AtOnce())
+        seen = Trained(loop, adapter(loop))
+        loop.trainer.add_callback(Watch(seen, stop_at, lambda: self.matrices(loop)))
+        self.pack.join(watched(seen, None if checkpoint is None else str(checkpoint)))
+        return seen
+
+    def turn(self, times: int) -> None:
+        for _ in range(times):
+            self.pack.turn()
+
+    def run(self) -> None:
+        """To the end of all members."""
+        while len(self.pack):
+            self.pack.turn()
+
+
+def watched(seen: Trained, checkpoint: str | None) -> Work:
+    """A trial whose fault is kept, as an attempt keeps it."""
+    try:
+        yield from seen.loop.train(checkpoint)
+    except Exception as error:
+        seen.error = error
+    seen.end = adapter(seen.loop)
+
+
+def adapter(loop: Any) -> dict[str, torch.Tensor]:
+    """The adapter in the trainer's model, copied."""
+    return {name: p.detach().clone() for name, p in loop.trainer.model.named_parameters() if p.requires_grad}
+
+
+def alone(ground: Ground, folder: Path, config: TrialConfig, checkpoint: Path | None = None) -> Trained:
+    """A trial in an engine of one slot."""
+    bench = Bench(ground, folder, 1, [config])
+    seen = bench.join(0, config, checkpoint)
+    bench.run()
+    return seen

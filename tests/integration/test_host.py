@@ -1,0 +1,440 @@
+"""The host of a pack: who gets a slot, what is told of it, and what becomes of those that cannot share or break."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packed import COMMON, LOSS, alone, open_ground, trial
+from safetensors.torch import load_file
+from tiny import DEMO
+
+from orchestrator.data import PreparedData
+from orchestrator.record import SweepPaths, TrialPaths, TrialResult
+from orchestrator.spec import SweepSpec, TrialConfig, load_spec
+from orchestrator.training import host as host_room
+from orchestrator.training.books import Books
+from orchestrator.training.events import (
+    END,
+    Answered,
+    Completed,
+    Evaluated,
+    Event,
+    Failed,
+    Left,
+    Logged,
+    Noted,
+    Saved,
+)
+from orchestrator.training.fast.engine import Engine
+from orchestrator.training.host import Host, LeaseLost
+from orchestrator.training.loop import Ground
+from orchestrator.training.trial import start_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ground() -> Ground:
+    return open_ground()
+
+
+@dataclass
+class Followed:
+    """A trial on a host, and its events."""
+
+    lease: str
+    paths: TrialPaths
+    start: TrialResult
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def end(self) -> Event | None:
+        return self.events[-1] if self.events and isinstance(self.events[-1], END) else None
+
+    def of(self, *kinds: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kinds)]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What was noted."""
+        noted: dict[str, Any] = {}
+        for event in self.of(Noted):
+            noted |= event.fields
+        return noted
+
+
+class Hosted:
+    """A host of two slots, followed as a relay would."""
+
+    def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData) -> None:
+        self.spec = spec
+        self.host = Host(spec, data, slots=2, gpus=0)
+        self._paths = SweepPaths(folder)
+        self.all: list[Followed] = []
+
+    def start(self, name: str, config: TrialConfig | None = None, again: bool = False) -> Followed | None:
+        """A trial in a slot, or None where none is free."""
+        paths = self._paths.trial(name)
+        lease = f"lease-{name}-{len(self.all)}"
+        if not again:
+            paths.root.mkdir(parents=True, exist_ok=True)
+        start = start_of(config or self.spec.trial_config({}), self.spec, paths)
+        if not self.host.start(lease, start, paths):
+            return None
+        followed = Followed(lease, paths, start)
+        self.all.append(followed)
+        return followed
+
+    def follow(self, until: Callable[[], object], *without: Followed | None, timeout_s: float = 200) -> None:
+        """Take the events of all, until this is so."""
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < deadline, [followed.events[-1:] for followed in self.all]
+            for followed in self.all:
+                if not followed.end and followed not in without:
+                    followed.events += self.host.events(followed.lease, 0.02)
+
+    def has_free(self) -> bool:
+        return self.host.free_slots() > 0
+
+
+HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def hosted_spec() -> SweepSpec:
+    return load_spec(
+        DEMO, [*COMMON, *HOSTED, "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"]
+    )
+
+
+@pytest.fixture
+def hosted(hosted_spec: SweepSpec, ground: Ground, tmp_path: Path) -> Iterator[Hosted]:
+    made = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
+    yield made
+    for followed in made.all:
+        made.host.release(followed.lease)
+    deadline = time.monotonic() + 30  # the base is shared by the tests
+    while made.host.free_slots() < 2 and made.host._lost is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    made.host._writer.jobs.join()
+
+
+def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:
+    one = hosted.start("one")
+    other = hosted.start("other", trial("lora.rank=4", "training.steps=4", "training.eval_steps=2", "training.seed=9"))
+    assert one
+    assert other
+    assert hosted.host.free_slots() == 0
+    assert hosted.start("third") is None
+    hosted.follow(hosted.has_free)
+    third = hosted.start("third", hosted.spec.trial_config({"lora.dropout": 0.3}))
+    assert third
+    hosted.follow(lambda: all(followed.end for followed in hosted.all))
+    for followed, steps, every in ((one, 6, 3), (other, 4, 2), (third, 6, 3)):
+        assert isinstance(followed.end, Completed)
+        assert [event.step for event in followed.of(Logged)] == list(range(1, steps + 1))
+        assert [event.step for event in followed.of(Evaluated)] == [every, 2 * every]
+        told = [type(event) for event in followed.of(Logged, Evaluated, Saved, Completed)]
+        if followed is not other:
+            assert told == [*[Logged] * 3, Evaluated, Saved] * 2 + [Completed]
+            assert [event.checkpoint for event in followed.of(Saved)] == [
+                f"checkpoints/checkpoint-{step}" for step in (3, 6)
+            ]
+        assert all(earlier.seconds <= later.seconds for earlier, later in pairwise(followed.events))
+        assert followed.fields["engine"] == "fast"
+        assert followed.fields["total_steps"] == steps
+        assert "alone" not in followed.fields
+        best = followed.of(Evaluated)[-1].adapter
+        assert (followed.paths.root / best / "adapter_model.safetensors").is_file()
+    for followed in (one, third):
+        solo = alone(ground, tmp_path / "alone", followed.start.config)
+        losses = {event.step: event.values["train/loss"] for event in followed.of(Logged)}
+        assert losses == pytest.approx(solo.losses, abs=LOSS)
+        for event in followed.of(Evaluated):
+            assert event.values["eval/loss"] == pytest.approx(solo.evaluations[event.step]["eval/loss"], abs=LOSS)
+
+
+@pytest.mark.parametrize("runs_alone", [False, True])
+def test_what_is_written_late_is_whole(hosted: Hosted, ground: Ground, tmp_path: Path, runs_alone: bool) -> None:
+    """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
+    gate = threading.Event()
+    hosted.host._writer.jobs.put((host_room._Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+    one = hosted.start("one", trial(*HOSTED, "lora.rank=32") if runs_alone else None)
+    assert one
+    deadline = time.monotonic() + (4 if runs_alone else 200)  # one that is alone waits for its files
+    while hosted.host.free_slots() < 2 and time.monotonic() < deadline:
+        hosted.host.renew(one.lease)
+        time.sleep(0.02)
+    told = hosted.host.events(one.lease, 0.0)
+    assert [event.fields.keys() for event in told if isinstance(event, Noted)] == [{"alone"}] * runs_alone
+    assert not (one.paths.root / "adapters").exists()
+    gate.set()
+    hosted.follow(lambda: one.end)
+    assert isinstance(one.end, Completed), one.end
+    for step in (3, 6):
+        assert (one.paths.checkpoints / f"checkpoint-{step}" / "optimizer.pt").is_file()
+    for folder in (one.paths.adapter(6), one.paths.checkpoints / "checkpoint-6"):
+        assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 7 * 4, "a matrix is missing"
+    solo = alone(ground, tmp_path / "alone", one.start.config, one.paths.checkpoints / "checkpoint-3")
+    losses = {event.step: event.values["train/loss"] for event in one.of(Logged) if event.step > 3}
+    assert losses == pytest.approx(solo.losses, abs=2e-6)
+
+
+def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(hosted: Hosted) -> None:
+    """Also where SFTTrainer's optimizer has gone on meanwhile, in the tensors of the model itself."""
+    gate = threading.Event()
+    hosted.host._writer.jobs.put((host_room._Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+    one = hosted.start("one", trial(*HOSTED, "training.engine=trl"))
+    assert one
+    deadline = time.monotonic() + 200
+    while hosted.host.free_slots() < 2 and time.monotonic() < deadline:
+        hosted.host.renew(one.lease)
+        time.sleep(0.02)
+    gate.set()
+    hosted.follow(lambda: one.end)
+    assert isinstance(one.end, Completed), one.end
+    for step in (3, 6):
+        late, saved = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (one.paths.adapter(step), one.paths.checkpoints / f"checkpoint-{step}")
+        )
+        assert late.keys() == saved.keys()
+        assert all(torch.equal(late[name], saved[name]) for name in saved)
+
+
+def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:
+    """With the best adapter, read back from disk once it is written."""
+    asks = ["evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 3}", "training.learning_rate=3e-2"]
+    answering = hosted.start("answering", trial(*HOSTED, *asks))
+    other = hosted.start("other", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=12)))
+    assert answering
+    assert other
+    hosted.follow(lambda: answering.end and other.end)
+    told = [type(event) for event in answering.of(Saved, Answered, Completed)]
+    assert told == [Saved, Saved, Answered, Completed]
+    assert answering.of(Answered)[0].values.keys() == {"eval/exact_match"}
+    solo = alone(ground, tmp_path / "alone", other.start.config)
+    losses = {event.step: event.values["train/loss"] for event in other.of(Logged)}
+    assert losses == pytest.approx(solo.losses, abs=LOSS)
+
+
+def test_a_released_lease_leaves_and_frees_its_slot(hosted: Hosted) -> None:
+    long = hosted.start("long", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=500)))
+    other = hosted.start("other")
+    assert long
+    assert other
+    hosted.follow(lambda: long.of(Logged))
+    hosted.host.release(long.lease)
+    hosted.follow(lambda: long.end and other.end)
+    assert isinstance(long.end, Left)
+    assert long.end.lost is None
+    assert 1 <= long.end.step < 500
+    assert isinstance(other.end, Completed)
+    hosted.follow(lambda: hosted.host.free_slots() == 2)
+
+
+def test_a_trial_that_was_left_goes_on_from_its_checkpoint(hosted: Hosted) -> None:
+    whole, left = hosted.start("whole"), hosted.start("left")
+    assert whole
+    assert left
+    books = Books(left.start, left.paths, hosted.spec.tracking)
+    hosted.follow(lambda: left.of(Saved))
+    hosted.host.release(left.lease)
+    hosted.follow(lambda: left.end and whole.end)
+    for event in left.events:
+        books.enter(event)
+        if isinstance(event, Saved):
+            break
+    again = hosted.start("left", again=True)
+    assert again
+    assert again.start.step == 3
+    hosted.follow(lambda: again.end)
+    assert isinstance(again.end, Completed)
+    losses = {event.step: event.values["train/loss"] for event in again.of(Logged)}
+    expected = {event.step: event.values["train/loss"] for event in whole.of(Logged) if event.step > 3}
+    assert losses == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no task: nothing is asked of the engine, and the host goes on."""
+    step, sent = Engine.step, []
+
+    def watched_step(engine: Engine, spans: Any) -> Any:
+        sent.append(len(spans))
+        return step(engine, spans)
+
+    monkeypatch.setattr(Engine, "step", watched_step)
+    one = hosted.start("one")
+    assert one
+    hosted.follow(lambda: one.end)
+    books = Books(one.start, one.paths, hosted.spec.tracking)
+    for event in one.events[:-1]:
+        books.enter(event)
+    books.close()
+    again = hosted.start("one", again=True)
+    assert again
+    assert again.start.step == again.start.total_steps == 6
+    hosted.follow(lambda: again.end)
+    assert isinstance(again.end, Completed)
+    assert not again.of(Logged)
+    after = hosted.start("after")
+    assert after
+    hosted.follow(lambda: after.end)
+    assert isinstance(after.end, Completed)
+    assert sent == [1] * 12
+
+
+def test_a_new_lease_on_a_trial_ends_the_earlier_one(hosted: Hosted) -> None:
+    """Its relay is gone, and did not say so."""
+    one = hosted.start("one", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000)))
+    assert one
+    hosted.follow(lambda: one.of(Logged))
+    again = hosted.start("one")
+    assert again
+    hosted.follow(lambda: one.end and again.end)
+    assert isinstance(one.end, Left)
+    assert one.end.lost is None
+    assert isinstance(again.end, Completed)
+
+
+def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = hosted.start("heard")
+    assert heard
+    hosted.follow(lambda: heard.of(Logged))  # the base is loaded
+    monkeypatch.setattr(host_room, "LEASE_S", 2.0)
+    forever = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
+    unheard = hosted.start("unheard", forever)
+    assert unheard
+    hosted.follow(lambda: heard.end, unheard)
+    renewed = hosted.start("renewed", forever)
+    assert renewed
+    deadline = time.monotonic() + 200
+    while not hosted.has_free():
+        hosted.host.renew(renewed.lease)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    hosted.follow(lambda: len(renewed.of(Logged)) > 2, unheard)
+    assert renewed.end is None
+    events = hosted.host.events(unheard.lease, 0.0)
+    assert isinstance(events[-1], Left)
+    assert events[-1].lost is None
+    time.sleep(2.1)
+    hosted.host.start("new", renewed.start, hosted._paths.trial("new"))
+    with pytest.raises(LeaseLost, match="is unknown here"):
+        hosted.host.events(unheard.lease, 0.0)
+    hosted.host.release("new")
+
+
+def training(spec: SweepSpec, **values: Any) -> dict[str, Any]:
+    return {"training": spec.training.model_copy(update=values)}
+
+
+ALONE = {
+    "biases": (["lora.bias=all"], "lora.bias all", "trl"),
+    "trl": (["training.engine=trl"], "training.engine is trl", "trl"),
+    "another base": (["base.quantization=none"], "its base is another than that of the trials beside it", "fast"),
+    "a larger rank": (["lora.rank=32"], "its rank or its layers are more than the slots were made for", "fast"),
+    "per layer": (
+        ["training.dequantise=per_layer"],
+        "training.dequantise is another than that of the trials beside it",
+        "fast",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_trial_that_cannot_share_runs_alone_and_others_go_on_afterwards(hosted: Hosted, kind: str) -> None:
+    overrides, reason, engine = ALONE[kind]
+    steps = ["training.steps=2", "training.eval_steps=2"]
+    before = hosted.start("before")
+    odd = hosted.start("odd", trial(*steps, *overrides))
+    assert before
+    assert odd
+    hosted.follow(hosted.has_free)
+    after = hosted.start("after")
+    assert after
+    hosted.follow(lambda: all(followed.end for followed in hosted.all))
+    assert [type(followed.end) for followed in hosted.all] == [Completed] * 3
+    assert odd.fields["alone"] == reason
+    assert odd.fields["engine"] == engine
+    assert [event.step for event in odd.of(Evaluated)] == [2]
+    assert all("alone" not in followed.fields for followed in (before, after))
+    one, other = ([event.values for event in followed.of(Logged, Evaluated)] for followed in (before, after))
+    assert [values.keys() for values in one] == [values.keys() for values in other]
+    for values, same in zip(one, other, strict=True):
+        assert values == pytest.approx(same, rel=1e-4), "the base is as it was"
+
+
+@pytest.mark.parametrize("place", ["adapters", "checkpoints"])
+def test_a_fault_in_writing_ends_only_that_trial(hosted: Hosted, place: str) -> None:
+    sound = hosted.start("sound")
+    broken = hosted.start("broken", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000)))
+    assert sound
+    assert broken
+    (broken.paths.root / place).write_text("no folder")
+    hosted.follow(lambda: sound.end and broken.end)
+    assert isinstance(sound.end, Completed)
+    assert isinstance(broken.end, Left)
+    assert broken.end.lost is not None
+    assert broken.end.lost.startswith(("FileExistsError", "NotADirectoryError"))
+    assert not broken.of(Saved)
+    hosted.follow(lambda: hosted.host.free_slots() == 2)
+    after = hosted.start("after")
+    assert after
+    hosted.follow(lambda: after.end)
+    assert isinstance(after.end, Completed)
+
+
+def test_a_trial_that_fails_takes_no_other_along(hosted: Hosted) -> None:
+    sound = hosted.start("sound")
+    wild = hosted.start("wild", trial("training.learning_rate=1e30", "training.max_grad_norm=0"))
+    assert sound
+    assert wild
+    hosted.follow(lambda: sound.end and wild.end)
+    assert isinstance(sound.end, Completed)
+    assert isinstance(wild.end, Failed)
+    assert "at step" in wild.end.error
+    assert wild.end.traceback is None
+
+
+def test_a_trial_of_unknown_layers_fails_alone(hosted: Hosted) -> None:
+    sound, wrong = hosted.start("sound"), hosted.start("wrong", trial("lora.target_modules=[w_proj]"))
+    assert sound
+    assert wrong
+    hosted.follow(lambda: sound.end and wrong.end)
+    assert isinstance(sound.end, Completed)
+    assert isinstance(wrong.end, Failed)
+    assert "w_proj" in wrong.end.error
+
+
+def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, done = Engine.step, 0
+
+    def faulty(engine: Engine, spans: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 4:
+            raise RuntimeError("the device is gone")
+        return step(engine, spans)
+
+    monkeypatch.setattr(Engine, "step", faulty)
+    pair = hosted.start("one"), hosted.start("other")
+    hosted.follow(lambda: all(followed and followed.end for followed in pair))
+    for followed in pair:
+        assert followed
+        assert isinstance(followed.end, Left)
+        assert followed.end.lost == "RuntimeError: the device is gone"
+    hosted.follow(lambda: hosted.host.free_slots() == 2)
+    after = hosted.start("after")
+    assert after
+    hosted.follow(lambda: after.end)
+    assert isinstance(after.end, Completed)

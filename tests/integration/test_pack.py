@@ -1,0 +1,278 @@
+"""Packs of trials on the CPU in float32, dropout on: each has the numbers that it has alone."""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained, alone, open_ground, trial
+
+from orchestrator.errors import TrialError
+from orchestrator.training import host as host_room
+from orchestrator.training.events import (
+    Aside,
+)
+from orchestrator.training.fast.build import release
+from orchestrator.training.fast.engine import Engine, Held
+from orchestrator.training.loop import Ground
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ground() -> Ground:
+    return open_ground()
+
+
+def assert_same(seen: Trained, solo: Trained, loss: float = LOSS, update: float = UPDATE) -> None:
+    """Each step's loss, norm and rate, each evaluation, and the final update."""
+    assert seen.error is None
+    for name, bound in (("rates", 0.0), ("losses", loss)):
+        found, expected = getattr(seen, name), getattr(solo, name)
+        assert found.keys() == expected.keys()
+        assert max(abs(found[step] - expected[step]) for step in expected) <= bound, name
+    assert seen.norms == pytest.approx(solo.norms, rel=1e-3)
+    assert seen.evaluations.keys() == solo.evaluations.keys()
+    for step, values in solo.evaluations.items():
+        assert seen.evaluations[step]["eval/loss"] == pytest.approx(values["eval/loss"], abs=loss)
+        # One token in 150 may be as likely as another.
+        assert seen.evaluations[step]["eval/token_accuracy"] == pytest.approx(values["eval/token_accuracy"], abs=8e-3)
+    assert all(torch.equal(seen.start[name], start) for name, start in solo.start.items())
+    assert solo.update.norm() > 0.1
+    assert (seen.update - solo.update).norm() <= update * solo.update.norm()
+
+
+def bits(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """NaN is equal to itself."""
+    return [tensor.contiguous().view(torch.int32) for tensor in tensors]
+
+
+def assert_to_the_digit(seen: Trained, other: Trained) -> None:
+    assert seen.error is None
+    assert (seen.losses, seen.norms, seen.evaluations) == (other.losses, other.norms, other.evaluations)
+    assert seen.end.keys() == other.end.keys()
+    assert all(torch.equal(seen.end[name], end) for name, end in other.end.items())
+
+
+# One slot among others, against the same trial alone
+
+
+@pytest.fixture(scope="module")
+def solos(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    return {name: alone(ground, tmp_path_factory.mktemp(name), trial(*of)) for name, of in (("A", A), ("B", B))}
+
+
+ALL = [trial(*each) for each in (A, B, OTHER, SINGLE, WILD, LATE)]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "max_tokens"), [("A", "B", None), ("B", "A", None), ("A", "B", 150)],
+    ids=["A first", "A last", "several passes a batch"],
+)  # fmt: skip
+def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
+    ground: Ground,
+    solos: dict[str, Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    last: str,
+    max_tokens: int | None,
+) -> None:
+    """Of eight. Beside them: other trials, one that leaves, one that diverges, one that is poisoned, one that joins."""
+    evaluate, asked = Engine.evaluate, []
+
+    def watched_evaluate(engine: Engine, held: Sequence[Held]) -> list[tuple[float, float]]:
+        asked.append([each.slot for each in held])
+        return evaluate(engine, held)
+
+    monkeypatch.setattr(Engine, "evaluate", watched_evaluate)
+    bench = Bench(ground, tmp_path, 8, ALL)
+    if max_tokens is not None:
+        monkeypatch.setattr(bench.engine, "max_tokens", max_tokens)
+    configs = {"A": trial(*A), "B": trial(*B)}
+    others = {
+        3: bench.join(3, trial(*OTHER)),
+        5: bench.join(5, trial(*WILD)),
+        2: bench.join(2, trial(*SINGLE), stop_at=6),
+    }
+    seen = {last: bench.join(7, configs[last]), first: bench.join(0, configs[first])}
+    poisoned = bench.join(4, trial(*LATE, "training.seed=5", "training.steps=30"))
+    bench.turn(5)
+    others[1] = bench.join(1, trial(*LATE))
+    bench.engine.adapters.weights[4, :100] = math.nan
+    bench.run()
+    for name, each in seen.items():
+        assert_same(each, solos[name])
+    assert isinstance(others[5].error, TrialError)
+    assert isinstance(poisoned.error, TrialError)
+    assert "is nan at step" in str(poisoned.error)
+    assert (others[2].error, others[2].ended_at) == (None, 6)
+    assert (others[1].error, others[1].ended_at) == (None, 5)
+    assert (others[3].error, others[3].ended_at) == (None, 7)
+    assert any(not {0, 7} & set(slots) for slots in asked), "at other steps"
+    if max_tokens is None:
+        assert any(len(slots) > 1 for slots in asked), "evaluations of several were one"
+
+
+def test_beside_a_first_slot_that_diverged_all_go_on_as_alone(
+    ground: Ground, solos: dict[str, Trained], tmp_path: Path
+) -> None:
+    """The rest of a row is computed as the first slot's."""
+    bench = Bench(ground, tmp_path, 3, ALL)
+    sick = bench.join(0, trial(*WILD))
+    seen = {"A": bench.join(1, trial(*A)), "B": bench.join(2, trial(*B))}
+    bench.run()
+    assert isinstance(sick.error, TrialError)
+    assert not bench.engine.adapters.weights[0].isfinite().all() or not bench.engine.adapters.weights[0].abs().max() < 1
+    for name, each in seen.items():
+        assert_same(each, solos[name])
+
+
+def test_the_same_trial_in_all_slots_is_the_same_trial(
+    ground: Ground, solos: dict[str, Trained], tmp_path: Path
+) -> None:
+    bench = Bench(ground, tmp_path, 3, ALL)
+    seen = [bench.join(slot, trial(*B)) for slot in range(3)]
+    bench.run()
+    for each in seen:
+        assert_same(each, solos["B"])
+
+
+# What is idle, freed, and used again
+
+
+def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: Ground, tmp_path: Path) -> None:
+    """Nor does the filler of ranks and layers that a trial has not."""
+    release(ground.base)
+    bench = Bench(ground, tmp_path, 5, ALL)
+    idle, short, sick, long, late = range(5)
+    for flat in bench.flats:
+        flat[idle].uniform_(0.1, 1.0)
+    before = bench.row(idle)
+    bench.join(short, trial(*OTHER, "training.weight_decay=0.5"), stop_at=4)
+    failing = bench.join(sick, trial(*WILD))
+    last = bench.join(long, trial(*B, "training.weight_decay=0.5"))
+    while last.ended_at < 6:
+        bench.turn(1)
+    assert failing.error is not None
+    freed = {slot: bench.row(slot) for slot in (short, sick)}
+    assert freed[short][1].any()
+    assert bench.engine.adapters.gradients.isfinite().all(1).tolist()[3]
+    bench.join(late, trial(*LATE))
+    bench.run()
+    for slot, rows in {idle: before, **freed}.items():
+        assert all(map(torch.equal, bits(bench.row(slot)), bits(rows))), f"slot {slot} changed"
+    for flat in bench.flats:
+        for matrix in last.loop._matrices(flat).values():
+            assert matrix.any()
+            matrix.zero_()
+        assert not flat[long].any(), "what is not the trial's own stays zero"
+
+
+def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) -> None:
+    """To the digit: after a trial of another rank with NaN everywhere, and after one that broke off within a batch."""
+    release(ground.base)
+    fresh = Bench(ground, tmp_path, 3, ALL)
+    expected = fresh.join(1, trial(*A))
+    fresh.run()
+
+    release(ground.base)
+    bench = Bench(ground, tmp_path, 3, ALL)
+    assert bench.engine is not fresh.engine
+    bench.join(1, trial(*OTHER, "training.learning_rate=1e-2"), stop_at=6)
+    sick = bench.join(1, trial(*WILD))
+    while sick.error is None:
+        bench.turn(1)
+    bench.pack.close()
+    for flat in (*bench.flats, bench.engine.adapters.gradients):
+        flat[1] = math.nan
+    again = bench.join(1, trial(*A))
+    bench.run()
+    assert_to_the_digit(again, expected)
+
+    bench.join(1, trial(*OTHER))
+    whole, bench.engine.max_tokens = bench.engine.max_tokens, 40
+    bench.turn(2)
+    bench.pack.close()
+    assert bench.engine.adapters.gradients[1].any(), "within its batch"
+    bench.engine.max_tokens = whole
+    again = bench.join(1, trial(*A))
+    bench.run()
+    assert_to_the_digit(again, expected)
+
+
+# Checkpoints
+
+
+def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
+    """The host's writer for one trial, which begins when it is told, and how to wait for it."""
+    writer = host_room._Writer()
+    lease: Any = host_room._Lease(0, None, None)  # type: ignore[arg-type]
+    gate = threading.Event()
+    writer.jobs.put((lease, lambda: (gate.wait(300), None)[1]))
+    return host_room._Aside(writer, lease), gate, writer.jobs.join
+
+
+def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str, Trained], tmp_path: Path) -> None:
+    """It is written when the trial has long gone on."""
+    aside, gate, written = host_aside()
+    bench = Bench(ground, tmp_path / "pack", 3, ALL)
+    bench.join(0, trial(*OTHER))
+    whole = bench.join(2, trial(*A, "training.save_steps=9"), aside=aside, name="A")
+    bench.run()
+    checkpoint = tmp_path / "pack" / "A" / "checkpoint-9"
+    assert not checkpoint.exists()
+    gate.set()
+    written()
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint-14", "checkpoint-9"]
+
+    single = Bench(ground, tmp_path / "alone", 1, [trial(*A)])
+    resumed = single.join(0, trial(*A), checkpoint)
+    assert all(map(torch.equal, single.matrices(resumed.loop), whole.saved[9])), "weights or moments are others"
+    single.run()
+    for other in (whole, solos["A"]):
+        assert_goes_on(resumed, other, 9)
+
+
+def test_a_checkpoint_from_alone_goes_on_in_a_pack(ground: Ground, tmp_path: Path) -> None:
+    single = Bench(ground, tmp_path / "alone", 1, [trial(*B)])
+    whole = single.join(0, trial(*B, "training.save_steps=7"))
+    single.run()
+    bench = Bench(ground, tmp_path / "pack", 4, ALL)
+    bench.join(0, trial(*OTHER))
+    bench.turn(3)
+    resumed = bench.join(3, trial(*B), tmp_path / "alone" / "0" / "checkpoint-7")
+    bench.join(1, trial(*LATE))
+    assert all(map(torch.equal, bench.matrices(resumed.loop), whole.saved[7])), "weights or moments are others"
+    bench.run()
+    assert_goes_on(resumed, whole, 7)
+
+
+def assert_goes_on(resumed: Trained, whole: Trained, step: int) -> None:
+    """To a millionth: a pack sums in another order."""
+    assert resumed.error is None
+    assert resumed.losses == pytest.approx({at: loss for at, loss in whole.losses.items() if at > step}, abs=2e-6)
+    assert resumed.rates == {at: rate for at, rate in whole.rates.items() if at > step}
+    assert resumed.evaluations.keys() == {at for at in whole.evaluations if at > step}
+    for at, values in resumed.evaluations.items():
+        assert values["eval/loss"] == pytest.approx(whole.evaluations[at]["eval/loss"], abs=2e-6)
+    for name, end in whole.end.items():
+        assert (resumed.end[name] - end).norm() <= 1e-4 * end.norm()
+
+
+def test_a_trial_goes_on_in_the_same_place_to_the_digit(ground: Ground, tmp_path: Path) -> None:
+    aside, gate, written = host_aside()
+    bench = Bench(ground, tmp_path, 3, ALL)
+    whole = bench.join(1, trial(*A, "training.save_steps=7"), aside=aside)
+    bench.run()
+    gate.set()
+    written()
+    bench = Bench(ground, tmp_path, 3, ALL)
+    resumed = bench.join(1, trial(*A), tmp_path / "1" / "checkpoint-7")
+    bench.run()
+    assert resumed.losses == {at: loss for at, loss in whole.losses.items() if at > 7}
+    assert resumed.evaluations == {at: values for at, values in whole.evaluations.items() if at > 7}
+    assert all(torch.equal(resumed.end[name], end) for name, end in whole.end.items())

@@ -1,0 +1,271 @@
+"""Trials that train together in workers, each a trial of Ray Tune: none is lost, no slot leaks, whatever dies."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, open_sweep, read_metrics, read_trial
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep import fleet, run
+from orchestrator.sweep.keeper import ResultKeeper
+from orchestrator.sweep.schedulers import make_scheduler
+from orchestrator.sweep.worker import Worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+Tiny = Callable[..., SweepSpec]
+RATES = [3e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 1e-6]
+GRID = ["search={algorithm: grid}", f"search.space.training.learning_rate={{grid: {RATES}}}", "scheduler.kind=none"]
+
+
+class Witness:
+    """Sees what Tune and the driver see, in this process."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.reports: list[tuple[str, int, int]] = []
+        """Trial, step, and process id of its relay, of each report."""
+        self.modules: set[str] = set()
+        """Heavy libraries that a relay has imported."""
+        self.most_at_once = 0
+        self.free: list[int | None] = []
+        """Slots of each worker that are free at the end of the sweep."""
+        self.on_report: Callable[[str, int, int], None] | None = None
+
+    def run(self, spec: SweepSpec, folder: SweepPaths) -> SweepRecord:
+        return run.run_sweep(spec, folder, lambda _: None, say=self.said.append)
+
+
+@pytest.fixture
+def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
+    import ray
+
+    found = Witness()
+
+    class Keeper(ResultKeeper):
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+            found.reports.append((trial.trial_id, result["step"], result["pid"]))
+            found.most_at_once = max(found.most_at_once, sum(each.status == "RUNNING" for each in trials))
+            relay = trial.temporary_state.ray_actor
+            if relay is not None:  # it is paused
+                found.modules |= ray.get(relay.__ray_call__.remote(heavy_modules))
+            if found.on_report:
+                found.on_report(trial.trial_id, result["step"], result["pid"])
+
+    def end(self: fleet.Fleet) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            found.free = ray.get([handle.free_slots.remote() for handle in self._handles])
+            if sum(slots or 0 for slots in found.free) == self._layout.slots * len(self._handles):
+                break
+            time.sleep(0.2)
+        ends(self)
+
+    ends = fleet.Fleet.end
+    monkeypatch.setattr(run, "ResultKeeper", Keeper)
+    monkeypatch.setattr(fleet.Fleet, "end", end)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return found
+
+
+def heavy_modules(_: Any) -> set[str]:
+    """Runs in the process of a relay."""
+    return {"torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "optuna"} & set(sys.modules)
+
+
+def evaluations(record: SweepRecord, trial: TrialResult) -> dict[int, float]:
+    """Recorded step -> loss; each step once, in order."""
+    points = [p for p in read_metrics(record.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
+    steps = [point.step for point in points]
+    assert steps == sorted(set(steps)), f"{trial.trial_id} recorded {steps}"
+    return {point.step: point.values["eval/loss"] for point in points}
+
+
+def assert_all_complete(record: SweepRecord, number: int, steps: int) -> None:
+    trials = record.trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * number
+    for trial in trials:
+        assert list(evaluations(record, trial)) == list(range(4, steps + 1, 4))
+        logged = [p.step for p in read_metrics(record.paths.trial(trial.trial_id)) if "train/loss" in p.values]
+        assert logged == list(range(2, steps + 1, 2))
+        assert not record.paths.trial(trial.trial_id).lease.exists()
+
+
+def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
+    spec = tiny(*GRID, "scheduler.kind=asha", "training.steps=16", "resources.max_concurrent=4")
+    record = witness.run(spec, folder)
+    trials = record.trials()
+    assert len(trials) == 8
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
+    assert witness.said == [witness.said[0]]
+    assert "4 trials at a time" in witness.said[0]
+    assert witness.most_at_once <= 4
+    assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
+    assert len({relay for _, _, relay in witness.reports}) <= 5, "relays are reused"
+    assert witness.modules == set(), "a relay imports nothing heavy"
+    for trial in trials:
+        losses, paths = evaluations(record, trial), record.paths.trial(trial.trial_id)
+        assert trial.step == max(losses), "the record ends at the last evaluation that was reported"
+        reported = {step for name, step, _ in witness.reports if name == trial.trial_id}
+        assert set(losses) - {16} == reported - {16}
+        assert not paths.checkpoints.exists()
+        assert [folder.name for folder in (paths.root / "adapters").iterdir()] == [f"step-{trial.best.step}"]  # type: ignore[union-attr]
+    stopped = {trial.trial_id: trial.step for trial in trials if trial.state == TrialState.STOPPED}
+    assert stopped == replayed(spec, record, witness.reports), "the same reports in the same order stop the same trials"
+
+
+def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int, int]]) -> dict[str, int]:
+    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports."""
+    scheduler = make_scheduler(spec)
+    scheduler.set_search_properties("eval/loss", "min")
+    losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
+    stopped = {}
+    for name, step, _ in reports:
+        trial = Told(trial_id=name, is_finished=lambda: False)
+        result = {"step": step, "eval/loss": losses[name][step], "training_iteration": 1}
+        if step == 4:
+            scheduler.on_trial_add(None, trial)
+        if step == spec.training.steps:
+            scheduler.on_trial_complete(None, trial, result | {"eval/loss": min(losses[name].values())})
+        elif scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+            stopped[name] = step
+    return stopped
+
+
+class Told(SimpleNamespace):
+    """A trial as far as a scheduler asks."""
+
+    def __hash__(self) -> int:
+        return hash(self.trial_id)
+
+
+def test_relay_is_killed(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
+    killed: list[tuple[str, int]] = []
+
+    def kill(trial: str, step: int, relay: int) -> None:
+        if step == 8 and not killed:
+            killed.append((trial, relay))
+            os.kill(relay, signal.SIGKILL)
+
+    witness.on_report = kill
+    spec = tiny(*GRID, "training.steps=16", "resources.max_concurrent=4")
+    record = witness.run(spec, folder)
+    ((name, relay),) = killed
+    assert_all_complete(record, 8, 16)
+    assert len({pid for trial, _, pid in witness.reports if trial == name}) == 2, "another relay went on"
+    assert relay not in [pid for trial, step, pid in witness.reports if trial == name and step > 8]
+    assert sum(slots or 0 for slots in witness.free) == 4, "the dead relay's slot is still held"
+
+
+def test_worker_is_killed_with_eight_members(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
+    workers: list[str] = []
+    reached: set[str] = set()
+
+    def kill(trial: str, *_: int) -> None:
+        reached.add(trial)
+        if len(reached) == 8 and not workers:
+            worker = read_trial(folder.trial(trial), open_sweep(folder.root).info).worker
+            assert worker is not None
+            workers.append(worker)
+            os.kill(int(worker.rpartition(":")[2]), signal.SIGKILL)
+
+    witness.on_report = kill
+    spec = tiny(
+        *GRID, "training.steps=16", "resources.cpus_per_trial=2", "resources.trials_per_gpu=8", "training.save_steps=4"
+    )
+    record = witness.run(spec, folder)
+    assert workers
+    assert_all_complete(record, 8, 16)
+    assert workers[0] not in {trial.worker for trial in record.trials()}
+    assert sum(slots or 0 for slots in witness.free) == 8
+
+
+class SlowWorker(Worker):
+    """One that takes its time with each release."""
+
+    def release(self, lease: str) -> None:
+        time.sleep(3)
+        super().release(lease)
+
+
+def test_a_release_that_takes_three_seconds_leaks_nothing(
+    witness: Witness, tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "Worker", SlowWorker)
+    spec = tiny(*GRID, "scheduler.kind=asha", "training.steps=40", "resources.max_concurrent=2")
+    record = witness.run(spec, folder)
+    trials = record.trials()
+    stopped = [trial for trial in trials if trial.state == TrialState.STOPPED]
+    assert len(trials) == 8
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
+    assert sum(slots or 0 for slots in witness.free) == 2
+    assert any(trial.overshoot for trial in stopped), "the worker goes on while it is being released"
+    for trial in stopped:
+        assert trial.step in (4, 8, 16, 32)
+        assert max(evaluations(record, trial)) == trial.step
+        assert not record.paths.trial(trial.trial_id).checkpoints.exists()
+
+
+def test_population_based_training_goes_on_from_the_donor(
+    witness: Witness, tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    exploits: list[tuple[str, str, int, float]] = []
+    """Loser, donor, the donor's step, and the new learning rate."""
+
+    class Pbt(PopulationBasedTraining):  # type: ignore[misc]  # ray is untyped
+        def _exploit(self, controller: Any, trial: Any, donor: Any) -> None:
+            super()._exploit(controller, trial, donor)
+            step = self._trial_state[donor].last_result["step"]
+            exploits.append((trial.trial_id, donor.trial_id, step, trial.config["training.learning_rate"]))
+
+    def scheduler(_: SweepSpec) -> Any:
+        return Pbt(
+            time_attr="step",
+            perturbation_interval=8,
+            hyperparam_mutations={"training.learning_rate": RATES},
+            custom_explore_fn=lambda config: (
+                config | {"training.learning_rate": 0.75 * config["training.learning_rate"]}
+            ),
+            resample_probability=0,
+            quantile_fraction=0.5,
+        )
+
+    monkeypatch.setattr(run, "make_scheduler", scheduler)
+    rates = [3e-3, 2e-3, 1e-5, 1e-6]
+    spec = tiny(
+        "search={algorithm: grid}",
+        f"search.space.training.learning_rate={{grid: {rates}}}",
+        "scheduler.kind=none",
+        "training.steps=40",
+        "training.schedule=constant",
+        "resources.max_concurrent=4",
+    )
+    record = witness.run(spec, folder)
+    assert sum(slots or 0 for slots in witness.free) == 4
+    trials = {trial.trial_id: trial for trial in record.trials()}
+    assert [trial.state for trial in trials.values()] == [TrialState.COMPLETE] * 4
+    assert not list(folder.root.glob("trials/*/offers"))
+    losers = {loser for loser, *_ in exploits}
+    assert losers, "no trial was exploited"
+    for loser in losers:
+        _, donor, step, rate = [each for each in exploits if each[0] == loser][-1]
+        trial = trials[loser]
+        assert trial.parent == f"{donor}/checkpoints/checkpoint-{step}"
+        assert trial.config.training.learning_rate == rate
+        assert trial.applied["training.learning_rate"] == pytest.approx(rate)
+        points = read_metrics(record.paths.trial(loser))
+        after = [point for point in points if point.step > step and "train/learning_rate" in point.values]
+        assert [point.step for point in after] == list(range(step + 2, 41, 2))
+        assert all(point.values["train/learning_rate"] == pytest.approx(rate) for point in after)
+        # It goes on as the donor was, not as it was itself.
+        first = evaluations(record, trial)[step + 4]
+        assert abs(first - evaluations(record, trials[donor])[step]) < 0.5 * abs(first - 4.4)

@@ -1,0 +1,100 @@
+"""How many workers, and how many trials at a time in each."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RequestError
+from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.sweep import fleet
+from orchestrator.sweep.fleet import Layout, lay_out
+
+ADDRESS = "10.0.0.1:6379"
+
+
+def spec(num_trials: int, *overrides: str) -> SweepSpec:
+    return load_spec("experiments/demo.yaml", [f"search.num_trials={num_trials}", *overrides])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`cluster({"CPU": 8, "GPU": 2}, ...)`: its nodes; `most`: what an autoscaler may start."""
+
+    def make(*nodes: dict[str, float], most: dict[str, int] | None = None) -> None:
+        import ray
+
+        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+        monkeypatch.setattr(fleet, "_autoscaler_resources", lambda: most or {})
+
+    return make
+
+
+def shape(layout: Layout) -> tuple[int, float, int, bool]:
+    return layout.num_workers, layout.gpus, layout.slots, layout.is_fixed
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "overrides", "expected"),
+    [
+        (8, [], (2, 1, 4, False)),
+        (7, [], (2, 1, 4, False)),
+        (2, [], (2, 1, 1, True)),
+        (1, [], (1, 1, 1, True)),
+        (8, ["resources.max_concurrent=3"], (2, 1, 2, False)),
+        (8, ["resources.max_concurrent=1"], (1, 1, 1, True)),
+        (8, ["resources.trials_per_gpu=3"], (2, 1, 3, True)),
+        (4, ["resources.trials_per_gpu=4"], (1, 1, 4, True)),
+        (8, ["resources.trials_per_gpu=1"], (2, 1, 1, True)),
+        (8, ["resources.gpus_per_trial=2"], (1, 2, 1, True)),
+        (8, ["resources.gpus_per_trial=0"], (8, 0, 1, True)),
+        (8, ["resources.gpus_per_trial=0", "resources.cpus_per_trial=4"], (4, 0, 2, False)),
+        (8, ["training.engine=trl"], (2, 1, 1, True)),
+        (8, ["training.engine=trl", "resources.trials_per_gpu=3"], (6, 1 / 3, 1, True)),
+        (2, ["training.engine=trl", "resources.trials_per_gpu=3"], (2, 1 / 3, 1, True)),
+    ],
+)
+def test_two_gpus_on_one_machine(
+    cluster: Any, num_trials: int, overrides: list[str], expected: tuple[Any, ...]
+) -> None:
+    cluster({"CPU": 16, "GPU": 2})
+    assert shape(lay_out(spec(num_trials, *overrides), None)) == expected
+
+
+def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
+    cluster({"CPU": 2})
+    assert shape(lay_out(spec(8), None)) == (2, 0, 4, False)
+    assert shape(lay_out(spec(8, "resources.trials_per_gpu=8", "resources.cpus_per_trial=2"), None)) == (1, 0, 8, True)
+    assert shape(lay_out(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
+
+
+def test_a_worker_lies_on_one_node(cluster: Any) -> None:
+    cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
+    assert lay_out(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
+    assert lay_out(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
+
+
+def test_a_cluster_that_can_grow(cluster: Any) -> None:
+    cluster({"CPU": 0}, most={"CPU": 32, "GPU": 4})
+    assert shape(lay_out(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)
+    shared = ["resources.gpus_per_trial=1", "training.engine=trl", "resources.trials_per_gpu=2"]
+    assert shape(lay_out(spec(9, *shared), ADDRESS)) == (8, 0.5, 1, True)
+    cluster({"CPU": 0})  # nobody says how far
+    assert shape(lay_out(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (8, 1, 1, True)
+    with pytest.raises(RequestError, match="has no GPU at this moment"):
+        lay_out(spec(8), ADDRESS)
+
+
+@pytest.mark.parametrize("wanted", ["resources.gpus_per_trial=1", "resources.cpus_per_trial=3"])
+def test_more_than_the_machine_has(cluster: Any, wanted: str) -> None:
+    cluster({"CPU": 2})
+    with pytest.raises(RequestError, match="this machine has 0 and 2"):
+        lay_out(spec(8, wanted), None)
+
+
+def test_what_is_said(cluster: Any) -> None:
+    cluster({"CPU": 16, "GPU": 2})
+    assert lay_out(spec(8), None).why == "8 trials at a time share 2 workers"
+    assert lay_out(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
+    assert "engine trl" in lay_out(spec(8, "training.engine=trl"), None).why

@@ -1,0 +1,218 @@
+"""What the relay of a trial writes, event by event."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import TrialError
+from orchestrator.record import (
+    SweepPaths,
+    TrialPaths,
+    TrialResult,
+    TrialState,
+    end_trial,
+    read_metrics,
+    read_result,
+)
+from orchestrator.spec import parse_spec
+from orchestrator.spec.sections import TrackingSection
+from orchestrator.sweep.lease import AttemptLost
+from orchestrator.sweep.remote import Claim, RemoteTrial
+from orchestrator.training.events import Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
+
+TOTAL = 6
+USE = (1.0, 0.0, 0.5)
+TRACKING = TrackingSection.model_validate({"tensorboard": False, "wandb": {"mode": "disabled"}})
+
+
+def logged(step: int) -> Logged:
+    values = {"train/loss": 1.0, "train/grad_norm": 0.5, "train/learning_rate": 1e-3}
+    return Logged(*USE, step=step, tokens=10 * step, training_s=0.1 * step, values=values)
+
+
+def evaluated(paths: TrialPaths, step: int, saves: bool = False) -> Evaluated:
+    paths.adapter(step).mkdir(parents=True)
+    adapter = f"adapters/step-{step}"
+    return Evaluated(*USE, step=step, tokens=10 * step, values={"eval/loss": 1 / step}, adapter=adapter, saves=saves)
+
+
+def saved(paths: TrialPaths, step: int) -> Saved:
+    (paths.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    return Saved(*USE, step=step, checkpoint=f"checkpoints/checkpoint-{step}")
+
+
+class Workers:
+    """In the place of the real ones: tells what it was given, as one batch of events for each question."""
+
+    def __init__(self, *batches: list[Event], untold: list[Event] | None = None) -> None:
+        self.batches = list(batches)
+        self.untold = untold or []
+        self.evicted: list[str] = []
+        self.is_released = False
+
+    def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "Workers":
+        return self
+
+    def evict(self, name: str) -> None:
+        self.evicted.append(name)
+
+    def events(self) -> list[Event]:
+        if not self.batches:
+            raise AttemptLost("its worker was lost")
+        return self.batches.pop(0)
+
+    def release(self) -> list[Event]:
+        self.is_released = True
+        return self.untold
+
+    def renew(self) -> None:
+        pass
+
+
+@pytest.fixture
+def start(document: dict[str, Any]) -> TrialResult:
+    config = parse_spec(document).trial_config({})
+    return TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> TrialPaths:
+    return SweepPaths(tmp_path).trial("a")
+
+
+def trial(start: TrialResult, paths: TrialPaths, workers: Workers) -> RemoteTrial:
+    return RemoteTrial(start, paths, TRACKING, workers, Claim(paths, workers))  # type: ignore[arg-type]
+
+
+def steps(paths: TrialPaths) -> list[int]:
+    return [point.step for point in read_metrics(paths)]
+
+
+def begun() -> Noted:
+    return Noted(*USE, fields={"total_steps": TOTAL})
+
+
+def test_what_comes_after_the_report_waits_for_the_next_question(start: TrialResult, paths: TrialPaths) -> None:
+    early = [begun(), logged(2), evaluated(paths, 2), logged(4), evaluated(paths, 4), logged(6)]
+    end = [evaluated(paths, 6), Completed(*USE)]
+    workers = Workers(early, [], end)
+    remote = trial(start, paths, workers)
+    for step in (2, 4):
+        point = remote.next()
+        assert point.step == step
+        assert steps(paths)[-1] == step, "entered what Tune has not asked for"
+    result = remote.next()
+    assert isinstance(result, TrialResult), "the last evaluation comes with the result"
+    assert (result.state, result.step, result.overshoot) == (TrialState.COMPLETE, 6, 0)
+    assert result.best is not None
+    assert result.best.step == 6
+    assert read_result(paths) == result
+    assert steps(paths) == [2, 2, 4, 4, 6, 6]
+    assert not paths.lease.exists()
+    remote.stop()
+    assert read_result(paths) == result
+
+
+def test_an_evaluation_is_reported_when_its_checkpoint_is_complete(start: TrialResult, paths: TrialPaths) -> None:
+    workers = Workers([begun(), evaluated(paths, 2, saves=True)], [saved(paths, 2)])
+    point = trial(start, paths, workers).next()
+    assert point.step == 2
+    assert workers.batches == []
+    assert "checkpoint-2" in paths.progress.read_text()
+
+
+@pytest.mark.parametrize("told_by_tune", [True, False])
+@pytest.mark.parametrize("untold", [[Left(*USE, step=5, lost=None)], []], ids=["released", "worker gone"])
+@pytest.mark.timeout(20)
+def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
+    start: TrialResult, paths: TrialPaths, told_by_tune: bool, untold: list[Event]
+) -> None:
+    early = [begun(), evaluated(paths, 2), logged(4), evaluated(paths, 4)]
+    workers = Workers(early, untold=untold)
+    remote = trial(start, paths, workers)
+    remote.next()
+    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))  # as the driver does
+    (paths.checkpoints / "checkpoint-4").mkdir(parents=True)
+    if told_by_tune:
+        remote.stop()
+    while paths.lease.exists():
+        time.sleep(0.05)
+    result = read_result(paths)
+    assert (result.state, result.step, result.overshoot) == (TrialState.STOPPED, 2, 3 if untold else 2)
+    assert steps(paths) == [2]
+    assert not paths.checkpoints.exists()
+    assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
+
+
+def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, paths: TrialPaths) -> None:
+    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], untold=[Left(*USE, step=5, lost=None)])
+    remote = trial(start, paths, workers)
+    remote.next()
+    remote.stop()
+    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    assert (so_far.state, so_far.step, so_far.overshoot) == (TrialState.RUNNING, 2, 0)
+    assert not paths.result.exists()
+    assert not paths.lease.exists()
+
+
+@pytest.mark.parametrize("told", [[Left(*USE, step=3, lost="CUDA error")], []], ids=["told", "worker gone"])
+def test_a_fault_from_outside(start: TrialResult, paths: TrialPaths, told: list[Event]) -> None:
+    batches = [[begun(), evaluated(paths, 2)], *([told] if told else [])]
+    remote = trial(start, paths, Workers(*batches))
+    remote.next()
+    with pytest.raises(AttemptLost, match="CUDA error" if told else "worker was lost"):
+        remote.next()
+    assert not paths.result.exists()
+    assert TrialResult.model_validate_json(paths.progress.read_text()).step == 2
+
+
+def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths) -> None:
+    failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None)
+    remote = trial(start, paths, Workers([begun(), evaluated(paths, 2), failed]))
+    remote.next()
+    with pytest.raises(TrialError, match="at step 3"):
+        remote.next()
+    assert read_result(paths).state == TrialState.FAILED
+
+
+def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:
+    old = Workers([begun(), evaluated(paths, 2)], untold=[Left(*USE, step=5, lost=None)])
+    first = trial(start, paths, old)
+    first.next()
+    name = paths.lease.read_text()
+    new = Workers([begun(), evaluated(paths, 4)])
+    second = trial(start, paths, new)
+    assert new.evicted == [name], "the earlier attempt's slot is freed before"
+    second.next()
+    written = paths.progress.read_text()
+    first.stop()
+    assert paths.progress.read_text() == written, "wrote into a trial that is another attempt's"
+    assert paths.lease.read_text() != name
+
+
+def test_a_tracker_that_cannot_start_gives_the_slot_back(
+    start: TrialResult, paths: TrialPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such project")
+
+    monkeypatch.setattr("orchestrator.training.books.open_trackers", refuse)
+    workers = Workers()
+    with pytest.raises(RuntimeError, match="no such project"):
+        trial(start, paths, workers)
+    assert workers.is_released
+
+
+def test_a_relay_is_light() -> None:
+    code = (
+        "import sys, orchestrator.sweep.relay, orchestrator.tracking.tensorboard\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'tensorflow', 'optuna', 'orchestrator.sweep.run'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
