@@ -78,15 +78,20 @@ class Hosted:
         self._paths = SweepPaths(folder)
         self.all: list[Followed] = []
 
-    def start(self, name: str, config: TrialConfig | None = None, again: bool = False) -> Followed | None:
-        """A trial in a slot, or None where none is free."""
+    def start(
+        self, name: str, config: TrialConfig | None = None, again: bool = False, waits: bool = True
+    ) -> Followed | None:
+        """A trial in a slot, or None where none is free, or becomes free soon: a last event comes before that."""
         paths = self._paths.trial(name)
         lease = f"lease-{name}-{len(self.all)}"
         if not again:
             paths.root.mkdir(parents=True, exist_ok=True)
         start = start_of(config or self.spec.trial_config({}), self.spec, paths)
-        if not self.host.start(lease, start, paths):
-            return None
+        deadline = time.monotonic() + 20 * waits
+        while not self.host.start(lease, start, paths):
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.02)
         followed = Followed(lease, paths, start)
         self.all.append(followed)
         return followed
@@ -132,7 +137,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground
     assert one
     assert other
     assert hosted.host.free_slots() == 0
-    assert hosted.start("third") is None
+    assert hosted.start("third", waits=False) is None
     hosted.follow(hosted.has_free)
     third = hosted.start("third", hosted.spec.trial_config({"lora.dropout": 0.3}))
     assert third
