@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.common import BASELINES, ROOT, Setting, main
 from benchmarks.pack import points, spec_of
-from orchestrator.record import TrialState, open_sweep
+from orchestrator.record import TrialState, read_sweep
 
 TRAINING = {"steps": 200, "eval_steps": 50}
 NUM_TRIALS, NUM_MEASURED = 16, 2
@@ -49,7 +49,7 @@ def _ours(spec: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(spec))
     seconds = _timed([*COMMAND, "sweep", str(file), "--name", name, "--output", str(folder)])
-    trials = open_sweep(folder / name).trials()
+    trials = read_sweep(folder / name).trials()
     assert len(trials) == NUM_TRIALS
     assert all(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials), trials
     return {

@@ -59,7 +59,7 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
 @app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""
-    from orchestrator.record import open_sweep
+    from orchestrator.record import read_sweep
     from orchestrator.record.start import choose_folder
     from orchestrator.report.live import TrialView
 
@@ -70,7 +70,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
 
         with TrialView(console, f"trial in {paths.root}") as view:
             run_local_trial(spec, paths, view)
-        _show_best(console, open_sweep(paths.root))
+        _show_best(console, read_sweep(paths.root))
 
 
 @app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
@@ -85,10 +85,10 @@ def sweep(file: File, set_: Set = None, name: Name = None, address: Address = No
 @app.command(epilog="Example: orchestrator resume runs/demo")
 def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> None:
     """Go on after the driver died or was interrupted; finished trials do not run again."""
-    from orchestrator.record import open_sweep
+    from orchestrator.record import read_sweep
     from orchestrator.report.live import SweepView, TrialView
 
-    record = open_sweep(sweep, output)
+    record = read_sweep(sweep, output)
     with _resumable(record.paths.root), _screen(record.paths.root) as console:
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
@@ -108,9 +108,9 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
 @app.command(epilog="Example: orchestrator status runs/demo --json")
 def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     """Show a sweep's trials, best first."""
-    from orchestrator.record import open_sweep
+    from orchestrator.record import read_sweep
 
-    record = open_sweep(sweep, output)
+    record = read_sweep(sweep, output)
     trials = record.trials()
     if as_json:
         search = record.info.spec.search
@@ -141,10 +141,10 @@ def best(
     output: Where = "runs",
 ) -> None:
     """Show the best adapter, and why it is the best."""
-    from orchestrator.record import open_sweep
+    from orchestrator.deploy import open_sweep
 
-    record = open_sweep(sweep, output)
-    winner = record.best()
+    opened = open_sweep(sweep, output)
+    winner = opened.best()
     if export is not None:
         from orchestrator.adapters.bundle import export_adapter
 
@@ -153,7 +153,7 @@ def best(
         _print_json(winner.as_dict() | ({"exported": str(export.resolve())} if export else {}))
         return
     console = _console()
-    _show_best(console, record)
+    _show_best(console, opened.record)
     if export is not None:
         console.print(f"exported to {export}", soft_wrap=True, highlight=False)
 
@@ -171,12 +171,13 @@ def chat(
     output: Where = "runs",
 ) -> None:
     """Ask the best adapter; answers are streamed."""
-    from orchestrator.adapters.chat import find_adapter, open_chat
+    from orchestrator.deploy.chat import open_chat
+    from orchestrator.deploy.subject import find_subject
     from orchestrator.training.log_file import output_to
 
-    folder = find_adapter(sweep_or_adapter, output)
+    subject = find_subject(sweep_or_adapter, output)
     with output_to(Path(os.devnull)):  # what libraries print while they load; faults are raised
-        session = open_chat(folder)
+        session = open_chat(subject)
     for question in prompt or _questions():
         for label, base_only in [("base   ", True), ("adapter", False)] if compare_base else [("", False)]:
             print(f"{label}> " if label else "", end="")
@@ -192,9 +193,9 @@ def board(
     output: Where = "runs",
 ) -> None:
     """Open TensorBoard on a sweep: curves, and its trials as one HParams table."""
-    from orchestrator.record import open_sweep
+    from orchestrator.record import read_sweep
 
-    record = open_sweep(sweep, output)
+    record = read_sweep(sweep, output)
     if not record.paths.tensorboard.is_dir():
         raise RequestError(f"{record.paths.root}: has no TensorBoard records", "tracking.tensorboard was off.")
     arguments = ["-m", "tensorboard.main", "--logdir", str(record.paths.tensorboard), "--port", str(port)]
@@ -208,6 +209,7 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
+    from orchestrator.deploy import Sweep
     from orchestrator.embedded import EXPERIMENT
     from orchestrator.record.start import choose_folder
     from orchestrator.report.demo import show_side_by_side
@@ -216,7 +218,7 @@ def demo(
     paths = choose_folder(spec, "demo", name, output)
     record = _sweep(spec, paths, None)
     with _screen(paths.root) as console:
-        show_side_by_side(console, record)
+        show_side_by_side(console, Sweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
 
 
@@ -255,7 +257,9 @@ def _show_trials(console: "Console", record: "SweepRecord") -> None:
 
 def _show_best(console: "Console", record: "SweepRecord") -> None:
     _say_rows(console, record)
-    winner = record.best()
+    from orchestrator.deploy import Sweep
+
+    winner = Sweep(record).best()
     point = winner.trial.best
     assert point is not None
     console.print(

@@ -1,23 +1,22 @@
 """What a sweep leaves: one folder that is the truth."""
 
-from orchestrator.record.models import BestPoint, MetricPoint, SweepInfo, TrialResult, TrialState
+from orchestrator.record.models import BestPoint, MetricPoint, RowScores, SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
-    BestAdapter,
     SweepRecord,
     end_trial,
-    open_sweep,
     read_metrics,
     read_result,
+    read_sweep,
     read_trial,
     resumable,
     write_record,
 )
 
 __all__ = [
-    "BestAdapter",
     "BestPoint",
     "MetricPoint",
+    "RowScores",
     "SweepInfo",
     "SweepPaths",
     "SweepRecord",
@@ -25,9 +24,9 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
-    "open_sweep",
     "read_metrics",
     "read_result",
+    "read_sweep",
     "read_trial",
     "resumable",
     "write_record",

@@ -51,6 +51,27 @@ class BestPoint(Record):
     """PEFT adapter folder, relative to the trial's."""
 
 
+class RowScores(Record):
+    """What an adapter makes of each held-out row, in their order."""
+
+    losses: list[float]
+    """Sum over the row's tokens that have a loss."""
+    hits: list[int]
+    """Of these tokens, those that were the likeliest."""
+    tokens: list[int]
+    """How many these are."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over all tokens."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of tokens that were the likeliest."""
+        return sum(self.hits) / sum(self.tokens)
+
+
 class TrialResult(Record):
     """One trial so far (progress.json) or for good (result.json)."""
 

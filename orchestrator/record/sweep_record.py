@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -20,38 +20,6 @@ CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 
 @dataclass(frozen=True)
-class BestAdapter:
-    """The trial that won, and where its adapter lies."""
-
-    sweep: SweepPaths
-    trial: TrialResult
-    adapter: Path
-    num_compared: int
-    """Finished trials it was compared with, itself included."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
-        trial, best = self.trial, self.trial.best
-        assert best is not None
-        return {
-            "sweep": self.sweep.name,
-            "trial_id": trial.trial_id,
-            "state": trial.state,
-            "metric": trial.metric,
-            "mode": trial.mode,
-            "value": best.value,
-            "step": best.step,
-            "values": best.values,
-            "num_compared": self.num_compared,
-            "config": trial.config.dotted(),
-            "varied": trial.config.varied,
-            "adapter": str(self.adapter),
-            "base": trial.config.base.model,
-            "data_fingerprint": trial.data_fingerprint,
-        }
-
-
-@dataclass(frozen=True)
 class SweepRecord:
     """A sweep as its folder tells it."""
 
@@ -65,27 +33,24 @@ class SweepRecord:
         sign = 1 if spec.search.resolved_mode == "min" else -1
         return sorted(results, key=lambda r: (r.best is None, sign * r.best.value if r.best else 0.0))
 
-    def best(self) -> BestAdapter:
-        """The finished trial (COMPLETE or STOPPED) with the best evaluation, and the adapter of that step.
+    def finished(self) -> list[TrialResult]:
+        """Trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
+        return [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
+
+    def adapter(self, trial: TrialResult) -> Path:
+        """The adapter of a trial's best evaluation.
 
         Raises:
-            RecordError: no trial has finished with an adapter.
+            RecordError: it is not there.
         """
-        finished = [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
-        if not finished:
-            raise RecordError(
-                f"{self.paths.root}: no trial has finished with an evaluation yet",
-                f"`orchestrator status {self.paths.root}` shows where the trials are.",
-            )
-        winner = finished[0]
-        assert winner.best is not None
-        adapter = self.paths.trial(winner.trial_id).root / winner.best.adapter
-        if not adapter.is_dir():
-            raise RecordError(f"{adapter}: the adapter of trial {winner.trial_id} is missing")
-        return BestAdapter(self.paths, winner, adapter, len(finished))
+        assert trial.best is not None
+        folder = self.paths.trial(trial.trial_id).root / trial.best.adapter
+        if not folder.is_dir():
+            raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
+        return folder
 
 
-def open_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
+def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
     """Open a sweep by its folder, or by its name under `output`.
 
     Raises:

@@ -4,21 +4,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.adapters.chat import open_chat
 from orchestrator.adapters.generate import answer
 from orchestrator.data import load
-from orchestrator.record import SweepRecord
+from orchestrator.deploy import Sweep
+from orchestrator.deploy.chat import open_chat
+from orchestrator.deploy.subject import Subject
 from orchestrator.report.tables import trials_table
 
 _NUM_PROMPTS = 6
 
 
-def show_side_by_side(console: Console, record: SweepRecord) -> None:
+def show_side_by_side(console: Console, sweep: Sweep) -> None:
     """Print the best trial's row, then prompts with the wanted answer, the base's and the adapter's."""
-    winner = record.best()
+    winner = sweep.best()
     config = winner.trial.config
-    chat = open_chat(winner.adapter)
-    prompts = load(record.paths.data).prompts[:_NUM_PROMPTS]
+    chat = open_chat(Subject.of_best(winner))
+    prompts = load(sweep.record.paths.data).prompts[:_NUM_PROMPTS]
     ids = [prompt.ids for prompt in prompts]
     new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
     with chat.model.disable_adapter():

@@ -12,7 +12,7 @@ from orchestrator.record import (
     TrialPaths,
     TrialState,
     end_trial,
-    open_sweep,
+    read_sweep,
     read_trial,
     write_record,
 )
@@ -74,7 +74,7 @@ def _await_relays(trials: list[TrialPaths]) -> None:
 
 def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
     paths = paths_of(trial)
-    return open_sweep(paths.sweep), paths
+    return read_sweep(paths.sweep), paths
 
 
 def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:

@@ -12,9 +12,9 @@ from orchestrator.record import (
     MetricPoint,
     TrialResult,
     TrialState,
-    open_sweep,
     read_metrics,
     read_result,
+    read_sweep,
     read_trial,
     resumable,
     write_record,
@@ -38,7 +38,7 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
     def setup(self, config: dict[str, Any], folder: str, workers: Workers) -> None:
         """`config` holds the searched fields; `folder` is the sweep's."""
         try:
-            self._sweep = open_sweep(folder)
+            self._sweep = read_sweep(folder)
         except RecordError as error:  # a node that joined after the probe
             raise ClusterError(f"node {socket.gethostname()} does not see {folder}: it is not shared") from error
         self._workers = workers

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster import connection, require_shared_folder
+from orchestrator.deploy import Sweep
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
@@ -138,7 +139,7 @@ def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths, p
     trials = record.trials()
     assert len(trials) == 4
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
-    assert record.best().adapter.is_dir()
+    assert Sweep(record).best().adapter.is_dir()
     assert {node for node, _ in places} == {address.partition(":")[0], SECOND}
     assert len({trial.worker for trial in trials}) == 2, "each node has trained"
     assert {path.name for path in folder.root.parent.iterdir()} == {folder.name}  # no probe is left

@@ -14,7 +14,7 @@ from tiny import DEMO, TINY, Witness
 from orchestrator.base import lease
 from orchestrator.data import prepare
 from orchestrator.errors import TrialError
-from orchestrator.record import SweepPaths, TrialState, open_sweep, read_metrics
+from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training.device import use_device
 from orchestrator.training.events import AtOnce
@@ -301,7 +301,7 @@ def test_a_loss_that_becomes_nan_between_logs_is_caught_within_a_few_steps(
     with pytest.raises(TrialError, match="loss is nan at step 12"):
         run_local_trial(tiny(*settings), folder, Witness())
     assert done <= 12 + (AHEAD if is_late else 0)
-    (trial,) = open_sweep(folder.root).trials()
+    (trial,) = read_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED
     assert "loss is nan at step 12" in (trial.error or "")
     assert trial.best is not None
@@ -320,11 +320,11 @@ def test_a_trial_that_is_broken_again_and_again_is_the_undisturbed_one(tiny: Tin
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, broken, Witness(die_at=3))
     for saved, die_at in ((2, 7), (6, 11)):
-        assert open_sweep(broken.root).trials()[0].checkpoint == f"checkpoints/checkpoint-{saved}"
+        assert read_sweep(broken.root).trials()[0].checkpoint == f"checkpoints/checkpoint-{saved}"
         with pytest.raises(KeyboardInterrupt):
-            resume_local_trial(open_sweep(broken.root), Witness(die_at=die_at))
-    assert open_sweep(broken.root).trials()[0].checkpoint == "checkpoints/checkpoint-10"
-    resumed = resume_local_trial(open_sweep(broken.root), Witness())
+            resume_local_trial(read_sweep(broken.root), Witness(die_at=die_at))
+    assert read_sweep(broken.root).trials()[0].checkpoint == "checkpoints/checkpoint-10"
+    resumed = resume_local_trial(read_sweep(broken.root), Witness())
     assert resumed is not None
     assert resumed.best is not None
     assert undisturbed.best is not None
@@ -349,7 +349,7 @@ def test_fast_that_the_base_forbids_is_told_when_the_trial_begins(tiny: Tiny, fo
     reason = "training.engine: fast cannot hold base.compute_dtype float32 under precision bf16"
     with pytest.raises(TrialError, match=reason):
         run_local_trial(tiny("training.engine=fast", "training.precision=bf16"), folder, Witness())
-    (trial,) = open_sweep(folder.root).trials()
+    (trial,) = read_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED
     assert reason in (trial.error or "")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import DEMO, TINY, Witness
 
-from orchestrator.record import SweepPaths, open_sweep
+from orchestrator.deploy import open_sweep
+from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
 
@@ -126,7 +127,7 @@ def test_local_trial_and_resume_by_command(tmp_path: Path) -> None:
     assert told.stderr == ""
     assert "best of 1" in told.stdout
     assert "Loading weights" not in told.stdout
-    record = open_sweep("t", tmp_path)
+    record = read_sweep("t", tmp_path)
     (trial,) = record.trials()
     assert "train_runtime" in record.paths.trial(trial.trial_id).log.read_text()
     again = orchestrator("resume", str(tmp_path / "t"))

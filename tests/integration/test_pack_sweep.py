@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, open_sweep, read_metrics, read_trial
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep, read_trial
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import fleet, run
 from orchestrator.sweep.keeper import ResultKeeper
@@ -171,7 +171,7 @@ def test_worker_is_killed_with_eight_members(witness: Witness, tiny: Tiny, folde
     def kill(trial: str, *_: int) -> None:
         reached.add(trial)
         if len(reached) == 8 and not workers:
-            worker = read_trial(folder.trial(trial), open_sweep(folder.root).info).worker
+            worker = read_trial(folder.trial(trial), read_sweep(folder.root).info).worker
             assert worker is not None
             workers.append(worker)
             os.kill(int(worker.rpartition(":")[2]), signal.SIGKILL)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import DEMO, TINY
 
-from orchestrator.record import SweepRecord, TrialResult, TrialState, open_sweep, read_metrics
+from orchestrator.record import SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def wait_until_in_the_middle(folder: Path, driver: subprocess.Popen[str]) -> Swe
     while time.monotonic() < deadline:
         assert driver.poll() is None, driver.communicate()
         if (folder / "s" / "sweep.json").is_file():
-            record = open_sweep(folder / "s")
+            record = read_sweep(folder / "s")
             trials = record.trials()
             if any(t.state == TrialState.COMPLETE for t in trials) and any(is_under_way(t) for t in trials):
                 return record
@@ -131,7 +131,7 @@ def test_ctrl_c_of_a_single_trial(tmp_path: Path) -> None:
     assert trial.returncode == 130
     assert f"orchestrator resume {tmp_path / 't'}" in message
     assert "Traceback" not in message
-    (interrupted,) = open_sweep(tmp_path / "t").trials()
+    (interrupted,) = read_sweep(tmp_path / "t").trials()
     assert (interrupted.state, interrupted.error) == (TrialState.RUNNING, None)
     assert interrupted.checkpoint is not None
 
@@ -160,7 +160,7 @@ def test_a_trial_that_fails_by_itself_does_not_stop_the_sweep(tmp_path: Path) ->
     ) as driver:
         output, message = driver.communicate(timeout=240)
     assert driver.returncode == 0, message
-    good, bad = open_sweep(tmp_path / "s").trials()
+    good, bad = read_sweep(tmp_path / "s").trials()
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.FAILED)
     assert "at step" in (bad.error or "")
     assert "best of 1" in output

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from tiny import DEMO, TINY
 
-from orchestrator.adapters.chat import open_chat
 from orchestrator.adapters.generate import exact_match
 from orchestrator.data import load
+from orchestrator.deploy import Sweep
+from orchestrator.deploy.chat import open_chat
+from orchestrator.deploy.subject import Subject
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
 from orchestrator.spec import load_spec
 from orchestrator.sweep import run_sweep
@@ -58,8 +60,8 @@ def test_the_task_is_learned_and_the_learning_rate_matters(learned: SweepRecord)
 
 
 def test_the_base_alone_cannot_do_the_task(learned: SweepRecord) -> None:
-    winner = learned.best()
-    chat = open_chat(winner.adapter)
+    winner = Sweep(learned).best()
+    chat = open_chat(Subject.of_best(winner))
     prompts = load(learned.paths.data).prompts[:64]
     with chat.model.disable_adapter():
         assert exact_match(chat.model, chat.tokenizer, prompts, 8, 64) <= 0.05
@@ -117,7 +119,7 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
             if point.step == trial.step and "eval/loss" in point.values
         ]
         assert any(value < points[-1].values["eval/loss"] for value in others), "the best of its rung was stopped"
-    assert halved.best().trial.trial_id == min(trials, key=lambda t: t.best.value if t.best else 9e9).trial_id
+    assert Sweep(halved).best().trial.trial_id == min(trials, key=lambda t: t.best.value if t.best else 9e9).trial_id
 
 
 def test_the_median_rule_stops_what_lies_behind(tmp_path: Path) -> None:

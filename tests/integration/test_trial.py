@@ -16,7 +16,7 @@ from orchestrator import base as base_room
 from orchestrator.base import kept, load_base
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
-from orchestrator.record import SweepPaths, TrialResult, TrialState, open_sweep, read_metrics
+from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.training import attempt as attempt_room
 from orchestrator.training import loop as loop_room
@@ -108,7 +108,7 @@ def test_a_setting_that_is_not_applied_fails_the_trial(
     monkeypatch.setattr(loop_room, "build_trainer", build_with_another_value)
     with pytest.raises(TrialError, match=message.replace(".", r"\.")):
         run(tiny(f"training.engine={engine}"), folder)
-    (trial,) = open_sweep(folder.root).trials()
+    (trial,) = read_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED
     assert message in (trial.error or "")
 
@@ -223,7 +223,7 @@ def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tm
     wild = [f"training.engine={engine}", "training.learning_rate=1e30", "training.max_grad_norm=0"]
     with pytest.raises(TrialError, match=r"at step \d+"):
         run(tiny(*wild), SweepPaths(tmp_path / "bad"))
-    (bad,) = open_sweep(tmp_path / "bad").trials()
+    (bad,) = read_sweep(tmp_path / "bad").trials()
     assert bad.state == TrialState.FAILED
     good = run(tiny(f"training.engine={engine}", "training.steps=4"), SweepPaths(tmp_path / "good"))
     assert good.state == TrialState.COMPLETE
@@ -240,7 +240,7 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
     broken = SweepPaths(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, broken, Witness(die_at=step))
-    record = open_sweep(broken.root)
+    record = read_sweep(broken.root)
     (interrupted,) = record.trials()
     assert interrupted.state == TrialState.RUNNING
     resumed = resume_local_trial(record, Witness())
@@ -265,7 +265,7 @@ def test_interrupted_while_it_answers_trains_no_step_more(
         patched.setattr(attempt_room, "exact_match", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_local_trial(spec, broken, Witness())
-    resumed = resume_local_trial(open_sweep(broken.root), Witness())
+    resumed = resume_local_trial(read_sweep(broken.root), Witness())
     assert resumed is not None
     assert (resumed.step, resumed.tokens, resumed.best) == (12, undisturbed.tokens, undisturbed.best)
     assert curve(broken) == curve(whole)
@@ -300,7 +300,7 @@ def test_a_base_that_cannot_be_loaded_ends_the_trial(tiny: Tiny, tmp_path: Path)
     paths = SweepPaths(tmp_path / "sweep")
     with pytest.raises(TrialError, match="cannot be loaded"):
         run(tiny(f"base.model={folder}"), paths)
-    (trial,) = open_sweep(paths.root).trials()
+    (trial,) = read_sweep(paths.root).trials()
     assert trial.state == TrialState.FAILED
     assert "cannot be loaded" in (trial.error or "")
 
@@ -308,14 +308,14 @@ def test_a_base_that_cannot_be_loaded_ends_the_trial(tiny: Tiny, tmp_path: Path)
 def test_finished_trial_does_not_run_again(tiny: Tiny, folder: SweepPaths) -> None:
     result = run(tiny("training.steps=4"), folder)
     witness = Witness()
-    assert resume_local_trial(open_sweep(folder.root), witness) == result
+    assert resume_local_trial(read_sweep(folder.root), witness) == result
     assert not witness.points
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
     assert run_local_trial(tiny(f"training.engine={engine}"), folder, Witness(stop_at=6)) is None
-    (trial,) = open_sweep(folder.root).trials()
+    (trial,) = read_sweep(folder.root).trials()
     assert (trial.state, trial.step) == (TrialState.RUNNING, 6)
 
 

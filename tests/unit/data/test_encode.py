@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from tokenizers.processors import ByteLevel
 
-from orchestrator.adapters.chat import Chat
 from orchestrator.data import render_prompt
 from orchestrator.data.prepare import IGNORED, Tokens, encode
 from orchestrator.data.render import render, template_columns
 from orchestrator.data.sources import Row
+from orchestrator.deploy.chat import Chat
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
 

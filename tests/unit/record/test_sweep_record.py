@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.deploy import Sweep, open_sweep
 from orchestrator.errors import RecordError
 from orchestrator.record import (
     MetricPoint,
@@ -12,8 +13,8 @@ from orchestrator.record import (
     SweepRecord,
     TrialResult,
     TrialState,
-    open_sweep,
     read_metrics,
+    read_sweep,
     read_trial,
     write_record,
 )
@@ -35,13 +36,13 @@ def test_a_sweep_is_opened_by_folder_and_by_name(
     tmp_path: Path, make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_sweep(tmp_path / "runs" / "one", {})
-    assert open_sweep(paths.root).paths == open_sweep(str(paths.root)).paths == paths
-    assert open_sweep("one", tmp_path / "runs").paths == paths
+    assert read_sweep(paths.root).paths == read_sweep(str(paths.root)).paths == paths
+    assert read_sweep("one", tmp_path / "runs").paths == paths
     monkeypatch.chdir(tmp_path)
-    assert open_sweep("one").paths == open_sweep("runs/one").paths == paths
-    assert open_sweep("one").info.name == "one"
+    assert read_sweep("one").paths == read_sweep("runs/one").paths == paths
+    assert read_sweep("one").info.name == "one"
     with pytest.raises(RecordError, match=r"two: there is no such sweep \(no sweep\.json in two or runs/two\)"):
-        open_sweep("two")
+        read_sweep("two")
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"name": "x"', b"{}", b"\xff", b"null"])
@@ -54,16 +55,16 @@ def test_a_damaged_record_is_named(tmp_path: Path, make_sweep: MakeSweep, damage
         whole = damaged.read_bytes()
         damaged.write_bytes(damage)
         with pytest.raises(RecordError, match=rf"{trial_id}/{damaged.name}: the record is damaged"):
-            open_sweep(paths.root).trials()
+            read_sweep(paths.root).trials()
         damaged.write_bytes(whole)
     paths.sweep.write_bytes(damage)
     with pytest.raises(RecordError, match=r"sweep\.json: the record is damaged"):
-        open_sweep(paths.root)
+        read_sweep(paths.root)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path, make_sweep: MakeSweep) -> None:
     search = {"space": {"lora.rank": {"choice": [4, 8]}}, "tied": {"lora.alpha": "2 * lora.rank"}}
-    record = open_sweep(make_sweep(tmp_path / "s", {}, **search).root)
+    record = read_sweep(make_sweep(tmp_path / "s", {}, **search).root)
     trial = record.paths.trial("a")
     result = TrialResult(
         trial_id="a",
@@ -80,13 +81,13 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, make_sweep: MakeSweep) ->
     write_record(trial.config, result.config)
     write_record(trial.result, result)
     assert read_trial(trial, record.info) == result
-    assert open_sweep(record.paths.root) == record
+    assert read_sweep(record.paths.root) == record
 
 
 @pytest.mark.parametrize(("mode", "order"), [("min", "cab"), ("max", "bac")])
 def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, mode: str, order: str) -> None:
     trials = {"n": ("RUNNING", None), "a": ("STOPPED", 0.5), "b": ("COMPLETE", 0.75), "c": ("RUNNING", -0.25)}
-    record = open_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
     assert [trial.trial_id for trial in record.trials()] == [*order, "n"]
 
 
@@ -95,8 +96,8 @@ def test_the_best_is_chosen_among_what_has_ended_well(
     tmp_path: Path, make_sweep: MakeSweep, mode: str, winner: str
 ) -> None:
     trials = EVERY_STATE | {"failed high": ("FAILED", 0.9), "running high": ("RUNNING", 0.8)}
-    record = open_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
-    best = record.best()
+    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    best = Sweep(record).best()
     assert best.trial.trial_id == winner
     assert best.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
@@ -108,9 +109,9 @@ def test_the_best_is_chosen_among_what_has_ended_well(
 
 @pytest.mark.parametrize("state", ["RUNNING", "FAILED", "CANCELLED", "PENDING"])
 def test_no_best_without_a_trial_that_ended_well(tmp_path: Path, make_sweep: MakeSweep, state: str) -> None:
-    record = open_sweep(make_sweep(tmp_path / "s", {"a": (state, 0.5), "b": ("COMPLETE", None)}).root)
+    record = read_sweep(make_sweep(tmp_path / "s", {"a": (state, 0.5), "b": ("COMPLETE", None)}).root)
     with pytest.raises(RecordError, match="no trial has finished with an evaluation yet"):
-        record.best()
+        Sweep(record).best()
 
 
 def test_the_best_adapter_must_be_there(tmp_path: Path, make_sweep: MakeSweep) -> None:
@@ -121,7 +122,7 @@ def test_the_best_adapter_must_be_there(tmp_path: Path, make_sweep: MakeSweep) -
 
 
 def test_a_result_counts_before_progress_and_progress_before_nothing(tmp_path: Path, make_sweep: MakeSweep) -> None:
-    record = open_sweep(make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}).root)
+    record = read_sweep(make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}).root)
     trial = record.paths.trial("a")
     result = read_trial(trial, record.info)
     write_record(trial.progress, result.model_copy(update={"state": TrialState.RUNNING, "step": 3}))
@@ -142,7 +143,7 @@ def test_what_is_not_a_number_comes_back(tmp_path: Path, make_sweep: MakeSweep) 
     again = MetricPoint.model_validate_json(point.model_dump_json())
     assert math.isnan(again.values["train/loss"])
     assert {**again.values, "train/loss": 0} == {**values, "train/loss": 0}
-    record = open_sweep(make_sweep(tmp_path / "s", {"a": ("FAILED", 0.5)}).root)
+    record = read_sweep(make_sweep(tmp_path / "s", {"a": ("FAILED", 0.5)}).root)
     trial = record.paths.trial("a")
     write_record(trial.result, read_trial(trial, record.info).model_copy(update={"grad_norm": math.nan}))
     (result,) = record.trials()
@@ -176,7 +177,7 @@ def test_trials_are_counted_by_what_the_sweep_will_have(
     tmp_path: Path, make_sweep: MakeSweep, document: dict[str, Any]
 ) -> None:
     search = {"num_trials": 5, "space": {"lora.rank": {"choice": [4, 8]}}}
-    record = open_sweep(make_sweep(tmp_path / "s", {}, **search).root)
+    record = read_sweep(make_sweep(tmp_path / "s", {}, **search).root)
     assert record.info.num_trials == 5
     assert record.info.model_copy(update={"is_single_trial": True}).num_trials == 1
     assert record.info.spec == parse_spec(document | {"search": search})

@@ -3,18 +3,14 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.adapters.generate import GREEDY
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data import encode_prompt, render_prompt
-from orchestrator.errors import RecordError
-from orchestrator.record import open_sweep
-from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import BaseSection, DataSection
+from orchestrator.deploy.subject import Subject
+from orchestrator.spec.sections import DataSection
 
 
 @dataclass(frozen=True)
@@ -68,40 +64,14 @@ class Chat:
             raise failures[0]
 
 
-def open_chat(adapter: Path) -> Chat:
+def open_chat(subject: Subject) -> Chat:
     """Load an adapter and its base, in the form it was trained on.
 
     Raises:
-        RecordError: the folder is not a whole adapter.
         RequestError: its base cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    verify_adapter(adapter)
-    if (adapter / "trial.json").is_file():
-        config = TrialConfig.model_validate_json((adapter / "trial.json").read_text(encoding="utf-8"))
-        base, data = config.base, config.data
-    else:
-        base, data = BaseSection(model=PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path), None
-    model = PeftModel.from_pretrained(load_base(base), str(adapter))
+    model = PeftModel.from_pretrained(load_base(subject.base), str(subject.adapter))
     model.eval()
-    return Chat(model, load_tokenizer(base), data)
-
-
-def find_adapter(sweep_or_adapter: str, output: str) -> Path:
-    """An adapter folder, or the best adapter of a sweep.
-
-    Raises:
-        RecordError: neither is there.
-    """
-    folder = Path(sweep_or_adapter)
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    try:
-        return open_sweep(sweep_or_adapter, output).best().adapter
-    except RecordError as error:
-        if folder.is_dir() and not (folder / "sweep.json").is_file():
-            raise RecordError(
-                f"{folder}: holds neither a sweep (sweep.json) nor an adapter (adapter_config.json)"
-            ) from error
-        raise
+    return Chat(model, load_tokenizer(subject.base), subject.config.data if subject.config else None)
