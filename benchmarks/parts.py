@@ -295,6 +295,7 @@ def make_row(tokens: int, slots: int, dropout: float) -> Row:
             "threshold": int(dropout * 2**31),
             "keep_scale": 1 / (1 - dropout),
             "scale": 2.0,
+            "rank": RANK,
             "loss_weight": 1 / sum(lengths),
             "applies": 1,
             "learning_rate": 2e-4,

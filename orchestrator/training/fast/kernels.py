@@ -11,7 +11,8 @@ import triton.language as tl
 
 from orchestrator.training.fast.attention_kernels import Attended, attention, attention_backward
 from orchestrator.training.fast.early import LAUNCH, after_previous
-from orchestrator.training.fast.lora_kernels import lora_backward, lora_down, lora_up_
+from orchestrator.training.fast.lora_backward_kernels import lora_backward
+from orchestrator.training.fast.lora_kernels import lora_down, lora_up_
 from orchestrator.training.fast.plain import Heads
 from orchestrator.training.fast.row import IGNORED, Row
 from orchestrator.training.fast.update_kernels import update

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 16
-"""Elements: each group begins at a multiple, so that kernels read whole words."""
+BLOCK = 1024
+"""Elements of a slot's flat weights that are all of one group's A, or of its B."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,23 @@ class Adapters:
         self.rank = rank
         self.compute = compute
         self.places: list[Group | None] = []
-        at = 0
+        at, strides = 0, []
         for layers in adapted:
             if not layers:
                 self.places.append(None)
                 continue
-            group = Group(tuple(layers), at, at + len(layers) * rank * layers[0].in_features)
+            b = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
+            group = Group(tuple(layers), at, b)
             self.places.append(group)
-            at = group.b + group.width * rank
-            at += -at % ALIGNMENT
+            at = b + _whole_blocks(group.width * rank)
+            strides += [(group.a, layers[0].in_features)] * ((b - group.a) // BLOCK)
+            strides += [(b, 1)] * ((at - b) // BLOCK)
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
         self.moment1 = torch.zeros_like(self.weights)
         self.moment2 = torch.zeros_like(self.weights)
         self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
+        self.strides = torch.tensor(strides, dtype=torch.int32, device=device)
+        """(size / BLOCK, 2) of each block, where its matrix begins, and how many elements on is the next rank."""
 
     def a(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
         """A view of one of the flat tensors: (slots, layers * rank, in_features)."""
@@ -115,6 +119,10 @@ class Adapters:
         """Make a slot as if it had never been used."""
         for flat in (self.weights, self.moment1, self.moment2, self.gradients):
             flat[slot].zero_()
+
+
+def _whole_blocks(size: int) -> int:
+    return size + -size % BLOCK
 
 
 def padded_rank(rank: int) -> int:

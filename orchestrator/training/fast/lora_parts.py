@@ -1,7 +1,58 @@
 """What the kernels of stacked adapters share: sums split among programs, a slot's tiles, a group's layers, dropout."""
 
+from functools import cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from orchestrator.training.fast.lora import Adapters, Group
+from orchestrator.training.fast.row import Row
+
+MAX_LAYERS = 3
+"""Of a group: queries, keys and values."""
+
+kernel: Any = triton.jit(
+    do_not_specialize=[
+        "keys", "thresholds", "keep_scales", "scales", "slot_ranks", "num_tiles", "number0", "number1", "number2"
+    ]
+)  # fmt: skip
+# What differs between layers and buckets makes no kernels of its own, nor does a table's place in its buffer.
+
+
+def paths(adapters: Adapters) -> int:
+    """Ranks that a kernel is made for: the stack's, half and quarter of it. A trial alone has the stack's own."""
+    return 1 if adapters.num_slots == 1 else max(1, min(3, adapters.rank.bit_length() - 4))
+
+
+def parts_of(whole: torch.Tensor, splits: int) -> torch.Tensor:
+    return torch.empty((splits, *whole.shape) if splits > 1 else 1, dtype=torch.float32, device=whole.device)
+
+
+@cache
+def tickets_of(device: torch.device) -> torch.Tensor:
+    """Counters that each kernel finds and leaves at zero."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+def dropout(row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return row.table["key"], row.table["threshold"], row.table["keep_scale"]
+
+
+def numbers(group: Group) -> list[int]:
+    """Of each layer, what its masks count by."""
+    return [layer.number for layer in group.layers] + [0] * (MAX_LAYERS - len(group.layers))
+
+
+def columns_of(group: Group) -> list[int]:
+    """Of each layer, the first column and the number of columns of its output."""
+    places = [value for layer in group.layers for value in (layer.column, layer.width)]
+    return places + [0] * (2 * MAX_LAYERS - len(places))
+
+
+def column_blocks(group: Group, block: int) -> int:
+    return sum(triton.cdiv(layer.width, block) for layer in group.layers)
 
 
 @triton.jit
@@ -13,12 +64,21 @@ def deliver(total, gradient, part, inside, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def takes(rank, R: tl.constexpr, LAST: tl.constexpr):
+    """Whether a slot of this rank is for the path of rank R, the narrowest that holds it; the last one is R's."""
+    if LAST:
+        return rank <= R
+    return (rank <= R) & (rank > R // 2)
+
+
+@triton.jit
 def add_up(
-    total, out, parts, tickets, tokens, tile, layer, split, num_tiles, num_layers, SPLITS: tl.constexpr
+    total, out, parts, tickets, tokens, tile, layer, split, num_tiles, num_layers,
+    RANK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of all splits' (tokens, rank) totals to the layer's columns of `out`."""
-    RANK: tl.constexpr = total.shape[1]
-    places = tokens[:, None] * (num_layers * RANK) + layer * RANK + tl.arange(0, RANK)[None, :]
+    """Write the sum of all splits' (tokens, R) totals to the layer's first R of RANK columns of `out`."""
+    R: tl.constexpr = total.shape[1]
+    places = tokens[:, None] * (num_layers * RANK) + layer * RANK + tl.arange(0, R)[None, :]
     if SPLITS == 1:
         tl.store(out + places, total.to(out.dtype.element_ty))
     else:

@@ -16,6 +16,7 @@ TABLE = (
     "threshold",  # a token's feature is dropped where its 31 random bits are below
     "keep_scale",  # 1 / (1 - dropout)
     "scale",  # alpha / rank
+    "rank",  # of its adapter: kernels leave out what the stack has beyond
     "loss_weight",  # 1 / tokens with a loss in the whole batch
     "applies",  # 1 where the batch ends with this row: the slot's optimizer steps
     "learning_rate",
@@ -29,7 +30,7 @@ TABLE = (
 )
 """What a slot's row of the table says, each in 4 bytes."""
 
-INTEGERS = ("key", "threshold", "applies")
+INTEGERS = ("key", "threshold", "rank", "applies")
 
 
 def as_int32(value: int) -> int:
@@ -54,6 +55,8 @@ class Rows:
         # A token's target is the next token of its own row.
         self._targets = np.append(targets[1:], np.int32(IGNORED))
         self._targets[self._ends - 1] = IGNORED
+        self.num_targets_of_each = np.add.reduceat(self._targets != IGNORED, self._ends - self.lengths, dtype=np.int64)
+        """(rows,) tokens with a loss."""
 
     @classmethod
     def of(cls, dataset: Any) -> "Rows":
@@ -85,7 +88,7 @@ class Rows:
 
     def num_targets(self, indices: Sequence[int]) -> int:
         """Tokens with a loss in these rows."""
-        return int(sum(np.count_nonzero(self.targets(index) != IGNORED) for index in indices))
+        return int(self.num_targets_of_each[list(indices)].sum())
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.adapters.bundle import Adapter
+from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
-from orchestrator.training.applied import read_back, same
+from orchestrator.training.applied import read_back, same, set_rate
 from orchestrator.training.events import Aside
 from orchestrator.training.fast.engine import AHEAD, Engine, Held, Pending
 from orchestrator.training.fast.lora import lora_parameters
@@ -68,7 +69,7 @@ class Slot:
         self._norm = math.nan
         self._num_tokens = 0
         self._num_targets = 0
-        self._measured: dict[str, float] = {}
+        self._scores = RowScores(losses=[], hits=[], tokens=[])
         self._stored_at: int | None = None
         self._optimizer_steps = 0
 
@@ -88,8 +89,8 @@ class Slot:
                 self._log(learning_rate)
             if trainer.control.should_evaluate:
                 began = time.monotonic()
-                loss, accuracy = yield self.held_out()
-                self._evaluated(loss, accuracy, time.monotonic() - began)
+                self._scores = yield self.held_out()
+                self._evaluated(time.monotonic() - began)
             if trainer.control.should_save:
                 self._save()
         self.collect()
@@ -102,9 +103,9 @@ class Slot:
         """As `_store` has laid it."""
         return Adapter.of(self.trainer.model)
 
-    def measured(self) -> dict[str, float]:
-        """The last evaluation."""
-        return self._measured
+    def scores(self) -> RowScores:
+        """Of the last evaluation."""
+        return self._scores
 
     def read_back(self) -> dict[str, Any]:
         """What the slot and its optimizer hold, by the names of `applied.expected`."""
@@ -141,35 +142,35 @@ class Slot:
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
         first, skipped = trainer._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, None)
-        trainer._prepare_for_training(max_steps, loader, checkpoint)
+        # Of `Trainer._prepare_for_training` what a model that makes no step needs: the rest walks over it ten times.
+        trainer.create_optimizer(torch.nn.ParameterList(self._parameters.values()))
+        trainer.create_scheduler(max_steps)
+        if checkpoint is not None:
+            trainer._load_optimizer_and_scheduler(checkpoint)
+        handler = trainer.callback_handler
+        handler.optimizer, handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
+        handler.train_dataloader = loader
         trainer.optimizer.step()  # no gradients, no step; a schedule warns unless its optimizer has stepped
         if checkpoint is not None:
-            self._set_rate()
+            set_rate(trainer, self._config.training)
         adapters.clear(self._index)
         weights = self._matrices(adapters.weights)
         if weights.keys() != self._parameters.keys():
             raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
         for name, matrix in weights.items():
             matrix.copy_(self._parameters[name].detach())
-        moments = trainer.optimizer.state
-        for flat, key in ((adapters.moment1, "exp_avg"), (adapters.moment2, "exp_avg_sq")):
-            for name, matrix in self._matrices(flat).items():
-                if saved := moments.get(self._parameters[name]):
-                    matrix.copy_(saved[key])
-                    self._optimizer_steps = int(saved["step"])
-        moments.clear()
-        self._store()  # PEFT's own copy leaves the GPU
+        if moments := trainer.optimizer.state:
+            for flat, key in ((adapters.moment1, "exp_avg"), (adapters.moment2, "exp_avg_sq")):
+                for name, matrix in self._matrices(flat).items():
+                    if saved := moments.get(self._parameters[name]):
+                        matrix.copy_(saved[key])
+                        self._optimizer_steps = int(saved["step"])
+            moments.clear()
+        if any(parameter.is_cuda for parameter in self._parameters.values()):
+            self._store()  # the Trainer has moved them
+        else:
+            self._stored_at = self._optimizer_steps
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
-
-    def _set_rate(self) -> None:
-        """Rate and decay are the configuration's: the checkpoint may be another trial's."""
-        trainer, training = self.trainer, self._config.training
-        schedule = trainer.lr_scheduler
-        schedule.base_lrs = [training.learning_rate for _ in schedule.base_lrs]
-        for group, factor in zip(trainer.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-            group["initial_lr"] = training.learning_rate
-            group["lr"] = training.learning_rate * factor(schedule.last_epoch)
-        trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
@@ -217,6 +218,7 @@ class Slot:
             "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
             "keep_scale": 1 / (1 - lora.dropout),
             "scale": lora.alpha / lora.rank,
+            "rank": lora.rank,
             "loss_weight": 1 / max(1, num_targets),
             "applies": 1,
             "learning_rate": group["lr"],
@@ -258,12 +260,11 @@ class Slot:
         )
         self._losses, self._hits, self._num_targets = [], 0.0, 0
 
-    def _evaluated(self, loss: float, accuracy: float, seconds: float) -> None:
+    def _evaluated(self, seconds: float) -> None:
         """Tell the callbacks of an evaluation."""
-        self._measured = {"eval/loss": loss, "eval/token_accuracy": accuracy}
         metrics = {
-            "eval_loss": loss,
-            "eval_mean_token_accuracy": accuracy,
+            "eval_loss": self._scores.loss,
+            "eval_mean_token_accuracy": self._scores.token_accuracy,
             "eval_num_tokens": self._num_tokens,
             "eval_runtime": seconds,
         }

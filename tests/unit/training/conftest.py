@@ -45,6 +45,7 @@ def make_table() -> MakeTable:
             "threshold": round(dropout * 2**31),
             "keep_scale": 1 / (1 - dropout),
             "scale": 2.0,
+            "rank": 16,
             "loss_weight": 0.1,
             "applies": 1,
             "learning_rate": 1e-3,

@@ -18,7 +18,9 @@ from orchestrator.training.fast.lora import Adapted, Adapters  # noqa: E402
 from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
 
 FAST = "orchestrator.training.fast"
-LEAVES = ("early", "lora_parts", "lora_kernels", "attention_kernels", "update_kernels", "kernels")
+LEAVES = (
+    "early", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels", "update_kernels", "kernels"
+)  # fmt: skip
 MODULES = [f"{FAST}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -26,6 +28,8 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 """Of the difference's norm to the reference's, the reference in float32."""
 NUM_SLOTS = 4
+RANKS = {0: 50, 1: 16, 2: 4, 3: 20}
+"""Of several slots, as far as the stack goes."""
 
 
 def load_kernels() -> ModuleType:
@@ -91,6 +95,7 @@ def make_row(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **ta
             "threshold": 0,
             "keep_scale": 1.0,
             "scale": 1.0,
+            "rank": 64,
             "loss_weight": 0.1,
             "applies": 1,
             "learning_rate": 1e-2,
@@ -124,6 +129,7 @@ def several_slots() -> Row:
         threshold={slot: threshold for slot, (threshold, _) in drops.items()},
         keep_scale={slot: scale for slot, (_, scale) in drops.items()},
         scale={0: 2.0, 2: 0.5, 3: 1.0},
+        rank=RANKS,
         loss_weight={0: 0.3, 2: 0.01, 3: 1.0},
     )
 
@@ -152,16 +158,26 @@ def assert_close(value: Any, reference: Any, tolerance: float = TOLERANCE) -> No
 
 
 def make_adapters(row: Row, groups: list[list[Adapted]], rank: int, dtype: Any = torch.float32) -> tuple[Any, Any]:
-    """Adapters for the kernels and the same in float32 for the reference; the second slot's rank is 4."""
+    """Adapters for the kernels and the same in float32 for the reference; of several slots, each of its own rank."""
     num_slots = len(row.table["key"])
     ours, reference = (Adapters(groups, num_slots, rank, dtype, compute, DEVICE) for compute in (DTYPE, torch.float32))
     ours.weights.normal_()
-    if num_slots == NUM_SLOTS:
-        for group in ours.places:
-            ours.a(group, ours.weights)[2].unflatten(0, (-1, rank))[:, 4:] = 0
-            ours.b(group, ours.weights)[2][:, 4:] = 0
+    row.table["rank"].clamp_(max=rank)
+    clear_beyond(ours, ours.weights)
     reference.weights.copy_(ours.weights)
     return ours, reference
+
+
+def clear_beyond(adapters: Adapters, flat: Any) -> None:
+    """Zeros wherever no matrix of a slot's own rank lies, as in all that belongs to it."""
+    whole = flat.clone()
+    flat.zero_()
+    for slot in range(adapters.num_slots):
+        own = RANKS[slot] if adapters.num_slots == NUM_SLOTS else adapters.rank
+        for group in filter(None, adapters.places):
+            a, was_a = (adapters.a(group, each)[slot].unflatten(0, (-1, adapters.rank)) for each in (flat, whole))
+            a[:, :own] = was_a[:, :own]
+            adapters.b(group, flat)[slot][:, :own] = adapters.b(group, whole)[slot][:, :own]
 
 
 GROUPS = {
@@ -222,16 +238,35 @@ def test_attention_does_not_spread_what_is_not_finite() -> None:
     assert by_qkv[~sick].isfinite().all()
 
 
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written to holds NaN."""
+
+    def filled(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **options: Any) -> Any:
+            tensor = make(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+
+
+@pytest.mark.usefixtures("blank")
+@pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("make", ROWS)
-def test_adapters_and_their_backward(make: Callable[[], Row], group: str) -> None:
+def test_adapters_and_their_backward(make: Callable[[], Row], group: str, rank: int) -> None:
+    """Of each slot's own rank: what the stack has beyond is not read."""
     row, layers = make(), GROUPS[group]
-    ours, reference = make_adapters(row, [layers], 16)
+    ours, reference = make_adapters(row, [layers], rank)
+    live = (torch.arange(rank, device=DEVICE) < row.table["rank"][row.owners][:, None]).repeat(1, len(layers))
     place = ours.places[0]
     width = max(layer.column + layer.width for layer in layers)
     x, y = random(row.num_tokens, place.in_features), random(row.num_tokens, width)
     low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
-    assert_close(low, expected_low)
+    assert_close(low.where(live, 0), expected_low)
     expected = y.float()
     kernels.lora_up_(y, low, ours, place, row)
     plain.lora_up_(expected, expected_low, reference, place, row)
@@ -343,8 +378,9 @@ def test_sum_by_slot() -> None:
     assert_close(kernels.sum_by_slot(values, row, NUM_SLOTS), plain.sum_by_slot(values, row, NUM_SLOTS), 1e-5)
 
 
-def test_update() -> None:
-    """Clipped, not clipped, waiting, not finite: each slot for itself."""
+@pytest.mark.parametrize("rank", [16, 64])
+def test_update(rank: int) -> None:
+    """Clipped, not clipped, waiting, not finite: each slot for itself, at its own rank."""
     row = make_row(
         {slot: [9] for slot in range(NUM_SLOTS)},
         NUM_SLOTS,
@@ -352,13 +388,16 @@ def test_update() -> None:
         max_norm={0: 1.0, 1: float("inf"), 2: 1.0, 3: 1.0},
         applies={0: 1, 1: 1, 2: 0, 3: 1},
         learning_rate={0: 1e-2, 1: 1e-3, 2: 1e-2, 3: 1e-2},
+        rank=RANKS,
     )
-    ours, reference = make_adapters(row, [GROUPS["three"], GROUPS["one, wide"]], 16)
+    ours, reference = make_adapters(row, [GROUPS["three"], GROUPS["one, wide"]], rank)
     for adapters in (ours, reference):
         torch.manual_seed(1)
         for flat in (adapters.moment1, adapters.gradients):
             flat.normal_()
         adapters.moment2.uniform_()
+        for flat in (adapters.moment1, adapters.moment2, adapters.gradients):
+            clear_beyond(adapters, flat)
         adapters.gradients[3, 40] = float("nan")
     before = [flat.clone() for flat in (ours.weights, ours.moment1, ours.moment2)]
     norms, expected = kernels.update(ours, row), plain.update(reference, row)

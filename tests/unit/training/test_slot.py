@@ -117,6 +117,7 @@ def test_the_table_says_what_the_trial_is(slot: Any, pack: FakePack) -> None:
         "threshold": round(0.2 * 2**31),
         "keep_scale": pytest.approx(1.25),
         "scale": 0.5,
+        "rank": 8,
         "loss_weight": pytest.approx(1 / 10),
         "applies": 1,
         "learning_rate": 3e-4,

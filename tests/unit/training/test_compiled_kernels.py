@@ -1,0 +1,47 @@
+"""The interpreter takes what the compiler may not: kernels of a pack, compiled for an H100 or H200 without one."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from orchestrator.training.fast import lora_backward_kernels, lora_kernels, update_kernels
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BFLOAT16 = ("x", "y", "low", "gradient", "x_gradient", "by_low")
+INTEGERS = ("tickets", "tiles", "counters", "keys", "thresholds", "slot_ranks", "strides", "applies")
+SCALARS = ("stride", "y_stride", "low_stride", "features", "num_tiles", "num_slots", "size", "blocks")
+PACK = {"RANK": 32, "PATHS": 2, "TILE": 64}
+
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "down": (lora_kernels._down, PACK | {"SPLITS": 4, "BLOCK_K": 64}),
+    "up": (lora_kernels._up, PACK | {"BLOCK_N": 64}),
+    "up backward": (lora_backward_kernels._up_backward, PACK | {"SPLITS": 4, "LAYERS": 2, "BLOCK_N": 64}),
+    "down backward": (lora_backward_kernels._down_backward, PACK | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
+    "squares": (update_kernels._squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
+    "update": (update_kernels._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
+}
+
+
+def type_of(name: str) -> str:
+    if name in BFLOAT16:
+        return "*bf16"
+    if name in INTEGERS:
+        return "*i32"
+    is_scalar = name in SCALARS or name.startswith(("number", "column", "width"))
+    return "i32" if is_scalar else "*fp32"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_compiles(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants = KERNELS[name]
+    signature = {each: "constexpr" if each in constants else type_of(each) for each in kernel.arg_names}
+    places = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=HOPPER)
+    assert compiled.asm["cubin"]
