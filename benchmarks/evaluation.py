@@ -32,7 +32,7 @@ def measure(setting: Setting) -> dict[str, Any]:
                 seconds[name] = _best(lambda engine=engine, held=held: engine.evaluate([held]))
             else:
                 seconds[name] = _best(loop.trainer.evaluate)
-            losses[name] = loop.measured()["eval/loss"]
+            losses[name] = loop.scores().loss
     return {
         "tokens_per_second": {name: round(tokens / each) for name, each in seconds.items()},
         "over_trl": round(seconds["trl"] / seconds["fast"], 2),

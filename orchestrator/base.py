@@ -2,10 +2,13 @@
 
 import copy
 import gc
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import RLock
+from types import NoneType
 from typing import Any
 
 from orchestrator.embedded import BASE_DIR
@@ -24,6 +27,17 @@ def base_location(base: BaseSection) -> str:
     return str(BASE_DIR) if base.model == "embedded" else base.model
 
 
+@cache
+def base_commit(base: BaseSection) -> str | None:
+    """The commit that a hub id and its revision stand for on this machine; None for a folder and the embedded base."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if base.model == "embedded" or Path(base.model).is_absolute():
+        return None
+    config = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
+    return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
+
+
 def load_tokenizer(base: BaseSection) -> Any:
     """The base's tokenizer, with a padding token.
 
@@ -32,7 +46,7 @@ def load_tokenizer(base: BaseSection) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _require_folder(base)
+    require_folder(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -51,26 +65,17 @@ def load_tokenizer(base: BaseSection) -> Any:
 def load_base(base: BaseSection) -> Any:
     """The base in evaluation form: quantised as asked, frozen, on this process's GPU (or spread over its GPUs)."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    _require_folder(base)
-    compute_dtype = getattr(torch, base.compute_dtype)
-    quantization = None
-    if base.quantization != "none":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=base.quantization,
-            bnb_4bit_use_double_quant=base.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
+    require_folder(base)
     gpus = torch.cuda.device_count()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_location(base),
             revision=base.revision,
             trust_remote_code=base.trust_remote_code,
-            quantization_config=quantization,
-            dtype=compute_dtype,
+            quantization_config=quantization_config(base),
+            dtype=getattr(torch, base.compute_dtype),
             device_map="auto" if gpus > 1 else {"": 0 if gpus else "cpu"},
         )
     except (OSError, ValueError) as error:
@@ -79,6 +84,21 @@ def load_base(base: BaseSection) -> Any:
     model.requires_grad_(False)
     keep_trainable(model)
     return model
+
+
+def quantization_config(base: BaseSection) -> Any:
+    """The form in which transformers is asked to hold the base, or None."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if base.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=base.quantization,
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
+    )
 
 
 def keep_trainable(model: Any) -> None:
@@ -110,35 +130,48 @@ def kept(base: BaseSection) -> Any:
 def shell(model: Any, own_biases: bool = False) -> Any:
     """New modules over the same weights, for one trial: adapters, hooks, flags and a patched forward go away with them.
 
+    What `copy.deepcopy` would give with the weights left out, in an eighth of its time: most of what hundreds of
+    modules hold is empty.
+
     Args:
-        model: a base; it stays as it is, and several shells of it may be in use at once.
+        model: a base, or one with an adapter; it stays as it is, and several shells of it may be in use at once.
         own_biases: copy the biases, for a trial that trains them.
     """
     from bitsandbytes.functional import QuantState
-    from torch import Tensor
+    from torch import Tensor, dtype
     from torch.nn import Parameter
 
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            memo |= {id(value): value for value in held.values() if isinstance(value, Tensor | QuantState)}
+    modules = list(model.modules())
+    memo: dict[int, Any] = {id(module): module.__new__(type(module)) for module in modules}
+    for module in modules:
+        memo |= {id(value): value for held in (module._parameters, module._buffers) for value in held.values()}
     if own_biases:
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":  # those that PEFT may train
                 memo[id(parameter)] = Parameter(parameter.detach().clone(), requires_grad=False)
-    return copy.deepcopy(model, memo)
+    shared = {bool, int, float, str, NoneType, type, dtype, Tensor, QuantState}
+    containers = {dict, list, set, OrderedDict}
+    for module in modules:
+        made = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in shared:
+                made[name] = value
+            elif kind in containers and not value:
+                made[name] = kind()
+            else:
+                made[name] = copy.deepcopy(value, memo)
+    return memo[id(model)]
 
 
 @contextmanager
-def lease(base: BaseSection, trains_biases: bool = False) -> Iterator[Any]:
-    """A shell of the kept base, for one trial. A base that comes back altered is dropped."""
+def lease(base: BaseSection) -> Iterator[None]:
+    """The kept base is in use by a trial. It is dropped if it is another afterwards."""
     model = kept(base)
     before = _weights(model)
-    lent = shell(model, own_biases=trains_biases)
     try:
-        yield lent
+        yield
     finally:
-        lent._modules.clear()  # who still names the shell must not hold its adapter's memory
         if _weights(model) != before:
             drop()
         _free_memory()
@@ -168,14 +201,16 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _require_folder(base: BaseSection) -> None:
+def require_folder(base: BaseSection) -> None:
+    """Raises RequestError where the base is to be in a folder, and is not."""
     if Path(base.model).is_absolute() and not (Path(base.model) / "config.json").is_file():
         raise RequestError(f"base.model {base.model}: there is no model in this folder (no config.json)")
 
 
 def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    at = f" at revision {base.revision}" if base.revision else ""
     return RequestError(
-        f"base.model {base.model}: cannot be loaded: {reason}",
+        f"base.model {base.model}{at}: cannot be loaded: {reason}",
         "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
     )

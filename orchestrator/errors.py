@@ -37,6 +37,14 @@ class ClusterError(OrchestratorError):
     """Ray cannot be reached, or its nodes do not share the output folder. Exit code 1."""
 
 
+class HubError(OrchestratorError):
+    """The hub cannot be reached, or fails. Exit code 1."""
+
+
+class ExportError(OrchestratorError):
+    """An export was made, but does not answer as its source does; nothing of it is left. Exit code 1."""
+
+
 class TrialError(OrchestratorError):
     """A trial failed while it ran, for a reason that running it again would meet again."""
 

@@ -2,34 +2,141 @@
 
 import copy
 import hashlib
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from orchestrator.errors import RecordError, RequestError
+from pydantic import ValidationError
+
+from orchestrator.adapters.card import adapter_card
+from orchestrator.base import base_commit
+from orchestrator.errors import RecordError
+from orchestrator.record import RowScores
+from orchestrator.record.models import Record
+from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
 
 MANIFEST = "manifest.json"
+SCORES = "held_out.json"
+"""`RowScores` of the held-out rows at the adapter's step: by these, adapters are compared."""
 REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
 
-_CARD = """---
-library_name: peft
-base_model: {base}
-tags: [lora, qlora]
----
-# LoRA adapter of trial {trial_id}
+BUILDING, REPLACED = ".building-", ".replaced-"
+"""How the names of folders begin that are on their way to their own."""
 
-Step {step}, {metric} {value:.6g}. Rank {rank}, alpha {alpha:g}, dropout {dropout:g}, learning rate {learning_rate:g}.
-Trained on the base `{base}` held as {quantization}. `trial.json` holds the whole configuration.
+PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+"""Endings of files that run code when they are loaded; no bundle has one."""
 
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-"""
+
+class Facts(Record):
+    """Where a bundle came from, and what was measured with it."""
+
+    format: Literal["adapter", "merged", "gguf", "ray-serve"]
+    base: dict[str, Any]
+    """`BaseSection` of the base it was trained on: id, revision, quantisation."""
+    base_commit: str | None = None
+    """Commit of the base that was loaded, where it came from the hub."""
+    data_fingerprint: str | None = None
+    """Hash of the tokens trained and evaluated on."""
+    config: dict[str, Any] | None = None
+    """The whole `TrialConfig`; None for an adapter that does not say."""
+    versions: dict[str, str]
+    """Package -> version where it was made."""
+    metrics: dict[str, float]
+    """Name -> value on the held-out rows: `eval/loss`, ..."""
+    trial_id: str | None = None
+    step: int | None = None
+    """Optimizer step of these weights."""
+    parity: dict[str, Any] | None = None
+    """How near it comes to the adapter on its base, where it is another form of that."""
+
+
+class FileSum(Record):
+    """One file as it was written."""
+
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+class Manifest(Record):
+    """What `manifest.json` holds."""
+
+    version: Literal[1] = 1
+    sha256: str = "0" * 64
+    """Of the manifest itself, as it is with zeros here."""
+    facts: Facts
+    files: dict[str, FileSum]
+    """By name relative to the folder, with slashes; all but the manifest itself."""
+
+
+def seal(folder: Path, facts: Facts) -> None:
+    """Write the manifest of a bundle, once all its other files are there.
+
+    Raises:
+        RecordError: one of them is a pickle.
+    """
+    sums = {name: FileSum(sha256=_sha256(path), size=path.stat().st_size) for name, path in _files(folder).items()}
+    unsigned = Manifest(facts=facts, files=sums)
+    text = (unsigned.model_dump_json(indent=2) + "\n").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    (folder / MANIFEST).write_bytes(text.replace(unsigned.sha256.encode(), digest.encode(), 1))
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every byte of a bundle against its manifest.
+
+    Raises:
+        RecordError: there is no manifest, it is damaged, or a file is missing, changed, extra or a pickle.
+    """
+    manifest, found = read_manifest(folder), _files(folder)
+    for name, wanted in manifest.files.items():
+        if name not in found or not found[name].is_file():
+            raise RecordError(f"{folder / name}: is missing, but {MANIFEST} lists it")
+        size = found[name].stat().st_size
+        if size != wanted.size or _sha256(found[name]) != wanted.sha256:
+            told = f"{wanted.size} bytes, not {size}" if size != wanted.size else "another sha256"
+            raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} holds {told})")
+    if extra := sorted(found.keys() - manifest.files.keys()):
+        raise RecordError(f"{folder / extra[0]}: does not belong here ({MANIFEST} does not list it)")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a bundle says of itself; its other files are not looked at.
+
+    Raises:
+        RecordError: there is no manifest, or it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = f"has no {MANIFEST}: nothing says what its files were" if folder.is_dir() else "there is no such folder"
+        raise RecordError(f"{folder}: {what}")
+    text = path.read_bytes()
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
+    unsigned = text.replace(manifest.sha256.encode(), b"0" * 64, 1)
+    if hashlib.sha256(unsigned).hexdigest() != manifest.sha256:
+        raise RecordError(f"{path}: has changed since it was saved (it holds another sha256 of itself)")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The step of a trial that an adapter is of."""
+
+    config: TrialConfig
+    trial_id: str
+    step: int
+    metric: str
+    """By which the step was chosen."""
+    values: dict[str, float]
+    """All that was measured at this step, `metric` among it."""
+    data_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -66,112 +173,108 @@ class Adapter:
         self.config.save_pretrained(str(folder))
 
 
-def save_adapter(
-    adapter: Adapter,
-    tokenizer: Any,
-    folder: Path,
-    config: TrialConfig,
-    trial_id: str,
-    step: int,
-    metric: str,
-    value: float,
-) -> None:
+def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin, scores: RowScores) -> None:
     """Write an adapter folder, complete or not at all.
 
     Args:
         adapter: its weights and PEFT configuration.
         tokenizer: saved beside it.
         folder: replaced if it exists.
-        config: the trial's configuration.
-        trial_id: for the card.
-        step: optimizer step of these weights.
-        metric: name of the metric the step was chosen by.
-        value: its value at this step.
+        origin: for the card and the manifest.
+        scores: of the held-out rows at this step.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=BUILDING))
     try:
-        _fill(building, adapter, tokenizer, config, trial_id, step, metric, value)
+        _fill(building, adapter, tokenizer, origin, scores)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     building.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
+    if not folder.exists():
+        building.rename(folder)
+        return
+    # The record may name it: whatever a kill leaves here, `put_right` finds a whole one.
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
+    folder.rename(replaced)
     building.rename(folder)
+    shutil.rmtree(replaced)
 
 
-def _fill(
-    building: Path,
-    adapter: Adapter,
-    tokenizer: Any,
-    config: TrialConfig,
-    trial_id: str,
-    step: int,
-    metric: str,
-    value: float,
-) -> None:
+def put_right(parent: Path) -> None:
+    """What one that was killed has left beside its folders: half of a new one, or an old one out of its place."""
+    for half in parent.glob(f"{BUILDING}*"):
+        shutil.rmtree(half)
+    for replaced in parent.glob(f"{REPLACED}*"):
+        folder = parent / replaced.name.removeprefix(REPLACED)
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+
+
+def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scores: RowScores) -> None:
+    config = origin.config
+    commit = base_commit(config.base)
+    # By this PEFT finds the base again as it was, wherever its branch has gone since.
+    adapter.config.revision = commit or config.base.revision
     adapter.save(building)
     tokenizer.save_pretrained(str(building))
+    card = adapter_card(config, origin.trial_id, origin.step, origin.metric, origin.values)
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    card = _CARD.format(
-        base=config.base.model,
-        trial_id=trial_id,
-        step=step,
-        metric=metric,
-        value=value,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        learning_rate=config.training.learning_rate,
-        quantization=config.base.quantization,
-    )
+    (building / SCORES).write_text(scores.model_dump_json() + "\n", encoding="utf-8")
     (building / "README.md").write_text(card, encoding="utf-8")
-    sums = {path.name: _sha256(path) for path in sorted(building.iterdir())}
-    (building / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
+    facts = Facts(
+        format="adapter",
+        base=config.base.model_dump(mode="json"),
+        base_commit=commit,
+        data_fingerprint=origin.data_fingerprint,
+        config=config.model_dump(mode="json"),
+        versions=installed_versions(),
+        metrics=origin.values,
+        trial_id=origin.trial_id,
+        step=origin.step,
+    )
+    seal(building, facts)
 
 
 def verify_adapter(folder: Path) -> None:
-    """Check an adapter folder against its manifest (where it has one).
+    """Check that a folder holds an adapter, and where it has a manifest, every byte.
 
     Raises:
         RecordError: a file is missing, changed, or not an adapter's.
     """
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
         raise RecordError(f"{folder}: is not a PEFT adapter folder ({missing[0]} is missing)")
-    if not (folder / MANIFEST).is_file():
-        return
-    sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    for name, digest in sums.items():
-        if not (folder / name).is_file():
-            raise RecordError(f"{folder / name}: is missing, but {MANIFEST} lists it")
-        if _sha256(folder / name) != digest:
-            raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} holds another sha256)")
+    if (folder / MANIFEST).is_file():
+        verify(folder)
 
 
-def export_adapter(adapter: Path, target: Path) -> None:
-    """Copy an adapter folder, checked before and after, complete or not at all.
+def read_scores(folder: Path) -> RowScores | None:
+    """Scores of the held-out rows at the adapter's step, where it holds them."""
+    if not (folder / SCORES).is_file():
+        return None
+    return RowScores.model_validate_json((folder / SCORES).read_text(encoding="utf-8"))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """A bundle's files but its manifest, by name.
 
     Raises:
-        RequestError: the target exists and is not an empty folder, or cannot be made.
-        RecordError: the adapter is not whole.
+        RecordError: one of them is a pickle.
     """
-    verify_adapter(adapter)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
-    except OSError as error:
-        raise RequestError(f"{target}: cannot be made: {error}") from error
-    try:
-        shutil.copytree(adapter, building, dirs_exist_ok=True)
-        verify_adapter(building)
-        building.chmod(0o755)
-        building.replace(target)  # over an empty folder too
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # The hub and its client put two things of their own beside what was pushed.
+        if name in (MANIFEST, ".gitattributes") or name.startswith(".cache/huggingface/"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if path.suffix.lower() in PICKLES:
+            raise RecordError(f"{path}: is a pickle by its name, and would run code when it is loaded")
+        found[name] = path
+    return found
 
 
 def _sha256(path: Path) -> str:

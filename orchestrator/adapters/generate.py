@@ -1,6 +1,6 @@
-"""Greedy answers."""
+"""Answers, greedy or drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.data import Prompt
@@ -9,7 +9,14 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 """Arguments of `generate`: the likeliest token each time, whatever the base's own generation settings are."""
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Mapping[str, Any] = GREEDY,
+) -> list[str]:
     """Answers in the order of the prompts, without special tokens and surrounding space.
 
     Args:
@@ -18,6 +25,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tok
         prompts: token ids, each (tokens,).
         max_new_tokens: tokens an answer may have.
         batch_size: prompts a forward pass; prompts of like length go together.
+        sampling: how `generate` takes the next token.
     """
     import torch
 
@@ -39,7 +47,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tok
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                **GREEDY,
+                **sampling,
             )
         texts = tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
@@ -47,7 +55,9 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tok
     return answers
 
 
-def exact_match(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> float:
-    """Share of prompts whose greedy answer is the wanted one, space at the ends not counted."""
+def exact_matches(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
+) -> list[bool]:
+    """Of each prompt, whether its greedy answer is the wanted one, space at the ends not counted."""
     given = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
-    return sum(text == prompt.answer.strip() for text, prompt in zip(given, prompts, strict=True)) / len(prompts)
+    return [text == prompt.answer.strip() for text, prompt in zip(given, prompts, strict=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.deploy.sweep import Best, open_sweep
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 
@@ -32,8 +32,18 @@ class Subject:
         Raises:
             RecordError: it is not whole.
         """
-        verify_adapter(best.adapter)
-        return cls(best.trial.trial_id, best.adapter, best.trial.config.base, best.trial.config, best.record.paths)
+        return cls.of_trial(best.record, best.trial)
+
+    @classmethod
+    def of_trial(cls, record: SweepRecord, trial: TrialResult) -> "Subject":
+        """The adapter of a trial's best evaluation.
+
+        Raises:
+            RecordError: it is missing, or not whole.
+        """
+        adapter = record.adapter(trial)
+        verify_adapter(adapter)
+        return cls(trial.trial_id, adapter, trial.config.base, trial.config, record.paths)
 
 
 def find_subject(sweep_or_adapter: str, output: str) -> Subject:

@@ -1,22 +1,32 @@
 """A sweep as those see it who want its adapter."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters.bundle import read_scores
+from orchestrator.deploy.choice import SIZE, Candidate, Choice, Mode, choose, pareto, rank
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult, read_sweep
 
 
 @dataclass(frozen=True)
 class Best:
-    """The trial that was chosen, and where its adapter lies."""
+    """A trial that was chosen, and where its adapter lies."""
 
     record: SweepRecord
     trial: TrialResult
     adapter: Path
-    num_compared: int
-    """Finished trials it was compared with, itself included."""
+    choice: Choice
+    """What it was chosen from."""
+
+    def load(self) -> tuple[Any, Any]:
+        """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
+        from orchestrator.deploy.load import load_adapter
+        from orchestrator.deploy.subject import Subject
+
+        return load_adapter(Subject.of_best(self))
 
     def as_dict(self) -> dict[str, Any]:
         """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
@@ -26,12 +36,14 @@ class Best:
             "sweep": self.record.paths.name,
             "trial_id": trial.trial_id,
             "state": trial.state,
-            "metric": trial.metric,
-            "mode": trial.mode,
-            "value": best.value,
+            "metric": self.choice.metric,
+            "mode": self.choice.mode,
+            "value": best.values[self.choice.metric],
             "step": best.step,
             "values": best.values,
-            "num_compared": self.num_compared,
+            "num_parameters": trial.applied.get("num_trainable_parameters"),
+            "num_compared": self.choice.num_compared,
+            "choice": self.choice.as_dict(),
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
@@ -42,7 +54,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and what came of it."""
+    """A sweep and what came of it. The methods raise RecordError where no trial has finished with an adapter."""
 
     record: SweepRecord
 
@@ -50,19 +62,42 @@ class Sweep:
         """All trials, best first; those without an evaluation last."""
         return self.record.trials()
 
-    def best(self) -> Best:
-        """The finished trial (COMPLETE or STOPPED) with the best evaluation, and the adapter of that step.
+    def best(self, metric: str | None = None, strict: bool = False) -> Best:
+        """Of the finished trials (COMPLETE or STOPPED) that cannot be told apart from the best, the smallest adapter.
 
-        Raises:
-            RecordError: no trial has finished with an adapter.
+        Args:
+            metric: to choose by, at each trial's best evaluation; default the one that was searched for.
+            strict: the best value, however small its lead.
         """
+        metric = metric or self.record.info.spec.search.metric
+        choice = choose(self._candidates, metric, self._mode(metric), strict)
+        trial = choice.recommended.trial
+        return Best(self.record, trial, self.record.adapter(trial), choice)
+
+    def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
+        """The best finished trials by their values, best first."""
+        metric = metric or self.record.info.spec.search.metric
+        return [each.trial for each in rank(self._candidates, metric, self._mode(metric))[:number]]
+
+    def pareto(self, metrics: list[str]) -> list[TrialResult]:
+        """Finished trials that no other one beats in all of these (`size` counts the adapter's parameters)."""
+        return [each.trial for each in pareto(self._candidates, {name: self._mode(name) for name in metrics})]
+
+    def _mode(self, metric: str) -> Mode:
+        search = self.record.info.spec.search
+        if metric == search.metric:
+            return search.resolved_mode
+        return "min" if metric in ("eval/loss", SIZE) else "max"
+
+    @cached_property
+    def _candidates(self) -> list[Candidate]:
         root, finished = self.record.paths.root, self.record.finished()
         if not finished:
             raise RecordError(
                 f"{root}: no trial has finished with an evaluation yet",
                 f"`orchestrator status {root}` shows where the trials are.",
             )
-        return Best(self.record, finished[0], self.record.adapter(finished[0]), len(finished))
+        return [Candidate(trial, read_scores(self.record.adapter_path(trial))) for trial in finished]
 
 
 def open_sweep(sweep: str | Path, output: str | Path = "runs") -> Sweep:

@@ -52,7 +52,7 @@ class BestPoint(Record):
 
 
 class RowScores(Record):
-    """What an adapter makes of each held-out row, in their order."""
+    """What an adapter makes of each held-out row, in their order: by this, adapters are compared."""
 
     losses: list[float]
     """Sum over the row's tokens that have a loss."""
@@ -60,6 +60,8 @@ class RowScores(Record):
     """Of these tokens, those that were the likeliest."""
     tokens: list[int]
     """How many these are."""
+    answers: list[bool] = []
+    """Of each held-out prompt that was answered, whether the answer was the wanted one."""
 
     @property
     def loss(self) -> float:
@@ -70,6 +72,11 @@ class RowScores(Record):
     def token_accuracy(self) -> float:
         """Share of tokens that were the likeliest."""
         return sum(self.hits) / sum(self.tokens)
+
+    def values(self) -> dict[str, float]:
+        """As the trial's record names them."""
+        values = {"eval/loss": self.loss, "eval/token_accuracy": self.token_accuracy}
+        return values | ({"eval/exact_match": sum(self.answers) / len(self.answers)} if self.answers else {})
 
 
 class TrialResult(Record):

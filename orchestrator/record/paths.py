@@ -55,9 +55,14 @@ class TrialPaths:
         """Name of the lease by which a worker of a sweep trains it; whoever holds another one keeps off."""
         return self.root / ".lease"
 
+    @property
+    def adapters(self) -> Path:
+        """PEFT adapters."""
+        return self.root / "adapters"
+
     def adapter(self, step: int) -> Path:
-        """PEFT adapter of one step; only the best one is kept."""
-        return self.root / "adapters" / f"step-{step}"
+        """The one of a step; only the best is kept."""
+        return self.adapters / f"step-{step}"
 
     @property
     def tensorboard(self) -> Path:
@@ -102,6 +107,11 @@ class SweepPaths:
     def workers(self) -> Path:
         """What the libraries said in a sweep's workers, a file for each process."""
         return self.root / "workers"
+
+    @property
+    def evaluations(self) -> Path:
+        """Reports of `evaluate`, a file for each time."""
+        return self.root / "evaluations"
 
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)

@@ -4,26 +4,14 @@ import os
 import re
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from orchestrator.errors import RequestError
 from orchestrator.record.models import SweepInfo
 from orchestrator.record.paths import SweepPaths
+from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import NAME_PATTERN
-
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "ray",
-    "qlora-orchestrator",
-)
 
 
 def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> SweepPaths:
@@ -84,19 +72,9 @@ def describe_sweep(
         num_truncated=num_truncated,
         num_dropped=num_dropped,
         num_shared=num_shared,
-        versions=_versions(),
+        versions=installed_versions(),
         git_commit=_git_commit(),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _git_commit() -> str | None:

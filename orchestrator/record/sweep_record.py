@@ -37,14 +37,18 @@ class SweepRecord:
         """Trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
         return [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
 
+    def adapter_path(self, trial: TrialResult) -> Path:
+        """Where the adapter of a trial's best evaluation belongs."""
+        assert trial.best is not None
+        return self.paths.trial(trial.trial_id).root / trial.best.adapter
+
     def adapter(self, trial: TrialResult) -> Path:
         """The adapter of a trial's best evaluation.
 
         Raises:
             RecordError: it is not there.
         """
-        assert trial.best is not None
-        folder = self.paths.trial(trial.trial_id).root / trial.best.adapter
+        folder = self.adapter_path(trial)
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
         return folder

@@ -17,8 +17,8 @@ _COLORS = {
 }
 
 
-def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Table:
-    """One row a trial, in the order given: state, step, best evaluation, what was varied."""
+def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes: bool = False) -> Table:
+    """One row a trial, in the order given: state, step, best evaluation, what was varied; the adapter's parameters."""
     fields = list(dict.fromkeys(name for trial in trials for name in trial.config.varied))
     metrics = list(dict.fromkeys(name for trial in trials if trial.best for name in trial.best.values))
     metric = trials[0].metric if trials else "eval/loss"
@@ -32,6 +32,7 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Tab
         "at",
         *(name.partition("/")[2] for name in others),
         *(name.partition(".")[2] for name in fields),
+        *(["size"] if sizes else []),
         "time",
     ):
         table.add_column(name, justify="right")
@@ -45,6 +46,7 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None) -> Tab
             str(best.step) if best else "",
             *(number(best.values[name]) if best and name in best.values else "" for name in others),
             *(number(trial.config.varied.get(name, "")) for name in fields),
+            *([f"{trial.applied.get('num_trainable_parameters', 0):,}"] if sizes else []),
             duration(trial.seconds),
         )
     return table

@@ -4,14 +4,16 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from orchestrator.adapters.generate import exact_match
+from orchestrator.adapters.bundle import put_right
+from orchestrator.adapters.generate import exact_matches
 from orchestrator.base import lease
 from orchestrator.errors import OrchestratorError
-from orchestrator.record import TrialPaths, TrialResult
+from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases
 from orchestrator.training.device import device_name, peak_memory_gib
 from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted
@@ -47,20 +49,22 @@ class Attempt:
         self._ground = ground
         self._aside = aside
         self._gpu_seconds = gpu_seconds
-        self._reporter = Reporter(start, paths, listener, aside, self._usage, ground.tokenizer)
+        fingerprint = ground.data.fingerprint
+        self._reporter = Reporter(start, paths, listener, aside, self._usage, ground.tokenizer, fingerprint)
         self._probed_gib = 0.0
         self._shares = False
 
-    def run(self, shell: Any, find_seat: Callable[[], Seat | str | None]) -> Work:
+    def run(self, find_seat: Callable[[], Seat | str | None]) -> Work:
         """The trial as a pack's work. Nothing is raised but what ends the process: the last event says how it ended.
 
         Args:
-            shell: a base of its own, from `base.shell`.
             find_seat: its slot, or why it has none; see `loop.find_seat`.
         """
         tell = self._reporter.tell
+        for folder in (self._paths.adapters, self._paths.checkpoints):
+            self._aside.do(partial(put_right, folder))
         try:
-            yield from self._train(shell, find_seat())
+            yield from self._train(find_seat())
         except OrchestratorError as error:
             tell(Failed, error=error.message, remedy=error.remedy, traceback=None)
         except Exception as error:
@@ -83,9 +87,9 @@ class Attempt:
             else:
                 tell(Completed)
 
-    def _train(self, shell: Any, seat: Seat | str | None) -> Work:
-        """Train an adapter on the shell, and have the best one answer."""
-        config, start, reporter = self._config, self._start, self._reporter
+    def _train(self, seat: Seat | str | None) -> Work:
+        """Open the trial's loop, and let go of its model at the end."""
+        config = self._config
         if isinstance(seat, Seat):
             self._probed_gib = seat.plan.measured_gib  # an engine that stands does not probe again
             self._shares = seat.engine.adapters.num_slots > 1
@@ -94,21 +98,35 @@ class Attempt:
             "device": device_name(),
             "worker": f"{socket.gethostname()}:{os.getpid()}",
         }
-        reporter.tell(Noted, fields=fields)
-        modules = expected_modules(shell, config.lora)
-        wanted = expected(config, modules, num_expected_biases(shell, config.lora, modules))
-        loop = open_loop(config, self._ground, shell, seat, self._paths.checkpoints, self._aside)
+        self._reporter.tell(Noted, fields=fields)
+        base = self._ground.base
+        modules = expected_modules(base, config.lora)
+        wanted = expected(config, modules, num_expected_biases(base, config.lora, modules))
+        loop = open_loop(config, self._ground, seat, self._paths.checkpoints, self._aside)
+        try:
+            yield from self._follow(loop, wanted)
+        finally:  # who still names the model must not hold its adapter's memory
+            loop.trainer.model.get_base_model()._modules.clear()
 
-        def measured() -> dict[str, float]:
+    def _follow(self, loop: Loop, wanted: dict[str, Any]) -> Work:
+        """Train, and have the best adapter answer.
+
+        Args:
+            loop: of the trial.
+            wanted: from `applied.expected`.
+        """
+        config, start, reporter = self._config, self._start, self._reporter
+
+        def scores() -> RowScores:
             is_searched = start.metric.removeprefix("eval/") in config.evaluation.metrics
-            return loop.measured() | (self._answers(loop) if is_searched else {})
+            return loop.scores().model_copy(update={"answers": self._answers(loop)} if is_searched else {})
 
         def read_applied() -> dict[str, Any]:
             live = loop.read_back()
             compare(wanted, live)
             return live
 
-        reporter.attach(loop.trainer, measured, read_applied, loop.adapter)
+        reporter.attach(loop.trainer, scores, read_applied, loop.adapter)
         trains = start.step != start.total_steps  # the Trainer would make one step more than are left
         if trains:
             yield from loop.train(str(self._paths.root / start.checkpoint) if start.checkpoint else None)
@@ -118,17 +136,18 @@ class Attempt:
             self._aside.wait()  # until the best adapter is written
             best = self._paths.adapter(reporter.best[1])
             set_peft_model_state_dict(loop.trainer.model, load_peft_weights(str(best)))
-            reporter.tell(Answered, values=self._answers(loop))
+            answers = self._answers(loop)
+            reporter.tell(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
 
-    def _answers(self, loop: Loop) -> dict[str, float]:
-        """Metrics by generation of the adapter in the trainer's model."""
+    def _answers(self, loop: Loop) -> list[bool]:
+        """Whether the adapter in the trainer's model answers the held-out prompts as wanted."""
         model, data, config = loop.trainer.model, self._ground.data, self._config
         for parameter in model.parameters():
             if parameter.requires_grad:  # the fast engine lays it on the host
                 parameter.data = parameter.data.to(model.device)
         prompts = data.prompts[: config.evaluation.rows]
         new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
-        return {"eval/exact_match": exact_match(model, self._ground.tokenizer, prompts, new, batch)}
+        return exact_matches(model, self._ground.tokenizer, prompts, new, batch)
 
     def _usage(self) -> tuple[float, float]:
         return self._gpu_seconds(), max(peak_memory_gib(), self._probed_gib)
@@ -151,8 +170,8 @@ def run_alone(
         return found
 
     attempt = Attempt(start, paths, ground, listener, aside, gpu_seconds)
-    with lease(config.base, trains_biases=config.lora.bias != "none") as shell:
-        pack.join(attempt.run(shell, seat))
+    with lease(config.base):
+        pack.join(attempt.run(seat))
         try:
             while len(pack):
                 pack.turn()

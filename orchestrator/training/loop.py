@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.adapters.bundle import Adapter
-from orchestrator.base import kept, load_tokenizer
+from orchestrator.base import kept, load_tokenizer, shell
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
+from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
+from orchestrator.training.adapted import adapted
 from orchestrator.training.events import Aside
 from orchestrator.training.fast.build import MemoryPlan, engine_for, release, why_not
 from orchestrator.training.fast.engine import Engine
@@ -31,8 +33,8 @@ class Loop(Protocol):
     def adapter(self) -> Adapter:
         """What has been trained; nothing changes it later. For evaluations and the end."""
 
-    def measured(self) -> dict[str, float]:
-        """`eval/loss` and `eval/token_accuracy` of the evaluation that has just run."""
+    def scores(self) -> RowScores:
+        """Of the evaluation that has just run."""
 
     def read_back(self) -> dict[str, Any]:
         """Live values by the names of `applied.expected`."""
@@ -93,23 +95,22 @@ def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
     return reason
 
 
-def open_loop(
-    config: TrialConfig, ground: Ground, shell: Any, seat: Seat | str | None, checkpoints: Path, aside: Aside
-) -> Loop:
-    """The trial's loop.
+def open_loop(config: TrialConfig, ground: Ground, seat: Seat | str | None, checkpoints: Path, aside: Aside) -> Loop:
+    """The trial's loop, with a model of its own over the base.
 
     Args:
         config: the trial.
         ground: what it trains on.
-        shell: a base of its own, from `base.shell`.
         seat: from `find_seat`.
         checkpoints: folder of checkpoints.
         aside: writes them.
     """
-    trainer = build_trainer(config, shell, ground.tokenizer, ground.data, checkpoints)
+    is_fast = isinstance(seat, Seat)
+    model = adapted(ground.base, config) if is_fast else shell(ground.base, own_biases=config.lora.bias != "none")
+    trainer = build_trainer(config, model, ground.tokenizer, ground.data, checkpoints)
     if isinstance(seat, Seat):
         return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
-    return TrlLoop(trainer)
+    return TrlLoop(trainer, config.training)
 
 
 def about(seat: Seat | str | None) -> dict[str, Any]:

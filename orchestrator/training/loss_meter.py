@@ -1,33 +1,49 @@
-"""Loss and accuracy over held-out rows, weighted by token."""
+"""Loss and hits of each held-out row, as SFTTrainer's own evaluation passes compute them."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from orchestrator.record import RowScores
 
 
 class LossMeter:
-    """A forward hook that sums what the model's own evaluation passes return.
+    """A forward hook that keeps what the model's own evaluation passes return.
 
     The Trainer's evaluation loss is the mean over batches of each batch's mean, and so depends on how rows fall into
-    batches. This one is the sum of all tokens' losses over their number: the same for any batch size. It costs
-    nothing, for trl's fused head already returns each token's log-probability (trl 1.16, `trainer/utils.py`,
-    `FusedCausalLMOutput`: log_probs, is_top1 and label_mask, each (batch, tokens - 1), zero where no label is).
+    batches. Sums by row do not. They cost nothing, for trl's fused head already returns each token's log-probability
+    (trl 1.16, `trainer/utils.py`, `FusedCausalLMOutput`: log_probs, is_top1 and label_mask, each (batch, tokens - 1),
+    zero where no label is).
     """
 
-    def __init__(self, model: Any) -> None:
-        self._sums: list[tuple[Any, Any, Any]] = []
+    def __init__(self, model: Any, order: Sequence[int]) -> None:
+        """
+        Args:
+            model: hooked.
+            order: of the rows as an evaluation passes over them.
+        """
+        self._order = order
+        self._sums: list[Any] = []
         self._handle = model.register_forward_hook(self._collect)
 
     def _collect(self, model: Any, inputs: Any, output: Any) -> None:
+        import torch
+
         if model.training or getattr(output, "log_probs", None) is None:
             return
-        tokens = output.label_mask.sum()
+        columns = (-output.log_probs.double(), output.is_top1, output.label_mask)
         # Kept on the device: reading them here would wait for it at each batch.
-        self._sums.append((-output.log_probs.float().sum(), output.is_top1.sum(), tokens))
+        self._sums.append(torch.stack([column.sum(dim=1).double() for column in columns]))
 
-    def read(self) -> dict[str, float]:
-        """`eval/loss` and `eval/token_accuracy` since the last call."""
-        loss, correct, tokens = (sum(float(value) for value in column) for column in zip(*self._sums, strict=True))
+    def read(self) -> RowScores:
+        """Of the evaluation that has just run."""
+        import torch
+
+        columns = torch.cat([sums.cpu() for sums in self._sums], dim=1)[:, -len(self._order) :]
         self._sums.clear()
-        return {"eval/loss": loss / tokens, "eval/token_accuracy": correct / tokens}
+        by_row = torch.empty_like(columns)
+        by_row[:, torch.tensor(self._order)] = columns
+        losses, hits, tokens = by_row.tolist()
+        return RowScores(losses=losses, hits=[int(each) for each in hits], tokens=[int(each) for each in tokens])
 
     def close(self) -> None:
         """Take the hook off."""

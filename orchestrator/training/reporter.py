@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from orchestrator.adapters.bundle import Adapter, save_adapter
+from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
-from orchestrator.record import TrialPaths, TrialResult
+from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.training.events import Aside, Evaluated, Event, Listener, Logged, Noted, Saved
 from orchestrator.training.finite import require_finite
 
@@ -25,6 +25,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         aside: Aside,
         usage: Callable[[], tuple[float, float]],
         tokenizer: Any,
+        data_fingerprint: str,
     ) -> None:
         """
         Args:
@@ -34,6 +35,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             aside: has files written, and the listener told of them afterwards.
             usage: GPU seconds of this attempt, and most memory held, in GiB.
             tokenizer: saved with each adapter.
+            data_fingerprint: told with each adapter.
         """
         self.step = start.step
         """Steps done."""
@@ -47,6 +49,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._aside = aside
         self._usage = usage
         self._tokenizer = tokenizer
+        self._data_fingerprint = data_fingerprint
         self._began = time.monotonic()
         self._training_since: float | None = None
         self._training_s = 0.0
@@ -55,7 +58,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def attach(
         self,
         trainer: Any,
-        measured: Callable[[], dict[str, float]],
+        scores: Callable[[], RowScores],
         read_applied: Callable[[], dict[str, Any]],
         adapter: Callable[[], Adapter],
     ) -> None:
@@ -63,12 +66,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
         Args:
             trainer: takes this as a callback.
-            measured: values of the evaluation that has just run.
+            scores: of the evaluation that has just run.
             read_applied: live values of the configured fields; raises TrialError if they differ.
             adapter: what has been trained up to an evaluation.
         """
         self._adapter = adapter
-        self._measured = measured
+        self._scores = scores
         self._read_applied = read_applied
         trainer.add_callback(self)
 
@@ -116,13 +119,14 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if self._grad_norm == 0.0:
             raise TrialError(f"the gradient has been zero up to step {state.global_step}: the adapter does not train")
         self._training_since = None
-        values = self._measured()
+        scores = self._scores()
+        values = scores.values()
         value, step = values[self._start.metric], state.global_step
         adapter = None
         if self._is_better(value):
             self.best = value, step
             adapter = str(self._paths.adapter(step).relative_to(self._paths.root))
-            self._keep_adapter(step, value)
+            self._keep_adapter(step, values, scores)
         tokens = int(metrics["eval_num_tokens"])
         self.tell(Evaluated, step=step, tokens=tokens, values=values, adapter=adapter, saves=control.should_save)
         require_finite({self._start.metric: value}, step)
@@ -145,11 +149,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             return True
         return value < self.best[0] if self._start.mode == "min" else value > self.best[0]
 
-    def _keep_adapter(self, step: int, value: float) -> None:
-        start, adapter = self._start, self._adapter()
+    def _keep_adapter(self, step: int, values: dict[str, float], scores: RowScores) -> None:
+        start, adapter, tokenizer = self._start, self._adapter(), self._tokenizer
         folder = self._paths.adapter(step)
-        self._aside.do(
-            lambda: save_adapter(
-                adapter, self._tokenizer, folder, start.config, start.trial_id, step, start.metric, value
-            )
-        )
+        origin = Origin(start.config, start.trial_id, step, start.metric, values, self._data_fingerprint)
+        self._aside.do(lambda: save_adapter(adapter, tokenizer, folder, origin, scores))

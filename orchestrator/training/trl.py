@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.data import PreparedData
+from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
-from orchestrator.training.applied import read_back
+from orchestrator.spec.sections import TrainingSection
+from orchestrator.training.adapted import draw, lora_config
+from orchestrator.training.applied import read_back, set_rate
 from orchestrator.training.fast.pack import Work
 from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
@@ -15,13 +20,16 @@ from orchestrator.training.precision import resolve_precision
 class TrlLoop:
     """SFTTrainer's own loop."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, training: TrainingSection) -> None:
         self.trainer = trainer
-        self._meter = LossMeter(trainer.model)
+        self._training = training
+        self._meter = LossMeter(trainer.model, list(trainer._get_eval_sampler(trainer.eval_dataset)))
 
     def train(self, checkpoint: str | None) -> Work:
         """All of it at once: from the start or a checkpoint to the last step, or until a callback stops it."""
         yield from ()
+        if checkpoint is not None:
+            self.trainer.add_callback(_OwnRate(self.trainer, self._training))
         self.trainer.train(resume_from_checkpoint=checkpoint)
         self._meter.close()
 
@@ -29,8 +37,8 @@ class TrlLoop:
         """A copy: the optimizer writes into the model's own tensors."""
         return Adapter.of(self.trainer.model).copied()
 
-    def measured(self) -> dict[str, float]:
-        """`eval/loss` and `eval/token_accuracy` of the evaluation that has just run."""
+    def scores(self) -> RowScores:
+        """Of the evaluation that has just run."""
         return self._meter.read()
 
     def read_back(self) -> dict[str, Any]:
@@ -38,21 +46,33 @@ class TrlLoop:
         return read_back(self.trainer.model, self.trainer.optimizer)
 
 
+class _OwnRate(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """`set_rate` once the Trainer has loaded a checkpoint."""
+
+    def __init__(self, trainer: Any, training: TrainingSection) -> None:
+        self._trainer = trainer
+        self._training = training
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        set_rate(self._trainer, self._training)
+
+
 def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path) -> Any:
-    """An SFTTrainer that adapts `model` (a bare base) on `data`.
+    """An SFTTrainer that adapts `model` on `data`.
 
     Args:
         config: the trial.
-        model: the bare base, from `base.lease`.
+        model: a shell of the base, which PEFT is still to adapt; or from `adapted`.
         tokenizer: its tokenizer, with a padding token.
         data: tokenised rows.
         checkpoints: folder of the trainer's checkpoints.
     """
     import torch
-    from peft import LoraConfig
+    from peft import PeftModel
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    lora, training = config.lora, config.training
+    training = config.training
     precision = resolve_precision(training)
     on_cpu = not torch.cuda.is_available()
     trainer = SFTTrainer(
@@ -91,18 +111,16 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            bias=lora.bias,
-            task_type="CAUSAL_LM",
-            revision=config.base.revision,
-        ),
+        # The one that SFTTrainer makes. For that it would lay out the whole vocabulary, to look for the padding token.
+        data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id),
+        peft_config=None if isinstance(model, PeftModel) else lora_config(config),
     )
-    # SFTTrainer casts adapters on a quantised base to bfloat16; the optimizer is built later, from what is here.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, training.adapter_dtype))
+    dtype = getattr(torch, training.adapter_dtype)
+    if config.lora.bias != "none":  # SFTTrainer casts what trains on a quantised base to bfloat16
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    draw(trainer.model, training.seed, dtype)
+    for held in (trainer.model.config, trainer.model.generation_config):
+        held.pad_token_id = tokenizer.pad_token_id
     return trainer

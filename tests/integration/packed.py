@@ -9,7 +9,6 @@ import torch
 from tiny import DEMO, TINY
 from transformers import TrainerCallback
 
-from orchestrator.base import shell
 from orchestrator.data import prepare
 from orchestrator.spec import TrialConfig, load_spec
 from orchestrator.training.device import use_device
@@ -101,7 +100,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._seen.rates[state.global_step] = logs["learning_rate"]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seen.evaluations[state.global_step] = self._seen.loop.measured()
+        self._seen.evaluations[state.global_step] = self._seen.loop.scores().values()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._seen.saved[state.global_step] = self._read()
@@ -140,9 +139,9 @@ class Bench:
         name: str = "",
     ) -> Trained:
         """Have a trial begin in a slot."""
-        lent, seat = shell(self._ground.base), Seat(slot, self.engine, self.plan)
         checkpoints = self._folder / (name or str(slot))
-        loop = open_loop(config, self._ground, lent, seat, checkpoints, aside or AtOnce())
+        seat = Seat(slot, self.engine, self.plan)
+        loop = open_loop(config, self._ground, seat, checkpoints, aside or AtOnce())
         seen = Trained(loop, adapter(loop))
         loop.trainer.add_callback(Watch(seen, stop_at, lambda: self.matrices(loop)))
         self.pack.join(watched(seen, None if checkpoint is None else str(checkpoint)))

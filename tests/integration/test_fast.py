@@ -59,10 +59,10 @@ def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = N
     config = load_spec(DEMO, [*TINY, *PLAIN, f"training.engine={engine}", *overrides]).trial_config({})
     ground, seen = Ground.of(config.base, prepare(config.data, config.base)), Trained(folder)
     use_device(1)  # threads as a trial has them
-    with lease(config.base) as shell, pytest.MonkeyPatch.context() as patched:
+    with lease(config.base), pytest.MonkeyPatch.context() as patched:
         seat = find_seat(config, ground)
         assert about(seat)["engine"] == engine
-        loop = open_loop(config, ground, shell, seat, folder, AtOnce())
+        loop = open_loop(config, ground, seat, folder, AtOnce())
         watch_events(loop, seen)
         watch_rows(loop.trainer, seen.batches, patched)
         seen.start = weights(loop)
@@ -91,7 +91,7 @@ def watch_events(loop: Loop, seen: Trained) -> None:
             seen.logs.append({"step": state.global_step, "epochs": state.epoch, **values["logs"]})
         if event == "on_evaluate":
             size = sum(float((weight - seen.start[name]).square().sum()) for name, weight in weights(loop).items())
-            seen.evaluations[state.global_step] = {**loop.measured(), "update": math.sqrt(size)}
+            seen.evaluations[state.global_step] = {**loop.scores().values(), "update": math.sqrt(size)}
         return tell(event, args, state, control, **values)
 
     handler.call_event = told

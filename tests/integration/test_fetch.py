@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import DEMO, TINY, Witness
 
+from orchestrator.adapters.bundle import verify
 from orchestrator.deploy import open_sweep
+from orchestrator.embedded import BASE_DIR
 from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
@@ -84,7 +86,11 @@ def test_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> 
     target = tmp_path / "deep" / "adapter"
     assert orchestrator("best", str(trained.root), "--export", str(target)).returncode == 0
     source = open_sweep(trained.root).best().adapter
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+    exported, kept = ({p.name: p.read_bytes() for p in each.iterdir()} for each in (target, source))
+    manifest = json.loads(exported.pop("manifest.json"))
+    del kept["manifest.json"]
+    assert exported == kept
+    assert manifest["facts"]["parity"]["max_logit_difference"] <= 1e-4
     again = orchestrator("best", str(trained.root), "--export", str(target))
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     weights = target / "adapter_model.safetensors"
@@ -107,9 +113,86 @@ def test_chat_answers_as_it_was_trained_and_the_base_does_not(trained: SweepPath
     assert not {answers[0], answers[2]} & {"# 72", "# l n u"}
 
 
+def test_chat_draws_the_same_with_a_seed_and_has_no_place_for_a_system_prompt(trained: SweepPaths) -> None:
+    question = ["--prompt", "Tell me", "--max-new-tokens", "8"]
+    drawn = ["--temperature", "5", "--top-k", "50", "--seed", "1"]
+    told = orchestrator("chat", str(trained.root), *question, *question, *drawn)
+    assert told.returncode == 0, told.stderr
+    first, second = told.stdout.splitlines()
+    assert first == second
+    (greedy,) = orchestrator("chat", str(trained.root), *question).stdout.splitlines()
+    assert first != greedy
+    refused = orchestrator("chat", str(trained.root), *question, "--system", "Be brief.")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "trained on format template, which has no place for a system prompt" in refused.stderr
+
+
+def test_chat_answers_a_file_into_a_file(trained: SweepPaths, tmp_path: Path) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    asked = {"What is the highest: 46, 72 or 5?": "# 72", "What is u n l backwards?": "# l n u"}
+    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in asked))
+    options = ["--prompts", str(prompts), "--answers", str(answers), "--max-new-tokens", "8"]
+    told = orchestrator("chat", str(trained.root), *options, "--compare-base")
+    assert told.returncode == 0, told.stderr
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert {line["prompt"]: line["answer"] for line in lines} == asked
+    assert not {line["base_answer"] for line in lines} & set(asked.values())
+    answers.unlink()
+    prompts.write_text(prompts.read_text() + '{"prompt": 3}\n')
+    wrong = orchestrator("chat", str(trained.root), *options)
+    assert (wrong.returncode, "prompts.jsonl:3: prompt must be text" in wrong.stderr) == (2, True)
+    assert not answers.exists()
+
+
+def test_a_loaded_adapter_answers(trained: SweepPaths) -> None:
+    model, tokenizer = open_sweep(trained.root).best().load()
+    inputs = tokenizer("<s>[INST] What is the highest: 46, 72 or 5? [/INST]", return_tensors="pt")
+    produced = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(produced[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text.strip() == "# 72"
+
+
+def test_the_manifest_tells_what_the_record_tells(trained: SweepPaths) -> None:
+    best = open_sweep(trained.root).best()
+    facts, point = verify(best.adapter).facts, best.trial.best
+    assert point is not None
+    assert (facts.trial_id, facts.step) == (best.trial.trial_id, point.step)
+    assert facts.metrics.items() <= point.values.items()
+    assert {"eval/loss", "eval/token_accuracy"} <= facts.metrics.keys()
+    assert facts.config == best.trial.config.model_dump(mode="json")
+    record = read_sweep(trained.root)
+    assert facts.data_fingerprint == record.info.data_fingerprint
+    assert facts.versions == record.info.versions
+
+
+def test_verify_and_push_name_a_flipped_byte(trained: SweepPaths, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    assert orchestrator("best", str(trained.root), "--export", str(folder)).returncode == 0
+    whole = orchestrator("verify", str(folder))
+    assert (whole.returncode, "adapter: whole" in whole.stdout) == (0, True), whole.stderr
+    dry = orchestrator("push", str(folder), "--repo", "me/adapter", "--private", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "me/adapter (private)" in dry.stdout
+    assert dry.stdout.endswith("dry run: nothing was sent\n")
+    offline = orchestrator("push", str(folder), "--repo", "me/adapter")
+    assert (offline.returncode, "HF_HUB_OFFLINE is set" in offline.stderr) == (2, True)
+    weights = folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for call in (["verify", str(folder)], ["push", str(folder), "--repo", "me/adapter", "--dry-run"]):
+        damaged = orchestrator(*call)
+        assert (damaged.returncode, damaged.stdout) == (2, "")
+        assert "adapter_model.safetensors: has changed since it was saved" in damaged.stderr
+    bare = orchestrator("verify", str(BASE_DIR))
+    assert (bare.returncode, "has no manifest.json" in bare.stderr) == (2, True)
+
+
 def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
-    told = orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given="What is the highest: 1, 9 or 5?\n\n")
-    assert (told.returncode, told.stdout.strip()) == (0, "# 9")
+    given = "What is the highest: 1, 9 or 5?\n\n/clear\nWhat is u n l backwards?\n/quit\nWhat is the highest: 1 or 2?\n"
+    told = orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=given)
+    assert told.returncode == 0, told.stderr
+    assert [line.strip() for line in told.stdout.splitlines()] == ["# 9", "# l n u"]
 
 
 def test_status_as_json_is_one_document(trained: SweepPaths) -> None:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from orchestrator.record import RowScores
 from orchestrator.training.fast import plain
 from orchestrator.training.fast.decoder import Decoder, Step
 from orchestrator.training.fast.lora import Adapters
@@ -50,7 +52,7 @@ class Pending:
     def __init__(self, values: torch.Tensor, arrived: Any) -> None:
         """
         Args:
-            values: (3, slots) float32 on the host.
+            values: float32 on the host; of a step (3, slots), of an evaluation (2, tokens).
             arrived: CUDA event after which they are there, or None.
         """
         self._values = values
@@ -62,10 +64,14 @@ class Pending:
         return self._arrived is None or bool(self._arrived.query())
 
     def read(self) -> Figures:
-        """The figures, waiting for them if need be."""
+        """Those of a step, waiting for them if need be."""
+        return Figures(*self.values().tolist())
+
+    def values(self) -> torch.Tensor:
+        """All of them, waiting for them if need be."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return Figures(*self._values.tolist())
+        return self._values
 
 
 class Engine:
@@ -115,13 +121,13 @@ class Engine:
             layout = self._bucket(count, -(-count // self._decoder.longest))
             bucket = _Bucket(layout, self.adapters.weights.device)
             bucket.bring([])
-            bucket.send(self._compute(bucket.row, trains)).read()
+            bucket.send(self._compute(bucket.row, trains)).values()
         self._probed = max(tokens, self._probed[0]), max(evaluation_tokens, self._probed[1])
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # for the graphs' pool
 
-    def evaluate(self, asked: Sequence[Held]) -> list[tuple[float, float]]:
-        """Of each slot: mean loss per token, and share of tokens whose target was likeliest, without dropout.
+    def evaluate(self, asked: Sequence[Held]) -> list[RowScores]:
+        """Of each slot: losses and hits of each row, without dropout.
 
         Args:
             asked: at most one a slot. Their rows are laid one after another into passes that are alike.
@@ -146,15 +152,25 @@ class Engine:
                 left -= self.whole_tiles(span.num_tokens)
                 at += len(span.indices)
         layout = self._layout(passes)
-        figures = [pending.read() for pending in [self._run(spans, layout, trains=False) for spans in passes]]
+        sums: dict[int, list[Any]] = {held.slot: [] for held in asked}
+        for spans, pending in zip(passes, [self._run(spans, layout, trains=False) for spans in passes], strict=True):
+            self._sum_by_row(spans, pending.values().numpy(), sums)
         measured = []
         for held in asked:
-            count = held.rows.num_targets(range(len(held.rows)))
-            losses, hits = (
-                sum(getattr(each, name)[held.slot] for each in figures) / count for name in ("losses", "hits")
-            )
-            measured.append((losses, hits))
+            losses, hits = np.concatenate(sums[held.slot], axis=1).tolist()
+            tokens = held.rows.num_targets_of_each.tolist()
+            measured.append(RowScores(losses=losses, hits=[round(each) for each in hits], tokens=tokens))
         return measured
+
+    def _sum_by_row(self, spans: Sequence[Span], values: Any, sums: dict[int, list[Any]]) -> None:
+        """Add to each slot's `sums` the (2, rows) losses and hits of its rows in this pass."""
+        at = 0
+        for span in spans:
+            lengths = span.rows.lengths[list(span.indices)]
+            end = at + int(lengths.sum())
+            starts = np.cumsum(lengths) - lengths
+            sums[span.slot].append(np.add.reduceat(values[:, at:end].astype(np.float64), starts, axis=1))
+            at += self.whole_tiles(end - at)
 
     def whole_tiles(self, tokens: int) -> int:
         """What so many tokens of a slot take of a row."""
@@ -193,11 +209,13 @@ class Engine:
         return bucket.send(bucket.values)
 
     def _compute(self, row: Row, trains: bool) -> torch.Tensor:
-        """(3, slots): losses, norms, hits."""
+        """A step's (3, slots) losses, norms, hits; an evaluation's (2, tokens) losses, hits."""
         ops, slots = self._ops, self.adapters.num_slots
         step = Step(ops, row, self.adapters, self._recompute)
-        losses, hits = self._decoder.train(step) if trains else self._decoder.evaluate(step)
-        norms = ops.update(self.adapters, row) if trains else torch.zeros(slots, device=losses.device)
+        if not trains:
+            return torch.stack(self._decoder.evaluate(step))
+        losses, hits = self._decoder.train(step)
+        norms = ops.update(self.adapters, row)
         sums = ops.sum_by_slot(losses, row, slots) * row.table["loss_weight"]
         return torch.stack((sums, norms, ops.sum_by_slot(hits, row, slots)))
 

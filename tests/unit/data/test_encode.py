@@ -11,7 +11,7 @@ from orchestrator.data import render_prompt
 from orchestrator.data.prepare import IGNORED, Tokens, encode
 from orchestrator.data.render import render, template_columns
 from orchestrator.data.sources import Row
-from orchestrator.deploy.chat import Chat
+from orchestrator.deploy.chat import Chat, PromptForm
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
 
@@ -216,5 +216,5 @@ def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION)
         streamer.end()
 
     model = SimpleNamespace(device="cpu", generate=generate)
-    assert list(Chat(model, tokenizer, _section(section)).stream(question, max_new_tokens=1)) in ([], [""])
+    assert list(Chat(model, PromptForm(tokenizer, _section(section))).stream(question, max_new_tokens=1)) in ([], [""])
     return given

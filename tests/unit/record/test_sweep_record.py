@@ -99,7 +99,7 @@ def test_the_best_is_chosen_among_what_has_ended_well(
     record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
     best = Sweep(record).best()
     assert best.trial.trial_id == winner
-    assert best.num_compared == 2
+    assert best.choice.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
     told = best.as_dict()
     assert (told["trial_id"], told["value"], told["step"]) == (winner, EVERY_STATE[winner][1], 7)

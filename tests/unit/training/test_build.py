@@ -167,8 +167,8 @@ def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, 
     config, rows = trial(), Rows([[1, 2, 3]], [[1, 2, 3]])
     engine, _ = engine_for(base, [config], rows, rows)
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
-    ((loss, _),) = engine.evaluate([Held(0, rows, table)])
-    assert loss > 0
+    (scores,) = engine.evaluate([Held(0, rows, table)])
+    assert scores.loss > 0
 
 
 # Many at a time

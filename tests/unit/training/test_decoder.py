@@ -143,7 +143,8 @@ def test_losses_and_gradients_are_those_of_peft(
     peft.eval()
     with torch.no_grad():
         reference = loss_of(peft, rows)
-    ((loss, accuracy),) = engine.evaluate([Held(0, rows, table)])
+    (scores,) = engine.evaluate([Held(0, rows, table)])
+    loss, accuracy = scores.loss, scores.token_accuracy
     assert loss == pytest.approx(float(reference), abs=1e-5)
     assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
     ids, wanted, mask = padded(rows)

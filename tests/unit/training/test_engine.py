@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orchestrator.record import RowScores
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.applied import expected_modules
 from orchestrator.training.fast.decoder import Decoder, adapted_layers
@@ -64,6 +65,11 @@ def make_engine(model: Any, num_slots: int, rank: int) -> Engine:
         adapted_layers(model, modules), num_slots, rank, torch.float32, torch.float32, torch.device("cpu")
     )
     return Engine(Decoder(model, torch.float32, max(LENGTHS), keeps=True), adapters, "nothing", None)
+
+
+def assert_same(scores: RowScores, expected: RowScores) -> None:
+    assert scores.losses == pytest.approx(expected.losses, rel=1e-6, abs=1e-5)
+    assert (scores.hits, scores.tokens) == (expected.hits, expected.tokens)
 
 
 def start(engine: Engine, slot: int, trial: Trial) -> None:
@@ -132,12 +138,9 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
         asked = Held(slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
-        ((loss, accuracy),) = together.evaluate([asked])
-        ((expected_loss, expected_accuracy),) = alone.evaluate(
-            [Held(0, held_out, make_table(scale=trial.alpha / trial.rank))]
-        )
-        assert loss == pytest.approx(expected_loss, abs=1e-6)
-        assert accuracy == expected_accuracy
+        (scores,) = together.evaluate([asked])
+        (expected_scores,) = alone.evaluate([Held(0, held_out, make_table(scale=trial.alpha / trial.rank))])
+        assert_same(scores, expected_scores)
 
 
 def test_a_slot_that_diverges_takes_no_other_along(model: Any, span: Callable[[int, Trial, int], Span]) -> None:
@@ -202,20 +205,22 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
     start(engine, 0, Trial(rank=8, batch=1, steps=()))
     before = [flat.clone() for flat in (engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1)]
 
-    def evaluate(rows: Rows, dropout: float = 0.0) -> tuple[float, float]:
-        (measured,) = engine.evaluate([Held(0, rows, make_table(dropout))])
-        return measured
+    def evaluate(rows: Rows, dropout: float = 0.0) -> RowScores:
+        (scores,) = engine.evaluate([Held(0, rows, make_table(dropout))])
+        return scores
 
     values = [evaluate(rows, dropout) for dropout in (0.0, 0.5)]
     for most in (40, 17, 1):
         monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
         values.append(evaluate(rows))
-    one_by_one = [evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in (0, 2)]
-    pair = evaluate(Rows([rows.ids(i) for i in (0, 2)], [[-100, *rows.targets(i)[:-1]] for i in (0, 2)]))
-    counts = [rows.num_targets([i]) for i in (0, 2)]
-    assert pair[0] == pytest.approx(sum(n * each[0] for n, each in zip(counts, one_by_one, strict=True)) / sum(counts))
-    assert [loss for loss, _ in values] == pytest.approx([values[0][0]] * 5, abs=1e-6)
-    assert len({accuracy for _, accuracy in values}) == 1
+    each = [evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in range(len(rows))]
+    one_by_one = RowScores(
+        losses=[scores.losses[0] for scores in each],
+        hits=[scores.hits[0] for scores in each],
+        tokens=[rows.num_targets([i]) for i in range(len(rows))],
+    )
+    for scores in values:
+        assert_same(scores, one_by_one)
     after = engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1
     assert all(map(torch.equal, after, before)), "an evaluation trains nothing"
 
@@ -240,7 +245,7 @@ def test_an_evaluation_of_several_slots_measures_each_as_alone(
         expected.extend(alone.evaluate([Held(0, rows, table)]))
     before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
     measured = together.evaluate(asked)
-    assert [loss for loss, _ in measured] == pytest.approx([loss for loss, _ in expected], abs=1e-6)
-    assert [accuracy for _, accuracy in measured] == [accuracy for _, accuracy in expected]
-    assert len({loss for loss, _ in measured}) == 3
+    for scores, expected_scores in zip(measured, expected, strict=True):
+        assert_same(scores, expected_scores)
+    assert len({scores.loss for scores in measured}) == 3
     assert all(map(torch.equal, (together.adapters.weights[[0, 2, 3]], together.adapters.gradients), before))

@@ -1,43 +1,36 @@
-"""The command line: verbs over the rooms below."""
+"""Verbs that train: look at an experiment, run it, go on with it, watch it."""
 
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.errors import Interrupted, OrchestratorError, RequestError
+from orchestrator.cli.frame import (
+    Address,
+    File,
+    Json,
+    Name,
+    Output,
+    Set,
+    Sweep,
+    Where,
+    app,
+    console_on,
+    print_json,
+    show_best,
+)
+from orchestrator.errors import Interrupted, RequestError
 from orchestrator.spec import SweepSpec, load_spec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.record import SweepPaths, SweepRecord
-
-app = typer.Typer(
-    name="orchestrator",
-    help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
-Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
-]
-Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
-Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
-Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster (`auto`, or HOST:PORT); default a local Ray.")]
 
 
 @app.command(epilog="Example: orchestrator check experiments/demo.yaml --set training.steps=100")
@@ -48,7 +41,7 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     import yaml
 
@@ -70,7 +63,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
 
         with TrialView(console, f"trial in {paths.root}") as view:
             run_local_trial(spec, paths, view)
-        _show_best(console, read_sweep(paths.root))
+        show_best(console, read_sweep(paths.root))
 
 
 @app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
@@ -102,7 +95,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
             with SweepView(console, record.info.num_trials, title) as view:
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
-        _show_best(console, record)
+        show_best(console, record)
 
 
 @app.command(epilog="Example: orchestrator status runs/demo --json")
@@ -114,7 +107,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     trials = record.trials()
     if as_json:
         search = record.info.spec.search
-        _print_json(
+        print_json(
             {
                 "sweep": record.paths.name,
                 "folder": str(record.paths.root),
@@ -127,63 +120,10 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
         return
     from orchestrator.report.tables import trials_table
 
-    console = _console()
+    console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
     for failed in (trial for trial in trials if trial.error):
         console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog="Example: orchestrator best runs/demo --export adapter")
-def best(
-    sweep: Sweep,
-    as_json: Json = False,
-    export: Annotated[Path | None, typer.Option(help="Copy the adapter, a complete PEFT folder, to here.")] = None,
-    output: Where = "runs",
-) -> None:
-    """Show the best adapter, and why it is the best."""
-    from orchestrator.deploy import open_sweep
-
-    opened = open_sweep(sweep, output)
-    winner = opened.best()
-    if export is not None:
-        from orchestrator.adapters.bundle import export_adapter
-
-        export_adapter(winner.adapter, export)
-    if as_json:
-        _print_json(winner.as_dict() | ({"exported": str(export.resolve())} if export else {}))
-        return
-    console = _console()
-    _show_best(console, opened.record)
-    if export is not None:
-        console.print(f"exported to {export}", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog='Example: orchestrator chat runs/demo --compare-base --prompt "What is the total of 12 and 45?"')
-def chat(
-    sweep_or_adapter: Annotated[
-        str, typer.Argument(help="A sweep, whose best adapter answers, or an adapter folder.", show_default=False)
-    ],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A question; may be repeated. Default: ask for them.")
-    ] = None,
-    compare_base: Annotated[bool, typer.Option("--compare-base", help="Let the base answer too.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
-    output: Where = "runs",
-) -> None:
-    """Ask the best adapter; answers are streamed."""
-    from orchestrator.deploy.chat import open_chat
-    from orchestrator.deploy.subject import find_subject
-    from orchestrator.training.log_file import output_to
-
-    subject = find_subject(sweep_or_adapter, output)
-    with output_to(Path(os.devnull)):  # what libraries print while they load; faults are raised
-        session = open_chat(subject)
-    for question in prompt or _questions():
-        for label, base_only in [("base   ", True), ("adapter", False)] if compare_base else [("", False)]:
-            print(f"{label}> " if label else "", end="")
-            for piece in session.stream(question, max_new_tokens, base_only):
-                print(piece, end="", flush=True)
-            print()
 
 
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
@@ -232,42 +172,14 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
         with SweepView(console, total, f"sweep of {total} trials in {paths.root}") as view:
             record = run_sweep(spec, paths, view.update, address, view.say)
         _show_trials(console, record)
-        _show_best(console, record)
+        show_best(console, record)
     return record
-
-
-def _say_rows(console: "Console", record: "SweepRecord") -> None:
-    """What became of rows that did not stay as they were."""
-    info, most = record.info, record.info.spec.data.max_length
-    told = [
-        (info.num_truncated, f"rows were cut to data.max_length={most} tokens"),
-        (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
-        (info.num_shared, "held-out rows are training rows too: their loss says little"),
-    ]
-    for number, what in told:
-        if number:
-            console.print(f"note: {number} of {info.num_train + info.num_held_out} {what}", highlight=False)
 
 
 def _show_trials(console: "Console", record: "SweepRecord") -> None:
     from orchestrator.report.tables import trials_table
 
     console.print(trials_table(record.trials()))
-
-
-def _show_best(console: "Console", record: "SweepRecord") -> None:
-    _say_rows(console, record)
-    from orchestrator.deploy import Sweep
-
-    winner = Sweep(record).best()
-    point = winner.trial.best
-    assert point is not None
-    console.print(
-        f"best of {winner.num_compared}: {winner.trial.trial_id}, {winner.trial.metric} {point.value:.6g} "
-        f"at step {point.step}\nadapter: {winner.adapter}",
-        soft_wrap=True,
-        highlight=False,
-    )
 
 
 @contextmanager
@@ -279,19 +191,11 @@ def _screen(root: Path) -> Iterator["Console"]:
         log = Path(folder) / "driver.log"
         try:
             with output_to(log):
-                yield _console(own)
+                yield console_on(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
                 with (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
-
-
-def _console(file: TextIO | None = None) -> "Console":
-    """A console as wide as the terminal; a table in a pipe or a file is not cut to 80 columns."""
-    from rich.console import Console
-
-    console = Console(file=file)
-    return console if console.is_terminal else Console(file=file, width=160)
 
 
 @contextmanager
@@ -305,31 +209,3 @@ def _resumable(folder: Path) -> Iterator[None]:
                 "interrupted; what was measured is kept", f"Go on with: orchestrator resume {folder}"
             ) from None
         raise
-
-
-def _questions() -> Iterator[str]:
-    """Lines from standard input, with a prompt where a person types them."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if line:
-            yield line
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
-
-
-def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 130 interrupted."""
-    try:
-        app()  # its own usage errors leave with 2, Ctrl-C with 130
-    except OrchestratorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

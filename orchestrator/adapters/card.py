@@ -1,0 +1,122 @@
+"""What an adapter's README says: the hub's metadata, and a page for people."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import DataSection
+
+_PAGE = """
+# {title}
+
+Step {step} of trial `{trial_id}`, chosen by {metric} ({value:.6g}). LoRA rank {rank}, alpha {alpha:g}, dropout
+{dropout:g}, learning rate {learning_rate:g}.
+
+- Base: {base}, held as {quantization}.
+- Prompts: {prompts}.
+- `trial.json` holds the whole configuration, `manifest.json` a sha256 of each file and the versions of the packages.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER")
+```
+"""
+
+
+def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, values: Mapping[str, float]) -> str:
+    """The model card of an adapter.
+
+    Args:
+        config: how it was trained.
+        trial_id: names it.
+        step: optimizer step of its weights.
+        metric: by which the step was chosen.
+        values: what was measured on the held-out rows at this step, `metric` among it.
+    """
+    title = f"LoRA adapter of trial {trial_id}"
+    metadata = card_metadata(config, title, values, library="peft", relation="adapter")
+    page = _PAGE.format(
+        title=title,
+        trial_id=trial_id,
+        step=step,
+        metric=metric,
+        value=values[metric],
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        learning_rate=config.training.learning_rate,
+        base=_base(config),
+        quantization=config.base.quantization,
+        prompts=_prompts(config.data),
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n{page}"
+
+
+def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], library: str, relation: str) -> Any:
+    """The hub's metadata, a `ModelCardData`: no licence, for that is the owner's to choose; no path of this machine.
+
+    Args:
+        config: how the adapter was trained.
+        name: of the model, for its evaluation results.
+        values: what was measured on the held-out rows; what is not finite is left out.
+        library: that loads it.
+        relation: to the base: adapter, finetune or quantized.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, data = hub_id(config.base.model), config.data
+    rows = data.held_out.source or data.source
+    of_hub = None if data.is_local(rows) else rows
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=of_hub or "local",
+            dataset_name=rows if of_hub else f"held-out rows of {Path(rows).name}",
+            dataset_config=data.held_out.config if data.held_out.source else data.config,
+            dataset_split=data.held_out.split if of_hub and data.held_out.source else None,
+            metric_type=metric.removeprefix("eval/"),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in values.items()
+        if math.isfinite(value)
+    ]
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["lora"] if config.base.quantization == "none" else ["lora", "qlora"],
+        base_model=base,
+        base_model_relation=relation if base else None,
+        datasets=None if data.is_local(data.source) else [data.source],
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def hub_id(model: str) -> str | None:
+    """A base's id on the hub; None for the embedded one and for a folder, whose path means nothing elsewhere."""
+    return None if model == "embedded" or Path(model).is_absolute() else model
+
+
+def _base(config: TrialConfig) -> str:
+    base = config.base
+    if base.model == "embedded":
+        return "the small one that ships with the orchestrator, which is not on the hub"
+    if hub_id(base.model) is None:
+        return f"a local folder, `{Path(base.model).name}`, which is not on the hub under a name known here"
+    return f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")
+
+
+def _prompts(data: DataSection) -> str:
+    match data.format:
+        case "messages":
+            return "conversations, by the chat template of the tokenizer"
+        case "template":
+            return f"in the form `{data.template}`, up to the last field"
+        case "prompt":
+            return "plain text, as in the column `prompt` of the rows"
+        case "text":
+            return "none: it was trained on whole texts"

@@ -1,0 +1,16 @@
+"""The command line: verbs over the rooms below."""
+
+import sys
+
+from orchestrator.cli import train, use  # noqa: F401 (they hang their verbs on the application)
+from orchestrator.cli.frame import app
+from orchestrator.errors import OrchestratorError
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 130 interrupted."""
+    try:
+        app()  # its own usage errors leave with 2, Ctrl-C with 130
+    except OrchestratorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

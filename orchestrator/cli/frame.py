@@ -1,0 +1,65 @@
+"""What all verbs share: the application, options, and where lines are printed."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.record import SweepRecord
+
+app = typer.Typer(
+    name="orchestrator",
+    help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
+Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
+]
+Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
+Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
+Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster (`auto`, or HOST:PORT); default a local Ray.")]
+
+
+def console_on(file: TextIO | None = None) -> "Console":
+    """A console as wide as the terminal; a table in a pipe or a file is not cut to 80 columns."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=160)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def say_rows(console: "Console", record: "SweepRecord") -> None:
+    """What became of rows that did not stay as they were."""
+    info, most = record.info, record.info.spec.data.max_length
+    told = [
+        (info.num_truncated, f"rows were cut to data.max_length={most} tokens"),
+        (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
+        (info.num_shared, "held-out rows are training rows too: their loss says little"),
+    ]
+    for number, what in told:
+        if number:
+            console.print(f"note: {number} of {info.num_train + info.num_held_out} {what}", highlight=False)
+
+
+def show_best(console: "Console", record: "SweepRecord") -> None:
+    say_rows(console, record)
+    from orchestrator.deploy import Sweep
+    from orchestrator.report.best import say_best
+
+    say_best(console, Sweep(record).best())

@@ -1,0 +1,145 @@
+"""Prompts from a file, answers to a file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestrator.adapters.generate import answer
+from orchestrator.data.sources import Row, read_rows
+from orchestrator.deploy.chat import Chat, PromptForm, Question, Sampling
+from orchestrator.errors import DataError, RequestError
+
+_AT_A_TIME = 8
+"""Batches between two writes: prompts of like length go together, and those in a write can be sorted."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt of a file."""
+
+    question: Question
+    ids: list[int]
+    """As the model reads it, (tokens,)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stood in the file."""
+        return {"prompt" if isinstance(self.question, str) else "messages": self.question}
+
+
+def read_prompts(path: Path, form: PromptForm) -> list[Asked]:
+    """Prompts in the form of an adapter's training rows.
+
+    Args:
+        path: .jsonl, each line an object with a `prompt` or with `messages`; or .txt, each line a prompt.
+        form: of the adapter that is to answer.
+
+    Raises:
+        DataError: the file is not there, or a line is not a prompt; the message names file and line.
+    """
+    if path.suffix not in (".jsonl", ".txt"):
+        raise DataError(f"{path}: must be a .jsonl or a .txt file")
+    asked = []
+    for row in read_rows(str(path.resolve()), None, "", None) if path.suffix == ".jsonl" else _read_lines(path):
+        question = _question(row)
+        try:
+            asked.append(Asked(question, form.ids(question)))
+        except RequestError as error:
+            raise DataError(f"{row.where}: {error.message}", error.remedy) from error
+    return asked
+
+
+def write_answers(
+    chat: Chat,
+    asked: Sequence[Asked],
+    file: TextIO,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling,
+    compare_base: bool,
+) -> Iterator[int]:
+    """Answer prompts in batches: one JSON object a line, in their order, with `answer` and perhaps `base_answer`.
+
+    Yields:
+        How many are written.
+    """
+    sampling.begin()
+
+    def answers(part: Sequence[Asked]) -> list[str]:
+        ids = [each.ids for each in part]
+        return answer(chat.model, chat.tokenizer, ids, max_new_tokens, batch_size, sampling.arguments)
+
+    step = batch_size * _AT_A_TIME
+    for start in range(0, len(asked), step):
+        part = asked[start : start + step]
+        told = [{"answer": text} for text in answers(part)]
+        if compare_base:
+            with chat.model.disable_adapter():
+                told = [{**each, "base_answer": text} for each, text in zip(told, answers(part), strict=True)]
+        for each, fields in zip(part, told, strict=True):
+            file.write(json.dumps(each.as_dict() | fields, ensure_ascii=False) + "\n")
+        file.flush()
+        yield start + len(part)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """A file that is there once it is whole; it grows beside its place, under a name with a dot.
+
+    Raises:
+        RequestError: it exists, or cannot be made.
+    """
+    if path.exists():
+        raise RequestError(f"{path}: already exists", "Give a file that does not exist yet.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be made: {error}") from error
+    growing = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        growing.chmod(0o644)
+        growing.rename(path)
+    except BaseException:
+        growing.unlink()
+        raise
+
+
+def _read_lines(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file of prompts")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: is not UTF-8: {error}") from error
+        if text:
+            rows.append(Row({"prompt": text}, f"{path}:{number}"))
+    if not rows:
+        raise DataError(f"{path}: holds no prompt")
+    return rows
+
+
+def _question(row: Row) -> Question:
+    given = [name for name in ("prompt", "messages") if name in row.values]
+    if len(given) != 1:
+        raise DataError(f"{row.where}: needs a prompt or messages, got {', '.join(row.values) or 'nothing'}")
+    value = row.values[given[0]]
+    if given == ["prompt"]:
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{row.where}: prompt must be text, got {value!r:.80}")
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{row.where}: messages must be a list of turns, got {value!r:.80}")
+    for turn in value:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("role", "content")):
+            raise DataError(f"{row.where}: each turn needs a role and a content, got {turn!r:.80}")
+    if value[-1]["role"] != "user":
+        raise DataError(f"{row.where}: the last turn must be the user's, got {value[-1]['role']!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Adapters scored on rows, in any form they may be deployed in."""

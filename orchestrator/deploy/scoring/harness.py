@@ -1,0 +1,72 @@
+"""Tasks of lm-evaluation-harness, by its own package."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from orchestrator.deploy.extras import require_package
+from orchestrator.deploy.scoring.forms import Opened
+from orchestrator.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Tasks whose data is at hand."""
+
+    manager: Any
+    tasks: list[str]
+    limit: int | None
+    """Only the first rows of each task."""
+
+    def measure(self, opened: Opened, batch_size: int) -> dict[str, float]:
+        """Values by `task/metric`, such as `hellaswag/acc`; a metric's filter follows it, where it has one."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        model = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
+        found = simple_evaluate(
+            model=model,
+            tasks=self.tasks,
+            task_manager=self.manager,
+            limit=self.limit,
+            bootstrap_iters=0,  # no standard errors
+            log_samples=False,
+        )
+        return {
+            f"{task}/{name.removesuffix(',none')}": float(value)
+            for task, values in found["results"].items()
+            for name, value in values.items()
+            if isinstance(value, int | float) and "," in name
+        }
+
+
+def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | None = None) -> Harness:
+    """Find the tasks and their data, before any model is loaded.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+        folder: of further tasks (YAML), beside those of the package.
+        limit: take only the first rows of each.
+
+    Raises:
+        RequestError: the package is missing, there is no such task, or its data cannot be loaded.
+    """
+    require_package("lm_eval", "--tasks", "harness")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = get_close_matches(task, manager.all_tasks, n=5)
+            raise RequestError(
+                f"--tasks {task}: lm-evaluation-harness has no such task",
+                f"Close to it: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them.",
+            )
+    try:
+        manager.load(list(tasks))
+    except (OSError, ValueError, ConnectionError, RuntimeError) as error:  # RuntimeError: the hub's offline mode
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"--tasks {','.join(tasks)}: the data cannot be loaded: {reason}") from error
+    return Harness(manager, list(tasks), limit)

@@ -1,0 +1,72 @@
+"""The command that serves adapters by vLLM. Options are named as in vLLM 0.33.
+
+It wants other versions of torch and transformers than are pinned here, and so an environment of its own, with its
+command on the path. From 0.28 on it holds a base in 4 bits only with `vllm-bnb-plugin` beside it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.base import base_location
+from orchestrator.data import render_prompt
+from orchestrator.deploy.chat import PromptForm
+from orchestrator.errors import RequestError
+from orchestrator.spec.sections import BaseSection
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be."""
+
+
+def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptForm, host: str, port: int) -> list[str]:
+    """`vllm serve` with adapters side by side on their base, greedy unless asked otherwise.
+
+    Args:
+        base: of all adapters.
+        adapters: their folders by the names they are asked by.
+        form: of their questions.
+        host: address to listen on.
+        port: its port.
+
+    Raises:
+        RequestError: an adapter's rank is above what vLLM takes.
+    """
+    command = ["vllm", "serve", base_location(base), "--served-model-name", base.model, "--dtype", base.compute_dtype]
+    if base.revision is not None:
+        command += ["--revision", base.revision]
+    if base.trust_remote_code:
+        command.append("--trust-remote-code")
+    if base.quantization != "none":
+        command += ["--quantization", "bitsandbytes"]
+    if not form.takes_turns:
+        command += ["--chat-template", question_template(form)]
+    modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
+    command += ["--enable-lora", "--max-loras", str(len(modules))]
+    command += ["--max-lora-rank", str(_max_rank(adapters)), "--lora-modules", *modules]
+    command += ["--override-generation-config", '{"temperature": 0}']
+    return [*command, "--host", host, "--port", str(port)]
+
+
+def question_template(form: PromptForm) -> str:
+    """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
+    tokenizer, mark = form.tokenizer, "\x00"
+    text = render_prompt(mark, form.data, tokenizer) if form.data else mark
+    head, _, tail = text.partition(mark)
+    if form.ids("?")[0] == tokenizer.bos_token_id and not head.startswith(tokenizer.bos_token):
+        head = tokenizer.bos_token + head
+    before, after = (json.dumps(part, ensure_ascii=False) for part in (head, tail))
+    return (
+        "{% if messages | length != 1 %}{{ raise_exception('the adapter was trained on single questions') }}{% endif %}"
+        f"{{{{ ({before} ~ messages[0]['content'] ~ {after}).rstrip() }}}}"
+    )
+
+
+def _max_rank(adapters: Mapping[str, Path]) -> int:
+    ranks = []
+    for path in adapters.values():
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        ranks += [config["r"], *config.get("rank_pattern", {}).values()]
+    fitting = [rank for rank in RANKS if rank >= max(ranks)]
+    if not fitting:
+        raise RequestError(f"vLLM takes adapters up to rank {RANKS[-1]}, and one has {max(ranks)}")
+    return fitting[0]

@@ -1,0 +1,268 @@
+"""An adapter in the form it ships in: written aside, loaded back, held against its source, then put in its place."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
+from orchestrator.base import drop, keep_trainable, quantization_config
+from orchestrator.deploy.load import load_model
+from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
+from orchestrator.deploy.shipping import gguf, parity, ray_serve
+from orchestrator.deploy.shipping.merge import DTYPES, WEIGHTS, Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.shipping.parity import Parity, answers, compare, rounding
+from orchestrator.deploy.subject import Subject
+from orchestrator.errors import ExportError, RequestError
+from orchestrator.record.versions import installed_versions
+from orchestrator.spec.sections import BaseSection
+
+Format = Literal["adapter", "merged", "gguf", "ray-serve"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_SPARE_BYTES = 32 << 20
+"""For tokenizer, configurations and manifest."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported, and how near it comes to its source."""
+
+    folder: Path
+    format: Format
+    parity: Parity
+    files: list[str]
+    """By name relative to the folder."""
+    num_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "folder": str(self.folder.resolve()),
+            "format": self.format,
+            "parity": self.parity.as_dict(),
+            "files": self.files,
+            "bytes": self.num_bytes,
+        }
+
+
+def export(
+    subject: Subject,
+    target: Path,
+    format: Format,
+    dtype: Dtype | None = None,
+    onto: Onto | None = None,
+    data: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Export an adapter, complete or not at all.
+
+    Args:
+        subject: the adapter.
+        target: a folder that does not exist yet, or is empty.
+        format: `adapter`: its PEFT folder; `merged`: one model; `gguf`: that as llama.cpp's file; `ray-serve`: that
+            with the config file of a Ray Serve LLM application.
+        dtype: of what is merged; default that of the base's products, or bf16 where they are float32.
+        onto: merge into the base as the adapter was trained on it (default), or into its original weights.
+        data: JSONL with rows to compare on; default the adapter's own held-out rows.
+        say: hears of progress.
+
+    Raises:
+        RequestError: the target exists or has no room, the adapter does not fit its base, a tool is missing, or there
+            are no rows. Nothing is left behind.
+        ExportError: the export does not answer as the adapter does. Nothing is left behind.
+    """
+    _require_target(target, format, dtype, onto)
+    dtype = dtype or ("fp16" if subject.base.compute_dtype == "float16" else "bf16")
+    onto = onto or "dequantised"
+    converter = gguf.find_converter() if format == "gguf" else []
+    if format == "ray-serve":
+        ray_serve.require_ray_serve()
+    subject = _pinned(subject)
+    rows = (rows_of_file(subject, data, parity.NUM_ROWS) if data else own_rows(subject, parity.NUM_ROWS)).tokens
+    merge = None if format == "adapter" else plan_merge(subject, dtype, onto)
+    with _aside(target, _num_bytes(subject, merge, format)) as building:
+        say("asking the adapter on its base")
+        source = answers(_open_source(subject, onto, dtype), rows)
+        drop()
+        say(f"writing {format}" + (f", {dtype}, onto the {onto} base" if merge else ""))
+        _write(building, target, subject, merge, format, converter, say)
+        say("loading it back")
+        found = compare(source, _load_back(building, format, subject.base, dtype), rows)
+        drop()
+        say(str(found))
+        found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
+        seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
+        sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
+        building.replace(target)  # over an empty folder too
+    return Exported(target, format, found, sorted(sizes), sum(sizes.values()))
+
+
+def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Onto | None) -> None:
+    for option, value in (("--dtype", dtype), ("--onto", onto)):
+        if format == "adapter" and value is not None:
+            raise RequestError(
+                f"{option} {value}: says how to merge, but --format adapter does not merge",
+                "Take `--format merged`, or leave it out.",
+            )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
+
+
+def _pinned(subject: Subject) -> Subject:
+    """With the base at the commit that the adapter was trained on, wherever its branch has gone since."""
+    from peft import PeftConfig
+
+    commit = PeftConfig.from_pretrained(str(subject.adapter)).revision
+    from_hub = subject.base.model != "embedded" and not Path(subject.base.model).is_absolute()
+    pin = {"revision": commit} if commit is not None and from_hub else {}
+    return replace(subject, base=subject.base.model_copy(update=pin))
+
+
+def _num_bytes(subject: Subject, merge: Merge | None, format: Format) -> int:
+    """Room that the export takes while it is made."""
+    if merge is None:
+        return sum(path.stat().st_size for path in _files(subject.adapter))
+    return (merge.num_bytes + _SPARE_BYTES) * (2 if format == "gguf" else 1)
+
+
+@contextmanager
+def _aside(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A new folder beside the target, which goes away unless it was renamed.
+
+    Raises:
+        RequestError: it cannot be made, or has no room for so many bytes.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    except OSError as error:
+        raise RequestError(f"{target}: cannot be made: {error}") from error
+    try:
+        free = shutil.disk_usage(building).free
+        if free < num_bytes:
+            raise RequestError(
+                f"{target}: the disk is too full: this export needs {_readable(num_bytes)}, free are {_readable(free)}",
+                "Make room, or give a folder on another disk.",
+            )
+        building.chmod(0o755)
+        yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _open_source(subject: Subject, onto: Onto, dtype: Dtype) -> Any:
+    """The adapter on the base that the export is to answer like.
+
+    Raises:
+        RequestError: it does not fit that base.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if onto == "original":
+        original = {"quantization": "none", "compute_dtype": DTYPES[dtype]}
+        subject = replace(subject, base=subject.base.model_copy(update=original))
+    remedy = f"It was trained on a base of another shape than {subject.base.model}."
+    try:
+        model = load_model(subject)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        told = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise RequestError(f"{subject.adapter}: does not fit its base: {told}", remedy) from error
+    with safe_open(subject.adapter / WEIGHTS, "pt") as file:
+        # Of matrices without a place, and of places without matrices, PEFT only warns.
+        held, placed = set(file.keys()), set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if strange := {name for name in held ^ placed if ".lora_" in name}:
+        raise RequestError(f"{subject.adapter}: does not fit its base: {min(strange)} is in one of them alone", remedy)
+    return model
+
+
+def _write(
+    building: Path,
+    target: Path,
+    subject: Subject,
+    merge: Merge | None,
+    format: Format,
+    converter: list[str],
+    say: Callable[[str], None],
+) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        if merge is None:
+            for path in _files(subject.adapter):
+                if path.suffix.lower() in PICKLES:
+                    say(f"{path.name} is left out: a pickle runs code when it is loaded")
+                    continue
+                place = building / path.relative_to(subject.adapter)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, place)
+        elif format == "gguf":
+            with tempfile.TemporaryDirectory(dir=building) as folder:
+                merge.write(Path(folder))
+                gguf.convert(converter, Path(folder), building, merge.dtype)
+        elif format == "ray-serve":
+            (building / ray_serve.MODEL).mkdir()
+            merge.write(building / ray_serve.MODEL)
+            ray_serve.write(building, target, subject.name, merge.dtype)
+        else:
+            merge.write(building)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(
+            f"{target}: cannot be written: {error}",
+            f"This export needs {_readable(_num_bytes(subject, merge, format))}; nothing was left behind.",
+        ) from error
+    for path in _files(building):
+        path.chmod(0o644)  # safetensors 0.8 lets only its owner read what it writes
+
+
+def _load_back(folder: Path, format: Format, base: BaseSection, dtype: Dtype) -> Any:
+    """As anyone would load it, by transformers and PEFT alone.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    gpus = torch.cuda.device_count()
+    where: Any = "auto" if gpus > 1 else {"": 0 if gpus else "cpu"}
+    if format == "gguf":
+        return gguf.load_gguf(folder, dtype, where)
+    how = {"device_map": where, "trust_remote_code": base.trust_remote_code}
+    try:
+        if format != "adapter":
+            return AutoModelForCausalLM.from_pretrained(
+                folder / (ray_serve.MODEL if format == "ray-serve" else ""), **how
+            )
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
+            str(folder), quantization_config=quantization_config(base), dtype=getattr(torch, base.compute_dtype), **how
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the export cannot be loaded back: {error}", "Nothing was left behind.") from error
+    keep_trainable(adapted)  # as the source: bitsandbytes has another arithmetic for inference on some CPUs
+    return adapted
+
+
+def _facts(subject: Subject, format: Format, how: dict[str, str], found: Parity) -> Facts:
+    """What is known of the adapter, and what was measured now."""
+    if (subject.adapter / MANIFEST).is_file():
+        known = read_manifest(subject.adapter).facts
+    else:
+        known = Facts(format=format, base=subject.base.model_dump(mode="json"), versions={}, metrics={})
+    measured = {"format": format, "versions": installed_versions(), "parity": how | found.as_dict()}
+    return known.model_copy(update=measured)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _readable(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

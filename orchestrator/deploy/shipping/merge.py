@@ -1,0 +1,230 @@
+"""An adapter and its base as one model, written weight by weight: neither is ever in memory as a whole."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from orchestrator.deploy.load import load_own_tokenizer
+from orchestrator.deploy.shipping.stored import Stored, find_stored
+from orchestrator.deploy.subject import Subject
+from orchestrator.errors import RequestError
+
+Dtype = Literal["bf16", "fp16"]
+Onto = Literal["dequantised", "original"]
+
+ONTO: tuple[Onto, ...] = get_args(Onto)
+DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16"}
+SHARD_BYTES = 512 << 20
+"""Of one file of the merged model; writing it takes the memory of two."""
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+"""Before every name in PEFT's file."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What LoRA adds to a layer's weight (out, in): `scale * B @ A`, with A (rank, in) and B (out, rank)."""
+
+    a: str
+    b: str
+    """Names in the adapter's file."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that can be made: whatever is wrong with it has been told."""
+
+    subject: Subject
+    stored: Stored
+    dtype: Dtype
+    updates: Mapping[str, Update]
+    """By weight of the base."""
+    replaced: Mapping[str, str]
+    """Weight or bias of the base -> name in the adapter's file, of those that were trained themselves."""
+    quantised: Mapping[str, Any] | None
+    """Weight -> its `Linear4bit` on meta; None for a merge onto the original weights."""
+
+    @cached_property
+    def weights(self) -> Mapping[str, Any]:
+        """All weights of the merged model, on meta."""
+        import torch
+
+        return {name: self.stored.empty(name, getattr(torch, DTYPES[self.dtype])) for name in self.stored.files}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the merged weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def write(self, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the model into a folder that exists: sharded safetensors, configurations, tokenizer, chat template.
+
+        Args:
+            target: where to.
+            shard_bytes: of one file; a larger weight has a file of its own.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+
+        split = split_torch_state_dict_into_shards(dict(self.weights), max_shard_size=shard_bytes)
+        with ThreadPoolExecutor(max_workers=1) as disk:  # one shard is written while the next is made
+            writing: Future[None] | None = None
+            for file, names in split.filename_to_tensors.items():
+                shard = {name: self.value(name) for name in names}
+                if writing:
+                    writing.result()
+                writing = disk.submit(save_file, shard, target / file, metadata={"format": "pt"})
+            if writing:
+                writing.result()
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        config = self.stored.config
+        config.dtype = DTYPES[self.dtype]
+        config.save_pretrained(str(target))
+        self.stored.copy_rest(target)
+        load_own_tokenizer(self.subject).save_pretrained(str(target))
+
+    def value(self, name: str) -> Any:
+        """One weight of the merged model, on the CPU: summed in float32, rounded once."""
+        import torch
+        from safetensors import safe_open
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with safe_open(self.subject.adapter / WEIGHTS, "pt") as adapter:
+            if name in self.replaced:
+                weight = adapter.get_tensor(self.replaced[name]).to(device)
+            else:
+                weight = self._as_trained(name, self.stored.read(name).to(device))
+            if update := self.updates.get(name):
+                a, b = (adapter.get_tensor(each).to(device, torch.float32) for each in (update.a, update.b))
+                weight = (b @ a).mul_(update.scale).add_(weight)
+        return weight.to("cpu", getattr(torch, DTYPES[self.dtype])) if weight.is_floating_point() else weight.cpu()
+
+    def _as_trained(self, name: str, weight: Any) -> Any:
+        """A weight of the base as the adapter met it: cast, and where that was so, quantised and dequantised."""
+        import torch
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        if self.quantised is None or not weight.is_floating_point():
+            return weight
+        weight = weight.to(getattr(torch, self.stored.base.compute_dtype))
+        if name not in self.quantised:
+            return weight
+        form = vars(self.quantised[name].weight) | {"module": None}  # which would keep the scales
+        held = Params4bit(weight, requires_grad=False, **form).to(weight.device)
+        return dequantize_4bit(held.data, held.quant_state)
+
+
+def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
+    """See what goes where; nothing is written, and no weight is read.
+
+    Args:
+        subject: the adapter and its base.
+        dtype: of the merged model.
+        onto: the base as the adapter was trained on it, or its original weights.
+
+    Raises:
+        RequestError: the base cannot be found, the adapter does not fit it, or holds what cannot be merged.
+    """
+    from peft import PeftConfig
+    from safetensors import safe_open
+
+    stored = find_stored(subject.base)
+    with safe_open(subject.adapter / WEIGHTS, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    config = PeftConfig.from_pretrained(str(subject.adapter))
+    if config.peft_type != "LORA":
+        raise RequestError(f"{subject.adapter}: is an adapter of type {config.peft_type.value}; only LoRA is merged")
+    blank = stored.blank()
+    tied = {each for pair in (blank.all_tied_weights_keys or {}).items() for each in pair}
+    updates = _updates(blank, config, shapes, subject.adapter)
+    used = {each for update in updates.values() for each in (update.a, update.b)}
+    replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
+    _require_fit(stored, updates, replaced, shapes, tied)
+    quantised = stored.quantised() if onto == "dequantised" else None
+    if unknown := sorted(set(quantised or ()) - stored.files.keys()):
+        raise _stored_otherwise(stored, unknown[0])
+    return Merge(subject, stored, dtype, updates, replaced, quantised)
+
+
+def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> dict[str, Update]:
+    """Updates by weight. PEFT itself says which layers it adapts, and how it scales them.
+
+    Raises:
+        RequestError: it adapts a layer that the base does not have, or in a way that cannot be merged.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from torch.nn import Linear
+
+    try:
+        model = inject_adapter_in_model(config, blank, low_cpu_mem_usage=True)
+    except ValueError as error:  # none of its target modules is there
+        raise RequestError(f"{adapter}: does not fit the base: {error}") from error
+    updates = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        told = f"{adapter}: adapts {name}"
+        if layer.lora_variant:
+            raise RequestError(f"{told} by {type(layer.lora_variant['default']).__name__}; only plain LoRA is merged")
+        if type(layer.get_base_layer()) is not Linear:
+            raise RequestError(f"{told}, a {type(layer.get_base_layer()).__name__}; only linear layers are merged")
+        matrices = f"{_PREFIX}{name}.lora_"
+        update = Update(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"])
+        if update.a not in shapes or update.b not in shapes:
+            raise RequestError(
+                f"{adapter}: is for another base: it holds no matrices for {name}, which it would adapt in this one"
+            )
+        rank, ranks = layer.r["default"], (shapes[update.a][0], shapes[update.b][1])
+        if ranks != (rank, rank):
+            raise RequestError(f"{adapter}: {name}: rank {rank} by adapter_config.json, but {ranks} in {WEIGHTS}")
+        updates[f"{name}.weight"] = update
+    return updates
+
+
+def _require_fit(
+    stored: Stored,
+    updates: Mapping[str, Update],
+    replaced: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: set[str],
+) -> None:
+    """Every matrix of the adapter must have its place in the base, and its shape."""
+    model = stored.base.model
+    for key in replaced.values():
+        if ".lora_" in key:
+            raise RequestError(f"the adapter holds {key}, for which base {model} has no place that can be merged")
+    for name in (*updates, *replaced):
+        if name in tied:
+            raise RequestError(
+                f"the adapter changes {name}, which base {model} shares between its embedding and its head",
+                "Ship it as an adapter (`--format adapter`).",
+            )
+        if name not in stored.files:
+            raise _stored_otherwise(stored, name)
+    for name, update in updates.items():
+        shape, wanted = (shapes[update.b][0], shapes[update.a][1]), stored.shape(name)
+        if shape != wanted:
+            raise RequestError(
+                f"{name}: the adapter is for a weight of shape {shape}, but that of base {model} has {wanted}",
+                "It was trained on a base of another shape.",
+            )
+    for name, key in replaced.items():
+        if shapes[key] != stored.shape(name):
+            raise RequestError(
+                f"{name}: trained with shape {shapes[key]}, but that of base {model} has {stored.shape(name)}",
+                "It was trained on a base of another shape.",
+            )
+
+
+def _stored_otherwise(stored: Stored, name: str) -> RequestError:
+    return RequestError(f"base.model {stored.base.model}: {stored.folder} holds no weight by the name of {name}")

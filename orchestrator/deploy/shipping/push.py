@@ -1,0 +1,125 @@
+"""Publish a bundle on the hub."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
+from orchestrator.adapters.card import hub_id
+from orchestrator.errors import HubError, RequestError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+_AGAIN = "Push again: what the hub has already is not sent twice."
+
+
+def push(folder: Path, repo: str, private: bool, dry_run: bool, say: Callable[[str], None]) -> None:
+    """Send a bundle to a model repo of the hub, in one commit: it is there whole, or not at all.
+
+    Args:
+        folder: a bundle; every byte is checked first.
+        repo: `owner/name`, or a name of the token's owner. A repo that exists gets another commit.
+        private: make the repo private; otherwise it is as the owner's account has it, which mostly is public.
+        dry_run: say what would be sent, and reach for no network.
+        say: is told of it, a line at a time.
+
+    Raises:
+        RecordError: the bundle is not whole.
+        RequestError: the name is none, there is no token, the hub refuses it, or a repo of this name is public.
+        HubError: the hub cannot be reached, or fails.
+    """
+    _require_name(repo)
+    manifest = verify(folder)
+    _say_contents(folder, manifest, repo, private, say)
+    if dry_run:
+        say("dry run: nothing was sent")
+        return
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=_token())
+    with _told(repo):
+        whole = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+        _make_repo(api, whole, private)
+        commit = api.create_commit(
+            whole,
+            # Not `upload_folder`: it may split a folder over several commits.
+            [CommitOperationAdd(name, str(folder / name)) for name in [*manifest.files, MANIFEST]],
+            commit_message=f"{manifest.facts.format}: {manifest.facts.trial_id or folder.resolve().name}",
+        )
+    say(f"pushed to {api.endpoint}/{whole}, commit {commit.oid}")
+
+
+def _say_contents(folder: Path, manifest: Manifest, repo: str, private: bool, say: Callable[[str], None]) -> None:
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    sizes[MANIFEST] = (folder / MANIFEST).stat().st_size
+    visibility = "private" if private else "public, unless the account makes its repos private"
+    say(f"{folder} to {repo} ({visibility}): {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    for name, size in sizes.items():
+        say(f"  {size:>14,}  {name}")
+    if manifest.facts.format == "adapter" and hub_id(str(manifest.facts.base["model"])) is None:
+        say("note: its base is not on the hub; adapter_config.json names a folder of this machine, which others lack")
+
+
+def _require_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RequestError(f"--repo {repo!r}: is not the name of a repo: {error}", "Give owner/name.") from error
+
+
+def _token() -> str:
+    from huggingface_hub import get_token, is_offline_mode
+
+    if is_offline_mode():
+        raise RequestError("HF_HUB_OFFLINE is set: nothing can be pushed", "Unset it, or give --dry-run.")
+    token = get_token()
+    if token is None:
+        raise RequestError("there is no token of the hub", "Set HF_TOKEN to one that may write, or `hf auth login`.")
+    return token
+
+
+def _make_repo(api: "HfApi", repo: str, private: bool) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api.create_repo(repo, private=private or None)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:  # it exists
+            raise
+        if private and not api.model_info(repo).private:
+            raise RequestError(
+                f"{repo}: exists already, and is public", "Give another name, or make it private on the hub."
+            ) from error
+
+
+@contextmanager
+def _told(repo: str) -> Iterator[None]:
+    """The hub's refusals and faults as ours."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise RequestError(
+                f"{repo}: the hub refuses the token: {_reason(error)}",
+                "Set HF_TOKEN to one that may write to this owner's repos.",
+            ) from error
+        raise HubError(f"{repo}: the hub answers {error.response.status_code}: {_reason(error)}") from error
+    except httpx2.HTTPError as error:
+        raise HubError(f"{repo}: the hub cannot be reached: {error}", _AGAIN) from error
+    except (RuntimeError, ConnectionError) as error:  # a large file, by either protocol
+        raise HubError(f"{repo}: {error}: {error.__cause__ or ''}", _AGAIN) from error
+    except ValueError as error:  # the card's metadata, or an answer that huggingface_hub cannot read
+        raise HubError(f"{repo}: the hub does not take it: {error}") from error
+
+
+def _reason(error: "HfHubHTTPError") -> str:
+    return error.server_message or str(error).strip().splitlines()[0]

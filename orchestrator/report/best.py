@@ -1,0 +1,39 @@
+"""Which adapter to take, and why, in a few lines."""
+
+from rich.console import Console
+
+from orchestrator.deploy import Best
+from orchestrator.deploy.choice import CONFIDENCE, Candidate
+
+_MOST_NAMED = 6
+
+
+def say_best(console: Console, best: Best) -> None:
+    """Print the leader, those that cannot be told apart from it, and what was chosen."""
+    choice = best.choice
+    metric, leader, tied = choice.metric, choice.leader, choice.tied
+    point = leader.trial.best
+    assert point is not None
+    lines = [
+        f"best of {choice.num_compared}: {leader.trial.trial_id}, {metric} {leader.value(metric):.6g} "
+        f"at step {point.step}{_size(leader)}"
+    ]
+    if choice.why_not_compared and choice.num_compared > 1:
+        lines.append(f"not compared with the others row by row: {choice.why_not_compared}")
+    if tied:
+        named = [f"{each.candidate.trial.trial_id} ({each.difference:+.2g})" for each in tied[:_MOST_NAMED]]
+        more = [f"{len(tied) - _MOST_NAMED} more"] if len(tied) > _MOST_NAMED else []
+        lines.append(
+            f"held-out rows do not tell it apart from {', '.join(named + more)} (paired bootstrap, {CONFIDENCE:.0%})"
+        )
+    if choice.recommended is not leader:
+        value = choice.recommended.value(metric)
+        lines.append(
+            f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
+        )
+    lines.append(f"adapter: {best.adapter}")
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def _size(candidate: Candidate) -> str:
+    return f", {candidate.num_parameters:,} parameters" if candidate.num_parameters else ""

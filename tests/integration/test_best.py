@@ -1,0 +1,48 @@
+"""Scores of held-out rows, kept with the best adapter, and what is chosen by them."""
+
+from collections.abc import Callable
+
+import pytest
+from tiny import Witness
+
+from orchestrator.adapters.bundle import read_scores
+from orchestrator.data import load
+from orchestrator.deploy import open_sweep
+from orchestrator.deploy.chat import open_chat
+from orchestrator.deploy.scoring.score import score_rows
+from orchestrator.deploy.subject import Subject
+from orchestrator.record import SweepPaths
+from orchestrator.spec import SweepSpec
+from orchestrator.training.local import run_local_trial
+
+pytestmark = pytest.mark.slow
+
+Tiny = Callable[..., SweepSpec]
+
+
+@pytest.mark.parametrize("engine", ["fast", "trl"])
+def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    """Those of plain transformers, in the order of the held-out rows, however the evaluation passes over them."""
+    spec = tiny(
+        f"training.engine={engine}",
+        f"training.group_by_length={str(engine == 'trl').lower()}",  # its evaluation has another order
+        "training.eval_batch_size=3",
+        "search.metric=eval/exact_match",
+        "evaluation.metrics=[exact_match]",
+        "evaluation.rows=7",
+        "evaluation.max_new_tokens=4",
+        "base.compute_dtype=float32",
+    )
+    run_local_trial(spec, folder, Witness())
+    best = open_sweep(folder.root).best()
+    kept = read_scores(best.adapter)
+    assert kept is not None
+    held_out = load(folder.data).held_out
+    plain = score_rows(open_chat(Subject.of_best(best)).model, held_out, batch_size=8)
+    assert kept.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
+    assert (kept.hits, kept.tokens) == (plain.hits, plain.tokens)
+    assert len(set(plain.tokens)) > 1, "another order would show"
+    assert best.trial.best is not None
+    assert kept.loss == best.trial.best.values["eval/loss"]
+    assert len(kept.answers) == 7
+    assert sum(kept.answers) / 7 == best.trial.best.value

@@ -1,0 +1,298 @@
+"""A trained adapter in every form, loaded back by plain libraries and held against its source."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import DEMO, TINY, Witness
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from orchestrator.adapters.bundle import verify
+from orchestrator.data import load
+from orchestrator.deploy.shipping import export as room
+from orchestrator.deploy.shipping.export import Exported, export
+from orchestrator.deploy.shipping.gguf import CONVERTER, FILE
+from orchestrator.deploy.shipping.merge import Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.embedded import BASE_DIR
+from orchestrator.errors import ExportError, RequestError
+from orchestrator.record import SweepPaths
+from orchestrator.spec import load_spec
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.local import run_local_trial
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+needs_ray_serve = pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import ray.serve"], capture_output=True).returncode != 0,
+    reason="Ray Serve is not installed (the extra ray-serve)",
+)
+needs_converter = pytest.mark.skipif(
+    not (shutil.which(CONVERTER) or (Path(os.environ.get("LLAMA_CPP", "")) / CONVERTER).is_file()),
+    reason=f"llama.cpp's {CONVERTER} is not installed",
+)
+
+
+WAYS: list[tuple[Dtype, Onto, float]] = [
+    ("fp16", "dequantised", 0.01),
+    ("bf16", "original", 0.05),
+    ("fp16", "original", 0.01),
+]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """An adapter that has learned something."""
+    paths = SweepPaths(tmp_path_factory.mktemp("runs") / "tiny")
+    settings = ["training.steps=60", "training.eval_steps=60", "scheduler.grace_steps=60"]
+    run_local_trial(load_spec(DEMO, [*TINY, *settings]), paths, Witness())
+    return find_subject(str(paths.root), "runs")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """A target; nothing may lie beside it afterwards."""
+    yield tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+
+
+def assert_sealed(done: Exported, **how: str) -> None:
+    manifest = verify(done.folder)
+    assert manifest.facts.format == done.format
+    assert manifest.facts.parity == how | done.parity.as_dict()
+    assert manifest.facts.config is not None
+    assert manifest.facts.data_fingerprint is not None
+    assert sorted([*manifest.files, "manifest.json"]) == done.files
+    assert done.num_bytes == sum((done.folder / name).stat().st_size for name in done.files)
+    assert all((done.folder / name).stat().st_mode & 0o777 == 0o644 for name in done.files)
+
+
+PLAIN = """
+import json, sys
+sys.modules["orchestrator"] = None  # it cannot be imported
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, kind, rows = sys.argv[1], sys.argv[2], json.loads(open(sys.argv[3]).read())
+model = (AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM).from_pretrained(folder)
+loss = tokens = 0
+for row in rows:
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    here = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        loss += model(input_ids=ids, labels=labels).loss.item() * here
+    tokens += here
+print(json.dumps({"loss": loss / tokens, "template": bool(AutoTokenizer.from_pretrained(folder).chat_template)}))
+"""
+
+
+def plain(folder: Path, kind: str, subject: Subject, rows_file: Path) -> dict[str, Any]:
+    """What plain libraries say of an export, in a process without this project: the loss of the compared rows."""
+    assert subject.sweep is not None
+    rows_file.write_text(json.dumps(list(load(subject.sweep.data).held_out.select(range(20)))))
+    command = [sys.executable, "-c", PLAIN, str(folder), kind, str(rows_file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def test_an_adapter_is_the_same_on_the_base_it_was_trained_on(
+    subject: Subject, out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    told: list[str] = []
+    done = export(subject, out, "adapter", say=told.append)
+    assert done.parity.max_logit_difference == 0
+    assert done.parity.loss_exported == done.parity.loss_source < 3
+    assert done.parity.num_rows == 20
+    assert str(done.parity) in told
+    assert_sealed(done)
+    on_original = plain(out, "adapter", subject, tmp_path_factory.mktemp("rows") / "rows.json")
+    assert on_original["template"]
+    assert on_original["loss"] == pytest.approx(done.parity.loss_source, rel=0.2), "16-bit base, where it had 4 bits"
+
+
+def test_a_merged_model_is_one_that_plain_transformers_loads(
+    subject: Subject, out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out.mkdir()  # an empty folder is as good as none
+    done = export(subject, out, "merged")
+    assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
+    assert_sealed(done, dtype="bf16", onto="dequantised")
+    said = plain(out, "merged", subject, tmp_path_factory.mktemp("rows") / "rows.json")
+    assert said["template"]
+    assert said["loss"] == pytest.approx(done.parity.loss_exported, rel=2e-3)  # transformers sums in another order
+
+
+def test_each_way_to_merge_is_held_against_its_own_source(subject: Subject, tmp_path: Path) -> None:
+    sources = {}
+    for dtype, onto, most in WAYS:
+        done = export(subject, tmp_path / f"{dtype}-{onto}", "merged", dtype, onto)
+        assert done.parity.max_logit_difference < most * done.parity.largest_logit
+        assert_sealed(done, dtype=dtype, onto=onto)
+        sources[onto] = done.parity.loss_source
+    # What quantising costs: were one source taken for the other, that would be out of tolerance.
+    assert sources["dequantised"] != pytest.approx(sources["original"], rel=1e-3)
+
+
+def test_a_base_that_was_not_quantised(subject: Subject, out: Path) -> None:
+    plain_base = subject.base.model_copy(update={"quantization": "none"})
+    assert export(replace(subject, base=plain_base), out, "adapter").parity.max_logit_difference == 0
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1, float("nan")])
+def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
+    subject: Subject, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    def plan(*arguments: Any) -> Merge:
+        merge = plan_merge(*arguments)
+        wrong = {name: replace(update, scale=update.scale * factor) for name, update in merge.updates.items()}
+        return replace(merge, updates=wrong)
+
+    monkeypatch.setattr(room, "plan_merge", plan)
+    with pytest.raises(ExportError, match="does not answer as the adapter does: largest logit difference") as told:
+        export(subject, out, "merged")
+    assert told.value.exit_code == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(subject: Subject, out: Path, format: Any) -> None:
+    """No file may have more than 100 kB here, which is as good as a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(RequestError, match=r"out: cannot be written: .*File too large") as told:
+            export(subject, out, format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.remedy.startswith("This export needs 0.0")
+    assert not out.exists()
+
+
+@needs_ray_serve
+def test_a_ray_serve_application_names_the_model_beside_it(subject: Subject, out: Path) -> None:
+    import yaml
+
+    done = export(subject, out, "ray-serve", "fp16")
+    assert_sealed(done, dtype="fp16", onto="dequantised")
+    (application,) = yaml.safe_load((out / "serve.yaml").read_text())["applications"]
+    (llm,) = application["args"]["llm_configs"]
+    model = Path(llm["model_loading_config"]["model_source"])
+    assert model == out.resolve() / "model"
+    assert LlamaForCausalLM.from_pretrained(model).dtype == torch.float16
+    assert llm["engine_kwargs"]["dtype"] == "float16"
+
+
+def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind that llama.cpp knows: Llama-2's, with bytes for what it has no token for."""
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = spaces
+    learned.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 260, show_progress=False))
+    found = json.loads(learned.to_str())["model"]
+    names = [*special, *(f"<0x{i:02X}>" for i in range(256)), *found["vocab"]]
+    names += [f"filler{i}" for i in range(size - len(names))]
+    ids = {name: i for i, name in enumerate(names)}
+    merges = [(one, other) for one, other in found["merges"]]
+    whole = Tokenizer(models.BPE(vocab=ids, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    whole.normalizer = spaces
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names_of = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **names_of)
+
+
+@needs_converter
+@pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantised"), ("fp16", "original")])
+def test_llama_cpps_converter_writes_what_transformers_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, out: Path, dtype: Any, onto: Any
+) -> None:
+    """The embedded base with a tokenizer that llama.cpp knows, and an adapter that says nothing of its rows."""
+    work = tmp_path_factory.mktemp("work")
+    model = LlamaForCausalLM.from_pretrained(BASE_DIR)
+    model.save_pretrained(work / "base")
+    texts = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
+    llama_like(texts, model.config.vocab_size).save_pretrained(work / "base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    adapted.save_pretrained(work / "adapter")
+    (work / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    base = BaseSection(model=str(work / "base"), compute_dtype="float32")
+    subject = Subject("adapter", work / "adapter", base, None, None)
+    done = export(subject, out, "gguf", dtype, onto, data=work / "rows.jsonl")
+    assert done.files == ["manifest.json", FILE]
+    from gguf import GGUFReader
+
+    held = {tensor.tensor_type.name for tensor in GGUFReader(out / FILE).tensors}
+    assert held == {"F32", "BF16" if dtype == "bf16" else "F16"}, "what has one dimension, and matrices"
+    assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
+    assert verify(out).facts.parity == {"dtype": dtype, "onto": onto} | done.parity.as_dict()
+
+
+@needs_converter
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(subject: Subject, out: Path) -> None:
+    with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as told:
+        export(subject, out, "gguf")
+    assert "--format merged" in told.value.remedy
+    assert not out.exists()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from orchestrator.deploy.shipping.merge import plan_merge
+from orchestrator.deploy.subject import Subject
+from orchestrator.spec.sections import BaseSection
+
+def memory(field):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+
+def merge(base, adapter, target):
+    target.mkdir()
+    plan = plan_merge(Subject("adapter", adapter, BaseSection(model=str(base)), None, None), "bf16", "dequantised")
+    plan.write(target, shard_bytes=8 << 20)
+    return plan.num_bytes
+
+work = Path(sys.argv[1])
+merge(work / "small", work / "small-adapter", work / "small-merged")  # what is loaded once: libraries
+before = memory("VmHWM")
+num_bytes = merge(work / "large", work / "large-adapter", work / "large-merged")
+print(num_bytes, memory("VmHWM") - before)
+"""
+
+
+def test_a_merge_takes_the_memory_of_two_shards_however_large_the_model_is(tmp_path: Path) -> None:
+    for name, layers in (("small", 1), ("large", 24)):
+        shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": layers}
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(BASE_DIR / file, tmp_path / name / file)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(tmp_path / f"{name}-adapter")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    model_bytes, grown = map(int, done.stdout.split()[-2:])
+    assert model_bytes > 120 << 20
+    assert grown < model_bytes / 2

@@ -1,0 +1,258 @@
+"""The OpenAI endpoint: a real server process, driven by the real `openai` client."""
+
+import asyncio
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import DEMO, TINY, Witness
+
+from orchestrator.deploy.chat import Sampling
+from orchestrator.deploy.serving.served import open_served
+from orchestrator.deploy.subject import find_subject
+from orchestrator.record import SweepPaths, read_sweep, write_record
+from orchestrator.spec import load_spec
+from orchestrator.training.local import run_local_trial
+
+pytestmark = pytest.mark.slow
+
+SERVE = [sys.executable, "-m", "orchestrator.cli", "serve"]
+UNTRAINED = "untrained"
+QUESTION, ANSWER = "What is the highest: 46, 72 or 5?", "# 72"
+MANY = [(f"What is the highest: {i}, {90 - i} or {3 * i}?", f"# {max(i, 90 - i, 3 * i)}") for i in range(1, 33)]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that has said where it is."""
+
+    process: subprocess.Popen[str]
+    said: dict[str, str]
+    """Its lines, by what stands before the colon."""
+
+    def client(self, token: str = "none is needed") -> openai.OpenAI:
+        port = self.said["url"].rpartition(":")[2]  # 8000/v1
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}", api_key=token, max_retries=0)
+
+    def end(self) -> tuple[int, str]:
+        """Press Ctrl-C. Exit code, and what was said meanwhile."""
+        self.process.send_signal(signal.SIGINT)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out + err
+
+
+@contextmanager
+def serving(sweep: Path, *options: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [*SERVE, str(sweep), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    said = {}
+    try:
+        for line in process.stdout:
+            kind, _, value = line.strip().partition(":")
+            said[kind] = value.strip()
+            if kind == "try":
+                break
+        assert "url" in said, process.communicate()
+        yield Server(process, said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
+    """A sweep of a trial that has learned the task, and of one whose adapter changes nothing."""
+    paths = SweepPaths(tmp_path_factory.mktemp("runs") / "one")
+    lengths = ["data.max_rows=2000", "training.steps=120", "training.eval_steps=40", "scheduler.grace_steps=40"]
+    run_local_trial(load_spec(DEMO, [*TINY, *lengths]), paths, Witness())
+    (trained,) = read_sweep(paths.root).trials()
+    shutil.copytree(paths.trial(trained.trial_id).root, paths.trial(UNTRAINED).root)
+    assert trained.best is not None
+    worse = trained.best.model_copy(update={"value": trained.best.value + 1})
+    write_record(paths.trial(UNTRAINED).result, trained.model_copy(update={"trial_id": UNTRAINED, "best": worse}))
+    adapter = paths.trial(UNTRAINED).root / trained.best.adapter
+    (adapter / "manifest.json").unlink()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight * ("lora_A" in name) for name, weight in weights.items()},
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    return paths
+
+
+@pytest.fixture(scope="module")
+def server(sweep: SweepPaths) -> Iterator[Server]:
+    with serving(sweep.root, "--top", "2") as running:
+        yield running
+
+
+def ask(client: openai.OpenAI, question: str = QUESTION, model: str = "one", **options: object) -> str | None:
+    turns = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model=model, messages=turns, **options).choices[0].message.content  # type: ignore[call-overload]
+
+
+def test_models_are_listed(server: Server, sweep: SweepPaths) -> None:
+    client, (trained, _) = server.client(), read_sweep(sweep.root).trials()
+    assert [model.id for model in client.models.list()] == [trained.trial_id, "one", UNTRAINED]
+    assert client.models.retrieve("one").id == "one"
+    assert server.said["models"] == f"{trained.trial_id}, one, {UNTRAINED}"
+
+
+def test_chat_answers_as_it_was_trained(server: Server) -> None:
+    told = server.client().chat.completions.create(model="one", messages=[{"role": "user", "content": QUESTION}])
+    assert told.choices[0].message.content == ANSWER
+    assert told.choices[0].finish_reason == "stop"
+    assert told.usage is not None
+    assert (told.usage.prompt_tokens, told.usage.completion_tokens, told.usage.total_tokens) == (31, 6, 37)
+
+
+def test_streamed_pieces_are_the_same_answer(server: Server) -> None:
+    chunks = list(
+        server.client().chat.completions.create(
+            model="one",
+            messages=[{"role": "user", "content": QUESTION}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    pieces = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+    assert len(pieces) > 1
+    assert "".join(pieces) == ANSWER
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason] == ["stop"]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 37
+
+
+def test_answers_end_where_they_are_told_to(server: Server) -> None:
+    client = server.client()
+    told = client.chat.completions.create(
+        model="one", messages=[{"role": "user", "content": QUESTION}], max_completion_tokens=3
+    )
+    assert told.choices[0].finish_reason == "length"
+    assert told.usage is not None
+    assert told.usage.completion_tokens == 3
+    assert ANSWER.startswith(told.choices[0].message.content or "nothing")
+    assert ask(client, stop=["2", "9"]) == "# 7"
+
+
+def test_completions_go_on_with_the_text_as_it_stands(server: Server) -> None:
+    told = server.client().completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8)
+    assert told.choices[0].text.strip() == ANSWER
+    assert told.usage is not None
+    assert told.usage.prompt_tokens == 31
+
+
+def test_many_at_once_get_their_own_answers_of_either_adapter(server: Server) -> None:
+    client = server.client()
+    models = ["one", UNTRAINED]
+
+    def answer(i: int) -> str | None:
+        return ask(client, MANY[i][0], models[i % 2], max_tokens=8)
+
+    alone = [answer(i) for i in range(len(MANY))]
+    with ThreadPoolExecutor(len(MANY)) as pool:
+        together = list(pool.map(answer, range(len(MANY))))
+    assert together == alone
+    right = [given == wanted for given, (_, wanted) in zip(together, MANY, strict=True)]
+    assert all(right[::2])
+    assert not any(right[1::2])
+
+
+def test_many_at_once_are_faster_than_one_after_another(server: Server) -> None:
+    client = server.client()
+    with ThreadPoolExecutor(len(MANY)) as pool:
+        list(pool.map(lambda asked: ask(client, asked[0]), MANY))  # connections are made
+        began = time.perf_counter()
+        together = list(pool.map(lambda asked: ask(client, asked[0], max_tokens=8), MANY))
+        at_once_s = time.perf_counter() - began
+    assert together == [wanted for _, wanted in MANY]
+    began = time.perf_counter()
+    for question, _ in MANY:
+        ask(client, question, max_tokens=8)
+    in_turn_s = time.perf_counter() - began
+    print(f"\n{len(MANY) / at_once_s:.0f} requests/s at once, {len(MANY) / in_turn_s:.0f} one after another")
+    assert at_once_s < in_turn_s / 1.5
+
+
+def test_sampling_draws_and_temperature_0_does_not(server: Server) -> None:
+    client = server.client()
+    drawn = {ask(client, model=UNTRAINED, temperature=2.0, max_tokens=8) for _ in range(4)}
+    assert len(drawn) > 1
+    assert ask(client, temperature=1.0, top_p=1e-9) == ANSWER
+    assert ask(client, temperature=1e-300) == ANSWER  # by which logits cannot be divided
+
+
+def test_a_wrong_name_is_not_found(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"no model 'other' here; there are: .*, one"):
+        ask(server.client(), model="other")
+    with pytest.raises(openai.NotFoundError):
+        server.client().embeddings.create(model="one", input="x")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"temperature": 3}, "temperature: .* less than or equal to 2"),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 4000}, "together they may be 1024"),
+        ({"n": 2}, "n: "),
+        ({"seed": 1, "temperature": 1}, "seed: needs temperature 0"),
+        ({"logprobs": True}, "logprobs: is not supported"),
+        ({"extra_body": {"no_such": 1}}, "no_such: is not supported"),
+        ({"extra_body": {"messages": []}}, "messages: "),
+        ({"extra_body": {"messages": [{"role": "system", "content": "x"}]}}, "no place for a system prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(server: Server, options: dict[str, object], fault: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=fault):
+        ask(server.client(), **options)
+    assert ask(server.client(), seed=1) == ANSWER
+
+
+def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:
+    with open_served([find_subject(str(sweep.root), "runs")]) as (served,):
+        served._ends.clear()  # answers go on to their last token
+
+        async def leave() -> None:
+            async with aclosing(served.answer(served.form.ids("?"), 900, Sampling())) as pieces:
+                async for _ in pieces:
+                    break
+
+        asyncio.run(leave())
+        assert served._manager.output_router.result_handlers == {}
+        deadline = time.monotonic() + 1  # 900 tokens take several
+        while served._manager.batch_processor.has_pending_requests():
+            assert time.monotonic() < deadline, "it is still being answered"
+        assert served.alive
+    assert not served.alive
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(server: Server, sweep: SweepPaths) -> None:
+    port = server.said["url"].rpartition(":")[2].partition("/")[0]
+    told = subprocess.run([*SERVE, str(sweep.root), "--port", port], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in told.stderr
+
+
+def test_off_the_loopback_a_token_is_needed_and_ctrl_c_ends_it_well(sweep: SweepPaths) -> None:
+    with serving(sweep.root, "--host", "0.0.0.0") as server:
+        token = server.said["token"].partition(" ")[0]
+        assert len(token) > 40
+        assert ask(server.client(token)) == ANSWER
+        for wrong in ("", "none", token[:-1]):
+            with pytest.raises(openai.AuthenticationError, match="token is missing or wrong"):
+                server.client(wrong or "x").models.list()
+        code, said = server.end()
+    assert code == 0
+    assert token not in said
+    assert "Traceback" not in said

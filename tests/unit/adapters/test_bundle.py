@@ -1,0 +1,206 @@
+"""A bundle: sealed once, verified to the byte, with a card that the hub understands."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+
+from orchestrator.adapters.bundle import Adapter, Facts, Origin, save_adapter, seal, verify
+from orchestrator.base import base_commit, load_tokenizer
+from orchestrator.embedded import BASE_DIR
+from orchestrator.errors import RecordError
+from orchestrator.record import RowScores
+from orchestrator.record.versions import installed_versions
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import BaseSection
+
+VALUES = {"eval/loss": 0.25, "eval/token_accuracy": 0.9, "eval/strange": float("inf")}
+COMMIT = "a" * 40
+
+
+def config_of(**sections: Any) -> TrialConfig:
+    data = {"source": "embedded", "format": "template", "template": "<s>[INST] {question} [/INST] {answer} </s>"}
+    return TrialConfig.model_validate({"base": {"model": "embedded"}, "data": data} | sections)
+
+
+def save(folder: Path, config: TrialConfig, tokenizer: Any) -> Path:
+    weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}
+    origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64)
+    scores = RowScores(losses=[0.5], hits=[1], tokens=[2])
+    save_adapter(Adapter(weights, LoraConfig(r=2, inference_mode=True)), tokenizer, folder, origin, scores)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(BaseSection(model="embedded"))
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    return save(tmp_path_factory.mktemp("sealed") / "adapter", config_of(), tokenizer)
+
+
+@pytest.fixture
+def bundle(sealed: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(sealed, tmp_path / "adapter"))
+
+
+def test_the_manifest_holds_every_file_and_where_the_adapter_came_from(sealed: Path) -> None:
+    manifest = verify(sealed)
+    assert set(manifest.files) == {path.name for path in sealed.iterdir()} - {"manifest.json"}
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md", "held_out.json"} < set(manifest.files)
+    assert manifest.files["trial.json"].size == (sealed / "trial.json").stat().st_size
+    facts = manifest.facts
+    assert (facts.format, facts.trial_id, facts.step, facts.data_fingerprint) == ("adapter", "t1", 7, "f" * 64)
+    assert (facts.base["model"], facts.base["quantization"], facts.base_commit) == ("embedded", "nf4", None)
+    assert TrialConfig.model_validate(facts.config) == config_of()
+    assert facts.metrics == VALUES
+    assert facts.versions == installed_versions()
+    assert facts.versions["peft"].startswith("0.")
+
+
+def test_a_flipped_byte_is_found_in_every_file_and_named(bundle: Path) -> None:
+    names = [path.name for path in bundle.iterdir()]
+    assert len(names) == 9
+    for path in map(bundle.joinpath, names):
+        whole = path.read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(RecordError, match=f"{path.name}: (has changed|is damaged)"):
+                verify(bundle)
+        path.write_bytes(whole)
+    verify(bundle)
+
+
+def _flip(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"step": 7', '"step": 8'))
+
+
+def _nest(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / ".hidden").touch()
+
+
+def _rename(folder: Path) -> None:
+    (folder / "trial.json").rename(folder / "trial.JSON")
+
+
+def _link(folder: Path) -> None:
+    (folder / "linked").symlink_to(folder.parent)
+
+
+def _write(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+        (_rename, "trial.json: is missing"),
+        (lambda folder: (folder / "trial.json").write_bytes(b""), "trial.json: has changed .* not 0"),
+        (_write("notes.txt", ""), "notes.txt: does not belong here"),
+        (_nest, "deep/.hidden: does not belong here"),
+        (_link, "linked: does not belong here"),
+        (_write("adapter_model.bin", "x"), "adapter_model.bin: is a pickle"),
+        (_write("optimizer.PT", "x"), "optimizer.PT: is a pickle"),
+        (_flip, "manifest.json: has changed"),
+        (_write("manifest.json", '{"sha256": {}}'), "manifest.json: is damaged or of another version"),
+        (_write("manifest.json", "{"), "manifest.json: is damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), "adapter: has no manifest.json"),
+        (lambda folder: shutil.rmtree(folder), "adapter: there is no such folder"),
+    ],
+    ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
+)
+def test_what_is_wrong_is_named(bundle: Path, damage: Callable[[Path], Any], told: str) -> None:
+    damage(bundle)
+    with pytest.raises(RecordError, match=told):
+        verify(bundle)
+
+
+def test_what_the_hub_puts_beside_a_download_is_no_part_of_it(bundle: Path) -> None:
+    (bundle / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (bundle / ".cache" / "huggingface").mkdir(parents=True)
+    (bundle / ".cache" / "huggingface" / "README.md.lock").touch()
+    verify(bundle)
+    (bundle / ".cache" / "other").touch()
+    with pytest.raises(RecordError, match="other: does not belong here"):
+        verify(bundle)
+
+
+def test_a_pickle_is_not_sealed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.pth").touch()
+    with pytest.raises(RecordError, match=r"weights\.pth: is a pickle"):
+        seal(tmp_path, Facts(format="merged", base={"model": "embedded"}, versions={}, metrics={}))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_files_in_folders_are_sealed_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "manifest.json").write_text("{}")
+    seal(tmp_path, Facts(format="ray-serve", base={"model": "embedded"}, versions={}, metrics={}))
+    assert list(verify(tmp_path).files) == ["adapter/manifest.json"]
+    (tmp_path / "adapter" / "manifest.json").write_text("[]")
+    with pytest.raises(RecordError, match=r"adapter/manifest\.json: has changed"):
+        verify(tmp_path)
+
+
+def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
+    data = {"source": "openai/gsm8k", "config": "main", "format": "prompt", "held_out": {"share": 0.1}}
+    config = config_of(base={"model": "meta-llama/Llama-3.2-1B", "revision": "v1"}, data=data)
+    card = ModelCard.load(save(tmp_path / "adapter", config, tokenizer) / "README.md")
+    about = card.data.to_dict()
+    assert about["library_name"] == "peft"
+    assert (about["base_model"], about["base_model_relation"]) == ("meta-llama/Llama-3.2-1B", "adapter")
+    assert about["pipeline_tag"] == "text-generation"
+    assert about["datasets"] == ["openai/gsm8k"]
+    assert about["tags"] == ["lora", "qlora"]
+    assert "license" not in about
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results or []] == [
+        ("loss", 0.25),
+        ("token_accuracy", 0.9),
+    ]
+    (result, _) = card.data.eval_results or []
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("openai/gsm8k", "main", None)
+    assert "`meta-llama/Llama-3.2-1B` at `v1`" in card.text
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
+
+
+def test_a_card_has_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> None:
+    rows, base = tmp_path / "rows.jsonl", tmp_path / "secret" / "my-base"
+    config = config_of(
+        base={"model": str(base), "quantization": "none"}, data={"source": str(rows), "format": "messages"}
+    )
+    text = (save(tmp_path / "adapter", config, tokenizer) / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "secret" not in text
+    assert "my-base" in text
+    about = ModelCard(text).data.to_dict()
+    assert {"base_model", "base_model_relation", "datasets"} & about.keys() == set()
+    assert about["tags"] == ["lora"]
+    (result, _) = ModelCard(text).data.eval_results or []
+    assert (result.dataset_type, result.dataset_name) == ("local", "held-out rows of rows.jsonl")
+
+
+def test_the_commit_of_a_base_from_the_hub_is_kept(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--someone--small"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(BASE_DIR, cached / "snapshots" / COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base_commit.cache_clear()
+    folder = save(tmp_path / "adapter", config_of(base={"model": "someone/small"}), tokenizer)
+    assert verify(folder).facts.base_commit == COMMIT
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == COMMIT

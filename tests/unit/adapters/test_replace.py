@@ -1,0 +1,59 @@
+"""An adapter of the same step is replaced: whenever a kill comes, a whole one is found afterwards."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from orchestrator.adapters.bundle import Adapter, Origin, put_right, save_adapter, verify
+from orchestrator.base import load_tokenizer
+from orchestrator.record import RowScores
+from orchestrator.spec import parse_spec
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+class Killed(BaseException):
+    """No handler runs in a process that is killed: this one gets past those of `Exception`."""
+
+
+@pytest.mark.parametrize(("operations", "value"), [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)])
+def test_a_whole_adapter_is_found_whenever_the_kill_came(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operations: int, value: float
+) -> None:
+    config = parse_spec(document).trial_config({})
+    tokenizer, folder, done = load_tokenizer(config.base), tmp_path / "step-4", 0
+
+    def save(weight: float) -> None:
+        adapter = Adapter({NAME: torch.full((2, 8), weight)}, LoraConfig(r=2, inference_mode=True))
+        origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": weight}, "f" * 64)
+        save_adapter(adapter, tokenizer, folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
+
+    def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*arguments: Any) -> Any:
+            nonlocal done
+            if done == operations:
+                raise Killed
+            done += 1
+            return operation(*arguments)
+
+        return do
+
+    save(1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", until_killed(Path.rename))
+        patched.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+        if operations < 3:
+            with pytest.raises(Killed):
+                save(2.0)
+        else:
+            save(2.0)
+    put_right(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert verify(folder).facts.metrics == {"eval/loss": value}
+    assert load_file(folder / "adapter_model.safetensors")[NAME].eq(value).all()

@@ -1,0 +1,162 @@
+"""Which adapter is chosen, from made-up scores."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.adapters.bundle import SCORES
+from orchestrator.deploy import open_sweep
+from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
+from orchestrator.errors import RecordError, RequestError
+from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_sweep, write_record
+
+ROWS = 100
+MakeSweep = Callable[..., SweepPaths]
+Make = Callable[..., Candidate]
+
+
+@pytest.fixture
+def make(tmp_path: Path, make_sweep: MakeSweep) -> Make:
+    """`make("a", losses, size)`: a finished trial with these losses of rows, ten tokens each."""
+    (pattern,) = read_sweep(make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}).root).trials()
+
+    def candidate(name: str, losses: list[float], size: int | None = None, answers: int = 0) -> Candidate:
+        scores = RowScores(
+            losses=losses,
+            hits=[5] * len(losses),
+            tokens=[10] * len(losses),
+            answers=[i < answers for i in range(ROWS)] if answers else [],
+        )
+        values = {"eval/loss": scores.loss} | ({"eval/exact_match": answers / ROWS} if answers else {})
+        trial = pattern.model_copy(
+            update={
+                "trial_id": name,
+                "best": BestPoint(value=scores.loss, step=7, values=values, adapter="adapters/step-7"),
+                "applied": {} if size is None else {"num_trainable_parameters": size},
+            }
+        )
+        return Candidate(trial, scores)
+
+    return candidate
+
+
+def noisy(mean: float, seed: int = 0, spread: float = 2.0) -> list[float]:
+    """Losses of rows that differ much from row to row."""
+    rng = random.Random(seed)
+    return [mean * 10 + rng.uniform(-spread, spread) for _ in range(ROWS)]
+
+
+def names(choice: Choice) -> list[str]:
+    return [rival.candidate.trial.trial_id for rival in choice.tied]
+
+
+def test_a_small_lead_on_every_row_is_a_lead(make: Make) -> None:
+    """The pairing: rows differ by 4, the candidates by 0.05 on each row."""
+    losses = noisy(1.0)
+    choice = choose([make("big", losses, 200), make("small", [x + 0.05 for x in losses], 100)], "eval/loss", "min")
+    assert names(choice) == []
+    assert choice.recommended.trial.trial_id == "big"
+
+
+def test_a_lead_that_hangs_on_single_rows_is_none(make: Make) -> None:
+    losses = noisy(1.0)
+    moved = [x + (0.6 if i % 2 else -0.5) for i, x in enumerate(losses)]
+    candidates = [make("big", losses, 200), make("small", moved, 100), make("bad", [x + 2 for x in losses], 10)]
+    choice = choose(candidates, "eval/loss", "min")
+    assert choice.leader.trial.trial_id == "big"
+    assert names(choice) == ["small"]
+    assert choice.recommended.trial.trial_id == "small"
+    assert [rival.is_tied for rival in choice.rivals] == [True, False]
+    (small, bad) = choice.rivals
+    assert small.difference == pytest.approx(0.005)
+    assert (bad.difference, bad.low, bad.high) == pytest.approx((0.2, 0.2, 0.2))
+    assert choose(candidates, "eval/loss", "min", strict=True).recommended.trial.trial_id == "big"
+
+
+def test_the_interval_is_that_of_theory(make: Make) -> None:
+    """Differences with a spread of sigma: 1.96 sigma / sqrt(rows) to each side."""
+    rng = random.Random(1)
+    losses, shifts = noisy(1.0), [rng.gauss(0, 1.0) for _ in range(ROWS)]
+    shifts = [x - sum(shifts) / ROWS + 0.1 for x in shifts]
+    sigma = (sum((x - 0.1) ** 2 for x in shifts) / ROWS) ** 0.5
+    (rival,) = choose(
+        [make("a", losses), make("b", [x + s for x, s in zip(losses, shifts, strict=True)])], "eval/loss", "min"
+    ).rivals
+    assert rival.difference == pytest.approx(0.01)
+    assert rival.high - rival.low == pytest.approx(2 * 1.96 * sigma / ROWS**0.5 / 10, rel=0.08)
+
+
+def test_it_says_the_same_each_time(make: Make) -> None:
+    candidates = [make("a", noisy(1.0, 1)), make("b", noisy(1.0, 2))]
+    first, again = (choose(candidates, "eval/loss", "min").rivals for _ in range(2))
+    assert [(each.low, each.high) for each in first] == [(each.low, each.high) for each in again]
+
+
+def test_a_metric_of_which_more_is_better(make: Make) -> None:
+    candidates = [make("a", noisy(1.0), 100, answers=90), make("b", noisy(1.0), 300, answers=91)]
+    choice = choose([*candidates, make("c", noisy(1.0), 10, answers=40)], "eval/exact_match", "max")
+    assert choice.leader.trial.trial_id == "b"
+    assert names(choice) == ["a"]
+    assert choice.recommended.trial.trial_id == "a"
+
+
+def test_trials_of_other_rows_or_without_any_are_not_compared(make: Make) -> None:
+    losses = noisy(1.0)
+    candidates = [make("a", losses, 5), make("b", losses[:-1], 4), Candidate(make("c", losses).trial, None)]
+    choice = choose(candidates, "eval/loss", "min")
+    assert (choice.num_compared, choice.rivals) == (3, [])
+    alone = choose([Candidate(each.trial, None) for each in candidates], "eval/loss", "min")
+    assert alone.why_not_compared == "its adapter does not hold the scores of single rows"
+    by_size = choose(candidates[:2], "size", "min")
+    assert (by_size.leader.trial.trial_id, by_size.why_not_compared) == ("b", "size of single rows was not kept")
+
+
+def test_a_metric_that_nobody_has_is_refused_with_those_there_are(make: Make) -> None:
+    with pytest.raises(RequestError, match="--metric eval/bleu") as caught:
+        choose([make("a", noisy(1.0))], "eval/bleu", "max")
+    assert caught.value.remedy == "Measured were: eval/loss, size."
+
+
+def test_pareto_drops_what_another_beats(make: Make) -> None:
+    candidates = [
+        make("good and big", noisy(1.0), 400),
+        make("worse and bigger", noisy(1.1), 500),
+        make("worse and small", noisy(1.2), 100),
+        make("much worse and small", noisy(1.5), 100),
+        make("unknown", noisy(0.9)),
+    ]
+    front = pareto(candidates, {"eval/loss": "min", "size": "min"})
+    assert [each.trial.trial_id for each in front] == ["good and big", "worse and small"]
+    assert pareto(candidates[:1] * 2, {"eval/loss": "min", "size": "min"}) == candidates[:1] * 2
+
+
+def test_a_sweeps_best_is_the_smallest_of_the_tied(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.5), "c": ("FAILED", 0.5)})
+    losses = noisy(1.0)
+    for name, size, values in (
+        ("a", 200, losses),
+        ("b", 100, [x + (0.6 if i % 2 else -0.5) for i, x in enumerate(losses)]),
+    ):
+        made, trial = make(name, values, size), paths.trial(name)
+        assert made.scores is not None
+        result = TrialResult.model_validate_json(trial.result.read_text())
+        write_record(trial.result, result.model_copy(update={"best": made.trial.best, "applied": made.trial.applied}))
+        (trial.adapter(7) / SCORES).write_text(made.scores.model_dump_json())
+    sweep = open_sweep(paths.root)
+    best = sweep.best()
+    assert (best.trial.trial_id, best.adapter) == ("b", paths.trial("b").adapter(7))
+    assert sweep.best(strict=True).trial.trial_id == "a"
+    assert sweep.best("size").trial.trial_id == "b"
+    assert [trial.trial_id for trial in sweep.top(1)] == ["a"]
+    assert [trial.trial_id for trial in sweep.pareto(["eval/loss", "size"])] == ["a", "b"]
+    told = best.as_dict()
+    assert (told["value"], told["num_parameters"]) == pytest.approx((sum(losses) / ROWS / 10 + 0.005, 100))
+    assert told["choice"]["leader"] == "a"
+    assert [each["trial_id"] for each in told["choice"]["tied"]] == ["b"]
+    (paths.trial("b").adapter(7) / SCORES).unlink()
+    paths.trial("b").adapter(7).rmdir()
+    assert sweep.best(strict=True).trial.trial_id == "a"
+    with pytest.raises(RecordError, match="adapter of trial b is missing"):
+        sweep.best("size")

@@ -1,0 +1,73 @@
+"""What is asked for is found, or refused, before anything is loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.adapters.bundle import SCORES
+from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, pick
+from orchestrator.deploy.scoring.forms import FORMS
+from orchestrator.deploy.scoring.metrics import METRICS
+from orchestrator.errors import RecordError, RequestError
+from orchestrator.record import RowScores, SweepPaths, read_result, write_record
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, make_sweep: Callable[..., SweepPaths]) -> SweepPaths:
+    """Of four trials, one of which still runs; the adapters have files of no size."""
+    trials = {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.3), "c": ("COMPLETE", 0.4), "d": ("RUNNING", 0.1)}
+    paths = make_sweep(tmp_path / "runs" / "one", trials)
+    for trial in trials:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (paths.trial(trial).adapter(7) / name).touch()
+    return paths
+
+
+def test_finalists_are_the_best_that_have_finished(sweep: SweepPaths) -> None:
+    found = find_finalists("one", str(sweep.root.parent), top=2)
+    assert [each.name for each in found] == ["b", "c"]
+    assert [each.adapter for each in found] == [sweep.trial(name).adapter(7) for name in "bc"]
+    assert len(find_finalists(str(sweep.root), "elsewhere", top=9)) == 3
+
+
+def test_the_recommended_one_is_a_finalist_whatever_its_rank(sweep: SweepPaths) -> None:
+    for name, size in (("a", 100), ("b", 900), ("c", 800)):
+        trial = sweep.trial(name)
+        result = read_result(trial).model_copy(update={"applied": {"num_trainable_parameters": size}})
+        write_record(trial.result, result)
+        scores = RowScores(losses=[1.0, 2.0], hits=[1, 1], tokens=[4, 4])  # the same of all three: tied
+        (trial.adapter(7) / SCORES).write_text(scores.model_dump_json())
+    assert [each.name for each in find_finalists(str(sweep.root), "runs", top=2)] == ["b", "c", "a"]
+
+
+def test_a_finalist_that_is_not_whole_is_told(sweep: SweepPaths) -> None:
+    (sweep.trial("c").adapter(7) / "adapter_model.safetensors").unlink()
+    with pytest.raises(RecordError, match=r"adapter_model\.safetensors is missing"):
+        find_finalists(str(sweep.root), "runs", top=2)
+
+
+def test_neither_a_sweep_nor_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="holds neither a sweep"):
+        find_finalists(str(tmp_path), "runs", top=2)
+
+
+def test_names_are_picked_once_and_in_order() -> None:
+    assert pick("merged, adapter,merged", FORMS, "--as") == ["merged", "adapter"]
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "option"),
+    [("merge", FORMS, "--as"), ("loss,", METRICS, "--metrics"), ("", METRICS, "--metrics")],
+)
+def test_a_wrong_name_is_refused_with_those_that_are_valid(given: str, known: tuple[str, ...], option: str) -> None:
+    with pytest.raises(RequestError, match="is not one of") as told:
+        pick(given, known, option)
+    assert option in told.value.message
+    assert all(name in told.value.message for name in known)
+
+
+def test_answers_need_prompts() -> None:
+    text = Rows([{"input_ids": [1, 2], "labels": [1, 2]}], [], "rows.jsonl", are_own=False)
+    with pytest.raises(RequestError, match="metrics loss, bleu: these rows have no prompt"):
+        evaluate([], text, ["loss", "bleu"])

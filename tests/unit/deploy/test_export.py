@@ -1,0 +1,193 @@
+"""What cannot be exported is refused before a model is loaded, and leaves nothing."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestrator.deploy.shipping import export as room
+from orchestrator.deploy.shipping.export import export
+from orchestrator.deploy.subject import Subject
+from orchestrator.embedded import BASE_DIR
+from orchestrator.errors import RequestError
+from orchestrator.spec.sections import BaseSection
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    """A random adapter on the embedded base, that says nothing of its rows."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained(BASE_DIR)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return Subject("adapter", tmp_path / "adapter", BaseSection(model="embedded", compute_dtype="float32"), None, None)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "What is the total of 1 and 2?", "completion": " 3"}\n' * 3)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path, subject: Subject, rows: Path) -> Iterator[Path]:
+    """A target; nothing may lie there, nor beside it, afterwards."""
+    before = set(tmp_path.rglob("*"))
+    assert {subject.adapter, rows} < before
+    yield tmp_path / "out"
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was loaded."""
+    calls: list[Any] = []
+    load = room.load_model
+
+    def note(subject: Subject) -> Any:
+        calls.append(subject)
+        return load(subject)
+
+    monkeypatch.setattr(room, "load_model", note)
+    return calls
+
+
+@pytest.mark.parametrize("how", [{"dtype": "fp16"}, {"onto": "original"}], ids=str)
+def test_how_to_merge_is_no_option_of_an_adapter(subject: Subject, rows: Path, out: Path, how: Any) -> None:
+    with pytest.raises(RequestError, match="--format adapter does not merge"):
+        export(subject, out, "adapter", data=rows, **how)
+
+
+def test_a_target_that_exists_stays_as_it_is(subject: Subject, rows: Path, tmp_path: Path, loaded: list[Any]) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "mine").touch()
+    file.write_text("mine")
+    for target in (folder, file):
+        with pytest.raises(RequestError, match=f"{target}: already exists"):
+            export(subject, target, "merged", data=rows)
+    with pytest.raises(RequestError, match=r"below: cannot be made: .*File exists"):
+        export(subject, file / "below", "merged", data=rows)
+    assert file.read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    assert loaded == []
+
+
+def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: Subject, out: Path, loaded: list[Any]) -> None:
+    with pytest.raises(RequestError, match="does not say what it was trained on") as told:
+        export(subject, out, "merged")
+    assert "--data FILE" in told.value.remedy
+    assert loaded == []
+
+
+@pytest.mark.parametrize(("format", "least", "most"), [("adapter", 10_000, 100_000), ("merged", 3_444_096, 40 << 20)])
+def test_a_disk_without_room_is_told_with_what_is_needed(
+    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any],
+    format: Any, least: int, most: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=least))
+    with pytest.raises(RequestError, match=r"the disk is too full: this export needs 0\.\d\d GiB, free are 0\.00 GiB"):
+        export(subject, out, format, data=rows)
+    assert loaded == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=most))
+    with pytest.raises(KeyboardInterrupt):  # as it would go on
+        export(subject, out, format, data=rows, say=interrupt)
+
+
+def interrupt(_: str) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ({"hidden_size": 96}, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj"),
+        ({"num_hidden_layers": 3}, "model.layers.3.self_attn.q_proj.lora_A.weight is in one of them alone"),
+        ({"num_hidden_layers": 5}, "model.layers.4.self_attn.q_proj.lora_A.weight is in one of them alone"),
+    ],
+    ids=str,
+)
+def test_a_base_of_another_shape_is_refused_for_an_adapter_too(
+    subject: Subject, rows: Path, out: Path, tmp_path_factory: pytest.TempPathFactory, shape: dict[str, int], told: str
+) -> None:
+    base = tmp_path_factory.mktemp("base")
+    shutil.copytree(BASE_DIR, base, dirs_exist_ok=True)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(BASE_DIR, **shape)).save_pretrained(base)
+    other = Subject("adapter", subject.adapter, BaseSection(model=str(base), compute_dtype="float32"), None, None)
+    with pytest.raises(RequestError, match="does not fit its base") as refused:
+        export(other, out, "adapter", data=rows)
+    assert told in refused.value.message
+    assert "base of another shape" in refused.value.remedy
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub with one base in it, `someone/small` at COMMIT, and no network."""
+    cache = tmp_path_factory.mktemp("hub")
+    repo = cache / "models--someone--small"
+    shutil.copytree(BASE_DIR, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repo
+
+
+def of_hub(subject: Subject, commit: str) -> Subject:
+    """The adapter as it would be had its base come from the hub, at this commit of its branch."""
+    path = subject.adapter / "adapter_config.json"
+    text = path.read_text().replace('"revision": null', f'"revision": "{commit}"')
+    path.write_text(
+        text.replace(f'"base_model_name_or_path": "{BASE_DIR}"', '"base_model_name_or_path": "someone/small"')
+    )
+    assert commit in path.read_text()
+    return Subject("adapter", subject.adapter, BaseSection(model="someone/small", compute_dtype="float32"), None, None)
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+def test_a_base_at_another_revision_is_refused(
+    subject: Subject, rows: Path, tmp_path: Path, hub: Path, format: Any
+) -> None:
+    assert (hub / "refs" / "main").read_text() == COMMIT
+    other = COMMIT[::-1]
+    with pytest.raises(RequestError, match=f"base.model someone/small at revision {other}: cannot be loaded"):
+        export(of_hub(subject, other), tmp_path / "out", format, data=rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl"}
+
+
+def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
+    subject: Subject, rows: Path, tmp_path: Path, hub: Path
+) -> None:
+    later = COMMIT[::-1]
+    shutil.copytree(hub / "snapshots" / COMMIT, hub / "snapshots" / later)
+    (hub / "refs" / "main").write_text(later)
+    model = LlamaForCausalLM.from_pretrained(BASE_DIR)
+    model.model.embed_tokens.weight.data.normal_()
+    model.save_pretrained(hub / "snapshots" / later)
+    done = export(of_hub(subject, COMMIT), tmp_path / "hub", "merged", data=rows)
+    assert done.parity == export(subject, tmp_path / "embedded", "merged", data=rows).parity
+
+
+def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    """trl puts `training_args.bin` there."""
+    (subject.adapter / "training_args.bin").write_bytes(b"")
+    told: list[str] = []
+    done = export(subject, tmp_path / "out", "adapter", data=rows, say=told.append)
+    assert done.files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert "training_args.bin is left out: a pickle runs code when it is loaded" in told
+
+
+def test_an_adapter_on_the_embedding_brings_that_and_fits(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(BASE_DIR)
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(subject.adapter)
+    assert export(subject, tmp_path / "out", "adapter", data=rows).parity.max_logit_difference == 0

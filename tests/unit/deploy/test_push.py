@@ -1,0 +1,278 @@
+"""Pushing a bundle by huggingface_hub's own client, to a server on loopback that speaks what it needs of the hub."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.adapters.bundle import Facts, seal, verify
+from orchestrator.deploy.shipping.push import push
+from orchestrator.errors import RecordError, RequestError
+
+PUSH = """
+import sys
+from pathlib import Path
+from orchestrator.deploy.shipping.push import push
+from orchestrator.errors import OrchestratorError
+
+folder, repo, *options = sys.argv[1:]
+try:
+    push(Path(folder), repo, private="private" in options, dry_run=False, say=print)
+except OrchestratorError as error:
+    sys.stderr.write(f"error: {error}")
+    sys.exit(error.exit_code)
+"""
+TOKEN = "hf_right"
+COMMIT = "c" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """Endpoints of the hub, and what they were sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Endpoint)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.repos: dict[str, dict[str, Any]] = {}
+        """Of each repo: `private`, `commits`, `files` (name -> bytes)."""
+        self.blobs: dict[str, bytes] = {}
+        """Large files by their sha256."""
+        self.called: list[str] = []
+        self.broken: dict[str, int] = {}
+        """Part of a path -> the status it answers."""
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Hub
+
+    def do_GET(self) -> None:
+        self._serve(b"")
+
+    def do_POST(self) -> None:
+        self._serve(self._body())
+
+    def do_PUT(self) -> None:
+        self._serve(self._body())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _serve(self, body: bytes) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.called.append(f"{self.command} {path}")
+        for part, status in hub.broken.items():
+            if part in path:
+                return self._answer(status, {"error": "out of order"})
+        if path.startswith("/blobs/"):  # no token: the real hub hands out a signed address
+            hub.blobs[hashlib.sha256(body).hexdigest()] = body
+            return self._answer(200, {})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer(401, {"error": "Invalid credentials in Authorization header"})
+        if path == "/api/whoami-v2":
+            return self._answer(200, {"type": "user", "name": "me"})
+        if path == "/api/validate-yaml":
+            wrong = [] if "library_name: peft" in json.loads(body)["content"] else [{"message": "no library"}]
+            return self._answer(400 if wrong else 200, {"errors": wrong, "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        repo = hub.repos.get("/".join(path.removeprefix("/api/models").split("/")[1:3]).removesuffix(".git"))
+        if repo is None:
+            return self._answer(404, {"error": "no such repo"})
+        if "/preupload/" in path:
+            return self._answer(200, {"files": [self._mode(file) for file in json.loads(body)["files"]]})
+        if path.endswith("/objects/batch"):
+            return self._answer(200, {"objects": [self._upload(asked) for asked in json.loads(body)["objects"]]})
+        if "/commit/" in path:
+            return self._commit(path, repo, [json.loads(line) for line in body.splitlines()])
+        return self._answer(200, {"id": path.removeprefix("/api/models/"), "private": repo["private"]})
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        owner = wanted.get("organization") or "me"
+        name = f"{owner}/{wanted['name']}"
+        if owner not in ("me", "ours"):
+            return self._answer(403, {"error": f"You don't have the rights to create a model under {owner}"})
+        if name in self.server.repos:
+            return self._answer(409, {"error": "You already created this model repo"})
+        self.server.repos[name] = {"private": wanted.get("visibility") == "private", "commits": 0, "files": {}}
+        return self._answer(200, {"url": f"{self.server.url}/{name}"})
+
+    def _mode(self, file: dict[str, Any]) -> dict[str, Any]:
+        large = file["path"].endswith(".safetensors")
+        return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+
+    def _upload(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return asked | {"actions": {"upload": {"href": f"{self.server.url}/blobs/{asked['oid']}"}}}
+
+    def _commit(self, path: str, repo: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                repo["files"][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repo["files"][value["path"]] = self.server.blobs[value["oid"]]
+        repo["commits"] += 1
+        name = "/".join(path.split("/")[3:5])
+        return self._answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _answer(self, status: int, document: dict[str, Any]) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        if "error" in document:
+            self.send_header("X-Error-Message", document["error"])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# An adapter\n")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 1000)
+    (folder / "deep" / "empty.txt").touch()
+    (folder / "trial.json").write_text('{"name": "Ünïcode"}')
+    facts = Facts(format="adapter", base={"model": "embedded"}, versions={}, metrics={}, trial_id="t1")
+    seal(folder, facts)
+    return folder
+
+
+def pushed(hub: Hub, folder: Path, repo: str, *options: str, token: str = TOKEN) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+        "HF_HOME": str(folder.parent),
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | settings
+    command = [sys.executable, "-c", PUSH, str(folder), repo, *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_byte_arrives_in_one_commit(hub: Hub, bundle: Path, tmp_path: Path) -> None:
+    done = pushed(hub, bundle, "ours/adapter", "private")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"pushed to {hub.url}/ours/adapter, commit {COMMIT}"
+    repo = hub.repos["ours/adapter"]
+    assert (repo["private"], repo["commits"]) == (True, 1)
+    sent = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert repo["files"] == sent
+    assert list(hub.blobs.values()) == [sent["adapter_model.safetensors"]]
+    for name, content in repo["files"].items():
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert verify(tmp_path / "downloaded").facts.trial_id == "t1"
+
+
+def test_a_bare_name_is_the_tokens_owners_and_a_repo_gets_further_commits(hub: Hub, bundle: Path) -> None:
+    assert pushed(hub, bundle, "adapter").returncode == 0
+    assert hub.repos["me/adapter"]["private"] is False
+    again = pushed(hub, bundle, "me/adapter")
+    assert again.returncode == 0, again.stderr
+    assert hub.repos["me/adapter"]["commits"] == 2
+
+
+def test_what_is_private_does_not_go_to_a_public_repo(hub: Hub, bundle: Path) -> None:
+    hub.repos["me/adapter"] = {"private": False, "commits": 0, "files": {}}
+    done = pushed(hub, bundle, "me/adapter", "private")
+    assert (done.returncode, "me/adapter: exists already, and is public" in done.stderr) == (2, True)
+    assert hub.repos["me/adapter"]["files"] == {}
+
+
+def test_refusals_of_the_hub_are_told(hub: Hub, bundle: Path) -> None:
+    for repo, token, words in [
+        ("me/adapter", "hf_wrong", "me/adapter: the hub refuses the token: Invalid credentials"),
+        ("others/adapter", TOKEN, "others/adapter: the hub refuses the token: You don't have the rights"),
+    ]:
+        done = pushed(hub, bundle, repo, token=token)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(("broken", "status"), [("/commit/", 500), ("/blobs/", 403)])
+def test_a_hub_that_fails_in_between_publishes_nothing(hub: Hub, bundle: Path, broken: str, status: int) -> None:
+    hub.broken[broken] = status
+    done = pushed(hub, bundle, "me/adapter")
+    assert done.returncode == 1, done.stderr
+    assert "error: me/adapter: " in done.stderr
+    assert str(status) in done.stderr
+    assert hub.repos["me/adapter"]["files"] == {}
+
+
+def test_a_hub_that_is_not_there_is_told(hub: Hub, bundle: Path) -> None:
+    hub.url = "http://127.0.0.1:9"
+    done = pushed(hub, bundle, "me/adapter")
+    assert (done.returncode, "me/adapter: the hub cannot be reached" in done.stderr) == (1, True), done.stderr
+
+
+def facts_of(folder: Path) -> Facts:
+    return Facts.model_validate(json.loads((folder / "manifest.json").read_text())["facts"])
+
+
+def test_metadata_that_the_hub_refuses_are_told(hub: Hub, bundle: Path) -> None:
+    (bundle / "README.md").write_text("---\nlibrary_name: none\n---\n")
+    seal(bundle, facts_of(bundle))
+    done = pushed(hub, bundle, "me/adapter")
+    assert (done.returncode, "no library" in done.stderr) == (1, True), done.stderr
+
+
+def test_a_dry_run_says_what_would_be_sent(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    said: list[str] = []
+    push(bundle, "me/adapter", private=True, dry_run=True, say=said.append)  # the tests are offline: it would raise
+    assert said[0].startswith(f"{bundle} to me/adapter (private): 5 files, ")
+    assert sum(line.startswith("  ") for line in said) == 5
+    assert f"{256000:>16,}  adapter_model.safetensors" in said
+    assert said[-2].startswith("note: its base is not on the hub")
+    assert said[-1] == "dry run: nothing was sent"
+
+
+@pytest.mark.parametrize("repo", ["", "a/b/c", "a b", "../out", "me/-", "me/a..b", "https://hub/me"])
+def test_a_name_that_is_none(bundle: Path, repo: str) -> None:
+    with pytest.raises(RequestError, match=r"--repo .*: is not the name of a repo"):
+        push(bundle, repo, private=False, dry_run=True, say=print)
+
+
+def test_what_is_damaged_or_has_no_token_is_not_sent(hub: Hub, bundle: Path) -> None:
+    assert "there is no token" in pushed(hub, bundle, "me/adapter", token="").stderr
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set"):
+        push(bundle, "me/adapter", private=False, dry_run=False, say=print)
+    (bundle / "trial.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"trial\.json: has changed"):
+        push(bundle, "me/adapter", private=False, dry_run=True, say=print)
+    assert hub.called == []

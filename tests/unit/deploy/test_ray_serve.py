@@ -1,0 +1,62 @@
+"""The config file of a Ray Serve LLM application."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.deploy.shipping import ray_serve
+from orchestrator.deploy.shipping.ray_serve import FILE, MODEL, check, require_ray_serve, serve_config
+from orchestrator.errors import RequestError
+
+CONFIG = serve_config("abc_00001", Path("/shared/out/model"), "bf16")
+
+
+def test_the_config_names_model_type_and_builder() -> None:
+    (application,) = CONFIG["applications"]
+    assert application["import_path"] == "ray.serve.llm:build_openai_app"
+    (llm,) = application["args"]["llm_configs"]
+    assert llm["model_loading_config"] == {"model_id": "abc_00001", "model_source": "/shared/out/model"}
+    assert llm["engine_kwargs"] == {"dtype": "bfloat16"}
+
+
+def test_it_is_written_with_the_place_where_the_model_will_lie(tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    ray_serve.write(tmp_path, tmp_path / "target", "abc_00001", "fp16")
+    text = (tmp_path / FILE).read_text()
+    document = yaml.safe_load(text)
+    assert document == serve_config("abc_00001", tmp_path / "target" / MODEL, "fp16")
+    assert f"serve deploy {tmp_path / 'target' / FILE}" in text
+    check(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("applications", 0, "import_path"), "no colon or dot"),
+        (("applications",), "none"),
+        (("applications", 0, "args", "llm_configs", 0, "model_loading_config", "model_sauce"), "x"),
+        (("applications", 0, "args", "llm_configs", 0, "accelerator_type"), "abacus"),
+        (("applications", 0, "args", "llm_configs", 0, "deployment_config", "num_replicas"), -1),
+    ],
+)
+def test_rays_own_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: Any) -> None:
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    document = yaml.safe_load(yaml.safe_dump(CONFIG))
+    check(document)
+    within = document
+    for key in path[:-1]:
+        within = within[key]
+    within[path[-1]] = value
+    with pytest.raises(ValidationError):
+        check(document)
+
+
+def test_without_ray_serve_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray.serve", None)  # as if the extra were not installed
+    with pytest.raises(RequestError, match=r"--format ray-serve needs the package ray\.serve") as told:
+        require_ray_serve()
+    assert "qlora-orchestrator[ray-serve]" in told.value.remedy

@@ -1,0 +1,206 @@
+"""What is served, where and to whom, is found out before anything is loaded."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.deploy.chat import PromptForm
+from orchestrator.deploy.serving.serve import Service, _vllm_call, plan_service
+from orchestrator.deploy.serving.served import _Words
+from orchestrator.deploy.serving.vllm import question_template, vllm_command
+from orchestrator.errors import RecordError, RequestError
+from orchestrator.record import SweepPaths
+from orchestrator.spec.sections import BaseSection, DataSection
+
+MakeSweep = Callable[..., SweepPaths]
+Plan = Callable[..., Service]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, make_sweep: MakeSweep) -> SweepPaths:
+    """Three finished trials whose adapters are whole, and one that runs."""
+    states = {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.3), "c": ("COMPLETE", 0.4), "d": ("RUNNING", 0.1)}
+    paths = make_sweep(tmp_path / "s", states)
+    for rank, trial in enumerate(states, 14):
+        folder = paths.trial(trial).adapter(7)
+        config = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": rank, "rank_pattern": {"x": 2 * rank}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    return paths
+
+
+@pytest.fixture
+def plan(sweep: SweepPaths) -> Iterator[Plan]:
+    """`plan(top=2)`: a service of this sweep, on a free port."""
+    with ExitStack() as ports:
+
+        def make(**options: Any) -> Service:
+            service = plan_service(**{"sweep_or_adapter": str(sweep.root), "port": 0, **options})
+            ports.enter_context(service.listening)
+            return service
+
+        yield make
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of that name on the path."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from orchestrator.base import load_tokenizer
+
+    return load_tokenizer(BaseSection(model="embedded"))
+
+
+def test_the_best_is_served_under_the_name_of_its_sweep_too(plan: Plan, sweep: SweepPaths) -> None:
+    assert plan().names == ["b", "s"]
+    assert plan(top=2).names == ["b", "s", "c"]
+    assert plan(top=9).names == ["b", "s", "c", "a"]
+    adapter = sweep.trial("a").adapter(7)
+    assert plan(sweep_or_adapter=str(adapter)).names == ["step-7"]
+    with pytest.raises(RequestError, match="is one adapter"):
+        plan(sweep_or_adapter=str(adapter), top=2)
+    with pytest.raises(RecordError, match="no such sweep"):
+        plan(sweep_or_adapter="none")
+
+
+def test_a_port_in_use_is_told(plan: Plan) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            plan(port=port)
+    with pytest.raises(RequestError, match=r"cannot listen on 192\.0\.2\.1"):
+        plan(host="192.0.2.1")  # for documentation, and no machine's
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost"])
+def test_the_loopback_needs_no_token(plan: Plan, host: str) -> None:
+    service = plan(host=host)
+    assert (service.token, "token:" in service.describe(), "Bearer" in service.describe()) == (None, False, False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])
+def test_elsewhere_a_token_is_made_and_told_once(plan: Plan, host: str) -> None:
+    service, other = plan(host=host), plan(host=host)
+    assert service.token is not None
+    assert service.token != other.token
+    assert service.describe().count(service.token) == 1
+
+
+def test_a_token_that_was_given_is_never_told(plan: Plan) -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):
+        service = plan(host=host, token="secret-7")
+        assert service.token == "secret-7"
+        assert "secret-7" not in service.describe()
+        assert "Bearer $ORCHESTRATOR_TOKEN" in service.describe()
+    for token in ("", " x", "é", "a\nb"):
+        with pytest.raises(RequestError, match="the token must be"):
+            plan(token=token)
+
+
+def test_auto_says_why_it_takes_transformers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    service = plan()
+    assert (service.engine, service.why) == (
+        "transformers",
+        "vLLM is not installed: there is no command of that name",
+    )
+    with pytest.raises(RequestError, match="--engine vllm: vLLM is not installed"):
+        plan(engine="vllm")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_taken_only_where_it_can_serve_this(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan(engine="vllm").engine == "vllm"
+    with pytest.raises(RequestError, match="does not guard /invocations"):
+        plan(engine="vllm", host="0.0.0.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert (plan().engine, plan().why) == ("transformers", "there is no GPU")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_token_is_not_on_vllms_command_line(plan: Plan) -> None:
+    command, environment = _vllm_call(plan(engine="vllm", top=2, token="secret-7"))
+    assert environment["VLLM_API_KEY"] == "secret-7"
+    assert "secret-7" not in " ".join(command)
+
+
+def test_vllm_gets_base_and_adapters_as_they_were_trained(sweep: SweepPaths, tokenizer: Any) -> None:
+    base = BaseSection(model="owner/name", revision="v1", compute_dtype="float16")
+    adapters = {name: sweep.trial(name).adapter(7) for name in ("a", "b")}
+    command = vllm_command(base, adapters, PromptForm(tokenizer, None), "127.0.0.1", 8000)
+    assert command[:3] == ["vllm", "serve", "owner/name"]
+    options = dict(pairwise(command))
+    assert options["--quantization"] == "bitsandbytes"
+    assert (options["--dtype"], options["--revision"]) == ("float16", "v1")
+    assert (options["--max-loras"], options["--max-lora-rank"]) == ("2", "32")  # 2 * 15 is 30
+    at = command.index("--lora-modules")
+    modules = [json.loads(module) for module in command[at + 1 : at + 3]]
+    assert modules == [{"name": name, "path": str(path)} for name, path in adapters.items()]
+    assert "--trust-remote-code" not in command
+    plain = vllm_command(BaseSection(model="m", quantization="none"), adapters, PromptForm(tokenizer, None), "::1", 0)
+    assert "--quantization" not in plain
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<s>[INST] {question} [/INST] {answer} </s>",
+        "{question} {answer}",
+        "Q: \"{question}\"\n{{'é😀' }}}}\n A:\t{answer}",
+        "### {{% raw %}}\\n{question}{answer}",
+    ],
+)
+def test_vllm_reads_a_question_as_the_training_rows_have_it(tokenizer: Any, template: str) -> None:
+    form = PromptForm(tokenizer, DataSection(source="embedded", format="template", template=template))
+    chat_template = question_template(form)
+    assert "\n" not in chat_template
+    for question in ("What is 1 and 2? ", "a {{ b }} 'c' \\n"):
+        turns = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == form.ids(question)
+
+
+def pieces(words: _Words, tokenizer: Any, text: str) -> list[str]:
+    """What is handed out after each token of `text`, up to a stop string; then the rest."""
+    out = []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        stopped = words.add(token)
+        out.append(words.settled())
+        if stopped:
+            break
+    return [*out, words.rest()]
+
+
+def test_text_waits_for_what_may_become_a_stop_string(tokenizer: Any) -> None:
+    out = pieces(_Words(tokenizer, ["9 8 7", "no"], strip=False), tokenizer, " 1 9 8 2 9 8 7 6")
+    assert "".join(out) == " 1 9 8 2 "
+    so_far = ["".join(out[: i + 1]) for i in range(len(out))]
+    assert not any(text.endswith("2 9") for text in so_far)
+    assert "".join(pieces(_Words(tokenizer, ["9 8 7"], strip=False), tokenizer, "1 9 8")) == "1 9 8"
+
+
+def test_space_at_the_ends_is_left_out(tokenizer: Any) -> None:
+    out = pieces(_Words(tokenizer, [], strip=True), tokenizer, "  1 \n 2  ")
+    assert "".join(out) == "1 \n 2"
+    assert "".join(pieces(_Words(tokenizer, [], strip=False), tokenizer, " 1 ")) == " 1 "
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer: Any) -> None:
+    ids = tokenizer("é😀", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 2
+    out = pieces(_Words(tokenizer, [], strip=False), tokenizer, "é😀")
+    assert "".join(out) == "é😀"
+    assert "�" not in "".join(out)
