@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +21,12 @@ from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
-from orchestrator.training.events import AtOnce
+from orchestrator.training.events import END, AtOnce, Completed, Event
 from orchestrator.training.fast.pack import Pack
+from orchestrator.training.host import Host
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.loop import Ground, Loop, Seat, find_seat, open_loop
+from orchestrator.training.trial import start_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -104,15 +106,33 @@ def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
         return Run(result, read_metrics(paths.trial(result.trial_id)), seconds)
 
 
+def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> list[list[tuple[float, Event]]]:
+    """Train trials beside each other, as a worker does: the events of each, and when they were heard (perf_counter)."""
+    told: list[list[tuple[float, Event]]] = [[] for _ in points]
+    with tempfile.TemporaryDirectory() as folder:
+        paths, host = SweepPaths(Path(folder)), Host(spec, prepare(spec.data, spec.base), len(points), 1)
+        for index, point in enumerate(points):
+            trial = paths.trial(f"trial-{index}")
+            assert host.start(trial.trial_id, start_of(spec.trial_config(point), spec, trial), trial)
+        wait_s = 0.0 if len(points) > 1 else 1.0
+        while training := [index for index, each in enumerate(told) if not (each and isinstance(each[-1][1], END))]:
+            for index in training:
+                told[index] += [(time.perf_counter(), event) for event in host.events(f"trial-{index}", wait_s)]
+            time.sleep(0.002)
+    for each in told:
+        assert isinstance(each[-1][1], Completed), each[-1]
+    return told
+
+
 @contextmanager
 def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, Pack, int]]:
     """A trial's loop, not yet run, what serves its tasks, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
     ground = Ground.of(config.base, prepare(config.data, config.base))
-    with lease(config.base) as shell, tempfile.TemporaryDirectory() as folder:
+    with lease(config.base), tempfile.TemporaryDirectory() as folder:
         seat = find_seat(config, ground)
         pack = Pack(seat.engine if isinstance(seat, Seat) else None)
-        yield open_loop(config, ground, shell, seat, Path(folder), AtOnce()), pack, int(ground.held_out.lengths.sum())
+        yield open_loop(config, ground, seat, Path(folder), AtOnce()), pack, int(ground.held_out.lengths.sum())
 
 
 def foreseen(result: TrialResult) -> float | None:
@@ -131,20 +151,28 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def main(about: str, measure: Callable[[Setting], dict[str, Any]]) -> None:
-    """Parse the command line, measure, write `OUT/<name>-<shape>.json`, print a table row."""
+def main(about: str, measure: Callable[..., dict[str, Any]], **options: dict[str, Any]) -> None:
+    """Parse the command line, measure, write `OUT/<name>-<shape>.json`, print a table row.
+
+    Args:
+        about: what is measured.
+        measure: is given the setting, and by its name each further option.
+        options: name -> what argparse is to know of it.
+    """
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("shape", choices=["1.1b", "7b", "tiny"], help="tiny is for a try on a CPU")
+    parser.add_argument("shape", choices=["1.1b", "7b", "tiny", "thin"], help="the last two are for a CPU")
     parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
     parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="kept between runs")
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", **option)
     arguments = parser.parse_args()
     base = arguments.bases / arguments.shape
     if not (base / "config.json").is_file():
         command = [sys.executable, ROOT / "scripts" / "make_base.py", arguments.shape, base, "--text", arguments.rows]
         subprocess.run(command, check=True)
     setting = Setting(arguments.shape, base.resolve(), arguments.rows.resolve(), arguments.out)
-    name, figures = Path(sys.argv[0]).stem, measure(setting)
+    name, figures = Path(sys.argv[0]).stem, measure(setting, **{name: getattr(arguments, name) for name in options})
     figures = {"benchmark": name, "shape": arguments.shape, **figures}
     write(arguments.out / f"{name}-{arguments.shape}.json", figures)
     print(" | ".join(f"{key}: {value}" for key, value in figures.items() if not isinstance(value, dict)), flush=True)

@@ -1,48 +1,75 @@
 """A sweep as it is commonly run: Ray Tune, a function for each trial, a process for each function.
 
-python -m benchmarks.one_process SPEC.json FOLDER POINTS.json
+    python -m benchmarks.one_process SPEC.json FOLDER POINTS.json
+
+The trials are those of the points, in their order; scheduler and resources are the experiment's. What it leaves in the
+folder is read as any sweep's, but a stopped trial has no result there. Prints the seconds that the trials took.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from orchestrator.record import SweepPaths
+from orchestrator.record import MetricPoint, SweepPaths
 from orchestrator.spec.load import parse_spec
+from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.training.start import start_sweep
 
 
+class Teller:
+    """A watcher that reports each evaluation but the last, which comes with the result."""
+
+    _total_steps = 0
+
+    def on_step(self, step: int, total_steps: int) -> bool:
+        self._total_steps = total_steps
+        return True
+
+    def on_report(self, point: MetricPoint) -> bool:
+        if point.step < self._total_steps:
+            tune.report({**point.values, "step": point.step})
+        return True
+
+
 def train(point: dict[str, Any], spec_file: str, folder: str) -> None:
-    from benchmarks.common import Silent
     from orchestrator.training.trial import run_trial
 
     spec, paths = parse_spec(json.loads(Path(spec_file).read_text())), SweepPaths(Path(folder))
     trial = paths.trial(tune.get_context().get_trial_id())
-    result = run_trial(spec.trial_config(point["point"]), spec, trial, paths.data, Silent())
+    result = run_trial(spec.trial_config(point["point"]), spec, trial, paths.data, Teller())
     assert result is not None
     assert result.best is not None
-    tune.report({"loss": result.best.value})
+    tune.report({**result.best.values, "step": result.step})
 
 
 def main(spec_file: str, folder: str, points_file: str) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    start_sweep(parse_spec(json.loads(Path(spec_file).read_text())), SweepPaths(Path(folder)))
+    spec = parse_spec(json.loads(Path(spec_file).read_text()))
+    start_sweep(spec, SweepPaths(Path(folder)))
     trial = tune.with_parameters(train, spec_file=spec_file, folder=folder)
-    resources = {"cpu": 1, "gpu": 1 if ray.cluster_resources().get("GPU") else 0}
+    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": 1 if ray.cluster_resources().get("GPU") else 0}
+    began = time.monotonic()
     results = tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={"point": tune.grid_search(json.loads(Path(points_file).read_text()))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=1),
+        tune_config=tune.TuneConfig(
+            metric=spec.search.metric,
+            mode=spec.search.resolved_mode,
+            scheduler=make_scheduler(spec),
+            max_concurrent_trials=spec.resources.max_concurrent,
+        ),
         run_config=tune.RunConfig(storage_path=str(Path(folder) / "tune"), verbose=0),
     ).fit()
     if results.errors:
         raise results.errors[0]
+    print("TRIALS_S", round(time.monotonic() - began, 2), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,11 @@ Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 to 5e-4; 16 slots, 8 at 7B. Counted
 from the last one's 60th step, by which the common buckets are captured, to the first one's last.
 """
 
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Setting, forget, main
-from orchestrator.data import prepare
-from orchestrator.record import SweepPaths, TrialResult
+from benchmarks.common import Setting, forget, main, together
 from orchestrator.spec import SweepSpec
-from orchestrator.training.events import END, Completed, Logged
-from orchestrator.training.host import Host
-from orchestrator.training.trial import start_of
+from orchestrator.training.events import Logged
 
 SLOTS = {"1.1b": 16, "7b": 8, "tiny": 4}
 STEPS, WARM = 160, 60
@@ -69,35 +62,20 @@ def points() -> list[dict[str, Any]]:
 
 
 def _run(setting: Setting, slots: int, batch: int) -> dict[str, Any]:
-    spec = spec_of(setting, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = SweepPaths(Path(folder))
-        host = Host(spec, prepare(spec.data, spec.base), slots, 1)
-        names = [f"trial-{index}" for index in range(slots)]
-        for name, point in zip(names, points(), strict=False):
-            start: TrialResult = start_of(spec.trial_config(point), spec, paths.trial(name))
-            assert host.start(name, start, paths.trial(name))
-        logs: dict[str, list[tuple[float, Logged]]] = {name: [] for name in names}
-        ends: dict[str, Any] = {}
-        while len(ends) < slots:
-            for name in names:
-                for event in host.events(name, 0.0 if slots > 1 else 1.0) if name not in ends else []:
-                    if isinstance(event, Logged):
-                        logs[name].append((time.perf_counter(), event))
-                    if isinstance(event, END):
-                        ends[name] = event
-            time.sleep(0.002)
-        for end in ends.values():
-            assert isinstance(end, Completed), end
+    told = together(spec_of(setting, batch), points()[:slots])
+    logs = [[(at, event) for at, event in each if isinstance(event, Logged)] for each in told]
     began, ended = (
-        max(at for each in logs.values() for at, event in each if event.step == WARM),
-        min(each[-1][0] for each in logs.values()),
+        max(at for each in logs for at, event in each if event.step == WARM),
+        min(each[-1][0] for each in logs),
     )
     tokens = 0
-    for each in logs.values():
+    for each in logs:
         inside = [event.tokens for at, event in each if began <= at <= ended]
         tokens += inside[-1] - inside[0]
-    return {"tokens_per_second": round(tokens / (ended - began)), "peak_gib": next(iter(ends.values())).peak_memory_gib}
+    return {
+        "tokens_per_second": round(tokens / (ended - began)),
+        "peak_gib": max(each[-1][1].peak_memory_gib for each in told),
+    }
 
 
 if __name__ == "__main__":

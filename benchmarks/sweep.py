@@ -1,89 +1,200 @@
 """Makespan of a sweep of 16 mixed trials, start-up and compile included, against one process a trial under Ray Tune.
 
     python -m benchmarks.sweep 1.1b --rows train.jsonl
+    python -m benchmarks.sweep 1.1b --rows train.jsonl --forms A --earlier benchmarks/out/sweep-1.1b.json
 
-Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 to 5e-4, 200 steps, batch 4, 4 evaluations of 100 rows. Ours is the whole
-command `orchestrator sweep`. Of each baseline two trials are run whole, and the time of one is multiplied by 16.
+Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 and 5e-4, 200 steps, batch 4, 4 evaluations of 100 rows. Ours is the whole
+command `orchestrator sweep`, kernels' cache cold. Of each baseline two trials are run whole, and their time is
+multiplied by 8; what comes before them (imports, Ray, tokenising) is counted once.
+
+Under ASHA (rungs at 50 and 150) the time of a sweep is that to its winner: who wins is known at the end. A baseline's
+is composed, not measured: its trials one after another, each stopped where the project's scheduler stops it by the
+losses of `ours`, and as long as the trials that were run whole took to that evaluation; the mean of 100 random orders.
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import BASELINES, ROOT, Setting, main
+from ray.tune.schedulers import TrialScheduler
+
+from benchmarks.common import BASELINES, ROOT, Setting, environment, main
 from benchmarks.pack import points, spec_of
-from orchestrator.record import TrialState, read_sweep
+from orchestrator.record import MetricPoint, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
+from orchestrator.spec.load import parse_spec
+from orchestrator.sweep.schedulers import make_scheduler
 
-TRAINING = {"steps": 200, "eval_steps": 50}
-NUM_TRIALS, NUM_MEASURED = 16, 2
-COMMAND = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
+FORMS = ("ours", "ours_asha", "B", "A")
+NUM_MEASURED, NUM_ORDERS = 2, 100
+OURS = "from orchestrator.cli import main; main()"
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, forms: list[str], earlier: list[Path], steps: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    here = environment()
+    for file in earlier:
+        figures |= json.loads(file.read_text())["figures"]
+    for form, each in figures.items():
+        if (each["steps"], each["device"]) != (steps, here["device"]):
+            raise SystemExit(f"{form} has {each['steps']} steps on {each['device']}: not to be compared")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for name, scheduler in {"ours": "none", "ours_asha": "asha"}.items():
-            spec = spec_of(setting, **TRAINING).model_dump(mode="json") | {"scheduler": {"kind": scheduler}}
-            figures[name] = _ours(spec, folder, name)
-            print(name, figures[name], flush=True)
-        for name in ("B", "A"):
-            spec = spec_of(setting, **TRAINING, **BASELINES[name]).model_dump(mode="json")
-            figures[name] = _one_process(spec, folder, name)
-            print(name, figures[name], flush=True)
-    makespan = {name: each["makespan_s"] for name, each in figures.items()}
-    return {
-        **makespan,
-        "A_over_ours": round(makespan["A"] / makespan["ours"], 1),
-        "B_over_ours": round(makespan["B"] / makespan["ours"], 1),
-        "figures": figures,
+        for form in forms:
+            run = _baseline if form in BASELINES else _ours
+            found = run(document_of(setting, form, steps), Path(scratch), form)
+            figures[form] = {"steps": steps, "device": here["device"], "commit": here["commit"], **found}
+            print(form, json.dumps(figures[form]), flush=True)
+    return summary(figures, document_of(setting, "ours_asha", steps)) | {"figures": figures}
+
+
+def document_of(setting: Setting, form: str, steps: int) -> dict[str, Any]:
+    """The experiment in one of the forms."""
+    spec = spec_of(setting, steps=steps, eval_steps=steps // 4, **BASELINES.get(form, {}))
+    document: dict[str, Any] = spec.model_dump(mode="json")
+    if form == "ours_asha":
+        document["scheduler"] = {"kind": "asha"}
+    if form in BASELINES:
+        document["resources"]["max_concurrent"] = 1
+    return document
+
+
+def summary(figures: dict[str, Any], asha: dict[str, Any]) -> dict[str, Any]:
+    """Makespans and their ratios, as far as their parts are there; `asha` is the experiment under ASHA."""
+    seconds = {form: each["makespan_s"] for form, each in figures.items()}
+    if "ours" in figures:
+        losses = figures["ours"]["evaluations"]
+        orders = [random.Random(seed).sample(losses, len(losses)) for seed in range(NUM_ORDERS)]
+        for form in (form for form in BASELINES if form in figures):
+            each = [time_under_asha(asha, order, **figures[form]["parts"]) for order in orders]
+            seconds[f"{form}_asha_composed"] = round(mean(each), 1)
+    wanted = {"ours": ("A", "B"), "ours_asha": ("A_asha_composed", "B_asha_composed", "A", "B")}
+    ratios = {
+        f"{form}_over_{ours}": round(seconds[form] / seconds[ours], 1)
+        for ours, forms in wanted.items()
+        for form in forms
+        if ours in seconds and form in seconds
     }
+    return seconds | ratios
 
 
-def _ours(spec: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+def time_under_asha(
+    asha: dict[str, Any], losses: list[dict[str, float]], before_s: float, to_evaluation_s: dict[str, float]
+) -> float:
+    """Seconds of trials that come one after another, each stopped where its losses have it stopped."""
+    scheduler = make_scheduler(parse_spec(asha))
+    scheduler.set_search_properties("eval/loss", "min")
+    seconds = before_s
+    for index, of_trial in enumerate(losses):
+        trial = SimpleNamespace(trial_id=str(index), is_finished=lambda: False)
+        scheduler.on_trial_add(None, trial)
+        for step, loss in of_trial.items():
+            last = step
+            report = {"step": int(step), "eval/loss": loss}
+            if scheduler.on_trial_result(None, trial, report) == TrialScheduler.STOP:
+                break
+        seconds += to_evaluation_s[last]
+    return seconds
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that has been run by a command."""
+
+    seconds: float
+    """Of the whole command."""
+    record: SweepRecord
+    said: str
+    """Its output."""
+
+    def trials(self) -> list[TrialResult]:
+        """In the order in which they began."""
+        return sorted(self.record.trials(), key=lambda trial: trial.trial_id)
+
+    def evaluations(self) -> list[list[MetricPoint]]:
+        """Of each trial, in that order."""
+        paths = [self.record.paths.trial(trial.trial_id) for trial in self.trials()]
+        return [[point for point in read_metrics(each) if "eval/loss" in point.values] for each in paths]
+
+
+def sweep_ours(document: dict[str, Any], folder: Path, name: str) -> Swept:
+    """`orchestrator sweep`, from its start to its end, with nothing compiled before."""
     file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(spec))
-    seconds = _timed([*COMMAND, "sweep", str(file), "--name", name, "--output", str(folder)])
-    trials = read_sweep(folder / name).trials()
-    assert len(trials) == NUM_TRIALS
-    assert all(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials), trials
+    file.write_text(json.dumps(document))
+    command = ["-c", OURS, "sweep", str(file), "--name", name, "--output", str(folder)]
+    swept = _swept(command, folder / name, TRITON_CACHE_DIR=str(folder / f"{name}-kernels"))
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in swept.trials()), swept.trials()
+    return swept
+
+
+def sweep_one_process(document: dict[str, Any], points: list[dict[str, Any]], folder: Path, name: str) -> Swept:
+    """These trials, a process each, from the start of the driver to its end."""
+    spec_file, points_file = folder / f"{name}.json", folder / f"{name}-points.json"
+    spec_file.write_text(json.dumps(document))
+    points_file.write_text(json.dumps(points))
+    return _swept(["-m", "benchmarks.one_process", str(spec_file), str(folder / name), str(points_file)], folder / name)
+
+
+def _ours(document: dict[str, Any], folder: Path, form: str) -> dict[str, Any]:
+    swept = sweep_ours(document, folder, form)
+    trials, winner = swept.trials(), swept.record.trials()[0]
     return {
-        "makespan_s": round(seconds, 1),
+        "makespan_s": round(swept.seconds, 1),
         "tokens": sum(trial.tokens for trial in trials),
         "stopped": sum(trial.state == TrialState.STOPPED for trial in trials),
-        "winner": trials[0].trial_id,
-        "losses": [trial.best.value for trial in trials if trial.best],
+        "winner": winner.config.varied,
         "peak_gib": max(trial.peak_memory_gib or 0 for trial in trials),
+        "evaluations": [
+            {str(point.step): point.values["eval/loss"] for point in of_trial} for of_trial in swept.evaluations()
+        ],
     }
 
 
-def _one_process(spec: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    spec_file, points_file = folder / f"{name}.json", folder / f"{name}-points.json"
-    spec_file.write_text(json.dumps(spec))
-    points_file.write_text(json.dumps(points()[:NUM_MEASURED]))
-    seconds = _timed(
-        [sys.executable, "-m", "benchmarks.one_process", str(spec_file), str(folder / name), str(points_file)]
-    )
-    return {"makespan_s": round(seconds / NUM_MEASURED * NUM_TRIALS, 1), "a_trial_s": round(seconds / NUM_MEASURED, 1)}
+def _baseline(document: dict[str, Any], folder: Path, form: str) -> dict[str, Any]:
+    swept = sweep_one_process(document, points()[:NUM_MEASURED], folder, form)
+    trials_s = float(swept.said.split("TRIALS_S", 1)[1].split()[0])
+    before_s, a_trial_s = swept.seconds - trials_s, trials_s / NUM_MEASURED
+    after_s = [  # of each trial, from each of its evaluations to the last
+        {str(point.step): of_trial[-1].time_s - point.time_s for point in of_trial} for of_trial in swept.evaluations()
+    ]
+    to_evaluation_s = {step: a_trial_s - mean(each[step] for each in after_s) for step in after_s[0]}
+    return {
+        "makespan_s": round(before_s + a_trial_s * len(points()), 1),
+        "parts": {"before_s": before_s, "to_evaluation_s": to_evaluation_s},
+    }
 
 
-def _timed(command: list[str]) -> float:
-    environment = os.environ | {
+def _swept(arguments: list[str], folder: Path, **variables: str) -> Swept:
+    inherited = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
     }
     start = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=inherited | variables, capture_output=True, text=True, cwd=ROOT)
+    seconds = time.monotonic() - start
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
-    print(done.stdout[-1500:], flush=True)
-    return time.monotonic() - start
+    return Swept(seconds, read_sweep(folder), done.stdout)
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], measure)
+    main(
+        __doc__.splitlines()[0],
+        measure,
+        forms={"nargs": "+", "choices": FORMS, "default": FORMS, "help": "what to run now"},
+        earlier={
+            "nargs": "+",
+            "type": Path,
+            "default": [],
+            "help": "JSONs of earlier runs, whose forms are taken over",
+        },
+        steps={"type": int, "default": 200, "help": "of a trial; fewer for a try"},
+    )

@@ -14,8 +14,14 @@ import torch
 from tokenizer import byte_level_bpe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# hidden, inner, layers, heads, key-value heads: TinyLlama-1.1B, Llama-2-7B, and one to try a script on.
-SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32), "tiny": (64, 128, 1, 2, 1)}
+# hidden, inner, layers, heads, key-value heads: TinyLlama-1.1B, Llama-2-7B, one to try a script on, and one for what
+# depends on the number of layers alone.
+SHAPES = {
+    "1.1b": (2048, 5632, 22, 32, 4),
+    "7b": (4096, 11008, 32, 32, 32),
+    "tiny": (64, 128, 1, 2, 1),
+    "thin": (64, 128, 22, 2, 1),
+}
 VOCABULARY = 32_000
 
 

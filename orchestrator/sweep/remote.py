@@ -11,7 +11,7 @@ from orchestrator.record import MetricPoint, TrialPaths, TrialResult, end_trial,
 from orchestrator.spec.sections import TrackingSection
 from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
 from orchestrator.training.books import Books
-from orchestrator.training.events import Completed, Evaluated, Event, Failed, Left, Logged, Saved
+from orchestrator.training.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Saved
 
 _LOOK_S = 0.5
 _RENEW_S = 5.0  # the host gives a lease up after 30 s
@@ -102,7 +102,9 @@ class RemoteTrial:
         with self._lock:
             if self._over.is_set():
                 return
-            untold = [*self._inbox, *self._lease.release()]
+            untold = list(self._inbox)
+            if not untold or not isinstance(untold[-1], END):  # else it has given its slot back by itself
+                untold += self._lease.release()
             if self._claim.holds and self._paths.result.is_file():
                 self._settle(untold)
             self._leave()

@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import LoraSection
+from orchestrator.spec.sections import LoraSection, TrainingSection
 
 
 def expected_modules(model: Any, lora: LoraSection) -> dict[str, tuple[int, int]]:
@@ -91,6 +91,22 @@ def read_back(model: Any, optimizer: Any) -> dict[str, Any]:
         "base.double_quant": _single(a["double_quant"] for a in adapters),
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def set_rate(trainer: Any, training: TrainingSection) -> None:
+    """Put the configuration's learning rate and weight decay in force: a checkpoint's may be another trial's (PBT).
+
+    Args:
+        trainer: whose optimizer and schedule are there, and loaded.
+        training: the configuration.
+    """
+    schedule = trainer.lr_scheduler
+    schedule.base_lrs = [training.learning_rate for _ in schedule.base_lrs]
+    for group, factor in zip(trainer.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = training.learning_rate
+        group["lr"] = training.learning_rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the Trainer logs
+    trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
 
 
 def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:

@@ -9,22 +9,28 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from orchestrator.base import shell
+from orchestrator.base import kept, load_tokenizer
 from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError, TrialError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.adapted import pattern
 from orchestrator.training.attempt import Attempt, run_alone
 from orchestrator.training.device import reset_peak_memory
-from orchestrator.training.events import END, Event, Failed, LeaseLost, Left, Noted
+from orchestrator.training.events import Event, Failed, LeaseLost, Left, Noted
 from orchestrator.training.fast import build
 from orchestrator.training.fast.build import Kind, MemoryPlan, engine_for, why_not
 from orchestrator.training.fast.engine import Engine
 from orchestrator.training.fast.pack import Member, Pack, Work
+from orchestrator.training.fast.row import Rows
+from orchestrator.training.hosted import Lease, Writer, WriterOf
 from orchestrator.training.loop import Ground, Seat
+from orchestrator.training.memory import Choice
 
 
 def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, str]:
@@ -48,11 +54,8 @@ def _holdable(spec: SweepSpec, ground: Ground) -> list[TrialConfig]:
     return found
 
 
-LEASE_S = 30.0
-"""A lease of which nobody has heard for so long is given up."""
-
-MAX_JOBS = 256
-"""Files and events that may wait to be written; then training waits too."""
+PATIENCE_S = 120.0
+"""A trial that must be alone lets others go before it for so long."""
 
 
 class Host:
@@ -82,16 +85,22 @@ class Host:
         self._gpus = gpus
         self._lock = threading.Lock()
         self._free = list(range(slots))
-        self._leases: dict[str, _Lease] = {}
-        self._arrivals: queue.SimpleQueue[_Lease | tuple[_Lease, Member | BaseException]] = queue.SimpleQueue()
-        self._to_set_up: queue.SimpleQueue[tuple[_Lease, _Shared]] = queue.SimpleQueue()
-        self._writer = _Writer()
-        # Of the thread alone:
-        self._shared: _Shared | str | None = None
-        self._pack = Pack()
-        self._together: list[_Lease] = []
+        self._open: _Shared | None = None
+        """The engine for many, as long as newcomers are set up for it at once, and not first after the next step."""
         self._num_set_up = 0
-        self._alone: deque[tuple[_Lease, str | None]] = deque()
+        self._leases: dict[str, Lease] = {}
+        self._arrivals: queue.SimpleQueue[Lease | tuple[Lease, Member | BaseException]] = queue.SimpleQueue()
+        self._to_set_up: queue.SimpleQueue[tuple[Lease, _Shared]] = queue.SimpleQueue()
+        self._writer = Writer()
+        # Of the thread alone:
+        self._rows: tuple[Rows, Rows] | None = None
+        self._tokenizers: dict[BaseSection, Any] = {}
+        self._shared: _Shared | str | None = None
+        self._too_large: Choice | None = None
+        self._pack = Pack()
+        self._together: list[Lease] = []
+        self._alone: deque[tuple[Lease, str | None]] = deque()
+        self._held_back: deque[Lease] = deque()
         self._lost: str | None = None
         threading.Thread(target=self._run, name="host", daemon=True).start()
         threading.Thread(target=self._set_up, name="set-up", daemon=True).start()
@@ -107,6 +116,8 @@ class Host:
         Raises:
             LeaseLost: this process trains no more.
         """
+        shared = self._open
+        fits = shared is not None and self._fits(start.config, shared)
         with self._lock:
             if self._lost is not None:
                 raise LeaseLost(self._lost)
@@ -117,8 +128,11 @@ class Host:
                     del self._leases[name]
             if not self._free:
                 return False
-            self._leases[lease] = made = _Lease(self._free.pop(0), start, paths)
-        self._arrivals.put(made)
+            self._leases[lease] = made = Lease(self._free.pop(0), start, paths)
+            if shared is not None and fits and shared is self._open:
+                self._set_up_soon(made, shared)
+            else:
+                self._arrivals.put(made)
         return True
 
     def events(self, lease: str, wait_s: float) -> list[Event]:
@@ -148,7 +162,7 @@ class Host:
         with self._lock:
             return len(self._free)
 
-    def _known(self, lease: str) -> "_Lease":
+    def _known(self, lease: str) -> Lease:
         with self._lock:
             if lease not in self._leases:
                 raise LeaseLost(f"lease {lease} is unknown here")
@@ -159,8 +173,6 @@ class Host:
             if self._slots > 1:
                 with suppress(OrchestratorError):  # it is told to each trial that comes
                     self._share()
-                gc.collect()
-                gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
             while True:
                 self._drop_released()
                 self._admit()
@@ -177,12 +189,15 @@ class Host:
             self._on_lost()
 
     def _drop_released(self) -> None:
-        """Give up the trials that wait to be alone and are wanted no more."""
+        """Give up the trials that wait and are wanted no more."""
         for each in [each for each in self._alone if each[0].stopping]:
             self._alone.remove(each)
             self._leave(each[0], None)
+        for lease in [lease for lease in self._held_back if lease.stopping]:
+            self._held_back.remove(lease)
+            self._leave(lease, None)
 
-    def _leave(self, lease: "_Lease", lost: str | None) -> None:
+    def _leave(self, lease: Lease, lost: str | None) -> None:
         lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost))
         self._done(lease)
 
@@ -193,32 +208,65 @@ class Host:
             torch.cuda.synchronize()
 
     def _admit(self) -> None:
-        """Take in the trials that were started; where there is nothing else to do, wait for one."""
-        while not self._arrivals.empty() or not (self._together or (self._alone and not self._num_set_up)):
-            arrival = self._arrivals.get()
-            if isinstance(arrival, tuple):
-                lease, member = arrival
-                self._num_set_up -= 1
-                if isinstance(member, BaseException):
-                    raise member
-                if lease.is_done:
-                    self._require_device()
-                else:
-                    self._together.append(lease)
-                    self._pack.add(member)
-                del lease, member, arrival
-                continue
-            try:
-                reason = self._why_alone(arrival.start.config)
-            except OrchestratorError as error:
-                self._fail(arrival, error)
-                continue
-            if reason is not None:
-                self._alone.append((arrival, reason if self._slots > 1 else None))
+        """Take in the trials that were started; where there is nothing else to do, wait for one.
+
+        Once one that must be alone has waited for long, nobody is let in before it: the others end, and it is next.
+        """
+        while not self._alone or not self._is_empty():
+            drains = bool(self._alone) and time.monotonic() > self._alone[0][0].came_at + PATIENCE_S
+            with self._lock:
+                self._open = None
+                if isinstance(self._shared, _Shared) and not (drains or self._held_back):
+                    self._open = self._shared
+            if self._held_back and not drains:
+                self._place(self._held_back.popleft())
+            elif self._together and self._arrivals.empty():
+                return
             else:
-                assert isinstance(self._shared, _Shared)
-                self._num_set_up += 1
-                self._to_set_up.put((arrival, self._shared))
+                arrival = self._arrivals.get()
+                if isinstance(arrival, tuple):
+                    self._join(*arrival)
+                else:
+                    self._held_back.append(arrival)
+                del arrival  # while it waits, none of it must live on
+
+    def _is_empty(self) -> bool:
+        """Whether nobody is in the engine for many, and nobody will be before it is opened."""
+        with self._lock:
+            if self._together or self._num_set_up:
+                return False
+            self._open = None
+            return True
+
+    def _place(self, lease: Lease) -> None:
+        """Have a trial set up beside others, or wait to be alone."""
+        try:
+            reason = self._why_alone(lease.start.config)
+        except OrchestratorError as error:
+            self._fail(lease, error)
+            return
+        if reason is not None:
+            self._alone.append((lease, reason if self._slots > 1 else None))
+        else:
+            assert isinstance(self._shared, _Shared)
+            with self._lock:
+                self._set_up_soon(lease, self._shared)
+
+    def _set_up_soon(self, lease: Lease, shared: "_Shared") -> None:
+        self._num_set_up += 1
+        self._to_set_up.put((lease, shared))
+
+    def _join(self, lease: Lease, member: Member | BaseException) -> None:
+        """Let a trial that is set up step with the others."""
+        with self._lock:
+            self._num_set_up -= 1
+        if isinstance(member, BaseException):
+            raise member
+        if lease.is_done:
+            self._require_device()
+        else:
+            self._together.append(lease)
+            self._pack.add(member)
 
     def _set_up(self) -> None:
         """In a thread of its own, for a trainer takes most of a second to build: the others train meanwhile."""
@@ -235,20 +283,39 @@ class Host:
     def _share(self) -> "_Shared | str":
         """The engine for many, which is built where it does not stand; or why it cannot be."""
         if self._shared is None:
-            ground = Ground.of(self._spec.base, self._data)
+            ground = self._ground(self._spec.base)
             configs = _holdable(self._spec, ground)
             if not configs:
                 self._shared = "no trial of this sweep can train beside others"
                 return self._shared
             try:
-                engine, plan = engine_for(ground.base, configs, ground.train, ground.held_out, self._slots)
+                engine, plan = engine_for(
+                    ground.base, configs, ground.train, ground.held_out, self._slots, self._too_large
+                )
             except TrialError as error:
                 self._shared = error.message
                 return self._shared
+            for config in configs:
+                pattern(ground.base, config)
             kind = Kind.of(ground.base, configs, self._slots)
             self._shared = _Shared(ground, kind, engine, plan)
             self._pack.engine = engine
+            gc.collect()
+            gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
         return self._shared
+
+    def _unshare(self) -> None:
+        """Let go of the engine for many: nobody is in it."""
+        self._shared = self._pack.engine = None
+        gc.unfreeze()
+
+    def _ground(self, base: BaseSection) -> Ground:
+        """What trials on this base train on; tokenizer and rows are made ready once."""
+        if self._rows is None:
+            self._rows = Rows.of(self._data.train), Rows.of(self._data.held_out)
+        if base not in self._tokenizers:
+            self._tokenizers[base] = load_tokenizer(base)
+        return Ground(kept(base), self._tokenizers[base], self._data, *self._rows)
 
     def _why_alone(self, config: TrialConfig) -> str | None:
         """Why a trial cannot train beside others, or None."""
@@ -259,10 +326,14 @@ class Host:
         if config.base != self._spec.base:
             return "its base is another than that of the trials beside it"
         shared = self._share()
-        if isinstance(shared, str):
-            return shared
-        base = shared.ground.base
-        return why_not(config, base, shared.ground.longest) or shared.kind.refuses(base, config)
+        return shared if isinstance(shared, str) else shared.refuses(config)
+
+    def _fits(self, config: TrialConfig, shared: "_Shared") -> bool:
+        """The same, where the engine stands."""
+        with suppress(OrchestratorError):  # it is told when the trial's turn comes
+            is_like_it = config.base == self._spec.base and config.training.engine != "trl"
+            return is_like_it and shared.refuses(config) is None
+        return False
 
     def _turn(self) -> None:
         began = time.monotonic()
@@ -275,24 +346,45 @@ class Host:
         if len(going_on) < len(self._together):
             self._require_device()
         self._together = going_on
+        if self._pack.ran_out:
+            self._lower()
 
-    def _shared_work(self, lease: "_Lease", shared: "_Shared") -> Work:
+    def _lower(self) -> None:
+        """A pass ran out of memory, and its trials have left it: those who come get an engine that takes less.
+
+        Where there is none, they run alone.
+        """
+        assert isinstance(self._shared, _Shared)
+        with self._lock:
+            self._open = None
+        while self._num_set_up:  # for the engine that goes
+            arrival = self._arrivals.get()
+            if isinstance(arrival, tuple):
+                self._join(*arrival)
+            else:
+                self._held_back.append(arrival)
+        self._pack.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
+        self._together.clear()
+        self._too_large, base = self._shared.plan.choice, self._shared.ground.base
+        self._pack.ran_out = False
+        self._unshare()
+        build.release(base)
+
+    def _shared_work(self, lease: Lease, shared: "_Shared") -> Work:
         """A trial beside others, until its slot is free again."""
-        aside = _Aside(self._writer, lease)
+        aside = WriterOf(self._writer, lease)
         attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
-        lent = shell(shared.ground.base)
         seat = Seat(lease.slot, shared.engine, shared.plan)
         try:
-            yield from attempt.run(lent, lambda: seat)
+            yield from attempt.run(lambda: seat)
         finally:
-            lent._modules.clear()  # who still names the shell must not hold its adapter's memory
             self._done(lease)
-            del attempt, lent
+            del attempt
             gc.collect()
 
-    def _run_alone(self, lease: "_Lease", reason: str | None) -> None:
+    def _run_alone(self, lease: Lease, reason: str | None) -> None:
         if isinstance(self._shared, _Shared):
-            self._shared = self._pack.engine = None
+            self._unshare()
         began, config = time.monotonic(), lease.start.config
         try:
             reset_peak_memory()
@@ -300,9 +392,9 @@ class Host:
             run_alone(
                 lease.start,
                 lease.paths,
-                Ground.of(config.base, self._data),
+                self._ground(config.base),
                 lease,
-                _Aside(self._writer, lease),
+                WriterOf(self._writer, lease),
                 lambda: self._gpus * (time.monotonic() - began),
             )
         except OrchestratorError as error:
@@ -314,11 +406,11 @@ class Host:
             self._done(lease)
         self._require_device()
 
-    def _fail(self, lease: "_Lease", error: OrchestratorError) -> None:
+    def _fail(self, lease: Lease, error: OrchestratorError) -> None:
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
         self._done(lease)
 
-    def _done(self, lease: "_Lease") -> None:
+    def _done(self, lease: Lease) -> None:
         lease.is_done = True
         with self._lock:
             self._free.append(lease.slot)
@@ -333,96 +425,7 @@ class _Shared:
     engine: Engine
     plan: MemoryPlan
 
-
-class _Lease:
-    """A trial that has a slot, and its listener."""
-
-    def __init__(self, slot: int, start: TrialResult, paths: TrialPaths) -> None:
-        self.slot = slot
-        self.start = start
-        self.paths = paths
-        self.gpu_seconds = 0.0
-        self.is_done = False
-        """Its slot is free again."""
-        self.has_ended = False
-        """Its last event has come."""
-        self._events: list[Event] = []
-        self._came = threading.Condition()
-        self._heard_at = time.monotonic()
-        self._released = False
-
-    @property
-    def is_given_up(self) -> bool:
-        """Whether nobody has asked for it for a long time."""
-        return time.monotonic() - self._heard_at > LEASE_S
-
-    @property
-    def stopping(self) -> bool:
-        """See `Listener`."""
-        return self._released or self.is_given_up
-
-    def release(self) -> None:
-        """Have it stop."""
-        self._released = True
-
-    def renew(self) -> None:
-        """Somebody is there."""
-        self._heard_at = time.monotonic()
-
-    def take(self, wait_s: float) -> list[Event]:
-        """The events since the last call, waiting for the first."""
-        self.renew()
-        with self._came:
-            if not self._events:
-                self._came.wait(wait_s)
-            taken, self._events = self._events, []
-        return taken
-
-    def on_step(self, step: int, total_steps: int) -> None:
-        """See `Listener`."""
-
-    def emit(self, event: Event) -> None:
-        """See `Listener`. Nothing comes after the last."""
-        with self._came:
-            if not self.has_ended:
-                self._events.append(event)
-                self.has_ended = isinstance(event, END)
-                self._came.notify_all()
-
-
-class _Writer:
-    """Writes files in a thread of its own, and tells of them."""
-
-    def __init__(self) -> None:
-        self.jobs: queue.Queue[tuple[_Lease, Callable[[], None]]] = queue.Queue(MAX_JOBS)
-        threading.Thread(target=self._run, name="writer", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            lease, job = self.jobs.get()
-            try:
-                if not lease.has_ended:
-                    job()
-            except Exception as error:  # the disk's: the trial can go on elsewhere or later, from what is written
-                traceback.print_exc()
-                lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, f"{type(error).__name__}: {error}"))
-                lease.release()
-            finally:
-                self.jobs.task_done()
-                del lease, job  # while it waits, none of it must live on
-
-
-class _Aside:
-    """The writer, for one trial."""
-
-    def __init__(self, writer: _Writer, lease: _Lease) -> None:
-        self._writer = writer
-        self._lease = lease
-
-    def do(self, job: Callable[[], None]) -> None:
-        """See `Aside`."""
-        self._writer.jobs.put((self._lease, job))
-
-    def wait(self) -> None:
-        """See `Aside`."""
-        self._writer.jobs.join()
+    def refuses(self, config: TrialConfig) -> str | None:
+        """Why a trial on this base cannot be one of them, or None."""
+        base = self.ground.base
+        return why_not(config, base, self.ground.longest) or self.kind.refuses(base, config)

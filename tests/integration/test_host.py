@@ -18,6 +18,7 @@ from orchestrator.data import PreparedData
 from orchestrator.record import SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.training import host as host_room
+from orchestrator.training import hosted as hosted_room
 from orchestrator.training.books import Books
 from orchestrator.training.events import (
     END,
@@ -31,8 +32,9 @@ from orchestrator.training.events import (
     Noted,
     Saved,
 )
-from orchestrator.training.fast.engine import Engine
+from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.host import Host, LeaseLost
+from orchestrator.training.hosted import Lease
 from orchestrator.training.loop import Ground
 from orchestrator.training.trial import start_of
 
@@ -72,9 +74,10 @@ class Followed:
 class Hosted:
     """A host of two slots, followed as a relay would."""
 
-    def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData) -> None:
+    def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData, slots: int = 2) -> None:
         self.spec = spec
-        self.host = Host(spec, data, slots=2, gpus=0)
+        self.host = Host(spec, data, slots, gpus=0)
+        self._slots = slots
         self._paths = SweepPaths(folder)
         self.all: list[Followed] = []
 
@@ -108,6 +111,15 @@ class Hosted:
     def has_free(self) -> bool:
         return self.host.free_slots() > 0
 
+    def close(self) -> None:
+        """End what still runs: the base is shared by the tests."""
+        for followed in self.all:
+            self.host.release(followed.lease)
+        deadline = time.monotonic() + 30
+        while self.host.free_slots() < self._slots and self.host._lost is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.host._writer.jobs.join()
+
 
 HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
 
@@ -123,12 +135,7 @@ def hosted_spec() -> SweepSpec:
 def hosted(hosted_spec: SweepSpec, ground: Ground, tmp_path: Path) -> Iterator[Hosted]:
     made = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
     yield made
-    for followed in made.all:
-        made.host.release(followed.lease)
-    deadline = time.monotonic() + 30  # the base is shared by the tests
-    while made.host.free_slots() < 2 and made.host._lost is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    made.host._writer.jobs.join()
+    made.close()
 
 
 def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground
 def test_what_is_written_late_is_whole(hosted: Hosted, ground: Ground, tmp_path: Path, runs_alone: bool) -> None:
     """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
     gate = threading.Event()
-    hosted.host._writer.jobs.put((host_room._Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+    hosted.host._writer.jobs.put((Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
     one = hosted.start("one", trial(*HOSTED, "lora.rank=32") if runs_alone else None)
     assert one
     deadline = time.monotonic() + (4 if runs_alone else 200)  # one that is alone waits for its files
@@ -195,7 +202,7 @@ def test_what_is_written_late_is_whole(hosted: Hosted, ground: Ground, tmp_path:
 def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(hosted: Hosted) -> None:
     """Also where SFTTrainer's optimizer has gone on meanwhile, in the tensors of the model itself."""
     gate = threading.Event()
-    hosted.host._writer.jobs.put((host_room._Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+    hosted.host._writer.jobs.put((Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
     one = hosted.start("one", trial(*HOSTED, "training.engine=trl"))
     assert one
     deadline = time.monotonic() + 200
@@ -313,7 +320,7 @@ def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: 
     heard = hosted.start("heard")
     assert heard
     hosted.follow(lambda: heard.of(Logged))  # the base is loaded
-    monkeypatch.setattr(host_room, "LEASE_S", 2.0)
+    monkeypatch.setattr(hosted_room, "LEASE_S", 2.0)
     forever = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
     unheard = hosted.start("unheard", forever)
     assert unheard
@@ -377,6 +384,58 @@ def test_a_trial_that_cannot_share_runs_alone_and_others_go_on_afterwards(hosted
     assert [values.keys() for values in one] == [values.keys() for values in other]
     for values, same in zip(one, other, strict=True):
         assert values == pytest.approx(same, rel=1e-4), "the base is as it was"
+
+
+def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_then_next(
+    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    endless = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
+    odd_one = trial("training.steps=2", "training.eval_steps=2", "lora.rank=32")
+    long = hosted.start("long", endless)
+    assert long
+    hosted.follow(lambda: long.of(Logged))
+    odd = hosted.start("odd", odd_one)
+    assert odd
+    go_on(hosted, long)
+    early = hosted.start("early")
+    assert early
+    hosted.follow(lambda: early.end)
+    assert isinstance(early.end, Completed)
+    monkeypatch.setattr(host_room, "PATIENCE_S", 0.0)
+    go_on(hosted, long)
+    late = hosted.start("late")
+    assert late
+    go_on(hosted, long)
+    assert not odd.events
+    assert not late.events, "there is a slot, but it would go before the one that waits"
+    hosted.host.release(long.lease)
+    hosted.follow(lambda: late.events)
+    if not odd.end:
+        odd.events += hosted.host.events(odd.lease, 0.0)
+    assert isinstance(odd.end, Completed), "it was told of before the late one's first event"
+    assert odd.fields["alone"]
+    hosted.follow(lambda: late.end)
+    assert isinstance(late.end, Completed)
+    # Nobody is held back for one that is wanted no more.
+    long, odd = hosted.start("long again", endless), hosted.start("odd again", odd_one)
+    assert long
+    assert odd
+    hosted.follow(lambda: long.of(Logged))
+    after = hosted.start("after")
+    assert after
+    hosted.host.release(odd.lease)
+    hosted.follow(lambda: after.end)
+    assert isinstance(after.end, Completed)
+    assert isinstance(odd.end, Left)
+    assert long.end is None
+    hosted.close()
+
+
+def go_on(hosted: Hosted, followed: Followed) -> None:
+    """Until it has made some more steps."""
+    done = len(followed.of(Logged))
+    hosted.follow(lambda: len(followed.of(Logged)) > done + 30)
 
 
 @pytest.mark.parametrize("place", ["adapters", "checkpoints"])
@@ -445,3 +504,54 @@ def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
     assert after
     hosted.follow(lambda: after.end)
     assert isinstance(after.end, Completed)
+
+
+def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
+    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in the pass, and one that was being set up for the same engine."""
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    step, is_asked, is_in, raised = Engine.step, threading.Event(), threading.Event(), 0
+
+    def faulty(engine: Engine, spans: Any) -> Any:
+        nonlocal raised
+        if is_asked.is_set() and not raised:
+            raised = len(spans)
+            is_in.set()
+            while not hosted.host._num_set_up:
+                time.sleep(0.001)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(engine, spans)
+
+    monkeypatch.setattr(Engine, "step", faulty)
+    config = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=60))
+    names = ("one", "other", "third")
+    for name in names[:2]:
+        assert hosted.start(name, config)
+    hosted.follow(lambda: all(followed.of(Saved) for followed in hosted.all))
+    is_asked.set()
+    assert is_in.wait(60)
+    assert hosted.start(names[2], config)
+    hosted.follow(lambda: all(followed.end for followed in hosted.all))
+    assert raised == 2
+    for followed in hosted.all:
+        assert isinstance(followed.end, Left)
+        assert followed.end.lost
+        assert followed.end.lost.startswith("OutOfMemoryError")
+        books = Books(followed.start, followed.paths, hosted.spec.tracking)
+        for event in followed.events:
+            books.enter(event)
+    plan = {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}
+    assert [followed.fields["memory_plan"] for followed in hosted.all] == [plan] * 3
+    before = [hosted.all.pop() for _ in names][::-1]
+    for name in names:
+        assert hosted.start(name, config, again=True)
+    assert [followed.start.step > 0 for followed in hosted.all] == [True, True, False]
+    hosted.follow(lambda: all(followed.end for followed in hosted.all))
+    solo = alone(ground, tmp_path / "alone", config)
+    for followed, earlier in zip(hosted.all, before, strict=True):
+        assert isinstance(followed.end, Completed)
+        assert followed.fields["memory_plan"] == plan | {"recompute": "elementwise"}
+        losses = {event.step: event.values["train/loss"] for event in earlier.of(Logged) + followed.of(Logged)}
+        assert losses == pytest.approx(solo.losses, abs=LOSS)
+    hosted.close()

@@ -11,12 +11,13 @@ import torch
 from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained, alone, open_ground, trial
 
 from orchestrator.errors import TrialError
-from orchestrator.training import host as host_room
+from orchestrator.record import RowScores
 from orchestrator.training.events import (
     Aside,
 )
 from orchestrator.training.fast.build import release
 from orchestrator.training.fast.engine import Engine, Held
+from orchestrator.training.hosted import Lease, Writer, WriterOf
 from orchestrator.training.loop import Ground
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,7 @@ def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
     """Of eight. Beside them: other trials, one that leaves, one that diverges, one that is poisoned, one that joins."""
     evaluate, asked = Engine.evaluate, []
 
-    def watched_evaluate(engine: Engine, held: Sequence[Held]) -> list[tuple[float, float]]:
+    def watched_evaluate(engine: Engine, held: Sequence[Held]) -> list[RowScores]:
         asked.append([each.slot for each in held])
         return evaluate(engine, held)
 
@@ -209,11 +210,11 @@ def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) 
 
 def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
     """The host's writer for one trial, which begins when it is told, and how to wait for it."""
-    writer = host_room._Writer()
-    lease: Any = host_room._Lease(0, None, None)  # type: ignore[arg-type]
+    writer = Writer()
+    lease: Any = Lease(0, None, None)  # type: ignore[arg-type]
     gate = threading.Event()
     writer.jobs.put((lease, lambda: (gate.wait(300), None)[1]))
-    return host_room._Aside(writer, lease), gate, writer.jobs.join
+    return WriterOf(writer, lease), gate, writer.jobs.join
 
 
 def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str, Trained], tmp_path: Path) -> None:

@@ -13,15 +13,17 @@ import torch
 from tiny import Witness
 
 from orchestrator import base as base_room
+from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.base import kept, load_base
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
-from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
+from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec import SweepSpec
 from orchestrator.training import attempt as attempt_room
 from orchestrator.training import loop as loop_room
 from orchestrator.training.fast.engine import CPU_TOKENS
 from orchestrator.training.local import resume_local_trial, run_local_trial
+from orchestrator.training.trial import run_trial
 
 pytestmark = pytest.mark.slow
 
@@ -251,6 +253,52 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
     assert resumed.seconds > 0
 
 
+def test_what_a_kill_left_half_done_is_put_right(tiny: Tiny, folder: SweepPaths) -> None:
+    """It came while the best adapter was replaced by one of the same step, and while a checkpoint was written."""
+    spec = tiny("search.mode=max", "training.save_steps=4")  # the first evaluation stays the best
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, folder, Witness(die_at=10))
+    record = read_sweep(folder.root)
+    (before,) = record.trials()
+    assert before.best is not None
+    best = record.adapter(before)
+    best.rename(best.with_name(f".replaced-{best.name}"))
+    paths = folder.trial(before.trial_id)
+    halves = [paths.adapters / ".building-a", paths.checkpoints / ".building-b"]
+    for half in halves:
+        half.mkdir()
+        (half / "adapter_model.safetensors").write_bytes(b"half")
+    (paths.adapters / ".replaced-step-8").mkdir()
+    shutil.copytree(best.with_name(f".replaced-{best.name}"), paths.adapter(8))
+    result = resume_local_trial(record, Witness())
+    assert result is not None
+    assert result.best is not None
+    assert result.best.step == 4
+    verify_adapter(record.adapter(result))
+    assert [path.name for path in paths.adapters.iterdir()] == ["step-4"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_rate_holds_from_the_checkpoint_on(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    """As under PBT: the checkpoint holds the rate, decay and schedule of before."""
+    settings = ["training.schedule=linear", "training.warmup=0", "training.save_steps=4", "training.logging_steps=1"]
+    spec = tiny(f"training.engine={engine}", *settings)
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, folder, Witness(die_at=6))
+    (before,) = read_sweep(folder.root).trials()
+    assert before.checkpoint == "checkpoints/checkpoint-4"
+    training = spec.training.model_copy(update={"learning_rate": 5e-4, "weight_decay": 0.1})
+    config = before.config.model_copy(update={"training": training})
+    paths = folder.trial(before.trial_id)
+    write_record(paths.progress, before.model_copy(update={"config": config}))
+    result = run_trial(config, spec, paths, folder.data, Witness())
+    assert result is not None
+    assert result.state == TrialState.COMPLETE
+    assert (result.applied["training.learning_rate"], result.applied["training.weight_decay"]) == (5e-4, 0.1)
+    rates = {step: values["train/learning_rate"] for step, values in curve(folder) if "train/loss" in values}
+    assert rates == pytest.approx({step: (2e-3 if step <= 4 else 5e-4) * (13 - step) / 12 for step in range(1, 13)})
+
+
 def test_interrupted_while_it_answers_trains_no_step_more(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,11 +306,11 @@ def test_interrupted_while_it_answers_trains_no_step_more(
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     undisturbed = run(spec, whole)
 
-    def interrupt(*_: Any) -> float:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempt_room, "exact_match", interrupt)
+        patched.setattr(attempt_room, "exact_matches", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_local_trial(spec, broken, Witness())
     resumed = resume_local_trial(read_sweep(broken.root), Witness())

@@ -167,7 +167,12 @@ def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
 
 
 def engine_for(
-    base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, num_slots: int = 1
+    base: Any,
+    configs: Sequence[TrialConfig],
+    train: Rows,
+    held_out: Rows,
+    num_slots: int = 1,
+    too_large: Choice | None = None,
 ) -> tuple[Engine, MemoryPlan]:
     """The engine for such trials, one that stands or a new one on this base, and how it is held.
 
@@ -177,32 +182,44 @@ def engine_for(
         train: rows to train on.
         held_out: rows to evaluate on.
         num_slots: trials at a time.
+        too_large: has run out of memory in spite of the probe: what is chosen takes less.
 
     Raises:
-        TrialError: they do not fit on the GPU, whatever is given up.
+        TrialError: they do not fit, whatever is given up.
     """
     kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
     compute = getattr(torch, configs[0].base.compute_dtype)
-    if not torch.cuda.is_available():
-        choice = Choice(kind.keeps_base is not False, "layers" if kind.recompute else "nothing", CPU_TOKENS)
-        return _engine(base, kind, compute, longest, choice), MemoryPlan(choice)
-    largest, budget = pass_tokens(kind, train), _budget()
+    largest, on_gpu = pass_tokens(kind, train), torch.cuda.is_available()
     evaluated = min(int(held_out.lengths.sum()) * num_slots, max(EVALUATION_TOKENS, held_out.longest))
-    for choice in choices(
-        longest, largest, keeps_base=kind.keeps_base, recompute=kind.recompute, most_tokens=MOST_TOKENS
-    ):
+
+    def predicted(choice: Choice) -> Memory:
         tokens = min(largest, choice.max_tokens)
-        predicted = _predicted(BaseShape.of(base.config), kind, configs[0], choice, tokens, evaluated)
-        if predicted.total > budget:
+        return _predicted(BaseShape.of(base.config), kind, configs[0], choice, tokens, evaluated)
+
+    options = choices(
+        longest,
+        largest if on_gpu else CPU_TOKENS,
+        keeps_base=kind.keeps_base,
+        recompute=kind.recompute,
+        most_tokens=MOST_TOKENS if on_gpu else CPU_TOKENS,
+    )
+    if too_large is not None:
+        most = predicted(too_large).total
+        options = [choice for choice in options if predicted(choice).total < most]
+    if not on_gpu and options:
+        return _engine(base, kind, compute, longest, options[0]), MemoryPlan(options[0])
+    budget = _budget() if on_gpu else 0
+    for choice in options:
+        if predicted(choice).total > budget:
             continue
         # Once more if something else stood on the base: it may have been that.
         for _ in range(1 + (base in _engines)):
-            if engine := _probed(base, kind, compute, longest, choice, tokens, evaluated):
-                return engine, MemoryPlan(choice, predicted, engine.peak_bytes)
+            if engine := _probed(base, kind, compute, longest, choice, min(largest, choice.max_tokens), evaluated):
+                return engine, MemoryPlan(choice, predicted(choice), engine.peak_bytes)
             release(base)
+    held = f"{budget / GIB:.1f} GiB of GPU memory" if on_gpu else "this machine's memory"
     raise TrialError(
-        f"{num_slots} trials of rank {kind.rank} do not fit into {budget / GIB:.1f} GiB of GPU memory:"
-        f" their longest row has {longest} tokens",
+        f"{num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
         "Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).",
     )
 

@@ -5,6 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from orchestrator.training.fast.engine import Engine, Held, Pending
 from orchestrator.training.fast.row import Rows, Span
 
@@ -33,6 +35,8 @@ class Pack:
     def __init__(self, engine: Engine | None = None) -> None:
         self.engine = engine
         """Does the tasks; None as long as no member has one."""
+        self.ran_out = False
+        """Whether the last turn ran out of memory."""
         self._members: list[Member] = []
 
     def __len__(self) -> int:
@@ -62,12 +66,18 @@ class Pack:
                 asking = self._train(self.engine)
                 answers = [member.parts for member in asking]
         except Exception as error:
-            for member in self._members:
-                member.fail(error)
+            self.ran_out = isinstance(error, torch.OutOfMemoryError)
+            self.end(error)
         else:
             for member, answer in zip(asking, answers, strict=True):
                 member.go_on(answer)
         self._members = [member for member in self._members if member.task is not None]
+
+    def end(self, error: Exception) -> None:
+        """End all members by this error."""
+        for member in self._members:
+            member.fail(error)
+        self._members.clear()
 
     def close(self) -> None:
         """End all members where they stand."""

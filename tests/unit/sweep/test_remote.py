@@ -149,6 +149,19 @@ def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
 
 
+def test_a_trial_that_has_ended_at_its_worker_is_not_waited_for(start: TrialResult, paths: TrialPaths) -> None:
+    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4), evaluated(paths, 6), Completed(*USE)])
+    remote = trial(start, paths, workers)
+    remote.next()
+    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
+    remote.stop()
+    assert not workers.is_released, "its last event has been told: no other would come"
+    result = read_result(paths)
+    assert (result.state, result.step, result.overshoot) == (TrialState.STOPPED, 2, 4)
+    assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
+
+
 def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, paths: TrialPaths) -> None:
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], untold=[Left(*USE, step=5, lost=None)])
     remote = trial(start, paths, workers)

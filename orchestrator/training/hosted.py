@@ -1,0 +1,111 @@
+"""A trial on a host: its lease on a slot, and the thread that writes its files."""
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from orchestrator.record import TrialPaths, TrialResult
+from orchestrator.training.events import END, Event, Left
+
+LEASE_S = 30.0
+"""A lease of which nobody has heard for so long is given up."""
+
+MAX_JOBS = 256
+"""Files and events that may wait to be written; then training waits too."""
+
+
+class Lease:
+    """A trial that has a slot, and its listener."""
+
+    def __init__(self, slot: int, start: TrialResult, paths: TrialPaths) -> None:
+        self.slot = slot
+        self.start = start
+        self.paths = paths
+        self.came_at = time.monotonic()
+        self.gpu_seconds = 0.0
+        self.is_done = False
+        """Its slot is free again."""
+        self.has_ended = False
+        """Its last event has come."""
+        self._events: list[Event] = []
+        self._came = threading.Condition()
+        self._heard_at = time.monotonic()
+        self._released = False
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether nobody has asked for it for a long time."""
+        return time.monotonic() - self._heard_at > LEASE_S
+
+    @property
+    def stopping(self) -> bool:
+        """See `Listener`."""
+        return self._released or self.is_given_up
+
+    def release(self) -> None:
+        """Have it stop."""
+        self._released = True
+
+    def renew(self) -> None:
+        """Somebody is there."""
+        self._heard_at = time.monotonic()
+
+    def take(self, wait_s: float) -> list[Event]:
+        """The events since the last call, waiting for the first."""
+        self.renew()
+        with self._came:
+            if not self._events:
+                self._came.wait(wait_s)
+            taken, self._events = self._events, []
+        return taken
+
+    def on_step(self, step: int, total_steps: int) -> None:
+        """See `Listener`."""
+
+    def emit(self, event: Event) -> None:
+        """See `Listener`. Nothing comes after the last."""
+        with self._came:
+            if not self.has_ended:
+                self._events.append(event)
+                self.has_ended = isinstance(event, END)
+                self._came.notify_all()
+
+
+class Writer:
+    """Writes files in a thread of its own, and tells of them."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.Queue[tuple[Lease, Callable[[], None]]] = queue.Queue(MAX_JOBS)
+        threading.Thread(target=self._run, name="writer", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            lease, job = self.jobs.get()
+            try:
+                if not lease.has_ended:
+                    job()
+            except Exception as error:  # the disk's: the trial can go on elsewhere or later, from what is written
+                traceback.print_exc()
+                lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, f"{type(error).__name__}: {error}"))
+                lease.release()
+            finally:
+                self.jobs.task_done()
+                del lease, job  # while it waits, none of it must live on
+
+
+class WriterOf:
+    """The writer, for one trial."""
+
+    def __init__(self, writer: Writer, lease: Lease) -> None:
+        self._writer = writer
+        self._lease = lease
+
+    def do(self, job: Callable[[], None]) -> None:
+        """See `Aside`."""
+        self._writer.jobs.put((self._lease, job))
+
+    def wait(self) -> None:
+        """See `Aside`."""
+        self._writer.jobs.join()

@@ -1,0 +1,163 @@
+"""The same sweep whichever way its trials train: together in a worker, one after another, or by trl."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import ray
+from tiny import DEMO, TINY
+
+from orchestrator.cluster import connection
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics
+from orchestrator.spec import load_spec
+from orchestrator.sweep import run, run_sweep
+from orchestrator.sweep.relay import Relay
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+LOSS = 5e-5
+"""What a loss may differ by, as a share of it: past their best, float32 runs at 2e-3 part by up to 1e-5 in 16 steps."""
+
+COMMON = [
+    *TINY, "search.tied={lora.alpha: 2 * lora.rank}", "search.algorithm=grid", "search.num_trials=null",
+    "training.steps=16",
+]  # fmt: skip
+
+FORMS = {
+    "packed": ["training.engine=fast", "resources.trials_per_gpu=4"],
+    "solo": ["training.engine=fast", "resources.trials_per_gpu=1"],
+    "trl": ["training.engine=trl", "resources.trials_per_gpu=1"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One for all sweeps here."""
+    with connection(None):
+        yield
+
+
+@pytest.fixture
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SweepRecord]:
+    """`sweep("packed", ...)`: a sweep in one of these forms, with overrides."""
+
+    def start(form: str, *overrides: str) -> SweepRecord:
+        spec = load_spec(DEMO, [*COMMON, *FORMS[form], *overrides])
+        return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("runs") / form), lambda _: None)
+
+    return start
+
+
+def test_packed_solo_and_trl_give_the_same_ranking_and_values(sweep: Callable[..., SweepRecord]) -> None:
+    """Four training rows, so that the widest adapter at the higher rate is past its best before the end."""
+    grid = [
+        "search.space={lora.rank: {grid: [4, 16]}, training.learning_rate: {grid: [3e-4, 2e-3]}}", "lora.dropout=0",
+        "data.max_rows=24", "data.held_out={count: 20}", "training.batch_size=4", "training.schedule=constant",
+        "scheduler.kind=none",
+    ]  # fmt: skip
+    records = {form: sweep(form, *grid) for form in FORMS}
+    packed, solo, trl = records.values()
+    assert shares_a_worker(packed)
+    assert not shares_a_worker(solo)
+    assert {form: engines(record) for form, record in records.items()} == {
+        "packed": {"fast"}, "solo": {"fast"}, "trl": {"trl"},
+    }  # fmt: skip
+    expected = trl.trials()
+    assert [trial.state for trial in expected] == [TrialState.COMPLETE] * 4
+    assert len({best_step(trial) for trial in expected}) > 1, "some trial was better before its end"
+    for better, worse in pairwise(expected):
+        assert best_loss(worse) > (1 + 100 * LOSS) * best_loss(better), "losses by chance so near rank nothing"
+    for record in (packed, solo):
+        for trial, wanted in zip(record.trials(), expected, strict=True):
+            assert trial.config.varied == wanted.config.varied, "another ranking"
+            assert (trial.state, trial.step, trial.tokens) == (wanted.state, wanted.step, wanted.tokens)
+            assert best_step(trial) == best_step(wanted)
+            assert_same_values(record, trial, trl, wanted)
+
+
+class InTurn(Relay):
+    """Tells nothing of its trial before the trial before it has ended; that one's worker waits for nobody."""
+
+    def step(self) -> dict[str, object]:
+        report: dict[str, object] = super().step()
+        sweep, _, number = self.trial_id.rpartition("_")
+        before = self._sweep.paths.trial(f"{sweep}_{int(number) - 1:05d}")
+        while int(number) and not before.result.is_file():
+            time.sleep(0.05)
+        return report
+
+
+def test_asha_stops_the_same_trials_at_the_same_rungs(
+    sweep: Callable[..., SweepRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports arrive in the same order, in two real sweeps.
+
+    Solo, one trial runs at a time: all reports of a trial come before the next one's. Packed, all train together, and
+    each relay keeps its reports back until the trial before has ended. Scheduler, Tune and workers are as always.
+    """
+    # At 4 and 8 steps: the first passes, the second is the worst, the third is in between, the fourth is the best.
+    asha = [
+        "search.space={training.learning_rate: {grid: [1e-3, 1e-5, 7e-4, 2e-3]}}", "lora.dropout=0.1",
+        "scheduler={kind: asha, grace_steps: 4, reduction_factor: 2}",
+    ]  # fmt: skip
+    solo = sweep("solo", *asha, "resources.max_concurrent=1")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(run, "Relay", InTurn)
+    packed = sweep("packed", *asha)
+    assert shares_a_worker(packed)
+    assert not shares_a_worker(solo)
+    expected = {trial.config.varied["training.learning_rate"]: trial for trial in solo.trials()}
+    assert {rate: (trial.state, trial.step) for rate, trial in expected.items()} == {
+        1e-3: (TrialState.COMPLETE, 16),
+        1e-5: (TrialState.STOPPED, 4),
+        7e-4: (TrialState.STOPPED, 8),
+        2e-3: (TrialState.COMPLETE, 16),
+    }
+    for trial in packed.trials():
+        wanted = expected[trial.config.varied["training.learning_rate"]]
+        assert (trial.state, trial.step, trial.tokens) == (wanted.state, wanted.step, wanted.tokens)
+        assert trial.state == TrialState.COMPLETE or trial.overshoot, "it went on beside the others"
+        assert_same_values(packed, trial, solo, wanted)
+
+
+def shares_a_worker(record: SweepRecord) -> bool:
+    """Whether all trials had a slot of one worker before the first of them ended, and none had to be alone there."""
+    trials = record.trials()
+    paths = [record.paths.trial(trial.trial_id) for trial in trials]
+    is_one = len({trial.worker for trial in trials}) == 1 and {trial.alone for trial in trials} == {None}
+    return is_one and max(modified(each.config) for each in paths) < min(modified(each.result) for each in paths)
+
+
+def modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def engines(record: SweepRecord) -> set[str | None]:
+    return {trial.engine for trial in record.trials()}
+
+
+def best_step(trial: TrialResult) -> int:
+    assert trial.best is not None
+    return trial.best.step
+
+
+def best_loss(trial: TrialResult) -> float:
+    assert trial.best is not None
+    return trial.best.value
+
+
+def assert_same_values(record: SweepRecord, trial: TrialResult, other: SweepRecord, wanted: TrialResult) -> None:
+    """Every loss that was recorded, in training and evaluation, at the same steps; gradient norms more loosely."""
+    for name, bound in (("eval/loss", LOSS), ("train/loss", LOSS), ("train/grad_norm", 1e-3)):
+        found, expected = column(record, trial, name), column(other, wanted, name)
+        assert expected
+        assert found == pytest.approx(expected, rel=bound), f"{name} of {trial.config.varied}"
+
+
+def column(record: SweepRecord, trial: TrialResult, name: str) -> dict[int, float]:
+    """Step -> value."""
+    points = read_metrics(record.paths.trial(trial.trial_id))
+    return {point.step: point.values[name] for point in points if name in point.values}

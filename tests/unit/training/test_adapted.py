@@ -1,0 +1,109 @@
+"""A trial's model in a moment: what PEFT would make of it, from a pattern, and weights that are drawn once."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from orchestrator.base import load_base, shell
+from orchestrator.spec import TrialConfig, parse_spec
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.adapted import adapted, draw, lora_config, pattern
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+MakeConfig = Callable[..., TrialConfig]
+
+
+@pytest.fixture
+def trial(document: dict[str, Any]) -> MakeConfig:
+    """`trial(rank=4)`: fields of lora."""
+    section = {"model": "embedded", "compute_dtype": "float32"}
+    return lambda **lora: parse_spec(document | {"base": section, "lora": lora}).trial_config({})
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 16, "alpha": 32, "dropout": 0.1},
+        {"rank": 3, "alpha": 1.5, "dropout": 0, "target_modules": ["q_proj", "down_proj"]},
+    ],
+    ids=["all layers", "some"],
+)
+def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, lora: dict[str, Any]) -> None:
+    config = trial(**lora)
+    adapted(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
+    made, wanted = adapted(base, config), get_peft_model(shell(base), lora_config(config))
+    for model in (made, wanted):
+        draw(model, seed=5, dtype=torch.float32)
+    assert made.peft_config == wanted.peft_config
+    assert made.peft_config["default"].r == lora["rank"]
+    assert made.base_model.peft_config is made.base_model.model.peft_config
+    for (name, module), (same, other) in zip(made.named_modules(), wanted.named_modules(), strict=True):
+        assert (name, type(module), module.extra_repr()) == (same, type(other), other.extra_repr())
+        if isinstance(module, LoraLayer):
+            for field in ("r", "lora_alpha", "scaling", "use_rslora", "lora_bias", "_active_adapter"):
+                assert getattr(module, field) == getattr(other, field)
+    for (name, one), (same, two) in zip(made.named_parameters(), wanted.named_parameters(), strict=True):
+        assert (name, one.requires_grad, one.dtype, one.device) == (same, two.requires_grad, two.dtype, two.device)
+        assert torch.equal(one, two)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(made.eval()(ids).logits, wanted.eval()(ids).logits)
+
+
+def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial: MakeConfig) -> None:
+    one, other = adapted(base, trial(rank=4)), adapted(base, trial(rank=4))
+    draw(one, seed=1, dtype=torch.float32)
+    draw(other, seed=1, dtype=torch.float32)
+    of_base = {id(parameter) for parameter in base.parameters()}
+    ours, theirs = ({id(parameter) for parameter in model.parameters()} - of_base for model in (one, other))
+    assert len(ours) == len(theirs) == 2 * 7 * 4
+    assert not ours & theirs
+    for layer in (module for module in one.modules() if isinstance(module, LoraLayer)):
+        layer.lora_B["default"].weight.data.fill_(1)
+        layer.scaling["default"] = 0.5
+    before = other(torch.arange(4, 40)[None]).logits
+    with torch.no_grad():
+        assert torch.equal(before, base(torch.arange(4, 40)[None]).logits), "its B is zero"
+    assert not any(
+        parameter.numel() > 700 for name, parameter in pattern(base, trial()).named_parameters() if "lora_" in name
+    )
+
+
+def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> None:
+    """Whatever else draws in this process, and whatever the dtype."""
+
+    def drawn(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        model = adapted(base, trial(rank=8))
+        draw(model, seed, dtype)
+        return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one = drawn(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert all(torch.equal(a, b) for a, b in zip(one, drawn(3), strict=True))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(one, drawn(3, torch.bfloat16), strict=True))
+    firsts, seconds = one[::2], one[1::2]
+    assert not any(second.any() for second in seconds)
+    for first, other in zip(firsts, drawn(4)[::2], strict=True):
+        most = first.shape[1] ** -0.5
+        assert not torch.equal(first, other)
+        assert 0.9 * most < first.abs().max() <= most
+        assert abs(first.mean()) < 0.1 * most
+
+
+def test_a_pattern_goes_with_its_base(trial: MakeConfig) -> None:
+    base = load_base(BaseSection(model="embedded", compute_dtype="float32"))
+    adapted(base, trial(rank=4))
+    weight = weakref.ref(base.get_input_embeddings().weight)
+    del base
+    gc.collect()
+    assert weight() is None
