@@ -251,10 +251,20 @@ def verify_adapter(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> RowScores | None:
-    """Scores of the held-out rows at the adapter's step, where it holds them."""
-    if not (folder / SCORES).is_file():
+    """Scores of the held-out rows at the adapter's step, where it holds them.
+
+    Raises:
+        RecordError: they are damaged, or not those that were saved.
+    """
+    path = folder / SCORES
+    if not path.is_file():
         return None
-    return RowScores.model_validate_json((folder / SCORES).read_text(encoding="utf-8"))
+    if (folder / MANIFEST).is_file() and read_manifest(folder).files[SCORES].sha256 != _sha256(path):
+        raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} holds another sha256)")
+    try:
+        return RowScores.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -29,6 +29,9 @@ Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
 Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
 Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base of an adapter folder.")
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster (`auto`, or HOST:PORT); default a local Ray.")]
 
 
@@ -41,7 +44,7 @@ def console_on(file: TextIO | None = None) -> "Console":
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def say_rows(console: "Console", record: "SweepRecord") -> None:

@@ -1,5 +1,6 @@
 """Verbs for what leaves a sweep: choose, ask, check, publish."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,11 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli.frame import Json, Sweep, Where, app, console_on, print_json, say_rows
+from orchestrator.cli.frame import Json, Sweep, Trust, Where, app, console_on, print_json, say_rows
 from orchestrator.errors import RequestError
 
 
-@app.command(epilog="Example: orchestrator best runs/demo --export adapter; --metric eval/loss --metric size")
+@app.command(epilog="Example: orchestrator best runs/demo --metric eval/loss --metric size")
 def best(
     sweep: Sweep,
     metric: Annotated[
@@ -75,6 +76,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness.")] = None,
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder of further tasks (YAML).")] = None,
     as_json: Json = False,
+    trust: Trust = False,
     output: Where = "runs",
 ) -> None:
     """Score finalists in the forms that ship, against the adapter as it was trained. Lists have commas."""
@@ -83,21 +85,22 @@ def evaluate(
     from orchestrator.deploy.scoring.harness import open_harness
     from orchestrator.deploy.scoring.metrics import METRICS, require_packages
     from orchestrator.deploy.shipping.merge import DTYPES
+    from orchestrator.deploy.subject import is_adapter
     from orchestrator.report.evaluation import evaluation_table
 
     forms = room.pick(as_, FORMS, "--as") if as_ is not None else None
     measured = room.pick(metrics, METRICS, "--metrics")
     kind = DTYPES[room.pick(dtype, list(DTYPES), "--dtype")[0]] if dtype is not None else None
     require_packages(measured)
-    subjects = room.find_finalists(sweep_or_adapter, output, top)
-    first, is_adapter = subjects[0], (Path(sweep_or_adapter) / "adapter_config.json").is_file()
-    keep = None if is_adapter or first.sweep is None else room.new_report(first.sweep)
+    subjects = room.find_finalists(sweep_or_adapter, output, top, trust)
+    first = subjects[0]
+    keep = None if is_adapter(sweep_or_adapter) or first.sweep is None else room.new_report(first.sweep)
     with _progress() as say:
         found = room.rows_of_file(first, data, rows) if data else room.own_rows(first, rows)
         harness = open_harness(tasks.split(","), tasks_folder, rows) if tasks else None
         report = room.evaluate(subjects, found, measured, forms, kind, harness, keep, say)
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        print_json(json.loads(report.model_dump_json()))
         return
     console = console_on()
     console.print(evaluation_table(report))
@@ -122,6 +125,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, help="Draw the same each time.")] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Let the base answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    trust: Trust = False,
     output: Where = "runs",
 ) -> None:
     """Ask the best adapter; answers are streamed. Typed questions follow each other: /clear forgets, /quit ends."""
@@ -133,7 +137,7 @@ def chat(
     sampling = sampling_of(temperature, top_p, top_k, seed)
     if (prompts is None) != (answers is None) or (prompts and prompt):
         raise RequestError("--prompts FILE and --answers FILE belong together, without --prompt")
-    subject = find_subject(sweep_or_adapter, output)
+    subject = find_subject(sweep_or_adapter, output, trust)
     with output_to(Path(os.devnull)):  # what libraries print while they load; faults are raised
         form = open_prompt_form(subject, system)
     if prompts is not None and answers is not None:
@@ -179,13 +183,14 @@ def export(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Rows (JSONL) to compare on; default the held-out ones.")] = None,
     as_json: Json = False,
+    trust: Trust = False,
     output: Where = "runs",
 ) -> None:
     """Export the best adapter, load it back, and hold it against its source."""
     from orchestrator.deploy.shipping.export import export as export_bundle
     from orchestrator.deploy.subject import find_subject
 
-    subject = find_subject(sweep_or_adapter, output)
+    subject = find_subject(sweep_or_adapter, output, trust)
     with _progress() as say:
         done = export_bundle(subject, to, format, dtype, onto, data, say)
     if as_json:
@@ -238,15 +243,16 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     token: Annotated[
         str | None,
-        typer.Option(envvar="ORCHESTRATOR_TOKEN", show_envvar=True, help="That requests must bear; made where needed."),
+        typer.Option(envvar="ORCHESTRATOR_TOKEN", show_envvar=True, help="That requests bear; best by the variable."),
     ] = None,
+    trust: Trust = False,
     output: Where = "runs",
 ) -> None:
     """Answer over HTTP as OpenAI's API does, until Ctrl-C."""
     from orchestrator.deploy.serving.serve import plan_service, run_service
     from orchestrator.training.log_file import output_to
 
-    service = plan_service(sweep_or_adapter, output, top, engine, host, port, token)
+    service = plan_service(sweep_or_adapter, output, top, engine, host, port, token, trust)
     run_service(service, lambda text: print(text, flush=True), output_to(Path(os.devnull)))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from orchestrator.adapters.generate import GREEDY
@@ -76,6 +76,10 @@ class PromptForm:
             raise RequestError(f"the chat template of the tokenizer refuses turns of {roles}: {error}") from error
 
 
+COLD = 1e-3
+"""A temperature below is taken as 0: logits divided by it would be no numbers."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is taken."""
@@ -92,7 +96,7 @@ class Sampling:
     @property
     def arguments(self) -> dict[str, Any]:
         """For `generate`."""
-        if self.temperature == 0:
+        if self.temperature < COLD:
             return GREEDY
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {"do_sample": True, "use_cache": True, **drawn}
@@ -144,11 +148,15 @@ class Chat:
             RequestError: the form has no place for these turns.
         """
         import torch
-        from transformers import TextIteratorStreamer
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         inputs = torch.tensor([self.form.ids(question)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
+        left = Event()
+
+        def has_left(ids: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(ids),), left.is_set(), device=ids.device)
 
         def generate() -> None:
             with self.model.disable_adapter() if base_only else nullcontext():
@@ -160,6 +168,7 @@ class Chat:
                         streamer=streamer,
                         max_new_tokens=max_new_tokens,
                         pad_token_id=self.tokenizer.pad_token_id,
+                        stopping_criteria=StoppingCriteriaList([has_left]),
                         **sampling.arguments,
                     )
                 except BaseException as error:  # raised again below, in the caller's thread
@@ -168,8 +177,11 @@ class Chat:
 
         thread = Thread(target=generate, name="generate", daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # who leaves early ends it: until then the model is in the thread's hands
+            left.set()
+            thread.join()
         if failures:
             raise failures[0]
 

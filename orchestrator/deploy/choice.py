@@ -14,6 +14,8 @@ SIZE = "size"
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEWEST = 10
+"""Rows: of fewer, resampling says nothing."""
 _BLOCK = 1 << 24
 """Counts that are held at once."""
 
@@ -68,7 +70,7 @@ class Choice:
     num_compared: int
     """Candidates, the leader included."""
     why_not_compared: str | None
-    """Why nothing is known of ties."""
+    """Why nothing is known of ties with any of them."""
 
     @property
     def tied(self) -> list[Rival]:
@@ -161,11 +163,14 @@ def _columns(metric: str, scores: RowScores) -> tuple[list[float], list[float]] 
 
 
 def _why_not_compared(leader: Candidate, metric: str) -> str | None:
+    if metric == SIZE:
+        return "sizes are exact"
     if leader.scores is None:
         return "its adapter does not hold the scores of single rows"
-    if _columns(metric, leader.scores) is None:
+    found = _columns(metric, leader.scores)
+    if found is None:
         return f"{metric} of single rows was not kept"
-    return None
+    return None if len(found[0]) >= FEWEST else f"{len(found[0])} held-out rows are too few to tell"
 
 
 def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> list[Rival]:

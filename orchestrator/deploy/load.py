@@ -5,6 +5,10 @@ from typing import Any
 
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.errors import RecordError, RequestError
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's file."""
 
 
 def load_adapter(subject: Subject | str | Path, output: str = "runs") -> tuple[Any, Any]:
@@ -32,9 +36,39 @@ def load_model(subject: Subject) -> Any:
     Raises:
         RequestError: the base cannot be loaded.
     """
-    from peft import PeftModel
+    return put_on(load_base(subject.base), subject)
 
-    model = PeftModel.from_pretrained(load_base(subject.base), str(subject.adapter))
+
+def put_on(base: Any, subject: Subject) -> Any:
+    """A base with the adapter over it, a `PeftModel` in evaluation mode.
+
+    Args:
+        base: in whatever form.
+        subject: the adapter.
+
+    Raises:
+        RequestError: it does not fit that base.
+        RecordError: its weights cannot be read.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    remedy = f"It was trained on a base of another shape than {subject.base.model}."
+    try:
+        with safe_open(subject.adapter / WEIGHTS, "pt") as file:
+            held = set(file.keys())
+        model = PeftModel.from_pretrained(base, str(subject.adapter))
+    except SafetensorError as error:
+        raise RecordError(f"{subject.adapter / WEIGHTS}: is damaged: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        told = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise RequestError(f"{subject.adapter}: does not fit its base: {told}", remedy) from error
+    # Of matrices without a place, and of places without matrices, PEFT only warns.
+    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if strange := {name for name in held ^ placed if ".lora_" in name}:
+        raise RequestError(f"{subject.adapter}: does not fit its base: {min(strange)} is in one of them alone", remedy)
     model.eval()
     return model
 

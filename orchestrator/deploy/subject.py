@@ -1,11 +1,14 @@
 """What is to be scored, shipped, served or asked: an adapter, with what is known of its origin."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.deploy.sweep import Best, open_sweep
-from orchestrator.errors import RecordError
+from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
@@ -19,7 +22,7 @@ class Subject:
     """Trial id, or the folder's name."""
     adapter: Path
     base: BaseSection
-    """What it was trained on."""
+    """What it was trained on; of a base from the hub, the very commit, wherever its branch has gone since."""
     config: TrialConfig | None
     """How it was trained; None for an adapter that does not say."""
     sweep: SweepPaths | None
@@ -43,37 +46,99 @@ class Subject:
         """
         adapter = record.adapter(trial)
         verify_adapter(adapter)
-        return cls(trial.trial_id, adapter, trial.config.base, trial.config, record.paths)
+        base = at_commit(trial.config.base, adapter)
+        return cls(trial.trial_id, adapter, base, trial.config, record.paths)
 
 
-def find_subject(sweep_or_adapter: str, output: str) -> Subject:
+def is_adapter(sweep_or_adapter: str) -> bool:
+    """Whether this is an adapter folder, and not (the name of) a sweep."""
+    return _holds(Path(sweep_or_adapter), "adapter_config.json")
+
+
+def find_subject(sweep_or_adapter: str, output: str, trust_remote_code: bool = False) -> Subject:
     """An adapter folder, or the best adapter of a sweep.
+
+    Args:
+        sweep_or_adapter: either, by its path; a sweep also by its name.
+        output: folder that holds sweeps.
+        trust_remote_code: run Python code that comes with the base of an adapter folder: whoever made the folder has
+            named that base.
 
     Raises:
         RecordError: neither is there, or the adapter is not whole.
+        RequestError: its base brings code, which is not trusted.
     """
     folder = Path(sweep_or_adapter)
-    if (folder / "adapter_config.json").is_file():
-        return _of_folder(folder)
+    if is_adapter(sweep_or_adapter):
+        return _of_folder(folder, trust_remote_code)
     try:
         return Subject.of_best(open_sweep(sweep_or_adapter, output).best())
     except RecordError as error:
-        if folder.is_dir() and not (folder / "sweep.json").is_file():
+        is_sweep = _holds(folder, "sweep.json") or _holds(Path(output) / sweep_or_adapter, "sweep.json")
+        if not is_sweep and not _is_unusable(folder) and folder.is_dir():
             raise RecordError(
                 f"{folder}: holds neither a sweep (sweep.json) nor an adapter (adapter_config.json)"
             ) from error
         raise
 
 
-def _of_folder(folder: Path) -> Subject:
-    verify_adapter(folder)
-    if (folder / "trial.json").is_file():
-        config = TrialConfig.model_validate_json((folder / "trial.json").read_text(encoding="utf-8"))
-        return Subject(folder.resolve().name, folder, config.base, config, _sweep_around(folder))
-    from peft import PeftConfig
+def _holds(folder: Path, name: str) -> bool:
+    return not _is_unusable(folder) and (folder / name).is_file()
 
-    base = BaseSection(model=PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    return Subject(folder.resolve().name, folder, base, None, None)
+
+def _is_unusable(path: Path) -> bool:
+    """Whether it is too long for a path, or has a zero byte."""
+    try:
+        path.exists()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _of_folder(folder: Path, trust_remote_code: bool) -> Subject:
+    verify_adapter(folder)
+    config = _trial_config(folder)
+    if config is None:
+        # Unquantised, as most adapters of unknown origin were trained.
+        model = _peft_config(folder).get("base_model_name_or_path")
+        if not model or not isinstance(model, str):
+            raise RecordError(f"{folder / 'adapter_config.json'}: names no base (base_model_name_or_path)")
+        base = at_commit(BaseSection(model=model, quantization="none"), folder)
+        return Subject(folder.resolve().name, folder, base, None, None)
+    if config.base.trust_remote_code and not trust_remote_code:
+        raise RequestError(
+            f"{folder}: its base {config.base.model} brings Python code, which would be run here",
+            "Give --trust-remote-code if you trust its author.",
+        )
+    return Subject(folder.resolve().name, folder, at_commit(config.base, folder), config, _sweep_around(folder))
+
+
+def _trial_config(folder: Path) -> TrialConfig | None:
+    path = folder / "trial.json"
+    if not path.is_file():
+        return None
+    try:
+        return TrialConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
+
+
+def _peft_config(folder: Path) -> dict[str, object]:
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is not UTF-8
+        raise RecordError(f"{path}: is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise RecordError(f"{path}: is damaged: holds no object")
+    return found
+
+
+def at_commit(base: BaseSection, adapter: Path) -> BaseSection:
+    """The base at the commit that an adapter was trained on, which its PEFT configuration names."""
+    commit = _peft_config(adapter).get("revision")
+    from_hub = base.model != "embedded" and not Path(base.model).is_absolute()
+    return base.model_copy(update={"revision": commit}) if from_hub and isinstance(commit, str) else base
 
 
 def _sweep_around(folder: Path) -> SweepPaths | None:

@@ -38,7 +38,7 @@ class Best:
             "state": trial.state,
             "metric": self.choice.metric,
             "mode": self.choice.mode,
-            "value": best.values[self.choice.metric],
+            "value": self.choice.recommended.value(self.choice.metric),
             "step": best.step,
             "values": best.values,
             "num_parameters": trial.applied.get("num_trainable_parameters"),

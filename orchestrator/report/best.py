@@ -18,6 +18,9 @@ def say_best(console: Console, best: Best) -> None:
         f"best of {choice.num_compared}: {leader.trial.trial_id}, {metric} {leader.value(metric):.6g} "
         f"at step {point.step}{_size(leader)}"
     ]
+    left_out = choice.num_compared - 1 - len(choice.rivals)
+    if left_out and not choice.why_not_compared:
+        lines.append(f"not compared row by row, for want of scores of the same rows: {left_out} of them")
     if choice.why_not_compared and choice.num_compared > 1:
         lines.append(f"not compared with the others row by row: {choice.why_not_compared}")
     if tied:

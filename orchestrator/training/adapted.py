@@ -35,10 +35,10 @@ def lora_config(config: TrialConfig) -> LoraConfig:
 
 
 def pattern(base: Any, config: TrialConfig) -> Any:
-    """A `PeftModel` over a base's weights with adapters, but no weights in them, on the layers of this trial.
+    """A `PeftModel` over a base's weights with an adapter of rank 1 on the layers of this trial.
 
-    It is made once for each choice of layers: `get_peft_model` takes five times as long as a shell of what it made
-    (peft 0.21, `LoraModel._create_and_replace` and `_mark_only_adapters_as_trainable`: a walk for each layer).
+    It is made once for each choice of layers: `get_peft_model` takes nine times as long as a shell of what it made
+    (peft 0.21, `LoraModel._create_and_replace` and `_replace_module`, for each layer).
 
     Args:
         base: bare; it stays as it is.

@@ -269,7 +269,7 @@ class Host:
             self._pack.add(member)
 
     def _set_up(self) -> None:
-        """In a thread of its own, for a trainer takes most of a second to build: the others train meanwhile."""
+        """In a thread of its own, for a trainer takes a while to build: the others train meanwhile."""
         while True:
             lease, shared = self._to_set_up.get()
             try:

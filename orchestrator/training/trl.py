@@ -111,7 +111,7 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
-        # The one that SFTTrainer makes. For that it would lay out the whole vocabulary, to look for the padding token.
+        # SFTTrainer's own, for which it would lay out the whole vocabulary, to look for the padding token.
         data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id),
         peft_config=None if isinstance(model, PeftModel) else lora_config(config),
     )
@@ -121,6 +121,6 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     draw(trainer.model, training.seed, dtype)
-    for held in (trainer.model.config, trainer.model.generation_config):
-        held.pad_token_id = tokenizer.pad_token_id
+    for told in (trainer.model.config.get_text_config(), trainer.model.generation_config):
+        told.pad_token_id = tokenizer.pad_token_id  # it goes with that
     return trainer

@@ -221,6 +221,26 @@ def test_lease_leaves_nothing_on_the_base(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_who_still_names_a_trials_model_holds_no_adapter(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    build, named, adapters = loop_room.build_trainer, [], []
+
+    def build_and_name(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        named.append(trainer.model)
+        adapters.extend(weakref.ref(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+        return trainer
+
+    monkeypatch.setattr(loop_room, "build_trainer", build_and_name)
+    run(tiny(f"training.engine={engine}", "training.steps=4"), folder)
+    gc.collect()
+    assert len(named) == 1
+    assert len(adapters) == 56
+    assert not any(reference() is not None for reference in adapters)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tmp_path: Path, engine: str) -> None:
     wild = [f"training.engine={engine}", "training.learning_rate=1e30", "training.max_grad_norm=0"]
     with pytest.raises(TrialError, match=r"at step \d+"):

@@ -17,7 +17,7 @@ from orchestrator.deploy.scoring.forms import Form, Opened, default_dtype, forms
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, matches, perplexity, require_packages
 from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.deploy.subject import Subject, find_subject, is_adapter
 from orchestrator.deploy.sweep import open_sweep
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
@@ -87,14 +87,14 @@ def pick(given: str, known: Sequence[_T], option: str) -> list[_T]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def find_finalists(sweep_or_adapter: str, output: str, top: int) -> list[Subject]:
+def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool = False) -> list[Subject]:
     """An adapter folder, or the best finished trials of a sweep and the one it recommends.
 
     Raises:
         RecordError: neither is there, or an adapter is not whole.
     """
-    chosen = find_subject(sweep_or_adapter, output)
-    if (Path(sweep_or_adapter) / "adapter_config.json").is_file():
+    chosen = find_subject(sweep_or_adapter, output, trust_remote_code)
+    if is_adapter(sweep_or_adapter):
         return [chosen]
     sweep = open_sweep(sweep_or_adapter, output)
     best = [Subject.of_trial(sweep.record, trial) for trial in sweep.top(top)]

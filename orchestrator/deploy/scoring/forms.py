@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from orchestrator.base import base_location, drop, keep_trainable, load_base, load_tokenizer
+from orchestrator.deploy.load import put_on
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -85,20 +86,20 @@ def _open(subject: Subject, form: Form, dtype: str) -> Any:
     base = subject.base
     match form:
         case "adapter":
-            return _adapted(load_base(base), subject)
+            return put_on(load_base(base), subject)
         case "adapter-16bit":
-            return _adapted(load_base(_unquantised(base, dtype)), subject)
+            return put_on(load_base(_unquantised(base, dtype)), subject)
         case "merged-original":
             # In the type of the files: what is rounded before the sum would be rounded twice.
-            return _merged(_adapted(load_base(_unquantised(base, _file_dtype(base))), subject), dtype)
+            return _merged(put_on(load_base(_unquantised(base, _file_dtype(base))), subject), dtype)
         case "merged":
             model = load_base(base)
             _dequantise(model)
-            return _merged(_adapted(model, subject), dtype)
+            return _merged(put_on(model, subject), dtype)
         case "merged-4bit":
             model = load_base(base)
             names = _dequantise(model)
-            merged = _merged(_adapted(model, subject), dtype)
+            merged = _merged(put_on(model, subject), dtype)
             _quantise(merged, names, base)
             return merged
 
@@ -117,12 +118,6 @@ def _file_config(base: BaseSection) -> Any:
 
 def _file_dtype(base: BaseSection) -> str:
     return str(_file_config(base).dtype or "float32").removeprefix("torch.")
-
-
-def _adapted(model: Any, subject: Subject) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(subject.adapter))
 
 
 def _dequantise(model: Any) -> list[str]:

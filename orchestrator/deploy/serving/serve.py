@@ -7,6 +7,7 @@ from the hub, and no adapters; writes messages by the tokenizer's chat template 
 request may unload the model; and once it batches, all requests have the temperature of the first.
 """
 
+import errno
 import ipaddress
 import os
 import secrets
@@ -15,14 +16,13 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.serving.served import Served, open_served
 from orchestrator.deploy.serving.vllm import vllm_command
-from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.deploy.subject import Subject, find_subject, is_adapter
 from orchestrator.deploy.sweep import open_sweep
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -88,6 +88,7 @@ def plan_service(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Service:
     """Find out all that can be known before anything is loaded, and take the port.
 
@@ -99,12 +100,13 @@ def plan_service(
         host: address to listen on. Any but the loopback needs a token, which is made if none is given.
         port: 0 takes a free one.
         token: that requests must bear.
+        trust_remote_code: see `find_subject`.
 
     Raises:
         RecordError: there is no such sweep or adapter, or it is not whole.
         RequestError: it cannot be served so.
     """
-    offers = _offers(sweep_or_adapter, output, top)
+    offers = _offers(sweep_or_adapter, output, top, trust_remote_code)
     chosen, why = _choose_engine(engine, offers[0].subject.base, host)
     if chosen == "transformers":
         for package in ("fastapi", "uvicorn"):
@@ -160,9 +162,9 @@ def _answer_requests(service: Service, served: Sequence[Served]) -> None:
         uvicorn.Server(config).run(sockets=[service.listening])
 
 
-def _offers(sweep_or_adapter: str, output: str, top: int) -> list[Offer]:
-    best = find_subject(sweep_or_adapter, output)
-    if (Path(sweep_or_adapter) / "adapter_config.json").is_file():
+def _offers(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool) -> list[Offer]:
+    best = find_subject(sweep_or_adapter, output, trust_remote_code)
+    if is_adapter(sweep_or_adapter):
         if top > 1:
             raise RequestError(f"--top {top}: {sweep_or_adapter} is one adapter", "Give a sweep.")
         return [Offer([best.name], best)]
@@ -220,8 +222,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
         raise RequestError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", "`--port 0` takes a free one."
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            "`--port 0` takes a free one." if taken else "",
         ) from error
     # asyncio sets it on sockets of its own making; without, each answer waits 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -14,7 +14,8 @@ from uuid import uuid4
 
 from orchestrator.base import load_base, shell
 from orchestrator.data import encode_prompt
-from orchestrator.deploy.chat import PromptForm, Sampling, open_prompt_form
+from orchestrator.deploy.chat import COLD, PromptForm, Sampling, open_prompt_form
+from orchestrator.deploy.load import put_on
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import OrchestratorError, RequestError
 
@@ -23,9 +24,6 @@ CACHE_TOKENS = 16_384
 
 _PASS_TOKENS = 512
 """Tokens a forward pass; longer prompts are read in several. Its attention mask has so many rows of CACHE_TOKENS."""
-
-_COLD = 1e-3
-"""A temperature below is taken as 0: logits divided by it would be no numbers, which end the thread."""
 
 _WATCH_S = 5
 """A request that hears nothing for so long looks whether its thread lives."""
@@ -165,15 +163,12 @@ def open_served(subjects: Sequence[Subject]) -> Iterator[list[Served]]:
     Raises:
         RequestError: the base cannot be loaded, or transformers cannot batch requests to it.
     """
-    from peft import PeftModel
-
     forms = [open_prompt_form(subject) for subject in subjects]
     base = load_base(subjects[0].base)
     started: list[Served] = []
     try:
         for subject, form in zip(subjects, forms, strict=True):
-            model = PeftModel.from_pretrained(shell(base, own_biases=True), str(subject.adapter))
-            served = Served(model.eval(), form)
+            served = Served(put_on(shell(base, own_biases=True), subject), form)
             served.start()
             started.append(served)
         yield started
@@ -184,7 +179,7 @@ def open_served(subjects: Sequence[Subject]) -> Iterator[list[Served]]:
 
 def _arguments(sampling: Sampling) -> dict[str, float]:
     """For `add_request`. A `top_p` of 0 leaves the likeliest token alone."""
-    if sampling.temperature < _COLD:
+    if sampling.temperature < COLD:
         return {"temperature": 1.0, "top_p": 0.0}
     return {"temperature": sampling.temperature, "top_p": sampling.top_p}
 

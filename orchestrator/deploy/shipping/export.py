@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
 from orchestrator.base import drop, keep_trainable, quantization_config
 from orchestrator.deploy.load import load_model
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.deploy.shipping import gguf, parity, ray_serve
-from orchestrator.deploy.shipping.merge import DTYPES, WEIGHTS, Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, plan_merge
 from orchestrator.deploy.shipping.parity import Parity, answers, compare, rounding
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
@@ -21,7 +21,6 @@ from orchestrator.record.versions import installed_versions
 from orchestrator.spec.sections import BaseSection
 
 Format = Literal["adapter", "merged", "gguf", "ray-serve"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 _SPARE_BYTES = 32 << 20
 """For tokenizer, configurations and manifest."""
@@ -81,7 +80,6 @@ def export(
     converter = gguf.find_converter() if format == "gguf" else []
     if format == "ray-serve":
         ray_serve.require_ray_serve()
-    subject = _pinned(subject)
     rows = (rows_of_file(subject, data, parity.NUM_ROWS) if data else own_rows(subject, parity.NUM_ROWS)).tokens
     merge = None if format == "adapter" else plan_merge(subject, dtype, onto)
     with _aside(target, _num_bytes(subject, merge, format)) as building:
@@ -95,9 +93,12 @@ def export(
         drop()
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
-        seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
-        sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
-        building.replace(target)  # over an empty folder too
+        try:
+            seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
+            sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
+            building.replace(target)  # over an empty folder too
+        except OSError as error:
+            raise RequestError(f"{target}: cannot be written: {error}", "Nothing was left behind.") from error
     return Exported(target, format, found, sorted(sizes), sum(sizes.values()))
 
 
@@ -108,18 +109,8 @@ def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Ont
                 f"{option} {value}: says how to merge, but --format adapter does not merge",
                 "Take `--format merged`, or leave it out.",
             )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
         raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
-
-
-def _pinned(subject: Subject) -> Subject:
-    """With the base at the commit that the adapter was trained on, wherever its branch has gone since."""
-    from peft import PeftConfig
-
-    commit = PeftConfig.from_pretrained(str(subject.adapter)).revision
-    from_hub = subject.base.model != "embedded" and not Path(subject.base.model).is_absolute()
-    pin = {"revision": commit} if commit is not None and from_hub else {}
-    return replace(subject, base=subject.base.model_copy(update=pin))
 
 
 def _num_bytes(subject: Subject, merge: Merge | None, format: Format) -> int:
@@ -155,31 +146,11 @@ def _aside(target: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def _open_source(subject: Subject, onto: Onto, dtype: Dtype) -> Any:
-    """The adapter on the base that the export is to answer like.
-
-    Raises:
-        RequestError: it does not fit that base.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
+    """The adapter on the base that the export is to answer like."""
     if onto == "original":
         original = {"quantization": "none", "compute_dtype": DTYPES[dtype]}
         subject = replace(subject, base=subject.base.model_copy(update=original))
-    remedy = f"It was trained on a base of another shape than {subject.base.model}."
-    try:
-        model = load_model(subject)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        told = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise RequestError(f"{subject.adapter}: does not fit its base: {told}", remedy) from error
-    with safe_open(subject.adapter / WEIGHTS, "pt") as file:
-        # Of matrices without a place, and of places without matrices, PEFT only warns.
-        held, placed = set(file.keys()), set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if strange := {name for name in held ^ placed if ".lora_" in name}:
-        raise RequestError(f"{subject.adapter}: does not fit its base: {min(strange)} is in one of them alone", remedy)
-    return model
+    return load_model(subject)
 
 
 def _write(

@@ -6,22 +6,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from orchestrator.deploy.load import load_own_tokenizer
+from orchestrator.deploy.load import WEIGHTS, load_own_tokenizer
 from orchestrator.deploy.shipping.stored import Stored, find_stored
 from orchestrator.deploy.subject import Subject
-from orchestrator.errors import RequestError
+from orchestrator.errors import RecordError, RequestError
 
 Dtype = Literal["bf16", "fp16"]
 Onto = Literal["dequantised", "original"]
 
-ONTO: tuple[Onto, ...] = get_args(Onto)
 DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 512 << 20
 """Of one file of the merged model; writing it takes the memory of two."""
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 """Before every name in PEFT's file."""
 
@@ -135,11 +133,14 @@ def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
         RequestError: the base cannot be found, the adapter does not fit it, or holds what cannot be merged.
     """
     from peft import PeftConfig
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     stored = find_stored(subject.base)
-    with safe_open(subject.adapter / WEIGHTS, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    try:
+        with safe_open(subject.adapter / WEIGHTS, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise RecordError(f"{subject.adapter / WEIGHTS}: is damaged: {error}") from error
     config = PeftConfig.from_pretrained(str(subject.adapter))
     if config.peft_type != "LORA":
         raise RequestError(f"{subject.adapter}: is an adapter of type {config.peft_type.value}; only LoRA is merged")

@@ -110,7 +110,7 @@ def test_trials_of_other_rows_or_without_any_are_not_compared(make: Make) -> Non
     alone = choose([Candidate(each.trial, None) for each in candidates], "eval/loss", "min")
     assert alone.why_not_compared == "its adapter does not hold the scores of single rows"
     by_size = choose(candidates[:2], "size", "min")
-    assert (by_size.leader.trial.trial_id, by_size.why_not_compared) == ("b", "size of single rows was not kept")
+    assert (by_size.leader.trial.trial_id, by_size.why_not_compared) == ("b", "sizes are exact")
 
 
 def test_a_metric_that_nobody_has_is_refused_with_those_there_are(make: Make) -> None:
@@ -160,3 +160,22 @@ def test_a_sweeps_best_is_the_smallest_of_the_tied(tmp_path: Path, make_sweep: M
     assert sweep.best(strict=True).trial.trial_id == "a"
     with pytest.raises(RecordError, match="adapter of trial b is missing"):
         sweep.best("size")
+
+
+def test_a_few_rows_tell_nothing(make: Make) -> None:
+    choice = choose([make("a", [9.0, 9.0]), make("b", [9.1, 9.1])], "eval/loss", "min")
+    assert (choice.rivals, choice.why_not_compared) == ([], "2 held-out rows are too few to tell")
+
+
+def test_the_best_by_size_is_told_as_json(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)})
+    result = TrialResult.model_validate_json(paths.trial("a").result.read_text())
+    write_record(paths.trial("a").result, result.model_copy(update={"applied": {"num_trainable_parameters": 7}}))
+    assert open_sweep(paths.root).best("size").as_dict()["value"] == 7
+
+
+def test_damaged_scores_are_told(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)})
+    (paths.trial("a").adapter(7) / SCORES).write_text('{"losses": [1.0]}')
+    with pytest.raises(RecordError, match=r"held_out\.json: is damaged"):
+        open_sweep(paths.root).best()

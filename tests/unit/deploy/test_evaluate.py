@@ -19,8 +19,8 @@ def sweep(tmp_path: Path, make_sweep: Callable[..., SweepPaths]) -> SweepPaths:
     trials = {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.3), "c": ("COMPLETE", 0.4), "d": ("RUNNING", 0.1)}
     paths = make_sweep(tmp_path / "runs" / "one", trials)
     for trial in trials:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (paths.trial(trial).adapter(7) / name).touch()
+        (paths.trial(trial).adapter(7) / "adapter_config.json").write_text("{}")
+        (paths.trial(trial).adapter(7) / "adapter_model.safetensors").touch()
     return paths
 
 
@@ -36,7 +36,7 @@ def test_the_recommended_one_is_a_finalist_whatever_its_rank(sweep: SweepPaths) 
         trial = sweep.trial(name)
         result = read_result(trial).model_copy(update={"applied": {"num_trainable_parameters": size}})
         write_record(trial.result, result)
-        scores = RowScores(losses=[1.0, 2.0], hits=[1, 1], tokens=[4, 4])  # the same of all three: tied
+        scores = RowScores(losses=[1.0, 2.0] * 5, hits=[1] * 10, tokens=[4] * 10)  # the same of all three: tied
         (trial.adapter(7) / SCORES).write_text(scores.model_dump_json())
     assert [each.name for each in find_finalists(str(sweep.root), "runs", top=2)] == ["b", "c", "a"]
 

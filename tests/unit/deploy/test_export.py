@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.deploy.shipping import export as room
 from orchestrator.deploy.shipping.export import export
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -150,7 +151,8 @@ def of_hub(subject: Subject, commit: str) -> Subject:
         text.replace(f'"base_model_name_or_path": "{BASE_DIR}"', '"base_model_name_or_path": "someone/small"')
     )
     assert commit in path.read_text()
-    return Subject("adapter", subject.adapter, BaseSection(model="someone/small", compute_dtype="float32"), None, None)
+    base = at_commit(BaseSection(model="someone/small", compute_dtype="float32"), subject.adapter)
+    return replace(subject, base=base)
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged"])

@@ -1,0 +1,61 @@
+"""What is known of an adapter folder, and what is not believed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.deploy.subject import find_subject
+from orchestrator.errors import RecordError, RequestError
+from orchestrator.spec import parse_spec
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "revision": "c0ffee"}')
+    return folder
+
+
+def write_trial(adapter: Path, document: dict[str, Any], **base: Any) -> None:
+    config = parse_spec(document | {"base": {"model": "someone/base", **base}}).trial_config({})
+    (adapter / "trial.json").write_text(config.model_dump_json())
+
+
+def test_the_base_is_at_the_commit_of_the_training(adapter: Path, document: dict[str, Any]) -> None:
+    write_trial(adapter, document, revision="main")
+    assert find_subject(str(adapter), "runs").base.revision == "c0ffee"
+
+
+def test_a_base_of_which_nothing_is_known_is_not_quantised(adapter: Path) -> None:
+    base = find_subject(str(adapter), "runs").base
+    assert (base.model, base.revision, base.quantization) == ("someone/base", "c0ffee", "none")
+
+
+def test_code_that_a_folders_base_brings_is_run_on_request_alone(adapter: Path, document: dict[str, Any]) -> None:
+    write_trial(adapter, document, trust_remote_code=True)
+    with pytest.raises(RequestError, match="someone/base brings Python code"):
+        find_subject(str(adapter), "runs")
+    assert find_subject(str(adapter), "runs", trust_remote_code=True).base.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("trial.json", "{", "trial.json: is damaged"),
+        ("adapter_config.json", "{", "adapter_config.json: is damaged"),
+        ("adapter_config.json", "[]", "adapter_config.json: is damaged: holds no object"),
+        ("adapter_config.json", '{"base_model_name_or_path": null}', "adapter_config.json: names no base"),
+    ],
+)
+def test_damage_is_named(adapter: Path, name: str, text: str, told: str) -> None:
+    (adapter / name).write_text(text)
+    with pytest.raises(RecordError, match=told):
+        find_subject(str(adapter), "runs")
+
+
+def test_no_adapter_has_so_long_a_name(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="is not the name of a sweep"):
+        find_subject("x" * 5000, str(tmp_path))
