@@ -45,7 +45,7 @@ class Facts(Record):
     versions: dict[str, str]
     """Package -> version where it was made."""
     metrics: dict[str, float]
-    """Name -> value on the held-out rows: `eval/loss`, ..."""
+    """Of the adapter, name -> value on its held-out rows: `eval/loss`, ...; of another form `parity` tells."""
     trial_id: str | None = None
     step: int | None = None
     """Optimizer step of these weights."""

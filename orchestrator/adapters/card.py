@@ -26,6 +26,17 @@ model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER")
 """
 
 
+_MERGED = """
+# {title}
+
+The LoRA adapter `{name}`, merged onto the {onto} weights of its base, in {dtype}. {parity}.
+
+- Base: {base}; the adapter was trained on it held as {quantization}.
+- Prompts: {prompts}.
+- `manifest.json` holds the whole configuration, a sha256 of each file and the versions of the packages.
+"""
+
+
 def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, values: Mapping[str, float]) -> str:
     """The model card of an adapter.
 
@@ -55,6 +66,31 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
     return f"---\n{metadata.to_yaml()}\n---\n{page}"
 
 
+def merged_card(config: TrialConfig, name: str, dtype: str, onto: str, parity: str) -> str:
+    """The model card of a base with an adapter merged into it.
+
+    Args:
+        config: how the adapter was trained.
+        name: of the adapter.
+        dtype: of the merged weights.
+        onto: which weights of the base it was merged onto.
+        parity: how near it came to the adapter.
+    """
+    title = f"Merged model of {name}"
+    metadata = card_metadata(config, title, {}, library="transformers", relation="finetune")
+    page = _MERGED.format(
+        title=title,
+        name=name,
+        onto=onto,
+        dtype=dtype,
+        parity=parity[:1].upper() + parity[1:],
+        base=_base(config),
+        quantization=config.base.quantization,
+        prompts=_prompts(config.data),
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n{page}"
+
+
 def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], library: str, relation: str) -> Any:
     """The hub's metadata, a `ModelCardData`: no licence, for that is the owner's to choose; no path of this machine.
 
@@ -63,7 +99,7 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
         name: of the model, for its evaluation results.
         values: what was measured on the held-out rows; what is not finite is left out.
         library: that loads it.
-        relation: to the base: adapter, finetune or quantized.
+        relation: to the base: adapter or finetune.
     """
     from huggingface_hub import EvalResult, ModelCardData
 

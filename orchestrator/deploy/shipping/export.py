@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
+from orchestrator.adapters.card import merged_card
 from orchestrator.base import drop, keep_trainable, quantization_config
 from orchestrator.deploy.load import load_model
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
@@ -94,6 +95,9 @@ def export(
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
         try:
+            if merge is not None and subject.config is not None:
+                card = merged_card(subject.config, subject.name, dtype, onto, str(found))
+                (building / "README.md").write_text(card, encoding="utf-8")
             seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
             sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
             building.replace(target)  # over an empty folder too

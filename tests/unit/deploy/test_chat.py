@@ -139,6 +139,16 @@ def test_a_conversation_is_remembered_by_each_side_until_it_is_cleared(chat: Cha
     assert said(chat, QUESTIONS[0]) != said(chat, QUESTIONS[0], base_only=True)
 
 
+def test_who_leaves_an_answer_early_ends_it(chat: Chat) -> None:
+    """Else its thread goes on, without the adapter, while the next question is answered."""
+    wanted = said(chat, QUESTIONS[0])
+    for base_only in (True, False):
+        answer = chat.stream(QUESTIONS[0], 400, base_only=base_only)
+        next(answer)
+        answer.close()
+        assert said(chat, QUESTIONS[0]) == wanted
+
+
 def test_without_turns_each_question_stands_alone(chat: Chat) -> None:
     single = Chat(chat.model, PromptForm(chat.tokenizer, section("template", template="{question} {answer}")))
     conversation = Conversation(single)
