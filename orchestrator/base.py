@@ -27,12 +27,17 @@ def base_location(base: BaseSection) -> str:
     return str(BASE_DIR) if base.model == "embedded" else base.model
 
 
+def hub_id(model: str) -> str | None:
+    """A base's id on the hub; None for the embedded one and for a folder, whose path means nothing elsewhere."""
+    return None if model == "embedded" or Path(model).is_absolute() else model
+
+
 @cache
 def base_commit(base: BaseSection) -> str | None:
     """The commit that a hub id and its revision stand for on this machine; None for a folder and the embedded base."""
     from huggingface_hub import try_to_load_from_cache
 
-    if base.model == "embedded" or Path(base.model).is_absolute():
+    if hub_id(base.model) is None:
         return None
     config = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
     return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
@@ -68,7 +73,6 @@ def load_base(base: BaseSection) -> Any:
     from transformers import AutoModelForCausalLM
 
     require_folder(base)
-    gpus = torch.cuda.device_count()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_location(base),
@@ -76,7 +80,7 @@ def load_base(base: BaseSection) -> Any:
             trust_remote_code=base.trust_remote_code,
             quantization_config=quantization_config(base),
             dtype=getattr(torch, base.compute_dtype),
-            device_map="auto" if gpus > 1 else {"": 0 if gpus else "cpu"},
+            device_map=device_map(),
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
@@ -84,6 +88,21 @@ def load_base(base: BaseSection) -> Any:
     model.requires_grad_(False)
     keep_trainable(model)
     return model
+
+
+def device_map() -> Any:
+    """Where transformers puts a model: on this process's GPU, or spread over its GPUs, or on the CPU."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return "auto" if gpus > 1 else {"": 0 if gpus else "cpu"}
+
+
+def device_name() -> str:
+    """Name of this process's GPU, or cpu."""
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
 
 
 def quantization_config(base: BaseSection) -> Any:

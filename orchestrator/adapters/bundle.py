@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from orchestrator.adapters.card import adapter_card
 from orchestrator.base import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
+from orchestrator.record.files import BUILDING, building_beside
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
@@ -21,10 +21,12 @@ from orchestrator.spec import TrialConfig
 MANIFEST = "manifest.json"
 SCORES = "held_out.json"
 """`RowScores` of the held-out rows at the adapter's step: by these, adapters are compared."""
-REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+REQUIRED = (CONFIG, WEIGHTS)
 
-BUILDING, REPLACED = ".building-", ".replaced-"
-"""How the names of folders begin that are on their way to their own."""
+REPLACED = ".replaced-"
+"""How the name of an adapter's folder begins while another takes its place."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 """Endings of files that run code when they are loaded; no bundle has one."""
@@ -169,7 +171,7 @@ class Adapter:
         from safetensors.torch import save_file
 
         whole = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
         self.config.save_pretrained(str(folder))
 
 
@@ -183,14 +185,8 @@ def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin,
         origin: for the card and the manifest.
         scores: of the held-out rows at this step.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=BUILDING))
-    try:
+    with building_beside(folder) as building:
         _fill(building, adapter, tokenizer, origin, scores)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    building.chmod(0o755)
     if not folder.exists():
         building.rename(folder)
         return
@@ -259,7 +255,8 @@ def read_scores(folder: Path) -> RowScores | None:
     path = folder / SCORES
     if not path.is_file():
         return None
-    if (folder / MANIFEST).is_file() and read_manifest(folder).files[SCORES].sha256 != _sha256(path):
+    listed = read_manifest(folder).files.get(SCORES) if (folder / MANIFEST).is_file() else None
+    if listed is not None and listed.sha256 != _sha256(path):
         raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} holds another sha256)")
     try:
         return RowScores.model_validate_json(path.read_text(encoding="utf-8"))

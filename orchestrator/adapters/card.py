@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.base import hub_id
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import DataSection
 
@@ -130,11 +131,6 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
         model_name=name,
         eval_results=results or None,
     )
-
-
-def hub_id(model: str) -> str | None:
-    """A base's id on the hub; None for the embedded one and for a folder, whose path means nothing elsewhere."""
-    return None if model == "embedded" or Path(model).is_absolute() else model
 
 
 def _base(config: TrialConfig) -> str:

@@ -60,4 +60,9 @@ def exact_matches(
 ) -> list[bool]:
     """Of each prompt, whether its greedy answer is the wanted one, space at the ends not counted."""
     given = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
-    return [text == prompt.answer.strip() for text, prompt in zip(given, prompts, strict=True)]
+    return matches(given, [prompt.answer for prompt in prompts])
+
+
+def matches(said: Sequence[str], wanted: Sequence[str]) -> list[bool]:
+    """Of each answer, whether it is the wanted one, space at the ends not counted."""
+    return [one.strip() == other.strip() for one, other in zip(said, wanted, strict=True)]

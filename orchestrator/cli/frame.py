@@ -22,6 +22,9 @@ app = typer.Typer(
 
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
+SweepOrAdapter = Annotated[
+    str, typer.Argument(help="A sweep, whose best is taken, or an adapter folder.", show_default=False)
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
 ]

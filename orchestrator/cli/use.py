@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli.frame import Json, Sweep, Trust, Where, app, console_on, print_json, say_rows
+from orchestrator.cli.frame import Json, Sweep, SweepOrAdapter, Trust, Where, app, console_on, print_json, say_rows
 from orchestrator.errors import RequestError
 
 
@@ -59,9 +59,7 @@ def best(
 
 @app.command(epilog="Example: orchestrator evaluate runs/demo --as adapter,merged --metrics loss,exact_match")
 def evaluate(
-    sweep_or_adapter: Annotated[
-        str, typer.Argument(help="A sweep, whose best trials are evaluated, or an adapter folder.", show_default=False)
-    ],
+    sweep_or_adapter: SweepOrAdapter,
     as_: Annotated[
         str | None,
         typer.Option("--as", help="adapter, adapter-16bit, merged, merged-original, merged-4bit; default all."),
@@ -110,9 +108,7 @@ def evaluate(
 
 @app.command(epilog='Example: orchestrator chat runs/demo --compare-base --prompt "What is the total of 12 and 45?"')
 def chat(
-    sweep_or_adapter: Annotated[
-        str, typer.Argument(help="A sweep, whose best adapter answers, or an adapter folder.", show_default=False)
-    ],
+    sweep_or_adapter: SweepOrAdapter,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A question, each by itself; may be repeated. Default: ask for them.")
     ] = None,
@@ -166,9 +162,7 @@ def chat(
 
 @app.command(epilog="Example: orchestrator export runs/demo --to merged --format merged --dtype bf16")
 def export(
-    sweep_or_adapter: Annotated[
-        str, typer.Argument(help="A sweep, whose best adapter is exported, or an adapter folder.", show_default=False)
-    ],
+    sweep_or_adapter: SweepOrAdapter,
     to: Annotated[Path, typer.Option(help="Folder that does not exist yet.")],
     format: Annotated[
         Literal["adapter", "merged", "gguf", "ray-serve"],
@@ -231,9 +225,7 @@ def push(
 
 @app.command(epilog="Example: orchestrator serve runs/demo --top 3 --port 8000")
 def serve(
-    sweep_or_adapter: Annotated[
-        str, typer.Argument(help="A sweep, whose best adapters answer, or an adapter folder.", show_default=False)
-    ],
+    sweep_or_adapter: SweepOrAdapter,
     engine: Annotated[
         Literal["auto", "vllm", "transformers"],
         typer.Option(help="auto: vLLM where it is installed and can serve this, else transformers."),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from orchestrator.base import load_tokenizer
 from orchestrator.data.render import Example, render, template_columns
 from orchestrator.data.sources import Row, read_rows
 from orchestrator.errors import DataError
+from orchestrator.record.files import building_beside
 from orchestrator.spec.sections import BaseSection, DataSection
 
 IGNORED = -100
@@ -27,6 +27,13 @@ class Tokens:
     labels: list[int]
     num_prompt: int
     """Tokens before the completion."""
+
+    def cut(self, max_length: int) -> "Tokens | None":
+        """The first so many; None where no token of them has a part in the loss."""
+        labels = self.labels[:max_length]
+        if all(label == IGNORED for label in labels[1:]):
+            return None
+        return Tokens(self.ids[:max_length], labels, self.num_prompt)
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,10 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
             tokens = encode(example, tokenizer, data)
             prompts.append(Prompt(tokens.ids[: tokens.num_prompt], example.answer))
             counts["truncated"] += len(tokens.ids) > data.max_length
-            ids, labels = tokens.ids[: data.max_length], tokens.labels[: data.max_length]
-            if all(label == IGNORED for label in labels[1:]):
+            if (short := tokens.cut(data.max_length)) is None:
                 counts["dropped"] += 1
-                continue
-            kept.append(Tokens(ids, labels, tokens.num_prompt))
+            else:
+                kept.append(short)
         if not kept:
             raise DataError(f"data.max_length={data.max_length} leaves no token of any completion to learn from")
         return kept, prompts if data.format != "text" else []
@@ -148,10 +154,6 @@ def save(prepared: PreparedData, folder: Path) -> None:
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    prepared.train.save_to_disk(building / "train")
-    prepared.held_out.save_to_disk(building / "held_out")
     meta = {
         "fingerprint": prepared.fingerprint,
         "num_truncated": prepared.num_truncated,
@@ -159,9 +161,11 @@ def save(prepared: PreparedData, folder: Path) -> None:
         "num_shared": prepared.num_shared,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
-    (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    building.chmod(0o755)
-    building.rename(folder)
+    with building_beside(folder) as building:
+        prepared.train.save_to_disk(building / "train")
+        prepared.held_out.save_to_disk(building / "held_out")
+        (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        building.rename(folder)
 
 
 def load(folder: Path, in_memory: bool = False) -> PreparedData:

@@ -28,15 +28,10 @@ class Candidate:
     scores: RowScores | None
     """Of the held-out rows; None where its adapter does not say."""
 
-    @property
-    def num_parameters(self) -> int | None:
-        """Of its adapter; None for a trial that ended before this was read back."""
-        return self.trial.applied.get("num_trainable_parameters")
-
     def value(self, metric: str) -> float | None:
         """Of a metric, or of `SIZE`; None where it was not measured."""
         if metric == SIZE:
-            return self.num_parameters
+            return self.trial.num_parameters
         return self.trial.best.values.get(metric) if self.trial.best else None
 
 
@@ -88,7 +83,7 @@ class Choice:
                     "value": rival.candidate.value(self.metric),
                     "difference": rival.difference,
                     "interval": [rival.low, rival.high],
-                    "num_parameters": rival.candidate.num_parameters,
+                    "num_parameters": rival.candidate.trial.num_parameters,
                 }
                 for rival in self.tied
             ],
@@ -118,7 +113,7 @@ def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: boo
     why = _why_not_compared(leader, metric)
     rivals = [] if why or len(ranked) == 1 else _compare(leader, ranked[1:], metric)
     tied = [leader, *(rival.candidate for rival in rivals if rival.is_tied)]
-    cheapest = min(tied, key=lambda each: each.num_parameters or float("inf"))
+    cheapest = min(tied, key=lambda each: each.trial.num_parameters or float("inf"))
     return Choice(metric, mode, leader, rivals, leader if strict else cheapest, len(ranked), why)
 
 

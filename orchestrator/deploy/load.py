@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.deploy.subject import Subject, find_subject
 from orchestrator.errors import RecordError, RequestError
-
-WEIGHTS = "adapter_model.safetensors"
-"""PEFT's file."""
 
 
 def load_adapter(subject: Subject | str | Path, output: str = "runs") -> tuple[Any, Any]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.adapters.bundle import verify_adapter
-from orchestrator.deploy.sweep import Best, open_sweep
+from orchestrator.adapters.bundle import CONFIG, verify_adapter
+from orchestrator.base import hub_id
+from orchestrator.deploy.sweep import Best, Sweep, open_sweep
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig
@@ -52,7 +53,7 @@ class Subject:
 
 def is_adapter(sweep_or_adapter: str) -> bool:
     """Whether this is an adapter folder, and not (the name of) a sweep."""
-    return _holds(Path(sweep_or_adapter), "adapter_config.json")
+    return _holds(Path(sweep_or_adapter), CONFIG)
 
 
 def find_subject(sweep_or_adapter: str, output: str, trust_remote_code: bool = False) -> Subject:
@@ -68,17 +69,24 @@ def find_subject(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
         RecordError: neither is there, or the adapter is not whole.
         RequestError: its base brings code, which is not trusted.
     """
-    folder = Path(sweep_or_adapter)
     if is_adapter(sweep_or_adapter):
-        return _of_folder(folder, trust_remote_code)
+        return _of_folder(Path(sweep_or_adapter), trust_remote_code)
+    return Subject.of_best(find_sweep(sweep_or_adapter, output).best())
+
+
+def find_sweep(sweep: str, output: str) -> Sweep:
+    """A sweep, where an adapter folder could have been given too.
+
+    Raises:
+        RecordError: there is none; of a folder that is neither, the message says so.
+    """
     try:
-        return Subject.of_best(open_sweep(sweep_or_adapter, output).best())
+        return open_sweep(sweep, output)
     except RecordError as error:
-        is_sweep = _holds(folder, "sweep.json") or _holds(Path(output) / sweep_or_adapter, "sweep.json")
+        folder = Path(sweep)
+        is_sweep = _holds(folder, "sweep.json") or _holds(Path(output) / sweep, "sweep.json")
         if not is_sweep and not _is_unusable(folder) and folder.is_dir():
-            raise RecordError(
-                f"{folder}: holds neither a sweep (sweep.json) nor an adapter (adapter_config.json)"
-            ) from error
+            raise RecordError(f"{folder}: holds neither a sweep (sweep.json) nor an adapter ({CONFIG})") from error
         raise
 
 
@@ -102,7 +110,7 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Subject:
         # Unquantised, as most adapters of unknown origin were trained.
         model = _peft_config(folder).get("base_model_name_or_path")
         if not model or not isinstance(model, str):
-            raise RecordError(f"{folder / 'adapter_config.json'}: names no base (base_model_name_or_path)")
+            raise RecordError(f"{folder / CONFIG}: names no base (base_model_name_or_path)")
         base = at_commit(BaseSection(model=model, quantization="none"), folder)
         return Subject(folder.resolve().name, folder, base, None, None)
     if config.base.trust_remote_code and not trust_remote_code:
@@ -124,7 +132,7 @@ def _trial_config(folder: Path) -> TrialConfig | None:
 
 
 def _peft_config(folder: Path) -> dict[str, object]:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also what is not UTF-8
@@ -137,8 +145,7 @@ def _peft_config(folder: Path) -> dict[str, object]:
 def at_commit(base: BaseSection, adapter: Path) -> BaseSection:
     """The base at the commit that an adapter was trained on, which its PEFT configuration names."""
     commit = _peft_config(adapter).get("revision")
-    from_hub = base.model != "embedded" and not Path(base.model).is_absolute()
-    return base.model_copy(update={"revision": commit}) if from_hub and isinstance(commit, str) else base
+    return base.model_copy(update={"revision": commit}) if hub_id(base.model) and isinstance(commit, str) else base
 
 
 def _sweep_around(folder: Path) -> SweepPaths | None:

@@ -41,7 +41,7 @@ class Best:
             "value": self.choice.recommended.value(self.choice.metric),
             "step": best.step,
             "values": best.values,
-            "num_parameters": trial.applied.get("num_trainable_parameters"),
+            "num_parameters": trial.num_parameters,
             "num_compared": self.choice.num_compared,
             "choice": self.choice.as_dict(),
             "config": trial.config.dotted(),

@@ -131,6 +131,11 @@ class TrialResult(Record):
     warnings: list[str] = []
     """What went wrong without stopping the trial, such as a tracker that failed."""
 
+    @property
+    def num_parameters(self) -> int | None:
+        """Of its adapter; None for a trial that ended before this was read back."""
+        return self.applied.get("num_trainable_parameters")
+
 
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""

@@ -39,4 +39,4 @@ def say_best(console: Console, best: Best) -> None:
 
 
 def _size(candidate: Candidate) -> str:
-    return f", {candidate.num_parameters:,} parameters" if candidate.num_parameters else ""
+    return f", {candidate.trial.num_parameters:,} parameters" if candidate.trial.num_parameters else ""

@@ -46,7 +46,7 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes:
             str(best.step) if best else "",
             *(number(best.values[name]) if best and name in best.values else "" for name in others),
             *(number(trial.config.varied.get(name, "")) for name in fields),
-            *([f"{trial.applied.get('num_trainable_parameters', 0):,}"] if sizes else []),
+            *([f"{trial.num_parameters or 0:,}"] if sizes else []),
             duration(trial.seconds),
         )
     return table

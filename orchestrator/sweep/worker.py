@@ -60,7 +60,8 @@ class Worker:
             if self._host is None:
                 self._importing.join()
                 from orchestrator.training.device import use_device
-                from orchestrator.training.host import Host, plan_slots
+                from orchestrator.training.host import Host
+                from orchestrator.training.sharing import plan_slots
 
                 Path(logs).mkdir(parents=True, exist_ok=True)
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))

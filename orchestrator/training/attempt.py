@@ -11,11 +11,11 @@ from peft import load_peft_weights, set_peft_model_state_dict
 
 from orchestrator.adapters.bundle import put_right
 from orchestrator.adapters.generate import exact_matches
-from orchestrator.base import lease
+from orchestrator.base import device_name, lease
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases
-from orchestrator.training.device import device_name, peak_memory_gib
+from orchestrator.training.device import peak_memory_gib
 from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted
 from orchestrator.training.fast.pack import Pack, Work
 from orchestrator.training.loop import Ground, Loop, Seat, about, find_seat, open_loop

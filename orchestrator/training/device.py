@@ -15,13 +15,6 @@ def use_device(threads: int) -> int:
     return gpus
 
 
-def device_name() -> str:
-    """Name of this process's GPU, or cpu."""
-    import torch
-
-    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
-
-
 def reset_peak_memory() -> None:
     """Forget the GPU's peak so far. The peak of a CPU process cannot be reset: it counts earlier trials too."""
     import torch

@@ -8,7 +8,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,35 +23,13 @@ from orchestrator.training.attempt import Attempt, run_alone
 from orchestrator.training.device import reset_peak_memory
 from orchestrator.training.events import Event, Failed, LeaseLost, Left, Noted
 from orchestrator.training.fast import build
-from orchestrator.training.fast.build import Kind, MemoryPlan, engine_for, why_not
-from orchestrator.training.fast.engine import Engine
+from orchestrator.training.fast.build import Kind, engine_for
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
 from orchestrator.training.hosted import Lease, Writer, WriterOf
 from orchestrator.training.loop import Ground, Seat
 from orchestrator.training.memory import Choice
-
-
-def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, str]:
-    """How many trials should train together in this process, at most so many, and why. Loads the base."""
-    if spec.training.engine == "trl" and "training.engine" not in {*spec.search.space, *spec.search.tied}:
-        return 1, "engine trl trains one at a time"
-    ground = Ground.of(spec.base, data)
-    configs = _holdable(spec, ground)
-    if not configs:
-        return 1, "the fast engine cannot hold these trials"
-    return build.plan_slots(ground.base, configs, ground.train, ground.held_out, wanted)
-
-
-def _holdable(spec: SweepSpec, ground: Ground) -> list[TrialConfig]:
-    """The corners of the search that the fast engine can hold on this base."""
-    found = []
-    for config in spec.corners():
-        with suppress(TrialError):  # layers that are not there: it is told when the trial comes
-            if config.base == spec.base and why_not(config, ground.base, ground.longest) is None:
-                found.append(config)
-    return found
-
+from orchestrator.training.sharing import Shared, holdable
 
 PATIENCE_S = 120.0
 """A trial that must be alone lets others go before it for so long."""
@@ -85,17 +62,17 @@ class Host:
         self._gpus = gpus
         self._lock = threading.Lock()
         self._free = list(range(slots))
-        self._open: _Shared | None = None
+        self._open: Shared | None = None
         """The engine for many, as long as newcomers are set up for it at once, and not first after the next step."""
         self._num_set_up = 0
         self._leases: dict[str, Lease] = {}
         self._arrivals: queue.SimpleQueue[Lease | tuple[Lease, Member | BaseException]] = queue.SimpleQueue()
-        self._to_set_up: queue.SimpleQueue[tuple[Lease, _Shared]] = queue.SimpleQueue()
+        self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared]] = queue.SimpleQueue()
         self._writer = Writer()
         # Of the thread alone:
         self._rows: tuple[Rows, Rows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
-        self._shared: _Shared | str | None = None
+        self._shared: Shared | str | None = None
         self._too_large: Choice | None = None
         self._pack = Pack()
         self._together: list[Lease] = []
@@ -216,19 +193,22 @@ class Host:
             drains = bool(self._alone) and time.monotonic() > self._alone[0][0].came_at + PATIENCE_S
             with self._lock:
                 self._open = None
-                if isinstance(self._shared, _Shared) and not (drains or self._held_back):
+                if isinstance(self._shared, Shared) and not (drains or self._held_back):
                     self._open = self._shared
             if self._held_back and not drains:
                 self._place(self._held_back.popleft())
             elif self._together and self._arrivals.empty():
                 return
             else:
-                arrival = self._arrivals.get()
-                if isinstance(arrival, tuple):
-                    self._join(*arrival)
-                else:
-                    self._held_back.append(arrival)
-                del arrival  # while it waits, none of it must live on
+                self._take_arrival()
+
+    def _take_arrival(self) -> None:
+        """Wait for a trial that was started, which then waits to be placed; or for one that is set up, which joins."""
+        arrival = self._arrivals.get()
+        if isinstance(arrival, tuple):
+            self._join(*arrival)
+        else:
+            self._held_back.append(arrival)
 
     def _is_empty(self) -> bool:
         """Whether nobody is in the engine for many, and nobody will be before it is opened."""
@@ -248,11 +228,11 @@ class Host:
         if reason is not None:
             self._alone.append((lease, reason if self._slots > 1 else None))
         else:
-            assert isinstance(self._shared, _Shared)
+            assert isinstance(self._shared, Shared)
             with self._lock:
                 self._set_up_soon(lease, self._shared)
 
-    def _set_up_soon(self, lease: Lease, shared: "_Shared") -> None:
+    def _set_up_soon(self, lease: Lease, shared: Shared) -> None:
         self._num_set_up += 1
         self._to_set_up.put((lease, shared))
 
@@ -280,11 +260,11 @@ class Host:
             self._arrivals.put((lease, member))
             del lease, shared, member  # while it waits, none of it must live on
 
-    def _share(self) -> "_Shared | str":
+    def _share(self) -> Shared | str:
         """The engine for many, which is built where it does not stand; or why it cannot be."""
         if self._shared is None:
             ground = self._ground(self._spec.base)
-            configs = _holdable(self._spec, ground)
+            configs = holdable(self._spec, ground)
             if not configs:
                 self._shared = "no trial of this sweep can train beside others"
                 return self._shared
@@ -298,7 +278,7 @@ class Host:
             for config in configs:
                 pattern(ground.base, config)
             kind = Kind.of(ground.base, configs, self._slots)
-            self._shared = _Shared(ground, kind, engine, plan)
+            self._shared = Shared(ground, kind, engine, plan)
             self._pack.engine = engine
             gc.collect()
             gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
@@ -328,7 +308,7 @@ class Host:
         shared = self._share()
         return shared if isinstance(shared, str) else shared.refuses(config)
 
-    def _fits(self, config: TrialConfig, shared: "_Shared") -> bool:
+    def _fits(self, config: TrialConfig, shared: Shared) -> bool:
         """The same, where the engine stands."""
         with suppress(OrchestratorError):  # it is told when the trial's turn comes
             is_like_it = config.base == self._spec.base and config.training.engine != "trl"
@@ -354,15 +334,11 @@ class Host:
 
         Where there is none, they run alone.
         """
-        assert isinstance(self._shared, _Shared)
+        assert isinstance(self._shared, Shared)
         with self._lock:
             self._open = None
         while self._num_set_up:  # for the engine that goes
-            arrival = self._arrivals.get()
-            if isinstance(arrival, tuple):
-                self._join(*arrival)
-            else:
-                self._held_back.append(arrival)
+            self._take_arrival()
         self._pack.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
         self._together.clear()
         self._too_large, base = self._shared.plan.choice, self._shared.ground.base
@@ -370,7 +346,7 @@ class Host:
         self._unshare()
         build.release(base)
 
-    def _shared_work(self, lease: Lease, shared: "_Shared") -> Work:
+    def _shared_work(self, lease: Lease, shared: Shared) -> Work:
         """A trial beside others, until its slot is free again."""
         aside = WriterOf(self._writer, lease)
         attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
@@ -383,7 +359,7 @@ class Host:
             gc.collect()
 
     def _run_alone(self, lease: Lease, reason: str | None) -> None:
-        if isinstance(self._shared, _Shared):
+        if isinstance(self._shared, Shared):
             self._unshare()
         began, config = time.monotonic(), lease.start.config
         try:
@@ -414,18 +390,3 @@ class Host:
         lease.is_done = True
         with self._lock:
             self._free.append(lease.slot)
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """What the trials that train together share."""
-
-    ground: Ground
-    kind: Kind
-    engine: Engine
-    plan: MemoryPlan
-
-    def refuses(self, config: TrialConfig) -> str | None:
-        """Why a trial on this base cannot be one of them, or None."""
-        base = self.ground.base
-        return why_not(config, base, self.ground.longest) or self.kind.refuses(base, config)

@@ -4,21 +4,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from orchestrator.adapters.bundle import read_scores
-from orchestrator.adapters.generate import answer
-from orchestrator.base import load_tokenizer
+from orchestrator.adapters.generate import answer, matches
+from orchestrator.base import device_name, load_tokenizer
 from orchestrator.data import Prompt, load, prepare
-from orchestrator.data.prepare import IGNORED, encode
+from orchestrator.data.prepare import encode
 from orchestrator.data.render import render
 from orchestrator.data.sources import Row, read_rows
-from orchestrator.deploy.scoring.forms import Form, Opened, default_dtype, forms_of, open_form, require_form
+from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
-from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, matches, perplexity, require_packages
+from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
 from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.subject import Subject, find_subject, is_adapter
-from orchestrator.deploy.sweep import open_sweep
+from orchestrator.deploy.shipping.merge import DTYPES, default_dtype
+from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
 from orchestrator.record.files import write_atomic
@@ -93,12 +93,11 @@ def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_co
     Raises:
         RecordError: neither is there, or an adapter is not whole.
     """
-    chosen = find_subject(sweep_or_adapter, output, trust_remote_code)
     if is_adapter(sweep_or_adapter):
-        return [chosen]
-    sweep = open_sweep(sweep_or_adapter, output)
-    best = [Subject.of_trial(sweep.record, trial) for trial in sweep.top(top)]
-    return best if chosen in best else [*best, chosen]
+        return [find_subject(sweep_or_adapter, output, trust_remote_code)]
+    sweep = find_sweep(sweep_or_adapter, output)
+    trials, chosen = sweep.top(top), sweep.best().trial
+    return [Subject.of_trial(sweep.record, trial) for trial in (trials if chosen in trials else [*trials, chosen])]
 
 
 def evaluate(
@@ -138,12 +137,12 @@ def evaluate(
         rows=rows.source,
         num_rows=len(rows.tokens),
         num_prompts=len(rows.prompts) if is_generating else 0,
-        device=_device(),
+        device=device_name(),
     )
     trained: RowScores
     for number, (subject, form) in enumerate(plan, start=1):
         say(f"{number} of {len(plan)}: {subject.name} as {form}")
-        with open_form(subject, form, dtype or default_dtype(subject.base)) as opened:
+        with open_form(subject, form, dtype or DTYPES[default_dtype(subject.base)]) as opened:
             scores, values = _measure(opened, subject, rows, metrics, harness)
         if form == "adapter":  # each subject's first
             trained = scores
@@ -215,11 +214,11 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
             faults[error.message] = None
             continue
         encoded = encode(example, tokenizer, section)
-        ids, labels = encoded.ids[: section.max_length], encoded.labels[: section.max_length]
-        if all(label == IGNORED for label in labels[1:]):
+        short = encoded.cut(section.max_length)
+        if short is None:
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
             continue
-        tokens.append({"input_ids": ids, "labels": labels})
+        tokens.append({"input_ids": short.ids, "labels": short.labels})
         prompts.append(Prompt(encoded.ids[: encoded.num_prompt], example.answer))
     if faults:
         shown = list(faults)[:_FAULTS_SHOWN]
@@ -285,10 +284,3 @@ def _section(row: Row, file: Path) -> DataSection:
         f"{', '.join(row.values)}",
         "Give a file with the columns messages, prompt and completion, or text.",
     )
-
-
-def _device() -> str:
-    import torch
-
-    name: Any = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return str(name)

@@ -30,11 +30,6 @@ class Opened:
     """Of matrix products, and of the weights that are not quantised."""
 
 
-def default_dtype(base: BaseSection) -> str:
-    """Type of the 16-bit forms: the one that the base computed in, or bfloat16 for float32."""
-    return "bfloat16" if base.compute_dtype == "float32" else base.compute_dtype
-
-
 def forms_of(base: BaseSection) -> tuple[Form, ...]:
     """Those that an adapter on this base can have."""
     return tuple(form for form in FORMS if form != "merged-4bit" or base.quantization != "none")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from orchestrator.adapters.generate import matches
 from orchestrator.deploy.extras import require_package
 
 Metric = Literal["loss", "perplexity", "exact_match", "rouge", "bleu"]
@@ -32,11 +33,6 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def matches(said: Sequence[str], wanted: Sequence[str]) -> list[bool]:
-    """Of each answer, whether it is the wanted one, space at the ends not counted."""
-    return [one.strip() == other.strip() for one, other in zip(said, wanted, strict=True)]
 
 
 def compare(said: Sequence[str], wanted: Sequence[str], metrics: Sequence[Metric]) -> dict[str, float]:

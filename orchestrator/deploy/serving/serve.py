@@ -22,8 +22,7 @@ from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.serving.served import Served, open_served
 from orchestrator.deploy.serving.vllm import vllm_command
-from orchestrator.deploy.subject import Subject, find_subject, is_adapter
-from orchestrator.deploy.sweep import open_sweep
+from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 
@@ -163,12 +162,13 @@ def _answer_requests(service: Service, served: Sequence[Served]) -> None:
 
 
 def _offers(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool) -> list[Offer]:
-    best = find_subject(sweep_or_adapter, output, trust_remote_code)
     if is_adapter(sweep_or_adapter):
         if top > 1:
             raise RequestError(f"--top {top}: {sweep_or_adapter} is one adapter", "Give a sweep.")
-        return [Offer([best.name], best)]
-    sweep = open_sweep(sweep_or_adapter, output)
+        subject = find_subject(sweep_or_adapter, output, trust_remote_code)
+        return [Offer([subject.name], subject)]
+    sweep = find_sweep(sweep_or_adapter, output)
+    best = Subject.of_best(sweep.best())
     others = [trial for trial in sweep.top(top) if trial.trial_id != best.name]
     subjects = [best, *(Subject.of_trial(sweep.record, trial) for trial in others[: top - 1])]
     if len({subject.base for subject in subjects}) > 1:

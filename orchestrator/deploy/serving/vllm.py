@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.adapters.bundle import CONFIG
 from orchestrator.base import base_location
 from orchestrator.data import render_prompt
 from orchestrator.deploy.chat import PromptForm
@@ -64,7 +65,7 @@ def question_template(form: PromptForm) -> str:
 def _max_rank(adapters: Mapping[str, Path]) -> int:
     ranks = []
     for path in adapters.values():
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         ranks += [config["r"], *config.get("rank_pattern", {}).values()]
     fitting = [rank for rank in RANKS if rank >= max(ranks)]
     if not fitting:

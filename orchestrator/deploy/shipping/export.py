@@ -3,21 +3,22 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
 from orchestrator.adapters.card import merged_card
-from orchestrator.base import drop, keep_trainable, quantization_config
+from orchestrator.base import device_map, drop, keep_trainable, quantization_config
 from orchestrator.deploy.load import load_model
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.deploy.shipping import gguf, parity, ray_serve
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
 from orchestrator.deploy.shipping.parity import Parity, answers, compare, rounding
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
+from orchestrator.record.files import building_beside
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec.sections import BaseSection
 
@@ -76,7 +77,7 @@ def export(
         ExportError: the export does not answer as the adapter does. Nothing is left behind.
     """
     _require_target(target, format, dtype, onto)
-    dtype = dtype or ("fp16" if subject.base.compute_dtype == "float16" else "bf16")
+    dtype = dtype or default_dtype(subject.base)
     onto = onto or "dequantised"
     converter = gguf.find_converter() if format == "gguf" else []
     if format == "ray-serve":
@@ -126,27 +127,23 @@ def _num_bytes(subject: Subject, merge: Merge | None, format: Format) -> int:
 
 @contextmanager
 def _aside(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A new folder beside the target, which goes away unless it was renamed.
+    """A new folder beside the target, which goes away on a fault.
 
     Raises:
         RequestError: it cannot be made, or has no room for so many bytes.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
-    except OSError as error:
-        raise RequestError(f"{target}: cannot be made: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            building = stack.enter_context(building_beside(target))
+        except OSError as error:
+            raise RequestError(f"{target}: cannot be made: {error}") from error
         free = shutil.disk_usage(building).free
         if free < num_bytes:
             raise RequestError(
                 f"{target}: the disk is too full: this export needs {_readable(num_bytes)}, free are {_readable(free)}",
                 "Make room, or give a folder on another disk.",
             )
-        building.chmod(0o755)
         yield building
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _open_source(subject: Subject, onto: Onto, dtype: Dtype) -> Any:
@@ -206,11 +203,9 @@ def _load_back(folder: Path, format: Format, base: BaseSection, dtype: Dtype) ->
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    gpus = torch.cuda.device_count()
-    where: Any = "auto" if gpus > 1 else {"": 0 if gpus else "cpu"}
     if format == "gguf":
-        return gguf.load_gguf(folder, dtype, where)
-    how = {"device_map": where, "trust_remote_code": base.trust_remote_code}
+        return gguf.load_gguf(folder, dtype)
+    how = {"device_map": device_map(), "trust_remote_code": base.trust_remote_code}
     try:
         if format != "adapter":
             return AutoModelForCausalLM.from_pretrained(

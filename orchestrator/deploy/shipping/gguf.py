@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from orchestrator.base import device_map
 from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype
 from orchestrator.errors import RequestError
@@ -61,7 +62,7 @@ def convert(converter: list[str], merged: Path, target: Path, dtype: Dtype) -> N
         )
 
 
-def load_gguf(folder: Path, dtype: Dtype, device_map: Any) -> Any:
+def load_gguf(folder: Path, dtype: Dtype) -> Any:
     """The model of a GGUF file, by transformers, its weights in `dtype`.
 
     Raises:
@@ -72,7 +73,7 @@ def load_gguf(folder: Path, dtype: Dtype, device_map: Any) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=device_map
+            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=device_map()
         )
     except ValueError as error:  # "GGUF model with architecture ... is not supported yet."
         raise RequestError(

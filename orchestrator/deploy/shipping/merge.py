@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.deploy.load import WEIGHTS, load_own_tokenizer
+from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.deploy.load import load_own_tokenizer
 from orchestrator.deploy.shipping.stored import Stored, find_stored
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
+from orchestrator.spec.sections import BaseSection
 
 Dtype = Literal["bf16", "fp16"]
 Onto = Literal["dequantised", "original"]
@@ -119,6 +121,11 @@ class Merge:
         form = vars(self.quantised[name].weight) | {"module": None}  # which would keep the scales
         held = Params4bit(weight, requires_grad=False, **form).to(weight.device)
         return dequantize_4bit(held.data, held.quant_state)
+
+
+def default_dtype(base: BaseSection) -> Dtype:
+    """Type of the 16-bit forms of an adapter on this base: that of the base's products, or bf16 for float32."""
+    return "fp16" if base.compute_dtype == "float16" else "bf16"
 
 
 def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
-from orchestrator.adapters.card import hub_id
+from orchestrator.base import hub_id
 from orchestrator.errors import HubError, RequestError
 
 if TYPE_CHECKING:

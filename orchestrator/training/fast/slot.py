@@ -9,7 +9,6 @@ one graph.
 import copy
 import math
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
+from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
 from orchestrator.training.applied import read_back, same, set_rate
 from orchestrator.training.events import Aside
@@ -294,20 +294,14 @@ class Slot:
         folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
 
         def write() -> None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-            try:
+            with building_beside(folder) as building:
                 adapter.save(building)
                 torch.save(optimizer, building / "optimizer.pt")
                 torch.save(schedule, building / "scheduler.pt")
                 trainer._save_rng_state(str(building))
                 state.save_to_json(str(building / "trainer_state.json"))
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)
-                raise
-            building.chmod(0o755)
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
 
         self._aside.do(write)
         self._tell("on_save")

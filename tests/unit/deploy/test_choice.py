@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.bundle import SCORES
+from orchestrator.adapters.bundle import SCORES, Facts, seal
 from orchestrator.deploy import open_sweep
 from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
 from orchestrator.errors import RecordError, RequestError
@@ -179,3 +179,13 @@ def test_damaged_scores_are_told(tmp_path: Path, make_sweep: MakeSweep) -> None:
     (paths.trial("a").adapter(7) / SCORES).write_text('{"losses": [1.0]}')
     with pytest.raises(RecordError, match=r"held_out\.json: is damaged"):
         open_sweep(paths.root).best()
+
+
+def test_scores_that_a_manifest_does_not_list_are_no_fault_of_the_choice(
+    tmp_path: Path, make_sweep: MakeSweep, make: Make
+) -> None:
+    paths, made = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)}), make("a", noisy(1.0))
+    seal(paths.trial("a").adapter(7), Facts(format="adapter", base={}, versions={}, metrics={}))
+    assert made.scores is not None
+    (paths.trial("a").adapter(7) / SCORES).write_text(made.scores.model_dump_json())
+    assert open_sweep(paths.root).best().trial.trial_id == "a"

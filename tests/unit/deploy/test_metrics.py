@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from orchestrator.adapters.generate import matches
 from orchestrator.deploy.scoring.harness import open_harness
-from orchestrator.deploy.scoring.metrics import compare, matches, perplexity, require_packages
+from orchestrator.deploy.scoring.metrics import compare, perplexity, require_packages
 from orchestrator.errors import RequestError
 
 WANTED = ["the cat sat on the mat", "four plus four is eight"]
