@@ -1,0 +1,29 @@
+"""What a person writes, a section a file; one sentence under each field, bounds in its type."""
+
+from orchestrator.spec.sections.base import BaseSection
+from orchestrator.spec.sections.data import DataSection, HeldOut
+from orchestrator.spec.sections.lora import LoraSection
+from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
+from orchestrator.spec.sections.resources import ResourcesSection
+from orchestrator.spec.sections.scheduler import SchedulerSection
+from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, Section
+from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
+from orchestrator.spec.sections.trial import TrialConfig
+
+__all__ = [
+    "NAME_PATTERN",
+    "BaseSection",
+    "DataSection",
+    "EvaluationSection",
+    "HeldOut",
+    "LoraSection",
+    "OutputSection",
+    "PositiveInt",
+    "ResourcesSection",
+    "SchedulerSection",
+    "Section",
+    "TrackingSection",
+    "TrainingSection",
+    "TrialConfig",
+    "WandbSection",
+]
