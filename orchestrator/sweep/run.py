@@ -1,4 +1,7 @@
-"""A sweep from its first trial to its last, and on again after an interruption."""
+"""A sweep from its first trial to its last, and on again after an interruption.
+
+Ray Tune takes seconds to import. That is done once the workers have been started, which import more.
+"""
 
 import logging
 import os
@@ -14,11 +17,7 @@ from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
-from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
 from orchestrator.sweep.lease import Workers
-from orchestrator.sweep.relay import Relay
-from orchestrator.sweep.schedulers import make_scheduler
-from orchestrator.sweep.search import make_searcher, tune_space
 from orchestrator.sweep.snapshot import put_snapshot_back
 from orchestrator.training.start import start_sweep
 
@@ -44,12 +43,11 @@ def run_sweep(
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C.
     """
-    with connection(address):
+    with connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
-        with start_fleet(spec, address) as fleet:
-            info = start_sweep(spec, paths)
-            with only_driver(paths):
-                return _drive(SweepRecord(paths, info), fleet, watch, say)
+        info = start_sweep(spec, paths)
+        with only_driver(paths):
+            return _drive(SweepRecord(paths, info), fleet, watch, say)
 
 
 def resume_sweep(
@@ -60,14 +58,15 @@ def resume_sweep(
     Raises:
         As `run_sweep`.
     """
-    with connection(address):
+    with connection(address), only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:
         require_shared_folder(record.paths.root)
-        with only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:
-            return _drive(record, fleet, watch, say)
+        return _drive(record, fleet, watch, say)
 
 
 def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRecord:
     from ray.tune.error import TuneError
+
+    from orchestrator.sweep.keeper import cancel_unknown
 
     spec = record.info.spec
     workers, num_slots, chosen = fleet.open(spec, load(record.paths.data, in_memory=True), record.paths)
@@ -91,6 +90,11 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
 def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     """A new tuner, or the one whose state lies in the sweep's folder; it runs so many trials at once."""
     from ray import tune
+
+    from orchestrator.sweep.keeper import ResultKeeper
+    from orchestrator.sweep.relay import Relay
+    from orchestrator.sweep.schedulers import make_scheduler
+    from orchestrator.sweep.search import make_searcher, tune_space
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths

@@ -30,6 +30,7 @@ from orchestrator.training.hosted import Lease, Writer, WriterOf
 from orchestrator.training.loop import Ground, Seat
 from orchestrator.training.memory import Choice
 from orchestrator.training.sharing import Shared, holdable
+from orchestrator.training.trl import import_trainer
 
 PATIENCE_S = 120.0
 """A trial that must be alone lets others go before it for so long."""
@@ -250,6 +251,7 @@ class Host:
 
     def _set_up(self) -> None:
         """In a thread of its own, for a trainer takes a while to build: the others train meanwhile."""
+        import_trainer()
         while True:
             lease, shared = self._to_set_up.get()
             try:

@@ -17,6 +17,11 @@ from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
 
 
+def import_trainer() -> None:
+    """Import what `build_trainer` needs, which takes seconds: before the first trial comes."""
+    import trl.trainer.sft_trainer  # noqa: F401
+
+
 class TrlLoop:
     """SFTTrainer's own loop."""
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.early import LAUNCH, after_previous
+from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.plain import Heads
 from orchestrator.training.fast.row import Row
 
@@ -41,7 +41,9 @@ def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, 
         (T, queries * D), and what the backward needs.
     """
     num_tokens, turned = len(qkv), heads.queries + heads.keys
-    _turn[num_tokens,](
+    launch(
+        _turn,
+        (num_tokens,),
         qkv,
         row.positions,
         heads.cos,
@@ -51,13 +53,20 @@ def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, 
         SIZE=heads.size,
         BLOCK=triton.next_power_of_2(turned),
         num_warps=4 if turned * heads.size <= 4096 else 8,
-        **LAUNCH,
     )
     output = qkv.new_empty(num_tokens, heads.queries * heads.size)
     logs = torch.empty(num_tokens, heads.queries, dtype=torch.float32, device=qkv.device)
     shape = _shape(heads)
-    _attend[num_tokens // shape["BLOCK_T"], heads.keys](
-        qkv, row.positions, output, logs, heads.size**-0.5, **shape, **_options(heads.size), **LAUNCH
+    launch(
+        _attend,
+        (num_tokens // shape["BLOCK_T"], heads.keys),
+        qkv,
+        row.positions,
+        output,
+        logs,
+        heads.size**-0.5,
+        **shape,
+        **_options(heads.size),
     )
     return output, Attended(qkv, output, logs)
 
@@ -68,7 +77,9 @@ def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, hea
     group, options = shape["GROUP"], _backward_options(heads.size)
     parts = gradient.new_empty((2, *gradient.shape) if group > 1 else 1)
     num_key_blocks = num_tokens // options["BLOCK_S"] * heads.queries
-    _attend_backward[num_key_blocks + num_tokens // shape["BLOCK_T"] * heads.keys,](
+    launch(
+        _attend_backward,
+        (num_key_blocks + num_tokens // shape["BLOCK_T"] * heads.keys,),
         gradient,
         attended.qkv,
         attended.output,
@@ -84,12 +95,11 @@ def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, hea
         len(row.bounds),
         **shape,
         **options,
-        **LAUNCH,
     )
     if group > 1:
-        _sum_heads[num_tokens // 16, heads.keys](
+        launch(_sum_heads, (num_tokens // 16, heads.keys),
             parts, by_qkv, row.positions, heads.cos, heads.sin, num_tokens,
-            GROUP=group, KEYS=heads.keys, SIZE=heads.size, BLOCK_T=16, **LAUNCH,
+            GROUP=group, KEYS=heads.keys, SIZE=heads.size, BLOCK_T=16,
         )  # fmt: skip
     return by_qkv
 

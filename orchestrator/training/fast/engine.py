@@ -117,14 +117,20 @@ class Engine:
         if tokens <= self._probed[0] and evaluation_tokens <= self._probed[1]:
             return
         torch.cuda.reset_peak_memory_stats()
-        for count, trains in ((tokens, True), (evaluation_tokens, False)):
-            layout = self._bucket(count, -(-count // self._decoder.longest))
-            bucket = _Bucket(layout, self.adapters.weights.device)
-            bucket.bring([])
+        empty = [(self._empty(tokens), True), (self._empty(evaluation_tokens), False)]
+        with self._ops.compiled_together():  # one after another they would take four times as long
+            for bucket, trains in empty:
+                self._compute(bucket.row, trains)
+        for bucket, trains in empty:
             bucket.send(self._compute(bucket.row, trains)).values()
         self._probed = max(tokens, self._probed[0]), max(evaluation_tokens, self._probed[1])
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # for the graphs' pool
+
+    def _empty(self, tokens: int) -> "_Bucket":
+        bucket = _Bucket(self._bucket(tokens, -(-tokens // self._decoder.longest)), self.adapters.weights.device)
+        bucket.bring([])
+        return bucket
 
     def evaluate(self, asked: Sequence[Held]) -> list[RowScores]:
         """Of each slot: losses and hits of each row, without dropout.

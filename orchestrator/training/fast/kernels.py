@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from orchestrator.training.fast.attention_kernels import Attended, attention, attention_backward
-from orchestrator.training.fast.early import LAUNCH, after_previous
+from orchestrator.training.fast.launch import after_previous, compiled_together, launch
 from orchestrator.training.fast.lora_backward_kernels import lora_backward
 from orchestrator.training.fast.lora_kernels import lora_down, lora_up_
 from orchestrator.training.fast.plain import Heads
@@ -26,6 +26,7 @@ __all__ = [
     "add_norm_backward",
     "attention",
     "attention_backward",
+    "compiled_together",
     "cross_entropy",
     "lora_backward",
     "lora_down",
@@ -50,7 +51,9 @@ def add_norm(
     total = states if delta is None else torch.empty_like(states)
     normed = torch.empty_like(states)
     root = torch.empty(num_tokens, dtype=torch.float32, device=states.device)
-    _add_norm[num_tokens,](
+    launch(
+        _add_norm,
+        (num_tokens,),
         states,
         states if delta is None else delta,
         weight,
@@ -62,7 +65,6 @@ def add_norm(
         ADDS=delta is not None,
         BLOCK=triton.next_power_of_2(features),
         num_warps=4 if features <= 2048 else 16,
-        **LAUNCH,
     )
     return total, normed, root
 
@@ -77,7 +79,9 @@ def add_norm_backward(
     """Gradient of the residual sum (so of both its terms): what came by the residual, plus through the norm. (T, H)."""
     num_tokens, features = states.shape
     result = torch.empty_like(gradient)
-    _add_norm_backward[num_tokens,](
+    launch(
+        _add_norm_backward,
+        (num_tokens,),
         gradient,
         normed_gradient,
         states,
@@ -87,7 +91,6 @@ def add_norm_backward(
         features,
         BLOCK=triton.next_power_of_2(features),
         num_warps=8 if features <= 2048 else 16,
-        **LAUNCH,
     )
     return result
 
@@ -96,7 +99,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up: (T, 2 I) -> (T, I)."""
     num_tokens, features = len(gate_up), gate_up.shape[1] // 2
     product = gate_up.new_empty(num_tokens, features)
-    _swiglu[num_tokens, triton.cdiv(features, 1024)](gate_up, product, features, BLOCK=1024, **LAUNCH)
+    launch(_swiglu, (num_tokens, triton.cdiv(features, 1024)), gate_up, product, features, BLOCK=1024)
     return product
 
 
@@ -104,7 +107,7 @@ def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
     """(T, I) -> (T, 2 I)."""
     num_tokens, features = gradient.shape
     result = torch.empty_like(gate_up)
-    _swiglu_backward[num_tokens, triton.cdiv(features, 1024)](gradient, gate_up, result, features, BLOCK=1024, **LAUNCH)
+    launch(_swiglu_backward, (num_tokens, triton.cdiv(features, 1024)), gradient, gate_up, result, features, BLOCK=1024)
     return result
 
 
@@ -130,7 +133,9 @@ def cross_entropy(
     for start in range(0, num_tokens, chunk):
         part = slice(start, min(start + chunk, num_tokens))
         logits = F.linear(states[part], head)
-        _cross_entropy[len(logits),](
+        launch(
+            _cross_entropy,
+            (len(logits),),
             logits,
             row.targets,
             row.tiles,
@@ -143,7 +148,6 @@ def cross_entropy(
             TILE=row.tile,
             BLOCK=4096,
             num_warps=8,
-            **LAUNCH,
         )
         if result is not None:
             torch.mm(logits, head, out=result[part])
@@ -153,7 +157,7 @@ def cross_entropy(
 def sum_by_slot(values: torch.Tensor, row: Row, num_slots: int) -> torch.Tensor:
     """(T,) float32 -> (slots,). The same order of sums each time."""
     sums = torch.empty(num_slots, dtype=torch.float32, device=values.device)
-    _sum_by_slot[num_slots,](values, row.tiles, sums, len(values), TILE=row.tile, BLOCK=1024, **LAUNCH)
+    launch(_sum_by_slot, (num_slots,), values, row.tiles, sums, len(values), TILE=row.tile, BLOCK=1024)
     return sums
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.early import LAUNCH, after_previous
+from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import Adapters, Group
 from orchestrator.training.fast.lora_parts import (
     add_up,
@@ -57,11 +57,11 @@ def _backward_to_low(
     num_layers, num_tiles, options = len(group.layers), len(row.tiles), _up_backward_options(adapters.rank)
     splits, by_low = 4, torch.empty_like(low)
     num_sums = column_blocks(group, options["BLOCK_N"]) * adapters.num_slots
-    _up_backward[num_tiles * num_layers * splits + num_sums,](
+    launch(_up_backward, (num_tiles * num_layers * splits + num_sums,),
         gradient, low, by_low, parts_of(low, splits), tickets_of(low.device), adapters.b(group, adapters.weights),
         adapters.b(group, adapters.gradients), row.tiles, row.table["scale"], row.table["rank"], num_tiles,
         adapters.num_slots, adapters.weights.stride(0), gradient.stride(0), *columns_of(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options, **LAUNCH,
+        LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
     )  # fmt: skip
     return by_low
 
@@ -74,11 +74,11 @@ def _backward_to_x(
     options = _down_backward_options(adapters.rank, num_layers, group.in_features)
     blocks = triton.cdiv(group.in_features, options["BLOCK_K"])
     splits = _token_splits(blocks * adapters.num_slots, num_layers)
-    _down_backward[blocks, splits, adapters.num_slots](
+    launch(_down_backward, (blocks, splits, adapters.num_slots),
         x, by_low, x_gradient, adapters.a(group, adapters.weights), a_gradient, parts_of(a_gradient, splits),
         tickets_of(x.device), row.tiles, row.counters, *dropout(row), row.table["rank"], num_tiles, adapters.num_slots,
         adapters.weights.stride(0), group.in_features, *numbers(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options, **LAUNCH,
+        LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.early import LAUNCH, after_previous
+from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import Adapters, Group
 from orchestrator.training.fast.lora_parts import (
     add_up,
@@ -40,11 +40,10 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
     """dropout(x) A^T for each layer of the group, each with masks of its own: (T, in) -> (T, layers * rank)."""
     num_layers, num_tiles, splits = len(group.layers), len(row.tiles), _splits(group.in_features, len(group.layers))
     low = torch.empty(row.num_tokens, num_layers * adapters.rank, dtype=adapters.compute, device=x.device)
-    _down[num_tiles, num_layers, splits](
+    launch(_down, (num_tiles, num_layers, splits),
         x, adapters.a(group, adapters.weights), low, parts_of(low, splits), tickets_of(x.device), row.tiles,
         row.counters, *dropout(row), row.table["rank"], adapters.weights.stride(0), group.in_features, *numbers(group),
         RANK=adapters.rank, PATHS=paths(adapters), SPLITS=splits, TILE=row.tile, **_down_options(adapters.rank),
-        **LAUNCH,
     )  # fmt: skip
     return low
 
@@ -52,10 +51,10 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
 def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> None:
     """y += scale * low B^T, in place, at the columns of the group's layers: (T, out)."""
     options = _up_options(adapters.rank)
-    _up[column_blocks(group, options["BLOCK_N"]), len(row.tiles)](
+    launch(_up, (column_blocks(group, options["BLOCK_N"]), len(row.tiles)),
         y, low, adapters.b(group, adapters.weights), row.tiles, row.table["scale"], row.table["rank"],
         adapters.weights.stride(0), y.stride(0), low.stride(0), *columns_of(group),
-        RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options, **LAUNCH,
+        RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.early import LAUNCH, after_previous
+from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import BLOCK, Adapters
 from orchestrator.training.fast.row import Row
 
@@ -26,7 +26,9 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
     norms = torch.empty(adapters.num_slots, dtype=torch.float32, device=adapters.weights.device)
     grid = (blocks, adapters.num_slots)
     ranks = {"RANK": adapters.rank, "MIXED": adapters.num_slots > 1}
-    _squares[grid](
+    launch(
+        _squares,
+        grid,
         adapters.gradients,
         adapters.strides,
         table["rank"],
@@ -37,9 +39,10 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
         **ranks,
-        **LAUNCH,
     )
-    _update[grid](
+    launch(
+        _update,
+        grid,
         adapters.weights,
         adapters.moment1,
         adapters.moment2,
@@ -62,7 +65,6 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
         **ranks,
-        **LAUNCH,
     )
     return norms
 

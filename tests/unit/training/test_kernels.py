@@ -19,7 +19,7 @@ from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
 
 FAST = "orchestrator.training.fast"
 LEAVES = (
-    "early", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels", "update_kernels", "kernels"
+    "launch", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels", "update_kernels", "kernels"
 )  # fmt: skip
 MODULES = [f"{FAST}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()

@@ -1,0 +1,53 @@
+"""How kernels are launched: each is brought onto the device while the one before it still runs, and waits there.
+
+That saves some tenths of a microsecond at each of a step's hundreds of launches. Programmatic dependent launch (CUDA
+C++ programming guide) is of Hopper and later; elsewhere a launch is an ordinary one.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
+
+EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel that begins with `after_previous`; within `compiled_together`, have it compiled instead."""
+    options["launch_pdl"] = bool(EARLY.value)
+    if _compiles_only.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Kernels launched within are not launched but compiled, all at once: their compiler leaves Python to others.
+
+    At the end all are there. What they would have written is left as it was.
+    """
+    token = _compiles_only.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        _compiles_only.reset(token)
+
+
+@triton.jit
+def after_previous():
+    """Nothing is read or written before this: here the kernel before has ended, and the next may be brought in."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
