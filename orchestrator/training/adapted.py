@@ -53,7 +53,7 @@ def pattern(base: Any, config: TrialConfig) -> Any:
 
 
 def adapted(base: Any, config: TrialConfig) -> Any:
-    """A `PeftModel` for one trial, as `get_peft_model` makes it, but for its weights, which `draw` lays on the host.
+    """A `PeftModel` for one trial, as `get_peft_model` makes it, but for its weights, which `draw` lays.
 
     Args:
         base: bare; it stays as it is.
@@ -82,17 +82,18 @@ def draw(model: Any, seed: int, dtype: torch.dtype) -> None:
     """Lay an adapter's first weights: A uniform within 1 / sqrt(in_features), as PEFT and `nn.Linear` have it; B zero.
 
     With a generator of its own: PEFT takes the process's, which trials beside this one share, and draws three times
-    as many numbers as it uses. Then trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`).
+    as many numbers as it uses. Then trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`). On the base's device: at
+    rank 64 a host takes a second for what a GPU draws in milliseconds. So a GPU's are others than a CPU's.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
     for layer in _layers(model):
         first, second = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+        own = layer.weight.device  # a base may lie on several GPUs
         most = 1 / math.sqrt(first.in_features)
-        drawn = torch.empty(first.out_features, first.in_features).uniform_(-most, most, generator=generator)
-        first.weight.data = drawn.to(first.weight.device, dtype)
-        second.weight.data = torch.zeros(
-            second.out_features, second.in_features, dtype=dtype, device=second.weight.device
-        )
+        drawn = torch.empty(first.out_features, first.in_features, device=device)
+        first.weight.data = drawn.uniform_(-most, most, generator=generator).to(own, dtype)
+        second.weight.data = torch.zeros(second.out_features, second.in_features, dtype=dtype, device=own)
 
 
 def _layers(model: Any) -> list[Any]:

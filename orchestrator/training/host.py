@@ -26,7 +26,7 @@ from orchestrator.training.fast import build
 from orchestrator.training.fast.build import Kind, engine_for
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
-from orchestrator.training.hosted import Lease, Writer, WriterOf
+from orchestrator.training.hosted import Lease, Writer
 from orchestrator.training.loop import Ground, Seat
 from orchestrator.training.memory import Choice
 from orchestrator.training.sharing import Shared, holdable
@@ -69,7 +69,6 @@ class Host:
         self._leases: dict[str, Lease] = {}
         self._arrivals: queue.SimpleQueue[Lease | tuple[Lease, Member | BaseException]] = queue.SimpleQueue()
         self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared]] = queue.SimpleQueue()
-        self._writer = Writer()
         # Of the thread alone:
         self._rows: tuple[Rows, Rows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
@@ -77,6 +76,7 @@ class Host:
         self._too_large: Choice | None = None
         self._pack = Pack()
         self._together: list[Lease] = []
+        self._has_begun = False
         self._alone: deque[tuple[Lease, str | None]] = deque()
         self._held_back: deque[Lease] = deque()
         self._lost: str | None = None
@@ -198,10 +198,15 @@ class Host:
                     self._open = self._shared
             if self._held_back and not drains:
                 self._place(self._held_back.popleft())
-            elif self._together and self._arrivals.empty():
+            elif self._together and self._arrivals.empty() and not self._gathers():
                 return
             else:
                 self._take_arrival()
+
+    def _gathers(self) -> bool:
+        """Whether the pack is yet to begin and others are being set up: each of its sizes is a graph to capture."""
+        with self._lock:
+            return not self._has_begun and self._num_set_up > 0
 
     def _take_arrival(self) -> None:
         """Wait for a trial that was started, which then waits to be placed; or for one that is set up, which joins."""
@@ -327,7 +332,7 @@ class Host:
         going_on = [lease for lease in self._together if not lease.is_done]
         if len(going_on) < len(self._together):
             self._require_device()
-        self._together = going_on
+        self._together, self._has_begun = going_on, bool(going_on)
         if self._pack.ran_out:
             self._lower()
 
@@ -343,6 +348,7 @@ class Host:
             self._take_arrival()
         self._pack.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
         self._together.clear()
+        self._has_begun = False
         self._too_large, base = self._shared.plan.choice, self._shared.ground.base
         self._pack.ran_out = False
         self._unshare()
@@ -350,12 +356,13 @@ class Host:
 
     def _shared_work(self, lease: Lease, shared: Shared) -> Work:
         """A trial beside others, until its slot is free again."""
-        aside = WriterOf(self._writer, lease)
+        aside = Writer(lease)
         attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
         seat = Seat(lease.slot, shared.engine, shared.plan)
         try:
             yield from attempt.run(lambda: seat)
         finally:
+            aside.close()
             self._done(lease)
             del attempt
             gc.collect()
@@ -363,7 +370,7 @@ class Host:
     def _run_alone(self, lease: Lease, reason: str | None) -> None:
         if isinstance(self._shared, Shared):
             self._unshare()
-        began, config = time.monotonic(), lease.start.config
+        began, config, aside = time.monotonic(), lease.start.config, Writer(lease)
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"alone": reason}))
@@ -372,7 +379,7 @@ class Host:
                 lease.paths,
                 self._ground(config.base),
                 lease,
-                WriterOf(self._writer, lease),
+                aside,
                 lambda: self._gpus * (time.monotonic() - began),
             )
         except OrchestratorError as error:
@@ -382,6 +389,8 @@ class Host:
             self._leave(lease, f"{type(error).__name__}: {error}")
         else:
             self._done(lease)
+        finally:
+            aside.close()
         self._require_device()
 
     def _fail(self, lease: Lease, error: OrchestratorError) -> None:

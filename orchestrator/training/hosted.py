@@ -12,8 +12,8 @@ from orchestrator.training.events import END, Event, Left
 LEASE_S = 30.0
 """A lease of which nobody has heard for so long is given up."""
 
-MAX_JOBS = 256
-"""Files and events that may wait to be written; then training waits too."""
+MAX_JOBS = 64
+"""Files and events of a trial that may wait to be written; then training waits too."""
 
 
 class Lease:
@@ -74,15 +74,28 @@ class Lease:
 
 
 class Writer:
-    """Writes files in a thread of its own, and tells of them."""
+    """Writes a trial's files in a thread of its own, and tells of them."""
 
-    def __init__(self) -> None:
-        self.jobs: queue.Queue[tuple[Lease, Callable[[], None]]] = queue.Queue(MAX_JOBS)
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_JOBS)
         threading.Thread(target=self._run, name="writer", daemon=True).start()
 
+    def do(self, job: Callable[[], None]) -> None:
+        """See `Aside`."""
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """See `Aside`."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        """No job comes after those that wait."""
+        self._jobs.put(None)
+
     def _run(self) -> None:
-        while True:
-            lease, job = self.jobs.get()
+        lease = self._lease
+        while (job := self._jobs.get()) is not None:
             try:
                 if not lease.has_ended:
                     job()
@@ -91,21 +104,5 @@ class Writer:
                 lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, f"{type(error).__name__}: {error}"))
                 lease.release()
             finally:
-                self.jobs.task_done()
-                del lease, job  # while it waits, none of it must live on
-
-
-class WriterOf:
-    """The writer, for one trial."""
-
-    def __init__(self, writer: Writer, lease: Lease) -> None:
-        self._writer = writer
-        self._lease = lease
-
-    def do(self, job: Callable[[], None]) -> None:
-        """See `Aside`."""
-        self._writer.jobs.put((self._lease, job))
-
-    def wait(self) -> None:
-        """See `Aside`."""
-        self._writer.jobs.join()
+                self._jobs.task_done()
+                del job  # while it waits, nothing of it must live on

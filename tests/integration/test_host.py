@@ -34,7 +34,7 @@ from orchestrator.training.events import (
 )
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.host import Host, LeaseLost
-from orchestrator.training.hosted import Lease
+from orchestrator.training.hosted import Lease, Writer
 from orchestrator.training.loop import Ground
 from orchestrator.training.trial import start_of
 
@@ -118,7 +118,9 @@ class Hosted:
         deadline = time.monotonic() + 30
         while self.host.free_slots() < self._slots and self.host._lost is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.host._writer.jobs.join()
+        for thread in threading.enumerate():
+            if thread.name == "writer":
+                thread.join(30)
 
 
 HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
@@ -173,11 +175,44 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground
             assert event.values["eval/loss"] == pytest.approx(solo.evaluations[event.step]["eval/loss"], abs=LOSS)
 
 
-@pytest.mark.parametrize("runs_alone", [False, True])
-def test_what_is_written_late_is_whole(hosted: Hosted, ground: Ground, tmp_path: Path, runs_alone: bool) -> None:
-    """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
+def test_trials_that_come_at_the_start_begin_together(
+    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each size of a pack is a graph to capture."""
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    step, sizes = Engine.step, []
+
+    def noted(engine: Engine, spans: Any) -> Any:
+        sizes.append(len(spans))
+        return step(engine, spans)
+
+    monkeypatch.setattr(Engine, "step", noted)
+    for name in ("one", "other", "third"):
+        assert hosted.start(name)
+    hosted.follow(lambda: all(followed.end for followed in hosted.all))
+    assert sizes == [3] * 6
+    hosted.close()
+
+
+def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Those to come write nothing until this is set."""
     gate = threading.Event()
-    hosted.host._writer.jobs.put((Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+
+    class Held(Writer):
+        def __init__(self, lease: Lease) -> None:
+            super().__init__(lease)
+            self.do(lambda: (gate.wait(300), None)[1])
+
+    monkeypatch.setattr(host_room, "Writer", Held)
+    return gate
+
+
+@pytest.mark.parametrize("runs_alone", [False, True])
+def test_what_is_written_late_is_whole(
+    hosted: Hosted, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_alone: bool
+) -> None:
+    """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
+    gate = hold_writers(monkeypatch)
     one = hosted.start("one", trial(*HOSTED, "lora.rank=32") if runs_alone else None)
     assert one
     deadline = time.monotonic() + (4 if runs_alone else 200)  # one that is alone waits for its files
@@ -199,10 +234,11 @@ def test_what_is_written_late_is_whole(hosted: Hosted, ground: Ground, tmp_path:
     assert losses == pytest.approx(solo.losses, abs=2e-6)
 
 
-def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(hosted: Hosted) -> None:
+def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where SFTTrainer's optimizer has gone on meanwhile, in the tensors of the model itself."""
-    gate = threading.Event()
-    hosted.host._writer.jobs.put((Lease(0, None, None), lambda: (gate.wait(300), None)[1]))  # type: ignore[arg-type]
+    gate = hold_writers(monkeypatch)
     one = hosted.start("one", trial(*HOSTED, "training.engine=trl"))
     assert one
     deadline = time.monotonic() + 200
@@ -320,13 +356,13 @@ def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: 
     heard = hosted.start("heard")
     assert heard
     hosted.follow(lambda: heard.of(Logged))  # the base is loaded
-    monkeypatch.setattr(hosted_room, "LEASE_S", 2.0)
     forever = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
     unheard = hosted.start("unheard", forever)
     assert unheard
     hosted.follow(lambda: heard.end, unheard)
     renewed = hosted.start("renewed", forever)
     assert renewed
+    monkeypatch.setattr(hosted_room, "LEASE_S", 2.0)
     deadline = time.monotonic() + 200
     while not hosted.has_free():
         hosted.host.renew(renewed.lease)
@@ -409,13 +445,15 @@ def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_the
     go_on(hosted, long)
     assert not odd.events
     assert not late.events, "there is a slot, but it would go before the one that waits"
+    order: list[str] = []
+    run_alone, place = hosted.host._run_alone, hosted.host._place
+    monkeypatch.setattr(hosted.host, "_run_alone", lambda *each: (run_alone(*each), order.append("odd")))
+    monkeypatch.setattr(hosted.host, "_place", lambda lease: (order.append(lease.paths.trial_id), place(lease)))
     hosted.host.release(long.lease)
-    hosted.follow(lambda: late.events)
-    if not odd.end:
-        odd.events += hosted.host.events(odd.lease, 0.0)
-    assert isinstance(odd.end, Completed), "it was told of before the late one's first event"
+    hosted.follow(lambda: odd.end and late.end)
+    assert order == ["odd", "late"]
+    assert isinstance(odd.end, Completed)
     assert odd.fields["alone"]
-    hosted.follow(lambda: late.end)
     assert isinstance(late.end, Completed)
     # Nobody is held back for one that is wanted no more.
     long, odd = hosted.start("long again", endless), hosted.start("odd again", odd_one)
@@ -524,7 +562,8 @@ def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
         return step(engine, spans)
 
     monkeypatch.setattr(Engine, "step", faulty)
-    config = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=60))
+    # At a high rate two runs in float32 part by more than they may.
+    config = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=60, learning_rate=2e-4))
     names = ("one", "other", "third")
     for name in names[:2]:
         assert hosted.start(name, config)

@@ -4,7 +4,6 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from orchestrator.training.events import (
 )
 from orchestrator.training.fast.build import release
 from orchestrator.training.fast.engine import Engine, Held
-from orchestrator.training.hosted import Lease, Writer, WriterOf
+from orchestrator.training.hosted import Lease, Writer
 from orchestrator.training.loop import Ground
 
 pytestmark = pytest.mark.slow
@@ -210,11 +209,9 @@ def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) 
 
 def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
     """The host's writer for one trial, which begins when it is told, and how to wait for it."""
-    writer = Writer()
-    lease: Any = Lease(0, None, None)  # type: ignore[arg-type]
-    gate = threading.Event()
-    writer.jobs.put((lease, lambda: (gate.wait(300), None)[1]))
-    return WriterOf(writer, lease), gate, writer.jobs.join
+    writer, gate = Writer(Lease(0, None, None)), threading.Event()  # type: ignore[arg-type]
+    writer.do(lambda: (gate.wait(300), None)[1])
+    return writer, gate, writer.wait
 
 
 def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str, Trained], tmp_path: Path) -> None:

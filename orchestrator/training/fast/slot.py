@@ -278,12 +278,8 @@ class Slot:
         self._store()
         first, second = (self._at_home(flat) for flat in (adapters.moment1, adapters.moment2))
         for name, parameter in self._parameters.items():
-            trainer.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._optimizer_steps)),
-                # Apart from the slot's whole row: a file holds all that lies behind a tensor.
-                "exp_avg": first[name].clone(memory_format=torch.contiguous_format),
-                "exp_avg_sq": second[name].clone(memory_format=torch.contiguous_format),
-            }
+            steps = torch.tensor(float(self._optimizer_steps))
+            trainer.optimizer.state[parameter] = {"step": steps, "exp_avg": first[name], "exp_avg_sq": second[name]}
         optimizer = trainer.optimizer.state_dict()
         trainer.optimizer.state.clear()
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
@@ -315,15 +311,23 @@ class Slot:
         self._stored_at = self._optimizer_steps
 
     def _at_home(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """This trial's matrices, copied to the host."""
-        row = flat[self._index : self._index + 1]
-        copied = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
-        return self._matrices(copied, 0)
+        """This trial's matrices, copied to the host: one after another, in storage that holds nothing else.
 
-    def _matrices(self, flat: torch.Tensor, slot: int | None = None) -> dict[str, torch.Tensor]:
-        """The matrices that this trial adapts, of its slot or another row of `flat`, by the names of its parameters."""
-        index = self._index if slot is None else slot
-        every = self._engine.adapters.matrices(index, self._config.lora.rank, flat)
+        A file holds all that lies behind a tensor, and of a stack of rank 64 an adapter of rank 8 is an eighth.
+        """
+        matrices = self._matrices(flat)
+        sizes = [matrix.numel() for matrix in matrices.values()]
+        packed = torch.empty(sum(sizes), dtype=flat.dtype, device=flat.device)
+        for part, matrix in zip(packed.split(sizes), matrices.values(), strict=True):
+            part.view(matrix.shape).copy_(matrix)
+        if packed.is_cuda:
+            packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
+        parts = zip(matrices.items(), packed.split(sizes), strict=True)
+        return {name: part.view(matrix.shape) for (name, matrix), part in parts}
+
+    def _matrices(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The matrices of its slot that this trial adapts, by the names of its parameters."""
+        every = self._engine.adapters.matrices(self._index, self._config.lora.rank, flat)
         return {name: matrix for name, matrix in every if name in self._parameters}
 
     def _tell(self, event: str, *values: Any) -> None:
