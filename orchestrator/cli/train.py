@@ -49,6 +49,14 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     print(f"# valid: {spec.search.total_trials} trials")
 
 
+@app.command(epilog="Example: orchestrator schema > experiment.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of experiment files, for editors."""
+    from orchestrator.spec.manual.schema import spec_schema
+
+    print_json(spec_schema())
+
+
 @app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""

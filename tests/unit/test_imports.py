@@ -9,7 +9,7 @@ import pytest
 
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "ray", "wandb", "numpy"}
 ROOT = Path(__file__).parents[2]
-CALLS = [["check", "experiments/demo.yaml", "--json"], ["--help"]]
+CALLS = [["check", "experiments/demo.yaml", "--json"], ["schema"], ["--help"]]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
