@@ -26,6 +26,7 @@ from orchestrator.cli.frame import (
 )
 from orchestrator.errors import Interrupted, RequestError
 from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.spec.extras import require_extras
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +91,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
     from orchestrator.report.live import SweepView, TrialView
 
     record = read_sweep(sweep, output)
+    require_extras(record.info.spec)
     with _resumable(record.paths.root), _screen(record.paths.root) as console:
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial

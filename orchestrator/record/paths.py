@@ -68,6 +68,11 @@ class TrialPaths:
     def tensorboard(self) -> Path:
         return self.sweep / "tensorboard" / self.trial_id
 
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's store, of all trials of the sweep."""
+        return self.sweep / "mlflow"
+
 
 @dataclass(frozen=True)
 class SweepPaths:

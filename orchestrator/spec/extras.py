@@ -1,8 +1,22 @@
 """Packages that only some need: each belongs to an extra of this project, and is looked for before the work begins."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import RequestError
+
+if TYPE_CHECKING:
+    from orchestrator.spec.sweep_spec import SweepSpec
+
+
+def require_extras(spec: "SweepSpec") -> None:
+    """Look for all that an experiment asks for beyond this package's own installation. A record of one needs none.
+
+    Raises:
+        RequestError: a package is missing.
+    """
+    if spec.tracking.mlflow:
+        require_package("mlflow", "tracking.mlflow", "mlflow")
 
 
 def require_package(name: str, needed_by: str, extra: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "ray", "wandb", "numpy"}
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "ray", "wandb", "mlflow", "numpy"}
 ROOT = Path(__file__).parents[2]
 CALLS = [["check", "experiments/demo.yaml", "--json"], ["schema"], ["--help"]]
 

@@ -25,6 +25,8 @@ class TrackingSection(Section):
     """Write TensorBoard event files with hparams."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""
+    mlflow: bool = False
+    """Write to MLflow: the server in MLFLOW_TRACKING_URI, else a store in the sweep's folder (extra mlflow)."""
 
 
 class OutputSection(Section):
