@@ -73,6 +73,11 @@ class TrialPaths:
         """MLflow's store, of all trials of the sweep."""
         return self.sweep / "mlflow"
 
+    @property
+    def trackio(self) -> Path:
+        """trackio's files, of all trials of the sweep."""
+        return self.sweep / "trackio"
+
 
 @dataclass(frozen=True)
 class SweepPaths:

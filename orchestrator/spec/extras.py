@@ -17,6 +17,8 @@ def require_extras(spec: "SweepSpec") -> None:
     """
     if spec.tracking.mlflow:
         require_package("mlflow", "tracking.mlflow", "mlflow")
+    if spec.tracking.trackio:
+        require_package("trackio", "tracking.trackio", "trackio")
 
 
 def require_package(name: str, needed_by: str, extra: str) -> None:

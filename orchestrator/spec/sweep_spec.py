@@ -51,7 +51,7 @@ class SweepSpec(Section):
     resources: ResourcesSection = ResourcesSection()
     """Cluster resources."""
     tracking: TrackingSection = TrackingSection()
-    """TensorBoard and W&B."""
+    """Views of the records."""
     output: OutputSection = OutputSection()
     """The sweep's folder."""
 

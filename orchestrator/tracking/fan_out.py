@@ -74,3 +74,7 @@ def _wanted(tracking: TrackingSection) -> Iterator[tuple[str, Callable[[TrialIde
         from orchestrator.tracking.mlflow import MlflowTracker
 
         yield MlflowTracker.name, MlflowTracker
+    if tracking.trackio:
+        from orchestrator.tracking.trackio import TrackioTracker
+
+        yield TrackioTracker.name, TrackioTracker
