@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast lint format manual clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ lint: $(INSTALLED)   ## style, types and import contract
 format: $(INSTALLED) ## put the code into the house's format
 	@$(BIN)/ruff check -q --fix .
 	@$(BIN)/ruff format -q .
+
+manual: $(INSTALLED) ## write the files that are made from the specification: JSON Schema, reference, every-field.yaml
+	@$(BIN)/python scripts/write_manual.py
 
 clean:           ## remove the environment
 	@rm -rf .venv

@@ -26,6 +26,7 @@ from orchestrator.cli.frame import (
 )
 from orchestrator.errors import Interrupted, RequestError
 from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.spec.extras import require_extras
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +48,14 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
 
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
     print(f"# valid: {spec.search.total_trials} trials")
+
+
+@app.command(epilog="Example: orchestrator schema > experiment.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of experiment files, for editors."""
+    from orchestrator.spec.manual.schema import spec_schema
+
+    print_json(spec_schema())
 
 
 @app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
@@ -82,6 +91,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
     from orchestrator.report.live import SweepView, TrialView
 
     record = read_sweep(sweep, output)
+    require_extras(record.info.spec)
     with _resumable(record.paths.root), _screen(record.paths.root) as console:
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial

@@ -68,6 +68,16 @@ class TrialPaths:
     def tensorboard(self) -> Path:
         return self.sweep / "tensorboard" / self.trial_id
 
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's store, of all trials of the sweep."""
+        return self.sweep / "mlflow"
+
+    @property
+    def trackio(self) -> Path:
+        """trackio's files, of all trials of the sweep."""
+        return self.sweep / "trackio"
+
 
 @dataclass(frozen=True)
 class SweepPaths:

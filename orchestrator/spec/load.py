@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import SpecError
+from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
 from orchestrator.spec.search import read_path, write_keys
 from orchestrator.spec.sweep_spec import SweepSpec
@@ -51,13 +52,16 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
+        RequestError: it asks for a package that is not installed.
     """
     path = Path(file)
     document = _read_yaml(path)
     _anchor_paths(document, path.resolve().parent)
     for override in overrides:
         _apply_override(document, override)
-    return parse_spec(document, str(path))
+    spec = parse_spec(document, str(path))
+    require_extras(spec)
+    return spec
 
 
 def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:

@@ -51,7 +51,7 @@ class SweepSpec(Section):
     resources: ResourcesSection = ResourcesSection()
     """Cluster resources."""
     tracking: TrackingSection = TrackingSection()
-    """TensorBoard and W&B."""
+    """Views of the records."""
     output: OutputSection = OutputSection()
     """The sweep's folder."""
 
@@ -79,7 +79,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _every_axis_holds(self) -> Self:
         for path in (*self.search.space, *self.search.tied):
-            _check_searchable(path)
+            check_searchable(path)
         probes = self._probes
         alone = [(f".{path}: the value {point[path]!r}", point) for path, point in self._edges()]
         together = [(f": the point {point}", point) for point in _combinations(probes) if point]
@@ -152,7 +152,8 @@ def _combinations(probes: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [{path: draw.choice(values) for path, values in probes.items()} for _ in range(_MOST_CHECKED)]
 
 
-def _check_searchable(path: str) -> None:
+def check_searchable(path: str) -> None:
+    """Raises ValueError where a dotted field can be neither searched nor tied."""
     section, _, field = path.partition(".")
     if section == "data" or path in _MAKES_TOKENS:
         raise ValueError(

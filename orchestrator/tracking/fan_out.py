@@ -1,6 +1,9 @@
 """All trackers of a trial behind one object. JSONL is the truth; the others may fail without stopping the trial."""
 
+from collections.abc import Callable, Iterator
+
 from orchestrator.record import MetricPoint, TrialResult
+from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking.jsonl import JsonlTracker
 from orchestrator.tracking.protocol import Tracker, TrialIdentity
 
@@ -33,19 +36,45 @@ class Trackers:
 
     def _drop(self, view: Tracker, error: Exception) -> None:
         self._views.remove(view)
-        self.warnings.append(f"{view.name} failed and records no more of this trial: {type(error).__name__}: {error}")
+        self.warn(view.name, error)
+
+    def warn(self, view: str, error: Exception) -> None:
+        """Keep a warning for the trial's record."""
+        self.warnings.append(f"{view} failed and records no more of this trial: {type(error).__name__}: {error}")
 
 
 def open_trackers(identity: TrialIdentity) -> Trackers:
-    """Start the trackers that the experiment asks for. A failure to start is raised: it is a wrong setting."""
+    """Start the trackers that the experiment asks for.
+
+    A failure to start is raised for a fresh trial, for then it is a wrong setting; a trial that goes on only warns.
+    """
     jsonl = JsonlTracker(identity.paths, identity.resumed_step)
     views: list[Tracker] = []
-    if identity.tracking.tensorboard:
+    trackers = Trackers(jsonl, views)
+    for name, start in _wanted(identity.tracking):
+        try:
+            views.append(start(identity))
+        except Exception as error:  # as in `log`
+            if identity.resumed_step == 0:
+                raise
+            trackers.warn(name, error)
+    return trackers
+
+
+def _wanted(tracking: TrackingSection) -> Iterator[tuple[str, Callable[[TrialIdentity], Tracker]]]:
+    if tracking.tensorboard:
         from orchestrator.tracking.tensorboard import TensorBoardTracker
 
-        views.append(TensorBoardTracker(identity))
-    if identity.tracking.wandb.mode != "disabled":
+        yield TensorBoardTracker.name, TensorBoardTracker
+    if tracking.wandb.mode != "disabled":
         from orchestrator.tracking.wandb import WandbTracker
 
-        views.append(WandbTracker(identity))
-    return Trackers(jsonl, views)
+        yield WandbTracker.name, WandbTracker
+    if tracking.mlflow:
+        from orchestrator.tracking.mlflow import MlflowTracker
+
+        yield MlflowTracker.name, MlflowTracker
+    if tracking.trackio:
+        from orchestrator.tracking.trackio import TrackioTracker
+
+        yield TrackioTracker.name, TrackioTracker

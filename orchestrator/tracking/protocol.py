@@ -26,7 +26,7 @@ class TrialIdentity:
 
 
 class Tracker(Protocol):
-    """A sink for points. Its constructor may fail loudly; after that, its caller turns failures into warnings."""
+    """A sink for points. Of a fresh trial, its constructor may fail loudly; all later failures become warnings."""
 
     name: str
 

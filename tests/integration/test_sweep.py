@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from tiny import DEMO, TINY
 
 from orchestrator.adapters.generate import exact_matches
@@ -80,7 +81,7 @@ def test_workers_and_data_are_shared(learned: SweepRecord) -> None:
 
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
-    """Six short trials under ASHA, with TensorBoard and W&B."""
+    """Six short trials under ASHA, with TensorBoard, W&B and MLflow."""
     spec = load_spec(
         DEMO,
         [
@@ -95,6 +96,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             "search.space.training.learning_rate={choice: [1e-5, 1e-4, 1e-3, 3e-3]}",
             "evaluation.rows=8",
             "output.name=halved",
+            "tracking.mlflow=true",
         ],
     )
     return run_sweep(spec, SweepPaths(tmp_path_factory.mktemp("halved") / "halved"), lambda _: None)
@@ -197,6 +199,21 @@ def test_wandb_holds_one_offline_run_a_trial(halved: SweepRecord) -> None:
         assert trial.best is not None
         assert summary["best/eval/loss"] == pytest.approx(trial.best.value)
         assert summary["best/step"] == trial.best.step
+
+
+def test_mlflow_holds_one_run_a_trial(halved: SweepRecord) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{halved.paths.root / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("halved")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == sorted(trial.trial_id for trial in halved.trials())
+    for trial in halved.trials():
+        run = runs[trial.trial_id]
+        assert (run.info.status, run.data.tags["state"]) == ("FINISHED", trial.state)
+        assert run.data.params["lora.rank"] == str(trial.config.lora.rank)
+        recorded = [p for p in read_metrics(halved.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
+        history = client.get_metric_history(run.info.run_id, "eval/loss")
+        assert {p.step: p.value for p in history} == {p.step: p.values["eval/loss"] for p in recorded}
 
 
 def _ask(url: str, question: dict[str, object]) -> dict[str, object]:

@@ -1,5 +1,7 @@
+import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +9,24 @@ import pytest
 
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.search import Axis
+from orchestrator.training.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, predict
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_experiments() -> None:
-    assert len(FILES) >= 3
-    assert {"demo.yaml", "llama2-7b-chat.yaml", "tinyllama-gsm8k.yaml"} <= {file.name for file in FILES}
+    names = {"demo", "every-field", "llama2-7b-chat", "llama2-70b", "qwen2.5-0.5b-chat", "tinyllama-gsm8k"}
+    assert names <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_editor_finds_the_schema_beside_the_file(file: Path) -> None:
+    first, _, _ = file.read_text(encoding="utf-8").partition("\n")
+    head, _, schema = first.partition("$schema=")
+    assert head == "# yaml-language-server: "
+    for folder in (file.parent, file.resolve().parent):  # the demo lies in the package too
+        assert json.loads((folder / schema).read_text(encoding="utf-8"))["title"] == "Experiment"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -69,6 +81,25 @@ def test_the_classic_recipe() -> None:
         "training.precision": "none",
     }
     assert {path: _field(spec, path) for path in wanted} == wanted
+
+
+def test_70b_needs_the_memory_that_its_comment_says() -> None:
+    file = FOLDER / "llama2-70b.yaml"
+    spec = load_spec(file)
+    assert (spec.base.quantization, spec.base.double_quant, spec.training.recompute) == ("nf4", True, "auto")
+    shape = BaseShape(8192, 28672, 80, queries=64, keys=8, head_size=128, vocabulary=32_000, tied=False)
+    longest, rank = spec.data.max_length, max(spec.search.space["lora.rank"].values)
+    foretold = []
+    for recompute in ("nothing", "layers"):
+        choice = Choice(keeps_base=False, recompute=recompute, max_tokens=longest)
+        foretold.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
+    said = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
+    assert [round(gib) for gib in foretold] == [int(gib) for gib in said]
+
+
+def test_a_chat_model_is_trained_on_messages() -> None:
+    spec = load_spec(FOLDER / "qwen2.5-0.5b-chat.yaml")
+    assert (spec.base.model, spec.data.format) == ("Qwen/Qwen2.5-0.5B-Instruct", "messages")
 
 
 def test_the_demo_needs_nothing_but_the_package() -> None:

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.scoring.forms import Opened
 from orchestrator.errors import RequestError
+from orchestrator.spec.extras import require_package
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.deploy.chat import open_prompt_form
-from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.serving.served import Served, open_served
 from orchestrator.deploy.serving.vllm import vllm_command
 from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import RequestError
+from orchestrator.spec.extras import require_package
 from orchestrator.spec.sections import BaseSection
 
 Engine = Literal["vllm", "transformers"]

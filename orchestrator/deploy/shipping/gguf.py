@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base import device_map
-from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype
 from orchestrator.errors import RequestError
+from orchestrator.spec.extras import require_package
 
 CONVERTER = "convert_hf_to_gguf.py"
 FILE = "model.gguf"

@@ -7,8 +7,8 @@ must be an address such as s3://... (Ray 2.60).
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.extras import require_package
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype
+from orchestrator.spec.extras import missing_package
 
 FILE = "serve.yaml"
 MODEL = "model"
@@ -25,7 +25,10 @@ _HEAD = """\
 
 def require_ray_serve() -> None:
     """Raises RequestError where what Ray Serve needs is not installed: the config is held against its schema."""
-    require_package("ray.serve", "--format ray-serve", "ray-serve")
+    try:
+        import ray.serve  # noqa: F401 (it is part of any Ray; what it imports is not)
+    except ImportError as error:
+        raise missing_package("ray.serve", "--format ray-serve", "ray-serve") from error
 
 
 def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:

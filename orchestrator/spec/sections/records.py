@@ -25,6 +25,10 @@ class TrackingSection(Section):
     """Write TensorBoard event files with hparams."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""
+    mlflow: bool = False
+    """Write to MLflow: the server in MLFLOW_TRACKING_URI, else a store in the sweep's folder (extra mlflow)."""
+    trackio: bool = False
+    """Write to trackio: files in TRACKIO_DIR, else in the sweep's folder (extra trackio)."""
 
 
 class OutputSection(Section):

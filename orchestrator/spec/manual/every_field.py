@@ -1,0 +1,81 @@
+"""The example that has every field, each under its sentence and with its default: an experiment that can be trained."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from orchestrator.spec.manual.tree import NOTHING, Field, Group
+
+_GIVEN: dict[str, Any] = {
+    "base.model": "embedded",
+    "data.source": "embedded",
+    "data.format": "template",
+    "data.template": "<s>[INST] {question} [/INST] {answer} </s>",
+    "search.space": {"lora.rank": {"choice": [8, 16, 32]}, "training.learning_rate": {"loguniform": [5e-5, 1e-3]}},
+    "search.tied": {"lora.alpha": "2 * lora.rank"},
+}
+"""What stands in the place of a default: where there is none, or it would show nothing."""
+
+_HEAD = """\
+# yaml-language-server: $schema=experiment.schema.json
+# Every field of an experiment with its default, under its sentence and, in brackets, what it takes. To copy from: files
+# that people write hold only what differs. Made from the specification by `make manual`; not written by hand.
+"""
+_WIDTH = 118
+
+
+def print_every_field(tree: Group) -> str:
+    """An experiment file (YAML)."""
+    parts = []
+    for section in tree.fields:
+        group = section.parts[0]
+        value = {} if section.default is NOTHING else section.default
+        group = section.part_of(value) or group
+        parts.append(
+            "\n".join([*_comment(group.sentence, ""), f"{section.name}:", *_lines(section, group, value, "  ")])
+        )
+    return "\n\n".join([_HEAD.rstrip("\n"), *parts]) + "\n"
+
+
+def _lines(holder: Field, group: Group, value: dict[str, Any], indent: str) -> Iterator[str]:
+    """The fields of a section, then, as comments, those of the others that could stand in its place."""
+    for field in group.fields:
+        own = _GIVEN.get(f"{group.path}.{field.name}", value.get(field.name, field.default))
+        if own is NOTHING:
+            own = group.marks[field.name]
+        if part := field.part_of(own):
+            yield from _comment(part.sentence, indent)
+            yield f"{indent}{field.name}:"
+            yield from _lines(field, part, own, f"{indent}  ")
+        else:
+            yield from _comment(f"{field.sentence} [{field.values.replace('`', '')}]", indent)
+            yield from _item(field.name, own, indent)
+    for other in holder.parts:
+        if other.path == group.path and other is not group:
+            yield from _instead(other, indent)
+
+
+def _instead(group: Group, indent: str) -> Iterator[str]:
+    yield from _comment(f"Or: {group.sentence}", indent)
+    for field in group.fields:
+        shown = group.marks.get(field.name, None if field.default is NOTHING else field.default)
+        yield f"{indent}# {field.name}: {_flow(shown)}".ljust(len(indent) + 34) + f"  # {field.sentence}"
+
+
+def _item(name: str, value: Any, indent: str) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        yield f"{indent}{name}:"
+        yield from (f"{indent}  {key}: {_flow(each)}" for key, each in value.items())
+    else:
+        yield f"{indent}{name}: {_flow(value)}"
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    start = f"{indent}# "
+    return textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)

@@ -1,0 +1,88 @@
+"""The JSON Schema of an experiment file, for editors: what `load_spec` accepts, as far as a schema can say it.
+
+Rules between fields (steps or epochs, rungs at evaluations) are beyond it; `orchestrator check` knows them all.
+"""
+
+from typing import Any, get_args
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from orchestrator.spec.search import AXIS_KINDS, Axis
+from orchestrator.spec.sections import Section
+from orchestrator.spec.sweep_spec import SweepSpec, check_searchable
+
+
+def spec_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a whole experiment."""
+    schema = schema_of(SweepSpec)
+    names = {"enum": _searchable()}
+    search = schema["$defs"]["SearchSection"]["properties"]
+    search["space"]["propertyNames"] = search["tied"]["propertyNames"] = names
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "title": "Experiment",
+        **schema,
+        "description": "An experiment of the QLoRA orchestrator.",
+    }
+
+
+def schema_of(model: type[Section]) -> dict[str, Any]:
+    """JSON Schema of what one model reads; each section is a definition of its own."""
+    schema = model.model_json_schema(schema_generator=_AsWritten, mode="validation")
+    return {key: schema[key] for key in sorted(schema, key=lambda key: key == "$defs")}
+
+
+class _AsWritten(GenerateJsonSchema):
+    """pydantic's, but for an axis, which is written in another form than it is held; and without titles."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        written = _axis() if schema["cls"] is Axis else super().model_schema(schema)
+        written.pop("title", None)
+        return written
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        """The field that tells the members apart is needed, also where each of them has a default for it."""
+        return super().tagged_union_schema(schema) | {"required": [schema["discriminator"]]}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _axis() -> JsonSchemaValue:
+    kinds = {kind: _values(Axis.model_construct(kind=kind, values=[])) for kind in AXIS_KINDS}
+    return {
+        "type": "object",
+        "description": Axis.__doc__,
+        "properties": kinds,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+
+
+def _values(axis: Axis) -> JsonSchemaValue:
+    if axis.is_discrete:
+        return {"type": "array", "minItems": 1, "description": "The values, one by one."}
+    number: dict[str, Any] = {"type": "integer" if axis.kind == "randint" else "number"}
+    if axis.kind == "loguniform":
+        number["exclusiveMinimum"] = 0
+    return {"type": "array", "items": number, "minItems": 2, "maxItems": 2, "description": "Low and high."}
+
+
+def _searchable() -> list[str]:
+    """Dotted fields that may be searched or tied."""
+    found = []
+    for section, field in SweepSpec.model_fields.items():
+        for model in (field.annotation, *get_args(field.annotation)):
+            names = model.model_fields if isinstance(model, type) and issubclass(model, Section) else ()
+            found += [path for path in (f"{section}.{name}" for name in names) if _is_searchable(path)]
+    return list(dict.fromkeys(found))
+
+
+def _is_searchable(path: str) -> bool:
+    try:
+        check_searchable(path)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,188 @@
+"""What MLflow's own client finds in the store."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
+from orchestrator.spec.sections import TrackingSection
+from orchestrator.tracking import open_trackers
+from orchestrator.tracking.mlflow import MlflowTracker
+from orchestrator.tracking.protocol import TrialIdentity
+
+ONLY_MLFLOW = TrackingSection.model_validate({"tensorboard": False, "wandb": {"mode": "disabled"}, "mlflow": True})
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> TrialPaths:
+    return SweepPaths(tmp_path / "first").trial("a_00001")
+
+
+@pytest.fixture
+def spec(document: dict[str, Any]) -> SweepSpec:
+    return parse_spec(document)
+
+
+def test_a_trial_is_read_back(paths: TrialPaths, spec: SweepSpec) -> None:
+    tracker = MlflowTracker(_identity(paths, spec))
+    (run,) = _runs(paths)
+    assert run.info.status == "RUNNING"
+    for step in (1, 2, 3):
+        tracker.log(_point(step))
+    tracker.finish(_result(paths, spec, TrialState.COMPLETE, best_step=2))
+    (run,) = _runs(paths)
+    assert run.info.run_name == "a_00001"
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["state"] == "COMPLETE"
+    assert run.data.params == {name: str(value) for name, value in spec.trial_config({}).dotted().items()}
+    assert run.data.params["training.learning_rate"] == "0.0002"
+    assert _history(paths, "eval/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert _history(paths, "progress/tokens") == [(1, 10), (2, 20), (3, 30)]
+    assert _history(paths, "best/eval/loss") == [(2, 0.5)]
+    assert sorted(path.name for path in paths.sweep.iterdir()) == ["mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [("COMPLETE", "FINISHED"), ("STOPPED", "FINISHED"), ("CANCELLED", "KILLED"), ("FAILED", "FAILED")],
+)
+def test_stopped_is_not_failed(paths: TrialPaths, spec: SweepSpec, state: str, status: str) -> None:
+    MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState(state)))
+    (run,) = _runs(paths)
+    assert (run.info.status, run.data.tags["state"]) == (status, state)
+
+
+def test_a_resumed_trial_goes_on_in_its_run(paths: TrialPaths, spec: SweepSpec) -> None:
+    first = MlflowTracker(_identity(paths, spec))
+    first.log(_point(1))
+    first.finish(_result(paths, spec, TrialState.RUNNING))
+    (run,) = _runs(paths)
+    assert run.info.status == "RUNNING", "it goes on later"
+    MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.FAILED))
+    changed = parse_spec(spec.model_dump() | {"lora": {"rank": 4}})  # as PBT does
+    again = MlflowTracker(_identity(paths, changed, resumed_step=1))
+    assert [run.info.status for run in _runs(paths)] == ["RUNNING"]
+    again.log(_point(2))
+    again.finish(_result(paths, changed, TrialState.COMPLETE))
+    (now,) = _runs(paths)
+    assert now.info.run_id == run.info.run_id
+    assert (now.info.status, now.data.params["lora.rank"]) == ("FINISHED", "16")
+    assert _history(paths, "eval/loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_trials_that_begin_at_once_share_an_experiment(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from orchestrator.record import SweepPaths
+from orchestrator.spec import parse_spec
+from orchestrator.spec.sections import TrackingSection
+from orchestrator.tracking.mlflow import MlflowTracker
+from orchestrator.tracking.protocol import TrialIdentity
+spec = parse_spec({{"base": {{"model": "embedded"}}, "data": {{"source": "embedded", "format": "text"}}}})
+paths = SweepPaths(Path({str(tmp_path / "first")!r})).trial(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+MlflowTracker(TrialIdentity(paths, spec.trial_config({{}}), TrackingSection(), "eval/loss", 0))
+"""
+    names = ["a", "b"]
+    calls = [[sys.executable, "-c", code, name] for name in names]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True) for call in calls]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait() for process in started] == [0, 0]
+    assert sorted(run.info.run_name for run in _runs(SweepPaths(tmp_path / "first").trial("a"))) == names
+
+
+def test_an_address_in_the_environment_is_taken(
+    paths: TrialPaths, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    MlflowTracker(_identity(paths, spec)).log(_point(1))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("first")
+    assert experiment is not None
+    assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["a_00001"]
+    assert not paths.mlflow.exists()
+
+
+def test_a_server_that_is_down_is_told_and_stops_no_trial_that_goes_on(
+    paths: TrialPaths, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(Exception, match="Max retries exceeded"):
+            open_trackers(_identity(paths, spec))
+        trackers = open_trackers(_identity(paths, spec, resumed_step=1))
+    (warning,) = trackers.warnings
+    assert warning.startswith("MLflow failed and records no more of this trial: ")
+    trackers.log(_point(2))
+    assert paths.metrics.read_text().count("\n") == 1
+
+
+def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Path(__file__).parents[3] / "experiments" / "demo.yaml"
+    asked = ["tracking.mlflow=true"]
+    assert load_spec(demo, asked).tracking.mlflow
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if the extra were not installed
+    load_spec(demo)
+    with pytest.raises(Exception, match=r"tracking.mlflow needs the package mlflow") as told:
+        load_spec(demo, asked)
+    assert "pip install 'qlora-orchestrator[mlflow]'" in str(told.value)
+
+
+def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:
+    return TrialIdentity(paths, spec.trial_config({}), ONLY_MLFLOW, "eval/loss", resumed_step)
+
+
+def _point(step: int) -> MetricPoint:
+    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
+
+
+def _result(paths: TrialPaths, spec: SweepSpec, state: TrialState, best_step: int | None = None) -> TrialResult:
+    best = None
+    if best_step is not None:
+        values = _point(best_step).values
+        best = BestPoint(value=values["eval/loss"], step=best_step, values=values, adapter=f"adapters/step-{best_step}")
+    return TrialResult(
+        trial_id=paths.trial_id,
+        state=state,
+        config=spec.trial_config({}),
+        metric="eval/loss",
+        mode="min",
+        best=best,
+    )
+
+
+def _runs(paths: TrialPaths) -> list[Run]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{paths.mlflow / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(paths.sweep.name)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def _history(paths: TrialPaths, name: str) -> list[tuple[int, float]]:
+    (run,) = _runs(paths)
+    client = MlflowClient(tracking_uri=f"sqlite:///{paths.mlflow / 'mlflow.db'}")
+    return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))

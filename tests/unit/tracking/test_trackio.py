@@ -1,0 +1,139 @@
+"""What trackio's own readers find in its files."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RequestError
+from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
+from orchestrator.spec.sections import TrackingSection
+from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.trackio import TrackioTracker
+
+
+@pytest.fixture(scope="module")
+def of_sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrialPaths]:
+    """Trials of the one sweep of this process: the library reads its folder once."""
+    patch = pytest.MonkeyPatch()
+    for name in ("HF_TOKEN", "TRACKIO_DIR", "TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID"):
+        patch.delenv(name, raising=False)  # with a token it would ask the hub for its owner
+    paths = SweepPaths(tmp_path_factory.mktemp("trackio") / "first")
+    patch.setenv("TRACKIO_DIR", str(paths.trial("a").trackio))
+    yield paths.trial
+    patch.undo()
+
+
+@pytest.fixture
+def spec(document: dict[str, Any]) -> SweepSpec:
+    return parse_spec(document)
+
+
+def test_a_trial_is_read_back(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    pytest.importorskip("trackio")
+    paths = of_sweep("a_00001")
+    tracker = TrackioTracker(_identity(paths, spec))
+    for step in (1, 2, 3):
+        tracker.log(_point(step))
+    tracker.finish(_result(paths, spec, TrialState.STOPPED, best_step=2, step=3))
+    (run,) = _runs("a_00001")
+    assert run.config is not None
+    assert run.config["_Group"] == "first"
+    assert {name: run.config[name] for name in ("lora.rank", "base.model")} == {
+        "lora.rank": 16,
+        "base.model": "embedded",
+    }
+    logs = _logs(run)
+    assert [(log["step"], log["eval/loss"]) for log in logs if "eval/loss" in log] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert [log["progress/tokens"] for log in logs if "progress/tokens" in log] == [10, 20, 30]
+    assert [(log["step"], log["state"], log["best/eval/loss"]) for log in logs if "state" in log] == [
+        (3, "STOPPED", 0.5)
+    ]
+    assert [path.name for path in paths.sweep.iterdir()] == ["trackio"]
+
+
+def test_a_resumed_trial_goes_on_in_its_run(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    pytest.importorskip("trackio")
+    paths = of_sweep("a_00002")
+    first = TrackioTracker(_identity(paths, spec))
+    first.log(_point(1))
+    first.finish(_result(paths, spec, TrialState.RUNNING, step=1))
+    (run,) = _runs("a_00002")
+    again = TrackioTracker(_identity(paths, spec, resumed_step=1))
+    again.log(_point(2))
+    again.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
+    (now,) = _runs("a_00002")
+    assert now.id == run.id
+    assert [log["eval/loss"] for log in _logs(now) if "eval/loss" in log] == [1.0, 0.5]
+    assert [log["state"] for log in _logs(now) if "state" in log] == ["RUNNING", "COMPLETE"]
+
+
+def test_a_second_folder_in_a_process_is_refused(
+    of_sweep: Callable[[str], TrialPaths], spec: SweepSpec, tmp_path: Path
+) -> None:
+    pytest.importorskip("trackio")
+    paths = of_sweep("a_00003")
+    TrackioTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.COMPLETE, step=1))
+    with pytest.raises(RequestError, match=r"writes to .*first/trackio in this process, not to .*other/trackio"):
+        TrackioTracker(_identity(SweepPaths(tmp_path / "other").trial("b"), spec))
+
+
+def test_files_that_cannot_be_written_are_told(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    pytest.importorskip("trackio")
+    paths = of_sweep("a_00004")
+    tracker = TrackioTracker(_identity(paths, spec))
+    shutil.rmtree(paths.trackio)
+    paths.trackio.touch()
+    tracker.log(_point(1))
+    with pytest.raises(OSError, match=r"(?i)trackio"):
+        tracker.finish(_result(paths, spec, TrialState.COMPLETE, step=1))
+    paths.trackio.unlink()
+
+
+def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if the extra were not installed
+    with pytest.raises(RequestError, match=r"tracking.trackio needs the package trackio") as told:
+        load_spec(Path(__file__).parents[3] / "experiments" / "demo.yaml", ["tracking.trackio=true"])
+    assert told.value.remedy == "pip install 'qlora-orchestrator[trackio]'"
+
+
+def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:
+    return TrialIdentity(paths, spec.trial_config({}), TrackingSection(trackio=True), "eval/loss", resumed_step)
+
+
+def _point(step: int) -> MetricPoint:
+    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
+
+
+def _result(
+    paths: TrialPaths, spec: SweepSpec, state: TrialState, step: int, best_step: int | None = None
+) -> TrialResult:
+    best = None
+    if best_step is not None:
+        values = _point(best_step).values
+        best = BestPoint(value=values["eval/loss"], step=best_step, values=values, adapter=f"adapters/step-{best_step}")
+    return TrialResult(
+        trial_id=paths.trial_id,
+        state=state,
+        config=spec.trial_config({}),
+        metric="eval/loss",
+        mode="min",
+        step=step,
+        best=best,
+    )
+
+
+def _runs(name: str) -> list[Any]:
+    import trackio
+
+    return [run for run in trackio.Api().runs("orchestrator") if run.name == name]
+
+
+def _logs(run: Any) -> list[dict[str, Any]]:
+    import trackio
+
+    return list(trackio.SQLiteStorage.get_logs("orchestrator", run.name, run_id=run.id))
