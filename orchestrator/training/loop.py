@@ -55,7 +55,8 @@ class Ground:
     @classmethod
     def of(cls, base: BaseSection, data: PreparedData) -> "Ground":
         """Load the base, if it is not there already."""
-        return cls(kept(base), load_tokenizer(base), data, Rows.of(data.train), Rows.of(data.held_out))
+        tokenizer = load_tokenizer(base, data.chat_template)
+        return cls(kept(base), tokenizer, data, Rows.of(data.train), Rows.of(data.held_out))
 
     @property
     def longest(self) -> int:

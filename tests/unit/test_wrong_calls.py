@@ -268,7 +268,7 @@ MISUSES = [
         "held_out.source is the training source",
     ),
     _set("part of no source", ["data.held_out={share: 0.1, max_rows: 5}"], "data.held_out", "none is given"),
-    _set("configuration of a file", ["data.config=main"], "data", "config and split belong to a hub data set"),
+    _set("configuration of a file", ["data.config=main"], "data", "config belongs to a hub data set"),
     _set("warmup without an end", ["training.steps=20", "training.warmup=500"], "warmup (500 steps) must end before"),
     _set("tie to itself", ["search.tied.lora.alpha=2 * lora.alpha"], "reads lora.alpha, which is tied itself"),
     _set(

@@ -8,9 +8,9 @@ import pytest
 from tokenizers.processors import ByteLevel
 
 from orchestrator.data import render_prompt
-from orchestrator.data.prepare import IGNORED, Tokens, encode
+from orchestrator.data.encode import IGNORED, Tokens, encode
+from orchestrator.data.files import Row
 from orchestrator.data.render import render, template_columns
-from orchestrator.data.sources import Row
 from orchestrator.deploy.chat import Chat, PromptForm
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import PreparedData, load, prepare, save
-from orchestrator.data.prepare import IGNORED
+from orchestrator.data.encode import IGNORED
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
 
