@@ -39,12 +39,9 @@ class TokenRow:
     """All of it."""
     kept: Tokens | None
     """After the cut; None where it is dropped."""
+    num_cut: int
+    """Tokens over max_length."""
     answer: str
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether it was too long."""
-        return self.kept is None or len(self.kept.ids) < len(self.tokens.ids)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class TokenRows:
     @property
     def num_truncated(self) -> int:
         """Rows that were too long, in both parts."""
-        return sum(len(row.tokens.ids) > len(row.kept.ids) if row.kept else row.is_cut for row in self._all)
+        return sum(row.num_cut > 0 for row in self._all)
 
     @property
     def num_dropped(self) -> int:
@@ -202,11 +199,12 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
 def _tokenised(row: Row, data: DataSection, tokenizer: Any) -> TokenRow:
     example = render(row, data, tokenizer)
     tokens = encode(example, tokenizer, data)
-    return TokenRow(row.where, tokens, tokens.cut(data.max_length, data.truncate), example.answer)
+    kept, num_cut = tokens.cut(data.max_length, data.truncate), max(0, len(tokens.ids) - data.max_length)
+    return TokenRow(row.where, tokens, kept, num_cut, example.answer)
 
 
 def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:
-    long = [row for row in rows if len(row.tokens.ids) > max_length]
+    long = [row for row in rows if row.num_cut]
     if not long:
         return
     named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in long[:_MOST_NAMED])
