@@ -1,6 +1,7 @@
 """Local rows: a file of one of the kinds, a folder or a glob of them, or what `save_to_disk` has left."""
 
 import csv
+import glob
 import json
 import sys
 from collections.abc import Iterator
@@ -61,8 +62,8 @@ def data_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: the folder holds no data file ({kinds}), and no saved data set")
         return files
     if GLOB.search(str(path)):
-        found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it leaves hidden files out)
+        files = sorted(file for name in found if (file := Path(name)).is_file())
         if not files:
             raise DataError(f"{path}: no file matches")
         if strange := [file for file in files if file.suffix not in FILE_KINDS]:

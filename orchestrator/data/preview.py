@@ -143,7 +143,7 @@ def num_trained(tokens: Tokens) -> int:
 def pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[Piece]:
     """Runs of tokens that are trained or not, special or not, with their text."""
     special = set(tokenizer.all_special_ids)
-    found, at, text = [], 0, ""
+    found, at, given = [], 0, 0
     for (is_trained, is_special), run in groupby(
         zip(ids, trained, strict=True), key=lambda each: (each[1], each[0] in special)
     ):
@@ -151,8 +151,10 @@ def pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[
         at += count
         # What a run adds to the whole: by itself it might lose a space.
         whole = str(tokenizer.decode(ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        found.append(Piece(text=whole[len(text) :], num_tokens=count, is_trained=is_trained, is_special=is_special))
-        text = whole
+        if at < len(ids):
+            whole = whole.rstrip("\ufffd")  # a letter that is not whole yet
+        found.append(Piece(text=whole[given:], num_tokens=count, is_trained=is_trained, is_special=is_special))
+        given = len(whole)
     return found
 
 
