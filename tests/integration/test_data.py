@@ -24,6 +24,7 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.training.host import Host
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.trl import build_trainer, require_apart
 
@@ -194,6 +195,19 @@ def asks_as_trained(spec: SweepSpec, adapter: Path) -> None:
     assert written == "[user] How?</s>[assistant]"
     form = open_prompt_form(find_subject(str(adapter), "runs"))
     assert form.tokenizer.decode(form.ids("How?")) == written
+
+
+def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
+    written("a.jsonl", jsonl, of(turns))(tmp_path)
+    source = [
+        f"data.source={tmp_path / 'a.jsonl'}",
+        "data.format=messages",
+        "data.template=",
+        "data.held_out={count: 8}",
+    ]
+    spec = load_spec(DEMO, [*TINY, *source, f"data.chat_template={ASKING!r}"])
+    host = Host(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
+    assert host._ground(spec.base).tokenizer.chat_template == ASKING
 
 
 @pytest.fixture(scope="module")
