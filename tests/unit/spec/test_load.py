@@ -86,7 +86,7 @@ def test_globs_mixes_and_template_files_count_from_the_files_folder(
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
     _write(file.parent / "deep" / "chat.jinja", template)
     (file.parent / "saved").mkdir()
-    mix = "mix: [{source: a.csv}, {source: 'b/**/*.parquet'}, {source: saved, split: dev}, {source: owner/rows}]"
+    mix = "mix: [{source: a.csv}, {source: 'b/**/part-*'}, {source: saved, split: dev}, {source: owner/rows}]"
     held_out = "held_out: {mix: [{source: ../held.json}, {source: owner/held}]}"
     text = f"base: {{model: embedded}}\ndata:\n  {mix}\n  {held_out}\n  format: messages\n"
     _write(file, text + "  chat_template: deep/chat.jinja\n")
@@ -96,7 +96,7 @@ def test_globs_mixes_and_template_files_count_from_the_files_folder(
         found = [source.source for source in (*data.sources, *data.held_out.sources)]
         here = file.parent
         assert found == [
-            f"{here}/a.csv", f"{here}/b/**/*.parquet", f"{here}/saved", "owner/rows", f"{tmp_path}/held.json",
+            f"{here}/a.csv", f"{here}/b/**/part-*", f"{here}/saved", "owner/rows", f"{tmp_path}/held.json",
             "owner/held",
         ]  # fmt: skip
         assert [source.split for source in data.sources] == [None, None, "dev", "train"]
