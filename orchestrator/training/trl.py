@@ -54,18 +54,18 @@ def require_apart(trainer: Any) -> None:
     """See that the rows of a packed sequence know nothing of each other: not every base's attention heeds positions.
 
     Raises:
-        TrialError: other tokens in the first row change what the model makes of the last.
+        TrialError: other tokens in a row change what the model makes of the row behind it.
     """
     import torch
 
     packed = next((row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1), None)
     if packed is None:
         return
-    model, (first, *_, last) = trainer.model, packed["seq_lengths"]
+    model, (*_, before, last) = trainer.model, packed["seq_lengths"]
     inputs = trainer._prepare_inputs(trainer.data_collator([packed]))
     del inputs["labels"]
     changed = inputs["input_ids"].clone()
-    changed[0, :first] = changed[0, :first].flip(0).roll(1)
+    changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 1 or 0, and never what it was
     was_training = model.training
     model.eval()
     with torch.no_grad():
