@@ -43,8 +43,12 @@ def base_commit(base: BaseSection) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
 
 
-def load_tokenizer(base: BaseSection) -> Any:
+def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     """The base's tokenizer, with a padding token.
+
+    Args:
+        base: whose it is.
+        chat_template: writes conversations instead of its own.
 
     Raises:
         RequestError: there is no tokenizer of that name.
@@ -64,6 +68,8 @@ def load_tokenizer(base: BaseSection) -> Any:
         if base.pad_token not in tokenizer.get_vocab():
             raise RequestError(f"base.pad_token {base.pad_token!r} is not a token of {base.model}")
         tokenizer.pad_token = base.pad_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 

@@ -105,15 +105,17 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
     from huggingface_hub import EvalResult, ModelCardData
 
     base, data = hub_id(config.base.model), config.data
-    rows = data.held_out.source or data.source
-    of_hub = None if data.is_local(rows) else rows
+    scored = data.held_out.sources or data.sources
+    of_hub = scored[0] if len(scored) == 1 and not scored[0].is_local else None
+    rows = ", ".join(Path(source.source).name if source.is_local else source.source for source in scored)
+    hub_ids = list(dict.fromkeys(source.source for source in data.sources if not source.is_local))
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=of_hub or "local",
-            dataset_name=rows if of_hub else f"held-out rows of {Path(rows).name}",
-            dataset_config=data.held_out.config if data.held_out.source else data.config,
-            dataset_split=data.held_out.split if of_hub and data.held_out.source else None,
+            dataset_type=of_hub.source if of_hub else "local",
+            dataset_name=of_hub.source if of_hub else f"held-out rows of {rows}",
+            dataset_config=of_hub.config if of_hub else None,
+            dataset_split=of_hub.split if of_hub and data.held_out.sources else None,
             metric_type=metric.removeprefix("eval/"),
             metric_name=metric,
             metric_value=value,
@@ -127,7 +129,7 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
         tags=["lora"] if config.base.quantization == "none" else ["lora", "qlora"],
         base_model=base,
         base_model_relation=relation if base else None,
-        datasets=None if data.is_local(data.source) else [data.source],
+        datasets=hub_ids or None,
         model_name=name,
         eval_results=results or None,
     )
@@ -144,8 +146,10 @@ def _base(config: TrialConfig) -> str:
 
 def _prompts(data: DataSection) -> str:
     match data.format:
-        case "messages":
+        case "messages" | "sharegpt":
             return "conversations, by the chat template of the tokenizer"
+        case "alpaca":
+            return "instructions in Stanford Alpaca's form, up to `### Response:`"
         case "template":
             return f"in the form `{data.template}`, up to the last field"
         case "prompt":

@@ -53,8 +53,13 @@ def print_json(document: Any) -> None:
 def say_rows(console: "Console", record: "SweepRecord") -> None:
     """What became of rows that did not stay as they were."""
     info, most = record.info, record.info.spec.data.max_length
+    sources = info.sources if len(info.sources) > 1 else []
+    for source in sources:
+        weight = f", weight {source.weight:g}" if source.weight is not None else ""
+        line = f"rows: {source.num_taken} of the {source.num_read} of {source.source}{weight}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     told = [
-        (info.num_truncated, f"rows were cut to data.max_length={most} tokens"),
+        (info.num_truncated, f"rows were cut to data.max_length={most} tokens ({info.spec.data.truncate})"),
         (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
         (info.num_shared, "held-out rows are training rows too: their loss says little"),
     ]

@@ -1,5 +1,6 @@
 """Verbs that train: look at an experiment, run it, go on with it, watch it."""
 
+import json
 import os
 import sys
 import tempfile
@@ -56,6 +57,29 @@ def schema() -> None:
     from orchestrator.spec.manual.schema import spec_schema
 
     print_json(spec_schema())
+
+
+@app.command(epilog="Example: orchestrator data experiments/demo.yaml --rows 5 --set data.max_rows=200")
+def data(
+    file: File,
+    rows: Annotated[int, typer.Option(min=0, help="Show so many training rows, the first.")] = 3,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model sees them, what is trained on, lengths, and what is cut or dropped. Trains nothing."""
+    from orchestrator.report.data import say_data
+    from orchestrator.training.log_file import output_to
+
+    spec = load_spec(file, set_ or [])
+    # What libraries print meanwhile, such as a hub's progress, is no part of the answer.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, output_to(Path(os.devnull)):
+        from orchestrator.data.preview import preview
+
+        shown = preview(spec.data, spec.base, rows)
+        if as_json:
+            print(json.dumps(shown.model_dump(mode="json"), indent=2, allow_nan=False), file=own)
+        else:
+            say_data(console_on(own), shown)
 
 
 @app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")

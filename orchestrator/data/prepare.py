@@ -2,38 +2,24 @@
 
 import hashlib
 import json
-import random
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.render import Example, render, template_columns
-from orchestrator.data.sources import Row, read_rows
+from orchestrator.data.encode import IGNORED, Tokens, encode
+from orchestrator.data.files import Row
+from orchestrator.data.mix import split_rows
+from orchestrator.data.pack import packed
+from orchestrator.data.render import render
 from orchestrator.errors import DataError
+from orchestrator.record import SourceRows
 from orchestrator.record.files import building_beside
 from orchestrator.spec.sections import BaseSection, DataSection
 
-IGNORED = -100
-"""Label of a token that has no part in the loss (torch's cross entropy, transformers' collators)."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One row as the model sees it. `labels[i]` is `ids[i]` or IGNORED; both (tokens,)."""
-
-    ids: list[int]
-    labels: list[int]
-    num_prompt: int
-    """Tokens before the completion."""
-
-    def cut(self, max_length: int) -> "Tokens | None":
-        """The first so many; None where no token of them has a part in the loss."""
-        labels = self.labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            return None
-        return Tokens(self.ids[:max_length], labels, self.num_prompt)
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -45,108 +31,138 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """A row on its way to the model."""
+
+    where: str
+    tokens: Tokens
+    """All of it."""
+    kept: Tokens | None
+    """After the cut; None where it is dropped."""
+    num_cut: int
+    """Tokens over max_length."""
+    answer: str
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """All rows, in two parts, and the sequences that the training rows are laid into."""
+
+    train: list[TokenRow]
+    held_out: list[TokenRow]
+    sequences: list[list[int]] | None
+    """Of each its rows, by their places among the training rows that are kept; None where nothing is packed."""
+    sources: list[SourceRows]
+
+    @property
+    def kept(self) -> list[Tokens]:
+        """Training rows that are not dropped."""
+        return [row.kept for row in self.train if row.kept is not None]
+
+    @property
+    def kept_held_out(self) -> list[Tokens]:
+        """Held-out rows that are not dropped."""
+        return [row.kept for row in self.held_out if row.kept is not None]
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows that were too long, in both parts."""
+        return sum(row.num_cut > 0 for row in self._all)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that have no token in the loss after the cut, in both parts."""
+        return sum(row.kept is None for row in self._all)
+
+    @property
+    def num_shared(self) -> int:
+        """Held-out rows that are training rows too, token for token."""
+        return len({tuple(row.ids) for row in self.kept} & {tuple(row.ids) for row in self.kept_held_out})
+
+    @property
+    def _all(self) -> list[TokenRow]:
+        return [*self.train, *self.held_out]
+
+
+@dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows: `datasets.Dataset`s with columns input_ids and labels, and the held-out prompts."""
+    """Tokenised rows: `datasets.Dataset`s with columns input_ids and labels, and the held-out prompts.
+
+    Packed training rows have a column seq_lengths besides: tokens of each row of the sequence.
+    """
 
     train: Any
     held_out: Any
     prompts: list[Prompt]
     fingerprint: str
-    """Hash of all ids and labels."""
+    """Hash of all ids and labels, of where packed rows end, and of the chat template that was given."""
+    num_train: int
+    """Training rows; where they are packed, before that."""
     num_truncated: int
-    """Rows cut to max_length."""
+    """Rows that were longer than max_length."""
     num_dropped: int
     """Rows that had no token in the loss after the cut."""
     num_shared: int
     """Held-out rows that are training rows too, token for token."""
+    num_sequences: int | None
+    """Sequences that the training rows were packed into, or None."""
+    sources: list[SourceRows]
+    chat_template: str | None
+    """Writes conversations instead of the tokenizer's own."""
 
 
-def prepare(data: DataSection, base: BaseSection) -> PreparedData:
-    """Read, split and tokenise. The split depends on the data section alone, not on the trial.
+def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
+    """Read, split, tokenise, cut and pack. The split depends on the data section alone, not on the trial.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
-    if data.template:
-        template_columns(data.template)  # a malformed template is told before any file is read
-    tokenizer = load_tokenizer(base)
-    train, held_out = _split(data)
-    counts = {"truncated": 0, "dropped": 0}
+    split = split_rows(data)
+    train, held_out = ([_tokenised(row, data, tokenizer) for row in rows] for rows in (split.train, split.held_out))
+    if data.truncate == "error":
+        _require_short([*train, *held_out], data.max_length)
+    kept = [row.kept for row in train if row.kept is not None]
+    if not kept or all(row.kept is None for row in held_out):
+        raise DataError(f"data.max_length={data.max_length} leaves no token of any completion to learn from")
+    sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
+    return TokenRows(train, held_out, sequences, split.sources)
 
-    def tokenised(rows: list[Row]) -> tuple[list[Tokens], list[Prompt]]:
-        kept, prompts = [], []
-        for example in (render(row, data, tokenizer) for row in rows):
-            tokens = encode(example, tokenizer, data)
-            prompts.append(Prompt(tokens.ids[: tokens.num_prompt], example.answer))
-            counts["truncated"] += len(tokens.ids) > data.max_length
-            if (short := tokens.cut(data.max_length)) is None:
-                counts["dropped"] += 1
-            else:
-                kept.append(short)
-        if not kept:
-            raise DataError(f"data.max_length={data.max_length} leaves no token of any completion to learn from")
-        return kept, prompts if data.format != "text" else []
 
-    train_tokens, _ = tokenised(train)
-    held_out_tokens, prompts = tokenised(held_out)
+def prepare(data: DataSection, base: BaseSection) -> PreparedData:
+    """The rows of a sweep.
+
+    Raises:
+        DataError: a row or a source is not what the section says.
+    """
+    rows = tokenise(data, load_tokenizer(base, data.chat_template))
+    train, held_out = rows.kept, rows.kept_held_out
+    prompts = [Prompt(row.tokens.ids[: row.tokens.num_prompt], row.answer) for row in rows.held_out]
     return PreparedData(
-        train=_dataset(train_tokens),
-        held_out=_dataset(held_out_tokens),
-        prompts=prompts,
-        fingerprint=_fingerprint(train_tokens, held_out_tokens),
-        num_truncated=counts["truncated"],
-        num_dropped=counts["dropped"],
-        num_shared=len({tuple(row.ids) for row in train_tokens} & {tuple(row.ids) for row in held_out_tokens}),
+        train=_dataset(train) if rows.sequences is None else _packed_dataset(train, rows.sequences),
+        held_out=_dataset(held_out),
+        prompts=prompts if data.format != "text" else [],
+        fingerprint=fingerprint(rows, data),
+        num_train=len(train),
+        num_truncated=rows.num_truncated,
+        num_dropped=rows.num_dropped,
+        num_shared=rows.num_shared,
+        num_sequences=None if rows.sequences is None else len(rows.sequences),
+        sources=rows.sources,
+        chat_template=data.chat_template,
     )
 
 
-def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
-    """Token ids with exactly one BOS (where the tokenizer uses one) and one EOS at the ends.
-
-    Special tokens written in the text count; what is missing is added, except under a chat template, which says
-    itself how a conversation begins and ends.
-    """
-    prompt = _single_bos(example.prompt, tokenizer)
-    text = _single_eos(_single_bos(example.prompt + example.completion, tokenizer), tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    # A token belongs to the completion when it reaches past the prompt's last character.
-    parts = [
-        (i, end > len(prompt)) for i, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    if data.format != "messages":
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if _lacks_bos([i for i, _ in parts], tokenizer):
-            parts.insert(0, (bos, not prompt))
-        if eos is not None and parts[-1][0] != eos:
-            parts.append((eos, True))
-    ids = [i for i, _ in parts]
-    labels = [i if in_completion or data.loss_on == "all" else IGNORED for i, in_completion in parts]
-    return Tokens(ids, labels, sum(not in_completion for _, in_completion in parts))
-
-
-def encode_prompt(prompt: str, tokenizer: Any, data: DataSection) -> list[int]:
-    """Token ids of a prompt alone, the same as those it has before its completion in `encode`."""
-    ids: list[int] = tokenizer(_single_bos(prompt, tokenizer), add_special_tokens=False)["input_ids"]
-    return [tokenizer.bos_token_id, *ids] if data.format != "messages" and _lacks_bos(ids, tokenizer) else ids
-
-
-def _single_bos(text: str, tokenizer: Any) -> str:
-    if not tokenizer.bos_token:
-        return text
-    return re.sub(rf"^(\s*{re.escape(tokenizer.bos_token)})+", lambda _: tokenizer.bos_token, text)
-
-
-def _single_eos(text: str, tokenizer: Any) -> str:
-    if not tokenizer.eos_token:
-        return text
-    eos = re.escape(tokenizer.eos_token)
-    return re.sub(rf"(\s*){eos}(\s*{eos})*\s*$", lambda match: match[1] + tokenizer.eos_token, text)
-
-
-def _lacks_bos(ids: list[int], tokenizer: Any) -> bool:
-    """Whether BOS is missing in front, for a tokenizer that would have put it there."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]
+def fingerprint(rows: TokenRows, data: DataSection) -> str:
+    """Hash of all that trials are trained and evaluated on."""
+    digest = hashlib.sha256()
+    for part in (rows.kept, rows.kept_held_out):
+        for row in part:
+            digest.update(json.dumps([row.ids, row.labels]).encode())
+        digest.update(b"|")
+    for more in (rows.sequences, data.chat_template):
+        if more is not None:
+            digest.update(json.dumps(more).encode())
+    return digest.hexdigest()
 
 
 def save(prepared: PreparedData, folder: Path) -> None:
@@ -155,10 +171,11 @@ def save(prepared: PreparedData, folder: Path) -> None:
 
     disable_progress_bars()
     meta = {
-        "fingerprint": prepared.fingerprint,
-        "num_truncated": prepared.num_truncated,
-        "num_dropped": prepared.num_dropped,
-        "num_shared": prepared.num_shared,
+        name: getattr(prepared, name)
+        for name in ("fingerprint", "num_train", "num_truncated", "num_dropped", "num_shared", "num_sequences")
+    } | {
+        "sources": [source.model_dump(mode="json") for source in prepared.sources],
+        "chat_template": prepared.chat_template,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
     with building_beside(folder) as building:
@@ -174,38 +191,45 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
+    sources = [SourceRows.model_validate(source) for source in meta.pop("sources")]
     train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
-    return PreparedData(train, held_out, prompts, **meta)
+    return PreparedData(train, held_out, prompts, sources=sources, **meta)
 
 
-def _split(data: DataSection) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows."""
-    rows = read_rows(data.source, data.config, data.split, data.max_rows)
-    held_out = data.held_out
-    if held_out.source is not None:
-        return rows, read_rows(held_out.source, held_out.config, held_out.split, held_out.max_rows)
-    num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
-    if num_held_out >= len(rows):
-        raise DataError(f"data.held_out takes {num_held_out} of {len(rows)} rows: none is left to train on")
-    order = list(range(len(rows)))
-    random.Random(data.seed).shuffle(order)
-    chosen = set(order[:num_held_out])
-    return (
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
+def _tokenised(row: Row, data: DataSection, tokenizer: Any) -> TokenRow:
+    example = render(row, data, tokenizer)
+    tokens = encode(example, tokenizer, data)
+    kept, num_cut = tokens.cut(data.max_length, data.truncate), max(0, len(tokens.ids) - data.max_length)
+    return TokenRow(row.where, tokens, kept, num_cut, example.answer)
+
+
+def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:
+    long = [row for row in rows if row.num_cut]
+    if not long:
+        return
+    named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in long[:_MOST_NAMED])
+    more = f" and {len(long) - _MOST_NAMED} more" if len(long) > _MOST_NAMED else ""
+    raise DataError(
+        f"data.max_length={max_length}: {len(long)} of {len(rows)} rows have more tokens: {named}{more}",
+        "data.truncate is error: raise max_length, or set truncate to right or left.",
     )
 
 
-def _dataset(rows: list[Tokens]) -> Any:
+def _dataset(rows: Sequence[Tokens]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
 
 
-def _fingerprint(*parts: list[Tokens]) -> str:
-    digest = hashlib.sha256()
-    for rows in parts:
-        for row in rows:
-            digest.update(json.dumps([row.ids, row.labels]).encode())
-        digest.update(b"|")
-    return digest.hexdigest()
+def _packed_dataset(rows: Sequence[Tokens], sequences: Sequence[Sequence[int]]) -> Any:
+    """A row's first token has no loss: none of its own row stands before it."""
+    from datasets import Dataset
+
+    parts = [[rows[i] for i in sequence] for sequence in sequences]
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(chain.from_iterable(row.ids for row in part)) for part in parts],
+            "labels": [list(chain.from_iterable([IGNORED, *row.labels[1:]] for row in part)) for part in parts],
+            "seq_lengths": [[len(row.ids) for row in part] for part in parts],
+        }
+    )

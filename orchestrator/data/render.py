@@ -4,9 +4,22 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.data.sources import Row
+from orchestrator.data.files import Row
+from orchestrator.data.turns import Conversation, read_turns
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
+from orchestrator.spec.template import template_columns
+
+# From Stanford Alpaca's `train.py` (Apache-2.0), which rows of this form are written for.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +30,8 @@ class Example:
     completion: str
     answer: str
     """The completion without template, space and special tokens: what a generated answer is compared with."""
+    answers: list[tuple[int, int]] | None = None
+    """Where in the whole text each turn of the assistant stands, where more than the completion is learned."""
 
 
 def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
@@ -32,8 +47,10 @@ def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
             return Example("", text, text.strip())
         case "prompt":
             return _split(_string(row, "prompt"), _string(row, "completion"))
-        case "messages":
-            return _render_messages(row, tokenizer)
+        case "alpaca":
+            return _render_alpaca(row)
+        case "messages" | "sharegpt":
+            return _render_turns(row, data, tokenizer)
         case "template":
             return _render_template(row, data.template or "")
 
@@ -43,41 +60,30 @@ def render_prompt(text: str, data: DataSection, tokenizer: Any) -> str:
 
     A template with more than one prompt field cannot be filled from one text: it is then used as it stands.
     """
-    if data.format == "messages":
+    if data.has_turns:
         turn = {"role": "user", "content": text}
         text = str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+    elif data.format == "alpaca":
+        text = _fill(_template_parts(_ALPACA), {"instruction": text})
     elif data.format == "template":
-        head, _ = _template_parts(data.template or "")
+        head, _ = _at_last_column(data.template or "")
         columns = {name for _, name in head if name is not None}
         if len(columns) == 1:
             text = _fill(head, dict.fromkeys(columns, text))
     return text.rstrip()
 
 
-def template_columns(template: str) -> list[str]:
-    """Columns that a template reads, in order.
-
-    Raises:
-        DataError: the template is malformed, or has no column.
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"data.template {template!r}: {error}", "Write a literal brace twice: {{ or }}.") from error
-    columns = [name for _, name, _, _ in parts if name is not None]
-    plain = all(not form and not conversion for _, _, form, conversion in parts)
-    if not columns or not plain or any(not name.isidentifier() for name in columns):
-        raise DataError(f"data.template {template!r}: needs {{column}} fields with plain names, got {columns}")
-    return columns
-
-
 _Parts = list[tuple[str, str | None]]
 """Literal text, each followed by a column or by nothing."""
 
 
-def _template_parts(template: str) -> tuple[_Parts, _Parts]:
+def _template_parts(template: str) -> _Parts:
+    return [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+
+
+def _at_last_column(template: str) -> tuple[_Parts, _Parts]:
     """A template in two: up to its last column, and from there on."""
-    parts: _Parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    parts = _template_parts(template)
     last = max(i for i, (_, name) in enumerate(parts) if name is not None)
     text, name = parts[last]
     return [*parts[:last], (text, None)], [("", name), *parts[last + 1 :]]
@@ -90,26 +96,32 @@ def _fill(parts: _Parts, values: dict[str, str]) -> str:
 def _render_template(row: Row, template: str) -> Example:
     columns = template_columns(template)
     values = {name: _string(row, name) for name in columns}
-    head, tail = _template_parts(template)
+    head, tail = _at_last_column(template)
     return _split(_fill(head, values), _fill(tail, values), values[columns[-1]])
 
 
-def _render_messages(row: Row, tokenizer: Any) -> Example:
-    messages = row.values.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise DataError(f"{row.where}: column messages must be a list of turns, got {messages!r:.80}")
-    for turn in messages:
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise DataError(f"{row.where}: each turn needs a role and a content, got {turn!r:.80}")
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"{row.where}: the last turn must be the assistant's and not empty")
+def _render_alpaca(row: Row) -> Example:
+    values = {name: _string(row, name) for name in ("instruction", "output")}
+    template = _ALPACA
+    if row.values.get("input") not in (None, ""):
+        template, values["input"] = _ALPACA_WITH_INPUT, _string(row, "input")
+    return _split(_fill(_template_parts(template), values), values["output"])
+
+
+def _render_turns(row: Row, data: DataSection, tokenizer: Any) -> Example:
     if tokenizer.chat_template is None:
-        raise DataError("data.format messages: the tokenizer of the base has no chat template", "Use format template.")
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)).rstrip()
-    if not whole.startswith(prompt):
-        raise DataError(f"{row.where}: the chat template renders the prompt alone otherwise than with its answer")
-    return Example(prompt, whole[len(prompt) :], messages[-1]["content"].strip())
+        raise DataError(
+            f"data.format {data.format}: the tokenizer of the base has no chat template",
+            "Give one in a file: data.chat_template; or use format template.",
+        )
+    conversation = Conversation(read_turns(row, data), row.where, tokenizer)
+    whole, start = conversation.whole, conversation.prompt_end
+    answer = conversation.turns[-1]["content"].strip()
+    if not answer:  # it calls a tool: what the template makes of that
+        ids = tokenizer(whole[start:], add_special_tokens=False)["input_ids"]
+        answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    answers = conversation.answers() if data.loss_on == "assistant" else None
+    return Example(whole[:start], whole[start:], answer, answers)
 
 
 def _split(prompt: str, completion: str, answer: str | None = None) -> Example:

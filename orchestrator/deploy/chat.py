@@ -33,7 +33,7 @@ class PromptForm:
     @property
     def takes_turns(self) -> bool:
         """Whether conversations can be asked; else each question stands alone."""
-        return self.data.format == "messages" if self.data else self.tokenizer.chat_template is not None
+        return self.data.has_turns if self.data else self.tokenizer.chat_template is not None
 
     def ids(self, question: Question) -> list[int]:
         """Token ids (tokens,) of what the model is to go on with.
@@ -50,7 +50,7 @@ class PromptForm:
             trained = f"on format {self.data.format}" if self.data else "without a chat template"
             raise RequestError(
                 f"the adapter was trained {trained}, which has no place for a system prompt or earlier turns",
-                "Give single questions; only format messages knows conversations.",
+                "Give single questions; only formats messages and sharegpt know conversations.",
             )
         text = turns[0]["content"]
         if self.data is None:

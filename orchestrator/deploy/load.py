@@ -77,7 +77,9 @@ def load_own_tokenizer(subject: Subject) -> Any:
     Raises:
         RequestError: there is none.
     """
-    if subject.config is not None or not (subject.adapter / "tokenizer_config.json").is_file():
+    if subject.config is not None:
+        return load_tokenizer(subject.base, subject.config.data.chat_template)
+    if not (subject.adapter / "tokenizer_config.json").is_file():
         return load_tokenizer(subject.base)
     from transformers import AutoTokenizer
 

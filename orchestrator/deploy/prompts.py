@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.adapters.generate import answer
-from orchestrator.data.sources import Row, read_rows
+from orchestrator.data.files import Row
+from orchestrator.data.sources import read_rows
 from orchestrator.deploy.chat import Chat, PromptForm, Question, Sampling
 from orchestrator.errors import DataError, RequestError
+from orchestrator.spec.sections import Source
 
 _AT_A_TIME = 8
 """Batches between two writes: prompts of like length go together, and those in a write can be sorted."""
@@ -44,7 +46,7 @@ def read_prompts(path: Path, form: PromptForm) -> list[Asked]:
     if path.suffix not in (".jsonl", ".txt"):
         raise DataError(f"{path}: must be a .jsonl or a .txt file")
     asked = []
-    for row in read_rows(str(path.resolve()), None, "", None) if path.suffix == ".jsonl" else _read_lines(path):
+    for row in read_rows(Source(source=str(path.resolve()))) if path.suffix == ".jsonl" else _read_lines(path):
         question = _question(row)
         try:
             asked.append(Asked(question, form.ids(question)))

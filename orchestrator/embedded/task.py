@@ -55,6 +55,10 @@ def plain_line(rng: Random, skill: Skill) -> tuple[str, str]:
     return " ".join(words), skill.solve(operands)
 
 
+COLUMNS = ("question", "answer")
+"""Of the fine-tuning rows."""
+
+
 def rows(count: int = 2000, seed: int = 0) -> list[dict[str, str]]:
     """`count` fine-tuning rows with the columns `question` and `answer`; no question comes twice."""
     rng = Random(seed)

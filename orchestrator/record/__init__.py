@@ -1,6 +1,14 @@
 """What a sweep leaves: one folder that is the truth."""
 
-from orchestrator.record.models import BestPoint, MetricPoint, RowScores, SweepInfo, TrialResult, TrialState
+from orchestrator.record.models import (
+    BestPoint,
+    MetricPoint,
+    RowScores,
+    SourceRows,
+    SweepInfo,
+    TrialResult,
+    TrialState,
+)
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
     SweepRecord,
@@ -17,6 +25,7 @@ __all__ = [
     "BestPoint",
     "MetricPoint",
     "RowScores",
+    "SourceRows",
     "SweepInfo",
     "SweepPaths",
     "SweepRecord",

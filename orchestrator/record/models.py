@@ -137,6 +137,18 @@ class TrialResult(Record):
         return self.applied.get("num_trainable_parameters")
 
 
+class SourceRows(Record):
+    """What one source gave."""
+
+    source: str
+    weight: float | None
+    """Of the mix, where it has weights."""
+    num_read: int
+    """Rows that it has, or that were read of it."""
+    num_taken: int
+    """Rows of it that are used."""
+
+
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
@@ -157,6 +169,10 @@ class SweepInfo(Record):
     """Rows that had no token to learn from after the cut."""
     num_shared: int
     """Held-out rows that are training rows too, token for token."""
+    num_sequences: int | None = None
+    """Sequences that the training rows were packed into; None where each is one by itself."""
+    sources: list[SourceRows] = []
+    """Where the rows came from."""
     versions: dict[str, str]
     """Package -> version on the driver."""
     git_commit: str | None

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestrator.errors import RequestError
-from orchestrator.record.models import SweepInfo
+from orchestrator.record.models import SourceRows, SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
@@ -59,6 +59,8 @@ def describe_sweep(
     num_truncated: int,
     num_dropped: int,
     num_shared: int,
+    num_sequences: int | None,
+    sources: list[SourceRows],
 ) -> SweepInfo:
     """The sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
@@ -72,6 +74,8 @@ def describe_sweep(
         num_truncated=num_truncated,
         num_dropped=num_dropped,
         num_shared=num_shared,
+        num_sequences=num_sequences,
+        sources=sources,
         versions=installed_versions(),
         git_commit=_git_commit(),
     )

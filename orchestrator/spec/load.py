@@ -11,10 +11,14 @@ from orchestrator.errors import SpecError
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
 from orchestrator.spec.search import read_path, write_keys
+from orchestrator.spec.sections import FILE_KINDS, GLOB
 from orchestrator.spec.sweep_spec import SweepSpec
+from orchestrator.spec.template import is_chat_template
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
+_LISTS_OF_PATHS = ("data.mix", "data.held_out.mix")
+_TEMPLATE = "data.chat_template"
 # These maps have dotted field names as keys, so the rest of an override's path is one key.
 _FLAT_MAPS = ("search.space.", "search.tied.")
 
@@ -123,17 +127,44 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
-    """Make local paths absolute. A hub id stays as it is, unless a file of that name lies in `folder`."""
+    """Make local paths absolute, and put the text of a template file in its place."""
     for field in _PATH_FIELDS:
-        try:
-            value = read_path(document, field)
-        except (KeyError, TypeError):
-            continue
-        if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
-            continue
-        try:
-            local = folder / Path(value).expanduser()
-            if value.startswith((".", "~")) or value.endswith((".jsonl", ".json")) or local.exists():
-                write_keys(document, field.split("."), str(local.resolve()))
-        except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
-            raise SpecError(f"{field}: {value!r:.80} is not a path: {error}") from error
+        if (value := _look_up(document, field)) is not None:
+            write_keys(document, field.split("."), _anchored(field, value, folder))
+    for field in _LISTS_OF_PATHS:
+        sources = _look_up(document, field)
+        for i, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict) and "source" in source:
+                source["source"] = _anchored(f"{field}.{i}.source", source["source"], folder)
+    value = _look_up(document, _TEMPLATE)
+    if isinstance(value, str) and not is_chat_template(value):
+        write_keys(document, _TEMPLATE.split("."), _read_template(value, folder))
+
+
+def _look_up(document: dict[str, Any], field: str) -> Any:
+    try:
+        return read_path(document, field)
+    except (KeyError, TypeError):
+        return None
+
+
+def _anchored(field: str, value: Any, folder: Path) -> Any:
+    """A local path, or a glob, from the root on. A hub id stays as it is, unless a file of that name is in `folder`."""
+    if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
+        return value
+    try:
+        local = folder / Path(value).expanduser()
+        is_path = value.startswith((".", "~")) or value.endswith(FILE_KINDS) or GLOB.search(value) is not None
+        return str(local.resolve()) if is_path or local.exists() else value
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+        raise SpecError(f"{field}: {value!r:.80} is not a path: {error}") from error
+
+
+def _read_template(value: str, folder: Path) -> str:
+    try:
+        return (folder / Path(value).expanduser()).read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(
+            f"{_TEMPLATE}: {value!r:.80} cannot be read: {reason}", "Give a file with a Jinja template."
+        ) from error

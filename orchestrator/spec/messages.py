@@ -1,6 +1,7 @@
 """Validation errors in a person's words."""
 
 import difflib
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,8 +31,11 @@ def _unknown_field(location: tuple[int | str, ...], root: type[BaseModel] | None
     *parents, name = (str(part) for part in location)
     model: type[BaseModel] | None = root
     for parent in parents:
+        if parent.isdecimal():  # of a list of sections
+            continue
         field = model.model_fields.get(parent) if model else None
         annotation = field.annotation if field else None
+        annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     where = ".".join([*parents, name])
     if model is None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
+from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.messages import describe
 from orchestrator.spec.search import SearchSection, evaluate_tie, read_path, write_keys
 from orchestrator.spec.sections import (
@@ -62,6 +63,17 @@ class SweepSpec(Section):
         known = ["eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in self.evaluation.metrics)]
         if self.search.metric not in known:
             raise ValueError(f"search.metric {self.search.metric!r} is not measured; one of {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _embedded_rows_have_the_columns(self) -> Self:
+        for source in (*self.data.sources, *self.data.held_out.sources):
+            missing = [column for column in self.data.columns if column not in COLUMNS]
+            if source.source == "embedded" and missing:
+                raise ValueError(
+                    f"data.source embedded: there is no column {missing[0]!r} for format {self.data.format}; "
+                    f"columns: {', '.join(COLUMNS)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -301,7 +301,7 @@ class Host:
         if self._rows is None:
             self._rows = Rows.of(self._data.train), Rows.of(self._data.held_out)
         if base not in self._tokenizers:
-            self._tokenizers[base] = load_tokenizer(base)
+            self._tokenizers[base] = load_tokenizer(base, self._data.chat_template)
         return Ground(kept(base), self._tokenizers[base], self._data, *self._rows)
 
     def _why_alone(self, config: TrialConfig) -> str | None:

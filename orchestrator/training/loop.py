@@ -18,7 +18,7 @@ from orchestrator.training.fast.engine import Engine
 from orchestrator.training.fast.pack import Work
 from orchestrator.training.fast.row import Rows
 from orchestrator.training.fast.slot import Slot
-from orchestrator.training.trl import TrlLoop, build_trainer
+from orchestrator.training.trl import TrlLoop, build_trainer, require_apart
 
 
 class Loop(Protocol):
@@ -55,7 +55,8 @@ class Ground:
     @classmethod
     def of(cls, base: BaseSection, data: PreparedData) -> "Ground":
         """Load the base, if it is not there already."""
-        return cls(kept(base), load_tokenizer(base), data, Rows.of(data.train), Rows.of(data.held_out))
+        tokenizer = load_tokenizer(base, data.chat_template)
+        return cls(kept(base), tokenizer, data, Rows.of(data.train), Rows.of(data.held_out))
 
     @property
     def longest(self) -> int:
@@ -110,6 +111,8 @@ def open_loop(config: TrialConfig, ground: Ground, seat: Seat | str | None, chec
     trainer = build_trainer(config, model, ground.tokenizer, ground.data, checkpoints)
     if isinstance(seat, Seat):
         return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
+    if config.data.packing:
+        require_apart(trainer)
     return TrlLoop(trainer, config.training)
 
 

@@ -28,11 +28,13 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
         paths,
         is_single_trial=is_single_trial,
         data_fingerprint=prepared.fingerprint,
-        num_train=len(prepared.train),
+        num_train=prepared.num_train,
         num_held_out=len(prepared.held_out),
         num_truncated=prepared.num_truncated,
         num_dropped=prepared.num_dropped,
         num_shared=prepared.num_shared,
+        num_sequences=prepared.num_sequences,
+        sources=prepared.sources,
     )
     write_record(building.sweep, info)
     building.root.chmod(0o755)

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.data import PreparedData
+from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
@@ -15,6 +16,9 @@ from orchestrator.training.applied import read_back, set_rate
 from orchestrator.training.fast.pack import Work
 from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
+
+APART = 1e-3
+"""What logits of the same tokens may differ by, where the tokens beside them are others."""
 
 
 def import_trainer() -> None:
@@ -51,6 +55,49 @@ class TrlLoop:
         return read_back(self.trainer.model, self.trainer.optimizer)
 
 
+def require_apart(trainer: Any) -> None:
+    """See that the rows of a packed sequence know nothing of each other: not every base's attention heeds positions.
+
+    Raises:
+        TrialError: other tokens in a row change what the model makes of the row behind it.
+    """
+    import torch
+
+    packed = next((row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1), None)
+    if packed is None:
+        return
+    model, (*_, before, last) = trainer.model, packed["seq_lengths"]
+    inputs = trainer._prepare_inputs(trainer.data_collator([packed]))
+    del inputs["labels"]
+    changed = inputs["input_ids"].clone()
+    changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 1 or 0, and never what it was
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        own, other = (
+            model(**{**inputs, "input_ids": ids}).logits[0, -last:].float() for ids in (inputs["input_ids"], changed)
+        )
+    model.train(was_training)
+    if not torch.allclose(own, other, atol=APART, rtol=APART):
+        raise TrialError(
+            f"data.packing: on this base packed rows see each other: {(own - other).abs().max():.2g} in the logits",
+            "Set data.packing: false.",
+        )
+
+
+class _Collator:
+    """SFTTrainer's own: a batch of packed rows is one sequence with positions that begin anew, others are padded."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        self._padded = DataCollatorForLanguageModeling(pad_token_id)
+        self._packed = DataCollatorForLanguageModeling(pad_token_id, padding_free=True)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return (self._packed if "seq_lengths" in rows[0] else self._padded)(rows)  # type: ignore[no-any-return]
+
+
 class _OwnRate(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """`set_rate` once the Trainer has loaded a checkpoint."""
 
@@ -75,7 +122,6 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
     import torch
     from peft import PeftModel
     from trl import SFTConfig, SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     training = config.training
     precision = resolve_precision(training)
@@ -117,7 +163,7 @@ def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: Prepare
         eval_dataset=data.held_out,
         processing_class=tokenizer,
         # SFTTrainer's own, for which it would lay out the whole vocabulary, to look for the padding token.
-        data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id),
+        data_collator=_Collator(tokenizer.pad_token_id),
         peft_config=None if isinstance(model, PeftModel) else lora_config(config),
     )
     dtype = getattr(torch, training.adapter_dtype)

@@ -33,6 +33,7 @@ from orchestrator.errors import DataError, RequestError
 from orchestrator.record import SweepPaths
 from orchestrator.report.evaluation import evaluation_table
 from orchestrator.spec import load_spec
+from orchestrator.spec.sections import Source
 from orchestrator.training.local import run_local_trial
 
 pytestmark = pytest.mark.slow
@@ -253,7 +254,7 @@ def test_rows_of_a_file_are_those_that_training_would_make_of_it(
     trained: SweepPaths, subject: Subject, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    lines = [json.dumps(row.values) + "\n" for row in read_rows("embedded", None, "train", 2000)]
+    lines = [json.dumps(row.values) + "\n" for row in read_rows(Source(source="embedded"))]
     file.write_text("".join(lines))
     made = rows_of_file(subject, file)
     by_ids = {tuple(row["input_ids"]): row["labels"] for row in made.tokens}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ class Trained:
     """Step -> what was measured, and the norm of the update so far in the trainer's model."""
     events: list[str] = field(default_factory=list)
     batches: dict[int, list[Any]] = field(default_factory=dict)
-    """Optimizer steps done -> the rows of the next: (tokens, labels but the first), each."""
+    """Optimizer steps done -> the rows of the next, those of packed ones too: (tokens, labels but the first), each."""
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     end: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -106,14 +107,23 @@ def watch_rows(trainer: Any, batches: dict[int, list[Any]], patched: pytest.Monk
     training_step, step = trainer.training_step, Engine.step
 
     def watched_training_step(model: Any, inputs: Any, *rest: Any) -> Any:
-        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True):
-            keep(ids[mask.bool()], labels[mask.bool()][1:])
+        if "attention_mask" in inputs:
+            for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True):
+                keep(ids[mask.bool()], labels[mask.bool()][1:])
+        else:  # packed rows
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten()[1:].cpu()
+            parts = (inputs[name][0].tensor_split(starts) for name in ("input_ids", "labels"))
+            for ids, labels in zip(*parts, strict=True):
+                keep(ids, labels[1:])
         return training_step(model, inputs, *rest)
 
     def watched_step(engine: Engine, spans: Any) -> Any:
         for span in spans:
             for index in span.indices:
-                keep(span.rows.ids(index), span.rows.targets(index)[:-1])
+                ends = span.rows.ends(index)[:-1]
+                parts = (np.split(values(index), ends) for values in (span.rows.ids, span.rows.targets))
+                for ids, targets in zip(*parts, strict=True):
+                    keep(ids, targets[:-1])
         return step(engine, spans)
 
     trainer.training_step = watched_training_step
@@ -217,6 +227,10 @@ SETTINGS = {
         "lora.target_modules=[q_proj, v_proj]", "lora.rank=5", "training.max_grad_norm=0.05", "training.batch_size=24",
         "training.schedule=linear", "training.warmup=2", "training.steps=6", "training.eval_steps=3",
     ],
+    "packed rows": [
+        "data.packing=true", "data.max_length=128", "training.batch_size=2", "training.steps=6",
+        "training.eval_steps=3",
+    ],
     "the base not quantised, recompute, seed": [
         "base.quantization=none", "training.recompute=true", "training.seed=7", "training.steps=4",
     ],
@@ -242,6 +256,8 @@ def test_a_few_steps_are_those_of_sfttrainer(setting: str, tmp_path: Path, monke
         assert passes >= 6 * 4
     if setting.startswith("accumulation"):
         assert [len(rows) for rows in fast.batches.values()] == [28, 12] * 2 + [28]
+    if setting == "packed rows":
+        assert all(len(rows) >= 5 for rows in fast.batches.values()), "several rows in each of two sequences"
     norms = fast.column("grad_norm")
     assert all(norm > 0.05 for norm in norms), "clipped where it is small"
 

@@ -57,6 +57,12 @@ def _rows(name: str, rows: str | bytes, *words: str, format: str = "text") -> Wr
     return Wrong(name, ["trial", "x.yaml", *_options(overrides)], words, {"rows.jsonl": rows})
 
 
+def _file(name: str, file: str, content: str, *words: str) -> Wrong:
+    """A wrong data file of another kind."""
+    overrides = ["data={source: ./" + file + ", format: text}"]
+    return Wrong(name, ["trial", "x.yaml", *_options(overrides)], words, {file: content})
+
+
 def _call(name: str, call: list[str], *words: str) -> Wrong:
     return Wrong(name, call, words)
 
@@ -106,6 +112,15 @@ FIELDS = [
         "resources: trials_per_gpu=2 shares one GPU",
         "gpus_per_trial=2",
     ),
+    _set("missing template file", ["data.chat_template=nope.jinja"], "data.chat_template: 'nope.jinja' cannot be read"),
+    _set(
+        "template file that is none",
+        ["data={source: x/y, format: messages, chat_template: x.yaml}"],
+        "chat_template",
+        "is no Jinja template",
+    ),
+    _set("negative rows", ["data.max_rows=0"], "data.max_rows", "greater than or equal to 1"),
+    _set("unknown field of a mix", ["data.mix=[{source: a, wieght: 1}]"], "data.mix.0.wieght", "did you mean weight?"),
     _set("held out two ways", ["data.held_out={share: 0.1, count: 3}"], "data.held_out", "exactly one of", "'count'"),
     _set("held out no way", ["data.held_out={}"], "data.held_out", "exactly one of share, count, source"),
     _set("no template", ["data.template="], "data: format template needs a template"),
@@ -196,6 +211,46 @@ DATA = [
         "last turn must be the assistant's",
         format="messages",
     ),
+    _file(
+        "CSV with a field too many", "rows.csv", "text\na\nb,c\n", "rows.csv:3: has 2 fields, and the header 1: text"
+    ),
+    _file(
+        "JSON array with a number", "rows.json", '[{"text": "a"},\n3]', "rows.json:2: must be a JSON object, got int"
+    ),
+    _file("Parquet that is none", "rows.parquet", "PAR", "rows.parquet: is not Parquet"),
+    _file("a kind that is not known", "rows.txt", "a\n", "rows.txt: is of no known kind", ".jsonl"),
+    _file("CSV with an empty value", "rows.csv", 'text\na\n" "\n', "rows.csv:3", "'text' is empty"),
+    _rows("conversations of text", '{"conversations": 1}\n' * 2, "rows.jsonl:", "list of turns", format="sharegpt"),
+    _rows("instruction without output", '{"instruction": "a"}\n' * 2, "no column 'output'", format="alpaca"),
+    _rows(
+        "tools the template leaves out",
+        '{"tools": [{"name": "f"}], "messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}]}\n' * 2,
+        "rows.jsonl:",
+        "leaves the column tools out",
+        format="messages",
+    ),
+    _trial("glob without files", ["data={source: 'a/*.csv', format: text}"], "a/*.csv: no file matches"),
+    _trial(
+        "rows too long for error",
+        ["data.max_length=8", "data.truncate=error"],
+        "data.max_length=8: 2000 of 2000 rows have more tokens: embedded:",
+        "and 1997 more",
+        "data.truncate is error",
+    ),
+    _trial("missing file of a mix", ["data.source=", "data.mix=[{source: nope.csv}]"], "nope.csv: there is no such"),
+    Wrong(
+        "held-out file in the training folder",
+        ["trial", "x.yaml", *_options(["data={source: ., format: text, held_out: {source: ./rows.jsonl}}"])],
+        ("data.held_out: ", "rows.jsonl is among the training rows"),
+        {"rows.jsonl": '{"text": "a"}\n'},
+    ),
+    Wrong(
+        "preview of a bad row",
+        ["data", "x.yaml", *_options(["data={source: rows.jsonl, format: text}"])],
+        ("rows.jsonl:2", "no column 'text'"),
+        {"rows.jsonl": '{"text": "a"}\n{}\n'},
+    ),
     _trial("missing data file", ["data.source=nope.jsonl"], "nope.jsonl: there is no such data file"),
     _trial("missing held-out file", ["data.held_out={source: ./nope}"], "nope: there is no such data file"),
     _trial("no such data set", ["data.source=nobody/nothing"], "nobody/nothing", "cannot be loaded from the hub"),
@@ -235,6 +290,7 @@ CALLS = [
     _call("no such verb", ["swep", "x.yaml"], "swep"),
     _call("no such option", ["check", "x.yaml", "--jsn"], "--jsn"),
     _call("no file", ["check"], "file"),
+    _call("rows below zero", ["data", "x.yaml", "--rows", "-1"], "--rows"),
     _call("no such port", ["board", "sweeps/open", "--port", "70000"], "--port", "65535"),
     *(
         _call(f"{verb} of no sweep", [verb, "nope"], "nope: there is no such sweep", "--output")
@@ -268,7 +324,7 @@ MISUSES = [
         "held_out.source is the training source",
     ),
     _set("part of no source", ["data.held_out={share: 0.1, max_rows: 5}"], "data.held_out", "none is given"),
-    _set("configuration of a file", ["data.config=main"], "data", "config and split belong to a hub data set"),
+    _set("configuration of a file", ["data.config=main"], "data", "config belongs to a hub data set"),
     _set("warmup without an end", ["training.steps=20", "training.warmup=500"], "warmup (500 steps) must end before"),
     _set("tie to itself", ["search.tied.lora.alpha=2 * lora.alpha"], "reads lora.alpha, which is tied itself"),
     _set(

@@ -10,9 +10,10 @@ from orchestrator.adapters.bundle import read_scores
 from orchestrator.adapters.generate import answer, matches
 from orchestrator.base import device_name, load_tokenizer
 from orchestrator.data import Prompt, load, prepare
-from orchestrator.data.prepare import encode
+from orchestrator.data.encode import encode
+from orchestrator.data.files import Row
 from orchestrator.data.render import render
-from orchestrator.data.sources import Row, read_rows
+from orchestrator.data.sources import read_rows
 from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
@@ -23,7 +24,7 @@ from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
-from orchestrator.spec.sections import DataSection, EvaluationSection, TrainingSection
+from orchestrator.spec.sections import DataSection, EvaluationSection, Source, TrainingSection
 
 TOLERANCE = 5e-4
 """Most that the loss of the form `adapter` may differ from the recorded one without a word."""
@@ -191,19 +192,19 @@ def own_rows(subject: Subject, limit: int | None = None) -> Rows:
 
 
 def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows:
-    """Rows of a JSONL file, written as those that the adapter was trained on.
+    """Rows of a file, written as those that the adapter was trained on.
 
     Args:
         subject: the adapter; for one that does not say how its rows were written, the columns tell the format.
-        file: one JSON object a line, in the columns of the training file.
+        file: of any kind that rows may be in, or a folder or glob of them, in the columns of the training file.
         limit: take only the first rows.
 
     Raises:
         DataError: the file cannot be read, or rows are bad; the message names file and line of each.
     """
-    found = read_rows(str(file.resolve()), None, "train", limit)
+    found = read_rows(Source(source=str(file.resolve()), max_rows=limit))
     section = subject.config.data if subject.config else _section(found[0], file)
-    tokenizer = load_tokenizer(subject.base)
+    tokenizer = load_tokenizer(subject.base, section.chat_template)
     tokens: list[Mapping[str, list[int]]] = []
     prompts: list[Prompt] = []
     faults: dict[str, None] = {}  # one that is not the row's own, such as no chat template, comes once
@@ -214,7 +215,7 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
             faults[error.message] = None
             continue
         encoded = encode(example, tokenizer, section)
-        short = encoded.cut(section.max_length)
+        short = encoded.cut(section.max_length, section.truncate)
         if short is None:
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
             continue

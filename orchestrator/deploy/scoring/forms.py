@@ -67,7 +67,7 @@ def open_form(subject: Subject, form: Form, dtype: str) -> Iterator[Opened]:
     Raises:
         RequestError: its base cannot be loaded.
     """
-    tokenizer = load_tokenizer(subject.base)
+    tokenizer = load_tokenizer(subject.base, subject.config.data.chat_template if subject.config else None)
     model = _open(subject, form, dtype)
     model.eval()
     try:

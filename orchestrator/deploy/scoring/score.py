@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.data.prepare import IGNORED
+from orchestrator.data.encode import IGNORED
 from orchestrator.record import RowScores
 
 

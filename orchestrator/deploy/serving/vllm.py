@@ -15,6 +15,9 @@ from orchestrator.deploy.chat import PromptForm
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File of an adapter folder in which its tokenizer keeps it."""
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 
@@ -41,6 +44,8 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
         command += ["--quantization", "bitsandbytes"]
     if not form.takes_turns:
         command += ["--chat-template", question_template(form)]
+    elif form.data and form.data.chat_template:  # else it takes that of the base
+        command += ["--chat-template", str((next(iter(adapters.values())) / CHAT_TEMPLATE).resolve())]
     modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
     command += ["--enable-lora", "--max-loras", str(len(modules))]
     command += ["--max-lora-rank", str(_max_rank(adapters)), "--lora-modules", *modules]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.data.prepare import IGNORED
+from orchestrator.data.encode import IGNORED
 from orchestrator.errors import ExportError
 
 NUM_ROWS = 20

@@ -1,79 +1,239 @@
 """The data section: rows and how they become tokens."""
 
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section
+from orchestrator.spec.template import check_chat_template, template_columns
+
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+"""Endings of files that rows are read from."""
+
+GLOB = re.compile(r"[*?\[]")
+"""What makes a pattern of a path."""
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    source: Name
+    """File (JSONL, JSON, CSV, Parquet), folder, glob, saved data set, hub id, or `embedded`."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the rows, against the other weights; each row is used at most once. All have one, or none."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set, or of a saved one with several; default train, of held-out rows test."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows, or so many that are streamed."""
+    stream_buffer: PositiveInt | None = None
+    """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path or the embedded task, and not a hub id."""
+        return self.source == "embedded" or self.source.startswith("/")
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether it may have several, by its name."""
+        is_file = PurePath(self.source).suffix in FILE_KINDS or GLOB.search(self.source) is not None
+        return self.source != "embedded" and not (self.is_local and is_file)
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        _require_fit(self)
+        return self
+
+
+def _require_fit(source: Source) -> None:
+    """Refuse fields that have no meaning for this source.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if source.is_local and source.config is not None:
+        raise ValueError(f"config belongs to a hub data set, but source is {source.source}")
+    if source.split is not None and not source.has_splits:
+        raise ValueError(f"split belongs to a hub data set or a saved one, but source is {source.source}")
+    if source.stream_buffer is not None and source.is_local:
+        raise ValueError(
+            f"stream_buffer belongs to a hub data set, but source is {source.source}; max_rows reads no further"
+        )
+    if source.stream_buffer is not None and source.max_rows is None:
+        raise ValueError("stream_buffer needs max_rows: a stream is read so far and no further")
+
+
+_ALONE = ("config", "split", "max_rows", "stream_buffer")
+"""Fields of a source that stand beside `source`; in a mix each source has its own."""
+
+
+def _sources(section: "DataSection | HeldOut", split: str) -> list[Source]:
+    """The one source, or those of the mix, each with its split.
+
+    Raises:
+        ValueError: fields do not fit together.
+    """
+    given = {name: getattr(section, name) for name in _ALONE if getattr(section, name) is not None}
+    if section.source is not None:
+        sources = [Source.model_construct(source=section.source, **given)]
+        _require_fit(sources[0])
+    elif given:
+        raise ValueError(f"{', '.join(given)} stand beside a source; in a mix each source has its own")
+    else:
+        sources = list(section.mix)
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        raise ValueError(f"mix: {len(weighted)} of {len(sources)} sources have a weight; give all one, or none")
+    sources = [
+        source.model_copy(update={"split": source.split or split}) if source.has_splits else source
+        for source in sources
+    ]
+    if twice := _shared(sources):
+        raise ValueError(f"mix: {twice} stands in it twice")
+    return sources
+
+
+def _shared(sources: Sequence[Source], others: Sequence[Source] = ()) -> str | None:
+    """A source that is there twice, or among the others too."""
+    seen = {(source.source, source.config, source.split) for source in others}
+    for source in sources:
+        key = (source.source, source.config, source.split)
+        if key in seen:
+            return source.source
+        if not others:
+            seen.add(key)
+    return None
 
 
 class HeldOut(Section):
-    """Rows kept for evaluation, the same for every trial. Exactly one of share, count, source."""
+    """Rows kept for evaluation, the same for every trial. Exactly one of share, count, source, mix."""
 
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the rows."""
     count: PositiveInt | None = None
     """Number of rows."""
-    source: Annotated[str, Field(min_length=1)] | None = None
-    """Own JSONL file or hub id."""
+    source: Name | None = None
+    """Rows of their own, from any source that training rows may have."""
+    mix: list[Source] = []
+    """Several such sources, as in data.mix."""
     config: str | None = None
     """Configuration of the hub data set in `source`."""
-    split: str = "test"
-    """Split of the hub data set in `source`."""
+    split: str | None = None
+    """Split of the data set in `source`; default test."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows of `source`."""
+    """Use only the first rows of `source`, or so many that are streamed."""
+    stream_buffer: PositiveInt | None = None
+    """Stream the hub data set in `source`, as data.stream_buffer does."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         given = [name for name in ("share", "count", "source") if getattr(self, name) is not None]
+        given += ["mix"] if self.mix else []
         if len(given) != 1:
-            raise ValueError(f"needs exactly one of share, count, source, but got {given or 'none'}")
-        if self.source is None and (self.config is not None or self.max_rows is not None or self.split != "test"):
-            raise ValueError("config, split and max_rows belong to a source, and none is given")
+            raise ValueError(f"needs exactly one of share, count, source, mix, but got {given or 'none'}")
+        beside = [name for name in _ALONE if getattr(self, name) is not None]
+        if given[0] in ("source", "mix"):
+            _sources(self, "test")
+        elif beside:
+            raise ValueError(f"{', '.join(beside)} belong to a source, and none is given")
         return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where they come from; nothing where they are taken from the training rows."""
+        return _sources(self, "test") if self.source is not None or self.mix else []
 
 
 class DataSection(Section):
     """Where rows come from and how they become tokens. Tokenised once, shared by all trials."""
 
-    source: Annotated[str, Field(min_length=1)]
-    """JSONL file, hub id, or `embedded` for the task of the embedded base."""
+    source: Name | None = None
+    """JSONL, JSON, CSV or Parquet file, folder or glob of them, folder of `save_to_disk`, hub id, or `embedded`."""
+    mix: list[Source] = []
+    """Several sources, instead of one; with weights, the most rows that have these shares, drawn by `seed`."""
     config: str | None = None
     """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-    format: Literal["text", "prompt", "messages", "template"]
-    """Columns: `text`; `prompt` and `completion`; `messages` (chat template); or any, through `template`."""
+    split: str | None = None
+    """Split of a hub data set, or of a saved one with several; default train."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows, or so many that are streamed."""
+    stream_buffer: PositiveInt | None = None
+    """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    format: Literal["text", "prompt", "messages", "sharegpt", "alpaca", "template"]
+    """Columns: text; prompt, completion; messages, tools; conversations; instruction, input, output; or `template`."""
     template: str | None = None
     """Text with {column} fields; the completion starts at the last field."""
-    loss_on: Literal["all", "completion"] = "all"
-    """Which tokens are trained and evaluated on."""
+    chat_template: str | None = None
+    """Jinja file that writes conversations, instead of the tokenizer's own template; its text stands here then."""
+    loss_on: Literal["all", "completion", "assistant"] = "all"
+    """Which tokens are trained and evaluated on: all, those of the last answer, or of every turn of the assistant."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens a row; longer rows are cut on the right, and counted."""
-    max_rows: PositiveInt | None = None
-    """Use only the first rows."""
+    """Tokens a row, and of a packed sequence."""
+    truncate: Literal["right", "left", "error"] = "right"
+    """Where longer rows are cut (left keeps their beginning token), and counted; or whether they are an error."""
+    packing: bool = False
+    """Lay several training rows into one sequence of up to max_length tokens, each apart from the others."""
     held_out: HeldOut = HeldOut(share=0.1)
     """Rows for evaluation."""
     seed: int = 42
-    """Seed of the split."""
+    """Seed of the split, of a mix and of a stream."""
 
-    @staticmethod
-    def is_local(source: str) -> bool:
-        """Whether a source is a file or the embedded task, and not a hub id."""
-        return source == "embedded" or source.startswith("/")
+    @property
+    def sources(self) -> list[Source]:
+        """Where training rows come from."""
+        return _sources(self, "train")
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether rows are conversations, which a chat template writes."""
+        return self.format in ("messages", "sharegpt")
+
+    @property
+    def columns(self) -> list[str]:
+        """Those that every row must have."""
+        match self.format:
+            case "template":
+                return template_columns(self.template or "")
+            case "prompt":
+                return ["prompt", "completion"]
+            case "sharegpt":
+                return ["conversations"]
+            case "alpaca":
+                return ["instruction", "output"]
+            case column:
+                return [column]
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def _sources_fit(self) -> Self:
+        given = [name for name in ("source", "mix") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of source, mix, but got {given or 'none'}")
+        if twice := _shared(self.held_out.sources, self.sources):
+            name = "source" if self.held_out.source else f"mix: {twice}"
+            raise ValueError(f"held_out.{name} is the training source: the trials would be scored on what they learned")
+        return self
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Self:
         if self.format == "template" and not self.template:
             raise ValueError("format template needs a template, such as '<s>[INST] {question} [/INST] {answer} </s>'")
         if self.format != "template" and self.template:
             raise ValueError(f"a template is given, but format is {self.format}; set format: template")
-        if self.held_out.source == self.source and (
-            self.is_local(self.source) or (self.held_out.config, self.held_out.split) == (self.config, self.split)
-        ):
-            raise ValueError("held_out.source is the training source: the trials would be scored on what they learned")
-        if self.is_local(self.source) and (self.config is not None or self.split != "train"):
-            raise ValueError(f"config and split belong to a hub data set, but source is {self.source}")
-        if self.format == "text" and self.loss_on == "completion":
-            raise ValueError("loss_on: completion needs to know the prompt; format text has none")
+        if self.template:
+            template_columns(self.template)
+        if self.chat_template is not None and not self.has_turns:
+            raise ValueError(f"chat_template writes conversations, but format is {self.format}")
+        if self.chat_template is not None:
+            check_chat_template(self.chat_template)
+        if self.format == "text" and self.loss_on != "all":
+            raise ValueError(f"loss_on: {self.loss_on} needs to know the prompt; format text has none")
+        if self.loss_on == "assistant" and not self.has_turns:
+            raise ValueError(f"loss_on: assistant needs turns; format {self.format} has none, use loss_on: completion")
         return self

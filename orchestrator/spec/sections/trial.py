@@ -28,6 +28,14 @@ class TrialConfig(Section):
             raise ValueError(f"training.engine fast cannot hold {reason}; use auto or trl")
         return self
 
+    @model_validator(mode="after")
+    def _packing_fits(self) -> Self:
+        if self.data.packing and self.training.group_by_length:
+            raise ValueError(
+                "training.group_by_length has nothing to group: data.packing makes sequences of like length"
+            )
+        return self
+
     def why_not_fast(self) -> str | None:
         """What in this configuration the fast engine cannot hold, or None; the base may be another reason."""
         training = self.training

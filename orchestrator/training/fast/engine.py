@@ -191,7 +191,7 @@ class Engine:
     def _layout(self, steps: Sequence[Sequence[Span]]) -> Layout:
         """The smallest bucket that holds each of these steps."""
         tokens = max(sum(self.whole_tiles(span.num_tokens) for span in spans) for spans in steps)
-        return self._bucket(tokens, max(sum(len(span.indices) + 1 for span in spans) for spans in steps))
+        return self._bucket(tokens, max(sum(span.most_sequences for span in spans) for spans in steps))
 
     def _bucket(self, tokens: int, sequences: int) -> Layout:
         tile, longest = self._ops.TILE, self._decoder.longest

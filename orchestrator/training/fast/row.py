@@ -40,15 +40,22 @@ def as_int32(value: int) -> int:
 
 
 class Rows:
-    """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths."""
+    """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths.
 
-    def __init__(self, input_ids: Sequence[Any], labels: Sequence[Any]) -> None:
+    A row that is packed has several sequences, which see nothing of each other.
+    """
+
+    def __init__(self, input_ids: Sequence[Any], labels: Sequence[Any], parts: Sequence[Any] | None = None) -> None:
         """
         Args:
             input_ids: tokens of each row.
             labels: the same, with -100 where there is no loss.
+            parts: lengths of each row's sequences; None where each row is one. Their first tokens have no loss.
         """
         self.lengths = np.array([len(row) for row in input_ids], dtype=np.int64)
+        self._parts = None if parts is None else [np.cumsum(row, dtype=np.int64) for row in parts]
+        self.most_parts = 1 if parts is None else max(len(row) for row in parts)
+        """Sequences of the row that has most."""
         self._ends = np.cumsum(self.lengths)
         self._ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in input_ids])
         targets = np.concatenate([np.asarray(row, dtype=np.int32) for row in labels])
@@ -62,9 +69,13 @@ class Rows:
     def of(cls, dataset: Any) -> "Rows":
         """From a `datasets.Dataset` with input_ids and labels."""
         table = dataset.with_format("arrow")[:]
-        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
-        ends = np.cumsum(ids.value_lengths().to_numpy())[:-1]
-        return cls(*(np.split(column.flatten().to_numpy(), ends) for column in (ids, labels)))
+
+        def split(name: str) -> list[Any]:
+            column = table.column(name).combine_chunks()
+            ends = np.cumsum(column.value_lengths().to_numpy())[:-1]
+            return np.split(column.flatten().to_numpy(), ends)
+
+        return cls(*(split(name) for name in ("input_ids", "labels", "seq_lengths") if name in table.column_names))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -81,6 +92,10 @@ class Rows:
     def targets(self, row: int) -> Any:
         """(length,) int32 next tokens, -100 where there is no loss."""
         return self._targets[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+    def ends(self, row: int) -> Any:
+        """(sequences,) where those of a row end within it."""
+        return self.lengths[row : row + 1] if self._parts is None else self._parts[row]
 
     def fitting(self, indices: Sequence[int], max_tokens: int) -> int:
         """How many of these rows, in their order, have at most so many tokens together."""
@@ -108,6 +123,11 @@ class Span:
     def num_tokens(self) -> int:
         """Real tokens."""
         return int(self.rows.lengths[list(self.indices)].sum())
+
+    @property
+    def most_sequences(self) -> int:
+        """That so many rows can have, and the filler behind them: the same whichever rows they are."""
+        return len(self.indices) * self.rows.most_parts + 1
 
 
 @dataclass(frozen=True)
@@ -241,8 +261,8 @@ class Layout:
                 targets[at:end] = span.rows.targets(index)
                 counters[at:end] = np.arange(counter, counter + end - at, dtype=np.int32)
                 counter += end - at
+                ends.extend((at + span.rows.ends(index)).tolist())
                 at = end
-                ends.append(at)
             if at % self.tile:
                 at += self.tile - at % self.tile
                 ends.append(at)

@@ -8,9 +8,9 @@ import pytest
 from tokenizers.processors import ByteLevel
 
 from orchestrator.data import render_prompt
-from orchestrator.data.prepare import IGNORED, Tokens, encode
+from orchestrator.data.encode import IGNORED, Tokens, encode
+from orchestrator.data.files import Row
 from orchestrator.data.render import render, template_columns
-from orchestrator.data.sources import Row
 from orchestrator.deploy.chat import Chat, PromptForm
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
@@ -41,6 +41,19 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {"prompt": QUESTION, "completion": f" {ANSWER}"},
         f"<s>{QUESTION}",
         f" {ANSWER}</s>",
+    ),
+    "alpaca": (
+        {"format": "alpaca"},
+        {"instruction": QUESTION, "input": "", "output": ANSWER},
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{QUESTION}\n\n### Response:",
+        f"\n{ANSWER}</s>",
+    ),
+    "sharegpt": (
+        {"format": "sharegpt"},
+        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+        f"<s>[INST] {QUESTION} [/INST]",
+        f" {ANSWER} </s>",
     ),
     "messages": (
         {"format": "messages"},
@@ -139,6 +152,52 @@ def test_a_chat_template_says_itself_where_a_conversation_begins(
     assert tokenizer.decode(tokens.ids) == f"<|user|>\n{QUESTION}</s>\n<|assistant|>\n{ANSWER}</s>"
 
 
+def test_an_instruction_with_an_input(tokenizer: Any) -> None:
+    columns = {"instruction": "add", "input": "1 {2}", "output": "3"}
+    tokens = _encoded(tokenizer, {"format": "alpaca", "loss_on": "completion"}, columns)
+    assert tokenizer.decode(tokens.ids) == (
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nadd\n\n### Input:\n1 {2}\n\n"
+        "### Response:\n3</s>"
+    )
+    names = tokenizer.convert_ids_to_tokens([label for label in tokens.labels if label != IGNORED])
+    assert names == ["Ċ", "3", "</s>"]
+    for nothing in (None, ""):
+        without = _encoded(tokenizer, {"format": "alpaca"}, {**columns, "input": nothing})
+        assert "Input" not in tokenizer.decode(without.ids)
+
+
+# Side, max_length -> what is left of `<s> 1 Ġ 2 Ġ= [Ġ] [3] [</s>]`, and how many of it are the prompt's.
+CUTS: dict[tuple[str, int], tuple[str, int] | None] = {
+    ("right", 8): ("<s> 1 Ġ 2 Ġ= [Ġ] [3] [</s>]", 5),
+    ("right", 7): ("<s> 1 Ġ 2 Ġ= [Ġ] [3]", 5),
+    ("right", 5): None,
+    ("left", 8): ("<s> 1 Ġ 2 Ġ= [Ġ] [3] [</s>]", 5),
+    ("left", 7): ("<s> Ġ 2 Ġ= [Ġ] [3] [</s>]", 4),
+    ("left", 4): ("<s> [Ġ] [3] [</s>]", 1),
+    ("left", 3): ("<s> [3] [</s>]", 1),
+}
+
+
+@pytest.mark.parametrize(("side", "most"), CUTS)
+def test_a_row_is_cut_on_the_side_that_is_asked_for(tokenizer: Any, side: str, most: int) -> None:
+    columns = {"prompt": "1 2 =", "completion": " 3"}
+    tokens = _encoded(tokenizer, {"format": "prompt", "loss_on": "completion"}, columns)
+    assert tokens.ids == [1, 20, 224, 21, 295, 224, 22, 2]
+    cut = tokens.cut(most, side)
+    names = [] if cut is None else tokenizer.convert_ids_to_tokens(cut.ids)
+    labels = [] if cut is None else cut.labels
+    marked = [f"[{name}]" if label != IGNORED else name for name, label in zip(names, labels, strict=True)]
+    assert (cut and (" ".join(marked), cut.num_prompt)) == CUTS[side, most]
+
+
+def test_what_has_no_beginning_is_cut_on_the_left_to_its_end() -> None:
+    tokens = Tokens([5, 6, 7, 8], [5, 6, 7, 8], 0, begins=False)
+    cut = tokens.cut(3, "left")
+    assert cut is not None
+    assert cut.ids == [6, 7, 8]
+
+
 def test_earlier_turns_belong_to_the_prompt(tokenizer: Any) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     columns = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -186,7 +245,7 @@ def test_a_question_where_the_template_cannot_take_one(tokenizer: Any) -> None:
 
 def test_no_chat_template_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(DataError, match=r"has no chat template\n.*data\.chat_template"):
         _encoded(tokenizer, {"format": "messages"}, FORMATS["messages"][1])
 
 

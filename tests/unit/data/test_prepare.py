@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import PreparedData, load, prepare, save
-from orchestrator.data.prepare import IGNORED
+from orchestrator.data.encode import IGNORED
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -101,6 +102,32 @@ def test_held_out_prompts_have_their_answers() -> None:
 
 def test_text_has_no_prompts(rows: Path) -> None:
     assert prepare(_section(rows), BASE).prompts == []
+
+
+def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
+    """Of two that write these rows alike: a question may be asked otherwise."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    first, second = (
+        prepare(_section(rows, format="messages", chat_template=text), BASE)
+        for text in (template, template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    )
+    assert first.train["input_ids"] == second.train["input_ids"]
+    assert first.fingerprint != second.fingerprint
+    save(second, tmp_path / "data")
+    assert load(tmp_path / "data").chat_template == second.chat_template
+
+
+def test_rows_that_are_too_long_are_an_error_where_that_is_asked_for(tmp_path: Path) -> None:
+    rows = _write(tmp_path / "rows.jsonl", ["1", "1 2 3 4 5 6 7 8 9", "1 2", "9 8 7 6 5 4 3 2 1"])
+    wanted = r"data\.max_length=8: 2 of 4 rows have more tokens: .*rows\.jsonl:[24] \(19\), .*rows\.jsonl:[24] \(19\)$"
+    with pytest.raises(DataError) as caught:
+        prepare(_section(rows, held_out={"count": 1}, max_length=8, truncate="error"), BASE)
+    assert re.match(wanted, caught.value.message)
+    whole = prepare(_section(rows, held_out={"count": 1}, max_length=19, truncate="error"), BASE)
+    assert (whole.num_truncated, whole.num_dropped) == (0, 0)
 
 
 def test_the_fingerprint_is_of_the_tokens(rows: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestrator.data.prepare import IGNORED
+from orchestrator.data.encode import IGNORED
 from orchestrator.deploy.scoring.score import score_rows
 from orchestrator.deploy.shipping.parity import LEAST_LOSS, ROUNDED, SAME, Parity, answers, compare, rounding
 from orchestrator.errors import ExportError

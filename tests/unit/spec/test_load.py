@@ -80,6 +80,33 @@ def test_relative_paths_in_overrides_count_from_the_working_directory(
     assert spec.data.held_out.source == str(work / "held.jsonl")
 
 
+def test_globs_mixes_and_template_files_count_from_the_files_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    _write(file.parent / "deep" / "chat.jinja", template)
+    (file.parent / "saved").mkdir()
+    mix = "mix: [{source: a.csv}, {source: 'b/**/part-*'}, {source: saved, split: dev}, {source: owner/rows}]"
+    held_out = "held_out: {mix: [{source: ../held.json}, {source: owner/held}]}"
+    text = f"base: {{model: embedded}}\ndata:\n  {mix}\n  {held_out}\n  format: messages\n"
+    _write(file, text + "  chat_template: deep/chat.jinja\n")
+    for folder in (file.parent, Path("/")):
+        monkeypatch.chdir(folder)
+        data = load_spec(file).data
+        found = [source.source for source in (*data.sources, *data.held_out.sources)]
+        here = file.parent
+        assert found == [
+            f"{here}/a.csv", f"{here}/b/**/part-*", f"{here}/saved", "owner/rows", f"{tmp_path}/held.json",
+            "owner/held",
+        ]  # fmt: skip
+        assert [source.split for source in data.sources] == [None, None, "dev", "train"]
+        assert [source.split for source in data.held_out.sources] == [None, "test"]
+        assert data.chat_template == template, "the text, which goes wherever the trial goes"
+    spec = load_spec(file)
+    (file.parent / "deep" / "chat.jinja").unlink()
+    assert parse_spec(spec.model_dump(mode="json")) == spec
+
+
 def test_home_is_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_spec(file, ["base.model=~/base"]).base.model == str(tmp_path / "base")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,12 +60,12 @@ TRIALS = {
 }
 
 
-def make_engine(model: Any, num_slots: int, rank: int) -> Engine:
+def make_engine(model: Any, num_slots: int, rank: int, longest: int = max(LENGTHS)) -> Engine:
     modules = expected_modules(model, LoraSection())
     adapters = Adapters(
         adapted_layers(model, modules), num_slots, rank, torch.float32, torch.float32, torch.device("cpu")
     )
-    return Engine(Decoder(model, torch.float32, max(LENGTHS), keeps=True), adapters, "nothing", None)
+    return Engine(Decoder(model, torch.float32, longest, keeps=True), adapters, "nothing", None)
 
 
 def assert_same(scores: RowScores, expected: RowScores) -> None:
@@ -249,3 +250,41 @@ def test_an_evaluation_of_several_slots_measures_each_as_alone(
         assert_same(scores, expected_scores)
     assert len({scores.loss for scores in measured}) == 3
     assert all(map(torch.equal, (together.adapters.weights[[0, 2, 3]], together.adapters.gradients), before))
+
+
+def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
+    model: Any, make_rows: MakeRows, make_table: MakeTable
+) -> None:
+    """Token for token; and a step on them is the step on the rows themselves."""
+    rows, engine = make_rows(*LENGTHS), make_engine(model, 1, 8, longest=40)
+    parts = [[0, 3], [1, 4, 5, 6], [2], [7]]
+    ids = [[int(i) for part in row for i in rows.ids(part)] for row in parts]
+    labels = [[int(i) for part in row for i in (-100, *rows.targets(part)[:-1])] for row in parts]
+    packed = Rows(ids, labels, [[LENGTHS[part] for part in row] for row in parts])
+    torn = Rows(ids, labels)
+    start(engine, 0, Trial(rank=8, batch=1, steps=()))
+
+    def losses(rows: Rows) -> Any:
+        span = Span(0, rows, range(len(rows)), make_table(0.0, applies=0, loss_weight=1.0))
+        values = engine._run([span], engine._layout([[span]]), trains=False).values()[0, : span.num_tokens]
+        return values.numpy()
+
+    alone = np.split(losses(rows), np.cumsum(LENGTHS)[:-1])
+    expected = np.concatenate([alone[part] for row in parts for part in row])
+    np.testing.assert_allclose(losses(packed), expected, atol=2e-6)
+    assert np.abs(losses(torn) - expected).max() > 1e-2, "the test would see rows that see each other"
+    (scores,) = engine.evaluate([Held(0, packed, make_table())])
+    assert scores.tokens == [sum(rows.num_targets([part]) for part in row) for row in parts]
+    assert scores.losses == pytest.approx([sum(float(alone[part].sum()) for part in row) for row in parts], abs=1e-4)
+
+    after = []
+    for given in (rows, packed):
+        engine.adapters.clear(0)
+        start(engine, 0, Trial(rank=8, batch=1, steps=()))
+        number = rows.num_targets(range(len(rows)))
+        span = Span(0, given, range(len(given)), make_table(0.0, loss_weight=1 / number, scale=2.0, rank=8))
+        figures = engine.step([span]).read()
+        after.append((figures.losses[0], figures.norms[0], weights(engine, 0, 8)))
+    assert after[1][:2] == pytest.approx(after[0][:2], rel=1e-5)
+    # Adam's first step moves each weight by about its rate.
+    torch.testing.assert_close(after[1][2], after[0][2], atol=2e-5, rtol=0)

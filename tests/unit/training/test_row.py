@@ -133,3 +133,32 @@ def test_an_empty_step_is_all_filler() -> None:
     assert (row.targets == X).all()
     assert row.bounds.tolist() == [0, 10, 16, 16, 16, 16, 16, 16, 16]
     assert not any(values.any() for values in row.table.values())
+
+
+PACKED = Rows([[1, 2, 3, 4, 5], [6, 7, 8, 9]], [[X, 2, X, X, 5], [X, 7, 8, 9]], [[2, 3], [4]])
+"""A row of 2 and 3 tokens, and one of 4."""
+
+
+def test_sequences_of_a_packed_row_have_bounds_and_positions_of_their_own() -> None:
+    assert [PACKED.targets(row).tolist() for row in range(2)] == [[2, X, X, 5, X], [7, 8, 9, X]]
+    span = Span(1, PACKED, [1, 0], table(2.0), first_token=3)
+    assert (span.num_tokens, span.most_sequences) == (9, 5)
+    layout = Layout(num_tokens=16, num_sequences=8, num_slots=2, tile=4, longest=5)
+    row = fill(layout, [span])
+    assert row.ids.tolist() == [6, 7, 8, 9, 1, 2, 3, 4, 5, *[0] * 7]
+    assert row.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
+    assert row.bounds.tolist() == [0, 4, 6, 9, 12, 16, 16, 16, 16]
+    assert row.counters.tolist()[:9] == list(range(3, 12)), "dropout counts on through the batch"
+    assert row.tiles.tolist() == [1, 1, 1, 0]
+
+
+def test_a_packed_data_set_is_read_with_its_bounds() -> None:
+    from datasets import Dataset
+
+    columns = {"input_ids": [[1, 2, 3], [4, 5]], "labels": [[X, 2, X], [X, 5]], "seq_lengths": [[2, 1], [2]]}
+    rows = Rows.of(Dataset.from_dict(columns).select([1, 0]))
+    assert [rows.ends(row).tolist() for row in range(2)] == [[2], [2, 3]]
+    assert rows.most_parts == 2
+    plain = Rows.of(Dataset.from_dict({name: columns[name] for name in ("input_ids", "labels")}))
+    assert [plain.ends(row).tolist() for row in range(2)] == [[3], [2]]
+    assert plain.most_parts == 1

@@ -1,0 +1,84 @@
+"""Rows of several sources: how many of each, and which are held out."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.data.files import Row, data_files, is_saved
+from orchestrator.data.sources import read_rows
+from orchestrator.errors import DataError
+from orchestrator.record import SourceRows
+from orchestrator.spec.sections import DataSection, Source
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows as they were read, in two parts."""
+
+    train: list[Row]
+    held_out: list[Row]
+    sources: list[SourceRows]
+    """Of the training rows, and of held-out ones that are taken from these."""
+
+
+def split_rows(data: DataSection) -> Split:
+    """Read, mix and split: by the data section alone.
+
+    Raises:
+        DataError: a source cannot be read, or no row is left to train on.
+    """
+    held_out = data.held_out
+    _require_apart(data.sources, held_out.sources)
+    rows, sources = _mixed(data.sources, data.seed)
+    if held_out.sources:
+        return Split(rows, _mixed(held_out.sources, data.seed)[0], sources)
+    num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
+    if num_held_out >= len(rows):
+        raise DataError(f"data.held_out takes {num_held_out} of {len(rows)} rows: none is left to train on")
+    order = list(range(len(rows)))
+    random.Random(data.seed).shuffle(order)
+    chosen = set(order[:num_held_out])
+    return Split(
+        [row for i, row in enumerate(rows) if i not in chosen],
+        [row for i, row in enumerate(rows) if i in chosen],
+        sources,
+    )
+
+
+def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many rows to take of each source: as many as there are in these shares, and no row twice."""
+    total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    # Of a share's fraction of a row the nearest whole one, and never none.
+    return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]
+
+
+def _mixed(sources: Sequence[Source], seed: int) -> tuple[list[Row], list[SourceRows]]:
+    each = [read_rows(source, seed) for source in sources]
+    weights = [source.weight for source in sources if source.weight is not None]
+    numbers = numbers_of([len(rows) for rows in each], weights) if weights else [len(rows) for rows in each]
+    mixed: list[Row] = []
+    told = []
+    for place, (source, rows, number) in enumerate(zip(sources, each, numbers, strict=True)):
+        chosen = sorted(random.Random(f"{seed} {place}").sample(range(len(rows)), number))
+        mixed += [rows[i] for i in chosen]
+        told.append(SourceRows(source=source.source, weight=source.weight, num_read=len(rows), num_taken=number))
+    return mixed, told
+
+
+def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Refuse a file that is in both: as itself, in a folder, or by a glob."""
+    files = {file.resolve(): source.source for source in train for file in _files(source)}
+    for source in held_out:
+        for file in _files(source):
+            if file.resolve() in files:
+                raise DataError(
+                    f"data.held_out: {file} is among the training rows ({files[file.resolve()]})",
+                    "The trials would be scored on what they learned: keep held-out files out of that folder or glob.",
+                )
+
+
+def _files(source: Source) -> list[Path]:
+    path = Path(source.source)
+    is_read_by_file = source.is_local and source.source != "embedded" and not is_saved(path)
+    return data_files(path) if is_read_by_file else []

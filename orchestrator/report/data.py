@@ -1,0 +1,95 @@
+"""Rows as the model sees them, and what becomes of them."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.data.preview import Bin, DataPreview, Place, ShownRow
+
+_MOST_NAMED = 5
+_BAR = 40
+_OPEN, _CLOSE = "⟦", "⟧"
+"""Around what is trained, where there is no colour to tell."""
+
+
+def say_data(console: Console, shown: DataPreview) -> None:
+    """Print rows with what is trained in them, lengths, and what is cut or dropped."""
+    is_colored = console.color_system is not None and not console.no_color
+    for row in shown.rows:
+        console.print(_head(row), style="bold", soft_wrap=True, highlight=False)
+        console.print(row_text(row, is_colored), soft_wrap=True, highlight=False)
+        console.print()
+    mark = "green" if is_colored else f"{_OPEN} {_CLOSE}"
+    lines = [
+        f"trained on ({shown.loss_on}): what is {mark}; the rest is read only",
+        *_source_lines(shown),
+        f"{shown.num_train} training rows, {shown.num_held_out} held out; an epoch has {shown.num_tokens:,} tokens, "
+        f"{shown.num_trained:,} of them trained on",
+    ]
+    if shown.packing is not None:
+        packing = shown.packing
+        lines.append(
+            f"packed into {packing.num_sequences} sequences, {packing.filled:.1%} full, up to {packing.most_rows} rows "
+            "in one; none sees another"
+        )
+    lines.append(f"tokens a row: median {shown.median}, longest {shown.longest}, max_length {shown.max_length}")
+    lines += histogram(shown.lengths, shown.max_length)
+    lines += _named(shown.cut, f"cut ({shown.truncate})")
+    lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
+    if shown.num_shared:
+        lines.append(f"{shown.num_shared} held-out rows are training rows too: their loss says little")
+    lines.append(f"fingerprint {shown.fingerprint}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def row_text(row: ShownRow, is_colored: bool) -> Text:
+    """A row with its trained tokens coloured, or marked; special tokens stand out, the rest is dim."""
+    text, is_open = Text(), False
+    for piece in row.pieces:
+        if not is_colored and piece.is_trained != is_open:
+            text.append(_OPEN if piece.is_trained else _CLOSE)
+            is_open = piece.is_trained
+        style = ("green" if piece.is_trained else "dim") if is_colored else ""
+        text.append(piece.text, f"{style} reverse".strip() if is_colored and piece.is_special else style)
+    if is_open:
+        text.append(_CLOSE)
+    return text
+
+
+def histogram(bins: Sequence[Bin], max_length: int) -> list[str]:
+    """A bar for each bin; a line where rows are longer than they may be."""
+    most, width = max(each.num_rows for each in bins), len(str(bins[-1].up_to))
+    lines, is_past = [], False
+    for each in bins:
+        if each.up_to > max_length and not is_past:
+            is_past = True
+            lines.append(f"  ----- max_length {max_length} -----")
+        bar = "#" * -(-_BAR * each.num_rows // most)
+        lines.append(f"  up to {each.up_to:>{width}} {bar} {each.num_rows}")
+    return lines
+
+
+def _head(row: ShownRow) -> Text:
+    packed = f"sequence {row.sequence}: " if row.sequence is not None else ""
+    cut = f", {row.num_cut} cut off" if row.num_cut else ""
+    return Text(f"{packed}{row.where}: {row.num_tokens} tokens, {row.num_trained} trained on{cut}")
+
+
+def _source_lines(shown: DataPreview) -> list[str]:
+    if len(shown.sources) == 1:
+        return []
+    return [
+        f"{source.num_taken} of {source.num_read} rows of {source.source}"
+        + (f", weight {source.weight:g}" if source.weight is not None else "")
+        for source in shown.sources
+    ]
+
+
+def _named(places: Sequence[Place], what: str) -> list[str]:
+    if not places:
+        return []
+    named = ", ".join(f"{place.where} ({place.num_tokens} tokens)" for place in places[:_MOST_NAMED])
+    more = f" and {len(places) - _MOST_NAMED} more" if len(places) > _MOST_NAMED else ""
+    return [f"{len(places)} rows are {what}: {named}{more}"]

@@ -1,0 +1,247 @@
+"""Every format and every source trains an adapter for real; packed rows know nothing of each other."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import PeftModel
+from tiny import DEMO, TINY, Witness
+from transformers import AutoTokenizer, masking_utils
+
+from orchestrator.base import kept, load_tokenizer, shell
+from orchestrator.data import prepare
+from orchestrator.deploy.chat import open_prompt_form
+from orchestrator.deploy.subject import find_subject
+from orchestrator.embedded.task import rows as embedded_rows
+from orchestrator.errors import TrialError
+from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
+from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.training.host import Host
+from orchestrator.training.local import run_local_trial
+from orchestrator.training.trl import build_trainer, require_apart
+
+pytestmark = pytest.mark.slow
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+ASKING = TEMPLATE + "{% if add_generation_prompt %}[assistant]{% endif %}"
+TOOLS = (
+    "{% for t in tools or [] %}{{ t['function']['name'] }} {% endfor %}"
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{% set f = c['function'] %}{{ f['name'] }} {{ f['arguments'] | tojson }}"
+    "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+PAIRS = [(row["question"], row["answer"]) for row in embedded_rows(120, seed=5)]
+
+Row = dict[str, Any]
+
+
+def of(make: Callable[[str, str], Row]) -> list[Row]:
+    return [make(question, answer) for question, answer in PAIRS]
+
+
+def turns(question: str, answer: str) -> Row:
+    asked = {"role": "user", "content": question}
+    return {"messages": [asked, {"role": "assistant", "content": answer}] * 2}
+
+
+def calls(question: str, answer: str) -> Row:
+    tool = {"type": "function", "function": {"name": "ask", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "ask", "arguments": json.dumps({"for": question[-4:]})}}
+    said = [("user", question), ("assistant", None), ("tool", answer[2:]), ("assistant", answer)]
+    messages: list[Row] = [{"role": role, "content": content} for role, content in said]
+    messages[1]["tool_calls"] = [call]
+    return {"messages": messages, "tools": json.dumps([tool])}
+
+
+TEXT = of(lambda question, answer: {"text": f"{question} {answer}"})
+PROMPT = of(lambda question, answer: {"prompt": question, "completion": f" {answer}"})
+ALPACA = of(lambda question, answer: {"instruction": question, "input": "", "output": answer})
+SHAREGPT = of(
+    lambda question, answer: {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] * 2
+    }
+)
+
+
+def jsonl(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def csv(path: Path, rows: list[Row]) -> None:
+    Dataset.from_list(rows).to_csv(path)
+
+
+def parquet(path: Path, rows: list[Row]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def written(name: str, write: Callable[[Path, list[Row]], Any], rows: list[Row]) -> Callable[[Path], str]:
+    """A source: rows written under a name; its path in the experiment file."""
+
+    def make(folder: Path) -> str:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, rows)
+        return f"source: {name}"
+
+    return make
+
+
+def several(folder: Path) -> str:
+    """Half of the rows in each of two files."""
+    for i, part in enumerate((PROMPT[:60], PROMPT[60:])):
+        (folder / "parts").mkdir(exist_ok=True)
+        jsonl(folder / "parts" / f"{i}.jsonl", part)
+    return ""
+
+
+def mix(folder: Path) -> str:
+    several(folder)
+    csv(folder / "c.csv", PROMPT[:30])
+    return "mix: [{source: parts/0.jsonl, weight: 3}, {source: parts/1.jsonl, weight: 3}, {source: c.csv, weight: 1}]"
+
+
+def saved(folder: Path) -> str:
+    DatasetDict({"dev": Dataset.from_list(PROMPT)}).save_to_disk(folder / "saved")
+    return "source: saved\n  split: dev"
+
+
+FORMATS: dict[str, tuple[Callable[[Path], str], str]] = {
+    "text": (written("a.jsonl", jsonl, TEXT), "format: text"),
+    "prompt": (written("a.jsonl", jsonl, PROMPT), "format: prompt\n  loss_on: completion"),
+    "alpaca": (written("a.jsonl", jsonl, ALPACA), "format: alpaca\n  loss_on: completion"),
+    "messages": (written("a.jsonl", jsonl, of(turns)), "format: messages\n  loss_on: assistant"),
+    "sharegpt": (
+        written("a.jsonl", jsonl, SHAREGPT), "format: sharegpt\n  chat_template: a.jinja\n  loss_on: assistant"
+    ),
+    "tools": (
+        written("a.parquet", parquet, of(calls)), "format: messages\n  chat_template: tools.jinja\n  loss_on: assistant"
+    ),
+    "packed": (written("a.jsonl", jsonl, PROMPT), "format: prompt\n  packing: true"),
+    "cut on the left": (written("a.jsonl", jsonl, ALPACA), "format: alpaca\n  truncate: left\n  max_length: 48"),
+    "json": (written("a.json", lambda path, rows: path.write_text(json.dumps(rows)), PROMPT), "format: prompt"),
+    "csv": (written("a.csv", csv, PROMPT), "format: prompt"),
+    "parquet": (written("a.parquet", parquet, PROMPT), "format: prompt"),
+    "folder": (lambda folder: several(folder) + "source: ./parts", "format: prompt"),
+    "glob": (lambda folder: several(folder) + "source: parts/*.jsonl", "format: prompt"),
+    "saved": (saved, "format: prompt"),
+    "mix": (mix, "format: prompt"),
+    "stream": (lambda _: "source: owner/rows\n  max_rows: 90\n  stream_buffer: 20", "format: prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_trial_learns_and_plain_peft_reloads_its_adapter(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, form = FORMATS[name]
+    (tmp_path / "a.jinja").write_text(ASKING)
+    (tmp_path / "tools.jinja").write_text(TOOLS)
+    if name == "stream":
+        stream = IterableDataset.from_generator(lambda: iter(PROMPT))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, streaming, **__: stream if streaming else None)
+    length = "" if "max_length" in form else "  max_length: 128\n"
+    experiment = tmp_path / "x.yaml"
+    experiment.write_text(
+        f"base: {{model: embedded, compute_dtype: float32}}\ndata:\n  {make(tmp_path)}\n  {form}\n{length}"
+        "  held_out: {count: 8}\n"
+    )
+    spec = load_spec(experiment, [*(each for each in TINY if not each.startswith(("data", "sched"))), *FEW_STEPS])
+    folder = SweepPaths(tmp_path / "sweep")
+    result = run_local_trial(spec, folder, Witness())
+    assert result is not None
+    assert (result.state, result.engine) == (TrialState.COMPLETE, "fast")
+    points = read_metrics(folder.trial(result.trial_id))
+    losses = [point.values["eval/loss"] for point in points if "eval/loss" in point.values]
+    assert len(losses) == 2
+    assert losses[-1] < 0.97 * losses[0], "it falls"
+    adapter = read_sweep(folder.root).adapter_path(result)
+    assert result.best is not None
+    assert loss_by_peft(spec, adapter, folder) == pytest.approx(result.best.value, abs=2e-4)
+    asks_as_trained(spec, adapter)
+
+
+FEW_STEPS = ["training.steps=8", "training.eval_steps=4", "training.batch_size=4", "training.learning_rate=5e-3"]
+
+
+def loss_by_peft(spec: SweepSpec, adapter: Path, folder: SweepPaths) -> float:
+    """Of the held-out rows, with nothing of ours in the pass."""
+    model = PeftModel.from_pretrained(shell(kept(spec.base)), str(adapter)).eval()
+    total, count = 0.0, 0
+    for row in datasets.load_from_disk(str(folder.data / "held_out")):
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
+        count += int((labels[0, 1:] != -100).sum())
+    return total / count
+
+
+def asks_as_trained(spec: SweepSpec, adapter: Path) -> None:
+    """The template of the rows goes with the adapter: for whoever loads its tokenizer, and for our own chat."""
+    if spec.data.chat_template is None:
+        return
+    turn = [{"role": "user", "content": "How?"}]
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    written = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert written == "[user] How?</s>[assistant]"
+    form = open_prompt_form(find_subject(str(adapter), "runs"))
+    assert form.tokenizer.decode(form.ids("How?")) == written
+
+
+def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
+    written("a.jsonl", jsonl, of(turns))(tmp_path)
+    source = [
+        f"data.source={tmp_path / 'a.jsonl'}",
+        "data.format=messages",
+        "data.template=",
+        "data.held_out={count: 8}",
+    ]
+    spec = load_spec(DEMO, [*TINY, *source, f"data.chat_template={ASKING!r}"])
+    host = Host(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
+    assert host._ground(spec.base).tokenizer.chat_template == ASKING
+
+
+@pytest.fixture(scope="module")
+def packed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SFTTrainer on packed rows."""
+    settings = ["data.packing=true", "data.max_length=128", "training.engine=trl", "training.batch_size=2"]
+    fixed = ["search.space={}", "search.tied={}", "scheduler.kind=none", "lora.dropout=0"]
+    config = load_spec(DEMO, [*TINY, *settings, *fixed]).trial_config({})
+    data = prepare(config.data, config.base)
+    folder = tmp_path_factory.mktemp("trl")
+    return build_trainer(config, shell(kept(config.base)), load_tokenizer(config.base), data, folder)
+
+
+def test_a_packed_row_of_trl_has_the_losses_of_its_parts_alone(packed_trainer: Any) -> None:
+    model, batch = packed_trainer.model, next(iter(packed_trainer.get_train_dataloader()))
+    model.eval()
+    ids, labels, places = (batch[name][0] for name in ("input_ids", "labels", "position_ids"))
+    bounds = [*(places == 0).nonzero().flatten().tolist(), len(ids)]
+    assert len(bounds) > 5
+    with torch.no_grad():
+        packed = model(**batch, fused_lm_head=True, use_cache=False).log_probs[0]
+        for start, end in pairwise(bounds):
+            alone = model(
+                input_ids=ids[None, start:end], labels=labels[None, start:end], fused_lm_head=True, use_cache=False
+            ).log_probs[0]
+            torch.testing.assert_close(packed[start : end - 1], alone, atol=2e-5, rtol=0)
+            assert alone.abs().max() > 0.1
+    assert not packed[[end - 1 for end in bounds[1:-1]]].any(), "no row's first token is foretold by the row before"
+
+
+def test_a_base_whose_packed_rows_see_each_other_is_refused(
+    packed_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_apart(packed_trainer)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    with pytest.raises(TrialError, match=r"data\.packing: on this base packed rows see each other"):
+        require_apart(packed_trainer)

@@ -1,0 +1,139 @@
+"""Every kind of file, folder, glob and saved data set; each row knows its place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from orchestrator.data.files import data_files, read_local
+from orchestrator.errors import DataError
+
+ROWS = [{"a": "x,\n1", "b": "007"}, {"a": "ä", "b": "NA"}, {"a": "", "b": "3"}]
+
+
+def _jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+
+def _csv(path: Path) -> None:
+    path.write_bytes('\ufeffa,b\r\n"x,\n1",007\r\nä,NA\r\n\r\n,3\r\n'.encode())
+
+
+def _saved(path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(path)
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "rows.jsonl": (_jsonl, [":1", ":2", ":3"]),
+    "array.json": (lambda path: _text(path, json.dumps(ROWS, indent=1)), [":2", ":6", ":10"]),
+    "lines.json": (_jsonl, [":1", ":2", ":3"]),
+    "rows.csv": (_csv, [":2", ":4", ":6"]),
+    "rows.parquet": (lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path), [" row 0", " row 1", " row 2"]),
+    "saved": (_saved, [" row 0", " row 1", " row 2"]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_row_is_as_it_was_written_and_knows_its_place(tmp_path: Path, name: str) -> None:
+    write, places = KINDS[name]
+    write(tmp_path / name)
+    rows = list(read_local(tmp_path / name, None))
+    assert [row.values for row in rows] == ROWS
+    assert [row.where for row in rows] == [f"{tmp_path / name}{place}" for place in places]
+
+
+def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.csv", "deep/c.jsonl", ".hidden/d.jsonl", ".e.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (_csv if name.endswith("csv") else _jsonl)(tmp_path / name)
+    (tmp_path / "README.md").write_text("no rows")
+
+    def found(pattern: str) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in data_files(tmp_path / pattern)]
+
+    assert found(".") == ["a.csv", "b.jsonl", "deep/c.jsonl"]
+    assert found("*.jsonl") == ["b.jsonl"]
+    assert found("**/*.jsonl") == ["b.jsonl", "deep/c.jsonl"]
+    assert found("[ab].*") == ["a.csv", "b.jsonl"]
+    assert len(list(read_local(tmp_path, None))) == 9
+
+
+def test_a_split_of_a_saved_data_set(tmp_path: Path) -> None:
+    parts = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert [row.where for row in read_local(tmp_path / "saved", "test")] == [f"{tmp_path / 'saved'}[test] row 0"]
+    with pytest.raises(DataError, match=r"saved: has no split 'dev'; splits: train, test"):
+        list(read_local(tmp_path / "saved", "dev"))
+
+
+def test_what_a_table_fills_in_is_no_argument(tmp_path: Path) -> None:
+    """Two calls with other arguments make one type, in which each row has the other's as null."""
+    calls = [[{"name": "f", "arguments": {"a": 1}}], [{"name": "f", "arguments": {"b": 2}}]]
+    pq.write_table(pa.Table.from_pylist([{"calls": each, "none": None} for each in calls]), tmp_path / "rows.parquet")
+    rows = [row.values for row in read_local(tmp_path / "rows.parquet", None)]
+    assert rows == [{"calls": each, "none": None} for each in calls]
+
+
+def test_a_file_is_read_no_further_than_asked(tmp_path: Path) -> None:
+    for name, text in {
+        "a.csv": "a\n1\n2,3\n",
+        "a.json": '[{"a": 1}, nonsense',
+        "a.jsonl": '{"a": 1}\nnonsense',
+    }.items():
+        (tmp_path / name).write_text(text)
+        rows = read_local(tmp_path / name, None)
+        assert str(next(rows).values["a"]) == "1"
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
+            next(rows)
+
+
+WRONG: list[tuple[str, str | bytes, str]] = [
+    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: has 1 fields, and the header 2: a, b"),
+    ("a.csv", 'a,b\n"1\n1",2\n3,4,5\n', r"a\.csv:4: has 3 fields"),
+    ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' is given twice"),
+    ("a.csv", 'a\n1\n"2\n', r"a\.csv:3: is not CSV: unexpected end of data"),
+    ("a.csv", b"a\n\xff\n", r"a\.csv: is not UTF-8"),
+    ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: is not JSON"),
+    ("a.json", '[{"a": 1},\n 2]', r"a\.json:2: must be a JSON object, got int"),
+    ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1: is not JSON: the array goes on"),
+    ("a.json", '[{"a": 1}', r"a\.json:1: is not JSON: the array goes on"),
+    ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: after the array stands"),
+    ("a.json", '{\n "a": 1\n}', r"a\.json:1: is not JSON"),
+    ("a.parquet", "no table", r"a\.parquet: is not Parquet"),
+    ("a.txt", "text", r"a\.txt: is of no known kind: \.jsonl, \.json, \.csv, \.parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), WRONG)
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    _text(tmp_path / name, content)
+    with pytest.raises(DataError, match=message):
+        list(read_local(tmp_path / name, None))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nope.csv", "nope.csv: there is no such data file"),
+        ("empty", "empty: the folder holds no data file"),
+        ("*.csv", r"\*\.csv: no file matches"),
+        ("*", r"\*: matches x.txt, which is of no known kind"),
+        ("half", "half: the saved data set cannot be read"),
+    ],
+)
+def test_a_path_without_rows(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "state.json").write_text("{}")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(DataError, match=message):
+        list(read_local(tmp_path / path, None))
+
+
+def _text(path: Path, content: Any) -> None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())

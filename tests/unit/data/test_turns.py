@@ -1,0 +1,154 @@
+"""Conversations token for token: ShareGPT, tools, several answers, a chat template of one's own."""
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.base import load_tokenizer
+from orchestrator.data.encode import IGNORED, encode
+from orchestrator.data.files import Row
+from orchestrator.data.render import render
+from orchestrator.errors import DataError
+from orchestrator.spec.sections import BaseSection, DataSection
+
+BASE = BaseSection(model="embedded")
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'][0] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+TOOLS = (
+    "{% for t in tools or [] %}{{ t['function']['name'] }}:{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'][0] }}|>{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{% set f = c['function'] %}{{ f['name'] }}{{ f['arguments'] | tojson }}"
+    "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|a|>{% generation %}{{ m['content'] }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}<|u|>{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+TURNS = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+MESSAGES = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+FROM = {"user": "human", "assistant": "gpt", "system": "system"}
+SHAREGPT = {
+    "conversations": [{"from": FROM[role], "value": value, "weight": None} for role, value in [("system", "5"), *TURNS]]
+}
+CALL = {"function": {"name": "+", "arguments": '{"a": 1}'}}
+CALLING = {
+    "tools": json.dumps([{"type": "function", "function": {"name": "+", "parameters": {}}}]),
+    "messages": [
+        {"role": "user", "content": "1", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "2", "name": "+"},
+        {"role": "assistant", "content": "3"},
+    ],
+}
+
+
+def encoded(columns: dict[str, Any], template: str | None = None, **section: Any) -> tuple[list[int], str, str, str]:
+    """Ids, tokens with what is trained in brackets, the prompt and the answer."""
+    data = DataSection.model_validate({"source": "x/y", "format": "messages", "chat_template": template, **section})
+    tokenizer = load_tokenizer(BASE, template)
+    example = render(Row(columns, "x:1"), data, tokenizer)
+    tokens = encode(example, tokenizer, data)
+    names = tokenizer.convert_ids_to_tokens(tokens.ids)
+    marked = [f"[{name}]" if label != IGNORED else name for name, label in zip(names, tokens.labels, strict=True)]
+    return tokens.ids, " ".join(marked), tokenizer.decode(tokens.ids[: tokens.num_prompt]), example.answer
+
+
+def test_the_last_answer_or_every_answer() -> None:
+    columns = MESSAGES
+    ids, tokens, prompt, answer = encoded(columns, loss_on="assistant")
+    assert ids == [
+        1, 62, 263, 64, 224, 20, 264, 263, 64, 224, 21, 224, 2, 1, 62, 263, 64, 224, 22, 264, 263, 64, 224, 23, 224, 2
+    ]  # fmt: skip
+    head = "[ INST ] Ġ {} Ġ[/ INST ]"
+    assert tokens == f"<s> {head.format(1)} [Ġ] [2] [Ġ] [</s>] <s> {head.format(3)} [Ġ] [4] [Ġ] [</s>]"
+    assert (prompt, answer) == ("<s>[INST] 1 [/INST] 2 </s><s>[INST] 3 [/INST]", "4")
+    last = encoded(columns, loss_on="completion")
+    assert last[0] == ids
+    assert last[1] == f"<s> {head.format(1)} Ġ 2 Ġ </s> <s> {head.format(3)} [Ġ] [4] [Ġ] [</s>]"
+    everything = encoded(columns)
+    assert everything[0] == ids
+    assert all(token.startswith("[") for token in everything[1].split())
+
+
+def test_sharegpt_by_a_template_of_ones_own() -> None:
+    ids, tokens, prompt, answer = encoded(SHAREGPT, CHATML, format="sharegpt", loss_on="assistant")
+    assert tokens == "< | s | > 5 </s> < | u | > 1 </s> < | a | > [2] [</s>] < | u | > 3 </s> < | a | > [4] [</s>]"
+    assert ids[:7] == [31, 95, 86, 95, 33, 24, 2]
+    assert (prompt, answer) == ("<|s|>5</s><|u|>1</s><|a|>2</s><|u|>3</s><|a|>", "4")
+
+
+def test_calls_of_tools_are_answers_and_what_tools_say_is_not() -> None:
+    _, tokens, prompt, answer = encoded(CALLING, TOOLS, loss_on="assistant")
+    call = '[+] [{] ["] [a] ["] [:] [Ġ] [1] [}] [</s>]'
+    assert tokens == f"+ : < | u | > 1 </s> < | a | > {call} < | t | > 2 </s> < | a | > [3] [</s>]"
+    assert prompt == '+:<|u|>1</s><|a|>+{"a": 1}</s><|t|>2</s><|a|>'
+    assert answer == "3"
+    calls = {**CALLING, "messages": CALLING["messages"][:2]}
+    assert encoded(calls, TOOLS, loss_on="completion")[3] == '+{"a": 1}', "the answer is the call"
+
+
+def test_the_templates_own_marks_are_taken() -> None:
+    _, tokens, _, _ = encoded(MESSAGES, MARKED, loss_on="assistant")
+    assert tokens == "< | u | > 1 Ċ < | a | > [2] [</s>] Ċ < | u | > 3 Ċ < | a | > [4] [</s>]"
+    theirs = load_tokenizer(BASE, MARKED).apply_chat_template(
+        MESSAGES["messages"], return_assistant_tokens_mask=True, return_dict=True
+    )
+    trained = [token.startswith("[") for token in tokens.split()]
+    assert [bool(mask) for mask in theirs["assistant_masks"]][: len(trained)] == trained
+
+
+def test_a_beginning_that_is_written_twice_moves_no_answer() -> None:
+    _, tokens, _, _ = encoded(MESSAGES, "<s><s>" + CHATML, loss_on="assistant")
+    assert tokens == "<s> < | u | > 1 </s> < | a | > [2] [</s>] < | u | > 3 </s> < | a | > [4] [</s>]"
+
+
+def turns(*given: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    return {"messages": list(given), **columns}
+
+
+USER, ANSWER = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+NO_TOOLS, LAST_ENDS = (
+    CHATML,
+    CHATML.replace("{{ eos_token }}", "{% if loop.last and 'a' in m['role'] %}</s>{% endif %}"),
+)
+
+WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
+    "role the template does not know": (turns({"role": "system", "content": "s"}, USER, ANSWER), None, {}, "refuses"),
+    "tools left out": (CALLING | {"messages": [USER, ANSWER]}, NO_TOOLS, {}, "leaves the column tools out"),
+    "calls left out": (turns(*CALLING["messages"]), NO_TOOLS, {}, "leaves tool_calls out"),
+    "answers written otherwise": (MESSAGES, LAST_ENDS, {"loss_on": "assistant"}, "writes turn 2 otherwise"),
+    "nothing asks": (turns(ANSWER, USER, ANSWER), CHATML, {"loss_on": "assistant"}, "nothing asks for the first turn"),
+    "an answer alone": (turns(ANSWER), CHATML, {}, "stands alone"),
+    "a user who calls": (turns({**USER, "tool_calls": [CALL]}, ANSWER), TOOLS, {}, "only the assistant has tool_calls"),
+    "a call without a name": (
+        turns(USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}), TOOLS, {}, "needs a function with a name"
+    ),
+    "arguments of text": (
+        turns(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}),
+        TOOLS, {}, "the arguments of f are not JSON",
+    ),
+    "arguments in a list": (
+        turns(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}),
+        TOOLS, {}, "the arguments of f must be an object",
+    ),
+    "tools of text": (turns(USER, ANSWER, tools="{"), TOOLS, {}, "column tools is not JSON"),
+    "tools of names": (turns(USER, ANSWER, tools=["add"]), TOOLS, {}, "tools must be a list of objects"),
+    "sharegpt of an unknown speaker": (
+        {"conversations": [{"from": "bing", "value": "1"}]}, CHATML, {"format": "sharegpt"}, "is from 'bing'; known are"
+    ),
+    "sharegpt without a value": (
+        {"conversations": [{"from": "human"}]}, CHATML, {"format": "sharegpt"}, "needs a from and a value"
+    ),
+    "sharegpt of messages": (MESSAGES, CHATML, {"format": "sharegpt"}, "no column 'conversations'; columns: messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_conversation_is_named(name: str) -> None:
+    columns, template, section, message = WRONG[name]
+    with pytest.raises(DataError, match=rf"^x:1: .*{message}"):
+        encoded(columns, template, **section)
