@@ -52,13 +52,17 @@ def _lines(holder: Field, group: Group, value: dict[str, Any], indent: str) -> I
         else:
             yield from _comment(f"{field.sentence} [{field.values.replace('`', '')}]", indent)
             yield from _item(field.name, own, indent)
+            for entry in field.parts:
+                if entry.path.endswith("[]"):
+                    yield from _beside("Each", entry, f"{indent}  ")
     for other in holder.parts:
         if other.path == group.path and other is not group:
-            yield from _instead(other, indent)
+            yield from _beside("Or", other, indent)
 
 
-def _instead(group: Group, indent: str) -> Iterator[str]:
-    yield from _comment(f"Or: {group.sentence}", indent)
+def _beside(word: str, group: Group, indent: str) -> Iterator[str]:
+    """The fields of a section that is not there, as comments."""
+    yield from _comment(f"{word}: {group.sentence}", indent)
     for field in group.fields:
         shown = group.marks.get(field.name, None if field.default is NOTHING else field.default)
         yield f"{indent}# {field.name}: {_flow(shown)}".ljust(len(indent) + 34) + f"  # {field.sentence}"
