@@ -91,7 +91,8 @@ from orchestrator.spec import parse_spec
 from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking.mlflow import MlflowTracker
 from orchestrator.tracking.protocol import TrialIdentity
-spec = parse_spec({{"base": {{"model": "embedded"}}, "data": {{"source": "embedded", "format": "text"}}}})
+data = {{"source": "embedded", "format": "template", "template": "{{question}} {{answer}}"}}
+spec = parse_spec({{"base": {{"model": "embedded"}}, "data": data}})
 paths = SweepPaths(Path({str(tmp_path / "first")!r})).trial(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
