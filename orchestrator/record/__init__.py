@@ -1,5 +1,7 @@
 """What a sweep leaves: one folder that is the truth."""
 
+from orchestrator.record.budget import BudgetSpent
+from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import BestPoint, MetricPoint, RowScores, SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
@@ -15,6 +17,8 @@ from orchestrator.record.sweep_record import (
 
 __all__ = [
     "BestPoint",
+    "BudgetSpent",
+    "Decision",
     "MetricPoint",
     "RowScores",
     "SweepInfo",
@@ -24,6 +28,7 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "read_decisions",
     "read_metrics",
     "read_result",
     "read_sweep",

@@ -12,7 +12,7 @@ from rich.text import Text
 from orchestrator.record import MetricPoint, TrialResult, TrialState
 from orchestrator.report.tables import duration, number, trials_table
 
-_MOVING = (TrialState.PENDING, TrialState.RUNNING)
+_MOVING = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
 
 
 class SweepView:
@@ -93,8 +93,8 @@ class SweepView:
     def _say_changes(self) -> None:
         for trial in self._trials:
             best = f", {trial.metric} {number(trial.best.value)} at {trial.best.step}" if trial.best else ""
-            error = f": {trial.error}" if trial.error else ""
-            line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{error}"
+            why = f": {trial.error or trial.stopped}" if trial.error or trial.stopped else ""
+            line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{why}"
             if trial.step and line not in self._said:
                 self._said.add(line)
                 left = self._seconds_left()

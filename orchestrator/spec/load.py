@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import SpecError
+from orchestrator.spec.dotted import read_path, write_keys
+from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
-from orchestrator.spec.search import read_path, write_keys
+from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.sweep_spec import SweepSpec
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -50,14 +52,16 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
         overrides: `dotted.field=value` strings; values are read as YAML. A searched or tied field is then fixed.
 
     Raises:
-        SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
+        SpecError: the file cannot be read, a field is unknown, missing or out of its bounds, or a package is missing.
     """
     path = Path(file)
     document = _read_yaml(path)
     _anchor_paths(document, path.resolve().parent)
     for override in overrides:
         _apply_override(document, override)
-    return parse_spec(document, str(path))
+    spec = parse_spec(document, str(path))
+    require_extras(spec)
+    return spec
 
 
 def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
@@ -114,8 +118,19 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         write_keys(document, keys, value)
         for searched in ("space", "tied"):  # a field that is set is fixed
             (document.get("search") or {}).get(searched, {}).pop(path, None)
+        if path == "scheduler.kind":
+            _keep_fields_of_kind(document["scheduler"], value)
     except (TypeError, AttributeError) as error:
         raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
+
+
+def _keep_fields_of_kind(scheduler: dict[str, Any], kind: Any) -> None:
+    """A scheduler of another kind takes over the fields that it has too; those of the former one go with it."""
+    if not isinstance(kind, str) or kind not in FIELDS_OF_KIND:
+        return
+    for name in [*scheduler]:
+        if name not in FIELDS_OF_KIND[kind] and any(name in fields for fields in FIELDS_OF_KIND.values()):
+            del scheduler[name]
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:

@@ -12,12 +12,12 @@ from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.conductor import Conductor
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.keeper import ResultKeeper, cancel_unknown
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.relay import Relay
-from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.search import make_searcher, tune_space
 from orchestrator.sweep.snapshot import put_snapshot_back
 from orchestrator.training.start import start_sweep
@@ -82,6 +82,9 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
             f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
         ) from error
     cancel_unknown(record)
+    if over := record.budget_spent():
+        begun = len(record.paths.trial_ids())
+        say(f"{over}: {begun} of {record.info.num_trials} trials were begun, and stopped at their next evaluation")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)
@@ -97,14 +100,17 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     trainable = tune.with_resources(
         tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
     )
-    searcher = make_searcher(spec.search, at_once)
-    put_snapshot_back(paths)
+    searcher = make_searcher(spec, at_once)
+    conductor = Conductor(record, at_once, put_snapshot_back(paths))
+    callbacks = [ResultKeeper(conductor)]
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
         )
         # The one that was pickled knows how many trials the workers of then had room for.
         tuner._local_tuner._tune_config.search_alg = searcher
+        tuner._local_tuner._tune_config.scheduler = conductor
+        tuner._local_tuner._run_config.callbacks = callbacks
         return tuner
     return tune.Tuner(
         trainable,
@@ -113,8 +119,8 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
             metric=spec.search.metric,
             mode=spec.search.resolved_mode,
             search_alg=searcher,
-            scheduler=make_scheduler(spec),
-            num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
+            scheduler=conductor,
+            num_samples=spec.search.total_trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -123,7 +129,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
             storage_path=str(paths.root),
             failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[ResultKeeper()],
+            callbacks=callbacks,
             verbose=0,
         ),
     )
@@ -145,7 +151,8 @@ def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
     total = record.info.num_trials
-    if len(ended) < total:
+    still_open = len(trials) - len(ended) if record.budget_spent() else total - len(ended)
+    if still_open > 0:
         raise Interrupted(
             f"interrupted with {len(ended)} of {total} trials ended; their results are kept",
             f"Go on with: orchestrator resume {record.paths.root}",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
-from orchestrator.spec.search import Axis
+from orchestrator.spec.axes import Axis
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -5,7 +5,8 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
-from orchestrator.spec.search import AXIS_KINDS, Axis, evaluate_tie
+from orchestrator.spec.axes import AXIS_KINDS, Axis
+from orchestrator.spec.ties import evaluate_tie
 
 Document = dict[str, Any]
 
