@@ -16,6 +16,7 @@ from orchestrator.cli.frame import (
     Json,
     Name,
     Output,
+    Seed,
     Set,
     Sweep,
     Where,
@@ -67,11 +68,18 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
 
 
 @app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
-def sweep(file: File, set_: Set = None, name: Name = None, address: Address = None, output: Output = None) -> None:
+def sweep(
+    file: File,
+    set_: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    address: Address = None,
+    output: Output = None,
+) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
     from orchestrator.record.start import choose_folder
 
-    spec = load_spec(file, set_ or [])
+    spec = load_spec(file, [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])])
     _sweep(spec, choose_folder(spec, file.name, name, output), address)
 
 

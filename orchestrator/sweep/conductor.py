@@ -109,9 +109,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         if isinstance(self._inner, Cloning):
             for clone in self._inner.take_clones():
                 cloned = self._trials[clone.trial_id]
-                self._steps[clone.trial_id] = clone.step
-                why = why_cloned(self._spec, result if cloned is trial else cloned.last_result, clone.donor)
+                why = why_cloned(self._spec, result if cloned is trial else cloned.last_result, clone)
                 self._write(cloned, "cloned", why, clone.donor)
+                self._steps[clone.trial_id] = clone.step
                 self._wait(cloned, None)
         return action
 

@@ -84,7 +84,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     cancel_unknown(record)
     if over := record.budget_spent():
         begun = len(record.paths.trial_ids())
-        say(f"{over}: {begun} of {record.info.num_trials} trials were begun, and stopped at their next evaluation")
+        say(f"{over}: {begun} of {record.info.num_trials} trials were begun")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)

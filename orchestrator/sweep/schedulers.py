@@ -18,7 +18,7 @@ from orchestrator.spec.sections.scheduler import (
 )
 from orchestrator.sweep.brackets import UNIT, Bohb, HyperBand
 from orchestrator.sweep.draws import Draws
-from orchestrator.sweep.population import Explored, Pbt, mutations
+from orchestrator.sweep.population import Clone, Explored, Pbt, mutations
 
 # No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31
@@ -80,13 +80,14 @@ def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
             return f"{said} and before is worse than the median of the other trials' means up to there"
 
 
-def why_cloned(spec: SweepSpec, result: dict[str, Any], donor: str) -> str:
+def why_cloned(spec: SweepSpec, result: dict[str, Any], clone: Clone) -> str:
     """The rule by which a trial takes over the state of another."""
     assert isinstance(spec.scheduler, Population)
     kind, share, metric = spec.scheduler.kind, spec.scheduler.quantile, spec.search.metric
     return (
         f"{kind}: {metric} {result[metric]:.6g} at step {result['step']} is among the worst {share:.0%} of the trials, "
-        f"that of {donor} among the best"
+        f"that of {clone.donor} among the best: from its step {clone.step} on with "
+        + ", ".join(f"{path} {value:.6g}" for path, value in clone.values.items())
     )
 
 
