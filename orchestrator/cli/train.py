@@ -112,7 +112,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
-    trials = record.trials()
+    trials, over = record.trials(), record.budget_spent()
     if as_json:
         search = record.info.spec.search
         print_json(
@@ -122,6 +122,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
                 "metric": search.metric,
                 "mode": search.resolved_mode,
                 "num_trials": record.info.num_trials,
+                "budget_spent": over and over.model_dump(mode="json"),
                 "trials": [trial.model_dump(mode="json") for trial in trials],
             }
         )
@@ -130,6 +131,8 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
+    if over:
+        console.print(str(over), highlight=False)
     for failed in (trial for trial in trials if trial.error):
         console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
 

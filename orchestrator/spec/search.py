@@ -57,7 +57,7 @@ class SearchSection(Section):
         if isinstance(written, list):
             raise ValueError(
                 f"must be one metric, got {written}: schedulers compare by one, and each trial keeps the adapter that "
-                "is best by it. Of a finished sweep `orchestrator best SWEEP --metric A --metric B` shows the Pareto set."
+                "is best by it. The Pareto set of a sweep that has ended: orchestrator best SWEEP --metric A --metric B"
             )
         return written
 
