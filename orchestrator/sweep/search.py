@@ -61,9 +61,13 @@ class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
         self._search = search
         self._points = search.grid() if search.algorithm == "grid" else copy.deepcopy(search.first)
 
+    def is_finished(self) -> bool:
+        """See Tune, which keeps no relay for a later trial once the search is over: those that take turns need theirs."""
+        return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
+
     def next_trial(self) -> Any:
         """See Tune."""
-        trial = super().next_trial()
+        trial = None if self._finished else super().next_trial()
         if trial is not None:
             drawn = plain_values(trial.config)
             trial.set_config(self._points.pop(0) if self._points else self._search.decode(drawn))

@@ -98,7 +98,9 @@ def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, ma
     assert len({str(point["lora.target_modules"]) for point in points[2:]}) == 2
 
 
-@pytest.mark.parametrize(("algorithm", "sampler"), [("optuna", "tpe"), ("optuna", "cmaes"), ("hyperopt", None), ("bohb", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "sampler"), [("optuna", "tpe"), ("optuna", "cmaes"), ("hyperopt", None), ("bohb", None)]
+)
 def test_reports_guide_the_search(
     algorithm: str, sampler: str | None, make: Callable[..., SweepSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
