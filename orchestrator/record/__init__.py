@@ -5,6 +5,7 @@ from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import BestPoint, MetricPoint, RowScores, SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
+    OPEN,
     SweepRecord,
     end_trial,
     read_metrics,
@@ -16,6 +17,7 @@ from orchestrator.record.sweep_record import (
 )
 
 __all__ = [
+    "OPEN",
     "BestPoint",
     "BudgetSpent",
     "Decision",

@@ -19,6 +19,9 @@ _T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent)
 # States whose best adapter may be chosen: what still runs can get better, what failed is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
 
+OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
+"""States of trials that have not ended."""
+
 
 @dataclass(frozen=True)
 class SweepRecord:

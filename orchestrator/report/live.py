@@ -9,10 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.record import OPEN, MetricPoint, TrialResult
 from orchestrator.report.tables import duration, number, trials_table
-
-_MOVING = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
 
 
 class SweepView:
@@ -65,7 +63,7 @@ class SweepView:
         return Group(trials_table(self._trials), self._summary()) if self._trials else self._summary()
 
     def _summary(self) -> Text:
-        ended = sum(trial.state not in _MOVING for trial in self._trials)
+        ended = sum(trial.state not in OPEN for trial in self._trials)
         parts = [f"{ended} of {self._total} trials ended", f"{duration(time.monotonic() - self._began)} gone"]
         left = self._seconds_left()
         if left is not None:
@@ -87,7 +85,7 @@ class SweepView:
         if done <= 0:
             return None
         to_do = (self._total - len(self._trials)) * total_steps
-        to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in _MOVING)
+        to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in OPEN)
         return (time.monotonic() - since) / done * to_do
 
     def _say_changes(self) -> None:

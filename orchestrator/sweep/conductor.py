@@ -1,8 +1,10 @@
 """The scheduler that Tune asks. One of Tune's own decides; here its decisions are written down, and kept for a resume,
 trials wait for their turn, and the sweep ends when its budget is spent."""
 
+import time
 from typing import Any, Literal
 
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
@@ -16,6 +18,7 @@ from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_
 from orchestrator.sweep.spending import Spending
 from orchestrator.sweep.told import COMPLETE, paths_of
 
+_STUCK_S = 60.0
 _TURNS = (Trial.RUNNING, Trial.PENDING)
 
 
@@ -50,6 +53,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._why: dict[str, str] = {}
         self._num_decisions = 0
         self._over: BudgetSpent | None = None
+        self._stuck_since: float | None = None
         self._trials: dict[str, Any] = {}
         before = None if remembered is None else thaw(remembered, {})
         self._kept: bytes | None = None if before is None else before["kept"]
@@ -153,9 +157,20 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         )
         if chosen is None:
             chosen = self._inner.choose_trial_to_run(controller)
+        self._see_that_it_goes_on(trials, chosen)
         if chosen is not None and chosen.status == Trial.PAUSED:
             self._go_on(chosen)
         return chosen
+
+    def _see_that_it_goes_on(self, trials: list[Any], chosen: Any) -> None:
+        """Raise TuneError where Tune would turn round for ever: all that is left waits, and nobody is chosen."""
+        waiting = [trial.trial_id for trial in trials if trial.status == Trial.PAUSED]
+        if chosen is not None or not waiting or any(trial.status in _TURNS for trial in trials):
+            self._stuck_since = None
+            return
+        self._stuck_since = self._stuck_since or time.monotonic()
+        if time.monotonic() - self._stuck_since > _STUCK_S:
+            raise TuneError(f"scheduler {self._spec.scheduler.kind} has {', '.join(waiting)} wait, and nobody trains")
 
     def debug_string(self) -> str:
         """See Tune."""

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
-from orchestrator.record import SweepPaths, SweepRecord, TrialState
+from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.conductor import Conductor
@@ -151,8 +151,8 @@ def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
     total = record.info.num_trials
-    still_open = len(trials) - len(ended) if record.budget_spent() else total - len(ended)
-    if still_open > 0:
+    is_over = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
+    if len(ended) < total and not is_over:
         raise Interrupted(
             f"interrupted with {len(ended)} of {total} trials ended; their results are kept",
             f"Go on with: orchestrator resume {record.paths.root}",

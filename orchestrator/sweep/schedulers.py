@@ -50,14 +50,14 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
             return Pbt(
                 **_population_settings(spec, scheduler),
                 hyperparam_mutations=mutations(spec),
+                custom_explore_fn=Explored(spec.search.space),
                 resample_probability=scheduler.resample_probability,
                 perturbation_factors=tuple(scheduler.factors),
             )
         case Pb2Scheduler():
-            from orchestrator.sweep.pb2 import make_pb2
+            from orchestrator.sweep.pb2 import Pb2
 
-            bounds = {path: axis.probes() for path, axis in spec.search.space.items()}
-            return make_pb2(**_population_settings(spec, scheduler), hyperparam_bounds=bounds)
+            return Pb2(spec.search.space, **_population_settings(spec, scheduler))
         case _:
             return FIFOScheduler()
 
@@ -112,6 +112,5 @@ def _population_settings(spec: SweepSpec, scheduler: Population) -> dict[str, An
         "time_attr": scheduler.counts,
         "perturbation_interval": scheduler.interval_tokens or spec.interval_steps,
         "quantile_fraction": scheduler.quantile,
-        "custom_explore_fn": Explored(spec.search.space),
         "log_config": False,  # decisions.jsonl has it
     }

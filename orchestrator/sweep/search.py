@@ -62,7 +62,7 @@ class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
         self._points = search.grid() if search.algorithm == "grid" else copy.deepcopy(search.first)
 
     def is_finished(self) -> bool:
-        """See Tune, which keeps no relay for a later trial once the search is over: those that take turns need theirs."""
+        """See Tune, which keeps no relay for others once the search is over: trials that take turns need theirs."""
         return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
 
     def next_trial(self) -> Any:

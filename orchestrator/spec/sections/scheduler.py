@@ -121,7 +121,7 @@ class PbtScheduler(_Population):
 
 
 class Pb2Scheduler(_Population):
-    """Population based bandits (arXiv 2002.02518): new values by a Gaussian process over what values have gained."""
+    """Population based bandits (arXiv 2002.02518): new values by a Gaussian process of what values have gained."""
 
     kind: Literal["pb2"] = "pb2"
 

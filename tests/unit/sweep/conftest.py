@@ -89,7 +89,8 @@ class Stage:
                     trial.set_status(Trial.RUNNING)
                     self._going_on = [name for name in self._going_on if name != trial.trial_id]
             running = [trial for trial in self.trials if trial.status == Trial.RUNNING]
-            assert running, f"nobody goes on, but {[t.trial_id for t in self.trials if not t.is_finished()]} wait"
+            if not running:
+                continue
             if chosen is None or len(running) >= self.at_once:
                 self.report(min(running, key=lambda trial: trial.last_result.get("step", 0)))
         if turns == 1000:
