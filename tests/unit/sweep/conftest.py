@@ -1,5 +1,6 @@
 """Tune's loop without Ray: trials whose losses are known beforehand, under the conductor of an experiment."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,12 +175,14 @@ MakeStage = Callable[..., Stage]
 def make_stage(document: dict[str, Any], tmp_path: Path) -> MakeStage:
     """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section."""
 
+    number = itertools.count()
+
     def make(scheduler: dict[str, Any], at_once: int = 9, **search: Any) -> Stage:
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
         )
-        paths = SweepPaths(tmp_path / "sweep")
+        paths = SweepPaths(tmp_path / f"sweep-{next(number)}")
         info = SweepInfo(
             name="sweep", created="2026-01-01T00:00:00+00:00", spec=spec, is_single_trial=False, data_fingerprint="f",
             num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,

@@ -1,15 +1,21 @@
 """Who is stopped, paused and cloned, when and why; and what is still known of it after a resume."""
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
+from orchestrator.record import TrialResult, TrialState
+from orchestrator.spec import parse_spec
+from orchestrator.spec.search import Budget
 from orchestrator.sweep.brackets import HyperBand
+from orchestrator.sweep.spending import Spending
 
 ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
 MEDIAN = {"kind": "median", "grace_steps": 10, "min_trials": 2}
@@ -199,21 +205,69 @@ def test_bohb_puts_new_trials_into_brackets_of_their_own(make_stage: MakeStage) 
     assert [name for name, _ in stage.decisions("stopped")][:2] == ["t02", "t03"]
 
 
-def test_a_population_takes_turns_and_the_worst_are_cloned(make_stage: MakeStage) -> None:
-    stage = make_stage(PBT, at_once=2, num_trials=4)
+def population(make_stage: MakeStage, scheduler: dict[str, Any] = PBT, seed: int = 0) -> Any:
+    """Four trials on two slots, two of which are far behind; at the ends of the range."""
+    stage = make_stage(scheduler, at_once=2, num_trials=4, seed=seed)
     stage._schedule_trial_save = lambda _, result=None: Saved(result)
     stage.add(a=falling(0), b=falling(1), c=falling(8), d=falling(9))
-    for name, rate in {"a": 1e-2, "b": 2e-2, "c": 1e-5, "d": 9e-2}.items():
+    for name, rate in {"a": 9e-2, "b": 2e-5, "c": 1e-3, "d": 1e-4}.items():
         stage.trial(name).config["training.learning_rate"] = rate
+    return stage
+
+
+def rates(stage: Any) -> dict[str, float]:
+    return {trial.trial_id: trial.config["training.learning_rate"] for trial in stage.trials}
+
+
+@pytest.mark.parametrize("kind", ["pbt", "pb2"])
+def test_a_population_takes_turns_and_the_worst_are_cloned(kind: str, make_stage: MakeStage) -> None:
+    scheduler = {name: value for name, value in PBT.items() if name != "kind"} | {"kind": kind}
+    for seed in range(5):
+        stage = population(make_stage, scheduler, seed)
+        stage.run()
+        cloned = [each for each in stage.all_decisions() if each.action == "cloned"]
+        assert {each.trial_id for each in cloned} == {"c", "d"}
+        for each in cloned:
+            assert each.donor in ("a", "b")
+            assert f"is among the worst 50% of the trials, that of {each.donor} among the best: from its" in each.why
+        assert stage.decisions("paused"), "four take turns on two slots"
+        assert all(1e-5 <= rate <= 1e-1 for rate in rates(stage).values()), "within the range"
+        assert (rates(stage)["a"], rates(stage)["b"]) == (9e-2, 2e-5), "the best stay as they are"
+        assert rates(stage)["c"] != 1e-3
+        assert rates(stage)["d"] != 1e-4
+        assert {trial.status for trial in stage.trials} == {Trial.TERMINATED}
+
+
+def test_a_population_is_repeated_by_its_seed(make_stage: MakeStage) -> None:
+    found = []
+    for seed, outside in ((1, 5), (1, 6), (2, 5)):
+        random.seed(outside)
+        np.random.seed(outside)
+        stage = population(make_stage, seed=seed)
+        stage.run()
+        found.append(rates(stage))
+    assert found[0] == found[1] != found[2]
+
+
+def test_pb2_sees_rates_by_their_logarithm(make_stage: MakeStage) -> None:
+    stage = population(make_stage, {"kind": "pb2", "interval_steps": 10, "quantile": 0.5})
     stage.run()
-    cloned = [each for each in stage.all_decisions() if each.action == "cloned"]
-    assert cloned
-    assert {each.trial_id for each in cloned} <= {"c", "d"}
-    for each in cloned:
-        assert each.donor in ("a", "b")
-        assert f"is among the worst 50% of the trials, that of {each.donor} among the best: from its step" in each.why
-    assert all(1e-5 <= trial.config["training.learning_rate"] <= 1e-1 for trial in stage.trials), "within the range"
+    seen = stage.conductor._inner.data["training.learning_rate"]
+    assert math.log(2e-5) in seen.to_list()
+    assert seen.between(math.log(1e-5), math.log(1e-1)).all()
+
+
+@pytest.mark.parametrize("at_turn", range(1, 20, 3))
+def test_a_population_goes_on_after_a_resume(at_turn: int, make_stage: MakeStage) -> None:
+    stage = population(make_stage)
+    stage.run(at_turn)
+    before = stage.all_decisions()
+    stage.resume(stage.conductor.state())
+    assert stage.all_decisions() == before
+    stage.run()
     assert {trial.status for trial in stage.trials} == {Trial.TERMINATED}
+    assert set(stage.decisions("paused")) >= {("a", 10), ("b", 10)}
+    assert all(each.donor in ("a", "b") for each in stage.all_decisions() if each.action == "cloned")
 
 
 class Saved:
@@ -279,3 +333,17 @@ def test_the_clock_stands_between_two_drivers(make_stage: MakeStage, monkeypatch
     clock[0] = 9601.0
     stage.run()
     assert stage.conductor._record.budget_spent().limit == "wall_clock_hours"
+
+
+def test_tokens_of_a_donor_are_spent_once(document: dict[str, Any]) -> None:
+    config = parse_spec(document).trial_config({})
+    spending = Spending(Budget(tokens=100))
+    shared: dict[str, Any] = {"state": TrialState.RUNNING, "config": config, "metric": "eval/loss", "mode": "min"}
+    spending.count(TrialResult(trial_id="donor", tokens=60, **shared))
+    clone = TrialResult(trial_id="clone", tokens=60, adopted_tokens=40, **shared)
+    spending.count(clone)
+    assert spending.over() is None, "20 of its own"
+    spending.count(clone.model_copy(update={"tokens": 80}))
+    over = spending.over()
+    assert over is not None
+    assert over.spent == 100
