@@ -185,4 +185,11 @@ def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
 def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
     space = "search.space={training.learning_rate: {loguniform: [1e-4, 1e-2]}}"
     spec = load_spec("experiments/demo.yaml", [space, "search.tied={}", f"scheduler.kind={kind}"])
-    assert make_searcher(spec, 3).max_concurrent == 0
+    searcher = make_searcher(spec, 3)
+    assert searcher.max_concurrent == 0
+    searcher._live_trials = {"a"}
+    searcher.set_finished()
+    assert not searcher.is_finished(), "Tune would keep no relay for those that wait"
+    assert searcher.next_trial() is None
+    searcher.on_trial_complete("a")
+    assert searcher.is_finished()
