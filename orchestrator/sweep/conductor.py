@@ -59,7 +59,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._kept: bytes | None = None if before is None else before["kept"]
         self._to_come: set[str] = set() if before is None else set(before["trials"])
         if before is not None:
-            self._waiting = set(before["waiting"])
+            self._waiting, self._why = before["waiting"], before["why"]
 
     @property
     def metric(self) -> Any:
@@ -72,10 +72,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def state(self) -> bytes:
         """All that is to be known after a resume."""
-        if self._kept is not None:  # not all trials are there again
-            return freeze({"trials": [*self._to_come, *self._trials], "waiting": self._waiting, "kept": self._kept})
-        kept = {name: self.__dict__[name] for name in _KEPT}
-        return freeze({"trials": [*self._trials], "waiting": self._waiting, "kept": freeze(kept)})
+        known = {"trials": [*self._trials, *self._to_come], "waiting": self._waiting, "why": self._why}
+        # As long as not all trials are there again, what was kept of them stays as it is.
+        return freeze(known | {"kept": self._kept or freeze({name: self.__dict__[name] for name in _KEPT})})
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """See Tune."""
@@ -185,7 +184,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._spending.start()
 
     def _put_in_its_place(self, trial: Any) -> None:
-        """Have a trial that Tune's controller is about to take wait for the others, for a slot, or for nothing."""
+        """Have a trial that Tune's controller is about to take wait for the others, for a slot, or for nothing.
+
+        Tune's state forgets the end of a trial that was stopped as it waited (ray 2.60, `_schedule_trial_stop`).
+        """
+        if trial.trial_id in self._why and paths_of(trial).result.is_file():
+            trial.set_status(Trial.TERMINATED)
+            return
         if trial.trial_id not in self._waiting:
             paths_of(trial).paused.unlink(missing_ok=True)
             if not self._holds:
@@ -251,4 +256,4 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._num_decisions += 1
 
 
-_KEPT = ("_inner", "_steps", "_why", "_num_decisions", "_over", "_spending")
+_KEPT = ("_inner", "_steps", "_num_decisions", "_over", "_spending")

@@ -1,6 +1,7 @@
 """Tune's loop without Ray: trials whose losses are known beforehand, under the conductor of an experiment."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ class Stage:
         self.at_once = at_once
         self.trials: list[Any] = []
         self._going_on: list[str] = []
+        self._forgotten: set[str] = set()
+        """Trials that were stopped as they waited: in the state that Tune restores they wait still."""
         self.losses: dict[str, Sequence[float]] = {}
         self.told: list[tuple[str, float, float]] = []
         """What a searcher hears: trial, loss, budget."""
@@ -56,7 +59,8 @@ class Stage:
         self.conductor.set_search_properties("eval/loss", "min")
         trials, self.trials = self.trials, []
         for trial in trials:
-            self._add(trial.trial_id, trial.is_finished(), dict(trial.config), trial.last_result)
+            is_finished = trial.is_finished() and trial.trial_id not in self._forgotten
+            self._add(trial.trial_id, is_finished, dict(trial.config), trial.last_result)
         return self.conductor
 
     def add(self, **losses: Sequence[float]) -> None:
@@ -149,7 +153,11 @@ class Stage:
             self.conductor.on_trial_complete(self, trial, dict(trial.last_result))
         else:
             self.conductor.on_trial_remove(self, trial)
+            self._forgotten.add(trial.trial_id)
         trial.set_status(Trial.TERMINATED)
+        paths = self.paths.trial(trial.trial_id)
+        if paths.progress.is_file():
+            shutil.copy(paths.progress, paths.result)
 
     def pause_trial(self, trial: Any, should_checkpoint: bool = True) -> None:
         trial.set_status(Trial.PAUSED)
