@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
@@ -37,4 +38,4 @@ def keep_decisions(paths: SweepPaths, number: int) -> None:
     """Drop all lines but the first: those after them are decided again."""
     kept = read_decisions(paths)[:number]
     if paths.decisions.is_file():
-        paths.decisions.write_text("".join(each.model_dump_json() + "\n" for each in kept), encoding="utf-8")
+        write_atomic(paths.decisions, "".join(each.model_dump_json() + "\n" for each in kept))

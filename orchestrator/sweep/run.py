@@ -12,6 +12,7 @@ from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.extras import require_extras
 from orchestrator.sweep.conductor import Conductor
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
@@ -43,7 +44,9 @@ def run_sweep(
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C.
+        SpecError: a package that the search needs is not installed.
     """
+    require_extras(spec)
     with connection(address):
         require_shared_folder(paths.root.parent)
         with start_fleet(spec, address) as fleet:
@@ -60,6 +63,7 @@ def resume_sweep(
     Raises:
         As `run_sweep`.
     """
+    require_extras(record.info.spec)
     with connection(address):
         require_shared_folder(record.paths.root)
         with only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:

@@ -242,6 +242,7 @@ def replayed(spec: SweepSpec, values: list[float]) -> list[dict[str, Any]]:
 
 
 def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: Path) -> None:
+    pytest.importorskip("hpbandster", reason="the extra bohb, which needs a C compiler")
     record = sweep(
         tmp_path,
         "search={algorithm: bohb, startup_trials: 2}",

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ FIRST = [
         "lora.rank": 16, "lora.dropout": 0.3, "lora.target_modules": "all-linear",
     },
 ]  # fmt: skip
-ALGORITHMS = ["random", "optuna", "hyperopt", "bohb"]
+BOHB = pytest.param(
+    "bohb",
+    marks=pytest.mark.skipif(find_spec("hpbandster") is None, reason="the extra bohb, which needs a C compiler"),
+)
+TAUGHT = ["optuna", "hyperopt", BOHB]
+ALGORITHMS = ["random", *TAUGHT]
 RATE = {"training.learning_rate": {"loguniform": [1e-6, 1e-1]}}
 
 
@@ -99,7 +105,8 @@ def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, ma
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "sampler"), [("optuna", "tpe"), ("optuna", "cmaes"), ("hyperopt", None), ("bohb", None)]
+    ("algorithm", "sampler"),
+    [("optuna", "tpe"), ("optuna", "cmaes"), ("hyperopt", None), pytest.param("bohb", None, marks=BOHB.marks)],
 )
 def test_reports_guide_the_search(
     algorithm: str, sampler: str | None, make: Callable[..., SweepSpec], caplog: pytest.LogCaptureFixture
@@ -123,7 +130,7 @@ def test_reports_guide_the_search(
     assert "failed" not in caplog.text, "hpbandster draws at random where its model fails"
 
 
-@pytest.mark.parametrize("algorithm", ["optuna", "hyperopt", "bohb"])
+@pytest.mark.parametrize("algorithm", TAUGHT)
 def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make: Callable[..., SweepSpec]) -> None:
     settings = {"startup_trials": 4, "seed": 1}
 
@@ -135,7 +142,7 @@ def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make:
     assert searched(make(algorithm, RATE, **settings), 25, lambda point: -rate(point)) == most != least
 
 
-@pytest.mark.parametrize("algorithm", ["optuna", "hyperopt", "bohb"])
+@pytest.mark.parametrize("algorithm", TAUGHT)
 def test_a_saved_search_goes_on_as_it_would_have(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
