@@ -44,4 +44,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# torch by itself: a range, or another package's wish for it, would pull the newest CUDA build.
 	@{ $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) && \
 	   $(PIP) -c constraints.txt -e '.[dev]'; } > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
+	@$(PIP) -c constraints.txt -e '.[bohb]' >> .venv/install.log 2>&1 || \
+	   echo "without search.algorithm bohb: one of its packages needs a C compiler (.venv/install.log)"
 	@touch $@

@@ -28,6 +28,7 @@ SweepOrAdapter = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
 ]
+Seed = Annotated[int | None, typer.Option(help="search.seed: the same one gives the same sequence of trials.")]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
 Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
 Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]

@@ -17,6 +17,7 @@ from orchestrator.cli.frame import (
     Json,
     Name,
     Output,
+    Seed,
     Set,
     Sweep,
     Where,
@@ -27,7 +28,6 @@ from orchestrator.cli.frame import (
 )
 from orchestrator.errors import Interrupted, RequestError
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.spec.extras import require_extras
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,11 +100,18 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
 
 
 @app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
-def sweep(file: File, set_: Set = None, name: Name = None, address: Address = None, output: Output = None) -> None:
+def sweep(
+    file: File,
+    set_: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    address: Address = None,
+    output: Output = None,
+) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
     from orchestrator.record.start import choose_folder
 
-    spec = load_spec(file, set_ or [])
+    spec = load_spec(file, [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])])
     _sweep(spec, choose_folder(spec, file.name, name, output), address)
 
 
@@ -115,7 +122,6 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
     from orchestrator.report.live import SweepView, TrialView
 
     record = read_sweep(sweep, output)
-    require_extras(record.info.spec)
     with _resumable(record.paths.root), _screen(record.paths.root) as console:
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
@@ -138,7 +144,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
-    trials = record.trials()
+    trials, over = record.trials(), record.budget_spent()
     if as_json:
         search = record.info.spec.search
         print_json(
@@ -148,6 +154,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
                 "metric": search.metric,
                 "mode": search.resolved_mode,
                 "num_trials": record.info.num_trials,
+                "budget_spent": over and over.model_dump(mode="json"),
                 "trials": [trial.model_dump(mode="json") for trial in trials],
             }
         )
@@ -156,6 +163,8 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
+    if over:
+        console.print(str(over), highlight=False)
     for failed in (trial for trial in trials if trial.error):
         console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
 

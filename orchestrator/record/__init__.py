@@ -1,5 +1,7 @@
 """What a sweep leaves: one folder that is the truth."""
 
+from orchestrator.record.budget import BudgetSpent
+from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
     BestPoint,
     MetricPoint,
@@ -11,6 +13,7 @@ from orchestrator.record.models import (
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.sweep_record import (
+    OPEN,
     SweepRecord,
     end_trial,
     read_metrics,
@@ -22,7 +25,10 @@ from orchestrator.record.sweep_record import (
 )
 
 __all__ = [
+    "OPEN",
     "BestPoint",
+    "BudgetSpent",
+    "Decision",
     "MetricPoint",
     "RowScores",
     "SourceRows",
@@ -33,6 +39,7 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "read_decisions",
     "read_metrics",
     "read_result",
     "read_sweep",

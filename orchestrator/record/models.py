@@ -15,10 +15,11 @@ class Record(BaseModel):
 
 
 class TrialState(StrEnum):
-    """Stopped (by the scheduler) is not failed."""
+    """Stopped (by the scheduler, or for the budget) is not failed; paused trials wait for others, and may go on."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
     COMPLETE = "COMPLETE"
     STOPPED = "STOPPED"
     CANCELLED = "CANCELLED"
@@ -122,6 +123,10 @@ class TrialResult(Record):
     """Last complete checkpoint, relative to the trial's folder."""
     parent: str | None = None
     """Checkpoint of another trial that it went on from, as trial/checkpoints/checkpoint-step (PBT)."""
+    adopted_tokens: int = 0
+    """How much `tokens` rose (or fell) when it went on from another trial: these it has not trained on itself."""
+    stopped: str | None = None
+    """Why it was stopped: by which rule of the scheduler, or for the budget."""
     overshoot: int = 0
     """Steps made past the evaluation at which the scheduler stopped the trial; not part of the record."""
     data_fingerprint: str | None = None
@@ -180,5 +185,5 @@ class SweepInfo(Record):
 
     @property
     def num_trials(self) -> int:
-        """Trials the sweep will have."""
+        """Trials the sweep will have, unless its budget is spent before."""
         return 1 if self.is_single_trial else self.spec.search.total_trials

@@ -56,6 +56,11 @@ class TrialPaths:
         return self.root / ".lease"
 
     @property
+    def paused(self) -> Path:
+        """There while the scheduler has the trial wait for others: it holds no slot then."""
+        return self.root / ".paused"
+
+    @property
     def adapters(self) -> Path:
         """PEFT adapters."""
         return self.root / "adapters"
@@ -110,8 +115,18 @@ class SweepPaths:
 
     @property
     def tune_snapshot(self) -> Path:
-        """The last whole state of Ray Tune: trials and searcher."""
+        """The last whole state of Ray Tune: trials, searcher and scheduler."""
         return self.root / "tune-snapshot.zip"
+
+    @property
+    def decisions(self) -> Path:
+        """One Decision of the scheduler a line."""
+        return self.root / "decisions.jsonl"
+
+    @property
+    def budget(self) -> Path:
+        """BudgetSpent; exists once the sweep has spent its budget."""
+        return self.root / "budget.json"
 
     @property
     def workers(self) -> Path:

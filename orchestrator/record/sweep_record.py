@@ -8,15 +8,19 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from orchestrator.errors import RecordError
+from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig)
+_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent)
 
 # States whose best adapter may be chosen: what still runs can get better, what failed is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
+
+OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
+"""States of trials that have not ended."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class SweepRecord:
     def finished(self) -> list[TrialResult]:
         """Trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
         return [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
+
+    def budget_spent(self) -> BudgetSpent | None:
+        """Which limit was reached, if one was: then there may be fewer trials than were asked for."""
+        return _read(BudgetSpent, self.paths.budget) if self.paths.budget.is_file() else None
 
     def adapter_path(self, trial: TrialResult) -> Path:
         """Where the adapter of a trial's best evaluation belongs."""
@@ -78,7 +86,9 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
     """One trial: its result, else its progress, else PENDING with its configuration."""
     for path in (paths.result, paths.progress):
         if path.is_file():
-            return _read(TrialResult, path)
+            trial = _read(TrialResult, path)
+            waits = trial.state == TrialState.RUNNING and paths.paused.is_file()
+            return trial.model_copy(update={"state": TrialState.PAUSED}) if waits else trial
     search = info.spec.search
     return TrialResult(
         trial_id=paths.trial_id,
@@ -132,7 +142,7 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     return result
 
 
-def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig) -> None:
+def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | BudgetSpent) -> None:
     """Put a record on disk in one atomic step."""
     write_atomic(path, record.model_dump_json(indent=2) + "\n")
 

@@ -9,10 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.record import OPEN, MetricPoint, TrialResult
 from orchestrator.report.tables import duration, number, trials_table
-
-_MOVING = (TrialState.PENDING, TrialState.RUNNING)
 
 
 class SweepView:
@@ -65,7 +63,7 @@ class SweepView:
         return Group(trials_table(self._trials), self._summary()) if self._trials else self._summary()
 
     def _summary(self) -> Text:
-        ended = sum(trial.state not in _MOVING for trial in self._trials)
+        ended = sum(trial.state not in OPEN for trial in self._trials)
         parts = [f"{ended} of {self._total} trials ended", f"{duration(time.monotonic() - self._began)} gone"]
         left = self._seconds_left()
         if left is not None:
@@ -87,14 +85,14 @@ class SweepView:
         if done <= 0:
             return None
         to_do = (self._total - len(self._trials)) * total_steps
-        to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in _MOVING)
+        to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in OPEN)
         return (time.monotonic() - since) / done * to_do
 
     def _say_changes(self) -> None:
         for trial in self._trials:
             best = f", {trial.metric} {number(trial.best.value)} at {trial.best.step}" if trial.best else ""
-            error = f": {trial.error}" if trial.error else ""
-            line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{error}"
+            why = f": {trial.error or trial.stopped}" if trial.error or trial.stopped else ""
+            line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{why}"
             if trial.step and line not in self._said:
                 self._said.add(line)
                 left = self._seconds_left()

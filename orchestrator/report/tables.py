@@ -10,6 +10,7 @@ from orchestrator.record import TrialResult, TrialState
 
 _COLORS = {
     TrialState.RUNNING: "cyan",
+    TrialState.PAUSED: "blue",
     TrialState.COMPLETE: "green",
     TrialState.STOPPED: "yellow",
     TrialState.FAILED: "red",

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import SpecError
+from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
-from orchestrator.spec.search import read_path, write_keys
 from orchestrator.spec.sections import FILE_KINDS, GLOB
+from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.sweep_spec import SweepSpec
 from orchestrator.spec.template import is_chat_template
 
@@ -122,8 +123,19 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         write_keys(document, keys, value)
         for searched in ("space", "tied"):  # a field that is set is fixed
             (document.get("search") or {}).get(searched, {}).pop(path, None)
+        if path == "scheduler.kind":
+            _keep_fields_of_kind(document["scheduler"], value)
     except (TypeError, AttributeError) as error:
         raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
+
+
+def _keep_fields_of_kind(scheduler: dict[str, Any], kind: Any) -> None:
+    """A scheduler of another kind takes over the fields that it has too; those of the former one go with it."""
+    if not isinstance(kind, str) or kind not in FIELDS_OF_KIND:
+        return
+    for name in [*scheduler]:
+        if name not in FIELDS_OF_KIND[kind] and any(name in fields for fields in FIELDS_OF_KIND.values()):
+            del scheduler[name]
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:

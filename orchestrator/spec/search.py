@@ -1,89 +1,65 @@
-"""The search section: a space over dotted fields, and values tied to them by arithmetic."""
+"""The search section: a space over dotted fields, who draws from it, and how much may be spent."""
 
-import ast
+import itertools
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from orchestrator.spec.axes import Axis
 from orchestrator.spec.sections import PositiveInt, Section
 
-AxisKind = Literal["choice", "grid", "uniform", "loguniform", "randint"]
-AXIS_KINDS: tuple[AxisKind, ...] = ("choice", "grid", "uniform", "loguniform", "randint")
+MODEL_BASED = ("optuna", "hyperopt", "bohb")
+"""Algorithms that draw by what earlier trials have reported."""
 
 
-class Axis(Section):
-    """One searched field, written `{kind: values}`: `{choice: [8, 16]}`, `{loguniform: [1e-5, 1e-3]}`."""
+class Budget(Section):
+    """What all trials together may spend. Once it is spent none is started, and each ends at its next evaluation."""
 
-    kind: AxisKind
-    values: Annotated[list[Any], Field(min_length=1)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_single_key(cls, written: Any) -> Any:
-        if not isinstance(written, dict) or len(written) != 1 or next(iter(written)) not in AXIS_KINDS:
-            raise ValueError(
-                f"must be one of {', '.join(f'{{{kind}: [...]}}' for kind in AXIS_KINDS)}, got {written!r}"
-            )
-        ((kind, values),) = written.items()
-        if not isinstance(values, list):
-            raise ValueError(f"{kind} takes a list, got {values!r}")
-        return {"kind": kind, "values": values}
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
-        if self.is_discrete:
-            if len({repr(value) for value in self.values}) != len(self.values):
-                raise ValueError(f"{self.kind} holds a value twice: {self.values}")
-            return self
-        wanted = int if self.kind == "randint" else (int, float)
-        if len(self.values) != 2 or not all(isinstance(v, wanted) and not isinstance(v, bool) for v in self.values):
-            kind = "whole numbers" if self.kind == "randint" else "numbers"
-            raise ValueError(f"{self.kind} takes two {kind}, [low, high], got {self.values}")
-        low, high = self.values
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise ValueError(f"{self.kind} takes finite numbers, got {self.values}")
-        if low >= high:
-            raise ValueError(f"must hold low < high, but got (low={low}, high={high})")
-        if self.kind == "loguniform" and low <= 0:
-            raise ValueError(f"loguniform must hold low > 0, but got low={low}")
-        return self
-
-    @model_serializer
-    def _to_single_key(self) -> dict[str, list[Any]]:
-        return {self.kind: self.values}
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether the values are listed one by one."""
-        return self.kind in ("choice", "grid")
-
-    def probes(self) -> list[Any]:
-        """Values whose validity stands for the whole axis: all listed ones, or both ends (randint: high excluded)."""
-        if self.kind == "randint":
-            return [self.values[0], self.values[1] - 1]
-        return self.values
+    wall_clock_hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours from the first trial on, those of interruptions not counted."""
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours of GPUs that trials hold; of trials that share one, each has its share."""
+    tokens: PositiveInt | None = None
+    """Real (not padding) tokens trained on."""
 
 
 class SearchSection(Section):
     """Which trials there are, and which of them is best."""
 
-    algorithm: Literal["grid", "random", "optuna"] = "random"
-    """Every combination, independent draws, or optuna's TPE."""
+    algorithm: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = "random"
+    """Every combination, independent draws, or draws by what was reported: optuna, hyperopt's TPE, BOHB's KDE."""
+    sampler: Literal["tpe", "cmaes"] | None = None
+    """optuna: TPE (default), or CMA-ES (arXiv 1604.00772) for spaces of numbers."""
+    startup_trials: PositiveInt | None = None
+    """Trials drawn at random before reports count; default optuna 10 (cmaes 1), hyperopt 20, bohb axes + 1 a rung."""
     num_trials: PositiveInt | None = None
-    """Trials of random and optuna (default 10); a grid has its own number."""
+    """Most trials there will be (default 10); a grid has its own number."""
+    budget: Budget = Budget()
+    """Further limits."""
     space: dict[str, Axis] = {}
     """Dotted field -> axis, such as `training.learning_rate: {loguniform: [1e-5, 1e-3]}`."""
     tied: dict[str, str] = {}
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
+    first: list[dict[str, Any]] = []
+    """Points to try first: a value for each field that is searched there."""
     metric: str = "eval/loss"
     """What trials are compared by, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
     """Which end is better; default min for eval/loss, max for the others."""
-    seed: int = 0
-    """Seed of the searcher."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the searcher, and of what PBT and PB2 draw. `--seed` overrides it."""
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_metric(cls, written: Any) -> Any:
+        if isinstance(written, list):
+            raise ValueError(
+                f"must be one metric, got {written}: schedulers compare by one, and each trial keeps the adapter that "
+                "is best by it. The Pareto set of a sweep that has ended: orchestrator best SWEEP --metric A --metric B"
+            )
+        return written
 
     @model_validator(mode="after")
     def _algorithm_fits_axes(self) -> Self:
@@ -97,94 +73,128 @@ class SearchSection(Section):
             raise ValueError(f"{grids[0]} is a grid axis, but algorithm is {self.algorithm}; use choice")
         if both := sorted(set(self.space) & set(self.tied)):
             raise ValueError(f"{both[0]} is both searched and tied")
+        if self.algorithm in MODEL_BASED and not self.space:
+            raise ValueError(f"algorithm {self.algorithm} needs a space to search; give one, or use random")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit_algorithm(self) -> Self:
+        if self.sampler is not None and self.algorithm != "optuna":
+            raise ValueError(f"sampler {self.sampler} belongs to algorithm optuna, but algorithm is {self.algorithm}")
+        if self.startup_trials is not None and self.algorithm not in MODEL_BASED:
+            raise ValueError(f"startup_trials belongs to {', '.join(MODEL_BASED)}, but algorithm is {self.algorithm}")
+        least = len(self.space) + 1
+        if self.algorithm == "bohb" and self.startup_trials is not None and self.startup_trials < least:
+            raise ValueError(
+                f"startup_trials must be at least {least} for bohb, one more than there are axes: its densities have "
+                f"as many dimensions (got {self.startup_trials})"
+            )
+        if self.sampler == "cmaes":
+            self._cmaes_can_search()
+        return self
+
+    def _cmaes_can_search(self) -> None:
+        """CMA-ES draws from a normal distribution over numbers; for anything else optuna would draw at random."""
+        for path, axis in self.space.items():
+            if axis.is_discrete:
+                raise ValueError(f"sampler cmaes searches numbers, but {path} is {axis.kind}; use a range, or tpe")
+            if axis.when:
+                raise ValueError(f"sampler cmaes searches all fields together, but {path} has `when`; use tpe")
+        if len(self.space) < 2:
+            raise ValueError(f"sampler cmaes needs two axes or more, got {len(self.space)}; use tpe")
+
+    @model_validator(mode="after")
+    def _conditions_hold(self) -> Self:
+        for path, axis in self.space.items():
+            if axis.when is None:
+                continue
+            ((parent, values),) = axis.when.items()
+            if parent not in self.space or not self.space[parent].is_discrete:
+                listed = [name for name, other in self.space.items() if other.is_discrete and name != path]
+                raise ValueError(
+                    f"space.{path}: when needs a searched field with listed values, got {parent}; "
+                    f"there is {', '.join(listed) or 'none'}"
+                )
+            if wrong := [value for value in values if not self.space[parent].holds(value)]:
+                raise ValueError(f"space.{path}: {wrong[0]!r} is no value of {parent}: {self.space[parent].values}")
+            if path in self.ancestors(path):
+                raise ValueError(f"space.{path}: exists only when {parent} does, which exists only when {path} does")
+        return self
+
+    @model_validator(mode="after")
+    def _first_points_are_points(self) -> Self:
+        if self.first and self.algorithm == "grid":
+            raise ValueError("first names points to try first, but algorithm grid tries all; leave it out")
+        if len(self.first) > self.total_trials:
+            raise ValueError(f"first holds {len(self.first)} points, but there are {self.total_trials} trials")
+        for i, point in enumerate(self.first):
+            if unknown := sorted(set(point) - set(self.space)):
+                raise ValueError(f"first.{i}: {unknown[0]} is not searched; axes: {', '.join(self.space) or 'none'}")
+            active = self.active(point)
+            if missing := [path for path in self.space if path not in point and self._exists(path, point)]:
+                raise ValueError(f"first.{i}: needs a value for {missing[0]}")
+            if idle := sorted(set(point) - set(active)):
+                raise ValueError(
+                    f"first.{i}: {idle[0]} does not exist there: it is searched when {self._when(idle[0])}"
+                )
+            for path, value in point.items():
+                if not self.space[path].holds(value):
+                    raise ValueError(f"first.{i}: {value!r} is no value of {path}: {self.space[path].model_dump()}")
         return self
 
     @property
     def total_trials(self) -> int:
-        """Number of trials the sweep will have; one where nothing is searched."""
+        """Number of trials the sweep will have, at most; one where nothing is searched."""
         if not self.space:
             return 1
         if self.algorithm != "grid":
             return self.num_trials or 10
-        total = 1
-        for axis in self.space.values():
-            total *= len(axis.values)
-        return total
+        if any(axis.when for axis in self.space.values()):
+            return len(self.grid())
+        return math.prod(len(axis.values) for axis in self.space.values())
 
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
         """Which end of the metric is better."""
         return self.mode or ("min" if self.metric == "eval/loss" else "max")
 
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of listed values, each once: values of a field that does not exist make no difference."""
+        combined = itertools.product(*(axis.values for axis in self.space.values()))
+        points = [self.active(dict(zip(self.space, values, strict=True))) for values in combined]
+        return list({repr(point): point for point in points}.values())
 
-_LONGEST_TIE = 200
+    def active(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a point that exist there."""
+        return {path: value for path, value in point.items() if path not in self.space or self._exists(path, point)}
 
+    def decode(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """The point of a searcher's draws, see `Axis.drawn`."""
+        return self.active({path: axis.decode(drawn[path]) for path, axis in self.space.items() if path in drawn})
 
-def _power(base: Any, exponent: Any) -> Any:
-    if abs(exponent) > 64:
-        raise ArithmeticError(f"exponent {exponent} is larger than 64")
-    return operator.pow(base, exponent)
+    def ancestors(self, path: str) -> list[str]:
+        """Fields on which the existence of one depends, the nearest first."""
+        found: list[str] = []
+        parent = self.space[path].parent
+        while parent in self.space and parent not in found:
+            found.append(parent)
+            parent = self.space[parent].parent
+        return found
 
+    def needed(self, path: str) -> dict[str, Any]:
+        """Values of other fields with which a field exists."""
+        chain = [self.space[each].when or {} for each in (path, *self.ancestors(path))]
+        return {parent: values[0] for when in chain for parent, values in when.items()}
 
-_OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Pow: _power,
-    ast.USub: operator.neg,
-}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round}
+    def _exists(self, path: str, point: Mapping[str, Any]) -> bool:
+        when = self.space[path].when
+        if when is None:
+            return True
+        ((parent, values),) = when.items()
+        return (
+            parent in point and repr(point[parent]) in [repr(value) for value in values] and self._exists(parent, point)
+        )
 
-
-def evaluate_tie(expression: str, lookup: Callable[[str], Any]) -> Any:
-    """Value of an arithmetic expression over dotted fields, read through `lookup`.
-
-    Knows + - * / // **, parentheses, min, max and round. Nothing else is run.
-
-    Raises:
-        ValueError: the expression holds anything else, or its arithmetic fails.
-    """
-
-    if len(expression) > _LONGEST_TIE:
-        raise ValueError(f"is longer than {_LONGEST_TIE} characters")
-
-    def value_of(node: ast.AST) -> Any:
-        match node:
-            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return number
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](value_of(left), value_of(right))
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](value_of(operand))
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-                return _FUNCTIONS[name](*map(value_of, arguments))
-            case ast.Attribute():
-                return lookup(ast.unparse(node))
-        raise ValueError(f"cannot use {ast.unparse(node)!r}; allowed: numbers, fields, + - * / // **, min, max, round")
-
-    try:
-        return value_of(ast.parse(expression, mode="eval").body)
-    except SyntaxError as error:
-        raise ValueError(f"is not arithmetic: {error.msg}") from error
-    except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"cannot be computed: {error}") from error
-
-
-def read_path(document: Mapping[str, Any], path: str) -> Any:
-    """Value at a dotted path of nested mappings; KeyError where there is none."""
-    value: Any = document
-    for key in path.split("."):
-        value = value[key]
-    return value
-
-
-def write_keys(document: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set the value at a path of keys, making the mappings on the way (also in the place of nothing)."""
-    *parents, leaf = keys
-    for key in parents:
-        if document.get(key) is None:
-            document[key] = {}
-        document = document[key]
-    document[leaf] = value
+    def _when(self, path: str) -> str:
+        when = self.space[path].when or {}
+        return " and ".join(f"{parent} is {' or '.join(map(str, values))}" for parent, values in when.items())

@@ -9,8 +9,10 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from orchestrator.embedded.task import COLUMNS
+from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.messages import describe
-from orchestrator.spec.search import SearchSection, evaluate_tie, read_path, write_keys
+from orchestrator.spec.pairs import check_pairs
+from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
     DataSection,
@@ -24,6 +26,8 @@ from orchestrator.spec.sections import (
     TrainingSection,
     TrialConfig,
 )
+from orchestrator.spec.sections.scheduler import NoScheduler, Population, Rungs
+from orchestrator.spec.ties import evaluate_tie
 
 TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
 
@@ -47,8 +51,8 @@ class SweepSpec(Section):
     """Metrics beside the loss."""
     search: SearchSection = SearchSection()
     """The space of trials."""
-    scheduler: SchedulerSection = SchedulerSection()
-    """Early stopping."""
+    scheduler: SchedulerSection = NoScheduler()
+    """Who is stopped, paused or cloned."""
     resources: ResourcesSection = ResourcesSection()
     """Cluster resources."""
     tracking: TrackingSection = TrackingSection()
@@ -77,15 +81,8 @@ class SweepSpec(Section):
         return self
 
     @model_validator(mode="after")
-    def _rungs_meet_evaluations(self) -> Self:
-        grace, every = self.grace_steps, self.training.eval_steps
-        if self.scheduler.kind != "none" and grace % every:
-            raise ValueError(
-                f"scheduler.grace_steps ({grace}) must be a multiple of training.eval_steps ({every}): "
-                "trials are compared at equal steps"
-            )
-        if self.scheduler.kind != "none" and {"training.eval_steps"} & {*self.search.space, *self.search.tied}:
-            raise ValueError(f"training.eval_steps cannot be searched under scheduler {self.scheduler.kind}")
+    def _goes_together(self) -> Self:
+        check_pairs(self)
         return self
 
     @model_validator(mode="after")
@@ -94,7 +91,8 @@ class SweepSpec(Section):
             check_searchable(path)
         probes = self._probes
         alone = [(f".{path}: the value {point[path]!r}", point) for path, point in self._edges()]
-        together = [(f": the point {point}", point) for point in _combinations(probes) if point]
+        combined = [self.search.active(point) for point in _combinations(probes)]
+        together = [(f": the point {point}", point) for point in combined if point]
         for where, point in [*alone, *together]:
             try:
                 self.trial_config(point)
@@ -106,8 +104,15 @@ class SweepSpec(Section):
 
     @property
     def grace_steps(self) -> int:
-        """First step at which the scheduler may stop a trial."""
-        return self.scheduler.grace_steps or self.training.eval_steps
+        """First step at which a scheduler that counts steps may stop a trial."""
+        given = self.scheduler.grace_steps if isinstance(self.scheduler, Rungs) else None
+        return given or self.training.eval_steps
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps after which PBT or PB2, where it counts steps, looks at a trial again."""
+        given = self.scheduler.interval_steps if isinstance(self.scheduler, Population) else None
+        return given or self.training.eval_steps
 
     def corners(self) -> list[TrialConfig]:
         """Trials that stand for all: each value, or end, of each axis is in one of them."""
@@ -118,22 +123,27 @@ class SweepSpec(Section):
         return {path: axis.probes() for path, axis in self.search.space.items()}
 
     def _edges(self) -> list[tuple[str, dict[str, Any]]]:
-        """Points that differ from a first one along one axis, and that axis."""
+        """Points that differ from a first one along one axis (and those that it needs to exist), and that axis."""
         probes = self._probes
         first = {path: values[0] for path, values in probes.items()}
-        return [(path, first | {path: value}) for path, values in probes.items() for value in values]
+        return [
+            (path, self.search.active(first | self.search.needed(path) | {path: value}))
+            for path, values in probes.items()
+            for value in values
+        ]
 
     def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial.
 
         Args:
-            point: dotted field -> value, one for each axis of the search space.
+            point: dotted field -> value, one for each axis of the search space; those that do not exist there, as their
+                `when` says, are left out.
 
         Raises:
             ValueError: a value or a tied expression does not fit its field.
         """
         document: dict[str, Any] = self.model_dump(mode="json", include=set(TRIAL_SECTIONS))
-        varied = dict(point)
+        varied = self.search.active(point)
         for path, value in varied.items():
             write_keys(document, path.split("."), value)
 

@@ -16,6 +16,7 @@ from orchestrator.record import (
     read_trial,
     write_record,
 )
+from orchestrator.sweep.conductor import Conductor
 from orchestrator.sweep.snapshot import keep_snapshot
 from orchestrator.sweep.told import paths_of, plain_values
 
@@ -23,26 +24,31 @@ _CLOSING_S = 60.0
 
 
 class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
-    """Writes result.json where the relay has not. Holds no state: Tune pickles it with the sweep.
+    """Writes result.json where the relay has not, and keeps the state of Tune and of the scheduler.
 
     A relay cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
     time of these calls it waits for Tune's word, and all that was reported is on disk.
     """
 
+    def __init__(self, conductor: Conductor) -> None:
+        """`conductor` knows why a trial was stopped."""
+        self._conductor = conductor
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune has handled an event, and written its state on this machine."""
         if trials:
             staging = Path(trials[0].storage.experiment_driver_staging_path)
-            keep_snapshot(staging, SweepPaths(paths_of(trials[0]).sweep))
+            keep_snapshot(staging, SweepPaths(paths_of(trials[0]).sweep), self._conductor.state)
         if trials and all(trial.is_finished() for trial in trials):
             record, _ = _locate(trials[0])
-            if len(trials) == record.info.num_trials:
+            if len(trials) == record.info.num_trials or record.budget_spent():
                 _await_relays([paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""
         record, paths = _locate(trial)
-        _end(record, paths, TrialState.STOPPED)
+        if paths.config.is_file():  # else it was never begun
+            _end(record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial failed, and has no attempt left."""
@@ -77,9 +83,11 @@ def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
     return read_sweep(paths.sweep), paths
 
 
-def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None) -> None:
+def _end(
+    record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None, stopped: str | None = None
+) -> None:
     """Write the result of a trial that has none, from its progress."""
     if paths.result.is_file():
         return
     so_far = read_trial(paths, record.info)
-    end_trial(paths, so_far.model_copy(update={"state": state, "error": error}))
+    end_trial(paths, so_far.model_copy(update={"state": state, "error": error, "stopped": stopped}))

@@ -21,7 +21,7 @@ from orchestrator.record import (
 )
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.remote import Claim, RemoteTrial
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.told import COMPLETE, plain_values
 
 _OFFERS_KEPT = 3
 
@@ -150,6 +150,7 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         copied.rename(paths.checkpoints)
         before = [point for point in read_metrics(donor_paths) if point.step <= checkpoint["step"]]
+        tokens = before[-1].tokens if before else 0
         start = so_far.model_copy(
             update={
                 "state": TrialState.RUNNING,
@@ -157,7 +158,8 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
                 "best": None,
                 "step": checkpoint["step"],
                 "total_steps": donor.total_steps,
-                "tokens": before[-1].tokens if before else 0,
+                "tokens": tokens,
+                "adopted_tokens": so_far.adopted_tokens + tokens - so_far.tokens,
                 "tokens_per_second": donor.tokens_per_second,
                 "grad_norm": None,
                 "applied": {},
@@ -188,4 +190,4 @@ def _report_result(result: TrialResult) -> dict[str, Any]:
     """The last report of a trial: its best evaluation, by which it is chosen."""
     if result.state == TrialState.FAILED or result.best is None:
         raise TrialError(result.error or "failed in an earlier attempt")
-    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True}
+    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True, COMPLETE: True}

@@ -110,13 +110,13 @@ class RemoteTrial:
             self._leave()
 
     def _attend(self) -> None:
-        """Between questions: keep the slot, or give it back when the driver has put the result down.
+        """Between questions: keep the slot, or give it back when the driver has put the result down, or has it wait.
 
-        Tune may keep this process, when it has stopped its trial, until there is another for it.
+        Tune may keep this process, when it has stopped or paused its trial, until there is another for it.
         """
         renewed = time.monotonic()
         while not self._over.wait(_LOOK_S):
-            if self._paths.result.is_file():
+            if self._paths.result.is_file() or self._paths.paused.is_file():
                 self.stop()
             elif time.monotonic() > renewed + _RENEW_S:
                 self._lease.renew()

@@ -12,9 +12,10 @@ from typing import Any
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
-from orchestrator.record import SweepPaths, SweepRecord, TrialState
+from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.extras import require_extras
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.lease import Workers
@@ -38,11 +39,12 @@ def run_sweep(
         say: is told of the workers, before the first trial.
 
     Raises:
-        RequestError: base or data are not what the experiment says; nothing is written.
+        RequestError: base or data are not what the experiment says, or a package is missing; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C.
     """
+    require_extras(spec)
     with connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         info = start_sweep(spec, paths)
@@ -58,6 +60,7 @@ def resume_sweep(
     Raises:
         As `run_sweep`.
     """
+    require_extras(record.info.spec)
     with connection(address), only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:
         require_shared_folder(record.paths.root)
         return _drive(record, fleet, watch, say)
@@ -81,6 +84,9 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
             f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
         ) from error
     cancel_unknown(record)
+    if over := record.budget_spent():
+        begun = len(record.paths.trial_ids())
+        say(f"{over}: {begun} of {record.info.num_trials} trials were begun")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)
@@ -91,9 +97,9 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     """A new tuner, or the one whose state lies in the sweep's folder; it runs so many trials at once."""
     from ray import tune
 
+    from orchestrator.sweep.conductor import Conductor
     from orchestrator.sweep.keeper import ResultKeeper
     from orchestrator.sweep.relay import Relay
-    from orchestrator.sweep.schedulers import make_scheduler
     from orchestrator.sweep.search import make_searcher, tune_space
 
     _quiet_tune()
@@ -101,14 +107,17 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     trainable = tune.with_resources(
         tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
     )
-    searcher = make_searcher(spec.search, at_once)
-    put_snapshot_back(paths)
+    searcher = make_searcher(spec, at_once)
+    conductor = Conductor(record, at_once, put_snapshot_back(paths))
+    callbacks = [ResultKeeper(conductor)]
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
         )
         # The one that was pickled knows how many trials the workers of then had room for.
         tuner._local_tuner._tune_config.search_alg = searcher
+        tuner._local_tuner._tune_config.scheduler = conductor
+        tuner._local_tuner._run_config.callbacks = callbacks
         return tuner
     return tune.Tuner(
         trainable,
@@ -117,8 +126,8 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
             metric=spec.search.metric,
             mode=spec.search.resolved_mode,
             search_alg=searcher,
-            scheduler=make_scheduler(spec),
-            num_samples=1 if spec.search.algorithm == "grid" else spec.search.total_trials,
+            scheduler=conductor,
+            num_samples=spec.search.total_trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -127,7 +136,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
             storage_path=str(paths.root),
             failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[ResultKeeper()],
+            callbacks=callbacks,
             verbose=0,
         ),
     )
@@ -149,7 +158,8 @@ def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
     total = record.info.num_trials
-    if len(ended) < total:
+    is_over = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
+    if len(ended) < total and not is_over:
         raise Interrupted(
             f"interrupted with {len(ended)} of {total} trials ended; their results are kept",
             f"Go on with: orchestrator resume {record.paths.root}",

@@ -1,95 +1,116 @@
-"""Early stopping in Ray Tune's terms, counted in optimizer steps (Tune by itself counts reports)."""
+"""The experiment's scheduler in Ray Tune's terms, in optimizer steps or tokens (Tune by itself counts reports)."""
 
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from orchestrator.record import read_metrics
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.told import paths_of
+from orchestrator.spec.sections.scheduler import (
+    AshaScheduler,
+    BohbScheduler,
+    Brackets,
+    HyperBandScheduler,
+    MedianScheduler,
+    Pb2Scheduler,
+    PbtScheduler,
+    Population,
+    Rungs,
+)
+from orchestrator.sweep.brackets import UNIT, Bohb, HyperBand
+from orchestrator.sweep.draws import Draws
+from orchestrator.sweep.population import Clone, Explored, Pbt, mutations
 
 # No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31
 
 
 def make_scheduler(spec: SweepSpec) -> TrialScheduler:
-    """The experiment's scheduler. Metric and mode come from Tune's own configuration."""
-    match spec.scheduler.kind:
-        case "asha":
-            asha = AsyncHyperBandScheduler(
-                time_attr="step",
-                grace_period=spec.grace_steps,
-                reduction_factor=spec.scheduler.reduction_factor,
-                max_t=_NO_LAST_STEP,
+    """Tune's scheduler, which decides. Metric and mode come from Tune's own configuration."""
+    scheduler = spec.scheduler
+    match scheduler:
+        case AshaScheduler():
+            return AsyncHyperBandScheduler(
+                time_attr=scheduler.counts,
+                grace_period=_grace(spec, scheduler),
+                reduction_factor=scheduler.reduction_factor,
+                max_t=_NO_LAST_STEP if scheduler.counts == "step" else 2**60,
             )
-            return RememberingScheduler(asha)
-        case "median":
-            median = MedianStoppingRule(
-                time_attr="step",
-                grace_period=spec.grace_steps,
-                min_samples_required=spec.scheduler.min_trials,
-                min_time_slice=_NO_LAST_STEP,  # by default it pauses trials for others, and each pause is a reload
+        case MedianScheduler():
+            return MedianStoppingRule(
+                time_attr=scheduler.counts,
+                grace_period=_grace(spec, scheduler),
+                min_samples_required=scheduler.min_trials,
+                min_time_slice=2**60,  # by default it pauses trials for others, and each pause is a reload
             )
-            return RememberingScheduler(median)
+        case HyperBandScheduler():
+            return HyperBand(**_bracket_settings(spec, scheduler))
+        case BohbScheduler():
+            return Bohb(**_bracket_settings(spec, scheduler))
+        case PbtScheduler():
+            return Pbt(
+                **_population_settings(spec, scheduler),
+                hyperparam_mutations=mutations(spec),
+                custom_explore_fn=Explored(spec.search.space),
+                resample_probability=scheduler.resample_probability,
+                perturbation_factors=tuple(scheduler.factors),
+            )
+        case Pb2Scheduler():
+            from orchestrator.sweep.pb2 import Pb2
+
+            return Pb2(spec.search.space, **_population_settings(spec, scheduler))
         case _:
             return FIFOScheduler()
 
 
-class RememberingScheduler(TrialScheduler):  # type: ignore[misc]  # ray is untyped
-    """A scheduler that knows after a resume what its trials reported before.
+def unit(spec: SweepSpec) -> int | None:
+    """Steps or tokens of one unit of brackets, whose rungs lie at powers of the reduction factor; None without them."""
+    return _grace(spec, spec.scheduler) if isinstance(spec.scheduler, Brackets) else None
 
-    Tune saves no scheduler with a sweep (ray 2.60, `TuneController.__getstate__`): rungs and medians would be empty
-    after each resume. Here the evaluations of ended trials are read from disk again. Those of a trial that goes on are
-    reported by itself, and counted once.
-    """
 
-    def __init__(self, inner: TrialScheduler) -> None:
-        """`inner` decides."""
-        super().__init__()
-        self._inner = inner
-        self._steps: dict[str, int] = {}
+def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
+    """The rule by which a trial was stopped, with its last report."""
+    scheduler, metric = spec.scheduler, spec.search.metric
+    said = f"{scheduler.kind}: {metric} {result[metric]:.6g} at step {result['step']}"
+    match scheduler:
+        case AshaScheduler():
+            return f"{said} is not among the best 1 in {scheduler.reduction_factor} that have come to its rung"
+        case HyperBandScheduler() | BohbScheduler():
+            return f"{said} is not among the best 1 in {scheduler.reduction_factor} of its bracket"
+        case _:
+            return f"{said} and before is worse than the median of the other trials' means up to there"
 
-    @property
-    def metric(self) -> Any:
-        """The inner scheduler's."""
-        return self._inner.metric
 
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """See Tune."""
-        return bool(self._inner.set_search_properties(metric, mode, **spec))
+def why_cloned(spec: SweepSpec, result: dict[str, Any], clone: Clone) -> str:
+    """The rule by which a trial takes over the state of another."""
+    assert isinstance(spec.scheduler, Population)
+    kind, share, metric = spec.scheduler.kind, spec.scheduler.quantile, spec.search.metric
+    return (
+        f"{kind}: {metric} {result[metric]:.6g} at step {result['step']} is among the worst {share:.0%} of the trials, "
+        f"that of {clone.donor} among the best: from its step {clone.step} on with "
+        + ", ".join(f"{path} {value:.6g}" for path, value in clone.values.items())
+    )
 
-    def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """See Tune. A trial that is added with an end is one of before the resume."""
-        self._inner.on_trial_add(controller, trial)
-        if not trial.is_finished():
-            return
-        for point in read_metrics(paths_of(trial)):
-            if self.metric in point.values:
-                self.on_trial_result(controller, trial, {**point.values, "step": point.step})
 
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """See Tune. A step that was reported before is not counted again."""
-        if result["step"] <= self._steps.get(trial.trial_id, 0):
-            return str(TrialScheduler.CONTINUE)
-        self._steps[trial.trial_id] = result["step"]
-        return str(self._inner.on_trial_result(controller, trial, result))
+def _grace(spec: SweepSpec, scheduler: Rungs) -> int:
+    return scheduler.grace_tokens or spec.grace_steps
 
-    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """See Tune."""
-        self._inner.on_trial_complete(controller, trial, result)
 
-    def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune."""
-        self._inner.on_trial_error(controller, trial)
+def _bracket_settings(spec: SweepSpec, scheduler: Brackets) -> dict[str, Any]:
+    longest = scheduler.max_tokens or scheduler.max_steps or spec.training.steps
+    assert longest is not None
+    return {
+        "time_attr": UNIT,
+        "max_t": longest // _grace(spec, scheduler),
+        "reduction_factor": scheduler.reduction_factor,
+        "stop_last_trials": False,  # who passes the last rung runs to its own end, where it is complete
+    }
 
-    def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        """See Tune."""
-        self._inner.on_trial_remove(controller, trial)
 
-    def choose_trial_to_run(self, controller: Any) -> Any:
-        """See Tune."""
-        return self._inner.choose_trial_to_run(controller)
-
-    def debug_string(self) -> str:
-        """See Tune."""
-        return str(self._inner.debug_string())
+def _population_settings(spec: SweepSpec, scheduler: Population) -> dict[str, Any]:
+    return {
+        "draws": Draws(spec.search.seed),
+        "time_attr": scheduler.counts,
+        "perturbation_interval": scheduler.interval_tokens or spec.interval_steps,
+        "quantile_fraction": scheduler.quantile,
+        "log_config": False,  # decisions.jsonl has it
+    }

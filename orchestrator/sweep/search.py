@@ -1,24 +1,43 @@
 """The experiment's space and algorithm in Ray Tune's terms."""
 
+import copy
 from typing import Any
 
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from orchestrator.spec.search import Axis, SearchSection
+from orchestrator.spec import SweepSpec
+from orchestrator.spec.axes import Axis, Listed, Real
+from orchestrator.spec.search import SearchSection
+from orchestrator.spec.sections.scheduler import Brackets, Population
+from orchestrator.sweep.told import plain_values
 
 
 def tune_space(search: SearchSection) -> dict[str, Any]:
-    """Dotted field -> Tune domain. Tied values are not in it: they are resolved after the searcher."""
-    return {path: _domain(axis, search.algorithm == "grid") for path, axis in search.space.items()}
+    """Dotted field -> Tune domain, of what Tune draws by itself: other searchers hold their space."""
+    if search.algorithm != "random":
+        return {}
+    return {path: _domain(axis) for path, axis in search.space.items()}
 
 
-def make_searcher(search: SearchSection, at_once: int) -> Searcher | SearchAlgorithm:
-    """The algorithm, seeded, with so many trials at once."""
-    if search.algorithm == "optuna":
-        return Limiter(OptunaSearch(metric=search.metric, mode=search.resolved_mode, seed=search.seed), at_once)
-    return Variants(random_state=search.seed, max_concurrent=at_once)
+def make_searcher(spec: SweepSpec, at_once: int) -> Searcher | SearchAlgorithm:
+    """The algorithm, seeded, with so many trials at once. Tied values are resolved after it."""
+    search = spec.search
+    match search.algorithm:
+        case "optuna":
+            return Limiter(_optuna(search), at_once)
+        case "hyperopt":
+            from orchestrator.sweep.hyperopt_search import make_hyperopt
+
+            return Limiter(make_hyperopt(search), at_once)
+        case "bohb":
+            from orchestrator.sweep.bohb_search import make_bohb
+
+            return make_bohb(search, at_once)
+        case _:  # under brackets, or in a population, all are there at once, and take turns
+            all_there = isinstance(spec.scheduler, Brackets | Population)
+            return Variants(search, 0 if all_there else at_once)
 
 
 class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # ray is untyped
@@ -30,21 +49,90 @@ class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # ray is untyped
 
 
 class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
-    """As `Limiter`."""
+    """Random draws, or a grid; before them the points to try first. Limited as `Limiter`.
+
+    The points are put into Tune's trials: what Tune itself takes as points to try first knows no lists as values, and
+    what it takes as a grid knows no fields that exist only with others.
+    """
+
+    def __init__(self, search: SearchSection, at_once: int) -> None:
+        """`at_once` is 0 for no limit."""
+        super().__init__(random_state=search.seed, max_concurrent=at_once)
+        self._search = search
+        self._points = search.grid() if search.algorithm == "grid" else copy.deepcopy(search.first)
+
+    def is_finished(self) -> bool:
+        """See Tune, which keeps no relay for others once the search is over: trials that take turns need theirs."""
+        return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
+
+    def next_trial(self) -> Any:
+        """See Tune."""
+        trial = None if self._finished else super().next_trial()
+        if trial is not None:
+            drawn = plain_values(trial.config)
+            trial.set_config(self._points.pop(0) if self._points else self._search.decode(drawn))
+            trial.evaluated_params = dict(trial.config)
+        return trial
 
     def set_state(self, state: dict[str, Any]) -> None:
         """See Tune."""
         super().set_state(state | {"max_concurrent": self.max_concurrent})
 
 
-def _domain(axis: Axis, every_value: bool) -> Any:
-    if axis.is_discrete:
-        return tune.grid_search(axis.values) if every_value else tune.choice(axis.values)
-    low, high = axis.values
-    match axis.kind:
-        case "loguniform":
-            return tune.loguniform(low, high)
-        case "randint":
-            return tune.randint(low, high)
-        case _:
-            return tune.uniform(low, high)
+def _domain(axis: Axis) -> Any:
+    drawn = axis.drawn()
+    if isinstance(drawn, Listed):
+        return tune.choice([*range(drawn.count)])
+    if isinstance(drawn, Real):
+        return (tune.loguniform if drawn.is_log else tune.uniform)(drawn.low, drawn.high)
+    return (tune.lograndint if drawn.is_log else tune.randint)(drawn.low, drawn.high + 1)
+
+
+def _optuna(search: SearchSection) -> OptunaSearch:
+    from optuna.samplers import CmaEsSampler, TPESampler
+
+    if search.sampler == "cmaes":
+        sampler = CmaEsSampler(n_startup_trials=search.startup_trials or 1, seed=search.seed)
+    else:
+        sampler = TPESampler(n_startup_trials=search.startup_trials or 10, seed=search.seed)
+    return OptunaSearch(
+        space=OptunaSpace(search),
+        metric=search.metric,
+        mode=search.resolved_mode,
+        sampler=sampler,
+        points_to_evaluate=[encode(search, point) for point in search.first],
+    )
+
+
+class OptunaSpace:
+    """Asks an optuna trial for a point: for the fields that exist there, and no others. Pickled with the sweep."""
+
+    def __init__(self, search: SearchSection) -> None:
+        self._search = search
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        point: dict[str, Any] = {}
+        for path in by_depth(self._search):
+            axis = self._search.space[path]
+            if path not in self._search.active(point | {path: None}):
+                continue
+            point[path] = axis.decode(_suggest(trial, path, axis))
+        return point
+
+
+def _suggest(trial: Any, path: str, axis: Axis) -> Any:
+    drawn = axis.drawn()
+    if isinstance(drawn, Listed):
+        return trial.suggest_categorical(path, [*range(drawn.count)])
+    suggest = trial.suggest_float if isinstance(drawn, Real) else trial.suggest_int
+    return suggest(path, drawn.low, drawn.high, log=drawn.is_log)
+
+
+def by_depth(search: SearchSection) -> list[str]:
+    """Fields in an order in which each comes after those that decide whether it exists."""
+    return sorted(search.space, key=lambda path: len(search.ancestors(path)))
+
+
+def encode(search: SearchSection, point: dict[str, Any]) -> dict[str, Any]:
+    """What a searcher would have drawn for a point."""
+    return {path: search.space[path].encode(value) for path, value in point.items()}

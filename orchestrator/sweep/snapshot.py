@@ -7,15 +7,20 @@ that Tune has just finished on this machine go into one archive, which is replac
 
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record import SweepPaths
 
+_SCHEDULER = "scheduler.pkl"
 _STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl", "basic-variant-state-*.json")
 
 
-def keep_snapshot(staging: Path, paths: SweepPaths) -> None:
-    """Archive the state files in `staging`, if they have changed. Call it from Tune's own thread, which writes them."""
+def keep_snapshot(staging: Path, paths: SweepPaths, scheduler: Callable[[], bytes]) -> None:
+    """Archive the state files in `staging`, if they have changed, and the scheduler's state.
+
+    Call it from Tune's own thread, which writes them.
+    """
     files = _state_files(staging)
     archive = paths.tune_snapshot
     changed = max((file.stat().st_mtime_ns for file in files), default=0)
@@ -25,18 +30,24 @@ def keep_snapshot(staging: Path, paths: SweepPaths) -> None:
         with zipfile.ZipFile(building, "w") as packed:
             for file in files:
                 packed.write(file, file.name)
+            packed.writestr(_SCHEDULER, scheduler())
         Path(building.name).chmod(0o644)
     Path(building.name).replace(archive)
 
 
-def put_snapshot_back(paths: SweepPaths) -> None:
-    """Replace the state files in Tune's folder by the archived ones, if there are any."""
+def put_snapshot_back(paths: SweepPaths) -> bytes | None:
+    """Replace the state files in Tune's folder by the archived ones, if there are any.
+
+    Returns:
+        The scheduler's state.
+    """
     if not paths.tune_snapshot.is_file():
-        return
+        return None
     for file in _state_files(paths.tune):
         file.unlink()
     with zipfile.ZipFile(paths.tune_snapshot) as packed:
-        packed.extractall(paths.tune)
+        packed.extractall(paths.tune, [name for name in packed.namelist() if name != _SCHEDULER])
+        return packed.read(_SCHEDULER)
 
 
 def _state_files(folder: Path) -> list[Path]:

@@ -5,6 +5,9 @@ from typing import Any
 
 from orchestrator.record import SweepPaths, TrialPaths
 
+COMPLETE = "complete"
+"""In a report: the trial has done all its steps."""
+
 
 def paths_of(trial: Any) -> TrialPaths:
     """Where a Tune trial writes: Tune's own folder lies in the sweep's, which may have been moved."""

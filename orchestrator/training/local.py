@@ -7,6 +7,7 @@ from orchestrator.errors import RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.extras import require_extras
 from orchestrator.spec.sections import ResourcesSection
 from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
@@ -26,6 +27,7 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
 
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is."""
+    require_extras(record.info.spec)
     take_gpus(record.info.spec.resources)
     known = record.paths.trial_ids()
     return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import app
+from orchestrator.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,15 @@ def test_the_shown_output_is_of_the_demo() -> None:
     (shown,) = [block for _, block in BLOCKS if "held-out prompts" in block]
     assert "best of 8" in shown
     assert "best adapter" in shown
+
+
+def test_the_search_that_is_shown_is_one(tmp_path: Path) -> None:
+    (shown,) = [block for language, block in BLOCKS if language == "yaml" and "search:" in block]
+    demo = (ROOT / "experiments" / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "x.yaml").write_text(demo[: demo.index("search:")] + shown)
+    spec = load_spec(tmp_path / "x.yaml")
+    assert spec.search.first
+    assert spec.search.budget.tokens == 50_000_000
 
 
 def test_links_lead_somewhere() -> None:

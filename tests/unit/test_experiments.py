@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
-from orchestrator.spec.search import Axis
+from orchestrator.spec.axes import Axis
 from orchestrator.training.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, predict
 
 FOLDER = Path(__file__).parents[2] / "experiments"

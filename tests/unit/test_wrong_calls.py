@@ -186,7 +186,7 @@ SEARCHES = [
     _set("grid with a range", ["search={algorithm: grid, space: {lora.dropout: {uniform: [0, 0.1]}}}"], "lora.dropout"),
     _set("grid axis at random", ["search.space.lora.rank={grid: [8]}"], "lora.rank is a grid axis", "random"),
     _set("number of grid trials", ["search={algorithm: grid, num_trials: 3}"], "search: num_trials"),
-    _set("no such algorithm", ["search.algorithm=bohb"], "search.algorithm", "'optuna'", "'bohb'"),
+    _set("no such algorithm", ["search.algorithm=bayes"], "search.algorithm", "'optuna'", "'bayes'"),
 ]
 
 DATA = [

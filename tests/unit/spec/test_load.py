@@ -169,7 +169,7 @@ def test_defaults_are_resolved(file: Path) -> None:
     assert (spec.search.algorithm, spec.search.total_trials) == ("random", 1)
     assert spec.grace_steps == spec.training.eval_steps == 50
     assert load_spec(file, ["training.eval_steps=20"]).grace_steps == 20
-    assert load_spec(file, ["scheduler.grace_steps=200"]).grace_steps == 200
+    assert load_spec(file, ["scheduler={kind: asha, grace_steps: 200}"]).grace_steps == 200
 
 
 def test_what_is_resolved_can_be_read_again(file: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
-from orchestrator.spec.search import AXIS_KINDS, Axis, evaluate_tie
+from orchestrator.spec.axes import AXIS_KINDS, Axis
+from orchestrator.spec.ties import evaluate_tie
 
 Document = dict[str, Any]
 
@@ -68,7 +69,9 @@ def test_a_wrong_axis_is_told_what_is_right(document: Document, written: Any, me
 
 
 def test_every_kind_is_tested() -> None:
-    assert set(AXIS_KINDS) == {"choice", "grid", "uniform", "loguniform", "randint"}
+    here = {"choice", "grid", "uniform", "loguniform", "randint"}
+    in_test_space = {"quniform", "qloguniform", "lograndint", "qrandint", "qlograndint"}
+    assert set(AXIS_KINDS) == here | in_test_space
 
 
 @pytest.mark.parametrize(

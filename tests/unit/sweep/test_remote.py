@@ -17,6 +17,7 @@ from orchestrator.record import (
     end_trial,
     read_metrics,
     read_result,
+    resumable,
 )
 from orchestrator.spec import parse_spec
 from orchestrator.spec.sections import TrackingSection
@@ -229,3 +230,22 @@ def test_a_relay_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_trial_that_is_to_wait_gives_its_slot_back_and_goes_on_from_its_checkpoint(
+    start: TrialResult, paths: TrialPaths
+) -> None:
+    told = [begun(), logged(2), evaluated(paths, 2, saves=True), saved(paths, 2), logged(4), evaluated(paths, 4)]
+    workers = Workers(told, untold=[Left(*USE, step=4, lost=None)])
+    remote = trial(start, paths, workers)
+    assert remote.next().step == 2
+    paths.paused.touch()
+    deadline = time.monotonic() + 10
+    while (not workers.is_released or paths.lease.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers.is_released
+    assert not paths.lease.exists()
+    assert set(steps(paths)) == {2}, "what the worker has made since belongs to nobody"
+    so_far = resumable(paths, start.config)
+    assert so_far is not None
+    assert (so_far.state, so_far.step, so_far.checkpoint) == (TrialState.RUNNING, 2, "checkpoints/checkpoint-2")

@@ -1,16 +1,202 @@
-"""Tune's searchers, as the experiment asks for them."""
+"""Tune's searchers, as the experiment asks for them: seeded, within the space, and taught by what trials report."""
 
+import logging
+import random
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from ray import tune
 
-from orchestrator.spec import load_spec
-from orchestrator.sweep.search import make_searcher
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
+from orchestrator.sweep.search import make_searcher, tune_space
+
+Document = dict[str, Any]
+Point = dict[str, Any]
+
+SPACE = {
+    "training.optimizer": {"choice": ["adamw_torch", "sgd"]},
+    "training.weight_decay": {"qloguniform": [0.01, 0.1, 0.01], "when": {"training.optimizer": "adamw_torch"}},
+    "training.learning_rate": {"loguniform": [1e-5, 1e-2]},
+    "lora.rank": {"lograndint": [2, 65]},
+    "lora.dropout": {"quniform": [0.0, 0.3, 0.1]},
+    "lora.target_modules": {"choice": [["q_proj"], "all-linear"]},
+}
+FIRST = [
+    {
+        "training.optimizer": "sgd", "training.learning_rate": 1e-3, "lora.rank": 8, "lora.dropout": 0.1,
+        "lora.target_modules": ["q_proj"],
+    },
+    {
+        "training.optimizer": "adamw_torch", "training.weight_decay": 0.03, "training.learning_rate": 2e-3,
+        "lora.rank": 16, "lora.dropout": 0.3, "lora.target_modules": "all-linear",
+    },
+]  # fmt: skip
+BOHB = pytest.param(
+    "bohb",
+    marks=pytest.mark.skipif(find_spec("hpbandster") is None, reason="the extra bohb, which needs a C compiler"),
+)
+TAUGHT = ["optuna", "hyperopt", BOHB]
+ALGORITHMS = ["random", *TAUGHT]
+RATE = {"training.learning_rate": {"loguniform": [1e-6, 1e-1]}}
+
+
+@pytest.fixture
+def make(document: Document) -> Callable[..., SweepSpec]:
+    """An experiment that is searched by an algorithm."""
+
+    def build(algorithm: str, space: Any = SPACE, **search: Any) -> SweepSpec:
+        kind = "bohb" if algorithm == "bohb" else "none"
+        document["training"] = {"steps": 9, "eval_steps": 3}
+        written = {"algorithm": algorithm, "space": space, "num_trials": 40, **search}
+        return parse_spec(document | {"search": written, "scheduler": {"kind": kind}})
+
+    return build
+
+
+def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lambda _: 1.0) -> list[Point]:
+    """The first points of a search, each of which reports its loss before the next is drawn."""
+    searcher = make_searcher(spec, at_once=2)
+    if spec.search.algorithm in ("random", "grid"):
+        tune.register_trainable("idle", lambda _: None)
+        run = {"run": "idle", "config": tune_space(spec.search), "num_samples": spec.search.total_trials}
+        searcher.add_configurations({"sweep": run})
+    points = []
+    for i in range(number):
+        if spec.search.algorithm in ("random", "grid"):
+            trial = searcher.next_trial()
+            name, point = trial.trial_id, trial.config
+        else:
+            name = f"trial-{i}"
+            point = searcher.suggest(name)
+        points.append(point)
+        report = {spec.search.metric: loss(point), "training_iteration": 1, "hyperband_info": {"budget": 1}}
+        searcher.on_trial_result(name, report)
+        searcher.on_trial_complete(name, report)
+    return points
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_seed_makes_the_same_points_and_another_others(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+    np.random.seed(1)
+    first = searched(make(algorithm, seed=7), 25, lambda point: point["lora.rank"])
+    np.random.seed(2)
+    random.seed(3)
+    assert searched(make(algorithm, seed=7), 25, lambda point: point["lora.rank"]) == first
+    other = searched(make(algorithm, seed=8), 25, lambda point: point["lora.rank"])
+    assert not [point for point in other if point in first]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+    spec = make(algorithm, first=FIRST)
+    points = searched(spec, 30, lambda point: point["lora.rank"])
+    assert points[:2] == FIRST
+    for point in points:
+        assert all(spec.search.space[path].holds(value) for path, value in point.items()), point
+        there = point["training.optimizer"] == "adamw_torch"
+        assert set(point) == {path for path in SPACE if there or path != "training.weight_decay"}
+        assert spec.trial_config(point).varied == point
+    assert {point["training.optimizer"] for point in points[2:]} == {"adamw_torch", "sgd"}
+    assert len({str(point["lora.target_modules"]) for point in points[2:]}) == 2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sampler"),
+    [("optuna", "tpe"), ("optuna", "cmaes"), ("hyperopt", None), pytest.param("bohb", None, marks=BOHB.marks)],
+)
+def test_reports_guide_the_search(
+    algorithm: str, sampler: str | None, make: Callable[..., SweepSpec], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where low rates are good it comes to low ones, where high ones are to high ones; before, it draws the same."""
+    caplog.set_level(logging.WARNING, "hpbandster")
+    space = RATE | {"lora.dropout": {"uniform": [0.0, 0.5]}}
+    spec = make(algorithm, space, seed=5, startup_trials=4, **({"sampler": sampler} if sampler else {}))
+
+    def rates(sign: int) -> list[float]:
+        def loss(point: Point) -> float:
+            return float(sign * np.log10(point["training.learning_rate"]))
+
+        return [float(np.log10(point["training.learning_rate"])) for point in searched(spec, 40, loss)]
+
+    low, high = rates(1), rates(-1)
+    same = next(i for i in range(40) if low[i] != high[i])
+    assert 1 <= same <= 12, "drawn at random, or not at all by what was reported"
+    assert np.mean(low[-15:]) < np.mean(low[:same]) < np.mean(high[-15:])
+    assert np.mean(high[-15:]) - np.mean(low[-15:]) > 1
+    assert "failed" not in caplog.text, "hpbandster draws at random where its model fails"
+
+
+@pytest.mark.parametrize("algorithm", TAUGHT)
+def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+    settings = {"startup_trials": 4, "seed": 1}
+
+    def rate(point: Point) -> float:
+        return float(np.log10(point["training.learning_rate"]))
+
+    most = searched(make(algorithm, RATE, metric="eval/token_accuracy", **settings), 25, rate)
+    least = searched(make(algorithm, RATE, **settings), 25, rate)
+    assert searched(make(algorithm, RATE, **settings), 25, lambda point: -rate(point)) == most != least
+
+
+@pytest.mark.parametrize("algorithm", TAUGHT)
+def test_a_saved_search_goes_on_as_it_would_have(
+    algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
+) -> None:
+    spec = make(algorithm, seed=3, first=FIRST, **({} if algorithm == "bohb" else {"startup_trials": 5}))
+    whole = searched(spec, 20, lambda point: point["lora.rank"])
+    before = make_searcher(spec, at_once=9)
+
+    def go(searcher: Any, first: int, last: int) -> list[Point]:
+        points = []
+        for i in range(first, last):
+            points.append(searcher.suggest(f"trial-{i}"))
+            report = {"eval/loss": points[-1]["lora.rank"], "training_iteration": 1, "hyperband_info": {"budget": 1}}
+            searcher.on_trial_result(f"trial-{i}", report)
+            searcher.on_trial_complete(f"trial-{i}", report)
+        return points
+
+    assert go(before, 0, 12) == whole[:12]
+    before.save(str(tmp_path / "state"))
+    after = make_searcher(spec, at_once=3)
+    after.restore(str(tmp_path / "state"))
+    assert go(after, 12, 20) == whole[12:]
+    assert getattr(after, "max_concurrent", None) or after._max_concurrent == 3
+
+
+def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None:
+    space = {
+        "training.optimizer": {"grid": ["adamw_torch", "sgd"]},
+        "training.weight_decay": {"grid": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}},
+        "lora.target_modules": {"grid": [["q_proj"], "all-linear"]},
+    }
+    spec = make("grid", space, num_trials=None)
+    assert searched(spec, spec.search.total_trials) == spec.search.grid()
+    assert spec.search.total_trials == 6
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
-    search = load_spec("experiments/demo.yaml", [f"search.algorithm={algorithm}"]).search
-    before, today = make_searcher(search, 3), make_searcher(search, 5)
+    spec = load_spec("experiments/demo.yaml", [f"search.algorithm={algorithm}"])
+    before, today = make_searcher(spec, 3), make_searcher(spec, 5)
     before.live_trials = {"a"}
     today.set_state(before.get_state())
     assert today.max_concurrent == 5
     assert today.live_trials == {"a"}
+
+
+@pytest.mark.parametrize("kind", ["hyperband", "pbt"])
+def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
+    space = "search.space={training.learning_rate: {loguniform: [1e-4, 1e-2]}}"
+    spec = load_spec("experiments/demo.yaml", [space, "search.tied={}", f"scheduler.kind={kind}"])
+    searcher = make_searcher(spec, 3)
+    assert searcher.max_concurrent == 0
+    searcher._live_trials = {"a"}
+    searcher.set_finished()
+    assert not searcher.is_finished(), "Tune would keep no relay for those that wait"
+    assert searcher.next_trial() is None
+    searcher.on_trial_complete("a")
+    assert searcher.is_finished()

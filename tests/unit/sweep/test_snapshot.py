@@ -16,11 +16,11 @@ def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
     }
     for name, text in whole.items():
         (staging / name).write_text(text)
-    keep_snapshot(staging, paths)
+    keep_snapshot(staging, paths, lambda: b"rungs")
     for name in (*whole, "searcher-state-2.pkl"):  # the second: of a driver that died at once
         (paths.tune / name).write_text("")
     (paths.tune / "tuner.pkl").write_text("tuner")
-    put_snapshot_back(paths)
+    assert put_snapshot_back(paths) == b"rungs"
     assert {file.name: file.read_text() for file in paths.tune.iterdir()} == whole | {"tuner.pkl": "tuner"}
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
 
@@ -31,8 +31,8 @@ def test_the_newest_state_is_kept(tmp_path: Path) -> None:
     staging.mkdir()
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
-        keep_snapshot(staging, paths)
-    put_snapshot_back(paths)
+        keep_snapshot(staging, paths, text.encode)
+    assert put_snapshot_back(paths) == b"new", "of the same moment"
     assert (paths.tune / "searcher-state-1.pkl").read_text() == "new"
 
 
@@ -40,5 +40,5 @@ def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     paths = SweepPaths(tmp_path)
     paths.tune.mkdir()
     (paths.tune / "experiment_state-1.json").write_text("{}")
-    put_snapshot_back(paths)
+    assert put_snapshot_back(paths) is None
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"

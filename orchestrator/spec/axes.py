@@ -1,0 +1,198 @@
+"""Axes of a search space: the values that one field may have, and when it is searched at all."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import Field, model_serializer, model_validator
+
+from orchestrator.spec.sections import Section
+
+AxisKind = Literal[
+    "choice",
+    "grid",
+    "uniform",
+    "loguniform",
+    "quniform",
+    "qloguniform",
+    "randint",
+    "lograndint",
+    "qrandint",
+    "qlograndint",
+]
+AXIS_KINDS: tuple[AxisKind, ...] = get_args(AxisKind)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a searcher draws of an axis with listed values: the place of one, from 0 on."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a searcher draws of an axis of whole numbers; both ends belong to it."""
+
+    low: int
+    high: int
+    is_log: bool
+
+
+@dataclass(frozen=True)
+class Real:
+    """What a searcher draws of any other axis."""
+
+    low: float
+    high: float
+    is_log: bool
+
+
+class Axis(Section):
+    """One searched field, written `{kind: values}`: `{choice: [8, 16]}`, `{loguniform: [1e-5, 1e-3]}`.
+
+    Ranges are [low, high]; randint and lograndint leave high out. Kinds that begin with q are [low, high, step]: low,
+    low + step, ... up to high.
+    """
+
+    kind: AxisKind
+    values: Annotated[list[Any], Field(min_length=1)]
+    when: dict[str, list[Any]] | None = None
+    """Another searched field, and those of its values with which this one exists; else it keeps the file's value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_single_key(cls, written: Any) -> Any:
+        kinds = [key for key in written if key != "when"] if isinstance(written, dict) else []
+        if len(kinds) != 1 or kinds[0] not in AXIS_KINDS:
+            raise ValueError(
+                f"must be one of {', '.join(f'{{{kind}: [...]}}' for kind in AXIS_KINDS)}, got {written!r}"
+            )
+        (kind,) = kinds
+        if not isinstance(written[kind], list):
+            raise ValueError(f"{kind} takes a list, got {written[kind]!r}")
+        when = written.get("when")
+        if "when" in written:
+            if not isinstance(when, dict) or len(when) != 1:
+                raise ValueError(f"when takes one searched field and its values, {{field: [values]}}, got {when!r}")
+            ((parent, values),) = when.items()
+            when = {parent: values if isinstance(values, list) else [values]}
+        return {"kind": kind, "values": written[kind], "when": when}
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.is_discrete:
+            if len({repr(value) for value in self.values}) != len(self.values):
+                raise ValueError(f"{self.kind} holds a value twice: {self.values}")
+            return self
+        self._is_a_range_of_numbers()
+        low, high = self.values[:2]
+        if low >= high:
+            raise ValueError(f"must hold low < high, but got (low={low}, high={high})")
+        if "log" in self.kind and low <= 0:
+            raise ValueError(f"{self.kind} must hold low > 0, but got low={low}")
+        if self.is_stepped and not 0 < self.values[2] <= high - low:
+            raise ValueError(f"{self.kind} must hold 0 < step <= high - low, but got {self.values}")
+        return self
+
+    def _is_a_range_of_numbers(self) -> None:
+        wanted = int if self.is_whole else (int, float)
+        count, names = ("three", "[low, high, step]") if self.is_stepped else ("two", "[low, high]")
+        of_wanted_type = all(isinstance(v, wanted) and not isinstance(v, bool) for v in self.values)
+        if len(self.values) != 2 + self.is_stepped or not of_wanted_type:
+            numbers = "whole numbers" if self.is_whole else "numbers"
+            raise ValueError(f"{self.kind} takes {count} {numbers}, {names}, got {self.values}")
+        if not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"{self.kind} takes finite numbers, got {self.values}")
+
+    @model_serializer
+    def _to_single_key(self) -> dict[str, Any]:
+        return {self.kind: self.values} | ({"when": self.when} if self.when else {})
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the values are listed one by one."""
+        return self.kind in ("choice", "grid")
+
+    @property
+    def is_stepped(self) -> bool:
+        """Whether the values of its range lie a step apart."""
+        return self.kind.startswith("q")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its range is one of whole numbers."""
+        return self.kind.endswith("randint")
+
+    @property
+    def parent(self) -> str | None:
+        """The field that decides whether this one exists."""
+        return next(iter(self.when)) if self.when else None
+
+    def listed(self) -> list[Any] | None:
+        """All values in order, if they can be listed."""
+        if self.is_discrete:
+            return self.values
+        return [self._step(i) for i in range(self._num_steps + 1)] if self.is_stepped else None
+
+    def probes(self) -> list[Any]:
+        """Values whose validity stands for the whole axis: all listed ones, or both ends."""
+        if self.is_discrete:
+            return self.values
+        if self.is_stepped:
+            return [self.values[0], self._step(self._num_steps)]
+        low, high = self.values
+        return [low, high - 1 if self.is_whole else high]
+
+    def drawn(self) -> Listed | Whole | Real:
+        """What a searcher draws, for `decode`. Of a range with steps it draws reals, which are rounded."""
+        is_log = "log" in self.kind
+        if self.is_discrete:
+            return Listed(len(self.values))
+        low, high = self.probes()
+        if self.is_stepped:  # half a step more at either end: else its values were half as likely as the others
+            half = self.values[2] / 2
+            return Real(low - half if low > half or not is_log else low, high + half, is_log)
+        return Whole(low, high, is_log) if self.is_whole else Real(low, high, is_log)
+
+    def decode(self, drawn: Any) -> Any:
+        """The field's value for what a searcher has drawn."""
+        if self.is_discrete:
+            return self.values[drawn]
+        if self.is_stepped:
+            return self.nearest(drawn)
+        return int(drawn) if self.is_whole else float(drawn)
+
+    def encode(self, value: Any) -> Any:
+        """What a searcher would have drawn for a value of the field."""
+        return _index(self.values, value) if self.is_discrete else value
+
+    def nearest(self, number: float) -> Any:
+        """The value of a range that lies nearest to a number."""
+        low, high = self.probes()
+        if self.is_stepped:
+            return self._step(min(max(round((number - low) / self.values[2]), 0), self._num_steps))
+        return min(max(number, low), high)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of the axis."""
+        if self.is_discrete:
+            return _index(self.values, value) is not None
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
+            return False
+        return bool(math.isclose(self.nearest(value), value, rel_tol=1e-9, abs_tol=1e-12))
+
+    @property
+    def _num_steps(self) -> int:
+        low, high, step = self.values
+        return int((high - low) / step + 1e-9)
+
+    def _step(self, index: int) -> Any:
+        low, _, step = self.values
+        value = low + index * step
+        return value if self.is_whole else float(f"{value:.12g}")
+
+
+def _index(values: list[Any], wanted: Any) -> int | None:
+    """Place of a value; True is not 1."""
+    return next((i for i, value in enumerate(values) if repr(value) == repr(wanted)), None)

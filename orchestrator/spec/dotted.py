@@ -1,0 +1,22 @@
+"""Dotted fields of nested mappings, such as `lora.rank`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def read_path(document: Mapping[str, Any], path: str) -> Any:
+    """Value at a dotted path of nested mappings; KeyError where there is none."""
+    value: Any = document
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+def write_keys(document: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set the value at a path of keys, making the mappings on the way (also in the place of nothing)."""
+    *parents, leaf = keys
+    for key in parents:
+        if document.get(key) is None:
+            document[key] = {}
+        document = document[key]
+    document[leaf] = value

@@ -1,0 +1,60 @@
+"""Values tied to others by arithmetic, such as `lora.alpha: 2 * lora.rank`."""
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import Any
+
+_LONGEST_TIE = 200
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > 64:
+        raise ArithmeticError(f"exponent {exponent} is larger than 64")
+    return operator.pow(base, exponent)
+
+
+_OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: _power,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round}
+
+
+def evaluate_tie(expression: str, lookup: Callable[[str], Any]) -> Any:
+    """Value of an arithmetic expression over dotted fields, read through `lookup`.
+
+    Knows + - * / // **, parentheses, min, max and round. Nothing else is run.
+
+    Raises:
+        ValueError: the expression holds anything else, or its arithmetic fails.
+    """
+
+    if len(expression) > _LONGEST_TIE:
+        raise ValueError(f"is longer than {_LONGEST_TIE} characters")
+
+    def value_of(node: ast.AST) -> Any:
+        match node:
+            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+                return number
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value_of(left), value_of(right))
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value_of(operand))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+                return _FUNCTIONS[name](*map(value_of, arguments))
+            case ast.Attribute():
+                return lookup(ast.unparse(node))
+        raise ValueError(f"cannot use {ast.unparse(node)!r}; allowed: numbers, fields, + - * / // **, min, max, round")
+
+    try:
+        return value_of(ast.parse(expression, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"is not arithmetic: {error.msg}") from error
+    except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot be computed: {error}") from error

@@ -1,0 +1,45 @@
+"""Population based bandits as they are in Ray Tune, which needs scikit-learn for them (extra `pb2`)."""
+
+import math
+from typing import Any
+
+from ray.tune.schedulers.pb2 import PB2
+
+from orchestrator.spec.axes import Axis
+from orchestrator.sweep.population import Cloning, Explored
+
+
+class _Seen:
+    """A trial as PB2 is to see it: its values on the scale on which they are searched."""
+
+    def __init__(self, trial: Any, config: dict[str, Any]) -> None:
+        self._name = str(trial)
+        self.config = config
+
+    def __str__(self) -> str:
+        return self._name
+
+
+class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
+    """Searches loguniform axes by the logarithm: Tune's own would hardly try a rate of the lower decades."""
+
+    def __init__(self, space: dict[str, Axis], **settings: Any) -> None:
+        """`settings` are those of `Cloning`."""
+        self._logs = {path for path, axis in space.items() if "log" in axis.kind}
+        self._explored = Explored(space)
+        bounds = {path: [self._scaled(path, end) for end in axis.probes()] for path, axis in space.items()}
+        super().__init__(hyperparam_bounds=bounds, **settings)
+
+    def _save_trial_state(self, state: Any, time: float, result: dict[str, Any], trial: Any) -> Any:
+        return super()._save_trial_state(state, time, result, self._seen(trial))
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        found, operations = super()._get_new_config(self._seen(trial), self._seen(trial_to_clone))
+        values = {path: math.exp(value) if path in self._logs else float(value) for path, value in found.items()}
+        return self._explored(values), operations
+
+    def _seen(self, trial: Any) -> _Seen:
+        return _Seen(trial, {path: self._scaled(path, value) for path, value in trial.config.items()})
+
+    def _scaled(self, path: str, value: float) -> float:
+        return math.log(value) if path in self._logs else float(value)

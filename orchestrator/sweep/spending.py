@@ -1,0 +1,56 @@
+"""What the trials of a sweep have spent, against its budget."""
+
+import time
+from typing import Any
+
+from orchestrator.record import BudgetSpent, TrialResult
+from orchestrator.spec.search import Budget
+
+_HOUR_S = 3600.0
+
+
+class Spending:
+    """Counted by the trials' records. Pickled with the sweep: what lies between two drivers does not count."""
+
+    def __init__(self, budget: Budget) -> None:
+        """Nothing is spent yet; the clock stands until `start`."""
+        self._budget = budget
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._gpu_seconds: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+
+    def start(self) -> None:
+        """The clock runs from now on, if it does not yet."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    @property
+    def needs_records(self) -> bool:
+        """Whether `count` makes a difference."""
+        return self._budget.gpu_hours is not None or self._budget.tokens is not None
+
+    def count(self, trial: TrialResult) -> None:
+        """A trial as its record tells it now."""
+        self._gpu_seconds[trial.trial_id] = trial.gpu_seconds
+        self._tokens[trial.trial_id] = trial.tokens - trial.adopted_tokens
+
+    def over(self) -> BudgetSpent | None:
+        """The limit that is reached, if one is."""
+        budget = self._budget
+        seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+        if budget.wall_clock_hours is not None and seconds >= budget.wall_clock_hours * _HOUR_S:
+            return BudgetSpent(
+                limit="wall_clock_hours", allowed=budget.wall_clock_hours, spent=round(seconds / _HOUR_S, 6)
+            )
+        gpu_hours = sum(self._gpu_seconds.values()) / _HOUR_S
+        if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
+            return BudgetSpent(limit="gpu_hours", allowed=budget.gpu_hours, spent=round(gpu_hours, 6))
+        tokens = sum(self._tokens.values())
+        if budget.tokens is not None and tokens >= budget.tokens:
+            return BudgetSpent(limit="tokens", allowed=budget.tokens, spent=tokens)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        ran = time.monotonic() - self._since if self._since is not None else 0.0
+        return {**self.__dict__, "_seconds": self._seconds + ran, "_since": None}

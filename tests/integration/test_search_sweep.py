@@ -1,0 +1,289 @@
+"""Searchers and schedulers in real sweeps: what each of them decided, read from the records."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import DEMO, TINY
+
+from orchestrator.cluster import connection
+from orchestrator.record import (
+    Decision,
+    SweepPaths,
+    SweepRecord,
+    TrialResult,
+    TrialState,
+    read_decisions,
+    read_metrics,
+    read_sweep,
+)
+from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.sweep import run_sweep
+from orchestrator.sweep.search import make_searcher
+from orchestrator.training.local import run_local_trial
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+# One worker, whose trials train together on a few rows.
+PACKED = [
+    *TINY, "data.max_rows=100", "data.held_out={count: 20}", "training.schedule=constant", "training.eval_steps=2",
+    "training.steps=8", "search.tied={}", "resources.cpus_per_trial=2", "resources.trials_per_gpu=3",
+]  # fmt: skip
+RATE = "search.space={training.learning_rate: {loguniform: [1e-5, 1e-2]}}"
+BAND = [
+    "search.num_trials=10",
+    RATE,
+    "search.seed=4",
+    "scheduler={kind: hyperband, grace_steps: 2, reduction_factor: 2}",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """One for all sweeps here."""
+    with connection(None):
+        yield
+
+
+def sweep(folder: Path, *overrides: str, say: Callable[[str], None] = lambda _: None) -> SweepRecord:
+    return run_sweep(load_spec(DEMO, [*PACKED, *overrides]), SweepPaths(folder / "sweep"), lambda _: None, say=say)
+
+
+def losses(record: SweepRecord, trial: TrialResult) -> dict[int, float]:
+    """Recorded step -> loss; each step once, in order."""
+    points = [p for p in read_metrics(record.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
+    steps = [point.step for point in points]
+    assert steps == sorted(set(steps)), f"{trial.trial_id} recorded {steps}"
+    return {point.step: point.values["eval/loss"] for point in points}
+
+
+def decided(record: SweepRecord, *actions: str) -> list[Decision]:
+    return [each for each in read_decisions(record.paths) if each.action in actions]
+
+
+def halved(record: SweepRecord, bracket: list[TrialResult], rungs: list[int]) -> dict[str, int]:
+    """Trials of a bracket that must have been stopped, and where, by what they recorded at its rungs."""
+    stopped, number = {}, len(bracket)
+    for rung in rungs:
+        number = math.ceil(number / 2)
+        bracket = sorted(bracket, key=lambda trial: losses(record, trial)[rung])
+        stopped |= {trial.trial_id: rung for trial in bracket[number:]}
+        bracket = bracket[:number]
+    return stopped
+
+
+def assert_hyperband(record: SweepRecord) -> None:
+    """Brackets of 3, 3 and 4 trials, stopped where they must be by the recorded losses; the others complete."""
+    trials = sorted(record.trials(), key=lambda trial: trial.trial_id)
+    assert len(trials) == 10
+    expected = halved(record, trials[3:6], [4]) | halved(record, trials[6:], [2, 4])
+    for trial in trials:
+        stopped_at = expected.get(trial.trial_id)
+        assert trial.state == (TrialState.COMPLETE if stopped_at is None else TrialState.STOPPED)
+        assert trial.step == max(losses(record, trial)) == (stopped_at or 8)
+        paths = record.paths.trial(trial.trial_id)
+        assert not paths.paused.exists()
+        assert not paths.lease.exists()
+        assert not paths.checkpoints.exists()
+        if stopped_at is not None:
+            assert (trial.stopped or "").startswith("hyperband: eval/loss ")
+            assert f"at step {stopped_at} is not among the best 1 in 2 of its bracket" in (trial.stopped or "")
+    assert {each.trial_id: each.step for each in decided(record, "stopped")} == expected
+
+
+def test_hyperband_pauses_halves_and_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    record = sweep(tmp_path, *BAND)
+    assert_hyperband(record)
+    paused, resumed = (
+        {(each.trial_id, each.step) for each in decided(record, action)} for action in ("paused", "resumed")
+    )
+    assert resumed
+    assert resumed <= paused
+    name, step = min(resumed)
+    trial = next(trial for trial in record.trials() if trial.trial_id == name)
+    assert trial.state == TrialState.COMPLETE or trial.step > step
+    # A trial that has waited is the one that it would have been alone.
+    rate = trial.config.training.learning_rate
+    alone = SweepPaths(tmp_path / "alone")
+    run_local_trial(load_spec(DEMO, [*PACKED, f"training.learning_rate={rate!r}", "search.space={}"]), alone, Silent())
+    (undisturbed,) = read_sweep(alone.root).trials()
+    compared = losses(record, trial)
+    assert compared == pytest.approx(
+        {step: losses(read_sweep(alone.root), undisturbed)[step] for step in compared}, rel=1e-4
+    )
+
+
+class Silent:
+    """A watcher that ends nothing."""
+
+    def on_step(self, step: int, total_steps: int) -> bool:
+        return True
+
+    def on_report(self, point: Any) -> bool:
+        return True
+
+
+def test_a_killed_driver_leaves_brackets_that_go_on(tmp_path: Path) -> None:
+    """Killed while trials wait at a rung: they are not started again before their time, nor lost."""
+    options = [part for setting in [*PACKED, *BAND] for part in ("--set", setting)]
+    command = [sys.executable, "-m", "orchestrator.cli"]
+    paths = SweepPaths(tmp_path / "s")
+    arguments = [*command, "sweep", str(DEMO), "--output", str(tmp_path), "--name", "s", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(arguments, **pipes) as driver:
+        deadline = time.monotonic() + 180
+        while len([each for each in read_decisions(paths) if each.action == "paused"]) < 4:
+            assert driver.poll() is None, driver.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+    resumed = subprocess.run([*command, "resume", str(paths.root)], check=False, **pipes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_hyperband(read_sweep(paths.root))
+
+
+@pytest.mark.parametrize("engine", ["fast", "trl"])
+def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path: Path, engine: str) -> None:
+    rates = [3e-3, 2e-3, 1e-5, 1e-6]
+    slots = {"fast": "resources.trials_per_gpu=2", "trl": "resources={cpus_per_trial: 1}"}[engine]  # not all have one
+    record = sweep(
+        tmp_path,
+        slots,
+        f"training.engine={engine}",
+        f"search={{algorithm: grid, space: {{training.learning_rate: {{grid: {rates}}}}}}}",
+        "scheduler={kind: pbt, interval_steps: 4, quantile: 0.5, resample_probability: 0}",
+        "training.steps=12",
+    )
+    trials = {trial.trial_id: trial for trial in record.trials()}
+    assert [trial.state for trial in trials.values()] == [TrialState.COMPLETE] * 4
+    assert not list(record.paths.root.glob("trials/*/offers"))
+    assert decided(record, "paused"), "four trials take turns"
+    clones = {each.trial_id: each for each in decided(record, "cloned")}
+    assert clones, "no trial was exploited"
+    for name, clone in clones.items():
+        trial, donor = trials[name], trials[clone.donor or ""]
+        assert "among the worst 50% of the trials" in clone.why
+        step = int((trial.parent or "").rpartition("-")[2])
+        assert trial.parent == f"{donor.trial_id}/checkpoints/checkpoint-{step}"
+        assert f"from its step {step} on" in clone.why
+        rate = trial.config.training.learning_rate
+        assert rate == trial.config.varied["training.learning_rate"]
+        assert rate in rates
+        assert trial.applied["training.learning_rate"] == pytest.approx(rate), "read back from the live optimizer"
+        after = [
+            p for p in read_metrics(record.paths.trial(name)) if p.step > step and "train/learning_rate" in p.values
+        ]
+        assert after
+        assert all(point.values["train/learning_rate"] == pytest.approx(rate) for point in after)
+        # It goes on as the donor was, not as it was itself.
+        first = losses(record, trial)[step + 2]
+        before = min(losses(record, donor)[step], losses(record, donor).get(step + 2, 9))
+        assert first < before + 1.5
+        assert trial.adopted_tokens == 0 or step < clone.step
+
+
+def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: Path) -> None:
+    record = sweep(
+        tmp_path,
+        "resources.trials_per_gpu=4",
+        "search.num_trials=4",
+        "search.space={training.learning_rate: {loguniform: [1e-5, 1e-2]}, lora.dropout: {uniform: [0.0, 0.5]}}",
+        "scheduler={kind: pb2, interval_tokens: 500, quantile: 0.5}",
+        "training.steps=12",
+    )
+    trials = {trial.trial_id: trial for trial in record.trials()}
+    assert [trial.state for trial in trials.values()] == [TrialState.COMPLETE] * 4
+    clones = {each.trial_id: each for each in decided(record, "cloned")}
+    assert clones
+    for name in clones:
+        config, applied = trials[name].config, trials[name].applied
+        assert 1e-5 <= config.training.learning_rate <= 1e-2
+        assert 0 <= config.lora.dropout <= 0.5
+        assert applied["training.learning_rate"] == pytest.approx(config.training.learning_rate, rel=1e-5)
+        assert applied["lora.dropout"] == pytest.approx(config.lora.dropout, abs=1e-3)
+    steps = {each.step for each in clones.values()}
+    points = [p for trial in trials for p in read_metrics(record.paths.trial(trial)) if p.step in steps]
+    assert min(point.tokens for point in points) >= 500
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["{algorithm: optuna, startup_trials: 2}", "{algorithm: hyperopt, startup_trials: 2}"]
+)
+def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(tmp_path: Path, algorithm: str) -> None:
+    settings = [f"search={algorithm}", "search.num_trials=6", RATE, "search.seed=3", "scheduler.kind=none"]
+    record = sweep(tmp_path, *settings, "training.steps=2", "resources.max_concurrent=1")
+    spec = record.info.spec
+    trials = [
+        next(trial for trial in record.trials() if trial.trial_id == name) for name in record.paths.trial_ids()
+    ]  # oldest first
+    points = [trial.config.varied for trial in trials]
+    values = [trial.best.value for trial in trials if trial.best]
+    assert replayed(spec, values) == points
+    assert replayed(spec, [-value for value in values]) != points, "the losses make a difference"
+    other = spec.model_copy(update={"search": spec.search.model_copy(update={"seed": 4})})
+    assert replayed(other, values)[0] != points[0]
+
+
+def replayed(spec: SweepSpec, values: list[float]) -> list[dict[str, Any]]:
+    """Points that a fresh search makes whose trials report these losses."""
+    searcher, points = make_searcher(spec, at_once=1), []
+    for i, value in enumerate(values):
+        points.append(searcher.suggest(f"trial-{i}"))
+        searcher.on_trial_complete(f"trial-{i}", {"eval/loss": value})
+    return points
+
+
+def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: Path) -> None:
+    pytest.importorskip("hpbandster", reason="the extra bohb, which needs a C compiler")
+    record = sweep(
+        tmp_path,
+        "search={algorithm: bohb, startup_trials: 2}",
+        "search.num_trials=10",
+        RATE,
+        "search.seed=1",
+        "scheduler={kind: bohb, grace_steps: 2, reduction_factor: 2}",
+        "resources.trials_per_gpu=1",
+        "resources.max_concurrent=1",
+    )
+    trials = [next(t for t in record.trials() if t.trial_id == name) for name in record.paths.trial_ids()]
+    assert len(trials) == 10
+    expected = halved(record, trials[:4], [2, 4]) | halved(record, trials[4:7], [4])  # the largest bracket first
+    assert {each.trial_id: each.step for each in decided(record, "stopped")} == expected
+    for trial in trials:
+        assert trial.state == (TrialState.STOPPED if trial.trial_id in expected else TrialState.COMPLETE)
+        assert trial.step == expected.get(trial.trial_id, 8)
+    points = [trial.config.varied for trial in trials]
+    untaught = make_searcher(record.info.spec, at_once=99)
+    drawn = [untaught.suggest(str(i)) for i in range(10)]
+    assert points[:4] == drawn[:4], "of the first rung nothing is known yet"
+    assert points[4:] != drawn[4:], "what was reported makes a difference"
+
+
+def test_a_budget_that_is_spent_stops_what_trains_and_starts_no_more(tmp_path: Path) -> None:
+    said: list[str] = []
+    record = sweep(
+        tmp_path, "search.num_trials=8", RATE, "search.budget.tokens=1000", "scheduler.kind=none", say=said.append
+    )
+    trials = record.trials()
+    assert 3 <= len(trials) < 8
+    spent = [trial for trial in trials if (trial.stopped or "").startswith("the budget is spent: ")]
+    assert spent
+    for trial in trials:
+        assert trial.state in (TrialState.STOPPED, TrialState.COMPLETE)
+        assert trial.step == max(losses(record, trial))
+        assert not record.paths.trial(trial.trial_id).lease.exists()
+    over = record.budget_spent()
+    assert over is not None
+    assert over.limit == "tokens"
+    assert 1000 <= over.spent <= sum(trial.tokens for trial in trials)
+    assert said[-1] == f"{over}: {len(trials)} of 8 trials were begun"
+    best = record.finished()[0]
+    assert record.adapter(best).is_dir()

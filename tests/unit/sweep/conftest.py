@@ -1,0 +1,201 @@
+"""Tune's loop without Ray: trials whose losses are known beforehand, under the conductor of an experiment."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from orchestrator.record import (
+    Decision,
+    SweepInfo,
+    SweepPaths,
+    TrialResult,
+    TrialState,
+    read_decisions,
+    read_sweep,
+    write_record,
+)
+from orchestrator.spec import parse_spec
+from orchestrator.sweep.conductor import Conductor
+from orchestrator.sweep.told import COMPLETE
+
+EVERY = 10
+"""Steps from evaluation to evaluation."""
+TOKENS = 7
+"""Of a step."""
+
+
+class Stage:
+    """Stands where Tune's controller does. A trial has one loss for each of its evaluations; NaN is a fault."""
+
+    def __init__(self, paths: SweepPaths, at_once: int) -> None:
+        self.paths = paths
+        self.at_once = at_once
+        self.trials: list[Any] = []
+        self._going_on: list[str] = []
+        self._forgotten: set[str] = set()
+        """Trials that were stopped as they waited: in the state that Tune restores they wait still."""
+        self.losses: dict[str, Sequence[float]] = {}
+        self.told: list[tuple[str, float, float]] = []
+        """What a searcher hears: trial, loss, budget."""
+        self.is_search_over = False
+        self.to_come: dict[str, Sequence[float]] = {}
+        """Trials that are added as others end or wait."""
+        searcher = SimpleNamespace(
+            on_pause=lambda _: None, on_unpause=self._going_on.append, on_trial_result=self._tell
+        )
+        self.search_alg = SimpleNamespace(set_finished=self._end_search, searcher=searcher)
+        self.conductor = self.resume(None)
+
+    def resume(self, remembered: bytes | None) -> Conductor:
+        """A new driver, with all trials as they are on disk."""
+        self.conductor = Conductor(read_sweep(self.paths.root), self.at_once, remembered)
+        self.conductor.set_search_properties("eval/loss", "min")
+        trials, self.trials = self.trials, []
+        for trial in trials:
+            is_finished = trial.is_finished() and trial.trial_id not in self._forgotten
+            self._add(trial.trial_id, is_finished, dict(trial.config), trial.last_result)
+        return self.conductor
+
+    def add(self, **losses: Sequence[float]) -> None:
+        self.losses |= losses
+        for name in losses:
+            self._add(name, False, {"training.learning_rate": 1e-3}, {})
+
+    def _add(self, name: str, is_finished: bool, config: dict[str, Any], last: dict[str, Any]) -> None:
+        trial = Trial("idle", stub=True, trial_id=name, config=config)
+        trial.storage = SimpleNamespace(experiment_fs_path=str(self.paths.tune))
+        trial.set_status(Trial.TERMINATED if is_finished else Trial.PENDING)
+        trial.update_last_result(last)
+        self.paths.trial(name).root.mkdir(parents=True, exist_ok=True)
+        self.trials.append(trial)
+        self.conductor.on_trial_add(self, trial)
+
+    def trial(self, name: str) -> Any:
+        return next(trial for trial in self.trials if trial.trial_id == name)
+
+    def run(self, turns: int = 1000) -> None:
+        """Turns of Tune's loop, in each of which one trial reports; until all have ended."""
+        for _ in range(turns):
+            self._add_those_to_come()
+            if all(trial.is_finished() for trial in self.trials):
+                return
+            chosen = self.conductor.choose_trial_to_run(self)
+            if all(trial.is_finished() for trial in self.trials):
+                return
+            for trial in self.trials:
+                if trial is chosen or trial.status == Trial.PENDING:
+                    trial.set_status(Trial.RUNNING)
+                    self._going_on = [name for name in self._going_on if name != trial.trial_id]
+            running = [trial for trial in self.trials if trial.status == Trial.RUNNING]
+            if not running:
+                continue
+            if chosen is None or len(running) >= self.at_once:
+                self.report(min(running, key=lambda trial: trial.last_result.get("step", 0)))
+        if turns == 1000:
+            raise AssertionError("it does not end")
+
+    def _add_those_to_come(self) -> None:
+        busy = [t for t in self.trials if t.status in ("RUNNING", "PENDING") or t.trial_id in self._going_on]
+        if self.to_come and len([t for t in busy if not t.is_finished()]) < self.at_once:
+            name = next(iter(self.to_come))
+            self.add(**{name: self.to_come.pop(name)})
+
+    def report(self, trial: Any) -> None:
+        """The next evaluation of a trial, and what Tune makes of it."""
+        step = trial.last_result.get("step", 0) + EVERY
+        losses = self.losses[trial.trial_id]
+        loss = losses[step // EVERY - 1]
+        result = {"step": step, "tokens": TOKENS * step, "eval/loss": loss, "training_iteration": step // EVERY}
+        if loss != loss:
+            self.conductor.on_trial_error(self, trial)
+            trial.set_status(Trial.ERROR)
+            return
+        self._record(trial, step, "COMPLETE" if step == EVERY * len(losses) else "RUNNING")
+        if step == EVERY * len(losses):
+            trial.update_last_result(result | {COMPLETE: True})
+            self.stop_trial(trial)
+            return
+        action = self.conductor.on_trial_result(self, trial, dict(result))
+        trial.update_last_result(result)
+        if action == TrialScheduler.STOP:
+            self.stop_trial(trial)
+        elif action == TrialScheduler.PAUSE:
+            trial.set_status(Trial.PAUSED)
+
+    def _record(self, trial: Any, step: int, state: str) -> None:
+        paths = self.paths.trial(trial.trial_id)
+        config = read_sweep(self.paths.root).info.spec.trial_config(trial.config)
+        told = TrialResult(
+            trial_id=trial.trial_id, state=TrialState(state), config=config, metric="eval/loss", mode="min", step=step,
+            tokens=TOKENS * step, gpu_seconds=step,
+        )  # fmt: skip
+        write_record(paths.config, config)
+        write_record(paths.progress, told)
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def get_live_trials(self) -> set[Any]:
+        return {trial for trial in self.trials if not trial.is_finished()}
+
+    def stop_trial(self, trial: Any) -> None:
+        """As Tune's does it."""
+        if trial.is_finished():
+            return
+        if trial.status == Trial.RUNNING:
+            self.conductor.on_trial_complete(self, trial, dict(trial.last_result))
+        else:
+            self.conductor.on_trial_remove(self, trial)
+            self._forgotten.add(trial.trial_id)
+        trial.set_status(Trial.TERMINATED)
+        paths = self.paths.trial(trial.trial_id)
+        if paths.progress.is_file():
+            shutil.copy(paths.progress, paths.result)
+
+    def pause_trial(self, trial: Any, should_checkpoint: bool = True) -> None:
+        trial.set_status(Trial.PAUSED)
+
+    def decisions(self, *actions: str) -> list[tuple[str, int]]:
+        """Trial and step of these."""
+        return [(each.trial_id, each.step) for each in self.all_decisions() if each.action in actions]
+
+    def all_decisions(self) -> list[Decision]:
+        return read_decisions(self.paths)
+
+    def _tell(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.told.append((trial_id, result["eval/loss"], result["hyperband_info"]["budget"]))
+
+    def _end_search(self) -> None:
+        self.is_search_over = True
+
+
+MakeStage = Callable[..., Stage]
+
+
+@pytest.fixture
+def make_stage(document: dict[str, Any], tmp_path: Path) -> MakeStage:
+    """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section."""
+
+    number = itertools.count()
+
+    def make(scheduler: dict[str, Any], at_once: int = 9, **search: Any) -> Stage:
+        section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
+        spec = parse_spec(
+            document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
+        )
+        paths = SweepPaths(tmp_path / f"sweep-{next(number)}")
+        info = SweepInfo(
+            name="sweep", created="2026-01-01T00:00:00+00:00", spec=spec, is_single_trial=False, data_fingerprint="f",
+            num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
+        )  # fmt: skip
+        write_record(paths.sweep, info)
+        return Stage(paths, at_once)
+
+    return make
