@@ -8,9 +8,11 @@ from typing import Any, get_args
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from orchestrator.spec.search import AXIS_KINDS, Axis
+from orchestrator.spec.axes import AXIS_KINDS, Axis
 from orchestrator.spec.sections import Section
 from orchestrator.spec.sweep_spec import SweepSpec, check_searchable
+
+_WHEN = Axis.model_fields["when"].description
 
 
 def spec_schema() -> dict[str, Any]:
@@ -42,8 +44,14 @@ class _AsWritten(GenerateJsonSchema):
         return written
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        """The field that tells the members apart is needed, also where each of them has a default for it."""
-        return super().tagged_union_schema(schema) | {"required": [schema["discriminator"]]}
+        """What tells the members apart is needed, though each has a default for it; but for one that may go without."""
+        written, told_by = super().tagged_union_schema(schema), schema["discriminator"]
+        if isinstance(told_by, str):
+            return written | {"required": [told_by]}
+        assert callable(told_by)
+        members = zip(schema["choices"], written["oneOf"], strict=True)
+        needed = {"required": ["kind"]}
+        return {"oneOf": [member if tag == told_by({}) else member | needed for tag, member in members]}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -54,20 +62,21 @@ def _axis() -> JsonSchemaValue:
     return {
         "type": "object",
         "description": Axis.__doc__,
-        "properties": kinds,
+        "properties": kinds
+        | {"when": {"type": "object", "description": _WHEN, "minProperties": 1, "maxProperties": 1}},
         "additionalProperties": False,
-        "minProperties": 1,
-        "maxProperties": 1,
+        "oneOf": [{"required": [kind]} for kind in kinds],
     }
 
 
 def _values(axis: Axis) -> JsonSchemaValue:
     if axis.is_discrete:
         return {"type": "array", "minItems": 1, "description": "The values, one by one."}
-    number: dict[str, Any] = {"type": "integer" if axis.kind == "randint" else "number"}
-    if axis.kind == "loguniform":
+    number: dict[str, Any] = {"type": "integer" if axis.is_whole else "number"}
+    if "log" in axis.kind:
         number["exclusiveMinimum"] = 0
-    return {"type": "array", "items": number, "minItems": 2, "maxItems": 2, "description": "Low and high."}
+    count, words = (3, "Low, high and step.") if axis.is_stepped else (2, "Low and high.")
+    return {"type": "array", "items": number, "minItems": count, "maxItems": count, "description": words}
 
 
 def _searchable() -> list[str]:
