@@ -218,7 +218,7 @@ def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: P
     "algorithm", ["{algorithm: optuna, startup_trials: 2}", "{algorithm: hyperopt, startup_trials: 2}"]
 )
 def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(tmp_path: Path, algorithm: str) -> None:
-    settings = [f"search={algorithm}", "search.num_trials=6", RATE, "search.seed=3", "scheduler.kind=none"]
+    settings = [f"search={algorithm}", "search.num_trials=5", RATE, "search.seed=3", "scheduler.kind=none"]
     record = sweep(tmp_path, *settings, "training.steps=2", "resources.max_concurrent=1")
     spec = record.info.spec
     trials = [
@@ -246,7 +246,7 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
     record = sweep(
         tmp_path,
         "search={algorithm: bohb, startup_trials: 2}",
-        "search.num_trials=10",
+        "search.num_trials=7",
         RATE,
         "search.seed=1",
         "scheduler={kind: bohb, grace_steps: 2, reduction_factor: 2}",
@@ -254,7 +254,7 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
         "resources.max_concurrent=1",
     )
     trials = [next(t for t in record.trials() if t.trial_id == name) for name in record.paths.trial_ids()]
-    assert len(trials) == 10
+    assert len(trials) == 7
     expected = halved(record, trials[:4], [2, 4]) | halved(record, trials[4:7], [4])  # the largest bracket first
     assert {each.trial_id: each.step for each in decided(record, "stopped")} == expected
     for trial in trials:
@@ -262,7 +262,7 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
         assert trial.step == expected.get(trial.trial_id, 8)
     points = [trial.config.varied for trial in trials]
     untaught = make_searcher(record.info.spec, at_once=99)
-    drawn = [untaught.suggest(str(i)) for i in range(10)]
+    drawn = [untaught.suggest(str(i)) for i in range(7)]
     assert points[:4] == drawn[:4], "of the first rung nothing is known yet"
     assert points[4:] != drawn[4:], "what was reported makes a difference"
 

@@ -11,6 +11,7 @@ class NoScheduler(Section):
     """All trials run to their end."""
 
     kind: Literal["none"] = "none"
+    """Which scheduler."""
 
 
 class _Rungs(Section):
@@ -41,6 +42,7 @@ class AshaScheduler(_Rungs):
     """Asynchronous successive halving (arXiv 1810.05934): trials below a rung's best are stopped as they reach it."""
 
     kind: Literal["asha"] = "asha"
+    """Which scheduler."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """One in so many trials passes a rung; rungs lie at the grace period times its powers."""
 
@@ -49,6 +51,7 @@ class MedianScheduler(_Rungs):
     """The median stopping rule (Vizier, KDD 2017)."""
 
     kind: Literal["median"] = "median"
+    """Which scheduler."""
     min_trials: PositiveInt = 3
     """Trials to compare with before any is stopped."""
 
@@ -76,12 +79,14 @@ class HyperBandScheduler(_Brackets):
     """HyperBand (arXiv 1603.06560): brackets from no rung at all to one at the grace period, filled in that order."""
 
     kind: Literal["hyperband"] = "hyperband"
+    """Which scheduler."""
 
 
 class BohbScheduler(_Brackets):
     """HyperBand for search.algorithm bohb (arXiv 1807.01774): the largest bracket first, trials drawn as it fills."""
 
     kind: Literal["bohb"] = "bohb"
+    """Which scheduler."""
 
 
 class _Population(Section):
@@ -114,6 +119,7 @@ class PbtScheduler(_Population):
     """Population based training (arXiv 1711.09846). Values of a range are multiplied, listed ones go one place on."""
 
     kind: Literal["pbt"] = "pbt"
+    """Which scheduler."""
     resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
     """How often a value is drawn anew instead."""
     factors: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [1.2, 0.8]
@@ -124,6 +130,7 @@ class Pb2Scheduler(_Population):
     """Population based bandits (arXiv 2002.02518): new values by a Gaussian process of what values have gained."""
 
     kind: Literal["pb2"] = "pb2"
+    """Which scheduler."""
 
 
 _KINDS: tuple[type[Section], ...] = (

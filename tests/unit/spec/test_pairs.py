@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import SpecError
+from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import load_spec, parse_spec
 from orchestrator.spec.pairs import MUTABLE
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
@@ -214,7 +214,7 @@ def test_a_missing_extra_gives_its_install_line(
     monkeypatch.setattr("orchestrator.spec.extras.find_spec", lambda name: None if name in missing else name)
     spec = load_spec("experiments/demo.yaml", overrides)
     missing.add(package)
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(RequestError) as caught:
         load_spec("experiments/demo.yaml", overrides)
     assert f"needs the package {package}" in caught.value.message
     assert f"pip install 'qlora-orchestrator[{extra}]'" in (caught.value.remedy or "")

@@ -56,7 +56,8 @@ def test_the_reference_has_a_row_for_every_field() -> None:
     groups = [group for group in read_tree(spec_schema()).walk() if group.path]
     assert {"base", "data.held_out", "search.space.*", "tracking.wandb"} <= {group.path for group in groups}
     for group in groups:
-        _, _, rest = REFERENCE.partition(f"# `{group.path}`")
+        marks = ", ".join(f"{name}: {value}" for name, value in group.marks.items())
+        _, _, rest = REFERENCE.partition(f"# `{group.path}`" + (f" with `{marks}`" if marks else ""))
         part, _, _ = rest.partition("\n#")
         assert group.sentence in part
         for field in group.fields:

@@ -27,6 +27,7 @@ VALUES = [None, True, -1, 0, 0.5, 1, 7, 8, 10**6, "", "text", "auto", "none", []
 """Tried in the place of every field."""
 
 AXES = ("search", "space")
+METRIC = ("search", "metric")
 
 
 def test_the_schema_is_one() -> None:
@@ -237,11 +238,11 @@ def _is_refused(document: dict[str, Any]) -> bool:
 
 
 def _is_mistyped(document: dict[str, Any]) -> bool:
-    """Whether a type or a bound refuses it; of the rules that are code only that of an axis's form counts."""
+    """Whether a type or a bound refuses it; of the rules that are code only those of a field's own form count."""
     try:
         SweepSpec.model_validate(document)
     except ValidationError as error:
-        return any(fault["type"] != "value_error" or fault["loc"][:2] == AXES for fault in error.errors())
+        return any(fault["type"] != "value_error" or fault["loc"][:2] in (AXES, METRIC) for fault in error.errors())
     return False
 
 
