@@ -217,6 +217,11 @@ SETTINGS = {
         "lora.target_modules=[q_proj, v_proj]", "lora.rank=5", "training.max_grad_norm=0.05", "training.batch_size=24",
         "training.schedule=linear", "training.warmup=2", "training.steps=6", "training.eval_steps=3",
     ],
+    "rsLoRA on two layers, gaussian, betas, a floor": [
+        "lora.rslora=true", "lora.alpha=8", "lora.layers_to_transform=[0, 2]", "lora.init=gaussian",
+        "training.beta1=0.8", "training.beta2=0.95", "training.epsilon=1e-6", "training.schedule=cosine_with_min_lr",
+        "training.final_rate=0.3", "training.steps=4",
+    ],
     "the base not quantised, recompute, seed": [
         "base.quantization=none", "training.recompute=true", "training.seed=7", "training.steps=4",
     ],

@@ -9,12 +9,15 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModelForCausalLM
 from tiny import Witness
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from orchestrator.data import load
+from orchestrator.deploy.shipping.export import Format, export
+from orchestrator.deploy.subject import Subject
+from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec
-from orchestrator.training.local import run_local_trial
+from orchestrator.training.local import resume_local_trial, run_local_trial
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +175,68 @@ def test_a_schedule_is_followed(tiny: Tiny, folder: SweepPaths, schedule: str, e
     points = read_metrics(folder.trial(result.trial_id))
     rates = [point.values["train/learning_rate"] for point in points if "train/learning_rate" in point.values]
     assert rates == pytest.approx([5e-3 * share for share in shares], rel=1e-4)
+
+
+RESUMED = {
+    "DoRA": ["lora.dora=true"],
+    "OLoRA": ["lora.init=olora"],
+    "EVA": ["lora.init=eva", "lora.rank=4"],
+    "norms and new tokens": ["lora.modules_to_save=[norm]", "base.new_tokens=['<|reply|>']"],
+    "8-bit state": ["training.optimizer=paged_adamw_8bit", "lora.rank=32"],
+}
+
+
+@pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED)
+def test_a_variant_goes_on_from_its_checkpoint_to_the_digit(tiny: Tiny, tmp_path: Path, overrides: list[str]) -> None:
+    spec = tiny(*SHORT, *overrides, "evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 4}")
+    whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
+    undisturbed, losses = trained(spec, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, broken, Witness(die_at=6))
+    resumed = resume_local_trial(read_sweep(broken.root), Witness())
+    assert resumed is not None
+    assert resumed.best == undisturbed.best
+    points = read_metrics(broken.trial(resumed.trial_id))
+    assert [point.values["eval/loss"] for point in points if "eval/loss" in point.values] == losses
+
+
+@pytest.mark.parametrize("engine", ["auto", "trl"])
+def test_what_this_machine_cannot_is_told_at_the_start(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    for index, (overrides, told) in enumerate(
+        [
+            (
+                ["training.precision=fp16"],
+                "training.precision fp16 scales its gradients on a GPU, and this process has",
+            ),
+            (["training.tf32=true", "training.precision=none"], "training.tf32 needs an NVIDIA GPU of Ampere or later"),
+            (["base.quantization=int8", "lora.dora=true"], "lora.dora on base.quantization int8 needs a GPU"),
+            (["lora.modules_to_save=[lm_head]"], "lm_head shares its weight between embedding and head"),
+            (
+                ["lora.modules_to_save=[norm]", "base.compute_dtype=bfloat16"],
+                "lora.modules_to_save under precision none",
+            ),
+        ]
+    ):
+        with pytest.raises(TrialError, match=told):
+            run_local_trial(tiny(*overrides, f"training.engine={engine}"), SweepPaths(tmp_path / str(index)), Witness())
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.dora=true", "lora.rslora=true", "base.new_tokens=['<|reply|>']"],
+        ["base.quantization=int8", "lora.init=olora"],
+    ],
+    ids=["DoRA, new token", "8-bit OLoRA"],
+)
+def test_a_variant_ships(tiny: Tiny, tmp_path: Path, overrides: list[str], format: Format) -> None:
+    """Held against its source by the export itself; a wrong merge is refused there."""
+    folder = SweepPaths(tmp_path / "sweep")
+    result, _ = trained(tiny(*SHORT, *overrides), folder)
+    subject = Subject.of_trial(read_sweep(folder.root), result)
+    made = export(subject, tmp_path / "exported", format)
+    assert made.parity.loss_exported == pytest.approx(made.parity.loss_source, rel=0.02)
+    if format == "merged":
+        config = AutoConfig.from_pretrained(made.folder)
+        assert config.vocab_size == (513 if "base.new_tokens=['<|reply|>']" in overrides else 512)
