@@ -14,7 +14,7 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training import first_weights
-from orchestrator.training.adapted import adapted_by_peft, lora_layers
+from orchestrator.training.adapted import adapted_by_peft, lay, lora_layers
 from orchestrator.training.expected import Beside, expected_modules
 from orchestrator.training.first_weights import draw, eva_components
 
@@ -102,6 +102,9 @@ def test_an_adapter_less_its_first_is_plain_lora_on_the_base_as_it_is(bases: dic
             wanted, found = model(IDS).logits, plain(IDS).logits
             assert (wanted - shell(bases["nf4"]).eval()(IDS).logits).abs().max() > 0.5
             assert (found - wanted).abs().max() < 1e-3
+            lay(model, {name: torch.zeros_like(weight) for name, weight in left.weights.items()})
+            lay(model, left.weights)
+            assert torch.equal(model(IDS).logits, wanted), "its model takes the trained half back"
         assert (left.config.r, dict(left.config.rank_pattern)) == (12, {"down_proj": 6})
 
 
