@@ -47,7 +47,7 @@ def measure(setting: Setting, forms: list[str] | None) -> dict[str, Any]:
         print(name, figures[name], flush=True)
     return {
         "forms": figures,
-        "tokens_per_second": " / ".join(str(each["tokens_per_second"]) for each in figures.values()),
+        "tokens_per_second": " / ".join(str(each.get("tokens_per_second")) for each in figures.values()),
     }
 
 
