@@ -1,4 +1,4 @@
-"""The 4-bit base: loaded once a process, and never touched: each trial has a shell of its own over its weights."""
+"""The base: loaded once a process, and never touched: each trial has a shell of its own over its weights."""
 
 import copy
 import gc
@@ -68,9 +68,23 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
         if base.pad_token not in tokenizer.get_vocab():
             raise RequestError(f"base.pad_token {base.pad_token!r} is not a token of {base.model}")
         tokenizer.pad_token = base.pad_token
+    tokenizer.add_tokens(list(base.new_tokens))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:
+    """Ids of the tokens whose embeddings train.
+
+    Raises:
+        RequestError: one of them is not one token.
+    """
+    ids = tokenizer.convert_tokens_to_ids(list(base.new_tokens))
+    for token, number in zip(base.new_tokens, ids, strict=True):
+        if tokenizer.convert_ids_to_tokens(number) != token:
+            raise RequestError(f"base.new_tokens: {token!r} is not one token of {base.model}")
+    return sorted(ids)
 
 
 def load_base(base: BaseSection) -> Any:
@@ -91,9 +105,24 @@ def load_base(base: BaseSection) -> Any:
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
     model.config.use_cache = False
+    if base.new_tokens:
+        make_room(model, len(load_tokenizer(base)))
     model.requires_grad_(False)
     keep_trainable(model)
     return model
+
+
+def make_room(model: Any, num_tokens: int) -> None:
+    """Let the vocabulary hold so many tokens: new ones begin as the mean of the others, in embedding and head."""
+    import torch
+
+    known = model.get_input_embeddings().weight.shape[0]
+    if num_tokens <= known:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with torch.no_grad():
+            layer.weight[known:] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
 
 
 def device_map() -> Any:
@@ -118,6 +147,8 @@ def quantization_config(base: BaseSection) -> Any:
 
     if base.quantization == "none":
         return None
+    if base.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization,
@@ -163,6 +194,7 @@ def shell(model: Any, own_biases: bool = False) -> Any:
         own_biases: copy the biases, for a trial that trains them.
     """
     from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
     from torch import Tensor, dtype
     from torch.nn import Parameter
 
@@ -170,6 +202,12 @@ def shell(model: Any, own_biases: bool = False) -> Any:
     memo: dict[int, Any] = {id(module): module.__new__(type(module)) for module in modules}
     for module in modules:
         memo |= {id(value): value for held in (module._parameters, module._buffers) for value in held.values()}
+        if isinstance(module, Linear8bitLt):
+            # A first forward, or a move, changes the parameter itself (bitsandbytes 0.50.2, `Int8Params`).
+            scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            held = module.weight.data
+            memo[id(module.weight)] = Int8Params(held, requires_grad=False, CB=held, SCB=scales)
+            memo[id(module.state)] = _unused(module.state)
     if own_biases:
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":  # those that PEFT may train
@@ -187,6 +225,14 @@ def shell(model: Any, own_biases: bool = False) -> Any:
             else:
                 made[name] = copy.deepcopy(value, memo)
     return memo[id(model)]
+
+
+def _unused(state: Any) -> Any:
+    """The state of an 8-bit layer that has made no forward."""
+    made = copy.copy(state)
+    made.reset_grads()
+    made.idx = None
+    return made
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,25 @@ class Adapter:
     def copied(self) -> "Adapter":
         """The same, which later steps of a model that trains in place do not change."""
         return Adapter({name: tensor.cpu().clone() for name, tensor in self.weights.items()}, self.config)
+
+    def less(self, other: "Adapter") -> "Adapter":
+        """This adapter minus another of the same shape, as one of twice the rank: B A - B' A' = [B, -B'] [A; A'].
+
+        The scale of each layer stays: alpha grows with the rank, or with its root (rsLoRA).
+        """
+        import torch
+
+        config, weights = copy.deepcopy(self.config), dict(self.weights)
+        for name, matrix in self.weights.items():
+            if ".lora_A." in name:
+                weights[name] = torch.cat([matrix, other.weights[name]])
+            elif ".lora_B." in name:
+                weights[name] = torch.cat([matrix, -other.weights[name]], dim=1)
+        grows = math.sqrt(2) if config.use_rslora else 2
+        config.r, config.lora_alpha = 2 * config.r, grows * config.lora_alpha
+        config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: grows * alpha for name, alpha in config.alpha_pattern.items()}
+        return Adapter(weights, config)
 
     def save(self, folder: Path) -> None:
         """Write the files of `PeftModel.save_pretrained` into a folder that exists."""

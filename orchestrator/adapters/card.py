@@ -16,7 +16,7 @@ Step {step} of trial `{trial_id}`, chosen by {metric} ({value:.6g}). LoRA rank {
 {dropout:g}, learning rate {learning_rate:g}.
 
 - Base: {base}, held as {quantization}.
-- Prompts: {prompts}.
+- Prompts: {prompts}.{variants}
 - `trial.json` holds the whole configuration, `manifest.json` a sha256 of each file and the versions of the packages.
 
 ```python
@@ -63,6 +63,7 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
         base=_base(config),
         quantization=config.base.quantization,
         prompts=_prompts(config.data),
+        variants="".join(f"\n- {line}." for line in _variants(config)),
     )
     return f"---\n{metadata.to_yaml()}\n---\n{page}"
 
@@ -126,7 +127,7 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
     return ModelCardData(
         library_name=library,
         pipeline_tag="text-generation",
-        tags=["lora"] if config.base.quantization == "none" else ["lora", "qlora"],
+        tags=["lora", *(["qlora"] if config.base.is_4bit else []), *(["dora"] if config.lora.dora else [])],
         base_model=base,
         base_model_relation=relation if base else None,
         datasets=hub_ids or None,
@@ -142,6 +143,27 @@ def _base(config: TrialConfig) -> str:
     if hub_id(base.model) is None:
         return f"a local folder, `{Path(base.model).name}`, which is not on the hub under a name known here"
     return f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")
+
+
+def _variants(config: TrialConfig) -> list[str]:
+    """What more there is to the adapter than LoRA on all layers alike."""
+    lora, tokens = config.lora, config.base.new_tokens
+    found = []
+    if lora.dora or lora.rslora:
+        kinds = [name for name, on in (("DoRA", lora.dora), ("rsLoRA (alpha / sqrt(rank))", lora.rslora)) if on]
+        found.append(f"Variant: {' and '.join(kinds)}")
+    if lora.rank_pattern or lora.alpha_pattern:
+        found.append("Single layers have ranks or alphas of their own, see `adapter_config.json`")
+    if lora.layers_to_transform is not None:
+        found.append(f"Adapted layers: {', '.join(map(str, lora.layers_to_transform))}")
+    if lora.starts_from_base:
+        found.append(f"First weights by {lora.init}; its files hold the update less the first, at twice the rank")
+    if lora.modules_to_save:
+        found.append(f"Trained whole: {', '.join(lora.modules_to_save)}")
+    if tokens:
+        named = ", ".join(f"`{token}`" for token in tokens)
+        found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` makes room for them")
+    return found
 
 
 def _prompts(data: DataSection) -> str:

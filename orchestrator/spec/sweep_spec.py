@@ -32,7 +32,7 @@ from orchestrator.spec.ties import evaluate_tie
 TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
 
 # Trials are compared on the same held-out tokens: what makes the tokens cannot be searched.
-_MAKES_TOKENS = ("base.model", "base.revision", "base.trust_remote_code", "base.pad_token")
+_MAKES_TOKENS = ("base.model", "base.revision", "base.trust_remote_code", "base.pad_token", "base.new_tokens")
 _MOST_CHECKED = 256
 
 

@@ -1,37 +1,67 @@
 """A base with a new adapter on it: PEFT adapts a base once, a trial gets a shell of that and draws its own weights."""
 
-import math
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from orchestrator.base import shell
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
+from orchestrator.training.expected import Beside, expected_modules
 
-_ADAPTER = "default"
+ADAPTER = "default"
 """PEFT's name of it."""
 
 _patterns: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """Of each base, by the layers that are adapted."""
 
 
-def lora_config(config: TrialConfig) -> LoraConfig:
-    """PEFT's configuration of a trial's adapter."""
-    lora = config.lora
+def lora_config(config: TrialConfig, modules: Collection[str], beside: Beside | None = None) -> LoraConfig:
+    """PEFT's configuration of a trial's adapter.
+
+    Its first weights are ours to lay (`first_weights`): what it says of them is for who reads it later.
+
+    Args:
+        config: the trial.
+        modules: names of the layers that it adapts, from `expected_modules`.
+        beside: what else trains, from `expected_beside`; None where that is nothing.
+    """
+    lora, targets = config.lora, config.lora.target_modules
+    if lora.layers_to_transform is not None and targets == "all-linear":  # PEFT takes only names with it
+        targets = sorted({name.rpartition(".")[2] for name in modules})
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=targets,
+        layers_to_transform=lora.layers_to_transform,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
+        # Whole names: PEFT takes a part of one for any that ends with it (0.21: `norm` for `input_layernorm`).
+        modules_to_save=sorted(beside.saved) if beside and beside.saved else None,
+        trainable_token_indices=dict(beside.tokens) if beside and beside.tokens else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         task_type="CAUSAL_LM",
         revision=config.base.revision,
     )
+
+
+def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], beside: Beside) -> Any:
+    """A `PeftModel` for one trial of any kind. The other arguments are those of `lora_config`.
+
+    Args:
+        base: bare; it stays as it is.
+    """
+    own = shell(base, own_biases=config.lora.bias != "none")
+    return get_peft_model(own, lora_config(config, modules, beside))
 
 
 def pattern(base: Any, config: TrialConfig) -> Any:
@@ -42,13 +72,13 @@ def pattern(base: Any, config: TrialConfig) -> Any:
 
     Args:
         base: bare; it stays as it is.
-        config: the trial, which trains no biases.
+        config: a trial that the fast engine holds.
     """
-    targets, made = config.lora.target_modules, _patterns.setdefault(base, {})
-    key = targets if isinstance(targets, str) else tuple(targets)
+    lora, made = config.lora, _patterns.setdefault(base, {})
+    key = repr((lora.target_modules, lora.layers_to_transform))
     if key not in made:
-        small = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 1})})
-        made[key] = get_peft_model(shell(base), lora_config(small))
+        small = config.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
+        made[key] = get_peft_model(shell(base), lora_config(small, expected_modules(base, lora)))
     return made[key]
 
 
@@ -57,44 +87,48 @@ def adapted(base: Any, config: TrialConfig) -> Any:
 
     Args:
         base: bare; it stays as it is.
-        config: the trial, which trains no biases.
+        config: a trial that the fast engine holds.
     """
     model, lora = shell(pattern(base, config)), config.lora
-    known = model.peft_config[_ADAPTER]
+    known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
-    for layer in _layers(model):
+    known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights
+    for layer in lora_layers(model).values():
         _fit(layer, lora)
     return model
 
 
 def _fit(layer: Any, lora: LoraSection) -> None:
     """What `LoraLayer.update_layer` sets (peft 0.21, `tuners/lora/layer.py`)."""
-    layer.r[_ADAPTER] = lora.rank
-    layer.lora_alpha[_ADAPTER] = lora.alpha
-    layer.scaling[_ADAPTER] = lora.alpha / lora.rank
-    layer.lora_dropout[_ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
-    first, second = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    layer.r[ADAPTER] = lora.rank
+    layer.lora_alpha[ADAPTER] = lora.alpha
+    layer.use_rslora[ADAPTER] = lora.rslora
+    layer.scaling[ADAPTER] = lora.scale(lora.rank, lora.alpha)
+    layer.lora_dropout[ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+    first, second = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     first.out_features = second.in_features = lora.rank
     first.weight, second.weight = (nn.Parameter(torch.empty(0)) for _ in range(2))
 
 
-def draw(model: Any, seed: int, dtype: torch.dtype) -> None:
-    """Lay an adapter's first weights: A uniform within 1 / sqrt(in_features), as PEFT and `nn.Linear` have it; B zero.
+def lora_layers(model: Any) -> dict[str, Any]:
+    """The adapted layers of a `PeftModel`, by their names in the base."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
-    With a generator of its own: PEFT takes the process's, which trials beside this one share, and draws three times
-    as many numbers as it uses. Then trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`). On the base's device: at
-    rank 64 a host takes a second for what a GPU draws in milliseconds. So a GPU's are others than a CPU's.
+
+def lay(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put an adapter's saved weights into the model that it was trained in.
+
+    Args:
+        model: a `PeftModel`.
+        weights: by the names of PEFT's file; from `Adapter.less` the trained half is taken, the model lacks the other.
     """
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    for layer in _layers(model):
-        first, second = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-        own = layer.weight.device  # a base may lie on several GPUs
-        most = 1 / math.sqrt(first.in_features)
-        drawn = torch.empty(first.out_features, first.in_features, device=device)
-        first.weight.data = drawn.uniform_(-most, most, generator=generator).to(own, dtype)
-        second.weight.data = torch.zeros(second.out_features, second.in_features, dtype=dtype, device=own)
-
-
-def _layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    own = {}
+    for name, layer in lora_layers(model).items():
+        rank, prefix = layer.r[ADAPTER], f"base_model.model.{name}"
+        own[f"{prefix}.lora_A.weight"] = weights[f"{prefix}.lora_A.weight"][:rank]
+        own[f"{prefix}.lora_B.weight"] = weights[f"{prefix}.lora_B.weight"][:, :rank]
+    set_peft_model_state_dict(model, {**weights, **own})

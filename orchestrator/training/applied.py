@@ -1,95 +1,81 @@
 """Applied, not just asked: what the live modules and the optimizer hold after the first step."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch.nn import Identity
+
 from orchestrator.errors import TrialError
-from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import LoraSection, TrainingSection
+from orchestrator.spec.sections import TrainingSection
+from orchestrator.training.adapted import ADAPTER, lora_layers
+from orchestrator.training.expected import by_name
+from orchestrator.training.first_weights import Without
 
 
-def expected_modules(model: Any, lora: LoraSection) -> dict[str, tuple[int, int]]:
-    """Linear layers of a bare base that the adapter should change: name -> (in_features, out_features).
+def read_back(trainer: Any) -> dict[str, Any]:
+    """The same fields as `expected.expected`, from the live layers, their base weights, the optimizer and the loss."""
+    model = trainer.model
+    layers = lora_layers(model)
+    adapters = {name: _adapter_of(layer) for name, layer in layers.items()}
+    inside = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    wrappers = {name: module for name, module in inside.items() if isinstance(module, TrainableTokensWrapper)}
+    own_tokens = {name: each.token_adapter for name, each in wrappers.items() if not each.token_adapter.tied_adapter}
+    embedding = model.get_base_model().get_input_embeddings()
 
-    Raises:
-        TrialError: `target_modules` names no layer of this base.
-    """
-    from torch.nn import Linear
+    def shared(field: str) -> Any:
+        return _single(adapter[field] for adapter in adapters.values())
 
-    head = model.get_output_embeddings()
-    layers = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and module is not head
-    }
-    if lora.target_modules == "all-linear":
-        return layers
-    leaves = sorted({name.rpartition(".")[2] for name in layers})
-    for target in lora.target_modules:
-        if not any(_matches(name, target) for name in layers):
-            raise TrialError(
-                f"lora.target_modules: {target!r} is no linear layer of this base; it has {', '.join(leaves)}"
-            )
-    return {name: shape for name, shape in layers.items() if any(_matches(name, t) for t in lora.target_modules)}
-
-
-def expected(config: TrialConfig, modules: dict[str, tuple[int, int]], num_biases: int) -> dict[str, Any]:
-    """What `read_back` must return for this configuration.
-
-    Args:
-        modules: from `expected_modules`.
-        num_biases: trainable bias values that `lora.bias` asks for on this base.
-    """
-    lora, training = config.lora, config.training
-    quantized = config.base.quantization != "none"
     return {
-        "lora.rank": lora.rank,
-        "lora.alpha": lora.alpha,
-        "lora.dropout": lora.dropout,
-        "lora.target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        "lora.num_modules": len(modules),
-        "training.learning_rate": training.learning_rate,
-        "training.weight_decay": training.weight_decay,
-        "training.adapter_dtype": training.adapter_dtype,
-        "base.quantization": config.base.quantization,
-        "base.double_quant": config.base.double_quant if quantized else None,
-        "num_trainable_parameters": sum(lora.rank * (i + o) for i, o in modules.values()) + num_biases,
+        "lora.rank": by_name({name: adapter["rank"] for name, adapter in adapters.items()}),
+        "lora.alpha": by_name({name: adapter["alpha"] for name, adapter in adapters.items()}),
+        "lora.dropout": shared("dropout"),
+        "lora.target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora.num_modules": len(layers),
+        "lora.rslora": shared("rslora"),
+        "lora.dora": shared("dora"),
+        "lora.starts_from_base": shared("starts_from_base"),
+        "lora.modules_to_save": sorted(
+            name
+            for name, module in inside.items()
+            if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save
+        ),
+        "base.new_tokens": {name: list(each.token_indices[ADAPTER]) for name, each in sorted(own_tokens.items())},
+        "base.quantization": shared("quantization"),
+        "base.double_quant": shared("double_quant"),
+        **_read_optimizer(trainer.optimizer),
+        "training.adapter_dtype": shared("dtype"),
+        "training.neftune_alpha": vars(embedding).get("neftune_noise_alpha"),
+        "training.loss": trainer.args.loss_type,
+        "training.label_smoothing": trainer.label_smoother.epsilon if trainer.label_smoother else 0.0,
+        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
-def num_expected_biases(model: Any, lora: LoraSection, modules: dict[str, tuple[int, int]]) -> int:
-    """Bias values of a bare base that will train."""
-    if lora.bias == "none":
-        return 0
-    names = {f"{name}.bias" for name in modules}
-    return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.endswith(".bias") and (lora.bias == "all" or name in names)
-    )
-
-
-def read_back(model: Any, optimizer: Any) -> dict[str, Any]:
-    """The same fields as `expected`, from the live adapter layers, their base weights and the optimizer."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    adapters = [_adapter_of(layer) for layer in layers.values()]
-    groups = optimizer.param_groups
+def _read_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The fields of `expected.expected` that are the optimizer's."""
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    library, groups = type(own).__module__.partition(".")[0], own.param_groups
+    kind = f"{library}.{type(own).__name__}"
+    if library == "bitsandbytes":
+        kind += f" {own.args.optim_bits}-bit" + (" paged" if own.is_paged else "")
+    elif groups[0].get("fused"):
+        kind += " fused"
+    # RMSprop of bitsandbytes calls its smoothing betas; transformers sets those of the others alone.
+    has_betas = groups[0].get("betas") is not None and "RMSprop" not in kind
+    is_adam = "AdamW" in kind or "AdEMAMix" in kind
     # Parameters without decay (biases) have a group of their own at 0.
     decays = [group["weight_decay"] for group in groups if group["params"] and any(p.ndim > 1 for p in group["params"])]
     return {
-        "lora.rank": _single(a["rank"] for a in adapters),
-        "lora.alpha": _single(a["alpha"] for a in adapters),
-        "lora.dropout": _single(a["dropout"] for a in adapters),
-        "lora.target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "lora.num_modules": len(layers),
+        "training.optimizer": kind,
+        "training.betas": _single(list(group["betas"])[:2] for group in groups) if has_betas else None,
+        "training.epsilon": _single(group["eps"] for group in groups) if is_adam else None,
+        "training.momentum": _single(group.get("momentum", 0.0) for group in groups),
         "training.learning_rate": _single(group.get("initial_lr", group["lr"]) for group in groups),
         "training.weight_decay": _single(decays),
-        "training.adapter_dtype": _single(a["dtype"] for a in adapters),
-        "base.quantization": _single(a["quantization"] for a in adapters),
-        "base.double_quant": _single(a["double_quant"] for a in adapters),
-        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
@@ -121,34 +107,44 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _adapter_of(layer: Any) -> dict[str, Any]:
-    from torch.nn import Identity
-
     (name,) = layer.lora_A.keys()
+    base = layer.get_base_layer()
     rank = layer.lora_A[name].weight.shape[0]
     dropout = layer.lora_dropout[name]
-    state = getattr(layer.get_base_layer().weight, "quant_state", None)
+    rslora = layer.use_rslora[name]
     return {
         "rank": rank,
-        "alpha": round(layer.scaling[name] * rank, 9),
+        "alpha": round(layer.scaling[name] * (math.sqrt(rank) if rslora else rank), 9),
+        "rslora": rslora,
+        "dora": name in layer.lora_magnitude_vector and name in layer.lora_variant,
+        "starts_from_base": any(isinstance(hook, Without) for hook in base._forward_hooks.values()),
         "dropout": 0.0 if isinstance(dropout, Identity) else dropout.p,
         "dtype": str(layer.lora_A[name].weight.dtype).removeprefix("torch."),
-        "quantization": state.quant_type if state is not None else "none",
-        "double_quant": state.nested if state is not None else None,
+        **_form_of(base.weight),
     }
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _form_of(weight: Any) -> dict[str, Any]:
+    if isinstance(weight, Params4bit):
+        return {"quantization": weight.quant_state.quant_type, "double_quant": weight.quant_state.nested}
+    return {"quantization": "int8" if isinstance(weight, Int8Params) else "none", "double_quant": None}
 
 
 def _single(values: Iterable[Any]) -> Any:
     """The one value that all share, or the list of different ones."""
-    distinct = sorted(set(values), key=repr)
-    return distinct[0] if len(distinct) == 1 else distinct
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct[0] if len(distinct) == 1 else sorted(distinct, key=repr)
 
 
 def same(wanted: Any, found: Any) -> bool:
-    """Equal, or two numbers within a millionth."""
+    """Equal, or two numbers within a millionth; in a mapping or a list, each."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return wanted.keys() == found.keys() and all(same(value, found[name]) for name, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(found, list | tuple):
+        return len(wanted) == len(found) and all(map(same, wanted, found))
     if isinstance(wanted, float) and isinstance(found, int | float):
         return abs(wanted - found) <= 1e-6 * abs(wanted)
     return bool(wanted == found)

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import load_peft_weights
 
 from orchestrator.adapters.bundle import put_right
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.base import device_name, lease
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.training.applied import compare, expected, expected_modules, num_expected_biases
+from orchestrator.training.adapted import lay
+from orchestrator.training.applied import compare
 from orchestrator.training.device import peak_memory_gib
 from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted
+from orchestrator.training.expected import expected, expected_beside, expected_modules
 from orchestrator.training.fast.pack import Pack, Work
 from orchestrator.training.loop import Ground, Loop, Seat, about, find_seat, open_loop
+from orchestrator.training.precision import require_device
 from orchestrator.training.reporter import Reporter
 
 
@@ -100,8 +103,9 @@ class Attempt:
         }
         self._reporter.tell(Noted, fields=fields)
         base = self._ground.base
+        require_device(config)
         modules = expected_modules(base, config.lora)
-        wanted = expected(config, modules, num_expected_biases(base, config.lora, modules))
+        wanted = expected(config, modules, expected_beside(base, config, modules, self._ground.tokenizer))
         loop = open_loop(config, self._ground, seat, self._paths.checkpoints, self._aside)
         try:
             yield from self._follow(loop, wanted)
@@ -113,7 +117,7 @@ class Attempt:
 
         Args:
             loop: of the trial.
-            wanted: from `applied.expected`.
+            wanted: from `expected.expected`.
         """
         config, start, reporter = self._config, self._start, self._reporter
 
@@ -134,8 +138,7 @@ class Attempt:
         if metrics and start.metric.removeprefix("eval/") not in metrics and not reporter.stopped:
             assert reporter.best is not None
             self._aside.wait()  # until the best adapter is written
-            best = self._paths.adapter(reporter.best[1])
-            set_peft_model_state_dict(loop.trainer.model, load_peft_weights(str(best)))
+            lay(loop.trainer.model, load_peft_weights(str(self._paths.adapter(reporter.best[1]))))
             answers = self._answers(loop)
             reporter.tell(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
 

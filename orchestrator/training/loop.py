@@ -11,13 +11,15 @@ from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.adapted import adapted
+from orchestrator.training.adapted import adapted, adapted_by_peft
 from orchestrator.training.events import Aside
+from orchestrator.training.expected import expected_beside, expected_modules
 from orchestrator.training.fast.build import MemoryPlan, engine_for, release, why_not
 from orchestrator.training.fast.engine import Engine
 from orchestrator.training.fast.pack import Work
 from orchestrator.training.fast.row import Rows
 from orchestrator.training.fast.slot import Slot
+from orchestrator.training.first_weights import eva_components
 from orchestrator.training.trl import TrlLoop, build_trainer, require_apart
 
 
@@ -37,7 +39,7 @@ class Loop(Protocol):
         """Of the evaluation that has just run."""
 
     def read_back(self) -> dict[str, Any]:
-        """Live values by the names of `applied.expected`."""
+        """Live values by the names of `expected.expected`."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,17 @@ def open_loop(config: TrialConfig, ground: Ground, seat: Seat | str | None, chec
         checkpoints: folder of checkpoints.
         aside: writes them.
     """
-    is_fast = isinstance(seat, Seat)
-    model = adapted(ground.base, config) if is_fast else shell(ground.base, own_biases=config.lora.bias != "none")
-    trainer = build_trainer(config, model, ground.tokenizer, ground.data, checkpoints)
+    base, tokenizer, data = ground.base, ground.tokenizer, ground.data
     if isinstance(seat, Seat):
+        trainer = build_trainer(config, adapted(base, config), tokenizer, data, checkpoints)
         return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
+    modules = expected_modules(base, config.lora)
+    read = eva_components(shell(base), config, data, list(modules)) if config.lora.init == "eva" else None
+    model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
+    trainer = build_trainer(config, model, tokenizer, data, checkpoints, read)
     if config.data.packing:
         require_apart(trainer)
-    return TrlLoop(trainer, config.training)
+    return TrlLoop(trainer, config)
 
 
 def about(seat: Seat | str | None) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The classic engine: trl's SFTTrainer as it is, built from a trial's configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 
 from orchestrator.adapters.bundle import Adapter
@@ -11,9 +14,9 @@ from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
-from orchestrator.training.adapted import draw, lora_config
 from orchestrator.training.applied import read_back, set_rate
 from orchestrator.training.fast.pack import Work
+from orchestrator.training.first_weights import draw
 from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
 
@@ -29,9 +32,11 @@ def import_trainer() -> None:
 class TrlLoop:
     """SFTTrainer's own loop."""
 
-    def __init__(self, trainer: Any, training: TrainingSection) -> None:
+    def __init__(self, trainer: Any, config: TrialConfig) -> None:
         self.trainer = trainer
-        self._training = training
+        self._training = config.training
+        self._taken = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
+        """The first update, which the base lacks."""
         self._meter = LossMeter(trainer.model, list(trainer._get_eval_sampler(trainer.eval_dataset)))
 
     def train(self, checkpoint: str | None) -> Work:
@@ -44,15 +49,16 @@ class TrlLoop:
 
     def adapter(self) -> Adapter:
         """A copy: the optimizer writes into the model's own tensors."""
-        return Adapter.of(self.trainer.model).copied()
+        trained = Adapter.of(self.trainer.model).copied()
+        return trained if self._taken is None else trained.less(self._taken)
 
     def scores(self) -> RowScores:
         """Of the evaluation that has just run."""
         return self._meter.read()
 
     def read_back(self) -> dict[str, Any]:
-        """Live values by the names of `applied.expected`."""
-        return read_back(self.trainer.model, self.trainer.optimizer)
+        """Live values by the names of `expected.expected`."""
+        return read_back(self.trainer)
 
 
 def require_apart(trainer: Any) -> None:
@@ -109,69 +115,106 @@ class _OwnRate(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         set_rate(self._trainer, self._training)
 
 
-def build_trainer(config: TrialConfig, model: Any, tokenizer: Any, data: PreparedData, checkpoints: Path) -> Any:
-    """An SFTTrainer that adapts `model` on `data`.
+def build_trainer(
+    config: TrialConfig,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    checkpoints: Path,
+    read: Mapping[str, torch.Tensor] | None = None,
+) -> Any:
+    """An SFTTrainer that trains the adapter of `model` on `data`, from its first weights.
 
     Args:
         config: the trial.
-        model: a shell of the base, which PEFT is still to adapt; or from `adapted`.
+        model: a `PeftModel`, from `adapted` or `adapted_by_peft`.
         tokenizer: its tokenizer, with a padding token.
         data: tokenised rows.
         checkpoints: folder of the trainer's checkpoints.
+        read: for `draw`.
     """
-    import torch
-    from peft import PeftModel
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     training = config.training
-    precision = resolve_precision(training)
-    on_cpu = not torch.cuda.is_available()
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(checkpoints),
-            max_steps=training.steps or -1,
-            num_train_epochs=training.epochs or 1.0,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.eval_batch_size,
-            gradient_accumulation_steps=training.accumulation,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=training.schedule,
-            warmup_steps=training.warmup,
-            optim=training.optimizer,
-            max_grad_norm=training.max_grad_norm,
-            weight_decay=training.weight_decay,
-            activation_checkpointing=training.recompute is True,
-            train_sampling_strategy="group_by_length" if training.group_by_length else "random",
-            eval_strategy="steps",
-            eval_steps=training.eval_steps,
-            logging_steps=training.logging_steps,
-            save_strategy="steps",
-            save_steps=training.save_steps or training.eval_steps,
-            seed=training.seed,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            logging_nan_inf_filter=False,  # it would hide NaN
-            disable_tqdm=True,
-            report_to=[],
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},  # rows come with ids and labels
-        ),
+        args=_arguments(training, checkpoints),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
         # SFTTrainer's own, for which it would lay out the whole vocabulary, to look for the padding token.
         data_collator=_Collator(tokenizer.pad_token_id),
-        peft_config=None if isinstance(model, PeftModel) else lora_config(config),
     )
     dtype = getattr(torch, training.adapter_dtype)
-    if config.lora.bias != "none":  # SFTTrainer casts what trains on a quantised base to bfloat16
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-    draw(trainer.model, training.seed, dtype)
+    for name, parameter in trainer.model.named_parameters():  # SFTTrainer casts what trains on a quantised base
+        if parameter.requires_grad:  # bfloat16 would not hold the small steps of magnitudes, as trl knows
+            parameter.data = parameter.data.to(torch.float32 if "lora_magnitude_vector" in name else dtype)
+    draw(trainer.model, config.lora, training.seed, dtype, read)
+    head = trainer.model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):  # trl's fused head reads its bias, which the wrapper does not pass on
+        head.bias = head.token_adapter.get_base_layer().bias
     for told in (trainer.model.config.get_text_config(), trainer.model.generation_config):
         told.pad_token_id = tokenizer.pad_token_id  # it goes with that
     return trainer
+
+
+def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
+    """SFTTrainer's arguments."""
+    from trl import SFTConfig
+
+    precision, on_cpu = resolve_precision(training), not torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        max_steps=training.steps or -1,
+        num_train_epochs=training.epochs or 1.0,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        lr_scheduler_kwargs=_schedule_options(training),
+        warmup_steps=training.warmup,
+        optim=training.optimizer,
+        optim_args=f"momentum={training.momentum}" if training.momentum else None,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        adam_epsilon=training.epsilon,
+        max_grad_norm=training.max_grad_norm,
+        weight_decay=training.weight_decay,
+        loss_type=training.loss,
+        label_smoothing_factor=training.label_smoothing,
+        neftune_noise_alpha=training.neftune_alpha,
+        activation_checkpointing=training.recompute is True,
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        logging_steps=training.logging_steps,
+        save_strategy="steps",
+        save_steps=training.save_steps or training.eval_steps,
+        seed=training.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tf32=None if on_cpu else training.tf32,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_nan_inf_filter=False,  # it would hide NaN
+        disable_tqdm=True,
+        report_to=[],
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows come with ids and labels
+    )
+
+
+def _schedule_options(training: TrainingSection) -> dict[str, Any]:
+    """What transformers' functions of this schedule take beside warmup and steps (5.23, `optimization.py`)."""
+    match training.schedule:
+        case "cosine_with_restarts":
+            return {"num_cycles": training.cycles}
+        case "cosine_with_min_lr":
+            return {"min_lr_rate": training.final_rate}
+        case "polynomial":
+            return {"lr_end": training.final_rate * training.learning_rate}
+        case "warmup_stable_decay":
+            return {"num_decay_steps": training.decay_steps, "min_lr_ratio": training.final_rate}
+        case _:
+            return {}

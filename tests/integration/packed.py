@@ -32,7 +32,8 @@ COMMON = [
 # Trials that are watched: each longer than an epoch.
 A = ["lora.rank=8", "lora.alpha=16", "training.steps=14", "training.eval_steps=6", "training.seed=1"]
 B = [
-    "lora.rank=5", "lora.alpha=20", "lora.target_modules=[q_proj, up_proj, down_proj]", "training.steps=12",
+    "lora.rank=5", "lora.alpha=9", "lora.rslora=true", "lora.layers_to_transform=[0, 1, 3]",
+    "lora.target_modules=[q_proj, up_proj, down_proj]", "training.steps=12",
     "training.eval_steps=5", "training.seed=2", "training.batch_size=3", "training.accumulation=2",
     "training.weight_decay=0.1", "training.max_grad_norm=0.5", "training.schedule=cosine", "training.warmup=3",
 ]  # fmt: skip

@@ -285,7 +285,7 @@ def test_every_bad_row_of_a_file_is_named(subject: Subject, tmp_path: Path) -> N
 
 def test_a_form_that_the_base_does_not_have_is_refused(subject: Subject, tmp_path: Path) -> None:
     whole = subject.base.model_copy(update={"quantization": "none"})
-    with pytest.raises(RequestError, match=r"merged-4bit: the base embedded was not quantised") as told:
+    with pytest.raises(RequestError, match=r"merged-4bit: the base embedded was not held in 4 bits") as told:
         require_form(whole, "merged-4bit")
     assert "adapter, adapter-16bit, merged, merged-original" in told.value.remedy
     load_base(subject.base).save_pretrained(str(tmp_path))  # a base whose very files are 4-bit

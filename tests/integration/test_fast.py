@@ -231,6 +231,11 @@ SETTINGS = {
         "data.packing=true", "data.max_length=128", "training.batch_size=2", "training.steps=6",
         "training.eval_steps=3",
     ],
+    "rsLoRA on two layers, gaussian, betas, a floor": [
+        "lora.rslora=true", "lora.alpha=8", "lora.layers_to_transform=[0, 2]", "lora.init=gaussian",
+        "training.beta1=0.8", "training.beta2=0.95", "training.epsilon=1e-6", "training.schedule=cosine_with_min_lr",
+        "training.final_rate=0.3", "training.steps=4",
+    ],
     "the base not quantised, recompute, seed": [
         "base.quantization=none", "training.recompute=true", "training.seed=7", "training.steps=4",
     ],

@@ -28,7 +28,7 @@ def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 12
+    assert ran == 13
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from orchestrator.base import kept, load_base
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.training import attempt as attempt_room
 from orchestrator.training import loop as loop_room
 from orchestrator.training.fast.engine import CPU_TOKENS
@@ -73,6 +74,18 @@ def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPat
         "training.learning_rate": 2e-3,
         "training.weight_decay": 0.0,
         "training.adapter_dtype": "float32",
+        "training.optimizer": "torch.AdamW fused",
+        "training.betas": [0.9, 0.999],
+        "training.epsilon": 1e-8,
+        "training.momentum": 0.0,
+        "training.loss": "nll",
+        "training.label_smoothing": 0.0,
+        "training.neftune_alpha": None,
+        "lora.rslora": False,
+        "lora.dora": False,
+        "lora.starts_from_base": False,
+        "lora.modules_to_save": [],
+        "base.new_tokens": {},
         "base.quantization": "nf4",
         "base.double_quant": True,
         "num_trainable_parameters": 6 * per_layer * layers,
@@ -89,6 +102,24 @@ def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPat
         ("trl", "lora", "rank", 3, "lora.rank: configured 16, live 3"),
         ("trl", "training", "weight_decay", 0.5, "training.weight_decay: configured 0.0, live 0.5"),
         ("fast", "training", "weight_decay", 0.5, "training.weight_decay: configured 0.0, live 0.5"),
+        ("trl", "lora", "rslora", True, "lora.rslora: configured False, live True"),
+        ("fast", "lora", "rslora", True, "lora.rslora: configured False, live True"),
+        ("trl", "lora", "dora", True, "lora.dora: configured False, live True"),
+        ("trl", "lora", "init", "olora", "lora.starts_from_base: configured False, live True"),
+        ("trl", "lora", "alpha_pattern", {"down_proj": 3}, "lora.alpha: configured 32.0, live {'model.layers.0"),
+        ("trl", "lora", "layers_to_transform", [0], "lora.num_modules: configured 28, live 7"),
+        (
+            "trl",
+            "training",
+            "optimizer",
+            "adamw_8bit",
+            "configured 'torch.AdamW fused', live 'bitsandbytes.AdamW 8-bit'",
+        ),
+        ("trl", "training", "beta2", 0.9, "training.betas: configured [0.9, 0.999], live [0.9, 0.9]"),
+        ("fast", "training", "beta2", 0.9, "training.betas: configured [0.9, 0.999], live [0.9, 0.9]"),
+        ("trl", "training", "loss", "dft", "training.loss: configured 'nll', live 'dft'"),
+        ("trl", "training", "label_smoothing", 0.1, "training.label_smoothing: configured 0.0, live 0.1"),
+        ("trl", "training", "neftune_alpha", 5.0, "training.neftune_alpha: configured None, live 5.0"),
     ],
 )
 def test_a_setting_that_is_not_applied_fails_the_trial(
@@ -101,14 +132,21 @@ def test_a_setting_that_is_not_applied_fails_the_trial(
     value: Any,
     message: str,
 ) -> None:
-    build = loop_room.build_trainer
+    def with_another_value(build: Callable[..., Any]) -> Callable[..., Any]:
+        def built(*given: Any) -> Any:
+            changed = [
+                each.model_copy(update={section: getattr(each, section).model_copy(update={field: value})})
+                if isinstance(each, TrialConfig)
+                else each
+                for each in given
+            ]
+            return build(*changed)
 
-    def build_with_another_value(config: Any, *rest: Any, **named: Any) -> Any:
-        changed = getattr(config, section).model_copy(update={field: value})
-        return build(config.model_copy(update={section: changed}), *rest, **named)
+        return built
 
-    monkeypatch.setattr(loop_room, "build_trainer", build_with_another_value)
-    with pytest.raises(TrialError, match=message.replace(".", r"\.")):
+    for name in ("build_trainer", "adapted", "adapted_by_peft"):
+        monkeypatch.setattr(loop_room, name, with_another_value(getattr(loop_room, name)))
+    with pytest.raises(TrialError, match=re.escape(message)):
         run(tiny(f"training.engine={engine}"), folder)
     (trial,) = read_sweep(folder.root).trials()
     assert trial.state == TrialState.FAILED

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from orchestrator import base as base_room
-from orchestrator.base import drop, kept, lease, load_base, shell
+from orchestrator.base import drop, kept, lease, load_base, load_tokenizer, new_token_ids, shell
 from orchestrator.spec.sections import BaseSection
 
 SECTION = BaseSection(model="embedded", compute_dtype="float32")
@@ -132,6 +132,38 @@ def test_a_trial_that_trains_biases_has_its_own(ids: torch.Tensor, bias: str) ->
     assert_bare(base)
     shared = {id(parameter) for parameter in base.parameters()} & {id(parameter) for parameter in model.parameters()}
     assert len(shared) == len(list(base.parameters())) - len(biases)
+
+
+def test_shells_of_an_8_bit_base_share_its_weights_and_not_their_state(ids: torch.Tensor) -> None:
+    """bitsandbytes moves a weight's scales into its layer at the first forward, and loses them at a move after that."""
+    base = load_base(SECTION.model_copy(update={"quantization": "int8"}))
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, Linear8bitLt)}
+    assert len(layers) == 4 * 7
+    with torch.no_grad():
+        first = shell(base)
+        answers = first(ids).logits
+        shell(base).to("cpu")
+        assert torch.equal(shell(base)(ids).logits, answers)
+        assert torch.equal(shell(first)(ids).logits, answers), "of one that has run"
+    for name, module in layers.items():
+        assert first.get_submodule(name).weight.data_ptr() == module.weight.data_ptr()
+        assert module.weight.SCB is not None, "the base was written to"
+
+
+def test_new_tokens_begin_as_the_mean_of_the_others_in_tokenizer_and_base(ids: torch.Tensor) -> None:
+    section = SECTION.model_copy(update={"new_tokens": ("<|a|>", "~", "<|b|>")})
+    tokenizer, base, plain = load_tokenizer(section), load_base(section), load_base(SECTION)
+    assert len(tokenizer) == 512 + 2
+    numbers = tokenizer.convert_tokens_to_ids(["<|a|>", "~", "<|b|>"])
+    assert tokenizer("<|a|>~<|b|>", add_special_tokens=False).input_ids == numbers
+    assert new_token_ids(section, tokenizer) == sorted(numbers)
+    rows, known = base.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    assert base.config.vocab_size == len(rows) == 514
+    assert torch.equal(rows[:512], known)
+    assert torch.allclose(rows[512:], known.mean(0).expand(2, -1))
+    assert base.lm_head.weight is rows
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits[..., :512], plain(ids).logits)
 
 
 def test_a_shell_of_a_large_base_takes_no_time() -> None:

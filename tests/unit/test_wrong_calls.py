@@ -97,7 +97,7 @@ FIELDS = [
     _set("fraction for a whole number", ["lora.rank=8.5"], "lora.rank", "valid integer", "8.5"),
     _set("out of bounds below", ["lora.rank=0"], "lora.rank", "greater than or equal to 1", "0"),
     _set("out of bounds above", ["lora.dropout=1.0"], "lora.dropout", "less than 1", "1.0"),
-    _set("not one of", ["base.quantization=int8"], "base.quantization", "'nf4', 'fp4' or 'none'", "'int8'"),
+    _set("not one of", ["base.quantization=int2"], "base.quantization", "'nf4', 'fp4', 'int8' or 'none'", "'int2'"),
     _set("unknown field in an override", ["tracking.wandb.projct=x"], "tracking.wandb.projct", "did you mean project?"),
     _set("unknown section in an override", ["lara.rank=3"], "lara: unknown field", "did you mean lora?"),
     _set("override without =", ["lora.rank"], "--set lora.rank", "dotted.field=value"),

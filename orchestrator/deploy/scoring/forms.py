@@ -32,7 +32,7 @@ class Opened:
 
 def forms_of(base: BaseSection) -> tuple[Form, ...]:
     """Those that an adapter on this base can have."""
-    return tuple(form for form in FORMS if form != "merged-4bit" or base.quantization != "none")
+    return tuple(form for form in FORMS if form != "merged-4bit" or base.is_4bit)
 
 
 def require_form(base: BaseSection, form: Form) -> None:
@@ -44,7 +44,7 @@ def require_form(base: BaseSection, form: Form) -> None:
     load_tokenizer(base)  # a base that is not there is told here
     if form not in forms_of(base):
         raise RequestError(
-            f"form {form}: the base {base.model} was not quantised", f"Its forms: {', '.join(forms_of(base))}."
+            f"form {form}: the base {base.model} was not held in 4 bits", f"Its forms: {', '.join(forms_of(base))}."
         )
     if form in ("adapter-16bit", "merged-original") and getattr(_file_config(base), "quantization_config", None):
         raise RequestError(
@@ -116,16 +116,16 @@ def _file_dtype(base: BaseSection) -> str:
 
 
 def _dequantise(model: Any) -> list[str]:
-    """Replace 4-bit layers by plain ones of the same values, one at a time.
+    """Replace quantised layers by plain ones of the same values, one at a time.
 
     Returns:
         Names of the layers.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
     from torch.nn import Linear, Parameter
 
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     for name in names:
         packed = model.get_submodule(name)
         plain = Linear(packed.in_features, packed.out_features, bias=False, device="meta")

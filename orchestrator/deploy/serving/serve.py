@@ -20,11 +20,10 @@ from typing import Literal
 
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.serving.served import Served, open_served
-from orchestrator.deploy.serving.vllm import vllm_command
+from orchestrator.deploy.serving.vllm import more_than_lora, vllm_command
 from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
-from orchestrator.spec.sections import BaseSection
 
 Engine = Literal["vllm", "transformers"]
 
@@ -106,7 +105,7 @@ def plan_service(
         RequestError: it cannot be served so.
     """
     offers = _offers(sweep_or_adapter, output, top, trust_remote_code)
-    chosen, why = _choose_engine(engine, offers[0].subject.base, host)
+    chosen, why = _choose_engine(engine, [offer.subject for offer in offers], host)
     if chosen == "transformers":
         for package in ("fastapi", "uvicorn"):
             require_package(package, "serve", "serve")
@@ -178,11 +177,11 @@ def _offers(sweep_or_adapter: str, output: str, top: int, trust_remote_code: boo
     ]
 
 
-def _choose_engine(engine: Engine | Literal["auto"], base: BaseSection, host: str) -> tuple[Engine, str]:
+def _choose_engine(engine: Engine | Literal["auto"], subjects: Sequence[Subject], host: str) -> tuple[Engine, str]:
     """The engine, and why it is this one."""
     if engine == "transformers":
         return engine, "as asked"
-    fault = _why_not_vllm(base, host)
+    fault = _why_not_vllm(subjects, host)
     if engine == "vllm":
         if fault:
             raise RequestError(f"--engine vllm: {fault}", "`--engine transformers` can serve this.")
@@ -194,11 +193,17 @@ def _choose_engine(engine: Engine | Literal["auto"], base: BaseSection, host: st
     return ("transformers", fault) if fault else ("vllm", "it is installed, and there is a GPU")
 
 
-def _why_not_vllm(base: BaseSection, host: str) -> str | None:
+def _why_not_vllm(subjects: Sequence[Subject], host: str) -> str | None:
+    base = subjects[0].base
     if shutil.which("vllm") is None:
         return "vLLM is not installed: there is no command of that name"
     if base.quantization == "fp4" or (base.quantization == "nf4" and not base.double_quant):
         return "vLLM holds a 4-bit base as NF4 with double quantisation, and this one was trained on in another form"
+    if base.quantization == "int8":
+        return "vLLM quantises no base to 8 bits as bitsandbytes does, and this one was trained on so"
+    for subject in subjects:
+        if more := more_than_lora(subject.adapter):
+            return f"vLLM takes plain LoRA, and {subject.name} has {more} (merge it: `export --format merged`)"
     if not _is_loopback(host):
         # docs.vllm.ai, usage/security
         return (

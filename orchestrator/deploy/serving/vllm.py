@@ -53,6 +53,18 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
     return [*command, "--host", host, "--port", str(port)]
 
 
+def more_than_lora(adapter: Path) -> str | None:
+    """What an adapter has that vLLM does not take beside LoRA's matrices, or None."""
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    if config.get("use_dora"):
+        return "DoRA's magnitudes"
+    if config.get("bias", "none") != "none":
+        return "trained biases"
+    if config.get("modules_to_save"):
+        return "modules that trained whole"
+    return "trained tokens" if config.get("trainable_token_indices") else None
+
+
 def question_template(form: PromptForm) -> str:
     """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
     tokenizer, mark = form.tokenizer, "\x00"

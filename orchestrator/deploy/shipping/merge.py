@@ -1,9 +1,9 @@
 """An adapter and its base as one model, written weight by weight: neither is ever in memory as a whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ SHARD_BYTES = 512 << 20
 
 _PREFIX = "base_model.model."
 """Before every name in PEFT's file."""
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""After the name of a module whose rows train."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Update:
     b: str
     """Names in the adapter's file."""
     scale: float
+    magnitude: str | None
+    """Name of what DoRA makes the length of each row of the sum (out,); None without."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding or a head that trained: (len(ids), width) in the adapter's file."""
+
+    key: str
+    """Their name there."""
+    ids: list[int]
+    """Tokens. Those beyond the stored vocabulary are new."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +61,32 @@ class Merge:
     """By weight of the base."""
     replaced: Mapping[str, str]
     """Weight or bias of the base -> name in the adapter's file, of those that were trained themselves."""
+    rows: Mapping[str, Rows]
+    """By weight of the base."""
     quantised: Mapping[str, Any] | None
-    """Weight -> its `Linear4bit` on meta; None for a merge onto the original weights."""
+    """Weight -> its quantised layer on meta; None for a merge onto the original weights."""
+    saved_shapes: Mapping[str, tuple[int, ...]]
+    """Of what is `replaced`."""
+    embedding: frozenset[str]
+    """Weights with a row for each token."""
 
     @cached_property
     def weights(self) -> Mapping[str, Any]:
         """All weights of the merged model, on meta."""
         import torch
 
-        return {name: self.stored.empty(name, getattr(torch, DTYPES[self.dtype])) for name in self.stored.files}
+        dtype = getattr(torch, DTYPES[self.dtype])
+        empty = {name: self.stored.empty(name, dtype) for name in self.stored.files}
+        grown = {name: self.num_tokens(name) for name in (*self.rows, *self.replaced) if empty[name].ndim == 2}
+        return empty | {
+            name: torch.empty(count, empty[name].shape[1], dtype=dtype, device="meta") for name, count in grown.items()
+        }
+
+    def num_tokens(self, name: str) -> int:
+        """Rows of a merged weight: those that are stored, and those of new tokens."""
+        if rows := self.rows.get(name):
+            return max(self.stored.shape(name)[0], max(rows.ids) + 1)
+        return self.saved_shapes[name][0]
 
     @property
     def num_bytes(self) -> int:
@@ -87,6 +118,9 @@ class Merge:
             (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         config = self.stored.config
         config.dtype = DTYPES[self.dtype]
+        for name in (*self.rows, *self.replaced):
+            if name in self.embedding:
+                config.get_text_config().vocab_size = self.num_tokens(name)
         config.save_pretrained(str(target))
         self.stored.copy_rest(target)
         load_own_tokenizer(self.subject).save_pretrained(str(target))
@@ -105,22 +139,33 @@ class Merge:
             if update := self.updates.get(name):
                 a, b = (adapter.get_tensor(each).to(device, torch.float32) for each in (update.a, update.b))
                 weight = (b @ a).mul_(update.scale).add_(weight)
+                if update.magnitude is not None:
+                    magnitude = adapter.get_tensor(update.magnitude).to(device, torch.float32)
+                    weight = (magnitude / torch.linalg.norm(weight, dim=1))[:, None] * weight
+            if rows := self.rows.get(name):
+                trained = adapter.get_tensor(rows.key).to(device, torch.float32)
+                new = self.num_tokens(name) - len(weight)
+                weight = torch.cat([weight.float(), weight.float().mean(0, keepdim=True).expand(new, -1)])
+                weight[rows.ids] = trained
         return weight.to("cpu", getattr(torch, DTYPES[self.dtype])) if weight.is_floating_point() else weight.cpu()
 
     def _as_trained(self, name: str, weight: Any) -> Any:
         """A weight of the base as the adapter met it: cast, and where that was so, quantised and dequantised."""
         import torch
-        from bitsandbytes.functional import dequantize_4bit
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
+        from bitsandbytes.nn import Linear8bitLt, Params4bit
 
         if self.quantised is None or not weight.is_floating_point():
             return weight
         weight = weight.to(getattr(torch, self.stored.base.compute_dtype))
         if name not in self.quantised:
             return weight
+        if isinstance(self.quantised[name], Linear8bitLt):
+            held, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+            return int8_vectorwise_dequant(held, scales)
         form = vars(self.quantised[name].weight) | {"module": None}  # which would keep the scales
-        held = Params4bit(weight, requires_grad=False, **form).to(weight.device)
-        return dequantize_4bit(held.data, held.quant_state)
+        packed = Params4bit(weight, requires_grad=False, **form).to(weight.device)
+        return dequantize_4bit(packed.data, packed.quant_state)
 
 
 def default_dtype(base: BaseSection) -> Dtype:
@@ -154,13 +199,17 @@ def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
     blank = stored.blank()
     tied = {each for pair in (blank.all_tied_weights_keys or {}).items() for each in pair}
     updates = _updates(blank, config, shapes, subject.adapter)
-    used = {each for update in updates.values() for each in (update.a, update.b)}
+    rows = _rows(config, shapes)
+    used = {each for update in updates.values() for each in (update.a, update.b, update.magnitude)}
+    used |= {each.key for each in rows.values()}
     replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
-    _require_fit(stored, updates, replaced, shapes, tied)
+    embedding = _embedding(blank)
+    _require_fit(stored, updates, replaced, rows, shapes, tied, embedding)
     quantised = stored.quantised() if onto == "dequantised" else None
     if unknown := sorted(set(quantised or ()) - stored.files.keys()):
         raise _stored_otherwise(stored, unknown[0])
-    return Merge(subject, stored, dtype, updates, replaced, quantised)
+    saved = {name: shapes[key] for name, key in replaced.items()}
+    return Merge(subject, stored, dtype, updates, replaced, rows, quantised, saved, embedding)
 
 
 def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> dict[str, Update]:
@@ -171,10 +220,12 @@ def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], ada
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
     from torch.nn import Linear
 
+    matrices_alone = replace(config, trainable_token_indices=None)  # whose rows the blank base may not have
     try:
-        model = inject_adapter_in_model(config, blank, low_cpu_mem_usage=True)
+        model = inject_adapter_in_model(matrices_alone, blank, low_cpu_mem_usage=True)
     except ValueError as error:  # none of its target modules is there
         raise RequestError(f"{adapter}: does not fit the base: {error}") from error
     updates = {}
@@ -182,13 +233,15 @@ def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], ada
         if not isinstance(layer, LoraLayer):
             continue
         told = f"{adapter}: adapts {name}"
-        if layer.lora_variant:
-            raise RequestError(f"{told} by {type(layer.lora_variant['default']).__name__}; only plain LoRA is merged")
+        variant = layer.lora_variant.get("default")
+        if variant is not None and not isinstance(variant, DoraLinearVariant):
+            raise RequestError(f"{told} by {type(variant).__name__}; only plain LoRA and DoRA are merged")
         if type(layer.get_base_layer()) is not Linear:
             raise RequestError(f"{told}, a {type(layer.get_base_layer()).__name__}; only linear layers are merged")
         matrices = f"{_PREFIX}{name}.lora_"
-        update = Update(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"])
-        if update.a not in shapes or update.b not in shapes:
+        magnitude = f"{matrices}magnitude_vector" if variant is not None else None
+        update = Update(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"], magnitude)
+        if not {update.a, update.b, magnitude} - {None} <= shapes.keys():
             raise RequestError(
                 f"{adapter}: is for another base: it holds no matrices for {name}, which it would adapt in this one"
             )
@@ -199,12 +252,31 @@ def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], ada
     return updates
 
 
+def _rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rows]:
+    """Rows of trained tokens by weight, as PEFT names them."""
+    asked, found = config.trainable_token_indices or {}, {}
+    for key in shapes:
+        module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
+        for name in ["embed_tokens"] if isinstance(asked, list) else asked:
+            if key.endswith(_TOKENS) and module.endswith(name):
+                found[f"{module}.weight"] = Rows(key, asked if isinstance(asked, list) else asked[name])
+    return found
+
+
+def _embedding(blank: Any) -> frozenset[str]:
+    """Names of the weights that have a row for each token."""
+    ends = {id(blank.get_input_embeddings()), id(blank.get_output_embeddings())}
+    return frozenset(f"{name}.weight" for name, module in blank.named_modules() if id(module) in ends)
+
+
 def _require_fit(
     stored: Stored,
     updates: Mapping[str, Update],
     replaced: Mapping[str, str],
+    rows: Mapping[str, Rows],
     shapes: Mapping[str, tuple[int, ...]],
     tied: set[str],
+    embedding: Collection[str],
 ) -> None:
     """Every matrix of the adapter must have its place in the base, and its shape."""
     model = stored.base.model
@@ -217,8 +289,13 @@ def _require_fit(
                 f"the adapter changes {name}, which base {model} shares between its embedding and its head",
                 "Ship it as an adapter (`--format adapter`).",
             )
+    for name in (*updates, *replaced, *rows):
         if name not in stored.files:
             raise _stored_otherwise(stored, name)
+    for name, each in rows.items():
+        shape, wanted = shapes[each.key], (len(each.ids), *stored.shape(name)[1:])
+        if shape != wanted:
+            raise RequestError(f"{name}: trained rows of shape {shape}, but those of base {model} have {wanted}")
     for name, update in updates.items():
         shape, wanted = (shapes[update.b][0], shapes[update.a][1]), stored.shape(name)
         if shape != wanted:
@@ -227,7 +304,8 @@ def _require_fit(
                 "It was trained on a base of another shape.",
             )
     for name, key in replaced.items():
-        if shapes[key] != stored.shape(name):
+        grown = name in embedding and bool(stored.base.new_tokens) and shapes[key][1:] == stored.shape(name)[1:]
+        if shapes[key] != stored.shape(name) and not grown:
             raise RequestError(
                 f"{name}: trained with shape {shapes[key]}, but that of base {model} has {stored.shape(name)}",
                 "It was trained on a base of another shape.",

@@ -67,8 +67,8 @@ class Stored:
             return file.get_tensor(name)
 
     def quantised(self) -> dict[str, Any]:
-        """Weight -> `Linear4bit` on meta, of those that `base.load_base` quantises, as transformers chooses them."""
-        from bitsandbytes.nn import Linear4bit
+        """Weight -> its layer on meta, of those that `base.load_base` quantises, as transformers chooses them."""
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
         from transformers.quantizers import AutoHfQuantizer
 
         if self.base.quantization == "none":
@@ -76,7 +76,10 @@ class Stored:
         model = self.blank()
         quantiser = AutoHfQuantizer.from_config(quantization_config(self.base), pre_quantized=False)
         quantiser.preprocess_model(model=model, device_map=None)
-        return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        layers = {
+            name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
+        }
+        return {f"{name}.weight": module for name, module in layers.items()}
 
     def copy_rest(self, target: Path) -> None:
         """Copy what belongs to the model beside weights, configuration and tokenizer."""

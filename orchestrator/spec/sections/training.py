@@ -1,10 +1,76 @@
 """The training and evaluation sections."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb_32bit",
+    "rmsprop_bnb_8bit",
+    "adagrad",
+    "adafactor",
+    "sgd",
+]
+
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+
+_SAME = "is another name of {}"
+_PACKAGE = "needs the package {}, which is not among those that are pinned and tested here"
+_LOW_RANK = "projects the gradients of whole weights to a low rank, which an adapter's have already"
+LEFT_OUT = {
+    "adamw_bnb_8bit": _SAME.format("adamw_8bit"),
+    "rmsprop_bnb": _SAME.format("rmsprop_bnb_32bit"),
+    "adamw_torch_xla": "is for TPUs",
+    "adamw_torch_npu_fused": "is for NPUs",
+    "adamw_anyprecision": _PACKAGE.format("torchdistx"),
+    "adamw_torch_4bit": _PACKAGE.format("torchao"),
+    "adamw_torch_8bit": _PACKAGE.format("torchao"),
+    "grokadamw": _PACKAGE.format("grokadamw"),
+    "stable_adamw": _PACKAGE.format("torch-optimi"),
+    "schedule_free_adamw": _PACKAGE.format("schedulefree"),
+    "schedule_free_radam": _PACKAGE.format("schedulefree"),
+    "schedule_free_sgd": _PACKAGE.format("schedulefree"),
+    "lomo": "steps within the backward, before the gradient can be clipped or accumulated",
+    "adalomo": "steps within the backward, before the gradient can be clipped or accumulated",
+    "galore_adamw": _LOW_RANK,
+    "galore_adamw_8bit": _LOW_RANK,
+    "galore_adafactor": _LOW_RANK,
+    "galore_adamw_layerwise": _LOW_RANK,
+    "galore_adamw_8bit_layerwise": _LOW_RANK,
+    "galore_adafactor_layerwise": _LOW_RANK,
+    "apollo_adamw": _LOW_RANK,
+    "apollo_adamw_layerwise": _LOW_RANK,
+    "reduce_lr_on_plateau": "follows the evaluations, so that trials under one scheduler would have other curves",
+    "greedy": "follows the training loss, so that no trial could be gone on with from its configuration",
+    "cosine_warmup_with_min_lr": "is cosine_with_min_lr but for the rate of its first step",
+}
+"""Optimizers and schedules of transformers 5.23 that are not offered, and why."""
 
 
 class TrainingSection(Section):
@@ -22,24 +88,36 @@ class TrainingSection(Section):
     """Rows a forward pass in evaluation and generation."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = "cosine"
-    """Learning rate over the steps."""
+    schedule: Schedule = "cosine"
+    """Learning rate over the steps, by its transformers name."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Share of the steps (below 1) or number of steps (1 and above); schedule constant has none."""
-    optimizer: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adamw_8bit",
-        "paged_adamw_32bit",
-        "paged_adamw_8bit",
-        "adafactor",
-        "sgd",
-    ] = "adamw_torch_fused"
-    """Optimizer by its transformers name."""
+    cycles: PositiveInt = 1
+    """cosine_with_restarts: cosines one after another."""
+    final_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the learning rate that is left at the end: polynomial, cosine_with_min_lr, warmup_stable_decay."""
+    decay_steps: PositiveInt | None = None
+    """warmup_stable_decay: the last steps, over which the rate falls."""
+    optimizer: Optimizer = "adamw_torch_fused"
+    """Optimizer by its transformers name. 8-bit ones keep tensors of fewer than 4,096 elements in 32 bits."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the mean gradient that a step keeps (AdamW, AdEMAMix, Lion)."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """The same of the mean square, in Lion of the momentum."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean square (AdamW, AdEMAMix)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the last step that the next one keeps (sgd, rmsprop)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.3
     """Clip the gradient to this norm; 0 clips nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay (decoupled in AdamW)."""
+    """Weight decay (decoupled in AdamW, AdEMAMix and Lion)."""
+    loss: Literal["nll", "dft"] = "nll"
+    """nll, or dynamic fine-tuning (arXiv 2508.05629): each token's loss times its probability; evaluations are nll."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread over the vocabulary; evaluations have none."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embedded tokens in training (NEFTune, arXiv 2310.05914), scaled by 1 / sqrt(tokens * width)."""
     engine: Literal["auto", "fast", "trl"] = "auto"
     """trl is its SFTTrainer as it is; fast is the same training, many times sooner; auto is fast where it can be."""
     recompute: Literal["auto"] | bool = "auto"
@@ -58,8 +136,54 @@ class TrainingSection(Section):
     """Seed of the adapter's start, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp16", "none"] = "auto"
     """Autocast of the forward pass; auto is bf16 on a GPU that has it, none elsewhere."""
+    tf32: bool = False
+    """Round the factors of float32 products to 10 bits (Ampere GPUs and later)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the adapter's weights (trl alone would use bfloat16 on a quantised base)."""
+
+    @field_validator("optimizer", "schedule", mode="before")
+    @classmethod
+    def _is_offered(cls, name: Any) -> Any:
+        if isinstance(name, str) and name in LEFT_OUT:
+            raise ValueError(f"{name} {LEFT_OUT[name]}")
+        return name
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether the optimizer is an AdamW or an AdEMAMix."""
+        return "adam" in self.optimizer or "adema" in self.optimizer
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether the optimizer takes beta1 and beta2."""
+        return self.is_adam or "lion" in self.optimizer
+
+    @model_validator(mode="after")
+    def _has_what_is_set(self) -> Self:
+        """A field that its optimizer or schedule has not would be without effect."""
+        fields, schedule = type(self).model_fields, self.schedule
+        has = {
+            "beta1": self.has_betas,
+            "beta2": self.has_betas,
+            "epsilon": self.is_adam,
+            "momentum": self.optimizer in ("sgd", "rmsprop"),
+        }
+        for name, is_there in has.items():
+            if not is_there and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is set, but optimizer {self.optimizer} has none; leave it out")
+        has = {
+            "cycles": schedule == "cosine_with_restarts",
+            "final_rate": schedule in ("polynomial", "cosine_with_min_lr", "warmup_stable_decay"),
+            "decay_steps": schedule == "warmup_stable_decay",
+        }
+        for name, is_there in has.items():
+            if not is_there and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is set, but schedule {schedule} has none; leave it out")
+        if schedule == "warmup_stable_decay" and self.decay_steps is None:
+            raise ValueError("schedule warmup_stable_decay needs decay_steps")
+        if schedule == "cosine_with_min_lr" and self.final_rate == 0:
+            raise ValueError("schedule cosine_with_min_lr needs a final_rate above 0; without, it is cosine")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -69,6 +193,12 @@ class TrainingSection(Section):
             raise ValueError(f"warmup ({self.warmup:g} steps) must end before the last step ({self.steps})")
         if self.precision == "fp16" and self.adapter_dtype == "bfloat16":
             raise ValueError("precision fp16 scales gradients, which bfloat16 adapters cannot take; use float32")
+        if self.loss == "dft" and self.label_smoothing:
+            raise ValueError("label_smoothing is of loss nll alone: trl leaves it out of dft")
+        if self.tf32 and self.precision != "none":
+            raise ValueError(f"tf32 is of float32 products; set precision: none (it is {self.precision})")
+        if self.steps is not None and self.decay_steps is not None and self.decay_steps > self.steps:
+            raise ValueError(f"decay_steps ({self.decay_steps}) are more than steps ({self.steps})")
         return self
 
 

@@ -10,6 +10,8 @@ from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.section import Section
 from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
 
+_FAST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+
 
 class TrialConfig(Section):
     """All that is needed to run one trial again."""
@@ -21,6 +23,18 @@ class TrialConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     varied: dict[str, Any] = {}
     """Dotted fields that the search chose or tied, with their values."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        base, lora = self.base, self.lora
+        if lora.init == "pissa" and base.quantization != "none":
+            raise ValueError(
+                f"lora.init pissa needs weights that are not quantised (PEFT refuses others), but base.quantization is "
+                f"{base.quantization}; use none there, or init olora"
+            )
+        if self.training.precision != "auto" and (reason := self.why_not_under(self.training.precision)):
+            raise ValueError(reason)
+        return self
 
     @model_validator(mode="after")
     def _fast_holds_it(self) -> Self:
@@ -36,20 +50,40 @@ class TrialConfig(Section):
             )
         return self
 
+    def why_not_under(self, precision: str) -> str | None:
+        """Why this cannot train under a precision that is resolved (bf16, fp16 or none); or None."""
+        dtype, held = self.training.adapter_dtype, self.base.compute_dtype
+        if self.lora.modules_to_save and precision == "none" and dtype != held:
+            return (
+                f"lora.modules_to_save under precision none: they train in {dtype} (training.adapter_dtype) between "
+                f"layers of {held} (base.compute_dtype); make the two equal, or set precision: bf16"
+            )
+        return None
+
     def why_not_fast(self) -> str | None:
         """What in this configuration the fast engine cannot hold, or None; the base may be another reason."""
-        training = self.training
-        if self.lora.bias != "none":
-            return f"lora.bias {self.lora.bias}"
-        if training.optimizer not in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"):
-            return f"training.optimizer {training.optimizer}"
-        if training.optimizer == "paged_adamw_32bit" and training.adapter_dtype != "float32":
-            return "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16"
-        if training.precision == "fp16":
-            return "training.precision fp16"
-        if training.group_by_length:
-            return "training.group_by_length (without padding it would gain nothing)"
-        return None
+        base, lora, training = self.base, self.lora, self.training
+        unusual = {
+            "base.quantization int8": base.quantization == "int8",
+            "base.new_tokens": bool(base.new_tokens),
+            f"lora.bias {lora.bias}": lora.bias != "none",
+            "lora.dora": lora.dora,
+            "lora.modules_to_save": bool(lora.modules_to_save),
+            "lora.rank_pattern (a slot has one scale)": bool(lora.rank_pattern),
+            "lora.alpha_pattern (a slot has one scale)": bool(lora.alpha_pattern),
+            f"lora.init {lora.init}": lora.init not in ("default", "gaussian"),
+            f"training.optimizer {training.optimizer}": training.optimizer not in _FAST_OPTIMIZERS,
+            "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16": (
+                training.optimizer == "paged_adamw_32bit" and training.adapter_dtype != "float32"
+            ),
+            f"training.loss {training.loss}": training.loss != "nll",
+            "training.label_smoothing": training.label_smoothing > 0,
+            "training.neftune_alpha": training.neftune_alpha is not None,
+            "training.precision fp16": training.precision == "fp16",
+            "training.tf32": training.tf32,
+            "training.group_by_length (without padding it would gain nothing)": training.group_by_length,
+        }
+        return next((reason for reason, holds in unusual.items() if holds), None)
 
     def dotted(self) -> dict[str, Any]:
         """Dotted field -> plain value, for readers that know no nesting."""

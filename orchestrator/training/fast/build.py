@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
-from orchestrator.training.applied import expected_modules
+from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast.decoder import GROUPS, Decoder, adapted_layers, unknown_shape
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.fast.lora import Adapters, padded_rank

@@ -108,12 +108,12 @@ class Slot:
         return self._scores
 
     def read_back(self) -> dict[str, Any]:
-        """What the slot and its optimizer hold, by the names of `applied.expected`."""
+        """What the slot and its optimizer hold, by the names of `expected.expected`."""
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
         matrices = self._matrices(adapters.weights)
         names = {name.rpartition(".")[0] for name in matrices}
         held = {
-            "lora.alpha": table["scale"] * lora.rank,
+            "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
             "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
             "lora.num_modules": len(names),
@@ -121,7 +121,7 @@ class Slot:
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
         }
-        live = read_back(self.trainer.model, self.trainer.optimizer)
+        live = read_back(self.trainer)
         # Where model and slot differ both are told, and `applied.compare` refuses them.
         return {
             name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
@@ -217,7 +217,7 @@ class Slot:
             "key": dropout_key(args.seed, step),
             "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
             "keep_scale": 1 / (1 - lora.dropout),
-            "scale": lora.alpha / lora.rank,
+            "scale": lora.scale(lora.rank, lora.alpha),
             "rank": lora.rank,
             "loss_weight": 1 / max(1, num_targets),
             "applies": 1,

@@ -176,6 +176,22 @@ def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
 
 
+def test_a_card_says_what_more_there_is_than_lora(tmp_path: Path, tokenizer: Any) -> None:
+    base = {"model": "embedded", "quantization": "int8", "new_tokens": ["<|a|>"]}
+    lora = {"dora": True, "rslora": True, "rank_pattern": {"q_proj": 4}, "layers_to_transform": [1, 2]}
+    config = config_of(base=base, lora=lora | {"modules_to_save": ["norm"]})
+    card = ModelCard.load(save(tmp_path / "adapter", config, tokenizer) / "README.md")
+    assert card.data.to_dict()["tags"] == ["lora", "dora"], "8 bits are not QLoRA's"
+    for told in (
+        "held as int8", "- Variant: DoRA and rsLoRA (alpha / sqrt(rank)).", "ranks or alphas of their own",
+        "- Adapted layers: 1, 2.", "- Trained whole: norm.", "- Trained tokens: `<|a|>`; `AutoPeftModel",
+    ):  # fmt: skip
+        assert told in card.text
+    lora = {"init": "olora"}
+    card = ModelCard.load(save(tmp_path / "other", config_of(lora=lora), tokenizer) / "README.md")
+    assert "- First weights by olora; its files hold the update less the first, at twice the rank." in card.text
+
+
 def test_a_card_has_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> None:
     rows, base = tmp_path / "rows.jsonl", tmp_path / "secret" / "my-base"
     config = config_of(

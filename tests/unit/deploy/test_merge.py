@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -58,7 +59,7 @@ def save_adapter(model: Any, folder: Path, **settings: Any) -> Path:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # as `Adapter.of` has it
     return folder
 
 
@@ -100,6 +101,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         {"compute_dtype": FP32, "double_quant": False},
         {"compute_dtype": "float16", "quantization": "fp4"},
         {"compute_dtype": BF16, "quantization": "none"},
+        {"compute_dtype": BF16, "quantization": "int8"},
     ],
     ids=str,
 )
@@ -109,11 +111,10 @@ def test_the_base_is_to_the_bit_the_one_that_is_loaded_for_training(
     given = subject(base_dtype=FP32, shape={"tie_word_embeddings": tied}, form=form, target_modules=["q_proj"])
     loaded = load_base(given.base)
     expected = {name: parameter for name, parameter in loaded.named_parameters() if ".q_proj." not in name}
-    packed = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
+    packed = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
     assert len(packed) == (0 if given.base.quantization == "none" else 2 * 7), "all linear layers but the head"
     for name in packed:
-        layer = loaded.get_submodule(name)
-        expected |= {f"{name}.weight": dequantize_4bit(layer.weight.data, layer.weight.quant_state)}
+        expected |= {f"{name}.weight": dequantize_module_weight(loaded.get_submodule(name))}
     found = weights(merged(given, tmp_path / "merged", "fp16" if form["compute_dtype"] == "float16" else "bf16"))
     for name in expected.keys() - {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}:
         assert torch.equal(expected[name].to(found[name].dtype), found[name]), name
@@ -131,6 +132,9 @@ def test_the_base_is_to_the_bit_the_one_that_is_loaded_for_training(
         {"bias": "all", "modules_to_save": ["lm_head"]},
         {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]},
         {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "modules_to_save": ["norm"]},
+        {"trainable_token_indices": {"embed_tokens": [3, 500], "lm_head": [3, 500]}, "target_modules": ["q_proj"]},
     ],
     ids=str,
 )
@@ -148,6 +152,23 @@ def test_a_merge_is_to_the_bit_pefts_own_in_float32(
     expected.to(getattr(torch, DTYPES[dtype]))
     assert any(not torch.equal(weights(bare)[name], weight) for name, weight in weights(expected).items())
     assert_same(weights(merged(given, tmp_path / "merged", dtype, onto)), weights(expected))
+
+
+def test_new_tokens_are_in_the_merged_model_and_its_vocabulary(tmp_path: Path) -> None:
+    """Embedding and head are one; the rows of the new tokens are those that trained."""
+    base = save_base(qwen(tie_word_embeddings=True), tmp_path / "base", FP32)
+    section = BaseSection(model=str(base), compute_dtype=FP32, quantization="none", new_tokens=("<|a|>", "<|b|>"))
+    ids = [512, 513]
+    tokens = {"trainable_token_indices": {"embed_tokens": ids}, "target_modules": ["q_proj"]}
+    adapter = save_adapter(load_base(section), tmp_path / "adapter", **tokens)
+    found = merged(Subject("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
+    expected = PeftModel.from_pretrained(load_base(section), adapter).merge_and_unload()
+    assert found.config.vocab_size == 514
+    assert found.get_input_embeddings().weight.shape == (514, 64)
+    assert found.lm_head.weight is found.get_input_embeddings().weight
+    assert torch.equal(found.get_input_embeddings().weight, expected.get_input_embeddings().weight.half())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("<|b|>", add_special_tokens=False).input_ids == [513]
 
 
 def test_shards_and_one_file_hold_the_same(subject: MakeSubject, tmp_path: Path) -> None:
@@ -229,7 +250,7 @@ def test_a_rank_that_is_not_the_matrices_is_refused(subject: MakeSubject) -> Non
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
-        ({"use_dora": True}, "by DoraLinearVariant; only plain LoRA is merged"),
+        ({"alora_invocation_tokens": [5]}, "by ALoraLinearVariant; only plain LoRA and DoRA are merged"),
         ({"target_modules": ["embed_tokens"]}, "adapts model.embed_tokens, a Embedding; only linear layers"),
         ({"lora_bias": True, "target_modules": ["q_proj"]}, "q_proj.lora_B.bias"),
     ],

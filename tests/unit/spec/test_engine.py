@@ -14,6 +14,18 @@ Document = dict[str, Any]
 REFUSED = [
     ({"lora": {"bias": "all"}}, "lora.bias all"),
     ({"lora": {"bias": "lora_only"}}, "lora.bias lora_only"),
+    ({"lora": {"dora": True}}, "lora.dora"),
+    ({"lora": {"modules_to_save": ["norm"]}}, "lora.modules_to_save"),
+    ({"lora": {"rank_pattern": {"q_proj": 4}}}, "lora.rank_pattern (a slot has one scale)"),
+    ({"lora": {"alpha_pattern": {"q_proj": 4}}}, "lora.alpha_pattern (a slot has one scale)"),
+    ({"lora": {"init": "eva"}}, "lora.init eva"),
+    ({"lora": {"init": "olora"}}, "lora.init olora"),
+    ({"base": {"model": "embedded", "quantization": "int8"}}, "base.quantization int8"),
+    ({"base": {"model": "embedded", "new_tokens": ["<|a|>"]}}, "base.new_tokens"),
+    ({"training": {"loss": "dft"}}, "training.loss dft"),
+    ({"training": {"label_smoothing": 0.1}}, "training.label_smoothing"),
+    ({"training": {"neftune_alpha": 5}}, "training.neftune_alpha"),
+    ({"training": {"tf32": True, "precision": "none"}}, "training.tf32"),
     ({"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor"),
     ({"training": {"optimizer": "paged_adamw_8bit"}}, "training.optimizer paged_adamw_8bit"),
     ({"training": {"precision": "fp16"}}, "training.precision fp16"),
@@ -49,6 +61,13 @@ def test_the_others_take_it_and_the_reason_is_known(
 def test_fast_takes_adamw_in_32_bits(document: Document, optimizer: str) -> None:
     config = parse_spec(with_engine(document, {"training": {"optimizer": optimizer}}, "fast")).trial_config({})
     assert config.why_not_fast() is None
+
+
+@pytest.mark.parametrize(
+    "lora", [{"rslora": True}, {"layers_to_transform": [0]}, {"init": "gaussian"}, {"rank": 7, "alpha": 0.5}], ids=str
+)
+def test_fast_takes_what_differs_in_scale_layers_or_first_weights(document: Document, lora: dict[str, Any]) -> None:
+    assert parse_spec(with_engine(document, {"lora": lora}, "fast")).trial_config({}).why_not_fast() is None
 
 
 def test_a_search_that_would_meet_what_fast_cannot_hold_is_refused(document: Document) -> None:

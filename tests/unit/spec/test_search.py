@@ -84,7 +84,7 @@ def test_every_kind_is_tested() -> None:
         ("lora.dropout", {"uniform": [0.0, 1.5]}, "1.5"),
         ("lora.dropout", {"uniform": [-0.5, 0.5]}, "-0.5"),
         ("training.schedule", {"choice": ["cosine", "cosin"]}, "'cosin'"),
-        ("base.quantization", {"grid": ["nf4", "int8"]}, "'int8'"),
+        ("base.quantization", {"grid": ["nf4", "int2"]}, "'int2'"),
     ],
 )
 def test_every_value_of_an_axis_must_fit_its_field(document: Document, path: str, axis: Any, wrong: str) -> None:

@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from orchestrator.base import load_base, shell
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.adapted import adapted, draw, lora_config, pattern
+from orchestrator.training.adapted import adapted, lora_config, pattern
+from orchestrator.training.expected import expected_modules
+from orchestrator.training.first_weights import draw
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -38,9 +40,12 @@ def trial(document: dict[str, Any]) -> MakeConfig:
 def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, lora: dict[str, Any]) -> None:
     config = trial(**lora)
     adapted(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
-    made, wanted = adapted(base, config), get_peft_model(shell(base), lora_config(config))
+    made, wanted = (
+        adapted(base, config),
+        get_peft_model(shell(base), lora_config(config, expected_modules(base, config.lora))),
+    )
     for model in (made, wanted):
-        draw(model, seed=5, dtype=torch.float32)
+        draw(model, config.lora, seed=5, dtype=torch.float32)
     assert made.peft_config == wanted.peft_config
     assert made.peft_config["default"].r == lora["rank"]
     assert made.base_model.peft_config is made.base_model.model.peft_config
@@ -59,8 +64,8 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
 
 def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial: MakeConfig) -> None:
     one, other = adapted(base, trial(rank=4)), adapted(base, trial(rank=4))
-    draw(one, seed=1, dtype=torch.float32)
-    draw(other, seed=1, dtype=torch.float32)
+    draw(one, trial(rank=4).lora, seed=1, dtype=torch.float32)
+    draw(other, trial(rank=4).lora, seed=1, dtype=torch.float32)
     of_base = {id(parameter) for parameter in base.parameters()}
     ours, theirs = ({id(parameter) for parameter in model.parameters()} - of_base for model in (one, other))
     assert len(ours) == len(theirs) == 2 * 7 * 4
@@ -81,7 +86,7 @@ def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> No
 
     def drawn(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         model = adapted(base, trial(rank=8))
-        draw(model, seed, dtype)
+        draw(model, trial(rank=8).lora, seed, dtype)
         return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
 
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from orchestrator.base import load_base
-from orchestrator.spec.sections import BaseSection
-from orchestrator.training.applied import expected_modules
+from orchestrator.spec.sections import BaseSection, LoraSection
+from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast import plain
 from orchestrator.training.fast.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.engine import Engine, Held
@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_those_of_peft(
 
     model = open_model(name, tmp_path)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets, init_lora_weights=False)
-    modules = expected_modules(model, BaseLora(targets))  # type: ignore[arg-type]
+    modules = expected_modules(model, LoraSection(target_modules=targets))
     decoder = Decoder(model, torch.float32, max(LENGTHS), keeps=True)
     places = adapted_layers(model, modules)
     adapters = Adapters(places, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))
@@ -152,13 +152,6 @@ def test_losses_and_gradients_are_those_of_peft(
     assert accuracy == pytest.approx(int(hits) / num_targets)
 
 
-class BaseLora:
-    """What `expected_modules` reads of a `LoraSection`."""
-
-    def __init__(self, targets: Any) -> None:
-        self.target_modules = targets
-
-
 def test_a_module_has_the_same_masks_whatever_else_is_adapted(base: Any) -> None:
     everything = {layer.name: layer for layers in adapted_layers(base, names(base)) for layer in layers}
     some = [layer for layers in adapted_layers(base, names(base, "v_proj", "down_proj")) for layer in layers]
@@ -170,7 +163,7 @@ def test_a_module_has_the_same_masks_whatever_else_is_adapted(base: Any) -> None
 
 def names(model: Any, *leaves: str) -> list[str]:
     """Linear layers of the decoder, or those of these names."""
-    return [name for name in expected_modules(model, BaseLora("all-linear")) if not leaves or name.endswith(leaves)]  # type: ignore[arg-type]
+    return [name for name in expected_modules(model, LoraSection()) if not leaves or name.endswith(leaves)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.record import RowScores
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.applied import expected_modules
+from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.engine import Engine, Figures, Held
 from orchestrator.training.fast.lora import Adapters

@@ -9,7 +9,7 @@ import torch
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
-from orchestrator.training.applied import expected_modules
+from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast.decoder import Decoder, Kept, Layer, adapted_layers
 from orchestrator.training.fast.engine import Engine
 from orchestrator.training.fast.lora import Adapters

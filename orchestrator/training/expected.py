@@ -1,0 +1,230 @@
+"""What a trial should come to on its base: adapted layers, what trains beside them, and the values to find there."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.base import new_token_ids
+from orchestrator.errors import TrialError
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import LoraSection
+
+Shapes = dict[str, tuple[int, int]]
+"""Linear layers by name: (in_features, out_features)."""
+
+_LIVE_OPTIMIZERS = {
+    "adamw_torch": "torch.AdamW",
+    "adamw_torch_fused": "torch.AdamW fused",
+    "adamw_8bit": "bitsandbytes.AdamW 8-bit",
+    "paged_adamw_32bit": "bitsandbytes.AdamW 32-bit paged",
+    "paged_adamw_8bit": "bitsandbytes.AdamW 8-bit paged",
+    "ademamix": "bitsandbytes.AdEMAMix 32-bit",
+    "ademamix_8bit": "bitsandbytes.AdEMAMix 8-bit",
+    "paged_ademamix_32bit": "bitsandbytes.AdEMAMix 32-bit paged",
+    "paged_ademamix_8bit": "bitsandbytes.AdEMAMix 8-bit paged",
+    "lion_32bit": "bitsandbytes.Lion 32-bit",
+    "lion_8bit": "bitsandbytes.Lion 8-bit",
+    "paged_lion_32bit": "bitsandbytes.Lion 32-bit paged",
+    "paged_lion_8bit": "bitsandbytes.Lion 8-bit paged",
+    "rmsprop": "torch.RMSprop",
+    "rmsprop_bnb_32bit": "bitsandbytes.RMSprop 32-bit",
+    "rmsprop_bnb_8bit": "bitsandbytes.RMSprop 8-bit",
+    "adagrad": "torch.Adagrad",
+    "adafactor": "transformers.Adafactor",
+    "sgd": "torch.SGD",
+}
+"""By the names of `training.optimizer`."""
+
+
+def expected_modules(model: Any, lora: LoraSection) -> Shapes:
+    """Linear layers of a bare base that the adapter should change: name -> (in_features, out_features).
+
+    Raises:
+        TrialError: `target_modules`, `layers_to_transform` or a pattern names no layer of this base.
+    """
+    from torch.nn import Linear
+
+    head = model.get_output_embeddings()
+    layers = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module is not head
+    }
+    saved = [name for name in layers if any(_within(name, module) for module in lora.modules_to_save or ())]
+    found = {name: shape for name, shape in layers.items() if name not in saved}
+    if lora.target_modules != "all-linear":
+        leaves = sorted({name.rpartition(".")[2] for name in layers})
+        for target in lora.target_modules:
+            if not any(_matches(name, target) for name in layers):
+                raise TrialError(
+                    f"lora.target_modules: {target!r} is no linear layer of this base; it has {', '.join(leaves)}"
+                )
+        found = {name: shape for name, shape in found.items() if any(_matches(name, t) for t in lora.target_modules)}
+    if lora.layers_to_transform is not None:
+        numbers = {name: _layer_number(name) for name in found}
+        for number in lora.layers_to_transform:
+            if number not in numbers.values():
+                raise TrialError(
+                    f"lora.layers_to_transform: there is no layer {number} to adapt; this base has "
+                    f"{sorted({each for each in numbers.values() if each is not None})}"
+                )
+        found = {name: shape for name, shape in found.items() if numbers[name] in lora.layers_to_transform}
+    for field in ("rank_pattern", "alpha_pattern"):
+        for each in getattr(lora, field):
+            if not any(_fits(name, each) for name in found):
+                raise TrialError(f"lora.{field}: {each!r} fits none of the adapted layers, such as {next(iter(found))}")
+    return found
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What trains on a base beside the adapter's matrices."""
+
+    saved: dict[str, int]
+    """Module that trains whole -> its parameters."""
+    num_biases: int
+    """Bias values."""
+    tokens: dict[str, list[int]]
+    """Embedding, and head where it is another, -> ids of the tokens whose rows train."""
+    width: int
+    """Of these rows."""
+
+    @property
+    def num_parameters(self) -> int:
+        """All of it."""
+        rows = sum(len(ids) for ids in self.tokens.values())
+        return sum(self.saved.values()) + self.num_biases + rows * self.width
+
+
+def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer: Any) -> Beside:
+    """What should train on a bare base beside the adapter's matrices.
+
+    Args:
+        model: the base.
+        config: the trial.
+        modules: from `expected_modules`.
+        tokenizer: of the base, with its new tokens.
+
+    Raises:
+        TrialError: this base has no such modules, or they cannot train whole.
+    """
+    from torch.nn import Embedding
+
+    saved = _expected_saved(model, config)
+    ids = new_token_ids(config.base, tokenizer) if config.base.new_tokens else []
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tokens, width = {}, 0
+    if ids:
+        assert isinstance(embedding, Embedding)
+        names = {id(module): name for name, module in model.named_modules()}
+        parts = [embedding] if head.weight is embedding.weight else [embedding, head]
+        # Those that train whole have the new tokens' rows in them.
+        tokens = {names[id(part)]: ids for part in parts if names[id(part)] not in saved}
+        width = embedding.embedding_dim
+    return Beside(saved, num_expected_biases(model, config.lora, modules), tokens, width)
+
+
+def _expected_saved(model: Any, config: TrialConfig) -> dict[str, int]:
+    asked = config.lora.modules_to_save or []
+    every = dict(model.named_modules())
+    found = {name: module for name, module in every.items() if any(_matches(name, each) for each in asked)}
+    for each in asked:
+        if not any(_matches(name, each) for name in every):
+            leaves = sorted({name.rpartition(".")[2] for name in every} - {""} - {str(i) for i in range(1000)})
+            raise TrialError(f"lora.modules_to_save: this base has no {each!r}; it has {', '.join(leaves)}")
+    shared = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in found.items():
+        if any(not parameter.is_floating_point() for parameter in module.parameters()):
+            raise TrialError(
+                f"lora.modules_to_save: {name} is held as {config.base.quantization}, which cannot train whole",
+                "Adapt it (lora.target_modules), or set base.quantization: none.",
+            )
+        if any(module is each for each in shared) and shared[0].weight is shared[1].weight:
+            raise TrialError(
+                f"lora.modules_to_save: {name} shares its weight between embedding and head in this base, and would "
+                "train apart from the other",
+                "base.new_tokens trains single rows of it for both.",
+            )
+    return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in found.items()}
+
+
+def expected(config: TrialConfig, modules: Shapes, beside: Beside) -> dict[str, Any]:
+    """What `applied.read_back` must return for this configuration.
+
+    Args:
+        config: the trial.
+        modules: from `expected_modules`.
+        beside: from `expected_beside`.
+    """
+    lora, training = config.lora, config.training
+    ranks = {name: _of_pattern(name, lora.rank_pattern, lora.rank) for name in modules}
+    alphas = {name: _of_pattern(name, lora.alpha_pattern, lora.alpha) for name in modules}
+    matrices = sum(ranks[name] * (i + o) + o * lora.dora for name, (i, o) in modules.items())
+    return {
+        "lora.rank": by_name(ranks),
+        "lora.alpha": by_name(alphas),
+        "lora.dropout": lora.dropout,
+        "lora.target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+        "lora.num_modules": len(modules),
+        "lora.rslora": lora.rslora,
+        "lora.dora": lora.dora,
+        "lora.starts_from_base": lora.starts_from_base,
+        "lora.modules_to_save": sorted(beside.saved),
+        "base.new_tokens": dict(sorted(beside.tokens.items())),
+        "base.quantization": config.base.quantization,
+        "base.double_quant": config.base.double_quant if config.base.is_4bit else None,
+        "training.learning_rate": training.learning_rate,
+        "training.weight_decay": training.weight_decay,
+        "training.adapter_dtype": training.adapter_dtype,
+        "training.optimizer": _LIVE_OPTIMIZERS[training.optimizer],
+        "training.betas": [training.beta1, training.beta2] if training.has_betas else None,
+        "training.epsilon": training.epsilon if training.is_adam else None,
+        "training.momentum": training.momentum,
+        "training.neftune_alpha": training.neftune_alpha,
+        "training.loss": training.loss,
+        "training.label_smoothing": training.label_smoothing,
+        "num_trainable_parameters": matrices + beside.num_parameters,
+    }
+
+
+def num_expected_biases(model: Any, lora: LoraSection, modules: Shapes) -> int:
+    """Bias values of a bare base that will train."""
+    if lora.bias == "none":
+        return 0
+    names = {f"{name}.bias" for name in modules}
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.endswith(".bias") and (lora.bias == "all" or name in names)
+    )
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _within(name: str, module: str) -> bool:
+    """Whether a layer is a module, or a part of one."""
+    return f".{module}." in f".{name}."
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern is for this layer, as PEFT has it (0.21, `utils/other.py`, `get_pattern_key`)."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _of_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern that is for this layer."""
+    return next((value for pattern, value in patterns.items() if _fits(name, pattern)), default)
+
+
+def _layer_number(name: str) -> int | None:
+    """Of the decoder layer that a layer lies in."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def by_name(values: Mapping[str, Any]) -> Any:
+    """The one value that all layers share, or that of each."""
+    return next(iter(values.values())) if len(set(values.values())) == 1 else dict(values)

@@ -1,0 +1,112 @@
+"""Variant, base, optimizer and precision: pairs that cannot be are refused at load, with the reason."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import parse_spec
+from orchestrator.spec.sections.training import LEFT_OUT
+
+Document = dict[str, Any]
+
+INT8 = {"model": "embedded", "quantization": "int8"}
+WHOLE = {"model": "embedded", "quantization": "none", "compute_dtype": "float32"}
+
+PAIRS: list[tuple[Document, str]] = [
+    ({"lora": {"init": "pissa"}}, "lora.init pissa needs weights that are not quantised (PEFT refuses others), but"),
+    ({"lora": {"init": "pissa"}, "base": INT8}, "base.quantization is int8; use none there, or init olora"),
+    (
+        {"lora": {"init": "olora", "dora": True}},
+        "dora takes its magnitudes from the whole base, of which init olora takes a part away",
+    ),
+    ({"lora": {"init": "pissa", "dora": True}, "base": WHOLE}, "dora takes its magnitudes from the whole base"),
+    (
+        {"lora": {"target_modules": ["lm_head"]}},
+        "target_modules holds lm_head, whose adapter trl (1.16) would not train; put it into modules_to_save",
+    ),
+    (
+        {"lora": {"target_modules": ["q_proj", "norm"], "modules_to_save": ["norm"]}},
+        "norm is in target_modules and in modules_to_save: adapt it or train it whole",
+    ),
+    ({"lora": {"layers_to_transform": [1, 1]}}, "layers_to_transform names a layer twice: [1, 1]"),
+    ({"lora": {"layers_to_transform": []}}, "layers_to_transform"),
+    ({"lora": {"rank_pattern": {"q_proj(": 4}}}, "rank_pattern: 'q_proj(' is not a regular expression"),
+    ({"lora": {"rank_pattern": {"q_proj": 0}}}, "rank_pattern.q_proj: Input should be greater than or equal to 1"),
+    (
+        {"lora": {"modules_to_save": ["norm"]}, "training": {"precision": "none"}},
+        "lora.modules_to_save under precision none: they train in float32 (training.adapter_dtype) between layers of "
+        "bfloat16 (base.compute_dtype)",
+    ),
+    ({"base": {"model": "embedded", "new_tokens": ["a", "b", "a"]}}, "new_tokens names 'a' twice"),
+    ({"training": {"precision": "fp16", "adapter_dtype": "bfloat16"}}, "precision fp16 scales gradients, which"),
+    ({"training": {"tf32": True}}, "tf32 is of float32 products; set precision: none (it is auto)"),
+    ({"training": {"tf32": True, "precision": "bf16"}}, "set precision: none (it is bf16)"),
+    ({"training": {"loss": "dft", "label_smoothing": 0.1}}, "label_smoothing is of loss nll alone"),
+    ({"training": {"optimizer": "sgd", "beta1": 0.8}}, "beta1 is set, but optimizer sgd has none"),
+    ({"training": {"optimizer": "adafactor", "beta2": 0.8}}, "beta2 is set, but optimizer adafactor has none"),
+    ({"training": {"optimizer": "lion_8bit", "epsilon": 1e-6}}, "epsilon is set, but optimizer lion_8bit has none"),
+    ({"training": {"optimizer": "rmsprop_bnb_8bit", "momentum": 0.9}}, "momentum is set, but optimizer rmsprop_bnb"),
+    ({"training": {"momentum": 0.9}}, "momentum is set, but optimizer adamw_torch_fused has none"),
+    ({"training": {"cycles": 2}}, "cycles is set, but schedule cosine has none"),
+    ({"training": {"schedule": "linear", "final_rate": 0.1}}, "final_rate is set, but schedule linear has none"),
+    ({"training": {"decay_steps": 5}}, "decay_steps is set, but schedule cosine has none"),
+    ({"training": {"schedule": "warmup_stable_decay"}}, "schedule warmup_stable_decay needs decay_steps"),
+    (
+        {"training": {"schedule": "warmup_stable_decay", "decay_steps": 9, "steps": 8}},
+        "decay_steps (9) are more than steps (8)",
+    ),
+    ({"training": {"schedule": "cosine_with_min_lr"}}, "needs a final_rate above 0"),
+]
+
+
+@pytest.mark.parametrize(("sections", "told"), PAIRS, ids=lambda value: str(value)[:70])
+def test_a_pair_that_cannot_be_is_refused(document: Document, sections: Document, told: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(document | sections, "x.yaml")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_transformers_has_and_is_left_out_is_told_why(document: Document, name: str) -> None:
+    field = "schedule" if name in ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr") else "optimizer"
+    with pytest.raises(SpecError) as caught:
+        parse_spec(document | {"training": {field: name}})
+    assert f"training.{field}: {name} {LEFT_OUT[name]}" in str(caught.value)
+
+
+def test_an_axis_that_meets_such_a_pair_is_refused(document: Document) -> None:
+    search = {"space": {"lora.init": {"choice": ["default", "pissa"]}}}
+    with pytest.raises(SpecError, match=r"search\.space\.lora\.init: the value 'pissa' gives lora\.init pissa needs"):
+        parse_spec(document | {"search": search})
+    assert parse_spec(document | {"search": search, "base": WHOLE})
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"lora": {"init": "pissa"}, "base": WHOLE},
+        {"lora": {"init": "olora"}, "base": INT8},
+        {"lora": {"dora": True, "rslora": True, "init": "eva", "rank_pattern": {"q_proj": 4}}},
+        {"lora": {"modules_to_save": ["lm_head"]}, "training": {"precision": "none"}, "base": WHOLE},
+        {"training": {"optimizer": "sgd", "momentum": 0.9, "schedule": "polynomial", "final_rate": 0.1}},
+        {"training": {"optimizer": "paged_lion_8bit", "beta2": 0.98}},
+    ],
+    ids=str,
+)
+def test_pairs_that_can_be_are_taken(document: Document, sections: Document) -> None:
+    assert parse_spec(document | sections)
+
+
+def test_every_optimizer_and_schedule_of_transformers_is_offered_or_told_why() -> None:
+    """Those of the pinned version, by name."""
+    from typing import get_args
+
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    from orchestrator.spec.sections.training import Optimizer, Schedule
+
+    offered = {*get_args(Optimizer), *get_args(Schedule)}
+    assert not offered & LEFT_OUT.keys()
+    assert {each.value for each in (*OptimizerNames, *SchedulerType)} == offered | LEFT_OUT.keys()
