@@ -20,8 +20,8 @@ _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
 _LISTS_OF_PATHS = ("data.mix", "data.held_out.mix")
 _TEMPLATE = "data.chat_template"
-# These maps have dotted field names as keys, so the rest of an override's path is one key.
-_FLAT_MAPS = ("search.space.", "search.tied.")
+# These maps have dotted names as keys, so the rest of an override's path is one key.
+_FLAT_MAPS = ("search.space.", "search.tied.", "lora.rank_pattern.", "lora.alpha_pattern.")
 
 
 class _Loader(_Parent):  # type: ignore[misc]

@@ -1,8 +1,8 @@
 """An adapter's first weights, drawn with a generator of the trial's own.
 
 PEFT takes the process's, which trials beside this one share, and draws three times as many numbers as it uses; then
-trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`). Here they are drawn on the base's device: at rank 64 of 1.1B a
-host takes 0.9 s for what a GPU makes in 0.03. So a GPU's numbers are others than a CPU's.
+trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`). Here they are drawn on the base's device: at rank 64 of 1.1B
+a host takes 0.9 s for what a GPU makes in 0.03. So a GPU's numbers are others than a CPU's.
 """
 
 import math

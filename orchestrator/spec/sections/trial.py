@@ -48,6 +48,8 @@ class TrialConfig(Section):
             raise ValueError(
                 "training.group_by_length has nothing to group: data.packing makes sequences of like length"
             )
+        if self.data.packing and self.lora.init == "eva":
+            raise ValueError("lora.init eva reads rows alone, and data.packing has several in a sequence; drop one")
         return self
 
     def why_not_under(self, precision: str) -> str | None:

@@ -29,6 +29,13 @@ PAIRS: list[tuple[Document, str]] = [
         {"lora": {"target_modules": ["q_proj", "norm"], "modules_to_save": ["norm"]}},
         "norm is in target_modules and in modules_to_save: adapt it or train it whole",
     ),
+    (
+        {
+            "lora": {"init": "eva"},
+            "data": {"source": "embedded", "format": "template", "template": "{question} {answer}", "packing": True},
+        },
+        "lora.init eva reads rows alone, and data.packing has several in a sequence",
+    ),
     ({"lora": {"layers_to_transform": [1, 1]}}, "layers_to_transform names a layer twice: [1, 1]"),
     ({"lora": {"layers_to_transform": []}}, "layers_to_transform"),
     ({"lora": {"rank_pattern": {"q_proj(": 4}}}, "rank_pattern: 'q_proj(' is not a regular expression"),

@@ -28,6 +28,7 @@ VALUES = [None, True, -1, 0, 0.5, 1, 7, 8, 10**6, "", "text", "auto", "none", []
 
 AXES = ("search", "space")
 METRIC = ("search", "metric")
+MAPS = ("space", "tied", "rank_pattern", "alpha_pattern")
 
 
 def test_the_schema_is_one() -> None:
@@ -45,7 +46,7 @@ def _paths(document: dict[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name, value in document.items():
         found.append((name,))
-        if isinstance(value, dict) and name not in ("space", "tied"):
+        if isinstance(value, dict) and name not in MAPS:
             found += [(name, *below) for below in _paths(value)]
     return found
 
@@ -62,7 +63,7 @@ def test_any_value_in_any_field_is_judged_alike(path: tuple[str, ...]) -> None:
     assert True in verdicts, "no value was wrong"
 
 
-@pytest.mark.parametrize("path", [(), *(path for path in _paths(EVERY_FIELD) if path[-1] not in ("space", "tied"))])
+@pytest.mark.parametrize("path", [(), *(path for path in _paths(EVERY_FIELD) if path[-1] not in MAPS)])
 def test_an_unknown_field_is_refused_everywhere(path: tuple[str, ...]) -> None:
     document = copy.deepcopy(EVERY_FIELD)
     section = _get(document, path)
