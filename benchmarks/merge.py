@@ -1,9 +1,11 @@
 """A merge beside PEFT's `merge_and_unload`: time, peak host memory and parity, each way in a process of its own.
 
-python -m benchmarks.merge 7b --rows train.jsonl
+    python -m benchmarks.merge 7b --rows train.jsonl
+    python -m benchmarks.merge 7b --rows train.jsonl --onto dequantised
 
-Onto the original weights and onto the dequantised ones; for the latter PEFT is given the base that transformers has
-dequantised, for on the 4-bit base it would quantise again. Needs room on the disk for the base and two merged models.
+Onto the original weights and onto the dequantised ones, minutes each at 7B; for the latter PEFT is given the base that
+transformers has dequantised, for on the 4-bit base it would quantise again. Needs room on the disk for the base and two
+merged models.
 """
 
 import json
@@ -27,21 +29,22 @@ from orchestrator.spec.sections import BaseSection
 RANK = 16
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, onto: list[Onto]) -> dict[str, Any]:
     figures: dict[str, Any] = {"ways": {}}
     with tempfile.TemporaryDirectory(dir=setting.base.parent) as folder:
         work = Path(folder)
         make_adapter(setting.base, work / "adapter")
         config = setting.spec({}).trial_config({})
         save(prepare(config.data, config.base), work / "rows")
-        for onto in ("original", "dequantised"):
+        for weights in onto:
             for way in ("peft", "ours"):
-                figures["ways"][f"{way} {onto}"] = child(way, onto, setting.base, work)
+                figures["ways"][f"{way} {weights}"] = found = child(way, weights, setting.base, work)
+                print(way, weights, found, flush=True)
                 shutil.rmtree(work / "merged", ignore_errors=True)
-            one, other = (figures["ways"][f"{way} {onto}"] for way in ("ours", "peft"))
+            one, other = (figures["ways"][f"{way} {weights}"] for way in ("ours", "peft"))
             for name in ("seconds", "peak_host_gib"):
-                figures[f"{onto}: {name}, ours of peft's"] = round(one[name] / other[name], 3)
-            figures[f"{onto}: parity"] = one["parity"]
+                figures[f"{weights}: {name}, ours of peft's"] = round(one[name] / other[name], 3)
+            figures[f"{weights}: parity"] = one["parity"]
     return figures
 
 
@@ -136,4 +139,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], measure)
+    both = ["original", "dequantised"]
+    main(
+        __doc__.splitlines()[0], measure, onto={"nargs": "+", "choices": both, "default": both, "help": "which weights"}
+    )

@@ -26,7 +26,7 @@ from orchestrator.spec.sections import (
     TrainingSection,
     TrialConfig,
 )
-from orchestrator.spec.sections.scheduler import NoScheduler, Population, Rungs
+from orchestrator.spec.sections.scheduler import Brackets, NoScheduler, Population, Rungs
 from orchestrator.spec.ties import evaluate_tie
 
 TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
@@ -163,6 +163,9 @@ class SweepSpec(Section):
                 raise ValueError(f"search.tied.{path} {error}") from error
             write_keys(document, path.split("."), varied[path])
             unresolved.remove(path)
+        training = document["training"]
+        if isinstance(self.scheduler, Brackets | Population) and training["save_steps"] is None:
+            training["save_steps"] = training["eval_steps"]  # trials go on from the checkpoint of an evaluation
         return TrialConfig.model_validate({**document, "varied": varied})
 
 

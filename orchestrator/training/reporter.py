@@ -13,6 +13,9 @@ from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.training.events import Aside, Evaluated, Event, Listener, Logged, Noted, Saved
 from orchestrator.training.finite import require_finite
 
+SAVE_EVERY_S = 60.0
+"""Where no steps are given for it, a checkpoint is written at an evaluation, if the last is so old."""
+
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Tells what happens, each thing after the files that belong to it are written."""
@@ -50,7 +53,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._usage = usage
         self._tokenizer = tokenizer
         self._data_fingerprint = data_fingerprint
-        self._began = time.monotonic()
+        self._began = self._saved_at = time.monotonic()
         self._training_since: float | None = None
         self._training_s = 0.0
         self._grad_norm = start.grad_norm
@@ -93,6 +96,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             self.tell(Noted, fields={"applied": self._read_applied()})
         if self.step == state.max_steps:
             control.should_evaluate = True
+        if self._start.config.training.save_steps is None and time.monotonic() < self._saved_at + SAVE_EVERY_S:
+            control.should_save = False
         if control.should_save or control.should_evaluate:  # a checkpoint's figures are those of its step
             control.should_log = True
         self._listener.on_step(self.step, state.max_steps)
@@ -134,6 +139,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training_since = None
+        self._saved_at = time.monotonic()
         self.tell(Saved, step=state.global_step, checkpoint=f"checkpoints/checkpoint-{state.global_step}")
         self._heed(control)
 

@@ -19,6 +19,7 @@ from orchestrator.record import SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.training import host as host_room
 from orchestrator.training import hosted as hosted_room
+from orchestrator.training import reporter as reporter_room
 from orchestrator.training.books import Books
 from orchestrator.training.events import (
     END,
@@ -255,6 +256,19 @@ def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(
         )
         assert late.keys() == saved.keys()
         assert all(torch.equal(late[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("apart_s", "steps"), [(60.0, []), (0.0, [3, 6])])
+def test_checkpoints_are_some_time_apart_unless_asked_for_by_steps(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch, apart_s: float, steps: list[int]
+) -> None:
+    monkeypatch.setattr(reporter_room, "SAVE_EVERY_S", apart_s)
+    one = hosted.start("one", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, save_steps=None)))
+    assert one
+    hosted.follow(lambda: one.end)
+    assert isinstance(one.end, Completed)
+    assert [event.step for event in one.of(Saved)] == steps
+    assert [event.saves for event in one.of(Evaluated)] == [bool(steps)] * 2
 
 
 def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ TINY = [
     "data.held_out={count: 40}",
     "training.steps=12",
     "training.eval_steps=4",
+    "training.save_steps=4",
     "training.logging_steps=2",
     "training.learning_rate=2e-3",
     "scheduler.grace_steps=4",

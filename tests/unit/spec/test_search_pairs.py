@@ -159,6 +159,13 @@ def test_a_pair_that_makes_sense_is_not(document: Document, written: Document) -
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
 
 
+@pytest.mark.parametrize("kind", ["none", "asha", "hyperband", "pbt"])
+def test_trials_that_wait_or_are_cloned_have_a_checkpoint_of_each_evaluation(document: Document, kind: str) -> None:
+    spec = parse_spec(document | search() | scheduler(kind) | {"training": STEPS})
+    config = spec.trial_config({"training.learning_rate": 1e-4})
+    assert config.training.save_steps == (10 if kind in ("hyperband", "pbt") else None)
+
+
 def test_each_kind_has_its_own_fields(document: Document) -> None:
     for kind, message in {
         "asha": "scheduler.min_trials: unknown field; it belongs to kind median; fields here: kind, grace_steps",
