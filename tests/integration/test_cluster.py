@@ -177,7 +177,7 @@ def test_node_with_another_folder_is_named_and_nothing_is_written(
     with connection(address), blind_node(address, output, tmp_path / "node.log") as node:
         wait_for(BLIND, alive=True)
         with pytest.raises(ClusterError) as refused:
-            run_sweep(tiny(), folder, ignore, address=address)
+            run_sweep(tiny("resources.gpus_per_trial=0"), folder, ignore, address=address)
         assert f"output {output} is not shared: node {BLIND} (" in refused.value.message
         assert "sees another folder of that name" in refused.value.message
         assert refused.value.message.count("node ") == 1  # the others are not blamed

@@ -24,6 +24,7 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.training.adapted import adapted
 from orchestrator.training.host import Host
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.trl import build_trainer, require_apart
@@ -218,7 +219,7 @@ def packed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = load_spec(DEMO, [*TINY, *settings, *fixed]).trial_config({})
     data = prepare(config.data, config.base)
     folder = tmp_path_factory.mktemp("trl")
-    return build_trainer(config, shell(kept(config.base)), load_tokenizer(config.base), data, folder)
+    return build_trainer(config, adapted(kept(config.base), config), load_tokenizer(config.base), data, folder)
 
 
 def test_a_packed_row_of_trl_has_the_losses_of_its_parts_alone(packed_trainer: Any) -> None:

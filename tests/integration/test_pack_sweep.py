@@ -13,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep, read_trial
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import fleet, run
+from orchestrator.sweep import fleet, keeper, run
 from orchestrator.sweep.keeper import ResultKeeper
 from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.worker import Worker
@@ -69,7 +69,7 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
         ends(self)
 
     ends = fleet.Fleet.end
-    monkeypatch.setattr(run, "ResultKeeper", Keeper)
+    monkeypatch.setattr(keeper, "ResultKeeper", Keeper)
     monkeypatch.setattr(fleet.Fleet, "end", end)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     return found

@@ -131,7 +131,7 @@ class TrainingSection(Section):
     logging_steps: PositiveInt = 10
     """Record training figures every so many steps."""
     save_steps: PositiveInt | None = None
-    """Save a checkpoint every so many steps; default at evaluations, one a minute, or each if trials wait or are cloned."""
+    """Save a checkpoint every so many steps; default at evaluations, one a minute (each where trials may pause)."""
     seed: int = 0
     """Seed of the adapter's start, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp16", "none"] = "auto"
