@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 
-.PHONY: help demo test test-fast lint format manual clean
+.PHONY: help demo test test-long test-fast lint format manual clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -14,9 +14,12 @@ help:            ## this list
 demo: $(INSTALLED)   ## a sweep of 8 QLoRA trials on the embedded base, and its best adapter
 	@$(BIN)/orchestrator demo
 
-test: lint       ## lint, types, import contract and all tests; on a machine with an NVIDIA GPU, those of it too
-	@$(BIN)/pytest -m "not gpu"
+test: lint       ## lint, types, import contract and tests; on a machine with an NVIDIA GPU, those of it too
+	@$(BIN)/pytest -m "not gpu and not long"
 	@if command -v nvidia-smi > /dev/null; then $(BIN)/pytest tests/gpu; fi
+
+test-long: $(INSTALLED) ## the other tests: whole sweeps that are killed, resumed, exported, served
+	@$(BIN)/pytest -m "not gpu and long"
 
 test-fast: lint  ## the same without the tests that train or start Ray
 	@$(BIN)/pytest -m "not gpu and not slow"

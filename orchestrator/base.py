@@ -62,13 +62,13 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
+    tokenizer.add_tokens(list(base.new_tokens))
     if base.pad_token == "eos" or (base.pad_token is None and tokenizer.pad_token is None):
         tokenizer.pad_token = tokenizer.eos_token
     elif base.pad_token is not None:
         if base.pad_token not in tokenizer.get_vocab():
             raise RequestError(f"base.pad_token {base.pad_token!r} is not a token of {base.model}")
         tokenizer.pad_token = base.pad_token
-    tokenizer.add_tokens(list(base.new_tokens))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -113,7 +113,10 @@ def load_base(base: BaseSection) -> Any:
 
 
 def make_room(model: Any, num_tokens: int) -> None:
-    """Let the vocabulary hold so many tokens: new ones begin as the mean of the others, in embedding and head."""
+    """Let the vocabulary hold so many tokens: rows that are added begin as the mean of the others (and in the head).
+
+    Where the base has more rows than its tokenizer has tokens, new tokens begin as those that it has to spare.
+    """
     import torch
 
     known = model.get_input_embeddings().weight.shape[0]

@@ -66,7 +66,8 @@ def evaluate(
     ] = None,
     metrics: Annotated[str, typer.Option(help="loss, perplexity, exact_match, rouge, bleu.")] = "loss,perplexity",
     data: Annotated[
-        Path | None, typer.Option(help="Rows (JSONL, columns of the training file); default the held-out ones.")
+        Path | None,
+        typer.Option(help="Rows (file, folder or glob, columns of the training file); default the held-out ones."),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Trials of a sweep, beside the one it recommends.")] = 3,
@@ -175,7 +176,9 @@ def export(
         Literal["dequantised", "original"] | None,
         typer.Option(help="Merge into the weights it was trained on (default), or the base's original ones."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Rows (JSONL) to compare on; default the held-out ones.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to compare on (file, folder or glob); default the held-out ones.")
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
     output: Where = "runs",

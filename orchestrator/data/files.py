@@ -22,26 +22,44 @@ class Row:
     """`file.jsonl:12`, `file.parquet row 12`, or `hub/id[train] row 12`; lines count from 1, rows from 0."""
 
 
-def read_local(path: Path, split: str | None) -> Iterator[Row]:
+def read_local(path: Path, split: str | None = None, default: str = "train") -> Iterator[Row]:
     """Rows in their order, read as they are asked for.
 
     Args:
         path: absolute; a file, a folder, or a glob.
         split: of a saved data set with several.
+        default: where no split is asked for.
 
     Raises:
-        DataError: there is none, or a row is not what its file's kind says.
+        DataError: there is none, a split is asked for of what has none, or a row is not what its file's kind says.
     """
-    if is_saved(path):
-        yield from _read_saved(path, split)
+    if split is not None and not _has_splits(path):
+        raise DataError(f"{path}: has no splits, and split {split} is asked for")
+    if _is_saved(path):
+        yield from _read_saved(path, split or default)
         return
     for file in data_files(path):
         yield from _READERS[file.suffix](file)
 
 
-def is_saved(path: Path) -> bool:
+def read_paths(path: Path, split: str) -> list[Path]:
+    """What is read of a path, of one with splits of this: its files, or the folder of a saved data set.
+
+    Raises:
+        DataError: there is none.
+    """
+    if _has_splits(path):
+        return [path / split]
+    return [path] if _is_saved(path) else data_files(path)
+
+
+def _is_saved(path: Path) -> bool:
     """Whether it is a folder of `save_to_disk`, with splits or without."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    return _has_splits(path) or (path / "state.json").is_file()
+
+
+def _has_splits(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file()
 
 
 def data_files(path: Path) -> list[Path]:
@@ -63,7 +81,7 @@ def data_files(path: Path) -> list[Path]:
         return files
     if GLOB.search(str(path)):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it leaves hidden files out)
-        files = sorted(file for name in found if (file := Path(name)).is_file())
+        files = sorted({file for name in found if (file := Path(name)).is_file()})
         if not files:
             raise DataError(f"{path}: no file matches")
         if strange := [file for file in files if file.suffix not in FILE_KINDS]:
@@ -89,16 +107,19 @@ def _read_json(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
-        yield from _read_jsonl(path)
+        yield from _read_lines(path)
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text") from error
     decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    is_open = False
     while True:
         at = _past_space(text, at)
         line, counted = line + text.count("\n", counted, at), at
+        if is_open and text.startswith("]", at):
+            raise DataError(f"{path}:{line}: is not JSON: the array ends with a comma")
         if text.startswith("]", at):
             break
         try:
@@ -109,9 +130,31 @@ def _read_json(path: Path) -> Iterator[Row]:
         at = _past_space(text, at)
         if not text.startswith((",", "]"), at):
             raise DataError(f"{path}:{line}: is not JSON: the array goes on with neither a comma nor its end")
-        at += text.startswith(",", at)
+        is_open = text.startswith(",", at)
+        at += is_open
     if rest := text[at + 1 :].strip():
         raise DataError(f"{path}:{line}: is not JSON: after the array stands {rest!r:.40}")
+
+
+def _read_lines(path: Path) -> Iterator[Row]:
+    rows = _read_jsonl(path)
+    try:
+        first = next(rows, None)
+    except DataError as error:
+        if _is_json(path):  # but over several lines
+            raise DataError(f"{path}: must be an array of objects, or an object a line") from error
+        raise
+    if first is not None:
+        yield first
+        yield from rows
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _past_space(text: str, at: int) -> int:
@@ -160,7 +203,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: is not Parquet: {error}") from error
 
 
-def _read_saved(path: Path, split: str | None) -> Iterator[Row]:
+def _read_saved(path: Path, split: str) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
     try:

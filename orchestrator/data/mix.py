@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.files import Row, data_files, is_saved
+from orchestrator.data.files import Row, read_paths
 from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
@@ -67,18 +67,27 @@ def _mixed(sources: Sequence[Source], seed: int) -> tuple[list[Row], list[Source
 
 
 def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Refuse a file that is in both: as itself, in a folder, or by a glob."""
-    files = {file.resolve(): source.source for source in train for file in _files(source)}
-    for source in held_out:
-        for file in _files(source):
-            if file.resolve() in files:
+    """Refuse a file or a saved data set that is in both, or twice in one: as itself, in a folder, or by a glob."""
+    training = _paths(train, "data")
+    for path, (named, _) in _paths(held_out, "data.held_out").items():
+        if path in training:
+            raise DataError(
+                f"data.held_out: {named} is among the training rows ({training[path][1]})",
+                "The trials would be scored on what they learned: keep held-out rows out of what is trained on.",
+            )
+
+
+def _paths(sources: Sequence[Source], section: str) -> dict[Path, tuple[Path, str]]:
+    """What is read on this machine, each once: as it is named, and the source that it belongs to."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for source in sources:
+        if not source.is_local or source.source == "embedded":
+            continue
+        for path in read_paths(Path(source.source), source.split or source.default_split):
+            first, other = found.setdefault(path.resolve(), (path, source.source))
+            if (first, other) != (path, source.source):
                 raise DataError(
-                    f"data.held_out: {file} is among the training rows ({files[file.resolve()]})",
-                    "The trials would be scored on what they learned: keep held-out files out of that folder or glob.",
+                    f"{section}: {path} ({source.source}) is read already as {first} ({other})",
+                    "Each row is used once: keep the file out of one of the two.",
                 )
-
-
-def _files(source: Source) -> list[Path]:
-    path = Path(source.source)
-    is_read_by_file = source.is_local and source.source != "embedded" and not is_saved(path)
-    return data_files(path) if is_read_by_file else []
+    return found

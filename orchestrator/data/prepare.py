@@ -77,7 +77,8 @@ class TokenRows:
     @property
     def num_shared(self) -> int:
         """Held-out rows that are training rows too, token for token."""
-        return len({tuple(row.ids) for row in self.kept} & {tuple(row.ids) for row in self.kept_held_out})
+        trained = {tuple(row.ids) for row in self.kept}
+        return sum(tuple(row.ids) in trained for row in self.kept_held_out)
 
     @property
     def _all(self) -> list[TokenRow]:

@@ -116,8 +116,9 @@ def _render_turns(row: Row, data: DataSection, tokenizer: Any) -> Example:
         )
     conversation = Conversation(read_turns(row, data), row.where, tokenizer)
     whole, start = conversation.whole, conversation.prompt_end
-    answer = conversation.turns[-1]["content"].strip()
-    if not answer:  # it calls a tool: what the template makes of that
+    last = conversation.turns[-1]
+    answer = last["content"].strip()
+    if "tool_calls" in last:  # what the template makes of them, and of the content beside them
         ids = tokenizer(whole[start:], add_special_tokens=False)["input_ids"]
         answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
     answers = conversation.answers() if data.loss_on == "assistant" else None

@@ -19,7 +19,7 @@ def read_rows(source: Source, seed: int = 0) -> list[Row]:
     if source.source == "embedded":
         rows: Iterator[Row] = (Row(dict(each), f"embedded:{i}") for i, each in enumerate(embedded_rows(), start=1))
     elif source.is_local:
-        rows = read_local(Path(source.source), source.split)
+        rows = read_local(Path(source.source), source.split, source.default_split)
     else:
         rows = _read_hub(source, seed)
     found = list(islice(rows, source.max_rows))
@@ -30,15 +30,17 @@ def read_rows(source: Source, seed: int = 0) -> list[Row]:
 
 def _read_hub(source: Source, seed: int) -> Iterator[Row]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    named = f"{source.source}[{source.split}]"
+    split = source.used_split
+    named = f"{source.source}[{split}]"
     try:
         if source.stream_buffer is not None:
             # Of a data set in several files, only those are opened that are read from: their order is drawn too.
-            stream = load_dataset(source.source, source.config, split=source.split, streaming=True)
+            stream = load_dataset(source.source, source.config, split=split, streaming=True)
             dataset, named = stream.shuffle(seed=seed, buffer_size=source.stream_buffer), f"{named} streamed"
         else:
-            taken = source.split if source.max_rows is None else f"{source.split}[:{source.max_rows}]"
+            taken = split if source.max_rows is None else f"{split}[:{source.max_rows}]"
             dataset = load_dataset(source.source, source.config, split=taken)
         for number, values in enumerate(dataset):
             yield Row(without_fillers(values), f"{named} row {number}")
@@ -47,9 +49,10 @@ def _read_hub(source: Source, seed: int) -> Iterator[Row]:
         ValueError,
         ConnectionError,
         RuntimeError,
+        DatasetsError,
     ) as error:  # RuntimeError: huggingface_hub's offline mode
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{source.source} (split {source.split}): cannot be loaded from the hub: {reason}",
+            f"{source.source} (split {split}): cannot be loaded from the hub: {reason}",
             "A local file is given by its path, such as ./rows.jsonl; a hub id as owner/name.",
         ) from error

@@ -182,7 +182,8 @@ class Conversation:
         )
         if written != [self.whole] or not marked[0]:
             self._refuse("marks no answer that it writes")
-        return [(int(start), int(end)) for start, end in marked[0]]
+        # Space before an answer belongs to it, as where there are no marks: a prompt ends before it.
+        return [(len(self.whole[: int(start)].rstrip()), int(end)) for start, end in marked[0]]
 
     def _write(self, turns: list[dict[str, Any]], tools: bool = True, **options: Any) -> str:
         from jinja2 import TemplateError

@@ -1,5 +1,6 @@
 """Read an experiment file: every bad field dies here, before any GPU second is spent."""
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,13 +162,19 @@ def _look_up(document: dict[str, Any], field: str) -> Any:
 
 
 def _anchored(field: str, value: Any, folder: Path) -> Any:
-    """A local path, or a glob, from the root on. A hub id stays as it is, unless a file of that name is in `folder`."""
+    """A local path, or a glob, from the root on. A hub id stays as it is, unless a file of that name is in `folder`.
+
+    What is no file of that very name is read as a glob: `folder` itself is none then, whatever signs are in its name.
+    """
     if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
         return value
     try:
         local = folder / Path(value).expanduser()
         is_path = value.startswith((".", "~")) or value.endswith(FILE_KINDS) or GLOB.search(value) is not None
-        return str(local.resolve()) if is_path or local.exists() else value
+        exists = local.exists()
+        if not exists and field != "base.model":
+            local = Path(glob.escape(str(folder))) / Path(value).expanduser()
+        return str(local.resolve()) if is_path or exists else value
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
         raise SpecError(f"{field}: {value!r:.80} is not a path: {error}") from error
 

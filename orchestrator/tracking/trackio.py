@@ -7,12 +7,11 @@ and Spaces (TRACKIO_SPACE_ID).
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, TrialResult
 from orchestrator.tracking.protocol import TrialIdentity
-
-_GIVEN_FOLDER = os.environ.get("TRACKIO_DIR")
 
 
 class TrackioTracker:
@@ -21,10 +20,9 @@ class TrackioTracker:
     name = "trackio"
 
     def __init__(self, identity: TrialIdentity) -> None:
-        folder = Path(_GIVEN_FOLDER) if _GIVEN_FOLDER else identity.paths.trackio
-        os.environ["TRACKIO_DIR"] = str(folder)  # read once, by the import
-        import trackio
-
+        given = os.environ.get("TRACKIO_DIR")
+        folder = Path(given) if given else identity.paths.trackio
+        trackio = _import(folder)
         if folder != trackio.utils.TRACKIO_DIR:
             raise RequestError(
                 f"tracking.trackio: the library writes to {trackio.utils.TRACKIO_DIR} in this process, not to {folder}",
@@ -52,3 +50,16 @@ class TrackioTracker:
             self._run.finish()
         if told := [str(each.message) for each in caught if "trackio" in str(each.message).lower()]:
             raise OSError(told[0])
+
+
+def _import(folder: Path) -> Any:
+    """The library, which reads its folder once, at its import. What is started later inherits nothing of it."""
+    given = os.environ.get("TRACKIO_DIR")
+    os.environ["TRACKIO_DIR"] = str(folder)
+    try:
+        import trackio
+    finally:
+        del os.environ["TRACKIO_DIR"]
+        if given is not None:
+            os.environ["TRACKIO_DIR"] = given
+    return trackio

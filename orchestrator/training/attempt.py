@@ -146,7 +146,7 @@ class Attempt:
         """Whether the adapter in the trainer's model answers the held-out prompts as wanted."""
         model, data, config = loop.trainer.model, self._ground.data, self._config
         for parameter in model.parameters():
-            if parameter.requires_grad:  # the fast engine lays it on the host
+            if parameter.requires_grad and parameter.device.type == "cpu":  # the fast engine lays it on the host
                 parameter.data = parameter.data.to(model.device)
         prompts = data.prompts[: config.evaluation.rows]
         new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size

@@ -70,6 +70,8 @@ def expected_modules(model: Any, lora: LoraSection) -> Shapes:
                     f"{sorted({each for each in numbers.values() if each is not None})}"
                 )
         found = {name: shape for name, shape in found.items() if numbers[name] in lora.layers_to_transform}
+    if saved and not found:
+        raise TrialError("lora.target_modules: nothing is left to adapt; all of it is in lora.modules_to_save")
     for field in ("rank_pattern", "alpha_pattern"):
         for each in getattr(lora, field):
             if not any(_fits(name, each) for name in found):

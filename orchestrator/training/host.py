@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,11 @@ class Host:
         """The engine for many, as long as newcomers are set up for it at once, and not first after the next step."""
         self._num_set_up = 0
         self._leases: dict[str, Lease] = {}
-        self._arrivals: queue.SimpleQueue[Lease | tuple[Lease, Member | BaseException]] = queue.SimpleQueue()
-        self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared]] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Lease | tuple[Lease | None, Member | BaseException]] = queue.SimpleQueue()
+        self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared] | None] = queue.SimpleQueue()
+        """Trials; None where the base has been loaded."""
+        self._writing: dict[Path, threading.Thread] = {}
+        """The last writer of each trial."""
         # Of the thread alone:
         self._rows: tuple[Rows, Rows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
@@ -242,12 +246,13 @@ class Host:
         self._num_set_up += 1
         self._to_set_up.put((lease, shared))
 
-    def _join(self, lease: Lease, member: Member | BaseException) -> None:
+    def _join(self, lease: Lease | None, member: Member | BaseException) -> None:
         """Let a trial that is set up step with the others."""
-        with self._lock:
-            self._num_set_up -= 1
         if isinstance(member, BaseException):
             raise member
+        assert lease is not None
+        with self._lock:
+            self._num_set_up -= 1
         if lease.is_done:
             self._require_device()
         else:
@@ -256,21 +261,27 @@ class Host:
 
     def _set_up(self) -> None:
         """In a thread of its own, for a trainer takes a while to build: the others train meanwhile."""
-        import_trainer()
+        lease: Lease | None = None
         while True:
-            lease, shared = self._to_set_up.get()
             try:
+                task = self._to_set_up.get()
+                if task is None:
+                    import_trainer()
+                    continue
+                lease, shared = task
                 member = Member(self._shared_work(lease, shared))
             except BaseException as error:  # the host's thread then ends, and with it all its trials
                 self._arrivals.put((lease, error))
                 return
             self._arrivals.put((lease, member))
-            del lease, shared, member  # while it waits, none of it must live on
+            del task, shared, member  # while it waits, none of it must live on
+            lease = None
 
     def _share(self) -> Shared | str:
         """The engine for many, which is built where it does not stand; or why it cannot be."""
         if self._shared is None:
             ground = self._ground(self._spec.base)
+            self._to_set_up.put(None)  # it imports while kernels are compiled, not while the base is loaded
             configs = holdable(self._spec, ground)
             if not configs:
                 self._shared = "no trial of this sweep can train beside others"
@@ -356,7 +367,7 @@ class Host:
 
     def _shared_work(self, lease: Lease, shared: Shared) -> Work:
         """A trial beside others, until its slot is free again."""
-        aside = Writer(lease)
+        aside = self._writer(lease)
         attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
         seat = Seat(lease.slot, shared.engine, shared.plan)
         try:
@@ -370,7 +381,7 @@ class Host:
     def _run_alone(self, lease: Lease, reason: str | None) -> None:
         if isinstance(self._shared, Shared):
             self._unshare()
-        began, config, aside = time.monotonic(), lease.start.config, Writer(lease)
+        began, config, aside = time.monotonic(), lease.start.config, self._writer(lease)
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"alone": reason}))
@@ -392,6 +403,13 @@ class Host:
         finally:
             aside.close()
         self._require_device()
+
+    def _writer(self, lease: Lease) -> Writer:
+        """For a trial's files, after those of an earlier attempt at it."""
+        with self._lock:
+            writer = Writer(lease, self._writing.get(lease.paths.root))
+            self._writing[lease.paths.root] = writer.thread
+        return writer
 
     def _fail(self, lease: Lease, error: OrchestratorError) -> None:
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))

@@ -76,10 +76,16 @@ class Lease:
 class Writer:
     """Writes a trial's files in a thread of its own, and tells of them."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, earlier: threading.Thread | None = None) -> None:
+        """
+        Args:
+            lease: hears of it, and of faults.
+            earlier: of another attempt at the trial, whose files come first.
+        """
         self._lease = lease
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_JOBS)
-        threading.Thread(target=self._run, name="writer", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, args=(earlier,), name="writer", daemon=True)
+        self.thread.start()
 
     def do(self, job: Callable[[], None]) -> None:
         """See `Aside`."""
@@ -93,7 +99,10 @@ class Writer:
         """No job comes after those that wait."""
         self._jobs.put(None)
 
-    def _run(self) -> None:
+    def _run(self, earlier: threading.Thread | None) -> None:
+        if earlier is not None:
+            earlier.join()
+        del earlier
         lease = self._lease
         while (job := self._jobs.get()) is not None:
             try:

@@ -84,6 +84,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._aside.do(lambda: self._listener.emit(event))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if reason := self._start.config.training.does_not_fit(state.max_steps):  # of epochs it is known only here
+            raise TrialError(f"training.schedule: {reason}")
         self.tell(Noted, fields={"total_steps": state.max_steps})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -79,7 +79,7 @@ def require_apart(trainer: Any) -> None:
     changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 1 or 0, and never what it was
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), trainer.accelerator.autocast():  # as in a step: bf16 weights may meet float32 ones
         own, other = (
             model(**{**inputs, "input_ids": ids}).logits[0, -last:].float() for ids in (inputs["input_ids"], changed)
         )

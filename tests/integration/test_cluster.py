@@ -18,7 +18,7 @@ from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import run_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 Tiny = Callable[..., SweepSpec]
 

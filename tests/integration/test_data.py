@@ -24,7 +24,8 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.adapted import adapted
+from orchestrator.training.adapted import adapted_by_peft
+from orchestrator.training.expected import expected_beside, expected_modules
 from orchestrator.training.host import Host
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.trl import build_trainer, require_apart
@@ -214,12 +215,18 @@ def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def packed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """SFTTrainer on packed rows."""
+    return _packed_trainer(tmp_path_factory.mktemp("trl"))
+
+
+def _packed_trainer(folder: Path, *more: str) -> Any:
     settings = ["data.packing=true", "data.max_length=128", "training.engine=trl", "training.batch_size=2"]
     fixed = ["search.space={}", "search.tied={}", "scheduler.kind=none", "lora.dropout=0"]
-    config = load_spec(DEMO, [*TINY, *settings, *fixed]).trial_config({})
+    config = load_spec(DEMO, [*TINY, *settings, *fixed, *more]).trial_config({})
     data = prepare(config.data, config.base)
-    folder = tmp_path_factory.mktemp("trl")
-    return build_trainer(config, adapted(kept(config.base), config), load_tokenizer(config.base), data, folder)
+    base, tokenizer = kept(config.base), load_tokenizer(config.base)
+    modules = expected_modules(base, config.lora)
+    model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
+    return build_trainer(config, model, tokenizer, data, folder)
 
 
 def test_a_packed_row_of_trl_has_the_losses_of_its_parts_alone(packed_trainer: Any) -> None:
@@ -246,3 +253,8 @@ def test_a_base_whose_packed_rows_see_each_other_is_refused(
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     with pytest.raises(TrialError, match=r"data\.packing: on this base packed rows see each other"):
         require_apart(packed_trainer)
+
+
+def test_packed_rows_of_trl_are_apart_where_bf16_weights_meet_float32_ones(tmp_path: Path) -> None:
+    bf16 = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
+    require_apart(_packed_trainer(tmp_path, *bf16, "lora.modules_to_save=[norm]"))

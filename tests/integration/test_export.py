@@ -32,7 +32,7 @@ from orchestrator.spec import load_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.local import run_local_trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 

@@ -195,13 +195,41 @@ def test_trials_that_come_at_the_start_begin_together(
     hosted.close()
 
 
+def test_a_fault_as_a_trainer_is_imported_is_told(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise ImportError("no trainer")
+
+    monkeypatch.setattr(host_room, "import_trainer", fails)
+    one = hosted.start("one")
+    assert one
+    hosted.follow(lambda: one.end)
+    assert isinstance(one.end, Left)
+    assert one.end.lost == "ImportError: no trainer"
+    with pytest.raises(LeaseLost, match="no trainer"):
+        hosted.host.start("other", one.start, one.paths)
+
+
+def test_an_earlier_attempts_files_come_first() -> None:
+    lease, done, gate = Lease(0, None, None), [], threading.Event()  # type: ignore[arg-type]
+    earlier = Writer(lease)
+    later = Writer(lease, earlier.thread)
+    later.do(lambda: done.append("later"))
+    earlier.do(lambda: (gate.wait(60), done.append("earlier"))[1])
+    assert not done
+    gate.set()
+    earlier.close()
+    later.wait()
+    later.close()
+    assert done == ["earlier", "later"]
+
+
 def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Those to come write nothing until this is set."""
     gate = threading.Event()
 
     class Held(Writer):
-        def __init__(self, lease: Lease) -> None:
-            super().__init__(lease)
+        def __init__(self, lease: Lease, earlier: threading.Thread | None) -> None:
+            super().__init__(lease, earlier)
             self.do(lambda: (gate.wait(300), None)[1])
 
     monkeypatch.setattr(host_room, "Writer", Held)

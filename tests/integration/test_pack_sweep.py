@@ -18,7 +18,7 @@ from orchestrator.sweep.keeper import ResultKeeper
 from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.worker import Worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 Tiny = Callable[..., SweepSpec]
 RATES = [3e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 1e-6]

@@ -12,7 +12,7 @@ from tiny import DEMO, TINY
 
 from orchestrator.record import SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NUM_TRIALS = 5
 STEPS = 24

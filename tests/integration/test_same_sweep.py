@@ -16,7 +16,7 @@ from orchestrator.spec import load_spec
 from orchestrator.sweep import relay, run_sweep
 from orchestrator.sweep.relay import Relay
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 LOSS = 5e-5
 """What a loss may differ by, as a share of it: past their best, float32 runs at 2e-3 part by up to 1e-5 in 16 steps."""

@@ -29,7 +29,7 @@ from orchestrator.sweep import run_sweep
 from orchestrator.sweep.search import make_searcher
 from orchestrator.training.local import run_local_trial
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 # One worker, whose trials train together on a few rows.
 PACKED = [

@@ -24,7 +24,7 @@ from orchestrator.record import SweepPaths, read_sweep, write_record
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SERVE = [sys.executable, "-m", "orchestrator.cli", "serve"]
 UNTRAINED = "untrained"

@@ -473,3 +473,23 @@ def test_settings_train(
 def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
     with pytest.raises(TrialError, match=r"'w_proj' is no linear layer of this base; it has down_proj, "):
         run(tiny("lora.target_modules=[q_proj, w_proj]"), folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["base.quantization=none", "lora.target_modules=[up_proj]", "lora.modules_to_save=[mlp]"],
+            "nothing is left to adapt; all of it is in lora.modules_to_save",
+        ),
+        (
+            ["training.steps=null", "training.epochs=0.2", "training.schedule=linear", "training.warmup=50"],
+            "training.schedule: warmup (50 steps) must end before the last step (5)",
+        ),
+    ],
+    ids=["nothing to adapt", "epochs shorter than the warmup"],
+)
+def test_what_only_base_and_rows_can_tell(tiny: Tiny, folder: SweepPaths, overrides: list[str], message: str) -> None:
+    with pytest.raises(TrialError) as caught:
+        run(tiny(*overrides), folder)
+    assert message in str(caught.value)

@@ -196,7 +196,8 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
 
     Args:
         subject: the adapter; for one that does not say how its rows were written, the columns tell the format.
-        file: of any kind that rows may be in, or a folder or glob of them, in the columns of the training file.
+        file: of any kind that rows may be in, a folder or glob of them, or a saved data set (its split train), in the
+            columns of the training file.
         limit: take only the first rows.
 
     Raises:
@@ -215,6 +216,9 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
             faults[error.message] = None
             continue
         encoded = encode(example, tokenizer, section)
+        if section.truncate == "error" and len(encoded.ids) > section.max_length:
+            faults[f"{row.where}: has {len(encoded.ids)} tokens, over data.max_length={section.max_length}"] = None
+            continue
         short = encoded.cut(section.max_length, section.truncate)
         if short is None:
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None

@@ -68,7 +68,7 @@ def export(
             with the config file of a Ray Serve LLM application.
         dtype: of what is merged; default that of the base's products, or bf16 where they are float32.
         onto: merge into the base as the adapter was trained on it (default), or into its original weights.
-        data: JSONL with rows to compare on; default the adapter's own held-out rows.
+        data: file, folder or glob with rows to compare on; default the adapter's own held-out rows.
         say: hears of progress.
 
     Raises:

@@ -1,11 +1,12 @@
 """The data section: rows and how they become tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import combinations, product
 from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section
 from orchestrator.spec.template import check_chat_template, template_columns
@@ -34,6 +35,7 @@ class Source(Section):
     """Use only the first rows, or so many that are streamed."""
     stream_buffer: PositiveInt | None = None
     """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    _default_split: str = PrivateAttr("train")
 
     @property
     def is_local(self) -> bool:
@@ -42,9 +44,20 @@ class Source(Section):
 
     @property
     def has_splits(self) -> bool:
-        """Whether it may have several, by its name."""
-        is_file = PurePath(self.source).suffix in FILE_KINDS or GLOB.search(self.source) is not None
+        """Whether it may have several, by its own name: of a file that ends with its kind, or is a pattern."""
+        path = PurePath(self.source)
+        is_file = path.suffix in FILE_KINDS or GLOB.search(path.name) is not None
         return self.source != "embedded" and not (self.is_local and is_file)
+
+    @property
+    def default_split(self) -> str:
+        """That of what has several, where `split` says none."""
+        return self._default_split
+
+    @property
+    def used_split(self) -> str | None:
+        """The one that is read, of what has several."""
+        return (self.split or self._default_split) if self.has_splits else None
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -62,6 +75,8 @@ def _require_fit(source: Source) -> None:
         raise ValueError(f"config belongs to a hub data set, but source is {source.source}")
     if source.split is not None and not source.has_splits:
         raise ValueError(f"split belongs to a hub data set or a saved one, but source is {source.source}")
+    if source.max_rows is not None and source.split is not None and "[" in source.split:
+        raise ValueError(f"max_rows beside split {source.split}: that is a slice; write the number of rows into it")
     if source.stream_buffer is not None and source.is_local:
         raise ValueError(
             f"stream_buffer belongs to a hub data set, but source is {source.source}; max_rows reads no further"
@@ -75,7 +90,7 @@ _ALONE = ("config", "split", "max_rows", "stream_buffer")
 
 
 def _sources(section: "DataSection | HeldOut", split: str) -> list[Source]:
-    """The one source, or those of the mix, each with its split.
+    """The one source, or those of the mix, each with its default split.
 
     Raises:
         ValueError: fields do not fit together.
@@ -91,25 +106,25 @@ def _sources(section: "DataSection | HeldOut", split: str) -> list[Source]:
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         raise ValueError(f"mix: {len(weighted)} of {len(sources)} sources have a weight; give all one, or none")
-    sources = [
-        source.model_copy(update={"split": source.split or split}) if source.has_splits else source
-        for source in sources
-    ]
-    if twice := _shared(sources):
+    sources = [source.model_copy() for source in sources]
+    for source in sources:
+        source._default_split = split
+    if twice := _shared(combinations(sources, 2)):
         raise ValueError(f"mix: {twice} stands in it twice")
     return sources
 
 
-def _shared(sources: Sequence[Source], others: Sequence[Source] = ()) -> str | None:
-    """A source that is there twice, or among the others too."""
-    seen = {(source.source, source.config, source.split) for source in others}
-    for source in sources:
-        key = (source.source, source.config, source.split)
-        if key in seen:
-            return source.source
-        if not others:
-            seen.add(key)
-    return None
+def _shared(pairs: Iterable[tuple[Source, Source]]) -> str | None:
+    """The first source that has the same rows as the other of its pair, or some of them, by what is written."""
+    return next((source.source for other, source in pairs if _overlap(source, other)), None)
+
+
+def _overlap(source: Source, other: Source) -> bool:
+    if (source.source, source.config) != (other.source, other.config):
+        return False
+    split, others = source.used_split or "", other.used_split or ""
+    are_slices = "[" in split and "[" in others  # which may lie apart
+    return split == others or (not are_slices and split.partition("[")[0] == others.partition("[")[0])
 
 
 class HeldOut(Section):
@@ -215,7 +230,7 @@ class DataSection(Section):
         given = [name for name in ("source", "mix") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of source, mix, but got {given or 'none'}")
-        if twice := _shared(self.held_out.sources, self.sources):
+        if twice := _shared(product(self.sources, self.held_out.sources)):
             name = "source" if self.held_out.source else f"mix: {twice}"
             raise ValueError(f"held_out.{name} is the training source: the trials would be scored on what they learned")
         return self

@@ -1,10 +1,13 @@
 """The training and evaluation sections."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section
+
+DEFAULT_WARMUP = 0.03
 
 Optimizer = Literal[
     "adamw_torch",
@@ -90,7 +93,7 @@ class TrainingSection(Section):
     """Peak learning rate."""
     schedule: Schedule = "cosine"
     """Learning rate over the steps, by its transformers name."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: Annotated[float, Field(ge=0)] = DEFAULT_WARMUP
     """Share of the steps (below 1) or number of steps (1 and above); schedule constant has none."""
     cycles: PositiveInt = 1
     """cosine_with_restarts: cosines one after another."""
@@ -189,17 +192,26 @@ class TrainingSection(Section):
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs})")
-        if self.steps is not None and self.warmup >= max(1, self.steps):
-            raise ValueError(f"warmup ({self.warmup:g} steps) must end before the last step ({self.steps})")
+        if self.steps is not None and (reason := self.does_not_fit(self.steps)):
+            raise ValueError(reason)
+        if self.schedule == "constant" and self.warmup not in (0, DEFAULT_WARMUP):
+            raise ValueError(f"warmup is {self.warmup:g}, but schedule constant has none; use constant_with_warmup")
         if self.precision == "fp16" and self.adapter_dtype == "bfloat16":
             raise ValueError("precision fp16 scales gradients, which bfloat16 adapters cannot take; use float32")
         if self.loss == "dft" and self.label_smoothing:
             raise ValueError("label_smoothing is of loss nll alone: trl leaves it out of dft")
         if self.tf32 and self.precision != "none":
             raise ValueError(f"tf32 is of float32 products; set precision: none (it is {self.precision})")
-        if self.steps is not None and self.decay_steps is not None and self.decay_steps > self.steps:
-            raise ValueError(f"decay_steps ({self.decay_steps}) are more than steps ({self.steps})")
         return self
+
+    def does_not_fit(self, steps: int) -> str | None:
+        """Why the schedule is too long for a trial of so many optimizer steps, or None."""
+        warmup = math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        if self.warmup >= 1 and warmup >= steps:
+            return f"warmup ({warmup} steps) must end before the last step ({steps})"
+        if self.decay_steps is not None and warmup + self.decay_steps > steps:
+            return f"warmup ({warmup} steps) and decay_steps ({self.decay_steps}) are more than the steps ({steps})"
+        return None
 
 
 class EvaluationSection(Section):

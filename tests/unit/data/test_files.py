@@ -60,6 +60,7 @@ def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
     assert found("*.jsonl") == ["b.jsonl"]
     assert found("**/*.jsonl") == ["b.jsonl", "deep/c.jsonl"]
     assert found("[ab].*") == ["a.csv", "b.jsonl"]
+    assert found("**/**/c.jsonl") == ["deep/c.jsonl"], "once, however often it matches"
     assert len(list(read_local(tmp_path, None))) == 9
 
 
@@ -69,6 +70,18 @@ def test_a_split_of_a_saved_data_set(tmp_path: Path) -> None:
     assert [row.where for row in read_local(tmp_path / "saved", "test")] == [f"{tmp_path / 'saved'}[test] row 0"]
     with pytest.raises(DataError, match=r"saved: has no split 'dev'; splits: train, test"):
         list(read_local(tmp_path / "saved", "dev"))
+    assert len(list(read_local(tmp_path / "saved"))) == 3, "train, where none is asked for"
+    assert len(list(read_local(tmp_path / "saved", default="test"))) == 1
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    _saved(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    _jsonl(tmp_path / "folder" / "rows.jsonl")
+    for name in ("saved", "folder"):
+        assert len(list(read_local(tmp_path / name, default="test"))) == 3
+        with pytest.raises(DataError, match=rf"{name}: has no splits, and split dev is asked for"):
+            list(read_local(tmp_path / name, "dev"))
 
 
 def test_what_a_table_fills_in_is_no_argument(tmp_path: Path) -> None:
@@ -103,7 +116,9 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1: is not JSON: the array goes on"),
     ("a.json", '[{"a": 1}', r"a\.json:1: is not JSON: the array goes on"),
     ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: after the array stands"),
-    ("a.json", '{\n "a": 1\n}', r"a\.json:1: is not JSON"),
+    ("a.json", '[{"a": 1},\n]', r"a\.json:2: is not JSON: the array ends with a comma"),
+    ("a.json", '{\n "data": [{"a": 1}]\n}', r"a\.json: must be an array of objects, or an object a line"),
+    ("a.json", '{\n "a": 1\n', r"a\.json:1: is not JSON"),
     ("a.parquet", "no table", r"a\.parquet: is not Parquet"),
     ("a.txt", "text", r"a\.txt: is of no known kind: \.jsonl, \.json, \.csv, \.parquet"),
 ]

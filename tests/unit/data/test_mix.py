@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare
@@ -94,10 +95,43 @@ def test_a_held_out_file_among_the_training_files_is_refused(
         split_rows(section(source=str(tmp_path / "*.jsonl"), held_out={"source": str(tmp_path / "apart")}))
 
 
-def test_the_same_row_of_two_sources_is_counted(sources: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "held.csv").write_text("text\na 3\nnew\n")
+@pytest.mark.parametrize("held_out", ["saved", "again/../saved", "link"])
+def test_a_saved_data_set_without_splits_is_not_held_out_of_itself(tmp_path: Path, held_out: str) -> None:
+    Dataset.from_list([{"text": f"row {i}"} for i in range(6)]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"data.held_out: .* is among the training rows"):
+        split_rows(section(source=str(tmp_path / "saved"), held_out={"source": str(tmp_path / held_out)}))
+
+
+def test_splits_of_a_saved_data_set_are_apart(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    parts = {split: [{"text": f"{split} {i}"} for i in range(3)] for split in ("train", "test", "dev")}
+    DatasetDict({split: Dataset.from_list(rows) for split, rows in parts.items()}).save_to_disk(saved)
+    train, held_out = texts(section(source=saved, held_out={"source": saved}))
+    assert (train, held_out) == (["train 0", "train 1", "train 2"], ["test 0", "test 1", "test 2"])
+    train, held_out = texts(section(source=saved, split="dev", held_out={"source": saved}))
+    assert (train[0], held_out[0]) == ("dev 0", "test 0")
+    with pytest.raises(DataError, match=r"saved/test is among the training rows"):
+        split_rows(section(source=saved, split="test", held_out={"source": f"{saved}/test"}))
+
+
+def test_a_file_that_is_read_twice_is_refused_by_both_names(sources: dict[str, str], tmp_path: Path) -> None:
+    twice = [{"source": str(tmp_path / "[ab].jsonl")}, {"source": sources["b"]}]
+    both = r": .*/b\.jsonl \(.*/b\.jsonl\) is read already as .*/b\.jsonl \(.*/\[ab\]\.jsonl\)"
+    with pytest.raises(DataError, match=f"^data{both}"):
+        split_rows(section(mix=twice))
+    with pytest.raises(DataError, match=f"^data.held_out{both}"):
+        split_rows(section(source=sources["c"], held_out={"mix": twice}))
+    (tmp_path / "link.jsonl").symlink_to(sources["a"])
+    with pytest.raises(DataError, match=r"link\.jsonl .* is read already as .*/a\.jsonl"):
+        split_rows(section(source=str(tmp_path)))
+
+
+def test_the_same_rows_of_two_sources_are_counted(sources: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "held.csv").write_text("text\na 3\nnew\na 3\n")
     prepared = prepare(section(source=sources["a"], held_out={"source": str(tmp_path / "held.csv")}), BASE)
-    assert prepared.num_shared == 1
+    assert prepared.num_shared == 2, "each held-out row, though it is the same one"
 
 
 class Hub:
@@ -145,6 +179,17 @@ def test_a_hub_data_set_that_is_not_streamed(hub: Hub) -> None:
     data = section(source="owner/rows", max_rows=6, held_out={"source": "owner/rows", "max_rows": 2})
     assert [len(part) for part in texts(data)] == [6, 2]
     assert hub.asked == [("owner/rows", None, "train[:6]", False), ("owner/rows", None, "test[:2]", False)]
+
+
+def test_what_the_library_could_not_make_is_a_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise DatasetGenerationError("An error occurred while generating the dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        DataError, match=r"owner/rows \(split train\): cannot be loaded from the hub: An error occurred"
+    ):
+        read_rows(Source(source="owner/rows"))
 
 
 def test_the_split_is_of_the_section_and_not_of_the_tokenizer(sources: dict[str, str]) -> None:

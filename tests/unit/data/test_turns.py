@@ -89,6 +89,8 @@ def test_calls_of_tools_are_answers_and_what_tools_say_is_not() -> None:
     assert answer == "3"
     calls = {**CALLING, "messages": CALLING["messages"][:2]}
     assert encoded(calls, TOOLS, loss_on="completion")[3] == '+{"a": 1}', "the answer is the call"
+    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "3 "}]}
+    assert encoded(said, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "and what is said beside it"
 
 
 def test_the_templates_own_marks_are_taken() -> None:
@@ -99,6 +101,16 @@ def test_the_templates_own_marks_are_taken() -> None:
     )
     trained = [token.startswith("[") for token in tokens.split()]
     assert [bool(mask) for mask in theirs["assistant_masks"]][: len(trained)] == trained
+
+
+def test_space_before_an_answer_is_learned_with_marks_and_without() -> None:
+    """Prompts end before it, so that the model has to write it."""
+    spaced = MARKED.replace("<|a|>", "<|a|>\n")
+    _, tokens, prompt, _ = encoded(MESSAGES, spaced, loss_on="assistant")
+    assert tokens == "< | u | > 1 Ċ < | a | > [Ċ] [2] [</s>] Ċ < | u | > 3 Ċ < | a | > [Ċ] [4] [</s>]"
+    assert prompt.endswith("<|a|>")
+    plain = spaced.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert encoded(MESSAGES, plain, loss_on="completion")[1].endswith("< | a | > [Ċ] [4] [</s>]")
 
 
 def test_a_beginning_that_is_written_twice_moves_no_answer() -> None:

@@ -1,16 +1,21 @@
 """What is asked for is found, or refused, before anything is loaded."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
-from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, pick
+from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
-from orchestrator.errors import RecordError, RequestError
+from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.errors import DataError, RecordError, RequestError
 from orchestrator.record import RowScores, SweepPaths, read_result, write_record
+from orchestrator.spec import parse_spec
 
 
 @pytest.fixture
@@ -65,6 +70,33 @@ def test_a_wrong_name_is_refused_with_those_that_are_valid(given: str, known: tu
         pick(given, known, option)
     assert option in told.value.message
     assert all(name in told.value.message for name in known)
+
+
+@pytest.fixture
+def subject(tmp_path: Path, document: dict[str, Any]) -> Subject:
+    """On the embedded base, trained on texts none of which was to be cut."""
+    data = {"source": "rows.jsonl", "format": "text", "max_length": 8, "truncate": "error"}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "trial.json").write_text(parse_spec(document | {"data": data}).trial_config({}).model_dump_json())
+    return find_subject(str(folder), "runs")
+
+
+def test_rows_that_may_not_be_cut_are_named(subject: Subject, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("1", "1 2 3 4 5 6 7 8 9")))
+    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, over data\.max_length=8\n"):
+        rows_of_file(subject, file)
+    assert len(rows_of_file(subject, file, limit=1).tokens) == 1
+
+
+def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: Subject, tmp_path: Path) -> None:
+    parts = {"test": ["1"], "train": ["1", "2"]}
+    saved = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    assert len(rows_of_file(subject, tmp_path / "saved").tokens) == 2
 
 
 def test_answers_need_prompts() -> None:

@@ -81,6 +81,21 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"held_out": {"source": "owner/rows", "split": "train"}, "format": "text"}, {},
         "held_out.source is the training source",
     ),
+    "held out of a slice of training": (
+        {"split": "train[:90%]", "held_out": {"source": "owner/rows", "split": "train"}, "format": "text"}, {},
+        "held_out.source is the training source",
+    ),
+    "held-out slice of training": (
+        {"held_out": {"source": "owner/rows", "split": "train[90%:]"}, "format": "text"}, {},
+        "held_out.source is the training source",
+    ),
+    "rows of a slice": (
+        {"split": "train[:90%]", "max_rows": 9, "format": "text"}, {}, "data: max_rows beside split train[:90%]"
+    ),
+    "rows of a held-out slice": (
+        {"held_out": {"source": "a/b", "split": "test[:9]", "max_rows": 9}, "format": "text"}, {},
+        "max_rows beside split test[:9]",
+    ),
     "held-out mix of training": (
         {"held_out": {"mix": [{"source": "a/b"}, {"source": "owner/rows", "split": "train"}]}, "format": "text"}, {},
         "held_out.mix: owner/rows is the training source",
@@ -133,6 +148,8 @@ def test_what_does_not_go_together(name: str) -> None:
         {"source": "/saved", "split": "dev", "held_out": {"source": "/saved", "split": "test"}, "format": "text"},
         {"config": "main", "split": "dev", "max_rows": 3, "stream_buffer": 2, "format": "prompt"},
         {"source": None, "mix": [{"source": "a/b"}, {"source": "a/b", "split": "dev"}], "format": "prompt"},
+        {"split": "train[:90%]", "held_out": {"source": "owner/rows", "split": "train[90%:]"}, "format": "text"},
+        {"source": "/e[1]/saved", "split": "dev", "held_out": {"source": "/e[1]/saved"}, "format": "text"},
         {
             "source": None,
             "mix": [{"source": "/a.csv", "weight": 2.0}, {"source": "/b", "weight": 0.5}],

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.errors import SpecError
+from orchestrator.data.files import data_files
+from orchestrator.errors import DataError, SpecError
 from orchestrator.spec import load_spec, parse_spec
 
 EXPERIMENT = """\
@@ -99,12 +100,27 @@ def test_globs_mixes_and_template_files_count_from_the_files_folder(
             f"{here}/a.csv", f"{here}/b/**/part-*", f"{here}/saved", "owner/rows", f"{tmp_path}/held.json",
             "owner/held",
         ]  # fmt: skip
-        assert [source.split for source in data.sources] == [None, None, "dev", "train"]
-        assert [source.split for source in data.held_out.sources] == [None, "test"]
+        assert [source.used_split for source in data.sources] == [None, None, "dev", "train"]
+        assert [source.used_split for source in data.held_out.sources] == [None, "test"]
         assert data.chat_template == template, "the text, which goes wherever the trial goes"
     spec = load_spec(file)
     (file.parent / "deep" / "chat.jinja").unlink()
     assert parse_spec(spec.model_dump(mode="json")) == spec
+
+
+def test_brackets_in_the_files_folder_are_no_pattern(tmp_path: Path) -> None:
+    here, other = tmp_path / "e[1]", tmp_path / "e1"
+    for folder in (here, other):
+        _write(folder / "a.jsonl", "")
+        (folder / "saved").mkdir()
+    _write(other / "gone.jsonl", "")
+    mix = "[{source: ./*.jsonl}, {source: a.jsonl}, {source: ./saved, split: dev}, {source: ./gone.jsonl}]"
+    _write(here / "x.yaml", EXPERIMENT.replace("source: embedded", f"mix: {mix}"))
+    glob, literal, saved, gone = load_spec(here / "x.yaml").data.sources
+    assert data_files(Path(glob.source)) == [here / "a.jsonl"]
+    assert (literal.source, saved.source, saved.used_split) == (f"{here}/a.jsonl", f"{here}/saved", "dev")
+    with pytest.raises(DataError, match="no file matches"):
+        data_files(Path(gone.source))
 
 
 def test_home_is_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,15 @@ PAIRS: list[tuple[Document, str]] = [
     ({"training": {"schedule": "warmup_stable_decay"}}, "schedule warmup_stable_decay needs decay_steps"),
     (
         {"training": {"schedule": "warmup_stable_decay", "decay_steps": 9, "steps": 8}},
-        "decay_steps (9) are more than steps (8)",
+        "warmup (1 steps) and decay_steps (9) are more than the steps (8)",
+    ),
+    (
+        {"training": {"schedule": "warmup_stable_decay", "decay_steps": 60, "warmup": 50, "steps": 100}},
+        "warmup (50 steps) and decay_steps (60) are more than the steps (100)",
+    ),
+    (
+        {"training": {"schedule": "constant", "warmup": 100}},
+        "warmup is 100, but schedule constant has none; use constant_with_warmup",
     ),
     ({"training": {"schedule": "cosine_with_min_lr"}}, "needs a final_rate above 0"),
 ]
