@@ -40,7 +40,8 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Validate an experiment file and print it with every field resolved."""
     spec = load_spec(file, set_ or [])
     document = spec.model_dump(mode="json")
-    document["search"]["num_trials"] = spec.search.total_trials
+    if spec.search.algorithm != "grid":  # which has a number of its own, and refuses another
+        document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode
     if as_json:
         print_json(document)

@@ -89,6 +89,8 @@ class Axis(Section):
         low, high = self.values[:2]
         if low >= high:
             raise ValueError(f"must hold low < high, but got (low={low}, high={high})")
+        if self.is_whole and not self.is_stepped and high - low == 1:
+            raise ValueError(f"{self.kind} leaves high out: {self.values} holds {low} alone; use choice")
         if "log" in self.kind and low <= 0:
             raise ValueError(f"{self.kind} must hold low > 0, but got low={low}")
         if self.is_stepped and not 0 < self.values[2] <= high - low:

@@ -1,5 +1,6 @@
-"""HyperBand, and HyperBand for BOHB, as they are in Ray Tune but for three faults of theirs (ray 2.60)."""
+"""HyperBand, and HyperBand for BOHB, as they are in Ray Tune but for faults of theirs (ray 2.60)."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.schedulers import HyperBandForBOHB, HyperBandScheduler, TrialScheduler
@@ -9,16 +10,15 @@ UNIT = "units"
 
 
 class HyperBand(HyperBandScheduler):  # type: ignore[misc]  # ray is untyped
-    """A bracket is told of the end of its trials more than once.
+    """See `_process` and `_rungs`."""
 
-    Tune marks a bracket as one that is being processed, and never takes the mark away: after its first rung a trial
-    that fails, or ends early, leaves those that wait for it waiting for ever.
-    """
+    def __init__(self, **settings: Any) -> None:
+        """`settings` are those of Tune's."""
+        super().__init__(**settings)
+        self._get_r0 = _rungs(self._max_t_attr, self._eta)
 
     def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
-        action = super()._process_bracket(tune_controller, bracket)
-        bracket.is_being_processed = False
-        return str(action)
+        return _process(bracket, lambda: super(HyperBand, self)._process_bracket(tune_controller, bracket))
 
 
 class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
@@ -26,13 +26,16 @@ class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
 
     Tune puts a new trial into a bracket whose trials have ended, where it would meet no rung any more; and the searcher
     never hears of a trial that is stopped as it reports, nor of one that runs to its end: the last rung was missing.
+    See `_process` and `_rungs` too.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        """`settings` are those of Tune's."""
+        super().__init__(**settings)
+        self._get_r0 = _rungs(self._max_t_attr, self._eta)
+
     def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
-        """As in `HyperBand`."""
-        action = super()._process_bracket(tune_controller, bracket)
-        bracket.is_being_processed = False
-        return str(action)
+        return _process(bracket, lambda: super(Bohb, self)._process_bracket(tune_controller, bracket))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """See Tune."""
@@ -46,6 +49,12 @@ class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
         bracket, _ = self._trial_info[trial]
         rung = bracket._cumul_r
         action = str(super().on_trial_result(tune_controller, trial, result))
+        if action == TrialScheduler.PAUSE and len(bracket._all_trials) == bracket._n0 and _is_due(bracket):
+            # To Tune one whose checkpoint is being made does not wait yet: trials that report together would each
+            # wait for the others, until nothing trains at all.
+            action = self._process_bracket(tune_controller, bracket)
+            if action != TrialScheduler.PAUSE:
+                tune_controller.search_alg.searcher.on_unpause(trial.trial_id)
         if action == TrialScheduler.STOP:
             self._tell(tune_controller, trial, result, rung)
         return action
@@ -59,3 +68,31 @@ class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
     def _tell(self, tune_controller: Any, trial: Any, result: dict[str, Any], budget: float) -> None:
         told = {**result, "hyperband_info": {"budget": budget}}
         tune_controller.search_alg.searcher.on_trial_result(trial.trial_id, told)
+
+
+def _process(bracket: Any, once: Callable[[], Any]) -> str:
+    """Halve a bracket as often as its trials allow.
+
+    Tune does it once: trials that are past the next rung already, where time is tokens, would wait for ever. And it
+    marks a bracket as one that is being processed, and never takes the mark away: after its first rung a trial that
+    fails, or ends early, would leave those that wait for it waiting for ever.
+
+    Returns:
+        What becomes of the trial that reports: once it is stopped, it stays so.
+    """
+    action = str(once())
+    while bracket._live_trials and _is_due(bracket):
+        again = str(once())
+        action = action if action == TrialScheduler.STOP else again
+    bracket.is_being_processed = False
+    return action
+
+
+def _is_due(bracket: Any) -> bool:
+    """Whether a bracket has a rung before it that all its trials have come to."""
+    return bool(bracket._halves and bracket.cur_iter_done())
+
+
+def _rungs(longest: int, factor: int) -> Callable[[int], int]:
+    """The first rung of a bracket by its number of halvings. Tune rounds reals down: 49 * 7**-2 would be 0."""
+    return lambda halvings: longest // factor**halvings

@@ -8,7 +8,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_trial, write_record
+from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, Population
 from orchestrator.sweep.brackets import UNIT
@@ -81,8 +81,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return bool(self._inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """See Tune, which adds a trial again when it starts it anew after a fault."""
-        is_new = trial.trial_id not in self._trials
+        """See Tune, which adds a trial again when it starts it anew after a fault: it keeps its place."""
+        if trial.trial_id in self._trials:
+            if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
+                controller._set_trial_status(trial, Trial.PAUSED)
+            return
         self._trials[trial.trial_id] = trial
         self._spending.start()
         if trial.trial_id in self._to_come:
@@ -91,7 +94,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 self._remember()
         else:
             self._inner.on_trial_add(controller, trial)
-        if is_new and not trial.is_finished():
+        if not trial.is_finished():
             self._put_in_its_place(trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -123,27 +126,30 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._count(trial)
         if not result.get(COMPLETE):
             self._note_stop(trial)
-        self._inner.on_trial_complete(controller, trial, self._timed(result))
+        self._ends(trial)
+        if self._over is None:
+            self._inner.on_trial_complete(controller, trial, self._timed(result))
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
         """See Tune: the trial was stopped as it waited."""
         self._note_stop(trial)
-        self._held.discard(trial.trial_id)
-        self._waiting.discard(trial.trial_id)
-        paths_of(trial).paused.unlink(missing_ok=True)
-        self._inner.on_trial_remove(controller, trial)
+        self._ends(trial)
+        if self._over is None:
+            self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune."""
-        self._inner.on_trial_error(controller, trial)
+        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
+        if trial.status == Trial.ERROR:
+            return
+        self._ends(trial)
+        if self._over is None:
+            self._inner.on_trial_error(controller, trial)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """See Tune."""
-        if over := self._is_over(controller):
+        if self._is_over(controller):
             for trial in [*controller.get_trials()]:
                 if trial.status in (Trial.PENDING, Trial.PAUSED):
-                    if trial.trial_id in self._steps:
-                        self._write(trial, "stopped", str(over))
                     controller.stop_trial(trial)
             return None
         if not self._takes_turns:
@@ -215,9 +221,26 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             )
 
     def _note_stop(self, trial: Any) -> None:
-        """A trial ends without a decision on its own report: Tune's scheduler stops it as another reports."""
-        if trial.trial_id not in self._why and trial.trial_id in self._steps:
-            self._write(trial, "stopped", why_stopped(self._spec, trial.last_result))
+        """A trial ends without a decision on its own report.
+
+        The budget is spent, Tune's scheduler stops it as another reports, or the driver that stopped it was lost
+        before it could keep that: then its result is there already.
+        """
+        trial_id, paths = trial.trial_id, paths_of(trial)
+        if trial_id in self._why:
+            return
+        ended = read_result(paths) if paths.result.is_file() else None
+        if ended is not None and ended.stopped is not None:
+            self._steps[trial_id] = ended.step
+            self._write(trial, "stopped", ended.stopped)
+        elif trial_id in self._steps:
+            self._write(trial, "stopped", str(self._over or why_stopped(self._spec, trial.last_result)))
+
+    def _ends(self, trial: Any) -> None:
+        """A trial waits for nothing any more."""
+        self._held.discard(trial.trial_id)
+        self._waiting.discard(trial.trial_id)
+        paths_of(trial).paused.unlink(missing_ok=True)
 
     def _timed(self, result: dict[str, Any]) -> dict[str, Any]:
         """The report itself, for Tune's schedulers leave word in it for the searcher, with its time in units."""

@@ -57,6 +57,11 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
                 f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
                 "Say resources.gpus_per_trial=1 (GPU workers will be started and waited for) or =0 (train on CPUs).",
             )
+    if whole == 0 and spec.search.budget.gpu_hours is not None:
+        raise RequestError(
+            "search.budget.gpu_hours would never be spent: this machine has no GPU",
+            "Give search.budget.wall_clock_hours or tokens.",
+        )
     if address is None and (whole > num_gpus or resources.cpus_per_trial > num_cpus):
         raise RequestError(
             f"a worker takes {whole} GPUs, {resources.cpus_per_trial} cores; this machine has {num_gpus:g} and "

@@ -187,7 +187,8 @@ def _report(point: MetricPoint) -> dict[str, Any]:
 
 
 def _report_result(result: TrialResult) -> dict[str, Any]:
-    """The last report of a trial: its best evaluation, by which it is chosen."""
+    """The last report of a trial: its best evaluation, by which it is chosen. One that was stopped is not complete."""
     if result.state == TrialState.FAILED or result.best is None:
         raise TrialError(result.error or "failed in an earlier attempt")
-    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True, COMPLETE: True}
+    is_complete = result.state == TrialState.COMPLETE
+    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True, COMPLETE: is_complete}

@@ -165,7 +165,9 @@ def _conclude(record: SweepRecord) -> None:
             f"Go on with: orchestrator resume {record.paths.root}",
         )
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
-        first = next(trial for trial in trials if trial.error)
+        first = next((trial for trial in trials if trial.error), None)
+        if first is None:
+            raise SweepError("the budget was spent before a trial began", "Give search.budget more, in a new sweep.")
         log = record.paths.trial(first.trial_id).log
         raise SweepError(
             f"all {len(trials)} trials failed; the first one: {first.error}",

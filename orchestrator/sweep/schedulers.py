@@ -34,6 +34,7 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
                 grace_period=_grace(spec, scheduler),
                 reduction_factor=scheduler.reduction_factor,
                 max_t=_NO_LAST_STEP if scheduler.counts == "step" else 2**60,
+                stop_last_trials=False,  # else a later report is written into a rung that was jumped over
             )
         case MedianScheduler():
             return MedianStoppingRule(

@@ -26,7 +26,7 @@ def _spec(document: Document, **search: Any) -> SweepSpec:
         ({"uniform": [-1.0, 1.0]}, [-1.0, 1.0]),
         ({"loguniform": [1e-5, 1e-3]}, [1e-5, 1e-3]),
         ({"randint": [4, 9]}, [4, 8]),
-        ({"randint": [4, 5]}, [4, 4]),
+        ({"randint": [4, 6]}, [4, 5]),
     ],
 )
 def test_an_axis_is_one_kind_with_its_values(written: dict[str, list[Any]], probes: list[Any]) -> None:
@@ -59,6 +59,8 @@ def test_an_axis_is_one_kind_with_its_values(written: dict[str, list[Any]], prob
         ({"loguniform": [-1e-3, 1e-3]}, "loguniform must hold low > 0"),
         ({"randint": [1.0, 3.0]}, "randint takes two whole numbers"),
         ({"randint": [3, 3]}, "must hold low < high, but got (low=3, high=3)"),
+        ({"randint": [8, 9]}, "randint leaves high out: [8, 9] holds 8 alone; use choice"),
+        ({"lograndint": [8, 9]}, "lograndint leaves high out: [8, 9] holds 8 alone; use choice"),
     ],
 )
 def test_a_wrong_axis_is_told_what_is_right(document: Document, written: Any, message: str) -> None:

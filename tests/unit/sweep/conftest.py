@@ -38,7 +38,9 @@ class Stage:
         self.paths = paths
         self.at_once = at_once
         self.trials: list[Any] = []
-        self._going_on: list[str] = []
+        self.in_lockstep = False
+        """All that run report in the same turn, as trials of a pack do; a pause is saved once all have reported."""
+        self._going_on: set[str] = set()
         self._forgotten: set[str] = set()
         """Trials that were stopped as they waited: in the state that Tune restores they wait still."""
         self.losses: dict[str, Sequence[float]] = {}
@@ -48,7 +50,7 @@ class Stage:
         self.to_come: dict[str, Sequence[float]] = {}
         """Trials that are added as others end or wait."""
         searcher = SimpleNamespace(
-            on_pause=lambda _: None, on_unpause=self._going_on.append, on_trial_result=self._tell
+            on_pause=self._going_on.discard, on_unpause=self._going_on.add, on_trial_result=self._tell
         )
         self.search_alg = SimpleNamespace(set_finished=self._end_search, searcher=searcher)
         self.conductor = self.resume(None)
@@ -92,12 +94,17 @@ class Stage:
             for trial in self.trials:
                 if trial is chosen or trial.status == Trial.PENDING:
                     trial.set_status(Trial.RUNNING)
-                    self._going_on = [name for name in self._going_on if name != trial.trial_id]
+                    self._going_on.discard(trial.trial_id)
             running = [trial for trial in self.trials if trial.status == Trial.RUNNING]
             if not running:
                 continue
             if chosen is None or len(running) >= self.at_once:
-                self.report(min(running, key=lambda trial: trial.last_result.get("step", 0)))
+                running.sort(key=lambda trial: trial.last_result.get("step", 0))
+                for trial in running if self.in_lockstep else running[:1]:
+                    if not trial.is_finished():  # by the report of one before it
+                        self.report(trial)
+                for trial in running:
+                    self.end_save(trial)
         if turns == 1000:
             raise AssertionError("it does not end")
 
@@ -127,7 +134,28 @@ class Stage:
         if action == TrialScheduler.STOP:
             self.stop_trial(trial)
         elif action == TrialScheduler.PAUSE:
+            trial.temporary_state.saving_to = "checkpoint"
+            if not self.in_lockstep:
+                self.end_save(trial)
+
+    def end_save(self, trial: Any) -> None:
+        """The checkpoint of a trial that is being paused is there; until then it is RUNNING."""
+        if trial.is_saving:
+            trial.temporary_state.saving_to = None
             trial.set_status(Trial.PAUSED)
+
+    def lose(self, trial: Any) -> None:
+        """Its relay or worker is gone, and it is started anew, as Tune's `_try_recover` does it."""
+        trial.temporary_state.saving_to = None
+        trial.set_status(Trial.ERROR)
+        self.conductor.on_trial_error(self, trial)
+        trial.set_status(Trial.PENDING)
+        self.trials.remove(trial)
+        self.trials.append(trial)
+        self.conductor.on_trial_add(self, trial)
+
+    def _set_trial_status(self, trial: Any, status: str) -> None:
+        trial.set_status(status)
 
     def _record(self, trial: Any, step: int, state: str) -> None:
         paths = self.paths.trial(trial.trial_id)
@@ -154,6 +182,7 @@ class Stage:
         else:
             self.conductor.on_trial_remove(self, trial)
             self._forgotten.add(trial.trial_id)
+        trial.temporary_state.saving_to = None
         trial.set_status(Trial.TERMINATED)
         paths = self.paths.trial(trial.trial_id)
         if paths.progress.is_file():

@@ -56,6 +56,15 @@ def test_tokens_are_no_steps(make_stage: MakeStage) -> None:
     assert stage.decisions("stopped") == [("b", 30)], "the first evaluation past 200 tokens is that of 30 steps"
 
 
+def test_a_rung_that_was_jumped_over_stays_empty(make_stage: MakeStage) -> None:
+    stage = make_stage({"kind": "asha", "grace_tokens": 10, "reduction_factor": 3})
+    stage.add(a=falling(0))
+    stage.run()
+    (bracket,) = stage.conductor._inner._brackets
+    filled = {rung: -score["a"] for rung, score in bracket._rungs if score}
+    assert filled == pytest.approx({30: 0.4, 90: 0.3, 270: 0.1}), "evaluations at 70, 140, 210 and 280 tokens"
+
+
 def test_a_long_trial_is_never_cut_by_the_scheduler_alone(make_stage: MakeStage) -> None:
     stage = make_stage(ASHA)
     stage.add(long=[1.0] * 40)
@@ -327,6 +336,21 @@ def test_a_budget_ends_what_waits_too(make_stage: MakeStage) -> None:
     assert spent, "some had begun"
     assert all(trial.status == Trial.TERMINATED for trial in stage.trials)
     assert not list(stage.paths.root.glob("trials/*/.paused"))
+
+
+@pytest.mark.parametrize("tokens", [280, 560, 840, 1120])
+@pytest.mark.parametrize("kind", ["hyperband", "bohb"])
+def test_once_the_budget_is_spent_the_scheduler_decides_nothing(kind: str, tokens: int, make_stage: MakeStage) -> None:
+    stage = make_stage(
+        BAND | {"kind": kind}, at_once=10, num_trials=10, budget={"tokens": tokens},
+        algorithm="bohb" if kind == "bohb" else "random",
+    )  # fmt: skip
+    levels = [0.5, 0.2, 9, 8, 3, 1, 2, 5, 6, 7]
+    stage.add(**(band() if kind == "hyperband" else {f"t{i}": falling(level) for i, level in enumerate(levels)}))
+    stage.run()
+    said = [each.why for each in stage.all_decisions() if each.action == "stopped"]
+    first = next(place for place, why in enumerate(said) if why.startswith("the budget is spent"))
+    assert all(why.startswith("the budget is spent") for why in said[first:])
 
 
 def test_a_budget_counts_on_after_a_resume(make_stage: MakeStage) -> None:

@@ -69,6 +69,14 @@ def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
     assert shape(lay_out(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
 
 
+def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
+    cluster({"CPU": 2})
+    with pytest.raises(RequestError, match=r"search.budget.gpu_hours would never be spent: this machine has no GPU"):
+        lay_out(spec(8, "search.budget.gpu_hours=1"), None)
+    cluster({"CPU": 2, "GPU": 1})
+    assert lay_out(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
+
+
 def test_a_worker_lies_on_one_node(cluster: Any) -> None:
     cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
     assert lay_out(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
