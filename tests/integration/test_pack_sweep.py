@@ -199,7 +199,8 @@ def test_a_release_that_takes_three_seconds_leaks_nothing(
     witness: Witness, tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet, "Worker", SlowWorker)
-    spec = tiny(*GRID, "scheduler.kind=asha", "training.steps=40", "resources.max_concurrent=2")
+    asha = ["scheduler.kind=asha", "scheduler.reduction_factor=2"]
+    spec = tiny(*GRID, *asha, "training.steps=40", "resources.max_concurrent=2")
     record = witness.run(spec, folder)
     trials = record.trials()
     stopped = [trial for trial in trials if trial.state == TrialState.STOPPED]
