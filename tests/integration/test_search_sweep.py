@@ -34,7 +34,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 # One worker, whose trials train together on a few rows.
 PACKED = [
     *TINY, "data.max_rows=100", "data.held_out={count: 20}", "training.schedule=constant", "training.eval_steps=2",
-    "training.save_steps=null", "training.steps=8", "search.tied={}", "resources.cpus_per_trial=2", "resources.trials_per_gpu=3",
+    "training.save_steps=null", "training.steps=8", "search.tied={}", "resources.cpus_per_trial=2",
+    "resources.trials_per_gpu=3",
 ]  # fmt: skip
 RATE = "search.space={training.learning_rate: {loguniform: [1e-5, 1e-2]}}"
 BAND = [
