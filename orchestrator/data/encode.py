@@ -24,6 +24,11 @@ class Tokens:
     begins: bool
     """Whether the first is the tokenizer's beginning of a text."""
 
+    @property
+    def trained(self) -> list[bool]:
+        """Of each token, whether it is in the loss: not a row's first, before which nothing stands."""
+        return [False, *(label != IGNORED for label in self.labels[1:])]
+
     def cut(self, max_length: int, side: str = "right") -> "Tokens | None":
         """At most so many, cut on a side; None where no token of them has a part in the loss.
 
@@ -33,10 +38,9 @@ class Tokens:
         first = int(self.begins)
         left, right = (slice(first), slice(first + excess, None)) if side == "left" else (slice(max_length), slice(0))
         ids, labels = self.ids[left] + self.ids[right], self.labels[left] + self.labels[right]
-        if all(label == IGNORED for label in labels[1:]):
-            return None
         num_prompt = max(first, self.num_prompt - excess) if side == "left" else self.num_prompt
-        return Tokens(ids, labels, min(num_prompt, len(ids)), self.begins)
+        short = Tokens(ids, labels, min(num_prompt, len(ids)), self.begins)
+        return short if any(short.trained) else None
 
 
 def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:

@@ -6,7 +6,6 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.encode import IGNORED, Tokens
 from orchestrator.data.prepare import TokenRow, TokenRows, fingerprint, tokenise
 from orchestrator.record import SourceRows
 from orchestrator.record.models import Record
@@ -123,7 +122,7 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
         num_held_out=len(rows.kept_held_out),
         num_shared=rows.num_shared,
         num_tokens=sum(len(row.ids) for row in kept),
-        num_trained=sum(num_trained(row) for row in kept),
+        num_trained=sum(sum(row.trained) for row in kept),
         lengths=_bins(lengths),
         median=lengths[len(lengths) // 2],
         longest=lengths[-1],
@@ -133,11 +132,6 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
         fingerprint=fingerprint(rows, data),
         rows=[_shown(row, sequence, tokenizer) for row, sequence in _first(rows, num_rows)],
     )
-
-
-def num_trained(tokens: Tokens) -> int:
-    """Tokens that the model learns to say: nothing stands before a row's first."""
-    return sum(label != IGNORED for label in tokens.labels[1:])
 
 
 def pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[Piece]:
@@ -170,8 +164,7 @@ def _first(rows: TokenRows, num_rows: int) -> list[tuple[TokenRow, int | None]]:
 
 def _shown(row: TokenRow, sequence: int | None, tokenizer: Any) -> ShownRow:
     assert row.kept is not None
-    ids = row.kept.ids
-    trained = [False, *(label != IGNORED for label in row.kept.labels[1:])]
+    ids, trained = row.kept.ids, row.kept.trained
     return ShownRow(
         where=row.where,
         sequence=sequence,

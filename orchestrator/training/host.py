@@ -8,7 +8,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from orchestrator.training.fast import build
 from orchestrator.training.fast.build import Kind, engine_for
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
-from orchestrator.training.hosted import Lease, Writer
+from orchestrator.training.hosted import Lease, Writers
 from orchestrator.training.loop import Ground, Seat
 from orchestrator.training.memory import Choice
-from orchestrator.training.sharing import Shared, holdable
+from orchestrator.training.sharing import Shared, holdable, why_apart
 from orchestrator.training.trl import import_trainer
 
 PATIENCE_S = 120.0
@@ -71,8 +70,7 @@ class Host:
         self._arrivals: queue.SimpleQueue[Lease | tuple[Lease | None, Member | BaseException]] = queue.SimpleQueue()
         self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared] | None] = queue.SimpleQueue()
         """Trials; None where the base has been loaded."""
-        self._writing: dict[Path, threading.Thread] = {}
-        """The last writer of each trial."""
+        self._writers = Writers()
         # Of the thread alone:
         self._rows: tuple[Rows, Rows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
@@ -319,18 +317,15 @@ class Host:
         """Why a trial cannot train beside others, or None."""
         if self._slots == 1:
             return "there is one slot"
-        if config.training.engine == "trl":
-            return "training.engine is trl"
-        if config.base != self._spec.base:
-            return "its base is another than that of the trials beside it"
+        if reason := why_apart(config, self._spec):
+            return reason
         shared = self._share()
         return shared if isinstance(shared, str) else shared.refuses(config)
 
     def _fits(self, config: TrialConfig, shared: Shared) -> bool:
         """The same, where the engine stands."""
         with suppress(OrchestratorError):  # it is told when the trial's turn comes
-            is_like_it = config.base == self._spec.base and config.training.engine != "trl"
-            return is_like_it and shared.refuses(config) is None
+            return why_apart(config, self._spec) is None and shared.refuses(config) is None
         return False
 
     def _turn(self) -> None:
@@ -367,7 +362,7 @@ class Host:
 
     def _shared_work(self, lease: Lease, shared: Shared) -> Work:
         """A trial beside others, until its slot is free again."""
-        aside = self._writer(lease)
+        aside = self._writers.open(lease)
         attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
         seat = Seat(lease.slot, shared.engine, shared.plan)
         try:
@@ -381,7 +376,7 @@ class Host:
     def _run_alone(self, lease: Lease, reason: str | None) -> None:
         if isinstance(self._shared, Shared):
             self._unshare()
-        began, config, aside = time.monotonic(), lease.start.config, self._writer(lease)
+        began, config, aside = time.monotonic(), lease.start.config, self._writers.open(lease)
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"alone": reason}))
@@ -403,13 +398,6 @@ class Host:
         finally:
             aside.close()
         self._require_device()
-
-    def _writer(self, lease: Lease) -> Writer:
-        """For a trial's files, after those of an earlier attempt at it."""
-        with self._lock:
-            writer = Writer(lease, self._writing.get(lease.paths.root))
-            self._writing[lease.paths.root] = writer.thread
-        return writer
 
     def _fail(self, lease: Lease, error: OrchestratorError) -> None:
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))

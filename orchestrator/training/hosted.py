@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.training.events import END, Event, Left
@@ -115,3 +116,18 @@ class Writer:
             finally:
                 self._jobs.task_done()
                 del job  # while it waits, nothing of it must live on
+
+
+class Writers:
+    """Those of a process: where two attempts at a trial meet, the earlier one's files come first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[Path, threading.Thread] = {}
+
+    def open(self, lease: Lease) -> Writer:
+        """For one attempt."""
+        with self._lock:
+            writer = Writer(lease, self._last.get(lease.paths.root))
+            self._last[lease.paths.root] = writer.thread
+        return writer

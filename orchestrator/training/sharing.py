@@ -33,6 +33,15 @@ def holdable(spec: SweepSpec, ground: Ground) -> list[TrialConfig]:
     return found
 
 
+def why_apart(config: TrialConfig, spec: SweepSpec) -> str | None:
+    """Why no engine that a sweep's trials share can be this trial's, or None."""
+    if config.training.engine == "trl":
+        return "training.engine is trl"
+    if config.base != spec.base:
+        return "its base is another than that of the trials beside it"
+    return None
+
+
 @dataclass(frozen=True)
 class Shared:
     """What the trials that train together share."""

@@ -232,7 +232,7 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             super().__init__(lease, earlier)
             self.do(lambda: (gate.wait(300), None)[1])
 
-    monkeypatch.setattr(host_room, "Writer", Held)
+    monkeypatch.setattr(hosted_room, "Writer", Held)
     return gate
 
 

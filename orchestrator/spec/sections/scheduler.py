@@ -14,6 +14,11 @@ class NoScheduler(Section):
     """Which scheduler."""
 
 
+def _require_one_unit(name: str, steps: int | None, tokens: int | None) -> None:
+    if steps is not None and tokens is not None:
+        raise ValueError(f"time is steps or tokens: give {name}_steps ({steps}) or {name}_tokens ({tokens}), not both")
+
+
 class _Rungs(Section):
     """Time is optimizer steps, or tokens where these are given."""
 
@@ -25,11 +30,7 @@ class _Rungs(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
-        if self.grace_steps is not None and self.grace_tokens is not None:
-            raise ValueError(
-                f"time is steps or tokens: give grace_steps ({self.grace_steps}) or grace_tokens "
-                f"({self.grace_tokens}), not both"
-            )
+        _require_one_unit("grace", self.grace_steps, self.grace_tokens)
         return self
 
     @property
@@ -102,11 +103,7 @@ class _Population(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
-        if self.interval_steps is not None and self.interval_tokens is not None:
-            raise ValueError(
-                f"time is steps or tokens: give interval_steps ({self.interval_steps}) or interval_tokens "
-                f"({self.interval_tokens}), not both"
-            )
+        _require_one_unit("interval", self.interval_steps, self.interval_tokens)
         return self
 
     @property
