@@ -93,7 +93,7 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
 class Fleet:
     """Workers that have been started, for a driver."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, spec: SweepSpec) -> None:
         """Start them; they import what is heavy by themselves."""
         actor = ray.remote(
             num_gpus=layout.gpus,
@@ -103,7 +103,7 @@ class Fleet:
             scheduling_strategy="SPREAD",
         )(Worker)
         self._layout = layout
-        self._handles = [actor.remote() for _ in range(layout.num_workers)]
+        self._handles = [actor.remote(spec, layout.slots) for _ in range(layout.num_workers)]
 
     def open(self, spec: SweepSpec, data: PreparedData, paths: SweepPaths) -> tuple[Workers, int, str]:
         """Have them load the base.
@@ -151,7 +151,7 @@ def start_fleet(spec: SweepSpec, address: str | None) -> Iterator[Fleet]:
     Raises:
         RequestError: see `lay_out`.
     """
-    fleet = Fleet(lay_out(spec, address))
+    fleet = Fleet(lay_out(spec, address), spec)
     try:
         yield fleet
     finally:

@@ -14,6 +14,7 @@ from orchestrator.data import PreparedData
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.training.events import Event, LeaseLost
+from orchestrator.training.fast import ahead
 from orchestrator.training.log_file import output_to
 
 if TYPE_CHECKING:
@@ -29,9 +30,16 @@ class Worker:
     Ray starts it anew when it dies; it must then be opened again.
     """
 
-    def __init__(self) -> None:
-        """Begin to import what is heavy, while the driver makes tokens."""
-        if not ray.get_gpu_ids():  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
+    def __init__(self, spec: SweepSpec, slots: int) -> None:
+        """Begin to import what is heavy and to compile, while the driver makes tokens.
+
+        Args:
+            spec: the experiment.
+            slots: trials at a time, if memory allows.
+        """
+        if ray.get_gpu_ids():
+            ahead.start(spec.corners(), slots)
+        else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._lock = threading.Lock()
         self._host: Host | None = None

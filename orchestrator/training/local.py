@@ -9,6 +9,7 @@ from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.sections import ResourcesSection
+from orchestrator.training.fast import ahead
 from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
 
@@ -20,7 +21,8 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
         RequestError: base, data or GPUs are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
     """
-    take_gpus(spec.resources)
+    if take_gpus(spec.resources):
+        ahead.start([spec.trial_config({})], num_slots=1)
     info = start_sweep(spec, paths, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
@@ -28,7 +30,8 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is."""
     require_extras(record.info.spec)
-    take_gpus(record.info.spec.resources)
+    if take_gpus(record.info.spec.resources):
+        ahead.start([record.info.spec.trial_config({})], num_slots=1)
     known = record.paths.trial_ids()
     return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
 
@@ -41,8 +44,11 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
         return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
 
 
-def take_gpus(resources: ResourcesSection) -> None:
+def take_gpus(resources: ResourcesSection) -> bool:
     """Show this process only the GPUs that its trial takes (the Trainer would otherwise spread over all of them).
+
+    Returns:
+        Whether there are any.
 
     Raises:
         RequestError: there are fewer.
@@ -58,3 +64,4 @@ def take_gpus(resources: ResourcesSection) -> None:
             f"resources.gpus_per_trial={wanted}, but this machine has {torch.cuda.device_count()} GPUs to take",
             "Set it to what there is; auto takes one, or none where there is none.",
         )
+    return bool(torch.cuda.is_available())

@@ -12,6 +12,7 @@ import torch
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.expected import expected_modules
+from orchestrator.training.fast import ahead
 from orchestrator.training.fast.decoder import GROUPS, Decoder, adapted_layers, unknown_shape
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.fast.lora import Adapters, padded_rank
@@ -224,6 +225,16 @@ def engine_for(
     )
 
 
+def compile_kernels(base: Any, configs: Sequence[TrialConfig], num_slots: int) -> None:
+    """Have the kernels compiled that such trials need on a GPU; the base may have shapes alone, on the meta device.
+
+    Those of a base that is kept dequantised: one that is not kept has the same.
+    """
+    kind, compute = Kind.of(base, configs, num_slots), getattr(torch, configs[0].base.compute_dtype)
+    engine = _engine(base, kind, compute, LONGEST_STEP, Choice(True, "nothing", MOST_TOKENS))
+    engine.compile(LONGEST_STEP, LONGEST_STEP)  # what they are depends on no number of tokens
+
+
 def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, wanted: int) -> tuple[int, str]:
     """How many trials should train at a time, and why. The arguments are those of `engine_for`.
 
@@ -285,6 +296,7 @@ def _probed(
     """An engine that has run its largest step, or None if there was not the memory for it."""
     try:
         engine = _engine(base, kind, compute, longest, choice)
+        ahead.join()
         engine.probe(tokens, evaluated)
     except torch.OutOfMemoryError:
         return None

@@ -129,15 +129,20 @@ class Linears:
 
     def _dequantised(self) -> torch.Tensor:
         """(sum of outs, in), the very numbers that QLoRA multiplies by."""
-        from bitsandbytes.functional import dequantize_4bit
-
         weights = [
-            layer.weight.detach()
-            if (state := getattr(layer.weight, "quant_state", None)) is None
-            else dequantize_4bit(layer.weight.detach(), state)
-            for layer in self._layers
+            _dequantised(layer.weight.detach(), getattr(layer.weight, "quant_state", None)) for layer in self._layers
         ]
         return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(self._dtype)
+
+
+def _dequantised(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """As floats what bitsandbytes holds in 4 bits; without a `state` it is floats already."""
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    dequantised: torch.Tensor = dequantize_4bit(weight, state)
+    return dequantised
 
 
 @dataclass

@@ -94,7 +94,7 @@ class Engine:
         self.adapters = adapters
         self._decoder = decoder
         self._recompute = recompute
-        self._on_gpu = adapters.weights.is_cuda
+        self._on_gpu = adapters.weights.device.type != "cpu"
         self._ops = _kernels() if self._on_gpu else plain
         self.max_tokens = CPU_TOKENS
         """Of one pass: a larger batch takes several."""
@@ -123,20 +123,28 @@ class Engine:
         if tokens <= self._probed[0] and evaluation_tokens <= self._probed[1]:
             return
         torch.cuda.reset_peak_memory_stats()
-        empty = [(self._empty(tokens), True), (self._empty(evaluation_tokens), False)]
-        with self._ops.compiled_together():  # one after another they would take four times as long
-            for bucket, trains in empty:
-                self._compute(bucket.row, trains)
-        for bucket, trains in empty:
+        self.compile(tokens, evaluation_tokens)
+        for layout, trains in self._empty(tokens, evaluation_tokens):
+            bucket = _Bucket(layout, self.adapters.weights.device)
+            bucket.bring([])
             bucket.send(self._compute(bucket.row, trains)).values()
         self._probed = max(tokens, self._probed[0]), max(evaluation_tokens, self._probed[1])
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # for the graphs' pool
 
-    def _empty(self, tokens: int) -> "_Bucket":
-        bucket = _Bucket(self._bucket(tokens, -(-tokens // self._decoder.longest)), self.adapters.weights.device)
-        bucket.bring([])
-        return bucket
+    def compile(self, tokens: int, evaluation_tokens: int) -> None:
+        """Have the kernels of such a step and evaluation compiled, all at once: in turn they take four times as long.
+
+        On the meta device too, where nothing else happens.
+        """
+        with self._ops.compiled_together():
+            for layout, trains in self._empty(tokens, evaluation_tokens):
+                self._compute(layout.row(layout.buffer(self.adapters.weights.device)), trains)
+
+    def _empty(self, tokens: int, evaluation_tokens: int) -> list[tuple[Layout, bool]]:
+        """Layouts of a step and an evaluation, and which of them trains."""
+        sizes = ((tokens, True), (evaluation_tokens, False))
+        return [(self._bucket(size, -(-size // self._decoder.longest)), trains) for size, trains in sizes]
 
     def evaluate(self, asked: Sequence[Held]) -> list[RowScores]:
         """Of each slot: losses and hits of each row, without dropout.

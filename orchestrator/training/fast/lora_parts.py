@@ -16,7 +16,8 @@ MAX_LAYERS = 3
 kernel: Any = triton.jit(
     do_not_specialize=[
         "keys", "thresholds", "keep_scales", "scales", "slot_ranks", "num_tiles", "number0", "number1", "number2"
-    ]
+    ],
+    do_not_specialize_on_alignment=["num_slots"],
 )  # fmt: skip
 # What differs between layers and buckets makes no kernels of its own, nor does a table's place in its buffer.
 

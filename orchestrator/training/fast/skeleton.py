@@ -1,0 +1,82 @@
+"""A base as its configuration tells it: shapes without weights, enough to compile the kernels of its trials.
+
+    python -m orchestrator.training.fast.skeleton SLOTS < JSON of a list of trials' configurations
+
+Neither transformers' models nor bitsandbytes are imported: they take longer than most kernels.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.base import base_location, hub_id
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.fast.build import compile_kernels
+from orchestrator.training.memory import BaseShape
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """A Llama-like base on the meta device, its layers by their names in transformers.
+
+    Args:
+        config: with the fields that `BaseShape.of` reads.
+        dtype: of the weights.
+    """
+    shape = BaseShape.of(config)
+    with torch.device("meta"):
+        embedding = nn.Embedding(shape.vocabulary, shape.hidden, dtype=dtype)
+        layers = nn.ModuleList(_layer(shape, dtype) for _ in range(shape.layers))
+        norm = nn.RMSNorm(shape.hidden, dtype=dtype)
+        head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=dtype)
+    inner = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
+    inner.rotary_emb = lambda states, positions: [states.new_empty(*positions.shape, shape.head_size)] * 2
+    base = nn.ModuleDict({"model": inner, "lm_head": head})
+    base.config = config
+    base.get_input_embeddings = lambda: embedding
+    base.get_output_embeddings = lambda: head
+    return base
+
+
+def _layer(shape: BaseShape, dtype: torch.dtype) -> nn.Module:
+    linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
+    attention = {name: linear for name, linear in linears.items() if name[0] in "qkvo"}
+    mlp = {name: linear for name, linear in linears.items() if name not in attention}
+    norms = {name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")}
+    return nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp), **norms})
+
+
+def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
+    """Fill Triton's cache for such trials, as far as the fast engine may hold them on the first one's base.
+
+    Args:
+        configs: the trials, or some that stand for them.
+        num_slots: trials at a time.
+    """
+    base = configs[0].base
+    held = [each for each in configs if each.base == base and each.training.engine != "trl" and not each.why_not_fast()]
+    file = _config_file(base)
+    if held and file is not None:
+        known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text())
+        known.setdefault("num_key_value_heads", known["num_attention_heads"])
+        compile_kernels(skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype)), held, num_slots)
+
+
+def _config_file(base: BaseSection) -> Path | None:
+    """The base's config.json; None where it is not on this machine yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if hub_id(base.model) is None:
+        return Path(base_location(base)) / "config.json"
+    found = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+if __name__ == "__main__":
+    compile_for([TrialConfig.model_validate(each) for each in json.load(sys.stdin)], int(sys.argv[1]))

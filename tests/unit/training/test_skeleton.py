@@ -1,0 +1,80 @@
+"""What is compiled ahead is what is needed: the kernels of a base's configuration are those of the base."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tiny import DEMO
+
+triton = pytest.importorskip("triton")
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from triton.backends.compiler import GPUTarget
+
+from orchestrator.embedded import BASE_DIR
+from orchestrator.spec import TrialConfig, load_spec
+from orchestrator.training.fast import build, kernels, skeleton
+
+SLOTS = 3
+
+
+class Hopper:
+    """A driver of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels that would be compiled, each by its name and key."""
+    asked: list[str] = []
+
+    def note(*, fn: Any, key: str, **_: Any) -> bool:
+        asked.append(f"{fn.name} {key}")
+        return True  # it is there already
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Hopper())
+    yield asked
+    triton.runtime.driver._active = before
+
+
+def configs(*settings: str) -> list[TrialConfig]:
+    set_for_gpus = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
+    return load_spec(DEMO, [*set_for_gpus, *settings]).corners()
+
+
+def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
+    """What the engine of the base itself would have compiled, at another size."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
+    choice = build.Choice(True, "nothing", tokens)
+    kind = build.Kind.of(base, held, SLOTS)
+    build._engine(base, kind, torch.bfloat16, longest, choice).compile(tokens, tokens // 2)
+
+
+@pytest.mark.parametrize("settings", [(), ("lora.target_modules=[q_proj, v_proj]",)])
+@pytest.mark.parametrize(("longest", "tokens"), [(64, 64), (448, 12800)])
+def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str], longest: int, tokens: int) -> None:
+    held = configs(*settings)
+    skeleton.compile_for(held, SLOTS)
+    ahead = set(compiled)
+    compiled.clear()
+    real(held, longest, tokens)
+    assert set(compiled) == ahead
+    assert len(ahead) > 10
+
+
+def test_trials_of_the_classic_engine_have_none(compiled: list[str]) -> None:
+    skeleton.compile_for(configs("training.engine=trl"), SLOTS)
+    assert not compiled
