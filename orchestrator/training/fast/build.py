@@ -208,7 +208,7 @@ def engine_for(
         most = predicted(too_large).total
         options = [choice for choice in options if predicted(choice).total < most]
     if not on_gpu and options:
-        return _engine(base, kind, compute, longest, options[0]), MemoryPlan(options[0])
+        return _engine(base, kind, compute, longest, options[0], on_gpu), MemoryPlan(options[0])
     budget = _budget() if on_gpu else 0
     for choice in options:
         if predicted(choice).total > budget:
@@ -226,13 +226,13 @@ def engine_for(
 
 
 def compile_kernels(base: Any, configs: Sequence[TrialConfig], num_slots: int) -> None:
-    """Have the kernels compiled that such trials need on a GPU; the base may have shapes alone, on the meta device.
+    """Have the kernels compiled that such trials need on a GPU; the base need not be there, and one layer is enough.
 
-    Those of a base that is kept dequantised: one that is not kept has the same.
+    They depend on no number of tokens, nor on whether the base is kept dequantised.
     """
     kind, compute = Kind.of(base, configs, num_slots), getattr(torch, configs[0].base.compute_dtype)
-    engine = _engine(base, kind, compute, LONGEST_STEP, Choice(True, "nothing", MOST_TOKENS))
-    engine.compile(LONGEST_STEP, LONGEST_STEP)  # what they are depends on no number of tokens
+    choice = Choice(True, "nothing", MOST_TOKENS)
+    _engine(base, kind, compute, LONGEST_STEP, choice, on_gpu=True).compile(LONGEST_STEP, LONGEST_STEP)
 
 
 def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, wanted: int) -> tuple[int, str]:
@@ -295,7 +295,7 @@ def _probed(
 ) -> Engine | None:
     """An engine that has run its largest step, or None if there was not the memory for it."""
     try:
-        engine = _engine(base, kind, compute, longest, choice)
+        engine = _engine(base, kind, compute, longest, choice, on_gpu=True)
         ahead.join()
         engine.probe(tokens, evaluated)
     except torch.OutOfMemoryError:
@@ -310,10 +310,9 @@ def release(base: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice) -> Engine:
+def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, on_gpu: bool) -> Engine:
     """An engine on this base, of this kind: what stands already is kept, graphs included."""
     device = base.get_input_embeddings().weight.device
-    on_gpu = device.type == "cuda"
     adapter_dtype = getattr(torch, kind.adapter_dtype)
     lora_dtype = torch.bfloat16 if kind.precision == "bf16" else adapter_dtype
     longest += -longest % LONGEST_STEP
@@ -321,13 +320,13 @@ def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: C
     standing = _engines.get(base)
     if standing is None or standing.about != about_base:  # one form of the base at a time
         release(base)
-        pool = torch.cuda.graph_pool_handle() if on_gpu and GRAPHS else None
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
         standing = _engines[base] = _Standing(about_base, Decoder(base, *about_base), pool, {})
     about = (kind.num_slots, kind.rank, adapter_dtype, lora_dtype, kind.modules, choice.recompute)
     if about not in standing.engines:
         adapted = adapted_layers(base, kind.modules)
         adapters = Adapters(adapted, kind.num_slots, kind.rank, adapter_dtype, lora_dtype, device)
-        standing.engines[about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool)
+        standing.engines[about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool, on_gpu)
     engine = standing.engines[about]
     engine.max_tokens = choice.max_tokens
     return engine

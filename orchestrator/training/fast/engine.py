@@ -83,18 +83,19 @@ class Pending:
 class Engine:
     """Steps and evaluations of all slots of one worker."""
 
-    def __init__(self, decoder: Decoder, adapters: Adapters, recompute: Recompute, pool: Any) -> None:
+    def __init__(self, decoder: Decoder, adapters: Adapters, recompute: Recompute, pool: Any, on_gpu: bool) -> None:
         """
         Args:
             decoder: the base.
             adapters: the slots.
             recompute: what the backward computes again.
             pool: memory of captured graphs, shared by engines that never step at once; None steps without graphs.
+            on_gpu: whether it is for a GPU. Kernels for one can be compiled where base and adapters are not on it.
         """
         self.adapters = adapters
         self._decoder = decoder
         self._recompute = recompute
-        self._on_gpu = adapters.weights.device.type != "cpu"
+        self._on_gpu = on_gpu
         self._ops = _kernels() if self._on_gpu else plain
         self.max_tokens = CPU_TOKENS
         """Of one pass: a larger batch takes several."""
@@ -133,10 +134,7 @@ class Engine:
         torch.cuda.empty_cache()  # for the graphs' pool
 
     def compile(self, tokens: int, evaluation_tokens: int) -> None:
-        """Have the kernels of such a step and evaluation compiled, all at once: in turn they take four times as long.
-
-        On the meta device too, where nothing else happens.
-        """
+        """Have the kernels of such a step and evaluation compiled, all at once: in turn they take four times as long."""
         with self._ops.compiled_together():
             for layout, trains in self._empty(tokens, evaluation_tokens):
                 self._compute(layout.row(layout.buffer(self.adapters.weights.device)), trains)

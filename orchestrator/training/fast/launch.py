@@ -19,30 +19,41 @@ _HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
 
 EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
 
-_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+_compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
+"""Kernels that are compiled instead of launched."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel that begins with `after_previous`; within `compiled_together`, have it compiled instead."""
     options["launch_pdl"] = bool(EARLY.value)
-    if _compiles_only.get():
-        kernel.warmup(*arguments, grid=grid, **options)
-    else:
+    compiled = _compiled.get()
+    if compiled is None:
         kernel[grid](*arguments, **options)
+    else:
+        compiled.append(kernel.warmup(*arguments, grid=grid, **options))
 
 
 @contextmanager
 def compiled_together() -> Iterator[None]:
     """Kernels launched within are not launched but compiled, all at once: their compiler leaves Python to others.
 
-    At the end all are there. What they would have written is left as it was.
+    At the end all are in Triton's cache, and so is what their launches take (up to Triton 3.6 a module of C for each:
+    `backends/nvidia/driver.py`, `CudaLauncher`). What kernels would have written is left as it was.
     """
-    token = _compiles_only.set(True)
+    compiled: list[Any] = []
+    token = _compiled.set(compiled)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
-            yield
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            with triton.AsyncCompileMode(threads):
+                yield
+            kernels = filter(None, compiled)  # none where a hook of Triton's has said that it is there
+            list(threads.map(_make_launcher, {kernel.hash: kernel for kernel in kernels}.values()))
     finally:
-        _compiles_only.reset(token)
+        _compiled.reset(token)
+
+
+def _make_launcher(kernel: Any) -> None:
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 @triton.jit

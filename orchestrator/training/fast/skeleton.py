@@ -1,4 +1,4 @@
-"""A base as its configuration tells it: shapes without weights, enough to compile the kernels of its trials.
+"""A base as its configuration tells it: a layer without its weights, enough to compile the kernels of its trials.
 
     python -m orchestrator.training.fast.skeleton SLOTS < JSON of a list of trials' configurations
 
@@ -23,33 +23,32 @@ from orchestrator.training.memory import BaseShape
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """A Llama-like base on the meta device, its layers by their names in transformers.
+    """A Llama-like base of one layer, on the CPU: its modules by their names in transformers, its weights not set.
 
     Args:
         config: with the fields that `BaseShape.of` reads.
         dtype: of the weights.
     """
     shape = BaseShape.of(config)
-    with torch.device("meta"):
-        embedding = nn.Embedding(shape.vocabulary, shape.hidden, dtype=dtype)
-        layers = nn.ModuleList(_layer(shape, dtype) for _ in range(shape.layers))
+    with torch.device("meta"):  # where nothing is drawn
+        linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
+        parts: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
+        for name, linear in linears.items():
+            parts["self_attn" if name[0] in "qkvo" else "mlp"][name] = linear
+        norms = {
+            name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        layer = nn.ModuleDict({name: nn.ModuleDict(modules) for name, modules in parts.items()} | norms)
+        embedding = nn.Embedding.from_pretrained(torch.empty(shape.vocabulary, shape.hidden, dtype=dtype))
         norm = nn.RMSNorm(shape.hidden, dtype=dtype)
         head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=dtype)
-    inner = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
+    inner = nn.ModuleDict({"embed_tokens": embedding, "layers": nn.ModuleList([layer]), "norm": norm})
     inner.rotary_emb = lambda states, positions: [states.new_empty(*positions.shape, shape.head_size)] * 2
-    base = nn.ModuleDict({"model": inner, "lm_head": head})
+    base = nn.ModuleDict({"model": inner, "lm_head": head}).to_empty(device="cpu")
     base.config = config
     base.get_input_embeddings = lambda: embedding
     base.get_output_embeddings = lambda: head
     return base
-
-
-def _layer(shape: BaseShape, dtype: torch.dtype) -> nn.Module:
-    linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
-    attention = {name: linear for name, linear in linears.items() if name[0] in "qkvo"}
-    mlp = {name: linear for name, linear in linears.items() if name not in attention}
-    norms = {name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")}
-    return nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp), **norms})
 
 
 def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
@@ -60,7 +59,11 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         num_slots: trials at a time.
     """
     base = configs[0].base
-    held = [each for each in configs if each.base == base and each.training.engine != "trl" and not each.why_not_fast()]
+    held = [
+        each.model_copy(update={"lora": each.lora.model_copy(update={"layers_to_transform": None})})
+        for each in configs
+        if each.base == base and each.training.engine != "trl" and each.why_not_fast() is None
+    ]
     file = _config_file(base)
     if held and file is not None:
         known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text())

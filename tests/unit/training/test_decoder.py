@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_those_of_peft(
     decoder = Decoder(model, torch.float32, max(LENGTHS), keeps=True)
     places = adapted_layers(model, modules)
     adapters = Adapters(places, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))
-    engine = Engine(decoder, adapters, "nothing", None)
+    engine = Engine(decoder, adapters, "nothing", None, on_gpu=False)
     peft = get_peft_model(model, lora)
     parameters = lora_parameters(peft)
     matrices = dict(adapters.matrices(0, RANK, adapters.weights))
@@ -180,7 +180,7 @@ def test_what_is_given_up_for_memory_changes_no_bit(
         torch.manual_seed(1)
         adapters = Adapters(adapted_layers(model, names(model)), 1, 8, torch.float32, dtype, torch.device("cpu"))
         adapters.weights.normal_(std=0.02)
-        engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None)
+        engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None, on_gpu=False)
         figures = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
         results.append((choices, figures, engine.evaluate([Held(0, rows, table)]), adapters.weights))
     _, figures, evaluated, weights = results[0]

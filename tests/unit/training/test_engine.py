@@ -65,7 +65,7 @@ def make_engine(model: Any, num_slots: int, rank: int, longest: int = max(LENGTH
     adapters = Adapters(
         adapted_layers(model, modules), num_slots, rank, torch.float32, torch.float32, torch.device("cpu")
     )
-    return Engine(Decoder(model, torch.float32, longest, keeps=True), adapters, "nothing", None)
+    return Engine(Decoder(model, torch.float32, longest, keeps=True), adapters, "nothing", None, on_gpu=False)
 
 
 def assert_same(scores: RowScores, expected: RowScores) -> None:

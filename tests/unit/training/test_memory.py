@@ -115,7 +115,7 @@ def test_activations(
     monkeypatch.setattr(Layer, "forward", watched)
     rows = make_rows(32, 32, vocabulary=500)  # of one length: on a CPU, attention pads
     adapters = make_adapters(half, targets, 1, torch.float32)
-    engine = Engine(Decoder(half, torch.bfloat16, 32, keeps=True), adapters, recompute, None)
+    engine = Engine(Decoder(half, torch.bfloat16, 32, keeps=True), adapters, recompute, None, on_gpu=False)
     engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
 
     layers, whole = half.config.num_hidden_layers, [bytes_of(each, half.config) for each in kept if each is not None]
