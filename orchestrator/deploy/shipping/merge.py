@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,10 @@ Onto = Literal["dequantised", "original"]
 
 DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 512 << 20
-"""Of one file of the merged model; writing it takes the memory of two."""
+"""Of one file of the merged model."""
+
+SHARDS_AT_ONCE = 2
+"""Each in a thread, which reads, merges and writes it: copies to and from pages of files are most of the time."""
 
 _PREFIX = "base_model.model."
 """Before every name in PEFT's file."""
@@ -104,15 +107,12 @@ class Merge:
         from safetensors.torch import save_file
 
         split = split_torch_state_dict_into_shards(dict(self.weights), max_shard_size=shard_bytes)
-        with ThreadPoolExecutor(max_workers=1) as disk:  # one shard is written while the next is made
-            writing: Future[None] | None = None
-            for file, names in split.filename_to_tensors.items():
-                shard = {name: self.value(name) for name in names}
-                if writing:
-                    writing.result()
-                writing = disk.submit(save_file, shard, target / file, metadata={"format": "pt"})
-            if writing:
-                writing.result()
+
+        def write_shard(file: str, names: list[str]) -> None:
+            save_file({name: self.value(name) for name in names}, target / file, metadata={"format": "pt"})
+
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
+            list(threads.map(write_shard, *zip(*split.filename_to_tensors.items(), strict=True)))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -134,7 +134,7 @@ class Engine:
         torch.cuda.empty_cache()  # for the graphs' pool
 
     def compile(self, tokens: int, evaluation_tokens: int) -> None:
-        """Have the kernels of such a step and evaluation compiled, all at once: in turn they take four times as long."""
+        """Have the kernels of such a step and evaluation compiled, all at once: in turn takes four times as long."""
         with self._ops.compiled_together():
             for layout, trains in self._empty(tokens, evaluation_tokens):
                 self._compute(layout.row(layout.buffer(self.adapters.weights.device)), trains)

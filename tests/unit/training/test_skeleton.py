@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 from tiny import DEMO
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 import torch
+import triton
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.backends.compiler import GPUTarget
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.fast import build, kernels, skeleton
+from orchestrator.training.fast import build, skeleton
 
 SLOTS = 3
 
