@@ -1,4 +1,4 @@
-"""All kernels are compiled together, before the first step."""
+"""All kernels are compiled together, before the first step; or before that, by another process."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from tiny import DEMO, TINY
 
 from orchestrator.data import prepare
 from orchestrator.spec import load_spec
-from orchestrator.training.fast.build import engine_for
+from orchestrator.training.fast import ahead
+from orchestrator.training.fast.build import engine_for, release
 from orchestrator.training.loop import Ground
 
 pytestmark = pytest.mark.gpu
@@ -30,3 +31,16 @@ def test_the_probe_finds_every_kernel_compiled(tmp_path: Path, monkeypatch: pyte
     engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
     assert len(seen) >= 6
     assert all(seen)
+
+
+def test_what_is_compiled_ahead_is_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=32"])
+    ahead.start(spec.corners(), 3)
+    ahead.join()
+    made = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
+    assert len([path for path in made if path.suffix == ".cubin"]) > 10
+    ground = Ground.of(spec.base, prepare(spec.data, spec.base))
+    engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
+    assert {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")} == made
+    release(ground.base)
