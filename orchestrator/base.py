@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
+from orchestrator.imports import importing
 from orchestrator.spec.sections import BaseSection
 
 _kept: tuple[BaseSection, Any] | None = None
@@ -53,7 +54,8 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     Raises:
         RequestError: there is no tokenizer of that name.
     """
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     require_folder(base)
     try:

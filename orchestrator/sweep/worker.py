@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from orchestrator.data import PreparedData
+from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.training.events import Event, LeaseLost
@@ -124,6 +125,8 @@ def _end_soon() -> None:
 
 
 def _import_libraries() -> Any:
-    import orchestrator.training.host
+    leave_out_compiler()
+    with importing():
+        import orchestrator.training.host
 
     return orchestrator.training.host

@@ -4,6 +4,7 @@ import os
 import uuid
 
 from orchestrator.errors import RequestError
+from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
@@ -37,7 +38,9 @@ def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | N
 
 
 def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:
-    from orchestrator.training.trial import run_trial  # seconds of imports: a bad row is told before them
+    leave_out_compiler()
+    with importing():  # for seconds: a bad row is told before them
+        from orchestrator.training.trial import run_trial
 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths):
