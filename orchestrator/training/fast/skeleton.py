@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from orchestrator.base import base_location, hub_id
 from orchestrator.spec import TrialConfig
@@ -51,6 +52,17 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
+class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
+    """Matrix products have their shape and no values: on a CPU those of a large base take longer than the compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
+        if function is torch.Tensor.__matmul__:
+            return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
+        return function(*arguments, **(options or {}))
+
+
 def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     """Fill Triton's cache for such trials, as far as the fast engine may hold them on the first one's base.
 
@@ -68,7 +80,9 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     if held and file is not None:
         known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text())
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        compile_kernels(skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype)), held, num_slots)
+        shapes = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
+        with _NoProducts():
+            compile_kernels(shapes, held, num_slots)
 
 
 def _config_file(base: BaseSection) -> Path | None:
