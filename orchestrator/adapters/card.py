@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.base import hub_id
 from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import DataSection
+from orchestrator.spec.sections import BaseSection, DataSection
 
 _PAGE = """
 # {title}
@@ -20,9 +20,7 @@ Step {step} of trial `{trial_id}`, chosen by {metric} ({value:.6g}). LoRA rank {
 - `trial.json` holds the whole configuration, `manifest.json` a sha256 of each file and the versions of the packages.
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER")
+{load}
 ```
 """
 
@@ -64,6 +62,7 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
         quantization=config.base.quantization,
         prompts=_prompts(config.data),
         variants="".join(f"\n- {line}." for line in _variants(config)),
+        load=_load(config.base),
     )
     return f"---\n{metadata.to_yaml()}\n---\n{page}"
 
@@ -164,6 +163,23 @@ def _variants(config: TrialConfig) -> list[str]:
         named = ", ".join(f"`{token}`" for token in tokens)
         found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` makes room for them")
     return found
+
+
+def _load(base: BaseSection) -> str:
+    """Python that loads the adapter by PEFT alone, on the base as `base.load_base` holds it."""
+    dtype = f"torch.{base.compute_dtype}"
+    lines = ["import torch", "from peft import AutoPeftModelForCausalLM"]
+    options = {"dtype": dtype}
+    if base.quantization != "none":
+        if base.is_4bit:
+            form = f'load_in_4bit=True, bnb_4bit_quant_type="{base.quantization}", '
+            form += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype}"
+        else:
+            form = "load_in_8bit=True"
+        lines += ["from transformers import BitsAndBytesConfig", "", f"quantized = BitsAndBytesConfig({form})"]
+        options = {"quantization_config": "quantized"} | options
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return "\n".join([*lines, f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})'])
 
 
 def _prompts(data: DataSection) -> str:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from orchestrator.adapters.bundle import Adapter, Facts, Origin, save_adapter, seal, verify
-from orchestrator.base import base_commit, load_tokenizer
+from orchestrator.adapters.card import adapter_card
+from orchestrator.base import base_commit, load_tokenizer, quantization_config
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
@@ -174,6 +176,21 @@ def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
     assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("openai/gsm8k", "main", None)
     assert "`meta-llama/Llama-3.2-1B` at `v1`" in card.text
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lines_of_a_card_load_the_base_as_it_was_trained_on(quantization: str, dtype: str) -> None:
+    base = BaseSection(model="embedded", quantization=quantization, compute_dtype=dtype, double_quant=False)
+    card = adapter_card(config_of(base=base.model_dump()), "t1", 7, "eval/loss", VALUES)
+    lines = card.partition("```python")[2].partition("```")[0]
+    with patch("peft.AutoPeftModelForCausalLM.from_pretrained") as load:
+        exec(lines, {})
+    asked, wanted = load.call_args.kwargs, quantization_config(base)
+    assert asked["dtype"] == getattr(torch, dtype)
+    assert ("quantization_config" in asked) == (wanted is not None)
+    if wanted is not None:
+        assert asked["quantization_config"].to_dict() == wanted.to_dict()
 
 
 def test_a_card_says_what_more_there_is_than_lora(tmp_path: Path, tokenizer: Any) -> None:
