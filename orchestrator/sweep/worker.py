@@ -39,7 +39,7 @@ class Worker:
             slots: trials at a time, if memory allows.
         """
         if ray.get_gpu_ids():
-            ahead.start(spec.corners(), slots)
+            ahead.start([config for config in spec.corners() if config.base == spec.base], slots)
         else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._lock = threading.Lock()

@@ -15,6 +15,20 @@ from orchestrator.training.loop import Ground
 pytestmark = pytest.mark.gpu
 
 
+def test_what_is_compiled_ahead_is_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first test of this folder: this process must have no kernels yet.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=32"])
+    ahead.start(spec.corners(), 3)
+    ahead.join()
+    made = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
+    assert len([path for path in made if path.suffix == ".cubin"]) > 10
+    ground = Ground.of(spec.base, prepare(spec.data, spec.base))
+    engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
+    assert {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")} == made
+    release(ground.base)
+
+
 def test_the_probe_finds_every_kernel_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
@@ -31,16 +45,3 @@ def test_the_probe_finds_every_kernel_compiled(tmp_path: Path, monkeypatch: pyte
     engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
     assert len(seen) >= 6
     assert all(seen)
-
-
-def test_what_is_compiled_ahead_is_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=32"])
-    ahead.start(spec.corners(), 3)
-    ahead.join()
-    made = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
-    assert len([path for path in made if path.suffix == ".cubin"]) > 10
-    ground = Ground.of(spec.base, prepare(spec.data, spec.base))
-    engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
-    assert {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")} == made
-    release(ground.base)

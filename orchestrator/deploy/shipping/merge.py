@@ -112,7 +112,7 @@ class Merge:
             save_file({name: self.value(name) for name in names}, target / file, metadata={"format": "pt"})
 
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
-            list(threads.map(write_shard, *zip(*split.filename_to_tensors.items(), strict=True)))
+            list(threads.map(write_shard, split.filename_to_tensors.keys(), split.filename_to_tensors.values()))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

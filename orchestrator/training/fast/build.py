@@ -228,7 +228,7 @@ def engine_for(
 def compile_kernels(base: Any, configs: Sequence[TrialConfig], num_slots: int) -> None:
     """Have the kernels compiled that such trials need on a GPU; the base need not be there, and one layer is enough.
 
-    They depend on no number of tokens, nor on whether the base is kept dequantised.
+    They depend on no number of tokens, nor on whether the base is kept dequantised; some do on the number of slots.
     """
     kind, compute = Kind.of(base, configs, num_slots), getattr(torch, configs[0].base.compute_dtype)
     choice = Choice(True, "nothing", MOST_TOKENS)

@@ -8,6 +8,7 @@ Neither transformers' models nor bitsandbytes are imported: they take longer tha
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.base import base_location, hub_id
+from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.fast.build import compile_kernels
+from orchestrator.training.fast.build import MAX_RANK, compile_kernels
+from orchestrator.training.fast.decoder import GROUPS, MODEL_TYPES
 from orchestrator.training.memory import BaseShape
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """A Llama-like base of one layer, on the CPU: its modules by their names in transformers, its weights not set.
+    """A Llama-like base of one layer: its modules by their names in transformers, its weights not set.
+
+    It lies on the CPU, for many an operation on the meta device imports torch's compiler: seconds.
 
     Args:
         config: with the fields that `BaseShape.of` reads.
@@ -35,7 +40,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
         parts: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
         for name, linear in linears.items():
-            parts["self_attn" if name[0] in "qkvo" else "mlp"][name] = linear
+            parts["self_attn" if name in (*GROUPS[0], *GROUPS[1]) else "mlp"][name] = linear
         norms = {
             name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")
         }
@@ -60,29 +65,33 @@ class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
             return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
         if function is torch.Tensor.__matmul__:
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
+        if function is torch.mm:
+            return options["out"]
         return function(*arguments, **(options or {}))
 
 
 def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
-    """Fill Triton's cache for such trials, as far as the fast engine may hold them on the first one's base.
+    """Fill Triton's cache for such trials; nothing where the engine does not hold them on a GPU.
 
     Args:
-        configs: the trials, or some that stand for them.
+        configs: trials on one base, as far as their own fields say that the fast engine holds them.
         num_slots: trials at a time.
     """
-    base = configs[0].base
+    base, file = configs[0].base, _config_file(configs[0].base)
     held = [
         each.model_copy(update={"lora": each.lora.model_copy(update={"layers_to_transform": None})})
         for each in configs
-        if each.base == base and each.training.engine != "trl" and each.why_not_fast() is None
+        if each.lora.rank <= MAX_RANK
     ]
-    file = _config_file(base)
-    if held and file is not None:
-        known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text())
-        known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        shapes = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
-        with _NoProducts():
-            compile_kernels(shapes, held, num_slots)
+    if file is None or not held or base.compute_dtype != "bfloat16":
+        return
+    known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text(encoding="utf-8"))
+    known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
+    if known["model_type"] not in MODEL_TYPES:
+        return
+    shapes = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
+    with _NoProducts(), suppress(TrialError):  # such as targets in other layers than the first
+        compile_kernels(shapes, held, num_slots)
 
 
 def _config_file(base: BaseSection) -> Path | None:

@@ -1,7 +1,12 @@
 """Another process compiles; what it cannot do is told, and harms nobody."""
 
 import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import DEMO
@@ -9,32 +14,63 @@ from tiny import DEMO
 from orchestrator.spec import load_spec
 from orchestrator.training.fast import ahead
 
+BF16 = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
 
-def test_nothing_was_started() -> None:
+
+def started(*settings: str) -> "subprocess.Popen[bytes]":
+    ahead.start(load_spec(DEMO, settings).corners(), 2)
+    assert ahead._running is not None
+    return ahead._running[0]
+
+
+@pytest.mark.parametrize("setting", ["training.engine=trl", "lora.dora=true", "training.optimizer=sgd"])
+def test_nothing_is_started_for_trials_of_the_classic_engine(setting: str) -> None:
+    ahead.start(load_spec(DEMO, [setting]).corners(), 2)
+    assert ahead._running is None
     ahead.join()
 
 
-def test_it_is_awaited_once(caplog: pytest.LogCaptureFixture) -> None:
-    ahead.start(load_spec(DEMO, ["training.engine=trl"]).corners(), 2)
-    assert ahead._running is not None
-    process, _ = ahead._running
+@pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
+def test_what_no_gpu_holds_is_not_compiled(setting: str, caplog: pytest.LogCaptureFixture) -> None:
+    process = started(*BF16, setting)
     ahead.join()
     assert process.returncode == 0
-    ahead.join()
+    assert ahead._running is None
     assert not caplog.records
 
 
 def test_a_fault_there_is_told_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ahead.start(load_spec(DEMO, [f"base.model={tmp_path}"]).corners(), 2)
+    started(*BF16, f"base.model={tmp_path}")
     with caplog.at_level(logging.WARNING):
         ahead.join()
     assert "config.json" in caplog.text
 
 
-def test_one_that_hangs_is_not_awaited_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ahead, "_PATIENCE_S", 0.01)
-    ahead.start(load_spec(DEMO, ["training.engine=trl"]).corners(), 2)
-    assert ahead._running is not None
-    process, _ = ahead._running
+    process = started(*BF16)
     ahead.join()
-    assert process.returncode is not None
+    assert process.returncode == -signal.SIGKILL
+    assert "longer than 0.01 s" in caplog.text
+
+
+def test_another_start_ends_the_first() -> None:
+    first = started(*BF16)
+    second = started(*BF16, "base.compute_dtype=float32")
+    assert first.returncode == -signal.SIGKILL
+    assert second.poll() is None
+    ahead.stop()
+    assert second.returncode == -signal.SIGKILL
+
+
+def test_a_machine_that_starts_no_process_trains_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(command: Sequence[str], **_: Any) -> None:
+        assert command[0] == sys.executable
+        raise OSError("no room")
+
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    ahead.start(load_spec(DEMO, BF16).corners(), 2)
+    ahead.join()
+    assert "no room" in caplog.text

@@ -78,6 +78,7 @@ def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str]
     assert len(ahead) > 10
 
 
-def test_trials_of_the_classic_engine_have_none(compiled: list[str]) -> None:
-    skeleton.compile_for(configs("training.engine=trl"), SLOTS)
+@pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
+def test_what_no_gpu_holds_has_none(compiled: list[str], setting: str) -> None:
+    skeleton.compile_for(configs(setting), SLOTS)
     assert not compiled
