@@ -36,12 +36,19 @@ def hub_id(model: str) -> str | None:
 @cache
 def base_commit(base: BaseSection) -> str | None:
     """The commit that a hub id and its revision stand for on this machine; None for a folder and the embedded base."""
+    if hub_id(base.model) is None or (config := config_file(base)) is None:
+        return None
+    return config.parent.name  # .../snapshots/COMMIT/config.json
+
+
+def config_file(base: BaseSection) -> Path | None:
+    """Its configuration on this machine; None where a hub id has not been fetched yet. A folder's need not exist."""
     from huggingface_hub import try_to_load_from_cache
 
     if hub_id(base.model) is None:
-        return None
-    config = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
-    return Path(config).parent.name if isinstance(config, str) else None  # .../snapshots/COMMIT/config.json
+        return Path(base_location(base)) / "config.json"
+    found = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:

@@ -103,9 +103,11 @@ class Fleet:
             scheduling_strategy="SPREAD",
         )(Worker)
         self._layout = layout
-        self._handles = [actor.remote(spec, layout.slots) for _ in range(layout.num_workers)]
+        self._handles = [
+            actor.remote(spec, layout.slots, layout.is_fixed, layout.gpus) for _ in range(layout.num_workers)
+        ]
 
-    def open(self, spec: SweepSpec, data: PreparedData, paths: SweepPaths) -> tuple[Workers, int, str]:
+    def open(self, data: PreparedData, paths: SweepPaths) -> tuple[Workers, int, str]:
         """Have them load the base.
 
         Returns:
@@ -118,12 +120,8 @@ class Fleet:
         workers = Workers(
             handles=self._handles,
             ready=[handle.__ray_ready__.remote() for handle in self._handles],
-            spec=spec,
             data=ray.put(data),
             logs=paths.workers,
-            slots=layout.slots,
-            is_fixed=layout.is_fixed,
-            gpus=layout.gpus,
         )
         if layout.is_fixed:
             slots, why = layout.slots, ""

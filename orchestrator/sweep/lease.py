@@ -13,7 +13,6 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from orchestrator.errors import SweepError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.record.files import write_atomic
-from orchestrator.spec import SweepSpec
 from orchestrator.training.events import END, Event
 
 _POLL_S = 10.0  # the host gives a lease up after 30 s
@@ -33,22 +32,14 @@ class Workers:
     """Actors of `worker.Worker`."""
     ready: list[Any]
     """Reference for each, which resolves when it has a place and runs."""
-    spec: SweepSpec
-    """The experiment."""
     data: Any
-    """Reference to its tokenised rows."""
+    """Reference to the experiment's tokenised rows."""
     logs: Path
     """Folder for what workers print."""
-    slots: int
-    """Trials at a time in each that are wanted."""
-    is_fixed: bool
-    """Whether memory has no say in it."""
-    gpus: float
-    """Of each worker."""
 
     def open(self, handle: Any) -> Any:
         """Reference to a worker's slots, and why it has no more."""
-        return handle.open.remote(self.spec, self.data, str(self.logs), self.slots, self.is_fixed, self.gpus)
+        return handle.open.remote(self.data, str(self.logs))
 
     def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "Lease":
         """A slot for a trial, as soon as there is one.

@@ -31,17 +31,20 @@ class Worker:
     Ray starts it anew when it dies; it must then be opened again.
     """
 
-    def __init__(self, spec: SweepSpec, slots: int) -> None:
+    def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float) -> None:
         """Begin to import what is heavy and to compile, while the driver makes tokens.
 
         Args:
             spec: the experiment.
-            slots: trials at a time, if memory allows.
+            slots: trials at a time.
+            is_fixed: whether that is settled; else fewer are taken where memory says so.
+            gpus: that this process has, perhaps a share of one.
         """
         if ray.get_gpu_ids():
             ahead.start([config for config in spec.corners() if config.base == spec.base], slots)
         else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._spec, self._slots, self._is_fixed, self._gpus = spec, slots, is_fixed, gpus
         self._lock = threading.Lock()
         self._host: Host | None = None
         self._opened = 0, ""
@@ -49,18 +52,12 @@ class Worker:
         self._importing = threading.Thread(target=_import_libraries, daemon=True)
         self._importing.start()
 
-    def open(
-        self, spec: SweepSpec, data: PreparedData, logs: str, slots: int, is_fixed: bool, gpus: float
-    ) -> tuple[int, str]:
+    def open(self, data: PreparedData, logs: str) -> tuple[int, str]:
         """Begin to load the base; nothing if that was done before.
 
         Args:
-            spec: the experiment.
-            data: its tokenised rows.
+            data: the experiment's tokenised rows.
             logs: folder for what this process prints.
-            slots: trials at a time.
-            is_fixed: whether that is settled; else fewer are taken where memory says so.
-            gpus: that this process has, perhaps a share of one.
 
         Returns:
             The slots there are, and why it is not more; nothing where it is as many as were asked for.
@@ -74,9 +71,9 @@ class Worker:
 
                 Path(logs).mkdir(parents=True, exist_ok=True)
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
-                use_device(spec.resources.cpus_per_trial)
-                self._opened = (slots, "") if is_fixed else plan_slots(spec, data, slots)
-                self._host = Host(spec, data, self._opened[0], gpus, on_lost=_end_soon)
+                use_device(self._spec.resources.cpus_per_trial)
+                self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, data, self._slots)
+                self._host = Host(self._spec, data, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
 
     def free_slots(self) -> int | None:

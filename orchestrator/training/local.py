@@ -22,8 +22,7 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
         RequestError: base, data or GPUs are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
     """
-    if take_gpus(spec.resources):
-        ahead.start([spec.trial_config({})], num_slots=1)
+    _begin(spec)
     info = start_sweep(spec, paths, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
@@ -31,10 +30,14 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is."""
     require_extras(record.info.spec)
-    if take_gpus(record.info.spec.resources):
-        ahead.start([record.info.spec.trial_config({})], num_slots=1)
+    _begin(record.info.spec)
     known = record.paths.trial_ids()
     return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
+
+
+def _begin(spec: SweepSpec) -> None:
+    if take_gpus(spec.resources):
+        ahead.start([spec.trial_config({})], num_slots=1)
 
 
 def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:

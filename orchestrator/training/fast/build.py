@@ -1,7 +1,7 @@
 """Which trials the fast engine holds, and the engine of this process."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -150,13 +150,27 @@ def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         return f"a base on {len(devices)} devices"
+    return why_not_by_shape(config, BaseShape.of(base.config), modules, longest, torch.cuda.is_available())
+
+
+def why_not_by_shape(
+    config: TrialConfig, shape: BaseShape, modules: Collection[str], longest: int, on_gpu: bool
+) -> str | None:
+    """The part of `why_not` for which the base need not be there.
+
+    Args:
+        config: the trial.
+        shape: of the base.
+        modules: that it adapts.
+        longest: tokens of the longest row.
+        on_gpu: whether it is to be on one.
+    """
     precision, dtype = resolve_precision(config.training), config.base.compute_dtype
     if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
         return f"base.compute_dtype {dtype} under precision {precision}"
-    if torch.cuda.is_available():
+    if on_gpu:
         if precision != "bf16":
             return f"precision {precision} on a GPU"
-        shape = BaseShape.of(base.config)
         if shape.head_size not in (16, 32, 64, MAX_HEAD):
             return f"heads of {shape.head_size} features on a GPU (its kernels take 16, 32, 64 and {MAX_HEAD})"
         if config.lora.rank > MAX_RANK:

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.base import base_location, hub_id
+from orchestrator.base import config_file
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
-from orchestrator.spec.sections import BaseSection
-from orchestrator.training.fast.build import MAX_RANK, compile_kernels
+from orchestrator.training.expected import expected_modules
+from orchestrator.training.fast.build import LONGEST_STEP, compile_kernels, why_not_by_shape
 from orchestrator.training.fast.decoder import GROUPS, MODEL_TYPES
 from orchestrator.training.memory import BaseShape
 
@@ -77,31 +76,24 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         configs: trials on one base, as far as their own fields say that the fast engine holds them.
         num_slots: trials at a time.
     """
-    base, file = configs[0].base, _config_file(configs[0].base)
-    held = [
-        each.model_copy(update={"lora": each.lora.model_copy(update={"layers_to_transform": None})})
-        for each in configs
-        if each.lora.rank <= MAX_RANK
-    ]
-    if file is None or not held or base.compute_dtype != "bfloat16":
+    base, file = configs[0].base, config_file(configs[0].base)
+    if file is None:
         return
     known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text(encoding="utf-8"))
     known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
     if known["model_type"] not in MODEL_TYPES:
         return
-    shapes = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
-    with _NoProducts(), suppress(TrialError):  # such as targets in other layers than the first
-        compile_kernels(shapes, held, num_slots)
-
-
-def _config_file(base: BaseSection) -> Path | None:
-    """The base's config.json; None where it is not on this machine yet."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if hub_id(base.model) is None:
-        return Path(base_location(base)) / "config.json"
-    found = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
-    return Path(found) if isinstance(found, str) else None
+    layer = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
+    held, shape = [], BaseShape.of(layer.config)
+    with suppress(TrialError):  # such as targets in other layers than the first
+        for config in configs:
+            in_it = config.model_copy(update={"lora": config.lora.model_copy(update={"layers_to_transform": None})})
+            modules = expected_modules(layer, in_it.lora)
+            if why_not_by_shape(in_it, shape, modules, LONGEST_STEP, on_gpu=True) is None:
+                held.append(in_it)
+        if held:
+            with _NoProducts():
+                compile_kernels(layer, held, num_slots)
 
 
 if __name__ == "__main__":
