@@ -195,11 +195,14 @@ def test_trials_that_come_at_the_start_begin_together(
     hosted.close()
 
 
-def test_a_fault_as_a_trainer_is_imported_is_told(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_as_a_trainer_is_imported_is_told(
+    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails() -> None:
         raise ImportError("no trainer")
 
-    monkeypatch.setattr(host_room, "import_trainer", fails)
+    monkeypatch.setattr(host_room, "import_trainer", fails)  # before the host stands: it imports at once
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
     one = hosted.start("one")
     assert one
     hosted.follow(lambda: one.end)
