@@ -21,6 +21,8 @@ AxisKind = Literal[
     "qlograndint",
 ]
 AXIS_KINDS: tuple[AxisKind, ...] = get_args(AxisKind)
+WHOLE_KINDS = tuple(kind for kind in AXIS_KINDS if kind.endswith("randint"))
+"""Ranges of whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Axis(Section):
     @property
     def is_whole(self) -> bool:
         """Whether its range is one of whole numbers."""
-        return self.kind.endswith("randint")
+        return self.kind in WHOLE_KINDS
 
     @property
     def parent(self) -> str | None:
@@ -138,13 +140,13 @@ class Axis(Section):
         return [self._step(i) for i in range(self._num_steps + 1)] if self.is_stepped else None
 
     def probes(self) -> list[Any]:
-        """Values whose validity stands for the whole axis: all listed ones, or both ends."""
+        """Values whose validity stands for the whole axis: all listed ones, or both ends, of the type that is drawn."""
         if self.is_discrete:
             return self.values
         if self.is_stepped:
-            return [self.values[0], self._step(self._num_steps)]
+            return [self._step(0), self._step(self._num_steps)]
         low, high = self.values
-        return [low, high - 1 if self.is_whole else high]
+        return [low, high - 1] if self.is_whole else [float(low), float(high)]
 
     def drawn(self) -> Listed | Whole | Real:
         """What a searcher draws, for `decode`. Of a range with steps it draws reals, which are rounded."""
@@ -174,7 +176,7 @@ class Axis(Section):
         low, high = self.probes()
         if self.is_stepped:
             return self._step(min(max(round((number - low) / self.values[2]), 0), self._num_steps))
-        return min(max(number, low), high)
+        return min(max(round(number) if self.is_whole else number, low), high)
 
     def holds(self, value: Any) -> bool:
         """Whether a value is one of the axis."""

@@ -1,8 +1,5 @@
 """The whole experiment, and how one trial's configuration is drawn from it."""
 
-import itertools
-import math
-import random
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -10,8 +7,8 @@ from pydantic import model_validator
 
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.dotted import read_path, write_keys
-from orchestrator.spec.messages import describe
 from orchestrator.spec.pairs import check_pairs
+from orchestrator.spec.probing import check_axes
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -30,10 +27,6 @@ from orchestrator.spec.sections.scheduler import Brackets, NoScheduler, Populati
 from orchestrator.spec.ties import evaluate_tie
 
 TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
-
-# Trials are compared on the same held-out tokens: what makes the tokens cannot be searched.
-_MAKES_TOKENS = ("base.model", "base.revision", "base.trust_remote_code", "base.pad_token", "base.new_tokens")
-_MOST_CHECKED = 256
 
 
 class SweepSpec(Section):
@@ -87,19 +80,7 @@ class SweepSpec(Section):
 
     @model_validator(mode="after")
     def _every_axis_holds(self) -> Self:
-        for path in (*self.search.space, *self.search.tied):
-            check_searchable(path)
-        probes = self._probes
-        alone = [(f".{path}: the value {point[path]!r}", point) for path, point in self._edges()]
-        combined = [self.search.active(point) for point in _combinations(probes)]
-        together = [(f": the point {point}", point) for point in combined if point]
-        for where, point in [*alone, *together]:
-            try:
-                self.trial_config(point)
-            except ValueError as error:
-                raise ValueError(f"search.space{where} gives {describe(error)[0]}") from error
-        if not probes:
-            self.trial_config({})
+        check_axes(self)
         return self
 
     @property
@@ -116,21 +97,17 @@ class SweepSpec(Section):
 
     def corners(self) -> list[TrialConfig]:
         """Trials that stand for all: each value, or end, of each axis is in one of them."""
-        return [self.trial_config(point) for _, point in self._edges()] or [self.trial_config({})]
+        return [self.trial_config(point) for point in self.edges()]
 
-    @property
-    def _probes(self) -> dict[str, list[Any]]:
-        return {path: axis.probes() for path, axis in self.search.space.items()}
-
-    def _edges(self) -> list[tuple[str, dict[str, Any]]]:
-        """Points that differ from a first one along one axis (and those that it needs to exist), and that axis."""
-        probes = self._probes
+    def edges(self) -> list[dict[str, Any]]:
+        """Points that differ from a first one along one axis (and those that it needs to exist)."""
+        probes = {path: axis.probes() for path, axis in self.search.space.items()}
         first = {path: values[0] for path, values in probes.items()}
         return [
-            (path, self.search.active(first | self.search.needed(path) | {path: value}))
+            self.search.active(first | self.search.needed(path) | {path: value})
             for path, values in probes.items()
             for value in values
-        ]
+        ] or [{}]
 
     def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial.
@@ -167,25 +144,3 @@ class SweepSpec(Section):
         if isinstance(self.scheduler, Brackets | Population) and training["save_steps"] is None:
             training["save_steps"] = training["eval_steps"]  # trials go on from the checkpoint of an evaluation
         return TrialConfig.model_validate({**document, "varied": varied})
-
-
-def _combinations(probes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the axes' probes; of very many, a seeded draw."""
-    if math.prod(map(len, probes.values())) <= _MOST_CHECKED:
-        return [dict(zip(probes, values, strict=True)) for values in itertools.product(*probes.values())]
-    draw = random.Random(0)
-    return [{path: draw.choice(values) for path, values in probes.items()} for _ in range(_MOST_CHECKED)]
-
-
-def check_searchable(path: str) -> None:
-    """Raises ValueError where a dotted field can be neither searched nor tied."""
-    section, _, field = path.partition(".")
-    if section == "data" or path in _MAKES_TOKENS:
-        raise ValueError(
-            f"search: {path} cannot vary: rows are tokenised once, and trials are compared on the same held-out tokens"
-        )
-    if section not in ("base", "lora", "training"):
-        raise ValueError(f"search: {path} is not a field of a trial; axes lie in base, lora or training")
-    fields = SweepSpec.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-    if field not in fields:
-        raise ValueError(f"search: there is no field {path}; fields of {section}: {', '.join(fields)}")

@@ -9,8 +9,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from orchestrator.spec.axes import AXIS_KINDS, Axis
+from orchestrator.spec.probing import check_searchable
 from orchestrator.spec.sections import Section
-from orchestrator.spec.sweep_spec import SweepSpec, check_searchable
+from orchestrator.spec.sweep_spec import SweepSpec
 
 _WHEN = Axis.model_fields["when"].description
 

@@ -82,7 +82,6 @@ def test_every_kind_is_tested() -> None:
         ("lora.rank", {"choice": [16, 8, 0]}, "0"),
         ("lora.rank", {"choice": [16, "8"]}, "'8'"),
         ("lora.rank", {"randint": [0, 9]}, "0"),
-        ("lora.rank", {"uniform": [1, 9.5]}, "9.5"),
         ("lora.dropout", {"uniform": [0.0, 1.5]}, "1.5"),
         ("lora.dropout", {"uniform": [-0.5, 0.5]}, "-0.5"),
         ("training.schedule", {"choice": ["cosine", "cosin"]}, "'cosin'"),
@@ -104,11 +103,68 @@ def test_a_value_that_only_another_field_forbids_is_refused(document: Document) 
 
 def test_two_axes_whose_values_clash_are_refused(document: Document) -> None:
     space = {
+        "lora.rank": {"grid": [4, 8]},
         "training.precision": {"grid": ["none", "fp16"]},
         "training.adapter_dtype": {"grid": ["float32", "bfloat16"]},
     }
-    with pytest.raises(SpecError, match="fp16"):
+    with pytest.raises(SpecError) as caught:
         _spec(document, algorithm="grid", space=space)
+    both = "training.precision 'fp16' with training.adapter_dtype 'bfloat16' gives training: precision fp16 scales"
+    assert f"spec: search.space: {both}" in str(caught.value)
+
+
+WHOLE_FIELDS = ("lora.rank", "training.batch_size", "training.steps", "training.save_steps", "training.seed")
+RATES = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
+
+
+@pytest.mark.parametrize("path", WHOLE_FIELDS)
+@pytest.mark.parametrize(
+    "axis",
+    [
+        {"uniform": [4, 16]},
+        {"uniform": [4.0, 9.5]},
+        {"loguniform": [4, 16]},
+        {"quniform": [4, 16, 1]},
+        {"quniform": [4, 16, 0.5]},
+        {"qloguniform": [4, 16, 4]},
+        {"uniform": [4, 16], "when": {"lora.dora": True}},
+    ],
+    ids=str,
+)
+def test_a_field_of_whole_numbers_takes_no_range_of_others(document: Document, path: str, axis: Any) -> None:
+    with pytest.raises(SpecError) as caught:
+        _spec(document, space={path: axis, "lora.dora": {"choice": [True, False]}})
+    kind = next(iter(axis))
+    told = "a field of whole numbers takes choice, randint, lograndint, qrandint, qlograndint, but not"
+    assert f"search.space.{path}: {told} {kind} {axis[kind]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform", "qloguniform"])
+def test_a_field_of_numbers_takes_ranges_with_whole_ends(document: Document, kind: str) -> None:
+    axis = {kind: [1, 4, 0.5] if kind.startswith("q") else [1, 4]}
+    spec = _spec(document, space={"lora.alpha": axis, "training.epochs": axis})
+    assert all(type(value) is float for value in spec.search.space["lora.alpha"].probes()), "as they are drawn"
+
+
+def test_a_fault_of_the_whole_file_is_told_of_no_axis(document: Document) -> None:
+    document["lora"] = {"init": "pissa"}
+    with pytest.raises(SpecError, match=r"^spec: lora\.init pissa needs weights that are not quantised"):
+        _spec(document, space=RATES, tied={"lora.alpha": "2 * lora.rank"})
+    assert _spec(document, space=RATES | {"base.quantization": {"choice": ["none"]}})
+
+
+@pytest.mark.parametrize("inits", [["pissa"], ["pissa", "default"], ["default", "pissa"]], ids=str)
+@pytest.mark.parametrize("before", [{}, RATES], ids=["alone", "after another axis"])
+def test_a_fault_is_told_of_the_axis_that_makes_it(document: Document, inits: list[str], before: Document) -> None:
+    with pytest.raises(SpecError, match=r"^spec: search\.space\.lora\.init: the value 'pissa' gives lora\.init pissa"):
+        _spec(document, space=before | {"lora.init": {"choice": inits}})
+
+
+def test_a_fault_below_a_condition_is_told_of_the_axis_that_has_it(document: Document) -> None:
+    dropout = {"choice": [0.1, 1.5], "when": {"training.optimizer": "sgd"}}
+    space = {"training.optimizer": {"choice": ["adamw_torch", "sgd"]}, "lora.dropout": dropout}
+    with pytest.raises(SpecError, match=r"^spec: search\.space\.lora\.dropout: the value 1\.5 gives lora\.dropout: "):
+        _spec(document, space=space)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +278,18 @@ def test_a_tied_value_can_build_on_one_tied_before_it(document: Document) -> Non
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"tied": {"lora.rank": "lora.alpha / 2"}}, "lora.rank: Input should be a valid integer"),
+        (
+            {"tied": {"lora.rank": "lora.alpha / 2"}},
+            "spec: search.tied.lora.rank: 'lora.alpha / 2' gives lora.rank: Input should be a valid integer (got 16.0)",
+        ),
+        (
+            {"tied": {"training.warmup": "10 * training.steps"}},
+            "spec: search.tied.training.warmup: '10 * training.steps' gives training: warmup (1000 steps) must end",
+        ),
+        (
+            {"tied": {"lora.rank": "lora.alpha"}, "space": {"lora.alpha": {"uniform": [2, 8]}}},
+            "search.space.lora.alpha: the value 2.0 gives search.tied.lora.rank: 'lora.alpha' gives lora.rank: Input",
+        ),
         ({"tied": {"lora.alpha": "lora.rnk"}}, "search.tied.lora.alpha there is no field lora.rnk"),
         ({"tied": {"lora.alpha": "2 * rank"}}, "search.tied.lora.alpha cannot use 'rank'"),
         ({"tied": {"lora.alpha": "lora.rank / 0"}}, "search.tied.lora.alpha cannot be computed: division by zero"),
@@ -234,7 +301,7 @@ def test_a_tied_value_can_build_on_one_tied_before_it(document: Document) -> Non
         ),
         (
             {"tied": {"lora.alpha": "1 / (lora.rank - 8)"}, "space": {"lora.rank": {"choice": [4, 8]}}},
-            "search.space.lora.rank: the value 4 gives lora.alpha",
+            "search.space.lora.rank: the value 4 gives search.tied.lora.alpha: '1 / (lora.rank - 8)' gives lora.alpha",
         ),
         (
             {"tied": {"lora.alpha": "1 / (8 - lora.rank)"}, "space": {"lora.rank": {"choice": [4, 8]}}},
@@ -244,7 +311,7 @@ def test_a_tied_value_can_build_on_one_tied_before_it(document: Document) -> Non
 )
 def test_a_wrong_tie_is_refused_at_load(document: Document, search: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        _spec(document, **search)
+        _spec(document | {"training": {"steps": 100}}, **search)
     assert message in str(caught.value)
 
 

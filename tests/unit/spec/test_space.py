@@ -45,6 +45,14 @@ def test_values_of_a_range_with_steps(written: dict[str, Any], values: list[Any]
     assert not axis.holds(values[0] + 0.4 * (values[1] - values[0]))
 
 
+def test_the_nearest_value_of_a_range_is_one_of_it() -> None:
+    for kind in ("randint", "lograndint"):
+        axis = Axis.model_validate({kind: [2, 9]})
+        nearest = [axis.nearest(number) for number in (0.1, 2.4, 4.8, 8.9)]
+        assert nearest == [2, 2, 5, 8]
+        assert all(map(axis.holds, nearest))
+
+
 @pytest.mark.parametrize(
     ("written", "drawn"),
     [
