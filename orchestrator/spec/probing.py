@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from orchestrator.spec.axes import WHOLE_KINDS, Axis
 from orchestrator.spec.messages import describe
-from orchestrator.spec.sections import TrialConfig
+from orchestrator.spec.names import meant
+from orchestrator.spec.sections import Section, TrialConfig
 
 if TYPE_CHECKING:
     from orchestrator.spec.sweep_spec import SweepSpec
@@ -45,25 +46,31 @@ def check_searchable(path: str) -> None:
         )
     if section not in ("base", "lora", "training"):
         raise ValueError(f"search: {path} is not a field of a trial; axes lie in base, lora or training")
-    fields = _fields(section)
-    if field not in fields:
-        raise ValueError(f"search: there is no field {path}; fields of {section}: {', '.join(fields)}")
-
-
-def _fields(section: str) -> dict[str, Any]:
-    fields: dict[str, Any] = TrialConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-    return fields
+    model = _section(section)
+    if field not in model.model_fields:
+        found = meant(path, model, TrialConfig)
+        hint = f"did you mean {found}? " if found else ""
+        raise ValueError(
+            f"search: there is no field {path}; {hint}fields of {section}: {', '.join(model.model_fields)}"
+        )
 
 
 def _require_kind(path: str, axis: Axis) -> None:
     """Raises ValueError for a range of real numbers on a field that takes whole ones alone."""
     section, _, field = path.partition(".")
-    types = _types(_fields(section)[field].annotation)
+    types = _types(_section(section).model_fields[field].annotation)
     if int in types and float not in types and not axis.is_discrete and not axis.is_whole:
         raise ValueError(
             f"search.space.{path}: a field of whole numbers takes choice, {', '.join(WHOLE_KINDS)}, "
             f"but not {axis.kind} {axis.values}"
         )
+
+
+def _section(name: str) -> type[Section]:
+    section: Any = TrialConfig.model_fields[name].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    return section
 
 
 def _types(annotation: Any) -> set[Any]:

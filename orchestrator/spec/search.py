@@ -8,10 +8,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.axes import Axis
-from orchestrator.spec.sections import PositiveInt, Section
+from orchestrator.spec.sections import PositiveInt, Section, Seed
 
 MODEL_BASED = ("optuna", "hyperopt", "bohb")
 """Algorithms that draw by what earlier trials have reported."""
+
+_NOT_ALGORITHMS = {
+    "tpe": "is a sampler of optuna: write algorithm: optuna, sampler: tpe",
+    "cmaes": "is a sampler of optuna: write algorithm: optuna, sampler: cmaes",
+    **dict.fromkeys(("asha", "hyperband", "median", "pbt", "pb2"), "is a scheduler: write it as scheduler.kind"),
+}
 
 
 class Budget(Section):
@@ -48,8 +54,15 @@ class SearchSection(Section):
     """What trials are compared by, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
     """Which end is better; default min for eval/loss, max for the others."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     """Seed of the searcher, and of what PBT and PB2 draw. `--seed` overrides it."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _is_an_algorithm(cls, written: Any) -> Any:
+        if isinstance(written, str) and written in _NOT_ALGORITHMS:
+            raise ValueError(f"{written} {_NOT_ALGORITHMS[written]}")
+        return written
 
     @field_validator("metric", mode="before")
     @classmethod

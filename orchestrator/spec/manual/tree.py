@@ -123,8 +123,12 @@ def _alternatives(node: Node) -> Iterator[str]:
 
 def _bounds(node: Node) -> Iterator[str]:
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    if given := [f"{word} {node[rule]:g}" for rule, word in words.items() if rule in node]:
+    if given := [f"{word} {_number(node[rule])}" for rule, word in words.items() if rule in node]:
         yield f"({', '.join(given)})"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _length(node: Node) -> str:

@@ -6,7 +6,7 @@ from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
 from orchestrator.spec.sections.resources import ResourcesSection
 from orchestrator.spec.sections.scheduler import SchedulerSection
-from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, Section
+from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, Section, Seed
 from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
 from orchestrator.spec.sections.trial import TrialConfig
 
@@ -24,6 +24,7 @@ __all__ = [
     "ResourcesSection",
     "SchedulerSection",
     "Section",
+    "Seed",
     "Source",
     "TrackingSection",
     "TrainingSection",

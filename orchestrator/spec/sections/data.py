@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from orchestrator.spec.sections.section import PositiveInt, Section
+from orchestrator.spec.sections.section import PositiveInt, Section, Seed
 from orchestrator.spec.template import check_chat_template, template_columns
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -197,7 +197,7 @@ class DataSection(Section):
     """Lay several training rows into one sequence of up to max_length tokens, each apart from the others."""
     held_out: HeldOut = HeldOut(share=0.1)
     """Rows for evaluation."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the split, of a mix and of a stream."""
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from orchestrator.spec.sections.section import PositiveInt, Section
+from orchestrator.spec.sections.section import PositiveInt, Section, Seed
 
 DEFAULT_WARMUP = 0.03
 
@@ -75,6 +75,9 @@ LEFT_OUT = {
 }
 """Optimizers and schedules of transformers 5.23 that are not offered, and why."""
 
+LEFT_OUT_LOSSES = {"chunked_nll": f"{_SAME.format('nll')}, which trl computes in chunks as well"}
+"""Losses of trl 1.16 that are not offered, and why."""
+
 
 class TrainingSection(Section):
     """One trial's optimisation. Steps are optimizer steps."""
@@ -135,7 +138,7 @@ class TrainingSection(Section):
     """Record training figures every so many steps."""
     save_steps: PositiveInt | None = None
     """Save a checkpoint every so many steps; default at evaluations, one a minute (each where trials may pause)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapter's start, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp16", "none"] = "auto"
     """Autocast of the forward pass; auto is bf16 on a GPU that has it, none elsewhere."""
@@ -144,11 +147,12 @@ class TrainingSection(Section):
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the adapter's weights (trl alone would use bfloat16 on a quantised base)."""
 
-    @field_validator("optimizer", "schedule", mode="before")
+    @field_validator("optimizer", "schedule", "loss", mode="before")
     @classmethod
     def _is_offered(cls, name: Any) -> Any:
-        if isinstance(name, str) and name in LEFT_OUT:
-            raise ValueError(f"{name} {LEFT_OUT[name]}")
+        left_out = LEFT_OUT | LEFT_OUT_LOSSES
+        if isinstance(name, str) and name in left_out:
+            raise ValueError(f"{name} {left_out[name]}")
         return name
 
     @property

@@ -170,7 +170,7 @@ def test_a_fault_below_a_condition_is_told_of_the_axis_that_has_it(document: Doc
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("lora.rnk", "there is no field lora.rnk; fields of lora: rank, alpha, dropout"),
+        ("lora.rnk", "there is no field lora.rnk; did you mean rank? fields of lora: rank, alpha"),
         ("lora", "there is no field lora"),
         ("rank", "rank is not a field of a trial"),
         ("search.seed", "search.seed is not a field of a trial"),

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import parse_spec
-from orchestrator.spec.sections.training import LEFT_OUT
+from orchestrator.spec.sections.training import LEFT_OUT, LEFT_OUT_LOSSES, TrainingSection
 
 Document = dict[str, Any]
 
@@ -90,6 +90,13 @@ def test_what_transformers_has_and_is_left_out_is_told_why(document: Document, n
     assert f"training.{field}: {name} {LEFT_OUT[name]}" in str(caught.value)
 
 
+def test_a_loss_that_is_left_out_is_told_why(document: Document) -> None:
+    with pytest.raises(
+        SpecError, match=r"training\.loss: chunked_nll is another name of nll, which trl computes in chunks"
+    ):
+        parse_spec(document | {"training": {"loss": "chunked_nll"}})
+
+
 def test_an_axis_that_meets_such_a_pair_is_refused(document: Document) -> None:
     search = {"space": {"lora.init": {"choice": ["default", "pissa"]}}}
     with pytest.raises(SpecError, match=r"search\.space\.lora\.init: the value 'pissa' gives lora\.init pissa needs"):
@@ -125,3 +132,14 @@ def test_every_optimizer_and_schedule_of_transformers_is_offered_or_told_why() -
     offered = {*get_args(Optimizer), *get_args(Schedule)}
     assert not offered & LEFT_OUT.keys()
     assert {each.value for each in (*OptimizerNames, *SchedulerType)} == offered | LEFT_OUT.keys()
+
+
+def test_every_loss_of_trl_is_offered_or_told_why() -> None:
+    """Those of the pinned version, by name."""
+    from typing import get_args
+
+    from trl import SFTConfig
+
+    offered = {*get_args(TrainingSection.model_fields["loss"].annotation)}
+    choices = set(SFTConfig.__dataclass_fields__["loss_type"].metadata["choices"])
+    assert choices == offered | LEFT_OUT_LOSSES.keys()

@@ -1,0 +1,80 @@
+"""What an unknown field may have been meant to be: names of PEFT, transformers and trl, and where ours lie."""
+
+import difflib
+
+from pydantic import BaseModel
+
+OURS = {
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+    "init_lora_weights": "lora.init",
+    "lr": "training.learning_rate",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "gradient_accumulation_steps": "training.accumulation",
+    "gradient_checkpointing": "training.recompute",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "max_steps": "training.steps",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_ratio": "training.warmup",
+    "warmup_steps": "training.warmup",
+    "optim": "training.optimizer",
+    "adam_beta1": "training.beta1",
+    "adam_beta2": "training.beta2",
+    "adam_epsilon": "training.epsilon",
+    "loss_type": "training.loss",
+    "label_smoothing_factor": "training.label_smoothing",
+    "neftune_noise_alpha": "training.neftune_alpha",
+    "bf16": "training.precision: bf16",
+    "fp16": "training.precision: fp16",
+    "load_in_4bit": "base.quantization: nf4",
+    "load_in_8bit": "base.quantization: int8",
+    "bnb_4bit_quant_type": "base.quantization",
+    "bnb_4bit_compute_dtype": "base.compute_dtype",
+    "bnb_4bit_use_double_quant": "base.double_quant",
+    "model_name_or_path": "base.model",
+    "dataset_name": "data.source",
+    "max_seq_length": "data.max_length",
+    "num_samples": "search.num_trials",
+    "n_trials": "search.num_trials",
+    "output_dir": "output.folder",
+    "scheduler.name": "scheduler.kind",
+    "scheduler.type": "scheduler.kind",
+    "search.name": "search.algorithm",
+    "search.type": "search.algorithm",
+    "search.kind": "search.algorithm",
+}
+"""Name elsewhere, or a field that is none -> ours, with its value where the name says that."""
+
+
+def meant(where: str, model: type[BaseModel], root: type[BaseModel]) -> str | None:
+    """The field that was meant by an unknown one, if it can be told.
+
+    Args:
+        where: the dotted field as it was written.
+        model: the section in which it was looked for.
+        root: the section of all sections.
+    """
+    name = where.rpartition(".")[2]
+    if found := OURS.get(where) or OURS.get(name):
+        return found
+    if elsewhere := _fields_named(name, root):
+        return elsewhere[0]
+    close = difflib.get_close_matches(name, model.model_fields, n=1)
+    return close[0] if close else None
+
+
+def _fields_named(name: str, root: type[BaseModel]) -> list[str]:
+    """The sections, or their fields, of this very name."""
+    sections = {section: field.annotation for section, field in root.model_fields.items()}
+    inner = [
+        f"{section}.{name}"
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields
+    ]
+    return [name] * (name in sections) + inner

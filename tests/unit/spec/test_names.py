@@ -1,0 +1,69 @@
+"""What is answered to a name that is none of ours: the field that was meant, by its dotted name."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec.names import OURS
+
+Document = dict[str, Any]
+
+
+def told(document: Document, **sections: Any) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(document | sections)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_name_of_another_library_is_answered_with_ours(document: Document, name: str) -> None:
+    section, _, field = name.rpartition(".")
+    field_of_ours, _, value = OURS[name].partition(": ")
+    said = told(document, **({section: {field: 1}} if section else {field: 1}))
+    assert f"{name}: unknown field; did you mean {OURS[name]}? " in said
+    there, _, ours = field_of_ours.partition(".")
+    if there != "scheduler":
+        annotation: Any = SweepSpec.model_fields[there].annotation
+        assert ours in annotation.model_fields
+    if value:
+        assert parse_spec(_with(document, there, {ours: value}))
+
+
+def _with(document: Document, section: str, fields: Document) -> Document:
+    return document | {section: document.get(section, {}) | fields}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"training": {"r": 8}}, "training.r: unknown field; did you mean lora.rank?"),
+        ({"training": {"target_modules": ["q_proj"]}}, "did you mean lora.target_modules?"),
+        ({"learning_rate": 1e-4}, "learning_rate: unknown field; did you mean training.learning_rate?"),
+        ({"training": {"scheduler": {"kind": "asha"}}}, "training.scheduler: unknown field; did you mean scheduler?"),
+        ({"lora": {"rnk": 8}}, "lora.rnk: unknown field; did you mean rank?"),
+        ({"scheduler": {"asha": {}}}, "scheduler.asha: unknown field; asha is a value: write scheduler: {kind: asha,"),
+        ({"scheduler": {"asha": {"grace_steps": 5}}}, "write scheduler: {kind: asha, ...}"),
+        ({"scheduler": {"kind": "pbt", "pbt": {}}}, "scheduler.pbt: unknown field; pbt is a value: write sch"),
+        ({"scheduler": {"none": {}}}, "scheduler.none: unknown field; none is a value"),
+        ({"search": {"random": {}}}, "search.random: unknown field; random is a value: write search: {algor"),
+        ({"search": {"optuna": {"sampler": "tpe"}}}, "write search: {algorithm: optuna, ...}"),
+        ({"search": {"algorithm": "tpe"}}, "search.algorithm: tpe is a sampler of optuna: write algorithm: optuna, "),
+        ({"search": {"algorithm": "cmaes"}}, "write algorithm: optuna, sampler: cmaes"),
+        ({"search": {"algorithm": "asha"}}, "search.algorithm: asha is a scheduler: write it as scheduler.kind"),
+        ({"search": {"space": {"lora.r": {"choice": [8]}}}}, "there is no field lora.r; did you mean lora.rank?"),
+        ({"search": {"tied": {"lora.lora_alpha": "2 * lora.rank"}}}, "did you mean lora.alpha? fields of lora"),
+        ({"search": {"space": {"training.lr": {"choice": [1e-4]}}}}, "did you mean training.learning_rate?"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_is_told(document: Document, sections: Document, said: str) -> None:
+    assert said in told(document, **sections)
+
+
+@pytest.mark.parametrize("section", ["data", "training", "search"])
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_is_one_that_every_library_takes(document: Document, section: str, seed: int) -> None:
+    said = told(document, **{section: document.get(section, {}) | {"seed": seed}})
+    assert f"{section}.seed: Input should be " in said
+    assert f"(got {seed})" in said
