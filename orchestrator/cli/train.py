@@ -28,6 +28,8 @@ from orchestrator.cli.frame import (
 )
 from orchestrator.errors import Interrupted, RequestError
 from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.spec.effect import require_effect
+from orchestrator.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Validate an experiment file and print it with every field resolved."""
     spec = load_spec(file, set_ or [])
+    require_effect(spec)
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # which has a number of its own, and refuses another
         document["search"]["num_trials"] = spec.search.total_trials
@@ -49,7 +52,7 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     import yaml
 
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
-    print(f"# valid: {spec.search.total_trials} trials")
+    print(f"# valid: {counted(spec.search.total_trials, 'trial')}")
 
 
 @app.command(epilog="Example: orchestrator schema > experiment.schema.json")
@@ -213,7 +216,7 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
         from orchestrator.sweep import run_sweep
 
         total = spec.search.total_trials
-        with SweepView(console, total, f"sweep of {total} trials in {paths.root}") as view:
+        with SweepView(console, total, f"sweep of {counted(total, 'trial')} in {paths.root}") as view:
             record = run_sweep(spec, paths, view.update, address, view.say)
         _show_trials(console, record)
         show_best(console, record)

@@ -4,6 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from orchestrator.deploy.scoring.evaluate import Evaluation, EvaluationReport
+from orchestrator.words import counted
 
 _OWN = ("loss", "cost", "perplexity", "token_accuracy")
 """Values with a place of their own, or none in the table."""
@@ -14,7 +15,7 @@ def evaluation_table(report: EvaluationReport) -> Table:
     values = list(dict.fromkeys(name for each in report.evaluations for name in each.values))
     columns = [name for name in values if name == "perplexity" or name not in _OWN]
     table = Table(
-        title=f"{report.num_rows} rows: {report.rows}; on {report.device}",
+        title=f"{counted(report.num_rows, 'row')}: {report.rows}; on {report.device}",
         title_justify="left",
         box=SIMPLE_HEAD,
         header_style="bold",

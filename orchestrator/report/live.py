@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orchestrator.record import OPEN, MetricPoint, TrialResult
 from orchestrator.report.tables import duration, number, trials_table
+from orchestrator.words import counted
 
 
 class SweepView:
@@ -64,7 +65,10 @@ class SweepView:
 
     def _summary(self) -> Text:
         ended = sum(trial.state not in OPEN for trial in self._trials)
-        parts = [f"{ended} of {self._total} trials ended", f"{duration(time.monotonic() - self._began)} gone"]
+        parts = [
+            f"{ended} of {counted(self._total, 'trial')} ended",
+            f"{duration(time.monotonic() - self._began)} gone",
+        ]
         left = self._seconds_left()
         if left is not None:
             parts.append(f"at most {duration(left)} left")

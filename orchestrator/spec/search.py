@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.sections import PositiveInt, Section, Seed
+from orchestrator.words import counted
 
 MODEL_BASED = ("optuna", "hyperopt", "bohb")
 """Algorithms that draw by what earlier trials have reported."""
@@ -139,7 +140,8 @@ class SearchSection(Section):
         if self.first and self.algorithm == "grid":
             raise ValueError("first names points to try first, but algorithm grid tries all; leave it out")
         if len(self.first) > self.total_trials:
-            raise ValueError(f"first holds {len(self.first)} points, but there are {self.total_trials} trials")
+            trials = counted(self.total_trials, "trial")
+            raise ValueError(f"first holds {len(self.first)} points for {trials}; give num_trials of {len(self.first)}")
         for i, point in enumerate(self.first):
             if unknown := sorted(set(point) - set(self.space)):
                 raise ValueError(f"first.{i}: {unknown[0]} is not searched; axes: {', '.join(self.space) or 'none'}")

@@ -15,12 +15,14 @@ from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.effect import require_effect
 from orchestrator.spec.extras import require_extras
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.snapshot import put_snapshot_back
 from orchestrator.training.start import start_sweep
+from orchestrator.words import counted
 
 Say = Callable[[str], None]
 """Takes a sentence for whoever has started the sweep."""
@@ -39,12 +41,14 @@ def run_sweep(
         say: is told of the workers, before the first trial.
 
     Raises:
-        RequestError: base or data are not what the experiment says, or a package is missing; nothing is written.
+        RequestError: base or data are not what the experiment says, a package is missing, or the scheduler would change
+            nothing; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C.
     """
     require_extras(spec)
+    require_effect(spec)
     with connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         info = start_sweep(spec, paths)
@@ -86,7 +90,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     cancel_unknown(record)
     if over := record.budget_spent():
         begun = len(record.paths.trial_ids())
-        say(f"{over}: {begun} of {record.info.num_trials} trials were begun")
+        say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)
@@ -161,7 +165,7 @@ def _conclude(record: SweepRecord) -> None:
     is_over = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
     if len(ended) < total and not is_over:
         raise Interrupted(
-            f"interrupted with {len(ended)} of {total} trials ended; their results are kept",
+            f"interrupted with {len(ended)} of {counted(total, 'trial')} ended; their results are kept",
             f"Go on with: orchestrator resume {record.paths.root}",
         )
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
@@ -170,6 +174,6 @@ def _conclude(record: SweepRecord) -> None:
             raise SweepError("the budget was spent before a trial began", "Give search.budget more, in a new sweep.")
         log = record.paths.trial(first.trial_id).log
         raise SweepError(
-            f"all {len(trials)} trials failed; the first one: {first.error}",
+            f"all of {counted(len(trials), 'trial')} failed; the first one: {first.error}",
             f"Its log: {log}" if log.is_file() else f"The workers' logs: {record.paths.workers}",
         )

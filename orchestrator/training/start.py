@@ -8,15 +8,19 @@ from orchestrator.errors import RequestError
 from orchestrator.record import SweepInfo, SweepPaths, write_record
 from orchestrator.record.start import describe_sweep
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.effect import require_effect
 
 
 def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = False) -> SweepInfo:
     """Tokenise, then write the sweep's data and record.
 
     Raises:
-        RequestError: the base's tokenizer or the data are not what the experiment says; nothing is written.
+        RequestError: the base's tokenizer or the data are not what the experiment says, or the scheduler would change
+            nothing with so many rows; nothing is written.
     """
     prepared = prepare(spec.data, spec.base)
+    if not is_single_trial:
+        require_effect(spec, prepared.num_sequences or prepared.num_train)
     try:
         paths.root.parent.mkdir(parents=True, exist_ok=True)
         building = SweepPaths(Path(tempfile.mkdtemp(dir=paths.root.parent, prefix=f".{paths.name}.")))

@@ -79,8 +79,9 @@ def finished(record: SweepRecord) -> dict[Path, int]:
     "overrides",
     [
         ["search.algorithm=optuna"],
-        # Rungs that no trial reaches: all run to their end, and the scheduler reads the ended ones again.
-        ["search.algorithm=random", "scheduler.kind=asha", "scheduler.grace_steps=400"],
+        # A rung that only rows of full length would reach: all run to their end, and the scheduler reads the ended ones
+        # again.
+        ["search.algorithm=random", f"scheduler={{kind: asha, grace_tokens: {(STEPS - 4) * 8 * 64}}}"],
     ],
     ids=["optuna", "random-asha"],
 )

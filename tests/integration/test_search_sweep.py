@@ -285,6 +285,6 @@ def test_a_budget_that_is_spent_stops_what_trains_and_starts_no_more(tmp_path: P
     assert over is not None
     assert over.limit == "tokens"
     assert 1000 <= over.spent <= sum(trial.tokens for trial in trials)
-    assert said[-1] == f"{over}: {len(trials)} of 8 trials were begun"
+    assert said[-1] == f"{over}: {len(trials)} of 8 trials begun"
     best = record.finished()[0]
     assert record.adapter(best).is_dir()

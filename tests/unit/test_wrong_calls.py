@@ -141,6 +141,12 @@ FIELDS = [
         "multiple of training.eval_steps (50)",
     ),
     _set(
+        "a first rung at the last step",
+        ["scheduler={kind: asha, grace_steps: 50}", "training.steps=50", "search.space.lora.rank={choice: [4, 8]}"],
+        "scheduler.kind: asha would change nothing",
+        "no trial is evaluated before its last step (50)",
+    ),
+    _set(
         "rungs that move",
         ["scheduler.kind=asha", "search.space.training.eval_steps={choice: [50, 100]}"],
         "training.eval_steps cannot be searched under scheduler asha",
@@ -398,7 +404,7 @@ def test_the_experiment_is_right_but_for_what_the_table_adds(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 0
-    assert "# valid: 1 trials" in capfd.readouterr().out
+    assert "# valid: 1 trial\n" in capfd.readouterr().out
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

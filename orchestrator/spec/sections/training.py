@@ -208,6 +208,13 @@ class TrainingSection(Section):
             raise ValueError(f"tf32 is of float32 products; set precision: none (it is {self.precision})")
         return self
 
+    def steps_of(self, num_rows: int) -> int:
+        """Optimizer steps of a trial with so many training rows, or sequences, as transformers counts them."""
+        if self.steps is not None:
+            return self.steps
+        an_epoch = math.ceil(math.ceil(num_rows / self.batch_size) / self.accumulation)
+        return math.ceil((self.epochs or 1.0) * an_epoch)
+
     def does_not_fit(self, steps: int) -> str | None:
         """Why the schedule is too long for a trial of so many optimizer steps, or None."""
         warmup = math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)

@@ -1,0 +1,146 @@
+"""Whether a scheduler can have an effect: it decides at evaluations, and at its last one a trial is complete.
+
+Not a rule of experiment files: a trial that runs alone has no scheduler, and a record is one of what was run.
+"""
+
+import math
+from dataclasses import dataclass
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.sections.scheduler import (
+    BohbScheduler,
+    Brackets,
+    MedianScheduler,
+    NoScheduler,
+    Population,
+    Rungs,
+)
+from orchestrator.spec.sweep_spec import SweepSpec
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far the longest trial comes before its end."""
+
+    steps: int
+    """Of a whole trial."""
+    look: int
+    """Step of its last evaluation before that."""
+    time: int
+    """The same in what the scheduler counts: steps, or tokens where no row is shorter than data.max_length."""
+
+
+def require_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
+    """Refuse a scheduler that would change nothing, whatever the trials report. One trial alone may have any.
+
+    Args:
+        spec: the experiment.
+        num_rows: training rows, or packed sequences; without them steps are not known where epochs are given.
+
+    Raises:
+        SpecError: with the reason, and what would do.
+    """
+    scheduler, total = spec.scheduler, spec.search.total_trials
+    if isinstance(scheduler, NoScheduler) or total == 1:
+        return
+    if isinstance(scheduler, MedianScheduler) and scheduler.min_trials >= total:
+        raise SpecError(
+            f"scheduler.min_trials: {scheduler.min_trials} would have the median rule stop nobody: each of {total} "
+            f"trials has {total - 1} to be compared with; give at most {total - 1}"
+        )
+    reach = _reach(spec, num_rows)
+    if reach is not None:
+        _require_look_in_time(spec, reach)
+    if isinstance(scheduler, Brackets):
+        _require_trials(spec, scheduler, math.inf if reach is None else reach.time)
+
+
+def _reach(spec: SweepSpec, num_rows: int | None) -> _Reach | None:
+    reaches = []
+    for config in spec.corners():
+        training = config.training
+        steps = training.steps if num_rows is None else training.steps_of(num_rows)
+        if steps is None:
+            return None
+        look = (steps - 1) // training.eval_steps * training.eval_steps
+        tokens = training.batch_size * training.accumulation * config.data.max_length
+        reaches.append(_Reach(steps, look, look * (tokens if _unit(spec) == "tokens" else 1)))
+    return max(reaches, key=lambda reach: reach.time)
+
+
+def _require_look_in_time(spec: SweepSpec, reach: _Reach) -> None:
+    kind, unit = spec.scheduler.kind, _unit(spec)
+    if reach.look == 0:
+        raise SpecError(
+            f"scheduler.kind: {kind} would change nothing: with training.eval_steps {spec.training.eval_steps} no "
+            f"trial is evaluated before its last step ({reach.steps}); give training.eval_steps below {reach.steps}"
+        )
+    name = "interval" if isinstance(spec.scheduler, Population) else "grace"
+    if (first := _first_time(spec)) > reach.time:
+        raise SpecError(
+            f"scheduler.{name}_{unit}: {first} would have {kind} change nothing: the last evaluation before a trial's "
+            f"end ({reach.steps} steps) is at step {reach.look}{_at_most(reach, unit)}; give at most {reach.time}"
+        )
+
+
+def _require_trials(spec: SweepSpec, scheduler: Brackets, time: float) -> None:
+    unit, grace, total = _unit(spec), _first_time(spec), spec.search.total_trials
+    longest = scheduler.max_tokens or scheduler.max_steps or spec.training.steps or 0
+    brackets = _brackets(longest // grace, scheduler.reduction_factor)
+    if isinstance(scheduler, BohbScheduler):
+        brackets.reverse()
+    least = _least_trials(brackets, scheduler.reduction_factor, time / grace)
+    if least is None:
+        raise SpecError(
+            f"scheduler.max_{unit}: {longest} would have {scheduler.kind} change nothing: its first rung lies at "
+            f"{min(rungs[0] for _, rungs in brackets if rungs) * grace} {unit}, and the last evaluation before a "
+            f"trial's end at {time:.0f}; give at most {time:.0f}"
+        )
+    if total < least:
+        raise SpecError(
+            f"search.num_trials: of {total} trials {scheduler.kind} would stop none: its brackets are filled one after "
+            f"another, those without a rung first; give {least} or more, or scheduler.kind asha"
+        )
+
+
+def _unit(spec: SweepSpec) -> str:
+    """What the scheduler counts: steps or tokens."""
+    counts = "step" if isinstance(spec.scheduler, NoScheduler) else spec.scheduler.counts
+    return "steps" if counts == "step" else "tokens"
+
+
+def _first_time(spec: SweepSpec) -> int:
+    """When the scheduler first looks at a trial."""
+    scheduler = spec.scheduler
+    if isinstance(scheduler, Rungs):
+        return scheduler.grace_tokens or spec.grace_steps
+    if isinstance(scheduler, Population):
+        return scheduler.interval_tokens or spec.interval_steps
+    return 0
+
+
+def _at_most(reach: _Reach, unit: str) -> str:
+    return f", of at most {reach.time} tokens" if unit == "tokens" else ""
+
+
+def _brackets(units: int, factor: int) -> list[tuple[int, list[int]]]:
+    """Trials of each full bracket and its rungs, in units of the grace period, as Ray Tune's HyperBand has them."""
+    most = round(math.log(units) / math.log(factor))
+    return [
+        (math.ceil((most + 1) / (halvings + 1) * factor**halvings), [first * factor**i for i in range(halvings)])
+        for halvings in range(most + 1)
+        if (first := units // factor**halvings)
+    ]
+
+
+def _least_trials(brackets: list[tuple[int, list[int]]], factor: int, last: float) -> int | None:
+    """Trials of which one must be stopped, where brackets are filled in this order and rungs up to `last` are met."""
+    before = 0
+    for size, rungs in brackets:
+        kept = size
+        for _ in [rung for rung in rungs if rung <= last]:
+            kept = math.ceil(kept / factor)
+        if kept < size:
+            return before + kept + 1
+        before += size
+    return None

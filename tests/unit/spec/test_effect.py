@@ -1,0 +1,145 @@
+"""A scheduler that would change nothing is refused before a sweep; one that may is not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.errors import SpecError
+from orchestrator.spec import load_spec, parse_spec
+from orchestrator.spec.effect import require_effect
+
+Document = dict[str, Any]
+
+SPACE = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
+STEPS = {"steps": 100, "eval_steps": 20}
+TOKENS = 80 * 4 * 512
+"""Most of a trial up to step 80: 4 rows of 512 a step."""
+
+
+def written(document: Document, scheduler: Document, training: Document = STEPS, **search: Any) -> Any:
+    section = {"space": SPACE, "num_trials": 10, **search}
+    return parse_spec(document | {"training": training, "scheduler": scheduler, "search": section})
+
+
+def refused(document: Document, scheduler: Document, training: Document = STEPS, **search: Any) -> str:
+    with pytest.raises(SpecError) as caught:
+        require_effect(written(document, scheduler, training, **search))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_first_look_past_the_last_evaluation_is_refused(document: Document, kind: str) -> None:
+    said = refused(document, {"kind": kind, "grace_steps": 100})
+    assert said == (
+        f"scheduler.grace_steps: 100 would have {kind} change nothing: the last evaluation before a trial's end "
+        "(100 steps) is at step 80; give at most 80"
+    )
+    require_effect(written(document, {"kind": kind, "grace_steps": 80}))
+    said = refused(document, {"kind": kind, "grace_tokens": TOKENS + 1})
+    assert f"scheduler.grace_tokens: {TOKENS + 1} would have" in said
+    assert f"is at step 80, of at most {TOKENS} tokens; give at most {TOKENS}" in said
+    require_effect(written(document, {"kind": kind, "grace_tokens": TOKENS}))
+
+
+@pytest.mark.parametrize("kind", ["asha", "median", "hyperband", "bohb"])
+def test_a_trial_of_one_evaluation_is_refused(document: Document, kind: str) -> None:
+    scheduler = {"kind": kind} | ({"max_steps": 300} if kind in ("hyperband", "bohb") else {})
+    algorithm = "bohb" if kind == "bohb" else "random"
+    for eval_steps in (100, 70 * 2):
+        training = {"steps": 100, "eval_steps": eval_steps}
+        if kind in ("hyperband", "bohb"):
+            scheduler["max_steps"] = 4 * eval_steps
+        said = refused(document, scheduler, training, algorithm=algorithm)
+        assert f"scheduler.kind: {kind} would change nothing: with training.eval_steps {eval_steps} no trial" in said
+        assert "before its last step (100); give training.eval_steps below 100" in said
+    require_effect(written(document, {"kind": "none"}, training))
+
+
+def test_the_longest_trial_counts_where_steps_are_searched(document: Document) -> None:
+    scheduler = {"kind": "asha", "grace_steps": 100}
+    space = {"training.steps": {"choice": [60, 400]}}
+    require_effect(written(document, scheduler, space=space))
+    assert "(90 steps) is at step 80" in refused(document, scheduler, space={"training.steps": {"randint": [60, 91]}})
+
+
+@pytest.mark.parametrize("rows", [None, 380, 400, 401])
+def test_with_epochs_the_rows_tell(document: Document, rows: int | None) -> None:
+    spec = written(document, {"kind": "asha", "grace_steps": 100}, {"epochs": 1.0, "eval_steps": 20})
+    if rows in (380, 400):  # 95 and 100 steps
+        with pytest.raises(SpecError, match=r"grace_steps: 100 would .* is at step 80; give at most 80"):
+            require_effect(spec, rows)
+    else:
+        require_effect(spec, rows)
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"steps": 7, "batch_size": 4}, 7),
+        ({"epochs": 1.0, "batch_size": 4}, 26),
+        ({"batch_size": 4, "accumulation": 3}, 9),
+        ({"epochs": 0.5, "batch_size": 4, "accumulation": 3}, 5),
+    ],
+)
+def test_steps_of_so_many_rows(document: Document, training: Document, steps: int) -> None:
+    assert parse_spec(document | {"training": training}).training.steps_of(101) == steps
+
+
+def test_the_median_needs_others(document: Document) -> None:
+    said = refused(document, {"kind": "median", "min_trials": 10})
+    assert said.startswith(
+        "scheduler.min_trials: 10 would have the median rule stop nobody: each of 10 trials has 9 to"
+    )
+    assert said.endswith("give at most 9")
+    require_effect(written(document, {"kind": "median", "min_trials": 9}))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"kind": "median", "min_trials": 9}, {"kind": "asha", "grace_steps": 200}], ids=str
+)
+def test_one_trial_may_have_any(document: Document, scheduler: Document) -> None:
+    require_effect(written(document, scheduler, num_trials=1))
+
+
+def test_a_band_needs_trials_for_a_bracket_with_a_rung(document: Document) -> None:
+    scheduler = {
+        "kind": "hyperband",
+        "reduction_factor": 2,
+    }  # 5 units: brackets of 3, 3 and 4, the first without a rung
+    said = refused(document, scheduler, num_trials=5)
+    assert said.startswith(
+        "search.num_trials: of 5 trials hyperband would stop none: its brackets are filled one after"
+    )
+    assert "give 6 or more" in said
+    require_effect(written(document, scheduler, num_trials=6))
+    require_effect(written(document, {"kind": "bohb", "reduction_factor": 2}, num_trials=4, algorithm="bohb"))
+
+
+def test_rungs_past_the_end_are_refused(document: Document) -> None:
+    scheduler = {"kind": "hyperband", "grace_steps": 20, "max_steps": 1000, "reduction_factor": 10}
+    assert refused(document, scheduler) == (
+        "scheduler.max_steps: 1000 would have hyperband change nothing: its first rung lies at 100 steps, and the last "
+        "evaluation before a trial's end at 80; give at most 80"
+    )
+
+
+@pytest.mark.parametrize("kind", ["pbt", "pb2"])
+def test_a_population_that_is_looked_at_too_late_is_refused(document: Document, kind: str) -> None:
+    said = refused(document, {"kind": kind, "interval_tokens": TOKENS + 1})
+    assert f"scheduler.interval_tokens: {TOKENS + 1} would have {kind} change nothing" in said
+    require_effect(written(document, {"kind": kind, "interval_tokens": TOKENS}))
+
+
+def test_check_says_it_and_a_single_trial_may_be_run() -> None:
+    checked = CliRunner().invoke(app, ["check", "experiments/demo.yaml", "--set", "training.steps=50"])
+    assert isinstance(checked.exception, SpecError)
+    assert "with training.eval_steps 50 no trial is evaluated before its last step (50)" in str(checked.exception)
+    assert load_spec("experiments/demo.yaml", ["training.steps=50"]), "`trial` has no scheduler"
+
+
+@pytest.mark.parametrize("file", sorted(Path("experiments").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_experiment_that_ships_has_an_effect(file: Path) -> None:
+    require_effect(load_spec(file))
