@@ -1,6 +1,7 @@
 """Validation errors in a person's words."""
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
@@ -19,17 +20,17 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
     """
     if not isinstance(error, ValidationError):
         return [str(error)]
-    lines = []
+    told: dict[tuple[str, str], list[str]] = {}
+    """Field and value -> what each of the types says that the field may have."""
     for fault in error.errors():
         parts, model, members = _walk(fault["loc"], root)
         path = ".".join(parts)
         if fault["type"] == "extra_forbidden":
-            lines.append(_unknown_field(path, model, members, root))
+            told[_unknown_field(path, model, members, root), ""] = []
             continue
-        message = fault["msg"].removeprefix("Value error, ")
         shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
-        lines.append(f"{path}: {message}{shown}" if path else message)
-    return list(dict.fromkeys(lines))
+        told.setdefault((path, shown), []).append(fault["msg"].removeprefix("Value error, "))
+    return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in told.items()]
 
 
 def _walk(
@@ -37,12 +38,17 @@ def _walk(
 ) -> tuple[list[str], type[BaseModel] | None, _Members]:
     """A fault's path as a person writes it, the section that holds its last part, and what else could be there.
 
-    Where a field takes one of several sections, pydantic puts the kind into the path.
+    Where a field takes one of several sections, pydantic puts the kind into the path; where it takes one of several
+    types, the type.
     """
     parts: list[str] = []
     model, members, field_model = root, _Members(), root
     field_members, kind_is_next = _Members(), False
+    takes_types = False
     for part in map(str, location):
+        if takes_types:
+            takes_types = False
+            continue
         if kind_is_next and part in field_members:
             field_model, kind_is_next = field_members[part], False
             continue
@@ -56,8 +62,19 @@ def _walk(
         kind_is_next = bool(field_members)
         annotation = field.annotation if field else None
         annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
+        takes_types = not field_members and len(types_of(annotation)) > 1
         field_model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return parts, model, members
+
+
+def types_of(annotation: Any) -> set[Any]:
+    """The types that a field takes beside nothing: the members of a union, without the bounds in them."""
+    members = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return types_of(members[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(types_of, members)) - {NoneType}
+    return {annotation}
 
 
 def _members(annotation: Any) -> _Members:

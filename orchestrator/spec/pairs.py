@@ -7,6 +7,7 @@ from orchestrator.spec.sections.scheduler import (
     Brackets,
     HyperBandScheduler,
     Pb2Scheduler,
+    PbtScheduler,
     Population,
     Rungs,
 )
@@ -77,6 +78,16 @@ def _budget_can_be_spent(spec: "SweepSpec") -> None:
         raise ValueError("search.budget.gpu_hours would never be spent: resources.gpus_per_trial is 0")
 
 
+def check_device(spec: "SweepSpec") -> None:
+    """Refuse trials that need a GPU where they are given none.
+
+    Raises:
+        ValueError: with what needs one.
+    """
+    if spec.resources.gpus_per_trial == 0 and (reason := spec.why_not_on_cpu()):
+        raise ValueError(f"{reason}, and resources.gpus_per_trial is 0")
+
+
 def _varies(spec: "SweepSpec", path: str) -> bool:
     return path in spec.search.space or path in spec.search.tied
 
@@ -137,10 +148,22 @@ def _interval_meets_evaluations(spec: "SweepSpec", scheduler: Population) -> Non
         )
 
 
+def _explores(spec: "SweepSpec", scheduler: PbtScheduler) -> bool:
+    """Whether PBT can come to another value of any axis."""
+    moves = scheduler.resample_probability > 0 or set(scheduler.factors) != {1.0}
+    listed = [axis.listed() for axis in spec.search.space.values()]
+    return any(moves if values is None else len(values) > 1 for values in listed)
+
+
 def _population_can_change(spec: "SweepSpec", scheduler: Population) -> None:
     kind = scheduler.kind
     if not spec.search.space:
         raise ValueError(f"scheduler.kind {kind} changes searched values, and search.space has none")
+    if isinstance(scheduler, PbtScheduler) and not _explores(spec, scheduler):
+        raise ValueError(
+            "scheduler.kind pbt would try no other value: listed axes need two values, ranges need scheduler.factors "
+            "other than 1 or a resample_probability above 0"
+        )
     if spec.search.total_trials < 2:
         raise ValueError(f"scheduler.kind {kind} needs two trials or more: each learns from others")
     for path in (*spec.search.space, *spec.search.tied):

@@ -4,11 +4,10 @@ import itertools
 import math
 import random
 from collections.abc import Mapping
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.spec.axes import WHOLE_KINDS, Axis
-from orchestrator.spec.messages import describe
+from orchestrator.spec.messages import describe, types_of
 from orchestrator.spec.names import meant
 from orchestrator.spec.sections import Section, TrialConfig
 
@@ -58,7 +57,7 @@ def check_searchable(path: str) -> None:
 def _require_kind(path: str, axis: Axis) -> None:
     """Raises ValueError for a range of real numbers on a field that takes whole ones alone."""
     section, _, field = path.partition(".")
-    types = _types(_section(section).model_fields[field].annotation)
+    types = types_of(_section(section).model_fields[field].annotation)
     if int in types and float not in types and not axis.is_discrete and not axis.is_whole:
         raise ValueError(
             f"search.space.{path}: a field of whole numbers takes choice, {', '.join(WHOLE_KINDS)}, "
@@ -71,16 +70,6 @@ def _section(name: str) -> type[Section]:
     assert isinstance(section, type)
     assert issubclass(section, Section)
     return section
-
-
-def _types(annotation: Any) -> set[Any]:
-    """What a field takes: the members of a union, without the bounds in their types."""
-    members = get_args(annotation)
-    if get_origin(annotation) is Annotated:
-        return _types(members[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return set().union(*map(_types, members))
-    return {annotation}
 
 
 def _combinations(spec: "SweepSpec") -> list[dict[str, Any]]:

@@ -97,6 +97,12 @@ class SearchSection(Section):
             raise ValueError(f"sampler {self.sampler} belongs to algorithm optuna, but algorithm is {self.algorithm}")
         if self.startup_trials is not None and self.algorithm not in MODEL_BASED:
             raise ValueError(f"startup_trials belongs to {', '.join(MODEL_BASED)}, but algorithm is {self.algorithm}")
+        if self.startup_trials is not None and self.startup_trials >= self.total_trials:
+            trials = counted(self.total_trials, "trial")
+            raise ValueError(
+                f"startup_trials are drawn at random, and {self.startup_trials} of {trials} leave none to "
+                f"{self.algorithm}; give fewer, or algorithm random"
+            )
         least = len(self.space) + 1
         if self.algorithm == "bohb" and self.startup_trials is not None and self.startup_trials < least:
             raise ValueError(
@@ -143,6 +149,8 @@ class SearchSection(Section):
             trials = counted(self.total_trials, "trial")
             raise ValueError(f"first holds {len(self.first)} points for {trials}; give num_trials of {len(self.first)}")
         for i, point in enumerate(self.first):
+            if point in self.first[:i]:
+                raise ValueError(f"first.{i} is first.{self.first.index(point)} again: {point}")
             if unknown := sorted(set(point) - set(self.space)):
                 raise ValueError(f"first.{i}: {unknown[0]} is not searched; axes: {', '.join(self.space) or 'none'}")
             active = self.active(point)

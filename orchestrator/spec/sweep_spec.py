@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.dotted import read_path, write_keys
-from orchestrator.spec.pairs import check_pairs
+from orchestrator.spec.pairs import check_device, check_pairs
 from orchestrator.spec.probing import check_axes
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
@@ -81,6 +81,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _every_axis_holds(self) -> Self:
         check_axes(self)
+        check_device(self)
         return self
 
     @property
@@ -98,6 +99,10 @@ class SweepSpec(Section):
     def corners(self) -> list[TrialConfig]:
         """Trials that stand for all: each value, or end, of each axis is in one of them."""
         return [self.trial_config(point) for point in self.edges()]
+
+    def why_not_on_cpu(self) -> str | None:
+        """What in one of the trials needs a GPU, or None."""
+        return next((reason for config in self.corners() if (reason := config.why_not_on_cpu())), None)
 
     def edges(self) -> list[dict[str, Any]]:
         """Points that differ from a first one along one axis (and those that it needs to exist)."""

@@ -46,7 +46,8 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
 
     Raises:
         RequestError: `auto` on a cluster that has no GPU now (it may be about to start some: training a night long on
-            CPUs is nothing to guess at), or more than a machine that cannot grow has, where Ray would wait for ever.
+            CPUs is nothing to guess at), what needs a GPU where there is none, or more than a machine that cannot grow
+            has, where Ray would wait for ever.
     """
     resources, there = spec.resources, ray.cluster_resources()
     num_gpus, num_cpus = there.get("GPU", 0), there.get("CPU", 0)
@@ -63,6 +64,8 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
             "search.budget.gpu_hours would never be spent: this machine has no GPU",
             "Give search.budget.wall_clock_hours or tokens.",
         )
+    if whole == 0 and (reason := spec.why_not_on_cpu()):
+        raise RequestError(f"{reason}, and this machine has none")
     if address is None and (whole > num_gpus or resources.cpus_per_trial > num_cpus):
         raise RequestError(
             f"a worker takes {whole} GPUs, {resources.cpus_per_trial} cores; this machine has {num_gpus:g} and "

@@ -14,6 +14,7 @@ import torch
 from peft import EvaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
 
 from orchestrator.data import PreparedData
 from orchestrator.data.encode import IGNORED
@@ -120,9 +121,16 @@ def eva_components(
         modules: names of the adapted layers.
 
     Raises:
-        TrialError: the components do not settle.
+        TrialError: a layer reads fewer features than its rank, or the components do not settle.
     """
     known = lora_config(config, modules)
+    for name in modules:
+        rank = known.rank_pattern.get(get_pattern_key(known.rank_pattern, name), known.r)
+        if rank > (width := model.get_submodule(name).in_features):
+            raise TrialError(
+                f"lora.init eva takes rank {rank} of what {name} reads, which has {width} features",
+                "Lower lora.rank, or give the layer another in lora.rank_pattern.",
+            )
     known.init_lora_weights, known.eva_config = "eva", EvaConfig(rho=1.0)
     known.target_modules = set(modules)
     passes = iter(range(EVA_PASSES))

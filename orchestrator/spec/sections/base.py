@@ -33,6 +33,12 @@ class BaseSection(Section):
         return self.quantization in ("nf4", "fp4")
 
     @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> Self:
+        if self.revision is not None and (self.model == "embedded" or self.model.startswith("/")):
+            raise ValueError(f"revision {self.revision} belongs to a base of the hub, but model is {self.model}")
+        return self
+
+    @model_validator(mode="after")
     def _tokens_differ(self) -> Self:
         if twice := sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1}):
             raise ValueError(f"new_tokens names {twice[0]!r} twice")

@@ -56,8 +56,10 @@ class LoraSection(Section):
             raise ValueError(
                 f"dora takes its magnitudes from the whole base, of which init {self.init} takes a part away"
             )
-        if self.layers_to_transform and len(set(self.layers_to_transform)) < len(self.layers_to_transform):
-            raise ValueError(f"layers_to_transform names a layer twice: {self.layers_to_transform}")
+        for field in ("layers_to_transform", "target_modules", "modules_to_save"):
+            names = getattr(self, field)
+            if isinstance(names, list) and len(set(names)) < len(names):
+                raise ValueError(f"{field} names one twice: {names}")
         if both := sorted(set(self.modules_to_save or ()) & set(self.target_modules)):  # no letter is a module
             raise ValueError(f"{both[0]} is in target_modules and in modules_to_save: adapt it or train it whole")
         for field, pattern in [("rank_pattern", name) for name in self.rank_pattern] + [

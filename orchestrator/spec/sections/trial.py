@@ -34,6 +34,11 @@ class TrialConfig(Section):
             )
         if self.training.precision != "auto" and (reason := self.why_not_under(self.training.precision)):
             raise ValueError(reason)
+        if self.training.dequantise != "auto" and base.quantization == "none":
+            raise ValueError(
+                f"training.dequantise is {self.training.dequantise}, but there is nothing to dequantise with "
+                "base.quantization none; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -51,6 +56,18 @@ class TrialConfig(Section):
         if self.data.packing and self.lora.init == "eva":
             raise ValueError("lora.init eva reads rows alone, and data.packing has several in a sequence; drop one")
         return self
+
+    def why_not_on_cpu(self) -> str | None:
+        """What in this configuration needs a GPU, and what to take without one; or None."""
+        if self.training.precision == "fp16":
+            return "training.precision fp16 (else auto, bf16 or none) scales its gradients on a GPU"
+        if self.training.tf32:
+            return "training.tf32 (else false) needs a GPU"
+        if self.lora.dora and self.base.quantization == "int8":
+            return (
+                "lora.dora on base.quantization int8 (else nf4 or none) needs a GPU: PEFT loses 8-bit scales on a CPU"
+            )
+        return None
 
     def why_not_under(self, precision: str) -> str | None:
         """Why this cannot train under a precision that is resolved (bf16, fp16 or none); or None."""

@@ -217,6 +217,22 @@ def test_every_fault_has_its_line(file: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.recompute=maybe", "training.recompute: Input should be 'auto' or Input should be a valid boolean"),
+        ("lora.target_modules=3", "lora.target_modules: Input should be 'all-linear' or Input should be a valid list"),
+        ("lora.target_modules=[3]", "lora.target_modules.0: Input should be a valid string (got 3)"),
+        ("resources.trials_per_gpu=0", "resources.trials_per_gpu: Input should be greater than or equal to 1 or"),
+        ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern.q_proj: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_field_of_several_types_is_named_as_it_is_written(file: Path, override: str, told: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(file, [override])
+    assert f"{file}: {told}" in str(caught.value)
+
+
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

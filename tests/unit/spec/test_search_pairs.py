@@ -58,9 +58,16 @@ def scheduler(kind: str, **fields: Any) -> Document:
         (search("hyperopt", sampler="cmaes"), "sampler cmaes belongs to algorithm optuna"),
         (search("random", startup_trials=3), "startup_trials belongs to optuna, hyperopt, bohb"),
         (search("bohb", startup_trials=1) | scheduler("bohb"), "startup_trials must be at least 2 for bohb"),
+        (search("optuna", startup_trials=10), "startup_trials are drawn at random, and 10 of 10 trials leave none to"),
+        (search("hyperopt", startup_trials=9, num_trials=4), "leave none to hyperopt; give fewer, or algorithm random"),
         # scheduler x axes
         (search("random", {}) | scheduler("pbt"), "pbt changes searched values, and search.space has none"),
         (search(num_trials=1) | scheduler("pbt"), "pbt needs two trials or more"),
+        (
+            search(space={"lora.dropout": {"choice": [0.1]}}) | scheduler("pbt"),
+            "scheduler.kind pbt would try no other value: listed axes need two values",
+        ),
+        (search() | scheduler("pbt", factors=[1, 1.0], resample_probability=0), "ranges need scheduler.factors other"),
         (search(space=RANK) | scheduler("pbt"), "cannot change lora.rank in mid-trial: the adapter's matrices"),
         (search(space=RATE | RANK) | scheduler("pb2"), "pb2 cannot change lora.rank in mid-trial"),
         (
@@ -148,6 +155,8 @@ def test_a_pair_that_makes_no_sense_is_refused(document: Document, written: Docu
         search("hyperopt", startup_trials=1) | scheduler("none"),
         search("random", RATE | DROPOUT) | scheduler("pbt", interval_tokens=500, quantile=0.5),
         search("grid", {"lora.dropout": {"grid": [0.0, 0.1]}}) | scheduler("pbt"),
+        search("random", RATE | DROPOUT) | scheduler("pbt", factors=[1, 1], resample_probability=0),
+        search("random") | scheduler("pbt", factors=[1, 1]),
         search("random", {path: {"uniform": [0.1, 0.2]} for path in MUTABLE}) | scheduler("pb2"),
         search(tied={"training.weight_decay": "10 * training.learning_rate"}) | scheduler("pbt"),
         search(budget={"gpu_hours": 1.0, "wall_clock_hours": 0.5, "tokens": 10}) | scheduler("asha"),

@@ -195,6 +195,7 @@ def test_points_to_try_first(document: Document) -> None:
             {"first": [POINT | {"training.weight_decay": 0.1}]},
             "training.weight_decay does not exist there: it is searched when training.optimizer is adamw_torch",
         ),
+        ({"first": [POINT, POINT]}, "first.1 is first.0 again: {'training.optimizer': 'sgd'"),
         ({"first": [POINT, POINT], "num_trials": 1}, "first holds 2 points for 1 trial; give num_trials of 2"),
         (
             {"algorithm": "grid", "space": {"lora.rank": {"grid": [8]}}, "first": [{"lora.rank": 8}]},

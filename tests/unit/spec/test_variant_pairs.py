@@ -36,7 +36,7 @@ PAIRS: list[tuple[Document, str]] = [
         },
         "lora.init eva reads rows alone, and data.packing has several in a sequence",
     ),
-    ({"lora": {"layers_to_transform": [1, 1]}}, "layers_to_transform names a layer twice: [1, 1]"),
+    ({"lora": {"layers_to_transform": [1, 1]}}, "layers_to_transform names one twice: [1, 1]"),
     ({"lora": {"layers_to_transform": []}}, "layers_to_transform"),
     ({"lora": {"rank_pattern": {"q_proj(": 4}}}, "rank_pattern: 'q_proj(' is not a regular expression"),
     ({"lora": {"rank_pattern": {"q_proj": 0}}}, "rank_pattern.q_proj: Input should be greater than or equal to 1"),
@@ -72,6 +72,44 @@ PAIRS: list[tuple[Document, str]] = [
         "warmup is 100, but schedule constant has none; use constant_with_warmup",
     ),
     ({"training": {"schedule": "cosine_with_min_lr"}}, "needs a final_rate above 0"),
+    (
+        {"training": {"warmup": 1.5}},
+        "training: warmup of 1 and above is a number of steps, and 1.5 is none; below 1, a share",
+    ),
+    (
+        {"training": {"engine": "trl", "dequantise": "once"}},
+        "training: dequantise (once) is of engine fast, but engine is trl",
+    ),
+    (
+        {"training": {"dequantise": "per_layer"}, "base": WHOLE},
+        "training.dequantise is per_layer, but there is nothing to dequantise with base.quantization none",
+    ),
+    (
+        {"base": {"model": "embedded", "revision": "main"}},
+        "base: revision main belongs to a base of the hub, but model is embedded",
+    ),
+    ({"base": {"model": "/bases/own", "revision": "main"}}, "base: revision main belongs to a base of the hub"),
+    ({"lora": {"target_modules": ["q_proj", "q_proj"]}}, "lora: target_modules names one twice: ['q_proj', 'q_proj']"),
+    ({"lora": {"modules_to_save": ["norm", "norm"]}}, "lora: modules_to_save names one twice"),
+    (
+        {"training": {"precision": "fp16"}, "resources": {"gpus_per_trial": 0}},
+        "training.precision fp16 (else auto, bf16 or none) scales its gradients on a GPU, and resources.gpus_per",
+    ),
+    (
+        {"training": {"tf32": True, "precision": "none"}, "resources": {"gpus_per_trial": 0}},
+        "training.tf32 (else false) needs a GPU, and resources.gpus_per_trial is 0",
+    ),
+    (
+        {"lora": {"dora": True}, "base": INT8, "resources": {"gpus_per_trial": 0}},
+        "lora.dora on base.quantization int8 (else nf4 or none) needs a GPU",
+    ),
+    (
+        {
+            "search": {"space": {"training.precision": {"choice": ["auto", "fp16"]}}},
+            "resources": {"gpus_per_trial": 0},
+        },
+        "training.precision fp16 (else auto, bf16 or none) scales its gradients on a GPU",
+    ),
 ]
 
 

@@ -77,6 +77,18 @@ def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
     assert lay_out(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
 
 
+def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
+    cluster({"CPU": 2})
+    for overrides in (["training.precision=fp16"], ["search.space.training.precision={choice: [auto, fp16]}"]):
+        with pytest.raises(
+            RequestError, match=r"precision fp16 .* scales its gradients on a GPU, and this machine has"
+        ):
+            lay_out(spec(8, *overrides), None)
+        cluster({"CPU": 2, "GPU": 1})
+        assert lay_out(spec(8, *overrides), None).gpus == 1
+        cluster({"CPU": 2})
+
+
 def test_a_worker_lies_on_one_node(cluster: Any) -> None:
     cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
     assert lay_out(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2

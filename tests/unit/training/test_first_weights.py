@@ -166,6 +166,14 @@ def test_eva_reads_the_training_rows_in_the_order_of_the_seed(
         assert not layer.lora_B["default"].weight.any()
 
 
+def test_eva_of_a_rank_that_a_layer_does_not_read_is_told(
+    bases: dict[str, Any], trial: MakeConfig, data: PreparedData
+) -> None:
+    config = trial(init="eva", rank=4, rank_pattern={"q_proj": 193})
+    with pytest.raises(TrialError, match=r"eva takes rank 193 of what .*q_proj reads, which has 192 features"):
+        eva_components(shell(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))
+
+
 def test_eva_that_does_not_settle_is_told(
     bases: dict[str, Any], trial: MakeConfig, data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
