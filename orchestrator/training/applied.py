@@ -47,6 +47,7 @@ def read_back(trainer: Any) -> dict[str, Any]:
         "base.quantization": shared("quantization"),
         "base.double_quant": shared("double_quant"),
         **_read_optimizer(trainer.optimizer),
+        "training.max_grad_norm": trainer.args.max_grad_norm,
         "training.adapter_dtype": shared("dtype"),
         "training.neftune_alpha": vars(embedding).get("neftune_noise_alpha"),
         "training.loss": trainer.args.loss_type,

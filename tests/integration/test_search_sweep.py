@@ -6,16 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import DEMO, TINY
+from searched import ONE_AT_A_TIME, PACKED, RATE, TWO_AXES, by_age, decided, losses, replayed, sweep
+from tiny import DEMO
 
 from orchestrator.cluster import connection
 from orchestrator.record import (
-    Decision,
     SweepPaths,
     SweepRecord,
     TrialResult,
@@ -24,20 +24,13 @@ from orchestrator.record import (
     read_metrics,
     read_sweep,
 )
-from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.sweep import run_sweep
+from orchestrator.spec import load_spec
+from orchestrator.spec.pairs import MUTABLE
 from orchestrator.sweep.search import make_searcher
 from orchestrator.training.local import run_local_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
-# One worker, whose trials train together on a few rows.
-PACKED = [
-    *TINY, "data.max_rows=100", "data.held_out={count: 20}", "training.schedule=constant", "training.eval_steps=2",
-    "training.save_steps=null", "training.steps=8", "search.tied={}", "resources.cpus_per_trial=2",
-    "resources.trials_per_gpu=3",
-]  # fmt: skip
-RATE = "search.space={training.learning_rate: {loguniform: [1e-5, 1e-2]}}"
 BAND = [
     "search.num_trials=10",
     RATE,
@@ -51,22 +44,6 @@ def ray() -> Iterator[None]:
     """One for all sweeps here."""
     with connection(None):
         yield
-
-
-def sweep(folder: Path, *overrides: str, say: Callable[[str], None] = lambda _: None) -> SweepRecord:
-    return run_sweep(load_spec(DEMO, [*PACKED, *overrides]), SweepPaths(folder / "sweep"), lambda _: None, say=say)
-
-
-def losses(record: SweepRecord, trial: TrialResult) -> dict[int, float]:
-    """Recorded step -> loss; each step once, in order."""
-    points = [p for p in read_metrics(record.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
-    steps = [point.step for point in points]
-    assert steps == sorted(set(steps)), f"{trial.trial_id} recorded {steps}"
-    return {point.step: point.values["eval/loss"] for point in points}
-
-
-def decided(record: SweepRecord, *actions: str) -> list[Decision]:
-    return [each for each in read_decisions(record.paths) if each.action in actions]
 
 
 def halved(record: SweepRecord, bracket: list[TrialResult], rungs: list[int]) -> dict[str, int]:
@@ -215,31 +192,57 @@ def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: P
     assert min(point.tokens for point in points) >= 500
 
 
+@pytest.mark.parametrize("engine", ["fast", "trl"])
+def test_all_that_a_population_may_change_is_in_force_after_a_clone(tmp_path: Path, engine: str) -> None:
+    ranges = {
+        "training.learning_rate": [1e-4, 5e-3],
+        "training.weight_decay": [0.01, 0.5],
+        "training.max_grad_norm": [0.1, 2.0],
+        "lora.dropout": [0.05, 0.5],
+    }
+    assert set(ranges) == set(MUTABLE)
+    record = sweep(
+        tmp_path,
+        "resources.trials_per_gpu=4" if engine == "fast" else "resources={cpus_per_trial: 1}",
+        f"training.engine={engine}",
+        "search.num_trials=4",
+        f"search.space={ {path: {'uniform': ends} for path, ends in ranges.items()} }",
+        "scheduler={kind: pbt, interval_steps: 2, quantile: 0.5, resample_probability: 0}",
+        "training.steps=6",
+    )
+    clones = {each.trial_id for each in decided(record, "cloned")}
+    assert clones, "no trial was exploited"
+    for trial in record.trials():
+        assert trial.state == TrialState.COMPLETE
+        for path in MUTABLE:
+            assert trial.applied[path] == pytest.approx(trial.config.varied[path], rel=1e-6), f"{path}, read back"
+    for clone in (trial for trial in record.trials() if trial.trial_id in clones):
+        assert clone.parent, "it went on from a donor's checkpoint"
+        last = [each for each in decided(record, "cloned") if each.trial_id == clone.trial_id][-1]
+        assert all(f"{path} {clone.config.varied[path]:.6g}" in last.why for path in MUTABLE), "as was decided"
+
+
 @pytest.mark.parametrize(
-    "algorithm", ["{algorithm: optuna, startup_trials: 2}", "{algorithm: hyperopt, startup_trials: 2}"]
+    ("algorithm", "num_trials"),
+    [
+        ("{algorithm: optuna, startup_trials: 2}", 5),
+        ("{algorithm: optuna, sampler: cmaes}", 9),  # it learns once a generation: 6 of two axes, after one at random
+        ("{algorithm: hyperopt, startup_trials: 2}", 5),
+    ],
+    ids=["tpe", "cmaes", "hyperopt"],
 )
-def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(tmp_path: Path, algorithm: str) -> None:
-    settings = [f"search={algorithm}", "search.num_trials=5", RATE, "search.seed=3", "scheduler.kind=none"]
-    record = sweep(tmp_path, *settings, "training.steps=2", "resources.max_concurrent=1")
-    spec = record.info.spec
-    trials = [
-        next(trial for trial in record.trials() if trial.trial_id == name) for name in record.paths.trial_ids()
-    ]  # oldest first
+def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(
+    tmp_path: Path, algorithm: str, num_trials: int
+) -> None:
+    settings = [f"search={algorithm}", f"search.num_trials={num_trials}", TWO_AXES, "search.seed=3"]
+    record = sweep(tmp_path, *settings, *ONE_AT_A_TIME, "scheduler.kind=none", "training.steps=2")
+    spec, trials = record.info.spec, by_age(record)
     points = [trial.config.varied for trial in trials]
     values = [trial.best.value for trial in trials if trial.best]
     assert replayed(spec, values) == points
     assert replayed(spec, [-value for value in values]) != points, "the losses make a difference"
     other = spec.model_copy(update={"search": spec.search.model_copy(update={"seed": 4})})
     assert replayed(other, values)[0] != points[0]
-
-
-def replayed(spec: SweepSpec, values: list[float]) -> list[dict[str, Any]]:
-    """Points that a fresh search makes whose trials report these losses."""
-    searcher, points = make_searcher(spec, at_once=1), []
-    for i, value in enumerate(values):
-        points.append(searcher.suggest(f"trial-{i}"))
-        searcher.on_trial_complete(f"trial-{i}", {"eval/loss": value})
-    return points
 
 
 def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
         "resources.trials_per_gpu=1",
         "resources.max_concurrent=1",
     )
-    trials = [next(t for t in record.trials() if t.trial_id == name) for name in record.paths.trial_ids()]
+    trials = by_age(record)
     assert len(trials) == 7
     expected = halved(record, trials[:4], [2, 4]) | halved(record, trials[4:7], [4])  # the largest bracket first
     assert {each.trial_id: each.step for each in decided(record, "stopped")} == expected

@@ -73,6 +73,7 @@ def test_result_holds_what_was_measured_and_applied(tiny: Tiny, folder: SweepPat
         "lora.num_modules": 7 * layers,
         "training.learning_rate": 2e-3,
         "training.weight_decay": 0.0,
+        "training.max_grad_norm": 1.0,
         "training.adapter_dtype": "float32",
         "training.optimizer": "torch.AdamW fused",
         "training.betas": [0.9, 0.999],
