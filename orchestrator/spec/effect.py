@@ -73,7 +73,8 @@ def _require_look_in_time(spec: SweepSpec, reach: _Reach) -> None:
     if reach.look == 0:
         raise SpecError(
             f"scheduler.kind: {kind} would change nothing: with training.eval_steps {spec.training.eval_steps} no "
-            f"trial is evaluated before its last step ({reach.steps}); give training.eval_steps below {reach.steps}"
+            f"trial is evaluated before its last step ({reach.steps}); give training.eval_steps below {reach.steps}, "
+            "or scheduler.kind none"
         )
     name = "interval" if isinstance(spec.scheduler, Population) else "grace"
     if (first := _first_time(spec)) > reach.time:

@@ -1,4 +1,4 @@
-"""What an unknown field may have been meant to be: names of PEFT, transformers and trl, and where ours lie."""
+"""What an unknown field may have been meant to be: names of PEFT, transformers, trl and Tune, and where ours lie."""
 
 import difflib
 
@@ -43,6 +43,10 @@ OURS = {
     "num_samples": "search.num_trials",
     "n_trials": "search.num_trials",
     "output_dir": "output.folder",
+    "grace_period": "scheduler.grace_steps",
+    "perturbation_interval": "scheduler.interval_steps",
+    "quantile_fraction": "scheduler.quantile",
+    "perturbation_factors": "scheduler.factors",
     "scheduler.name": "scheduler.kind",
     "scheduler.type": "scheduler.kind",
     "search.name": "search.algorithm",
