@@ -22,7 +22,7 @@ from orchestrator.spec.load import load_spec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheduler", choices=["asha", "none"], default="asha", help="the demo's, or all trials whole")
-    parser.add_argument("--set", nargs="+", default=[], help="fields, such as training.steps=50 for a try")
+    parser.add_argument("--set", nargs="+", default=[], help="fields, such as training.steps=100 for a try")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
     arguments = parser.parse_args()
     spec = load_spec(
