@@ -20,8 +20,7 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
     """
     if not isinstance(error, ValidationError):
         return [str(error)]
-    told: dict[tuple[str, str], list[str]] = {}
-    """Field and value -> what each of the types says that the field may have."""
+    told: dict[tuple[str, str], list[str]] = {}  # field and value -> what each of the field's types says
     for fault in error.errors():
         parts, model, members = _walk(fault["loc"], root)
         path = ".".join(parts)
@@ -43,11 +42,10 @@ def _walk(
     """
     parts: list[str] = []
     model, members, field_model = root, _Members(), root
-    field_members, kind_is_next = _Members(), False
-    takes_types = False
+    field_members, kind_is_next, type_is_next = _Members(), False, False
     for part in map(str, location):
-        if takes_types:
-            takes_types = False
+        if type_is_next:
+            type_is_next = False
             continue
         if kind_is_next and part in field_members:
             field_model, kind_is_next = field_members[part], False
@@ -62,7 +60,7 @@ def _walk(
         kind_is_next = bool(field_members)
         annotation = field.annotation if field else None
         annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
-        takes_types = not field_members and len(types_of(annotation)) > 1
+        type_is_next = not field_members and len(types_of(annotation)) > 1
         field_model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return parts, model, members
 
