@@ -57,3 +57,8 @@ class Interrupted(OrchestratorError):
     """A sweep was interrupted: its results are kept, and it can go on. Exit code 130."""
 
     exit_code = 130
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -38,9 +38,7 @@ def read_turns(row: Row, data: DataSection) -> Turns:
         DataError: it is none, or does not end with the assistant's turn; the message names file and line.
     """
     column = data.columns[0]
-    given = row.values.get(column)
-    if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; columns: {', '.join(row.values)}")
+    given = row.column(column)
     if not isinstance(given, list) or not given or not all(isinstance(turn, dict) for turn in given):
         raise DataError(f"{row.where}: column {column} must be a list of turns, got {given!r:.80}")
     read = _of_sharegpt if data.format == "sharegpt" else _of_messages
@@ -56,7 +54,7 @@ def read_turns(row: Row, data: DataSection) -> Turns:
 def _of_sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or not isinstance(value, str):
-        raise DataError(f"{where}: each turn needs a from and a value, got {turn!r:.80}")
+        raise DataError(f"{where}: each turn needs a from and a value, both text, got {turn!r:.80}")
     if speaker not in _ROLES:
         raise DataError(f"{where}: a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
     return {"role": _ROLES[speaker], "content": value}
@@ -72,7 +70,7 @@ def _of_messages(turn: dict[str, Any], where: str) -> dict[str, Any]:
     else:
         turn.pop("tool_calls", None)
     if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-        raise DataError(f"{where}: each turn needs a role and a content, got {turn!r:.80}")
+        raise DataError(f"{where}: each turn needs a role and a content, both text, got {turn!r:.80}")
     return turn
 
 

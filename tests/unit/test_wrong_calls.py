@@ -191,14 +191,16 @@ SEARCHES = [
 
 DATA = [
     _rows("not JSON", '{"text": "a"}\n{"text"\n', "rows.jsonl:2: is not JSON"),
-    _rows("line not UTF-8", b'{"text": "a"}\n\n{"text": "\xff"}\n', "rows.jsonl:3: is not JSON"),
-    _rows("not an object", '{"text": "a"}\n{"text": "b"}\n["c"]\n', "rows.jsonl:3", "JSON object", "list"),
+    _rows("line not UTF-8", b'{"text": "a"}\n\n{"text": "\xff"}\n', "rows.jsonl:3: is not UTF-8 text"),
+    _rows("not an object", '{"text": "a"}\n{"text": "b"}\n["c"]\n', "rows.jsonl:3", "JSON object", 'got ["c"]'),
     _rows("missing column", '{"text": "a"}\n{"txt": "b"}\n', "rows.jsonl:2", "no column 'text'", "txt"),
     _rows("column of another type", '{"text": "a"}\n{"text": ["b"]}\n', "rows.jsonl:2", "'text' must be text", "list"),
-    _rows("null", '{"text": "a"}\n{"text": null}\n', "rows.jsonl:2", "'text' must be text", "NoneType"),
+    _rows("null", '{"text": "a"}\n{"text": null}\n', "rows.jsonl:2", "'text' is empty"),
+    _rows("not a number", '{"text": "a"}\n{"text": NaN}\n', "rows.jsonl:2", "'text' is empty"),
     _rows("empty value", '{"text": "a"}\n{"text": " "}\n', "rows.jsonl:2", "'text' is empty"),
     _rows("no row", "\n", "rows.jsonl: holds no row"),
-    _rows("one row", '{"text": "a"}\n', "data.held_out takes 1 of 1 rows"),
+    _rows("one row", '{"text": "a"}\n', "data.held_out takes 1 of 1 row:", "data.held_out.source"),
+    _rows("one row without its column", '{"txt": "a"}\n', "rows.jsonl:1: there is no column 'text'", "'txt'"),
     _rows("no completion", '{"prompt": "a"}\n' * 2, "rows.jsonl:", "no column 'completion'", format="prompt"),
     _rows("messages of text", '{"messages": "a"}\n' * 2, "rows.jsonl:", "list of turns", format="messages"),
     _rows(
@@ -215,7 +217,10 @@ DATA = [
         "CSV with a field too many", "rows.csv", "text\na\nb,c\n", "rows.csv:3: has 2 fields, and the header 1: text"
     ),
     _file(
-        "JSON array with a number", "rows.json", '[{"text": "a"},\n3]', "rows.json:2: must be a JSON object, got int"
+        "JSON array with a number",
+        "rows.json",
+        '[{"text": "a"},\n3]',
+        "rows.json:2 row 1: must be a JSON object, got 3",
     ),
     _file("Parquet that is none", "rows.parquet", "PAR", "rows.parquet: is not Parquet"),
     _file("a kind that is not known", "rows.txt", "a\n", "rows.txt: is of no known kind", ".jsonl"),
@@ -269,7 +274,12 @@ DATA = [
         ["data.template='{question:{w}} {answer}'"],
         "data.template",
     ),
-    _trial("nothing to learn", ["data.max_length=8", "data.loss_on=completion"], "data.max_length=8", "no token"),
+    _trial(
+        "nothing to learn",
+        ["data.max_length=8", "data.loss_on=completion"],
+        "data.max_length=8 leaves no training row",
+        "embedded:1 (25)",
+    ),
     _trial("folder without a model", ["base.model=./nope"], "base.model", "nope", "no config.json"),
     _trial("no such model", ["base.model=nobody/nothing"], "base.model nobody/nothing: cannot be loaded"),
     _trial("pad token not known", ["base.pad_token=<fill>"], "base.pad_token '<fill>'", "not a token of embedded"),

@@ -155,7 +155,9 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "sharegpt without a value": (
         {"conversations": [{"from": "human"}]}, CHATML, {"format": "sharegpt"}, "needs a from and a value"
     ),
-    "sharegpt of messages": (MESSAGES, CHATML, {"format": "sharegpt"}, "no column 'conversations'; columns: messages"),
+    "sharegpt of messages": (
+        MESSAGES, CHATML, {"format": "sharegpt"}, "no column 'conversations'; columns: 'messages'"
+    ),
 }  # fmt: skip
 
 
