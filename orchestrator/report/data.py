@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.data.preview import Bin, DataPreview, Place, ShownRow
+from orchestrator.errors import counted
 
 _MOST_NAMED = 5
 _BAR = 40
@@ -24,21 +25,23 @@ def say_data(console: Console, shown: DataPreview) -> None:
     lines = [
         f"trained on ({shown.loss_on}): what is {mark}; the rest is read only",
         *_source_lines(shown),
-        f"{shown.num_train} training rows, {shown.num_held_out} held out; an epoch has {shown.num_tokens:,} tokens, "
-        f"{shown.num_trained:,} of them trained on",
+        f"{counted(shown.num_train, 'training row')}, {shown.num_held_out} held out; an epoch has "
+        f"{shown.num_tokens:,} tokens, {shown.num_trained:,} of them trained on",
     ]
     if shown.packing is not None:
         packing = shown.packing
         lines.append(
-            f"packed into {packing.num_sequences} sequences, {packing.filled:.1%} full, up to {packing.most_rows} rows "
-            "in one; none sees another"
+            f"packed into {counted(packing.num_sequences, 'sequence')}, {packing.filled:.1%} full, up to "
+            f"{counted(packing.most_rows, 'row')} in one; none sees another"
         )
     lines.append(f"tokens a row: median {shown.median}, longest {shown.longest}, max_length {shown.max_length}")
     lines += histogram(shown.lengths, shown.max_length)
     lines += _named(shown.cut, f"cut ({shown.truncate})")
     lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
     if shown.num_shared:
-        lines.append(f"{shown.num_shared} held-out rows are training rows too: their loss says little")
+        lines.append(
+            f"{counted(shown.num_shared, 'held-out row')} found among the training rows: a loss that says little"
+        )
     lines.append(f"fingerprint {shown.fingerprint}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -92,4 +95,5 @@ def _named(places: Sequence[Place], what: str) -> list[str]:
         return []
     named = ", ".join(f"{place.where} ({place.num_tokens} tokens)" for place in places[:_MOST_NAMED])
     more = f" and {len(places) - _MOST_NAMED} more" if len(places) > _MOST_NAMED else ""
-    return [f"{len(places)} rows are {what}: {named}{more}"]
+    are = "is" if len(places) == 1 else "are"
+    return [f"{counted(len(places), 'row')} {are} {what}: {named}{more}"]

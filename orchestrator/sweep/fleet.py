@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from orchestrator.data import PreparedData
-from orchestrator.errors import OrchestratorError, RequestError, SweepError
+from orchestrator.errors import OrchestratorError, RequestError, SweepError, counted
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import Workers
@@ -85,7 +85,7 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
     elif share == 1:
         slots, why = 1, "there are no more trials at a time than workers"
     else:
-        slots, why = share, f"{at_once} trials at a time share {_count(num_workers, 'worker')}"
+        slots, why = share, f"{at_once} trials at a time share {counted(num_workers, 'worker')}"
     is_fixed = slots == 1 or asked != "auto"
     return Layout(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
 
@@ -129,9 +129,9 @@ class Fleet:
                 workers.open(handle)
         else:
             slots, why = _first_answer([workers.open(handle) for handle in self._handles])
-        device = f"{layout.gpus:g} GPU" if layout.gpus else f"{_count(layout.cpus, 'CPU core')}"
+        device = f"{layout.gpus:g} GPU" if layout.gpus else f"{counted(layout.cpus, 'CPU core')}"
         said = (
-            f"{_count(layout.num_workers, 'worker')} of {device}, {_count(slots, 'trial')} at a time in each: "
+            f"{counted(layout.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each: "
             f"{layout.why}{f'; {why}' if why else ''}"
         )
         return workers, slots * layout.num_workers, said
@@ -187,7 +187,3 @@ def _first_answer(answers: list[Any]) -> tuple[int, str]:
     if isinstance(fault, RayTaskError) and isinstance(fault.cause, OrchestratorError):
         raise fault.cause
     raise SweepError(f"no worker could be started: {str(fault).strip().splitlines()[-1]}") from fault
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"

@@ -85,9 +85,9 @@ def test_lines_for_a_person(section: DataSection) -> None:
     lines = said(preview(section, BASE, 1))
     assert lines[0].endswith("rows.jsonl:1: 4 tokens, 2 trained on")
     assert lines[1] == "<s>1⟦2</s>⟧"
-    assert any(line.startswith("1 rows are cut (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
-    assert any(line.startswith("1 rows are dropped") and line.endswith(":4 (14 tokens)") for line in lines)
-    assert "1 held-out rows are training rows too: their loss says little" in lines
+    assert any(line.startswith("1 row is cut (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
+    assert any(line.startswith("1 row is dropped") and line.endswith(":4 (14 tokens)") for line in lines)
+    assert "1 held-out row found among the training rows: a loss that says little" in lines
     assert lines[-1].startswith("fingerprint ")
     start = lines.index("tokens a row: median 4, longest 14, max_length 10") + 1
     bars = [f"  up to {length:2} {'#' * bar} {number}" for length, bar, number in BARS]
