@@ -118,7 +118,7 @@ class Conversation:
             tokenizer: has a chat template.
 
         Raises:
-            DataError: the template refuses them, or leaves tools or calls of them out.
+            DataError: the template refuses them, or leaves turns, tools or calls of them out.
         """
         self.turns = read.turns
         self._tools = read.tools
@@ -130,6 +130,12 @@ class Conversation:
             self._refuse("leaves the column tools out; give one that writes tools: data.chat_template")
         if any("tool_calls" in turn for turn in self.turns) and self._write(_renamed(self.turns)) == self.whole:
             self._refuse("leaves tool_calls out; give one that writes them: data.chat_template")
+        for place, turn in enumerate(self.turns):  # a template passes by a role that it does not know
+            if turn["role"] in ("user", "assistant") or not turn["content"].strip():
+                continue
+            if self._write(_reworded(self.turns, place)) == self.whole:
+                wrong = f"leaves turn {place + 1} out, of role {turn['role']!r}"
+                self._refuse(f"{wrong}; mend the role, or give one that writes it: data.chat_template")
 
     @cached_property
     def prompt_end(self) -> int:
@@ -194,6 +200,11 @@ class Conversation:
 
     def _refuse(self, why: str) -> NoReturn:
         raise DataError(f"{self._where}: the chat template {why}")
+
+
+def _reworded(turns: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+    """The same with another content of one turn."""
+    return [*turns[:place], {**turns[place], "content": f"{turns[place]['content']}-"}, *turns[place + 1 :]]
 
 
 def _renamed(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

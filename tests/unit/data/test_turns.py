@@ -128,8 +128,23 @@ NO_TOOLS, LAST_ENDS = (
     CHATML.replace("{{ eos_token }}", "{% if loop.last and 'a' in m['role'] %}</s>{% endif %}"),
 )
 
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}<|{{ m['role'][0] }}|>{{ m['content'] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
 WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "role the template does not know": (turns({"role": "system", "content": "s"}, USER, ANSWER), None, {}, "refuses"),
+    "role the template passes by": (
+        turns({"role": "usr", "content": "1"}, ANSWER), KNOWN_ROLES, {}, "leaves turn 1 out, of role 'usr'"
+    ),
+    "system turn left out": (
+        turns({"role": "system", "content": "s"}, USER, ANSWER), KNOWN_ROLES, {}, "leaves turn 1 out, of role 'system'"
+    ),
+    "content in parts": (
+        turns({"role": "user", "content": [{"type": "text", "text": "1"}]}, ANSWER),
+        CHATML, {}, "needs a role and a content, both text",
+    ),
     "tools left out": (CALLING | {"messages": [USER, ANSWER]}, NO_TOOLS, {}, "leaves the column tools out"),
     "calls left out": (turns(*CALLING["messages"]), NO_TOOLS, {}, "leaves tool_calls out"),
     "answers written otherwise": (MESSAGES, LAST_ENDS, {"loss_on": "assistant"}, "writes turn 2 otherwise"),
