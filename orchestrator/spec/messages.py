@@ -20,12 +20,14 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
         return [str(error)]
     lines = []
     for fault in error.errors():
-        parts, model, members = _walk(fault["loc"], root)
+        parts, model, members, inner = _walk(fault["loc"], root)
         path = ".".join(parts)
         if fault["type"] == "extra_forbidden":
             lines.append(_unknown_field(path, parts[-1], model, members))
             continue
         message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "model_type" and inner:
+            message = f"must be a section of {', '.join(inner.model_fields)}"
         shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
         lines.append(f"{path}: {message}{shown}" if path else message)
     return list(dict.fromkeys(lines))
@@ -33,8 +35,9 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
 
 def _walk(
     location: tuple[int | str, ...], root: type[BaseModel] | None
-) -> tuple[list[str], type[BaseModel] | None, _Members]:
-    """A fault's path as a person writes it, the section that holds its last part, and what else could be there.
+) -> tuple[list[str], type[BaseModel] | None, _Members, type[BaseModel] | None]:
+    """A fault's path as a person writes it, the section that holds its last part, what else could be there, and the
+    section that the last part is.
 
     Where a field takes one of several sections, pydantic puts the kind into the path.
     """
@@ -55,7 +58,7 @@ def _walk(
         annotation = field.annotation if field else None
         annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
         field_model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return parts, model, members
+    return parts, model, members, field_model
 
 
 def _members(annotation: Any) -> _Members:

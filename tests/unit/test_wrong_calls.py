@@ -85,7 +85,7 @@ FILES = [
     _added("unknown section", "traning: {steps: 3}\n", "traning: unknown field", "did you mean training?"),
     _added("unknown field", "lora: {rnk: 8}\n", "lora.rnk: unknown field", "did you mean rank?", "dropout"),
     _added("number as key", "lora: {1: 8}\n", "lora.1", "Keys should be strings"),
-    _added("empty section", "lora:\n", "lora: Input should be a valid dictionary", "None"),
+    _added("empty section", "lora:\n", "lora: must be a section of rank, alpha", "None"),
     _call("missing file", ["check", "nope.yaml"], "nope.yaml: there is no such experiment file"),
     _call("a folder for a file", ["check", "."], "there is no such experiment file"),
 ]
@@ -244,6 +244,10 @@ DATA = [
         "and 1997 more",
         "data.truncate is error",
     ),
+    _set(
+        "mix of names", ["data.source=", "data.mix=[a.csv]"], "data.mix.0: must be a section of source, weight", "a.csv"
+    ),
+    _set("base as a name", ["base=embedded"], "base: must be a section of model, revision", "'embedded'"),
     _trial("missing file of a mix", ["data.source=", "data.mix=[{source: nope.csv}]"], "nope.csv: there is no such"),
     Wrong(
         "held-out file in the training folder",
