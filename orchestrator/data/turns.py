@@ -130,10 +130,8 @@ class Conversation:
             self._refuse("leaves the column tools out; give one that writes tools: data.chat_template")
         if any("tool_calls" in turn for turn in self.turns) and self._write(_renamed(self.turns)) == self.whole:
             self._refuse("leaves tool_calls out; give one that writes them: data.chat_template")
-        for place, turn in enumerate(self.turns):  # a template passes by a role that it does not know
-            if turn["role"] in ("user", "assistant") or not turn["content"].strip():
-                continue
-            if self._write(_reworded(self.turns, place)) == self.whole:
+        for place, turn in enumerate(self.turns):
+            if self._leaves_out(place):
                 wrong = f"leaves turn {place + 1} out, of role {turn['role']!r}"
                 self._refuse(f"{wrong}; mend the role, or give one that writes it: data.chat_template")
 
@@ -166,6 +164,18 @@ class Conversation:
                 )
             found.append((self._end_of_prompt(place), len(until)))
         return found
+
+    def _leaves_out(self, place: int) -> bool:
+        """Whether a turn is not in the whole, as of a role that the template does not know.
+
+        Its text may be written otherwise, or stand in another turn too: then the whole with another text tells.
+        """
+        turn = self.turns[place]
+        text = turn["content"].strip()
+        if not text or (turn["role"] in ("user", "assistant") and text in self.whole):
+            return False
+        reworded = {**turn, "content": f"{turn['content']}-"}
+        return self._write([*self.turns[:place], reworded, *self.turns[place + 1 :]]) == self.whole
 
     def _end_of_prompt(self, place: int) -> int:
         prompt = self._write(self.turns[:place], add_generation_prompt=True).rstrip()
@@ -200,11 +210,6 @@ class Conversation:
 
     def _refuse(self, why: str) -> NoReturn:
         raise DataError(f"{self._where}: the chat template {why}")
-
-
-def _reworded(turns: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
-    """The same with another content of one turn."""
-    return [*turns[:place], {**turns[place], "content": f"{turns[place]['content']}-"}, *turns[place + 1 :]]
 
 
 def _renamed(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

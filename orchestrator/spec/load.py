@@ -185,6 +185,8 @@ def _anchored(field: str, value: Any, folder: Path) -> Any:
     """
     if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
         return value
+    if "://" in value:
+        raise SpecError(f"{field}: {value!r:.80} is a URL", "Give a path on this machine, or a hub id (owner/name).")
     try:
         local = folder / Path(value).expanduser()
         is_path = value.startswith((".", "~")) or value.endswith(FILE_KINDS) or GLOB.search(value) is not None

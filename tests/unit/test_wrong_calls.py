@@ -248,6 +248,7 @@ DATA = [
         "mix of names", ["data.source=", "data.mix=[a.csv]"], "data.mix.0: must be a section of source, weight", "a.csv"
     ),
     _set("base as a name", ["base=embedded"], "base: must be a section of model, revision", "'embedded'"),
+    _set("rows by a URL", ["data.source=https://x.org/a.csv"], "data.source: 'https://x.org/a.csv' is a URL", "hub id"),
     _trial("missing file of a mix", ["data.source=", "data.mix=[{source: nope.csv}]"], "nope.csv: there is no such"),
     Wrong(
         "held-out file in the training folder",
