@@ -15,15 +15,15 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 INT8 = {"load_in_8bit": True}
 
 
-def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None) -> float:
-    """Loss per token of the held-out rows, by transformers and PEFT alone.
+def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> float:
+    """Loss per token of the held-out rows, by transformers and PEFT alone; `dtype` is of what is not quantised.
 
     On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation: products are then of bfloat16, and PEFT
     takes DoRA's norms of the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). It is kept from it here.
     """
     quantised = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.float32) if form else None
     model = AutoPeftModelForCausalLM.from_pretrained(
-        str(adapter), quantization_config=quantised, dtype=torch.float32, device_map="cpu"
+        str(adapter), quantization_config=quantised, dtype=dtype, device_map="cpu"
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):

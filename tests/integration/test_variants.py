@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from plain import INT8, NF4, another_base, reloaded_loss
 from safetensors.torch import load_file
 from tiny import Witness
@@ -47,7 +48,7 @@ ADAPTERS = {
     "gaussian": (["lora.init=gaussian"], NF4, FAST),
     "layers": (["lora.layers_to_transform=[1, 3]"], NF4, FAST),
     "DoRA": (["lora.dora=true"], NF4, "lora.dora"),
-    "DoRA rsLoRA 16-bit": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
+    "DoRA rsLoRA unquantised": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
     "patterns": (
         ["lora.rank_pattern={down_proj: 4, 'layers.0.self_attn.q_proj': 2}", "lora.alpha_pattern={'.*mlp.*': 3}"],
         NF4,
@@ -60,12 +61,12 @@ ADAPTERS = {
         NF4,
         "lora.rank_pattern (a slot has one scale)",
     ),
-    "PiSSA 16-bit": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
+    "PiSSA unquantised": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
     "norms": (["lora.modules_to_save=[norm, input_layernorm]"], NF4, "lora.modules_to_save"),
     "new tokens": (["base.new_tokens=['<|reply|>', '~']"], NF4, "base.new_tokens"),
     "8-bit": (["base.quantization=int8"], INT8, "base.quantization int8"),
     "8-bit OLoRA": (["base.quantization=int8", "lora.init=olora"], INT8, "base.quantization int8"),
-    "16-bit": (["base.quantization=none"], None, FAST),
+    "unquantised": (["base.quantization=none"], None, FAST),
     "fp4": (["base.quantization=fp4"], NF4 | {"bnb_4bit_quant_type": "fp4"}, FAST),
     "scales not quantised": (["base.double_quant=false"], NF4 | {"bnb_4bit_use_double_quant": False}, FAST),
     "some layers": (["lora.target_modules=[q_proj, v_proj]"], NF4, FAST),
@@ -84,6 +85,35 @@ def test_an_adapter_trains_and_plain_peft_finds_its_loss_again(
     found = reloaded_loss(record.adapter(result), load(folder.data).held_out, form)
     # 8-bit activations: a rounding of what they are of may move them by a step.
     assert found == pytest.approx(result.best.value, rel=1e-3 if form is INT8 else 1e-4)
+
+
+SIXTEEN_BITS = {
+    "bf16": (["base.compute_dtype=bfloat16"], FAST),
+    "bf16 under autocast": (["base.compute_dtype=bfloat16", "training.precision=bf16"], FAST),
+    "bf16 PiSSA": (["base.compute_dtype=bfloat16", "lora.init=pissa"], "lora.init pissa"),
+    "fp16 PiSSA": (["base.compute_dtype=float16", "lora.init=pissa"], "lora.init pissa"),
+    "bf16 DoRA": (["base.compute_dtype=bfloat16", "lora.dora=true"], "lora.dora"),
+    "bf16 norms": (
+        ["base.compute_dtype=bfloat16", "training.precision=bf16", "lora.modules_to_save=[norm]"],
+        "lora.modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "reason"), SIXTEEN_BITS.values(), ids=SIXTEEN_BITS)
+def test_an_adapter_on_a_base_of_16_bits_is_found_again_within_their_rounding(
+    tiny: Tiny, folder: SweepPaths, overrides: list[str], reason: str | None
+) -> None:
+    spec = tiny(*SHORT, "base.quantization=none", *overrides)
+    result, losses = trained(spec, folder)
+    assert losses[-1] < losses[0]
+    assert (result.engine, result.engine_reason) == ("trl" if reason else "fast", reason)
+    assert result.best is not None
+    adapter = read_sweep(folder.root).adapter(result)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {weight.dtype for name, weight in weights.items() if ".lora_" in name} == {torch.float32}
+    found = reloaded_loss(adapter, load(folder.data).held_out, None, getattr(torch, spec.base.compute_dtype))
+    assert found == pytest.approx(result.best.value, rel=2e-3)
 
 
 OTHER_BASES: dict[str, tuple[dict[str, bool], list[str], list[str]]] = {
