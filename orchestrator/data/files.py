@@ -54,7 +54,10 @@ def read_local(path: Path, split: str | None = None, default: str = "train") -> 
         yield from _read_saved(path, split or default)
         return
     for file in data_files(path):
-        yield from _READERS[file.suffix](file)
+        try:
+            yield from _READERS[file.suffix](file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def read_paths(path: Path, split: str) -> list[Path]:

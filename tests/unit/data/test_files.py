@@ -166,5 +166,13 @@ def test_a_path_without_rows(tmp_path: Path, path: str, message: str) -> None:
         list(read_local(tmp_path / path, None))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that may be opened and not read")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # may be opened, and not read: whoever runs this
+    with pytest.raises(DataError, match=rf"{name}: (cannot be read|is not Parquet)"):
+        list(read_local(tmp_path / name, None))
+
+
 def _text(path: Path, content: Any) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
