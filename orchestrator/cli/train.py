@@ -65,16 +65,23 @@ def schema() -> None:
 
 @app.command(epilog="Example: orchestrator data experiments/demo.yaml --rows 5 --set data.max_rows=200")
 def data(
-    file: File,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Experiment file (YAML); or rows, with the embedded base unless --set base.model says another.",
+            show_default=False,
+        ),
+    ],
     rows: Annotated[int, typer.Option(min=0, help="Show so many training rows, the first.")] = 3,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them, what is trained on, lengths, and what is cut or dropped. Trains nothing."""
+    from orchestrator.data.alone import holds_rows, spec_of_rows
     from orchestrator.report.data import say_data
     from orchestrator.training.log_file import output_to
 
-    spec = load_spec(file, set_ or [])
+    spec = (spec_of_rows if holds_rows(file) else load_spec)(file, set_ or [])
     # What libraries print meanwhile, such as a hub's progress, is no part of the answer.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, output_to(Path(os.devnull)):
         from orchestrator.data.preview import preview

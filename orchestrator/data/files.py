@@ -5,12 +5,14 @@ import glob
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import FILE_KINDS, GLOB
+from orchestrator.words import counted
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,21 @@ class Row:
 
     values: dict[str, Any]
     where: str
-    """`file.jsonl:12`, `file.parquet row 12`, or `hub/id[train] row 12`; lines count from 1, rows from 0."""
+    """`file.jsonl:12`, `array.json:1 row 12`, `file.parquet row 12`, or `hub/id[train] row 12`; lines count from 1,
+    rows from 0."""
+
+    def column(self, name: str) -> Any:
+        """What stands in a column.
+
+        Raises:
+            DataError: there is none of this name.
+        """
+        if name not in self.values:
+            raise DataError(
+                f"{self.where}: there is no column {name!r}; columns: {', '.join(map(repr, self.values))}",
+                "data.format says which columns are read; format template reads any, named in data.template.",
+            )
+        return self.values[name]
 
 
 def read_local(path: Path, split: str | None = None, default: str = "train") -> Iterator[Row]:
@@ -39,7 +55,10 @@ def read_local(path: Path, split: str | None = None, default: str = "train") -> 
         yield from _read_saved(path, split or default)
         return
     for file in data_files(path):
-        yield from _READERS[file.suffix](file)
+        try:
+            yield from _READERS[file.suffix](file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def read_paths(path: Path, split: str) -> list[Path]:
@@ -93,45 +112,48 @@ def data_files(path: Path) -> list[Path]:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+            where = f"{path}:{number}"
             try:
-                values = json.loads(line)
-            except ValueError as error:  # also what is not UTF-8
-                raise DataError(f"{path}:{number}: is not JSON: {error}") from error
-            yield _object(values, f"{path}:{number}")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise _not_text(path) from error
+            if text:
+                with _json_errors(where):
+                    values = json.loads(text)
+                yield _object(values, where)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     """An array of objects; or, as many files of this ending are, an object a line."""
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _read_lines(path)
-        return
+    yield from (_read_array if start.startswith(b"[") else _read_lines)(path)
+
+
+def _read_array(path: Path) -> Iterator[Row]:
+    """An array may be one line: a row is named by that, and by its number."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text") from error
-    decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+        raise _not_text(path) from error
+    decoder, at, line, counted, number = json.JSONDecoder(), text.index("[") + 1, 1, 0, 0
     is_open = False
     while True:
         at = _past_space(text, at)
         line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line} row {number}"
         if is_open and text.startswith("]", at):
             raise DataError(f"{path}:{line}: is not JSON: the array ends with a comma")
         if text.startswith("]", at):
             break
-        try:
+        with _json_errors(where):
             values, at = decoder.raw_decode(text, at)
-        except ValueError as error:
-            raise DataError(f"{path}:{line}: is not JSON: {error}") from error
-        yield _object(values, f"{path}:{line}")
+        yield _object(values, where)
         at = _past_space(text, at)
         if not text.startswith((",", "]"), at):
-            raise DataError(f"{path}:{line}: is not JSON: the array goes on with neither a comma nor its end")
+            raise DataError(f"{where}: is not JSON: the array goes on with neither a comma nor its end")
         is_open = text.startswith(",", at)
-        at += is_open
+        at, number = at + is_open, number + 1
     if rest := text[at + 1 :].strip():
         raise DataError(f"{path}:{line}: is not JSON: after the array stands {rest!r:.40}")
 
@@ -143,7 +165,9 @@ def _read_lines(path: Path) -> Iterator[Row]:
     except DataError as error:
         if _is_json(path):  # but over several lines
             raise DataError(f"{path}: must be an array of objects, or an object a line") from error
-        raise
+        raise DataError(
+            error.message, error.remedy or "A .json file is an array of objects, or an object a line."
+        ) from error
     if first is not None:
         yield first
         yield from rows
@@ -151,8 +175,34 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_bytes())
-    except ValueError:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+@contextmanager
+def _json_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise DataError(f"{where}: is not JSON: {error.msg} ({place})") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists within lists
+        raise DataError(f"{where}: cannot be read: {error}") from error
+
+
+def _not_text(path: Path) -> DataError:
+    """That a file is not UTF-8, with the first line that is not."""
+    with path.open("rb") as file:
+        number = next(number for number, line in enumerate(file, start=1) if not _is_text(line))
+    return DataError(f"{path}:{number}: is not UTF-8 text", "Save the file as UTF-8.")
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
         return False
     return True
 
@@ -176,14 +226,13 @@ def _read_csv(path: Path) -> Iterator[Row]:
             where = f"{path}:{reader.line_num + 1}"
             for fields in reader:
                 if fields and len(fields) != len(columns):
-                    raise DataError(
-                        f"{where}: has {len(fields)} fields, and the header {len(columns)}: {', '.join(columns)}"
-                    )
+                    has = counted(len(fields), "field")
+                    raise DataError(f"{where}: has {has}, and the header {len(columns)}: {', '.join(columns)}")
                 if fields:  # else an empty line
                     yield Row(dict(zip(columns, fields, strict=True)), where)
                 where = f"{path}:{reader.line_num + 1}"  # a row may have several lines
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text") from error
+            raise _not_text(path) from error
         except csv.Error as error:
             raise DataError(f"{where}: is not CSV: {error}") from error
 
@@ -232,8 +281,22 @@ def _without_fillers(value: Any) -> Any:
 
 def _object(values: Any, where: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError(f"{where}: must be a JSON object, got {type(values).__name__}")
+        raise DataError(
+            f"{where}: must be a JSON object, got {json.dumps(values):.40}",
+            "A row is an object with a value for each column; an array of rows is a .json file.",
+        )
+    if broken := [name for name, value in values.items() if not _can_be_written(value)]:
+        raise DataError(f"{where}: column {broken[0]!r} holds half a character (an unpaired \\ud800 to \\udfff)")
     return Row(values, where)
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether JSON's escapes have left no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

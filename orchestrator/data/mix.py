@@ -10,6 +10,7 @@ from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
 from orchestrator.spec.sections import DataSection, Source
+from orchestrator.words import counted
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ def split_rows(data: DataSection) -> Split:
     """
     held_out = data.held_out
     _require_apart(data.sources, held_out.sources)
-    rows, sources = _mixed(data.sources, data.seed)
+    rows, sources = _mixed(data.sources, data)
     if held_out.sources:
-        return Split(rows, _mixed(held_out.sources, data.seed)[0], sources)
+        return Split(rows, _mixed(held_out.sources, data)[0], sources)
     num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
     if num_held_out >= len(rows):
-        raise DataError(f"data.held_out takes {num_held_out} of {len(rows)} rows: none is left to train on")
+        raise DataError(
+            f"data.held_out takes {num_held_out} of {counted(len(rows), 'row')}: none is left to train on",
+            "Hold fewer out, give more rows, or held-out rows of their own: data.held_out.source.",
+        )
     order = list(range(len(rows)))
     random.Random(data.seed).shuffle(order)
     chosen = set(order[:num_held_out])
@@ -53,17 +57,26 @@ def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]
 
 
-def _mixed(sources: Sequence[Source], seed: int) -> tuple[list[Row], list[SourceRows]]:
-    each = [read_rows(source, seed) for source in sources]
+def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], list[SourceRows]]:
+    """Rows of all sources. Columns are looked for before rows are counted: who lacks them all has other faults too."""
+    each = [_read(source, data) for source in sources]
     weights = [source.weight for source in sources if source.weight is not None]
     numbers = numbers_of([len(rows) for rows in each], weights) if weights else [len(rows) for rows in each]
     mixed: list[Row] = []
     told = []
     for place, (source, rows, number) in enumerate(zip(sources, each, numbers, strict=True)):
-        chosen = sorted(random.Random(f"{seed} {place}").sample(range(len(rows)), number))
+        chosen = sorted(random.Random(f"{data.seed} {place}").sample(range(len(rows)), number))
         mixed += [rows[i] for i in chosen]
         told.append(SourceRows(source=source.source, weight=source.weight, num_read=len(rows), num_taken=number))
     return mixed, told
+
+
+def _read(source: Source, data: DataSection) -> list[Row]:
+    rows = read_rows(source, data.seed)
+    for row in rows:
+        for column in data.columns:
+            row.column(column)
+    return rows
 
 
 def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:

@@ -122,9 +122,13 @@ def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
     train, held_out = ([_tokenised(row, data, tokenizer) for row in rows] for rows in (split.train, split.held_out))
     if data.truncate == "error":
         _require_short([*train, *held_out], data.max_length)
+    for name, part in (("training", train), ("held-out", held_out)):
+        if all(row.kept is None for row in part):
+            raise DataError(
+                f"data.max_length={data.max_length} leaves no {name} row a token to learn from: {_lengths(part)}",
+                "Raise max_length, or set data.truncate: left, which keeps the ends.",
+            )
     kept = [row.kept for row in train if row.kept is not None]
-    if not kept or all(row.kept is None for row in held_out):
-        raise DataError(f"data.max_length={data.max_length} leaves no token of any completion to learn from")
     sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
     return TokenRows(train, held_out, sequences, split.sources)
 
@@ -208,12 +212,16 @@ def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:
     long = [row for row in rows if row.num_cut]
     if not long:
         return
-    named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in long[:_MOST_NAMED])
-    more = f" and {len(long) - _MOST_NAMED} more" if len(long) > _MOST_NAMED else ""
     raise DataError(
-        f"data.max_length={max_length}: {len(long)} of {len(rows)} rows have more tokens: {named}{more}",
+        f"data.max_length={max_length}: {len(long)} of {len(rows)} rows have more tokens: {_lengths(long)}",
         "data.truncate is error: raise max_length, or set truncate to right or left.",
     )
+
+
+def _lengths(rows: Sequence[TokenRow]) -> str:
+    """The first rows with their tokens, and how many there are besides."""
+    named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in rows[:_MOST_NAMED])
+    return named + (f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else "")
 
 
 def _dataset(rows: Sequence[Tokens]) -> Any:

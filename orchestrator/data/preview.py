@@ -70,6 +70,8 @@ class Packing(Record):
 class DataPreview(Record):
     """What `orchestrator data` shows."""
 
+    base: str
+    """Whose tokenizer reads the rows."""
     format: str
     loss_on: str
     max_length: int
@@ -113,6 +115,7 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
     lengths = sorted(len(row.tokens.ids) for row in every)
     kept = rows.kept
     return DataPreview(
+        base=base.model,
         format=data.format,
         loss_on=data.loss_on,
         max_length=data.max_length,

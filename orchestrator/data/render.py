@@ -131,11 +131,9 @@ def _split(prompt: str, completion: str, answer: str | None = None) -> Example:
 
 
 def _string(row: Row, column: str) -> str:
-    if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; columns: {', '.join(row.values)}")
-    value = row.values[column]
+    value = row.column(column)
+    if value is None or value != value or not str(value).strip():  # NaN: what is missing in a data frame
+        raise DataError(f"{row.where}: column {column!r} is empty")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{row.where}: column {column!r} must be text, got {type(value).__name__}")
-    if not str(value).strip():
-        raise DataError(f"{row.where}: column {column!r} is empty")
     return str(value)

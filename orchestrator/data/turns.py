@@ -38,9 +38,7 @@ def read_turns(row: Row, data: DataSection) -> Turns:
         DataError: it is none, or does not end with the assistant's turn; the message names file and line.
     """
     column = data.columns[0]
-    given = row.values.get(column)
-    if column not in row.values:
-        raise DataError(f"{row.where}: there is no column {column!r}; columns: {', '.join(row.values)}")
+    given = row.column(column)
     if not isinstance(given, list) or not given or not all(isinstance(turn, dict) for turn in given):
         raise DataError(f"{row.where}: column {column} must be a list of turns, got {given!r:.80}")
     read = _of_sharegpt if data.format == "sharegpt" else _of_messages
@@ -56,7 +54,7 @@ def read_turns(row: Row, data: DataSection) -> Turns:
 def _of_sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or not isinstance(value, str):
-        raise DataError(f"{where}: each turn needs a from and a value, got {turn!r:.80}")
+        raise DataError(f"{where}: each turn needs a from and a value, both text, got {turn!r:.80}")
     if speaker not in _ROLES:
         raise DataError(f"{where}: a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
     return {"role": _ROLES[speaker], "content": value}
@@ -72,7 +70,7 @@ def _of_messages(turn: dict[str, Any], where: str) -> dict[str, Any]:
     else:
         turn.pop("tool_calls", None)
     if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-        raise DataError(f"{where}: each turn needs a role and a content, got {turn!r:.80}")
+        raise DataError(f"{where}: each turn needs a role and a content, both text, got {turn!r:.80}")
     return turn
 
 
@@ -120,7 +118,7 @@ class Conversation:
             tokenizer: has a chat template.
 
         Raises:
-            DataError: the template refuses them, or leaves tools or calls of them out.
+            DataError: the template refuses them, or leaves turns, tools or calls of them out.
         """
         self.turns = read.turns
         self._tools = read.tools
@@ -132,6 +130,10 @@ class Conversation:
             self._refuse("leaves the column tools out; give one that writes tools: data.chat_template")
         if any("tool_calls" in turn for turn in self.turns) and self._write(_renamed(self.turns)) == self.whole:
             self._refuse("leaves tool_calls out; give one that writes them: data.chat_template")
+        for place, turn in enumerate(self.turns):
+            if self._leaves_out(place):
+                wrong = f"leaves turn {place + 1} out, of role {turn['role']!r}"
+                self._refuse(f"{wrong}; mend the role, or give one that writes it: data.chat_template")
 
     @cached_property
     def prompt_end(self) -> int:
@@ -162,6 +164,18 @@ class Conversation:
                 )
             found.append((self._end_of_prompt(place), len(until)))
         return found
+
+    def _leaves_out(self, place: int) -> bool:
+        """Whether a turn is not in the whole, as of a role that the template does not know.
+
+        Its text may be written otherwise, or stand in another turn too: then the whole with another text tells.
+        """
+        turn = self.turns[place]
+        text = turn["content"].strip()
+        if not text or (turn["role"] in ("user", "assistant") and text in self.whole):
+            return False
+        reworded = {**turn, "content": f"{turn['content']}-"}
+        return self._write([*self.turns[:place], reworded, *self.turns[place + 1 :]]) == self.whole
 
     def _end_of_prompt(self, place: int) -> int:
         prompt = self._write(self.turns[:place], add_generation_prompt=True).rstrip()

@@ -23,6 +23,7 @@ def say_data(console: Console, shown: DataPreview) -> None:
         console.print()
     mark = "green" if is_colored else f"{_OPEN} {_CLOSE}"
     lines = [
+        f"format {shown.format}, tokens of base {shown.base}",
         f"trained on ({shown.loss_on}): what is {mark}; the rest is read only",
         *_source_lines(shown),
         f"{counted(shown.num_train, 'training row')}, {shown.num_held_out} held out; an epoch has "

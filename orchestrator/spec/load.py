@@ -63,9 +63,18 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     path = Path(file)
     document = _read_yaml(path)
     _anchor_paths(document, path.resolve().parent)
+    return override_spec(document, overrides, str(path))
+
+
+def override_spec(document: dict[str, Any], overrides: Sequence[str], source: str) -> SweepSpec:
+    """Override and validate a document whose paths are absolute; `source` names it in messages.
+
+    Raises:
+        SpecError, RequestError: as `load_spec`.
+    """
     for override in overrides:
         _apply_override(document, override)
-    spec = parse_spec(document, str(path))
+    spec = parse_spec(document, source)
     require_extras(spec)
     return spec
 
@@ -86,6 +95,11 @@ def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SpecError(f"{path}: there is no such experiment file", "Examples lie in experiments/.")
+    if path.suffix in FILE_KINDS and path.suffix != ".json":  # JSON is YAML too
+        raise SpecError(
+            f"{path}: holds rows, and is no experiment file",
+            f"Name it in one, as data.source; `orchestrator data {path}` shows what a model would see of it.",
+        )
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
@@ -112,7 +126,10 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     except SpecError as error:
         raise SpecError(f"--set {override}: {error.message}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise SpecError(f"--set {override}: the value is not YAML") from error
+        raise SpecError(
+            f"--set {override}: the value is not YAML",
+            f"Text with such signs stands in quotes: --set '{path}=\"...\"'.",
+        ) from error
     flat = next((flat for flat in _FLAT_MAPS if path.startswith(flat)), None)
     keys = [*flat.rstrip(".").split("."), path.removeprefix(flat)] if flat else path.split(".")
     alone: dict[str, Any] = {}
@@ -168,6 +185,8 @@ def _anchored(field: str, value: Any, folder: Path) -> Any:
     """
     if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
         return value
+    if "://" in value:
+        raise SpecError(f"{field}: {value!r:.80} is a URL", "Give a path on this machine, or a hub id (owner/name).")
     try:
         local = folder / Path(value).expanduser()
         is_path = value.startswith((".", "~")) or value.endswith(FILE_KINDS) or GLOB.search(value) is not None

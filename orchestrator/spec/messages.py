@@ -22,20 +22,24 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
         return [str(error)]
     told: dict[tuple[str, str], list[str]] = {}  # field and value -> what each of the field's types says
     for fault in error.errors():
-        parts, model, members = _walk(fault["loc"], root)
+        parts, model, members, inner = _walk(fault["loc"], root)
         path = ".".join(parts)
         if fault["type"] == "extra_forbidden":
             told[_unknown_field(path, model, members, root), ""] = []
             continue
         shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
-        told.setdefault((path, shown), []).append(fault["msg"].removeprefix("Value error, "))
+        rule = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "model_type" and inner:
+            rule = f"must be a section of {', '.join(inner.model_fields)}"
+        told.setdefault((path, shown), []).append(rule)
     return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in told.items()]
 
 
 def _walk(
     location: tuple[int | str, ...], root: type[BaseModel] | None
-) -> tuple[list[str], type[BaseModel] | None, _Members]:
-    """A fault's path as a person writes it, the section that holds its last part, and what else could be there.
+) -> tuple[list[str], type[BaseModel] | None, _Members, type[BaseModel] | None]:
+    """A fault's path as a person writes it, the section that holds its last part, what else could be there, and the
+    section that the last part is.
 
     Where a field takes one of several sections, pydantic puts the kind into the path; where it takes one of several
     types, the type.
@@ -62,7 +66,7 @@ def _walk(
         annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
         type_is_next = not field_members and len(types_of(annotation)) > 1
         field_model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return parts, model, members
+    return parts, model, members, field_model
 
 
 def types_of(annotation: Any) -> set[Any]:

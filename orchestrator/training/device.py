@@ -1,6 +1,7 @@
 """The device of this process, and the memory held on it."""
 
 import resource
+import sys
 
 GIB = 2**30
 
@@ -31,5 +32,6 @@ def peak_memory_gib() -> float:
     if devices:
         held = sum(int(torch.cuda.max_memory_allocated(device)) for device in range(devices))
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return round(held / GIB, 3)

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft import AutoPeftModelForCausalLM
+from plain import INT8, NF4, another_base, reloaded_loss
+from safetensors.torch import load_file
 from tiny import Witness
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig
 
 from orchestrator.data import load
 from orchestrator.deploy.shipping.export import Format, export
@@ -18,6 +18,7 @@ from orchestrator.deploy.subject import Subject
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.sections.training import Optimizer
 from orchestrator.training.local import resume_local_trial, run_local_trial
 
 pytestmark = pytest.mark.slow
@@ -29,9 +30,6 @@ SHORT = [
     "training.logging_steps=4", "training.learning_rate=5e-3", "lora.rank=8", "lora.dropout=0.1",
 ]  # fmt: skip
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-INT8 = {"load_in_8bit": True}
-
 
 def trained(spec: SweepSpec, folder: SweepPaths) -> tuple[TrialResult, list[float]]:
     """Its result, and the held-out losses in their order."""
@@ -42,30 +40,6 @@ def trained(spec: SweepSpec, folder: SweepPaths) -> tuple[TrialResult, list[floa
     return result, [point.values["eval/loss"] for point in points if "eval/loss" in point.values]
 
 
-def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None) -> float:
-    """Loss per token of the held-out rows, by transformers and PEFT alone.
-
-    On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation: products are then of bfloat16, and PEFT
-    takes DoRA's norms of the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). It is kept from it here.
-    """
-    quantised = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.float32) if form else None
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        str(adapter), quantization_config=quantised, dtype=torch.float32, device_map="cpu"
-    )
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    # All rows at once, as the trial evaluates: LLM.int8() holds columns apart by what any row of a batch has in them.
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids, labels = torch.full((len(rows), longest), 3), torch.full((len(rows), longest), -100)
-    for i, row in enumerate(rows):
-        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=(ids != 3).long()).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).item()
-
-
 FAST = None
 """No reason against the fast engine."""
 
@@ -74,13 +48,12 @@ ADAPTERS = {
     "gaussian": (["lora.init=gaussian"], NF4, FAST),
     "layers": (["lora.layers_to_transform=[1, 3]"], NF4, FAST),
     "DoRA": (["lora.dora=true"], NF4, "lora.dora"),
-    "DoRA rsLoRA 16-bit": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
+    "DoRA rsLoRA unquantised": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
     "patterns": (
         ["lora.rank_pattern={down_proj: 4, 'layers.0.self_attn.q_proj': 2}", "lora.alpha_pattern={'.*mlp.*': 3}"],
         NF4,
         "lora.rank_pattern (a slot has one scale)",
     ),
-    "bias": (["lora.bias=all"], NF4, "lora.bias all"),
     "EVA": (["lora.init=eva", "lora.rank=4"], NF4, "lora.init eva"),
     "OLoRA 4-bit": (["lora.init=olora", "lora.dropout=0"], NF4, "lora.init olora"),
     "OLoRA patterns": (
@@ -88,12 +61,15 @@ ADAPTERS = {
         NF4,
         "lora.rank_pattern (a slot has one scale)",
     ),
-    "PiSSA 16-bit": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
+    "PiSSA unquantised": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
     "norms": (["lora.modules_to_save=[norm, input_layernorm]"], NF4, "lora.modules_to_save"),
     "new tokens": (["base.new_tokens=['<|reply|>', '~']"], NF4, "base.new_tokens"),
     "8-bit": (["base.quantization=int8"], INT8, "base.quantization int8"),
     "8-bit OLoRA": (["base.quantization=int8", "lora.init=olora"], INT8, "base.quantization int8"),
-    "16-bit": (["base.quantization=none"], None, FAST),
+    "unquantised": (["base.quantization=none"], None, FAST),
+    "fp4": (["base.quantization=fp4"], NF4 | {"bnb_4bit_quant_type": "fp4"}, FAST),
+    "scales not quantised": (["base.double_quant=false"], NF4 | {"bnb_4bit_use_double_quant": False}, FAST),
+    "some layers": (["lora.target_modules=[q_proj, v_proj]"], NF4, FAST),
 }
 
 
@@ -111,8 +87,80 @@ def test_an_adapter_trains_and_plain_peft_finds_its_loss_again(
     assert found == pytest.approx(result.best.value, rel=1e-3 if form is INT8 else 1e-4)
 
 
+SIXTEEN_BITS = {
+    "bf16": (["base.compute_dtype=bfloat16"], FAST),
+    "bf16 under autocast": (["base.compute_dtype=bfloat16", "training.precision=bf16"], FAST),
+    "bf16 PiSSA": (["base.compute_dtype=bfloat16", "lora.init=pissa"], "lora.init pissa"),
+    "fp16 PiSSA": (["base.compute_dtype=float16", "lora.init=pissa"], "lora.init pissa"),
+    "bf16 DoRA": (["base.compute_dtype=bfloat16", "lora.dora=true"], "lora.dora"),
+    "bf16 norms": (
+        ["base.compute_dtype=bfloat16", "training.precision=bf16", "lora.modules_to_save=[norm]"],
+        "lora.modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "reason"), SIXTEEN_BITS.values(), ids=SIXTEEN_BITS)
+def test_an_adapter_on_a_base_of_16_bits_is_found_again_within_their_rounding(
+    tiny: Tiny, folder: SweepPaths, overrides: list[str], reason: str | None
+) -> None:
+    spec = tiny(*SHORT, "base.quantization=none", *overrides)
+    result, losses = trained(spec, folder)
+    assert losses[-1] < losses[0]
+    assert (result.engine, result.engine_reason) == ("trl" if reason else "fast", reason)
+    assert result.best is not None
+    adapter = read_sweep(folder.root).adapter(result)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {weight.dtype for name, weight in weights.items() if ".lora_" in name} == {torch.float32}
+    found = reloaded_loss(adapter, load(folder.data).held_out, None, getattr(torch, spec.base.compute_dtype))
+    assert found == pytest.approx(result.best.value, rel=2e-3)
+
+
+OTHER_BASES: dict[str, tuple[dict[str, bool], list[str], list[str]]] = {
+    "biases": (
+        {"attention_bias": True, "mlp_bias": True},
+        ["lora.bias=all"],
+        ["q_proj.base_layer.bias", "down_proj.base_layer.bias"],
+    ),
+    "biases of adapted layers": (
+        {"attention_bias": True, "mlp_bias": True},
+        ["lora.bias=lora_only", "lora.target_modules=[q_proj]"],
+        ["q_proj.base_layer.bias"],
+    ),
+    "head": ({"tie_word_embeddings": False}, ["lora.modules_to_save=[lm_head]"], ["lm_head.weight"]),
+    "embedding": ({"tie_word_embeddings": False}, ["lora.modules_to_save=[embed_tokens]"], ["embed_tokens.weight"]),
+    "head and embedding": (
+        {"tie_word_embeddings": False},
+        ["lora.modules_to_save=[lm_head, embed_tokens]", "base.new_tokens=['<|reply|>']"],
+        ["lm_head.weight", "embed_tokens.weight"],
+    ),
+    "new tokens": (
+        {"tie_word_embeddings": False},
+        ["base.new_tokens=['<|reply|>', '~']"],
+        ["lm_head.token_adapter.trainable_tokens_delta", "embed_tokens.token_adapter.trainable_tokens_delta"],
+    ),
+}
+"""What the embedded base has not: biases, a head of its own. With the weights that must have been trained and saved."""
+
+
+@pytest.mark.parametrize(("form", "overrides", "saved"), OTHER_BASES.values(), ids=OTHER_BASES)
+def test_what_trains_beside_the_adapter_is_saved_with_it(
+    tiny: Tiny, tmp_path: Path, form: dict[str, bool], overrides: list[str], saved: list[str]
+) -> None:
+    base, folder = another_base(tmp_path / "base", **form), SweepPaths(tmp_path / "sweep")
+    result, losses = trained(tiny(*SHORT, *overrides, f"base.model={base}"), folder)
+    assert losses[-1] < losses[0]
+    assert result.best is not None
+    adapter = read_sweep(folder.root).adapter(result)
+    assert reloaded_loss(adapter, load(folder.data).held_out, NF4) == pytest.approx(result.best.value, rel=1e-4)
+    kept = load_file(adapter / "adapter_model.safetensors")
+    for name in saved:
+        assert any(key.endswith(name) for key in kept), f"{name} is not among {sorted(kept)}"
+
+
 OPTIMIZERS = {
-    "adamw_torch": 5e-3, "adamw_8bit": 5e-3, "paged_adamw_32bit": 5e-3, "paged_adamw_8bit": 5e-3, "ademamix": 1e-3,
+    "adamw_torch": 5e-3, "adamw_torch_fused": 5e-3, "adamw_8bit": 5e-3, "paged_adamw_32bit": 5e-3,
+    "paged_adamw_8bit": 5e-3, "ademamix": 1e-3,
     "ademamix_8bit": 1e-3, "paged_ademamix_32bit": 1e-3, "paged_ademamix_8bit": 1e-3, "lion_32bit": 1e-3,
     "lion_8bit": 1e-3, "paged_lion_32bit": 1e-3, "paged_lion_8bit": 1e-3, "rmsprop": 1e-3, "rmsprop_bnb_32bit": 1e-3,
     "rmsprop_bnb_8bit": 1e-3, "adagrad": 2e-2, "adafactor": 5e-3, "sgd": 0.5,
@@ -129,10 +177,17 @@ def test_an_optimizer_trains_as_the_one_that_was_asked_for(
     spec = tiny(*SHORT, "lora.rank=32", f"training.optimizer={optimizer}", f"training.learning_rate={rate}", *extra)
     result, losses = trained(spec, folder)
     assert losses[-1] < losses[0]
-    fast = optimizer in ("adamw_torch", "paged_adamw_32bit")
+    fast = optimizer in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
     assert (result.engine, result.engine_reason) == (
         ("fast", None) if fast else ("trl", f"training.optimizer {optimizer}")
     )
+    assert result.best is not None
+    found = reloaded_loss(read_sweep(folder.root).adapter(result), load(folder.data).held_out, NF4)
+    assert found == pytest.approx(result.best.value, rel=1e-4)
+
+
+def test_every_optimizer_of_the_specification_is_tried() -> None:
+    assert set(OPTIMIZERS) == set(get_args(Optimizer))
 
 
 LOSSES = {

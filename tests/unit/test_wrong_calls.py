@@ -85,7 +85,7 @@ FILES = [
     _added("unknown section", "traning: {steps: 3}\n", "traning: unknown field", "did you mean training?"),
     _added("unknown field", "lora: {rnk: 8}\n", "lora.rnk: unknown field", "did you mean rank?", "dropout"),
     _added("number as key", "lora: {1: 8}\n", "lora.1", "Keys should be strings"),
-    _added("empty section", "lora:\n", "lora: Input should be a valid dictionary", "None"),
+    _added("empty section", "lora:\n", "lora: must be a section of rank, alpha", "None"),
     _call("missing file", ["check", "nope.yaml"], "nope.yaml: there is no such experiment file"),
     _call("a folder for a file", ["check", "."], "there is no such experiment file"),
 ]
@@ -162,6 +162,7 @@ FIELDS = [
         ["search.space=[1]", "search.space.lora.rank={choice: [1]}"],
         "--set",
     ),
+    _set("braces without quotes", ["data.template={question} {answer}"], "is not YAML", 'data.template="..."'),
     _set("nobody's home", ["base.model=~nobody-at-all/base"], "base.model"),
     _set("endless name", [f"base.model={'a' * 300}"], "base.model"),
     _set("empty name", ["base.model=''"], "base.model"),
@@ -197,14 +198,16 @@ SEARCHES = [
 
 DATA = [
     _rows("not JSON", '{"text": "a"}\n{"text"\n', "rows.jsonl:2: is not JSON"),
-    _rows("line not UTF-8", b'{"text": "a"}\n\n{"text": "\xff"}\n', "rows.jsonl:3: is not JSON"),
-    _rows("not an object", '{"text": "a"}\n{"text": "b"}\n["c"]\n', "rows.jsonl:3", "JSON object", "list"),
+    _rows("line not UTF-8", b'{"text": "a"}\n\n{"text": "\xff"}\n', "rows.jsonl:3: is not UTF-8 text"),
+    _rows("not an object", '{"text": "a"}\n{"text": "b"}\n["c"]\n', "rows.jsonl:3", "JSON object", 'got ["c"]'),
     _rows("missing column", '{"text": "a"}\n{"txt": "b"}\n', "rows.jsonl:2", "no column 'text'", "txt"),
     _rows("column of another type", '{"text": "a"}\n{"text": ["b"]}\n', "rows.jsonl:2", "'text' must be text", "list"),
-    _rows("null", '{"text": "a"}\n{"text": null}\n', "rows.jsonl:2", "'text' must be text", "NoneType"),
+    _rows("null", '{"text": "a"}\n{"text": null}\n', "rows.jsonl:2", "'text' is empty"),
+    _rows("not a number", '{"text": "a"}\n{"text": NaN}\n', "rows.jsonl:2", "'text' is empty"),
     _rows("empty value", '{"text": "a"}\n{"text": " "}\n', "rows.jsonl:2", "'text' is empty"),
     _rows("no row", "\n", "rows.jsonl: holds no row"),
-    _rows("one row", '{"text": "a"}\n', "data.held_out takes 1 of 1 rows"),
+    _rows("one row", '{"text": "a"}\n', "data.held_out takes 1 of 1 row:", "data.held_out.source"),
+    _rows("one row without its column", '{"txt": "a"}\n', "rows.jsonl:1: there is no column 'text'", "'txt'"),
     _rows("no completion", '{"prompt": "a"}\n' * 2, "rows.jsonl:", "no column 'completion'", format="prompt"),
     _rows("messages of text", '{"messages": "a"}\n' * 2, "rows.jsonl:", "list of turns", format="messages"),
     _rows(
@@ -221,7 +224,10 @@ DATA = [
         "CSV with a field too many", "rows.csv", "text\na\nb,c\n", "rows.csv:3: has 2 fields, and the header 1: text"
     ),
     _file(
-        "JSON array with a number", "rows.json", '[{"text": "a"},\n3]', "rows.json:2: must be a JSON object, got int"
+        "JSON array with a number",
+        "rows.json",
+        '[{"text": "a"},\n3]',
+        "rows.json:2 row 1: must be a JSON object, got 3",
     ),
     _file("Parquet that is none", "rows.parquet", "PAR", "rows.parquet: is not Parquet"),
     _file("a kind that is not known", "rows.txt", "a\n", "rows.txt: is of no known kind", ".jsonl"),
@@ -244,6 +250,11 @@ DATA = [
         "and 1997 more",
         "data.truncate is error",
     ),
+    _set(
+        "mix of names", ["data.source=", "data.mix=[a.csv]"], "data.mix.0: must be a section of source, weight", "a.csv"
+    ),
+    _set("base as a name", ["base=embedded"], "base: must be a section of model, revision", "'embedded'"),
+    _set("rows by a URL", ["data.source=https://x.org/a.csv"], "data.source: 'https://x.org/a.csv' is a URL", "hub id"),
     _trial("missing file of a mix", ["data.source=", "data.mix=[{source: nope.csv}]"], "nope.csv: there is no such"),
     Wrong(
         "held-out file in the training folder",
@@ -256,6 +267,19 @@ DATA = [
         ["data", "x.yaml", *_options(["data={source: rows.jsonl, format: text}"])],
         ("rows.jsonl:2", "no column 'text'"),
         {"rows.jsonl": '{"text": "a"}\n{}\n'},
+    ),
+    Wrong(
+        "preview of rows of no format",
+        ["data", "rows.jsonl"],
+        ("rows.jsonl:1: columns 'a', 'b' are those of no format", "data.format=template"),
+        {"rows.jsonl": '{"a": 1, "b": 2}\n'},
+    ),
+    Wrong("preview of no file", ["data", "nope.jsonl"], ("nope.jsonl: there is no such data file",)),
+    Wrong(
+        "training on rows without an experiment",
+        ["sweep", "rows.jsonl"],
+        ("rows.jsonl: holds rows, and is no experiment file", "data.source", "orchestrator data rows.jsonl"),
+        {"rows.jsonl": '{"text": "a"}\n'},
     ),
     _trial("missing data file", ["data.source=nope.jsonl"], "nope.jsonl: there is no such data file"),
     _trial("missing held-out file", ["data.held_out={source: ./nope}"], "nope: there is no such data file"),
@@ -275,7 +299,12 @@ DATA = [
         ["data.template='{question:{w}} {answer}'"],
         "data.template",
     ),
-    _trial("nothing to learn", ["data.max_length=8", "data.loss_on=completion"], "data.max_length=8", "no token"),
+    _trial(
+        "nothing to learn",
+        ["data.max_length=8", "data.loss_on=completion"],
+        "data.max_length=8 leaves no training row",
+        "embedded:1 (25)",
+    ),
     _trial("folder without a model", ["base.model=./nope"], "base.model", "nope", "no config.json"),
     _trial("no such model", ["base.model=nobody/nothing"], "base.model nobody/nothing: cannot be loaded"),
     _trial("pad token not known", ["base.pad_token=<fill>"], "base.pad_token '<fill>'", "not a token of embedded"),

@@ -1,7 +1,7 @@
 """What a person writes, a section a file; one sentence under each field, bounds in its type."""
 
 from orchestrator.spec.sections.base import BaseSection
-from orchestrator.spec.sections.data import FILE_KINDS, GLOB, DataSection, HeldOut, Source
+from orchestrator.spec.sections.data import COLUMNS_OF, FILE_KINDS, GLOB, DataSection, HeldOut, Source
 from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
 from orchestrator.spec.sections.resources import ResourcesSection
@@ -11,6 +11,7 @@ from orchestrator.spec.sections.training import EvaluationSection, TrainingSecti
 from orchestrator.spec.sections.trial import TrialConfig
 
 __all__ = [
+    "COLUMNS_OF",
     "FILE_KINDS",
     "GLOB",
     "NAME_PATTERN",

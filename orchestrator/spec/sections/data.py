@@ -17,6 +17,15 @@ FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 GLOB = re.compile(r"[*?\[]")
 """What makes a pattern of a path."""
 
+COLUMNS_OF = {
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "alpaca": ["instruction", "output"],
+    "prompt": ["prompt", "completion"],
+    "text": ["text"],
+}
+"""Format -> columns that every row must have; those of format template are in its template."""
+
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -213,17 +222,7 @@ class DataSection(Section):
     @property
     def columns(self) -> list[str]:
         """Those that every row must have."""
-        match self.format:
-            case "template":
-                return template_columns(self.template or "")
-            case "prompt":
-                return ["prompt", "completion"]
-            case "sharegpt":
-                return ["conversations"]
-            case "alpaca":
-                return ["instruction", "output"]
-            case column:
-                return [column]
+        return template_columns(self.template or "") if self.format == "template" else COLUMNS_OF[self.format]
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:

@@ -252,7 +252,9 @@ def test_no_chat_template_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_chat_template_that_writes_the_prompt_otherwise_is_told(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}: {{ messages[-1]['content'] }}")
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ messages | length }}: {{ messages | map(attribute='content') | join }}"
+    )
     with pytest.raises(DataError, match="x:1: the chat template renders the prompt alone otherwise"):
         _encoded(tokenizer, {"format": "messages"}, FORMATS["messages"][1])
 

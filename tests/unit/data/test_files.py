@@ -30,7 +30,8 @@ def _saved(path: Path) -> None:
 
 KINDS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "rows.jsonl": (_jsonl, [":1", ":2", ":3"]),
-    "array.json": (lambda path: _text(path, json.dumps(ROWS, indent=1)), [":2", ":6", ":10"]),
+    "array.json": (lambda path: _text(path, json.dumps(ROWS, indent=1)), [":2 row 0", ":6 row 1", ":10 row 2"]),
+    "one-line.json": (lambda path: _text(path, json.dumps(ROWS)), [":1 row 0", ":1 row 1", ":1 row 2"]),
     "lines.json": (_jsonl, [":1", ":2", ":3"]),
     "rows.csv": (_csv, [":2", ":4", ":6"]),
     "rows.parquet": (lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path), [" row 0", " row 1", " row 2"]),
@@ -106,19 +107,34 @@ def test_a_file_is_read_no_further_than_asked(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, str | bytes, str]] = [
-    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: has 1 fields, and the header 2: a, b"),
+    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: has 1 field, and the header 2: a, b"),
     ("a.csv", 'a,b\n"1\n1",2\n3,4,5\n', r"a\.csv:4: has 3 fields"),
     ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' is given twice"),
     ("a.csv", 'a\n1\n"2\n', r"a\.csv:3: is not CSV: unexpected end of data"),
-    ("a.csv", b"a\n\xff\n", r"a\.csv: is not UTF-8"),
-    ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: is not JSON"),
-    ("a.json", '[{"a": 1},\n 2]', r"a\.json:2: must be a JSON object, got int"),
-    ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1: is not JSON: the array goes on"),
-    ("a.json", '[{"a": 1}', r"a\.json:1: is not JSON: the array goes on"),
+    ("a.csv", b"a\nb\n\xff\n", r"a\.csv:3: is not UTF-8 text"),
+    ("a.csv", "a\nb\n".encode("utf-16"), r"a\.csv:1: is not UTF-8 text"),
+    ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2 row 1: is not JSON: Expecting ':' delimiter \(line 2, column 7\)"),
+    ("a.json", '[{"a": 1},\n 2]', r"a\.json:2 row 1: must be a JSON object, got 2"),
+    ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1 row 0: is not JSON: the array goes on"),
+    ("a.json", '[{"a": 1}', r"a\.json:1 row 0: is not JSON: the array goes on"),
     ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: after the array stands"),
     ("a.json", '[{"a": 1},\n]', r"a\.json:2: is not JSON: the array ends with a comma"),
     ("a.json", '{\n "data": [{"a": 1}]\n}', r"a\.json: must be an array of objects, or an object a line"),
     ("a.json", '{\n "a": 1\n', r"a\.json:1: is not JSON"),
+    (
+        "a.json",
+        '{\n "a": 1\n}\n{\n "a": 2\n}\n',
+        r"a\.json:1: is not JSON.*\n.*an array of objects, or an object a line",
+    ),
+    ("a.json", '[{"a": 1}]'.encode("utf-16"), r"a\.json:1: is not UTF-8 text\n  Save the file as UTF-8"),
+    ("a.json", b'[{"a": 1},\n{"a": "\xe4"}]', r"a\.json:2: is not UTF-8 text"),
+    ("a.json", f'[{{"a": {"[" * 99_999}', r"a\.json:1 row 0: cannot be read: maximum recursion depth exceeded"),
+    ("a.jsonl", '{"a": 1}\n{"a": 1\n', r"a\.jsonl:2: is not JSON: Expecting ',' delimiter \(column 8\)"),
+    ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), r"a\.jsonl:1: is not UTF-8 text"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xe4"}\n', r"a\.jsonl:2: is not UTF-8 text"),
+    ("a.jsonl", '[{"a": 1}]', r"a\.jsonl:1: must be a JSON object, got \[.*\n.*an array of rows is a \.json file"),
+    ("a.jsonl", '{"a": 1}\nnull\n', r"a\.jsonl:2: must be a JSON object, got null"),
+    ("a.jsonl", '{"a": 1, "b": ["\\ud83d"]}\n', r"a\.jsonl:1: column 'b' holds half a character"),
     ("a.parquet", "no table", r"a\.parquet: is not Parquet"),
     ("a.txt", "text", r"a\.txt: is of no known kind: \.jsonl, \.json, \.csv, \.parquet"),
 ]
@@ -148,6 +164,14 @@ def test_a_path_without_rows(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(DataError, match=message):
         list(read_local(tmp_path / path, None))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that may be opened and not read")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # may be opened, and not read: whoever runs this
+    with pytest.raises(DataError, match=rf"{name}: (cannot be read|is not Parquet)"):
+        list(read_local(tmp_path / name, None))
 
 
 def _text(path: Path, content: Any) -> None:

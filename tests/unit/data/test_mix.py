@@ -42,6 +42,19 @@ def texts(data: DataSection) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"txt": "1"}\n' * 9)
+    mix = [{"source": sources["a"], "weight": 9}, {"source": str(other), "weight": 1}]
+    for fields in (
+        {"source": str(other), "held_out": {"count": 20}},
+        {"mix": mix, "held_out": {"count": 9}},
+        {"source": sources["a"], "held_out": {"source": str(other)}},
+    ):
+        with pytest.raises(DataError, match=r"other\.jsonl:1: there is no column 'text'; columns: 'txt'"):
+            split_rows(section(**fields))
+
+
 @pytest.mark.parametrize(
     ("sizes", "weights", "numbers"),
     [

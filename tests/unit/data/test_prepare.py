@@ -90,6 +90,18 @@ def test_rows_without_anything_to_learn_are_dropped_and_counted(tmp_path: Path) 
     assert all(any(label != IGNORED for label in labels) for labels in prepared.train["labels"])
 
 
+@pytest.mark.parametrize("part", ["training", "held-out"])
+def test_a_part_of_which_nothing_is_left_is_named(tmp_path: Path, part: str) -> None:
+    files = {}
+    for name, prompt in {"training": "1", "held-out": "2", part: "1 2 3 4 5 6 7 8 9"}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text(json.dumps({"prompt": prompt, "completion": " 5"}) + "\n")
+    own = {"source": str(files["held-out"])}
+    section = _section(files["training"], format="prompt", loss_on="completion", max_length=8, held_out=own)
+    with pytest.raises(DataError, match=rf"leaves no {part} row a token to learn from: .*{part}\.jsonl:1 \(21\)"):
+        prepare(section, BASE)
+
+
 def test_held_out_prompts_have_their_answers() -> None:
     section = DataSection(source="embedded", format="template", template="<s>[INST] {question} [/INST] {answer} </s>")
     prepared = prepare(section.model_copy(update={"max_rows": 30}), BASE)

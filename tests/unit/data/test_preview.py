@@ -124,3 +124,19 @@ def test_the_verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
     document: dict[str, Any] = json.loads(out)
     assert DataPreview.model_validate(document).num_train == 36
     assert err == ""
+
+
+def test_the_verb_shows_rows_without_an_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"messages": turns}] * 2))
+    assert run(monkeypatch, str(file), "--rows", "1", "--set", "data.loss_on=completion") == 0
+    out, err = capfd.readouterr()
+    row, shown, _, about, *_ = out.splitlines()
+    assert row.startswith(f"{file}:1 row ")
+    assert shown == "<s>[INST] 1 [/INST]⟦ 2 </s>⟧"
+    assert about == "format messages, tokens of base embedded"
+    assert "1 training row, 1 held out" in out
+    assert err == ""

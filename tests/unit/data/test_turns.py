@@ -128,8 +128,25 @@ NO_TOOLS, LAST_ENDS = (
     CHATML.replace("{{ eos_token }}", "{% if loop.last and 'a' in m['role'] %}</s>{% endif %}"),
 )
 
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}<|{{ m['role'][0] }}|>{{ m['content'] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+ONLY_USERS = KNOWN_ROLES.replace("['user', 'assistant']", "['user']")
+
 WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "role the template does not know": (turns({"role": "system", "content": "s"}, USER, ANSWER), None, {}, "refuses"),
+    "role the template passes by": (
+        turns({"role": "usr", "content": "1"}, ANSWER), KNOWN_ROLES, {}, "leaves turn 1 out, of role 'usr'"
+    ),
+    "system turn left out": (
+        turns({"role": "system", "content": "s"}, USER, ANSWER), KNOWN_ROLES, {}, "leaves turn 1 out, of role 'system'"
+    ),
+    "answer left out": (turns(USER, ANSWER), ONLY_USERS, {}, "leaves turn 2 out, of role 'assistant'"),
+    "content in parts": (
+        turns({"role": "user", "content": [{"type": "text", "text": "1"}]}, ANSWER),
+        CHATML, {}, "needs a role and a content, both text",
+    ),
     "tools left out": (CALLING | {"messages": [USER, ANSWER]}, NO_TOOLS, {}, "leaves the column tools out"),
     "calls left out": (turns(*CALLING["messages"]), NO_TOOLS, {}, "leaves tool_calls out"),
     "answers written otherwise": (MESSAGES, LAST_ENDS, {"loss_on": "assistant"}, "writes turn 2 otherwise"),
@@ -155,7 +172,9 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "sharegpt without a value": (
         {"conversations": [{"from": "human"}]}, CHATML, {"format": "sharegpt"}, "needs a from and a value"
     ),
-    "sharegpt of messages": (MESSAGES, CHATML, {"format": "sharegpt"}, "no column 'conversations'; columns: messages"),
+    "sharegpt of messages": (
+        MESSAGES, CHATML, {"format": "sharegpt"}, "no column 'conversations'; columns: 'messages'"
+    ),
 }  # fmt: skip
 
 
@@ -164,3 +183,10 @@ def test_a_wrong_conversation_is_named(name: str) -> None:
     columns, template, section, message = WRONG[name]
     with pytest.raises(DataError, match=rf"^x:1: .*{message}"):
         encoded(columns, template, **section)
+
+
+def test_a_turn_may_be_written_otherwise() -> None:
+    """As by templates that leave out what an earlier answer was thought of with."""
+    thinking = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
+    columns = turns(USER, {"role": "assistant", "content": "<think>1</think>2"}, USER, ANSWER)
+    assert encoded(columns, thinking)[1].count("[2]") == 2

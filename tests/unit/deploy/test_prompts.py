@@ -54,7 +54,7 @@ def test_lines_of_text(tmp_path: Path, single: PromptForm) -> None:
         ("a.txt", b"\n \n", "a.txt: holds no prompt"),
         ("a.csv", b"prompt\n", "a.csv: must be a .jsonl or a .txt file"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "a.jsonl:2: is not JSON"),
-        ("a.jsonl", b'\n["a"]\n', "a.jsonl:2: must be a JSON object, got list"),
+        ("a.jsonl", b'\n["a"]\n', 'a.jsonl:2: must be a JSON object, got ."a"'),
         ("a.jsonl", b"", "a.jsonl: holds no row"),
         ("a.jsonl", b'{"prompt": " "}\n', "a.jsonl:1: prompt must be text"),
         ("a.jsonl", b'{"prompt": 3}\n', "a.jsonl:1: prompt must be text, got 3"),

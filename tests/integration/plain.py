@@ -1,0 +1,55 @@
+"""What others make of ours: adapters loaded by transformers and PEFT alone, and bases that are not the embedded one."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from orchestrator.embedded import BASE_DIR
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+INT8 = {"load_in_8bit": True}
+
+
+def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> float:
+    """Loss per token of the held-out rows, by transformers and PEFT alone; `dtype` is of what is not quantised.
+
+    On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation: products are then of bfloat16, and PEFT
+    takes DoRA's norms of the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). It is kept from it here.
+    """
+    quantised = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.float32) if form else None
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        str(adapter), quantization_config=quantised, dtype=dtype, device_map="cpu"
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    # All rows at once, as the trial evaluates: LLM.int8() holds columns apart by what any row of a batch has in them.
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids, labels = torch.full((len(rows), longest), 3), torch.full((len(rows), longest), -100)
+    for i, row in enumerate(rows):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=(ids != 3).long()).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).item()
+
+
+def another_base(folder: Path, **config: Any) -> Path:
+    """The embedded base with another configuration: a head of its own, or biases (small ones), or both."""
+    shutil.copytree(BASE_DIR, folder)
+    asked = AutoConfig.from_pretrained(BASE_DIR, **config)
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR, config=asked, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        if not asked.tie_word_embeddings:
+            model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.02, generator=generator)
+    model.save_pretrained(folder)
+    return folder
