@@ -34,8 +34,14 @@ class Subject:
         """The adapter that a sweep gives.
 
         Raises:
-            RecordError: it is not whole.
+            RecordError: it is not whole, or took the place of one that is damaged: nobody has asked for that yet.
         """
+        if best.damaged:
+            trial, fault = next(iter(best.damaged.items()))
+            raise RecordError(
+                f"the adapter of trial {trial} is damaged, and the choice may hang on it: {fault}",
+                f"Mend it; or give the folder of the best that is whole: {best.adapter}",
+            )
         return cls.of_trial(best.record, best.trial)
 
     @classmethod

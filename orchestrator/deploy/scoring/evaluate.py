@@ -97,8 +97,9 @@ def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_co
     if is_adapter(sweep_or_adapter):
         return [find_subject(sweep_or_adapter, output, trust_remote_code)]
     sweep = find_sweep(sweep_or_adapter, output)
-    trials, chosen = sweep.top(top), sweep.best().trial
-    return [Subject.of_trial(sweep.record, trial) for trial in (trials if chosen in trials else [*trials, chosen])]
+    chosen = Subject.of_best(sweep.best())
+    leaders = [Subject.of_trial(sweep.record, trial) for trial in sweep.top(top)]
+    return leaders if chosen in leaders else [*leaders, chosen]
 
 
 def evaluate(
