@@ -96,8 +96,16 @@ def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def load_base(base: BaseSection) -> Any:
-    """The base in evaluation form: quantised as asked, frozen, on this process's GPU (or spread over its GPUs)."""
+def load_base(base: BaseSection, place: Any = None) -> Any:
+    """The base in evaluation form: quantised as asked, and frozen.
+
+    Args:
+        base: what to load.
+        place: transformers' `device_map`; default `device_map()`.
+
+    Raises:
+        RequestError: it cannot be loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +117,7 @@ def load_base(base: BaseSection) -> Any:
             trust_remote_code=base.trust_remote_code,
             quantization_config=quantization_config(base),
             dtype=getattr(torch, base.compute_dtype),
-            device_map=device_map(),
+            device_map=device_map() if place is None else place,
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error

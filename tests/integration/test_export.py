@@ -163,7 +163,7 @@ def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
         return replace(merge, updates=wrong)
 
     monkeypatch.setattr(room, "plan_merge", plan)
-    with pytest.raises(ExportError, match="does not answer as the adapter does: largest logit difference") as told:
+    with pytest.raises(ExportError, match="does not answer as the adapter does: logits differ by") as told:
         export(subject, out, "merged")
     assert told.value.exit_code == 1
     assert not out.exists()
