@@ -300,8 +300,13 @@ def require_folder(base: BaseSection) -> None:
 
 def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    at = f" at revision {base.revision}" if base.revision else ""
+    if base.revision and hub_id(base.model):
+        return RequestError(
+            f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
+            "base.revision must be a branch, a tag or a commit of it; without a network, one in the hub's cache: "
+            f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
+        )
     return RequestError(
-        f"base.model {base.model}{at}: cannot be loaded: {reason}",
+        f"base.model {base.model}: cannot be loaded: {reason}",
         "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
     )

@@ -156,7 +156,11 @@ def evaluate(
             Evaluation(name=subject.name, form=form, dtype=opened.dtype, values=values, scores=scores)
         )
         if keep is not None:
-            write_atomic(keep, report.model_dump_json(indent=2) + "\n")
+            try:
+                write_atomic(keep, report.model_dump_json(indent=2) + "\n")
+            except OSError as error:  # what was measured is not lost for that
+                report.warnings.append(f"{keep}: cannot be written: {error}")
+                say(f"warning: {report.warnings[-1]}")
     return report
 
 

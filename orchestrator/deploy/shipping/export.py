@@ -13,6 +13,7 @@ from orchestrator.adapters.card import merged_card
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.deploy.shipping import gguf, parity, ray_serve
 from orchestrator.deploy.shipping.check import Format, NoMemoryError, hold_against_source
+from orchestrator.deploy.shipping.elsewhere import about_base
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
 from orchestrator.deploy.shipping.parity import Parity, rounding
 from orchestrator.deploy.subject import Subject
@@ -96,7 +97,10 @@ def export(
             if merge is not None and subject.config is not None:
                 card = merged_card(subject.config, subject.name, dtype, onto, str(found))
                 (building / "README.md").write_text(card, encoding="utf-8")
-            seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
+            facts = _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found)
+            for note in about_base(building, facts):
+                say(f"note: {note}")
+            seal(building, facts)
             sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
             building.replace(target)  # over an empty folder too
         except OSError as error:

@@ -191,6 +191,15 @@ def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows:
     assert "training_args.bin is left out: a pickle runs code when it is loaded" in told
 
 
+def test_a_base_that_others_lack_is_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    export(subject, tmp_path / "adapter-out", "adapter", data=rows, say=told.append)
+    assert told[-1].startswith(f"note: its base is not on the hub: adapter_config.json names {BASE_DIR}, a folder of")
+    told.clear()
+    export(subject, tmp_path / "merged-out", "merged", data=rows, say=told.append)
+    assert not any(line.startswith("note") for line in told)
+
+
 def test_an_adapter_on_the_embedding_brings_that_and_fits(subject: Subject, rows: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")

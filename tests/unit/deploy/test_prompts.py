@@ -1,5 +1,6 @@
 """Prompts from a file, answers to a file that is there once it is whole."""
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -140,6 +141,16 @@ def test_a_target_that_cannot_be_made(tmp_path: Path) -> None:
         new_file(tmp_path / "no" / "answers.jsonl"),
     ):
         pass
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        with new_file(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RequestError, match=r"answers\.jsonl: cannot be written: .*No space left"):
+        fill(tmp_path / "answers.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
