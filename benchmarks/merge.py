@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import ROOT, Setting, main
 from orchestrator.data import load, prepare, save
 from orchestrator.deploy.shipping.merge import Onto, plan_merge
-from orchestrator.deploy.shipping.parity import NUM_ROWS, answers, compare
+from orchestrator.deploy.shipping.parity import NUM_ROWS, ask, compare
 from orchestrator.deploy.shipping.stored import find_stored
 from orchestrator.deploy.subject import Subject
 from orchestrator.spec.sections import BaseSection
@@ -95,7 +95,7 @@ def parity(onto: Onto, base: str, work: str) -> None:
     from orchestrator.base import drop, load_base
 
     rows = load(Path(work) / "rows").held_out.select(range(NUM_ROWS))
-    source = answers(PeftModel.from_pretrained(load_base(section(base, onto)), f"{work}/adapter"), rows)
+    source = ask(PeftModel.from_pretrained(load_base(section(base, onto)), f"{work}/adapter"), rows)
     drop()
     where = {"": 0 if torch.cuda.is_available() else "cpu"}
     found = compare(source, AutoModelForCausalLM.from_pretrained(f"{work}/merged", device_map=where), rows)

@@ -96,8 +96,16 @@ def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def load_base(base: BaseSection) -> Any:
-    """The base in evaluation form: quantised as asked, frozen, on this process's GPU (or spread over its GPUs)."""
+def load_base(base: BaseSection, place: Any = None) -> Any:
+    """The base in evaluation form: quantised as asked, and frozen.
+
+    Args:
+        base: what to load.
+        place: transformers' `device_map`; default `device_map()`.
+
+    Raises:
+        RequestError: it cannot be loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +117,7 @@ def load_base(base: BaseSection) -> Any:
             trust_remote_code=base.trust_remote_code,
             quantization_config=quantization_config(base),
             dtype=getattr(torch, base.compute_dtype),
-            device_map=device_map(),
+            device_map=device_map() if place is None else place,
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
@@ -292,8 +300,13 @@ def require_folder(base: BaseSection) -> None:
 
 def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    at = f" at revision {base.revision}" if base.revision else ""
+    if base.revision and hub_id(base.model):
+        return RequestError(
+            f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
+            "base.revision must be a branch, a tag or a commit of it; without a network, one in the hub's cache: "
+            f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
+        )
     return RequestError(
-        f"base.model {base.model}{at}: cannot be loaded: {reason}",
+        f"base.model {base.model}: cannot be loaded: {reason}",
         "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
     )

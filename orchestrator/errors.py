@@ -42,7 +42,7 @@ class HubError(OrchestratorError):
 
 
 class ExportError(OrchestratorError):
-    """An export was made, but does not answer as its source does; nothing of it is left. Exit code 1."""
+    """An export was made, but does not answer as its source does, or cannot be asked. Exit code 1."""
 
 
 class TrialError(OrchestratorError):

@@ -207,6 +207,33 @@ def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin,
     """
     with building_beside(folder) as building:
         _fill(building, adapter, tokenizer, origin, scores)
+    _put_in_place(building, folder)
+
+
+def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
+    """Say in an adapter folder how the adapter answers: its scores, card and manifest are written anew, all or none.
+
+    Args:
+        folder: from `save_adapter`.
+        metric: by which its step was chosen.
+        answers: of each held-out prompt that was answered, whether the answer was the wanted one.
+
+    Raises:
+        RecordError: it is not whole: damage must not be sealed.
+    """
+    with building_beside(folder) as building:
+        shutil.copytree(folder, building, dirs_exist_ok=True)
+        facts, scores = verify(building).facts, read_scores(building)
+        assert scores is not None
+        scores = scores.model_copy(update={"answers": answers})
+        metrics = scores.values() | facts.metrics
+        config = TrialConfig.model_validate(facts.config)
+        _describe(building, config, facts.model_copy(update={"metrics": metrics}), metric, scores)
+    _put_in_place(building, folder)
+
+
+def _put_in_place(building: Path, folder: Path) -> None:
+    """Rename a folder that is whole to its own name, which another may have."""
     if not folder.exists():
         building.rename(folder)
         return
@@ -236,10 +263,7 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
     adapter.config.revision = commit or config.base.revision
     adapter.save(building)
     tokenizer.save_pretrained(str(building))
-    card = adapter_card(config, origin.trial_id, origin.step, origin.metric, origin.values)
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (building / SCORES).write_text(scores.model_dump_json() + "\n", encoding="utf-8")
-    (building / "README.md").write_text(card, encoding="utf-8")
     facts = Facts(
         format="adapter",
         base=config.base.model_dump(mode="json"),
@@ -251,6 +275,16 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
         trial_id=origin.trial_id,
         step=origin.step,
     )
+    _describe(building, config, facts, origin.metric, scores)
+
+
+def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, scores: RowScores) -> None:
+    """Write what an adapter folder says of itself, the manifest last."""
+    assert facts.trial_id is not None
+    assert facts.step is not None
+    card = adapter_card(config, facts.trial_id, facts.step, metric, facts.metrics)
+    (building / SCORES).write_text(scores.model_dump_json() + "\n", encoding="utf-8")
+    (building / "README.md").write_text(card, encoding="utf-8")
     seal(building, facts)
 
 

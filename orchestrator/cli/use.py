@@ -13,6 +13,8 @@ import typer
 from orchestrator.cli.frame import Json, Sweep, SweepOrAdapter, Trust, Where, app, console_on, print_json, say_rows
 from orchestrator.errors import RequestError
 
+_DEFAULT_DTYPE = "fp16 where base.compute_dtype is float16, else bf16"
+
 
 @app.command(epilog="Example: orchestrator best runs/demo --metric eval/loss --metric size")
 def best(
@@ -22,7 +24,7 @@ def best(
         typer.Option(help="Choose by this metric; several give the Pareto set (`size`: parameters of the adapter)."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="The best value, however small its lead.")] = False,
-    top: Annotated[int | None, typer.Option(min=1, help="Show so many of the finished trials, best first.")] = None,
+    top: Annotated[int | None, typer.Option(metavar="K", min=1, help="Show the best K finished trials too.")] = None,
     as_json: Json = False,
     export: Annotated[Path | None, typer.Option(help="Copy the adapter, a complete PEFT folder, to here.")] = None,
     output: Where = "runs",
@@ -70,8 +72,13 @@ def evaluate(
         typer.Option(help="Rows (file, folder or glob, columns of the training file); default the held-out ones."),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Trials of a sweep, beside the one it recommends.")] = 3,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp16, of the 16-bit forms; default as `export`.")] = None,
+    top: Annotated[
+        int, typer.Option(metavar="K", min=1, help="The best K trials of a sweep, and the one it recommends.")
+    ] = 3,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Type of the 16-bit forms: bf16 or fp16; default {_DEFAULT_DTYPE}."),
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness.")] = None,
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder of further tasks (YAML).")] = None,
     as_json: Json = False,
@@ -103,7 +110,7 @@ def evaluate(
         return
     console = console_on()
     console.print(evaluation_table(report))
-    if keep is not None:
+    if keep is not None and keep.is_file():
         console.print(f"kept in {keep}", soft_wrap=True, highlight=False)
 
 
@@ -170,7 +177,7 @@ def export(
         typer.Option(help="PEFT folder; one model; that as llama.cpp's file, or with Ray Serve LLM's config file."),
     ] = "adapter",
     dtype: Annotated[
-        Literal["bf16", "fp16"] | None, typer.Option(help="Of what is merged; default that of the base's products.")
+        Literal["bf16", "fp16"] | None, typer.Option(help=f"Type of merged weights; default {_DEFAULT_DTYPE}.")
     ] = None,
     onto: Annotated[
         Literal["dequantised", "original"] | None,
@@ -233,7 +240,7 @@ def serve(
         Literal["auto", "vllm", "transformers"],
         typer.Option(help="auto: vLLM where it is installed and can serve this, else transformers."),
     ] = "auto",
-    top: Annotated[int, typer.Option(min=1, help="So many of a sweep's adapters side by side, best first.")] = 1,
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="The best K adapters of a sweep, side by side.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; any but the loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     token: Annotated[

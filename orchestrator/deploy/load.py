@@ -28,13 +28,17 @@ def load_adapter(subject: Subject | str | Path, output: str = "runs") -> tuple[A
     return load_model(subject), load_own_tokenizer(subject)
 
 
-def load_model(subject: Subject) -> Any:
+def load_model(subject: Subject, place: Any = None) -> Any:
     """The base with the adapter over it, a `PeftModel` in evaluation mode.
+
+    Args:
+        subject: the adapter.
+        place: see `load_base`.
 
     Raises:
         RequestError: the base cannot be loaded.
     """
-    return put_on(load_base(subject.base), subject)
+    return put_on(load_base(subject.base, place), subject)
 
 
 def put_on(base: Any, subject: Subject) -> Any:

@@ -1,5 +1,6 @@
 """Prompts from a file, answers to a file."""
 
+import errno
 import json
 import os
 import tempfile
@@ -18,6 +19,9 @@ from orchestrator.spec.sections import Source
 
 _AT_A_TIME = 8
 """Batches between two writes: prompts of like length go together, and those in a write can be sorted."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
     """A file that is there once it is whole; it grows beside its place, under a name with a dot.
 
     Raises:
-        RequestError: it exists, or cannot be made.
+        RequestError: it exists, cannot be made, or the disk is full.
     """
     if path.exists():
         raise RequestError(f"{path}: already exists", "Give a file that does not exist yet.")
@@ -107,8 +111,10 @@ def new_file(path: Path) -> Iterator[TextIO]:
             yield file
         growing.chmod(0o644)
         growing.rename(path)
-    except BaseException:
+    except BaseException as error:
         growing.unlink()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise RequestError(f"{path}: cannot be written: {error}", "Nothing was left behind.") from error
         raise
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.adapters.bundle import CONFIG, verify_adapter
+from orchestrator.adapters.bundle import CONFIG, MANIFEST, read_manifest, verify_adapter
 from orchestrator.base import hub_id
 from orchestrator.deploy.sweep import Best, Sweep, open_sweep
 from orchestrator.errors import RecordError, RequestError
@@ -34,8 +34,14 @@ class Subject:
         """The adapter that a sweep gives.
 
         Raises:
-            RecordError: it is not whole.
+            RecordError: it is not whole, or took the place of one that is damaged: nobody has asked for that yet.
         """
+        if best.damaged:
+            trial, fault = next(iter(best.damaged.items()))
+            raise RecordError(
+                f"the adapter of trial {trial} is damaged, and the choice may hang on it: {fault}",
+                f"Mend it; or give the folder of the best that is whole: {best.adapter}",
+            )
         return cls.of_trial(best.record, best.trial)
 
     @classmethod
@@ -78,16 +84,45 @@ def find_sweep(sweep: str, output: str) -> Sweep:
     """A sweep, where an adapter folder could have been given too.
 
     Raises:
-        RecordError: there is none; of a folder that is neither, the message says so.
+        RecordError: there is none; the message says what is there instead.
     """
     try:
         return open_sweep(sweep, output)
     except RecordError as error:
         folder = Path(sweep)
-        is_sweep = _holds(folder, "sweep.json") or _holds(Path(output) / sweep, "sweep.json")
-        if not is_sweep and not _is_unusable(folder) and folder.is_dir():
-            raise RecordError(f"{folder}: holds neither a sweep (sweep.json) nor an adapter ({CONFIG})") from error
-        raise
+        if _is_unusable(folder) or _holds(folder, "sweep.json") or _holds(Path(output) / sweep, "sweep.json"):
+            raise
+        if folder.is_dir():
+            raise _something_else(folder) from error
+        raise RecordError(
+            f"{sweep}: there is no such sweep or adapter (no sweep.json in {sweep} or {Path(output) / sweep}, "
+            f"no {CONFIG} in {sweep})",
+            "Give a sweep's folder, its name together with --output, or an adapter's folder.",
+        ) from error
+
+
+_TAKEN_BY = {
+    "merged": "Any server takes it, such as `vllm serve {folder}`; transformers loads it by its folder.",
+    "gguf": "llama.cpp takes it: `llama-server -m {folder}/model.gguf`.",
+    "ray-serve": "Ray Serve takes it: `serve deploy {folder}/serve.yaml`.",
+}
+"""What is done with an export that is no adapter, by its format."""
+
+
+def _something_else(folder: Path) -> RecordError:
+    if (folder / MANIFEST).is_file():
+        format = read_manifest(folder).facts.format
+        if format in _TAKEN_BY:
+            return RecordError(
+                f"{folder}: is an export of format {format}; a sweep or an adapter is needed here",
+                _TAKEN_BY[format].format(folder=folder),
+            )
+    if (folder / "config.json").is_file():
+        return RecordError(
+            f"{folder}: is a whole model (config.json); a sweep or an adapter is needed here",
+            _TAKEN_BY["merged"].format(folder=folder),
+        )
+    return RecordError(f"{folder}: holds neither a sweep (sweep.json) nor an adapter ({CONFIG})")
 
 
 def _holds(folder: Path, name: str) -> bool:

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.bundle import read_scores
+from orchestrator.adapters.bundle import read_scores, verify_adapter
 from orchestrator.deploy.choice import SIZE, Candidate, Choice, Mode, choose, pareto, rank
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult, read_sweep
@@ -20,6 +20,8 @@ class Best:
     adapter: Path
     choice: Choice
     """What it was chosen from."""
+    damaged: dict[str, str]
+    """Trial -> what is wrong with its adapter, of those that were left out for it."""
 
     def load(self) -> tuple[Any, Any]:
         """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
@@ -44,6 +46,7 @@ class Best:
             "num_parameters": trial.num_parameters,
             "num_compared": self.choice.num_compared,
             "choice": self.choice.as_dict(),
+            "damaged": self.damaged,
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
@@ -65,14 +68,32 @@ class Sweep:
     def best(self, metric: str | None = None, strict: bool = False) -> Best:
         """Of the finished trials (COMPLETE or STOPPED) that cannot be told apart from the best, the smallest adapter.
 
+        Every byte of it is checked: one that is damaged is left out, which `Best.damaged` tells.
+
         Args:
             metric: to choose by, at each trial's best evaluation; default the one that was searched for.
             strict: the best value, however small its lead.
         """
         metric = metric or self.record.info.spec.search.metric
-        choice = choose(self._candidates, metric, self._mode(metric), strict)
-        trial = choice.recommended.trial
-        return Best(self.record, trial, self.record.adapter(trial), choice)
+        mode, damaged, whole = self._mode(metric), dict[str, str](), list[Candidate]()
+        for each in rank(self._candidates, metric, mode):
+            try:
+                whole.append(Candidate(each.trial, read_scores(self.record.adapter_path(each.trial))))
+            except RecordError as error:
+                damaged[each.trial.trial_id] = error.message
+        while whole:
+            choice = choose(whole, metric, mode, strict)
+            trial = choice.recommended.trial
+            try:
+                adapter = self.record.adapter(trial)
+                verify_adapter(adapter)
+            except RecordError as error:
+                damaged[trial.trial_id] = error.message
+                whole.remove(choice.recommended)
+            else:
+                return Best(self.record, trial, adapter, choice, damaged)
+        faults = "\n  ".join(damaged.values())
+        raise RecordError(f"{self.record.paths.root}: no finished trial with {metric} has a whole adapter:\n  {faults}")
 
     def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
         """The best finished trials by their values, best first."""
@@ -91,13 +112,14 @@ class Sweep:
 
     @cached_property
     def _candidates(self) -> list[Candidate]:
+        """All finished trials, their files not looked at."""
         root, finished = self.record.paths.root, self.record.finished()
         if not finished:
             raise RecordError(
                 f"{root}: no trial has finished with an evaluation yet",
                 f"`orchestrator status {root}` shows where the trials are.",
             )
-        return [Candidate(trial, read_scores(self.record.adapter_path(trial))) for trial in finished]
+        return [Candidate(trial, scores=None) for trial in finished]
 
 
 def open_sweep(sweep: str | Path, output: str | Path = "runs") -> Sweep:

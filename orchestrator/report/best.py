@@ -34,6 +34,7 @@ def say_best(console: Console, best: Best) -> None:
         lines.append(
             f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
         )
+    lines += [f"left out, for its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
     lines.append(f"adapter: {best.adapter}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import load_peft_weights
 
-from orchestrator.adapters.bundle import put_right
+from orchestrator.adapters.bundle import add_answers, put_right
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.base import device_name, lease
 from orchestrator.errors import OrchestratorError
@@ -138,8 +138,10 @@ class Attempt:
         if metrics and start.metric.removeprefix("eval/") not in metrics and not reporter.stopped:
             assert reporter.best is not None
             self._aside.wait()  # until the best adapter is written
-            lay(loop.trainer.model, load_peft_weights(str(self._paths.adapter(reporter.best[1]))))
+            folder = self._paths.adapter(reporter.best[1])
+            lay(loop.trainer.model, load_peft_weights(str(folder)))
             answers = self._answers(loop)
+            self._aside.do(partial(add_answers, folder, start.metric, answers))
             reporter.tell(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
 
     def _answers(self, loop: Loop) -> list[bool]:

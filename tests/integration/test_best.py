@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from tiny import Witness
 
-from orchestrator.adapters.bundle import read_scores
+from orchestrator.adapters.bundle import read_scores, verify
 from orchestrator.data import load
 from orchestrator.deploy import open_sweep
 from orchestrator.deploy.chat import open_chat
@@ -46,3 +46,16 @@ def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: Sweep
     assert kept.loss == best.trial.best.values["eval/loss"]
     assert len(kept.answers) == 7
     assert sum(kept.answers) / 7 == best.trial.best.value
+
+
+def test_answers_taken_after_training_are_kept_with_the_best_adapter(tiny: Tiny, folder: SweepPaths) -> None:
+    """Record, scores of rows, manifest and card tell the same, and adapters are compared by them row by row."""
+    run_local_trial(tiny("evaluation={metrics: [exact_match], rows: 12, max_new_tokens: 4}"), folder, Witness())
+    best = open_sweep(folder.root).best("eval/exact_match")
+    assert best.choice.why_not_compared is None
+    assert best.trial.best is not None
+    kept = read_scores(best.adapter)
+    assert kept is not None
+    assert len(kept.answers) == 12
+    assert kept.values() == best.trial.best.values == verify(best.adapter).facts.metrics
+    assert "name: eval/exact_match" in (best.adapter / "README.md").read_text()

@@ -1,6 +1,7 @@
 """The OpenAI endpoint: a real server process, driven by the real `openai` client."""
 
 import asyncio
+import inspect
 import shutil
 import signal
 import subprocess
@@ -207,7 +208,14 @@ def test_a_wrong_name_is_not_found(server: Server) -> None:
         ({"max_tokens": 4000}, "together they may be 1024"),
         ({"n": 2}, "n: "),
         ({"seed": 1, "temperature": 1}, "seed: needs temperature 0"),
-        ({"logprobs": True}, "logprobs: is not supported"),
+        ({"logprobs": True}, "logprobs: is not supported, except as false"),
+        ({"response_format": {"type": "json_object"}}, r"response_format: is not supported, except as {.*text.*}"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: is not supported"),
+        ({"logit_bias": {"5": 100}}, "logit_bias: is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: "),
+        ({"store": True}, "store: is not supported"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: "),
+        ({"extra_body": {"messages": None}}, "messages: "),
         ({"extra_body": {"no_such": 1}}, "no_such: is not supported"),
         ({"extra_body": {"messages": []}}, "messages: "),
         ({"extra_body": {"messages": [{"role": "system", "content": "x"}]}}, "no place for a system prompt"),
@@ -217,6 +225,44 @@ def test_what_cannot_be_done_is_refused(server: Server, options: dict[str, objec
     with pytest.raises(openai.BadRequestError, match=fault):
         ask(server.client(), **options)
     assert ask(server.client(), seed=1) == ANSWER
+
+
+IDLE: dict[str, object] = {
+    "response_format": {"type": "text"}, "logprobs": False, "top_logprobs": 0, "n": 1, "logit_bias": {},
+    "frequency_penalty": 0, "presence_penalty": 0.0, "parallel_tool_calls": True, "tools": [], "tool_choice": "none",
+    "store": False, "metadata": {}, "modalities": ["text"], "service_tier": "auto", "user": "me",
+    "safety_identifier": "x", "prompt_cache_key": "x", "verbosity": "medium", "stop": [], "seed": 7,
+}  # fmt: skip
+
+
+def test_what_asks_for_nothing_is_accepted(server: Server) -> None:
+    """All the fields of OpenAI's client, at values that change nothing, and as null."""
+    client = server.client()
+    assert ask(client, **IDLE) == ANSWER
+    parameters = inspect.signature(client.chat.completions.create).parameters
+    own = {"self", "messages", "model", "stream", "extra_headers", "extra_query", "extra_body", "timeout"}
+    nulls = dict.fromkeys(parameters.keys() - own)
+    assert {"audio", "prediction", "reasoning_effort", "response_format", "web_search_options"} <= nulls.keys()
+    assert ask(client, extra_body=nulls) == ANSWER
+    text = {"best_of": 1, "echo": False, "suffix": "", "n": 1, "logit_bias": {}}
+    told = client.completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8, **text)  # type: ignore[call-overload]
+    assert told.choices[0].text.strip() == ANSWER
+    with pytest.raises(openai.BadRequestError, match="logprobs: is not supported") as refused:
+        client.completions.create(model="one", prompt="x", logprobs=0)
+    assert refused.value.param == "logprobs"
+    assert refused.value.type == "invalid_request_error"
+
+
+def test_an_answer_can_be_sent_back_but_not_a_call_of_a_tool(server: Server) -> None:
+    client, asked = server.client(), {"role": "user", "content": QUESTION}
+    message = client.chat.completions.create(model="one", messages=[asked]).choices[0].message  # type: ignore[list-item]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for sent, fault in (
+        (message.model_dump(), "no place for"),
+        ({**message.model_dump(), "tool_calls": [call]}, "tool_calls"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=fault):
+            client.chat.completions.create(model="one", messages=[asked, sent, asked])  # type: ignore[list-item]
 
 
 def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.adapters.bundle import REQUIRED
 from orchestrator.record import BestPoint, SweepInfo, SweepPaths, TrialResult, TrialState, write_record
 from orchestrator.spec import parse_spec
 
@@ -60,6 +61,8 @@ def make_sweep(document: dict[str, Any]) -> MakeSweep:
             write_record(trial.progress if state in ("RUNNING", "PENDING") else trial.result, result)
             if value is not None:
                 trial.adapter(7).mkdir(parents=True)
+                for name in REQUIRED:
+                    (trial.adapter(7) / name).touch()
         return paths
 
     return make

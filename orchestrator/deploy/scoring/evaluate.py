@@ -97,8 +97,9 @@ def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_co
     if is_adapter(sweep_or_adapter):
         return [find_subject(sweep_or_adapter, output, trust_remote_code)]
     sweep = find_sweep(sweep_or_adapter, output)
-    trials, chosen = sweep.top(top), sweep.best().trial
-    return [Subject.of_trial(sweep.record, trial) for trial in (trials if chosen in trials else [*trials, chosen])]
+    chosen = Subject.of_best(sweep.best())
+    leaders = [Subject.of_trial(sweep.record, trial) for trial in sweep.top(top)]
+    return leaders if chosen in leaders else [*leaders, chosen]
 
 
 def evaluate(
@@ -155,7 +156,11 @@ def evaluate(
             Evaluation(name=subject.name, form=form, dtype=opened.dtype, values=values, scores=scores)
         )
         if keep is not None:
-            write_atomic(keep, report.model_dump_json(indent=2) + "\n")
+            try:
+                write_atomic(keep, report.model_dump_json(indent=2) + "\n")
+            except OSError as error:  # what was measured is not lost for that
+                report.warnings.append(f"{keep}: cannot be written: {error}")
+                say(f"warning: {report.warnings[-1]}")
     return report
 
 

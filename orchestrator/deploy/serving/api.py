@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,6 +25,28 @@ from orchestrator.errors import OrchestratorError, RequestError
 
 Document = dict[str, Any]
 
+ASKS_NOTHING: Mapping[str, list[Any]] = {
+    "best_of": [1],
+    "echo": [False],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "metadata": [{}],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "verbosity": ["medium"],
+}
+"""OpenAI's other fields, with the values that ask for nothing, as null does in any field: clients send them unasked."""
+
 _Count = Annotated[int, Field(ge=1)] | None
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 
@@ -34,11 +56,12 @@ class _Strict(BaseModel):
 
 
 class _StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Request(_Strict):
-    """What both kinds of completion take; the last fields for clients that always send them."""
+    """What both kinds of completion take; the last fields have no part in an answer."""
 
     model: str
     max_tokens: _Count = None
@@ -52,6 +75,16 @@ class _Request(_Strict):
     presence_penalty: _Zero = None
     frequency_penalty: _Zero = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        """Fields that ask for nothing. What is left of them is refused, as is any that nobody knows."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if not _asks_nothing(name, value)}
 
     @property
     def sampling(self) -> Sampling:
@@ -63,16 +96,23 @@ class _Request(_Strict):
         return [stop for stop in given if stop]
 
 
+def _asks_nothing(name: str, value: Any) -> bool:
+    # By their types too: False == 0, and `logprobs: 0` asks for those of the tokens themselves.
+    return value is None or any(type(value) is type(each) and value == each for each in ASKS_NOTHING.get(name, []))
+
+
 class _TextPart(BaseModel):
     type: Literal["text"]
     text: str
 
 
 class _Message(BaseModel):
-    """A turn. Other fields, which clients send back with an answer, are passed over."""
+    """A turn. Other fields, which clients send back with an answer, are passed over; but not calls of tools."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_TextPart]
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
 
     @property
     def turn(self) -> dict[str, str]:
@@ -269,6 +309,11 @@ def _no_model(name: str, models: Mapping[str, Served]) -> Response:
     return _error(404, message, "model", "model_not_found")
 
 
+def _why_unsupported(field: str) -> str:
+    idle = [json.dumps(value) for value in ASKS_NOTHING.get(field, [])]
+    return f"is not supported, except as {' or '.join(idle)}" if idle else "is not supported"
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Give every error the form in which OpenAI's clients look for it."""
 
@@ -276,7 +321,7 @@ def _answer_errors(app: FastAPI) -> None:
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"] if part != "body")
-        fault = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        fault = _why_unsupported(param) if first["type"] == "extra_forbidden" else first["msg"]
         return _error(400, f"{param}: {fault}" if param else fault, param or None)
 
     @app.exception_handler(OrchestratorError)

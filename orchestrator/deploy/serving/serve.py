@@ -64,8 +64,10 @@ class Service:
     def describe(self) -> str:
         """Where it is, what it serves, and how it is asked. Holds the token only if it was made here."""
         port = self.listening.getsockname()[1]
-        shown = f"[{self.host}]" if ":" in self.host else self.host
-        bearer = f' -H "Authorization: Bearer ${TOKEN}"' if self.token else ""
+        shown = f"[{self.host}]" if ":" in self.host else self.host or "0.0.0.0"
+        # One that was made here is in nobody's environment.
+        known = self.token if self.token_is_new else f"${TOKEN}"
+        bearer = f' -H "Authorization: Bearer {known}"' if self.token else ""
         asked = f'{{"model": "{self.names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         lines = [
             f"engine: {self.engine} ({self.why})",

@@ -4,25 +4,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
 from orchestrator.adapters.card import merged_card
-from orchestrator.base import device_map, drop, keep_trainable, quantization_config
-from orchestrator.deploy.load import load_model
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.deploy.shipping import gguf, parity, ray_serve
+from orchestrator.deploy.shipping.check import Format, NoMemoryError, hold_against_source
+from orchestrator.deploy.shipping.elsewhere import about_base
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
-from orchestrator.deploy.shipping.parity import Parity, answers, compare, rounding
+from orchestrator.deploy.shipping.parity import Parity, rounding
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
 from orchestrator.record.files import building_beside
 from orchestrator.record.versions import installed_versions
-from orchestrator.spec.sections import BaseSection
-
-Format = Literal["adapter", "merged", "gguf", "ray-serve"]
 
 _SPARE_BYTES = 32 << 20
 """For tokenizer, configurations and manifest."""
@@ -74,7 +71,8 @@ def export(
     Raises:
         RequestError: the target exists or has no room, the adapter does not fit its base, a tool is missing, or there
             are no rows. Nothing is left behind.
-        ExportError: the export does not answer as the adapter does. Nothing is left behind.
+        ExportError: the export does not answer as the adapter does: nothing is left behind. Or there is not enough
+            memory to find out: what was written is kept beside the target.
     """
     _require_target(target, format, dtype, onto)
     dtype = dtype or default_dtype(subject.base)
@@ -85,21 +83,24 @@ def export(
     rows = (rows_of_file(subject, data, parity.NUM_ROWS) if data else own_rows(subject, parity.NUM_ROWS)).tokens
     merge = None if format == "adapter" else plan_merge(subject, dtype, onto)
     with _aside(target, _num_bytes(subject, merge, format)) as building:
-        say("asking the adapter on its base")
-        source = answers(_open_source(subject, onto, dtype), rows)
-        drop()
         say(f"writing {format}" + (f", {dtype}, onto the {onto} base" if merge else ""))
         _write(building, target, subject, merge, format, converter, say)
-        say("loading it back")
-        found = compare(source, _load_back(building, format, subject.base, dtype), rows)
-        drop()
+        try:
+            found = hold_against_source(building, subject, format, dtype, onto, rows, say)
+        except NoMemoryError as error:
+            raise _kept_unchecked(building, target, error) from error
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
+        if not found.is_seen:
+            say("note: the adapter moves the logits too little to be told from rounding, and is not seen in the export")
         try:
             if merge is not None and subject.config is not None:
                 card = merged_card(subject.config, subject.name, dtype, onto, str(found))
                 (building / "README.md").write_text(card, encoding="utf-8")
-            seal(building, _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found))
+            facts = _facts(subject, format, {"dtype": dtype, "onto": onto} if merge else {}, found)
+            for note in about_base(building, facts):
+                say(f"note: {note}")
+            seal(building, facts)
             sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
             building.replace(target)  # over an empty folder too
         except OSError as error:
@@ -116,6 +117,11 @@ def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Ont
             )
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
         raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
+    if _unchecked(target).exists():
+        raise RequestError(
+            f"{_unchecked(target)}: is there, which an export that could not be checked has left",
+            "Take it away first.",
+        )
 
 
 def _num_bytes(subject: Subject, merge: Merge | None, format: Format) -> int:
@@ -146,12 +152,18 @@ def _aside(target: Path, num_bytes: int) -> Iterator[Path]:
         yield building
 
 
-def _open_source(subject: Subject, onto: Onto, dtype: Dtype) -> Any:
-    """The adapter on the base that the export is to answer like."""
-    if onto == "original":
-        original = {"quantization": "none", "compute_dtype": DTYPES[dtype]}
-        subject = replace(subject, base=subject.base.model_copy(update=original))
-    return load_model(subject)
+def _unchecked(target: Path) -> Path:
+    """Where an export is kept that there is no memory to check."""
+    return target.with_name(f"{target.name}.unchecked")
+
+
+def _kept_unchecked(building: Path, target: Path, error: NoMemoryError) -> ExportError:
+    kept = _unchecked(target)
+    building.rename(kept)
+    return ExportError(
+        f"{target}: was written, but cannot be held against its adapter: there is not enough memory: {error}",
+        f"It is kept in {kept}, unchecked and without a manifest. Export again where there is more room.",
+    )
 
 
 def _write(
@@ -191,33 +203,6 @@ def _write(
         ) from error
     for path in _files(building):
         path.chmod(0o644)  # safetensors 0.8 lets only its owner read what it writes
-
-
-def _load_back(folder: Path, format: Format, base: BaseSection, dtype: Dtype) -> Any:
-    """As anyone would load it, by transformers and PEFT alone.
-
-    Raises:
-        ExportError: it cannot be loaded.
-    """
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    if format == "gguf":
-        return gguf.load_gguf(folder, dtype)
-    how = {"device_map": device_map(), "trust_remote_code": base.trust_remote_code}
-    try:
-        if format != "adapter":
-            return AutoModelForCausalLM.from_pretrained(
-                folder / (ray_serve.MODEL if format == "ray-serve" else ""), **how
-            )
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            str(folder), quantization_config=quantization_config(base), dtype=getattr(torch, base.compute_dtype), **how
-        )
-    except (OSError, ValueError) as error:
-        raise ExportError(f"the export cannot be loaded back: {error}", "Nothing was left behind.") from error
-    keep_trainable(adapted)  # as the source: bitsandbytes has another arithmetic for inference on some CPUs
-    return adapted
 
 
 def _facts(subject: Subject, format: Format, how: dict[str, str], found: Parity) -> Facts:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base import device_map
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
@@ -62,8 +61,13 @@ def convert(converter: list[str], merged: Path, target: Path, dtype: Dtype) -> N
         )
 
 
-def load_gguf(folder: Path, dtype: Dtype) -> Any:
+def load_gguf(folder: Path, dtype: Dtype, place: Any) -> Any:
     """The model of a GGUF file, by transformers, its weights in `dtype`.
+
+    Args:
+        folder: of the file.
+        dtype: of the weights.
+        place: transformers' `device_map`.
 
     Raises:
         RequestError: transformers does not read GGUF files of this kind of model.
@@ -73,7 +77,7 @@ def load_gguf(folder: Path, dtype: Dtype) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=device_map()
+            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=place
         )
     except ValueError as error:  # "GGUF model with architecture ... is not supported yet."
         raise RequestError(

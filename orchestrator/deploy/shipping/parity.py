@@ -1,5 +1,6 @@
 """What an export answers, held against the adapter that it was made from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from orchestrator.errors import ExportError
 NUM_ROWS = 20
 """Held-out rows that are compared."""
 
+NUM_TOKENS = 256
+"""Tokens of a row, the last that have a loss: each has logits as many as the vocabulary, which are kept meanwhile."""
+
 Row = Mapping[str, list[int]]
 """`input_ids` and `labels`, both (tokens,)."""
 
@@ -18,40 +22,67 @@ Row = Mapping[str, list[int]]
 class Tolerance:
     """How far an export may be from its source.
 
-    Measured on the embedded base, 20 rows, adapters of 100 steps trained in float32 and in bfloat16 (CPU): a right
-    merge to bfloat16 is off by 2 to 4% of the largest logit and 0.7% of the loss, to float16 from float32 by 0.4% and
-    0.1%: that is the rounding of weights and of products. Wrong ones: a scale that is off by 5%, 14% of the largest
-    logit; one layer left out, 29%; the original weights in place of the dequantised ones, 17%. An adapter that changes
-    little is not told from its rounding by this: that each weight is right is for the tests of `merge`, to the bit.
+    Measured on the embedded base, 20 rows, five adapters of the demo, and those at a tenth and a hundredth of their
+    strength, float32 and bfloat16 (CPU). Right merges to bfloat16 are off by up to 0.7% of the logits (rms; once 1%,
+    with logits of float16 beside those of bfloat16), to float16 from float32 by up to 0.06%, whatever the adapter's
+    strength; 32 random layers round 1.7 times as much as 4. Wrong merges, where the adapter moves the logits by 27
+    to 81%: a scale that is off by 5%, 1.2 to 3.4%; one matrix of 28 left out, 1.2 to 15%; the original weights in place
+    of the dequantised ones, 3.3 to 5.3%; one layer of four left out, 9 to 40%; the adapter left out, all that it moves.
+    That each weight is right is for the tests of `merge`, to the bit.
     """
 
+    rms: float
+    """Of the source's logits, times the root of the number of layers, each of which rounds."""
     logits: float
-    """Of the source's largest logit."""
+    """Largest difference, of the source's largest logit: a fault of single tokens shows here alone."""
     loss: float
     """Of the source's loss, beside `LEAST_LOSS`."""
 
 
-LEAST_LOSS = 0.002
-"""A difference of the loss that is never too much: that of an adapter which has learned its rows by heart is near 0."""
+LEAST_LOSS = 0.005
+"""A difference of the loss that is never too much: rounding to bfloat16 took 0.0025 from one of 0.046."""
 
-SAME = Tolerance(logits=1e-3, loss=1e-3)
+SAME = Tolerance(rms=5e-4, logits=1e-3, loss=1e-3)
 """For the same weights in the same form."""
-ROUNDED = {"bfloat16": Tolerance(logits=0.08, loss=0.02), "float16": Tolerance(logits=0.02, loss=0.005)}
+ROUNDED = {
+    "bfloat16": Tolerance(rms=0.0075, logits=0.08, loss=0.02),
+    "float16": Tolerance(rms=0.0015, logits=0.02, loss=0.005),
+}
 """By the coarser type of the two models: bfloat16 rounds eight times as coarsely as float16."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an adapter answers on its base."""
+
+    logits: list[Any]
+    """Of each row's compared tokens, (tokens, vocabulary), on the CPU and in the model's own type."""
+    effect: float
+    """What the adapter moves: rms of its logits minus those of the base alone, as a share of the rms of its logits."""
 
 
 @dataclass(frozen=True)
 class Parity:
     """Source and export on the same rows."""
 
+    difference: float
+    """Rms of the difference of their logits, as a share of the rms of the source's."""
+    effect: float
+    """See `Source`."""
     max_logit_difference: float
-    """Over all tokens of the rows and the whole vocabulary."""
+    """Over all compared tokens and the whole vocabulary."""
     largest_logit: float
     """Of the source, without its sign."""
     loss_source: float
-    """Mean over the tokens that have a loss."""
+    """Mean over the compared tokens."""
     loss_exported: float
     num_rows: int
+    num_layers: int
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the adapter is seen in the export; one that was left out differs by as much as it moves."""
+        return self.difference < self.effect / 2
 
     def as_dict(self) -> dict[str, Any]:
         """As a manifest keeps it."""
@@ -59,19 +90,26 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"largest logit difference {self.max_logit_difference:.4g} (of logits up to {self.largest_logit:.4g}), "
-            f"loss {self.loss_exported:.6g} for {self.loss_source:.6g}, on {self.num_rows} held-out rows"
+            f"logits differ by {self.difference:.2%} (rms; the adapter moves them by {self.effect:.2%}), at most by "
+            f"{self.max_logit_difference:.4g} (of logits up to {self.largest_logit:.4g}), loss "
+            f"{self.loss_exported:.6g} for {self.loss_source:.6g}, on {self.num_rows} held-out rows"
         )
 
     def require(self, tolerance: Tolerance) -> None:
         """Raises ExportError where the export is further from its source than that."""
+        most_rms = tolerance.rms * math.sqrt(self.num_layers)
         most_logits = tolerance.logits * self.largest_logit
         most_loss = tolerance.loss * self.loss_source + LEAST_LOSS
-        near = self.max_logit_difference <= most_logits  # NaN is not
-        if not near or not abs(self.loss_exported - self.loss_source) <= most_loss:
+        bounds = [
+            (self.difference, most_rms),
+            (self.max_logit_difference, most_logits),
+            (abs(self.loss_exported - self.loss_source), most_loss),
+        ]
+        if not all(found <= most for found, most in bounds):  # NaN is not
             raise ExportError(
                 f"the export does not answer as the adapter does: {self}",
-                f"At most {most_logits:.4g} and {most_loss:.4g} are put down to rounding. Nothing was left behind.",
+                f"At most {most_rms:.2%} (rms), {most_logits:.4g} (of a logit) and {most_loss:.4g} (of the loss) "
+                "are put down to rounding. Nothing was left behind.",
             )
 
 
@@ -80,42 +118,75 @@ def rounding(*dtypes: str) -> Tolerance:
     return ROUNDED["bfloat16" if "bfloat16" in dtypes else "float16"]
 
 
-def answers(model: Any, rows: Sequence[Row]) -> list[Any]:
-    """Logits (tokens, vocabulary) of each row, on the CPU and in the model's own type."""
-    import torch
+def ask(model: Any, rows: Sequence[Row]) -> Source:
+    """Have an adapter answer, and its base alone.
 
-    model.eval()
-    with torch.no_grad():
-        # A row at a time: no filler, and no other row, has a part in it.
-        return [model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0].cpu() for row in rows]
+    Args:
+        model: a `PeftModel`.
+        rows: each with a token that has a loss.
+    """
+    logits, moved, whole = [], [0.0], [0.0]
+    for row in rows:
+        said = _logits(model, row)
+        with model.disable_adapter():
+            alone = _logits(model, row)
+        logits.append(said)
+        moved.append(_norm(said.float() - alone.float()))
+        whole.append(_norm(said.float()))
+    return Source(logits, math.hypot(*moved) / math.hypot(*whole))
 
 
-def compare(source: Sequence[Any], exported: Any, rows: Sequence[Row]) -> Parity:
+def compare(source: Source, exported: Any, rows: Sequence[Row]) -> Parity:
     """Hold a model against the logits that its source gave.
 
     Args:
-        source: from `answers`; (tokens, vocabulary) each.
+        source: from `ask`.
         exported: the model that was loaded back.
         rows: the same rows.
     """
     import torch
 
     furthest, largest, losses, num_tokens = [], [], [0.0, 0.0], 0
-    for row, wanted in zip(rows, source, strict=True):
-        (said,) = answers(exported, [row])
-        pair = wanted.float(), said.float()
-        furthest.append((pair[0] - pair[1]).abs().max())
+    apart, whole = [0.0], [0.0]
+    for row, wanted in zip(rows, source.logits, strict=True):
+        pair = wanted.float(), _logits(exported, row).float()
+        difference = pair[0] - pair[1]
+        furthest.append(difference.abs().max())
         largest.append(pair[0].abs().max())
-        labels = torch.tensor(row["labels"])[1:]
+        apart.append(_norm(difference))
+        whole.append(_norm(pair[0]))
+        targets = torch.tensor(row["labels"])[[place + 1 for place in _places(row)]]
         for i, logits in enumerate(pair):
-            loss = torch.nn.functional.cross_entropy(logits[:-1], labels, ignore_index=IGNORED, reduction="sum")
-            losses[i] += loss.item()
-        num_tokens += int((labels != IGNORED).sum())
+            losses[i] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        num_tokens += len(targets)
     # torch's maximum of numbers with a NaN among them is NaN; Python's may not be.
     return Parity(
+        difference=math.hypot(*apart) / math.hypot(*whole),
+        effect=source.effect,
         max_logit_difference=torch.stack(furthest).max().item(),
         largest_logit=torch.stack(largest).max().item(),
         loss_source=losses[0] / num_tokens,
         loss_exported=losses[1] / num_tokens,
         num_rows=len(rows),
+        num_layers=exported.config.get_text_config().num_hidden_layers,
     )
+
+
+def _logits(model: Any, row: Row) -> Any:
+    """Logits of a row's compared tokens: it is asked by itself, so that no filler and no other row has a part in it."""
+    import torch
+
+    model.eval()
+    # What lies on the disk is on meta; accelerate's hooks move the ids to where each layer is worked out.
+    device = "cpu" if model.device.type == "meta" else model.device
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits[0, _places(row)].cpu()
+
+
+def _places(row: Row) -> list[int]:
+    """Where the next token has a loss, the last `NUM_TOKENS` of them."""
+    return [place for place, label in enumerate(row["labels"][1:]) if label != IGNORED][-NUM_TOKENS:]
+
+
+def _norm(logits: Any) -> float:
+    return float(logits.norm())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
-from orchestrator.base import hub_id
+from orchestrator.deploy.shipping.elsewhere import about_base, paths_named
 from orchestrator.errors import HubError, RequestError
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def _say_contents(folder: Path, manifest: Manifest, repo: str, private: bool, sa
     say(f"{folder} to {repo} ({visibility}): {len(sizes)} files, {sum(sizes.values()):,} bytes")
     for name, size in sizes.items():
         say(f"  {size:>14,}  {name}")
-    if manifest.facts.format == "adapter" and hub_id(str(manifest.facts.base["model"])) is None:
-        say("note: its base is not on the hub; adapter_config.json names a folder of this machine, which others lack")
+    for note in [*about_base(folder, manifest.facts), *paths_named(folder, manifest.facts)]:
+        say(f"note: {note}")
 
 
 def _require_name(repo: str) -> None:

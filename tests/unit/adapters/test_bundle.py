@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from orchestrator.adapters.bundle import Adapter, Facts, Origin, save_adapter, seal, verify
+from orchestrator.adapters.bundle import Adapter, Facts, Origin, add_answers, read_scores, save_adapter, seal, verify
 from orchestrator.adapters.card import adapter_card
 from orchestrator.base import base_commit, load_tokenizer, quantization_config
 from orchestrator.embedded import BASE_DIR
@@ -223,6 +223,30 @@ def test_a_card_has_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> N
     assert about["tags"] == ["lora"]
     (result, _) = ModelCard(text).data.eval_results or []
     assert (result.dataset_type, result.dataset_name) == ("local", "held-out rows of rows.jsonl")
+
+
+def test_answers_that_come_later_are_in_scores_card_and_manifest(bundle: Path) -> None:
+    before = verify(bundle)
+    add_answers(bundle, "eval/loss", [True, True, False, True])
+    after = verify(bundle)
+    assert after.facts.metrics == before.facts.metrics | {"eval/exact_match": 0.75}
+    assert after.facts.model_copy(update={"metrics": {}}) == before.facts.model_copy(update={"metrics": {}})
+    changed = {name for name, file in after.files.items() if file != before.files[name]}
+    assert (changed, after.files.keys()) == ({"README.md", "held_out.json"}, before.files.keys())
+    scores = read_scores(bundle)
+    assert scores is not None
+    assert (scores.losses, scores.answers) == ([0.5], [True, True, False, True])
+    results = ModelCard.load(bundle / "README.md").data.eval_results or []
+    assert [(each.metric_type, each.metric_value) for each in results] == [
+        ("loss", 0.25), ("token_accuracy", 0.9), ("exact_match", 0.75)
+    ]  # fmt: skip
+
+
+def test_answers_do_not_seal_damage(bundle: Path) -> None:
+    (bundle / "tokenizer.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"tokenizer\.json: has changed"):
+        add_answers(bundle, "eval/loss", [True])
+    assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 
 def test_the_commit_of_a_base_from_the_hub_is_kept(

@@ -1,7 +1,8 @@
 """An adapter of the same step is replaced: whenever a kill comes, a whole one is found afterwards."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from orchestrator.adapters.bundle import Adapter, Origin, put_right, save_adapter, verify
+from orchestrator.adapters.bundle import Adapter, Origin, add_answers, put_right, save_adapter, verify
 from orchestrator.base import load_tokenizer
 from orchestrator.record import RowScores
 from orchestrator.spec import parse_spec
@@ -27,12 +28,44 @@ def test_a_whole_adapter_is_found_whenever_the_kill_came(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operations: int, value: float
 ) -> None:
     config = parse_spec(document).trial_config({})
-    tokenizer, folder, done = load_tokenizer(config.base), tmp_path / "step-4", 0
+    tokenizer, folder = load_tokenizer(config.base), tmp_path / "step-4"
 
     def save(weight: float) -> None:
         adapter = Adapter({NAME: torch.full((2, 8), weight)}, LoraConfig(r=2, inference_mode=True))
         origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": weight}, "f" * 64)
         save_adapter(adapter, tokenizer, folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
+
+    save(1.0)
+    with killed_after(operations, monkeypatch):
+        save(2.0)
+    put_right(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert verify(folder).facts.metrics == {"eval/loss": value}
+    assert load_file(folder / "adapter_model.safetensors")[NAME].eq(value).all()
+
+
+@pytest.mark.parametrize(("operations", "answered"), [(0, False), (1, False), (2, True), (3, True)])
+def test_answers_are_in_a_whole_adapter_or_not_at_all_whenever_the_kill_came(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operations: int, answered: bool
+) -> None:
+    config = parse_spec(document).trial_config({})
+    folder = tmp_path / "step-4"
+    adapter = Adapter({NAME: torch.ones(2, 8)}, LoraConfig(r=2, inference_mode=True))
+    origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": 0.25}, "f" * 64)
+    save_adapter(adapter, load_tokenizer(config.base), folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
+    with killed_after(operations, monkeypatch):
+        add_answers(folder, "eval/loss", [True, False])
+    put_right(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert ("eval/exact_match" in verify(folder).facts.metrics) == answered
+    add_answers(folder, "eval/loss", [True, False])  # the attempt that goes on says it again
+    assert verify(folder).facts.metrics["eval/exact_match"] == 0.5
+
+
+@contextmanager
+def killed_after(operations: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So many renames and removals are made, of the three that putting a folder in another's place takes."""
+    done = 0
 
     def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:
         def do(*arguments: Any) -> Any:
@@ -44,16 +77,8 @@ def test_a_whole_adapter_is_found_whenever_the_kill_came(
 
         return do
 
-    save(1.0)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", until_killed(Path.rename))
         patched.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
-        if operations < 3:
-            with pytest.raises(Killed):
-                save(2.0)
-        else:
-            save(2.0)
-    put_right(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
-    assert verify(folder).facts.metrics == {"eval/loss": value}
-    assert load_file(folder / "adapter_model.safetensors")[NAME].eq(value).all()
+        with pytest.raises(Killed) if operations < 3 else nullcontext():
+            yield

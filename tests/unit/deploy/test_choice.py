@@ -1,16 +1,20 @@
 """Which adapter is chosen, from made-up scores."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.bundle import SCORES, Facts, seal
+from orchestrator.adapters.bundle import SCORES, WEIGHTS, Facts, seal
+from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
 from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
+from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_sweep, write_record
+from orchestrator.report.best import say_best
 
 ROWS = 100
 MakeSweep = Callable[..., SweepPaths]
@@ -155,11 +159,46 @@ def test_a_sweeps_best_is_the_smallest_of_the_tied(tmp_path: Path, make_sweep: M
     assert (told["value"], told["num_parameters"]) == pytest.approx((sum(losses) / ROWS / 10 + 0.005, 100))
     assert told["choice"]["leader"] == "a"
     assert [each["trial_id"] for each in told["choice"]["tied"]] == ["b"]
-    (paths.trial("b").adapter(7) / SCORES).unlink()
-    paths.trial("b").adapter(7).rmdir()
-    assert sweep.best(strict=True).trial.trial_id == "a"
-    with pytest.raises(RecordError, match="adapter of trial b is missing"):
-        sweep.best("size")
+    shutil.rmtree(paths.trial("b").adapter(7))
+    assert sweep.best(strict=True).damaged == {}
+    without = sweep.best("size")
+    assert without.trial.trial_id == "a"
+    assert without.as_dict()["damaged"] == {"b": f"{paths.trial('b').adapter(7)}: the adapter of trial b is missing"}
+
+
+def _flip(file: Path) -> None:
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SCORES])
+def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
+    tmp_path: Path, make_sweep: MakeSweep, make: Make, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.6), "c": ("COMPLETE", 0.7)})
+    for trial, losses in (("a", noisy(1.0)), ("b", noisy(2.0)), ("c", noisy(3.0))):
+        scores = make(trial, losses).scores
+        assert scores is not None
+        (paths.trial(trial).adapter(7) / SCORES).write_text(scores.model_dump_json())
+        (paths.trial(trial).adapter(7) / WEIGHTS).write_bytes(b"weights")
+        seal(paths.trial(trial).adapter(7), Facts(format="adapter", base={}, versions={}, metrics={}))
+    file = paths.trial("a").adapter(7) / name
+    assert open_sweep(paths.root).best().damaged == {}
+    _flip(file)
+    sweep = open_sweep(paths.root)
+    best = sweep.best()
+    assert best.trial.trial_id == best.choice.leader.trial.trial_id == "b"
+    assert [rival.candidate.trial.trial_id for rival in best.choice.rivals] == ["c"]
+    assert best.damaged == {"a": f"{file}: has changed since it was saved (manifest.json holds another sha256)"}
+    say_best(console_on(), best)
+    assert f"left out, for its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may hang on it") as told:
+        Subject.of_best(best)  # nobody has asked for the next one yet
+    assert str(best.adapter) in told.value.remedy
+    for trial in "bc":
+        (paths.trial(trial).adapter(7) / WEIGHTS).unlink()
+    with pytest.raises(RecordError, match="no finished trial with eval/loss has a whole adapter") as told:
+        open_sweep(paths.root).best()
+    assert told.value.message.count("is missing") == 2
 
 
 def test_a_few_rows_tell_nothing(make: Make) -> None:
@@ -181,11 +220,10 @@ def test_damaged_scores_are_told(tmp_path: Path, make_sweep: MakeSweep) -> None:
         open_sweep(paths.root).best()
 
 
-def test_scores_that_a_manifest_does_not_list_are_no_fault_of_the_choice(
-    tmp_path: Path, make_sweep: MakeSweep, make: Make
-) -> None:
+def test_scores_that_a_manifest_does_not_list_are_told(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
     paths, made = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)}), make("a", noisy(1.0))
     seal(paths.trial("a").adapter(7), Facts(format="adapter", base={}, versions={}, metrics={}))
     assert made.scores is not None
     (paths.trial("a").adapter(7) / SCORES).write_text(made.scores.model_dump_json())
-    assert open_sweep(paths.root).best().trial.trial_id == "a"
+    with pytest.raises(RecordError, match=r"held_out\.json: does not belong here"):
+        open_sweep(paths.root).best()

@@ -1,6 +1,7 @@
 """What cannot be exported is refused before a model is loaded, and leaves nothing."""
 
 import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.deploy.shipping import export as room
+from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.deploy.shipping import check
 from orchestrator.deploy.shipping.export import export
 from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
-from orchestrator.errors import RequestError
+from orchestrator.errors import ExportError, RequestError
 from orchestrator.spec.sections import BaseSection
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,13 +55,13 @@ def out(tmp_path: Path, subject: Subject, rows: Path) -> Iterator[Path]:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was loaded."""
     calls: list[Any] = []
-    load = room.load_model
+    load = check.load_model
 
-    def note(subject: Subject) -> Any:
-        calls.append(subject)
-        return load(subject)
+    def note(subject: Subject, place: Any) -> Any:
+        calls.append(place)
+        return load(subject, place)
 
-    monkeypatch.setattr(room, "load_model", note)
+    monkeypatch.setattr(check, "load_model", note)
     return calls
 
 
@@ -188,8 +191,131 @@ def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows:
     assert "training_args.bin is left out: a pickle runs code when it is loaded" in told
 
 
+def test_a_base_that_others_lack_is_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    export(subject, tmp_path / "adapter-out", "adapter", data=rows, say=told.append)
+    assert told[-1].startswith(f"note: its base is not on the hub: adapter_config.json names {BASE_DIR}, a folder of")
+    told.clear()
+    export(subject, tmp_path / "merged-out", "merged", data=rows, say=told.append)
+    assert not any(line.startswith("note") for line in told)
+
+
 def test_an_adapter_on_the_embedding_brings_that_and_fits(subject: Subject, rows: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(subject.adapter)
     assert export(subject, tmp_path / "out", "adapter", data=rows).parity.max_logit_difference == 0
+
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+    MemoryError("Cannot allocate memory (os error 12)"),
+]
+
+
+@pytest.mark.parametrize("fault", FULL, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("of", ["load_model", "compare"])
+def test_what_there_is_no_memory_to_check_is_kept_and_said(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, of: str
+) -> None:
+    """Of the source (`load_model`), or of the export."""
+
+    def fail(*_: Any) -> None:
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, of, fail)
+        with pytest.raises(ExportError, match="out: was written, but cannot be held against its adapter") as told:
+            export(subject, tmp_path / "out", "merged", data=rows)
+    kept = tmp_path / "out.unchecked"
+    assert str(fault) in told.value.message
+    assert f"kept in {kept}, unchecked and without a manifest" in told.value.remedy
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl", "out.unchecked"}
+    assert not (kept / "manifest.json").exists()
+    assert LlamaForCausalLM.from_pretrained(kept).dtype == torch.bfloat16
+    with pytest.raises(RequestError, match=r"out\.unchecked: is there, which an export .* has left"):
+        export(subject, tmp_path / "out", "merged", data=rows)
+
+
+def test_another_fault_of_the_check_leaves_nothing(
+    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(check, "compare", fail)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        export(subject, out, "merged", data=rows)
+
+
+def test_what_the_gpu_cannot_hold_is_asked_on_the_cpu(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+) -> None:
+    """Both of them: the same weights answer otherwise on another device."""
+    comparing, faults, told = check.compare, [FULL[0]], list[str]()
+
+    def compare(*arguments: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return comparing(*arguments)
+
+    monkeypatch.setattr(check, "compare", compare)
+    monkeypatch.setattr(check, "device_name", lambda: "as if one")
+    monkeypatch.setattr(check, "device_map", lambda: "cpu")
+    done = export(subject, tmp_path / "out", "adapter", data=rows, say=told.append)
+    assert loaded == ["cpu", {"": "cpu"}]
+    assert done.parity.max_logit_difference == 0
+    assert "the GPU has too little memory, so that both are asked on the CPU: CUDA out of memory" in " ".join(told)
+
+
+def test_a_model_that_memory_cannot_hold_stays_on_the_disk(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export(subject, tmp_path / "whole", "merged", data=rows)
+    monkeypatch.setattr(check, "_room", lambda _: {"cpu": 1 << 20})  # of 3.4 MB
+    load, maps = AutoModelForCausalLM.from_pretrained, list[Any]()
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        model = load(*arguments, **options)
+        maps.append(getattr(model, "hf_device_map", {}))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    spilled = export(subject, tmp_path / "spilled", "merged", data=rows)
+    assert spilled.parity == whole.parity
+    assert spilled.files == whole.files
+    assert maps[-1]["model.layers"] == "disk"
+
+
+def test_source_and_export_are_never_both_in_memory(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list[Any]()
+    load, compare = check.load_model, check._compare
+
+    def note(*arguments: Any) -> Any:
+        model = load(*arguments)
+        held.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model
+
+    def alone(*arguments: Any) -> Any:
+        assert held
+        assert [weight() for weight in held if weight() is not None] == []
+        return compare(*arguments)
+
+    monkeypatch.setattr(check, "load_model", note)
+    monkeypatch.setattr(check, "_compare", alone)
+    export(subject, tmp_path / "out", "merged", data=rows)
+
+
+def test_an_adapter_that_hardly_moves_its_base_is_said_not_to_be_seen(
+    subject: Subject, rows: Path, tmp_path: Path
+) -> None:
+    weights = load_file(subject.adapter / WEIGHTS)
+    faint = {name: weight * (1e-4 if "lora_B" in name else 1) for name, weight in weights.items()}
+    save_file(faint, subject.adapter / WEIGHTS)
+    told: list[str] = []
+    done = export(subject, tmp_path / "out", "merged", data=rows, say=told.append)
+    assert 0 < done.parity.effect < done.parity.difference < 0.01
+    assert told[-1].startswith("note: the adapter moves the logits too little to be told from rounding")

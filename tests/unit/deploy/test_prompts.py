@@ -1,5 +1,6 @@
 """Prompts from a file, answers to a file that is there once it is whole."""
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -86,8 +87,10 @@ def test_missing_files_are_named(tmp_path: Path, single: PromptForm) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
+    import torch
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)  # some random adapters answer nothing at all
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(load_base(BASE), lora).eval()
 
@@ -140,6 +143,16 @@ def test_a_target_that_cannot_be_made(tmp_path: Path) -> None:
         new_file(tmp_path / "no" / "answers.jsonl"),
     ):
         pass
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        with new_file(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RequestError, match=r"answers\.jsonl: cannot be written: .*No space left"):
+        fill(tmp_path / "answers.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path: Path) -> None:

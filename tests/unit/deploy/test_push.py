@@ -164,9 +164,44 @@ def bundle(tmp_path: Path) -> Path:
     (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 1000)
     (folder / "deep" / "empty.txt").touch()
     (folder / "trial.json").write_text('{"name": "Ünïcode"}')
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/here/base"}')
     facts = Facts(format="adapter", base={"model": "embedded"}, versions={}, metrics={}, trial_id="t1")
     seal(folder, facts)
     return folder
+
+
+def dry_run(folder: Path) -> list[str]:
+    """The notes of a dry run: it would raise if it reached for the network, for the tests are offline."""
+    said: list[str] = []
+    push(folder, "me/adapter", private=True, dry_run=True, say=said.append)
+    return [line.removeprefix("note: ") for line in said if line.startswith("note: ")]
+
+
+def reseal(folder: Path, peft: dict[str, Any], **facts: Any) -> Path:
+    (folder / "adapter_config.json").write_text(json.dumps(peft))
+    seal(folder, Facts(**{"format": "adapter", "versions": {}, "metrics": {}, **facts}))
+    return folder
+
+
+def test_what_others_will_miss_is_said(bundle: Path) -> None:
+    assert dry_run(bundle) == [
+        "its base is not on the hub: adapter_config.json names /here/base, a folder of this machine; others give PEFT "
+        "a base of their own (`PeftModel.from_pretrained(base, ...)`)"
+    ]
+    hub_base, local = {"model": "owner/name"}, {"model": "/here/base"}
+    pinned = {"base_model_name_or_path": "owner/name", "revision": "c0ffee"}
+    assert dry_run(reseal(bundle, pinned, base=hub_base)) == []
+    assert dry_run(reseal(bundle, pinned | {"revision": None}, base=hub_base)) == [
+        "adapter_config.json names no revision of owner/name: others get what its main branch holds by then"
+    ]
+    assert dry_run(reseal(bundle, {"base_model_name_or_path": "/here/base"}, base=hub_base)) == [
+        "adapter_config.json names /here/base as its base, but it was trained on owner/name"
+    ]
+    config = {"base": local, "data": {"source": "/here/rows.jsonl", "mix": [{"source": "/here/more.csv"}]}}
+    assert dry_run(reseal(bundle, pinned, base=local, config=config, format="merged")) == [
+        f"/here/{name}, a path of this machine, stands in manifest.json and trial.json"
+        for name in ("base", "more.csv", "rows.jsonl")
+    ]
 
 
 def pushed(hub: Hub, folder: Path, repo: str, *options: str, token: str = TOKEN) -> "subprocess.CompletedProcess[str]":
@@ -255,8 +290,8 @@ def test_a_dry_run_says_what_would_be_sent(bundle: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("HF_TOKEN", raising=False)
     said: list[str] = []
     push(bundle, "me/adapter", private=True, dry_run=True, say=said.append)  # the tests are offline: it would raise
-    assert said[0].startswith(f"{bundle} to me/adapter (private): 5 files, ")
-    assert sum(line.startswith("  ") for line in said) == 5
+    assert said[0].startswith(f"{bundle} to me/adapter (private): 6 files, ")
+    assert sum(line.startswith("  ") for line in said) == 6
     assert f"{256000:>16,}  adapter_model.safetensors" in said
     assert said[-2].startswith("note: its base is not on the hub")
     assert said[-1] == "dry run: nothing was sent"

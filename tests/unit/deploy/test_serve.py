@@ -72,7 +72,7 @@ def test_the_best_is_served_under_the_name_of_its_sweep_too(plan: Plan, sweep: S
     assert plan(sweep_or_adapter=str(adapter)).names == ["step-7"]
     with pytest.raises(RequestError, match="is one adapter"):
         plan(sweep_or_adapter=str(adapter), top=2)
-    with pytest.raises(RecordError, match="no such sweep"):
+    with pytest.raises(RecordError, match="none: there is no such sweep or adapter"):
         plan(sweep_or_adapter="none")
 
 
@@ -92,11 +92,14 @@ def test_the_loopback_needs_no_token(plan: Plan, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", ""])
-def test_elsewhere_a_token_is_made_and_told_once(plan: Plan, host: str) -> None:
+def test_elsewhere_a_token_is_made_and_told(plan: Plan, host: str) -> None:
     service, other = plan(host=host), plan(host=host)
     assert service.token is not None
     assert service.token != other.token
-    assert service.describe().count(service.token) == 1
+    told = service.describe()
+    assert f"token:  {service.token} (made for this server" in told
+    assert f'-H "Authorization: Bearer {service.token}"' in told, "no variable holds it"
+    assert f"curl http://0.0.0.0:{service.listening.getsockname()[1]}/v1/chat" in told
 
 
 def test_a_token_that_was_given_is_never_told(plan: Plan) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.adapters.bundle import Facts, seal
 from orchestrator.deploy.subject import find_subject
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
@@ -59,3 +60,26 @@ def test_damage_is_named(adapter: Path, name: str, text: str, told: str) -> None
 def test_no_adapter_has_so_long_a_name(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not the name of a sweep"):
         find_subject("x" * 5000, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("format", "told"),
+    [
+        ("merged", "vllm serve "),
+        ("gguf", "llama-server -m "),
+        ("ray-serve", "serve deploy "),
+    ],
+)
+def test_an_export_that_is_no_adapter_is_called_what_it_is(tmp_path: Path, format: Any, told: str) -> None:
+    seal(tmp_path, Facts(format=format, base={"model": "embedded"}, versions={}, metrics={}))
+    with pytest.raises(
+        RecordError, match=f"is an export of format {format}; a sweep or an adapter is needed"
+    ) as caught:
+        find_subject(str(tmp_path), "runs")
+    assert f"{told}{tmp_path}" in caught.value.remedy
+
+
+def test_a_whole_model_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"is a whole model \(config.json\)"):
+        find_subject(str(tmp_path), "runs")

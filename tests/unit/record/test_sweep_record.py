@@ -1,4 +1,5 @@
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_no_best_without_a_trial_that_ended_well(tmp_path: Path, make_sweep: Mak
 
 def test_the_best_adapter_must_be_there(tmp_path: Path, make_sweep: MakeSweep) -> None:
     paths = make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)})
-    paths.trial("a").adapter(7).rmdir()
+    shutil.rmtree(paths.trial("a").adapter(7))
     with pytest.raises(RecordError, match="adapter of trial a is missing"):
         open_sweep(paths.root).best()
 

@@ -1,0 +1,137 @@
+"""An export loaded back, as anyone would load it, and held against the adapter: one model in memory at a time.
+
+A merged model may be larger than the GPU on which its base trained in 4 bits. What does not fit lies in memory, or
+stays on the disk, and is brought in layer by layer (accelerate's offload).
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.base import device_map, device_name, drop, keep_trainable, quantization_config
+from orchestrator.deploy.load import load_model
+from orchestrator.deploy.shipping import gguf, ray_serve
+from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Onto
+from orchestrator.deploy.shipping.parity import Parity, Row, Source, ask, compare
+from orchestrator.deploy.subject import Subject
+from orchestrator.errors import ExportError
+
+Format = Literal["adapter", "merged", "gguf", "ray-serve"]
+
+_SHARE = 0.8
+"""Of the memory that is free, for weights; the rest is for what a pass works out."""
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+"""How torch, CUDA and cuBLAS say it, where they have no exception of its own."""
+
+
+class NoMemoryError(Exception):
+    """One of the two models cannot be loaded, or cannot answer, within the memory there is."""
+
+
+def hold_against_source(
+    folder: Path,
+    subject: Subject,
+    format: Format,
+    dtype: Dtype,
+    onto: Onto,
+    rows: Sequence[Row],
+    say: Callable[[str], None],
+) -> Parity:
+    """Ask the adapter, then the export: on the GPU if there is one, and where that runs out of memory, on the CPU.
+
+    Args:
+        folder: what was exported.
+        subject: from what.
+        format: of the export.
+        dtype: of what was merged.
+        onto: which weights it was merged onto.
+        rows: what they are asked.
+        say: hears of progress.
+
+    Raises:
+        NoMemoryError: there is not enough memory for one of them.
+        ExportError: the export cannot be loaded.
+        RequestError: the adapter cannot be loaded.
+    """
+    reason = ""
+    for on_gpu in [False] if device_name() == "cpu" else [True, False]:
+        try:
+            say("asking the adapter on its base")
+            source = _ask_source(subject, onto, dtype, rows, on_gpu)
+            drop()
+            say("loading the export back")
+            return _compare(source, folder, subject, format, dtype, rows, on_gpu)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        finally:
+            drop()
+        if on_gpu:
+            say(f"the GPU has too little memory, so that both are asked on the CPU: {reason}")
+    raise NoMemoryError(reason)
+
+
+def _ask_source(subject: Subject, onto: Onto, dtype: Dtype, rows: Sequence[Row], on_gpu: bool) -> Source:
+    """The adapter on the base that the export is to answer like."""
+    if onto == "original":
+        original = {"quantization": "none", "compute_dtype": DTYPES[dtype]}
+        subject = replace(subject, base=subject.base.model_copy(update=original))
+    return ask(load_model(subject, _place(on_gpu)), rows)
+
+
+def _compare(
+    source: Source, folder: Path, subject: Subject, format: Format, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
+) -> Parity:
+    """By transformers and PEFT alone."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    base = subject.base
+    if format == "gguf":
+        return compare(source, gguf.load_gguf(folder, dtype, _place(on_gpu)), rows)
+    trust = {"trust_remote_code": base.trust_remote_code}
+    try:
+        if format != "adapter":
+            model = folder / ray_serve.MODEL if format == "ray-serve" else folder
+            # For weights that lie in the files otherwise than in the model.
+            with tempfile.TemporaryDirectory(dir=folder) as rest:
+                spilling = {"device_map": "auto", "max_memory": _room(on_gpu), "offload_folder": rest}
+                return compare(source, AutoModelForCausalLM.from_pretrained(str(model), **spilling, **trust), rows)
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
+            str(folder),
+            quantization_config=quantization_config(base),
+            dtype=getattr(torch, base.compute_dtype),
+            device_map=_place(on_gpu),
+            **trust,
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the export cannot be loaded back: {error}", "Nothing was left behind.") from error
+    keep_trainable(adapted)  # as the source: bitsandbytes has another arithmetic for inference on some CPUs
+    return compare(source, adapted, rows)
+
+
+def _place(on_gpu: bool) -> Any:
+    return device_map() if on_gpu else {"": "cpu"}
+
+
+def _room(on_gpu: bool) -> dict[int | str, int]:
+    """Bytes that weights may take, by device; more of them stay on the disk."""
+    from accelerate.utils import get_max_memory
+
+    return {
+        name: int(size * _SHARE)
+        for name, size in get_max_memory().items()
+        if name == "cpu" or (on_gpu and isinstance(name, int))
+    }
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    told = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in told for part in _OUT_OF_MEMORY)
