@@ -41,7 +41,10 @@ def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:
     """
     llm = {
         "model_loading_config": {"model_id": name, "model_source": str(model)},
-        "engine_kwargs": {"dtype": DTYPES[dtype]},
+        "engine_kwargs": {
+            "dtype": DTYPES[dtype],
+            "override_generation_config": {"temperature": 0},  # unless a request says otherwise, as `serve` has it
+        },
         "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
     }
     application = {
