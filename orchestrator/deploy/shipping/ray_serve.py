@@ -19,7 +19,8 @@ _HEAD = """\
 #   pip install "ray[llm]=={ray}"
 #   serve deploy {file}
 # All nodes that may serve must see the folder in model_source. More engine_kwargs are vLLM's engine arguments; name a
-# GPU's type by accelerator_type (such as H100) where the cluster has several.
+# GPU's type by accelerator_type (such as H100) where the cluster has several. Beside model_loading_config,
+# accelerator_config: {{kind: cpu}} serves on CPUs, by a vLLM that is built for them.
 """
 
 
