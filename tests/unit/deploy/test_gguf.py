@@ -40,6 +40,7 @@ def test_without_the_converter_it_is_said_how_to_get_it(tmp_path: Path, monkeypa
 
 
 def test_the_converter_is_found_on_path_or_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentencepiece")
     script(tmp_path / "elsewhere", "")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / CONVERTER).symlink_to(tmp_path / "elsewhere" / CONVERTER)
