@@ -98,12 +98,15 @@ def evaluate(
     measured = room.pick(metrics, METRICS, "--metrics")
     kind = DTYPES[room.pick(dtype, list(DTYPES), "--dtype")[0]] if dtype is not None else None
     require_packages(measured)
+    if tasks is None and tasks_folder is not None:
+        raise RequestError(f"--tasks-folder {tasks_folder}: no task is asked for", "Name some of it by --tasks.")
     subjects = room.find_finalists(sweep_or_adapter, output, top, trust)
     first = subjects[0]
     keep = None if is_adapter(sweep_or_adapter) or first.sweep is None else room.new_report(first.sweep)
     with _progress() as say:
         found = room.rows_of_file(first, data, rows) if data else room.own_rows(first, rows)
-        harness = open_harness(tasks.split(","), tasks_folder, rows) if tasks else None
+        names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+        harness = open_harness(names, tasks_folder, rows) if names else None
         report = room.evaluate(subjects, found, measured, forms, kind, harness, keep, say)
     if as_json:
         print_json(json.loads(report.model_dump_json()))

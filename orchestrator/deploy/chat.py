@@ -1,5 +1,6 @@
 """Ask a trained adapter, or the base beneath it."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -218,6 +219,20 @@ def open_prompt_form(subject: Subject, system: str | None = None) -> PromptForm:
     form = PromptForm(load_own_tokenizer(subject), subject.config.data if subject.config else None, system)
     form.ids("?")
     return form
+
+
+def question_template(form: PromptForm) -> str:
+    """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
+    tokenizer, mark = form.tokenizer, "\x00"
+    text = render_prompt(mark, form.data, tokenizer) if form.data else mark
+    head, _, tail = text.partition(mark)
+    if form.ids("?")[0] == tokenizer.bos_token_id and not head.startswith(tokenizer.bos_token):
+        head = tokenizer.bos_token + head
+    before, after = (json.dumps(part, ensure_ascii=False) for part in (head, tail))
+    return (
+        "{% if messages | length != 1 %}{{ raise_exception('the adapter was trained on single questions') }}{% endif %}"
+        f"{{{{ ({before} ~ messages[0]['content'] ~ {after}).rstrip() }}}}"
+    )
 
 
 def open_chat(subject: Subject, form: PromptForm | None = None) -> Chat:

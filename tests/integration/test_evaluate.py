@@ -327,6 +327,41 @@ def test_tasks_of_the_harness_are_measured_in_each_form(subject: Subject, tmp_pa
     report = evaluate([subject], own_rows(subject, 4), [], forms=["merged"], harness=harness)
     assert [each.values["highest/acc"] for each in report.evaluations] == [1, 1]
     assert report.evaluations[0].values.keys() == {"loss", "token_accuracy", "cost", "highest/acc"}
-    with pytest.raises(RequestError, match=r"--tasks highes: .* no such task") as told:
+    with pytest.raises(RequestError, match=r"--tasks 'highes': .* no such task") as told:
         open_harness(["highes"], tmp_path)
     assert "highest" in told.value.remedy
+    with pytest.raises(RequestError, match=r"--tasks-folder .*gone: there is no such folder"):
+        open_harness(["highest"], tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rows", "words"),
+    [
+        ({"test_split": "tast"}, "", "KeyError: 'tast'"),
+        ({"output_typo": "multiple_choice"}, "", "TypeError: .*'output_typo'"),
+        ({"doc_to_text": "{{questiom | upper}}"}, "", "UndefinedError: 'questiom' is undefined"),
+        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, "", "FileNotFoundError: .*gone.jsonl"),
+        ({}, "{{{", "ArrowInvalid: JSON parse error"),
+    ],
+)
+def test_a_task_that_is_wrong_is_told_before_a_model_is_loaded(
+    tmp_path: Path, wrong: dict[str, Any], rows: str, words: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    from orchestrator.deploy.scoring.harness import open_harness
+
+    (tmp_path / "rows.jsonl").write_text(rows or '{"question": "Which?", "choices": ["a", "b"], "right": 0}\n')
+    data = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {
+        "task": "which",
+        "dataset_path": "json",
+        "dataset_kwargs": data,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "right",
+    }
+    (tmp_path / "which.yaml").write_text(json.dumps(task | wrong))
+    with pytest.raises(RequestError, match=f"--tasks which: cannot be loaded: {words}"):
+        open_harness(["which"], tmp_path)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import DEMO, TINY, Witness
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator.adapters.bundle import verify
 from orchestrator.data import load
 from orchestrator.deploy.shipping import export as room
 from orchestrator.deploy.shipping.export import Exported, export
-from orchestrator.deploy.shipping.gguf import CONVERTER, FILE
+from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, load_gguf
 from orchestrator.deploy.shipping.merge import Dtype, Merge, Onto, plan_merge
 from orchestrator.deploy.subject import Subject, find_subject
 from orchestrator.embedded import BASE_DIR
@@ -218,27 +218,32 @@ def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=whole, **names_of)
 
 
-@needs_converter
-@pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantised"), ("fp16", "original")])
-def test_llama_cpps_converter_writes_what_transformers_reads_back(
-    tmp_path_factory: pytest.TempPathFactory, out: Path, dtype: Any, onto: Any
-) -> None:
-    """The embedded base with a tokenizer that llama.cpp knows, and an adapter that says nothing of its rows."""
-    work = tmp_path_factory.mktemp("work")
+def by_hand(work: Path, tokenizer: Any) -> tuple[Subject, Path]:
+    """The embedded base with another tokenizer, an adapter that says nothing of its rows, and rows."""
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     model.save_pretrained(work / "base")
-    texts = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
-    llama_like(texts, model.config.vocab_size).save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02)
     adapted.save_pretrained(work / "adapter")
-    (work / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (work / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     base = BaseSection(model=str(work / "base"), compute_dtype="float32")
-    subject = Subject("adapter", work / "adapter", base, None, None)
-    done = export(subject, out, "gguf", dtype, onto, data=work / "rows.jsonl")
+    return Subject("adapter", work / "adapter", base, None, None), work / "rows.jsonl"
+
+
+TEXTS = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
+
+
+@needs_converter
+@pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantised"), ("fp16", "original")])
+def test_llama_cpps_converter_writes_what_transformers_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, out: Path, dtype: Any, onto: Any
+) -> None:
+    subject, rows = by_hand(tmp_path_factory.mktemp("work"), llama_like(TEXTS, 512))
+    done = export(subject, out, "gguf", dtype, onto, data=rows)
     assert done.files == ["manifest.json", FILE]
     from gguf import GGUFReader
 
@@ -248,10 +253,57 @@ def test_llama_cpps_converter_writes_what_transformers_reads_back(
     assert verify(out).facts.parity == {"dtype": dtype, "onto": onto} | done.parity.as_dict()
 
 
+@pytest.fixture(scope="module")
+def as_gguf(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export(subject, tmp_path_factory.mktemp("gguf") / "out", "gguf", "bf16")
+
+
 @needs_converter
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(subject: Subject, out: Path) -> None:
+def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: Subject, as_gguf: Exported, out: Path) -> None:
+    from gguf import GGUFReader
+
+    merged = export(subject, out, "merged", "bf16")
+    assert as_gguf.parity == merged.parity
+    wanted = LlamaForCausalLM.from_pretrained(out).state_dict()
+    read = load_gguf(as_gguf.folder, "bf16").state_dict()
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[name], wanted[name]) for name in wanted)
+    fields = GGUFReader(as_gguf.folder / FILE).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["general.name"].contents() == subject.name
+
+
+@needs_converter
+def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_model(
+    subject: Subject, as_gguf: Exported, out: Path
+) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    export(subject, out, "merged", "bf16")
+    tokenizer, model = AutoTokenizer.from_pretrained(out), LlamaForCausalLM.from_pretrained(out)
+    llama = llama_cpp.Llama(str(as_gguf.folder / FILE), n_ctx=64, logits_all=True, verbose=False)
+    prompt = "<s>[INST] What is the total of 12 and 45? [/INST]"
+    for text in (prompt, " a  b\n\n 3.14 ² Ⅳ ½ don't 'RE é😀 工作\t", "x\t\ty  \n z   ", "12345 a1b2 !!??..."):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    llama.eval(ids)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].float()
+    said = torch.tensor(llama.scores[: len(ids)])
+    assert (said - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@needs_converter
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(
+    tmp_path_factory: pytest.TempPathFactory, out: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    words = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    subject, rows = by_hand(tmp_path_factory.mktemp("work"), tokenizer)
     with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as told:
-        export(subject, out, "gguf")
+        export(subject, out, "gguf", data=rows)
     assert "--format merged" in told.value.remedy
     assert not out.exists()
 

@@ -326,6 +326,7 @@ CALLS = [
     _call("no such option", ["check", "x.yaml", "--jsn"], "--jsn"),
     _call("no file", ["check"], "file"),
     _call("rows below zero", ["data", "x.yaml", "--rows", "-1"], "--rows"),
+    _call("tasks' folder without tasks", ["evaluate", "x", "--tasks-folder", "t"], "--tasks-folder t", "--tasks."),
     _call("no such port", ["board", "sweeps/open", "--port", "70000"], "--port", "65535"),
     *(
         _call(f"{verb} of no sweep", [verb, "nope"], "nope: there is no such sweep", "--output")

@@ -51,9 +51,13 @@ def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | 
         limit: take only the first rows of each.
 
     Raises:
-        RequestError: the package is missing, there is no such task, or its data cannot be loaded.
+        RequestError: the package is missing, there is no such folder or task, or a task or its data cannot be loaded.
     """
     require_package("lm_eval", "--tasks", "harness")
+    if folder is not None and not folder.is_dir():  # which the package passes over
+        raise RequestError(f"--tasks-folder {folder}: there is no such folder")
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder) if folder else None)
@@ -61,12 +65,16 @@ def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | 
         if task not in manager.all_tasks:
             near = get_close_matches(task, manager.all_tasks, n=5)
             raise RequestError(
-                f"--tasks {task}: lm-evaluation-harness has no such task",
+                f"--tasks {task!r}: lm-evaluation-harness has no such task",
                 f"Close to it: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them.",
             )
+    faults = (OSError, ValueError, LookupError, TypeError, RuntimeError, TemplateError, DatasetsError)
     try:
         manager.load(list(tasks))
-    except (OSError, ValueError, ConnectionError, RuntimeError) as error:  # RuntimeError: the hub's offline mode
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"--tasks {','.join(tasks)}: the data cannot be loaded: {reason}") from error
+    except faults as error:  # a task's file names its data, fields of a row, and Python by its arguments
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        said = str(cause).strip().splitlines()
+        raise RequestError(
+            f"--tasks {','.join(tasks)}: cannot be loaded: {type(cause).__name__}{f': {said[0]}' if said else ''}"
+        ) from error
     return Harness(manager, list(tasks), limit)

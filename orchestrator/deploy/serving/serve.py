@@ -188,10 +188,8 @@ def _choose_engine(engine: Engine | Literal["auto"], subjects: Sequence[Subject]
         if fault:
             raise RequestError(f"--engine vllm: {fault}", "`--engine transformers` can serve this.")
         return engine, "as asked"
-    if fault is None:
-        import torch
-
-        fault = None if torch.cuda.is_available() else "there is no GPU"
+    if fault is None and not _has_gpu():
+        fault = "there is no GPU"
     return ("transformers", fault) if fault else ("vllm", "it is installed, and there is a GPU")
 
 
@@ -203,6 +201,9 @@ def _why_not_vllm(subjects: Sequence[Subject], host: str) -> str | None:
         return "vLLM holds a 4-bit base as NF4 with double quantisation, and this one was trained on in another form"
     if base.quantization == "int8":
         return "vLLM quantises no base to 8 bits as bitsandbytes does, and this one was trained on so"
+    if base.compute_dtype == "float32" and _has_gpu():
+        # vllm/lora/ops/triton_ops/lora_shrink_op.py; on a CPU it takes them
+        return "vLLM's LoRA kernels on a GPU take 16-bit products, and this base was trained on with float32"
     for subject in subjects:
         if more := more_than_lora(subject.adapter):
             return f"vLLM takes plain LoRA, and {subject.name} has {more} (merge it: `export --format merged`)"
@@ -212,6 +213,12 @@ def _why_not_vllm(subjects: Sequence[Subject], host: str) -> str | None:
             "vLLM's token does not guard /invocations, /pause and others: off the loopback it needs a proxy before it"
         )
     return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def _is_loopback(host: str) -> bool:

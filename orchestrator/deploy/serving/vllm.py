@@ -10,8 +10,7 @@ from pathlib import Path
 
 from orchestrator.adapters.bundle import CONFIG
 from orchestrator.base import base_location
-from orchestrator.data import render_prompt
-from orchestrator.deploy.chat import PromptForm
+from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 
@@ -20,6 +19,9 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
+
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""PEFT's ways to begin that leave the base as it is (`vllm/lora/peft_helper.py`)."""
 
 
 def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptForm, host: str, port: int) -> list[str]:
@@ -56,27 +58,15 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
 def more_than_lora(adapter: Path) -> str | None:
     """What an adapter has that vLLM does not take beside LoRA's matrices, or None."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    if config.get("use_dora"):
-        return "DoRA's magnitudes"
-    if config.get("bias", "none") != "none":
-        return "trained biases"
-    if config.get("modules_to_save"):
-        return "modules that trained whole"
-    return "trained tokens" if config.get("trainable_token_indices") else None
-
-
-def question_template(form: PromptForm) -> str:
-    """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
-    tokenizer, mark = form.tokenizer, "\x00"
-    text = render_prompt(mark, form.data, tokenizer) if form.data else mark
-    head, _, tail = text.partition(mark)
-    if form.ids("?")[0] == tokenizer.bos_token_id and not head.startswith(tokenizer.bos_token):
-        head = tokenizer.bos_token + head
-    before, after = (json.dumps(part, ensure_ascii=False) for part in (head, tail))
-    return (
-        "{% if messages | length != 1 %}{{ raise_exception('the adapter was trained on single questions') }}{% endif %}"
-        f"{{{{ ({before} ~ messages[0]['content'] ~ {after}).rstrip() }}}}"
-    )
+    init = config.get("init_lora_weights")
+    has = {
+        "DoRA's magnitudes": config.get("use_dora"),
+        "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+        "modules that trained whole": config.get("modules_to_save"),
+        "trained tokens": config.get("trainable_token_indices"),
+        f"a base that {init} has changed": isinstance(init, str) and init.lower() not in _PLAIN_STARTS,
+    }
+    return next((what for what, is_there in has.items() if is_there), None)
 
 
 def _max_rank(adapters: Mapping[str, Path]) -> int:

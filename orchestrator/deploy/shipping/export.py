@@ -77,7 +77,7 @@ def export(
     _require_target(target, format, dtype, onto)
     dtype = dtype or default_dtype(subject.base)
     onto = onto or "dequantised"
-    converter = gguf.find_converter() if format == "gguf" else []
+    converter = gguf.find_converter() if format == "gguf" else None
     if format == "ray-serve":
         ray_serve.require_ray_serve()
     rows = (rows_of_file(subject, data, parity.NUM_ROWS) if data else own_rows(subject, parity.NUM_ROWS)).tokens
@@ -172,7 +172,7 @@ def _write(
     subject: Subject,
     merge: Merge | None,
     format: Format,
-    converter: list[str],
+    converter: Path | None,
     say: Callable[[str], None],
 ) -> None:
     from safetensors import SafetensorError
@@ -186,10 +186,10 @@ def _write(
                 place = building / path.relative_to(subject.adapter)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place)
-        elif format == "gguf":
+        elif converter is not None:
             with tempfile.TemporaryDirectory(dir=building) as folder:
                 merge.write(Path(folder))
-                gguf.convert(converter, Path(folder), building, merge.dtype)
+                gguf.convert(converter, Path(folder), building, merge.dtype, subject.name)
         elif format == "ray-serve":
             (building / ray_serve.MODEL).mkdir()
             merge.write(building / ray_serve.MODEL)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.load import load_own_tokenizer
 from orchestrator.deploy.shipping.stored import Stored, find_stored
 from orchestrator.deploy.subject import Subject
@@ -123,7 +124,12 @@ class Merge:
                 config.get_text_config().vocab_size = self.num_tokens(name)
         config.save_pretrained(str(target))
         self.stored.copy_rest(target)
-        load_own_tokenizer(self.subject).save_pretrained(str(target))
+        tokenizer = load_own_tokenizer(self.subject)
+        if trained := self.subject.config:
+            form = PromptForm(tokenizer, trained.data)
+            if not form.takes_turns:  # servers know no other way to ask than this template
+                tokenizer.chat_template = question_template(form)
+        tokenizer.save_pretrained(str(target))
 
     def value(self, name: str) -> Any:
         """One weight of the merged model, on the CPU: summed in float32, rounded once."""

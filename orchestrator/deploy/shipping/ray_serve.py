@@ -19,7 +19,8 @@ _HEAD = """\
 #   pip install "ray[llm]=={ray}"
 #   serve deploy {file}
 # All nodes that may serve must see the folder in model_source. More engine_kwargs are vLLM's engine arguments; name a
-# GPU's type by accelerator_type (such as H100) where the cluster has several.
+# GPU's type by accelerator_type (such as H100) where the cluster has several. Beside model_loading_config,
+# accelerator_config: {{kind: cpu}} serves on CPUs, by a vLLM that is built for them.
 """
 
 
@@ -41,7 +42,10 @@ def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:
     """
     llm = {
         "model_loading_config": {"model_id": name, "model_source": str(model)},
-        "engine_kwargs": {"dtype": DTYPES[dtype]},
+        "engine_kwargs": {
+            "dtype": DTYPES[dtype],
+            "override_generation_config": {"temperature": 0},  # unless a request says otherwise, as `serve` has it
+        },
         "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
     }
     application = {

@@ -1,12 +1,20 @@
-"""llama.cpp's converter: where it is looked for, and what is said when it fails. `test_export` runs the real one."""
+"""llama.cpp's converter: where it is looked for, what it is told of a tokenizer, and what is said when it fails.
+`test_export` runs the real one."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, convert, find_converter
+from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, convert, find_converter, pre_tokenizer
+from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 @pytest.fixture(autouse=True)
@@ -32,26 +40,96 @@ def test_without_the_converter_it_is_said_how_to_get_it(tmp_path: Path, monkeypa
 
 
 def test_the_converter_is_found_on_path_or_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf")
-    script(tmp_path / "bin", "")
-    assert find_converter() == [str(tmp_path / "bin" / CONVERTER)]
+    pytest.importorskip("sentencepiece")
+    script(tmp_path / "elsewhere", "")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / CONVERTER).symlink_to(tmp_path / "elsewhere" / CONVERTER)
+    assert find_converter() == tmp_path / "elsewhere" / CONVERTER, "beside it lies what it imports"
     checkout = script(tmp_path / "checkout", "")
     monkeypatch.setenv("LLAMA_CPP", str(checkout))
-    assert find_converter() == [sys.executable, str(checkout / CONVERTER)]
+    assert find_converter() == checkout / CONVERTER
 
 
-def test_without_the_package_to_read_it_back_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "sentencepiece"])
+def test_without_a_package_that_it_needs_nothing_is_begun(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script(tmp_path / "bin", "")
-    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
-    with pytest.raises(RequestError, match="--format gguf needs the package gguf"):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(RequestError, match=f"--format gguf needs the package {package}") as told:
         find_converter()
+    assert "qlora-orchestrator[gguf]" in told.value.remedy
+
+
+def model_with(folder: Path, cut: Any, **bpe: Any) -> Path:
+    """A folder with the embedded tokenizer, which cuts in another way."""
+    folder.mkdir(exist_ok=True)
+    document = json.loads((BASE_DIR / "tokenizer.json").read_text())
+    document["model"].update(bpe)
+    (folder / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": cut}))
+    return folder
+
+
+def test_a_pre_tokenizer_is_known_by_what_it_does(tmp_path: Path) -> None:
+    assert pre_tokenizer(BASE_DIR) == "smollm"
+    assert pre_tokenizer(model_with(tmp_path, BYTES)) == "gpt-2"
+    assert pre_tokenizer(model_with(tmp_path, {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]})) == "smollm"
+    for other in (
+        None,
+        DIGITS,
+        BYTES | {"add_prefix_space": True},
+        {"type": "Sequence", "pretokenizers": [BYTES, DIGITS]},
+        {"type": "Sequence", "pretokenizers": [DIGITS | {"individual_digits": False}, BYTES]},
+    ):
+        assert pre_tokenizer(model_with(tmp_path, other)) is None
+    assert pre_tokenizer(model_with(tmp_path, BYTES, ignore_merges=True)) is None
+    (tmp_path / "tokenizer.json").unlink()
+    assert pre_tokenizer(tmp_path) is None
+
+
+IN_ONE_FILE = """
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        if tokenizer == "published":
+            return "llama-bpe"
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+ModelBase = type("ModelBase", (), {"__module__": __name__})
+"""
+MAIN = """
+import json, sys
+from pathlib import Path
+def main():
+    told = [TextModel().get_vocab_base_pre(name) for name in ("published", "new")]
+    Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps([*told, *sys.argv[1:]]))
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, package: bool) -> None:
+    folder = script(
+        tmp_path / "checkout", ("from conversion import ModelBase, TextModel" if package else IN_ONE_FILE) + MAIN
+    )
+    if package:
+        (folder / "conversion").mkdir()
+        (folder / "conversion" / "__init__.py").write_text("from .base import ModelBase, TextModel")
+        (folder / "conversion" / "base.py").write_text(IN_ONE_FILE)
+    shutil.copyfile(BASE_DIR / "tokenizer.json", tmp_path / "tokenizer.json")
+    convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001")
+    said = json.loads((tmp_path / FILE).read_text())
+    assert said[:2] == ["llama-bpe", "smollm"]
+    assert said[2:] == [
+        *(str(tmp_path), "--model-name", "abc_00001"),
+        *("--outfile", str(tmp_path / FILE), "--outtype", "f16"),
+    ]
 
 
 def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
     words = "Traceback (most recent call last):\n  File x\nNotImplementedError: BPE pre-tokenizer was not recognized"
     folder = script(tmp_path / "bin", f"import sys; print({words!r}, file=sys.stderr); sys.exit(3)")
     with pytest.raises(RequestError, match="ended with 3:\n") as told:
-        convert([str(folder / CONVERTER)], tmp_path, tmp_path, "bf16")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
     assert "NotImplementedError: BPE pre-tokenizer was not recognized" in told.value.message
     assert "File x" not in told.value.message
     assert "--format merged" in told.value.remedy
@@ -60,5 +138,5 @@ def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
 def test_a_converter_that_writes_nothing_has_failed(tmp_path: Path) -> None:
     folder = script(tmp_path / "bin", "")
     with pytest.raises(RequestError, match="ended with 0"):
-        convert([str(folder / CONVERTER)], tmp_path, tmp_path, "bf16")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
     assert not (tmp_path / FILE).exists()

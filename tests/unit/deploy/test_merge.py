@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from jinja2 import TemplateError
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from orchestrator.base import load_base
+from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Onto, plan_merge
 from orchestrator.deploy.shipping.stored import find_stored
 from orchestrator.deploy.subject import Subject
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
+from orchestrator.spec import parse_spec
 from orchestrator.spec.sections import BaseSection
 
 BF16, FP32 = "bfloat16", "float32"
@@ -197,6 +201,22 @@ def test_all_that_belongs_to_the_model_is_there_and_says_16_bit(subject: MakeSub
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "merged", BASE_DIR))
     assert ours.chat_template == theirs.chat_template
     assert ours("What is 1 and 2?").input_ids == theirs("What is 1 and 2?").input_ids
+
+
+def test_a_merged_model_is_asked_in_the_form_of_its_training_rows(
+    subject: MakeSubject, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    given = subject()
+    document["data"]["template"] = "Q: {question}\nA: {answer}"
+    document["base"]["model"] = given.base.model
+    given = replace(given, config=parse_spec(document).trial_config({}))
+    merged(given, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    turns = [{"role": "user", "content": "What is 1 and 2?"}]
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked == open_prompt_form(given).ids("What is 1 and 2?")
+    with pytest.raises(TemplateError, match="trained on single questions"):
+        tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "3"}, *turns])
 
 
 def refuse(subject: Subject, *parts: str, onto: Onto = "dequantised") -> None:

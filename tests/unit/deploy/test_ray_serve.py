@@ -20,7 +20,7 @@ def test_the_config_names_model_type_and_builder() -> None:
     assert application["import_path"] == "ray.serve.llm:build_openai_app"
     (llm,) = application["args"]["llm_configs"]
     assert llm["model_loading_config"] == {"model_id": "abc_00001", "model_source": "/shared/out/model"}
-    assert llm["engine_kwargs"] == {"dtype": "bfloat16"}
+    assert llm["engine_kwargs"] == {"dtype": "bfloat16", "override_generation_config": {"temperature": 0}}
 
 
 def test_it_is_written_with_the_place_where_the_model_will_lie(tmp_path: Path) -> None:

@@ -5,16 +5,17 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.deploy.chat import PromptForm
-from orchestrator.deploy.serving.serve import Service, _vllm_call, plan_service
+from orchestrator.deploy.chat import PromptForm, question_template
+from orchestrator.deploy.serving.serve import Service, _vllm_call, _why_not_vllm, plan_service
 from orchestrator.deploy.serving.served import _Words
-from orchestrator.deploy.serving.vllm import question_template, vllm_command
+from orchestrator.deploy.serving.vllm import vllm_command
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -131,6 +132,42 @@ def test_vllm_is_taken_only_where_it_can_serve_this(plan: Plan, monkeypatch: pyt
         plan(engine="vllm", host="0.0.0.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert (plan().engine, plan().why) == ("transformers", "there is no GPU")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_not_given_float32_on_a_gpu(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = plan().offers[0].subject
+    wide = replace(subject, base=subject.base.model_copy(update={"compute_dtype": "float32"}))
+    for is_there, fault in ((False, None), (True, "vLLM's LoRA kernels on a GPU take 16-bit products")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
+        assert _why_not_vllm([subject], "127.0.0.1") is None
+        assert (_why_not_vllm([wide], "127.0.0.1") or "").startswith(fault or "")
+        assert bool(_why_not_vllm([wide], "127.0.0.1")) is is_there
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_dora": True}, "DoRA's magnitudes"),
+        ({"bias": "lora_only"}, "trained biases"),
+        ({"lora_bias": True}, "trained biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules that trained whole"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, "trained tokens"),
+        ({"init_lora_weights": "olora"}, "a base that olora has changed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "a base that pissa_niter_4 has changed"),
+    ],
+)
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_not_given_more_than_lora(plan: Plan, sweep: SweepPaths, config: dict[str, Any], words: str) -> None:
+    file = sweep.trial("b").adapter(7) / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    for right in ({}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": True}):
+        file.write_text(json.dumps(plain | right))
+        assert plan(engine="vllm").engine == "vllm"
+    file.write_text(json.dumps(plain | config))
+    with pytest.raises(RequestError, match=f"vLLM takes plain LoRA, and b has {words}"):
+        plan(engine="vllm")
+    assert plan().engine == "transformers"
 
 
 @pytest.mark.usefixtures("vllm")
