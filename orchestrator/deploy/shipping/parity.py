@@ -34,7 +34,8 @@ class Tolerance:
     rms: float
     """Of the source's logits, times the root of the number of layers, each of which rounds."""
     logits: float
-    """Largest difference, of the source's largest logit: a fault of single tokens shows here alone."""
+    """Largest difference, of the source's largest logit, times the same root: a fault of single tokens shows here
+    alone. Right merges to bfloat16 are off by up to 3.2% at 4 layers, and by 9% at 32 (7B's shape, random weights)."""
     loss: float
     """Of the source's loss, beside `LEAST_LOSS`."""
 
@@ -42,11 +43,11 @@ class Tolerance:
 LEAST_LOSS = 0.005
 """A difference of the loss that is never too much: rounding to bfloat16 took 0.0025 from one of 0.046."""
 
-SAME = Tolerance(rms=5e-4, logits=1e-3, loss=1e-3)
+SAME = Tolerance(rms=5e-4, logits=5e-4, loss=1e-3)
 """For the same weights in the same form."""
 ROUNDED = {
-    "bfloat16": Tolerance(rms=0.0075, logits=0.08, loss=0.02),
-    "float16": Tolerance(rms=0.0015, logits=0.02, loss=0.005),
+    "bfloat16": Tolerance(rms=0.0075, logits=0.04, loss=0.02),
+    "float16": Tolerance(rms=0.0015, logits=0.01, loss=0.005),
 }
 """By the coarser type of the two models: bfloat16 rounds eight times as coarsely as float16."""
 
@@ -97,8 +98,9 @@ class Parity:
 
     def require(self, tolerance: Tolerance) -> None:
         """Raises ExportError where the export is further from its source than that."""
-        most_rms = tolerance.rms * math.sqrt(self.num_layers)
-        most_logits = tolerance.logits * self.largest_logit
+        depth = math.sqrt(self.num_layers)
+        most_rms = tolerance.rms * depth
+        most_logits = tolerance.logits * depth * self.largest_logit
         most_loss = tolerance.loss * self.loss_source + LEAST_LOSS
         bounds = [
             (self.difference, most_rms),
