@@ -36,7 +36,7 @@ from orchestrator.spec import load_spec
 from orchestrator.spec.sections import Source
 from orchestrator.training.local import run_local_trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -333,7 +333,7 @@ print(num_bytes, memory("VmHWM") - before)
 
 
 def test_a_merge_takes_the_memory_of_two_shards_however_large_the_model_is(tmp_path: Path) -> None:
-    for name, layers in (("small", 1), ("large", 24)):
+    for name, layers in (("small", 1), ("large", 48)):
         shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": layers}
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).to(torch.bfloat16)
@@ -346,5 +346,5 @@ def test_a_merge_takes_the_memory_of_two_shards_however_large_the_model_is(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     model_bytes, grown = map(int, done.stdout.split()[-2:])
-    assert model_bytes > 120 << 20
+    assert model_bytes > 240 << 20
     assert grown < model_bytes / 2

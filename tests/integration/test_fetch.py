@@ -15,7 +15,7 @@ from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PLAIN = """
 import sys
