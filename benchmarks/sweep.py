@@ -124,12 +124,12 @@ class Swept:
         return [[point for point in read_metrics(each) if "eval/loss" in point.values] for each in paths]
 
 
-def sweep_ours(document: dict[str, Any], folder: Path, name: str) -> Swept:
+def sweep_ours(document: dict[str, Any], folder: Path, name: str, **variables: str) -> Swept:
     """`orchestrator sweep`, from its start to its end, with nothing compiled before."""
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(document))
     command = ["-c", OURS, "sweep", str(file), "--name", name, "--output", str(folder)]
-    swept = _swept(command, folder / name, TRITON_CACHE_DIR=str(folder / f"{name}-kernels"))
+    swept = _swept(command, folder / name, TRITON_CACHE_DIR=str(folder / f"{name}-kernels"), **variables)
     assert all(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in swept.trials()), swept.trials()
     return swept
 
