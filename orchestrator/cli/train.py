@@ -26,7 +26,7 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError
+from orchestrator.errors import Interrupted, RequestError, SpecError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
 from orchestrator.words import counted
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Validate an experiment file and print it with every field resolved."""
     spec = load_spec(file, set_ or [])
-    require_effect(spec)
+    try:
+        require_effect(spec)
+    except SpecError as error:
+        raise SpecError(str(error), "This is of sweeps: orchestrator trial has no scheduler, and would run.") from error
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # which has a number of its own, and refuses another
         document["search"]["num_trials"] = spec.search.total_trials

@@ -72,9 +72,9 @@ def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], lis
 
 
 def _read(source: Source, data: DataSection) -> list[Row]:
-    rows = read_rows(source, data.seed)
+    rows, columns = read_rows(source, data.seed), data.columns
     for row in rows:
-        for column in data.columns:
+        for column in columns:
             row.column(column)
     return rows
 

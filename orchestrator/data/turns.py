@@ -168,11 +168,12 @@ class Conversation:
     def _leaves_out(self, place: int) -> bool:
         """Whether a turn is not in the whole, as of a role that the template does not know.
 
-        Its text may be written otherwise, or stand in another turn too: then the whole with another text tells.
+        Its text may be written otherwise, or stand in another turn too: then the whole with another text tells. Of a
+        turn that calls tools some templates (Llama 3.1's) write the calls alone.
         """
         turn = self.turns[place]
         text = turn["content"].strip()
-        if not text or (turn["role"] in ("user", "assistant") and text in self.whole):
+        if not text or "tool_calls" in turn or (turn["role"] in ("user", "assistant") and text in self.whole):
             return False
         reworded = {**turn, "content": f"{turn['content']}-"}
         return self._write([*self.turns[:place], reworded, *self.turns[place + 1 :]]) == self.whole

@@ -3,8 +3,10 @@
 Not a rule of experiment files: a trial that runs alone has no scheduler, and a record is one of what was run.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.sections.scheduler import (
@@ -16,6 +18,10 @@ from orchestrator.spec.sections.scheduler import (
     Rungs,
 )
 from orchestrator.spec.sweep_spec import SweepSpec
+
+_LENGTH = ("training.steps", "training.epochs", "training.batch_size", "training.accumulation", "training.eval_steps")
+"""Fields by which a trial is longer or shorter."""
+_MOST_LENGTHS = 1024
 
 
 @dataclass(frozen=True)
@@ -48,44 +54,58 @@ def require_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
             f"scheduler.min_trials: {scheduler.min_trials} would have the median rule stop nobody: each of {total} "
             f"trials has {total - 1} to be compared with; give at most {total - 1}"
         )
-    reach = _reach(spec, num_rows)
+    reach = _reach(spec, scheduler, num_rows)
     if reach is not None:
-        _require_look_in_time(spec, reach)
+        _require_look_in_time(spec, scheduler, reach)
     if isinstance(scheduler, Brackets):
         _require_trials(spec, scheduler, math.inf if reach is None else reach.time)
 
 
-def _reach(spec: SweepSpec, num_rows: int | None) -> _Reach | None:
+def _reach(spec: SweepSpec, scheduler: Rungs | Population, num_rows: int | None) -> _Reach | None:
+    """Of the longest trial that there may be; None where that is not known."""
     reaches = []
-    for config in spec.corners():
+    for point in _lengths(spec):
+        config = spec.trial_config(point)
         training = config.training
         steps = training.steps if num_rows is None else training.steps_of(num_rows)
         if steps is None:
             return None
         look = (steps - 1) // training.eval_steps * training.eval_steps
         tokens = training.batch_size * training.accumulation * config.data.max_length
-        reaches.append(_Reach(steps, look, look * (tokens if _unit(spec) == "tokens" else 1)))
-    return max(reaches, key=lambda reach: reach.time)
+        reaches.append(_Reach(steps, look, look * (tokens if scheduler.counts == "tokens" else 1)))
+    return max(reaches, key=lambda reach: reach.time, default=None)
 
 
-def _require_look_in_time(spec: SweepSpec, reach: _Reach) -> None:
-    kind, unit = spec.scheduler.kind, _unit(spec)
+def _lengths(spec: SweepSpec) -> list[dict[str, Any]]:
+    """Points that differ in how long a trial is, all combinations; none where there are too many to try."""
+    ties = " ".join(spec.search.tied.values()) if set(spec.search.tied) & set(_LENGTH) else ""
+    told = [path for path in spec.search.space if path in _LENGTH or path in ties]
+    told += [parent for path in told for parent in spec.search.ancestors(path)]
+    probes = {path: axis.probes() if path in told else axis.probes()[:1] for path, axis in spec.search.space.items()}
+    if math.prod(map(len, probes.values())) > _MOST_LENGTHS:
+        return []
+    return [dict(zip(probes, values, strict=True)) for values in itertools.product(*probes.values())]
+
+
+def _require_look_in_time(spec: SweepSpec, scheduler: Rungs | Population, reach: _Reach) -> None:
+    kind, unit = scheduler.kind, _unit(scheduler)
     if reach.look == 0:
+        shorter = f"training.eval_steps below {reach.steps}" if reach.steps > 1 else "more training.steps"
         raise SpecError(
             f"scheduler.kind: {kind} would change nothing: with training.eval_steps {spec.training.eval_steps} no "
-            f"trial is evaluated before its last step ({reach.steps}); give training.eval_steps below {reach.steps}, "
-            "or scheduler.kind none"
+            f"trial is evaluated before its last step ({reach.steps}); give {shorter}, or scheduler.kind none"
         )
-    name = "interval" if isinstance(spec.scheduler, Population) else "grace"
-    if (first := _first_time(spec)) > reach.time:
+    name = "interval" if isinstance(scheduler, Population) else "grace"
+    if (first := _first_time(spec, scheduler)) > reach.time:
+        tokens = f", of at most {reach.time} tokens" if unit == "tokens" else ""
         raise SpecError(
             f"scheduler.{name}_{unit}: {first} would have {kind} change nothing: the last evaluation before a trial's "
-            f"end ({reach.steps} steps) is at step {reach.look}{_at_most(reach, unit)}; give at most {reach.time}"
+            f"end ({reach.steps} steps) is at step {reach.look}{tokens}; give at most {reach.time}"
         )
 
 
 def _require_trials(spec: SweepSpec, scheduler: Brackets, time: float) -> None:
-    unit, grace, total = _unit(spec), _first_time(spec), spec.search.total_trials
+    unit, grace, total = _unit(scheduler), _first_time(spec, scheduler), spec.search.total_trials
     longest = scheduler.max_tokens or scheduler.max_steps or spec.training.steps or 0
     brackets = _brackets(longest // grace, scheduler.reduction_factor)
     if isinstance(scheduler, BohbScheduler):
@@ -95,33 +115,34 @@ def _require_trials(spec: SweepSpec, scheduler: Brackets, time: float) -> None:
         raise SpecError(
             f"scheduler.max_{unit}: {longest} would have {scheduler.kind} change nothing: its first rung lies at "
             f"{min(rungs[0] for _, rungs in brackets if rungs) * grace} {unit}, and the last evaluation before a "
-            f"trial's end at {time:.0f}; give at most {time:.0f}"
+            f"trial's end at {time:.0f}; give {grace * scheduler.reduction_factor}, which has a rung at {grace}"
         )
     if total < least:
-        raise SpecError(
-            f"search.num_trials: of {total} trials {scheduler.kind} would stop none: its brackets are filled one after "
-            f"another, those without a rung first; give {least} or more, or scheduler.kind asha"
-        )
+        raise SpecError(_too_few_trials(spec, scheduler, least))
 
 
-def _unit(spec: SweepSpec) -> str:
+def _too_few_trials(spec: SweepSpec, scheduler: Brackets, least: int) -> str:
+    total, is_bohb = spec.search.total_trials, isinstance(scheduler, BohbScheduler)
+    field = "space" if spec.search.algorithm == "grid" else "num_trials"
+    more = f"a grid of {least} or more" if field == "space" else f"{least} or more"
+    order = "those with most rungs first" if is_bohb else "those without a rung first"
+    instead = "scheduler.kind asha" + (" with another search.algorithm" if is_bohb else "")
+    return (
+        f"search.{field}: of {total} trials {scheduler.kind} would stop none: its brackets are filled one after "
+        f"another, {order}; give {more}, or {instead}"
+    )
+
+
+def _unit(scheduler: Rungs | Population) -> str:
     """What the scheduler counts: steps or tokens."""
-    counts = "step" if isinstance(spec.scheduler, NoScheduler) else spec.scheduler.counts
-    return "steps" if counts == "step" else "tokens"
+    return "steps" if scheduler.counts == "step" else "tokens"
 
 
-def _first_time(spec: SweepSpec) -> int:
+def _first_time(spec: SweepSpec, scheduler: Rungs | Population) -> int:
     """When the scheduler first looks at a trial."""
-    scheduler = spec.scheduler
-    if isinstance(scheduler, Rungs):
-        return scheduler.grace_tokens or spec.grace_steps
     if isinstance(scheduler, Population):
         return scheduler.interval_tokens or spec.interval_steps
-    return 0
-
-
-def _at_most(reach: _Reach, unit: str) -> str:
-    return f", of at most {reach.time} tokens" if unit == "tokens" else ""
+    return scheduler.grace_tokens or spec.grace_steps
 
 
 def _brackets(units: int, factor: int) -> list[tuple[int, list[int]]]:

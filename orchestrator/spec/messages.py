@@ -107,6 +107,6 @@ def _field_of_value(name: str, model: type[BaseModel], members: _Members) -> str
     """The field of a section that has one of a few names as its value, this among them."""
     for each in (model, *members.values()):
         for field, info in each.model_fields.items():
-            if get_origin(info.annotation) is Literal and name in get_args(info.annotation):
+            if any(get_origin(kind) is Literal and name in get_args(kind) for kind in types_of(info.annotation)):
                 return field
     return None

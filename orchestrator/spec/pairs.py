@@ -78,12 +78,15 @@ def _budget_can_be_spent(spec: "SweepSpec") -> None:
         raise ValueError("search.budget.gpu_hours would never be spent: resources.gpus_per_trial is 0")
 
 
-def check_device(spec: "SweepSpec") -> None:
-    """Refuse trials that need a GPU where they are given none.
+def check_trials(spec: "SweepSpec") -> None:
+    """Refuse trials that need a GPU where they are given none, and a setting that none of them can use.
 
     Raises:
-        ValueError: with what needs one.
+        ValueError: with the field and the reason.
     """
+    dequantise = spec.training.dequantise
+    if dequantise != "auto" and all(idle := [config.why_not_dequantised() for config in spec.corners()]):
+        raise ValueError(f"training.dequantise is {dequantise}, but {idle[0]}; leave it out")
     if spec.resources.gpus_per_trial == 0 and (reason := spec.why_not_on_cpu()):
         raise ValueError(f"{reason}, and resources.gpus_per_trial is 0")
 
@@ -135,16 +138,11 @@ def _goes_on_from_evaluations(spec: "SweepSpec") -> None:
 def _interval_meets_evaluations(spec: "SweepSpec", scheduler: Population) -> None:
     if scheduler.counts == "tokens":
         return
-    interval, every, steps = spec.interval_steps, spec.training.eval_steps, spec.training.steps
+    interval, every = spec.interval_steps, spec.training.eval_steps
     if interval % every:
         raise ValueError(
             f"scheduler.interval_steps ({interval}) must be a multiple of training.eval_steps ({every}): "
             "trials are compared at their evaluations"
-        )
-    if steps is not None and interval >= steps:
-        raise ValueError(
-            f"scheduler.kind {scheduler.kind} would change nothing: scheduler.interval_steps ({interval}) is not "
-            f"before the last step ({steps})"
         )
 
 

@@ -31,7 +31,7 @@ def check_axes(spec: "SweepSpec") -> None:
         check_searchable(path)
     for path, axis in spec.search.space.items():
         _require_kind(path, axis)
-    for point in [*spec.edges(), *_combinations(spec)]:
+    for point in [*spec.edges(), *combinations(spec)]:
         if fault := _fault(spec, point):
             raise ValueError(_blamed(spec, point, fault))
 
@@ -72,7 +72,7 @@ def _section(name: str) -> type[Section]:
     return section
 
 
-def _combinations(spec: "SweepSpec") -> list[dict[str, Any]]:
+def combinations(spec: "SweepSpec") -> list[dict[str, Any]]:
     """Every combination of the axes' probes; of very many, a seeded draw."""
     probes = {path: axis.probes() for path, axis in spec.search.space.items()}
     if math.prod(map(len, probes.values())) <= _MOST_CHECKED:

@@ -7,8 +7,8 @@ from pydantic import model_validator
 
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.dotted import read_path, write_keys
-from orchestrator.spec.pairs import check_device, check_pairs
-from orchestrator.spec.probing import check_axes
+from orchestrator.spec.pairs import check_pairs, check_trials
+from orchestrator.spec.probing import check_axes, combinations
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -81,7 +81,7 @@ class SweepSpec(Section):
     @model_validator(mode="after")
     def _every_axis_holds(self) -> Self:
         check_axes(self)
-        check_device(self)
+        check_trials(self)
         return self
 
     @property
@@ -102,7 +102,8 @@ class SweepSpec(Section):
 
     def why_not_on_cpu(self) -> str | None:
         """What in one of the trials needs a GPU, or None."""
-        return next((reason for config in self.corners() if (reason := config.why_not_on_cpu())), None)
+        trials = [*self.corners(), *map(self.trial_config, combinations(self))]
+        return next((reason for config in trials if (reason := config.why_not_on_cpu())), None)
 
     def edges(self) -> list[dict[str, Any]]:
         """Points that differ from a first one along one axis (and those that it needs to exist)."""

@@ -91,7 +91,7 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
     else:
         slots, why = share, f"{at_once} trials at a time share {counted(num_workers, 'worker')}"
     if at_once < spec.search.total_trials:
-        why += f", of {spec.search.total_trials} no more than resources.max_concurrent ({at_once}) at a time"
+        why += f"; of {spec.search.total_trials} trials resources.max_concurrent lets {at_once} run at a time"
     is_fixed = slots == 1 or asked != "auto"
     return Layout(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
 

@@ -97,7 +97,7 @@ class TrainingSection(Section):
     schedule: Schedule = "cosine"
     """Learning rate over the steps, by its transformers name."""
     warmup: Annotated[float, Field(ge=0)] = DEFAULT_WARMUP
-    """Share of the steps (below 1) or number of steps (1 and above); schedule constant has none."""
+    """Share of the steps (below 1) or number of steps (1 and above, rounded down); schedule constant has none."""
     cycles: PositiveInt = 1
     """cosine_with_restarts: cosines one after another."""
     final_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -198,12 +198,6 @@ class TrainingSection(Section):
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs})")
         if self.steps is not None and (reason := self.does_not_fit(self.steps)):
             raise ValueError(reason)
-        if self.warmup > 1 and self.warmup != int(self.warmup):
-            raise ValueError(
-                f"warmup of 1 and above is a number of steps, and {self.warmup:g} is none; below 1, a share"
-            )
-        if self.dequantise != "auto" and self.engine == "trl":
-            raise ValueError(f"dequantise ({self.dequantise}) is of engine fast, but engine is trl; leave it out")
         if self.schedule == "constant" and self.warmup not in (0, DEFAULT_WARMUP):
             raise ValueError(f"warmup is {self.warmup:g}, but schedule constant has none; use constant_with_warmup")
         if self.precision == "fp16" and self.adapter_dtype == "bfloat16":

@@ -34,11 +34,6 @@ class TrialConfig(Section):
             )
         if self.training.precision != "auto" and (reason := self.why_not_under(self.training.precision)):
             raise ValueError(reason)
-        if self.training.dequantise != "auto" and base.quantization == "none":
-            raise ValueError(
-                f"training.dequantise is {self.training.dequantise}, but there is nothing to dequantise with "
-                "base.quantization none; leave it out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -56,6 +51,14 @@ class TrialConfig(Section):
         if self.data.packing and self.lora.init == "eva":
             raise ValueError("lora.init eva reads rows alone, and data.packing has several in a sequence; drop one")
         return self
+
+    def why_not_dequantised(self) -> str | None:
+        """Why training.dequantise, where it is set, is without effect here; or None."""
+        if self.training.engine == "trl":
+            return "training.engine is trl, which has none"
+        if self.base.quantization == "none":
+            return "there is nothing to dequantise with base.quantization none"
+        return None
 
     def why_not_on_cpu(self) -> str | None:
         """What in this configuration needs a GPU, and what to take without one; or None."""

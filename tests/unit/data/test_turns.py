@@ -93,6 +93,13 @@ def test_calls_of_tools_are_answers_and_what_tools_say_is_not() -> None:
     assert encoded(said, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "and what is said beside it"
 
 
+def test_a_template_may_write_a_call_without_what_is_said_beside_it() -> None:
+    """As Llama 3.1's does; the calls are there."""
+    bare = TOOLS.replace("{{ m['content'] }}", "{% if not m['tool_calls'] %}{{ m['content'] }}{% endif %}")
+    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "let me see"}]}
+    assert encoded(said, bare, loss_on="completion")[3] == '+{"a": 1}'
+
+
 def test_the_templates_own_marks_are_taken() -> None:
     _, tokens, _, _ = encoded(MESSAGES, MARKED, loss_on="assistant")
     assert tokens == "< | u | > 1 Ċ < | a | > [2] [</s>] Ċ < | u | > 3 Ċ < | a | > [4] [</s>]"

@@ -65,6 +65,37 @@ def test_the_longest_trial_counts_where_steps_are_searched(document: Document) -
     assert "(90 steps) is at step 80" in refused(document, scheduler, space={"training.steps": {"randint": [60, 91]}})
 
 
+@pytest.mark.parametrize(
+    ("training", "axes", "tied"),
+    [
+        ({"steps": 50, "eval_steps": 20}, {"training.steps": [50, 150], "training.batch_size": [4, 8]}, {}),
+        ({"epochs": 1.0, "eval_steps": 20}, {"training.epochs": [1.0, 2.0], "training.batch_size": [8, 4]}, {}),
+        (
+            {"steps": 50, "eval_steps": 20},
+            {"lora.rank": [8, 16], "training.seed": [1, 8]},
+            {"training.steps": "lora.rank * training.seed"},
+        ),
+    ],
+)
+def test_the_longest_trial_is_one_of_all_combinations(
+    document: Document, training: Document, axes: dict[str, list[Any]], tied: dict[str, str]
+) -> None:
+    """Each axis for itself would tell of a shorter one: 120, 100 and 64 steps."""
+    space = {path: {"choice": values} for path, values in axes.items()}
+    tokens = 120 * 8 * 512 if "training.steps" in axes else None
+    scheduler = {"kind": "asha"} | ({"grace_tokens": tokens} if tokens else {"grace_steps": 120})
+    require_effect(written(document, scheduler, training, space=space, tied=tied), 300)
+    spec = written(document, {"kind": "asha", "grace_steps": 160}, training, space=space, tied=tied)
+    with pytest.raises(SpecError, match="grace_steps: 160 would have asha change nothing"):
+        require_effect(spec, 300)
+
+
+def test_of_more_lengths_than_can_be_tried_nothing_is_said(document: Document) -> None:
+    fields = ("training.steps", "training.batch_size", "training.accumulation")
+    space = {field: {"choice": list(range(1, 12))} for field in fields}
+    require_effect(written(document, {"kind": "asha", "grace_steps": 400}, space=space))
+
+
 @pytest.mark.parametrize("rows", [None, 380, 400, 401])
 def test_with_epochs_the_rows_tell(document: Document, rows: int | None) -> None:
     spec = written(document, {"kind": "asha", "grace_steps": 100}, {"epochs": 1.0, "eval_steps": 20})
@@ -122,8 +153,23 @@ def test_rungs_past_the_end_are_refused(document: Document) -> None:
     scheduler = {"kind": "hyperband", "grace_steps": 20, "max_steps": 1000, "reduction_factor": 10}
     assert refused(document, scheduler) == (
         "scheduler.max_steps: 1000 would have hyperband change nothing: its first rung lies at 100 steps, and the last "
-        "evaluation before a trial's end at 80; give at most 80"
+        "evaluation before a trial's end at 80; give 200, which has a rung at 20"
     )
+    require_effect(written(document, scheduler | {"max_steps": 200}, num_trials=20))
+
+
+def test_remedies_are_of_the_searcher(document: Document) -> None:
+    band = {"kind": "hyperband", "reduction_factor": 2}
+    grid = {"training.learning_rate": {"grid": [1e-5, 1e-4, 1e-3]}}
+    said = refused(document, band, algorithm="grid", num_trials=None, space=grid)
+    assert said.startswith("search.space: of 3 trials")
+    assert "give a grid of 6 or more, or" in said
+    bohb = {"kind": "bohb", "max_steps": 180}  # the first rung keeps 3 of 9, the second lies past the end
+    said = refused(document, bohb, {"steps": 50, "eval_steps": 20}, algorithm="bohb", num_trials=3)
+    assert "those with most rungs first; give" in said
+    assert said.endswith("or scheduler.kind asha with another search.algorithm")
+    said = refused(document, {"kind": "asha"}, {"steps": 1, "eval_steps": 5})
+    assert said.endswith("before its last step (1); give more training.steps, or scheduler.kind none")
 
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
@@ -131,13 +177,15 @@ def test_a_population_that_is_looked_at_too_late_is_refused(document: Document, 
     said = refused(document, {"kind": kind, "interval_tokens": TOKENS + 1})
     assert f"scheduler.interval_tokens: {TOKENS + 1} would have {kind} change nothing" in said
     require_effect(written(document, {"kind": kind, "interval_tokens": TOKENS}))
+    assert "scheduler.interval_steps: 100 would have" in refused(document, {"kind": kind, "interval_steps": 100})
 
 
 def test_check_says_it_and_a_single_trial_may_be_run() -> None:
     checked = CliRunner().invoke(app, ["check", "experiments/demo.yaml", "--set", "training.steps=50"])
     assert isinstance(checked.exception, SpecError)
     assert "with training.eval_steps 50 no trial is evaluated before its last step (50)" in str(checked.exception)
-    assert load_spec("experiments/demo.yaml", ["training.steps=50"]), "`trial` has no scheduler"
+    assert "orchestrator trial has no scheduler, and would run" in str(checked.exception)
+    assert load_spec("experiments/demo.yaml", ["training.steps=50"])
 
 
 @pytest.mark.parametrize("file", sorted(Path("experiments").glob("*.yaml")), ids=lambda file: file.stem)

@@ -128,7 +128,6 @@ def scheduler(kind: str, **fields: Any) -> Document:
             "save_steps (searched) must divide",
         ),
         (search() | scheduler("pbt", interval_steps=15), "interval_steps (15) must be a multiple of"),
-        (search() | scheduler("pbt", interval_steps=100), "pbt would change nothing: scheduler.interval_steps (100)"),
         (search() | scheduler("pb2", interval_steps=10, interval_tokens=9), "time is steps or tokens: give interval"),
         # metric and budget
         (search(metric="eval/exact_match"), "'eval/exact_match' is not measured; one of eval/loss"),

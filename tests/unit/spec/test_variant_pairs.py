@@ -73,12 +73,8 @@ PAIRS: list[tuple[Document, str]] = [
     ),
     ({"training": {"schedule": "cosine_with_min_lr"}}, "needs a final_rate above 0"),
     (
-        {"training": {"warmup": 1.5}},
-        "training: warmup of 1 and above is a number of steps, and 1.5 is none; below 1, a share",
-    ),
-    (
         {"training": {"engine": "trl", "dequantise": "once"}},
-        "training: dequantise (once) is of engine fast, but engine is trl",
+        "training.dequantise is once, but training.engine is trl, which has none; leave it out",
     ),
     (
         {"training": {"dequantise": "per_layer"}, "base": WHOLE},
@@ -105,6 +101,18 @@ PAIRS: list[tuple[Document, str]] = [
     ),
     (
         {
+            "search": {
+                "space": {
+                    "lora.dora": {"choice": [False, True]},
+                    "base.quantization": {"choice": ["nf4", "int8"]},
+                }
+            },
+            "resources": {"gpus_per_trial": 0},
+        },
+        "lora.dora on base.quantization int8 (else nf4 or none) needs a GPU",
+    ),
+    (
+        {
             "search": {"space": {"training.precision": {"choice": ["auto", "fp16"]}}},
             "resources": {"gpus_per_trial": 0},
         },
@@ -118,6 +126,26 @@ def test_a_pair_that_cannot_be_is_refused(document: Document, sections: Document
     with pytest.raises(SpecError) as caught:
         parse_spec(document | sections, "x.yaml")
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"warmup": 1.5}},
+        {
+            "training": {"steps": 100, "schedule": "linear"},
+            "search": {"tied": {"training.warmup": "training.steps / 16"}},
+        },
+        {
+            "training": {"dequantise": "once"},
+            "search": {"space": {"base.quantization": {"choice": ["nf4", "none"]}}},
+        },
+        {"training": {"dequantise": "once"}, "search": {"space": {"training.engine": {"choice": ["fast", "trl"]}}}},
+    ],
+    ids=str,
+)
+def test_what_some_trials_can_use_is_accepted(document: Document, sections: Document) -> None:
+    assert parse_spec(document | sections)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

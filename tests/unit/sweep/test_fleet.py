@@ -118,6 +118,6 @@ def test_what_is_said(cluster: Any) -> None:
     assert lay_out(spec(8), None).why == "8 trials at a time share 2 workers"
     assert lay_out(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
     limited = lay_out(spec(8, "resources.max_concurrent=1"), None).why
-    assert limited.endswith(", of 8 no more than resources.max_concurrent (1) at a time")
+    assert limited.endswith("; of 8 trials resources.max_concurrent lets 1 run at a time")
     assert "max_concurrent" not in lay_out(spec(8, "resources.max_concurrent=8"), None).why
     assert "engine trl" in lay_out(spec(8, "training.engine=trl"), None).why
