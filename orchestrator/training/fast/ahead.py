@@ -7,6 +7,7 @@ are not the real ones, the probe compiles what is missing, as it would without t
 import atexit
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,10 @@ def start(configs: Sequence[TrialConfig], num_slots: int) -> None:
         with TemporaryFile() as asked:
             asked.write(json.dumps([config.model_dump(mode="json") for config in held]).encode())
             asked.seek(0)
-            _running = subprocess.Popen(command, stdin=asked, stdout=said, stderr=said), said
+            # It finds packages where this process does, such as where Ray has told a worker to look.
+            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            environment = os.environ | {"PYTHONPATH": paths}
+            _running = subprocess.Popen(command, stdin=asked, stdout=said, stderr=said, env=environment), said
     except OSError as error:  # no room, no process: the probe compiles
         _log.warning("kernels are not compiled ahead: %s", error)
 

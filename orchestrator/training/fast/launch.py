@@ -46,7 +46,9 @@ def compiled_together() -> Iterator[None]:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             with triton.AsyncCompileMode(threads):
                 yield
-            kernels = filter(None, compiled)  # none where a hook of Triton's has said that it is there
+            found = filter(None, compiled)  # none where a hook of Triton's has said that it is there
+            # A promise of a kernel, or a kernel where it was there before.
+            kernels = (each.result() if hasattr(each, "result") else each for each in found)
             list(threads.map(_make_launcher, {kernel.hash: kernel for kernel in kernels}.values()))
     finally:
         _compiled.reset(token)

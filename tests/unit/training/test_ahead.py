@@ -39,6 +39,15 @@ def test_what_no_gpu_holds_is_not_compiled(setting: str, caplog: pytest.LogCaptu
     assert not caplog.records
 
 
+def test_it_looks_for_packages_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "imported"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    started(*BF16, "base.compute_dtype=float32")
+    ahead.join()
+    assert marker.exists()
+
+
 def test_a_fault_there_is_told_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     started(*BF16, f"base.model={tmp_path}")
     with caplog.at_level(logging.WARNING):

@@ -1,6 +1,7 @@
 """What is compiled ahead is what is needed: the kernels of a base's configuration are those of the base."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +11,23 @@ pytest.importorskip("triton")
 
 import torch
 import triton
+import triton.language as tl
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.backends.compiler import GPUTarget
+from triton.runtime._async_compile import FutureKernel
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.fast import build, kernels, skeleton
+from orchestrator.training.fast import build, kernels, launch, skeleton
 
 SLOTS = 3
 
 
 class Hopper:
     """A driver of a GPU that is not there."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
 
     def get_current_device(self) -> int:
         return 0
@@ -30,14 +36,23 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> None:
-        pass
+        self.launched.append(metadata.name)
 
     def get_current_stream(self, _: int) -> int:
         return 0
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before, hopper = triton.runtime.driver._active, Hopper()
+    triton.runtime.driver.set_active(hopper)
+    yield hopper
+    triton.runtime.driver._active = before
+
+
+@pytest.fixture
+def compiled(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: ARG001  there for its time
     """Kernels that would be compiled, each by its name and key."""
     asked: list[str] = []
 
@@ -46,11 +61,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return True  # it is there already
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Hopper())
-    yield asked
-    triton.runtime.driver._active = before
+    return asked
 
 
 def configs(*settings: str) -> list[TrialConfig]:
@@ -76,6 +87,26 @@ def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str]
     real(held, longest, tiles * kernels.TILE)
     assert set(compiled) == ahead
     assert len(ahead) > 10
+
+
+@triton.jit
+def filled(out, value):  # type: ignore[no-untyped-def]
+    tl.store(out, value)
+
+
+def test_each_kernel_is_compiled_and_has_its_launcher(
+    hopper: Hopper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promise of a kernel is none yet: in Triton 3.6 it has nothing of it but `result`."""
+    monkeypatch.delattr(FutureKernel, "__getattr__", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for _ in range(2):  # at first promised, then there
+        with launch.compiled_together():
+            for value in (2, 3, 0.5):
+                launch.launch(filled, (1,), torch.zeros(1), value)
+        assert hopper.launched == ["filled", "filled"], "whole numbers have one, reals another"
+        hopper.launched.clear()
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
 
 
 @pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
