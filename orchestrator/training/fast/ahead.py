@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -44,7 +45,7 @@ def start(configs: Sequence[TrialConfig], num_slots: int) -> None:
             asked.write(json.dumps([config.model_dump(mode="json") for config in held]).encode())
             asked.seek(0)
             # It finds packages where this process does, such as where Ray has told a worker to look.
-            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
             environment = os.environ | {"PYTHONPATH": paths}
             _running = subprocess.Popen(command, stdin=asked, stdout=said, stderr=said, env=environment), said
     except OSError as error:  # no room, no process: the probe compiles
