@@ -82,6 +82,8 @@ def test_workers_and_data_are_shared(learned: SweepRecord) -> None:
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
     """Six short trials under ASHA, with TensorBoard, W&B and MLflow."""
+    # Of trials that come to a rung together ASHA may stop none: the best two have passed it before the worst.
+    first = [{"training.learning_rate": rate, "lora.rank": 8, "lora.dropout": 0.0} for rate in (3e-3, 1e-3, 1e-5)]
     spec = load_spec(
         DEMO,
         [
@@ -94,6 +96,8 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             "search.num_trials=6",
             "search.seed=3",
             "search.space.training.learning_rate={choice: [1e-5, 1e-4, 1e-3, 3e-3]}",
+            f"search.first={first}",
+            "resources.max_concurrent=2",
             "evaluation.rows=8",
             "output.name=halved",
             "tracking.mlflow=true",

@@ -169,6 +169,7 @@ def test_a_base_at_another_revision_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl"}
 
 
+@pytest.mark.long
 def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
     subject: Subject, rows: Path, tmp_path: Path, hub: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
     assert done.parity == export(subject, tmp_path / "embedded", "merged", data=rows).parity
 
 
+@pytest.mark.long
 def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
     """trl puts `training_args.bin` there."""
     (subject.adapter / "training_args.bin").write_bytes(b"")
@@ -191,6 +193,7 @@ def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows:
     assert "training_args.bin is left out: a pickle runs code when it is loaded" in told
 
 
+@pytest.mark.long
 def test_a_base_that_others_lack_is_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
     told: list[str] = []
     export(subject, tmp_path / "adapter-out", "adapter", data=rows, say=told.append)
@@ -249,6 +252,7 @@ def test_another_fault_of_the_check_leaves_nothing(
         export(subject, out, "merged", data=rows)
 
 
+@pytest.mark.long
 def test_what_the_gpu_cannot_hold_is_asked_on_the_cpu(
     subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:

@@ -95,6 +95,7 @@ def model() -> Any:
     return get_peft_model(load_base(BASE), lora).eval()
 
 
+@pytest.mark.long
 def test_a_file_is_drawn_the_same_with_a_seed(tmp_path: Path, model: Any, single: PromptForm) -> None:
     (tmp_path / "prompts.txt").write_text("What is this?\n" * 3)
     asked, texts = read_prompts(tmp_path / "prompts.txt", single), []
@@ -106,6 +107,7 @@ def test_a_file_is_drawn_the_same_with_a_seed(tmp_path: Path, model: Any, single
     assert len(set(texts[0].splitlines())) > 1, "each answer is a draw of its own"
 
 
+@pytest.mark.long
 def test_answers_are_those_of_single_questions_in_the_order_of_the_file(
     tmp_path: Path, model: Any, turns: PromptForm
 ) -> None:
