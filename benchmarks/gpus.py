@@ -7,6 +7,7 @@ The 16 trials of `benchmarks.sweep`, each with two seeds. Beside the whole comma
 that any trial logged to the last one: what is left of them without the start.
 """
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ def measure(setting: Setting, gpus: list[int], steps: int) -> dict[str, Any]:
 
 
 def _on(count: int, document: dict[str, Any], folder: Path) -> dict[str, float]:
-    devices = ",".join(map(str, range(count)))
-    swept = sweep_ours(document, folder, f"on-{count}", CUDA_VISIBLE_DEVICES=devices)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    devices = visible.split(",")[:count]
+    assert len(devices) == count, f"{count} GPUs asked for, and CUDA_VISIBLE_DEVICES is {visible}"
+    swept = sweep_ours(document, folder, f"on-{count}", CUDA_VISIBLE_DEVICES=",".join(devices))
     times = [at for trial in swept.trials() for at in _times(swept.record.paths.trial(trial.trial_id).tensorboard)]
     training_s = max(times) - min(times)
     return {
