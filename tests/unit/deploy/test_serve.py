@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.base import load_tokenizer
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.serving.serve import Service, _vllm_call, _why_not_vllm, plan_service
 from orchestrator.deploy.serving.served import _Words
@@ -60,8 +61,6 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from orchestrator.base import load_tokenizer
-
     return load_tokenizer(BaseSection(model="embedded"))
 
 
@@ -201,16 +200,23 @@ def test_vllm_gets_base_and_adapters_as_they_were_trained(sweep: SweepPaths, tok
         "{question} {answer}",
         "Q: \"{question}\"\n{{'é😀' }}}}\n A:\t{answer}",
         "### {{% raw %}}\\n{question}{answer}",
+        "Q: {question}\nagain {question}\nA: {answer}",
+        "{question}{question} '{{{question}}}' {question} {answer}",
+        None,
     ],
 )
-def test_vllm_reads_a_question_as_the_training_rows_have_it(tokenizer: Any, template: str) -> None:
-    form = PromptForm(tokenizer, DataSection(source="embedded", format="template", template=template))
+def test_vllm_reads_a_question_as_the_training_rows_have_it(template: str | None) -> None:
+    tokenizer = load_tokenizer(BaseSection(model="embedded"))
+    tokenizer.chat_template = None
+    data = DataSection(source="embedded", format="template", template=template) if template else None
+    form = PromptForm(tokenizer, data)
     chat_template = question_template(form)
     assert "\n" not in chat_template
-    for question in ("What is 1 and 2? ", "a {{ b }} 'c' \\n"):
+    for question in ("What is 1 and 2? ", " a {{ b }} 'c' \\n\n", '"'):
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == form.ids(question)
+        assert question.strip() in tokenizer.decode(form.ids(question))
 
 
 def pieces(words: _Words, tokenizer: Any, text: str) -> list[str]:
