@@ -152,6 +152,7 @@ def test_vllm_is_not_given_float32_on_a_gpu(plan: Plan, monkeypatch: pytest.Monk
         ({"lora_bias": True}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "modules that trained whole"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trained tokens"),
+        ({"peft_type": "IA3"}, "parts of IA3"),
         ({"init_lora_weights": "olora"}, "a base that olora has changed"),
         ({"init_lora_weights": "pissa_niter_4"}, "a base that pissa_niter_4 has changed"),
     ],
@@ -167,6 +168,27 @@ def test_vllm_is_not_given_more_than_lora(plan: Plan, sweep: SweepPaths, config:
     with pytest.raises(RequestError, match=f"vLLM takes plain LoRA, and b has {words}"):
         plan(engine="vllm")
     assert plan().engine == "transformers"
+
+
+@pytest.mark.parametrize(("config", "rank"), [({"r": 513}, 513), ({"r": 8, "rank_pattern": {"x": 1024}}, 1024)])
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_not_given_a_rank_above_its_largest(
+    plan: Plan, sweep: SweepPaths, config: dict[str, Any], rank: int
+) -> None:
+    """It is found out before vLLM is chosen, for transformers can serve any."""
+    file = sweep.trial("c").adapter(7) / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"r": 512}))
+    command, _ = _vllm_call(plan(engine="vllm", top=2))
+    assert dict(pairwise(command))["--max-lora-rank"] == "512"
+    file.write_text(json.dumps(plain | config))
+    with pytest.raises(RequestError, match=f"--engine vllm: vLLM takes adapters up to rank 512, and c has {rank}"):
+        plan(engine="vllm", top=2)
+    service = plan(top=2)
+    assert (service.engine, service.why) == (
+        "transformers",
+        f"vLLM takes adapters up to rank 512, and c has {rank}",
+    )
 
 
 @pytest.mark.usefixtures("vllm")
