@@ -70,5 +70,5 @@ def more_than_lora(adapter: Path) -> str | None:
 def largest_rank(adapter: Path) -> int:
     """Of an adapter's modules, by its LoRA configuration."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    largest: int = max(config["r"], *config.get("rank_pattern", {}).values())
+    largest: int = max([config["r"], *config.get("rank_pattern", {}).values()])
     return largest

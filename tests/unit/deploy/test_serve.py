@@ -170,7 +170,9 @@ def test_vllm_is_not_given_more_than_lora(plan: Plan, sweep: SweepPaths, config:
     assert plan().engine == "transformers"
 
 
-@pytest.mark.parametrize(("config", "rank"), [({"r": 513}, 513), ({"r": 8, "rank_pattern": {"x": 1024}}, 1024)])
+@pytest.mark.parametrize(
+    ("config", "rank"), [({"r": 513, "rank_pattern": {}}, 513), ({"r": 8, "rank_pattern": {"x": 1024}}, 1024)]
+)
 @pytest.mark.usefixtures("vllm")
 def test_vllm_is_not_given_a_rank_above_its_largest(
     plan: Plan, sweep: SweepPaths, config: dict[str, Any], rank: int
@@ -178,7 +180,7 @@ def test_vllm_is_not_given_a_rank_above_its_largest(
     """It is found out before vLLM is chosen, for transformers can serve any."""
     file = sweep.trial("c").adapter(7) / "adapter_config.json"
     plain = json.loads(file.read_text())
-    file.write_text(json.dumps(plain | {"r": 512}))
+    file.write_text(json.dumps(plain | {"r": 512, "rank_pattern": {}}))
     command, _ = _vllm_call(plan(engine="vllm", top=2))
     assert dict(pairwise(command))["--max-lora-rank"] == "512"
     file.write_text(json.dumps(plain | config))
