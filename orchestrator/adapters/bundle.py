@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ SCORES = "held_out.json"
 """`RowScores` of the held-out rows at the adapter's step: by these, adapters are compared."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)
 
 REPLACED = ".replaced-"
@@ -207,7 +209,7 @@ def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin,
     """
     with building_beside(folder) as building:
         _fill(building, adapter, tokenizer, origin, scores)
-    _put_in_place(building, folder)
+        _put_in_place(building, folder)
 
 
 def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
@@ -220,16 +222,28 @@ def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
 
     Raises:
         RecordError: it is not whole: damage must not be sealed.
+        OSError: it cannot be written; the folder is as it was.
     """
+    facts, scores = verify(folder).facts, read_scores(folder)
+    assert scores is not None
+    scores = scores.model_copy(update={"answers": answers})
+    metrics = facts.metrics | scores.values()
+    config = TrialConfig.model_validate(facts.config)
     with building_beside(folder) as building:
-        shutil.copytree(folder, building, dirs_exist_ok=True)
-        facts, scores = verify(building).facts, read_scores(building)
-        assert scores is not None
-        scores = scores.model_copy(update={"answers": answers})
-        metrics = scores.values() | facts.metrics
-        config = TrialConfig.model_validate(facts.config)
+        for name, file in _files(folder).items():
+            if name not in (SCORES, CARD):
+                _link(file, building / name)
         _describe(building, config, facts.model_copy(update={"metrics": metrics}), metric, scores)
-    _put_in_place(building, folder)
+        _put_in_place(building, folder)
+
+
+def _link(file: Path, other: Path) -> None:
+    """The same file by another name, so that weights are not written twice; a copy where the disk knows no links."""
+    other.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
 
 
 def _put_in_place(building: Path, folder: Path) -> None:
@@ -240,7 +254,11 @@ def _put_in_place(building: Path, folder: Path) -> None:
     # The record may name it: whatever a kill leaves here, `put_right` finds a whole one.
     replaced = folder.with_name(f"{REPLACED}{folder.name}")
     folder.rename(replaced)
-    building.rename(folder)
+    try:
+        building.rename(folder)
+    except OSError:
+        replaced.rename(folder)
+        raise
     shutil.rmtree(replaced)
 
 
@@ -284,7 +302,7 @@ def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, sc
     assert facts.step is not None
     card = adapter_card(config, facts.trial_id, facts.step, metric, facts.metrics)
     (building / SCORES).write_text(scores.model_dump_json() + "\n", encoding="utf-8")
-    (building / "README.md").write_text(card, encoding="utf-8")
+    (building / CARD).write_text(card, encoding="utf-8")
     seal(building, facts)
 
 

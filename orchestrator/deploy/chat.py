@@ -224,14 +224,16 @@ def open_prompt_form(subject: Subject, system: str | None = None) -> PromptForm:
 def question_template(form: PromptForm) -> str:
     """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
     tokenizer, mark = form.tokenizer, "\x00"
-    text = render_prompt(mark, form.data, tokenizer) if form.data else mark
-    head, _, tail = text.partition(mark)
-    if form.ids("?")[0] == tokenizer.bos_token_id and not head.startswith(tokenizer.bos_token):
-        head = tokenizer.bos_token + head
-    before, after = (json.dumps(part, ensure_ascii=False) for part in (head, tail))
+    # A template may name the question's column several times.
+    literals = (render_prompt(mark, form.data, tokenizer) if form.data else mark).split(mark)
+    if form.ids("?")[0] == tokenizer.bos_token_id and not literals[0].startswith(tokenizer.bos_token):
+        literals[0] = tokenizer.bos_token + literals[0]
+    text = " ~ messages[0]['content'] ~ ".join(json.dumps(literal, ensure_ascii=False) for literal in literals)
+    # A training prompt ends without space; an adapter that does not say is asked as it is written.
+    ends = ".rstrip()" if form.data else ""
     return (
         "{% if messages | length != 1 %}{{ raise_exception('the adapter was trained on single questions') }}{% endif %}"
-        f"{{{{ ({before} ~ messages[0]['content'] ~ {after}).rstrip() }}}}"
+        f"{{{{ ({text}){ends} }}}}"
     )
 
 

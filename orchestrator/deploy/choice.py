@@ -131,6 +131,27 @@ def rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candi
     return sorted(measured, key=lambda each: sign * (each.value(metric) or 0.0))
 
 
+def why_it_may_differ(choice: Choice, lost: Candidate, ranked: Sequence[Candidate], strict: bool) -> str | None:
+    """Why another one might have been recommended, had this candidate been among them; None where it could not.
+
+    Args:
+        choice: made without it.
+        lost: one whose adapter is damaged, and its rows with it.
+        ranked: all, it too, by `rank`.
+        strict: how the choice was made.
+    """
+    places = {each.trial.trial_id: place for place, each in enumerate(ranked)}
+
+    def cost(candidate: Candidate) -> tuple[float, int]:
+        return candidate.trial.num_parameters or float("inf"), places[candidate.trial.trial_id]
+
+    if places[lost.trial.trial_id] < places[choice.leader.trial.trial_id]:
+        return "it leads"
+    if strict or choice.why_not_compared or cost(lost) > cost(choice.recommended):
+        return None
+    return "it would be taken if it were tied with the leader, which only its rows tell (`best --strict` does not ask)"
+
+
 def pareto(candidates: Sequence[Candidate], objectives: dict[str, Mode]) -> list[Candidate]:
     """Those that no other candidate beats in one objective without losing in another, best in the first one first."""
     first, mode = next(iter(objectives.items()))

@@ -34,12 +34,13 @@ class Subject:
         """The adapter that a sweep gives.
 
         Raises:
-            RecordError: it is not whole, or took the place of one that is damaged: nobody has asked for that yet.
+            RecordError: it is not whole, or may have taken the place of one that is damaged: nobody has asked for that.
         """
-        if best.damaged:
-            trial, fault = next(iter(best.damaged.items()))
+        if best.in_doubt:
+            trial, why = next(iter(best.in_doubt.items()))
             raise RecordError(
-                f"the adapter of trial {trial} is damaged, and the choice may hang on it: {fault}",
+                f"the adapter of trial {trial} is damaged, and the choice may hang on it, for {why}: "
+                f"{best.damaged[trial]}",
                 f"Mend it; or give the folder of the best that is whole: {best.adapter}",
             )
         return cls.of_trial(best.record, best.trial)

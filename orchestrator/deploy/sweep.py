@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import read_scores, verify_adapter
-from orchestrator.deploy.choice import SIZE, Candidate, Choice, Mode, choose, pareto, rank
+from orchestrator.deploy.choice import SIZE, Candidate, Choice, Mode, choose, pareto, rank, why_it_may_differ
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult, read_sweep
 
@@ -22,6 +22,8 @@ class Best:
     """What it was chosen from."""
     damaged: dict[str, str]
     """Trial -> what is wrong with its adapter, of those that were left out for it."""
+    in_doubt: dict[str, str]
+    """Trial -> why it may have been chosen, of those that are damaged."""
 
     def load(self) -> tuple[Any, Any]:
         """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
@@ -76,7 +78,8 @@ class Sweep:
         """
         metric = metric or self.record.info.spec.search.metric
         mode, damaged, whole = self._mode(metric), dict[str, str](), list[Candidate]()
-        for each in rank(self._candidates, metric, mode):
+        ranked = rank(self._candidates, metric, mode)
+        for each in ranked:
             try:
                 whole.append(Candidate(each.trial, read_scores(self.record.adapter_path(each.trial))))
             except RecordError as error:
@@ -91,7 +94,10 @@ class Sweep:
                 damaged[trial.trial_id] = error.message
                 whole.remove(choice.recommended)
             else:
-                return Best(self.record, trial, adapter, choice, damaged)
+                lost = [each for each in ranked if each.trial.trial_id in damaged]
+                doubts = {each.trial.trial_id: why_it_may_differ(choice, each, ranked, strict) for each in lost}
+                in_doubt = {trial_id: why for trial_id, why in doubts.items() if why}
+                return Best(self.record, trial, adapter, choice, damaged, in_doubt)
         faults = "\n  ".join(damaged.values())
         raise RecordError(f"{self.record.paths.root}: no finished trial with {metric} has a whole adapter:\n  {faults}")
 

@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import load_peft_weights
@@ -141,8 +142,17 @@ class Attempt:
             folder = self._paths.adapter(reporter.best[1])
             lay(loop.trainer.model, load_peft_weights(str(folder)))
             answers = self._answers(loop)
-            self._aside.do(partial(add_answers, folder, start.metric, answers))
+            self._aside.do(partial(self._keep_answers, folder, answers))
             reporter.tell(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
+
+    def _keep_answers(self, folder: Path, answers: list[bool]) -> None:
+        """Write into the best adapter's folder how it answers. Without, both the folder and the trial are whole."""
+        try:
+            add_answers(folder, self._start.metric, answers)
+        except OSError as error:
+            self._reporter.warn(
+                f"{folder}: the answers are in the record alone, for it cannot be written anew: {error}"
+            )
 
     def _answers(self, loop: Loop) -> list[bool]:
         """Whether the adapter in the trainer's model answers the held-out prompts as wanted."""

@@ -26,6 +26,7 @@ from orchestrator.training.events import (
     Logged,
     Noted,
     Saved,
+    Warned,
 )
 
 CHECKPOINTS_KEPT = 2
@@ -50,6 +51,7 @@ class Books:
         self._start = start
         self._paths = paths
         self._unreported: MetricPoint | None = None
+        self._warnings = list(start.warnings)
         write_record(paths.config, start.config)
         write_record(paths.progress, start)
         self._trackers = open_trackers(TrialIdentity(paths, start.config, tracking, start.metric, start.step))
@@ -87,6 +89,8 @@ class Books:
                 assert self.result.best is not None
                 self._point(self.result.step, values)
                 self._update(best=self.result.best.model_copy(update={"values": self.result.best.values | values}))
+            case Warned(warning=warning):
+                self._warnings.append(warning)
             case Completed():
                 self._finish(TrialState.COMPLETE)
             case Failed(error=error, remedy=remedy, traceback=traceback):
@@ -142,13 +146,16 @@ class Books:
         """Close the trackers, then put the result down: once it exists, nothing of the trial is still to come."""
         self._update(state=state, error=error)
         self._trackers.finish(self.result)
-        warnings = dict.fromkeys([*self._start.warnings, *self._trackers.warnings])
-        self.result = end_trial(self._paths, self.result.model_copy(update={"warnings": list(warnings)}))
+        self._note_warnings()
+        self.result = end_trial(self._paths, self.result)
         self._drop_adapters()
 
     def _write_progress(self) -> None:
-        self._update(warnings=list(dict.fromkeys([*self._start.warnings, *self._trackers.warnings])))
+        self._note_warnings()
         write_record(self._paths.progress, self.result)
+
+    def _note_warnings(self) -> None:
+        self._update(warnings=list(dict.fromkeys([*self._warnings, *self._trackers.warnings])))
 
     def _drop_adapters(self) -> None:
         """Delete all but the best, which the record on disk names by now."""

@@ -67,6 +67,13 @@ class Answered(Event):
 
 
 @dataclass(frozen=True)
+class Warned(Event):
+    """Something went wrong that does not stop the trial."""
+
+    warning: str
+
+
+@dataclass(frozen=True)
 class Completed(Event):
     """All steps are done; nothing more comes."""
 

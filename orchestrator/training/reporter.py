@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.training.events import Aside, Evaluated, Event, Listener, Logged, Noted, Saved
+from orchestrator.training.events import Aside, Evaluated, Event, Listener, Logged, Noted, Saved, Warned
 from orchestrator.training.finite import require_finite
 
 SAVE_EVERY_S = 60.0
@@ -82,6 +82,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         """An event, after what was written before it."""
         event = kind(time.monotonic() - self._began, *self._usage(), **values)
         self._aside.do(lambda: self._listener.emit(event))
+
+    def warn(self, warning: str) -> None:
+        """Tell of what went wrong in a job that is done aside, before what is told of after it."""
+        self._listener.emit(Warned(0.0, 0.0, 0.0, warning))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if reason := self._start.config.training.does_not_fit(state.max_steps):  # of epochs it is known only here

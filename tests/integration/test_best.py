@@ -1,5 +1,8 @@
 """Scores of held-out rows, kept with the best adapter, and what is chosen by them."""
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +14,7 @@ from orchestrator.deploy import open_sweep
 from orchestrator.deploy.chat import open_chat
 from orchestrator.deploy.scoring.score import score_rows
 from orchestrator.deploy.subject import Subject
-from orchestrator.record import SweepPaths
+from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.training.local import run_local_trial
 
@@ -59,3 +62,26 @@ def test_answers_taken_after_training_are_kept_with_the_best_adapter(tiny: Tiny,
     assert len(kept.answers) == 12
     assert kept.values() == best.trial.best.values == verify(best.adapter).facts.metrics
     assert "name: eval/exact_match" in (best.adapter / "README.md").read_text()
+
+
+def test_a_trial_whose_answers_cannot_be_kept_is_complete_all_the_same(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the disk is full at its end: what it has learned is on disk, and the record has the figure."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, operation in ((os, "link"), (shutil, "copy2")):
+        monkeypatch.setattr(module, operation, fail)
+    run_local_trial(tiny("evaluation={metrics: [exact_match], rows: 12, max_new_tokens: 4}"), folder, Witness())
+    (trial,) = read_sweep(folder.root).trials()
+    assert (trial.state, trial.error) == ("COMPLETE", None)
+    (warning,) = trial.warnings
+    assert "cannot be written anew: [Errno 28] No space left on device" in warning
+    assert trial.best is not None
+    assert "eval/exact_match" in trial.best.values
+    assert verify(folder.trial(trial.trial_id).root / trial.best.adapter).facts.metrics.keys() == {
+        "eval/loss",
+        "eval/token_accuracy",
+    }

@@ -365,3 +365,25 @@ def test_a_task_that_is_wrong_is_told_before_a_model_is_loaded(
     (tmp_path / "which.yaml").write_text(json.dumps(task | wrong))
     with pytest.raises(RequestError, match=f"--tasks which: cannot be loaded: {words}"):
         open_harness(["which"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def other(): ...", "AttributeError: Module .* has no function 'text'"),
+        ("def text(:", "SyntaxError: "),
+    ],
+)
+def test_a_task_whose_python_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, python: str, words: str) -> None:
+    pytest.importorskip("lm_eval")
+    from orchestrator.deploy.scoring.harness import open_harness
+
+    (tmp_path / "own.py").write_text(python)
+    task = "task: which\ndataset_path: json\noutput_type: generate_until\ndoc_to_text: !function own.text\n"
+    (tmp_path / "which.yaml").write_text(task)
+    with pytest.raises(RequestError, match=f"--tasks which: cannot be loaded: {words}"):
+        open_harness(["which"], tmp_path)
+    (tmp_path / "which.yaml").write_text(task + "test_split: [\n")
+    with pytest.raises(RequestError, match=r"--tasks 'which': is not found, and \S+which\.yaml: line 6: is not YAML"):
+        open_harness(["which"], tmp_path)

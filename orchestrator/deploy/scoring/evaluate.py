@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar
 
 from orchestrator.adapters.bundle import read_scores
@@ -165,8 +166,9 @@ def evaluate(
 
 
 def new_report(sweep: SweepPaths) -> Path:
-    """Where a report of this moment is kept."""
-    return sweep.evaluations / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    """Where a report is kept: a name by this moment, which no other evaluation has, on whatever machine it runs."""
+    # Not taken by an empty file: until something is measured, nothing is written.
+    return sweep.evaluations / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{token_hex(4)}.json"
 
 
 def own_rows(subject: Subject, limit: int | None = None) -> Rows:

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from orchestrator.deploy.scoring.forms import Opened
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
@@ -51,30 +53,44 @@ def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | 
         limit: take only the first rows of each.
 
     Raises:
-        RequestError: the package is missing, there is no such folder or task, or a task or its data cannot be loaded.
+        RequestError: the package is missing, there is no such folder or task, its file is not YAML, or it or its data
+            cannot be loaded.
     """
     require_package("lm_eval", "--tasks", "harness")
     if folder is not None and not folder.is_dir():  # which the package passes over
         raise RequestError(f"--tasks-folder {folder}: there is no such folder")
     from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder) if folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
+            if folder is not None:
+                _require_yaml(folder, task)
             near = get_close_matches(task, manager.all_tasks, n=5)
             raise RequestError(
                 f"--tasks {task!r}: lm-evaluation-harness has no such task",
                 f"Close to it: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them.",
             )
-    faults = (OSError, ValueError, LookupError, TypeError, RuntimeError, TemplateError, DatasetsError)
     try:
         manager.load(list(tasks))
-    except faults as error:  # a task's file names its data, fields of a row, and Python by its arguments
+    except Exception as error:  # a task's file names its data, fields of a row, and Python, which may raise anything
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         said = str(cause).strip().splitlines()
         raise RequestError(
             f"--tasks {','.join(tasks)}: cannot be loaded: {type(cause).__name__}{f': {said[0]}' if said else ''}"
         ) from error
     return Harness(manager, list(tasks), limit)
+
+
+def _require_yaml(folder: Path, task: str) -> None:
+    """Look whether a task was not found because its file cannot be read: the package passes over such files."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            for _ in yaml.parse(path.read_bytes()):  # tags, such as !function, keep their names
+                pass
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}:" if mark else ""
+            fault = getattr(error, "problem", None) or error
+            raise RequestError(f"--tasks {task!r}: is not found, and {path}:{line} is not YAML: {fault}") from error

@@ -14,7 +14,8 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,7 +48,34 @@ ASKS_NOTHING: Mapping[str, list[Any]] = {
 }
 """OpenAI's other fields, with the values that ask for nothing, as null does in any field: clients send them unasked."""
 
+
+def _text(given: str) -> str:
+    """Text that can be written as bytes. JSON's escapes can also tell half of a character, which cannot."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("half_character", "holds half of a character (a lone surrogate)") from error
+    return given
+
+
+def _listed(given: Any) -> Any:
+    """One text as a list of it. (Of a union pydantic would tell the faults of each branch.)"""
+    if isinstance(given, str):
+        return [_text(given)]
+    if not isinstance(given, list):
+        raise PydanticCustomError("text_or_list", "Input should be a string or a list")
+    return given
+
+
+def _parts(given: Any) -> Any:
+    """A message's content as a list of parts."""
+    listed = _listed(given)
+    return [{"type": "text", "text": text} for text in listed] if isinstance(given, str) else listed
+
+
+_Text = Annotated[str, AfterValidator(_text)]
 _Count = Annotated[int, Field(ge=1)] | None
+_One = Annotated[int, Field(ge=1, le=1)] | None  # of a Literal[1], true would be one too
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
@@ -67,11 +95,11 @@ class _Request(_Strict):
     max_tokens: _Count = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[list[_Text], Field(max_length=4), BeforeValidator(_listed)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: _One = None
     presence_penalty: _Zero = None
     frequency_penalty: _Zero = None
     user: str | None = None
@@ -92,8 +120,7 @@ class _Request(_Strict):
 
     @property
     def stops(self) -> list[str]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [stop for stop in given if stop]
+        return [stop for stop in self.stop or [] if stop]
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -103,21 +130,21 @@ def _asks_nothing(name: str, value: Any) -> bool:
 
 class _TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class _Message(BaseModel):
     """A turn. Other fields, which clients send back with an answer, are passed over; but not calls of tools."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: Annotated[list[_TextPart], BeforeValidator(_parts)]
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
 
     @property
     def turn(self) -> dict[str, str]:
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
+        text = "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(_Request):
@@ -126,7 +153,7 @@ class ChatRequest(_Request):
 
 
 class TextRequest(_Request):
-    prompt: str
+    prompt: _Text
 
 
 class Guard:
@@ -320,9 +347,11 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, f"the body is no JSON: {first['ctx']['error']} (char {first['loc'][-1]})")
         param = ".".join(str(part) for part in first["loc"] if part != "body")
         fault = _why_unsupported(param) if first["type"] == "extra_forbidden" else first["msg"]
-        return _error(400, f"{param}: {fault}" if param else fault, param or None)
+        return _error(400, f"{param or 'the body'}: {fault}", param or None)
 
     @app.exception_handler(OrchestratorError)
     async def failed(_: Request, error: OrchestratorError) -> Response:
@@ -331,3 +360,8 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        # It is raised again behind the answer, and so logged.
+        return _error(500, f"the server failed at this request ({type(error).__name__}); its log says more")

@@ -20,7 +20,7 @@ from typing import Literal
 
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.serving.served import Served, open_served
-from orchestrator.deploy.serving.vllm import more_than_lora, vllm_command
+from orchestrator.deploy.serving.vllm import RANKS, largest_rank, more_than_lora, vllm_command
 from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
@@ -207,6 +207,8 @@ def _why_not_vllm(subjects: Sequence[Subject], host: str) -> str | None:
     for subject in subjects:
         if more := more_than_lora(subject.adapter):
             return f"vLLM takes plain LoRA, and {subject.name} has {more} (merge it: `export --format merged`)"
+        if (rank := largest_rank(subject.adapter)) > RANKS[-1]:
+            return f"vLLM takes adapters up to rank {RANKS[-1]}, and {subject.name} has {rank}"
     if not _is_loopback(host):
         # docs.vllm.ai, usage/security
         return (

@@ -11,7 +11,6 @@ from pathlib import Path
 from orchestrator.adapters.bundle import CONFIG
 from orchestrator.base import base_location
 from orchestrator.deploy.chat import PromptForm, question_template
-from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -29,13 +28,10 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
 
     Args:
         base: of all adapters.
-        adapters: their folders by the names they are asked by.
+        adapters: their folders by the names they are asked by, of ranks up to the last of `RANKS`.
         form: of their questions.
         host: address to listen on.
         port: its port.
-
-    Raises:
-        RequestError: an adapter's rank is above what vLLM takes.
     """
     command = ["vllm", "serve", base_location(base), "--served-model-name", base.model, "--dtype", base.compute_dtype]
     if base.revision is not None:
@@ -50,7 +46,8 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
         command += ["--chat-template", str((next(iter(adapters.values())) / CHAT_TEMPLATE).resolve())]
     modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
     command += ["--enable-lora", "--max-loras", str(len(modules))]
-    command += ["--max-lora-rank", str(_max_rank(adapters)), "--lora-modules", *modules]
+    largest = max(map(largest_rank, adapters.values()))
+    command += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= largest)), "--lora-modules", *modules]
     command += ["--override-generation-config", '{"temperature": 0}']
     return [*command, "--host", host, "--port", str(port)]
 
@@ -58,8 +55,9 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
 def more_than_lora(adapter: Path) -> str | None:
     """What an adapter has that vLLM does not take beside LoRA's matrices, or None."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    init = config.get("init_lora_weights")
+    init, kind = config.get("init_lora_weights"), config.get("peft_type", "LORA")
     has = {
+        f"parts of {kind}": kind != "LORA",
         "DoRA's magnitudes": config.get("use_dora"),
         "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "modules that trained whole": config.get("modules_to_save"),
@@ -69,12 +67,8 @@ def more_than_lora(adapter: Path) -> str | None:
     return next((what for what, is_there in has.items() if is_there), None)
 
 
-def _max_rank(adapters: Mapping[str, Path]) -> int:
-    ranks = []
-    for path in adapters.values():
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        ranks += [config["r"], *config.get("rank_pattern", {}).values()]
-    fitting = [rank for rank in RANKS if rank >= max(ranks)]
-    if not fitting:
-        raise RequestError(f"vLLM takes adapters up to rank {RANKS[-1]}, and one has {max(ranks)}")
-    return fitting[0]
+def largest_rank(adapter: Path) -> int:
+    """Of an adapter's modules, by its LoRA configuration."""
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    largest: int = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return largest

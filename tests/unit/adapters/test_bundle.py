@@ -1,6 +1,8 @@
 """A bundle: sealed once, verified to the byte, with a card that the hub understands."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,23 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from orchestrator.adapters.bundle import Adapter, Facts, Origin, add_answers, read_scores, save_adapter, seal, verify
+from orchestrator.adapters.bundle import (
+    Adapter,
+    Facts,
+    Origin,
+    add_answers,
+    read_manifest,
+    read_scores,
+    save_adapter,
+    seal,
+    verify,
+)
 from orchestrator.adapters.card import adapter_card
 from orchestrator.base import base_commit, load_tokenizer, quantization_config
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
+from orchestrator.record.files import BUILDING
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
@@ -34,7 +47,7 @@ def config_of(**sections: Any) -> TrialConfig:
 def save(folder: Path, config: TrialConfig, tokenizer: Any) -> Path:
     weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}
     origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64)
-    scores = RowScores(losses=[0.5], hits=[1], tokens=[2])
+    scores = RowScores(losses=[2.5], hits=[9], tokens=[10])
     save_adapter(Adapter(weights, LoraConfig(r=2, inference_mode=True)), tokenizer, folder, origin, scores)
     return folder
 
@@ -235,11 +248,65 @@ def test_answers_that_come_later_are_in_scores_card_and_manifest(bundle: Path) -
     assert (changed, after.files.keys()) == ({"README.md", "held_out.json"}, before.files.keys())
     scores = read_scores(bundle)
     assert scores is not None
-    assert (scores.losses, scores.answers) == ([0.5], [True, True, False, True])
+    assert (scores.losses, scores.answers) == ([2.5], [True, True, False, True])
     results = ModelCard.load(bundle / "README.md").data.eval_results or []
     assert [(each.metric_type, each.metric_value) for each in results] == [
         ("loss", 0.25), ("token_accuracy", 0.9), ("exact_match", 0.75)
     ]  # fmt: skip
+
+
+def test_answers_that_are_given_again_take_the_place_of_the_old_ones(bundle: Path) -> None:
+    """A trial that was interrupted as it ended answers again when it goes on."""
+    add_answers(bundle, "eval/loss", [True, False])
+    add_answers(bundle, "eval/loss", [True, True])
+    scores = read_scores(bundle)
+    assert scores is not None
+    assert scores.answers == [True, True]
+    assert verify(bundle).facts.metrics == VALUES | scores.values()
+    assert verify(bundle).facts.metrics["eval/exact_match"] == 1
+
+
+@pytest.mark.parametrize("knows_links", [True, False])
+def test_the_weights_are_not_written_again_for_the_answers(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, knows_links: bool
+) -> None:
+    if not knows_links:
+        monkeypatch.setattr(os, "link", _fails(errno.EPERM))
+    (bundle / "additional_chat_templates").mkdir()
+    (bundle / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    seal(bundle, facts := read_manifest(bundle).facts)
+    weights = bundle / "adapter_model.safetensors"
+    before, content = weights.stat().st_ino, weights.read_bytes()
+    add_answers(bundle, "eval/loss", [True])
+    assert verify(bundle).facts.metrics == facts.metrics | {"eval/exact_match": 1}
+    assert (weights.stat().st_ino == before, weights.stat().st_nlink) == (knows_links, 1)
+    assert weights.read_bytes() == content
+
+
+@pytest.mark.parametrize("operation", ["write_text", "write_bytes", "rename"])
+def test_a_bundle_is_as_it_was_where_answers_cannot_be_written(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    before, whole = verify(bundle), getattr(Path, operation)
+
+    def until_full(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name.startswith(BUILDING) or path.parent.name.startswith(BUILDING):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, *arguments, **options)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, operation, until_full)
+        with pytest.raises(OSError, match="No space left"):
+            add_answers(bundle, "eval/loss", [True])
+    assert verify(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
+
+
+def _fails(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_answers_do_not_seal_damage(bundle: Path) -> None:

@@ -68,12 +68,12 @@ def killed_after(operations: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     done = 0
 
     def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def do(*arguments: Any) -> Any:
+        def do(*arguments: Any, **options: Any) -> Any:
             nonlocal done
             if done == operations:
                 raise Killed
             done += 1
-            return operation(*arguments)
+            return operation(*arguments, **options)
 
         return do
 

@@ -1,19 +1,20 @@
 """Which adapter is chosen, from made-up scores."""
 
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.adapters.bundle import SCORES, WEIGHTS, Facts, seal
+from orchestrator.adapters.bundle import CONFIG, SCORES, WEIGHTS, Facts, seal
 from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
 from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
-from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_sweep, write_record
+from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
 from orchestrator.report.best import say_best
 
 ROWS = 100
@@ -199,6 +200,64 @@ def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
     with pytest.raises(RecordError, match="no finished trial with eval/loss has a whole adapter") as told:
         open_sweep(paths.root).best()
     assert told.value.message.count("is missing") == 2
+
+
+@pytest.mark.parametrize(
+    ("lost", "sizes", "strict", "why"),
+    [
+        ("a", (500, 500, 500), True, "it leads"),
+        ("a", (500, 500, 500), False, "it leads"),
+        ("c", (500, 500, 400), False, "only its rows tell (`best --strict` does not ask)"),
+        ("c", (500, 500, 400), True, None),
+        ("c", (500, 500, 500), False, None),  # tied or not: of equal ones the better is taken
+        ("c", (500, 500, 600), False, None),
+        ("c", (500, 500, None), False, None),
+        ("b", (500, 450, 400), False, None),  # c is tied with the leader, and smaller yet
+        ("b", (500, 300, 400), False, "only its rows tell"),
+    ],
+)
+def test_damage_matters_only_where_the_choice_may_hang_on_it(
+    tmp_path: Path,
+    make_sweep: MakeSweep,
+    make: Make,
+    lost: str,
+    sizes: tuple[int | None, ...],
+    strict: bool,
+    why: str | None,
+) -> None:
+    """Three adapters that their rows do not tell apart; the scores of one cannot be read."""
+    states = {"a": ("COMPLETE", 0.50), "b": ("COMPLETE", 0.51), "c": ("COMPLETE", 0.52)}
+    paths = make_sweep(tmp_path / "t", states)
+    spreads = {"a": (0, 4), "b": (2, 2), "c": (4, 0)}
+    for (trial, (_, value)), size in zip(states.items(), sizes, strict=True):
+        made = make(trial, [value * 10 + spread for spread in spreads[trial]] * (ROWS // 2), size)
+        assert made.scores is not None
+        record = read_result(paths.trial(trial))
+        write_record(paths.trial(trial).result, record.model_copy(update={"applied": made.trial.applied}))
+        folder = paths.trial(trial).adapter(7)
+        (folder / SCORES).write_text(made.scores.model_dump_json() if trial != lost else "{")
+        (folder / CONFIG).write_text("{}")
+        (folder / WEIGHTS).touch()
+    best = open_sweep(paths.root).best(strict=strict)
+    assert best.damaged.keys() == {lost}
+    assert len(best.choice.tied) == 1
+    if why is None:
+        assert best.in_doubt == {}
+        assert Subject.of_best(best).adapter == best.adapter
+    else:
+        with pytest.raises(
+            RecordError, match=rf"trial {lost} is damaged, and the choice may hang on it, .*{re.escape(why)}"
+        ):
+            Subject.of_best(best)
+
+
+def test_where_no_rows_are_compared_damage_behind_the_leader_does_not_matter(
+    tmp_path: Path, make_sweep: MakeSweep
+) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.6)})
+    (paths.trial("b").adapter(7) / SCORES).write_text("{")
+    best = open_sweep(paths.root).best()
+    assert (best.trial.trial_id, best.damaged.keys(), best.in_doubt) == ("a", {"b"}, {})
 
 
 def test_a_few_rows_tell_nothing(make: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
-from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, pick, rows_of_file
+from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, new_report, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
 from orchestrator.deploy.subject import Subject, find_subject
@@ -97,6 +97,12 @@ def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: Subject, tmp_p
     saved = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
     assert len(rows_of_file(subject, tmp_path / "saved").tokens) == 2
+
+
+def test_evaluations_that_start_at_once_have_reports_of_their_own(sweep: SweepPaths) -> None:
+    reports = [new_report(sweep) for _ in range(100)]
+    assert len(set(reports)) == 100
+    assert not sweep.evaluations.exists(), "until something is measured"
 
 
 def test_answers_need_prompts() -> None:

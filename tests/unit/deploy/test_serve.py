@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.base import load_tokenizer
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.serving.serve import Service, _vllm_call, _why_not_vllm, plan_service
 from orchestrator.deploy.serving.served import _Words
@@ -60,8 +61,6 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from orchestrator.base import load_tokenizer
-
     return load_tokenizer(BaseSection(model="embedded"))
 
 
@@ -153,6 +152,7 @@ def test_vllm_is_not_given_float32_on_a_gpu(plan: Plan, monkeypatch: pytest.Monk
         ({"lora_bias": True}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "modules that trained whole"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trained tokens"),
+        ({"peft_type": "IA3"}, "parts of IA3"),
         ({"init_lora_weights": "olora"}, "a base that olora has changed"),
         ({"init_lora_weights": "pissa_niter_4"}, "a base that pissa_niter_4 has changed"),
     ],
@@ -168,6 +168,29 @@ def test_vllm_is_not_given_more_than_lora(plan: Plan, sweep: SweepPaths, config:
     with pytest.raises(RequestError, match=f"vLLM takes plain LoRA, and b has {words}"):
         plan(engine="vllm")
     assert plan().engine == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("config", "rank"), [({"r": 513, "rank_pattern": {}}, 513), ({"r": 8, "rank_pattern": {"x": 1024}}, 1024)]
+)
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_not_given_a_rank_above_its_largest(
+    plan: Plan, sweep: SweepPaths, config: dict[str, Any], rank: int
+) -> None:
+    """It is found out before vLLM is chosen, for transformers can serve any."""
+    file = sweep.trial("c").adapter(7) / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"r": 512, "rank_pattern": {}}))
+    command, _ = _vllm_call(plan(engine="vllm", top=2))
+    assert dict(pairwise(command))["--max-lora-rank"] == "512"
+    file.write_text(json.dumps(plain | config))
+    with pytest.raises(RequestError, match=f"--engine vllm: vLLM takes adapters up to rank 512, and c has {rank}"):
+        plan(engine="vllm", top=2)
+    service = plan(top=2)
+    assert (service.engine, service.why) == (
+        "transformers",
+        f"vLLM takes adapters up to rank 512, and c has {rank}",
+    )
 
 
 @pytest.mark.usefixtures("vllm")
@@ -201,16 +224,23 @@ def test_vllm_gets_base_and_adapters_as_they_were_trained(sweep: SweepPaths, tok
         "{question} {answer}",
         "Q: \"{question}\"\n{{'é😀' }}}}\n A:\t{answer}",
         "### {{% raw %}}\\n{question}{answer}",
+        "Q: {question}\nagain {question}\nA: {answer}",
+        "{question}{question} '{{{question}}}' {question} {answer}",
+        None,
     ],
 )
-def test_vllm_reads_a_question_as_the_training_rows_have_it(tokenizer: Any, template: str) -> None:
-    form = PromptForm(tokenizer, DataSection(source="embedded", format="template", template=template))
+def test_vllm_reads_a_question_as_the_training_rows_have_it(template: str | None) -> None:
+    tokenizer = load_tokenizer(BaseSection(model="embedded"))
+    tokenizer.chat_template = None
+    data = DataSection(source="embedded", format="template", template=template) if template else None
+    form = PromptForm(tokenizer, data)
     chat_template = question_template(form)
     assert "\n" not in chat_template
-    for question in ("What is 1 and 2? ", "a {{ b }} 'c' \\n"):
+    for question in ("What is 1 and 2? ", " a {{ b }} 'c' \\n\n", '"'):
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == form.ids(question)
+        assert question.strip() in tokenizer.decode(form.ids(question))
 
 
 def pieces(words: _Words, tokenizer: Any, text: str) -> list[str]:
