@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.adapters.bundle import WEIGHTS
-from orchestrator.deploy.shipping import check
+from orchestrator.deploy.shipping import check, memory
 from orchestrator.deploy.shipping.export import export
+from orchestrator.deploy.shipping.parity import Source
 from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import ExportError, RequestError
@@ -236,6 +237,57 @@ def test_what_there_is_no_memory_to_check_is_kept_and_said(
     assert LlamaForCausalLM.from_pretrained(kept).dtype == torch.bfloat16
     with pytest.raises(RequestError, match=r"out\.unchecked: is there, which an export .* has left"):
         export(subject, tmp_path / "out", "merged", data=rows)
+
+
+SPREAD = {"model": "cpu", "lm_head": "disk"}
+"""What accelerate makes of a base that all GPUs together have no room for."""
+
+
+@pytest.mark.parametrize("of", ["source", "export"])
+def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    assert subject.base.quantization == "nf4"
+    load, told = check.load_model, list[str]()
+    if of == "export":
+        monkeypatch.setattr(check, "load_model", lambda subject, _: load(subject, {"": "cpu"}))
+    monkeypatch.setattr(check, "device_name", lambda: "as if two")
+    monkeypatch.setattr(check, "device_map", lambda: SPREAD)
+    export(subject, tmp_path / "out", "adapter", data=rows, say=told.append)
+    assert told.count("loading the export back") == (1 if of == "source" else 2)
+    assert (
+        "the GPU has too little memory, so that both are asked on the CPU: the GPUs together have no room for the base "
+        "in its quantised form"
+    ) in told
+
+
+def test_a_base_that_memory_cannot_hold_is_not_loaded(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+) -> None:
+    """The kernel would end the process, which then could tell nothing, nor take away what it has begun."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    stored_otherwise = replace(subject, base=subject.base.model_copy(update={"quantization": "none"}))
+    with pytest.raises(ExportError, match=r"the base alone takes 0\.01 GiB, available are 0\.00 GiB"):
+        export(stored_otherwise, tmp_path / "out", "merged", data=rows)
+    assert loaded == []
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl", "out.unchecked"}
+
+
+def test_a_gguf_file_that_memory_cannot_hold_is_not_loaded(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"0" * 10)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 9)
+    with pytest.raises(MemoryError, match=r"the model in model\.gguf takes"):
+        check._compare(Source([], 0.0), tmp_path, subject, "gguf", "bf16", [], on_gpu=False)
+
+
+def test_there_is_room_for_weights_where_gpu_and_cpu_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate then tells of the GPU alone."""
+    monkeypatch.setattr("accelerate.utils.modeling.is_mps_available", lambda: True)
+    room = check._room(False)
+    assert room.keys() == {"cpu"}
+    assert room["cpu"] > 1 << 27
 
 
 def test_another_fault_of_the_check_leaves_nothing(
