@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.adapters.bundle import WEIGHTS
-from orchestrator.deploy.shipping import check, memory
+from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal, verify
+from orchestrator.deploy.shipping import check, memory, ray_serve
 from orchestrator.deploy.shipping.export import export
 from orchestrator.deploy.shipping.parity import Source
 from orchestrator.deploy.subject import Subject, at_commit
@@ -85,6 +85,39 @@ def test_a_target_that_exists_stays_as_it_is(subject: Subject, rows: Path, tmp_p
     assert file.read_text() == "mine"
     assert [path.name for path in folder.iterdir()] == ["mine"]
     assert loaded == []
+
+
+def test_a_link_to_an_empty_folder_stays_one(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
+    export(subject, tmp_path / "link", "adapter", data=rows)
+    assert (tmp_path / "link").is_symlink()
+    assert verify(tmp_path / "link").facts.format == "adapter"
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["empty"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_made(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(RequestError, match=f"{tmp_path / 'disk'}: is a mount point") as refused:
+        export(subject, tmp_path / "disk", "adapter", data=rows)
+    assert "Give a folder in it" in refused.value.remedy
+    assert loaded == []
+
+
+def test_what_cannot_be_put_in_its_place_is_kept_whole(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    def take_the_place(line: str) -> None:
+        if line == "loading the export back":
+            (tmp_path / "out" / "mine").mkdir(parents=True)
+
+    with pytest.raises(ExportError, match="out: was exported and checked, but cannot be put in its place") as told:
+        export(subject, tmp_path / "out", "adapter", data=rows, say=take_the_place)
+    (kept,) = tmp_path.glob(".building-*")
+    assert str(kept) in told.value.remedy
+    assert verify(kept).facts.format == "adapter"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: Subject, out: Path, loaded: list[Any]) -> None:
@@ -237,6 +270,35 @@ def test_what_there_is_no_memory_to_check_is_kept_and_said(
     assert LlamaForCausalLM.from_pretrained(kept).dtype == torch.bfloat16
     with pytest.raises(RequestError, match=r"out\.unchecked: is there, which an export .* has left"):
         export(subject, tmp_path / "out", "merged", data=rows)
+
+
+def fill(*_: Any) -> None:
+    raise FULL[0]
+
+
+def test_an_unchecked_copy_of_an_adapter_does_not_say_that_it_is_whole(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal(subject.adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
+    monkeypatch.setattr(check, "compare", fill)
+    with pytest.raises(ExportError, match="not enough memory"):
+        export(subject, tmp_path / "out", "adapter", data=rows)
+    assert (tmp_path / "out.unchecked" / WEIGHTS).exists()
+    assert not (tmp_path / "out.unchecked" / MANIFEST).exists()
+
+
+def test_an_unchecked_application_names_the_model_where_it_is_kept(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_serve, "require_ray_serve", lambda: None)
+    monkeypatch.setattr(ray_serve, "check", lambda _: None)
+    monkeypatch.setattr(check, "compare", fill)
+    with pytest.raises(ExportError, match="not enough memory"):
+        export(subject, tmp_path / "out", "ray-serve", data=rows)
+    kept = tmp_path / "out.unchecked"
+    text = (kept / ray_serve.FILE).read_text()
+    assert f"model_source: {kept / ray_serve.MODEL}\n" in text
+    assert str(tmp_path / "out" / ray_serve.MODEL) not in text
 
 
 SPREAD = {"model": "cpu", "lm_head": "disk"}
