@@ -25,6 +25,11 @@ from orchestrator.record.versions import installed_versions
 _SPARE_BYTES = 32 << 20
 """For tokenizer, configurations and manifest."""
 
+_ROUNDED_INPUTS = (
+    "note: 8-bit products round their inputs as well, which the merged model's do not; that is left out of this "
+    "comparison (`evaluate --as adapter,merged` scores both as they are)"
+)
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -97,6 +102,8 @@ def export(
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
         if not found.is_seen:
             say("note: the adapter moves the logits too little to be told from rounding, and is not seen in the export")
+        if merge is not None and onto == "dequantised" and subject.base.quantization == "int8":
+            say(_ROUNDED_INPUTS)
         try:
             if merge is not None and subject.config is not None:
                 card = merged_card(subject.config, subject.name, dtype, onto, str(found))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal, verify
 from orchestrator.deploy.shipping import check, memory, ray_serve
 from orchestrator.deploy.shipping.export import export
+from orchestrator.deploy.shipping.merge import Merge, plan_merge
 from orchestrator.deploy.shipping.parity import Source
 from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
@@ -350,6 +351,41 @@ def test_there_is_room_for_weights_where_gpu_and_cpu_share_their_memory(monkeypa
     room = check._room(False)
     assert room.keys() == {"cpu"}
     assert room["cpu"] > 1 << 27
+
+
+def on_8_bits(subject: Subject) -> Subject:
+    """An adapter on all matrices of the base, which is held in 8 bits and float16."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(BASE_DIR), config).save_pretrained(subject.adapter)
+    return replace(subject, base=BaseSection(model="embedded", compute_dtype="float16", quantization="int8"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_merge_from_8_bits_is_right_within_its_own_rounding(
+    subject: Subject, rows: Path, tmp_path: Path, dtype: Any
+) -> None:
+    """LLM.int8 rounds the inputs of its products too, which says nothing of the merge."""
+    told: list[str] = []
+    done = export(on_8_bits(subject), tmp_path / "out", "merged", dtype, data=rows, say=told.append)
+    assert 0 < done.parity.difference < {"fp16": 0.001, "bf16": 0.008}[dtype]
+    assert done.parity.effect > 0.1
+    assert told[-1].startswith("note: 8-bit products round their inputs as well")
+
+
+def test_a_wrong_merge_from_8_bits_is_found(
+    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def louder(*how: Any) -> Merge:
+        right = plan_merge(*how)
+        return replace(
+            right, updates={name: replace(each, scale=each.scale * 1.05) for name, each in right.updates.items()}
+        )
+
+    given = on_8_bits(subject)
+    monkeypatch.setattr("orchestrator.deploy.shipping.export.plan_merge", louder)
+    with pytest.raises(ExportError, match="does not answer as the adapter does"):
+        export(given, out, "merged", data=rows)
 
 
 def test_another_fault_of_the_check_leaves_nothing(
