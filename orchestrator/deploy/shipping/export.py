@@ -14,6 +14,7 @@ from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.deploy.shipping import gguf, parity, ray_serve
 from orchestrator.deploy.shipping.check import Format, NoMemoryError, hold_against_source
 from orchestrator.deploy.shipping.elsewhere import about_base
+from orchestrator.deploy.shipping.memory import readable
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
 from orchestrator.deploy.shipping.parity import Parity, rounding
 from orchestrator.deploy.subject import Subject
@@ -23,6 +24,11 @@ from orchestrator.record.versions import installed_versions
 
 _SPARE_BYTES = 32 << 20
 """For tokenizer, configurations and manifest."""
+
+_ROUNDED_INPUTS = (
+    "note: 8-bit products round their inputs as well, which the merged model's do not; that is left out of this "
+    "comparison (`evaluate --as adapter,merged` scores both as they are)"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def export(
 
     Args:
         subject: the adapter.
-        target: a folder that does not exist yet, or is empty.
+        target: a folder that does not exist yet, or is empty; or a link to one.
         format: `adapter`: its PEFT folder; `merged`: one model; `gguf`: that as llama.cpp's file; `ray-serve`: that
             with the config file of a Ray Serve LLM application.
         dtype: of what is merged; default that of the base's products, or bf16 where they are float32.
@@ -72,8 +78,9 @@ def export(
         RequestError: the target exists or has no room, the adapter does not fit its base, a tool is missing, or there
             are no rows. Nothing is left behind.
         ExportError: the export does not answer as the adapter does: nothing is left behind. Or there is not enough
-            memory to find out: what was written is kept beside the target.
+            memory to find out, or the target cannot be replaced any more: what was written is kept beside it.
     """
+    target = target.resolve()
     _require_target(target, format, dtype, onto)
     dtype = dtype or default_dtype(subject.base)
     onto = onto or "dequantised"
@@ -88,11 +95,15 @@ def export(
         try:
             found = hold_against_source(building, subject, format, dtype, onto, rows, say)
         except NoMemoryError as error:
+            if format == "ray-serve":
+                ray_serve.write(building, _unchecked(target), subject.name, dtype)
             raise _kept_unchecked(building, target, error) from error
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
         if not found.is_seen:
             say("note: the adapter moves the logits too little to be told from rounding, and is not seen in the export")
+        if merge is not None and onto == "dequantised" and subject.base.quantization == "int8":
+            say(_ROUNDED_INPUTS)
         try:
             if merge is not None and subject.config is not None:
                 card = merged_card(subject.config, subject.name, dtype, onto, str(found))
@@ -102,9 +113,9 @@ def export(
                 say(f"note: {note}")
             seal(building, facts)
             sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in _files(building)}
-            building.replace(target)  # over an empty folder too
         except OSError as error:
             raise RequestError(f"{target}: cannot be written: {error}", "Nothing was left behind.") from error
+    _put_in_place(building, target)
     return Exported(target, format, found, sorted(sizes), sum(sizes.values()))
 
 
@@ -117,6 +128,10 @@ def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Ont
             )
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
         raise RequestError(f"{target}: already exists", "Give a folder that does not exist yet.")
+    if target.is_mount():
+        raise RequestError(
+            f"{target}: is a mount point, in whose place no folder can be put", "Give a folder in it, or another one."
+        )
     if _unchecked(target).exists():
         raise RequestError(
             f"{_unchecked(target)}: is there, which an export that could not be checked has left",
@@ -146,7 +161,7 @@ def _aside(target: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(building).free
         if free < num_bytes:
             raise RequestError(
-                f"{target}: the disk is too full: this export needs {_readable(num_bytes)}, free are {_readable(free)}",
+                f"{target}: the disk is too full: this export needs {readable(num_bytes)}, free are {readable(free)}",
                 "Make room, or give a folder on another disk.",
             )
         yield building
@@ -166,6 +181,16 @@ def _kept_unchecked(building: Path, target: Path, error: NoMemoryError) -> Expor
     )
 
 
+def _put_in_place(building: Path, target: Path) -> None:
+    try:
+        building.replace(target)  # over an empty folder too
+    except OSError as error:
+        raise ExportError(
+            f"{target}: was exported and checked, but cannot be put in its place: {error}",
+            f"It is whole in {building}: rename that folder.",
+        ) from error
+
+
 def _write(
     building: Path,
     target: Path,
@@ -180,6 +205,8 @@ def _write(
     try:
         if merge is None:
             for path in _files(subject.adapter):
+                if path == subject.adapter / MANIFEST:
+                    continue  # which says of the copy that it is whole before it has been checked
                 if path.suffix.lower() in PICKLES:
                     say(f"{path.name} is left out: a pickle runs code when it is loaded")
                     continue
@@ -199,7 +226,7 @@ def _write(
     except (OSError, SafetensorError) as error:
         raise RequestError(
             f"{target}: cannot be written: {error}",
-            f"This export needs {_readable(_num_bytes(subject, merge, format))}; nothing was left behind.",
+            f"This export needs {readable(_num_bytes(subject, merge, format))}; nothing was left behind.",
         ) from error
     for path in _files(building):
         path.chmod(0o644)  # safetensors 0.8 lets only its owner read what it writes
@@ -217,7 +244,3 @@ def _facts(subject: Subject, format: Format, how: dict[str, str], found: Parity)
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _readable(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

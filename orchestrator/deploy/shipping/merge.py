@@ -11,6 +11,7 @@ from typing import Any, Literal
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.load import load_own_tokenizer
+from orchestrator.deploy.shipping.memory import why_out_of_memory
 from orchestrator.deploy.shipping.stored import Stored, find_stored
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
@@ -132,11 +133,23 @@ class Merge:
         tokenizer.save_pretrained(str(target))
 
     def value(self, name: str) -> Any:
-        """One weight of the merged model, on the CPU: summed in float32, rounded once."""
+        """One weight of the merged model, on the CPU: worked out on the GPU if there is one and it has room."""
+        import torch
+
+        if torch.cuda.is_available():
+            try:
+                return self._worked_out(name, "cuda")
+            except RuntimeError as error:
+                if why_out_of_memory(error) is None:
+                    raise
+            torch.cuda.empty_cache()
+        return self._worked_out(name, "cpu")
+
+    def _worked_out(self, name: str, device: str) -> Any:
+        """One weight: summed in float32, rounded once."""
         import torch
         from safetensors import safe_open
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         with safe_open(self.subject.adapter / WEIGHTS, "pt") as adapter:
             if name in self.replaced:
                 weight = adapter.get_tensor(self.replaced[name]).to(device)

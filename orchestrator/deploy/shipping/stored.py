@@ -115,6 +115,24 @@ def find_stored(base: BaseSection) -> Stored:
     )
 
 
+def loaded_bytes(base: BaseSection) -> int:
+    """Memory that a base's weights take once they are loaded on a CPU, without the scales of quantised ones.
+
+    Those that keep their type stay in their mapped files: the kernel lets go of them where it needs the room.
+
+    Raises:
+        RequestError: the base cannot be found.
+    """
+    import torch
+
+    stored = Stored(base, _file(base, "config.json").parent, {})
+    dtype = getattr(torch, base.compute_dtype)
+    others = 0 if stored.config.dtype == dtype else dtype.itemsize
+    held, quantised = {"none": others, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization], stored.quantised()
+    weights = stored.blank().named_parameters()
+    return int(sum(weight.numel() * (held if name in quantised else others) for name, weight in weights))
+
+
 def _names(path: Path) -> list[str]:
     from safetensors import safe_open
 

@@ -14,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.adapters.bundle import WEIGHTS
-from orchestrator.deploy.shipping import check
+from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal, verify
+from orchestrator.deploy.shipping import check, memory, ray_serve
 from orchestrator.deploy.shipping.export import export
+from orchestrator.deploy.shipping.merge import Merge, plan_merge
+from orchestrator.deploy.shipping.parity import Source
 from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import ExportError, RequestError
@@ -84,6 +86,39 @@ def test_a_target_that_exists_stays_as_it_is(subject: Subject, rows: Path, tmp_p
     assert file.read_text() == "mine"
     assert [path.name for path in folder.iterdir()] == ["mine"]
     assert loaded == []
+
+
+def test_a_link_to_an_empty_folder_stays_one(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
+    export(subject, tmp_path / "link", "adapter", data=rows)
+    assert (tmp_path / "link").is_symlink()
+    assert verify(tmp_path / "link").facts.format == "adapter"
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["empty"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_made(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(RequestError, match=f"{tmp_path / 'disk'}: is a mount point") as refused:
+        export(subject, tmp_path / "disk", "adapter", data=rows)
+    assert "Give a folder in it" in refused.value.remedy
+    assert loaded == []
+
+
+def test_what_cannot_be_put_in_its_place_is_kept_whole(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    def take_the_place(line: str) -> None:
+        if line == "loading the export back":
+            (tmp_path / "out" / "mine").mkdir(parents=True)
+
+    with pytest.raises(ExportError, match="out: was exported and checked, but cannot be put in its place") as told:
+        export(subject, tmp_path / "out", "adapter", data=rows, say=take_the_place)
+    (kept,) = tmp_path.glob(".building-*")
+    assert str(kept) in told.value.remedy
+    assert verify(kept).facts.format == "adapter"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: Subject, out: Path, loaded: list[Any]) -> None:
@@ -239,6 +274,121 @@ def test_what_there_is_no_memory_to_check_is_kept_and_said(
     assert LlamaForCausalLM.from_pretrained(kept).dtype == torch.bfloat16
     with pytest.raises(RequestError, match=r"out\.unchecked: is there, which an export .* has left"):
         export(subject, tmp_path / "out", "merged", data=rows)
+
+
+def fill(*_: Any) -> None:
+    raise FULL[0]
+
+
+def test_an_unchecked_copy_of_an_adapter_does_not_say_that_it_is_whole(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal(subject.adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
+    monkeypatch.setattr(check, "compare", fill)
+    with pytest.raises(ExportError, match="not enough memory"):
+        export(subject, tmp_path / "out", "adapter", data=rows)
+    assert (tmp_path / "out.unchecked" / WEIGHTS).exists()
+    assert not (tmp_path / "out.unchecked" / MANIFEST).exists()
+
+
+def test_an_unchecked_application_names_the_model_where_it_is_kept(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_serve, "require_ray_serve", lambda: None)
+    monkeypatch.setattr(ray_serve, "check", lambda _: None)
+    monkeypatch.setattr(check, "compare", fill)
+    with pytest.raises(ExportError, match="not enough memory"):
+        export(subject, tmp_path / "out", "ray-serve", data=rows)
+    kept = tmp_path / "out.unchecked"
+    text = (kept / ray_serve.FILE).read_text()
+    assert f"model_source: {kept / ray_serve.MODEL}\n" in text
+    assert str(tmp_path / "out" / ray_serve.MODEL) not in text
+
+
+SPREAD = {"model": "cpu", "lm_head": "disk"}
+"""What accelerate makes of a base that all GPUs together have no room for."""
+
+
+@pytest.mark.parametrize("of", ["source", "export"])
+def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    assert subject.base.quantization == "nf4"
+    load, told = check.load_model, list[str]()
+    if of == "export":
+        monkeypatch.setattr(check, "load_model", lambda subject, _: load(subject, {"": "cpu"}))
+    monkeypatch.setattr(check, "device_name", lambda: "as if two")
+    monkeypatch.setattr(check, "device_map", lambda: SPREAD)
+    export(subject, tmp_path / "out", "adapter", data=rows, say=told.append)
+    assert told.count("loading the export back") == (1 if of == "source" else 2)
+    assert (
+        "the GPU has too little memory, so that both are asked on the CPU: the GPUs together have no room for the base "
+        "in its quantised form"
+    ) in told
+
+
+def test_a_base_that_memory_cannot_hold_is_not_loaded(
+    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+) -> None:
+    """The kernel would end the process, which then could tell nothing, nor take away what it has begun."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    stored_otherwise = replace(subject, base=subject.base.model_copy(update={"quantization": "none"}))
+    with pytest.raises(ExportError, match=r"the base alone takes 0\.01 GiB, available are 0\.00 GiB"):
+        export(stored_otherwise, tmp_path / "out", "merged", data=rows)
+    assert loaded == []
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl", "out.unchecked"}
+
+
+def test_a_gguf_file_that_memory_cannot_hold_is_not_loaded(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"0" * 10)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 9)
+    with pytest.raises(MemoryError, match=r"the model in model\.gguf takes"):
+        check._compare(Source([], 0.0), tmp_path, subject, "gguf", "bf16", [], on_gpu=False)
+
+
+def test_there_is_room_for_weights_where_gpu_and_cpu_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate then tells of the GPU alone."""
+    monkeypatch.setattr("accelerate.utils.modeling.is_mps_available", lambda: True)
+    room = check._room(False)
+    assert room.keys() == {"cpu"}
+    assert room["cpu"] > 1 << 27
+
+
+def on_8_bits(subject: Subject) -> Subject:
+    """An adapter on all matrices of the base, which is held in 8 bits and float16."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(BASE_DIR), config).save_pretrained(subject.adapter)
+    return replace(subject, base=BaseSection(model="embedded", compute_dtype="float16", quantization="int8"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_merge_from_8_bits_is_right_within_its_own_rounding(
+    subject: Subject, rows: Path, tmp_path: Path, dtype: Any
+) -> None:
+    """LLM.int8 rounds the inputs of its products too, which says nothing of the merge."""
+    told: list[str] = []
+    done = export(on_8_bits(subject), tmp_path / "out", "merged", dtype, data=rows, say=told.append)
+    assert 0 < done.parity.difference < {"fp16": 0.001, "bf16": 0.008}[dtype]
+    assert done.parity.effect > 0.1
+    assert told[-1].startswith("note: 8-bit products round their inputs as well")
+
+
+def test_a_wrong_merge_from_8_bits_is_found(
+    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def louder(*how: Any) -> Merge:
+        right = plan_merge(*how)
+        return replace(
+            right, updates={name: replace(each, scale=each.scale * 1.05) for name, each in right.updates.items()}
+        )
+
+    given = on_8_bits(subject)
+    monkeypatch.setattr("orchestrator.deploy.shipping.export.plan_merge", louder)
+    with pytest.raises(ExportError, match="does not answer as the adapter does"):
+        export(given, out, "merged", data=rows)
 
 
 def test_another_fault_of_the_check_leaves_nothing(

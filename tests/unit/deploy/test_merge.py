@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from orchestrator.base import load_base
 from orchestrator.deploy.chat import open_prompt_form
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Onto, plan_merge
-from orchestrator.deploy.shipping.stored import find_stored
+from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.shipping.stored import find_stored, loaded_bytes
 from orchestrator.deploy.subject import Subject
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
@@ -156,6 +156,55 @@ def test_a_merge_is_to_the_bit_pefts_own_in_float32(
     expected.to(getattr(torch, DTYPES[dtype]))
     assert any(not torch.equal(weights(bare)[name], weight) for name, weight in weights(expected).items())
     assert_same(weights(merged(given, tmp_path / "merged", dtype, onto)), weights(expected))
+
+
+def test_a_weight_for_which_the_gpu_has_no_room_is_merged_on_the_cpu(
+    subject: MakeSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, devices = subject(form={"quantization": "none"}), list[str]()
+    expected = weights(merged(given, tmp_path / "expected"))
+    work_out = Merge._worked_out
+
+    def on_a_gpu_that_is_full(merge: Merge, name: str, device: str) -> Any:
+        devices.append(device)
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.20 GiB.")
+        return work_out(merge, name, device)
+
+    monkeypatch.setattr(Merge, "_worked_out", on_a_gpu_that_is_full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: devices.append("emptied"))
+    (tmp_path / "merged").mkdir()
+    plan_merge(given, "bf16", "dequantised").write(tmp_path / "merged")
+    monkeypatch.undo()
+    assert devices.count("cuda") == devices.count("emptied") == devices.count("cpu") > 0
+    assert_same(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_another_fault_of_the_gpu_is_not_passed_over(subject: MakeSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Merge, name: str, device: str) -> None:
+        if device == "cuda":
+            raise RuntimeError(f"{name}: CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Merge, "_worked_out", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        plan_merge(subject(), "bf16", "dequantised").value("lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "compute_dtype"),
+    [("none", FP32), ("none", "float16"), ("int8", FP32), ("nf4", FP32), ("fp4", "float16")],
+)
+def test_the_memory_of_a_base_is_told_without_loading_it(
+    subject: MakeSubject, quantization: str, compute_dtype: str
+) -> None:
+    base = subject(form={"quantization": quantization, "compute_dtype": compute_dtype}).base
+    assert loaded_bytes(base) == sum(weight.nbytes for weight in load_base(base).parameters())
+
+
+def test_weights_that_stay_in_their_files_take_no_memory(subject: MakeSubject) -> None:
+    assert loaded_bytes(subject(form={"quantization": "none", "compute_dtype": BF16}).base) == 0
 
 
 def test_new_tokens_are_in_the_merged_model_and_its_vocabulary(tmp_path: Path) -> None:

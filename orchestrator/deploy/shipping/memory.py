@@ -1,0 +1,37 @@
+"""Memory: what there is, and how it is said that there is not enough."""
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+"""How torch, CUDA and cuBLAS say it, where they have no exception of its own."""
+
+_BEYOND_GPUS = "dispatched on the CPU or the disk"
+"""In what transformers raises where accelerate finds no room on all GPUs together for a quantised base."""
+
+
+def why_out_of_memory(error: Exception) -> str | None:
+    """What a fault says of memory that ran out; None: it is another fault."""
+    import torch
+
+    told = str(error).strip().partition("\n")[0]
+    if _BEYOND_GPUS in told:
+        return "the GPUs together have no room for the base in its quantised form"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in _OUT_OF_MEMORY):
+        return told or type(error).__name__
+    return None
+
+
+def available_bytes() -> int:
+    """Memory of this machine that can be taken, what the kernel holds of files counted in."""
+    from psutil import virtual_memory  # type: ignore[import-untyped]
+
+    return int(virtual_memory().available)
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """Raises MemoryError where there is less: the kernel would end the process, which then leaves its files about."""
+    if num_bytes > (available := available_bytes()):
+        raise MemoryError(f"{what} takes {readable(num_bytes)}, available are {readable(available)}")
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{num_bytes / 2**30:.2f} GiB"
