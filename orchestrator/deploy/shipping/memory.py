@@ -21,7 +21,7 @@ def why_out_of_memory(error: Exception) -> str | None:
 
 def available_bytes() -> int:
     """Memory of this machine that can be taken, what the kernel holds of files counted in."""
-    from psutil import virtual_memory  # type: ignore[import-untyped]
+    from psutil import virtual_memory
 
     return int(virtual_memory().available)
 
