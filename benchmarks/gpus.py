@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.common import Setting, main
 from benchmarks.sweep import document_of, sweep_ours
+from orchestrator.record import read_metrics
 
 
 def measure(setting: Setting, gpus: list[int], steps: int) -> dict[str, Any]:
@@ -41,10 +42,11 @@ def _on(count: int, document: dict[str, Any], folder: Path) -> dict[str, float]:
     swept = sweep_ours(document, folder, f"on-{count}", CUDA_VISIBLE_DEVICES=",".join(devices))
     times = [at for trial in swept.trials() for at in _times(swept.record.paths.trial(trial.trial_id).tensorboard)]
     training_s = max(times) - min(times)
+    before = sum(read_metrics(swept.record.paths.trial(trial.trial_id))[0].tokens for trial in swept.trials())
     return {
         "makespan_s": round(swept.seconds, 1),
         "training_s": round(training_s, 1),
-        "tokens_per_second": round(sum(trial.tokens for trial in swept.trials()) / training_s),
+        "tokens_per_second": round((sum(trial.tokens for trial in swept.trials()) - before) / training_s),
         "workers": len({trial.worker for trial in swept.trials()}),
     }
 

@@ -259,7 +259,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
     except OSError:
         replaced.rename(folder)
         raise
-    shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # what is left of it `put_right` takes away
 
 
 def put_right(parent: Path) -> None:

@@ -5,10 +5,13 @@ Not a rule of experiment files: a trial that runs alone has no scheduler, and a 
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import SpecError
+from orchestrator.spec.axes import Axis
+from orchestrator.spec.probing import check_point
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
@@ -64,7 +67,11 @@ def require_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
 def _reach(spec: SweepSpec, scheduler: Rungs | Population, num_rows: int | None) -> _Reach | None:
     """Of the longest trial that there may be; None where that is not known."""
     reaches = []
-    for point in _lengths(spec):
+    for point in _lengths(spec, scheduler):
+        try:
+            check_point(spec, spec.search.active(point))  # the loader may have tried a draw of them alone
+        except ValueError as error:
+            raise SpecError(str(error)) from error
         config = spec.trial_config(point)
         training = config.training
         steps = training.steps if num_rows is None else training.steps_of(num_rows)
@@ -76,15 +83,28 @@ def _reach(spec: SweepSpec, scheduler: Rungs | Population, num_rows: int | None)
     return max(reaches, key=lambda reach: reach.time, default=None)
 
 
-def _lengths(spec: SweepSpec) -> list[dict[str, Any]]:
-    """Points that differ in how long a trial is, all combinations; none where there are too many to try."""
+def _lengths(spec: SweepSpec, scheduler: Rungs | Population) -> list[dict[str, Any]]:
+    """Points that differ in how long a trial is, all combinations; none where there are too many to try.
+
+    In steps the longest lies at the ends of ranges. In tokens it may lie between, for they stop at the last evaluation.
+    """
     ties = " ".join(spec.search.tied.values()) if set(spec.search.tied) & set(_LENGTH) else ""
     told = [path for path in spec.search.space if path in _LENGTH or path in ties]
     told += [parent for path in told for parent in spec.search.ancestors(path)]
-    probes = {path: axis.probes() if path in told else axis.probes()[:1] for path, axis in spec.search.space.items()}
-    if math.prod(map(len, probes.values())) > _MOST_LENGTHS:
+    values: dict[str, Sequence[Any]] = {path: axis.probes()[:1] for path, axis in spec.search.space.items()}
+    for path in told:
+        axis = spec.search.space[path]
+        values[path] = _every(axis) if scheduler.counts == "tokens" else axis.probes()
+    if math.prod(map(len, values.values())) > _MOST_LENGTHS:
         return []
-    return [dict(zip(probes, values, strict=True)) for values in itertools.product(*probes.values())]
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def _every(axis: Axis) -> Sequence[Any]:
+    """All values where there are finitely many, else the ends."""
+    if axis.is_whole and not axis.is_stepped:
+        return range(*axis.values)
+    return axis.listed() or axis.probes()
 
 
 def _require_look_in_time(spec: SweepSpec, scheduler: Rungs | Population, reach: _Reach) -> None:

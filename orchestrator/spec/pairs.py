@@ -84,9 +84,10 @@ def check_trials(spec: "SweepSpec") -> None:
     Raises:
         ValueError: with the field and the reason.
     """
-    dequantise = spec.training.dequantise
-    if dequantise != "auto" and all(idle := [config.why_not_dequantised() for config in spec.corners()]):
-        raise ValueError(f"training.dequantise is {dequantise}, but {idle[0]}; leave it out")
+    if spec.training.dequantise != "auto" or _varies(spec, "training.dequantise"):
+        asked = [config for config in spec.samples() if config.training.dequantise != "auto"]
+        if asked and all(idle := [config.why_not_dequantised() for config in asked]):
+            raise ValueError(f"training.dequantise is {asked[0].training.dequantise}, but {idle[0]}; leave it out")
     if spec.resources.gpus_per_trial == 0 and (reason := spec.why_not_on_cpu()):
         raise ValueError(f"{reason}, and resources.gpus_per_trial is 0")
 

@@ -32,8 +32,13 @@ def check_axes(spec: "SweepSpec") -> None:
     for path, axis in spec.search.space.items():
         _require_kind(path, axis)
     for point in [*spec.edges(), *combinations(spec)]:
-        if fault := _fault(spec, point):
-            raise ValueError(_blamed(spec, point, fault))
+        check_point(spec, point)
+
+
+def check_point(spec: "SweepSpec", point: _Point) -> None:
+    """Raises ValueError as `check_axes` does, for one point."""
+    if fault := _fault(spec, point):
+        raise ValueError(_blamed(spec, point, fault))
 
 
 def check_searchable(path: str) -> None:

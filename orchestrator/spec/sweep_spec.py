@@ -100,10 +100,13 @@ class SweepSpec(Section):
         """Trials that stand for all: each value, or end, of each axis is in one of them."""
         return [self.trial_config(point) for point in self.edges()]
 
+    def samples(self) -> list[TrialConfig]:
+        """The corners, and what stands for all combinations of axes."""
+        return [*self.corners(), *map(self.trial_config, combinations(self))]
+
     def why_not_on_cpu(self) -> str | None:
         """What in one of the trials needs a GPU, or None."""
-        trials = [*self.corners(), *map(self.trial_config, combinations(self))]
-        return next((reason for config in trials if (reason := config.why_not_on_cpu())), None)
+        return next((reason for config in self.samples() if (reason := config.why_not_on_cpu())), None)
 
     def edges(self) -> list[dict[str, Any]]:
         """Points that differ from a first one along one axis (and those that it needs to exist)."""

@@ -150,6 +150,8 @@ class Attempt:
         try:
             add_answers(folder, self._start.metric, answers)
         except OSError as error:
+            if not folder.exists():
+                raise
             self._reporter.warn(
                 f"{folder}: the answers are in the record alone, for it cannot be written anew: {error}"
             )

@@ -99,6 +99,7 @@ class Books:
                         log.write(traceback)
                 self._finish(TrialState.FAILED, f"{error}\n  {remedy}" if remedy else error)
             case Left():
+                self._warnings = list(self._start.warnings)  # what this attempt warned of is done again
                 self.close()
         return None
 

@@ -32,6 +32,7 @@ from orchestrator.training.events import (
     Logged,
     Noted,
     Saved,
+    Warned,
 )
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.host import Host, LeaseLost
@@ -198,13 +199,17 @@ def test_trials_that_come_at_the_start_begin_together(
 def test_a_fault_as_a_trainer_is_imported_is_told(
     hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    has_started = threading.Event()
+
     def fails() -> None:
+        assert has_started.wait(60)
         raise ImportError("no trainer")
 
     monkeypatch.setattr(host_room, "import_trainer", fails)  # before the host stands: it imports at once
     hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
     one = hosted.start("one")
     assert one
+    has_started.set()
     hosted.follow(lambda: one.end)
     assert isinstance(one.end, Left)
     assert one.end.lost == "ImportError: no trainer"
@@ -370,10 +375,13 @@ def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypat
     books = Books(one.start, one.paths, hosted.spec.tracking)
     for event in one.events[:-1]:
         books.enter(event)
-    books.close()
+    last = {"seconds": 1.0, "gpu_seconds": 0.0, "peak_memory_gib": 0.0}
+    books.enter(Warned(**last, warning="what is done again at the end"))
+    books.enter(Left(**last, step=6, lost=None))
     again = hosted.start("one", again=True)
     assert again
     assert again.start.step == again.start.total_steps == 6
+    assert again.start.warnings == []
     hosted.follow(lambda: again.end)
     assert isinstance(again.end, Completed)
     assert not again.of(Logged)

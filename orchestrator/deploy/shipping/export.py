@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def export(
         ExportError: the export does not answer as the adapter does: nothing is left behind. Or there is not enough
             memory to find out, or the target cannot be replaced any more: what was written is kept beside it.
     """
-    target = target.resolve()
+    target = _resolved(target)
     _require_target(target, format, dtype, onto)
     dtype = dtype or default_dtype(subject.base)
     onto = onto or "dequantised"
@@ -96,7 +96,8 @@ def export(
             found = hold_against_source(building, subject, format, dtype, onto, rows, say)
         except NoMemoryError as error:
             if format == "ray-serve":
-                ray_serve.write(building, _unchecked(target), subject.name, dtype)
+                with suppress(OSError):  # the model beside it is kept all the same
+                    ray_serve.write(building, _unchecked(target), subject.name, dtype)
             raise _kept_unchecked(building, target, error) from error
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], subject.base.compute_dtype))
@@ -117,6 +118,13 @@ def export(
             raise RequestError(f"{target}: cannot be written: {error}", "Nothing was left behind.") from error
     _put_in_place(building, target)
     return Exported(target, format, found, sorted(sizes), sum(sizes.values()))
+
+
+def _resolved(target: Path) -> Path:
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself: RuntimeError up to Python 3.12
+        raise RequestError(f"{target}: leads nowhere: {error}", "Give another folder.") from error
 
 
 def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Onto | None) -> None:

@@ -125,9 +125,8 @@ def loaded_bytes(base: BaseSection) -> int:
     """
     import torch
 
-    stored = Stored(base, _file(base, "config.json").parent, {})
-    dtype = getattr(torch, base.compute_dtype)
-    others = 0 if stored.config.dtype == dtype else dtype.itemsize
+    stored, dtype = find_stored(base), getattr(torch, base.compute_dtype)
+    others = 0 if stored.read(min(stored.files)).dtype == dtype else dtype.itemsize
     held, quantised = {"none": others, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization], stored.quantised()
     weights = stored.blank().named_parameters()
     return int(sum(weight.numel() * (held if name in quantised else others) for name, weight in weights))

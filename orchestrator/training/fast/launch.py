@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime._async_compile import FutureKernel
 
 _HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
 
@@ -48,7 +49,7 @@ def compiled_together() -> Iterator[None]:
                 yield
             found = filter(None, compiled)  # none where a hook of Triton's has said that it is there
             # A promise of a kernel, or a kernel where it was there before.
-            kernels = (each.result() if hasattr(each, "result") else each for each in found)
+            kernels = (each.result() if isinstance(each, FutureKernel) else each for each in found)
             list(threads.map(_make_launcher, {kernel.hash: kernel for kernel in kernels}.values()))
     finally:
         _compiled.reset(token)

@@ -19,6 +19,7 @@ from orchestrator.adapters.bundle import (
     Facts,
     Origin,
     add_answers,
+    put_right,
     read_manifest,
     read_scores,
     save_adapter,
@@ -299,6 +300,17 @@ def test_a_bundle_is_as_it_was_where_answers_cannot_be_written(
         with pytest.raises(OSError, match="No space left"):
             add_answers(bundle, "eval/loss", [True])
     assert verify(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
+
+
+def test_what_is_left_of_the_folder_before_is_taken_away_later(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a network's disk keeps files that are open."""
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", _fails(errno.EBUSY))
+        add_answers(bundle, "eval/loss", [True])
+    assert verify(bundle).facts.metrics["eval/exact_match"] == 1.0
+    assert len(list(bundle.parent.iterdir())) == 2
+    put_right(bundle.parent)
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 

@@ -97,6 +97,12 @@ def test_a_link_to_an_empty_folder_stays_one(subject: Subject, rows: Path, tmp_p
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["empty"]
 
 
+def test_a_link_to_itself_is_refused(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(RequestError, match=f"{tmp_path / 'link'}: "):
+        export(subject, tmp_path / "link", "adapter", data=rows)
+
+
 def test_a_mount_point_is_refused_before_anything_is_made(
     subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:

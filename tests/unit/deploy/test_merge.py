@@ -203,8 +203,14 @@ def test_the_memory_of_a_base_is_told_without_loading_it(
     assert loaded_bytes(base) == sum(weight.nbytes for weight in load_base(base).parameters())
 
 
-def test_weights_that_stay_in_their_files_take_no_memory(subject: MakeSubject) -> None:
-    assert loaded_bytes(subject(form={"quantization": "none", "compute_dtype": BF16}).base) == 0
+@pytest.mark.parametrize("told", [True, False])
+def test_weights_that_keep_their_type_are_not_counted(subject: MakeSubject, told: bool) -> None:
+    """They stay in their mapped files; the type is that of the files, whether config.json names it or not."""
+    base = subject(form={"quantization": "none", "compute_dtype": BF16}).base
+    config = Path(base.model) / "config.json"
+    if not told:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": None}))
+    assert loaded_bytes(base) == 0
 
 
 def test_new_tokens_are_in_the_merged_model_and_its_vocabulary(tmp_path: Path) -> None:

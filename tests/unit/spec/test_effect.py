@@ -96,6 +96,42 @@ def test_of_more_lengths_than_can_be_tried_nothing_is_said(document: Document) -
     require_effect(written(document, {"kind": "asha", "grace_steps": 400}, space=space))
 
 
+@pytest.mark.parametrize(
+    ("training", "axis", "tied", "rows", "most"),
+    [
+        ({"epochs": 1.0, "eval_steps": 10}, [4, 11], {}, 100, 9 * 10 * 512),
+        (
+            {"steps": 100, "eval_steps": 50},
+            [6, 13],
+            {"training.steps": "800 // training.batch_size"},
+            None,
+            7 * 100 * 512,
+        ),
+    ],
+)
+def test_in_tokens_the_longest_trial_may_have_a_value_between_the_ends(
+    document: Document, training: Document, axis: list[int], tied: dict[str, str], rows: int | None, most: int
+) -> None:
+    space = {"training.batch_size": {"randint": axis}}
+    require_effect(written(document, {"kind": "asha", "grace_tokens": most}, training, space=space, tied=tied), rows)
+    spec = written(document, {"kind": "asha", "grace_tokens": most + 1}, training, space=space, tied=tied)
+    with pytest.raises(SpecError, match=f"give at most {most}"):
+        require_effect(spec, rows)
+
+
+def test_a_combination_that_the_loader_has_not_tried_is_told_too(document: Document) -> None:
+    training = {"schedule": "warmup_stable_decay", "warmup": 0, "decay_steps": 50, "steps": 100, "eval_steps": 2}
+    axis = {"choice": [100, 1, *range(60, 90)]}
+    space, tied = (
+        {"lora.rank": axis, "training.accumulation": axis},
+        {"training.steps": "lora.rank * training.accumulation"},
+    )
+    with pytest.raises(
+        SpecError, match=r"lora.rank 1 with training.accumulation 1 gives .* decay_steps \(50\) are more"
+    ):
+        require_effect(written(document, {"kind": "asha"}, training, space=space, tied=tied))
+
+
 @pytest.mark.parametrize("rows", [None, 380, 400, 401])
 def test_with_epochs_the_rows_tell(document: Document, rows: int | None) -> None:
     spec = written(document, {"kind": "asha", "grace_steps": 100}, {"epochs": 1.0, "eval_steps": 20})

@@ -77,6 +77,13 @@ PAIRS: list[tuple[Document, str]] = [
         "training.dequantise is once, but training.engine is trl, which has none; leave it out",
     ),
     (
+        {
+            "training": {"engine": "trl"},
+            "search": {"space": {"training.dequantise": {"choice": ["once", "per_layer"]}}},
+        },
+        "training.dequantise is once, but training.engine is trl, which has none; leave it out",
+    ),
+    (
         {"training": {"dequantise": "per_layer"}, "base": WHOLE},
         "training.dequantise is per_layer, but there is nothing to dequantise with base.quantization none",
     ),
@@ -141,6 +148,16 @@ def test_a_pair_that_cannot_be_is_refused(document: Document, sections: Document
             "search": {"space": {"base.quantization": {"choice": ["nf4", "none"]}}},
         },
         {"training": {"dequantise": "once"}, "search": {"space": {"training.engine": {"choice": ["fast", "trl"]}}}},
+        {
+            "training": {"dequantise": "once"},
+            "search": {
+                "space": {
+                    "training.engine": {"choice": ["trl", "fast"]},
+                    "base.quantization": {"choice": ["none", "nf4"]},
+                }
+            },
+        },
+        {"search": {"space": {"training.dequantise": {"choice": ["once", "per_layer"]}}}},
     ],
     ids=str,
 )
