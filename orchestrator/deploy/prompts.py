@@ -112,7 +112,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
         growing.chmod(0o644)
         growing.rename(path)
     except BaseException as error:
-        growing.unlink()
+        growing.unlink(missing_ok=True)  # Ctrl-C may come when it has its own name already
         if isinstance(error, OSError) and error.errno in _FULL:
             raise RequestError(f"{path}: cannot be written: {error}", "Nothing was left behind.") from error
         raise

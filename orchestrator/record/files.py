@@ -41,5 +41,5 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # Ctrl-C may come when it has its own name already
         raise

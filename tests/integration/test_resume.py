@@ -129,7 +129,7 @@ def test_ctrl_c_of_a_single_trial(tmp_path: Path) -> None:
             time.sleep(0.05)
         trial.send_signal(signal.SIGINT)
         _, message = trial.communicate(timeout=60)
-    assert trial.returncode == 130
+    assert trial.returncode == 130, message
     assert f"orchestrator resume {tmp_path / 't'}" in message
     assert "Traceback" not in message
     (interrupted,) = read_sweep(tmp_path / "t").trials()

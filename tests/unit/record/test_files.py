@@ -31,6 +31,22 @@ def test_a_failing_replacement_leaves_no_other_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
+def test_an_interrupt_that_comes_right_after_the_replacement_is_none_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def replace_and_interrupt(path: Path, target: Path) -> None:
+        replace(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", replace_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "x.json", "new")
+    assert (tmp_path / "x.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
 def test_a_reader_never_meets_a_part(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     texts = {letter * 200_000 for letter in "ab"}
