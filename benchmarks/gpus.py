@@ -40,14 +40,16 @@ def _on(count: int, document: dict[str, Any], folder: Path) -> dict[str, float]:
     devices = visible.split(",")[:count]
     assert len(devices) == count, f"{count} GPUs asked for, and CUDA_VISIBLE_DEVICES is {visible}"
     swept = sweep_ours(document, folder, f"on-{count}", CUDA_VISIBLE_DEVICES=",".join(devices))
-    times = [at for trial in swept.trials() for at in _times(swept.record.paths.trial(trial.trial_id).tensorboard)]
+    trials = swept.trials()
+    paths = [swept.record.paths.trial(trial.trial_id) for trial in trials]
+    times = [at for each in paths for at in _times(each.tensorboard)]
     training_s = max(times) - min(times)
-    before = sum(read_metrics(swept.record.paths.trial(trial.trial_id))[0].tokens for trial in swept.trials())
+    tokens = sum(trial.tokens for trial in trials) - sum(read_metrics(each)[0].tokens for each in paths)
     return {
         "makespan_s": round(swept.seconds, 1),
         "training_s": round(training_s, 1),
-        "tokens_per_second": round((sum(trial.tokens for trial in swept.trials()) - before) / training_s),
-        "workers": len({trial.worker for trial in swept.trials()}),
+        "tokens_per_second": round(tokens / training_s),
+        "workers": len({trial.worker for trial in trials}),
     }
 
 

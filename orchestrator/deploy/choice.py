@@ -34,6 +34,11 @@ class Candidate:
             return self.trial.num_parameters
         return self.trial.best.values.get(metric) if self.trial.best else None
 
+    @property
+    def cost(self) -> float:
+        """Parameters of its adapter, by which the cheapest is recommended; infinite where they are not known."""
+        return self.trial.num_parameters or float("inf")
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -113,7 +118,7 @@ def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: boo
     why = _why_not_compared(leader, metric)
     rivals = [] if why or len(ranked) == 1 else _compare(leader, ranked[1:], metric)
     tied = [leader, *(rival.candidate for rival in rivals if rival.is_tied)]
-    cheapest = min(tied, key=lambda each: each.trial.num_parameters or float("inf"))
+    cheapest = min(tied, key=lambda each: each.cost)
     return Choice(metric, mode, leader, rivals, leader if strict else cheapest, len(ranked), why)
 
 
@@ -141,13 +146,11 @@ def why_it_may_differ(choice: Choice, lost: Candidate, ranked: Sequence[Candidat
         strict: how the choice was made.
     """
     places = {each.trial.trial_id: place for place, each in enumerate(ranked)}
-
-    def cost(candidate: Candidate) -> tuple[float, int]:
-        return candidate.trial.num_parameters or float("inf"), places[candidate.trial.trial_id]
-
-    if places[lost.trial.trial_id] < places[choice.leader.trial.trial_id]:
+    place, recommended = places[lost.trial.trial_id], choice.recommended
+    if place < places[choice.leader.trial.trial_id]:
         return "it leads"
-    if strict or choice.why_not_compared or cost(lost) > cost(choice.recommended):
+    is_dearer = (lost.cost, place) > (recommended.cost, places[recommended.trial.trial_id])
+    if strict or choice.why_not_compared or is_dearer:
         return None
     return "it would be taken if it were tied with the leader, which only its rows tell (`best --strict` does not ask)"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.axes import Axis
-from orchestrator.spec.probing import check_point
+from orchestrator.spec.probing import config_at
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
@@ -69,10 +69,9 @@ def _reach(spec: SweepSpec, scheduler: Rungs | Population, num_rows: int | None)
     reaches = []
     for point in _lengths(spec, scheduler):
         try:
-            check_point(spec, spec.search.active(point))  # the loader may have tried a draw of them alone
-        except ValueError as error:
+            config = config_at(spec, spec.search.active(point))
+        except ValueError as error:  # of very many combinations the loader has tried some
             raise SpecError(str(error)) from error
-        config = spec.trial_config(point)
         training = config.training
         steps = training.steps if num_rows is None else training.steps_of(num_rows)
         if steps is None:

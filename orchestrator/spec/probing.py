@@ -32,13 +32,15 @@ def check_axes(spec: "SweepSpec") -> None:
     for path, axis in spec.search.space.items():
         _require_kind(path, axis)
     for point in [*spec.edges(), *combinations(spec)]:
-        check_point(spec, point)
+        config_at(spec, point)
 
 
-def check_point(spec: "SweepSpec", point: _Point) -> None:
-    """Raises ValueError as `check_axes` does, for one point."""
-    if fault := _fault(spec, point):
-        raise ValueError(_blamed(spec, point, fault))
+def config_at(spec: "SweepSpec", point: _Point) -> TrialConfig:
+    """The configuration at a point; raises ValueError as `check_axes` does."""
+    try:
+        return spec.trial_config(point)
+    except ValueError as error:
+        raise ValueError(_blamed(spec, point, _told(error))) from error
 
 
 def check_searchable(path: str) -> None:
@@ -92,8 +94,12 @@ def _fault(spec: "SweepSpec", point: _Point) -> str | None:
     try:
         spec.trial_config(point)
     except ValueError as error:
-        return describe(error, TrialConfig)[0]
+        return _told(error)
     return None
+
+
+def _told(error: ValueError) -> str:
+    return describe(error, TrialConfig)[0]
 
 
 def _blamed(spec: "SweepSpec", point: _Point, fault: str) -> str:
