@@ -51,6 +51,13 @@ def config_file(base: BaseSection) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def import_tokenizers() -> None:
+    """Import what `load_tokenizer` needs, which takes seconds."""
+    with importing():
+        import transformers.models.auto.tokenization_auto
+        import transformers.utils.type_validators  # noqa: F401  # of each model's configuration: a third of it
+
+
 def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     """The base's tokenizer, with a padding token.
 
@@ -61,8 +68,8 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     Raises:
         RequestError: there is no tokenizer of that name.
     """
-    with importing():
-        from transformers import AutoTokenizer
+    import_tokenizers()
+    from transformers import AutoTokenizer
 
     require_folder(base)
     try:

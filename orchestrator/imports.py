@@ -2,8 +2,10 @@
 
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 
 
 @contextmanager
@@ -25,3 +27,23 @@ def leave_out_compiler() -> None:
     uses: a fifth of all imports. Not for a process that is another's, nor inherited from one that starts others.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def leave_out_wandb() -> None:
+    """Keep W&B out of this process, which writes no run of it.
+
+    transformers and trl import it wherever it is installed (transformers 5.23, `integrations/integration_utils.py`; trl
+    1.16, `extras/profiling.py`): two thirds of trl's import.
+    """
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # Python's own way to say that it is not there
+
+
+def begin(imports: Callable[[], None]) -> Thread:
+    """Make imports beside what waits for other processes.
+
+    Join it before anything else imports of the same packages: what two threads import from different ends of a circle,
+    one of them sees half made. It is no daemon, for C++ aborts a process that ends in the middle of them.
+    """
+    thread = Thread(target=imports, name="imports")
+    thread.start()
+    return thread

@@ -39,7 +39,7 @@ class Workers:
 
     def open(self, handle: Any) -> Any:
         """Reference to a worker's slots, and why it has no more."""
-        return handle.open.remote(self.data, str(self.logs))
+        return handle.open.remote([self.data], str(self.logs))
 
     def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "Lease":
         """A slot for a trial, as soon as there is one.

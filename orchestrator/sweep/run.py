@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.base import import_tokenizers
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
+from orchestrator.imports import begin
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
@@ -49,8 +51,10 @@ def run_sweep(
     """
     require_extras(spec)
     require_effect(spec)
+    imports = begin(import_tokenizers)  # Ray takes about as long to start
     with connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
+        imports.join()
         info = start_sweep(spec, paths)
         with only_driver(paths):
             return _drive(SweepRecord(paths, info), fleet, watch, say)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from orchestrator.data import PreparedData
-from orchestrator.imports import importing, leave_out_compiler
+from orchestrator.imports import importing, leave_out_compiler, leave_out_wandb
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.training.events import Event, LeaseLost
@@ -52,11 +51,12 @@ class Worker:
         self._importing = threading.Thread(target=_import_libraries, daemon=True)
         self._importing.start()
 
-    def open(self, data: PreparedData, logs: str) -> tuple[int, str]:
+    def open(self, data: list[Any], logs: str) -> tuple[int, str]:
         """Begin to load the base; nothing if that was done before.
 
         Args:
-            data: the experiment's tokenised rows.
+            data: holds a reference to the experiment's tokenised rows (`PreparedData`). Ray fetches one that is an
+                argument itself at once, and imports for that what another thread is about to import.
             logs: folder for what this process prints.
 
         Returns:
@@ -65,6 +65,7 @@ class Worker:
         with self._lock:
             if self._host is None:
                 self._importing.join()
+                (rows,) = ray.get(data)
                 from orchestrator.training.device import use_device
                 from orchestrator.training.host import Host
                 from orchestrator.training.sharing import plan_slots
@@ -72,8 +73,8 @@ class Worker:
                 Path(logs).mkdir(parents=True, exist_ok=True)
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
                 use_device(self._spec.resources.cpus_per_trial)
-                self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, data, self._slots)
-                self._host = Host(self._spec, data, self._opened[0], self._gpus, on_lost=_end_soon)
+                self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
+                self._host = Host(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
 
     def free_slots(self) -> int | None:
@@ -123,7 +124,10 @@ def _end_soon() -> None:
 
 def _import_libraries() -> Any:
     leave_out_compiler()
+    leave_out_wandb()
     with importing():
+        import datasets  # noqa: F401  # rows need it
+
         import orchestrator.training.host
 
     return orchestrator.training.host

@@ -1,6 +1,7 @@
 """The classic engine: trl's SFTTrainer as it is, built from a trial's configuration."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ APART = 1e-3
 """What logits of the same tokens may differ by, where the tokens beside them are others."""
 
 
+@cache
 def import_trainer() -> None:
-    """Import what `build_trainer` needs, which takes seconds: before the first trial comes."""
+    """Import what `build_trainer` needs, which takes seconds: before the first trial comes.
+
+    Each trainer asks accelerate six times whether its model is PEFT's, which reads a package's metadata and looks at
+    every module for one that was compiled (1.15, `utils/imports.py` and `utils/other.py`): a quarter of a set-up. The
+    first is asked once here, and the second is never so where the fast engine trains.
+    """
     import trl.trainer.sft_trainer  # noqa: F401
+    from accelerate.utils import imports, other
+
+    imports._is_package_available = cache(imports._is_package_available)
+    other.has_compiled_regions = lambda _: False
 
 
 class TrlLoop:

@@ -4,11 +4,12 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.imports import importing
+from orchestrator.imports import begin, importing
 
 WORKER = """
 import sys
@@ -16,6 +17,20 @@ from orchestrator.sweep.worker import _import_libraries
 _import_libraries()
 assert "orchestrator.training.host" in sys.modules
 print("torch._inductor.compile_fx" in sys.modules)
+"""
+TRAINER = """
+from orchestrator.sweep.worker import _import_libraries
+_import_libraries()
+import sys
+from orchestrator.training.trl import import_trainer
+import_trainer()
+from transformers.integrations import is_wandb_available
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, get_peft_model
+from torch.nn import Linear, Sequential
+bare = Sequential(Linear(2, 2))
+print(is_wandb_available(), any(name.startswith("wandb.") for name in sys.modules), is_peft_model(bare))
+print(is_peft_model(get_peft_model(bare, LoraConfig(target_modules=["0"]))))
 """
 
 
@@ -43,3 +58,17 @@ def test_a_worker_imports_no_compiler_unless_asked(asked: str | None, is_there: 
     environment = without if asked is None else without | {"TORCHDYNAMO_DISABLE": asked}
     done = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == str(is_there)
+
+
+def test_a_worker_has_trainers_without_wandb_and_knows_what_is_pefts() -> None:
+    pytest.importorskip("wandb")
+    done = subprocess.run([sys.executable, "-c", TRAINER], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-4:] == ["False", "False", "False", "True"]
+
+
+def test_imports_that_have_begun_are_made_when_they_are_joined() -> None:
+    made: list[str] = []
+    thread = begin(lambda: made.append(threading.current_thread().name))
+    thread.join()
+    assert made == ["imports"]
+    assert not thread.daemon, "C++ aborts a process that ends in the middle of an import"
