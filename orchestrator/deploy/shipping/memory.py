@@ -1,5 +1,16 @@
 """Memory: what there is, and how it is said that there is not enough."""
 
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Of a container: its own."""
+
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of cgroups 2 and 1 (Linux, cgroup-v2.rst): the limit, what is taken of it, and what of that is held of files."""
+
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
 """How torch, CUDA and cuBLAS say it, where they have no exception of its own."""
 
@@ -20,10 +31,21 @@ def why_out_of_memory(error: Exception) -> str | None:
 
 
 def available_bytes() -> int:
-    """Memory of this machine that can be taken, what the kernel holds of files counted in."""
+    """Memory that can be taken, of this machine and of this container: what the kernel holds of files counted in."""
     from psutil import virtual_memory
 
-    return int(virtual_memory().available)
+    return min([int(virtual_memory().available), *_left_to_container()])
+
+
+def _left_to_container() -> list[int]:
+    """Bytes, where there is a limit."""
+    left = []
+    for limit, taken, of_files in _LIMITS:
+        file = CGROUP / limit
+        if file.is_file() and (most := file.read_text().strip()) != "max":
+            held = dict(line.split() for line in file.with_name("memory.stat").read_text().splitlines())
+            left.append(int(most) - int((CGROUP / taken).read_text()) + int(held[of_files]))
+    return left
 
 
 def require_memory(num_bytes: int, what: str) -> None:

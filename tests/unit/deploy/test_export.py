@@ -333,6 +333,29 @@ def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
     ) in told
 
 
+@pytest.mark.parametrize(
+    ("limit", "taken", "of_files"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["cgroup 2", "cgroup 1"],
+)
+def test_memory_is_what_the_container_has_left(
+    limit: str, taken: str, of_files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    of_the_machine = memory.available_bytes()
+    (tmp_path / "memory").mkdir()
+    for name, text in {limit: "5000000\n", taken: "3000000\n"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 2000000\n{of_files} 400000\n")
+    assert memory.available_bytes() == 2400000 < of_the_machine
+    if limit == "memory.max":
+        (tmp_path / limit).write_text("max\n")
+        assert memory.available_bytes() > 2400000
+
+
 def test_a_base_that_memory_cannot_hold_is_not_loaded(
     subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
