@@ -144,7 +144,8 @@ def build_trainer(
         checkpoints: folder of the trainer's checkpoints.
         read: for `draw`.
     """
-    from trl import SFTTrainer
+    # Not from trl: while another thread imports the trainer, its lazy module has no such name (trl 1.16).
+    from trl.trainer.sft_trainer import SFTTrainer
 
     training = config.training
     trainer = SFTTrainer(
@@ -171,7 +172,7 @@ def build_trainer(
 
 def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
     """SFTTrainer's arguments."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     precision, on_cpu = resolve_precision(training), not torch.cuda.is_available()
     return SFTConfig(

@@ -25,6 +25,8 @@ Tiny = Callable[..., SweepSpec]
 DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
 BIN = Path(sys.executable).parent
 SHORT = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
+ONE_EACH = ["resources.gpus_per_trial=0", "resources.trials_per_gpu=1"]
+"""A worker with a trial is full: the next one waits for the worker that opens late."""
 SECOND, BLIND, ELSEWHERE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 
@@ -134,7 +136,7 @@ def _user_environment() -> dict[str, str]:
 
 
 def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths, places: set[tuple[str, str]]) -> None:
-    record = run_sweep(tiny(*SHORT, "resources.gpus_per_trial=0"), folder, ignore, address=address)
+    record = run_sweep(tiny(*SHORT, *ONE_EACH), folder, ignore, address=address)
 
     trials = record.trials()
     assert len(trials) == 4
@@ -150,9 +152,7 @@ def test_nodes_with_other_working_folders(
 ) -> None:
     with connection(address), node_elsewhere(address, tmp_path / "elsewhere"):
         wait_for(ELSEWHERE, alive=True)
-        record = run_sweep(
-            tiny(*SHORT, "search.num_trials=6", "resources.gpus_per_trial=0"), folder, ignore, address=address
-        )
+        record = run_sweep(tiny(*SHORT, "search.num_trials=6", *ONE_EACH), folder, ignore, address=address)
     assert (ELSEWHERE, str(tmp_path / "elsewhere")) in places
     assert len({node for node, _ in places}) == 3
     trials = record.trials()

@@ -252,11 +252,13 @@ def test_what_is_written_late_is_whole(
     gate = hold_writers(monkeypatch)
     one = hosted.start("one", trial(*HOSTED, "lora.rank=32") if runs_alone else None)
     assert one
-    deadline = time.monotonic() + (4 if runs_alone else 200)  # one that is alone waits for its files
-    while hosted.host.free_slots() < 2 and time.monotonic() < deadline:
-        hosted.host.renew(one.lease)
-        time.sleep(0.02)
-    told = hosted.host.events(one.lease, 0.0)
+    told: list[Event] = []
+    deadline = time.monotonic() + 200
+    while not (told if runs_alone else hosted.host.free_slots() == 2):
+        assert time.monotonic() < deadline
+        told += hosted.host.events(one.lease, 0.02)
+    if runs_alone:  # it keeps its slot until its files are written: it has time to train as far as it can
+        told += hosted.host.events(one.lease, 4.0)
     assert [event.fields.keys() for event in told if isinstance(event, Noted)] == [{"alone"}] * runs_alone
     assert not (one.paths.root / "adapters").exists()
     gate.set()
@@ -415,7 +417,7 @@ def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: 
     hosted.follow(lambda: heard.end, unheard)
     renewed = hosted.start("renewed", forever)
     assert renewed
-    monkeypatch.setattr(hosted_room, "LEASE_S", 2.0)
+    monkeypatch.setattr(hosted_room, "LEASE_S", 5.0)
     deadline = time.monotonic() + 200
     while not hosted.has_free():
         hosted.host.renew(renewed.lease)
@@ -428,7 +430,7 @@ def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: 
         assert time.monotonic() < deadline
         events += hosted.host.events(unheard.lease, 1.0)
     assert events[-1].lost is None
-    time.sleep(2.1)
+    time.sleep(5.1)
     hosted.host.start("new", renewed.start, hosted._paths.trial("new"))
     with pytest.raises(LeaseLost, match="is unknown here"):
         hosted.host.events(unheard.lease, 0.0)

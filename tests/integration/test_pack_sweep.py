@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 Tiny = Callable[..., SweepSpec]
 RATES = [3e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 1e-6]
 GRID = ["search={algorithm: grid}", f"search.space.training.learning_rate={{grid: {RATES}}}", "scheduler.kind=none"]
+FOUR = ["resources.max_concurrent=4", "resources.trials_per_gpu=2"]
+"""Trials at a time, in one or two workers."""
 
 
 class Witness:
@@ -99,13 +101,13 @@ def assert_all_complete(record: SweepRecord, number: int, steps: int) -> None:
 
 
 def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
-    spec = tiny(*GRID, "scheduler.kind=asha", "training.steps=16", "resources.max_concurrent=4")
+    spec = tiny(*GRID, "scheduler.kind=asha", "training.steps=16", *FOUR)
     record = witness.run(spec, folder)
     trials = record.trials()
     assert len(trials) == 8
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
     assert witness.said == [witness.said[0]]
-    assert "4 trials at a time" in witness.said[0]
+    assert "lets 4 run at a time" in witness.said[0]
     assert witness.most_at_once <= 4
     assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
     assert len({relay for _, _, relay in witness.reports}) <= 5, "relays are reused"
@@ -155,7 +157,7 @@ def test_relay_is_killed(witness: Witness, tiny: Tiny, folder: SweepPaths) -> No
             os.kill(relay, signal.SIGKILL)
 
     witness.on_report = kill
-    spec = tiny(*GRID, "training.steps=16", "resources.max_concurrent=4")
+    spec = tiny(*GRID, "training.steps=16", *FOUR)
     record = witness.run(spec, folder)
     ((name, relay),) = killed
     assert_all_complete(record, 8, 16)

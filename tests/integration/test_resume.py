@@ -29,6 +29,7 @@ def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         f"training.steps={STEPS}",
         "training.eval_steps=4",
         "scheduler.kind=none",
+        "resources.max_concurrent=4",  # the fifth begins once one has ended
         *overrides,
     ]
     options = [part for setting in settings for part in ("--set", setting)]

@@ -128,17 +128,16 @@ def test_a_killed_driver_leaves_brackets_that_go_on(tmp_path: Path) -> None:
     assert_hyperband(read_sweep(paths.root))
 
 
-# Two rates that learn, then two that hardly do: who comes to its first rest later is behind whoever came before,
-# however much further it trained. Of rates alike, the last to report is the best, and nobody need ever be behind.
+# Two rates that learn, then two that hardly do, which come later, where not all have a slot at once: they are behind,
+# however far they trained. Of rates alike, the last to report is the best, and nobody need ever be behind.
 APART = (3e-3, 2e-3, 2e-5, 1e-5)
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
 def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path: Path, engine: str) -> None:
-    slots = {"fast": "resources.trials_per_gpu=2", "trl": "resources={cpus_per_trial: 1}"}[engine]  # not all have one
     record = sweep(
         tmp_path,
-        slots,
+        f"resources={{max_concurrent: 1, cpus_per_trial: {2 if engine == 'fast' else 1}}}",  # they take turns
         f"training.engine={engine}",
         f"search={{algorithm: grid, space: {{training.learning_rate: {{grid: {list(APART)}}}}}}}",
         "scheduler={kind: pbt, interval_steps: 4, quantile: 0.5, resample_probability: 0}",
@@ -147,7 +146,7 @@ def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path
     trials = {trial.trial_id: trial for trial in record.trials()}
     assert [trial.state for trial in trials.values()] == [TrialState.COMPLETE] * 4
     assert not list(record.paths.root.glob("trials/*/offers"))
-    assert decided(record, "paused"), "four trials take turns"
+    assert decided(record, "paused")
     clones = {each.trial_id: each for each in decided(record, "cloned")}
     assert clones, "no trial was exploited"
     for name, clone in clones.items():
@@ -176,6 +175,7 @@ def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: P
     record = sweep(
         tmp_path,
         "resources.trials_per_gpu=2",
+        "resources.max_concurrent=2",
         "search.num_trials=4",
         "search.space={training.learning_rate: {loguniform: [1e-5, 1e-2]}, lora.dropout: {uniform: [0.0, 0.5]}}",
         f"search.first={[{'training.learning_rate': rate, 'lora.dropout': 0.1} for rate in APART]}",
@@ -213,7 +213,7 @@ def test_all_that_a_population_may_change_is_in_force_after_a_clone(tmp_path: Pa
     assert set(ranges) == set(MUTABLE)
     record = sweep(
         tmp_path,
-        "resources.trials_per_gpu=2" if engine == "fast" else "resources={cpus_per_trial: 1}",
+        f"resources={{max_concurrent: 2, cpus_per_trial: {2 if engine == 'fast' else 1}}}",
         f"training.engine={engine}",
         "search.num_trials=4",
         f"search.space={ {path: {'uniform': ends} for path, ends in ranges.items()} }",
@@ -285,10 +285,16 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
 def test_a_budget_that_is_spent_stops_what_trains_and_starts_no_more(tmp_path: Path) -> None:
     said: list[str] = []
     record = sweep(
-        tmp_path, "search.num_trials=8", RATE, "search.budget.tokens=1000", "scheduler.kind=none", say=said.append
+        tmp_path,
+        "search.num_trials=8",
+        RATE,
+        "search.budget.tokens=1000",  # of one alone 2,291
+        "scheduler.kind=none",
+        "resources.max_concurrent=3",
+        say=said.append,
     )
     trials = record.trials()
-    assert 3 <= len(trials) < 8
+    assert 1 <= len(trials) <= 3
     spent = [trial for trial in trials if (trial.stopped or "").startswith("the budget is spent: ")]
     assert spent
     for trial in trials:

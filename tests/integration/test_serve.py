@@ -173,14 +173,17 @@ def test_many_at_once_are_faster_than_one_after_another(server: Server) -> None:
     client = server.client()
     with ThreadPoolExecutor(len(MANY)) as pool:
         list(pool.map(lambda asked: ask(client, asked[0]), MANY))  # connections are made
-        began = time.perf_counter()
-        together = list(pool.map(lambda asked: ask(client, asked[0], max_tokens=8), MANY))
-        at_once_s = time.perf_counter() - began
-    assert together == [wanted for _, wanted in MANY]
-    began = time.perf_counter()
-    for question, _ in MANY:
-        ask(client, question, max_tokens=8)
-    in_turn_s = time.perf_counter() - began
+        at_once, in_turn = [], []
+        for _ in range(3):  # in turns: what else the machine does meets both
+            began = time.perf_counter()
+            together = list(pool.map(lambda asked: ask(client, asked[0], max_tokens=8), MANY))
+            at_once.append(time.perf_counter() - began)
+            assert together == [wanted for _, wanted in MANY]
+            began = time.perf_counter()
+            for question, _ in MANY:
+                ask(client, question, max_tokens=8)
+            in_turn.append(time.perf_counter() - began)
+    at_once_s, in_turn_s = min(at_once), min(in_turn)
     print(f"\n{len(MANY) / at_once_s:.0f} requests/s at once, {len(MANY) / in_turn_s:.0f} one after another")
     assert at_once_s < in_turn_s / 1.5
 
@@ -276,7 +279,7 @@ def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:
 
         asyncio.run(leave())
         assert served._manager.output_router.result_handlers == {}
-        deadline = time.monotonic() + 1  # 900 tokens take several
+        deadline = time.monotonic() + 3  # 900 tokens take several
         while served._manager.batch_processor.has_pending_requests():
             assert time.monotonic() < deadline, "it is still being answered"
             time.sleep(0.01)  # else the thread that answers is kept from its work

@@ -32,6 +32,20 @@ bare = Sequential(Linear(2, 2))
 print(is_wandb_available(), any(name.startswith("wandb.") for name in sys.modules), is_peft_model(bare))
 print(is_peft_model(get_peft_model(bare, LoraConfig(target_modules=["0"]))))
 """
+RACE = """
+import sys
+from threading import Thread
+from orchestrator.training.trl import build_trainer, import_trainer
+thread = Thread(target=import_trainer)
+thread.start()
+while "trl" not in sys.modules:
+    pass
+try:
+    build_trainer(*[None] * 5)
+except AttributeError as error:  # it was imported, and has no configuration to go by
+    print(error)
+thread.join()
+"""
 
 
 @pytest.fixture
@@ -72,3 +86,9 @@ def test_imports_that_have_begun_are_made_when_they_are_joined() -> None:
     thread.join()
     assert made == ["imports"]
     assert not thread.daemon, "C++ aborts a process that ends in the middle of an import"
+
+
+def test_a_trainer_that_another_thread_imports_is_waited_for() -> None:
+    """The host's thread builds one for a trial that is alone, while the other still imports."""
+    done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "'NoneType' object has no attribute 'training'"

@@ -23,13 +23,19 @@ def test_no_heavy_library_is_imported(call: list[str]) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
-def test_the_answer_takes_less_than_half_a_second(call: list[str]) -> None:
-    seconds = []
-    for _ in range(4):  # the first one warms the disk
-        began = time.perf_counter()
-        _run("-m", "orchestrator.cli", *call)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds[1:]) < 0.5
+def test_the_answer_takes_hardly_longer_than_its_libraries(call: list[str]) -> None:
+    """On an idle machine 0.3 s, of 0.1. A heavy library takes a second and more."""
+    libraries, answers = [], []
+    for _ in range(5):  # in turns: what else the machine does meets both
+        libraries.append(_seconds("-c", "import typer, pydantic, yaml; print(1)"))
+        answers.append(_seconds("-m", "orchestrator.cli", *call))
+    assert min(answers) < 6 * min(libraries)
+
+
+def _seconds(*arguments: str) -> float:
+    began = time.perf_counter()
+    _run(*arguments)
+    return time.perf_counter() - began
 
 
 def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
