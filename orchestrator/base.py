@@ -52,10 +52,10 @@ def config_file(base: BaseSection) -> Path | None:
 
 
 def import_tokenizers() -> None:
-    """Import what `load_tokenizer` needs, which takes seconds."""
+    """Import what `load_tokenizer` may need, which takes seconds."""
     with importing():
         import transformers.models.auto.tokenization_auto
-        import transformers.utils.type_validators  # noqa: F401  # of each model's configuration: a third of it
+        import transformers.utils.type_validators  # noqa: F401  # of some models' configurations, Llama's among them
 
 
 def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
@@ -68,8 +68,8 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     Raises:
         RequestError: there is no tokenizer of that name.
     """
-    import_tokenizers()
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     require_folder(base)
     try:

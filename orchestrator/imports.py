@@ -1,11 +1,14 @@
 """Imports of heavy libraries, made lighter: seconds of the start of each process."""
 
+import atexit
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
+
+_AT_MOST_S = 30.0
 
 
 @contextmanager
@@ -41,9 +44,11 @@ def leave_out_wandb() -> None:
 def begin(imports: Callable[[], None]) -> Thread:
     """Make imports beside what waits for other processes.
 
-    Join it before anything else imports of the same packages: what two threads import from different ends of a circle,
-    one of them sees half made. It is no daemon, for C++ aborts a process that ends in the middle of them.
+    Join it before anything imports parts of the same packages: what two threads import from different ends of a circle,
+    one of them sees half made. The end of the process waits too, for C++ aborts one that ends in the middle of imports;
+    but not for ever, for a Ctrl-C can leave Python's own lock on imports taken (3.11), and the thread then never ends.
     """
-    thread = Thread(target=imports, name="imports")
+    thread = Thread(target=imports, name="imports", daemon=True)
     thread.start()
+    atexit.register(thread.join, _AT_MOST_S)
     return thread

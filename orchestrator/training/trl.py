@@ -29,15 +29,15 @@ APART = 1e-3
 def import_trainer() -> None:
     """Import what `build_trainer` needs, which takes seconds: before the first trial comes.
 
-    Each trainer asks accelerate six times whether its model is PEFT's, which reads a package's metadata and looks at
-    every module for one that was compiled (1.15, `utils/imports.py` and `utils/other.py`): a quarter of a set-up. The
-    first is asked once here, and the second is never so where the fast engine trains.
+    Each trainer asks accelerate again and again whether packages are installed and whether its model is PEFT's, for
+    which that reads their metadata and looks at every module for one that was compiled, where it needs to know of the
+    outermost alone (1.15, `utils/imports.py`; `utils/other.py`, `extract_model_from_parallel`): a fifth of a set-up.
     """
     import trl.trainer.sft_trainer  # noqa: F401
     from accelerate.utils import imports, other
 
     imports._is_package_available = cache(imports._is_package_available)
-    other.has_compiled_regions = lambda _: False
+    other.has_compiled_regions = lambda model: "_orig_mod" in model.__dict__
 
 
 class TrlLoop:

@@ -192,6 +192,7 @@ def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: P
         assert 0 <= config.lora.dropout <= 0.5
         assert applied["training.learning_rate"] == pytest.approx(config.training.learning_rate, rel=1e-5)
         assert applied["lora.dropout"] == pytest.approx(config.lora.dropout, abs=1e-3)
+        assert config.lora.dropout != 0.1, "it is another than all began with"
     steps = {each.step for each in clones.values()}
     points = [p for trial in trials for p in read_metrics(record.paths.trial(trial)) if p.step in steps]
     assert min(point.tokens for point in points) >= 500

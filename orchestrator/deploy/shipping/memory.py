@@ -1,13 +1,14 @@
 """Memory: what there is, and how it is said that there is not enough."""
 
+from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Of a container: its own."""
+"""Of a container: its own. Limits that are nested deeper, such as SLURM's, are not looked for."""
 
 _LIMITS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 )
 """Of cgroups 2 and 1 (Linux, cgroup-v2.rst): the limit, what is taken of it, and what of that is held of files."""
 
@@ -41,10 +42,10 @@ def _left_to_container() -> list[int]:
     """Bytes, where there is a limit."""
     left = []
     for limit, taken, of_files in _LIMITS:
-        file = CGROUP / limit
-        if file.is_file() and (most := file.read_text().strip()) != "max":
+        with suppress(OSError, KeyError, ValueError):  # no such cgroup, no limit, or a sandbox that tells less
+            most, file = int((CGROUP / limit).read_text()), CGROUP / taken
             held = dict(line.split() for line in file.with_name("memory.stat").read_text().splitlines())
-            left.append(int(most) - int((CGROUP / taken).read_text()) + int(held[of_files]))
+            left.append(max(0, most - int(file.read_text()) + sum(int(held[name]) for name in of_files)))
     return left
 
 

@@ -334,26 +334,36 @@ def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
 
 
 @pytest.mark.parametrize(
-    ("limit", "taken", "of_files"),
+    ("limit", "taken", "prefix"),
     [
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.max", "memory.current", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
     ],
     ids=["cgroup 2", "cgroup 1"],
 )
 def test_memory_is_what_the_container_has_left(
-    limit: str, taken: str, of_files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, taken: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    of_the_machine = memory.available_bytes()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9))
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 8 * 10**9, "cpu": 10**9})
     (tmp_path / "memory").mkdir()
-    for name, text in {limit: "5000000\n", taken: "3000000\n"}.items():
+
+    def write(name: str, text: str) -> None:
         (tmp_path / name).write_text(text)
-    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 2000000\n{of_files} 400000\n")
-    assert memory.available_bytes() == 2400000 < of_the_machine
-    if limit == "memory.max":
-        (tmp_path / limit).write_text("max\n")
-        assert memory.available_bytes() > 2400000
+
+    assert memory.available_bytes() == 10**9, "there is no container"
+    write(limit, "5000000\n")
+    write(taken, "3000000\n")
+    assert memory.available_bytes() == 10**9, "it does not tell what the kernel could give back"
+    statistics = (tmp_path / limit).with_name("memory.stat")
+    statistics.write_text(f"anon 2000000\n{prefix}active_file 300000\n{prefix}inactive_file 100000\n")
+    assert memory.available_bytes() == 2400000
+    assert check._room(True) == {0: int(8e9 * check._SHARE), "cpu": int(2400000 * check._SHARE)}
+    write(taken, "6000000\n")
+    assert memory.available_bytes() == 0, "over its limit"
+    write(limit, "max\n" if limit == "memory.max" else f"{2**63 - 4096}\n")
+    assert memory.available_bytes() == 10**9, "there is no limit"
 
 
 def test_a_base_that_memory_cannot_hold_is_not_loaded(

@@ -1,13 +1,17 @@
-"""How a sweep ends."""
+"""How a sweep begins and ends."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import SweepError
-from orchestrator.record import BudgetSpent, read_sweep, write_record
+from orchestrator.record import BudgetSpent, SweepPaths, read_sweep, write_record
+from orchestrator.spec import parse_spec
+from orchestrator.sweep import run
 from orchestrator.sweep.run import _conclude
 
 
@@ -16,3 +20,29 @@ def test_a_budget_that_is_spent_before_a_trial_begins(tmp_path: Path, make_sweep
     write_record(paths.budget, BudgetSpent(limit="wall_clock_hours", allowed=0.001, spent=0.002))
     with pytest.raises(SweepError, match="the budget was spent before a trial began"):
         _conclude(read_sweep(paths.root))
+
+
+class Begun(Exception):
+    """The rows were asked for."""
+
+
+def test_imports_are_made_while_ray_starts_and_are_there_for_the_rows(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def note(name: str, value: Any = None) -> Callable[..., Any]:
+        return lambda *_: (order.append(name), value)[1]
+
+    def start_sweep(*_: Any) -> None:
+        order.append("rows")
+        raise Begun
+
+    monkeypatch.setattr(run, "begin", note("begin", SimpleNamespace(join=note("join"))))
+    monkeypatch.setattr(run, "connection", note("ray", nullcontext()))
+    monkeypatch.setattr(run, "start_fleet", note("workers", nullcontext()))
+    monkeypatch.setattr(run, "require_shared_folder", note("folder"))
+    monkeypatch.setattr(run, "start_sweep", start_sweep)
+    with pytest.raises(Begun):
+        run.run_sweep(parse_spec(document), SweepPaths(tmp_path / "sweep"), lambda _: None)
+    assert order == ["begin", "ray", "workers", "folder", "join", "rows"]
