@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from orchestrator.imports import importing, leave_out_compiler, leave_out_wandb
+from orchestrator.imports import begin, importing, leave_out_compiler, leave_out_wandb
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.training.events import Event, LeaseLost
@@ -48,8 +48,7 @@ class Worker:
         self._host: Host | None = None
         self._opened = 0, ""
         self._output = ExitStack()
-        self._importing = threading.Thread(target=_import_libraries, daemon=True)
-        self._importing.start()
+        self._importing = begin(_import_libraries)
 
     def open(self, data: list[Any], logs: str) -> tuple[int, str]:
         """Begin to load the base; nothing if that was done before.
@@ -122,12 +121,10 @@ def _end_soon() -> None:
     os._exit(1)
 
 
-def _import_libraries() -> Any:
+def _import_libraries() -> None:
     leave_out_compiler()
     leave_out_wandb()
     with importing():
         import datasets  # noqa: F401  # rows need it
 
-        import orchestrator.training.host
-
-    return orchestrator.training.host
+        import orchestrator.training.host  # noqa: F401

@@ -150,8 +150,7 @@ def _room(on_gpu: bool) -> dict[int | str, int]:
     """Bytes that weights may take, by device; more of them stay on the disk."""
     from accelerate.utils import get_max_memory
 
-    # Accelerate leaves the CPU out where a GPU shares its memory.
-    sizes: dict[int | str, int] = get_max_memory() if on_gpu else {"cpu": available_bytes()}
-    if "cpu" in sizes:  # which is the machine's by accelerate
-        sizes["cpu"] = min(sizes["cpu"], available_bytes())
+    sizes: dict[int | str, int] = get_max_memory() if on_gpu else {"cpu": 0}
+    if "cpu" in sizes:  # accelerate, which knows of no container, leaves it out where a GPU shares its memory
+        sizes["cpu"] = available_bytes()
     return {name: int(size * _SHARE) for name, size in sizes.items()}
