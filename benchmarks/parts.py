@@ -343,7 +343,15 @@ def make_model(hidden: int, inner: int, num_layers: int, heads: int, keys: int) 
         return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
 
     config = SimpleNamespace(
-        num_attention_heads=heads, num_key_value_heads=keys, hidden_size=hidden, head_dim=size, rms_norm_eps=1e-5
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        hidden_size=hidden,
+        head_dim=size,
+        rms_norm_eps=1e-5,
+        intermediate_size=inner,
+        num_hidden_layers=num_layers,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
     )
     inner_model = SimpleNamespace(
         embed_tokens=module(VOCABULARY, hidden),

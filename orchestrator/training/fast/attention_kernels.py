@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.launch import after_previous, launch
+from orchestrator.training.fast.launch import FULL, after_previous, launch
 from orchestrator.training.fast.plain import Heads
 from orchestrator.training.fast.row import Row
 
@@ -75,8 +75,9 @@ def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, hea
     """(T, queries * D) -> (T, (queries + 2 keys) * D)."""
     num_tokens, by_qkv, shape = len(gradient), torch.empty_like(attended.qkv), _shape(heads)
     group, options = shape["GROUP"], _backward_options(heads.size)
-    parts = gradient.new_empty((2, *gradient.shape) if group > 1 else 1)
-    num_key_blocks = num_tokens // options["BLOCK_S"] * heads.queries
+    each = group if row.num_slots >= FULL else 1
+    parts = gradient.new_empty((2, *gradient.shape) if each < group else 1)
+    num_key_blocks = num_tokens // options["BLOCK_S"] * heads.queries // each
     launch(
         _attend_backward,
         (num_key_blocks + num_tokens // shape["BLOCK_T"] * heads.keys,),
@@ -93,10 +94,11 @@ def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, hea
         heads.size**-0.5,
         num_tokens,
         len(row.bounds),
+        EACH=each,
         **shape,
         **options,
     )
-    if group > 1:
+    if each < group:
         launch(_sum_heads, (num_tokens // 16, heads.keys),
             parts, by_qkv, row.positions, heads.cos, heads.sin, num_tokens,
             GROUP=group, KEYS=heads.keys, SIZE=heads.size, BLOCK_T=16,
@@ -175,18 +177,18 @@ def _attend(
 @triton.jit(do_not_specialize=["num_bounds"])
 def _attend_backward(
     gradient, qkv, output, logs, by_qkv, parts, positions, bounds, cos, sin, scale, num_tokens, num_bounds,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    EACH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     after_previous()
-    heads: tl.constexpr = GROUP * KEYS
-    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_S * heads
+    each: tl.constexpr = GROUP * KEYS // EACH
+    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_S * each
     if program < num_key_blocks:
-        block, head = program // heads, program % heads
+        block, head = program // each, program % each * EACH
         end = _end_after((block + 1) * BLOCK_S - 1, bounds, num_bounds, num_tokens)
         _keys_backward(
             block * BLOCK_S, end, head, gradient, qkv, output, logs, by_qkv, parts, positions, cos, sin, scale,
-            num_tokens, GROUP, KEYS, SIZE, BLOCK_S,
+            num_tokens, EACH, GROUP, KEYS, SIZE, BLOCK_S,
         )  # fmt: skip
     else:
         block, head = (program - num_key_blocks) // KEYS, (program - num_key_blocks) % KEYS
@@ -199,9 +201,9 @@ def _attend_backward(
 @triton.jit
 def _keys_backward(
     first_token, end, head, gradient, qkv, output, logs, by_qkv, parts, positions, cos, sin, scale, num_tokens,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values by one query head: over the tokens that see them."""
+    """Gradients of a block of keys and values by EACH query heads: over the tokens that see them."""
     heads: tl.constexpr = GROUP * KEYS
     width: tl.constexpr = (GROUP + 2) * KEYS * SIZE
     wide = tl.arange(0, SIZE)[None, :]
@@ -210,22 +212,25 @@ def _keys_backward(
     key, value = tl.load(qkv + at_key), tl.load(qkv + at_key + KEYS * SIZE)
     by_key = tl.zeros((BLOCK, SIZE), tl.float32)
     by_value = tl.zeros((BLOCK, SIZE), tl.float32)
-    for start in range(first_token, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        real = token < end
-        query = tl.load(qkv + (token * width + head * SIZE)[:, None] + wide, mask=real[:, None], other=0.0)
-        by_output, delta, log = _arrived(gradient, output, logs, token * heads + head, real, SIZE)
-        score = tl.dot(key, query.T, input_precision="ieee") * (scale * LOG2_E)
-        first_seen = token - tl.load(positions + token, mask=real, other=0)
-        visible = (seen[:, None] <= token[None, :]) & (seen[:, None] >= first_seen[None, :]) & real[None, :]
-        share = tl.where(visible, tl.exp2(score - log[None, :]), 0.0)
-        by_value = tl.dot(share.to(by_output.dtype), by_output, by_value, input_precision="ieee")
-        by_share = tl.dot(value, by_output.T, input_precision="ieee")
-        by_score = (share * (by_share - delta[None, :])).to(query.dtype)
-        by_key = tl.dot(by_score, query, by_key, input_precision="ieee")
+    for each in range(EACH):
+        for start in range(first_token, end, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            real = token < end
+            at_query = token * width + (head + each) * SIZE
+            query = tl.load(qkv + at_query[:, None] + wide, mask=real[:, None], other=0.0)
+            by_output, delta, log = _arrived(gradient, output, logs, token * heads + head + each, real, SIZE)
+            score = tl.dot(key, query.T, input_precision="ieee") * (scale * LOG2_E)
+            first_seen = token - tl.load(positions + token, mask=real, other=0)
+            visible = (seen[:, None] <= token[None, :]) & (seen[:, None] >= first_seen[None, :]) & real[None, :]
+            share = tl.where(visible, tl.exp2(score - log[None, :]), 0.0)
+            by_value = tl.dot(share.to(by_output.dtype), by_output, by_value, input_precision="ieee")
+            by_share = tl.dot(value, by_output.T, input_precision="ieee")
+            by_score = (share * (by_share - delta[None, :])).to(query.dtype)
+            by_key = tl.dot(by_score, query, by_key, input_precision="ieee")
     by_key *= scale
-    if GROUP == 1:
-        _turn_back(by_key, by_qkv + seen * width + (heads + head) * SIZE, seen, positions, cos, sin, seen < end, SIZE)
+    if EACH == GROUP:
+        key_head = heads + head // GROUP
+        _turn_back(by_key, by_qkv + seen * width + key_head * SIZE, seen, positions, cos, sin, seen < end, SIZE)
         tl.store(by_qkv + at_key + KEYS * SIZE, by_value.to(by_qkv.dtype.element_ty))
     else:
         at = parts + ((seen * heads + head) * SIZE)[:, None] + wide

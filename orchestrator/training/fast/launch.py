@@ -20,6 +20,9 @@ _HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
 
 EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
 
+FULL = 8
+"""Slots of a pack whose tokens alone keep the device busy: its sums are split among fewer programs."""
+
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 """Kernels that are compiled instead of launched."""
 

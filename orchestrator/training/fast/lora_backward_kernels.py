@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.launch import after_previous, launch
+from orchestrator.training.fast.launch import FULL, after_previous, launch
 from orchestrator.training.fast.lora import Adapters, Group
 from orchestrator.training.fast.lora_parts import (
     add_up,
@@ -17,14 +17,13 @@ from orchestrator.training.fast.lora_parts import (
     layer_key,
     layer_of,
     numbers,
-    numbers_of,
     parts_of,
     paths,
     survives,
     takes,
     third,
     tickets_of,
-    tiles_of,
+    words_of,
 )
 from orchestrator.training.fast.row import Row
 
@@ -54,13 +53,14 @@ def _backward_to_low(
     gradient: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row
 ) -> torch.Tensor:
     """Add to the gradient of B, and return that of `low`: (T, layers * rank)."""
-    num_layers, num_tiles, options = len(group.layers), len(row.tiles), _up_backward_options(adapters.rank)
+    num_layers, num_tiles, options = len(group.layers), len(row.tiles), _up_backward_options(adapters)
     splits, by_low = 4, torch.empty_like(low)
     num_sums = column_blocks(group, options["BLOCK_N"]) * adapters.num_slots
     launch(_up_backward, (num_tiles * num_layers * splits + num_sums,),
         gradient, low, by_low, parts_of(low, splits), tickets_of(low.device), adapters.b(group, adapters.weights),
-        adapters.b(group, adapters.gradients), row.tiles, row.table["scale"], row.table["rank"], num_tiles,
-        adapters.num_slots, adapters.weights.stride(0), gradient.stride(0), *columns_of(group), SPLITS=splits,
+        adapters.b(group, adapters.gradients), row.tiles, row.table["first_tile"], row.table["end_tile"],
+        row.table["scale"], row.table["rank"], num_tiles, adapters.num_slots, adapters.weights.stride(0),
+        gradient.stride(0), *columns_of(group), SPLITS=splits,
         LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
     )  # fmt: skip
     return by_low
@@ -70,15 +70,15 @@ def _backward_to_x(
     by_low: torch.Tensor, x: torch.Tensor, x_gradient: torch.Tensor, adapters: Adapters, group: Group, row: Row
 ) -> None:
     """Add to the gradients of A and x."""
-    num_layers, num_tiles, a_gradient = len(group.layers), len(row.tiles), adapters.a(group, adapters.gradients)
-    options = _down_backward_options(adapters.rank, num_layers, group.in_features)
+    num_layers, a_gradient = len(group.layers), adapters.a(group, adapters.gradients)
+    options = _down_backward_options(adapters, group)
     blocks = triton.cdiv(group.in_features, options["BLOCK_K"])
-    splits = _token_splits(blocks * adapters.num_slots, num_layers)
+    splits = 1 if adapters.num_slots >= FULL else _token_splits(blocks * adapters.num_slots, num_layers)
     launch(_down_backward, (blocks, splits, adapters.num_slots),
         x, by_low, x_gradient, adapters.a(group, adapters.weights), a_gradient, parts_of(a_gradient, splits),
-        tickets_of(x.device), row.tiles, row.counters, *dropout(row), row.table["rank"], num_tiles, adapters.num_slots,
-        adapters.weights.stride(0), group.in_features, *numbers(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
+        tickets_of(x.device), row.table["first_tile"], row.table["end_tile"], row.counters, *dropout(row),
+        row.table["rank"], adapters.num_slots, adapters.weights.stride(0), group.in_features, *numbers(group),
+        SPLITS=splits, LAYERS=num_layers, RANK=adapters.rank, PATHS=paths(adapters), TILE=row.tile, **options,
     )  # fmt: skip
 
 
@@ -87,28 +87,37 @@ def _token_splits(programs: int, num_layers: int) -> int:
     return max(1, min(6 if num_layers == 2 else 4, 1024 // programs))
 
 
-def _up_backward_options(rank: int) -> dict[str, int]:
-    narrow = rank <= 64
-    return {"BLOCK_N": 128 if rank <= 32 else 64, "num_warps": 4 if narrow else 8, "num_stages": 4 if narrow else 2}
+def _up_backward_options(adapters: Adapters) -> dict[str, int]:
+    block, stages = 128 if adapters.rank <= 32 else 64, 3 if adapters.num_slots >= FULL else 4
+    if adapters.rank > 64:
+        return {"BLOCK_N": block, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 
 
-def _down_backward_options(rank: int, num_layers: int, features: int) -> dict[str, int]:
-    block = 64 if num_layers == 1 and features >= 4096 and rank <= 64 else 32 if rank <= 128 else 16
-    return {"BLOCK_K": block, "num_warps": 4 if rank <= 64 else 8, "num_stages": 3 if rank <= 64 else 1}
+def _down_backward_options(adapters: Adapters, group: Group) -> dict[str, int]:
+    if adapters.rank > 64:
+        return {"BLOCK_K": 32 if adapters.rank <= 128 else 16, "num_warps": 8, "num_stages": 1}
+    full = adapters.num_slots >= FULL
+    is_wide = len(group.layers) < 3 if full else len(group.layers) == 1 and group.in_features >= 4096
+    return {"BLOCK_K": 64 if is_wide else 32, "num_warps": 4, "num_stages": 3}
 
 
 @kernel
 def _up_backward(
-    gradient, low, by_low, parts, tickets, b, b_gradient, tiles, scales, slot_ranks, num_tiles, num_slots,
-    stride, y_stride, column0, width0, column1, width1, column2, width2,
+    gradient, low, by_low, parts, tickets, b, b_gradient, tiles, first_tiles, end_tiles, scales, slot_ranks,
+    num_tiles, num_slots, stride, y_stride, column0, width0, column1, width1, column2, width2,
     SPLITS: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, PATHS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     after_previous()
-    program, num_sums = tl.program_id(0), tl.num_programs(0) - num_tiles * LAYERS * SPLITS
-    if program < num_sums:  # first, since they take longest
-        slot, block = program % num_slots, program // num_slots
-        first, last = tiles_of(slot, tiles, num_tiles, num_slots)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    num_sums = num_programs - num_tiles * LAYERS * SPLITS
+    # Both kinds in turn, in the order of tokens: what one has read of the gradient the other finds in the L2.
+    index = (program.to(tl.int64) * num_sums // num_programs).to(tl.int32)
+    if ((program + 1).to(tl.int64) * num_sums // num_programs).to(tl.int32) > index:
+        num_blocks = num_sums // num_slots
+        slot, block = index // num_blocks, index % num_blocks
+        first, last = tl.load(first_tiles + slot), tl.load(end_tiles + slot)
         if first < last:
             layer, start, row, column, width = layer_of(
                 block, column0, width0, column1, width1, column2, width2, BLOCK_N
@@ -125,7 +134,7 @@ def _up_backward(
                     at = rows + tl.arange(0, RANK >> path)[None, :]
                     tl.store(at, tl.load(at, mask=inside) + total * tl.load(scales + slot), mask=inside)
     else:
-        program -= num_sums
+        program -= index
         split, layer, tile = program % SPLITS, program // SPLITS % LAYERS, program // (SPLITS * LAYERS)
         slot = tl.load(tiles + tile)
         width, column = third(layer, width0, width1, width2), third(layer, column0, column1, column2)
@@ -177,14 +186,14 @@ def _b_gradient(
 
 @kernel
 def _down_backward(
-    x, by_low, x_gradient, a, a_gradient, parts, tickets, tiles, counters, keys, thresholds, keep_scales,
-    slot_ranks, num_tiles, num_slots, stride, features, number0, number1, number2,
+    x, by_low, x_gradient, a, a_gradient, parts, tickets, first_tiles, end_tiles, counters, keys, thresholds,
+    keep_scales, slot_ranks, num_slots, stride, features, number0, number1, number2,
     SPLITS: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, PATHS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     after_previous()
     block, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last = tiles_of(slot, tiles, num_tiles, num_slots)
+    first, last = tl.load(first_tiles + slot), tl.load(end_tiles + slot)
     if first < last:
         per_split = tl.cdiv(last - first, SPLITS)
         first = first + split * per_split
@@ -258,15 +267,18 @@ def _through(
         places = tokens[:, None] * features + columns[None, :]
         values = tl.load(x + places, mask=inside, other=0.0)
         before = tl.load(x_gradient + places, mask=inside, other=0.0)
-        numbers = numbers_of(tl.load(counters + tokens), columns, features)
+        count = tl.load(counters + tokens)
         lows = by_low + tokens[:, None] * (LAYERS * RANK) + tl.arange(0, R)[None, :]
         by_x = tl.zeros(values.shape, tl.float32)
-        total0, by_x = _through_layer(values, weights0, total0, by_x, lows, key0, numbers, threshold, DROPS)
+        total0, by_x = _through_layer(values, weights0, total0, by_x, lows, key0, count, columns, threshold, DROPS)
         if LAYERS > 1:
-            total1, by_x = _through_layer(values, weights1, total1, by_x, lows + RANK, key1, numbers, threshold, DROPS)
+            total1, by_x = _through_layer(
+                values, weights1, total1, by_x, lows + RANK, key1, count, columns, threshold, DROPS
+            )
         if LAYERS > 2:
-            lows += 2 * RANK
-            total2, by_x = _through_layer(values, weights2, total2, by_x, lows, key2, numbers, threshold, DROPS)
+            total2, by_x = _through_layer(
+                values, weights2, total2, by_x, lows + 2 * RANK, key2, count, columns, threshold, DROPS
+            )
         tl.store(x_gradient + places, (before + by_x * keep_scale).to(values.dtype), mask=inside)
     deliver(total0 * keep_scale, a_gradient + at, part + at, inside, SPLITS)
     at += RANK * features
@@ -278,14 +290,14 @@ def _through(
 
 
 @triton.jit
-def _through_layer(values, weights, total, by_x, lows, key, numbers, threshold, DROPS: tl.constexpr):
+def _through_layer(values, weights, total, by_x, lows, key, count, columns, threshold, DROPS: tl.constexpr):
     low = tl.load(lows)
     back = tl.dot(low, weights, input_precision="ieee")
     if DROPS:
         # Always true, and gone in the machine code; but it binds the mask to the layout of `back`. Without it the
         # compiler hashes twice, once in that layout and once in that of `values`.
         always = back.to(tl.int32, bitcast=True) >= -(2**31)
-        kept = survives(key, numbers, threshold) & always
+        kept = survives(words_of(key, count), columns, threshold) & always
         values = tl.where(kept, values, 0.0)
         back = tl.where(kept, back, 0.0)
     return tl.dot(low.T, values, total, input_precision="ieee"), by_x + back

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.launch import after_previous, launch
+from orchestrator.training.fast.launch import FULL, after_previous, launch
 from orchestrator.training.fast.lora import Adapters, Group
 from orchestrator.training.fast.lora_parts import (
     add_up,
@@ -25,32 +25,32 @@ from orchestrator.training.fast.lora_parts import (
     layer_key,
     layer_of,
     numbers,
-    numbers_of,
     parts_of,
     paths,
     survives,
     takes,
     third,
     tickets_of,
+    words_of,
 )
 from orchestrator.training.fast.row import Row
 
 
 def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> torch.Tensor:
     """dropout(x) A^T for each layer of the group, each with masks of its own: (T, in) -> (T, layers * rank)."""
-    num_layers, num_tiles, splits = len(group.layers), len(row.tiles), _splits(group.in_features, len(group.layers))
+    num_layers, num_tiles, splits = len(group.layers), len(row.tiles), _splits(adapters, group)
     low = torch.empty(row.num_tokens, num_layers * adapters.rank, dtype=adapters.compute, device=x.device)
-    launch(_down, (num_tiles, num_layers, splits),
+    launch(_down, (num_layers, splits, num_tiles),
         x, adapters.a(group, adapters.weights), low, parts_of(low, splits), tickets_of(x.device), row.tiles,
         row.counters, *dropout(row), row.table["rank"], adapters.weights.stride(0), group.in_features, *numbers(group),
-        RANK=adapters.rank, PATHS=paths(adapters), SPLITS=splits, TILE=row.tile, **_down_options(adapters.rank),
+        RANK=adapters.rank, PATHS=paths(adapters), SPLITS=splits, TILE=row.tile, **_down_options(adapters),
     )  # fmt: skip
     return low
 
 
 def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> None:
     """y += scale * low B^T, in place, at the columns of the group's layers: (T, out)."""
-    options = _up_options(adapters.rank)
+    options = _up_options(adapters)
     launch(_up, (column_blocks(group, options["BLOCK_N"]), len(row.tiles)),
         y, low, adapters.b(group, adapters.weights), row.tiles, row.table["scale"], row.table["rank"],
         adapters.weights.stride(0), y.stride(0), low.stride(0), *columns_of(group),
@@ -58,21 +58,25 @@ def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Grou
     )  # fmt: skip
 
 
-def _splits(features: int, num_layers: int) -> int:
+def _splits(adapters: Adapters, group: Group) -> int:
     """Programs that share a sum over features."""
-    splits = 12 // num_layers  # with the tiles of some 700 tokens, one program for each multiprocessor of an H200
-    if num_layers > 1 and features >= 4096:
+    if adapters.num_slots >= FULL:
+        return max(2, min(group.in_features // 1024, 8))
+    splits = 12 // len(group.layers)  # of some 700 tokens: one program for each multiprocessor of an H200
+    if len(group.layers) > 1 and group.in_features >= 4096:
         splits *= 2
-    return max(1, min(splits, features // 64))
+    return max(1, min(splits, group.in_features // 64))
 
 
-def _down_options(rank: int) -> dict[str, int]:
-    narrow = rank <= 64
-    return {"BLOCK_K": 64, "num_warps": 4 if narrow else 8, "num_stages": 4 if narrow else 2}
+def _down_options(adapters: Adapters) -> dict[str, int]:
+    if adapters.rank > 64:
+        return {"BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3 if adapters.num_slots >= FULL else 4}
 
 
-def _up_options(rank: int) -> dict[str, int]:
-    return {"BLOCK_N": 64, "num_warps": 4 if rank <= 128 else 8, "num_stages": 1}
+def _up_options(adapters: Adapters) -> dict[str, int]:
+    block = 128 if adapters.num_slots >= FULL and adapters.rank <= 64 else 64
+    return {"BLOCK_N": block, "num_warps": 4 if adapters.rank <= 128 else 8, "num_stages": 1}
 
 
 @kernel
@@ -82,7 +86,7 @@ def _down(
     RANK: tl.constexpr, PATHS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     after_previous()
-    tile, layer, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    layer, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # layers read the same features at once
     slot = tl.load(tiles + tile)
     tokens = tile * TILE + tl.arange(0, TILE)
     a += slot.to(tl.int64) * stride + layer * RANK * features
@@ -90,25 +94,23 @@ def _down(
     first, last = split * per_split, tl.minimum((split + 1) * per_split, features)
     threshold, rank = tl.load(thresholds + slot), tl.load(slot_ranks + slot)
     key = layer_key(tl.load(keys + slot), third(layer, number0, number1, number2))
+    words = words_of(key, tl.load(counters + tokens))
     for path in tl.static_range(PATHS):
         if takes(rank, RANK >> path, path + 1 == PATHS):
             if threshold == 0:
-                total = _down_sum(x, a, tokens, tokens, 0, 0, first, last, features, RANK >> path, BLOCK_K, False)
+                total = _down_sum(x, a, tokens, words, 0, first, last, features, RANK >> path, BLOCK_K, False)
             else:
-                count = tl.load(counters + tokens)
-                total = _down_sum(
-                    x, a, tokens, count, key, threshold, first, last, features, RANK >> path, BLOCK_K, True
-                )
+                total = _down_sum(x, a, tokens, words, threshold, first, last, features, RANK >> path, BLOCK_K, True)
                 total *= tl.load(keep_scales + slot)
             add_up(
-                total, low, parts, tickets, tokens, tile, layer, split, tl.num_programs(0), tl.num_programs(1),
+                total, low, parts, tickets, tokens, tile, layer, split, tl.num_programs(2), tl.num_programs(0),
                 RANK, SPLITS,
             )  # fmt: skip
 
 
 @triton.jit
 def _down_sum(
-    x, a, tokens, count, key, threshold, first, last, features,
+    x, a, tokens, words, threshold, first, last, features,
     R: tl.constexpr, BLOCK_K: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((tokens.shape[0], R), tl.float32)
@@ -119,7 +121,7 @@ def _down_sum(
         values = tl.load(x + tokens[:, None] * features + columns[None, :], mask=inside, other=0.0)
         weights = tl.load(a + ranks[:, None] * features + columns[None, :], mask=inside, other=0.0)
         if DROPS:
-            values = tl.where(survives(key, numbers_of(count, columns, features), threshold), values, 0.0)
+            values = tl.where(survives(words, columns, threshold), values, 0.0)
         total = tl.dot(values, weights.to(values.dtype).T, total, input_precision="ieee")
     return total
 

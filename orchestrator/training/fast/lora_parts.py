@@ -15,7 +15,8 @@ MAX_LAYERS = 3
 
 kernel: Any = triton.jit(
     do_not_specialize=[
-        "keys", "thresholds", "keep_scales", "scales", "slot_ranks", "num_tiles", "number0", "number1", "number2"
+        "keys", "thresholds", "keep_scales", "scales", "slot_ranks", "first_tiles", "end_tiles", "num_tiles",
+        "number0", "number1", "number2",
     ],
     do_not_specialize_on_alignment=["num_slots"],
 )  # fmt: skip
@@ -103,24 +104,6 @@ def is_last(ticket, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def tiles_of(slot, tiles, num_tiles, num_slots):
-    """The slot's first tile and the one after its last; fillers at the row's end count only where it has no others."""
-    if num_slots == 1:
-        first, last = num_tiles * 0, num_tiles
-    else:
-        first, last = num_tiles, num_tiles
-        for start in range(0, num_tiles, 128):
-            index = start + tl.arange(0, 128)
-            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
-            first = tl.minimum(first, tl.min(tl.where(owners == slot, index, num_tiles)))
-        for start in range(0, num_tiles, 128):
-            index = start + tl.arange(0, 128)
-            owners = tl.load(tiles + index, mask=index < num_tiles, other=-1)
-            last = tl.minimum(last, tl.min(tl.where((owners != slot) & (index > first), index, num_tiles)))
-    return first, last
-
-
-@triton.jit
 def layer_of(block, column0, width0, column1, width1, column2, width2, BLOCK: tl.constexpr):
     """Of a block of columns: its layer, where it begins there, the layer's first row in B, first column, and width."""
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
@@ -137,7 +120,7 @@ def third(layer, value0, value1, value2):
 
 @triton.jit
 def layer_key(key, number):
-    """The masks' key of one layer: see `plain.keep`."""
+    """The key of one layer's masks. How those are made is said in `plain.keep`."""
     key = key.to(tl.uint32, bitcast=True) ^ (number.to(tl.uint32) * 0x9E3779B9)
     key = (key ^ (key >> 16)) * 0x7FEB352D
     key = (key ^ (key >> 15)) * 0x846CA68B
@@ -145,17 +128,18 @@ def layer_key(key, number):
 
 
 @triton.jit
-def numbers_of(count, columns, features):
-    """Numbers of tokens' features in the batch, (tokens, columns)."""
-    return count.to(tl.uint32)[:, None] * features.to(tl.uint32) + columns.to(tl.uint32)[None, :]
+def words_of(key, count):
+    """A word of each token for the masks of one layer."""
+    words = count.to(tl.uint32) ^ key
+    words = (words ^ (words >> 16)) * 0x7FEB352D
+    words ^= key * 0x85EBCA6B
+    words = (words ^ (words >> 15)) * 0x846CA68B
+    return words ^ (words >> 16)
 
 
 @triton.jit
-def survives(key, places, threshold):
-    """Whether dropout keeps the features of these numbers."""
-    bits = places ^ key
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits ^= key * 0x85EBCA6B
+def survives(words, columns, threshold):
+    """Whether dropout keeps these tokens' features: (tokens,), (columns,) -> (tokens, columns)."""
+    bits = (words[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B9)[None, :]) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    bits ^= bits >> 16
     return bits >= threshold.to(tl.uint32) * 2

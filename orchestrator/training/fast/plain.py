@@ -232,8 +232,9 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
 def keep(row: Row, module: int, features: int) -> torch.Tensor:
     """Dropout's mask: a function of the slot's key (its seed and step), the module, the token and the feature alone.
 
-    Bits are those of a 32-bit integer hash (lowbias32, github.com/skeeto/hash-prospector), the key mixed in twice so
-    that the masks of two modules are not one another's shifted copies.
+    Each token has a word, from a 32-bit integer hash (lowbias32, github.com/skeeto/hash-prospector) into which the key
+    goes twice, so that the masks of two modules are not one another's rows in another order. With each feature's own
+    word it goes through that hash's two products once more.
 
     Returns:
         (T, features) bool.
@@ -241,17 +242,13 @@ def keep(row: Row, module: int, features: int) -> torch.Tensor:
     if (known := row.masks.get((module, features))) is not None:  # the backward wants it again
         return known
     key, threshold = (_of_token(row.table[name], row).cpu().numpy().view(np.uint32) for name in ("key", "threshold"))
-    key = _mixed(key ^ np.uint32(module * 0x9E3779B9 & 0xFFFFFFFF))[:, None]
+    key = _mixed(key ^ np.uint32(module * 0x9E3779B9 & 0xFFFFFFFF))
+    words = _mixed(row.counters.cpu().numpy().view(np.uint32) ^ key, key * np.uint32(0x85EBCA6B))
     # In NumPy, whose integers are unsigned and whose steps are made in place: several times sooner than in PyTorch.
-    counters = row.counters.cpu().numpy().view(np.uint32)[:, None]
-    bits = counters * np.uint32(features) + np.arange(features, dtype=np.uint32)
-    bits ^= key
-    bits ^= bits >> np.uint32(16)
+    bits = words[:, None] ^ np.arange(features, dtype=np.uint32) * np.uint32(0x9E3779B9)
     bits *= np.uint32(0x7FEB352D)
-    bits ^= key * np.uint32(0x85EBCA6B)
     bits ^= bits >> np.uint32(15)
     bits *= np.uint32(0x846CA68B)
-    bits ^= bits >> np.uint32(16)
     mask = torch.from_numpy(bits >= threshold[:, None] * np.uint32(2)).to(row.ids.device)
     row.masks[module, features] = mask
     return mask
@@ -290,8 +287,8 @@ def _turned(states: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), -1)
 
 
-def _mixed(x: Any) -> Any:
-    """uint32 -> uint32."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+def _mixed(x: Any, between: Any = 0) -> Any:
+    """uint32 -> uint32; `between`, uint32 too, comes in after the first of its two rounds."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D) ^ between
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))

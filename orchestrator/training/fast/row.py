@@ -30,7 +30,10 @@ TABLE = (
 )
 """What a slot's row of the table says, each in 4 bytes."""
 
-INTEGERS = ("key", "threshold", "rank", "applies")
+PLACES = ("first_tile", "end_tile")
+"""What the layout adds to it: the slot's first tile and the one after its last; alike where it has none."""
+
+INTEGERS = ("key", "threshold", "rank", "applies", *PLACES)
 
 
 def as_int32(value: int) -> int:
@@ -161,13 +164,17 @@ class Row:
     bounds: torch.Tensor
     """(sequences + 1,) int32 ends of the sequences, fillers included; the last ones may be empty."""
     table: dict[str, torch.Tensor]
-    """`TABLE`, each (slots,)."""
+    """`TABLE` and `PLACES`, each (slots,)."""
     longest: int
     """No sequence is longer."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.table["key"])
 
     @property
     def tile(self) -> int:
@@ -231,10 +238,10 @@ class Layout:
     def row(self, buffer: torch.Tensor) -> Row:
         """Views of a buffer."""
         ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
-        values = table.view(len(TABLE), self.num_slots)
+        values = table.view(len(TABLE + PLACES), self.num_slots)
         named = {
             name: column if name in INTEGERS else column.view(torch.float32)
-            for name, column in zip(TABLE, values, strict=True)
+            for name, column in zip(TABLE + PLACES, values, strict=True)
         }
         return Row(ids, targets, positions, counters, tiles, bounds, named, self.longest)
 
@@ -251,7 +258,7 @@ class Layout:
         counters.fill(0)
         tiles.fill(0)
         table.fill(0)
-        table = table.reshape(len(TABLE), self.num_slots)
+        table = table.reshape(len(TABLE + PLACES), self.num_slots)
         at, ends = 0, [0]
         for span in spans:
             counter, first_tile = span.first_token, at // self.tile
@@ -267,8 +274,9 @@ class Layout:
                 at += self.tile - at % self.tile
                 ends.append(at)
             tiles[first_tile : at // self.tile] = span.slot
-            for column, name in zip(table, TABLE, strict=True):
-                value = np.int32(span.table[name]) if name in INTEGERS else np.float32(span.table[name]).view(np.int32)
+            values = span.table | dict(zip(PLACES, (first_tile, at // self.tile), strict=True))
+            for column, name in zip(table, TABLE + PLACES, strict=True):
+                value = np.int32(values[name]) if name in INTEGERS else np.float32(values[name]).view(np.int32)
                 column[span.slot] = value
         while ends[-1] < self.num_tokens:  # the rest of the bucket, in sequences that are not too long
             ends.append(min(ends[-1] + self.longest, self.num_tokens))
@@ -280,7 +288,7 @@ class Layout:
     @cached_property
     def _slices(self) -> list[slice]:
         tokens = self.num_tokens
-        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE) * self.num_slots]
+        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE + PLACES) * self.num_slots]
         slices, at = [], 0
         for size in sizes:
             slices.append(slice(at, at + size))

@@ -8,7 +8,7 @@ from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import BLOCK, Adapters
 from orchestrator.training.fast.row import Row
 
-_ELEMENTS = 16384
+_ELEMENTS = 8192
 # Weights that one program updates.
 
 
@@ -64,6 +64,7 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         blocks,
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
+        num_warps=8,
         **ranks,
     )
     return norms

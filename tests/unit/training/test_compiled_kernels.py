@@ -14,7 +14,18 @@ from orchestrator.training.fast import lora_backward_kernels, lora_kernels, upda
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BFLOAT16 = ("x", "y", "low", "gradient", "x_gradient", "by_low")
-INTEGERS = ("tickets", "tiles", "counters", "keys", "thresholds", "slot_ranks", "strides", "applies")
+INTEGERS = (
+    "tickets",
+    "tiles",
+    "first_tiles",
+    "end_tiles",
+    "counters",
+    "keys",
+    "thresholds",
+    "slot_ranks",
+    "strides",
+    "applies",
+)
 SCALARS = ("stride", "y_stride", "low_stride", "features", "num_tiles", "num_slots", "size", "blocks")
 PACK = {"RANK": 32, "PATHS": 2, "TILE": 64}
 

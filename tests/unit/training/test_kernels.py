@@ -19,7 +19,8 @@ from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
 
 FAST = "orchestrator.training.fast"
 LEAVES = (
-    "launch", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels", "update_kernels", "kernels"
+    "launch", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels",
+    "update_kernels", "kernels",
 )  # fmt: skip
 MODULES = [f"{FAST}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()
@@ -28,7 +29,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 """Of the difference's norm to the reference's, the reference in float32."""
 NUM_SLOTS = 4
-RANKS = {0: 50, 1: 16, 2: 4, 3: 20}
+RANKS = {0: 50, 1: 16, 2: 4, 3: 20, 4: 64, 5: 8, 6: 33, 7: 12}
 """Of several slots, as far as the stack goes."""
 
 
@@ -119,13 +120,13 @@ def dropout(probability: float) -> tuple[int, float]:
     return int(probability * 2**31), 1 / (1 - probability)
 
 
-def several_slots() -> Row:
-    """Out of order, one idle, one with no dropout, and a tile of fillers that bears the first slot's number."""
+def several_slots(num_slots: int = NUM_SLOTS) -> Row:
+    """Out of order, some idle, one with no dropout, and a tile of fillers that bears the first slot's number."""
     drops = {0: dropout(0.5), 2: dropout(0.1), 3: dropout(0.0)}
     return make_row(
         {2: [5, 61, 30], 0: [50], 3: [64]},
         5,
-        NUM_SLOTS,
+        num_slots,
         threshold={slot: threshold for slot, (threshold, _) in drops.items()},
         keep_scale={slot: scale for slot, (_, scale) in drops.items()},
         scale={0: 2.0, 2: 0.5, 3: 1.0},
@@ -139,7 +140,12 @@ def one_slot() -> Row:
     return make_row({0: [5, 61, 30]}, 2, 1, threshold=threshold, keep_scale=keep_scale, scale=0.5)
 
 
-ROWS: list[Callable[[], Row]] = [one_slot, several_slots]
+def full_pack() -> Row:
+    """Kernels are made for it in other ways."""
+    return several_slots(kernels.FULL)
+
+
+ROWS: list[Callable[[], Row]] = [one_slot, several_slots, full_pack]
 
 
 def is_real(row: Row) -> Any:
@@ -173,7 +179,7 @@ def clear_beyond(adapters: Adapters, flat: Any) -> None:
     whole = flat.clone()
     flat.zero_()
     for slot in range(adapters.num_slots):
-        own = RANKS[slot] if adapters.num_slots == NUM_SLOTS else adapters.rank
+        own = min(RANKS[slot], adapters.rank) if adapters.num_slots > 1 else adapters.rank
         for group in filter(None, adapters.places):
             a, was_a = (adapters.a(group, each)[slot].unflatten(0, (-1, adapters.rank)) for each in (flat, whole))
             a[:, :own] = was_a[:, :own]
@@ -267,13 +273,13 @@ def test_adapters_and_their_backward(make: Callable[[], Row], group: str, rank: 
     x, y = random(row.num_tokens, place.in_features), random(row.num_tokens, width)
     low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
     assert_close(low.where(live, 0), expected_low)
-    expected = y.float()
+    expected = y.to(torch.float32, copy=True)
     kernels.lora_up_(y, low, ours, place, row)
     plain.lora_up_(expected, expected_low, reference, place, row)
     assert_close(y, expected)
 
     by_x, gradient = random(*x.shape), random(*y.shape) * is_real(row)
-    expected = by_x.float()
+    expected = by_x.to(torch.float32, copy=True)
     for adapters in (ours, reference):  # gradients add up
         torch.manual_seed(1)
         adapters.gradients.normal_()
@@ -301,7 +307,7 @@ def test_wide_ranks_and_stored_bfloat16() -> None:
     )
     low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
     assert_close(low, expected_low)
-    expected = by_x.float()
+    expected = by_x.to(torch.float32, copy=True)
     kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
     plain.lora_backward(gradient.float(), x.float(), expected_low, expected, reference, place, row)
     assert_close(by_x, expected)

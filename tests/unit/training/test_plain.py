@@ -389,24 +389,35 @@ def correlations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def test_masks_whose_keys_are_alike_are_unlike() -> None:
-    """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with places changed."""
+    """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with tokens changed."""
     keys = torch.tensor([dropout_key(seed, step) for seed in range(8) for step in range(1000)], dtype=torch.int32)
     mixed = torch.from_numpy(plain._mixed(keys.numpy().view(np.uint32)).view(np.int32))
     order = mixed.sort().indices.tolist()
     close = [(i, j) for i, j in pairwise(order) if int(mixed[i] ^ mixed[j]) in range(1, 1 << 12)]
     assert len(close) >= 5, "there are such pairs"
     for i, j in close:
-        one, other = (keep_all(int(keys[k]), 1 << 12) for k in (i, j))
+        one, other = (halved(int(keys[k]), 1 << 12) for k in (i, j))
         moved = other[torch.arange(1 << 12) ^ int(mixed[i] ^ mixed[j])]
         assert abs((one == moved).double().mean() - 0.5) < 0.05
 
 
-def keep_all(key: int, features: int) -> torch.Tensor:
-    """(features,) bool of the first token, half of them kept."""
+def halved(key: int, tokens: int) -> torch.Tensor:
+    """(tokens,) bool of the first feature, half of them kept."""
     table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
-    nothing = torch.zeros(8, dtype=torch.int32)
-    row = Row(nothing, nothing, nothing, nothing, nothing[:1], nothing, table, 8)
-    return plain.keep(row, 0, features)[0]
+    nothing, counters = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
+    row = Row(nothing, nothing, nothing, counters, nothing[:1], nothing, table, tokens)
+    return plain.keep(row, 0, 1)[:, 0]
+
+
+def test_two_tokens_and_two_features_have_four_masks(mask: Callable[..., Any]) -> None:
+    """Made from words of tokens and of features, yet three corners of a rectangle tell nothing of the fourth."""
+    kept = mask(dropout=0.5, tokens=512, features=512).double() * 2 - 1
+    for token in (1, 2, 3, 7, 64, 100):
+        for feature in (1, 2, 3, 5, 8, 21, 34, 64, 89, 256):
+            corners = (
+                kept[token:, feature:] * kept[token:, :-feature] * kept[:-token, feature:] * kept[:-token, :-feature]
+            )
+            assert abs(corners.mean()) < 5 / math.sqrt(corners.numel())
 
 
 def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(

@@ -87,6 +87,8 @@ def test_a_step_of_two_slots() -> None:
     assert row.num_tokens == 20
     for name in TABLE:
         assert row.table[name].tolist() == [5, 0, 3], name
+    assert row.table["first_tile"].tolist() == [2, 0, 0]
+    assert row.table["end_tile"].tolist() == [3, 0, 2]
 
 
 def test_sequences_lie_side_by_side_with_nothing_of_another_near() -> None:
