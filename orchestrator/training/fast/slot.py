@@ -65,6 +65,8 @@ class Slot:
         self._parameters = lora_parameters(trainer.model)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
+        self._rate_to_log: float | None = None
+        """The learning rate of the last step, of which the callbacks are yet to be told."""
         self._hits = 0.0
         self._norm = math.nan
         self._num_tokens = 0
@@ -78,21 +80,30 @@ class Slot:
         batches, start = self.begin(checkpoint), time.time()
         trainer, first = self.trainer, self.trainer.state.global_step
         for epoch, batch in batches:
-            self._tell("on_step_begin")
-            self.sent(batch, (yield batch))
-            learning_rate = trainer.optimizer.param_groups[0]["lr"]
+            if self._rate_to_log is None:
+                self._tell("on_step_begin")
+                parts = yield batch
+            else:  # the host waits for the last step's figures, and tells of them, while the device is at this one
+                parts = yield batch
+                self._log()
+                self._tell("on_step_begin")
+            self.sent(batch, parts)
+            rate = trainer.optimizer.param_groups[0]["lr"]
             trainer.lr_scheduler.step()
             trainer.state.global_step += 1
             trainer.state.epoch = epoch
             self._tell("on_step_end")
             if trainer.control.should_log:
-                self._log(learning_rate)
+                self._rate_to_log = rate
+            if trainer.control.should_evaluate or trainer.control.should_save:
+                self._log()
             if trainer.control.should_evaluate:
                 began = time.monotonic()
                 self._scores = yield self.held_out()
                 self._evaluated(time.monotonic() - began)
             if trainer.control.should_save:
                 self._save()
+        self._log()
         self.collect()
         self._store()
         steps, seconds = trainer.state.global_step - first, time.time() - start
@@ -188,6 +199,7 @@ class Slot:
                 if self.trainer.control.should_epoch_stop or self.trainer.control.should_training_stop:
                     break
             skipped = 0
+            self._log()
             self._tell("on_epoch_end")
             if self.trainer.control.should_training_stop:
                 return
@@ -245,7 +257,11 @@ class Slot:
             self._norm = norm
             self._hits += sum(each.hits[self._index] for each in figures)
 
-    def _log(self, learning_rate: float) -> None:
+    def _log(self) -> None:
+        """Tell of the steps up to the last that was sent, if that is still to be done."""
+        learning_rate, self._rate_to_log = self._rate_to_log, None
+        if learning_rate is None:
+            return
         self.collect()
         if not self._losses:
             return

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_figures_of_a_batchs_passes_add_up(slot: Any) -> None:
     slot.sent(slot.batch([2, 1, 4]), [Late(0.5), Late(0.25), Late(0.125)])
     logs: list[dict[str, float]] = []
     slot.trainer.log = logs.append
-    slot._log(1e-3)
+    slot._rate_to_log = 1e-3
+    slot._log()
     tokens = 5 + 12 + 30
     assert logs == [
         {
@@ -138,6 +140,30 @@ def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, pack: 
         assert [pending.was_read for pending in pack.pending] == [s < step + 1 - AHEAD for s in range(step + 1)]
     slot.collect()
     assert all(pending.was_read for pending in pack.pending)
+
+
+def test_the_next_batch_is_sent_before_the_last_ones_figures_are_waited_for(slot: Any, pack: FakePack) -> None:
+    """The device works while the host tells of them; they are still those of their own step, at its own rate."""
+    trainer, told = slot.trainer, []
+    control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
+
+    def tell(args: Any, state: Any, control: Any) -> Any:
+        return SimpleNamespace(**vars(control) | {"should_log": state.global_step in (2, 5)})
+
+    trainer.control = control
+    trainer.callback_handler = SimpleNamespace(on_step_begin=tell, on_step_end=tell, on_train_end=tell)
+    trainer.lr_scheduler = SimpleNamespace(
+        step=lambda: trainer.optimizer.param_groups[0].update(lr=trainer.state.global_step)
+    )
+    trainer.log = lambda logs: told.append((trainer.state.global_step, len(pack.batches), logs.get("learning_rate")))
+    slot._store = lambda: None
+    slot.begin = lambda checkpoint: ((0.0, slot.batch([index])) for index in range(5))
+    work = slot.train(None)
+    with suppress(StopIteration):
+        batch = next(work)
+        while True:
+            batch = work.send(pack.answer(batch))
+    assert told == [(2, 3, 0), (5, 5, 3), (5, 5, None)], "step, batches sent by then, rate"
 
 
 def test_a_loss_that_is_not_finite_is_told_within_a_few_steps_with_its_step(slot: Any, pack: FakePack) -> None:
