@@ -5,9 +5,11 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 
@@ -161,7 +163,12 @@ class Adapter:
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
         # save_embedding_layers=False: "auto" asks the hub whether the vocabulary grew.
         weights = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-        config = copy.deepcopy(model.peft_config["default"])
+        return cls.with_config(weights, model.peft_config["default"])
+
+    @classmethod
+    def with_config(cls, weights: dict[str, Any], config: Any) -> "Adapter":
+        """With a copy of the model's own `LoraConfig`."""
+        config = copy.deepcopy(config)
         config.inference_mode = True
         return cls(weights, config)
 
@@ -280,7 +287,9 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
     # By this PEFT finds the base again as it was, wherever its branch has gone since.
     adapter.config.revision = commit or config.base.revision
     adapter.save(building)
-    tokenizer.save_pretrained(str(building))
+    for name, content in _files_of(tokenizer).items():
+        (building / name).parent.mkdir(exist_ok=True)
+        (building / name).write_bytes(content)
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     facts = Facts(
         format="adapter",
@@ -294,6 +303,20 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
         step=origin.step,
     )
     _describe(building, config, facts, origin.metric, scores)
+
+
+_tokenizer_files: WeakKeyDictionary[Any, dict[str, bytes]] = WeakKeyDictionary()
+
+
+def _files_of(tokenizer: Any) -> dict[str, bytes]:
+    """What `save_pretrained` writes of a tokenizer, asked once: it holds Python's lock, and with it the training."""
+    if (files := _tokenizer_files.get(tokenizer)) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+            files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+        _tokenizer_files[tokenizer] = files
+    return files
 
 
 def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, scores: RowScores) -> None:

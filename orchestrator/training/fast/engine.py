@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -218,13 +219,26 @@ class Engine:
         if self._pool is None:
             return bucket.send(self._compute(bucket.row, trains))
         if bucket.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Another thread may set a trial up meanwhile: what it allocates is none of the capture's business.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                bucket.values = self._compute(bucket.row, trains)
-            bucket.graph = graph
+            try:
+                bucket.graph, bucket.values = self._capture(bucket.row, trains)
+            except torch.OutOfMemoryError:  # once more, with what torch keeps in reserve, for which it waits
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                bucket.graph, bucket.values = self._capture(bucket.row, trains)
         bucket.graph.replay()
         return bucket.send(bucket.values)
+
+    def _capture(self, row: Row, trains: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Not by `torch.cuda.graph`, which waits for the device: it works on while this takes a tenth of a second."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(_capture_stream()):
+            # Another thread may set a trial up meanwhile: what it allocates is none of the capture's business.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                values = self._compute(row, trains)
+            finally:
+                graph.capture_end()
+        return graph, values
 
     def _compute(self, row: Row, trains: bool) -> torch.Tensor:
         """A step's (3, slots) losses, norms, hits; an evaluation's (2, tokens) losses, hits."""
@@ -263,6 +277,11 @@ class _Bucket:
         arrived = torch.cuda.Event()
         arrived.record()
         return Pending(result, arrived)
+
+
+@cache
+def _capture_stream() -> Any:
+    return torch.cuda.Stream()
 
 
 def _kernels() -> Any:

@@ -147,7 +147,7 @@ def test_the_next_batch_is_sent_before_the_last_ones_figures_are_waited_for(slot
     trainer, told = slot.trainer, []
     control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
 
-    def tell(args: Any, state: Any, control: Any) -> Any:
+    def tell(_: Any, state: Any, control: Any) -> Any:
         return SimpleNamespace(**vars(control) | {"should_log": state.global_step in (2, 5)})
 
     trainer.control = control
@@ -157,7 +157,7 @@ def test_the_next_batch_is_sent_before_the_last_ones_figures_are_waited_for(slot
     )
     trainer.log = lambda logs: told.append((trainer.state.global_step, len(pack.batches), logs.get("learning_rate")))
     slot._store = lambda: None
-    slot.begin = lambda checkpoint: ((0.0, slot.batch([index])) for index in range(5))
+    slot.begin = lambda _: ((0.0, slot.batch([index])) for index in range(5))
     work = slot.train(None)
     with suppress(StopIteration):
         batch = next(work)
