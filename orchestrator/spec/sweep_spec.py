@@ -100,6 +100,10 @@ class SweepSpec(Section):
         """Trials that stand for all: each value, or end, of each axis is in one of them."""
         return [self.trial_config(point) for point in self.edges()]
 
+    def corners_on_base(self) -> list[TrialConfig]:
+        """Those on the sweep's own base."""
+        return [config for config in self.corners() if config.base == self.base]
+
     def samples(self) -> list[TrialConfig]:
         """The corners, and what stands for all combinations of axes."""
         return [*self.corners(), *map(self.trial_config, combinations(self))]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -15,6 +15,7 @@ from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.worker import Worker
+from orchestrator.training.fast import ahead
 from orchestrator.words import counted
 
 RELAY_CPUS = 0.001
@@ -72,14 +73,12 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
             f"{num_cpus:g}",
             "Change resources.gpus_per_trial (auto takes what there is) or cpus_per_trial, or give --address.",
         )
-    at_once = min(spec.search.total_trials, resources.max_concurrent or spec.search.total_trials)
-    asked = resources.trials_per_gpu
+    at_once, asked = _at_once(spec), resources.trials_per_gpu
     # SFTTrainer's own loop cannot share a process: there trials that share a GPU have one each.
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
     processes = asked if is_alone and whole == 1 and asked != "auto" else 1
     room = _room(whole, resources.cpus_per_trial, processes) or at_once  # a cluster that is yet to grow
-    num_workers = min(room, at_once if asked == "auto" or is_alone else math.ceil(at_once / asked))
-    share = math.ceil(at_once / num_workers)
+    num_workers, share = _spread(at_once, "auto" if is_alone else asked, room)
     if is_alone:
         slots, why = 1, "training.engine trl has a process for each trial"
     elif whole > 1:
@@ -94,6 +93,21 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
         why += f"; of {spec.search.total_trials} trials resources.max_concurrent lets {at_once} run at a time"
     is_fixed = slots == 1 or asked != "auto"
     return Layout(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
+
+
+def compile_early(spec: SweepSpec, address: str | None) -> None:
+    """Where Ray is to be started on this machine, begin before that to compile what its workers need: see `ahead`.
+
+    They compile whatever turns out to be another.
+    """
+    whole, gpus = spec.resources.gpus_per_trial, _gpus_here() if address is None else 0
+    if not gpus or whole == 0:
+        return
+    asked = spec.resources.trials_per_gpu
+    _, share = _spread(_at_once(spec), asked, gpus)
+    ahead.start(
+        spec.corners_on_base(), 1 if whole not in ("auto", 1) else share if asked == "auto" else min(asked, share)
+    )
 
 
 class Fleet:
@@ -160,6 +174,26 @@ def start_fleet(spec: SweepSpec, address: str | None) -> Iterator[Fleet]:
         yield fleet
     finally:
         fleet.end()
+
+
+def _at_once(spec: SweepSpec) -> int:
+    """Trials that may run at a time."""
+    return min(spec.search.total_trials, spec.resources.max_concurrent or spec.search.total_trials)
+
+
+def _spread(at_once: int, asked: int | Literal["auto"], room: int) -> tuple[int, int]:
+    """Workers, and trials at a time for each, if so many are asked for."""
+    num_workers = min(room, at_once if asked == "auto" else math.ceil(at_once / asked))
+    return num_workers, math.ceil(at_once / num_workers)
+
+
+def _gpus_here() -> int:
+    """GPUs of this machine that this process may use, as Ray counts them; none of torch's CUDA is started for it."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Nvidia
+
+    visible = Nvidia.get_current_process_visible_accelerator_ids()
+    there: int = Nvidia.get_current_node_num_accelerators()
+    return there if visible is None else min(there, len(visible))
 
 
 def _room(gpus: int, cpus: int, processes: int) -> int:

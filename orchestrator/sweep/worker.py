@@ -40,7 +40,7 @@ class Worker:
             gpus: that this process has, perhaps a share of one.
         """
         if ray.get_gpu_ids():
-            ahead.start([config for config in spec.corners() if config.base == spec.base], slots)
+            ahead.start(spec.corners_on_base(), slots)
         else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._spec, self._slots, self._is_fixed, self._gpus = spec, slots, is_fixed, gpus

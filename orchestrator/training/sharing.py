@@ -26,9 +26,9 @@ def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, s
 def holdable(spec: SweepSpec, ground: Ground) -> list[TrialConfig]:
     """The corners of the search that the fast engine can hold on this base."""
     found = []
-    for config in spec.corners():
+    for config in spec.corners_on_base():
         with suppress(TrialError):  # layers that are not there: it is told when the trial comes
-            if config.base == spec.base and why_not(config, ground.base, ground.longest) is None:
+            if why_not(config, ground.base, ground.longest) is None:
                 found.append(config)
     return found
 

@@ -1,7 +1,8 @@
 """Kernels compiled ahead: while a process imports and loads its base, another fills Triton's cache for it.
 
 On a cold cache that takes as long as the imports, and neither needs the other. Where the shapes that are guessed there
-are not the real ones, the probe compiles what is missing, as it would without this.
+are not the real ones, the probe compiles what is missing, as it would without this. Several processes of a machine may
+begin the same, a driver and its workers: one does it, the others then find it done.
 """
 
 import atexit

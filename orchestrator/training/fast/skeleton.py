@@ -5,14 +5,18 @@
 Neither transformers' models nor bitsandbytes are imported: they take longer than most kernels.
 """
 
+import fcntl
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -96,5 +100,18 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
                 compile_kernels(layer, held, num_slots)
 
 
+@contextmanager
+def alone(task: str) -> Iterator[None]:
+    """One process of a machine at a time has the same task for Triton's cache; the next then finds it done."""
+    folder, name = Path(triton.knobs.cache.dir), hashlib.sha256(task.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"orchestrator-{name}.lock").open("w") as file:
+        with suppress(OSError):  # on storage without locks both do it
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        yield
+
+
 if __name__ == "__main__":
-    compile_for([TrialConfig.model_validate(each) for each in json.load(sys.stdin)], int(sys.argv[1]))
+    asked = sys.stdin.read()
+    with alone(f"{sys.argv[1]} {asked}"):
+        compile_for([TrialConfig.model_validate(each) for each in json.loads(asked)], int(sys.argv[1]))

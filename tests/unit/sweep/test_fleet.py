@@ -7,7 +7,8 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import fleet
-from orchestrator.sweep.fleet import Layout, lay_out
+from orchestrator.sweep.fleet import Layout, compile_early, lay_out
+from orchestrator.training.fast import ahead
 
 ADDRESS = "10.0.0.1:6379"
 
@@ -60,6 +61,31 @@ def test_two_gpus_on_one_machine(
 ) -> None:
     cluster({"CPU": 16, "GPU": 2})
     assert shape(lay_out(spec(num_trials, *overrides), None)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "overrides", "slots"),
+    [
+        (8, [], [4]),
+        (8, ["resources.max_concurrent=3"], [2]),
+        (8, ["resources.trials_per_gpu=3"], [3]),
+        (4, ["resources.trials_per_gpu=4"], [4]),
+        (8, ["resources.gpus_per_trial=2"], [1]),
+        (8, ["resources.gpus_per_trial=0"], []),
+    ],
+)
+def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
+    monkeypatch: pytest.MonkeyPatch, num_trials: int, overrides: list[str], slots: list[int]
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(ahead, "start", lambda _, num_slots: begun.append(num_slots))
+    monkeypatch.setattr(fleet, "_gpus_here", lambda: 2)
+    compile_early(spec(num_trials, *overrides), address=None)
+    assert begun == slots
+    compile_early(spec(num_trials, *overrides), ADDRESS)
+    monkeypatch.setattr(fleet, "_gpus_here", lambda: 0)
+    compile_early(spec(num_trials, *overrides), address=None)
+    assert begun == slots, "nothing for GPUs that are elsewhere, or nowhere"
 
 
 def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -113,3 +114,25 @@ def test_each_kernel_is_compiled_and_has_its_launcher(
 def test_what_no_gpu_holds_has_none(compiled: list[str], setting: str) -> None:
     skeleton.compile_for(configs(setting), SLOTS)
     assert not compiled
+
+
+def test_of_two_that_would_compile_the_same_one_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    order: list[str] = []
+
+    def compile_too(task: str) -> Thread:
+        def run() -> None:
+            with skeleton.alone(task):
+                order.append(task)
+
+        thread = Thread(target=run)
+        thread.start()
+        return thread
+
+    with skeleton.alone("the same"):
+        same, other = compile_too("the same"), compile_too("another")
+        other.join(10)
+        assert order == ["another"]
+        order.append("the first")
+    same.join(10)
+    assert order == ["another", "the first", "the same"]
