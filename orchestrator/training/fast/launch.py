@@ -4,7 +4,6 @@ That saves some tenths of a microsecond at each of a step's hundreds of launches
 C++ programming guide) is of Hopper and later; elsewhere a launch is an ordinary one.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,9 @@ EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
 
 FULL = 8
 """Slots of a pack whose tokens alone keep the device busy: its sums are split among fewer programs."""
+
+_MOST_THREADS = 64
+"""As many as there are kernels: the one that takes longest is asked for last, and must not wait for its turn."""
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 """Kernels that are compiled instead of launched."""
@@ -47,7 +49,7 @@ def compiled_together() -> Iterator[None]:
     compiled: list[Any] = []
     token = _compiled.set(compiled)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(_MOST_THREADS) as threads:
             with triton.AsyncCompileMode(threads):
                 yield
             found = filter(None, compiled)  # none where a hook of Triton's has said that it is there

@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,8 @@ from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast.build import LONGEST_STEP, compile_kernels, why_not_by_shape
 from orchestrator.training.fast.decoder import GROUPS, MODEL_TYPES
 from orchestrator.training.memory import BaseShape
+
+_DONE = "done"
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -100,18 +102,25 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
                 compile_kernels(layer, held, num_slots)
 
 
-@contextmanager
-def alone(task: str) -> Iterator[None]:
-    """One process of a machine at a time has the same task for Triton's cache; the next then finds it done."""
+def once(task: str, do: Callable[[], None]) -> None:
+    """Of the processes of a machine that have the same task for Triton's cache, one does it, and the others wait."""
     folder, name = Path(triton.knobs.cache.dir), hashlib.sha256(task.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"orchestrator-{name}.lock").open("w") as file:
-        with suppress(OSError):  # on storage without locks both do it
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        yield
+    with (folder / f"orchestrator-{name}.lock").open("a+") as file:
+        with suppress(OSError):  # on storage without locks all do it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            except BlockingIOError:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                if file.read() == _DONE:
+                    return
+        file.truncate(0)
+        do()
+        file.write(_DONE)
 
 
 if __name__ == "__main__":
     asked = sys.stdin.read()
-    with alone(f"{sys.argv[1]} {asked}"):
-        compile_for([TrialConfig.model_validate(each) for each in json.loads(asked)], int(sys.argv[1]))
+    configs = [TrialConfig.model_validate(each) for each in json.loads(asked)]
+    once(f"{sys.argv[1]} {asked}", lambda: compile_for(configs, int(sys.argv[1])))

@@ -1,6 +1,7 @@
 """What is compiled ahead is what is needed: the kernels of a base's configuration are those of the base."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -116,23 +117,32 @@ def test_what_no_gpu_holds_has_none(compiled: list[str], setting: str) -> None:
     assert not compiled
 
 
-def test_of_two_that_would_compile_the_same_one_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_two_that_would_compile_the_same_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The other waits, and does it after all if the first has not got through."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     order: list[str] = []
+    others: list[Thread] = []
 
-    def compile_too(task: str) -> Thread:
-        def run() -> None:
-            with skeleton.alone(task):
-                order.append(task)
+    def compile_too(task: str) -> None:
+        others.append(Thread(target=skeleton.once, args=(task, lambda: order.append(task))))
+        others[-1].start()
 
-        thread = Thread(target=run)
-        thread.start()
-        return thread
-
-    with skeleton.alone("the same"):
-        same, other = compile_too("the same"), compile_too("another")
-        other.join(10)
+    def first() -> None:
+        compile_too("another")
+        others[0].join(10)
         assert order == ["another"]
-        order.append("the first")
-    same.join(10)
-    assert order == ["another", "the first", "the same"]
+        compile_too("the same")
+        others[1].join(0.5)
+        assert order == ["another"]
+        if fails:
+            raise RuntimeError("it fails")
+
+    with suppress(RuntimeError):
+        skeleton.once("the same", first)
+    others[1].join(10)
+    assert order == ["another"] + fails * ["the same"]
+    skeleton.once("the same", lambda: order.append("later"))
+    assert order[-1] == "later", "what was done at another time may be of other kernels"
