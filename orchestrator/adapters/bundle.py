@@ -288,7 +288,7 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
     adapter.config.revision = commit or config.base.revision
     adapter.save(building)
     for name, content in _files_of(tokenizer).items():
-        (building / name).parent.mkdir(exist_ok=True)
+        (building / name).parent.mkdir(parents=True, exist_ok=True)
         (building / name).write_bytes(content)
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     facts = Facts(

@@ -1,6 +1,7 @@
 """The workers of a sweep: how many, how large, and how many trials at a time in each."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,19 +96,23 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
     return Layout(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
 
 
-def compile_early(spec: SweepSpec, address: str | None) -> None:
+@contextmanager
+def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     """Where Ray is to be started on this machine, begin before that to compile what its workers need: see `ahead`.
 
     They compile whatever turns out to be another.
     """
-    whole, gpus = spec.resources.gpus_per_trial, _gpus_here() if address is None else 0
-    if not gpus or whole == 0:
-        return
-    asked = spec.resources.trials_per_gpu
-    _, share = _spread(_at_once(spec), asked, gpus)
-    ahead.start(
-        spec.corners_on_base(), 1 if whole not in ("auto", 1) else share if asked == "auto" else min(asked, share)
-    )
+    resources, here = spec.resources, address is None and not ray.is_initialized()
+    gpus, whole = _gpus_here() if here else 0, resources.gpus_per_trial
+    if gpus and whole != 0:
+        room = max(1, min(gpus, (os.cpu_count() or 1) // resources.cpus_per_trial))
+        _, share = _spread(_at_once(spec), resources.trials_per_gpu, room)
+        many = share if resources.trials_per_gpu == "auto" else min(resources.trials_per_gpu, share)
+        ahead.start(spec.corners_on_base(), many if whole in ("auto", 1) else 1)
+    try:
+        yield
+    finally:
+        ahead.stop()
 
 
 class Fleet:

@@ -19,7 +19,7 @@ from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 from orchestrator.spec.extras import require_extras
-from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, compile_early, start_fleet
+from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.snapshot import put_snapshot_back
@@ -51,9 +51,8 @@ def run_sweep(
     """
     require_extras(spec)
     require_effect(spec)
-    compile_early(spec, address)
     imports = begin(import_tokenizers)  # Ray takes about as long to start
-    with connection(address), start_fleet(spec, address) as fleet:
+    with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         imports.join()
         info = start_sweep(spec, paths)
@@ -70,8 +69,13 @@ def resume_sweep(
         As `run_sweep`.
     """
     require_extras(record.info.spec)
-    compile_early(record.info.spec, address)
-    with connection(address), only_driver(record.paths), start_fleet(record.info.spec, address) as fleet:
+    spec = record.info.spec
+    with (
+        only_driver(record.paths),
+        compiling_early(spec, address),
+        connection(address),
+        start_fleet(spec, address) as fleet,
+    ):
         require_shared_folder(record.paths.root)
         return _drive(record, fleet, watch, say)
 

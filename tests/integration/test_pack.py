@@ -9,6 +9,7 @@ import pytest
 import torch
 from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained, alone, open_ground, trial
 
+from orchestrator.adapters.bundle import Adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.training.events import (
@@ -165,6 +166,10 @@ def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: Ground, tmp_path: P
     bench.run()
     for slot, rows in {idle: before, **freed}.items():
         assert all(map(torch.equal, bits(bench.row(slot)), bits(rows))), f"slot {slot} changed"
+    saved, asked = last.loop.adapter(), Adapter.of(last.loop.trainer.model)
+    assert saved.config.to_dict() == asked.config.to_dict()
+    assert saved.weights.keys() == asked.weights.keys(), "PEFT names what it saves"
+    assert all(torch.equal(saved.weights[name], matrix) for name, matrix in asked.weights.items())
     for flat in bench.flats:
         for matrix in last.loop._matrices(flat).values():
             assert matrix.any()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -112,6 +113,8 @@ class Engine:
         Args:
             spans: what each slot trains on, at most one a slot.
         """
+        # Tokens in the order of slots: kernels that go by slots then read side by side what lies side by side.
+        spans = sorted(spans, key=lambda span: span.slot)
         return self._run(spans, self._layout([spans]), trains=True)
 
     def probe(self, tokens: int, evaluation_tokens: int) -> None:
@@ -219,12 +222,12 @@ class Engine:
         if self._pool is None:
             return bucket.send(self._compute(bucket.row, trains))
         if bucket.graph is None:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 bucket.graph, bucket.values = self._capture(bucket.row, trains)
-            except torch.OutOfMemoryError:  # once more, with what torch keeps in reserve, for which it waits
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                bucket.graph, bucket.values = self._capture(bucket.row, trains)
+        if bucket.graph is None:  # once more, with what torch keeps in reserve, for which it waits
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            bucket.graph, bucket.values = self._capture(bucket.row, trains)
         bucket.graph.replay()
         return bucket.send(bucket.values)
 

@@ -112,7 +112,7 @@ def _up_backward(
     after_previous()
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     num_sums = num_programs - num_tiles * LAYERS * SPLITS
-    # Both kinds in turn, in the order of tokens: what one has read of the gradient the other finds in the L2.
+    # Both kinds in turn, in the order of slots: what one has read of the gradient the other finds in the L2.
     index = (program.to(tl.int64) * num_sums // num_programs).to(tl.int32)
     if ((program + 1).to(tl.int64) * num_sums // num_programs).to(tl.int32) > index:
         num_blocks = num_sums // num_slots

@@ -1,4 +1,4 @@
-"""What the kernels of stacked adapters share: sums split among programs, a slot's tiles, a group's layers, dropout."""
+"""What the kernels of stacked adapters share: sums split among programs, a group's layers, dropout."""
 
 from functools import cache
 from typing import Any

@@ -123,4 +123,5 @@ def once(task: str, do: Callable[[], None]) -> None:
 if __name__ == "__main__":
     asked = sys.stdin.read()
     configs = [TrialConfig.model_validate(each) for each in json.loads(asked)]
-    once(f"{sys.argv[1]} {asked}", lambda: compile_for(configs, int(sys.argv[1])))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    once(f"{device} {sys.argv[1]} {asked}", lambda: compile_for(configs, int(sys.argv[1])))

@@ -85,7 +85,9 @@ class Slot:
             if self._rate_to_log is None:
                 self._tell("on_step_begin")
                 parts = yield batch
-            else:  # the host waits for the last step's figures, and tells of them, while the device is at this one
+            else:
+                # The host waits for the last step's figures, and tells of them, while the device is at this one; where
+                # this one fails, they are not told: the next attempt begins at a checkpoint before them.
                 parts = yield batch
                 self._log()
                 self._tell("on_step_begin")
@@ -105,7 +107,6 @@ class Slot:
                 self._evaluated(time.monotonic() - began)
             if trainer.control.should_save:
                 self._save()
-        self._log()
         self.collect()
         self._store()
         steps, seconds = trainer.state.global_step - first, time.time() - start

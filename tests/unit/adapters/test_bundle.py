@@ -340,3 +340,15 @@ def test_the_commit_of_a_base_from_the_hub_is_kept(
     folder = save(tmp_path / "adapter", config_of(base={"model": "someone/small"}), tokenizer)
     assert verify(folder).facts.base_commit == COMMIT
     assert json.loads((folder / "adapter_config.json").read_text())["revision"] == COMMIT
+
+
+def test_a_tokenizer_is_asked_for_its_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(BaseSection(model="embedded"))
+    tokenizer.save_pretrained(tmp_path / "its own")
+    first = save(tmp_path / "first", config_of(), tokenizer)
+    monkeypatch.setattr(tokenizer, "save_pretrained", None)
+    second = save(tmp_path / "second", config_of(), tokenizer)
+    files = [path.name for path in (tmp_path / "its own").iterdir()]
+    assert "tokenizer.json" in files
+    for folder in (first, second):
+        assert all((folder / name).read_bytes() == (tmp_path / "its own" / name).read_bytes() for name in files)

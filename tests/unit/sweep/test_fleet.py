@@ -1,5 +1,6 @@
 """How many workers, and how many trials at a time in each."""
 
+import os
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import fleet
-from orchestrator.sweep.fleet import Layout, compile_early, lay_out
+from orchestrator.sweep.fleet import Layout, compiling_early, lay_out
 from orchestrator.training.fast import ahead
 
 ADDRESS = "10.0.0.1:6379"
@@ -72,6 +73,7 @@ def test_two_gpus_on_one_machine(
         (4, ["resources.trials_per_gpu=4"], [4]),
         (8, ["resources.gpus_per_trial=2"], [1]),
         (8, ["resources.gpus_per_trial=0"], []),
+        (8, ["resources.cpus_per_trial=8"], [8]),
     ],
 )
 def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
@@ -79,13 +81,30 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
 ) -> None:
     begun: list[int] = []
     monkeypatch.setattr(ahead, "start", lambda _, num_slots: begun.append(num_slots))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(fleet, "_gpus_here", lambda: 2)
-    compile_early(spec(num_trials, *overrides), address=None)
+
+    def compile_for(address: str | None) -> None:
+        with compiling_early(spec(num_trials, *overrides), address):
+            pass
+
+    compile_for(None)
     assert begun == slots
-    compile_early(spec(num_trials, *overrides), ADDRESS)
+    compile_for(ADDRESS)
     monkeypatch.setattr(fleet, "_gpus_here", lambda: 0)
-    compile_early(spec(num_trials, *overrides), address=None)
+    compile_for(None)
     assert begun == slots, "nothing for GPUs that are elsewhere, or nowhere"
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,2", 2), ("", 0), ("0,1,2,3,4", 4)])
+def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int) -> None:
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert fleet._gpus_here() == gpus
 
 
 def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:

@@ -1,8 +1,10 @@
 """Several slots in one step, and one batch in several: each slot's numbers are those that it has alone."""
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.record import RowScores
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.expected import expected_modules
+from orchestrator.training.fast import engine as engine_module
 from orchestrator.training.fast.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.engine import Engine, Figures, Held
 from orchestrator.training.fast.lora import Adapters
@@ -288,3 +291,44 @@ def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
     assert after[1][:2] == pytest.approx(after[0][:2], rel=1e-5)
     # Adam's first step moves each weight by about its rate.
     torch.testing.assert_close(after[1][2], after[0][2], atol=2e-5, rtol=0)
+
+
+class FakeBucket:
+    """One that needs no GPU."""
+
+    def __init__(self, layout: Any, device: Any) -> None:
+        self.row, self.graph, self.values = None, None, None
+
+    def bring(self, spans: Any) -> None:
+        pass
+
+    def send(self, values: Any) -> Any:
+        return values
+
+
+def test_a_capture_that_runs_out_of_memory_is_made_again_with_what_it_held_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[Any] = []
+    steps: list[str] = []
+
+    def capture(*_: Any) -> Any:
+        if held:
+            assert held[0]() is None
+            return SimpleNamespace(replay=lambda: steps.append("replay")), "values"
+        graph = set()  # type: ignore[var-annotated]
+        held.append(weakref.ref(graph))
+        raise torch.OutOfMemoryError("too large")
+
+    def empty() -> None:
+        assert held[0]() is None
+        steps.append("empty")
+
+    monkeypatch.setattr(engine_module, "_Bucket", FakeBucket)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    fake: Any = object.__new__(Engine)
+    fake._on_gpu, fake._buckets, fake._pool, fake._capture = True, {}, "pool", capture
+    fake.adapters = SimpleNamespace(weights=torch.zeros(1))
+    assert fake._run([], "layout", True) == "values"
+    assert steps == ["empty", "replay"]

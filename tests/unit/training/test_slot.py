@@ -145,19 +145,23 @@ def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, pack: 
 def test_the_next_batch_is_sent_before_the_last_ones_figures_are_waited_for(slot: Any, pack: FakePack) -> None:
     """The device works while the host tells of them; they are still those of their own step, at its own rate."""
     trainer, told = slot.trainer, []
-    control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
 
     def tell(_: Any, state: Any, control: Any) -> Any:
         return SimpleNamespace(**vars(control) | {"should_log": state.global_step in (2, 5)})
 
-    trainer.control = control
-    trainer.callback_handler = SimpleNamespace(on_step_begin=tell, on_step_end=tell, on_train_end=tell)
+    trainer.control = SimpleNamespace(
+        should_log=False, should_evaluate=False, should_save=False, should_epoch_stop=False, should_training_stop=False
+    )
+    events = ("train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "train_end")
+    trainer.callback_handler = SimpleNamespace(**dict.fromkeys((f"on_{event}" for event in events), tell))
     trainer.lr_scheduler = SimpleNamespace(
         step=lambda: trainer.optimizer.param_groups[0].update(lr=trainer.state.global_step)
     )
+    trainer.args.gradient_accumulation_steps = 1
     trainer.log = lambda logs: told.append((trainer.state.global_step, len(pack.batches), logs.get("learning_rate")))
     slot._store = lambda: None
-    slot.begin = lambda _: ((0.0, slot.batch([index])) for index in range(5))
+    loader = SimpleNamespace(set_epoch=lambda _: None, batch_sampler=[[index] for index in range(5)])
+    slot.begin = lambda _: slot._batches(loader, range(1), 0, 5)
     work = slot.train(None)
     with suppress(StopIteration):
         batch = next(work)
