@@ -207,6 +207,27 @@ def test_matrices_lie_where_products_read_them() -> None:
         assert_close(b[column] @ a[at : at + 8], written[f"{name}.lora_B"] @ written[f"{name}.lora_A"], DOUBLE)
 
 
+def test_sixteen_adapters_of_a_7b_base_take_sixteen_bytes_a_parameter() -> None:
+    """Weights, gradients and both moments in float32, at rank 16 on all linear layers."""
+    hidden, inner, groups = 4096, 11008, []
+    for index in range(32):
+        for features, widths in (
+            (hidden, [hidden] * 3), (hidden, [hidden]), (hidden, [inner, inner]), (inner, [hidden]),
+        ):  # fmt: skip
+            starts = [sum(widths[:place]) for place in range(len(widths))]
+            groups.append(
+                [
+                    Adapted(f"{index}.{start}", index, features, start, width)
+                    for start, width in zip(starts, widths, strict=True)
+                ]
+            )
+    adapters = Adapters(groups, 16, 16, torch.float32, torch.bfloat16, torch.device("meta"))
+    parameters = 16 * sum(16 * (layer.in_features + layer.width) for group in groups for layer in group)
+    assert parameters == 639_631_360
+    held = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor)]
+    assert 16 <= sum(tensor.nbytes for tensor in held) / parameters < 16.05
+
+
 # Head and loss
 
 
