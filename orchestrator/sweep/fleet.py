@@ -79,17 +79,17 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
     processes = asked if is_alone and whole == 1 and asked != "auto" else 1
     room = _room(whole, resources.cpus_per_trial, processes) or at_once  # a cluster that is yet to grow
-    num_workers, share = _spread(at_once, "auto" if is_alone else asked, room)
+    num_workers, slots = _spread(at_once, "auto" if is_alone else asked, room)
     if is_alone:
         slots, why = 1, "training.engine trl has a process for each trial"
     elif whole > 1:
         slots, why = 1, f"a trial takes {whole} GPUs"
     elif asked != "auto":
-        slots, why = min(asked, share), f"resources.trials_per_gpu is {asked}"
-    elif share == 1:
-        slots, why = 1, "there are no more trials at a time than workers"
+        why = f"resources.trials_per_gpu is {asked}"
+    elif slots == 1:
+        why = "there are no more trials at a time than workers"
     else:
-        slots, why = share, f"{at_once} trials at a time share {counted(num_workers, 'worker')}"
+        why = f"{at_once} trials at a time share {counted(num_workers, 'worker')}"
     if at_once < spec.search.total_trials:
         why += f"; of {spec.search.total_trials} trials resources.max_concurrent lets {at_once} run at a time"
     is_fixed = slots == 1 or asked != "auto"
@@ -106,9 +106,8 @@ def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     gpus, whole = _gpus_here() if here else 0, resources.gpus_per_trial
     if gpus and whole != 0:
         room = max(1, min(gpus, (os.cpu_count() or 1) // resources.cpus_per_trial))
-        _, share = _spread(_at_once(spec), resources.trials_per_gpu, room)
-        many = share if resources.trials_per_gpu == "auto" else min(resources.trials_per_gpu, share)
-        ahead.start(spec.corners_on_base(), many if whole in ("auto", 1) else 1)
+        _, slots = _spread(_at_once(spec), resources.trials_per_gpu, room)
+        ahead.start(spec.corners_on_base(), slots if whole in ("auto", 1) else 1)
     try:
         yield
     finally:
@@ -187,9 +186,10 @@ def _at_once(spec: SweepSpec) -> int:
 
 
 def _spread(at_once: int, asked: int | Literal["auto"], room: int) -> tuple[int, int]:
-    """Workers, and trials at a time for each, if so many are asked for."""
+    """Workers, and trials at a time in each: at most as many as are asked for."""
     num_workers = min(room, at_once if asked == "auto" else math.ceil(at_once / asked))
-    return num_workers, math.ceil(at_once / num_workers)
+    share = math.ceil(at_once / num_workers)
+    return num_workers, share if asked == "auto" else min(asked, share)
 
 
 def _gpus_here() -> int:

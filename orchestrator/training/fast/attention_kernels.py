@@ -181,10 +181,10 @@ def _attend_backward(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     after_previous()
-    each: tl.constexpr = GROUP * KEYS // EACH
-    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_S * each
+    per_block: tl.constexpr = GROUP * KEYS // EACH
+    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_S * per_block
     if program < num_key_blocks:
-        block, head = program // each, program % each * EACH
+        block, head = program // per_block, program % per_block * EACH
         end = _end_after((block + 1) * BLOCK_S - 1, bounds, num_bounds, num_tokens)
         _keys_backward(
             block * BLOCK_S, end, head, gradient, qkv, output, logs, by_qkv, parts, positions, cos, sin, scale,

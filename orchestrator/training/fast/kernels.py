@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from orchestrator.training.fast.attention_kernels import Attended, attention, attention_backward
-from orchestrator.training.fast.launch import FULL, after_previous, compiled_together, launch
+from orchestrator.training.fast.launch import after_previous, compiled_together, launch
 from orchestrator.training.fast.lora_backward_kernels import lora_backward
 from orchestrator.training.fast.lora_kernels import lora_down, lora_up_
 from orchestrator.training.fast.plain import Heads
@@ -19,7 +19,6 @@ from orchestrator.training.fast.update_kernels import update
 from orchestrator.training.memory import MAX_LOGITS
 
 __all__ = [
-    "FULL",
     "TILE",
     "Attended",
     "Heads",

@@ -83,7 +83,7 @@ class Slot:
         trainer, first = self.trainer, self.trainer.state.global_step
         for epoch, batch in batches:
             if self._rate_to_log is None:
-                self._tell("on_step_begin")
+                self._tell("on_step_begin")  # before it is sent: a clock that has stopped goes on here
                 parts = yield batch
             else:
                 # The host waits for the last step's figures, and tells of them, while the device is at this one; where

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from orchestrator.training.fast import plain  # noqa: E402
+from orchestrator.training.fast.launch import FULL  # noqa: E402
 from orchestrator.training.fast.lora import Adapted, Adapters  # noqa: E402
 from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
 
@@ -142,7 +143,7 @@ def one_slot() -> Row:
 
 def full_pack() -> Row:
     """Kernels are made for it in other ways."""
-    return several_slots(kernels.FULL)
+    return several_slots(FULL)
 
 
 ROWS: list[Callable[[], Row]] = [one_slot, several_slots, full_pack]
