@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 from ray.tune.schedulers.pb2 import PB2
 
 from orchestrator.spec.axes import Axis
@@ -21,7 +22,11 @@ class _Seen:
 
 
 class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
-    """Searches loguniform axes by the logarithm: Tune's own would hardly try a rate of the lower decades."""
+    """Searches loguniform axes by the logarithm: Tune's own would hardly try a rate of the lower decades.
+
+    Until a donor has reported twice there is no gain to learn from, and Tune's own would train a copy of the donor,
+    values and all. Here the clone's are drawn from the ranges, as a population's first values are.
+    """
 
     def __init__(self, space: dict[str, Axis], **settings: Any) -> None:
         """`settings` are those of `Cloning`."""
@@ -34,7 +39,11 @@ class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
         return super()._save_trial_state(state, time, result, self._seen(trial))
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        learnt_from = len(self.data)
         found, operations = super()._get_new_config(self._seen(trial), self._seen(trial_to_clone))
+        if len(self.data) == learnt_from:  # Tune's `_explore` adds a row for each point that it has chosen itself
+            found = {path: np.random.uniform(low, high) for path, (low, high) in self._hyperparam_bounds.items()}
+            self.current[-1] = list(found.values())
         values = {path: math.exp(value) if path in self._logs else float(value) for path, value in found.items()}
         return self._explored(values), operations
 

@@ -287,6 +287,25 @@ def test_pb2_sees_rates_by_their_logarithm(make_stage: MakeStage) -> None:
     assert seen.between(math.log(1e-5), math.log(1e-1)).all()
 
 
+def test_pb2_draws_what_it_cannot_learn_yet(make_stage: MakeStage) -> None:
+    """A donor has reported once: its gain is not known, and a clone with its values would be a second donor."""
+    found = set()
+    for seed in range(5):
+        stage = population(make_stage, {"kind": "pb2", "interval_steps": 10, "quantile": 0.5}, seed)
+        for name in "cdabcd":
+            stage.trial(name).set_status(Trial.RUNNING)
+            stage.report(stage.trial(name))
+        assert {each.trial_id for each in stage.all_decisions() if each.action == "cloned"} == {"c", "d"}
+        drawn = [rates(stage)[name] for name in "cd"]
+        chosen = stage.conductor._inner.current[:, 0]
+        assert chosen == pytest.approx([math.log(rate) for rate in drawn]), "a choice knows of those of its round"
+        found |= set(drawn)
+    assert len(found) == 10
+    assert not found & {9e-2, 2e-5}
+    assert all(1e-5 <= rate <= 1e-1 for rate in found)
+    assert min(found) < 1e-3, "by the logarithm"
+
+
 @pytest.mark.parametrize("at_turn", range(1, 20, 3))
 def test_a_population_goes_on_after_a_resume(at_turn: int, make_stage: MakeStage) -> None:
     stage = population(make_stage)
