@@ -26,7 +26,7 @@ from orchestrator.training.fast import build
 from orchestrator.training.fast.build import Kind, engine_for
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
-from orchestrator.training.hosted import Lease, Writers
+from orchestrator.training.hosted import Lease, Leases, Writers
 from orchestrator.training.loop import Ground, Seat
 from orchestrator.training.memory import Choice
 from orchestrator.training.sharing import Shared, holdable, why_apart
@@ -62,11 +62,11 @@ class Host:
         self._slots = slots
         self._gpus = gpus
         self._lock = threading.Lock()
-        self._free = list(range(slots))
+        """Of the next two."""
         self._open: Shared | None = None
         """The engine for many, as long as newcomers are set up for it at once, and not first after the next step."""
         self._num_set_up = 0
-        self._leases: dict[str, Lease] = {}
+        self._leases = Leases(slots)
         self._arrivals: queue.SimpleQueue[Lease | tuple[Lease | None, Member | BaseException]] = queue.SimpleQueue()
         self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared] | None] = queue.SimpleQueue()
         """Trials; None where the base has been loaded."""
@@ -81,7 +81,6 @@ class Host:
         self._has_begun = False
         self._alone: deque[tuple[Lease, str | None]] = deque()
         self._held_back: deque[Lease] = deque()
-        self._lost: str | None = None
         threading.Thread(target=self._run, name="host", daemon=True).start()
         threading.Thread(target=self._set_up, name="set-up", daemon=True).start()
 
@@ -98,17 +97,10 @@ class Host:
         """
         shared = self._open
         fits = shared is not None and self._fits(start.config, shared)
+        made = self._leases.take(lease, start, paths)
+        if made is None:
+            return False
         with self._lock:
-            if self._lost is not None:
-                raise LeaseLost(self._lost)
-            for name, other in list(self._leases.items()):
-                if other.paths == paths:  # an earlier attempt at this trial, whose relay is gone
-                    other.release()
-                if other.has_ended and other.is_given_up:
-                    del self._leases[name]
-            if not self._free:
-                return False
-            self._leases[lease] = made = Lease(self._free.pop(0), start, paths)
             if shared is not None and fits and shared is self._open:
                 self._set_up_soon(made, shared)
             else:
@@ -121,7 +113,7 @@ class Host:
         Raises:
             LeaseLost: there is no such lease.
         """
-        return self._known(lease).take(wait_s)
+        return self._leases.named(lease).take(wait_s)
 
     def renew(self, lease: str) -> None:
         """Keep a lease whose events nobody takes for a while.
@@ -129,24 +121,16 @@ class Host:
         Raises:
             LeaseLost: there is no such lease.
         """
-        self._known(lease).renew()
+        self._leases.named(lease).renew()
 
     def release(self, lease: str) -> None:
         """Ask a trial to stop at its next step. Its last event can still be taken."""
-        with self._lock:
-            if lease in self._leases:
-                self._leases[lease].release()
+        with suppress(LeaseLost):
+            self._leases.named(lease).release()
 
     def free_slots(self) -> int:
         """Trials that could be started now."""
-        with self._lock:
-            return len(self._free)
-
-    def _known(self, lease: str) -> Lease:
-        with self._lock:
-            if lease not in self._leases:
-                raise LeaseLost(f"lease {lease} is unknown here")
-            return self._leases[lease]
+        return self._leases.num_free()
 
     def _run(self) -> None:
         try:
@@ -162,10 +146,7 @@ class Host:
                     self._run_alone(*self._alone.popleft())
         except BaseException as error:  # told to all who wait, and to all who come
             traceback.print_exc()
-            with self._lock:
-                self._lost = f"{type(error).__name__}: {error}"
-                for lease in self._leases.values():
-                    lease.emit(Left(0.0, 0.0, 0.0, 0, self._lost))
+            self._leases.lose(f"{type(error).__name__}: {error}")
             self._on_lost()
 
     def _drop_released(self) -> None:
@@ -179,7 +160,7 @@ class Host:
 
     def _leave(self, lease: Lease, lost: str | None) -> None:
         lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost))
-        self._done(lease)
+        self._leases.done(lease)
 
     @staticmethod
     def _require_device() -> None:
@@ -369,7 +350,7 @@ class Host:
             yield from attempt.run(lambda: seat)
         finally:
             aside.close()
-            self._done(lease)
+            self._leases.done(lease)
             del attempt
             gc.collect()
 
@@ -394,16 +375,11 @@ class Host:
             traceback.print_exc()
             self._leave(lease, f"{type(error).__name__}: {error}")
         else:
-            self._done(lease)
+            self._leases.done(lease)
         finally:
             aside.close()
         self._require_device()
 
     def _fail(self, lease: Lease, error: OrchestratorError) -> None:
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
-        self._done(lease)
-
-    def _done(self, lease: Lease) -> None:
-        lease.is_done = True
-        with self._lock:
-            self._free.append(lease.slot)
+        self._leases.done(lease)

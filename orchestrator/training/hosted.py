@@ -1,4 +1,4 @@
-"""A trial on a host: its lease on a slot, and the thread that writes its files."""
+"""Trials on a host: their leases on its slots, and the threads that write their files."""
 
 import queue
 import threading
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record import TrialPaths, TrialResult
-from orchestrator.training.events import END, Event, Left
+from orchestrator.training.events import END, Event, LeaseLost, Left
 
 LEASE_S = 30.0
 """A lease of which nobody has heard for so long is given up."""
@@ -72,6 +72,67 @@ class Lease:
                 self._events.append(event)
                 self.has_ended = isinstance(event, END)
                 self._came.notify_all()
+
+
+class Leases:
+    """All those of a host. Methods may be called from any thread."""
+
+    def __init__(self, slots: int) -> None:
+        """
+        Args:
+            slots: that there are.
+        """
+        self._lock = threading.Lock()
+        self._free = list(range(slots))
+        self._by_name: dict[str, Lease] = {}
+        self._lost: str | None = None
+
+    def take(self, name: str, start: TrialResult, paths: TrialPaths) -> Lease | None:
+        """A free slot for this trial; None where there is none. Earlier attempts at the trial are asked to stop.
+
+        Raises:
+            LeaseLost: the host trains no more.
+        """
+        with self._lock:
+            if self._lost is not None:
+                raise LeaseLost(self._lost)
+            for known, other in list(self._by_name.items()):
+                if other.paths == paths:  # an earlier attempt, whose relay is gone
+                    other.release()
+                if other.has_ended and other.is_given_up:
+                    del self._by_name[known]
+            if not self._free:
+                return None
+            made = self._by_name[name] = Lease(self._free.pop(0), start, paths)
+            return made
+
+    def named(self, name: str) -> Lease:
+        """
+        Raises:
+            LeaseLost: there is none of that name.
+        """
+        with self._lock:
+            if name not in self._by_name:
+                raise LeaseLost(f"lease {name} is unknown here")
+            return self._by_name[name]
+
+    def num_free(self) -> int:
+        """Slots."""
+        with self._lock:
+            return len(self._free)
+
+    def done(self, lease: Lease) -> None:
+        """Its slot is free again; its events can still be taken."""
+        lease.is_done = True
+        with self._lock:
+            self._free.append(lease.slot)
+
+    def lose(self, why: str) -> None:
+        """The host trains no more: all trials are told, and none gets a slot."""
+        with self._lock:
+            self._lost = why
+            for lease in self._by_name.values():
+                lease.emit(Left(0.0, 0.0, 0.0, 0, why))
 
 
 class Writer:

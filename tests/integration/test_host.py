@@ -78,7 +78,8 @@ class Hosted:
 
     def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData, slots: int = 2) -> None:
         self.spec = spec
-        self.host = Host(spec, data, slots, gpus=0)
+        self.lost = threading.Event()
+        self.host = Host(spec, data, slots, gpus=0, on_lost=self.lost.set)
         self._slots = slots
         self._paths = SweepPaths(folder)
         self.all: list[Followed] = []
@@ -118,7 +119,7 @@ class Hosted:
         for followed in self.all:
             self.host.release(followed.lease)
         deadline = time.monotonic() + 30
-        while self.host.free_slots() < self._slots and self.host._lost is None and time.monotonic() < deadline:
+        while self.host.free_slots() < self._slots and not self.lost.is_set() and time.monotonic() < deadline:
             time.sleep(0.01)
         for thread in threading.enumerate():
             if thread.name == "writer":
