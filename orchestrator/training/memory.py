@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.training.fast.eight_bit import num_blocks, num_bytes
+
 GIB = 2**30
 
 Recompute = Literal["nothing", "elementwise", "layers"]
@@ -136,6 +138,7 @@ def predict(
     *,
     num_slots: int = 1,
     adapter_bytes: int = FLOAT,
+    eight_bit: bool = False,
     quantised: bool = True,
     double_quant: bool = True,
 ) -> Memory:
@@ -150,6 +153,7 @@ def predict(
         targets: adapted linear layers, by their last name.
         num_slots: adapters that train together.
         adapter_bytes: of one of the adapters' weights.
+        eight_bit: whether the optimizer's moments are.
         quantised: 4-bit weights, or 16-bit ones.
         double_quant: whether the scales are quantised too.
     """
@@ -161,6 +165,8 @@ def predict(
     adapted = {name: sizes for name, sizes in shape.linears.items() if name in targets}
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
+    matrices = [rank * size for sizes in adapted.values() for size in sizes]
+    eight_bit_moment = shape.layers * sum(num_bytes(each) + FLOAT * num_blocks(each) for each in matrices)
 
     qkv = (shape.queries + 2 * shape.keys) * shape.head_size
     elementwise = 2 * shape.hidden + shape.inner  # two normed inputs, the gated product
@@ -189,7 +195,7 @@ def predict(
         kept=BF16 * (linears if quantised else shape.layers * sum(weights.values())) if choice.keeps_base else 0,
         adapters=slots * adapter_bytes + adapter * adapter_bytes,
         gradients=slots * FLOAT,
-        optimizer=2 * slots * adapter_bytes,
+        optimizer=2 * (num_slots * eight_bit_moment if eight_bit else slots * adapter_bytes),
         activations=activations,
         head=head,
         passing=passing + WORKSPACE,

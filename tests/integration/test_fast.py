@@ -139,7 +139,7 @@ def assert_same(fast: Trained, trl: Trained, loss: float = 1e-5, update: float =
     assert largest(fast.column("loss"), trl.column("loss")) <= loss
     assert fast.column("grad_norm") == pytest.approx(trl.column("grad_norm"), rel=1e-4)
     assert fast.evaluations.keys() == trl.evaluations.keys()
-    for name, bound in (("eval/loss", loss), ("eval/token_accuracy", 1e-9), ("update", 1e-5)):
+    for name, bound in (("eval/loss", loss), ("eval/token_accuracy", 1e-9), ("update", loss)):
         assert largest(*([values[name] for values in each.evaluations.values()] for each in (fast, trl))) <= bound
     assert all(torch.equal(fast.start[name], start) for name, start in trl.start.items())
     assert difference(fast, trl) <= update
@@ -216,6 +216,25 @@ def test_one_engine_goes_on_from_the_others_checkpoint(
         assert (resumed.end[name] - end).norm() <= 1e-5 * end.norm(), name
 
 
+IN_EIGHT_BITS = 1e-4, 1e-2
+"""What a loss, and an update to its norm, may differ by: of two near numbers one may round to a byte's neighbour."""
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize(("saved_by", "goes_on_by"), [("trl", "fast"), ("fast", "trl")])
+def test_one_engine_goes_on_from_the_others_checkpoint_of_bitsandbytes(
+    tmp_path: Path, optimizer: str, saved_by: str, goes_on_by: str
+) -> None:
+    settings = [f"training.optimizer={optimizer}", "lora.rank=64", "training.steps=6", "training.save_steps=3"]
+    train(saved_by, tmp_path / "saved", *settings)
+    whole = train(goes_on_by, tmp_path / "whole", *settings)
+    resumed = train(goes_on_by, tmp_path / "on", *settings, checkpoint=str(tmp_path / "saved" / "checkpoint-3"))
+    loss, weight = IN_EIGHT_BITS if "8bit" in optimizer else (1e-5, 1e-5)
+    assert largest(resumed.column("loss"), whole.column("loss")[3:]) <= loss
+    for name, end in whole.end.items():
+        assert (resumed.end[name] - end).norm() <= weight * end.norm(), name
+
+
 FEW_ROWS = ["data.max_rows=80", "data.held_out={count: 40}"]
 SETTINGS = {
     # 40 rows: five batches of 7 and one of 5; four of these a step, then two; two and a half epochs.
@@ -235,6 +254,10 @@ SETTINGS = {
         "lora.rslora=true", "lora.alpha=8", "lora.layers_to_transform=[0, 2]", "lora.init=gaussian",
         "training.beta1=0.8", "training.beta2=0.95", "training.epsilon=1e-6", "training.schedule=cosine_with_min_lr",
         "training.final_rate=0.3", "training.steps=4",
+    ],
+    "moments in eight bits": [
+        "training.optimizer=adamw_8bit", "lora.rank=64", "training.weight_decay=0.1", "training.steps=8",
+        "training.eval_steps=4",
     ],
     "the base not quantised, recompute, seed": [
         "base.quantization=none", "training.recompute=true", "training.seed=7", "training.steps=4",
@@ -256,7 +279,8 @@ def test_a_few_steps_are_those_of_sfttrainer(setting: str, tmp_path: Path, monke
 
         monkeypatch.setattr(Engine, "_compute", counted)
     fast, trl = (train(engine, tmp_path / engine, *SETTINGS[setting]) for engine in ("fast", "trl"))
-    assert_same(fast, trl, update=1e-4)
+    loss, update = IN_EIGHT_BITS if setting.endswith("eight bits") else (1e-5, 1e-4)
+    assert_same(fast, trl, loss, update)
     if setting.endswith("passes"):
         assert passes >= 6 * 4
     if setting.startswith("accumulation"):

@@ -61,6 +61,25 @@ def assert_to_the_digit(seen: Trained, other: Trained) -> None:
 # One slot among others, against the same trial alone
 
 
+def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: Ground, tmp_path: Path) -> None:
+    """Of a rank that is the stack's, and of one that is below it; a slot that was another's, and a checkpoint."""
+    eight = ["training.optimizer=adamw_8bit"]
+    high, low = trial(*A, *eight, "lora.rank=64"), trial(*B, *eight, "lora.rank=48", "training.save_steps=7")
+    bench = Bench(ground, tmp_path, 3, [high, low])
+    assert bench.engine.adapters.rank == 64
+    assert bench.engine.adapters.moment1.dtype == torch.uint8
+    early = bench.join(0, trial(*OTHER, *eight), stop_at=3, name="early")
+    seen = {"low": bench.join(2, low, name="low")}
+    while not early.end:
+        bench.turn(1)
+    seen["high"] = bench.join(0, high, name="high")
+    bench.run()
+    for name, config in {"low": low, "high": high}.items():
+        assert_same(seen[name], alone(ground, tmp_path / "alone" / name, config), update=0.01)
+    resumed = alone(ground, tmp_path / "resumed", low, tmp_path / "low" / "checkpoint-7")
+    assert resumed.losses == pytest.approx({at: loss for at, loss in seen["low"].losses.items() if at > 7}, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def solos(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     return {name: alone(ground, tmp_path_factory.mktemp(name), trial(*of)) for name, of in (("A", A), ("B", B))}

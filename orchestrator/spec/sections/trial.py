@@ -10,7 +10,7 @@ from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.section import Section
 from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
 
-_FAST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+_FAST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
 
 
 class TrialConfig(Section):
@@ -95,8 +95,8 @@ class TrialConfig(Section):
             "lora.alpha_pattern (a slot has one scale)": bool(lora.alpha_pattern),
             f"lora.init {lora.init}": lora.init not in ("default", "gaussian"),
             f"training.optimizer {training.optimizer}": training.optimizer not in _FAST_OPTIMIZERS,
-            "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16": (
-                training.optimizer == "paged_adamw_32bit" and training.adapter_dtype != "float32"
+            f"training.optimizer {training.optimizer} with adapter_dtype bfloat16": (
+                "bit" in training.optimizer and training.adapter_dtype != "float32"
             ),
             f"training.loss {training.loss}": training.loss != "nll",
             "training.label_smoothing": training.label_smoothing > 0,

@@ -67,6 +67,8 @@ class Kind:
     """Names of all layers that any of them adapts."""
     precision: str
     adapter_dtype: str
+    eight_bit: bool
+    """The optimizer's moments."""
     keeps_base: bool | None
     """None where the memory decides, here and below."""
     recompute: bool | None
@@ -84,6 +86,7 @@ class Kind:
             frozenset(name for config in configs for name in expected_modules(base, config.lora)),
             resolve_precision(training),
             training.adapter_dtype,
+            "8bit" in training.optimizer,
             None if training.dequantise == "auto" else training.dequantise == "once",
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
@@ -92,7 +95,7 @@ class Kind:
     def refuses(self, base: Any, config: TrialConfig) -> str | None:
         """Why a trial, which the fast engine can hold, cannot be one of these; or None."""
         own = Kind.of(base, [config], self.num_slots)
-        for name in ("precision", "adapter_dtype", "keeps_base", "recompute"):
+        for name in _FIELDS:
             if getattr(own, name) != getattr(self, name):
                 return f"{_FIELDS[name]} is another than that of the trials beside it"
         if own.rank > self.rank or not own.modules <= self.modules:
@@ -103,6 +106,7 @@ class Kind:
 _FIELDS = {
     "precision": "training.precision",
     "adapter_dtype": "training.adapter_dtype",
+    "eight_bit": "training.optimizer",
     "keeps_base": "training.dequantise",
     "recompute": "training.recompute",
 }
@@ -299,6 +303,7 @@ def _predicted(
         {name.rpartition(".")[2] for name in kind.modules},
         num_slots=kind.num_slots,
         adapter_bytes=4 if kind.adapter_dtype == "float32" else 2,
+        eight_bit=kind.eight_bit,
         quantised=config.base.quantization != "none",
         double_quant=config.base.double_quant,
     )
@@ -336,10 +341,10 @@ def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: C
         release(base)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
         standing = _engines[base] = _Standing(about_base, Decoder(base, *about_base), pool, {})
-    about = (kind.num_slots, kind.rank, adapter_dtype, lora_dtype, kind.modules, choice.recompute)
+    about = (kind.num_slots, kind.rank, adapter_dtype, kind.eight_bit, lora_dtype, kind.modules, choice.recompute)
     if about not in standing.engines:
         adapted = adapted_layers(base, kind.modules)
-        adapters = Adapters(adapted, kind.num_slots, kind.rank, adapter_dtype, lora_dtype, device)
+        adapters = Adapters(adapted, kind.num_slots, kind.rank, adapter_dtype, lora_dtype, device, kind.eight_bit)
         standing.engines[about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool, on_gpu)
     engine = standing.engines[about]
     engine.max_tokens = choice.max_tokens

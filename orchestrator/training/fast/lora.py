@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.training.fast.eight_bit import EightBit, Matrix, Moment
+
 BLOCK = 1024
 """Elements of a slot's flat weights that are all of one group's A, or of its B."""
 
@@ -47,6 +49,8 @@ class Group:
 class Adapters:
     """LoRA weights, gradients and optimizer moments of `num_slots` adapters, each flat: (slots, size).
 
+    Moments in eight bits are laid in another way: `eight_bit`.
+
     Ranks below `rank` are filled with zeros, which stay: where B's column is zero so is the gradient of A's row, and
     the other way round; AdamW then moves neither.
     """
@@ -59,6 +63,7 @@ class Adapters:
         dtype: torch.dtype,
         compute: torch.dtype,
         device: torch.device,
+        eight_bit: bool = False,
     ) -> None:
         """
         Args:
@@ -68,6 +73,7 @@ class Adapters:
             dtype: of weights and moments.
             compute: of the adapters' products.
             device: of all of it.
+            eight_bit: keep the moments in eight bits.
         """
         self.num_slots = num_slots
         self.rank = rank
@@ -85,8 +91,13 @@ class Adapters:
             strides += [(group.a, layers[0].in_features)] * ((b - group.a) // BLOCK)
             strides += [(b, 1)] * ((at - b) // BLOCK)
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
-        self.moment1 = torch.zeros_like(self.weights)
-        self.moment2 = torch.zeros_like(self.weights)
+        self.eight = EightBit(list(self._matrices()), rank, num_slots, device) if eight_bit else None
+        """Where moments are kept so, what they have besides their bytes."""
+        if self.eight is None:
+            self.moment1, self.moment2 = (torch.zeros_like(self.weights) for _ in range(2))
+        else:
+            shape = num_slots, self.eight.size
+            self.moment1, self.moment2 = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
         self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
         self.strides = torch.tensor(strides, dtype=torch.int32, device=device)
         """(size / BLOCK, 2) of each block, where its matrix begins, and how many elements on is the next rank."""
@@ -115,10 +126,28 @@ class Adapters:
                 yield f"{layer.name}.lora_B", b[row : row + layer.width, :rank]
                 row += layer.width
 
+    def in_eight_bits(self, slot: int, rank: int, copied: bool = False) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
+        """Both moments of each of a slot's matrices, by the names of `matrices`; in place, or on the host."""
+        assert self.eight is not None
+        split = self.eight.copied if copied else self.eight.moments
+        moments = split(slot, rank, (self.moment1[slot], self.moment2[slot]))
+        return zip((name for name, _ in self.matrices(slot, rank, self.weights)), moments, strict=True)
+
+    def _matrices(self) -> Iterator[Matrix]:
+        """In the order of `matrices`."""
+        for group in filter(None, self.places):
+            b = group.b
+            for index, layer in enumerate(group.layers):
+                yield Matrix(group.a + index * self.rank * group.in_features, group.in_features, is_b=False)
+                yield Matrix(b, layer.width, is_b=True)
+                b += layer.width * self.rank
+
     def clear(self, slot: int) -> None:
         """Make a slot as if it had never been used."""
         for flat in (self.weights, self.moment1, self.moment2, self.gradients):
             flat[slot].zero_()
+        if self.eight is not None:
+            self.eight.magnitudes[:, slot].zero_()
 
 
 def _whole_blocks(size: int) -> int:

@@ -3,6 +3,7 @@
 Shapes: T tokens, H hidden, D head size. Autograd is used for attention alone: each part has its backward beside it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,14 +220,29 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         gradient = adapters.gradients[slot]
         if norms[slot].isfinite():
             gradient *= (table["max_norm"] / (norms[slot] + 1e-6)).clamp(max=1.0)
-            weights, moment1, moment2 = (flat[slot] for flat in (adapters.weights, adapters.moment1, adapters.moment2))
-            moment1.lerp_(gradient.to(moment1.dtype), table["gain1"])
-            moment2.lerp_(gradient.square().to(moment2.dtype), table["gain2"])
-            weights.mul_(1 - table["learning_rate"] * table["decay"])
-            denominator = (moment2 / table["correction2"]).sqrt_().add_(table["epsilon"])
-            weights.sub_(table["learning_rate"] / table["correction1"] * moment1 / denominator)
+            if adapters.eight is None:
+                _adamw(adapters.weights[slot], adapters.moment1[slot], adapters.moment2[slot], gradient, table)
+            else:
+                rank = int(table["rank"])
+                weights, gradients = (
+                    dict(adapters.matrices(slot, rank, flat)) for flat in (adapters.weights, adapters.gradients)
+                )
+                for name, kept in adapters.in_eight_bits(slot, rank):
+                    moment1, moment2 = (moment.read().view_as(weights[name]) for moment in kept)
+                    _adamw(weights[name], moment1, moment2, gradients[name], table)
+                    kept[0].write(moment1.flatten())
+                    kept[1].write(moment2.flatten())
         gradient.zero_()
     return norms
+
+
+def _adamw(weights: Any, moment1: Any, moment2: Any, gradient: Any, table: Mapping[str, torch.Tensor]) -> None:
+    """A slot's step on these tensors, in place."""
+    moment1.lerp_(gradient.to(moment1.dtype), table["gain1"])
+    moment2.lerp_(gradient.square().to(moment2.dtype), table["gain2"])
+    weights.mul_(1 - table["learning_rate"] * table["decay"])
+    denominator = (moment2 / table["correction2"]).sqrt_().add_(table["epsilon"])
+    weights.sub_(table["learning_rate"] / table["correction1"] * moment1 / denominator)
 
 
 def keep(row: Row, module: int, features: int) -> torch.Tensor:

@@ -170,7 +170,7 @@ class Slot:
         handler = trainer.callback_handler
         handler.optimizer, handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
         handler.train_dataloader = loader
-        trainer.optimizer.step()  # no gradients, no step; a schedule warns unless its optimizer has stepped
+        trainer.optimizer._opt_called = True  # the engine steps: a schedule warns unless its optimizer has
         if checkpoint is not None:
             set_rate(trainer, self._config.training)
         adapters.clear(self._index)
@@ -179,18 +179,50 @@ class Slot:
             raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
         for name, matrix in weights.items():
             matrix.copy_(self._parameters[name].detach())
-        if moments := trainer.optimizer.state:
-            for flat, key in ((adapters.moment1, "exp_avg"), (adapters.moment2, "exp_avg_sq")):
-                for name, matrix in self._matrices(flat).items():
-                    if saved := moments.get(self._parameters[name]):
-                        matrix.copy_(saved[key])
-                        self._optimizer_steps = int(saved["step"])
-            moments.clear()
+        self._lay_moments({name: trainer.optimizer.state.get(each) for name, each in self._parameters.items()})
+        trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
             self._store()  # the Trainer has moved them
         else:
             self._stored_at = self._optimizer_steps
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
+
+    def _lay_moments(self, states: dict[str, dict[str, Any] | None]) -> None:
+        """Take the optimizer's states of a checkpoint, by the names of the parameters; None where it has none."""
+        adapters, keys = self._engine.adapters, self._moment_keys()
+        if adapters.eight is None:
+            for flat, key in zip((adapters.moment1, adapters.moment2), keys, strict=True):
+                for name, matrix in self._matrices(flat).items():
+                    if saved := states[name]:
+                        matrix.copy_(saved[key])
+        else:
+            for name, kept in adapters.in_eight_bits(self._index, self._config.lora.rank):
+                if saved := states.get(name):
+                    for number, moment in enumerate(kept, 1):
+                        moment.lay(number, saved)
+        self._optimizer_steps = max((int(saved["step"]) for saved in states.values() if saved), default=0)
+
+    def _moments(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's states as they are now, on the host: what torch's AdamW or bitsandbytes' would have."""
+        adapters, keys = self._engine.adapters, self._moment_keys()
+        if adapters.eight is None:
+            first, second = (self._at_home(flat) for flat in (adapters.moment1, adapters.moment2))
+            states = {name: {keys[0]: first[name], keys[1]: second[name]} for name in self._parameters}
+        else:
+            states = {
+                name: moment1.state(1, self._parameters[name].shape) | moment2.state(2, self._parameters[name].shape)
+                for name, (moment1, moment2) in adapters.in_eight_bits(self._index, self._config.lora.rank, copied=True)
+                if name in self._parameters
+            }
+        steps: Any = self._optimizer_steps
+        for state in states.values():
+            state["step"] = steps if "state1" in state else torch.tensor(float(steps))
+        return states
+
+    def _moment_keys(self) -> tuple[str, str]:
+        """What its optimizer calls the moments."""
+        is_of_bitsandbytes = type(self.trainer.optimizer).__module__.startswith("bitsandbytes.")
+        return ("state1", "state2") if is_of_bitsandbytes else ("exp_avg", "exp_avg_sq")
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
@@ -299,12 +331,10 @@ class Slot:
 
     def _save(self) -> None:
         """Have a checkpoint written as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
-        trainer, adapters = self.trainer, self._engine.adapters
+        trainer = self.trainer
         self._store()
-        first, second = (self._at_home(flat) for flat in (adapters.moment1, adapters.moment2))
-        for name, parameter in self._parameters.items():
-            steps = torch.tensor(float(self._optimizer_steps))
-            trainer.optimizer.state[parameter] = {"step": steps, "exp_avg": first[name], "exp_avg_sq": second[name]}
+        for name, moments in self._moments().items():
+            trainer.optimizer.state[self._parameters[name]] = moments
         optimizer = trainer.optimizer.state_dict()
         trainer.optimizer.state.clear()
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from orchestrator.training.fast import eight_bit
 from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import BLOCK, Adapters
 from orchestrator.training.fast.row import Row
@@ -40,6 +41,47 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         BLOCK=BLOCK,
         **ranks,
     )
+    values = [
+        table[name]
+        for name in (
+            "applies",
+            "learning_rate",
+            "decay",
+            "gain1",
+            "gain2",
+            "epsilon",
+            "correction1",
+            "correction2",
+            "max_norm",
+        )
+    ]
+    if (eight := adapters.eight) is not None:
+        launch(
+            _update_eight_bit,
+            (len(eight.programs), adapters.num_slots),
+            adapters.weights,
+            adapters.moment1,
+            adapters.moment2,
+            *eight.magnitudes,
+            *eight.maps,
+            *eight.bounds,
+            adapters.gradients,
+            eight.programs,
+            table["rank"],
+            squares,
+            norms,
+            *values,
+            size,
+            eight.size,
+            eight.magnitudes.shape[2],
+            blocks,
+            ELEMENTS=eight_bit.ELEMENTS,
+            SHARED=eight_bit.BLOCK,
+            SMALL=eight_bit.SMALL,
+            BLOCK=BLOCK,
+            RANK=adapters.rank,
+        )
+        return norms
     launch(
         _update,
         grid,
@@ -51,15 +93,7 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
         table["rank"],
         squares,
         norms,
-        table["applies"],
-        table["learning_rate"],
-        table["decay"],
-        table["gain1"],
-        table["gain2"],
-        table["epsilon"],
-        table["correction1"],
-        table["correction2"],
-        table["max_norm"],
+        *values,
         size,
         blocks,
         ELEMENTS=_ELEMENTS,
@@ -109,20 +143,31 @@ def _squares(
         tl.store(squares + slot * blocks + block, tl.sum(total))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "slot_ranks",
-        "applies",
-        "learning_rates",
-        "decays",
-        "gains1",
-        "gains2",
-        "epsilons",
-        "corrections1",
-        "corrections2",
-        "max_norms",
-    ]
-)
+@triton.jit
+def _norm_of(squares, blocks, BLOCK: tl.constexpr):
+    """Norm of a slot's gradient, by the sums of its blocks."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(squares + index, mask=index < blocks, other=0.0)
+    return tl.sqrt(tl.sum(total))
+
+
+_OF_THE_TABLE = [
+    "slot_ranks",
+    "applies",
+    "learning_rates",
+    "decays",
+    "gains1",
+    "gains2",
+    "epsilons",
+    "corrections1",
+    "corrections2",
+    "max_norms",
+]
+
+
+@triton.jit(do_not_specialize=_OF_THE_TABLE)
 def _update(
     weights,
     moments1,
@@ -152,11 +197,7 @@ def _update(
     block, slot = tl.program_id(0), tl.program_id(1)
     norm = 0.0
     if tl.load(applies + slot) != 0:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, blocks, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            total += tl.load(squares + slot * blocks + index, mask=index < blocks, other=0.0)
-        norm = tl.sqrt(tl.sum(total))
+        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
         learning_rate, gain1, gain2 = tl.load(learning_rates + slot), tl.load(gains1 + slot), tl.load(gains2 + slot)
         clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
         fade = 1 - learning_rate * tl.load(decays + slot)
@@ -179,4 +220,109 @@ def _update(
                 tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=own)
             tl.store(gradients + at, tl.zeros((BLOCK,), tl.float32), mask=own)
     if block == 0:
+        tl.store(norms + slot, norm)
+
+
+@triton.jit
+def _nearest(bounds, values):
+    """Of 256 ascending values the place of the nearest, by the 255 `bounds` half way between them."""
+    place = tl.zeros(values.shape, tl.int32)
+    for power in tl.static_range(8):
+        place += tl.where(tl.load(bounds + place + (128 >> power) - 1) < values, 128 >> power, 0)
+    return place
+
+
+@triton.jit(do_not_specialize=[*_OF_THE_TABLE, "magnitudes1", "magnitudes2", "size", "num_bytes", "num_magnitudes"])
+def _update_eight_bit(
+    weights,
+    moments1,
+    moments2,
+    magnitudes1,
+    magnitudes2,
+    map1,
+    map2,
+    bounds1,
+    bounds2,
+    gradients,
+    programs,
+    slot_ranks,
+    squares,
+    norms,
+    applies,
+    learning_rates,
+    decays,
+    gains1,
+    gains2,
+    epsilons,
+    corrections1,
+    corrections2,
+    max_norms,
+    size,
+    num_bytes,
+    num_magnitudes,
+    blocks,
+    ELEMENTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    SMALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    after_previous()
+    program, slot = tl.program_id(0), tl.program_id(1)
+    norm = 0.0
+    if tl.load(applies + slot) != 0:
+        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
+        entry = programs + program * 6
+        at, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        byte, magnitude, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+        rank = tl.load(slot_ranks + slot)
+        length = features * rank
+        if first < length:
+            shared = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
+            element = shared[:, None] + tl.arange(0, SHARED)[None, :]
+            own = element < length
+            place = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
+            place += slot.to(tl.int64) * size + at
+            if norm < float("inf"):
+                learning_rate, gain1, gain2 = (
+                    tl.load(learning_rates + slot),
+                    tl.load(gains1 + slot),
+                    tl.load(gains2 + slot),
+                )
+                clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
+                gradient = tl.load(gradients + place, mask=own, other=0.0) * clip
+                bytes1 = moments1 + slot.to(tl.int64) * num_bytes + byte
+                bytes2 = moments2 + slot.to(tl.int64) * num_bytes + byte
+                floats1 = bytes1.to(tl.pointer_type(tl.float32)) + element
+                floats2 = bytes2.to(tl.pointer_type(tl.float32)) + element
+                shared1 = magnitudes1 + slot * num_magnitudes + magnitude + shared // SHARED
+                shared2 = magnitudes2 + slot * num_magnitudes + magnitude + shared // SHARED
+                in_bytes = tl.where(length < SMALL, 0, length)
+                wide, narrow, in_use = element < length - in_bytes, element < in_bytes, shared < in_bytes
+                moment1 = tl.load(floats1, mask=wide, other=0.0)
+                moment2 = tl.load(floats2, mask=wide, other=0.0)
+                code1 = tl.load(bytes1 + element, mask=narrow, other=0).to(tl.int32)
+                code2 = tl.load(bytes2 + element, mask=narrow, other=0).to(tl.int32)
+                moment1 += tl.load(map1 + code1) * tl.load(shared1, mask=in_use, other=0.0)[:, None]
+                moment2 += tl.load(map2 + code2) * tl.load(shared2, mask=in_use, other=0.0)[:, None]
+                moment1 += (gradient - moment1) * gain1
+                moment2 += (gradient * gradient - moment2) * gain2
+                fade = 1 - learning_rate * tl.load(decays + slot)
+                rate = learning_rate / tl.load(corrections1 + slot)
+                correction2, epsilon = tl.load(corrections2 + slot), tl.load(epsilons + slot)
+                weight = tl.load(weights + place, mask=own, other=0.0).to(tl.float32)
+                weight = weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon)
+                tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=own)
+                tl.store(floats1, moment1, mask=wide)
+                tl.store(floats2, moment2, mask=wide)
+                moment1, moment2 = tl.where(narrow, moment1, 0.0), tl.where(narrow, moment2, 0.0)
+                largest1, largest2 = tl.max(tl.abs(moment1), 1), tl.max(moment2, 1)
+                tl.store(shared1, largest1, mask=in_use)
+                tl.store(shared2, largest2, mask=in_use)
+                code1 = _nearest(bounds1, moment1 * (1.0 / tl.maximum(largest1, 1e-38))[:, None])
+                code2 = _nearest(bounds2, moment2 * (1.0 / tl.maximum(largest2, 1e-38))[:, None])
+                tl.store(bytes1 + element, code1.to(tl.uint8), mask=narrow)
+                tl.store(bytes2 + element, code2.to(tl.uint8), mask=narrow)
+            tl.store(gradients + place, tl.zeros((ELEMENTS // SHARED, SHARED), tl.float32), mask=own)
+    if program == 0:
         tl.store(norms + slot, norm)

@@ -27,11 +27,15 @@ REFUSED = [
     ({"training": {"neftune_alpha": 5}}, "training.neftune_alpha"),
     ({"training": {"tf32": True, "precision": "none"}}, "training.tf32"),
     ({"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor"),
-    ({"training": {"optimizer": "paged_adamw_8bit"}}, "training.optimizer paged_adamw_8bit"),
+    ({"training": {"optimizer": "ademamix_8bit"}}, "training.optimizer ademamix_8bit"),
     ({"training": {"precision": "fp16"}}, "training.precision fp16"),
     (
         {"training": {"optimizer": "paged_adamw_32bit", "adapter_dtype": "bfloat16"}},
         "training.optimizer paged_adamw_32bit with adapter_dtype bfloat16",
+    ),
+    (
+        {"training": {"optimizer": "adamw_8bit", "adapter_dtype": "bfloat16"}},
+        "training.optimizer adamw_8bit with adapter_dtype bfloat16",
     ),
     ({"training": {"group_by_length": True}}, "training.group_by_length (without padding it would gain nothing)"),
 ]
@@ -57,8 +61,10 @@ def test_the_others_take_it_and_the_reason_is_known(
     assert config.why_not_fast() == reason
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"])
-def test_fast_takes_adamw_in_32_bits(document: Document, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
+)
+def test_fast_takes_adamw_in_all_its_forms(document: Document, optimizer: str) -> None:
     config = parse_spec(with_engine(document, {"training": {"optimizer": optimizer}}, "fast")).trial_config({})
     assert config.why_not_fast() is None
 

@@ -203,6 +203,11 @@ def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfi
             {"training": {"adapter_dtype": "bfloat16"}},
             "training.adapter_dtype is another than that of the trials beside it",
         ),
+        (
+            {"training": {"optimizer": "paged_adamw_8bit"}},
+            "training.optimizer is another than that of the trials beside it",
+        ),
+        ({"training": {"optimizer": "paged_adamw_32bit"}}, None),
         ({"training": {"recompute": True}}, "training.recompute is another than that of the trials beside it"),
         ({"training": {"dequantise": "once"}}, "training.dequantise is another than that of the trials beside it"),
         ({"training": {"precision": "bf16"}}, "training.precision is another than that of the trials beside it"),

@@ -25,8 +25,20 @@ INTEGERS = (
     "slot_ranks",
     "strides",
     "applies",
+    "programs",
 )
-SCALARS = ("stride", "y_stride", "low_stride", "features", "num_tiles", "num_slots", "size", "blocks")
+BYTES = ("moments1", "moments2")
+"""In eight bits."""
+SCALARS = (
+    "stride",
+    "y_stride",
+    "low_stride",
+    "features",
+    "num_tiles",
+    "num_slots",
+    "size",
+    "blocks",
+)
 PACK = {"RANK": 32, "PATHS": 2, "TILE": 64}
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -34,17 +46,23 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "up": (lora_kernels._up, PACK | {"BLOCK_N": 64}),
     "up backward": (lora_backward_kernels._up_backward, PACK | {"SPLITS": 4, "LAYERS": 2, "BLOCK_N": 64}),
     "down backward": (lora_backward_kernels._down_backward, PACK | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
+    "update in eight bits": (
+        update_kernels._update_eight_bit,
+        {"ELEMENTS": 1024, "SHARED": 256, "SMALL": 4096, "BLOCK": 1024, "RANK": 64},
+    ),
     "squares": (update_kernels._squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
     "update": (update_kernels._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
 }
 
 
-def type_of(name: str) -> str:
+def type_of(name: str, constants: dict[str, Any]) -> str:
     if name in BFLOAT16:
         return "*bf16"
+    if name in BYTES and "SHARED" in constants:
+        return "*u8"
     if name in INTEGERS:
         return "*i32"
-    is_scalar = name in SCALARS or name.startswith(("number", "column", "width"))
+    is_scalar = name in SCALARS or name.startswith(("num", "column", "width"))
     return "i32" if is_scalar else "*fp32"
 
 
@@ -52,7 +70,7 @@ def type_of(name: str) -> str:
 def test_it_compiles(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, constants = KERNELS[name]
-    signature = {each: "constexpr" if each in constants else type_of(each) for each in kernel.arg_names}
+    signature = {each: "constexpr" if each in constants else type_of(each, constants) for each in kernel.arg_names}
     places = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=HOPPER)
     assert compiled.asm["cubin"]

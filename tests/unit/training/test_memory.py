@@ -87,9 +87,20 @@ def test_adapters(half: Any, targets: tuple[str, ...], dtype: torch.dtype) -> No
     assert told.optimizer == adapters.moment1.nbytes + adapters.moment2.nbytes
 
 
-def make_adapters(model: Any, targets: tuple[str, ...], num_slots: int, dtype: torch.dtype) -> Adapters:
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
+def test_moments_in_eight_bits(half: Any, targets: tuple[str, ...]) -> None:
+    adapters = make_adapters(half, targets, 3, torch.float32, eight_bit=True)
+    assert adapters.eight is not None
+    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight.magnitudes.nbytes
+    assert foreseen(half, targets=targets, num_slots=3, eight_bit=True).optimizer == kept
+
+
+def make_adapters(
+    model: Any, targets: tuple[str, ...], num_slots: int, dtype: torch.dtype, eight_bit: bool = False
+) -> Adapters:
     modules = expected_modules(model, LoraSection(target_modules=list(targets)))
-    return Adapters(adapted_layers(model, modules), num_slots, RANK, dtype, torch.bfloat16, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return Adapters(adapted_layers(model, modules), num_slots, RANK, dtype, torch.bfloat16, cpu, eight_bit)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)

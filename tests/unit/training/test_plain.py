@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import create_dynamic_map
+from bitsandbytes.optim import AdamW8bit
 
 from orchestrator.training.fast import plain
+from orchestrator.training.fast.eight_bit import values_of_bytes
 from orchestrator.training.fast.lora import Adapted, Adapters
 from orchestrator.training.fast.row import IGNORED, Row, Rows, Span
 from orchestrator.training.fast.slot import dropout_key
@@ -318,6 +322,67 @@ def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable
     for flat, was in zip((adapters.weights, adapters.moment1, adapters.moment2), before, strict=True):
         assert torch.equal(flat[2], was)
     assert_close(adapters.gradients[2], waiting)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_bytes_stand_for_what_they_do_in_bitsandbytes(signed: bool) -> None:
+    assert torch.equal(values_of_bytes(signed), create_dynamic_map(signed))
+
+
+def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
+    """Of a slot whose rank is below the stack's: a matrix of 4,096 elements and more, and smaller ones."""
+    rank, betas = 12, (0.9, 0.99)
+    layers = [Adapted("m.q", 0, 512, 0, 320), Adapted("m.k", 1, 512, 320, 96)]
+    cpu = torch.device("cpu")
+    adapters = Adapters([layers], 2, 16, torch.float32, torch.float32, cpu, eight_bit=True)
+    assert adapters.eight is not None
+    own = dict(adapters.matrices(1, rank, adapters.weights))
+    for matrix in own.values():
+        matrix.normal_()
+    parameters = {name: torch.nn.Parameter(matrix.clone().contiguous()) for name, matrix in own.items()}
+    optimizer = AdamW8bit(list(parameters.values()), lr=1e-2, betas=betas, weight_decay=0.1, eps=1e-8)
+    for step in range(1, 11):
+        for name, gradient in adapters.matrices(1, rank, adapters.gradients):
+            gradient.normal_().mul_(torch.rand(len(gradient), 1))
+            parameters[name].grad = gradient.clone()
+        values = {
+            "rank": rank,
+            "applies": 1,
+            "max_norm": math.inf,
+            "learning_rate": 1e-2,
+            "decay": 0.1,
+            "epsilon": 1e-8,
+        }
+        values |= {f"gain{at}": 1 - beta for at, beta in enumerate(betas, 1)}
+        values |= {f"correction{at}": 1 - beta**step for at, beta in enumerate(betas, 1)}
+        row: Any = SimpleNamespace(table={name: torch.tensor([0, value]) for name, value in values.items()})
+        plain.update(adapters, row)
+        optimizer.step()
+    kept = dict(adapters.in_eight_bits(1, rank, copied=True))
+    assert {name: moments[0].magnitudes is None for name, moments in kept.items()} == {
+        "m.q.lora_A": False, "m.q.lora_B": True, "m.k.lora_A": False, "m.k.lora_B": True
+    }  # fmt: skip
+    for name, parameter in parameters.items():
+        assert (own[name] - parameter).norm() <= 1e-5 * parameter.norm()
+        state = optimizer.state[parameter]
+        for number, moment in enumerate(kept[name], 1):
+            given = moment.state(number, parameter.shape)
+            assert given.keys() == {key for key in state if key.endswith(str(number))}
+            for key, value in given.items():
+                assert (value.shape, value.dtype) == (state[key].shape, state[key].dtype)
+            others = given[f"state{number}"] != state[f"state{number}"]
+            assert moment.magnitudes is None or others.float().mean() < 1e-3
+    assert not adapters.weights[0].any()
+    assert not adapters.moment1[0].any()
+
+    states = {name: moments[0].state(1, parameters[name].shape) for name, moments in kept.items()}
+    before = adapters.moment1[1].clone(), adapters.eight.magnitudes[0, 1].clone()
+    adapters.clear(1)
+    assert not adapters.eight.magnitudes.any()
+    for name, (moment, _) in adapters.in_eight_bits(1, rank):
+        assert not moment.read().any()
+        moment.lay(1, states[name])
+    assert all(map(torch.equal, (adapters.moment1[1], adapters.eight.magnitudes[0, 1]), before))
 
 
 def test_a_gradient_that_is_not_finite_steps_no_slot_but_is_told(

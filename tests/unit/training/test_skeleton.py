@@ -79,7 +79,9 @@ def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
     build._engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True).compile(tokens, tokens // 2)
 
 
-@pytest.mark.parametrize("settings", [(), ("lora.target_modules=[q_proj, v_proj]",)])
+@pytest.mark.parametrize(
+    "settings", [(), ("lora.target_modules=[q_proj, v_proj]",), ("training.optimizer=adamw_8bit",)]
+)
 @pytest.mark.parametrize(("longest", "tiles"), [(64, 1), (448, 64)])
 def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str], longest: int, tiles: int) -> None:
     held = configs(*settings)
