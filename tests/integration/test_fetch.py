@@ -190,9 +190,15 @@ def test_verify_and_push_name_a_flipped_byte(trained: SweepPaths, tmp_path: Path
 
 def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
     given = "What is the highest: 1, 9 or 5?\n\n/clear\nWhat is u n l backwards?\n/quit\nWhat is the highest: 1 or 2?\n"
-    told = orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=given)
+    told, alone = (
+        orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=each)
+        for each in (given, "What is u n l backwards?\n")
+    )
     assert told.returncode == 0, told.stderr
-    assert [line.strip() for line in told.stdout.splitlines()] == ["# 9", "# l n u"]
+    first, second = told.stdout.splitlines()
+    assert first.strip().startswith("# ")
+    assert [second] == alone.stdout.splitlines(), "what was said before is forgotten"
+    assert first != second
 
 
 def test_status_as_json_is_one_document(trained: SweepPaths) -> None:

@@ -69,6 +69,9 @@ def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: Ground, 
     assert bench.engine.adapters.rank == 64
     assert bench.engine.adapters.moment1.dtype == torch.uint8
     early = bench.join(0, trial(*OTHER, *eight), stop_at=3, name="early")
+    assert early.loop.read_back()["training.optimizer"] == "bitsandbytes.AdamW 8-bit"
+    wrong = Bench(ground, tmp_path / "wrong", 2, [trial(*A)]).join(0, trial(*A, *eight))
+    assert wrong.loop.read_back()["training.optimizer"] == ["bitsandbytes.AdamW 8-bit", "torch.float32 moments"]
     seen = {"low": bench.join(2, low, name="low")}
     while not early.end:
         bench.turn(1)

@@ -105,8 +105,8 @@ class TrainingSection(Section):
     decay_steps: PositiveInt | None = None
     """warmup_stable_decay: the last steps, over which the rate falls."""
     optimizer: Optimizer = "adamw_torch_fused"
-    """Optimizer by its transformers name. 8-bit ones keep tensors of fewer than 4,096 elements in 32 bits; the fast engine
-    keeps a paged one's state on the GPU."""
+    """Optimizer by its transformers name. 8-bit ones keep tensors of fewer than 4,096 elements in 32 bits. The state
+    of a paged one stays on the GPU in the fast engine."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of the mean gradient that a step keeps (AdamW, AdEMAMix, Lion)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

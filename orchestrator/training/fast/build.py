@@ -106,7 +106,7 @@ class Kind:
 _FIELDS = {
     "precision": "training.precision",
     "adapter_dtype": "training.adapter_dtype",
-    "eight_bit": "training.optimizer",
+    "eight_bit": "the precision of training.optimizer's moments",
     "keeps_base": "training.dequantise",
     "recompute": "training.recompute",
 }

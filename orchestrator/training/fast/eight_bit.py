@@ -3,10 +3,13 @@
 Each matrix of an adapter is a tensor of its own, whose elements follow each other as in PEFT's file. Each 256 of them
 share their largest magnitude; a byte is the nearest of 256 values between -1 and 1 (second moment: 0 and 1). Matrices
 of fewer than 4,096 elements stay in 32 bits (bitsandbytes 0.50, `optim/optimizer.py`, `Optimizer2State.init_state`).
+A step is that of its CPU backend. Its CUDA kernels decay weights after the step, and give a negative first moment whose
+nearest value is zero the next one below.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ BLOCK = 256
 SMALL = 4096
 """Elements of a matrix from which on it is kept in eight bits."""
 
-ELEMENTS = 1024
+ELEMENTS = 512
 """Of a matrix, that one program of a kernel updates: whole blocks."""
 
 _FLOAT = 4
@@ -101,27 +104,31 @@ class EightBit:
             rank: of its adapter.
             rows: its first and its second moment, all bytes of each.
         """
-        return self._split(rank, rows, self.magnitudes[:, slot], self.maps)
-
-    def copied(self, slot: int, rank: int, rows: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
-        """The same, on the host: as they are now."""
-        return self._split(rank, [row.cpu() for row in rows], self.magnitudes[:, slot].cpu(), self.maps.cpu())
-
-    def _split(
-        self, rank: int, rows: Sequence[torch.Tensor], magnitudes: torch.Tensor, maps: torch.Tensor
-    ) -> Iterator[tuple["Moment", "Moment"]]:
         for features, (byte, block) in zip(self._features, self._places, strict=True):
             length = features * rank
             if length < SMALL:
                 whole = slice(byte, byte + _FLOAT * length)
-                yield Moment(rows[0][whole], None, maps[0]), Moment(rows[1][whole], None, maps[1])
+                yield Moment(rows[0][whole], None, self.maps[0]), Moment(rows[1][whole], None, self.maps[1])
             else:
                 whole, blocks = slice(byte, byte + length), slice(block, block + num_blocks(length))
                 first, second = (
-                    Moment(row[whole], of_all[blocks], values)
-                    for row, of_all, values in zip(rows, magnitudes, maps, strict=True)
+                    Moment(row[whole], magnitudes[slot, blocks], values)
+                    for row, magnitudes, values in zip(rows, self.magnitudes, self.maps, strict=True)
                 )
                 yield first, second
+
+    def copied(self, slot: int, rank: int, rows: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
+        """The same, on the host: as they are now."""
+        pairs, maps = list(self.moments(slot, rank, rows)), self.maps.cpu()
+        every = [moment for pair in pairs for moment in pair]
+        parts = _at_home([moment.bytes for moment in every])
+        magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
+        for pair in pairs:
+            first, second = (
+                Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
+                for moment, values in zip(pair, maps, strict=True)
+            )
+            yield first, second
 
 
 @dataclass(frozen=True)
@@ -136,16 +143,18 @@ class Moment:
     def read(self) -> torch.Tensor:
         """(elements,) float32."""
         if self.magnitudes is None:
-            return self.bytes.view(torch.float32).clone()
-        dequantize: Any = torch.ops.bitsandbytes.dequantize_blockwise
-        return dequantize(self.bytes, self.magnitudes, self.map, BLOCK, torch.float32)
+            return self.bytes.clone().view(torch.float32)  # a part of a copy may begin anywhere
+        values: torch.Tensor = _operators().dequantize_blockwise(
+            self.bytes, self.magnitudes, self.map, BLOCK, torch.float32
+        )
+        return values
 
     def write(self, values: torch.Tensor) -> None:
         """(elements,) float32."""
         if self.magnitudes is None:
             self.bytes.view(torch.float32).copy_(values)
             return
-        codes, magnitudes = torch.ops.bitsandbytes.quantize_blockwise(values, self.map, BLOCK)
+        codes, magnitudes = _operators().quantize_blockwise(values, self.map, BLOCK)
         self.bytes.copy_(codes)
         self.magnitudes.copy_(magnitudes)
 
@@ -172,3 +181,20 @@ class Moment:
         else:
             self.bytes.copy_(values)
             self.magnitudes.copy_(state[f"absmax{number}"])
+
+
+@cache
+def _operators() -> Any:
+    import bitsandbytes  # noqa: F401  # it registers them
+
+    return torch.ops.bitsandbytes
+
+
+def _at_home(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Flat tensors of one type, copied to the host as one."""
+    if not parts:
+        return iter(())
+    packed = torch.cat(list(parts))
+    if packed.is_cuda:
+        packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
+    return iter(packed.split([len(part) for part in parts]))

@@ -70,7 +70,7 @@ class Adapters:
             adapted: layers by the input that they share, from `adapted_layers`.
             num_slots: adapters that train together.
             rank: of the stack.
-            dtype: of weights and moments.
+            dtype: of weights, and of moments that are not in eight bits.
             compute: of the adapters' products.
             device: of all of it.
             eight_bit: keep the moments in eight bits.

@@ -142,6 +142,8 @@ class Slot:
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
         }
         live = read_back(self.trainer)
+        kind, moments = live["training.optimizer"], adapters.moment1.dtype
+        held["training.optimizer"] = kind if ("8-bit" in kind) == (adapters.eight is not None) else f"{moments} moments"
         # Where model and slot differ both are told, and `applied.compare` refuses them.
         return {
             name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()

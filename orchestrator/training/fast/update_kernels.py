@@ -1,4 +1,7 @@
-"""AdamW for all slots in two Triton kernels: squares of gradients by blocks; then norm, clipping and step at once."""
+"""AdamW for all slots in two Triton kernels: squares of gradients by blocks; then norm, clipping and step at once.
+
+With moments in eight bits in three, for there the second has many more programs, too many to sum the norm in each.
+"""
 
 import torch
 import triton
@@ -26,7 +29,8 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
     squares = torch.empty(adapters.num_slots, blocks, dtype=torch.float32, device=adapters.weights.device)
     norms = torch.empty(adapters.num_slots, dtype=torch.float32, device=adapters.weights.device)
     grid = (blocks, adapters.num_slots)
-    ranks = {"RANK": adapters.rank, "MIXED": adapters.num_slots > 1}
+    eight = adapters.eight
+    ranks = {"RANK": adapters.rank, "MIXED": adapters.num_slots > 1 or eight is not None}
     launch(
         _squares,
         grid,
@@ -55,7 +59,8 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
             "max_norm",
         )
     ]
-    if (eight := adapters.eight) is not None:
+    if eight is not None:
+        launch(_norms, (adapters.num_slots,), squares, norms, table["applies"], blocks, BLOCK=BLOCK)
         launch(
             _update_eight_bit,
             (len(eight.programs), adapters.num_slots),
@@ -68,18 +73,16 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
             adapters.gradients,
             eight.programs,
             table["rank"],
-            squares,
             norms,
             *values,
             size,
             eight.size,
             eight.magnitudes.shape[2],
-            blocks,
             ELEMENTS=eight_bit.ELEMENTS,
             SHARED=eight_bit.BLOCK,
             SMALL=eight_bit.SMALL,
-            BLOCK=BLOCK,
             RANK=adapters.rank,
+            num_warps=8,
         )
         return norms
     launch(
@@ -115,7 +118,7 @@ def _is_own(start, index, size, strides, rank, RANK: tl.constexpr, BLOCK: tl.con
     return inside
 
 
-@triton.jit(do_not_specialize=["slot_ranks", "applies"])
+@triton.jit(do_not_specialize=["slot_ranks", "applies", "blocks"])
 def _squares(
     gradients,
     strides,
@@ -167,7 +170,17 @@ _OF_THE_TABLE = [
 ]
 
 
-@triton.jit(do_not_specialize=_OF_THE_TABLE)
+@triton.jit(do_not_specialize=["applies", "blocks"])
+def _norms(squares, norms, applies, blocks, BLOCK: tl.constexpr):
+    after_previous()
+    slot = tl.program_id(0)
+    norm = 0.0
+    if tl.load(applies + slot) != 0:
+        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
+    tl.store(norms + slot, norm)
+
+
+@triton.jit(do_not_specialize=[*_OF_THE_TABLE, "blocks"])
 def _update(
     weights,
     moments1,
@@ -246,7 +259,6 @@ def _update_eight_bit(
     gradients,
     programs,
     slot_ranks,
-    squares,
     norms,
     applies,
     learning_rates,
@@ -260,18 +272,15 @@ def _update_eight_bit(
     size,
     num_bytes,
     num_magnitudes,
-    blocks,
     ELEMENTS: tl.constexpr,
     SHARED: tl.constexpr,
     SMALL: tl.constexpr,
-    BLOCK: tl.constexpr,
     RANK: tl.constexpr,
 ):
     after_previous()
     program, slot = tl.program_id(0), tl.program_id(1)
-    norm = 0.0
     if tl.load(applies + slot) != 0:
-        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
+        norm = tl.load(norms + slot)
         entry = programs + program * 6
         at, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         byte, magnitude, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
@@ -319,10 +328,9 @@ def _update_eight_bit(
                 largest1, largest2 = tl.max(tl.abs(moment1), 1), tl.max(moment2, 1)
                 tl.store(shared1, largest1, mask=in_use)
                 tl.store(shared2, largest2, mask=in_use)
-                code1 = _nearest(bounds1, moment1 * (1.0 / tl.maximum(largest1, 1e-38))[:, None])
-                code2 = _nearest(bounds2, moment2 * (1.0 / tl.maximum(largest2, 1e-38))[:, None])
+                # No tiny constant instead of 1: of one that float32 has not, Triton 3.6 makes all of it float64.
+                code1 = _nearest(bounds1, moment1 / tl.where(largest1 > 0, largest1, 1.0)[:, None])
+                code2 = _nearest(bounds2, moment2 / tl.where(largest2 > 0, largest2, 1.0)[:, None])
                 tl.store(bytes1 + element, code1.to(tl.uint8), mask=narrow)
                 tl.store(bytes2 + element, code2.to(tl.uint8), mask=narrow)
             tl.store(gradients + place, tl.zeros((ELEMENTS // SHARED, SHARED), tl.float32), mask=own)
-    if program == 0:
-        tl.store(norms + slot, norm)

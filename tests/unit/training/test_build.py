@@ -205,7 +205,7 @@ def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfi
         ),
         (
             {"training": {"optimizer": "paged_adamw_8bit"}},
-            "training.optimizer is another than that of the trials beside it",
+            "the precision of training.optimizer's moments is another than that of the trials beside it",
         ),
         ({"training": {"optimizer": "paged_adamw_32bit"}}, None),
         ({"training": {"recompute": True}}, "training.recompute is another than that of the trials beside it"),

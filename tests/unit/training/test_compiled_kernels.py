@@ -48,8 +48,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "down backward": (lora_backward_kernels._down_backward, PACK | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
     "update in eight bits": (
         update_kernels._update_eight_bit,
-        {"ELEMENTS": 1024, "SHARED": 256, "SMALL": 4096, "BLOCK": 1024, "RANK": 64},
+        {"ELEMENTS": 512, "SHARED": 256, "SMALL": 4096, "RANK": 64},
     ),
+    "norms": (update_kernels._norms, {"BLOCK": 1024}),
     "squares": (update_kernels._squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
     "update": (update_kernels._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
 }
@@ -74,3 +75,4 @@ def test_it_compiles(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
     places = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=HOPPER)
     assert compiled.asm["cubin"]
+    assert ".f64" not in compiled.asm["ptx"], "of a constant that float32 has not"

@@ -432,7 +432,7 @@ def write_nearest(moment: Moment, values: Any) -> None:
         return
     blocks = torch.nn.functional.pad(values, (0, -len(values) % 256)).view(-1, 256)
     moment.magnitudes.copy_(blocks.abs().amax(1))
-    scaled = blocks * (1 / moment.magnitudes.clamp(min=1e-38))[:, None]
+    scaled = blocks / moment.magnitudes.where(moment.magnitudes > 0, 1.0)[:, None]
     codes = torch.bucketize(scaled, (moment.map[1:] + moment.map[:-1]) / 2)
     moment.bytes.copy_(codes.flatten()[: len(values)])
 

@@ -1,0 +1,152 @@
+"""Ways to multiply each slot's tokens by its own LoRA matrices: `bmm` over padded spans, `grouped_mm`, and ours.
+
+    python -m benchmarks.products --slots 16 --tokens 12800
+
+Of gate and up at the shape of 1.1B: x A^T, and low B^T added to y. Slots have unequal spans and ranks; A and B have the
+stack's rank, zeros beyond a slot's own. Ours are the kernels on a GPU, each way a CUDA graph, and on a CPU `plain`.
+Milliseconds, medians; `rest` is how far a way is from ours, to the norm.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from orchestrator.training.fast import plain
+from orchestrator.training.fast.lora import Adapted, Adapters, Group
+from orchestrator.training.fast.row import TABLE, Layout, Row, Rows, Span
+
+HIDDEN, INNER, RANKS, LONGEST = 2048, 5632, (8, 16, 32, 64), 512
+REPEATS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=12800, help="of all slots")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as a trial on a CPU has them
+    on_gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
+    ops = _kernels() if on_gpu else plain
+    row = make_row(arguments.slots, arguments.tokens, int(ops.TILE), device)
+    layers = [Adapted("gate", 0, HIDDEN, 0, INNER), Adapted("up", 1, HIDDEN, INNER, INNER)]
+    adapters = Adapters([layers], arguments.slots, max(RANKS), torch.float32, dtype, device)
+    for slot, rank in enumerate(row.table["rank"].tolist()):
+        for _, matrix in adapters.matrices(slot, rank, adapters.weights):
+            matrix.normal_(std=0.02)
+    group = adapters.places[0]
+    assert group is not None
+    x = torch.randn(row.num_tokens, HIDDEN, device=device, dtype=dtype)
+    low = torch.randn(row.num_tokens, 2 * max(RANKS), device=device, dtype=dtype)
+    y = torch.zeros(row.num_tokens, 2 * INNER, device=device, dtype=dtype)
+    print(torch.cuda.get_device_name() if on_gpu else "CPU", torch.__version__, row.num_tokens, "tokens")
+    ways = {"ours": (lambda x: ops.lora_down(x, adapters, group, row), _ours_up(ops, adapters, group, row))}
+    ways |= {name: _by(product, adapters, group) for name, product in products(row).items()}
+    first: dict[str, torch.Tensor] = {}
+    for name, (down, up) in ways.items():
+        for part, run in {"down": lambda down=down: down(x), "up": lambda up=up: up(y, low)}.items():
+            y.zero_()
+            result = run().float()
+            reference = first.setdefault(part, result)
+            rest = float((result - reference).norm() / reference.norm())
+            print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)
+
+
+def _kernels() -> ModuleType:
+    from orchestrator.training.fast import kernels  # needs Triton
+
+    return kernels
+
+
+def _ours_up(ops: Any, adapters: Adapters, group: Group, row: Row) -> Callable[..., Any]:
+    def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        ops.lora_up_(y, low, adapters, group, row)
+        return y
+
+    return up
+
+
+def _by(product: Callable[..., Any], adapters: Adapters, group: Group) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both parts by a product (T, k), (slots, k, n) -> (T, n). The scales are 1."""
+    a, b = adapters.a(group, adapters.weights), adapters.b(group, adapters.weights)
+    rank = adapters.rank
+
+    def down(x: torch.Tensor) -> torch.Tensor:
+        return product(x, a.mT.to(x.dtype))
+
+    def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        for index in range(2):
+            columns = slice(index * INNER, (index + 1) * INNER)
+            part = low[:, index * rank : (index + 1) * rank].contiguous()
+            y[:, columns] += product(part, b[:, columns].mT.to(low.dtype))
+        return y
+
+    return down, up
+
+
+def products(row: Row) -> dict[str, Callable[..., Any]]:
+    """The other ways, by their names."""
+    slots = len(row.table["rank"])
+    lengths = torch.bincount(row.owners.long(), minlength=slots)
+    ends = lengths.cumsum(0)
+    begins = (ends - lengths)[:, None]
+    places = (begins + torch.arange(int(lengths.max()), device=ends.device)).clamp(max=row.num_tokens - 1)
+    within = torch.arange(row.num_tokens, device=ends.device) - begins[:, 0].repeat_interleave(lengths)
+    back = row.owners.long() * places.shape[1] + within
+
+    def padded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x[places], weights).flatten(0, 1)[back]
+
+    def grouped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x, weights, offs=ends.int())
+
+    return {"padded bmm": padded, "grouped_mm": grouped}
+
+
+def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> Row:
+    """Spans between half and one and a half of their mean, in whole tiles."""
+    generator, spans = np.random.default_rng(0), []
+    shares = generator.uniform(0.5, 1.5, slots)
+    for slot, share in enumerate(shares / shares.sum()):
+        left, ids = max(1, int(share * tokens) // tile) * tile, []
+        while left:
+            ids.append(generator.integers(0, 100, min(left, LONGEST)).tolist())
+            left -= len(ids[-1])
+        table = dict.fromkeys(TABLE, 0.0) | {
+            "rank": RANKS[slot % len(RANKS)],
+            "scale": 1.0,
+            "keep_scale": 1.0,
+            "applies": 1,
+        }
+        spans.append(Span(slot, Rows(ids, ids), range(len(ids)), table))
+    sequences, real = sum(len(span.indices) for span in spans), sum(span.num_tokens for span in spans)
+    layout = Layout(real, sequences + -sequences % 8, slots, tile, LONGEST)
+    buffer = layout.buffer("cpu")
+    layout.fill(buffer.numpy(), spans)
+    return layout.row(buffer.to(device))
+
+
+def milliseconds(run: Callable[[], Any], on_gpu: bool) -> float:
+    """Median of a call."""
+    if on_gpu:
+        from benchmarks.parts import capture, time_graph
+
+        return time_graph(capture(run), REPEATS)
+    run()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
