@@ -1,6 +1,7 @@
 """Real tokens a second of a pack of mixed trials on one base, against one trial alone; with batches of 4 and of 1.
 
     python -m benchmarks.pack 1.1b --rows train.jsonl
+    python -m benchmarks.pack 1.1b --rows train.jsonl --optimizer paged_adamw_8bit
 
 Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 to 5e-4; 16 slots, 8 at 7B. Counted is the time in which all members train:
 from the last one's 60th step, by which the common buckets are captured, to the first one's last.
@@ -22,17 +23,18 @@ WEIGHTS = {"1.1b": 1.034e9, "7b": 6.607e9, "tiny": 4e6}
 """That each token is multiplied by: all linear layers and the head."""
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, optimizer: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for batch in (4, 1):
         for name, slots in {"pack": SLOTS[setting.shape], "alone": 1}.items():
             # Each in a process of its own: a host keeps its engine's memory as long as its process lives.
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                figures[f"{name}_batch_{batch}"] = process.submit(_run, setting, slots, batch).result()
+                figures[f"{name}_batch_{batch}"] = process.submit(_run, setting, slots, batch, optimizer).result()
             print(name, batch, figures[f"{name}_batch_{batch}"], flush=True)
     speed = {name: each["tokens_per_second"] for name, each in figures.items()}
     return {
         "slots": SLOTS[setting.shape],
+        "optimizer": optimizer,
         "figures": figures,
         **speed,
         "over_alone_batch_4": round(speed["pack_batch_4"] / speed["alone_batch_4"], 2),
@@ -64,8 +66,8 @@ def points() -> list[dict[str, Any]]:
     ]
 
 
-def _run(setting: Setting, slots: int, batch: int) -> dict[str, Any]:
-    told = together(spec_of(setting, batch), points()[:slots])
+def _run(setting: Setting, slots: int, batch: int, optimizer: str) -> dict[str, Any]:
+    told = together(spec_of(setting, batch, optimizer=optimizer), points()[:slots])
     logs = [[(at, event) for at, event in each if isinstance(event, Logged)] for each in told]
     began, ended = (
         max(at for each in logs for at, event in each if event.step == WARM),
@@ -82,4 +84,4 @@ def _run(setting: Setting, slots: int, batch: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], measure)
+    main(__doc__.splitlines()[0], measure, optimizer={"default": "adamw_torch_fused"})

@@ -235,10 +235,15 @@ def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) 
 
 
 def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
-    """The host's writer for one trial, which begins when it is told, and how to wait for it."""
+    """The host's writer for one trial, which begins when it is told, and how to wait for its end."""
     writer, gate = Writer(Lease(0, None, None)), threading.Event()  # type: ignore[arg-type]
     writer.do(lambda: (gate.wait(300), None)[1])
-    return writer, gate, writer.wait
+
+    def finish() -> None:
+        writer.close()
+        writer.thread.join()
+
+    return writer, gate, finish
 
 
 def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str, Trained], tmp_path: Path) -> None:
