@@ -128,7 +128,7 @@ class Bench:
 
     def matrices(self, loop: Any) -> list[torch.Tensor]:
         """The trial's own weights and moments in its slot, copied."""
-        return [matrix.clone() for flat in self.flats for matrix in loop._matrices(flat).values()]
+        return [matrix.clone() for flat in self.flats for matrix in loop._own.matrices(flat).values()]
 
     def join(
         self,

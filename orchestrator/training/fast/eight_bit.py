@@ -117,19 +117,6 @@ class EightBit:
                 )
                 yield first, second
 
-    def copied(self, slot: int, rank: int, rows: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
-        """The same, on the host: as they are now."""
-        pairs, maps = list(self.moments(slot, rank, rows)), self.maps.cpu()
-        every = [moment for pair in pairs for moment in pair]
-        parts = _at_home([moment.bytes for moment in every])
-        magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
-        for pair in pairs:
-            first, second = (
-                Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
-                for moment, values in zip(pair, maps, strict=True)
-            )
-            yield first, second
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -181,6 +168,20 @@ class Moment:
         else:
             self.bytes.copy_(values)
             self.magnitudes.copy_(state[f"absmax{number}"])
+
+
+def copied(pairs: Sequence[tuple[Moment, Moment]]) -> Iterator[tuple[Moment, Moment]]:
+    """The same on the host, as they are now."""
+    every = [moment for pair in pairs for moment in pair]
+    parts = _at_home([moment.bytes for moment in every])
+    magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
+    maps = [moment.map.cpu() for moment in pairs[0]]
+    for pair in pairs:
+        first, second = (
+            Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
+            for moment, values in zip(pair, maps, strict=True)
+        )
+        yield first, second
 
 
 @cache

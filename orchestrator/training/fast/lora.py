@@ -126,11 +126,10 @@ class Adapters:
                 yield f"{layer.name}.lora_B", b[row : row + layer.width, :rank]
                 row += layer.width
 
-    def in_eight_bits(self, slot: int, rank: int, copied: bool = False) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
-        """Both moments of each of a slot's matrices, by the names of `matrices`; in place, or on the host."""
+    def in_eight_bits(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
+        """Both moments of each of a slot's matrices, in place, by the names of `matrices`."""
         assert self.eight is not None
-        split = self.eight.copied if copied else self.eight.moments
-        moments = split(slot, rank, (self.moment1[slot], self.moment2[slot]))
+        moments = self.eight.moments(slot, rank, (self.moment1[slot], self.moment2[slot]))
         return zip((name for name, _ in self.matrices(slot, rank, self.weights)), moments, strict=True)
 
     def _matrices(self) -> Iterator[Matrix]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._utils import _unflatten_dense_tensors
 from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -28,6 +27,7 @@ from orchestrator.training.applied import read_back, same, set_rate
 from orchestrator.training.events import Aside
 from orchestrator.training.fast.engine import AHEAD, Engine, Held, Pending
 from orchestrator.training.fast.lora import lora_parameters
+from orchestrator.training.fast.own import Own
 from orchestrator.training.fast.pack import Batch, Work
 from orchestrator.training.fast.row import Rows, as_int32
 from orchestrator.training.finite import require_finite
@@ -64,7 +64,7 @@ class Slot:
         self._held_out = held_out
         self._aside = aside
         self._parameters = lora_parameters(trainer.model)
-        self._views: dict[int, dict[str, torch.Tensor]] = {}
+        self._own = Own(engine.adapters, index, config.lora.rank, self._parameters)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
         self._rate_to_log: float | None = None
@@ -130,7 +130,7 @@ class Slot:
     def read_back(self) -> dict[str, Any]:
         """What the slot and its optimizer hold, by the names of `expected.expected`."""
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
-        matrices = self._matrices(adapters.weights)
+        matrices = self._own.matrices(adapters.weights)
         names = {name.rpartition(".")[0] for name in matrices}
         held = {
             "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
@@ -176,55 +176,18 @@ class Slot:
         if checkpoint is not None:
             set_rate(trainer, self._config.training)
         adapters.clear(self._index)
-        weights = self._matrices(adapters.weights)
+        weights = self._own.matrices(adapters.weights)
         if weights.keys() != self._parameters.keys():
             raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
         for name, matrix in weights.items():
             matrix.copy_(self._parameters[name].detach())
-        self._lay_moments({name: trainer.optimizer.state.get(each) for name, each in self._parameters.items()})
+        self._optimizer_steps = self._own.lay_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
             self._store()  # the Trainer has moved them
         else:
             self._stored_at = self._optimizer_steps
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
-
-    def _lay_moments(self, states: dict[str, dict[str, Any] | None]) -> None:
-        """Take the optimizer's states of a checkpoint, by the names of the parameters; None where it has none."""
-        adapters, keys = self._engine.adapters, self._moment_keys()
-        if adapters.eight is None:
-            for flat, key in zip((adapters.moment1, adapters.moment2), keys, strict=True):
-                for name, matrix in self._matrices(flat).items():
-                    if saved := states[name]:
-                        matrix.copy_(saved[key])
-        else:
-            for name, kept in adapters.in_eight_bits(self._index, self._config.lora.rank):
-                if saved := states.get(name):
-                    for number, moment in enumerate(kept, 1):
-                        moment.lay(number, saved)
-        self._optimizer_steps = max((int(saved["step"]) for saved in states.values() if saved), default=0)
-
-    def _moments(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's states as they are now, on the host: what torch's AdamW or bitsandbytes' would have."""
-        adapters, keys = self._engine.adapters, self._moment_keys()
-        if adapters.eight is None:
-            first, second = (self._at_home(flat) for flat in (adapters.moment1, adapters.moment2))
-            states = {name: {keys[0]: first[name], keys[1]: second[name]} for name in self._parameters}
-        else:
-            states = {
-                name: moment1.state(1, self._parameters[name].shape) | moment2.state(2, self._parameters[name].shape)
-                for name, (moment1, moment2) in adapters.in_eight_bits(self._index, self._config.lora.rank, copied=True)
-                if name in self._parameters
-            }
-        steps: Any = self._optimizer_steps
-        for state in states.values():
-            state["step"] = steps if "state1" in state else torch.tensor(float(steps))
-        return states
-
-    def _moment_keys(self) -> tuple[str, str]:
-        """What its optimizer calls the moments."""
-        is_of_bitsandbytes = type(self.trainer.optimizer).__module__.startswith("bitsandbytes.")
-        return ("state1", "state2") if is_of_bitsandbytes else ("exp_avg", "exp_avg_sq")
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
@@ -335,8 +298,8 @@ class Slot:
         """Have a checkpoint written as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
         trainer = self.trainer
         self._store()
-        for name, moments in self._moments().items():
-            trainer.optimizer.state[self._parameters[name]] = moments
+        of_bitsandbytes = type(trainer.optimizer).__module__.startswith("bitsandbytes.")
+        trainer.optimizer.state.update(self._own.states(self._optimizer_steps, of_bitsandbytes))
         optimizer = trainer.optimizer.state_dict()
         trainer.optimizer.state.clear()
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
@@ -363,29 +326,9 @@ class Slot:
         """Lay the adapter into the trainer's model: in tensors of their own, which nothing changes later."""
         if self._stored_at == self._optimizer_steps:
             return
-        for name, matrix in self._at_home(self._engine.adapters.weights).items():
+        for name, matrix in self._own.at_home(self._engine.adapters.weights).items():
             self._parameters[name].data = matrix
         self._stored_at = self._optimizer_steps
-
-    def _at_home(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """This trial's matrices, copied to the host: one after another, in storage that holds nothing else.
-
-        A file holds all that lies behind a tensor, and of a stack of rank 64 an adapter of rank 8 is an eighth.
-        """
-        matrices = self._matrices(flat)
-        like = list(matrices.values())
-        packed = torch.empty(sum(matrix.numel() for matrix in like), dtype=flat.dtype, device=flat.device)
-        torch._foreach_copy_(_unflatten_dense_tensors(packed, like), like)
-        if packed.is_cuda:
-            packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
-        return dict(zip(matrices, _unflatten_dense_tensors(packed, like), strict=True))
-
-    def _matrices(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The matrices of its slot that this trial adapts, by the names of its parameters: views, made once."""
-        if (known := self._views.get(id(flat))) is None:
-            every = self._engine.adapters.matrices(self._index, self._config.lora.rank, flat)
-            known = self._views[id(flat)] = {name: matrix for name, matrix in every if name in self._parameters}
-        return known
 
     def _tell(self, event: str, *values: Any) -> None:
         trainer = self.trainer
