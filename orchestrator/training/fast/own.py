@@ -66,8 +66,9 @@ class Own:
             first, second = _names(of_bitsandbytes)
             moment1, moment2 = self.at_home(adapters.moment1), self.at_home(adapters.moment2)
             states = {name: {first: moment1[name], second: moment2[name]} for name in self._parameters}
-        step = steps if of_bitsandbytes else torch.tensor(float(steps))
-        return {self._parameters[name]: {"step": step, **state} for name, state in states.items()}
+        for state in states.values():
+            state["step"] = steps if of_bitsandbytes else torch.tensor(float(steps))  # torch's counts in place
+        return {self._parameters[name]: state for name, state in states.items()}
 
     def lay_states(self, states: Mapping[torch.nn.Parameter, dict[str, Any]]) -> int:
         """Take the state of a checkpoint; the slot has been cleared.
