@@ -1,7 +1,7 @@
 """Real tokens a second of a pack of mixed trials on one base, against one trial alone; with batches of 4 and of 1.
 
     python -m benchmarks.pack 1.1b --rows train.jsonl
-    python -m benchmarks.pack 1.1b --rows train.jsonl --optimizer paged_adamw_8bit
+    python -m benchmarks.pack 1.1b --rows train.jsonl --optimizer paged_adamw_8bit --out benchmarks/out/8bit
 
 Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 to 5e-4; 16 slots, 8 at 7B. Counted is the time in which all members train:
 from the last one's 60th step, by which the common buckets are captured, to the first one's last.

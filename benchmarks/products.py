@@ -53,7 +53,7 @@ def main() -> None:
     for name, (down, up) in ways.items():
         for part, run in {"down": lambda down=down: down(x), "up": lambda up=up: up(y, low)}.items():
             y.zero_()
-            result = run().float()
+            result = run().float().clone()  # of float32 it is y itself, which the next way clears
             reference = first.setdefault(part, result)
             rest = float((result - reference).norm() / reference.norm())
             print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)

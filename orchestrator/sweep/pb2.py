@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ray.tune.schedulers.pb2 import PB2
 
 from orchestrator.spec.axes import Axis
@@ -24,9 +25,12 @@ class _Seen:
 class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
     """Searches loguniform axes by the logarithm: Tune's own would hardly try a rate of the lower decades.
 
-    Until a donor has reported twice there is no gain to learn from, and Tune's own would train a copy of the donor,
-    values and all. Here the clone's are drawn from the ranges, as a population's first values are.
+    Until a donor has reported twice with the same values there is no gain to learn from, and Tune's own would train a
+    copy of the donor, values and all. Here the clone's are drawn from the ranges, as a population's first values are.
     """
+
+    data: Any
+    """A table of all reports: trial, time, values, reward."""
 
     def __init__(self, space: dict[str, Axis], **settings: Any) -> None:
         """`settings` are those of `Cloning`."""
@@ -39,13 +43,21 @@ class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
         return super()._save_trial_state(state, time, result, self._seen(trial))
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        learnt_from = len(self.data)
+        known = len(self.data)
         found, operations = super()._get_new_config(self._seen(trial), self._seen(trial_to_clone))
-        if len(self.data) == learnt_from:  # Tune's `_explore` adds a row for each point that it has chosen itself
-            found = {path: np.random.uniform(low, high) for path, (low, high) in self._hyperparam_bounds.items()}
-            self.current[-1] = list(found.values())
+        if len(self.data) == known:  # Tune's `_explore` adds a row for each point that it has chosen itself
+            found = self._drawn(str(trial), str(trial_to_clone))
         values = {path: math.exp(value) if path in self._logs else float(value) for path, value in found.items()}
         return self._explored(values), operations
+
+    def _drawn(self, clone: str, donor: str) -> dict[str, float]:
+        """A point of the ranges, which is noted as those that Tune chooses: it is one of its round, and begins here."""
+        found = {path: np.random.uniform(low, high) for path, (low, high) in self._hyperparam_bounds.items()}
+        self.current[-1] = list(found.values())
+        begun = self.data[self.data["Trial"] == donor].iloc[-1]
+        row = {"Trial": clone, "Time": begun["Time"], **found, "Reward": begun["Reward"]}
+        self.data = pd.concat([self.data, pd.DataFrame([row])], ignore_index=True)
+        return found
 
     def _seen(self, trial: Any) -> _Seen:
         return _Seen(trial, {path: self._scaled(path, value) for path, value in trial.config.items()})

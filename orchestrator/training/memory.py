@@ -8,8 +8,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.training.fast.eight_bit import num_blocks, num_bytes
-
 GIB = 2**30
 
 Recompute = Literal["nothing", "elementwise", "layers"]
@@ -22,6 +20,9 @@ MAX_LOGITS = 1 << 26
 """Elements of the logits that exist at a time."""
 
 BF16, FLOAT = 2, 4
+SHARED, SMALL = 256, 4096
+"""Of moments in eight bits: elements that share a magnitude; elements of a matrix from which on it is in eight bits."""
+
 WORKSPACE = 64 * 2**20
 """cuBLAS's buffers on a Hopper GPU: 32 MiB for each stream that it is used on, here two."""
 
@@ -166,7 +167,7 @@ def predict(
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
     matrices = [rank * size for sizes in adapted.values() for size in sizes]
-    eight_bit_moment = shape.layers * sum(num_bytes(each) + FLOAT * num_blocks(each) for each in matrices)
+    eight_bit_moment = shape.layers * sum(num_bytes(each) + FLOAT * num_magnitudes(each) for each in matrices)
 
     qkv = (shape.queries + 2 * shape.keys) * shape.head_size
     elementwise = 2 * shape.hidden + shape.inner  # two normed inputs, the gated product
@@ -200,6 +201,17 @@ def predict(
         head=head,
         passing=passing + WORKSPACE,
     )
+
+
+def num_bytes(most: int) -> int:
+    """Of a matrix of at most so many elements, of a moment in eight bits: of fewer, kept in 32, it may be more."""
+    size = max(most, FLOAT * min(most, SMALL - 1))
+    return size + -size % 16
+
+
+def num_magnitudes(elements: int) -> int:
+    """Of a moment in eight bits."""
+    return -(-elements // SHARED)
 
 
 def choices(

@@ -194,11 +194,10 @@ def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
         orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=each)
         for each in (given, "What is u n l backwards?\n")
     )
-    assert told.returncode == 0, told.stderr
+    assert told.returncode == alone.returncode == 0, told.stderr + alone.stderr
     first, second = told.stdout.splitlines()
     assert first.strip().startswith("# ")
     assert [second] == alone.stdout.splitlines(), "what was said before is forgotten"
-    assert first != second
 
 
 def test_status_as_json_is_one_document(trained: SweepPaths) -> None:

@@ -14,27 +14,10 @@ from typing import Any
 
 import torch
 
-BLOCK = 256
-"""Elements that share a magnitude."""
-
-SMALL = 4096
-"""Elements of a matrix from which on it is kept in eight bits."""
+from orchestrator.training.memory import FLOAT, SHARED, SMALL, num_bytes, num_magnitudes
 
 ELEMENTS = 512
 """Of a matrix, that one program of a kernel updates: whole blocks."""
-
-_FLOAT = 4
-
-
-def num_bytes(most: int) -> int:
-    """Of one moment of a matrix of at most so many elements: of fewer, kept in 32 bits, it may take more."""
-    size = max(most, _FLOAT * min(most, SMALL - 1))
-    return size + -size % 16
-
-
-def num_blocks(most: int) -> int:
-    """Magnitudes of one moment of it."""
-    return -(-most // BLOCK)
 
 
 def values_of_bytes(signed: bool) -> torch.Tensor:
@@ -86,7 +69,7 @@ class EightBit:
                 for first in range(0, most, ELEMENTS)
             ]
             self.size += num_bytes(most)
-            blocks += num_blocks(most)
+            blocks += num_magnitudes(most)
         self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
         """(programs, 6): a `Matrix`, its first byte and magnitude, and which of its elements is the program's first."""
         self.magnitudes = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
@@ -107,10 +90,10 @@ class EightBit:
         for features, (byte, block) in zip(self._features, self._places, strict=True):
             length = features * rank
             if length < SMALL:
-                whole = slice(byte, byte + _FLOAT * length)
+                whole = slice(byte, byte + FLOAT * length)
                 yield Moment(rows[0][whole], None, self.maps[0]), Moment(rows[1][whole], None, self.maps[1])
             else:
-                whole, blocks = slice(byte, byte + length), slice(block, block + num_blocks(length))
+                whole, blocks = slice(byte, byte + length), slice(block, block + num_magnitudes(length))
                 first, second = (
                     Moment(row[whole], magnitudes[slot, blocks], values)
                     for row, magnitudes, values in zip(rows, self.magnitudes, self.maps, strict=True)
@@ -132,7 +115,7 @@ class Moment:
         if self.magnitudes is None:
             return self.bytes.clone().view(torch.float32)  # a part of a copy may begin anywhere
         values: torch.Tensor = _operators().dequantize_blockwise(
-            self.bytes, self.magnitudes, self.map, BLOCK, torch.float32
+            self.bytes, self.magnitudes, self.map, SHARED, torch.float32
         )
         return values
 
@@ -141,7 +124,7 @@ class Moment:
         if self.magnitudes is None:
             self.bytes.view(torch.float32).copy_(values)
             return
-        codes, magnitudes = _operators().quantize_blockwise(values, self.map, BLOCK)
+        codes, magnitudes = _operators().quantize_blockwise(values, self.map, SHARED)
         self.bytes.copy_(codes)
         self.magnitudes.copy_(magnitudes)
 

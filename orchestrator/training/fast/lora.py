@@ -117,7 +117,7 @@ class Adapters:
         Args:
             slot: whose.
             rank: of its adapter.
-            flat: weights, or moments.
+            flat: weights, gradients, or moments that are laid as they are.
         """
         for group in filter(None, self.places):
             a, b, row = self.a(group, flat)[slot], self.b(group, flat)[slot], 0

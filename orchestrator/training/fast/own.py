@@ -52,7 +52,7 @@ class Own:
 
         Args:
             steps: that it has made.
-            of_bitsandbytes: whether it is bitsandbytes', which has other names than torch's.
+            of_bitsandbytes: whether it is bitsandbytes', which has other names than torch's; in eight bits it is.
         """
         adapters = self._adapters
         states: dict[str, dict[str, Any]]

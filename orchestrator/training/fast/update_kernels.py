@@ -7,10 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast import eight_bit
+from orchestrator.training.fast.eight_bit import ELEMENTS
 from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import BLOCK, Adapters
 from orchestrator.training.fast.row import Row
+from orchestrator.training.memory import SHARED, SMALL
 
 _ELEMENTS = 8192
 # Weights that one program updates.
@@ -29,7 +30,7 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
     squares = torch.empty(adapters.num_slots, blocks, dtype=torch.float32, device=adapters.weights.device)
     norms = torch.empty(adapters.num_slots, dtype=torch.float32, device=adapters.weights.device)
     grid = (blocks, adapters.num_slots)
-    eight = adapters.eight
+    eight = adapters.eight  # there nothing beyond a slot's own rank is cleared, and so nothing of it may count
     ranks = {"RANK": adapters.rank, "MIXED": adapters.num_slots > 1 or eight is not None}
     launch(
         _squares,
@@ -78,9 +79,9 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
             size,
             eight.size,
             eight.magnitudes.shape[2],
-            ELEMENTS=eight_bit.ELEMENTS,
-            SHARED=eight_bit.BLOCK,
-            SMALL=eight_bit.SMALL,
+            ELEMENTS=ELEMENTS,
+            SHARED=SHARED,
+            SMALL=SMALL,
             RANK=adapters.rank,
             num_warps=8,
         )

@@ -300,6 +300,14 @@ def test_pb2_draws_what_it_cannot_learn_yet(make_stage: MakeStage) -> None:
         chosen = stage.conductor._inner.current[:, 0]
         assert chosen == pytest.approx([math.log(rate) for rate in drawn]), "a choice knows of those of its round"
         found |= set(drawn)
+        clone, drawn_at = stage.trial("c"), math.log(rates(stage)["c"])
+        clone.set_status(Trial.RUNNING)
+        stage.report(clone)
+        data = stage.conductor._inner.data
+        begun, reported = data[
+            (data["Trial"] == str(clone)) & (data["training.learning_rate"] == drawn_at)
+        ].itertuples()
+        assert (begun.Time, reported.Time) == (10, 30), "its gain from the donor's report on is known"
     assert len(found) == 10
     assert not found & {9e-2, 2e-5}
     assert all(1e-5 <= rate <= 1e-1 for rate in found)
