@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast import plain
+from orchestrator.training.fast.engine import _kernels
 from orchestrator.training.fast.lora import Adapted, Adapters, Group
 from orchestrator.training.fast.row import TABLE, Layout, Row, Rows, Span
 
@@ -59,12 +59,6 @@ def main() -> None:
             print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)
 
 
-def _kernels() -> ModuleType:
-    from orchestrator.training.fast import kernels  # needs Triton
-
-    return kernels
-
-
 def _ours_up(ops: Any, adapters: Adapters, group: Group, row: Row) -> Callable[..., Any]:
     def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         ops.lora_up_(y, low, adapters, group, row)
@@ -93,19 +87,13 @@ def _by(product: Callable[..., Any], adapters: Adapters, group: Group) -> tuple[
 
 def products(row: Row) -> dict[str, Callable[..., Any]]:
     """The other ways, by their names."""
-    slots = len(row.table["rank"])
-    lengths = torch.bincount(row.owners.long(), minlength=slots)
-    ends = lengths.cumsum(0)
-    begins = (ends - lengths)[:, None]
-    places = (begins + torch.arange(int(lengths.max()), device=ends.device)).clamp(max=row.num_tokens - 1)
-    within = torch.arange(row.num_tokens, device=ends.device) - begins[:, 0].repeat_interleave(lengths)
-    back = row.owners.long() * places.shape[1] + within
+    ends = row.table["end_tile"] * row.tile
 
     def padded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x[places], weights).flatten(0, 1)[back]
+        return plain._by_slot(x, weights, row)
 
     def grouped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return F.grouped_mm(x, weights, offs=ends.int())
+        return F.grouped_mm(x, weights, offs=ends)
 
     return {"padded bmm": padded, "grouped_mm": grouped}
 

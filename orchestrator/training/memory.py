@@ -167,7 +167,8 @@ def predict(
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
     matrices = [rank * size for sizes in adapted.values() for size in sizes]
-    eight_bit_moment = shape.layers * sum(num_bytes(each) + FLOAT * num_magnitudes(each) for each in matrices)
+    in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_magnitudes(each) for each in matrices)
+    moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
     qkv = (shape.queries + 2 * shape.keys) * shape.head_size
     elementwise = 2 * shape.hidden + shape.inner  # two normed inputs, the gated product
@@ -196,7 +197,7 @@ def predict(
         kept=BF16 * (linears if quantised else shape.layers * sum(weights.values())) if choice.keeps_base else 0,
         adapters=slots * adapter_bytes + adapter * adapter_bytes,
         gradients=slots * FLOAT,
-        optimizer=2 * (num_slots * eight_bit_moment if eight_bit else slots * adapter_bytes),
+        optimizer=2 * num_slots * moment,
         activations=activations,
         head=head,
         passing=passing + WORKSPACE,

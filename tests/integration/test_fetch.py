@@ -190,14 +190,14 @@ def test_verify_and_push_name_a_flipped_byte(trained: SweepPaths, tmp_path: Path
 
 def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
     given = "What is the highest: 1, 9 or 5?\n\n/clear\nWhat is u n l backwards?\n/quit\nWhat is the highest: 1 or 2?\n"
-    told, alone = (
+    told, *alone = (
         orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=each)
-        for each in (given, "What is u n l backwards?\n")
+        for each in (given, "What is the highest: 1, 9 or 5?\n", "What is u n l backwards?\n")
     )
-    assert told.returncode == alone.returncode == 0, told.stderr + alone.stderr
-    first, second = told.stdout.splitlines()
-    assert first.strip().startswith("# ")
-    assert [second] == alone.stdout.splitlines(), "what was said before is forgotten"
+    assert told.returncode == 0, told.stderr
+    answers = told.stdout.splitlines()
+    assert answers == [line for each in alone for line in each.stdout.splitlines()], "what was said before is forgotten"
+    assert [answer.strip()[:2] for answer in answers] == ["# ", "# "]
 
 
 def test_status_as_json_is_one_document(trained: SweepPaths) -> None:

@@ -95,9 +95,9 @@ class Kind:
     def refuses(self, base: Any, config: TrialConfig) -> str | None:
         """Why a trial, which the fast engine can hold, cannot be one of these; or None."""
         own = Kind.of(base, [config], self.num_slots)
-        for name in _FIELDS:
+        for name, field in _FIELDS.items():
             if getattr(own, name) != getattr(self, name):
-                return f"{_FIELDS[name]} is another than that of the trials beside it"
+                return f"{field} is another than that of the trials beside it"
         if own.rank > self.rank or not own.modules <= self.modules:
             return "its rank or its layers are more than the slots were made for"
         return None

@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.training.memory import FLOAT, SHARED, SMALL, num_bytes, num_magnitudes
 
-ELEMENTS = 512
+CHUNK = 512
 """Of a matrix, that one program of a kernel updates: whole blocks."""
 
 
@@ -65,8 +65,7 @@ class EightBit:
             most = matrix.features * rank
             self._places.append((self.size, blocks))
             programs += [
-                (matrix.at, matrix.features, matrix.is_b, self.size, blocks, first)
-                for first in range(0, most, ELEMENTS)
+                (matrix.at, matrix.features, matrix.is_b, self.size, blocks, first) for first in range(0, most, CHUNK)
             ]
             self.size += num_bytes(most)
             blocks += num_magnitudes(most)
@@ -153,32 +152,8 @@ class Moment:
             self.magnitudes.copy_(state[f"absmax{number}"])
 
 
-def copied(pairs: Sequence[tuple[Moment, Moment]]) -> Iterator[tuple[Moment, Moment]]:
-    """The same on the host, as they are now."""
-    every = [moment for pair in pairs for moment in pair]
-    parts = _at_home([moment.bytes for moment in every])
-    magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
-    maps = [moment.map.cpu() for moment in pairs[0]]
-    for pair in pairs:
-        first, second = (
-            Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
-            for moment, values in zip(pair, maps, strict=True)
-        )
-        yield first, second
-
-
 @cache
 def _operators() -> Any:
     import bitsandbytes  # noqa: F401  # it registers them
 
     return torch.ops.bitsandbytes
-
-
-def _at_home(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Flat tensors of one type, copied to the host as one."""
-    if not parts:
-        return iter(())
-    packed = torch.cat(list(parts))
-    if packed.is_cuda:
-        packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
-    return iter(packed.split([len(part) for part in parts]))

@@ -91,7 +91,9 @@ class Adapters:
             strides += [(group.a, layers[0].in_features)] * ((b - group.a) // BLOCK)
             strides += [(b, 1)] * ((at - b) // BLOCK)
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
-        self.eight = EightBit(list(self._matrices()), rank, num_slots, device) if eight_bit else None
+        self._matrices = dict(self._lay_out())
+        """By PEFT's names."""
+        self.eight = EightBit(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
         """Where moments are kept so, what they have besides their bytes."""
         if self.eight is None:
             self.moment1, self.moment2 = (torch.zeros_like(self.weights) for _ in range(2))
@@ -119,26 +121,26 @@ class Adapters:
             rank: of its adapter.
             flat: weights, gradients, or moments that are laid as they are.
         """
-        for group in filter(None, self.places):
-            a, b, row = self.a(group, flat)[slot], self.b(group, flat)[slot], 0
-            for index, layer in enumerate(group.layers):
-                yield f"{layer.name}.lora_A", a[index * self.rank : index * self.rank + rank]
-                yield f"{layer.name}.lora_B", b[row : row + layer.width, :rank]
-                row += layer.width
+        for name, matrix in self._matrices.items():
+            stack = flat[slot, matrix.at : matrix.at + matrix.features * self.rank]
+            if matrix.is_b:
+                yield name, stack.unflatten(0, (matrix.features, self.rank))[:, :rank]
+            else:
+                yield name, stack.unflatten(0, (self.rank, matrix.features))[:rank]
 
     def in_eight_bits(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
         """Both moments of each of a slot's matrices, in place, by the names of `matrices`."""
         assert self.eight is not None
         moments = self.eight.moments(slot, rank, (self.moment1[slot], self.moment2[slot]))
-        return zip((name for name, _ in self.matrices(slot, rank, self.weights)), moments, strict=True)
+        return zip(self._matrices, moments, strict=True)
 
-    def _matrices(self) -> Iterator[Matrix]:
-        """In the order of `matrices`."""
+    def _lay_out(self) -> Iterator[tuple[str, Matrix]]:
         for group in filter(None, self.places):
             b = group.b
             for index, layer in enumerate(group.layers):
-                yield Matrix(group.a + index * self.rank * group.in_features, group.in_features, is_b=False)
-                yield Matrix(b, layer.width, is_b=True)
+                a = group.a + index * self.rank * group.in_features
+                yield f"{layer.name}.lora_A", Matrix(a, group.in_features, is_b=False)
+                yield f"{layer.name}.lora_B", Matrix(b, layer.width, is_b=True)
                 b += layer.width * self.rank
 
     def clear(self, slot: int) -> None:

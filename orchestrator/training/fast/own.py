@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._utils import _unflatten_dense_tensors
 
-from orchestrator.training.fast.eight_bit import Moment, copied
+from orchestrator.training.fast.eight_bit import Moment
 from orchestrator.training.fast.lora import Adapters
 
 
@@ -43,9 +43,7 @@ class Own:
         like = list(matrices.values())
         packed = torch.empty(sum(matrix.numel() for matrix in like), dtype=flat.dtype, device=flat.device)
         torch._foreach_copy_(_unflatten_dense_tensors(packed, like), like)
-        if packed.is_cuda:
-            packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
-        return dict(zip(matrices, _unflatten_dense_tensors(packed, like), strict=True))
+        return dict(zip(matrices, _unflatten_dense_tensors(_to_host(packed), like), strict=True))
 
     def states(self, steps: int, of_bitsandbytes: bool) -> dict[torch.nn.Parameter, dict[str, Any]]:
         """The optimizer's state now, on the host, as the trial's own optimizer would have it.
@@ -96,3 +94,29 @@ class Own:
 def _names(of_bitsandbytes: bool) -> Sequence[str]:
     """Of AdamW's moments."""
     return ("state1", "state2") if of_bitsandbytes else ("exp_avg", "exp_avg_sq")
+
+
+def copied(pairs: Sequence[tuple[Moment, Moment]]) -> Iterator[tuple[Moment, Moment]]:
+    """Moments on the host, as they are now, in tensors that nothing changes later."""
+    every = [moment for pair in pairs for moment in pair]
+    parts = _at_home([moment.bytes for moment in every])
+    magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
+    maps = [moment.map.cpu() for moment in pairs[0]]
+    for pair in pairs:
+        first, second = (
+            Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
+            for moment, values in zip(pair, maps, strict=True)
+        )
+        yield first, second
+
+
+def _at_home(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Flat tensors of one type, copied to the host as one."""
+    if not parts:
+        return iter(())
+    return iter(_to_host(torch.cat(list(parts))).split([len(part) for part in parts]))
+
+
+def _to_host(packed: torch.Tensor) -> torch.Tensor:
+    """Through pinned memory, to which a GPU copies fastest; on a CPU it is there."""
+    return torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed) if packed.is_cuda else packed

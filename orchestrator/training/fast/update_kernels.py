@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.eight_bit import ELEMENTS
+from orchestrator.training.fast.eight_bit import CHUNK
 from orchestrator.training.fast.launch import after_previous, launch
 from orchestrator.training.fast.lora import BLOCK, Adapters
 from orchestrator.training.fast.row import Row
@@ -79,7 +79,7 @@ def update(adapters: Adapters, row: Row) -> torch.Tensor:
             size,
             eight.size,
             eight.magnitudes.shape[2],
-            ELEMENTS=ELEMENTS,
+            ELEMENTS=CHUNK,
             SHARED=SHARED,
             SMALL=SMALL,
             RANK=adapters.rank,
@@ -157,6 +157,24 @@ def _norm_of(squares, blocks, BLOCK: tl.constexpr):
     return tl.sqrt(tl.sum(total))
 
 
+@triton.jit
+def _values(slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2):
+    """What `_adamw` takes, of this slot."""
+    learning_rate = tl.load(learning_rates + slot)
+    fade = 1 - learning_rate * tl.load(decays + slot)
+    rate = learning_rate / tl.load(corrections1 + slot)
+    gain1, gain2 = tl.load(gains1 + slot), tl.load(gains2 + slot)
+    return gain1, gain2, fade, rate, tl.load(corrections2 + slot), tl.load(epsilons + slot)
+
+
+@triton.jit
+def _adamw(weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon):
+    """The three after a step."""
+    moment1 += (gradient - moment1) * gain1
+    moment2 += (gradient * gradient - moment2) * gain2
+    return weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon), moment1, moment2
+
+
 _OF_THE_TABLE = [
     "slot_ranks",
     "applies",
@@ -212,11 +230,10 @@ def _update(
     norm = 0.0
     if tl.load(applies + slot) != 0:
         norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
-        learning_rate, gain1, gain2 = tl.load(learning_rates + slot), tl.load(gains1 + slot), tl.load(gains2 + slot)
         clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
-        fade = 1 - learning_rate * tl.load(decays + slot)
-        rate = learning_rate / tl.load(corrections1 + slot)
-        correction2, epsilon = tl.load(corrections2 + slot), tl.load(epsilons + slot)
+        gain1, gain2, fade, rate, correction2, epsilon = _values(
+            slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2
+        )
         offset, rank = slot.to(tl.int64) * size, tl.load(slot_ranks + slot)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             index = start + tl.arange(0, BLOCK)
@@ -226,9 +243,9 @@ def _update(
                 moment1 = tl.load(moments1 + at, mask=own).to(tl.float32)
                 moment2 = tl.load(moments2 + at, mask=own).to(tl.float32)
                 weight = tl.load(weights + at, mask=own).to(tl.float32)
-                moment1 += (gradient - moment1) * gain1
-                moment2 += (gradient * gradient - moment2) * gain2
-                weight = weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon)
+                weight, moment1, moment2 = _adamw(
+                    weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon
+                )
                 tl.store(moments1 + at, moment1.to(moments1.dtype.element_ty), mask=own)
                 tl.store(moments2 + at, moment2.to(moments2.dtype.element_ty), mask=own)
                 tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=own)
@@ -294,10 +311,8 @@ def _update_eight_bit(
             place = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
             place += slot.to(tl.int64) * size + at
             if norm < float("inf"):
-                learning_rate, gain1, gain2 = (
-                    tl.load(learning_rates + slot),
-                    tl.load(gains1 + slot),
-                    tl.load(gains2 + slot),
+                gain1, gain2, fade, rate, correction2, epsilon = _values(
+                    slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2
                 )
                 clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
                 gradient = tl.load(gradients + place, mask=own, other=0.0) * clip
@@ -315,13 +330,10 @@ def _update_eight_bit(
                 code2 = tl.load(bytes2 + element, mask=narrow, other=0).to(tl.int32)
                 moment1 += tl.load(map1 + code1) * tl.load(shared1, mask=in_use, other=0.0)[:, None]
                 moment2 += tl.load(map2 + code2) * tl.load(shared2, mask=in_use, other=0.0)[:, None]
-                moment1 += (gradient - moment1) * gain1
-                moment2 += (gradient * gradient - moment2) * gain2
-                fade = 1 - learning_rate * tl.load(decays + slot)
-                rate = learning_rate / tl.load(corrections1 + slot)
-                correction2, epsilon = tl.load(corrections2 + slot), tl.load(epsilons + slot)
                 weight = tl.load(weights + place, mask=own, other=0.0).to(tl.float32)
-                weight = weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon)
+                weight, moment1, moment2 = _adamw(
+                    weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon
+                )
                 tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=own)
                 tl.store(floats1, moment1, mask=wide)
                 tl.store(floats2, moment2, mask=wide)

@@ -29,16 +29,7 @@ INTEGERS = (
 )
 BYTES = ("moments1", "moments2")
 """In eight bits."""
-SCALARS = (
-    "stride",
-    "y_stride",
-    "low_stride",
-    "features",
-    "num_tiles",
-    "num_slots",
-    "size",
-    "blocks",
-)
+SCALARS = ("stride", "y_stride", "low_stride", "features", "num_tiles", "num_slots", "size", "blocks")
 PACK = {"RANK": 32, "PATHS": 2, "TILE": 64}
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {

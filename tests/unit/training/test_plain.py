@@ -14,8 +14,9 @@ from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit
 
 from orchestrator.training.fast import plain
-from orchestrator.training.fast.eight_bit import copied, values_of_bytes
+from orchestrator.training.fast.eight_bit import values_of_bytes
 from orchestrator.training.fast.lora import Adapted, Adapters
+from orchestrator.training.fast.own import copied
 from orchestrator.training.fast.row import IGNORED, Row, Rows, Span
 from orchestrator.training.fast.slot import dropout_key
 
