@@ -59,7 +59,8 @@ def draw(
             most = 1 / math.sqrt(width)
             a = torch.empty(rank, width, device=device).uniform_(-most, most, generator=generator)
         own = layer.get_base_layer().weight.device  # a base may lie on several GPUs
-        first.weight.data, second.weight.data = a.to(own, dtype), b.to(own, dtype)
+        # Contiguous: QR gives views with gaps, for which fused AdamW on a GPU refuses its gradients (torch 2.11).
+        first.weight.data, second.weight.data = (each.to(own, dtype).contiguous() for each in (a, b))
         if lora.starts_from_base:
             # A hook, for the base's weights serve others: PEFT would write to them, and quantise the rest again.
             without = Without(first.weight.detach().clone(), second.weight.detach().clone(), layer.scaling[ADAPTER])

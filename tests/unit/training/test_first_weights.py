@@ -60,6 +60,7 @@ def test_a_first_adapter_leaves_the_answers_as_they_are_and_the_base_untouched(
     base = bases[form]
     before = [(parameter.data_ptr(), parameter._version) for parameter in base.parameters()]
     model = drawn(base, trial(form, init=init, rank_pattern={"down_proj": 3}))
+    assert all(each.is_contiguous() for each in model.parameters() if each.requires_grad), "fused AdamW on a GPU"
     with torch.no_grad():
         wanted, found = shell(base).eval()(IDS).logits, model(IDS).logits
         # 8-bit activations: a rounding of what they are of moves them by a step.
