@@ -25,7 +25,7 @@ from orchestrator.training.events import END, AtOnce, Completed, Event
 from orchestrator.training.fast.pack import Pack
 from orchestrator.training.host import Host
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.loop import Ground, Loop, Seat, find_seat, open_loop
+from orchestrator.training.loop import Ground, Loop, find_seat, open_loop
 from orchestrator.training.trial import start_of
 
 ROOT = Path(__file__).parents[1]
@@ -106,9 +106,13 @@ def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
         return Run(result, read_metrics(paths.trial(result.trial_id)), seconds)
 
 
-def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> list[list[tuple[float, Event]]]:
-    """Train trials beside each other, as a worker does: the events of each, and when they were heard (perf_counter)."""
-    told: list[list[tuple[float, Event]]] = [[] for _ in points]
+Told = list[list[tuple[float, Event]]]
+"""The events of each trial, and when they were heard (perf_counter)."""
+
+
+def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Told:
+    """Train trials beside each other, as a worker does."""
+    told: Told = [[] for _ in points]
     with tempfile.TemporaryDirectory() as folder:
         paths, host = SweepPaths(Path(folder)), Host(spec, prepare(spec.data, spec.base), len(points), 1)
         for index, point in enumerate(points):
@@ -131,7 +135,7 @@ def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, P
     ground = Ground.of(config.base, prepare(config.data, config.base))
     with lease(config.base), tempfile.TemporaryDirectory() as folder:
         seat = find_seat(config, ground)
-        pack = Pack(seat.engine if isinstance(seat, Seat) else None)
+        pack = Pack()
         yield open_loop(config, ground, seat, Path(folder), AtOnce()), pack, int(ground.held_out.lengths.sum())
 
 

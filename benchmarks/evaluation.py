@@ -28,8 +28,8 @@ def measure(setting: Setting) -> dict[str, Any]:
             while len(pack):
                 pack.turn()
             if isinstance(loop, Slot):
-                engine, held = pack.engine, loop.held_out()
-                seconds[name] = _best(lambda engine=engine, held=held: engine.evaluate([held]))
+                held = loop.held_out()
+                seconds[name] = _best(lambda held=held: held.engine.evaluate([held]))
             else:
                 seconds[name] = _best(loop.trainer.evaluate)
             losses[name] = loop.scores().loss

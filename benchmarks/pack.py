@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from benchmarks.common import Setting, main, together
+from benchmarks.common import Setting, Told, main, together
 from orchestrator.spec import SweepSpec
 from orchestrator.training.events import Logged
 
@@ -67,7 +67,11 @@ def points() -> list[dict[str, Any]]:
 
 
 def _run(setting: Setting, slots: int, batch: int, optimizer: str) -> dict[str, Any]:
-    told = together(spec_of(setting, batch, optimizer=optimizer), points()[:slots])
+    return speed(together(spec_of(setting, batch, optimizer=optimizer), points()[:slots]))
+
+
+def speed(told: Told) -> dict[str, Any]:
+    """Real tokens a second while all of these trials train, and the peak of the GPU's memory."""
     logs = [[(at, event) for at, event in each if isinstance(event, Logged)] for each in told]
     began, ended = (
         max(at for each in logs for at, event in each if event.step == WARM),

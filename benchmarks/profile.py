@@ -19,15 +19,14 @@ STEPS = 20
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, pack, _):
+    with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, _, _):
         assert isinstance(slot, Slot)
-        assert pack.engine is not None
         batches = slot.begin(None)
         some = [next(batches)[1] for _ in range(STEPS)]
 
         def send(batch: Batch) -> None:
             span = Span(batch.slot, batch.rows, batch.indices, batch.table)
-            slot.sent(batch, [pack.engine.step([span])])
+            slot.sent(batch, [batch.engine.step([span])])
 
         captured = time.perf_counter()
         for batch in some:

@@ -104,7 +104,8 @@ class TrialResult(Record):
     seconds: float = 0.0
     """Wall-clock seconds of this trial's work, restarts included; loading the base not counted."""
     gpu_seconds: float = 0.0
-    """`seconds` times the share of GPUs held; 0 on a CPU."""
+    """GPU time: alone, `seconds` times the GPUs that its process holds; beside others, an equal share of the time of
+    each step that it was in. 0 on a CPU."""
     engine: Literal["fast", "trl"] | None = None
     """What made the steps."""
     engine_reason: str | None = None

@@ -36,7 +36,7 @@ class Attempt:
         ground: Ground,
         listener: Listener,
         aside: Aside,
-        gpu_seconds: Callable[[], float],
+        gpu_seconds: Callable[[float], float],
     ) -> None:
         """
         Args:
@@ -45,7 +45,7 @@ class Attempt:
             ground: what it trains on.
             listener: hears of it.
             aside: has files written.
-            gpu_seconds: that it has had.
+            gpu_seconds: the GPU seconds that it has had, given the seconds since it began.
         """
         self._start = start
         self._config = start.config
@@ -96,7 +96,7 @@ class Attempt:
         config = self._config
         if isinstance(seat, Seat):
             self._probed_gib = seat.plan.measured_gib  # an engine that stands does not probe again
-            self._shares = seat.engine.adapters.num_slots > 1
+            self._shares = not seat.is_alone
         fields = about(seat) | {
             "data_fingerprint": self._ground.data.fingerprint,
             "device": device_name(),
@@ -166,8 +166,8 @@ class Attempt:
         new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
         return exact_matches(model, self._ground.tokenizer, prompts, new, batch)
 
-    def _usage(self) -> tuple[float, float]:
-        return self._gpu_seconds(), max(peak_memory_gib(), self._probed_gib)
+    def _usage(self, seconds: float) -> tuple[float, float]:
+        return self._gpu_seconds(seconds), max(peak_memory_gib(), self._probed_gib)
 
 
 def run_alone(
@@ -176,19 +176,13 @@ def run_alone(
     ground: Ground,
     listener: Listener,
     aside: Aside,
-    gpu_seconds: Callable[[], float],
+    gpus: float,
 ) -> None:
-    """Run a trial that has the process to itself. The arguments are those of `Attempt`."""
+    """Run a trial that has the process to itself, which holds so many GPUs. The other arguments are `Attempt`'s."""
     config, pack = start.config, Pack()
-
-    def seat() -> Seat | str | None:
-        found = find_seat(config, ground)
-        pack.engine = found.engine if isinstance(found, Seat) else None
-        return found
-
-    attempt = Attempt(start, paths, ground, listener, aside, gpu_seconds)
+    attempt = Attempt(start, paths, ground, listener, aside, lambda seconds: gpus * seconds)
     with lease(config.base):
-        pack.join(attempt.run(seat))
+        pack.join(attempt.run(partial(find_seat, config, ground)))
         try:
             while len(pack):
                 pack.turn()

@@ -12,7 +12,7 @@ class Event:
     seconds: float
     """Of this attempt so far."""
     gpu_seconds: float
-    """The same, times the share of GPUs held; 0 on a CPU."""
+    """GPU time of this attempt so far, as `TrialResult.gpu_seconds` counts it; 0 on a CPU."""
     peak_memory_gib: float
     """Most memory that the process has held."""
 

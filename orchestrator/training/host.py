@@ -14,22 +14,20 @@ import torch
 
 from orchestrator.base import kept, load_tokenizer
 from orchestrator.data import PreparedData
-from orchestrator.errors import OrchestratorError, TrialError
+from orchestrator.errors import OrchestratorError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.adapted import pattern
 from orchestrator.training.attempt import Attempt, run_alone
 from orchestrator.training.device import reset_peak_memory
 from orchestrator.training.events import Event, Failed, LeaseLost, Left, Noted
 from orchestrator.training.fast import build
-from orchestrator.training.fast.build import Kind, engine_for
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
 from orchestrator.training.hosted import Lease, Leases, Writers
-from orchestrator.training.loop import Ground, Seat
+from orchestrator.training.loop import Ground
 from orchestrator.training.memory import Choice
-from orchestrator.training.sharing import Shared, holdable, why_apart
+from orchestrator.training.sharing import Slots, open_slots, why_apart
 from orchestrator.training.trl import import_trainer
 
 PATIENCE_S = 120.0
@@ -63,18 +61,18 @@ class Host:
         self._gpus = gpus
         self._lock = threading.Lock()
         """Of the next two."""
-        self._open: Shared | None = None
-        """The engine for many, as long as newcomers are set up for it at once, and not first after the next step."""
+        self._open: Slots | None = None
+        """The slots for trials beside each other, while newcomers are set up at once and not after the next step."""
         self._num_set_up = 0
         self._leases = Leases(slots)
         self._arrivals: queue.SimpleQueue[Lease | tuple[Lease | None, Member | BaseException]] = queue.SimpleQueue()
-        self._to_set_up: queue.SimpleQueue[tuple[Lease, Shared] | None] = queue.SimpleQueue()
+        self._to_set_up: queue.SimpleQueue[tuple[Lease, Slots] | None] = queue.SimpleQueue()
         """Trials; None where the base has been loaded."""
         self._writers = Writers()
         # Of the thread alone:
         self._rows: tuple[Rows, Rows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
-        self._shared: Shared | str | None = None
+        self._shared: Slots | str | None = None
         self._too_large: Choice | None = None
         self._pack = Pack()
         self._together: list[Lease] = []
@@ -177,7 +175,7 @@ class Host:
             drains = bool(self._alone) and time.monotonic() > self._alone[0][0].came_at + PATIENCE_S
             with self._lock:
                 self._open = None
-                if isinstance(self._shared, Shared) and not (drains or self._held_back):
+                if isinstance(self._shared, Slots) and not (drains or self._held_back):
                     self._open = self._shared
             if self._held_back and not drains:
                 self._place(self._held_back.popleft())
@@ -217,11 +215,11 @@ class Host:
         if reason is not None:
             self._alone.append((lease, reason if self._slots > 1 else None))
         else:
-            assert isinstance(self._shared, Shared)
+            assert isinstance(self._shared, Slots)
             with self._lock:
                 self._set_up_soon(lease, self._shared)
 
-    def _set_up_soon(self, lease: Lease, shared: Shared) -> None:
+    def _set_up_soon(self, lease: Lease, shared: Slots) -> None:
         self._num_set_up += 1
         self._to_set_up.put((lease, shared))
 
@@ -256,34 +254,20 @@ class Host:
             del task, shared, member  # while it waits, none of it must live on
             lease = None
 
-    def _share(self) -> Shared | str:
-        """The engine for many, which is built where it does not stand; or why it cannot be."""
+    def _share(self) -> Slots | str:
+        """The slots for trials beside each other, made where they do not stand; or why there are none."""
         if self._shared is None:
             ground = self._ground(self._spec.base)
             self._to_set_up.put(None)  # it imports while kernels are compiled, not while the base is loaded
-            configs = holdable(self._spec, ground)
-            if not configs:
-                self._shared = "no trial of this sweep can train beside others"
-                return self._shared
-            try:
-                engine, plan = engine_for(
-                    ground.base, configs, ground.train, ground.held_out, self._slots, self._too_large
-                )
-            except TrialError as error:
-                self._shared = error.message
-                return self._shared
-            for config in configs:
-                pattern(ground.base, config)
-            kind = Kind.of(ground.base, configs, self._slots)
-            self._shared = Shared(ground, kind, engine, plan)
-            self._pack.engine = engine
-            gc.collect()
-            gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
+            self._shared = open_slots(self._spec, ground, self._slots, self._too_large)
+            if not isinstance(self._shared, str):
+                gc.collect()
+                gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
         return self._shared
 
     def _unshare(self) -> None:
         """Let go of the engine for many: nobody is in it."""
-        self._shared = self._pack.engine = None
+        self._shared = None
         gc.unfreeze()
 
     def _ground(self, base: BaseSection) -> Ground:
@@ -303,7 +287,7 @@ class Host:
         shared = self._share()
         return shared if isinstance(shared, str) else shared.refuses(config)
 
-    def _fits(self, config: TrialConfig, shared: Shared) -> bool:
+    def _fits(self, config: TrialConfig, shared: Slots) -> bool:
         """The same, where the engine stands."""
         with suppress(OrchestratorError):  # it is told when the trial's turn comes
             return why_apart(config, self._spec) is None and shared.refuses(config) is None
@@ -328,7 +312,7 @@ class Host:
 
         Where there is none, they run alone.
         """
-        assert isinstance(self._shared, Shared)
+        assert isinstance(self._shared, Slots)
         with self._lock:
             self._open = None
         while self._num_set_up:  # for the engine that goes
@@ -341,13 +325,12 @@ class Host:
         self._unshare()
         build.release(base)
 
-    def _shared_work(self, lease: Lease, shared: Shared) -> Work:
+    def _shared_work(self, lease: Lease, shared: Slots) -> Work:
         """A trial beside others, until its slot is free again."""
         aside = self._writers.open(lease)
-        attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda: lease.gpu_seconds)
-        seat = Seat(lease.slot, shared.engine, shared.plan)
+        attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda _: lease.gpu_seconds)
         try:
-            yield from attempt.run(lambda: seat)
+            yield from attempt.run(lambda: shared.seat(lease.slot, lease.start.config))
         finally:
             aside.close()
             self._leases.done(lease)
@@ -355,20 +338,13 @@ class Host:
             gc.collect()
 
     def _run_alone(self, lease: Lease, reason: str | None) -> None:
-        if isinstance(self._shared, Shared):
+        if isinstance(self._shared, Slots):
             self._unshare()
-        began, config, aside = time.monotonic(), lease.start.config, self._writers.open(lease)
+        config, aside = lease.start.config, self._writers.open(lease)
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"alone": reason}))
-            run_alone(
-                lease.start,
-                lease.paths,
-                self._ground(config.base),
-                lease,
-                aside,
-                lambda: self._gpus * (time.monotonic() - began),
-            )
+            run_alone(lease.start, lease.paths, self._ground(config.base), lease, aside, self._gpus)
         except OrchestratorError as error:
             self._fail(lease, error)
         except Exception as error:

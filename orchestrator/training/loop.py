@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.base import kept, load_tokenizer, shell
 from orchestrator.data import PreparedData
@@ -14,7 +16,8 @@ from orchestrator.spec.sections import BaseSection
 from orchestrator.training.adapted import adapted, adapted_by_peft
 from orchestrator.training.events import Aside
 from orchestrator.training.expected import expected_beside, expected_modules
-from orchestrator.training.fast.build import MemoryPlan, engine_for, release, why_not
+from orchestrator.training.fast.build import MemoryPlan, engine_for, release
+from orchestrator.training.fast.eligibility import why_not
 from orchestrator.training.fast.engine import Engine
 from orchestrator.training.fast.pack import Work
 from orchestrator.training.fast.row import Rows
@@ -73,13 +76,15 @@ class Seat:
     index: int
     engine: Engine
     plan: MemoryPlan
+    is_alone: bool = True
+    """Whether no other trial can train in this process at the same time."""
 
 
 def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
     """The slot of an engine for this trial alone; or why it has none: None where it is to be trl's.
 
     Raises:
-        TrialError: `training.engine` is fast, which cannot hold this trial.
+        TrialError: the fast engine cannot hold this trial, and `training.engine` or `training.reproducible` needs it.
     """
     wanted = config.training.engine
     reason = None if wanted == "trl" else why_not(config, ground.base, ground.longest)
@@ -94,6 +99,12 @@ def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
             return Seat(0, engine, plan)
     elif wanted == "fast":
         raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
+    if config.training.reproducible and torch.cuda.is_available():
+        raise TrialError(
+            "training.reproducible: on a GPU this needs the fast engine, "
+            + ("but training.engine is trl" if reason is None else f"which cannot hold {reason}"),
+            "Set training.reproducible: false, or change what keeps the trial from the fast engine.",
+        )
     release(ground.base)  # memory that an earlier trial's engine keeps
     return reason
 

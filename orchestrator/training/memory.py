@@ -13,6 +13,9 @@ GIB = 2**30
 Recompute = Literal["nothing", "elementwise", "layers"]
 """What the backward computes again: nothing; norms and gated products; all but each layer's input."""
 
+MOST_TOKENS = 16384
+"""Of one pass of training: longer ones are no faster."""
+
 EVALUATION_TOKENS = 8192
 """Of one pass of an evaluation, which keeps nothing for a backward."""
 

@@ -26,7 +26,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         paths: TrialPaths,
         listener: Listener,
         aside: Aside,
-        usage: Callable[[], tuple[float, float]],
+        usage: Callable[[float], tuple[float, float]],
         tokenizer: Any,
         data_fingerprint: str,
     ) -> None:
@@ -36,7 +36,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             paths: where adapters go.
             listener: hears of it.
             aside: has files written, and the listener told of them afterwards.
-            usage: GPU seconds of this attempt, and most memory held, in GiB.
+            usage: given the seconds of this attempt, its GPU seconds, and the most memory held, in GiB.
             tokenizer: saved with each adapter.
             data_fingerprint: told with each adapter.
         """
@@ -80,7 +80,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     def tell(self, kind: type[Event], **values: Any) -> None:
         """An event, after what was written before it."""
-        event = kind(time.monotonic() - self._began, *self._usage(), **values)
+        seconds = time.monotonic() - self._began
+        event = kind(seconds, *self._usage(seconds), **values)
         self._aside.do(lambda: self._listener.emit(event))
 
     def warn(self, warning: str) -> None:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.training.adapted import pattern
 from orchestrator.training.fast import build
-from orchestrator.training.fast.build import Kind, MemoryPlan, why_not
+from orchestrator.training.fast.build import Kind, MemoryPlan, engine_for, steps_separately
+from orchestrator.training.fast.eligibility import why_not
 from orchestrator.training.fast.engine import Engine
-from orchestrator.training.loop import Ground
+from orchestrator.training.fast.separate import SeparateEngines
+from orchestrator.training.loop import Ground, Seat
+from orchestrator.training.memory import Choice
 
 
 def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, str]:
@@ -43,15 +47,71 @@ def why_apart(config: TrialConfig, spec: SweepSpec) -> str | None:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What the trials that train together share."""
+class JointSlots:
+    """Slots of one engine, in whose passes all trials step together."""
 
     ground: Ground
-    kind: Kind
-    engine: Engine
     plan: MemoryPlan
+    _kind: Kind
+    _engine: Engine
 
     def refuses(self, config: TrialConfig) -> str | None:
-        """Why a trial on this base cannot be one of them, or None."""
+        """Say why a trial on this base cannot be one of them; None where it can."""
         base = self.ground.base
-        return why_not(config, base, self.ground.longest) or self.kind.refuses(base, config)
+        return why_not(config, base, self.ground.longest) or self._kind.refuses(base, config)
+
+    def seat(self, slot: int, config: TrialConfig) -> Seat:
+        """The slot of this number for a trial."""
+        return Seat(slot, self._engine, self.plan, is_alone=False)
+
+
+@dataclass(frozen=True)
+class SeparateSlots:
+    """Slots with an engine each: every trial has the bits that it has alone."""
+
+    ground: Ground
+    _engines: SeparateEngines
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How all of them are held."""
+        return self._engines.plan
+
+    def refuses(self, config: TrialConfig) -> str | None:
+        """Say why a trial on this base cannot be one of them; None where it can."""
+        return why_not(config, self.ground.base, self.ground.longest) or self._engines.refuses(config)
+
+    def seat(self, slot: int, config: TrialConfig) -> Seat:
+        """The slot of this number for a trial."""
+        return Seat(0, self._engines.engine(slot, config), self.plan, is_alone=False)
+
+
+Slots = JointSlots | SeparateSlots
+"""Where the trials of a process train beside each other."""
+
+
+def open_slots(spec: SweepSpec, ground: Ground, num_slots: int, too_large: Choice | None = None) -> Slots | str:
+    """Make the slots for the trials of a sweep, or say why they cannot train beside each other.
+
+    Args:
+        spec: the experiment.
+        ground: what its trials train on.
+        num_slots: trials at a time.
+        too_large: has run out of memory: the new slots take less.
+    """
+    configs = holdable(spec, ground)
+    if not configs:
+        return "no trial of this sweep can train beside others"
+    base, train, held_out = ground.base, ground.train, ground.held_out
+    slots: Slots
+    try:
+        if steps_separately(configs[0]):
+            slots = SeparateSlots(ground, SeparateEngines(base, configs, train, held_out, num_slots, too_large))
+        else:
+            engine, plan = engine_for(base, configs, train, held_out, num_slots, too_large)
+            slots = JointSlots(ground, plan, Kind.of(base, configs, num_slots), engine)
+    except TrialError as error:
+        return error.message
+    for config in configs:
+        pattern(base, config)
+    return slots

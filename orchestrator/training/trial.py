@@ -1,6 +1,5 @@
 """One trial in this process, from its configuration to its result on disk."""
 
-import time
 from pathlib import Path
 
 from orchestrator.data import load
@@ -60,13 +59,13 @@ def start_of(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> TrialRe
 
 
 def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:
-    books, began = Books(start, paths, spec.tracking), time.monotonic()
+    books = Books(start, paths, spec.tracking)
     listener = _Here(books, watcher, paths)
     gpus = use_device(spec.resources.cpus_per_trial)
     reset_peak_memory()
     try:
         ground = Ground.of(start.config.base, load(data_folder))
-        run_alone(start, paths, ground, listener, AtOnce(), lambda: (time.monotonic() - began) * gpus)
+        run_alone(start, paths, ground, listener, AtOnce(), gpus)
     except OrchestratorError as error:
         books.enter(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
 

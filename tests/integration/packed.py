@@ -53,10 +53,10 @@ def trial(*overrides: str) -> TrialConfig:
     return load_spec(DEMO, [*COMMON, *overrides]).trial_config({})
 
 
-def open_ground() -> Ground:
+def open_ground(*overrides: str) -> Ground:
     """The demo's base and rows, in this process."""
     use_device(1)
-    config = trial()
+    config = trial(*overrides)
     return Ground.of(config.base, prepare(config.data, config.base))
 
 
@@ -114,7 +114,7 @@ class Bench:
         self._ground = ground
         self._folder = folder
         self.engine, self.plan = engine_for(ground.base, configs, ground.train, ground.held_out, num_slots)
-        self.pack = Pack(self.engine)
+        self.pack = Pack()
 
     @property
     def flats(self) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from orchestrator.training.fast import build
 from orchestrator.training.fast.engine import AHEAD, Engine, Figures
 from orchestrator.training.fast.pack import Pack
 from orchestrator.training.local import resume_local_trial, run_local_trial
-from orchestrator.training.loop import Ground, Loop, Seat, about, find_seat, open_loop
+from orchestrator.training.loop import Ground, Loop, about, find_seat, open_loop
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = N
         watch_events(loop, seen)
         watch_rows(loop.trainer, seen.batches, patched)
         seen.start = weights(loop)
-        pack = Pack(seat.engine if isinstance(seat, Seat) else None)
+        pack = Pack()
         pack.join(loop.train(checkpoint))
         while len(pack):
             pack.turn()

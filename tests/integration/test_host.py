@@ -2,27 +2,25 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hosts import HOSTED, Followed, Hosted
 from packed import COMMON, LOSS, alone, open_ground, trial
 from safetensors.torch import load_file
 from tiny import DEMO
 
-from orchestrator.data import PreparedData
-from orchestrator.record import SweepPaths, TrialPaths, TrialResult
-from orchestrator.spec import SweepSpec, TrialConfig, load_spec
+from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training import host as host_room
 from orchestrator.training import hosted as hosted_room
 from orchestrator.training import reporter as reporter_room
+from orchestrator.training import sharing
 from orchestrator.training.books import Books
 from orchestrator.training.events import (
-    END,
     Answered,
     Completed,
     Evaluated,
@@ -35,10 +33,9 @@ from orchestrator.training.events import (
     Warned,
 )
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
-from orchestrator.training.host import Host, LeaseLost
+from orchestrator.training.host import LeaseLost
 from orchestrator.training.hosted import Lease, Writer
 from orchestrator.training.loop import Ground
-from orchestrator.training.trial import start_of
 
 pytestmark = pytest.mark.slow
 
@@ -48,92 +45,17 @@ def ground() -> Ground:
     return open_ground()
 
 
-@dataclass
-class Followed:
-    """A trial on a host, and its events."""
-
-    lease: str
-    paths: TrialPaths
-    start: TrialResult
-    events: list[Event] = field(default_factory=list)
-
-    @property
-    def end(self) -> Event | None:
-        return self.events[-1] if self.events and isinstance(self.events[-1], END) else None
-
-    def of(self, *kinds: type[Event]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kinds)]
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What was noted."""
-        noted: dict[str, Any] = {}
-        for event in self.of(Noted):
-            noted |= event.fields
-        return noted
-
-
-class Hosted:
-    """A host of two slots, followed as a relay would."""
-
-    def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData, slots: int = 2) -> None:
-        self.spec = spec
-        self.lost = threading.Event()
-        self.host = Host(spec, data, slots, gpus=0, on_lost=self.lost.set)
-        self._slots = slots
-        self._paths = SweepPaths(folder)
-        self.all: list[Followed] = []
-
-    def start(
-        self, name: str, config: TrialConfig | None = None, again: bool = False, waits: bool = True
-    ) -> Followed | None:
-        """A trial in a slot, or None where none is free, or becomes free soon: a last event comes before that."""
-        paths = self._paths.trial(name)
-        lease = f"lease-{name}-{len(self.all)}"
-        if not again:
-            paths.root.mkdir(parents=True, exist_ok=True)
-        start = start_of(config or self.spec.trial_config({}), self.spec, paths)
-        deadline = time.monotonic() + 20 * waits
-        while not self.host.start(lease, start, paths):
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.02)
-        followed = Followed(lease, paths, start)
-        self.all.append(followed)
-        return followed
-
-    def follow(self, until: Callable[[], object], *without: Followed | None, timeout_s: float = 200) -> None:
-        """Take the events of all, until this is so."""
-        deadline = time.monotonic() + timeout_s
-        while not until():
-            assert time.monotonic() < deadline, [followed.events[-1:] for followed in self.all]
-            for followed in self.all:
-                if not followed.end and followed not in without:
-                    followed.events += self.host.events(followed.lease, 0.02)
-
-    def has_free(self) -> bool:
-        return self.host.free_slots() > 0
-
-    def close(self) -> None:
-        """End what still runs: the base is shared by the tests."""
-        for followed in self.all:
-            self.host.release(followed.lease)
-        deadline = time.monotonic() + 30
-        while self.host.free_slots() < self._slots and not self.lost.is_set() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for thread in threading.enumerate():
-            if thread.name == "writer":
-                thread.join(30)
-
-
-HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
-
-
 @pytest.fixture(scope="module")
 def hosted_spec() -> SweepSpec:
     return load_spec(
         DEMO, [*COMMON, *HOSTED, "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"]
     )
+
+
+@pytest.fixture
+def joint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials step jointly, as they do on a GPU."""
+    monkeypatch.setattr(sharing, "steps_separately", lambda _: False)
 
 
 @pytest.fixture
@@ -178,6 +100,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground
             assert event.values["eval/loss"] == pytest.approx(solo.evaluations[event.step]["eval/loss"], abs=LOSS)
 
 
+@pytest.mark.usefixtures("joint")
 def test_trials_that_come_at_the_start_begin_together(
     hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,6 +497,7 @@ def test_a_trial_of_unknown_layers_fails_alone(hosted: Hosted) -> None:
     assert "w_proj" in wrong.end.error
 
 
+@pytest.mark.usefixtures("joint")
 def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
     hosted: Hosted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,6 +524,7 @@ def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
     assert isinstance(after.end, Completed)
 
 
+@pytest.mark.usefixtures("joint")
 def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
     hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

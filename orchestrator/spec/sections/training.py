@@ -131,6 +131,9 @@ class TrainingSection(Section):
     """Compute activations again in the backward: less memory, more work; auto where they do not fit (trl: never)."""
     dequantise: Literal["auto", "once", "per_layer"] = "auto"
     """fast: dequantise the base once and keep it, or at each use (less memory, slower); auto keeps it if it fits."""
+    reproducible: bool = False
+    """On a GPU, give a trial the same bits alone, beside any others and resumed, on the same GPU model and versions:
+    its steps are made by themselves, which is slower. A CPU always does this."""
     group_by_length: bool = False
     """Batch rows of like length."""
     eval_steps: PositiveInt = 50

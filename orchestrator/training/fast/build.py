@@ -1,8 +1,8 @@
-"""Which trials the fast engine holds, and the engine of this process."""
+"""Engines of this process: how they are held in memory, and the engines that stand on a base."""
 
 import gc
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,27 +13,27 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast import ahead
-from orchestrator.training.fast.decoder import GROUPS, Decoder, adapted_layers, unknown_shape
+from orchestrator.training.fast.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.engine import CPU_TOKENS, Engine
 from orchestrator.training.fast.lora import Adapters, padded_rank
 from orchestrator.training.fast.row import Rows
-from orchestrator.training.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, Memory, choices, predict
+from orchestrator.training.memory import (
+    EVALUATION_TOKENS,
+    GIB,
+    MOST_TOKENS,
+    BaseShape,
+    Choice,
+    Memory,
+    choices,
+    predict,
+)
 from orchestrator.training.precision import resolve_precision
-
-MOST_TOKENS = 16384
-"""Of one pass: longer ones are no faster."""
 
 CPU_FULL = 512
 """Tokens of a pass from which on a CPU is no faster a token: measured on the demo, docs/log.md."""
 
 LONGEST_STEP = 64
 """Tokens: the longest sequence is rounded up to a multiple, so that a tile's filler is never longer."""
-
-MAX_RANK, MAX_HEAD = 256, 128
-"""What the kernels' blocks hold in the memory of a multiprocessor."""
-
-MAX_ELEMENTS = 2**31
-"""Of one tensor: the kernels count in 32 bits."""
 
 GRAPHS = True
 """Capture steps as CUDA graphs."""
@@ -49,7 +49,8 @@ class _Standing:
     about: tuple[Any, ...]
     decoder: Decoder
     pool: Any
-    engines: dict[tuple[Any, ...], Engine]
+    engines: dict[tuple[int | None, tuple[Any, ...]], Engine]
+    """By the slot whose own it is (None for a joint one), and by what it is made for."""
 
 
 _engines: WeakKeyDictionary[Any, _Standing] = WeakKeyDictionary()
@@ -74,10 +75,14 @@ class Kind:
     recompute: bool | None
     max_rows: int
     """Of the largest batch."""
+    reproducible: bool
+    """Whether the figures of a trial must not depend on memory, nor on its neighbors. On a CPU they never do."""
+    separate: bool = False
+    """Whether each slot has an engine of its own, which steps by itself."""
 
     @classmethod
-    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int) -> "Kind":
-        """For these trials; where they differ in what must be the same, it is the first one's."""
+    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "Kind":
+        """The kind of these trials' engine; where they differ in what must be the same, it is the first one's."""
         training = configs[0].training
         rank = max(config.lora.rank for config in configs)
         return cls(
@@ -90,6 +95,8 @@ class Kind:
             None if training.dequantise == "auto" else training.dequantise == "once",
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
+            training.reproducible and torch.cuda.is_available(),
+            separate,
         )
 
     def refuses(self, base: Any, config: TrialConfig) -> str | None:
@@ -109,6 +116,7 @@ _FIELDS = {
     "eight_bit": "the precision of training.optimizer's moments",
     "keeps_base": "training.dequantise",
     "recompute": "training.recompute",
+    "reproducible": "training.reproducible",
 }
 
 
@@ -135,56 +143,6 @@ class MemoryPlan:
         return record
 
 
-def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
-    """Why the fast engine cannot hold this trial, or None.
-
-    Args:
-        config: the trial.
-        base: the bare base.
-        longest: tokens of the longest row.
-    """
-    if reason := config.why_not_fast():
-        return reason
-    modules = expected_modules(base, config.lora)
-    if reason := unknown_shape(base, longest):
-        return reason
-    known = {name for names in GROUPS for name in names}
-    if others := sorted({name.rpartition(".")[2] for name in modules} - known):
-        return f"an adapter on {', '.join(others)}"
-    devices = {parameter.device for parameter in base.parameters()}
-    if len(devices) > 1:
-        return f"a base on {len(devices)} devices"
-    return why_not_by_shape(config, BaseShape.of(base.config), modules, longest, torch.cuda.is_available())
-
-
-def why_not_by_shape(
-    config: TrialConfig, shape: BaseShape, modules: Collection[str], longest: int, on_gpu: bool
-) -> str | None:
-    """The part of `why_not` for which the base need not be there.
-
-    Args:
-        config: the trial.
-        shape: of the base.
-        modules: that it adapts.
-        longest: tokens of the longest row.
-        on_gpu: whether it is to be on one.
-    """
-    precision, dtype = resolve_precision(config.training), config.base.compute_dtype
-    if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
-        return f"base.compute_dtype {dtype} under precision {precision}"
-    if on_gpu:
-        if precision != "bf16":
-            return f"precision {precision} on a GPU"
-        if shape.head_size not in (16, 32, 64, MAX_HEAD):
-            return f"heads of {shape.head_size} features on a GPU (its kernels take 16, 32, 64 and {MAX_HEAD})"
-        if config.lora.rank > MAX_RANK:
-            return f"a rank over {MAX_RANK} on a GPU"
-        adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
-        if max(adapter, max(longest, MOST_TOKENS) * 2 * shape.inner) >= MAX_ELEMENTS:
-            return "tensors of 2**31 elements and more"
-    return None
-
-
 def engine_for(
     base: Any,
     configs: Sequence[TrialConfig],
@@ -207,39 +165,64 @@ def engine_for(
         TrialError: they do not fit, whatever is given up.
     """
     kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
-    compute = getattr(torch, configs[0].base.compute_dtype)
-    largest, on_gpu = pass_tokens(kind, train), torch.cuda.is_available()
-    evaluated = min(int(held_out.lengths.sum()) * num_slots, max(EVALUATION_TOKENS, held_out.longest))
+    compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
+    for plan in feasible(base, kind, configs[0], train, held_out, too_large):
+        if not on_gpu:
+            return standing_engine(base, kind, compute, longest, plan.choice, on_gpu), plan
+        # Once more if something else stood on the base: it may have been that.
+        for _ in range(1 + (base in _engines)):
+            sizes = pass_tokens(kind, train, plan.choice), evaluation_tokens(kind, held_out)
+            if engine := _probed(base, kind, compute, longest, plan.choice, *sizes):
+                return engine, replace(plan, measured=engine.peak_bytes)
+            release(base)
+    raise does_not_fit(kind, longest)
 
-    def predicted(choice: Choice) -> Memory:
-        tokens = min(largest, choice.max_tokens)
-        return _predicted(BaseShape.of(base.config), kind, configs[0], choice, tokens, evaluated)
 
+def feasible(
+    base: Any, kind: Kind, config: TrialConfig, train: Rows, held_out: Rows, too_large: Choice | None = None
+) -> list[MemoryPlan]:
+    """List the ways in which such an engine should fit into the memory of this process, the fastest first.
+
+    Args:
+        base: the bare base.
+        kind: of the engine.
+        config: one of its trials.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        too_large: has run out of memory in spite of the probe: the choices listed take less.
+    """
+    longest, on_gpu = max(train.longest, held_out.longest), torch.cuda.is_available()
     options = choices(
         longest,
-        largest if on_gpu else CPU_TOKENS,
+        pass_tokens(kind, train) if on_gpu else CPU_TOKENS,
         keeps_base=kind.keeps_base,
         recompute=kind.recompute,
         most_tokens=MOST_TOKENS if on_gpu else CPU_TOKENS,
     )
+    if kind.reproducible:  # how a batch is split into passes changes its sums
+        whole = max(choice.max_tokens for choice in options)
+        options = [choice for choice in options if choice.max_tokens == whole]
+
+    def predicted(choice: Choice) -> Memory:
+        tokens = pass_tokens(kind, train, choice)
+        return _predicted(BaseShape.of(base.config), kind, config, choice, tokens, evaluation_tokens(kind, held_out))
+
     if too_large is not None:
         most = predicted(too_large).total
         options = [choice for choice in options if predicted(choice).total < most]
-    if not on_gpu and options:
-        return _engine(base, kind, compute, longest, options[0], on_gpu), MemoryPlan(options[0])
-    budget = _budget() if on_gpu else 0
-    for choice in options:
-        if predicted(choice).total > budget:
-            continue
-        # Once more if something else stood on the base: it may have been that.
-        for _ in range(1 + (base in _engines)):
-            if engine := _probed(base, kind, compute, longest, choice, min(largest, choice.max_tokens), evaluated):
-                return engine, MemoryPlan(choice, predicted(choice), engine.peak_bytes)
-            release(base)
-    held = f"{budget / GIB:.1f} GiB of GPU memory" if on_gpu else "this machine's memory"
-    raise TrialError(
-        f"{num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
-        "Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).",
+    if not on_gpu:
+        return [MemoryPlan(choice) for choice in options]
+    budget = _budget()
+    return [MemoryPlan(choice, memory) for choice in options if (memory := predicted(choice)).total <= budget]
+
+
+def does_not_fit(kind: Kind, longest: int) -> TrialError:
+    """The error for trials that do not fit, whatever is given up."""
+    held = f"{_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
+    wish = " training.reproducible keeps batches whole: lower training.batch_size too." if kind.reproducible else ""
+    return TrialError(
+        f"{kind.num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
+        f"Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).{wish}",
     )
 
 
@@ -248,9 +231,27 @@ def compile_kernels(base: Any, configs: Sequence[TrialConfig], num_slots: int) -
 
     They depend on no number of tokens, nor on whether the base is kept dequantised; some do on the number of slots.
     """
-    kind, compute = Kind.of(base, configs, num_slots), getattr(torch, configs[0].base.compute_dtype)
-    choice = Choice(True, "nothing", MOST_TOKENS)
-    _engine(base, kind, compute, LONGEST_STEP, choice, on_gpu=True).compile(LONGEST_STEP, LONGEST_STEP)
+    compute, choice = getattr(torch, configs[0].base.compute_dtype), Choice(True, "nothing", MOST_TOKENS)
+    separate = configs[0].training.reproducible
+    for kind in separate_kinds(base, configs) if separate else [Kind.of(base, configs, num_slots)]:
+        engine = standing_engine(base, kind, compute, LONGEST_STEP, choice, on_gpu=True)
+        engine.compile(LONGEST_STEP, LONGEST_STEP)
+
+
+def separate_kinds(base: Any, configs: Sequence[TrialConfig]) -> list[Kind]:
+    """The kinds of engines of one slot that such trials may need, the largest first.
+
+    Args:
+        base: the bare base.
+        configs: trials that stand for all: their ranks are the ends of the range, or all of it.
+    """
+    kinds = [Kind.of(base, [config], 1) for config in configs]
+    ranks = {kind.rank for kind in kinds}
+    if torch.cuda.is_available():
+        ranks = {1 << power for power in range(min(ranks).bit_length() - 1, max(ranks).bit_length())}
+    # One of each that differs in what kernels are made for.
+    different = {(kind.modules, kind.eight_bit, rank): replace(kind, rank=rank) for kind in kinds for rank in ranks}
+    return sorted(different.values(), key=lambda kind: (kind.rank, len(kind.modules)), reverse=True)
 
 
 def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, wanted: int) -> tuple[int, str]:
@@ -258,37 +259,53 @@ def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out:
 
     On a GPU it is the number whose tokens take least time each, by what fits into memory, and of equals the largest.
     """
-    kinds = [Kind.of(base, configs, count) for count in range(1, wanted + 1)]
+    separate = steps_separately(configs[0])
+    kinds = [Kind.of(base, configs, count, separate) for count in range(1, wanted + 1)]
     if not torch.cuda.is_available():
         one = pass_tokens(kinds[0], train)
         count = min(wanted, -(-CPU_FULL // one))
         return count, f"a batch has up to {one} tokens, and a core is busy with {CPU_FULL}"
-    budget, shape, longest = _budget(), BaseShape.of(base.config), max(train.longest, held_out.longest)
     times: dict[int, float] = {}
     for kind in kinds:
-        largest = pass_tokens(kind, train)
-        for choice in choices(
-            longest, largest, keeps_base=kind.keeps_base, recompute=kind.recompute, most_tokens=MOST_TOKENS
-        ):
-            tokens = min(largest, choice.max_tokens)
-            if _predicted(shape, kind, configs[0], choice, tokens, EVALUATION_TOKENS).total <= budget:
-                times[kind.num_slots] = choice.relative_time()
-                break
+        if plans := feasible(base, kind, configs[0], train, held_out):
+            times[kind.num_slots] = plans[0].choice.relative_time()
+    gib = _budget() / GIB
     if not times:
-        return 1, f"not even one fits into {budget / GIB:.0f} GiB of GPU memory"
+        return 1, f"not even one fits into {gib:.0f} GiB of GPU memory"
     count = max(times, key=lambda slots: (-round(times[slots], 3), slots))
     limit = "more do not fit, or are no faster" if count < wanted else f"up to {MOST_TOKENS} tokens a pass"
-    return count, f"{budget / GIB:.0f} GiB of GPU memory, {limit}"
+    return count, f"{gib:.0f} GiB of GPU memory, {limit}"
 
 
-def pass_tokens(kind: Kind, train: Rows) -> int:
+def steps_separately(config: TrialConfig) -> bool:
+    """Whether trials beside each other step one after another, each as it does alone, and so with the same bits.
+
+    On a CPU they always do: a joint pass of the demo's trials saves no time there (docs/log.md).
+    """
+    return config.training.reproducible or not torch.cuda.is_available()
+
+
+def pass_tokens(kind: Kind, train: Rows, choice: Choice | None = None) -> int:
     """Tokens that a pass should hold: one slot's largest batch, or what the batches of all have on average, and more.
 
     A batch that finds no room in a pass waits for the next.
+
+    Args:
+        kind: of the engine.
+        train: rows to train on.
+        choice: limits it.
     """
     largest = int(np.sort(train.lengths)[-kind.max_rows :].sum())
-    typical = 1.1 * kind.num_slots * kind.max_rows * float(train.lengths.mean())
-    return largest if kind.num_slots == 1 else max(largest, int(typical))
+    if kind.num_slots > 1 and not kind.separate:
+        typical = 1.1 * kind.num_slots * kind.max_rows * float(train.lengths.mean())
+        largest = max(largest, int(typical))
+    return largest if choice is None else min(largest, choice.max_tokens)
+
+
+def evaluation_tokens(kind: Kind, held_out: Rows) -> int:
+    """Tokens of the largest pass of an evaluation."""
+    together = 1 if kind.separate else kind.num_slots
+    return min(int(held_out.lengths.sum()) * together, max(EVALUATION_TOKENS, held_out.longest))
 
 
 def _predicted(
@@ -314,7 +331,7 @@ def _probed(
 ) -> Engine | None:
     """An engine that has run its largest step, or None if there was not the memory for it."""
     try:
-        engine = _engine(base, kind, compute, longest, choice, on_gpu=True)
+        engine = standing_engine(base, kind, compute, longest, choice, on_gpu=True)
         ahead.join()
         engine.probe(tokens, evaluated)
     except torch.OutOfMemoryError:
@@ -329,8 +346,20 @@ def release(base: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, on_gpu: bool) -> Engine:
-    """An engine on this base, of this kind: what stands already is kept, graphs included."""
+def standing_engine(
+    base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, on_gpu: bool, slot: int | None = None
+) -> Engine:
+    """An engine on this base, of this kind; the one that stands is kept, its graphs included.
+
+    Args:
+        base: the bare base.
+        kind: of the engine.
+        compute: type of the base's products.
+        longest: tokens of the longest row.
+        choice: how it is held.
+        on_gpu: whether it is for a GPU.
+        slot: whose own it is, in place of the one that the slot had; None for a joint one.
+    """
     device = base.get_input_embeddings().weight.device
     adapter_dtype = getattr(torch, kind.adapter_dtype)
     lora_dtype = torch.bfloat16 if kind.precision == "bf16" else adapter_dtype
@@ -342,11 +371,14 @@ def _engine(base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: C
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
         standing = _engines[base] = _Standing(about_base, Decoder(base, *about_base), pool, {})
     about = (kind.num_slots, kind.rank, adapter_dtype, kind.eight_bit, lora_dtype, kind.modules, choice.recompute)
-    if about not in standing.engines:
+    if (slot, about) not in standing.engines:
+        if slot is not None:
+            for earlier in [key for key in standing.engines if key[0] == slot]:
+                del standing.engines[earlier]
         adapted = adapted_layers(base, kind.modules)
         adapters = Adapters(adapted, kind.num_slots, kind.rank, adapter_dtype, lora_dtype, device, kind.eight_bit)
-        standing.engines[about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool, on_gpu)
-    engine = standing.engines[about]
+        standing.engines[slot, about] = Engine(standing.decoder, adapters, choice.recompute, standing.pool, on_gpu)
+    engine = standing.engines[slot, about]
     engine.max_tokens = choice.max_tokens
     return engine
 

@@ -48,7 +48,9 @@ class Figures:
 class Held:
     """Rows that a slot's adapter is evaluated on."""
 
+    engine: "Engine"
     slot: int
+    """Of the engine."""
     rows: Rows
     table: dict[str, float]
     """The slot's values of `row.TABLE`."""
@@ -232,7 +234,8 @@ class Engine:
         return bucket.send(bucket.values)
 
     def _capture(self, row: Row, trains: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Not by `torch.cuda.graph`, which waits for the device: it works on while this takes a tenth of a second."""
+        """Capture a step while the device works on: `torch.cuda.graph` would wait for it."""
+        torch.cuda.current_blas_handle()  # each thread has its own, which no capture may create
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(_capture_stream()):
             # Another thread may set a trial up meanwhile: what it allocates is none of the capture's business.

@@ -104,6 +104,11 @@ class Adapters:
         self.strides = torch.tensor(strides, dtype=torch.int32, device=device)
         """(size / BLOCK, 2) of each block, where its matrix begins, and how many elements on is the next rank."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights, moments and gradients."""
+        return sum(flat.nbytes for flat in (self.weights, self.moment1, self.moment2, self.gradients))
+
     def a(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
         """A view of one of the flat tensors: (slots, layers * rank, in_features)."""
         rows = len(group.layers) * self.rank

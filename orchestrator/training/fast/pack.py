@@ -1,6 +1,10 @@
-"""Many trials in one step: each gives what it needs next, and the engine does it for all of them together."""
+"""Steps of many trials: each trial says what it needs next, and the engines do it for all of them in turn.
 
-from collections.abc import Generator, Sequence
+Trials on one engine step jointly: one pass holds rows of all of them. Trials with an engine each step separately, which
+makes every figure of a trial the same bits whatever runs beside it.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,9 @@ from orchestrator.training.fast.row import Rows, Span
 class Batch:
     """One optimizer step of a slot. Its answer is the list of `Pending`s of the passes that it took."""
 
+    engine: Engine
     slot: int
+    """Of the engine."""
     rows: Rows
     indices: Sequence[int]
     table: dict[str, float]
@@ -30,13 +36,11 @@ Work = Generator[Task, Any, None]
 
 
 class Pack:
-    """Members whose steps are made together; each goes on as soon as its own task is done."""
+    """Members that step in turn; each goes on as soon as its own task is done."""
 
-    def __init__(self, engine: Engine | None = None) -> None:
-        self.engine = engine
-        """Does the tasks; None as long as no member has one."""
+    def __init__(self) -> None:
         self.ran_out = False
-        """Whether the last turn ran out of memory."""
+        """Whether an engine has run out of memory; whoever handles that sets it back."""
         self._members: list[Member] = []
 
     def __len__(self) -> int:
@@ -52,25 +56,12 @@ class Pack:
             self._members.append(member)
 
     def turn(self) -> None:
-        """Evaluate for all members that ask for it, or else one pass of training.
+        """On each engine: evaluate for all members that ask for it, or else make one pass of training.
 
-        A fault of the engine is a fault of all members.
+        An error that an engine raises ends all of its members.
         """
-        assert self.engine is not None
-        asking = [member for member in self._members if isinstance(member.task, Held)]
-        try:
-            if asking:
-                held = [member.task for member in asking if isinstance(member.task, Held)]
-                answers: Sequence[Any] = self.engine.evaluate(held)
-            else:
-                asking = self._train(self.engine)
-                answers = [member.parts for member in asking]
-        except Exception as error:
-            self.ran_out = isinstance(error, torch.OutOfMemoryError)
-            self.end(error)
-        else:
-            for member, answer in zip(asking, answers, strict=True):
-                member.go_on(answer)
+        for engine, members in list(self._by_engine()):
+            self._turn(engine, members)
         self._members = [member for member in self._members if member.task is not None]
 
     def end(self, error: Exception) -> None:
@@ -85,7 +76,32 @@ class Pack:
             member.work.close()
         self._members.clear()
 
-    def _train(self, engine: Engine) -> list["Member"]:
+    def _by_engine(self) -> Iterator[tuple[Engine, list["Member"]]]:
+        """Each engine and its members, in the order of the members."""
+        found: dict[int, tuple[Engine, list[Member]]] = {}
+        for member in self._members:
+            assert member.task is not None
+            found.setdefault(id(member.task.engine), (member.task.engine, []))[1].append(member)
+        return iter(found.values())
+
+    def _turn(self, engine: Engine, members: Sequence["Member"]) -> None:
+        asking = [member for member in members if isinstance(member.task, Held)]
+        try:
+            if asking:
+                held = [member.task for member in asking if isinstance(member.task, Held)]
+                answers: Sequence[Any] = engine.evaluate(held)
+            else:
+                asking = self._train(engine, members)
+                answers = [member.parts for member in asking]
+        except Exception as error:
+            self.ran_out = self.ran_out or isinstance(error, torch.OutOfMemoryError)
+            for member in members:
+                member.fail(error)
+        else:
+            for member, answer in zip(asking, answers, strict=True):
+                member.go_on(answer)
+
+    def _train(self, engine: Engine, members: Sequence["Member"]) -> list["Member"]:
         """One pass: whole rows of each member's batch, as many as fit, those first that had none the last time.
 
         Returns:
@@ -94,7 +110,7 @@ class Pack:
         left = engine.max_tokens
         spans: list[Span] = []
         taken: list[Member] = []
-        for member in self._members:
+        for member in members:
             span = member.take(left, first=not spans)
             if span is not None:
                 spans.append(span)

@@ -284,8 +284,10 @@ def _by_slot(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
     """Each token times its slot's matrix: (T, in), (slots, in, out) -> (T, out)."""
     if len(weights) == 1:
         return x @ weights[0].to(x.dtype)
-    side = row.side
-    return torch.bmm(x[side.places], weights[side.slots].to(x.dtype)).flatten(0, 1)[side.back]
+    result = x.new_empty(len(x), weights.shape[2])
+    for slot, tokens in row.tokens_of_slots:
+        result[tokens] = x[tokens] @ weights[slot].to(x.dtype)
+    return result
 
 
 def _add_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, row: Row) -> None:
@@ -293,9 +295,8 @@ def _add_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, row: Row
     if len(sums) == 1:
         sums[0] += (x.mT @ y).float()
         return
-    side = row.side
-    y = torch.where(side.real[..., None], y[side.places], 0)
-    sums.index_add_(0, side.slots, torch.bmm(x[side.places].mT, y).float())
+    for slot, tokens in row.tokens_of_slots:
+        sums[slot] += (x[tokens].mT @ y[tokens]).float()
 
 
 def _turned(states: torch.Tensor) -> torch.Tensor:

@@ -134,20 +134,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Side:
-    """The tokens of the slots that a row has, side by side: what one batched product takes."""
-
-    slots: torch.Tensor
-    """(present,) the slots."""
-    places: torch.Tensor
-    """(present, width) tokens' places in the row; where a slot has fewer, one of its own again."""
-    real: torch.Tensor
-    """(present, width) which of them are not such a repetition."""
-    back: torch.Tensor
-    """(tokens,) where each token of the row lies in the flat (present * width)."""
-
-
-@dataclass(frozen=True)
 class Row:
     """A step's input on the device: views of one buffer, so that one copy brings all of it."""
 
@@ -197,17 +183,9 @@ class Row:
         return {}
 
     @cached_property
-    def side(self) -> Side:
-        """Tokens by slot."""
-        slots, present, counts = self.owners.unique(return_inverse=True, return_counts=True)
-        order, starts = present.argsort(stable=True), counts.cumsum(0) - counts
-        each = torch.arange(int(counts.max()), device=order.device)
-        places = order[starts[:, None] + each.minimum(counts[:, None] - 1)]
-        back = torch.empty_like(order)
-        back[order] = (
-            present[order] * len(each) + torch.arange(len(order), device=order.device) - starts[present[order]]
-        )
-        return Side(slots, places, each < counts[:, None], back)
+    def tokens_of_slots(self) -> list[tuple[int, torch.Tensor]]:
+        """Each slot that has tokens, and their places in the row. Reads the tiles: on a GPU it would wait."""
+        return [(slot, torch.nonzero(self.owners == slot)[:, 0]) for slot in self.owners.unique().tolist()]
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:

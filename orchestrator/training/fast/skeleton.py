@@ -24,8 +24,9 @@ from orchestrator.base import config_file
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.expected import expected_modules
-from orchestrator.training.fast.build import LONGEST_STEP, compile_kernels, why_not_by_shape
+from orchestrator.training.fast.build import LONGEST_STEP, compile_kernels
 from orchestrator.training.fast.decoder import GROUPS, MODEL_TYPES
+from orchestrator.training.fast.eligibility import why_not_by_shape
 from orchestrator.training.memory import BaseShape
 
 _DONE = "done"

@@ -213,11 +213,11 @@ class Slot:
     def batch(self, indices: list[int]) -> Batch:
         """The next optimizer step, on these rows."""
         table = self._table(self.trainer.state.global_step, self._rows.num_targets(indices))
-        return Batch(self._index, self._rows, indices, table)
+        return Batch(self._engine, self._index, self._rows, indices, table)
 
     def held_out(self) -> Held:
         """An evaluation."""
-        return Held(self._index, self._held_out, self._table(0, 1))
+        return Held(self._engine, self._index, self._held_out, self._table(0, 1))
 
     def sent(self, batch: Batch, parts: list[Pending]) -> None:
         """A batch is on its way."""

@@ -13,7 +13,8 @@ from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast import build
-from orchestrator.training.fast.build import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots, why_not
+from orchestrator.training.fast.build import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots
+from orchestrator.training.fast.eligibility import why_not
 from orchestrator.training.fast.engine import CPU_TOKENS, Held
 from orchestrator.training.fast.row import TABLE, Rows
 
@@ -167,7 +168,7 @@ def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, 
     config, rows = trial(), Rows([[1, 2, 3]], [[1, 2, 3]])
     engine, _ = engine_for(base, [config], rows, rows)
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
-    (scores,) = engine.evaluate([Held(0, rows, table)])
+    (scores,) = engine.evaluate([Held(engine, 0, rows, table)])
     assert scores.loss > 0
 
 

@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_those_of_peft(
     peft.eval()
     with torch.no_grad():
         reference = loss_of(peft, rows)
-    (scores,) = engine.evaluate([Held(0, rows, table)])
+    (scores,) = engine.evaluate([Held(engine, 0, rows, table)])
     loss, accuracy = scores.loss, scores.token_accuracy
     assert loss == pytest.approx(float(reference), abs=1e-5)
     assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
@@ -182,7 +182,7 @@ def test_what_is_given_up_for_memory_changes_no_bit(
         adapters.weights.normal_(std=0.02)
         engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None, on_gpu=False)
         figures = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
-        results.append((choices, figures, engine.evaluate([Held(0, rows, table)]), adapters.weights))
+        results.append((choices, figures, engine.evaluate([Held(engine, 0, rows, table)]), adapters.weights))
     _, figures, evaluated, weights = results[0]
     assert figures[0].losses != figures[2].losses, "it trains"
     for _, other_figures, other_evaluated, other_weights in results[1:]:

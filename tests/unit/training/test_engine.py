@@ -141,9 +141,9 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
         update = weights(alone, 0, trial.rank) - starts[slot]
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
-        asked = Held(slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
+        asked = Held(together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
         (scores,) = together.evaluate([asked])
-        (expected_scores,) = alone.evaluate([Held(0, held_out, make_table(scale=trial.alpha / trial.rank))])
+        (expected_scores,) = alone.evaluate([Held(alone, 0, held_out, make_table(scale=trial.alpha / trial.rank))])
         assert_same(scores, expected_scores)
 
 
@@ -183,10 +183,10 @@ def test_a_batch_in_several_passes_is_one_step(
     began = weights(whole, 0, 8).clone()
     expected = whole.step([Span(0, rows, order, table)]).read()
     parts.max_tokens = max_tokens
-    pack, found = Pack(parts), []
+    pack, found = Pack(), []
 
     def work() -> Work:
-        found.extend(pending.read() for pending in (yield Batch(0, rows, order, table)))
+        found.extend(pending.read() for pending in (yield Batch(parts, 0, rows, order, table)))
 
     pack.join(work())
     passes = 0
@@ -210,7 +210,7 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
     before = [flat.clone() for flat in (engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1)]
 
     def evaluate(rows: Rows, dropout: float = 0.0) -> RowScores:
-        (scores,) = engine.evaluate([Held(0, rows, make_table(dropout))])
+        (scores,) = engine.evaluate([Held(engine, 0, rows, make_table(dropout))])
         return scores
 
     values = [evaluate(rows, dropout) for dropout in (0.0, 0.5)]
@@ -243,10 +243,10 @@ def test_an_evaluation_of_several_slots_measures_each_as_alone(
         trial = TRIALS[slot]
         start(together, slot, trial)
         table = make_table(trial.dropout, scale=trial.alpha / trial.rank)
-        asked.append(Held(slot, rows, table))
+        asked.append(Held(together, slot, rows, table))
         alone = make_engine(model, 1, trial.rank)
         start(alone, 0, trial)
-        expected.extend(alone.evaluate([Held(0, rows, table)]))
+        expected.extend(alone.evaluate([Held(alone, 0, rows, table)]))
     before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
     measured = together.evaluate(asked)
     for scores, expected_scores in zip(measured, expected, strict=True):
@@ -276,7 +276,7 @@ def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
     expected = np.concatenate([alone[part] for row in parts for part in row])
     np.testing.assert_allclose(losses(packed), expected, atol=2e-6)
     assert np.abs(losses(torn) - expected).max() > 1e-2, "the test would see rows that see each other"
-    (scores,) = engine.evaluate([Held(0, packed, make_table())])
+    (scores,) = engine.evaluate([Held(engine, 0, packed, make_table())])
     assert scores.tokens == [sum(rows.num_targets([part]) for part in row) for row in parts]
     assert scores.losses == pytest.approx([sum(float(alone[part].sum()) for part in row) for row in parts], abs=1e-4)
 

@@ -1,7 +1,7 @@
 """Who steps with whom, and what becomes of a member that ends or breaks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ from orchestrator.training.fast.pack import Batch, Pack, Task, Work
 from orchestrator.training.fast.row import Rows, Span
 
 TILE = 8
+NO_ENGINE: Any = None
+"""A member names the engine when it asks."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Member:
         self._tasks = tasks
         self._breaks_after = breaks_after
 
-    def work(self) -> Work:
-        """As `Attempt.run`: a fault is told, not raised."""
+    def work(self, engine: Any) -> Work:
+        """Ask this engine for the tasks. A fault is kept and not raised, as in `Attempt.run`."""
         try:
             for number, task in enumerate(self._tasks):
                 if number == self._breaks_after:
                     raise ValueError("its own")
-                self.answers.append((yield task))
+                self.answers.append((yield replace(task, engine=engine)))
         except Exception as error:
             self.ended_by = error
         except GeneratorExit:
@@ -86,7 +88,8 @@ def batch(make_rows: MakeRows) -> Callable[..., Batch]:
     """`batch(slot, 5, 12)`: a batch of rows of these lengths; `order` gives another order of them."""
 
     def make(slot: int, *lengths: int, order: Sequence[int] = ()) -> Batch:
-        return Batch(slot, make_rows(*lengths), list(order or range(len(lengths))), {"applies": 1, "scale": slot + 0.5})
+        rows, indices = make_rows(*lengths), list(order or range(len(lengths)))
+        return Batch(NO_ENGINE, slot, rows, indices, {"applies": 1, "scale": slot + 0.5})
 
     return make
 
@@ -117,8 +120,8 @@ def test_passes_keep_the_order_and_the_limit(
     batch: Callable[..., Batch], max_tokens: int, batches: list[list[int]]
 ) -> None:
     engine, member = FakeEngine(max_tokens), Member(batch(0, 3, 9, 2, 7, 6, order=[3, 0, 1, 2, 4]))
-    pack = Pack(engine)  # type: ignore[arg-type]
-    pack.join(member.work())
+    pack = Pack()
+    pack.join(member.work(engine))
     run(pack)
     assert [each[0] for each in engine.indices] == batches
     assert member.answers == [[Passed(number) for number in range(len(batches))]]
@@ -126,8 +129,7 @@ def test_passes_keep_the_order_and_the_limit(
 
 def test_a_row_that_is_longer_than_the_limit_stands_alone(batch: Callable[..., Batch]) -> None:
     engine, pack = FakeEngine(10), Pack()
-    pack.engine = engine  # type: ignore[assignment]
-    pack.join(Member(batch(0, 1, 50, 1, 1)).work())
+    pack.join(Member(batch(0, 1, 50, 1, 1)).work(engine))
     run(pack)
     assert engine.indices == [{0: [0]}, {0: [1]}, {0: [2, 3]}]
 
@@ -135,8 +137,8 @@ def test_a_row_that_is_longer_than_the_limit_stands_alone(batch: Callable[..., B
 def test_a_batch_that_is_too_long_goes_over_passes_of_which_the_last_applies(batch: Callable[..., Batch]) -> None:
     engine = FakeEngine()
     task = batch(1, 7, 12, 5, 9, 30, order=[2, 1, 4, 0, 3])
-    pack = Pack(engine)  # type: ignore[arg-type]
-    pack.join(Member(task, batch(1, 4)).work())
+    pack = Pack()
+    pack.join(Member(task, batch(1, 4)).work(engine))
     run(pack)
     spans = [span for spans in engine.passes for span in spans]
     assert [list(span.indices) for span in spans] == [[2, 1], [4], [0, 3], [0]]
@@ -154,9 +156,9 @@ def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch
     """Slot 0 takes two passes a batch, slot 1 one: it makes two steps meanwhile."""
     engine = FakeEngine(max_tokens=32)
     large, small = Member(batch(0, 16, 16), batch(0, 16, 16)), Member(*[batch(1, 8)] * 4)
-    pack = Pack(engine)  # type: ignore[arg-type]
-    pack.join(small.work())
-    pack.join(large.work())
+    pack = Pack()
+    pack.join(small.work(engine))
+    pack.join(large.work(engine))
     assert run(pack) == 4
     assert engine.indices == [{1: [0], 0: [0]}, {1: [0], 0: [1]}, {1: [0], 0: [0]}, {1: [0], 0: [1]}]
     assert small.answers == [[Passed(number)] for number in range(4)]
@@ -168,9 +170,8 @@ def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch
 def test_a_pass_counts_whole_tiles(batch: Callable[..., Batch]) -> None:
     """Three batches of one token take three tiles: the fourth finds no room."""
     engine, pack = FakeEngine(max_tokens=3 * TILE), Pack()
-    pack.engine = engine  # type: ignore[assignment]
     for slot in range(4):
-        pack.join(Member(batch(slot, 1)).work())
+        pack.join(Member(batch(slot, 1)).work(engine))
     run(pack)
     assert [sorted(each) for each in engine.indices] == [[0, 1, 2], [3]]
 
@@ -178,10 +179,9 @@ def test_a_pass_counts_whole_tiles(batch: Callable[..., Batch]) -> None:
 def test_who_had_none_goes_first(batch: Callable[..., Batch]) -> None:
     """Five members, room for two: no one waits for more than two passes, none has two before all have one."""
     engine, pack = FakeEngine(max_tokens=2 * TILE), Pack()
-    pack.engine = engine  # type: ignore[assignment]
     members = [Member(*[batch(slot, TILE)] * 6) for slot in range(5)]
     for member in members:
-        pack.join(member.work())
+        pack.join(member.work(engine))
     for turn in range(1, 15):
         pack.turn()
         counts = [len(member.answers) for member in members]
@@ -194,9 +194,8 @@ def test_who_had_none_goes_first(batch: Callable[..., Batch]) -> None:
 def test_a_member_too_large_for_what_is_left_is_first_the_next_time(batch: Callable[..., Batch]) -> None:
     """A smaller one behind it may fill the pass, but cannot hold it back."""
     engine, pack = FakeEngine(max_tokens=32), Pack()
-    pack.engine = engine  # type: ignore[assignment]
     for slot, tokens in ((0, 16), (1, 24), (2, 8)):
-        pack.join(Member(*[batch(slot, tokens)] * 3).work())
+        pack.join(Member(*[batch(slot, tokens)] * 3).work(engine))
     pack.turn()
     pack.turn()
     assert [list(each) for each in engine.indices] == [[0, 2], [1, 2]]
@@ -206,24 +205,44 @@ def test_a_member_too_large_for_what_is_left_is_first_the_next_time(batch: Calla
 
 def test_one_that_joins_is_in_the_next_pass_and_one_that_ends_leaves_its_room(batch: Callable[..., Batch]) -> None:
     engine, pack = FakeEngine(max_tokens=64), Pack()
-    pack.engine = engine  # type: ignore[assignment]
     first, second, third = Member(batch(0, 8)), Member(*[batch(1, 8)] * 3), Member(*[batch(2, 8)] * 2)
-    pack.join(first.work())
-    pack.join(second.work())
+    pack.join(first.work(engine))
+    pack.join(second.work(engine))
     pack.turn()
     assert first.ended_by == "done"
     assert second.ended_by is None
-    pack.join(third.work())
+    pack.join(third.work(engine))
     assert len(pack) == 2
     run(pack)
     assert [sorted(each) for each in engine.indices] == [[0, 1], [1, 2], [1, 2]]
 
 
 def test_one_that_has_nothing_to_do_ends_at_once() -> None:
-    pack, member = Pack(), Member()
-    pack.join(member.work())
+    engine, pack, member = FakeEngine(), Pack(), Member()
+    pack.join(member.work(engine))
     assert member.ended_by == "done"
     assert len(pack) == 0
+
+
+# Several engines
+
+
+def test_members_with_an_engine_each_step_by_themselves_in_every_turn(
+    batch: Callable[..., Batch], make_rows: MakeRows
+) -> None:
+    """One evaluates while the other trains; a fault of one engine ends its own member alone."""
+    engines, pack = [FakeEngine(max_tokens=16) for _ in range(3)], Pack()
+    held = Held(NO_ENGINE, 0, make_rows(5), {})
+    members = [Member(batch(0, 8, 8, 8), batch(0, 8)), Member(batch(0, 8), held, batch(0, 8)), Member(batch(0, 8))]
+    for member, engine in zip(members, engines, strict=True):
+        pack.join(member.work(engine))
+    engines[2].fault = RuntimeError("CUDA")
+    pack.turn()
+    assert members[2].ended_by is engines[2].fault
+    run(pack)
+    assert [engine.told for engine in engines] == [["step"] * 3, ["step", "evaluate", "step"], ["step"]]
+    assert engines[0].indices == [{0: [0, 1]}, {0: [2]}, {0: [0]}], "a batch is split as it is alone"
+    assert [member.ended_by for member in members[:2]] == ["done"] * 2
 
 
 # Evaluations
@@ -232,15 +251,14 @@ def test_one_that_has_nothing_to_do_ends_at_once() -> None:
 def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
     """Before the next pass; a member in the middle of its batch goes on with it afterwards."""
     engine, pack = FakeEngine(max_tokens=16), Pack()
-    pack.engine = engine  # type: ignore[assignment]
-    held = {slot: Held(slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
+    held = {slot: Held(NO_ENGINE, slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
     one, other = (Member(batch(slot, TILE), held[slot], batch(slot, TILE)) for slot in (0, 1))
     third = Member(batch(2, 8, 8, 8))
     for member in (one, other, third):
-        pack.join(member.work())
+        pack.join(member.work(engine))
     run(pack)
     assert engine.told[:2] == ["step", "evaluate"]
-    assert engine.asked == [[held[0], held[1]]]
+    assert [[each.rows for each in asked] for asked in engine.asked] == [[held[0].rows, held[1].rows]]
     assert one.answers[1] == (0.0, 0.1)
     assert other.answers[1] == (1.0, 0.2)
     spans = [span for spans in engine.passes for span in spans if span.slot == 2]
@@ -251,11 +269,10 @@ def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch]
 
 def test_one_evaluation_keeps_no_other_from_its_step_for_long(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
     engine, pack = FakeEngine(max_tokens=64), Pack()
-    pack.engine = engine  # type: ignore[assignment]
-    evaluating = Member(batch(0, 8), Held(0, make_rows(5), {}), batch(0, 8))
+    evaluating = Member(batch(0, 8), Held(NO_ENGINE, 0, make_rows(5), {}), batch(0, 8))
     steady = Member(*[batch(1, 8)] * 3)
-    pack.join(evaluating.work())
-    pack.join(steady.work())
+    pack.join(evaluating.work(engine))
+    pack.join(steady.work(engine))
     assert run(pack) == 4
     assert engine.told == ["step", "evaluate", "step", "step"]
     assert [sorted(each) for each in engine.indices] == [[0, 1], [0, 1], [1]]
@@ -266,10 +283,9 @@ def test_one_evaluation_keeps_no_other_from_its_step_for_long(batch: Callable[..
 
 def test_a_members_own_fault_stays_its_own(batch: Callable[..., Batch]) -> None:
     engine, pack = FakeEngine(max_tokens=64), Pack()
-    pack.engine = engine  # type: ignore[assignment]
     broken, sound = Member(*[batch(0, 8)] * 3, breaks_after=2), Member(*[batch(1, 8)] * 4)
-    pack.join(broken.work())
-    pack.join(sound.work())
+    pack.join(broken.work(engine))
+    pack.join(sound.work(engine))
     run(pack)
     assert isinstance(broken.ended_by, ValueError)
     assert sound.ended_by == "done"
@@ -277,8 +293,8 @@ def test_a_members_own_fault_stays_its_own(batch: Callable[..., Batch]) -> None:
 
 
 def test_one_that_breaks_before_its_first_task_is_no_member(batch: Callable[..., Batch]) -> None:
-    pack, member = Pack(), Member(batch(0, 8), breaks_after=0)
-    pack.join(member.work())
+    engine, pack, member = FakeEngine(), Pack(), Member(batch(0, 8), breaks_after=0)
+    pack.join(member.work(engine))
     assert isinstance(member.ended_by, ValueError)
     assert len(pack) == 0
 
@@ -288,26 +304,25 @@ def test_a_fault_of_the_engine_is_a_fault_of_all(
     batch: Callable[..., Batch], make_rows: MakeRows, evaluates: bool
 ) -> None:
     engine, pack = FakeEngine(max_tokens=8), Pack()
-    pack.engine = engine  # type: ignore[assignment]
-    first: Task = Held(0, make_rows(5), {}) if evaluates else batch(0, 8)
+    first: Task = Held(NO_ENGINE, 0, make_rows(5), {}) if evaluates else batch(0, 8)
     members = [Member(first, batch(0, 8)), Member(batch(1, 8)), Member(batch(2, 8, 8))]
     for member in members:
-        pack.join(member.work())
+        pack.join(member.work(engine))
     engine.fault = RuntimeError("CUDA")
     pack.turn()
     assert [member.ended_by for member in members] == [engine.fault] * 3
     assert len(pack) == 0
     engine.fault, after = None, Member(batch(1, 8))
-    pack.join(after.work())
+    pack.join(after.work(engine))
     run(pack)
     assert after.ended_by == "done"
 
 
 def test_what_ends_the_process_is_not_taken_for_a_fault(batch: Callable[..., Batch]) -> None:
-    pack = Pack(FakeEngine())  # type: ignore[arg-type]
+    pack = Pack()
 
     def interrupted() -> Work:
-        yield batch(0, 8)
+        yield replace(batch(0, 8), engine=FakeEngine())  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     pack.join(interrupted())
@@ -316,10 +331,10 @@ def test_what_ends_the_process_is_not_taken_for_a_fault(batch: Callable[..., Bat
 
 
 def test_closing_ends_all_where_they_stand(batch: Callable[..., Batch]) -> None:
-    pack = Pack(FakeEngine(max_tokens=64))  # type: ignore[arg-type]
+    engine, pack = FakeEngine(max_tokens=64), Pack()
     members = [Member(*[batch(slot, 8)] * 3) for slot in range(2)]
     for member in members:
-        pack.join(member.work())
+        pack.join(member.work(engine))
     pack.turn()
     pack.close()
     assert [member.ended_by for member in members] == ["closed"] * 2

@@ -75,12 +75,20 @@ def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
     """What the engine of the base itself would have compiled, at another size."""
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
     choice = build.Choice(True, "nothing", tokens)
-    kind = build.Kind.of(base, held, SLOTS)
-    build._engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True).compile(tokens, tokens // 2)
+    separate = held[0].training.reproducible
+    for kind in build.separate_kinds(base, held) if separate else [build.Kind.of(base, held, SLOTS)]:
+        engine = build.standing_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
+        engine.compile(tokens, tokens // 2)
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("lora.target_modules=[q_proj, v_proj]",), ("training.optimizer=adamw_8bit",)]
+    "settings",
+    [
+        (),
+        ("lora.target_modules=[q_proj, v_proj]",),
+        ("training.optimizer=adamw_8bit",),
+        ("training.reproducible=true",),
+    ],
 )
 @pytest.mark.parametrize(("longest", "tiles"), [(64, 1), (448, 64)])
 def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str], longest: int, tiles: int) -> None:
