@@ -1,0 +1,132 @@
+"""The order in which a scheduler hears of trials that run side by side.
+
+Reports of trials that train at the same pace arrive in an order that depends on the machine. A rule such as ASHA's,
+which compares a report with those before it, would decide otherwise in every run. So a report waits until all trials
+beside it have come as far, and those of one moment are heard in the order of the trials. Their workers train on.
+
+This is a conservative discrete-event simulation (Chandy and Misra, IEEE TSE 5(5), 1979). Its clock counts optimizer
+steps since the sweep began, as if all trials made them at one pace and each took its slot when an earlier one left it.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+MIN_PATIENCE_S = 60.0
+"""A report waits at least this long for trials that are behind."""
+
+PATIENCE = 0.25
+"""It waits longer where that is less than this share of the time for which its trial has run."""
+
+
+@dataclass
+class _Running:
+    """A trial that has a slot."""
+
+    began: int | None = None
+    """Moment at which it took its slot; None while that is not known."""
+    step: int = 0
+    """Step of its last report."""
+    reported_s: float | None = None
+    """When that report came, if it waits."""
+    ran_s: float = 0.0
+    """Seconds for which the trial had run by then."""
+    has_ended: bool = False
+    """Whether its slot is free again, from a moment that is not known yet."""
+    is_missed: bool = False
+    """Whether a report has waited for it in vain since its own last report."""
+
+    @property
+    def moment(self) -> int:
+        """Moment of its last report. The trial's first moment is known."""
+        assert self.began is not None
+        return self.began + self.step
+
+
+@dataclass
+class Moments:
+    """The trials of a sweep, and their reports that wait. Times are seconds of one clock."""
+
+    at_once: int
+    """Slots that there are."""
+    total: int
+    """Trials of the sweep. If fewer come, reports wait in vain for the others once."""
+    _running: dict[str, _Running] = field(default_factory=dict)
+    _order: list[str] = field(default_factory=list)
+    """Trials as they were added, which is the order in which they begin."""
+    _placed: int = 0
+    """How many of them have, or had, a slot from a known moment on."""
+    _missed_after: int | None = None
+    """The number placed when a report had waited in vain for the next one."""
+    _free: list[int] = field(init=False)
+    """Moments from which slots are free, ascending."""
+
+    def __post_init__(self) -> None:
+        self._free = [0] * self.at_once
+
+    def add(self, trial: str) -> None:
+        """Take in a trial, behind those that were added before."""
+        if trial not in self._order:
+            self._order.append(trial)
+
+    def report(self, trial: str, step: int, now_s: float, ran_s: float = 0.0) -> None:
+        """A trial has made so many steps in so many seconds; its report waits until `next` names the trial."""
+        running = self._running.setdefault(trial, _Running())
+        running.step, running.reported_s, running.ran_s, running.is_missed = step, now_s, ran_s, False
+
+    def heard(self, trial: str) -> None:
+        """The scheduler has heard a report, and the trial goes on."""
+        self._running[trial].reported_s = None
+
+    def end(self, trial: str, step: int | None = None) -> None:
+        """A trial gives its slot back after this step, or that of its last report."""
+        if trial not in self._running and self._order.index(trial) < self._placed:
+            return  # it had ended before
+        running = self._running.setdefault(trial, _Running())
+        running.reported_s, running.has_ended = None, True
+        running.step = running.step if step is None else step
+        if running.began is not None:
+            self._free_slot(trial)
+
+    def resume(self) -> None:
+        """Forget the reports that waited, for they will come again, and the time for which they did."""
+        for running in self._running.values():
+            running.reported_s = None
+
+    def next(self, now_s: float) -> str | None:
+        """The trial whose report the scheduler is to hear now; None while all of them wait for others."""
+        self._place()
+        placed = {name: each for name, each in self._running.items() if each.began is not None}
+        waiting = [name for name in self._order if name in placed and placed[name].reported_s is not None]
+        if not waiting:
+            return None
+        name = min(waiting, key=lambda each: placed[each].moment)  # of equals the first in order
+        running = placed[name]
+        assert running.reported_s is not None
+        behind = [each for each in placed.values() if not each.is_missed and each.moment < running.moment]
+        if behind or self._awaits_newcomer(running.moment):
+            if now_s < running.reported_s + max(MIN_PATIENCE_S, PATIENCE * running.ran_s):
+                return None
+            for each in behind:
+                each.is_missed = True
+            self._missed_after = self._placed
+        return name
+
+    def _awaits_newcomer(self, moment: int) -> bool:
+        """Whether a trial has begun, or is to begin, in a slot that was free before this moment."""
+        is_missed = self._missed_after == self._placed
+        return self._placed < self.total and not is_missed and bool(self._free) and self._free[0] < moment
+
+    def _place(self) -> None:
+        """Give the next trials in order the slots that came free first, once none can come free before them."""
+        while self._free and self._placed < len(self._order):
+            name = self._order[self._placed]
+            earliest = min((each.moment for each in self._running.values() if each.began is not None), default=None)
+            if name not in self._running or (earliest is not None and earliest < self._free[0]):
+                return
+            self._placed += 1
+            self._running[name].began = self._free.pop(0)
+            if self._running[name].has_ended:
+                self._free_slot(name)
+
+    def _free_slot(self, name: str) -> None:
+        insort(self._free, self._running.pop(name).moment)

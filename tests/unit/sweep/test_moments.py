@@ -1,0 +1,143 @@
+"""Reports are heard in one order, whatever order they come in; and nobody waits for ever."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.sweep.moments import MIN_PATIENCE_S, PATIENCE, Moments
+
+
+def heard_all(moments: Moments, now_s: float = 0.0) -> list[str]:
+    """Those that are to be heard now, all of which go on."""
+    found = []
+    while (name := moments.next(now_s)) is not None:
+        moments.heard(name)
+        found.append(name)
+    return found
+
+
+def begun(*names: str, at_once: int | None = None, total: int | None = None) -> Moments:
+    moments = Moments(at_once or len(names), total or len(names))
+    for name in names:
+        moments.add(name)
+    return moments
+
+
+def test_a_report_waits_for_those_beside_it_and_they_are_heard_in_the_order_of_the_trials() -> None:
+    moments = begun("a", "b", "c")
+    moments.report("c", 10, 1.0)
+    moments.report("a", 10, 2.0)
+    assert heard_all(moments) == []
+    moments.report("b", 10, 3.0)
+    assert heard_all(moments) == ["a", "b", "c"]
+
+
+def test_an_earlier_step_comes_first_and_a_later_one_waits_for_it() -> None:
+    moments = begun("a", "b")
+    moments.report("a", 20, 1.0)
+    moments.report("b", 10, 2.0)
+    assert heard_all(moments) == ["b"]
+    moments.report("b", 30, 3.0)
+    assert heard_all(moments) == ["a"], "b can report of nothing before 30 now"
+
+
+def test_one_that_has_ended_is_not_waited_for() -> None:
+    """Nor one that failed before its first report, and so leaves its slot as it found it."""
+    moments = begun("a", "b", "c")
+    moments.report("a", 20, 1.0)
+    moments.report("b", 10, 1.0)
+    assert heard_all(moments) == []
+    moments.end("c")
+    moments.end("c")
+    assert heard_all(moments) == ["b"]
+    moments.end("b")
+    assert heard_all(moments) == ["a"]
+
+
+def test_after_a_resume_reports_come_again() -> None:
+    moments = begun("a", "b")
+    moments.report("a", 10, 1.0)
+    moments.resume()
+    moments.report("b", 10, 2.0)
+    moments.report("a", 10, 3.0)
+    assert heard_all(moments) == ["a", "b"]
+
+
+def test_a_newcomer_counts_from_the_moment_at_which_its_slot_came_free() -> None:
+    moments = begun("a", "b", total=3)
+    moments.add("c")
+    for name in ("a", "b"):
+        moments.report(name, 10, 1.0)
+    assert moments.next(1.0) == "a"
+    moments.end("a")  # stopped at 10
+    assert heard_all(moments) == ["b"]
+    moments.report("b", 20, 2.0)
+    assert heard_all(moments, 2.0) == [], "c is to come, and may report of the same moment"
+    moments.report("c", 10, 4.0)
+    assert heard_all(moments, 4.0) == ["b", "c"]
+
+
+def test_who_is_behind_is_waited_for_once_and_not_for_ever() -> None:
+    moments = begun("a", "b")
+    moments.report("a", 10, 100.0)
+    assert heard_all(moments, 100.0 + MIN_PATIENCE_S - 1) == []
+    assert heard_all(moments, 100.0 + MIN_PATIENCE_S) == ["a"]
+    moments.report("a", 20, 200.0)
+    assert heard_all(moments, 200.0) == ["a"], "b was missed once"
+    moments.report("b", 10, 201.0)
+    assert heard_all(moments, 201.0) == ["b"]
+    moments.report("a", 30, 1000.0)
+    assert heard_all(moments, 1000.0 + PATIENCE * 1000.0 - 1) == [], (
+        "b is back: it is waited for, longer in a long trial"
+    )
+    assert heard_all(moments, 1000.0 + PATIENCE * 1000.0) == ["a"]
+
+
+def test_trials_that_never_come_cost_patience_only() -> None:
+    moments = begun("a", at_once=2, total=5)
+    moments.report("a", 10, 1.0)
+    assert heard_all(moments, 1.0) == []
+    assert heard_all(moments, 1.0 + MIN_PATIENCE_S) == ["a"]
+
+
+def sweep(draw: random.Random, decide: Callable[[str, int], str]) -> list[tuple[str, int]]:
+    """Eight trials over three slots of uneven speed: what the scheduler hears. Trials are stopped as `decide` says."""
+    names, lengths = [f"t{i}" for i in range(8)], [40, 40, 20, 40, 30, 40, 40, 20]
+    moments, done, heard = Moments(3, len(names)), dict.fromkeys(names, 0), []
+    for name in names:
+        moments.add(name)
+    running, waiting, to_begin = list[str](), set[str](), list(names)
+    while to_begin or running:
+        while to_begin and len(running) < 3:
+            running.append(to_begin.pop(0))
+        free = [name for name in running if name not in waiting]
+        if free:
+            name = draw.choice(free)
+            done[name] += 10
+            if done[name] == lengths[names.index(name)]:
+                moments.end(name, done[name])  # Tune's scheduler does not hear of the last step
+                running.remove(name)
+            else:
+                moments.report(name, done[name], 0.0)
+                waiting.add(name)
+        while (name := moments.next(0.0)) is not None:
+            heard.append((name, done[name]))
+            waiting.discard(name)
+            if decide(name, done[name]) == "stop":
+                moments.end(name)
+                running.remove(name)
+            else:
+                moments.heard(name)
+    return heard
+
+
+@pytest.mark.parametrize("stopped", [(), ("t0", "t3", "t6"), ("t1", "t2", "t4", "t5")])
+def test_what_is_heard_depends_on_no_speed(stopped: tuple[str, ...]) -> None:
+    def decide(name: str, step: int) -> str:
+        return "stop" if name in stopped and step == 20 else "go on"
+
+    first = sweep(random.Random(0), decide)
+    assert len(first) > 10
+    for seed in range(1, 200):
+        assert sweep(random.Random(seed), decide) == first
