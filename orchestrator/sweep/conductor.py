@@ -10,9 +10,10 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
-from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, Population
+from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
 from orchestrator.sweep.brackets import UNIT
 from orchestrator.sweep.memory import freeze, thaw
+from orchestrator.sweep.moments import Moments
 from orchestrator.sweep.population import Cloning
 from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
 from orchestrator.sweep.spending import Spending
@@ -26,7 +27,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
     """One of Tune's schedulers, with a memory, a record and a purse.
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's
-    would compare those few that have a slot. They are added as PAUSED, and started as slots get free.
+    would compare those few that have a slot. They are added as PAUSED, and started as slots get free. Under ASHA and
+    the median rule, which compare a report with those before it, reports come in the order of `Moments`.
     """
 
     _supports_buffered_results = False
@@ -47,6 +49,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._holds = self._takes_turns and not isinstance(scheduler, BohbScheduler)
         self._inner = make_scheduler(self._spec)
         self._spending = Spending(self._spec.search.budget)
+        has_order = not self._takes_turns and not isinstance(scheduler, NoScheduler)
+        self._moments = Moments(at_once, self._spec.search.total_trials) if has_order else None
+        self._reports: dict[str, tuple[Any, dict[str, Any]]] = {}
+        """Trials, and their reports, that wait to be heard."""
         self._steps: dict[str, int] = {}
         self._held: set[str] = set()
         self._waiting: set[str] = set()
@@ -87,6 +93,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 controller._set_trial_status(trial, Trial.PAUSED)
             return
         self._trials[trial.trial_id] = trial
+        if self._moments is not None:
+            self._moments.add(trial.trial_id)
         self._spending.start()
         if trial.trial_id in self._to_come:
             self._to_come.discard(trial.trial_id)
@@ -96,12 +104,56 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_add(controller, trial)
         if not trial.is_finished():
             self._put_in_its_place(trial)
+        elif self._moments is not None:
+            self._moments.end(trial.trial_id, trial.last_result.get("step"))
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """See Tune. What was reported before, and is reported again after a fault, is not counted again."""
-        trial_id, step = trial.trial_id, result["step"]
-        if step <= self._steps.get(trial_id, 0):
+        if result["step"] <= self._steps.get(trial.trial_id, 0):
             return str(TrialScheduler.CONTINUE)
+        if self._moments is None:
+            return self._hear(controller, trial, result)
+        self._wait_to_be_heard(trial, result)
+        return self._hear_in_order(controller, trial)
+
+    def _wait_to_be_heard(self, trial: Any, result: dict[str, Any]) -> None:
+        assert self._moments is not None
+        self._reports[trial.trial_id] = trial, result
+        self._moments.report(trial.trial_id, result["step"], time.monotonic(), result.get("time_total_s", 0.0))
+
+    def _hear_in_order(self, controller: Any, reporting: Any = None) -> str:
+        """Hear all reports whose turn it is.
+
+        Args:
+            controller: Tune's, which does not go on with a trial whose report waits.
+            reporting: the trial that Tune asks about.
+
+        Returns:
+            What is to become of that trial; NOOP where its report waits.
+        """
+        action = str(TrialScheduler.NOOP)
+        while self._moments is not None and (name := self._moments.next(time.monotonic())) is not None:
+            trial, result = self._reports.pop(name)
+            if result.get(COMPLETE):
+                self._ends(trial)
+                if self._over is None:
+                    self._inner.on_trial_complete(controller, trial, self._timed(result))
+                continue
+            heard = self._hear(controller, trial, result)
+            if heard == TrialScheduler.STOP:
+                self._moments.end(name)
+            else:
+                self._moments.heard(name)
+            if trial is reporting:
+                action = heard
+            elif heard == TrialScheduler.STOP:
+                controller.stop_trial(trial)
+            else:  # the wrapper that Tune gives to schedulers has no public name for it (ray 2.60)
+                controller._tune_controller._schedule_trial_train(trial)
+        return action
+
+    def _hear(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        trial_id, step = trial.trial_id, result["step"]
         self._steps[trial_id] = step
         self._count(trial)
         if over := self._is_over(controller):
@@ -126,6 +178,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._count(trial)
         if not result.get(COMPLETE):
             self._note_stop(trial)
+        elif self._moments is not None:
+            self._wait_to_be_heard(trial, result)
+            self._hear_in_order(controller)
+            return
         self._ends(trial)
         if self._over is None:
             self._inner.on_trial_complete(controller, trial, self._timed(result))
@@ -139,6 +195,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
+        self._forget_report(trial)  # it is made again if the trial is started anew
         if trial.status == Trial.ERROR:
             return
         self._ends(trial)
@@ -146,7 +203,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_error(controller, trial)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
-        """See Tune."""
+        """See Tune, which asks ten times a second."""
+        self._hear_in_order(controller)
         if self._is_over(controller):
             for trial in [*controller.get_trials()]:
                 if trial.status in (Trial.PENDING, Trial.PAUSED):
@@ -186,6 +244,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         assert self._kept is not None
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
+        if self._moments is not None:
+            self._moments.resume(self._at_once, self._spec.search.total_trials)
+            for name in self._trials:
+                self._moments.add(name)
         keep_decisions(self._record.paths, self._num_decisions)
         self._spending.start()
 
@@ -238,9 +300,16 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _ends(self, trial: Any) -> None:
         """A trial waits for nothing any more."""
+        self._forget_report(trial)
+        if self._moments is not None:
+            self._moments.end(trial.trial_id)
         self._held.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
         paths_of(trial).paused.unlink(missing_ok=True)
+
+    def _forget_report(self, trial: Any) -> None:
+        if self._reports.pop(trial.trial_id, None) is not None and self._moments is not None:
+            self._moments.heard(trial.trial_id)
 
     def _timed(self, result: dict[str, Any]) -> dict[str, Any]:
         """The report itself, for Tune's schedulers leave word in it for the searcher, with its time in units."""
@@ -279,4 +348,4 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._num_decisions += 1
 
 
-_KEPT = ("_inner", "_steps", "_num_decisions", "_over", "_spending")
+_KEPT = ("_inner", "_steps", "_num_decisions", "_over", "_spending", "_moments")

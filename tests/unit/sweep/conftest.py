@@ -1,6 +1,7 @@
 """Tune's loop without Ray: trials whose losses are known beforehand, under the conductor of an experiment."""
 
 import itertools
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.spec import parse_spec
+from orchestrator.sweep import moments
 from orchestrator.sweep.conductor import Conductor
 from orchestrator.sweep.told import COMPLETE
 
@@ -38,6 +40,11 @@ class Stage:
         self.paths = paths
         self.at_once = at_once
         self.trials: list[Any] = []
+        self.draw: random.Random | None = None
+        """Where there is one, it says who reports next; else the one with fewest steps."""
+        self._idle: set[str] = set()
+        """Trials whose report waits: Tune does not go on with them until it is told to."""
+        self._tune_controller = SimpleNamespace(_schedule_trial_train=lambda trial: self._idle.remove(trial.trial_id))
         self.in_lockstep = False
         """All that run report in the same turn, as trials of a pack do; a pause is saved once all have reported."""
         self._going_on: set[str] = set()
@@ -95,11 +102,14 @@ class Stage:
                 if trial is chosen or trial.status == Trial.PENDING:
                     trial.set_status(Trial.RUNNING)
                     self._going_on.discard(trial.trial_id)
-            running = [trial for trial in self.trials if trial.status == Trial.RUNNING]
+            running = [t for t in self.trials if t.status == Trial.RUNNING and t.trial_id not in self._idle]
             if not running:
                 continue
+            if self.draw is not None:
+                self.draw.shuffle(running)
             if chosen is None or len(running) >= self.at_once:
-                running.sort(key=lambda trial: trial.last_result.get("step", 0))
+                if self.draw is None:
+                    running.sort(key=lambda trial: trial.last_result.get("step", 0))
                 for trial in running if self.in_lockstep else running[:1]:
                     if not trial.is_finished():  # by the report of one before it
                         self.report(trial)
@@ -129,7 +139,10 @@ class Stage:
             trial.update_last_result(result | {COMPLETE: True})
             self.stop_trial(trial)
             return
+        self._idle.add(trial.trial_id)  # others may be told to go on before this one's answer
         action = self.conductor.on_trial_result(self, trial, dict(result))
+        if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # by its own exploit
+            self._idle.discard(trial.trial_id)
         trial.update_last_result(result)
         if action == TrialScheduler.STOP:
             self.stop_trial(trial)
@@ -209,12 +222,17 @@ MakeStage = Callable[..., Stage]
 
 
 @pytest.fixture
-def make_stage(document: dict[str, Any], tmp_path: Path) -> MakeStage:
-    """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section."""
+def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeStage:
+    """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section.
+
+    Reports are heard as they come, unless `is_patient`.
+    """
 
     number = itertools.count()
 
-    def make(scheduler: dict[str, Any], at_once: int = 9, **search: Any) -> Stage:
+    def make(scheduler: dict[str, Any], at_once: int = 9, is_patient: bool = False, **search: Any) -> Stage:
+        if not is_patient:
+            monkeypatch.setattr(moments, "MIN_PATIENCE_S", 0.0)
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}

@@ -58,10 +58,35 @@ def test_one_that_has_ended_is_not_waited_for() -> None:
 def test_after_a_resume_reports_come_again() -> None:
     moments = begun("a", "b")
     moments.report("a", 10, 1.0)
-    moments.resume()
+    moments.resume(at_once=2, total=2)
     moments.report("b", 10, 2.0)
     moments.report("a", 10, 3.0)
     assert heard_all(moments) == ["a", "b"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_another_number_of_slots_after_a_resume_keeps_nobody_waiting_for_ever(at_once: int) -> None:
+    moments = begun("a", "b", total=6)
+    moments.report("a", 10, 1.0)
+    moments.resume(at_once, 8)
+    names = [*"abcdefgh"]
+    for name in names:
+        moments.add(name)
+    for step in (10, 20):
+        for name in names:
+            moments.report(name, step, 1.0)
+        assert sorted(heard_all(moments, 1.0 + MIN_PATIENCE_S)) == names
+    for name in names:
+        moments.end(name)
+        moments.end(name)
+
+
+def test_one_that_never_reports_keeps_those_behind_it_for_a_while() -> None:
+    moments = begun("a", "b", "c")
+    moments.report("b", 10, 1.0)
+    moments.report("c", 10, 2.0)
+    assert heard_all(moments, 2.0) == []
+    assert heard_all(moments, 2.0 + MIN_PATIENCE_S) == ["b", "c"]
 
 
 def test_a_newcomer_counts_from_the_moment_at_which_its_slot_came_free() -> None:
