@@ -231,7 +231,7 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
             continue
         tokens.append({"input_ids": short.ids, "labels": short.labels})
-        prompts.append(Prompt(encoded.ids[: encoded.num_prompt], example.answer))
+        prompts.append(Prompt(encoded.prompt_beside(short), example.answer))
     if faults:
         shown = list(faults)[:_FAULTS_SHOWN]
         more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []

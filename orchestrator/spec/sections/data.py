@@ -202,6 +202,8 @@ class DataSection(Section):
     """Tokens a row, and of a packed sequence."""
     truncate: Literal["right", "left", "error"] = "right"
     """Where longer rows are cut (left keeps their beginning token), and counted; or whether they are an error."""
+    require_stop: bool = True
+    """Refuse rows of which none learns to end with a stop token: answers would run on to max_new_tokens."""
     packing: bool = False
     """Lay several training rows into one sequence of up to max_length tokens, each apart from the others."""
     held_out: HeldOut = HeldOut(share=0.1)
