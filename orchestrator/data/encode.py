@@ -42,7 +42,6 @@ class Tokens:
         short = Tokens(ids, labels, min(num_prompt, len(ids)), self.begins)
         return short if any(short.trained) else None
 
-
     def prompt_beside(self, kept: "Tokens") -> list[int]:
         """Token ids of the prompt in `kept`, which `cut` made of these.
 

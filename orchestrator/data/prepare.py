@@ -149,9 +149,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
     if data.require_stop:
         rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out
-    prompts = [
-        Prompt(row.tokens.prompt_beside(row.kept), row.answer) for row in rows.held_out if row.kept is not None
-    ]
+    prompts = [Prompt(row.tokens.prompt_beside(row.kept), row.answer) for row in rows.held_out if row.kept is not None]
     return PreparedData(
         train=_dataset(train) if rows.sequences is None else _packed_dataset(train, rows.sequences),
         held_out=_dataset(held_out),

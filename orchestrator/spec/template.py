@@ -41,7 +41,8 @@ def marks_answers(template: str) -> bool:
 def writes_no_end(template: str, loss_on: str) -> bool:
     """Whether a chat template surely has nothing but space in the loss behind an answer.
 
-    It writes one question and its answer to find out. Where it refuses these, or leaves the answer out, nothing is sure.
+    It writes one question and its answer to find out. Where it refuses these or leaves the answer out, nothing is
+    sure.
 
     Args:
         template: text of the template.

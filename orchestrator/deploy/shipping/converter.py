@@ -54,7 +54,7 @@ def _write_stops(stops: list[int]) -> None:
         known.update(zip(free, [stop for stop in stops if stop not in written], strict=False))
         own(self, *arguments, **options)
 
-    SpecialVocab.add_to_gguf = add
+    SpecialVocab.add_to_gguf = add  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -56,13 +56,14 @@ def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str
         target: where to.
         dtype: of matrices; what has one dimension is float32.
         name: of the model, which the file tells; the converter's default is that of the folder.
-        stops: ids at which answers are over. The file has room for the EOS and two more (eot, eom).
+        stops: ids at which answers are over, the tokenizer's EOS among them; the file has room for two more.
 
     Raises:
         RequestError: the converter does not know the model or its tokenizer.
     """
     cut = pre_tokenizer(merged)
-    told = ["-m", "orchestrator.deploy.shipping.converter", cut or "", ",".join(map(str, stops))]
+    given = [cut or "", ",".join(map(str, stops))]
+    told = ["-m", "orchestrator.deploy.shipping.converter", *given] if cut or len(stops) > 1 else []
     command = [sys.executable, *told, str(converter), str(merged), "--model-name", name]
     command += ["--outfile", str(target / FILE), "--outtype", _OUT_TYPES[dtype]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section, Seed
-from orchestrator.spec.template import check_chat_template, template_columns
+from orchestrator.spec.template import check_chat_template, template_columns, writes_no_end
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of files that rows are read from."""
@@ -220,6 +220,11 @@ class DataSection(Section):
     def has_turns(self) -> bool:
         """Whether rows are conversations, which a chat template writes."""
         return self.format in ("messages", "sharegpt")
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether surely no row has a stop token in the loss; only a chat template that is given here can tell."""
+        return self.chat_template is not None and writes_no_end(self.chat_template, self.loss_on)
 
     @property
     def columns(self) -> list[str]:

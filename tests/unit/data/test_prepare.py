@@ -121,7 +121,7 @@ def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
-    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
     first, second = (
         prepare(_section(rows, format="messages", chat_template=text), BASE)
         for text in (template, template + "{% if add_generation_prompt %}[assistant]{% endif %}")

@@ -54,7 +54,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(load_base(config.base), lora)
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    origin = Origin(config, "t1", 1, "eval/loss", {"eval/loss": 1.0}, "f")
+    origin = Origin(config, "t1", 1, "eval/loss", {"eval/loss": 1.0}, "f", [2])
     scores = RowScores(losses=[1.0], hits=[0], tokens=[1])
     save_adapter(Adapter.of(model), load_tokenizer(config.base), folder, origin, scores)
     return folder

@@ -116,7 +116,7 @@ def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, pack
         (folder / "conversion" / "__init__.py").write_text("from .base import ModelBase, TextModel")
         (folder / "conversion" / "base.py").write_text(IN_ONE_FILE)
     shutil.copyfile(BASE_DIR / "tokenizer.json", tmp_path / "tokenizer.json")
-    convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001")
+    convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001", [2])
     said = json.loads((tmp_path / FILE).read_text())
     assert said[:2] == ["llama-bpe", "smollm"]
     assert said[2:] == [
@@ -129,7 +129,7 @@ def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
     words = "Traceback (most recent call last):\n  File x\nNotImplementedError: BPE pre-tokenizer was not recognized"
     folder = script(tmp_path / "bin", f"import sys; print({words!r}, file=sys.stderr); sys.exit(3)")
     with pytest.raises(RequestError, match="ended with 3:\n") as told:
-        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
     assert "NotImplementedError: BPE pre-tokenizer was not recognized" in told.value.message
     assert "File x" not in told.value.message
     assert "--format merged" in told.value.remedy
@@ -138,5 +138,5 @@ def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
 def test_a_converter_that_writes_nothing_has_failed(tmp_path: Path) -> None:
     folder = script(tmp_path / "bin", "")
     with pytest.raises(RequestError, match="ended with 0"):
-        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
     assert not (tmp_path / FILE).exists()
