@@ -145,11 +145,16 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
     Raises:
         DataError: a row or a source is not what the section says, or no row learns to end (data.require_stop).
     """
-    rows = tokenise(data, load_tokenizer(base, data.chat_template))
+    tokenizer = load_tokenizer(base, data.chat_template)
+    rows, finder = tokenise(data, tokenizer), StopFinder(tokenizer)
     if data.require_stop:
         rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out
-    prompts = [Prompt(row.tokens.prompt_beside(row.kept), row.answer) for row in rows.held_out if row.kept is not None]
+    prompts = [
+        Prompt(row.tokens.prompt_beside(row.kept), finder.without_stop(row.answer))
+        for row in rows.held_out
+        if row.kept is not None
+    ]
     return PreparedData(
         train=_dataset(train) if rows.sequences is None else _packed_dataset(train, rows.sequences),
         held_out=_dataset(held_out),

@@ -69,6 +69,7 @@ class StopFinder:
         self._special = special - begins
         self._added = added.keys() - begins
         self._tokenizer = tokenizer
+        self._texts = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._special))]
         self._blank: dict[int, bool] = {}
         """Token -> whether its text is space alone."""
 
@@ -82,6 +83,13 @@ class StopFinder:
         if found is None and at and ids[at - 1] in self._added:
             return at - 1
         return found
+
+    def without_stop(self, answer: str) -> str:
+        """A wanted answer without the stop tokens that a column may hold at its end: no generated answer has them."""
+        answer = answer.strip()
+        while end := next((token for token in self._texts if answer.endswith(token)), None):
+            answer = answer.removesuffix(end).rstrip()
+        return answer
 
     def of_earlier_turns(self, tokens: Tokens) -> list[int]:
         """Special tokens that end the learned turns of a row before its last one."""

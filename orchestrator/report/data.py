@@ -96,7 +96,7 @@ def _end_lines(shown: DataPreview) -> list[str]:
     ends = shown.ends
     lines = [f"answers stop at {', '.join(ends.stop_tokens) or 'nothing'}"]
     if not ends.num_ended:
-        lines.append("no row ends with a stop token")
+        lines.append("no row ends with a stop token" + (" that is in the loss" if ends.num_not_learned else ""))
     for count, what in (
         (ends.num_without, "with none"),
         (ends.num_not_learned, "with a stop token that is not in the loss"),

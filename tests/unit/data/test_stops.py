@@ -187,3 +187,11 @@ def test_labels_decide_what_is_learned(chatml: Any) -> None:
     rows = [Tokens([1, 70, end], [1, 70, label], 1, True) for label in (end, IGNORED)]
     found = StopFinder(chatml).ends_of(rows, section())
     assert (found.num_ended, found.num_not_learned, found.last_text) == (1, 1, chatml.decode([1, 70, end]))
+
+
+def test_a_wanted_answer_has_no_stop_tokens(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    completions = ["4 </s>", "5</s>\n", "6", "7 </s></s>"]
+    rows.write_text("".join(json.dumps({"prompt": "2 =", "completion": text}) + "\n" for text in completions))
+    prepared = prepare(section(source=str(rows), format="prompt", held_out={"count": 3}), BASE)
+    assert {prompt.answer for prompt in prepared.prompts} < {"4", "5", "6", "7"}
