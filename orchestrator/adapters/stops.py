@@ -46,15 +46,13 @@ def stop_at(model: Any, stops: Sequence[int]) -> None:
 
 def write_stops(folder: Path, stops: Sequence[int], tokenizer: Any) -> None:
     """Write stop tokens into a folder's `generation_config.json`; what else is in it stays."""
-    from transformers import GenerationConfig
-
     path = folder / GENERATION
-    if not path.is_file():
-        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        GenerationConfig(**ids).save_pretrained(str(folder))
+    document = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if path.is_file():
+        document = json.loads(path.read_text(encoding="utf-8"))
     # Not by transformers: it refuses to write files such as Llama 2's, which name a temperature for greedy answers.
-    document = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": as_eos(stops)}
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(document | {"eos_token_id": as_eos(stops)}, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_stops(folder: Path) -> list[int]:
