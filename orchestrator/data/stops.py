@@ -12,7 +12,7 @@ from orchestrator.spec.sections import DataSection
 from orchestrator.words import counted
 
 _REMEDY = "data.require_stop: false trains on such rows all the same; answers then run on to max_new_tokens."
-_TOKENS_SHOWN = 8
+_TOKENS_SHOWN = 16
 """Tokens of the end of a row that an error quotes."""
 
 
