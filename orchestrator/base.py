@@ -59,14 +59,14 @@ def import_tokenizers() -> None:
 
 
 def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
-    """The base's tokenizer, with a padding token.
+    """Load the base's tokenizer, with a padding token and base.eos_token where one is given.
 
     Args:
         base: whose it is.
         chat_template: writes conversations instead of its own.
 
     Raises:
-        RequestError: there is no tokenizer of that name.
+        RequestError: there is no tokenizer of that name, or it lacks base.eos_token or base.pad_token.
     """
     with importing():
         from transformers import AutoTokenizer
@@ -79,15 +79,24 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
     tokenizer.add_tokens(list(base.new_tokens))
+    if base.eos_token is not None:
+        _require_token(base.eos_token, "base.eos_token", tokenizer, base)
+        tokenizer.eos_token = base.eos_token
     if base.pad_token == "eos" or (base.pad_token is None and tokenizer.pad_token is None):
         tokenizer.pad_token = tokenizer.eos_token
     elif base.pad_token is not None:
-        if base.pad_token not in tokenizer.get_vocab():
-            raise RequestError(f"base.pad_token {base.pad_token!r} is not a token of {base.model}")
+        _require_token(base.pad_token, "base.pad_token", tokenizer, base)
         tokenizer.pad_token = base.pad_token
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _require_token(token: str, field: str, tokenizer: Any, base: BaseSection) -> None:
+    if token not in tokenizer.get_vocab():
+        raise RequestError(
+            f"{field} {token!r} is not a token of {base.model}", "base.new_tokens adds a token to the tokenizer."
+        )
 
 
 def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from pydantic import ValidationError
 
 from orchestrator.adapters.card import adapter_card
+from orchestrator.adapters.stops import write_stops
 from orchestrator.base import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
@@ -144,6 +145,8 @@ class Origin:
     values: dict[str, float]
     """All that was measured at this step, `metric` among it."""
     data_fingerprint: str
+    stop_tokens: list[int]
+    """Ids at which its answers are over."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,7 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
     for name, content in _files_of(tokenizer).items():
         (building / name).parent.mkdir(parents=True, exist_ok=True)
         (building / name).write_bytes(content)
+    write_stops(building, origin.stop_tokens, tokenizer)
     (building / "trial.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     facts = Facts(
         format="adapter",

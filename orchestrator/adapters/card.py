@@ -166,7 +166,7 @@ def _variants(config: TrialConfig) -> list[str]:
 
 
 def _load(base: BaseSection) -> str:
-    """Python that loads the adapter by PEFT alone, on the base as `base.load_base` holds it."""
+    """Write Python that loads the adapter by PEFT alone, on the base as `base.load_base` holds it."""
     dtype = f"torch.{base.compute_dtype}"
     lines = ["import torch", "from peft import AutoPeftModelForCausalLM"]
     options = {"dtype": dtype}
@@ -176,10 +176,25 @@ def _load(base: BaseSection) -> str:
             form += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype}"
         else:
             form = "load_in_8bit=True"
-        lines += ["from transformers import BitsAndBytesConfig", "", f"quantized = BitsAndBytesConfig({form})"]
-        options = {"quantization_config": "quantized"} | options
+        lines += ["from transformers import BitsAndBytesConfig, GenerationConfig", ""]
+        lines.append(f"quantized = BitsAndBytesConfig({form})")
+        options = {"quantization_config": "quantized", "dtype": dtype}
+    else:
+        lines += ["from transformers import GenerationConfig", ""]
     given = ", ".join(f"{name}={value}" for name, value in options.items())
-    return "\n".join([*lines, f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})'])
+    lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})')
+    lines.append('model.generation_config = GenerationConfig.from_pretrained("ID_OR_FOLDER")  # where answers stop')
+    if base.is_4bit:
+        lines += _KEEP_4BIT
+    return "\n".join(lines)
+
+
+_KEEP_4BIT = (
+    "for module in model.modules():  # some CPUs repack 4-bit weights at the first pass: DoRA and gradients go wrong",
+    '    if hasattr(module, "support_avx512bf16_for_cpu"):',
+    "        module.support_avx512bf16_for_cpu = False",
+)
+"""What `base.keep_trainable` does, for who loads the adapter without it."""
 
 
 def _prompts(data: DataSection) -> str:

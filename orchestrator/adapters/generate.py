@@ -1,12 +1,16 @@
 """Answers, greedy or drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from orchestrator.adapters.stops import stops_of
 from orchestrator.data import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
 """Arguments of `generate`: the likeliest token each time, whatever the base's own generation settings are."""
+
+PASS_TOKENS = 16_384
+"""Most tokens of a batch, padding and answers included: a bound on its keys and values. One prompt may have more."""
 
 
 def answer(
@@ -17,23 +21,21 @@ def answer(
     batch_size: int,
     sampling: Mapping[str, Any] = GREEDY,
 ) -> list[str]:
-    """Answers in the order of the prompts, without special tokens and surrounding space.
+    """Answer prompts in their order, each up to the model's first stop token, without special tokens and outer space.
 
     Args:
-        model: a causal language model, left in evaluation mode.
+        model: a causal language model, left in evaluation mode; see `stops.stop_at`.
         tokenizer: its tokenizer, with a padding token.
         prompts: token ids, each (tokens,).
         max_new_tokens: tokens an answer may have.
-        batch_size: prompts a forward pass; prompts of like length go together.
+        batch_size: most prompts of a forward pass.
         sampling: how `generate` takes the next token.
     """
     import torch
 
     model.eval()
-    answers = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch_size):
-        chosen = by_length[start : start + batch_size]
+    answers, stops = [""] * len(prompts), stops_of(model)
+    for chosen in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
         width = max(len(prompts[i]) for i in chosen)
         # Padding on the left, so that every answer begins at the same column.
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
@@ -49,20 +51,47 @@ def answer(
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
             )
-        texts = tokenizer.batch_decode(produced[:, width:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
+        for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):
+            answers[i] = tokenizer.decode(before_stop(new, stops), skip_special_tokens=True).strip()
     return answers
+
+
+def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+    """Prompts that are answered together, shortest first: at most `batch_size`, and `PASS_TOKENS` in all.
+
+    Args:
+        lengths: tokens of each prompt.
+        max_new_tokens: tokens that each answer may have.
+        batch_size: most prompts of a batch.
+
+    Yields:
+        Places of the prompts of a batch.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        padded = (len(batch) + 1) * (lengths[i] + max_new_tokens)
+        if batch and (len(batch) == batch_size or padded > PASS_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def before_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """Tokens of an answer before its first stop token, which need not be a special one that decoding leaves out."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return list(ids[:end])
 
 
 def exact_matches(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
 ) -> list[bool]:
-    """Of each prompt, whether its greedy answer is the wanted one, space at the ends not counted."""
+    """Whether the greedy answer to each prompt is the wanted one, outer space not counted."""
     given = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
     return matches(given, [prompt.answer for prompt in prompts])
 
 
 def matches(said: Sequence[str], wanted: Sequence[str]) -> list[bool]:
-    """Of each answer, whether it is the wanted one, space at the ends not counted."""
+    """Whether each answer is the wanted one, outer space not counted."""
     return [one.strip() == other.strip() for one, other in zip(said, wanted, strict=True)]

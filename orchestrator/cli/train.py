@@ -45,6 +45,11 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
         require_effect(spec)
     except SpecError as error:
         raise SpecError(str(error), "This is of sweeps: orchestrator trial has no scheduler, and would run.") from error
+    if spec.data.require_stop and spec.base.eos_token is None and spec.data.is_endless:
+        raise SpecError(
+            "data.chat_template: no row ends with a stop token: behind an answer it puts nothing into the loss",
+            "Have it write one there, such as {{ eos_token }}; or set data.require_stop: false.",
+        )
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # which has a number of its own, and refuses another
         document["search"]["num_trials"] = spec.search.total_trials

@@ -42,6 +42,17 @@ class Tokens:
         short = Tokens(ids, labels, min(num_prompt, len(ids)), self.begins)
         return short if any(short.trained) else None
 
+    def prompt_beside(self, kept: "Tokens") -> list[int]:
+        """Token ids of the prompt in `kept`, which `cut` made of these.
+
+        Where the cut leaves nothing of the completion, the prompt's own end is what has to be answered: then it is the
+        beginning token and the last tokens of the prompt, as many as `kept` has.
+        """
+        if kept.num_prompt < len(kept.ids):
+            return kept.ids[: kept.num_prompt]
+        first = int(self.begins)
+        return self.ids[:first] + self.ids[self.num_prompt - len(kept.ids) + first : self.num_prompt]
+
 
 def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
     """Token ids with exactly one BOS (where the tokenizer uses one) and one EOS at the ends.

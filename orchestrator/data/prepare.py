@@ -14,6 +14,7 @@ from orchestrator.data.files import Row
 from orchestrator.data.mix import split_rows
 from orchestrator.data.pack import packed
 from orchestrator.data.render import render
+from orchestrator.data.stops import RowEnds, StopFinder
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
 from orchestrator.record.files import building_beside
@@ -53,6 +54,8 @@ class TokenRows:
     sequences: list[list[int]] | None
     """Of each its rows, by their places among the training rows that are kept; None where nothing is packed."""
     sources: list[SourceRows]
+    ends: RowEnds
+    """How the training rows end."""
 
     @property
     def kept(self) -> list[Tokens]:
@@ -110,6 +113,8 @@ class PreparedData:
     sources: list[SourceRows]
     chat_template: str | None
     """Writes conversations instead of the tokenizer's own."""
+    stop_tokens: list[int]
+    """Ids of the tokens at which an answer is over."""
 
 
 def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
@@ -130,18 +135,26 @@ def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
             )
     kept = [row.kept for row in train if row.kept is not None]
     sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
-    return TokenRows(train, held_out, sequences, split.sources)
+    ends = StopFinder(tokenizer).ends_of([row.tokens for row in train], data)
+    return TokenRows(train, held_out, sequences, split.sources, ends)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
-    """The rows of a sweep.
+    """Prepare the rows of a sweep.
 
     Raises:
-        DataError: a row or a source is not what the section says.
+        DataError: a row or a source is not what the section says, or no row learns to end (data.require_stop).
     """
-    rows = tokenise(data, load_tokenizer(base, data.chat_template))
+    tokenizer = load_tokenizer(base, data.chat_template)
+    rows, finder = tokenise(data, tokenizer), StopFinder(tokenizer)
+    if data.require_stop:
+        rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out
-    prompts = [Prompt(row.tokens.ids[: row.tokens.num_prompt], row.answer) for row in rows.held_out]
+    prompts = [
+        Prompt(row.tokens.prompt_beside(row.kept), finder.without_stop(row.answer))
+        for row in rows.held_out
+        if row.kept is not None
+    ]
     return PreparedData(
         train=_dataset(train) if rows.sequences is None else _packed_dataset(train, rows.sequences),
         held_out=_dataset(held_out),
@@ -154,6 +167,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         num_sequences=None if rows.sequences is None else len(rows.sequences),
         sources=rows.sources,
         chat_template=data.chat_template,
+        stop_tokens=rows.ends.stop_tokens,
     )
 
 
@@ -181,6 +195,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
     } | {
         "sources": [source.model_dump(mode="json") for source in prepared.sources],
         "chat_template": prepared.chat_template,
+        "stop_tokens": prepared.stop_tokens,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
     with building_beside(folder) as building:

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data.prepare import TokenRow, TokenRows, fingerprint, tokenise
+from orchestrator.data.stops import RowEnds
 from orchestrator.record import SourceRows
 from orchestrator.record.models import Record
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -67,6 +68,21 @@ class Packing(Record):
     """In one sequence."""
 
 
+class Ends(Record):
+    """How the training rows end."""
+
+    stop_tokens: list[str]
+    """Tokens at which an answer is over."""
+    num_ended: int
+    """Rows that learn to write one at their end."""
+    num_not_learned: int
+    """Rows that end with one which is not in the loss."""
+    num_cut: int
+    """Rows that lose theirs to max_length."""
+    num_without: int
+    """Rows that end with none."""
+
+
 class DataPreview(Record):
     """What `orchestrator data` shows."""
 
@@ -94,6 +110,8 @@ class DataPreview(Record):
     dropped: list[Place]
     """Rows of which nothing in the loss is left."""
     packing: Packing | None
+    ends: Ends
+    require_stop: bool
     fingerprint: str
     rows: list[ShownRow]
 
@@ -132,6 +150,8 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
         cut=[_place(row) for row in every if row.num_cut and row.kept is not None],
         dropped=[_place(row) for row in every if row.kept is None],
         packing=_packing(rows, data.max_length),
+        ends=_ends(rows.ends, tokenizer),
+        require_stop=data.require_stop,
         fingerprint=fingerprint(rows, data),
         rows=[_shown(row, sequence, tokenizer) for row, sequence in _first(rows, num_rows)],
     )
@@ -192,6 +212,16 @@ def _packing(rows: TokenRows, max_length: int) -> Packing | None:
         num_sequences=len(rows.sequences),
         filled=round(tokens / (len(rows.sequences) * max_length), 4),
         most_rows=max(len(sequence) for sequence in rows.sequences),
+    )
+
+
+def _ends(ends: RowEnds, tokenizer: Any) -> Ends:
+    return Ends(
+        stop_tokens=[str(token) for token in tokenizer.convert_ids_to_tokens(ends.stop_tokens)],
+        num_ended=ends.num_ended,
+        num_not_learned=ends.num_not_learned,
+        num_cut=ends.num_cut,
+        num_without=ends.num_rows - ends.num_ended - ends.num_not_learned - ends.num_cut,
     )
 
 

@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any
 
 from orchestrator.adapters.generate import GREEDY
+from orchestrator.adapters.stops import stops_of
 from orchestrator.data import encode_prompt, render_prompt
 from orchestrator.deploy.load import load_model, load_own_tokenizer
 from orchestrator.deploy.subject import Subject
@@ -149,10 +150,10 @@ class Chat:
             RequestError: the form has no place for these turns.
         """
         import torch
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
+        from transformers import StoppingCriteriaList
 
         inputs = torch.tensor([self.form.ids(question)], device=self.model.device)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _streamer(self.tokenizer, stops_of(self.model))
         failures: list[BaseException] = []
         left = Event()
 
@@ -185,6 +186,18 @@ class Chat:
             thread.join()
         if failures:
             raise failures[0]
+
+
+def _streamer(tokenizer: Any, stops: Sequence[int]) -> Any:
+    """Text of an answer as it grows, without its stop token, which need not be a special one."""
+    from transformers import TextIteratorStreamer
+
+    class Streamer(TextIteratorStreamer):  # type: ignore[misc]  # transformers is untyped
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or int(value) not in stops:
+                super().put(value)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Conversation:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.stops import joined, read_stops, stop_at, stops_of
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.deploy.subject import Subject, find_subject
 from orchestrator.errors import RecordError, RequestError
@@ -42,7 +43,7 @@ def load_model(subject: Subject, place: Any = None) -> Any:
 
 
 def put_on(base: Any, subject: Subject) -> Any:
-    """A base with the adapter over it, a `PeftModel` in evaluation mode.
+    """Put an adapter on a base: a `PeftModel` in evaluation mode, which stops where the adapter was trained to end.
 
     Args:
         base: in whatever form.
@@ -71,8 +72,22 @@ def put_on(base: Any, subject: Subject) -> Any:
     placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if strange := {name for name in held ^ placed if ".lora_" in name}:
         raise RequestError(f"{subject.adapter}: does not fit its base: {min(strange)} is in one of them alone", remedy)
+    stop_at(model.get_base_model(), stop_tokens(subject, stops_of(base)))
     model.eval()
     return model
+
+
+def stop_tokens(subject: Subject, of_base: list[int]) -> list[int]:
+    """Ids at which an adapter's answers are over.
+
+    Args:
+        subject: the adapter.
+        of_base: those of its base, which with the EOS of its tokenizer stand for an adapter that does not say.
+    """
+    if known := read_stops(subject.adapter):
+        return known
+    eos = load_own_tokenizer(subject).eos_token_id
+    return joined([] if eos is None else [eos], of_base)
 
 
 def load_own_tokenizer(subject: Subject) -> Any:

@@ -39,6 +39,7 @@ def say_data(console: Console, shown: DataPreview) -> None:
     lines += histogram(shown.lengths, shown.max_length)
     lines += _named(shown.cut, f"cut ({shown.truncate})")
     lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
+    lines += _end_lines(shown)
     if shown.num_shared:
         shared = counted(shown.num_shared, "held-out row is", "held-out rows are")
         lines.append(f"{shared} among the training rows: that loss says little")
@@ -88,6 +89,24 @@ def _source_lines(shown: DataPreview) -> list[str]:
         + (f", weight {source.weight:g}" if source.weight is not None else "")
         for source in shown.sources
     ]
+
+
+def _end_lines(shown: DataPreview) -> list[str]:
+    """Where answers stop, and which training rows do not learn to."""
+    ends = shown.ends
+    lines = [f"answers stop at {', '.join(ends.stop_tokens) or 'nothing'}"]
+    if not ends.num_ended:
+        lines.append("no row ends with a stop token" + (" that is in the loss" if ends.num_not_learned else ""))
+    for count, what in (
+        (ends.num_without, "with none"),
+        (ends.num_not_learned, "with a stop token that is not in the loss"),
+        (ends.num_cut, "cut off before their stop token"),
+    ):
+        if count:
+            lines.append(f"{counted(count, 'training row ends', 'training rows end')} {what}")
+    if shown.require_stop and not ends.num_ended and not ends.num_cut:
+        lines.append("such rows are not trained on unless data.require_stop is false")
+    return lines
 
 
 def _named(places: Sequence[Place], what: str) -> list[str]:

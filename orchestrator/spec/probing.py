@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from orchestrator.spec.sweep_spec import SweepSpec
 
 # Trials are compared on the same held-out tokens: what makes the tokens cannot be searched.
-_MAKES_TOKENS = ("base.model", "base.revision", "base.trust_remote_code", "base.pad_token", "base.new_tokens")
+_MAKES_TOKENS = (
+    "base.model",
+    "base.revision",
+    "base.trust_remote_code",
+    "base.pad_token",
+    "base.eos_token",
+    "base.new_tokens",
+)
 _MOST_CHECKED = 256
 
 _Point = Mapping[str, Any]

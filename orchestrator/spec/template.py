@@ -38,6 +38,46 @@ def marks_answers(template: str) -> bool:
 
 
 @cache
+def writes_no_end(template: str, loss_on: str) -> bool:
+    """Whether a chat template surely has nothing but space in the loss behind an answer.
+
+    It writes one question and its answer to find out. Where it refuses these or leaves the answer out, nothing is
+    sure.
+
+    Args:
+        template: text of the template.
+        loss_on: `data.loss_on`; of `assistant` the template's `{% generation %}` marks say what is in the loss.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(reason: str) -> None:
+        raise TemplateError(reason)
+
+    # As transformers renders (5.23, `utils/chat_template_utils.py`), with signs for what the tokenizer knows.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
+    close = "\x02"
+    marked = _MARKS.sub(lambda tag: f"{{{{ '{close}' }}}}" if tag[1] else "", template)
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        whole = environment.from_string(marked).render(
+            messages=turns, tools=None, add_generation_prompt=False, bos_token="<bos>", eos_token="<eos>"
+        )
+    except (TemplateError, TypeError, ValueError):  # what is wrong with it is told where its rows are written
+        return False
+    _, found, rest = whole.rpartition(_PROBE)
+    if loss_on == "assistant":
+        rest = rest.partition(close)[0]
+    return bool(found) and not rest.replace(close, "").strip()
+
+
+_PROBE = "an answer to look for"
+
+
+@cache
 def check_chat_template(template: str) -> None:
     """Look at a chat template's syntax.
 

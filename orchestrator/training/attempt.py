@@ -12,6 +12,7 @@ from peft import load_peft_weights
 
 from orchestrator.adapters.bundle import add_answers, put_right
 from orchestrator.adapters.generate import exact_matches
+from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, lease
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
@@ -53,8 +54,9 @@ class Attempt:
         self._ground = ground
         self._aside = aside
         self._gpu_seconds = gpu_seconds
-        fingerprint = ground.data.fingerprint
-        self._reporter = Reporter(start, paths, listener, aside, self._usage, ground.tokenizer, fingerprint)
+        self._reporter = Reporter(
+            start, paths, listener, aside, self._usage, ground.tokenizer, ground.data.fingerprint, ground.stop_tokens
+        )
         self._probed_gib = 0.0
         self._shares = False
 
@@ -162,6 +164,7 @@ class Attempt:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.device.type == "cpu":  # the fast engine lays it on the host
                 parameter.data = parameter.data.to(model.device)
+        stop_at(model, self._ground.stop_tokens)
         prompts = data.prompts[: config.evaluation.rows]
         new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
         return exact_matches(model, self._ground.tokenizer, prompts, new, batch)

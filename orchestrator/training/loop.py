@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from orchestrator.adapters.bundle import Adapter
+from orchestrator.adapters.stops import joined, stops_of
 from orchestrator.base import kept, load_tokenizer, shell
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
@@ -62,6 +63,11 @@ class Ground:
         """Load the base, if it is not there already."""
         tokenizer = load_tokenizer(base, data.chat_template)
         return cls(kept(base), tokenizer, data, Rows.of(data.train), Rows.of(data.held_out))
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids at which answers are over: those of the training rows, and those of the base itself."""
+        return joined(self.data.stop_tokens, stops_of(self.base))
 
     @property
     def longest(self) -> int:

@@ -29,6 +29,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         usage: Callable[[float], tuple[float, float]],
         tokenizer: Any,
         data_fingerprint: str,
+        stop_tokens: list[int],
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             usage: given the seconds of this attempt, its GPU seconds, and the most memory held, in GiB.
             tokenizer: saved with each adapter.
             data_fingerprint: told with each adapter.
+            stop_tokens: ids at which answers are over, told with each adapter.
         """
         self.step = start.step
         """Steps done."""
@@ -53,6 +55,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._usage = usage
         self._tokenizer = tokenizer
         self._data_fingerprint = data_fingerprint
+        self._stop_tokens = stop_tokens
         self._began = self._saved_at = time.monotonic()
         self._training_since: float | None = None
         self._training_s = 0.0
@@ -165,5 +168,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def _keep_adapter(self, step: int, values: dict[str, float], scores: RowScores) -> None:
         start, adapter, tokenizer = self._start, self._adapter(), self._tokenizer
         folder = self._paths.adapter(step)
-        origin = Origin(start.config, start.trial_id, step, start.metric, values, self._data_fingerprint)
+        origin = Origin(
+            start.config, start.trial_id, step, start.metric, values, self._data_fingerprint, self._stop_tokens
+        )
         self._aside.do(lambda: save_adapter(adapter, tokenizer, folder, origin, scores))

@@ -16,7 +16,12 @@ INT8 = {"load_in_8bit": True}
 
 
 def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> float:
-    """Loss per token of the held-out rows, by transformers and PEFT alone; `dtype` is of what is not quantised.
+    """Loss per token of the held-out rows, by transformers and PEFT alone; `dtype` is of what is not quantised."""
+    return loss_of(reloaded(adapter, form, dtype), rows)
+
+
+def reloaded(adapter: Path, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> Any:
+    """An adapter on its base, by transformers and PEFT alone.
 
     On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation: products are then of bfloat16, and PEFT
     takes DoRA's norms of the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). It is kept from it here.
@@ -28,6 +33,11 @@ def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None, dtype: 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def loss_of(model: Any, rows: Any) -> float:
+    """Loss per token of these rows."""
     # All rows at once, as the trial evaluates: LLM.int8() holds columns apart by what any row of a batch has in them.
     longest = max(len(row["input_ids"]) for row in rows)
     ids, labels = torch.full((len(rows), longest), 3), torch.full((len(rows), longest), -100)

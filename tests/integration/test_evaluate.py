@@ -246,7 +246,7 @@ def test_an_adapter_without_its_origin_asks_for_rows(subject: Subject, tmp_path:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "[INST] hello [/INST]", "completion": " # 1 </s>"}) + "\n")
     rows = rows_of_file(stranger, file)  # the columns tell the format
-    assert rows.prompts[0].answer == "# 1 </s>"
+    assert rows.prompts[0].answer == "# 1", "no generated answer has a stop token"
     assert rows.tokens[0]["labels"][0] == -100
 
 

@@ -265,12 +265,13 @@ def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: Subject, as_g
     merged = export(subject, out, "merged", "bf16")
     assert as_gguf.parity == merged.parity
     wanted = LlamaForCausalLM.from_pretrained(out).state_dict()
-    read = load_gguf(as_gguf.folder, "bf16").state_dict()
+    read = load_gguf(as_gguf.folder, "bf16", {"": "cpu"}).state_dict()
     assert read.keys() == wanted.keys()
     assert all(torch.equal(read[name], wanted[name]) for name in wanted)
     fields = GGUFReader(as_gguf.folder / FILE).fields
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert fields["general.name"].contents() == subject.name
 
 

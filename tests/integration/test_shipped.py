@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import DEMO, Witness
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded.task import rows as embedded_rows
@@ -59,10 +59,13 @@ def qwen(folder: Path) -> None:
     shutil.copytree(BASE_DIR, folder)
     torch.manual_seed(0)
     shape = Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=514, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
     Qwen2ForCausalLM(shape).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(QWEN)
 
 

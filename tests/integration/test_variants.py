@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from plain import INT8, NF4, another_base, reloaded_loss
+from plain import INT8, NF4, another_base, loss_of, reloaded_loss
 from safetensors.torch import load_file
 from tiny import Witness
 from transformers import AutoConfig
@@ -85,6 +85,19 @@ def test_an_adapter_trains_and_plain_peft_finds_its_loss_again(
     found = reloaded_loss(record.adapter(result), load(folder.data).held_out, form)
     # 8-bit activations: a rounding of what they are of may move them by a step.
     assert found == pytest.approx(result.best.value, rel=1e-3 if form is INT8 else 1e-4)
+
+
+@pytest.mark.parametrize("base", ["nf4", "none"])
+def test_the_lines_of_its_card_find_the_loss_of_an_adapter_again(tiny: Tiny, folder: SweepPaths, base: str) -> None:
+    """On CPUs for which bitsandbytes repacks 4-bit weights, DoRA's norms would be those of packed bytes."""
+    result, _ = trained(tiny(*SHORT, "lora.dora=true", f"base.quantization={base}"), folder)
+    assert result.best is not None
+    adapter = read_sweep(folder.root).adapter(result)
+    lines = (adapter / "README.md").read_text().partition("```python")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(lines.replace("ID_OR_FOLDER", str(adapter)), names)
+    assert loss_of(names["model"], load(folder.data).held_out) == pytest.approx(result.best.value, rel=1e-4)
+    assert names["model"].generation_config.eos_token_id == 2
 
 
 SIXTEEN_BITS = {

@@ -15,6 +15,7 @@ from orchestrator.data.encode import encode
 from orchestrator.data.files import Row
 from orchestrator.data.render import render
 from orchestrator.data.sources import read_rows
+from orchestrator.data.stops import StopFinder
 from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
@@ -213,6 +214,7 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
     found = read_rows(Source(source=str(file.resolve()), max_rows=limit))
     section = subject.config.data if subject.config else _section(found[0], file)
     tokenizer = load_tokenizer(subject.base, section.chat_template)
+    finder = StopFinder(tokenizer)
     tokens: list[Mapping[str, list[int]]] = []
     prompts: list[Prompt] = []
     faults: dict[str, None] = {}  # one that is not the row's own, such as no chat template, comes once
@@ -231,7 +233,7 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
             continue
         tokens.append({"input_ids": short.ids, "labels": short.labels})
-        prompts.append(Prompt(encoded.ids[: encoded.num_prompt], example.answer))
+        prompts.append(Prompt(encoded.prompt_beside(short), finder.without_stop(example.answer)))
     if faults:
         shown = list(faults)[:_FAULTS_SHOWN]
         more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
 
+from orchestrator.adapters.stops import stops_of
 from orchestrator.base import load_base, shell
 from orchestrator.data import encode_prompt
 from orchestrator.deploy.chat import COLD, PromptForm, Sampling, open_prompt_form
@@ -51,7 +52,7 @@ class Served:
         positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
         self.context = min(positions or CACHE_TOKENS, CACHE_TOKENS)
         """Tokens that a prompt and its answer may have together."""
-        self._ends = _end_tokens(plain, form.tokenizer)
+        self._ends = stops_of(plain)
         config = ContinuousBatchingConfig(
             per_request_processors=True,
             max_batch_tokens=_PASS_TOKENS,
@@ -129,7 +130,7 @@ class Served:
                 finished = output.is_finished()
                 for token in output.generated_tokens[seen:]:
                     seen += 1
-                    if words.add(token):
+                    if token not in self._ends and words.add(token):
                         break
                 if text := words.settled():
                     yield Piece(text, seen)
@@ -182,13 +183,6 @@ def _arguments(sampling: Sampling) -> dict[str, float]:
     if sampling.temperature < COLD:
         return {"temperature": 1.0, "top_p": 0.0}
     return {"temperature": sampling.temperature, "top_p": sampling.top_p}
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Those the base ends an answer with, and the one that the adapter was trained to end with."""
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return sorted(ends - {None})
 
 
 class _Words:

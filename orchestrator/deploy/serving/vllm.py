@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.adapters.bundle import CONFIG
+from orchestrator.adapters.stops import GENERATION
 from orchestrator.base import base_location
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.spec.sections import BaseSection
@@ -48,6 +49,9 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
     command += ["--enable-lora", "--max-loras", str(len(modules))]
     largest = max(map(largest_rank, adapters.values()))
     command += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= largest)), "--lora-modules", *modules]
+    folder = next(iter(adapters.values())).resolve()
+    if (folder / GENERATION).is_file():  # vLLM stops at its eos_token_id; else it reads the base's
+        command += ["--generation-config", str(folder)]
     command += ["--override-generation-config", '{"temperature": 0}']
     return [*command, "--host", host, "--port", str(port)]
 

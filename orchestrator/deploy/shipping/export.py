@@ -224,7 +224,7 @@ def _write(
         elif converter is not None:
             with tempfile.TemporaryDirectory(dir=building) as folder:
                 merge.write(Path(folder))
-                gguf.convert(converter, Path(folder), building, merge.dtype, subject.name)
+                gguf.convert(converter, Path(folder), building, merge.dtype, subject.name, merge.stop_tokens)
         elif format == "ray-serve":
             (building / ray_serve.MODEL).mkdir()
             merge.write(building / ray_serve.MODEL)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def find_converter() -> Path:
     return found.resolve()  # a link on PATH has not beside it what the converter imports
 
 
-def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str) -> None:
+def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str, stops: Sequence[int]) -> None:
     """Write `FILE` into a folder that exists.
 
     Args:
@@ -55,12 +56,14 @@ def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str
         target: where to.
         dtype: of matrices; what has one dimension is float32.
         name: of the model, which the file tells; the converter's default is that of the folder.
+        stops: ids at which answers are over, the tokenizer's EOS among them; the file has room for two more.
 
     Raises:
         RequestError: the converter does not know the model or its tokenizer.
     """
     cut = pre_tokenizer(merged)
-    told = ["-m", "orchestrator.deploy.shipping.converter", cut] if cut else []
+    given = [cut or "", ",".join(map(str, stops))]
+    told = ["-m", "orchestrator.deploy.shipping.converter", *given] if cut or len(stops) > 1 else []
     command = [sys.executable, *told, str(converter), str(merged), "--model-name", name]
     command += ["--outfile", str(target / FILE), "--outtype", _OUT_TYPES[dtype]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

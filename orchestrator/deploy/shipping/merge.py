@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.stops import as_eos, write_stops
 from orchestrator.deploy.chat import PromptForm, question_template
-from orchestrator.deploy.load import load_own_tokenizer
+from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
 from orchestrator.deploy.shipping.memory import why_out_of_memory
 from orchestrator.deploy.shipping.stored import Stored, find_stored
 from orchestrator.deploy.subject import Subject
@@ -123,14 +124,32 @@ class Merge:
         for name in (*self.rows, *self.replaced):
             if name in self.embedding:
                 config.get_text_config().vocab_size = self.num_tokens(name)
-        config.save_pretrained(str(target))
         self.stored.copy_rest(target)
         tokenizer = load_own_tokenizer(self.subject)
         if trained := self.subject.config:
             form = PromptForm(tokenizer, trained.data)
             if not form.takes_turns:  # servers know no other way to ask than this template
                 tokenizer.chat_template = question_template(form)
+        self._write_stops(target, config, tokenizer)
+        config.save_pretrained(str(target))
         tokenizer.save_pretrained(str(target))
+
+    @cached_property
+    def stop_tokens(self) -> list[int]:
+        """Ids at which answers are over."""
+        return stop_tokens(self.subject, self.stored.stops)
+
+    def _write_stops(self, target: Path, config: Any, tokenizer: Any) -> None:
+        """Write the stop tokens into all that servers read them from: both configurations and the tokenizer.
+
+        Some, such as llama.cpp's converter, know the tokenizer's EOS alone: it becomes the token that ends an answer,
+        unless the chat template writes the EOS somewhere, whose text must stay.
+        """
+        stops = self.stop_tokens
+        config.get_text_config().eos_token_id = as_eos(stops)
+        write_stops(target, stops, tokenizer)
+        if stops and "eos_token" not in str(tokenizer.chat_template):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])
 
     def value(self, name: str) -> Any:
         """One weight of the merged model, on the CPU: worked out on the GPU if there is one and it has room."""

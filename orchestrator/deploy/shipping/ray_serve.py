@@ -33,7 +33,7 @@ def require_ray_serve() -> None:
 
 
 def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:
-    """The application as `serve deploy` reads it.
+    """Describe the application as `serve deploy` reads it. Its answers stop as the model's generation_config.json says.
 
     Args:
         name: by which clients ask for the model.

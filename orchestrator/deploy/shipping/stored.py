@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters.stops import read_stops, stop_ids
 from orchestrator.base import base_location, quantization_config, require_folder
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -80,6 +81,11 @@ class Stored:
             name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
         }
         return {f"{name}.weight": module for name, module in layers.items()}
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids at which the base's own answers are over, as transformers reads them."""
+        return read_stops(self.folder) or stop_ids(getattr(self.config.get_text_config(), "eos_token_id", None))
 
     def copy_rest(self, target: Path) -> None:
         """Copy what belongs to the model beside weights, configuration and tokenizer."""

@@ -24,6 +24,8 @@ class BaseSection(Section):
     """Type of matrix products, and of the weights that are not quantised."""
     pad_token: Annotated[str, Field(min_length=1)] | None = None
     """Token that fills short rows (on the right); `eos` is the end token; default the tokenizer's own, else `eos`."""
+    eos_token: Annotated[str, Field(min_length=1)] | None = None
+    """End token, instead of the tokenizer's own: rows and templates that write `eos_token` end with it."""
     new_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
     """Tokens whose embeddings train beside the adapter; those that the tokenizer has not are added to it."""
 

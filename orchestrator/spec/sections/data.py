@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section, Seed
-from orchestrator.spec.template import check_chat_template, template_columns
+from orchestrator.spec.template import check_chat_template, template_columns, writes_no_end
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of files that rows are read from."""
@@ -202,6 +202,8 @@ class DataSection(Section):
     """Tokens a row, and of a packed sequence."""
     truncate: Literal["right", "left", "error"] = "right"
     """Where longer rows are cut (left keeps their beginning token), and counted; or whether they are an error."""
+    require_stop: bool = True
+    """Refuse rows of which none learns to end with a stop token: answers would run on to max_new_tokens."""
     packing: bool = False
     """Lay several training rows into one sequence of up to max_length tokens, each apart from the others."""
     held_out: HeldOut = HeldOut(share=0.1)
@@ -218,6 +220,11 @@ class DataSection(Section):
     def has_turns(self) -> bool:
         """Whether rows are conversations, which a chat template writes."""
         return self.format in ("messages", "sharegpt")
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether surely no row has a stop token in the loss; only a chat template that is given here can tell."""
+        return self.chat_template is not None and writes_no_end(self.chat_template, self.loss_on)
 
     @property
     def columns(self) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +48,7 @@ def config_of(**sections: Any) -> TrialConfig:
 
 def save(folder: Path, config: TrialConfig, tokenizer: Any) -> Path:
     weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}
-    origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64)
+    origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64, [2])
     scores = RowScores(losses=[2.5], hits=[9], tokens=[10])
     save_adapter(Adapter(weights, LoraConfig(r=2, inference_mode=True)), tokenizer, folder, origin, scores)
     return folder
@@ -85,7 +86,7 @@ def test_the_manifest_holds_every_file_and_where_the_adapter_came_from(sealed: P
 
 def test_a_flipped_byte_is_found_in_every_file_and_named(bundle: Path) -> None:
     names = [path.name for path in bundle.iterdir()]
-    assert len(names) == 9
+    assert len(names) == 10
     for path in map(bundle.joinpath, names):
         whole = path.read_bytes()
         for at in (0, len(whole) // 2, len(whole) - 1):
@@ -198,8 +199,15 @@ def test_the_lines_of_a_card_load_the_base_as_it_was_trained_on(quantization: st
     base = BaseSection(model="embedded", quantization=quantization, compute_dtype=dtype, double_quant=False)
     card = adapter_card(config_of(base=base.model_dump()), "t1", 7, "eval/loss", VALUES)
     lines = card.partition("```python")[2].partition("```")[0]
-    with patch("peft.AutoPeftModelForCausalLM.from_pretrained") as load:
+    layer = SimpleNamespace(support_avx512bf16_for_cpu=True)
+    with (
+        patch("peft.AutoPeftModelForCausalLM.from_pretrained") as load,
+        patch("transformers.GenerationConfig.from_pretrained", side_effect=lambda name: f"that of {name}"),
+    ):
+        load.return_value.modules = lambda: [layer, object()]
         exec(lines, {})
+    assert load.return_value.generation_config == "that of ID_OR_FOLDER", "answers stop as they were trained to"
+    assert layer.support_avx512bf16_for_cpu is not base.is_4bit
     asked, wanted = load.call_args.kwargs, quantization_config(base)
     assert asked["dtype"] == getattr(torch, dtype)
     assert ("quantization_config" in asked) == (wanted is not None)

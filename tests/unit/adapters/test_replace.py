@@ -32,7 +32,7 @@ def test_a_whole_adapter_is_found_whenever_the_kill_came(
 
     def save(weight: float) -> None:
         adapter = Adapter({NAME: torch.full((2, 8), weight)}, LoraConfig(r=2, inference_mode=True))
-        origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": weight}, "f" * 64)
+        origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": weight}, "f" * 64, [2])
         save_adapter(adapter, tokenizer, folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
 
     save(1.0)
@@ -51,7 +51,7 @@ def test_answers_are_in_a_whole_adapter_or_not_at_all_whenever_the_kill_came(
     config = parse_spec(document).trial_config({})
     folder = tmp_path / "step-4"
     adapter = Adapter({NAME: torch.ones(2, 8)}, LoraConfig(r=2, inference_mode=True))
-    origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": 0.25}, "f" * 64)
+    origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": 0.25}, "f" * 64, [2])
     save_adapter(adapter, load_tokenizer(config.base), folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
     with killed_after(operations, monkeypatch):
         add_answers(folder, "eval/loss", [True, False])

@@ -276,6 +276,6 @@ def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION)
         given.extend(input_ids[0].tolist())
         streamer.end()
 
-    model = SimpleNamespace(device="cpu", generate=generate)
+    model = SimpleNamespace(device="cpu", generate=generate, generation_config=SimpleNamespace(eos_token_id=2))
     assert list(Chat(model, PromptForm(tokenizer, _section(section))).stream(question, max_new_tokens=1)) in ([], [""])
     return given

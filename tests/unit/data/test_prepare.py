@@ -121,7 +121,7 @@ def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
-    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
     first, second = (
         prepare(_section(rows, format="messages", chat_template=text), BASE)
         for text in (template, template + "{% if add_generation_prompt %}[assistant]{% endif %}")
@@ -130,6 +130,39 @@ def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
     assert first.fingerprint != second.fingerprint
     save(second, tmp_path / "data")
     assert load(tmp_path / "data").chat_template == second.chat_template
+
+
+@pytest.mark.parametrize("truncate", ["right", "left"])
+def test_prompts_to_answer_are_what_the_cut_leaves_of_rows_that_are_kept(tmp_path: Path, truncate: str) -> None:
+    """A prompt of 200 tokens leaves its row nothing to learn from, if it is cut on the right: nobody answers it."""
+    rows = [{"prompt": "a " * num, "completion": "b"} for num in (5, 200, 6, 7)]
+    own = [{"prompt": "c", "completion": "d"}]
+    files = {}
+    for name, each in {"train": own, "held_out": rows}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in each))
+    data = {"source": str(files["train"]), "held_out": {"source": str(files["held_out"])}, "max_length": 16}
+    data |= {"format": "prompt", "loss_on": "completion", "truncate": truncate}
+    prepared = prepare(DataSection.model_validate(data), BASE)
+    lengths = [len(prompt.ids) for prompt in prepared.prompts]
+    assert lengths == ([6, 7, 8] if truncate == "right" else [6, 14, 7, 8])
+    assert len(prepared.prompts) == len(prepared.held_out), "one for each held-out row, in their order"
+    for prompt, ids in zip(prepared.prompts, prepared.held_out["input_ids"], strict=True):
+        assert ids[: len(prompt.ids)] == prompt.ids
+
+
+def test_a_prompt_that_fills_a_row_is_answered_by_its_end(tmp_path: Path) -> None:
+    """With loss_on all such a row is kept, but nothing of its answer: what asks is the end of the prompt."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a " * 30 + "? ;", "completion": "b"}) + "\n")
+    own = _write(tmp_path / "own.jsonl", ["x"])
+    own.write_text(json.dumps({"prompt": "c", "completion": "d"}) + "\n")
+    data = {"source": str(own), "held_out": {"source": str(rows)}, "max_length": 8, "format": "prompt"}
+    (prompt,) = prepare(DataSection.model_validate(data), BASE).prompts
+    tokenizer = load_tokenizer(BASE)
+    assert len(prompt.ids) == 8
+    assert prompt.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(prompt.ids[1:]).endswith("a a ? ;")
 
 
 def test_rows_that_are_too_long_are_an_error_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Questions in the form of the training rows, conversations, draws, and the model that answers; on the real base."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(load_base(config.base), lora)
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    origin = Origin(config, "t1", 1, "eval/loss", {"eval/loss": 1.0}, "f")
+    origin = Origin(config, "t1", 1, "eval/loss", {"eval/loss": 1.0}, "f", [2])
     scores = RowScores(losses=[1.0], hits=[0], tokens=[1])
     save_adapter(Adapter.of(model), load_tokenizer(config.base), folder, origin, scores)
     return folder
@@ -196,3 +197,21 @@ def test_an_adapter_of_unknown_origin_brings_its_tokenizer(adapter: Path, tmp_pa
     tokenizer.save_pretrained(str(tmp_path))
     assert load_own_tokenizer(subject).chat_template == TEMPLATE
     assert open_prompt_form(subject, system="Be brief.").takes_turns
+
+
+def test_a_stop_token_that_is_not_special_is_not_shown() -> None:
+    """Decoding leaves out special tokens alone."""
+    import torch
+
+    tokenizer = load_tokenizer(BaseSection(model="embedded", new_tokens=("<|end|>",)))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+
+    def generate(input_ids: Any, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for token in [*tokenizer(" 4 4", add_special_tokens=False)["input_ids"], end]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    model = SimpleNamespace(device="cpu", generate=generate, generation_config=SimpleNamespace(eos_token_id=[end, 2]))
+    chat = Chat(model, PromptForm(tokenizer, section("prompt")))
+    assert "".join(chat.stream("2 + 2 = <|end|>", max_new_tokens=8)) == " 4 4"

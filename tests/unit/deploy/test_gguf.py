@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.base import load_tokenizer
 from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, convert, find_converter, pre_tokenizer
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
+from orchestrator.spec.sections import BaseSection
 
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -116,7 +118,7 @@ def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, pack
         (folder / "conversion" / "__init__.py").write_text("from .base import ModelBase, TextModel")
         (folder / "conversion" / "base.py").write_text(IN_ONE_FILE)
     shutil.copyfile(BASE_DIR / "tokenizer.json", tmp_path / "tokenizer.json")
-    convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001")
+    convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001", [2])
     said = json.loads((tmp_path / FILE).read_text())
     assert said[:2] == ["llama-bpe", "smollm"]
     assert said[2:] == [
@@ -125,11 +127,55 @@ def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, pack
     ]
 
 
+SPECIAL_TOKENS = """
+import json, sys
+from pathlib import Path
+from gguf import SpecialVocab
+
+class Writer:
+    written = {}
+    def __getattr__(self, name):
+        return lambda value: self.written.update({name: value})
+
+def main():
+    writer = Writer()
+    vocab = SpecialVocab(Path(sys.argv[1]), n_vocab=600)
+    vocab.add_to_gguf(writer, quiet=True)
+    Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps(writer.written))
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("stops", "more"),
+    [
+        ([2], {}),
+        ([513, 2], {"add_eot_token_id": 513}),
+        ([2, 3], {"add_eot_token_id": 3}),  # which is the padding too
+        ([513, 514, 515, 2], {"add_eot_token_id": 513, "add_eom_token_id": 514}),
+    ],
+)
+def test_stop_tokens_beside_the_eos_are_written_into_the_file(
+    tmp_path: Path, stops: list[int], more: dict[str, int]
+) -> None:
+    """By gguf's own reading of the embedded tokenizer, whose EOS is 2."""
+    folder = script(tmp_path / "checkout", SPECIAL_TOKENS)
+    model = tmp_path / "model"
+    load_tokenizer(BaseSection(model="embedded")).save_pretrained(model)
+    document = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": None}))  # nothing else to tell
+    convert(folder / CONVERTER, model, tmp_path, "fp16", "x", stops)
+    written = json.loads((tmp_path / FILE).read_text())
+    ends = {name: value for name, value in written.items() if name.removeprefix("add_")[:3] in ("eos", "eot", "eom")}
+    assert ends == {"add_eos_token_id": 2, **more}
+
+
 def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
     words = "Traceback (most recent call last):\n  File x\nNotImplementedError: BPE pre-tokenizer was not recognized"
     folder = script(tmp_path / "bin", f"import sys; print({words!r}, file=sys.stderr); sys.exit(3)")
     with pytest.raises(RequestError, match="ended with 3:\n") as told:
-        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
     assert "NotImplementedError: BPE pre-tokenizer was not recognized" in told.value.message
     assert "File x" not in told.value.message
     assert "--format merged" in told.value.remedy
@@ -138,5 +184,5 @@ def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
 def test_a_converter_that_writes_nothing_has_failed(tmp_path: Path) -> None:
     folder = script(tmp_path / "bin", "")
     with pytest.raises(RequestError, match="ended with 0"):
-        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x")
+        convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
     assert not (tmp_path / FILE).exists()

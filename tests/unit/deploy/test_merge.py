@@ -17,6 +17,7 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from orchestrator.adapters.stops import write_stops
 from orchestrator.base import load_base
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, plan_merge
@@ -386,3 +387,29 @@ def test_a_base_on_the_hub_is_found_at_its_revision(tmp_path: Path, monkeypatch:
         find_stored(base.model_copy(update={"revision": other}))
     with pytest.raises(RequestError, match=r"base\.model someone/else: config\.json cannot be found"):
         find_stored(BaseSection(model="someone/else"))
+
+
+@pytest.mark.parametrize(
+    ("template", "eos"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}", "<|end|>"),
+        ("{{ eos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}", "</s>"),  # whose text must stay
+    ],
+)
+def test_a_merged_model_stops_where_the_adapter_was_trained_to(tmp_path: Path, template: str, eos: str) -> None:
+    base = save_base(qwen(), tmp_path / "base", FP32)
+    (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "eos_token_id": 2}')
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(base)
+    section = BaseSection(model=str(base), compute_dtype=FP32, quantization="none")
+    adapter = save_adapter(load_base(section), tmp_path / "adapter", target_modules=["q_proj"])
+    write_stops(adapter, [512, 2], tokenizer)
+    merged(Subject("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "merged" / name).read_text())["eos_token_id"] == [512, 2]
+    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert kept["temperature"] == 0.9, "what else the base says of generation stays"
+    found = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (found.eos_token, found.chat_template) == (eos, template)

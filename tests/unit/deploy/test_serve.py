@@ -274,3 +274,12 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: Any) -> None:
     out = pieces(_Words(tokenizer, [], strip=False), tokenizer, "é😀")
     assert "".join(out) == "é😀"
     assert "�" not in "".join(out)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_stops_where_the_adapter_says(plan: Plan, sweep: SweepPaths) -> None:
+    folder = sweep.trial("b").adapter(7)
+    assert "--generation-config" not in _vllm_call(plan(engine="vllm"))[0], "then it reads the base's"
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2]}')
+    command = _vllm_call(plan(engine="vllm"))[0]
+    assert command[command.index("--generation-config") + 1] == str(folder.resolve())

@@ -137,7 +137,7 @@ def data() -> PreparedData:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(4, 500, (length,), generator=generator).tolist() for length in (9, 12, 15, 20) * 6]
     rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 3 + each[3:] for each in ids]})
-    return PreparedData(rows, rows, [], "f", len(rows), 0, 0, 0, None, [], None)
+    return PreparedData(rows, rows, [], "f", len(rows), 0, 0, 0, None, [], None, [])
 
 
 def test_eva_reads_the_training_rows_in_the_order_of_the_seed(
