@@ -59,14 +59,19 @@ def say_rows(console: "Console", record: "SweepRecord") -> None:
         weight = f", weight {source.weight:g}" if source.weight is not None else ""
         line = f"rows: {source.num_taken} of the {source.num_read} of {source.source}{weight}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    num_bad = sum(bad.num_rows for bad in info.bad_rows)
+    used, cut = info.num_train + info.num_held_out, info.spec.data.truncate
     told = [
-        (info.num_truncated, f"rows were cut to data.max_length={most} tokens ({info.spec.data.truncate})"),
-        (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
-        (info.num_shared, "held-out rows are training rows too: their loss says little"),
+        (num_bad, used + info.num_dropped + num_bad, "rows cannot be read by the format, and were left out"),
+        (info.num_truncated, used + info.num_dropped, f"rows were cut to data.max_length={most} tokens ({cut})"),
+        (info.num_dropped, used + info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
+        (info.num_shared, info.num_held_out, "held-out rows are training rows too: their loss says little"),
     ]
-    for number, what in told:
+    for number, total, what in told:
         if number:
-            console.print(f"note: {number} of {info.num_train + info.num_held_out} {what}", highlight=False)
+            console.print(f"note: {number} of {total} {what}", highlight=False, soft_wrap=True)
+    for bad in info.bad_rows:
+        console.print(f"  {bad}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_best(console: "Console", record: "SweepRecord") -> None:

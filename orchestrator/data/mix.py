@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.files import Row, read_paths
+from orchestrator.data.files import read_paths
+from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
+from orchestrator.data.turns import in_two_columns
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
 from orchestrator.spec.sections import DataSection, Source
@@ -32,6 +34,7 @@ def split_rows(data: DataSection) -> Split:
     held_out = data.held_out
     _require_apart(data.sources, held_out.sources)
     rows, sources = _mixed(data.sources, data)
+    _require_optional(rows, data)
     if held_out.sources:
         return Split(rows, _mixed(held_out.sources, data)[0], sources)
     num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
@@ -58,7 +61,7 @@ def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], list[SourceRows]]:
-    """Rows of all sources. Columns are looked for before rows are counted: who lacks them all has other faults too."""
+    """Rows of all sources. A source without the columns is refused first: its number of rows says nothing."""
     each = [_read(source, data) for source in sources]
     weights = [source.weight for source in sources if source.weight is not None]
     numbers = numbers_of([len(rows) for rows in each], weights) if weights else [len(rows) for rows in each]
@@ -72,11 +75,26 @@ def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], lis
 
 
 def _read(source: Source, data: DataSection) -> list[Row]:
-    rows, columns = read_rows(source, data.seed), data.columns
-    for row in rows:
-        for column in columns:
-            row.column(column)
+    """Rows of a source. A column that only some of them lack is a fault of those.
+
+    Raises:
+        DataError: the source cannot be read, or no row has a column that the format needs.
+    """
+    rows = read_rows(source, data.seed)
+    if data.format == "messages" and any(in_two_columns(row.values) for row in rows):
+        return rows
+    for column in data.columns:
+        if not any(column in row.values for row in rows):
+            rows[0].column(column)
     return rows
+
+
+def _require_optional(rows: Sequence[Row], data: DataSection) -> None:
+    """Refuse a template's optional column that no row has: its name is wrong."""
+    missing = data.optional_columns.difference(*(row.values for row in rows))
+    if missing:
+        known = ", ".join(map(repr, rows[0].values))
+        raise DataError(f"data.template: no row has a column {min(missing)!r}; columns: {known}")
 
 
 def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:

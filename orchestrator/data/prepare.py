@@ -2,24 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.encode import IGNORED, Tokens, encode
-from orchestrator.data.files import Row
+from orchestrator.data.bad_rows import RowError, grouped, refusal
+from orchestrator.data.encode import IGNORED, Tokens, encode_all
 from orchestrator.data.mix import split_rows
 from orchestrator.data.pack import packed
-from orchestrator.data.render import render
+from orchestrator.data.render import Example, render
+from orchestrator.data.row import Row
+from orchestrator.data.unread import unread
 from orchestrator.errors import DataError
-from orchestrator.record import SourceRows
+from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.files import building_beside
 from orchestrator.spec.sections import BaseSection, DataSection
 
 _MOST_NAMED = 3
+
+_AT_A_TIME = 1000
+"""Rows in one call of the tokenizer."""
+
+Say = Callable[[str], None]
+"""Hears of progress."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class TokenRows:
     sequences: list[list[int]] | None
     """Of each its rows, by their places among the training rows that are kept; None where nothing is packed."""
     sources: list[SourceRows]
+    bad: list[BadRows]
+    """Rows that the format cannot read, and that were left out; they are in neither part."""
+    unread: dict[str, int]
+    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
 
     @property
     def kept(self) -> list[Tokens]:
@@ -76,7 +88,7 @@ class TokenRows:
 
     @property
     def num_shared(self) -> int:
-        """Held-out rows that are training rows too, token for token."""
+        """Held-out rows that are training rows too, token for token, of those that are not dropped."""
         trained = {tuple(row.ids) for row in self.kept}
         return sum(tuple(row.ids) in trained for row in self.kept_held_out)
 
@@ -108,18 +120,41 @@ class PreparedData:
     num_sequences: int | None
     """Sequences that the training rows were packed into, or None."""
     sources: list[SourceRows]
+    bad_rows: list[BadRows]
+    """Rows that the format cannot read, and that were left out."""
     chat_template: str | None
     """Writes conversations instead of the tokenizer's own."""
 
 
-def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
+def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> TokenRows:
     """Read, split, tokenise, cut and pack. The split depends on the data section alone, not on the trial.
+
+    Args:
+        data: the section.
+        tokenizer: of the base.
+        say: hears how many rows are tokenised.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
     split = split_rows(data)
-    train, held_out = ([_tokenised(row, data, tokenizer) for row in rows] for rows in (split.train, split.held_out))
+    num_rows, parts = len(split.train) + len(split.held_out), (split.train, split.held_out)
+    faults: list[RowError] = []
+    tokenised: list[list[TokenRow]] = [[], []]
+    num_done = 0
+    for rows, found in zip(parts, tokenised, strict=True):
+        for start in range(0, len(rows), _AT_A_TIME):
+            chunk = rows[start : start + _AT_A_TIME]
+            found += _tokenised(chunk, data, tokenizer, faults)
+            num_done += len(chunk)
+            say(f"{num_done:,} of {num_rows:,} rows tokenised")
+    if faults and data.bad_rows == "error":
+        raise refusal(faults, num_rows)
+    train, held_out = tokenised
+    for name, part in (("training", train), ("held-out", held_out)):
+        if not part:
+            told = "; ".join(map(str, grouped(faults)))
+            raise DataError(f"data.bad_rows: drop leaves no {name} row: {told}")
     if data.truncate == "error":
         _require_short([*train, *held_out], data.max_length)
     for name, part in (("training", train), ("held-out", held_out)):
@@ -129,8 +164,9 @@ def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
                 "Raise max_length, or set data.truncate: left, which keeps the ends.",
             )
     kept = [row.kept for row in train if row.kept is not None]
+    nothing_reads = unread([*split.train, *split.held_out], data, tokenizer)
     sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
-    return TokenRows(train, held_out, sequences, split.sources)
+    return TokenRows(train, held_out, sequences, split.sources, grouped(faults), nothing_reads)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
@@ -153,6 +189,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         num_shared=rows.num_shared,
         num_sequences=None if rows.sequences is None else len(rows.sequences),
         sources=rows.sources,
+        bad_rows=rows.bad,
         chat_template=data.chat_template,
     )
 
@@ -180,6 +217,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
         for name in ("fingerprint", "num_train", "num_truncated", "num_dropped", "num_shared", "num_sequences")
     } | {
         "sources": [source.model_dump(mode="json") for source in prepared.sources],
+        "bad_rows": [bad.model_dump(mode="json") for bad in prepared.bad_rows],
         "chat_template": prepared.chat_template,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
@@ -197,15 +235,32 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
     sources = [SourceRows.model_validate(source) for source in meta.pop("sources")]
+    bad = [BadRows.model_validate(each) for each in meta.pop("bad_rows")]
     train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
-    return PreparedData(train, held_out, prompts, sources=sources, **meta)
+    return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
 
 
-def _tokenised(row: Row, data: DataSection, tokenizer: Any) -> TokenRow:
-    example = render(row, data, tokenizer)
-    tokens = encode(example, tokenizer, data)
-    kept, num_cut = tokens.cut(data.max_length, data.truncate), max(0, len(tokens.ids) - data.max_length)
-    return TokenRow(row.where, tokens, kept, num_cut, example.answer)
+def _tokenised(rows: Sequence[Row], data: DataSection, tokenizer: Any, faults: list[RowError]) -> list[TokenRow]:
+    """Rows that are good, tokenised and cut; the faults of the others are added to `faults`."""
+    good: list[tuple[Row, Example]] = []
+    for row in rows:
+        try:
+            good.append((row, render(row, data, tokenizer)))
+        except RowError as error:
+            faults.append(error)
+    if not good or (faults and data.bad_rows == "error"):  # then the faults of the rest are looked for
+        return []
+    encoded = encode_all([example for _, example in good], tokenizer, data)
+    return [
+        TokenRow(
+            row.where,
+            tokens,
+            tokens.cut(data.max_length, data.truncate),
+            max(0, len(tokens.ids) - data.max_length),
+            example.answer,
+        )
+        for (row, example), tokens in zip(good, encoded, strict=True)
+    ]
 
 
 def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.prepare import TokenRow, TokenRows, fingerprint, tokenise
-from orchestrator.record import SourceRows
+from orchestrator.data.prepare import Say, TokenRow, TokenRows, fingerprint, tokenise
+from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.models import Record
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -93,24 +93,29 @@ class DataPreview(Record):
     cut: list[Place]
     dropped: list[Place]
     """Rows of which nothing in the loss is left."""
+    bad: list[BadRows]
+    """Rows that the format cannot read, and that are left out."""
+    unread: dict[str, int]
+    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
     packing: Packing | None
     fingerprint: str
     rows: list[ShownRow]
 
 
-def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
+def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lambda _: None) -> DataPreview:
     """Everything a sweep would do with its data, but for keeping it.
 
     Args:
         data: the section.
         base: whose tokenizer reads the rows.
         num_rows: training rows to show, the first; packed ones by their sequences.
+        say: hears of progress.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows = tokenise(data, tokenizer)
+    rows = tokenise(data, tokenizer, say)
     every = [*rows.train, *rows.held_out]
     lengths = sorted(len(row.tokens.ids) for row in every)
     kept = rows.kept
@@ -131,6 +136,8 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
         longest=lengths[-1],
         cut=[_place(row) for row in every if row.num_cut and row.kept is not None],
         dropped=[_place(row) for row in every if row.kept is None],
+        bad=rows.bad,
+        unread=rows.unread,
         packing=_packing(rows, data.max_length),
         fingerprint=fingerprint(rows, data),
         rows=[_shown(row, sequence, tokenizer) for row, sequence in _first(rows, num_rows)],

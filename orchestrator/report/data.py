@@ -39,6 +39,10 @@ def say_data(console: Console, shown: DataPreview) -> None:
     lines += histogram(shown.lengths, shown.max_length)
     lines += _named(shown.cut, f"cut ({shown.truncate})")
     lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
+    lines += _bad(shown)
+    if shown.unread:
+        named = ", ".join(f"{name} ({counted(number, 'row')})" for name, number in shown.unread.items())
+        lines.append(f"read by neither the format nor a template: {named}")
     if shown.num_shared:
         shared = counted(shown.num_shared, "held-out row is", "held-out rows are")
         lines.append(f"{shared} among the training rows: that loss says little")
@@ -87,6 +91,16 @@ def _source_lines(shown: DataPreview) -> list[str]:
         f"{source.num_taken} of {source.num_read} rows of {source.source}"
         + (f", weight {source.weight:g}" if source.weight is not None else "")
         for source in shown.sources
+    ]
+
+
+def _bad(shown: DataPreview) -> list[str]:
+    if not shown.bad:
+        return []
+    number = sum(bad.num_rows for bad in shown.bad)
+    return [
+        f"{counted(number, 'row is', 'rows are')} left out (data.bad_rows: drop):",
+        *(f"  {bad}" for bad in shown.bad),
     ]
 
 

@@ -12,8 +12,8 @@ from orchestrator.adapters.generate import answer, matches
 from orchestrator.base import device_name, load_tokenizer
 from orchestrator.data import Prompt, load, prepare
 from orchestrator.data.encode import encode
-from orchestrator.data.files import Row
 from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness

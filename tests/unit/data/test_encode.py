@@ -9,11 +9,12 @@ from tokenizers.processors import ByteLevel
 
 from orchestrator.data import render_prompt
 from orchestrator.data.encode import IGNORED, Tokens, encode
-from orchestrator.data.files import Row
-from orchestrator.data.render import render, template_columns
+from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.deploy.chat import Chat, PromptForm
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
+from orchestrator.spec.template import template_columns
 
 TEMPLATE = "<s>[INST] {question} [/INST] {answer} </s>"
 QUESTION, ANSWER = "What is 12 and 45?", "# 57"

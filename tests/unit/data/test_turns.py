@@ -7,8 +7,8 @@ import pytest
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data.encode import IGNORED, encode
-from orchestrator.data.files import Row
 from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
 
