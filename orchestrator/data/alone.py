@@ -78,12 +78,12 @@ def _remedy(path: Path, row: Row) -> str:
     """Overrides that read these columns, as they are typed in a shell."""
     only = next(iter(row.values)) if len(row.values) == 1 else ""
     if file_kind(path) in (".csv", ".tsv") and (others := [each for each in _DELIMITERS if each in only]):
-        return f"If {others[0]!r} stands between the fields: --set {_quoted('data.delimiter', others[0])}."
+        return f"If {others[0]!r} stands between the fields: --set {_quoted('data.delimiter', others[0])}"
     texts = [name for name, value in row.values.items() if isinstance(value, str | int | float)]
     fields = [field for field in map(written_column, texts) if field is not None]
     if not fields:
         return "Format template reads columns of text with names; give these rows one."
-    return f"Name them in a template: --set data.format=template --set {_quoted('data.template', ' '.join(fields))}."
+    return f"Name them in a template: --set data.format=template --set {_quoted('data.template', ' '.join(fields))}"
 
 
 def _quoted(field: str, value: str) -> str:

@@ -139,6 +139,7 @@ def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> To
     """
     split = split_rows(data)
     num_rows, parts = len(split.train) + len(split.held_out), (split.train, split.held_out)
+    say(f"{num_rows:,} rows read")
     faults: list[RowError] = []
     tokenised: list[list[TokenRow]] = [[], []]
     num_done = 0

@@ -8,7 +8,7 @@ _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Around what a chat template lets the assistant say: transformers' own tags."""
 
 # A section's mark that stands alone on its line takes the line with it.
-_FIELD = re.compile(r"\{\{|\}\}|(?:(?<=\n)|^)\{([#/][^{}\n]*)\}\n|\{([^{}\n]*)\}|[{}]")
+_FIELD = re.compile(r"\{\{|\}\}|(?:(?<=\n)|^)\{([?/][^{}\n]*)\}\n|\{([^{}\n]*)\}|[{}]")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a template that stands only where a column is not empty: `{#column}...{/column}`."""
+    """Part of a template that stands only where a column is not empty: `{?column}...{/column}`."""
 
     column: str
     parts: tuple["str | Field | Block", ...]
@@ -36,7 +36,7 @@ Parts = tuple[str | Field | Block, ...]
 def parse_template(template: str) -> Parts:
     """The parts of a template. The last field at its outermost level is the completion.
 
-    `{column}` names a column, `{column?}` one that may be empty, and `{#column}...{/column}` stands around text that
+    `{column}` names a column, `{column?}` one that may be empty, and `{?column}...{/column}` stands around text that
     is left out where the column is empty. A literal brace is written twice, as is a question mark that ends a
     column's name.
 
@@ -59,7 +59,7 @@ def parse_template(template: str) -> Parts:
                 f"{fault}a single {text!r} at character {match.start() + 1}; a literal brace is written "
                 "twice: {{ or }}"
             )
-        if name.startswith("#"):
+        if name.startswith("?"):
             stack.append((_named(name[1:], fault), []))
         elif name.startswith("/"):
             opened, parts = stack[-1]
@@ -70,7 +70,7 @@ def parse_template(template: str) -> Parts:
         else:
             stack[-1][1].append(_field(name, fault))
     if len(stack) > 1:
-        raise ValueError(f"{fault}{{#{stack[-1][0]}}} has no end; write {{/{stack[-1][0]}}} after its text")
+        raise ValueError(f"{fault}{{?{stack[-1][0]}}} has no end; write {{/{stack[-1][0]}}} after its text")
     parts = [*stack[0][1], template[at:]]
     return _checked(tuple(part for part in parts if part != ""), fault)
 
@@ -93,14 +93,9 @@ def optional_columns(template: str) -> set[str]:
     return {field.column for field in _fields(parse_template(template)) if field.is_optional}
 
 
-def completion_column(template: str) -> str:
-    """The column whose text is the completion: the template's last."""
-    return next(part for part in reversed(parse_template(template)) if isinstance(part, Field)).column
-
-
 def written_column(column: str) -> str | None:
     """The field of a template that reads a column; None where its name cannot be written in one."""
-    if not column or column.startswith(("#", "/")) or re.search(r"[{}\n]", column):
+    if not column or column.startswith(("?", "/")) or re.search(r"[{}\n]", column):
         return None
     name = column.rstrip("?")
     return f"{{{name}{'?' * 2 * (len(column) - len(name))}}}"

@@ -30,7 +30,7 @@ COLUMNS_OF = {
 """Format -> columns that every row must have; those of format template are in its template."""
 
 Name = Annotated[str, Field(min_length=1)]
-Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
+Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
 
 
 def file_kind(path: str | PurePath) -> str | None:
@@ -100,6 +100,8 @@ def _require_fit(source: Source) -> None:
         raise ValueError(f"split belongs to a hub data set or a saved one, but source is {source.source}")
     if source.delimiter is not None and not (source.is_local and file_kind(source.source) in (None, ".csv", ".tsv")):
         raise ValueError(f"delimiter belongs to CSV files, but source is {source.source}")
+    if source.delimiter in ('"', "\r", "\n"):
+        raise ValueError(f"delimiter {source.delimiter!r} means something else in a CSV file")
     if source.max_rows is not None and source.split is not None and "[" in source.split:
         raise ValueError(f"max_rows beside split {source.split}: that is a slice; write the number of rows into it")
     if source.stream_buffer is not None and source.is_local:
@@ -213,8 +215,8 @@ class DataSection(Section):
     format: Literal["text", "prompt", "messages", "sharegpt", "alpaca", "template"]
     """Columns: text; prompt, completion; messages, tools; conversations; instruction, input, output; or `template`."""
     template: str | None = None
-    """Text with {column} fields, {column?} ones that may be empty, and {#column}...{/column} around what is left out
-    where the column is empty; the completion starts at the last field."""
+    """Text with {column} fields, {column?} where it may be empty, {?column}...{/column} around what stands only where it
+    is not; the completion starts at the last field."""
     chat_template: str | None = None
     """Jinja file that writes conversations, instead of the tokenizer's own template; its text stands here then."""
     roles: dict[Name, Name] = {}
