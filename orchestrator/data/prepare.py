@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,10 @@ class PreparedData:
     num_sequences: int | None
     """Sequences that the training rows were packed into, or None."""
     sources: list[SourceRows]
-    bad_rows: list[BadRows]
-    """Rows that the format cannot read, and that were left out."""
     chat_template: str | None
     """Writes conversations instead of the tokenizer's own."""
+    bad_rows: list[BadRows] = field(default_factory=list)
+    """Rows that the format cannot read, and that were left out."""
 
 
 def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> TokenRows:

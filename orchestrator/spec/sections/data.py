@@ -215,8 +215,8 @@ class DataSection(Section):
     format: Literal["text", "prompt", "messages", "sharegpt", "alpaca", "template"]
     """Columns: text; prompt, completion; messages, tools; conversations; instruction, input, output; or `template`."""
     template: str | None = None
-    """Text with {column} fields, {column?} where it may be empty, {?column}...{/column} around what stands only where it
-    is not; the completion starts at the last field."""
+    """Text with {column} fields, {column?} where it may be empty, and {?column}...{/column} around what stands only
+    where it is not; the completion starts at the last field."""
     chat_template: str | None = None
     """Jinja file that writes conversations, instead of the tokenizer's own template; its text stands here then."""
     roles: dict[Name, Name] = {}

@@ -45,7 +45,7 @@ def test_format_loss_chat_template_truncate_and_packing(
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "template without one": ({"format": "template"}, {}, "format template needs a template"),
     "template of another format": ({"format": "alpaca", **TEMPLATE}, {}, "a template is given, but format is alpaca"),
-    "template malformed": ({"format": "template", "template": "{a"}, {}, "data.template '{a': a single '{' at character 1"),
+    "template malformed": ({"format": "template", "template": "{a"}, {}, "'{a': a single '{' at character 1"),
     "template without a column": ({"format": "template", "template": "a"}, {}, "needs {column} fields"),
     "chat template malformed": (
         {"format": "messages", "chat_template": "a\n{% for m in messages %}"}, {}, "chat_template: line 2: "

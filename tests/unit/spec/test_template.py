@@ -55,6 +55,6 @@ WRONG = {
 
 @pytest.mark.parametrize("template", WRONG)
 def test_what_is_malformed_is_named(template: str) -> None:
-    with pytest.raises(ValueError, match="data.template") as caught:
+    with pytest.raises(ValueError, match=r"data\.template") as caught:
         parse_template(template)
     assert WRONG[template] in str(caught.value)
