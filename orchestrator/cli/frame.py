@@ -50,14 +50,16 @@ def console_on(file: TextIO | None = None) -> "Console":
 
 
 def now_and_then(say: Callable[[str], None], interval_s: float = 2.0) -> Callable[[str], None]:
-    """Pass on at most one line of progress in `interval_s` seconds, and none before the first of these are over."""
-    last = time.monotonic()
+    """Pass on at most one line of progress in `interval_s` seconds, counted from the first line, which is not told."""
+    last: float | None = None
 
     def say_some(line: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= interval_s:
-            last = time.monotonic()
+        now = time.monotonic()
+        if last is not None and now - last >= interval_s:
             say(line)
+        if last is None or now - last >= interval_s:
+            last = now
 
     return say_some
 

@@ -83,7 +83,8 @@ def _remedy(path: Path, row: Row) -> str:
     fields = [field for field in map(written_column, texts) if field is not None]
     if not fields:
         return "Format template reads columns of text with names; give these rows one."
-    return f"Name them in a template: --set data.format=template --set {_quoted('data.template', ' '.join(fields))}"
+    template = _quoted("data.template", " ".join(fields))
+    return f"Name them in a template, the completion last: --set data.format=template --set {template}"
 
 
 def _quoted(field: str, value: str) -> str:

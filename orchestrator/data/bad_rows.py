@@ -1,5 +1,6 @@
 """Rows that cannot be used: each a fault of a kind, all of them told together."""
 
+import re
 from collections.abc import Sequence
 
 from orchestrator.errors import DataError
@@ -29,10 +30,15 @@ class RowError(DataError):
 def grouped(faults: Sequence[RowError]) -> list[BadRows]:
     """Faults by their kind, the most frequent first, with the first places of each."""
     places: dict[str, list[str]] = {}
-    for fault in faults:
+    for fault in sorted(faults, key=_by_number):  # rows that are held out come after those that are trained on
         places.setdefault(fault.kind, []).append(fault.where)
     found = [BadRows(fault=kind, num_rows=len(each), first=each[:_MOST_PLACES]) for kind, each in places.items()]
     return sorted(found, key=lambda each: -each.num_rows)
+
+
+def _by_number(fault: RowError) -> list[str | int]:
+    """Sorts `rows.jsonl:9` before `rows.jsonl:10`: text and numbers by turns."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", fault.where)]
 
 
 def refusal(faults: Sequence[RowError], num_rows: int) -> DataError:

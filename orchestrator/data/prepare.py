@@ -137,6 +137,7 @@ def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> To
     Raises:
         DataError: a row or a source is not what the section says.
     """
+    say("reading rows")
     split = split_rows(data)
     num_rows, parts = len(split.train) + len(split.held_out), (split.train, split.held_out)
     say(f"{num_rows:,} rows read")

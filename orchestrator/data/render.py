@@ -62,7 +62,7 @@ def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
             _require_placed(row, ("history",), data)
             return _render_turns(row, data, tokenizer)
         case "template":
-            return _render_template(row, data.template or "")
+            return _render_template(row, data.template or "", "A column that may be empty is marked so: {column?}.")
 
 
 def render_prompt(text: str, data: DataSection, tokenizer: Any) -> str:
@@ -102,24 +102,26 @@ def _fill(parts: Parts, values: Mapping[str, str]) -> str:
     return "".join(text)
 
 
-def _render_template(row: Row, template: str) -> Example:
-    parts = parse_template(template)
-    values = _values(row, parts)
-    head, tail = _at_completion(parts)
+def _render_template(row: Row, template: str, if_empty: str = "") -> Example:
+    """A template filled with a row's columns; `if_empty` is the remedy for an empty one before the completion."""
+    head, tail = _at_completion(parse_template(template))
     completion = tail[0]
     assert isinstance(completion, Field)
+    values = {**_values(row, head, if_empty), **_values(row, tail)}
     return _split(_fill(head, values), _fill(tail, values), values[completion.column])
 
 
-def _values(row: Row, parts: Parts) -> dict[str, str]:
+def _values(row: Row, parts: Parts, if_empty: str = "") -> dict[str, str]:
     """Texts of the columns that these parts need in this row: an optional one that is empty has none."""
     values: dict[str, str] = {}
     for part in parts:
-        match part:
-            case Field() if not part.is_optional or not is_empty(row.values.get(part.column)):
-                values[part.column] = _string(row, part.column)
-            case Block() if not is_empty(row.values.get(part.column)):
-                values |= {part.column: _string(row, part.column), **_values(row, part.parts)}
+        if isinstance(part, str):
+            continue
+        has_value = not is_empty(row.values.get(part.column))
+        if has_value or (isinstance(part, Field) and not part.is_optional):
+            values[part.column] = _string(row, part.column, if_empty)
+        if has_value and isinstance(part, Block):
+            values |= _values(row, part.parts, if_empty)
     return values
 
 
@@ -167,10 +169,10 @@ def _split(prompt: str, completion: str, answer: str | None = None) -> Example:
     return Example(kept, prompt[len(kept) :] + completion, (answer or completion).strip())
 
 
-def _string(row: Row, column: str) -> str:
+def _string(row: Row, column: str, if_empty: str = "") -> str:
     value = row.column(column)
     if is_empty(value):
-        raise RowError(row.where, f"column {column!r} is empty")
+        raise RowError(row.where, f"column {column!r} is empty", if_empty)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError(row.where, f"column {column!r} must be text, got {type(value).__name__}")
     return str(value)

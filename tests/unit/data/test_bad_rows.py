@@ -124,5 +124,5 @@ def test_a_column_of_a_template_may_be_empty(tmp_path: Path) -> None:
     required = section(
         tmp_path / "rows.jsonl", rows[:2], format="template", template="{context} {answer}", held=rows[0]
     )
-    with pytest.raises(DataError, match=r"rows.jsonl:2: column 'context' is empty"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: column 'context' is empty\n.*\{column\?\}"):
         prepare(required, BASE)
