@@ -16,41 +16,46 @@ from orchestrator.words import counted
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows as they were read, in two parts."""
+class Mixed:
+    """Rows of all sources, as they were read."""
 
-    train: list[Row]
+    rows: list[Row]
+    """Training rows, and the held-out ones where these are taken from them."""
     held_out: list[Row]
+    """Held-out rows of sources of their own."""
     sources: list[SourceRows]
-    """Of the training rows, and of held-out ones that are taken from these."""
+    """Where `rows` come from."""
 
 
-def split_rows(data: DataSection) -> Split:
-    """Read, mix and split: by the data section alone.
+def read_mixed(data: DataSection) -> Mixed:
+    """Read and mix the sources of a data section.
 
     Raises:
-        DataError: a source cannot be read, or no row is left to train on.
+        DataError: a source cannot be read, or is among the training rows and the held-out ones.
     """
     held_out = data.held_out
     _require_apart(data.sources, held_out.sources)
     rows, sources = _mixed(data.sources, data)
     _require_optional(rows, data)
-    if held_out.sources:
-        return Split(rows, _mixed(held_out.sources, data)[0], sources)
-    num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
-    if num_held_out >= len(rows):
+    return Mixed(rows, _mixed(held_out.sources, data)[0] if held_out.sources else [], sources)
+
+
+def held_out_places(num_rows: int, data: DataSection) -> set[int]:
+    """Which of so many rows are held out, by the data section alone.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
+    held_out = data.held_out
+    num_held_out = held_out.count or max(1, round((held_out.share or 0) * num_rows))
+    if num_held_out >= num_rows:
         raise DataError(
-            f"data.held_out takes {num_held_out} of {counted(len(rows), 'row')}: none is left to train on",
+            f"data.held_out takes {num_held_out} of {counted(num_rows, 'row')}: none is left to train on",
             "Hold fewer out, give more rows, or held-out rows of their own: data.held_out.source.",
         )
-    order = list(range(len(rows)))
+    order = list(range(num_rows))
     random.Random(data.seed).shuffle(order)
-    chosen = set(order[:num_held_out])
-    return Split(
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
-        sources,
-    )
+    return set(order[:num_held_out])
 
 
 def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

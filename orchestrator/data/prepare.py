@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.base import load_tokenizer
 from orchestrator.data.bad_rows import RowError, grouped, refusal
 from orchestrator.data.encode import IGNORED, Tokens, encode_all
-from orchestrator.data.mix import split_rows
+from orchestrator.data.mix import held_out_places, read_mixed
 from orchestrator.data.pack import packed
 from orchestrator.data.render import Example, render
 from orchestrator.data.row import Row
@@ -127,7 +127,7 @@ class PreparedData:
 
 
 def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> TokenRows:
-    """Read, split, tokenise, cut and pack. The split depends on the data section alone, not on the trial.
+    """Read, tokenise, split, cut and pack. The split depends on the data section and its good rows, not on the trial.
 
     Args:
         data: the section.
@@ -138,37 +138,31 @@ def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> To
         DataError: a row or a source is not what the section says.
     """
     say("reading rows")
-    split = split_rows(data)
-    num_rows, parts = len(split.train) + len(split.held_out), (split.train, split.held_out)
-    say(f"{num_rows:,} rows read")
+    mixed = read_mixed(data)
+    if not mixed.held_out:
+        held_out_places(len(mixed.rows), data)  # a number that cannot be is told before rows are tokenised
     faults: list[RowError] = []
-    tokenised: list[list[TokenRow]] = [[], []]
-    num_done = 0
-    for rows, found in zip(parts, tokenised, strict=True):
-        for start in range(0, len(rows), _AT_A_TIME):
-            chunk = rows[start : start + _AT_A_TIME]
-            found += _tokenised(chunk, data, tokenizer, faults)
-            num_done += len(chunk)
-            say(f"{num_done:,} of {num_rows:,} rows tokenised")
+    own, apart = (_tokenised(rows, data, tokenizer, faults, say) for rows in (mixed.rows, mixed.held_out))
     if faults and data.bad_rows == "error":
-        raise refusal(faults, num_rows)
-    train, held_out = tokenised
-    for name, part in (("training", train), ("held-out", held_out)):
-        if not part:
-            told = "; ".join(map(str, grouped(faults)))
-            raise DataError(f"data.bad_rows: drop leaves no {name} row: {told}")
+        raise refusal(faults, len(mixed.rows) + len(mixed.held_out))
+    if not own or (mixed.held_out and not apart):
+        told = "; ".join(map(str, grouped(faults)))
+        raise DataError(f"data.bad_rows: drop leaves no {'held-out' if own else 'training'} row: {told}")
+    held_out: set[int] = set() if mixed.held_out else held_out_places(len(own), data)
+    train = [row for i, row in enumerate(own) if i not in held_out]
+    apart += [row for i, row in enumerate(own) if i in held_out]
     if data.truncate == "error":
-        _require_short([*train, *held_out], data.max_length)
-    for name, part in (("training", train), ("held-out", held_out)):
+        _require_short([*train, *apart], data.max_length)
+    for name, part in (("training", train), ("held-out", apart)):
         if all(row.kept is None for row in part):
             raise DataError(
                 f"data.max_length={data.max_length} leaves no {name} row a token to learn from: {_lengths(part)}",
                 "Raise max_length, or set data.truncate: left, which keeps the ends.",
             )
     kept = [row.kept for row in train if row.kept is not None]
-    nothing_reads = unread([*split.train, *split.held_out], data, tokenizer)
     sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
-    return TokenRows(train, held_out, sequences, split.sources, grouped(faults), nothing_reads)
+    nothing_reads = unread([*mixed.rows, *mixed.held_out], data, tokenizer)
+    return TokenRows(train, apart, sequences, mixed.sources, grouped(faults), nothing_reads)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
@@ -242,27 +236,34 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
     return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
 
 
-def _tokenised(rows: Sequence[Row], data: DataSection, tokenizer: Any, faults: list[RowError]) -> list[TokenRow]:
-    """Rows that are good, tokenised and cut; the faults of the others are added to `faults`."""
-    good: list[tuple[Row, Example]] = []
-    for row in rows:
-        try:
-            good.append((row, render(row, data, tokenizer)))
-        except RowError as error:
-            faults.append(error)
-    if not good or (faults and data.bad_rows == "error"):  # then the faults of the rest are looked for
-        return []
-    encoded = encode_all([example for _, example in good], tokenizer, data)
-    return [
-        TokenRow(
-            row.where,
-            tokens,
-            tokens.cut(data.max_length, data.truncate),
-            max(0, len(tokens.ids) - data.max_length),
-            example.answer,
-        )
-        for (row, example), tokens in zip(good, encoded, strict=True)
-    ]
+def _tokenised(
+    rows: Sequence[Row], data: DataSection, tokenizer: Any, faults: list[RowError], say: Say
+) -> list[TokenRow]:
+    """Rows that are good, tokenised and cut; the faults of the others are added to `faults`.
+
+    Where bad rows are an error, rows after the first bad one are looked at and not tokenised.
+    """
+    found: list[TokenRow] = []
+    for start in range(0, len(rows), _AT_A_TIME):
+        chunk = rows[start : start + _AT_A_TIME]
+        good: list[tuple[Row, Example]] = []
+        for row in chunk:
+            try:
+                good.append((row, render(row, data, tokenizer)))
+            except RowError as error:
+                faults.append(error)
+        if good and not (faults and data.bad_rows == "error"):
+            encoded = encode_all([example for _, example in good], tokenizer, data)
+            found += [
+                _token_row(row, example, tokens, data) for (row, example), tokens in zip(good, encoded, strict=True)
+            ]
+        say(f"{start + len(chunk):,} of {len(rows):,} rows tokenized")
+    return found
+
+
+def _token_row(row: Row, example: Example, tokens: Tokens, data: DataSection) -> TokenRow:
+    num_cut = max(0, len(tokens.ids) - data.max_length)
+    return TokenRow(row.where, tokens, tokens.cut(data.max_length, data.truncate), num_cut, example.answer)
 
 
 def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:

@@ -13,7 +13,7 @@ from orchestrator.data.prepare import PreparedData
 from orchestrator.data.preview import preview
 from orchestrator.errors import DataError
 from orchestrator.record import BadRows
-from orchestrator.spec.sections import BaseSection, DataSection
+from orchestrator.spec.sections import BaseSection, DataSection, HeldOut
 
 BASE = BaseSection(model="embedded")
 GOOD = {"prompt": "1", "completion": "2"}
@@ -75,6 +75,18 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     loaded: PreparedData = load(tmp_path / "data")
     assert loaded.bad_rows == prepared.bad_rows
     assert preview(data, BASE, 1).bad == prepared.bad_rows
+
+
+def test_held_out_rows_are_taken_from_the_good_ones(tmp_path: Path) -> None:
+    """As many as are asked for, and the same as of a file without the bad rows."""
+    good = [{"prompt": str(i), "completion": "2"} for i in range(9)]
+    prepared = []
+    for name, rows in {"good": good, "both": [row for each in good for row in (each, ROWS[1])]}.items():
+        file = tmp_path / f"{name}.jsonl"
+        data = section(file, rows).model_copy(update={"held_out": HeldOut(count=4), "bad_rows": "drop"})
+        prepared.append(prepare(data, BASE))
+    assert [len(each.held_out) for each in prepared] == [4, 4]
+    assert prepared[0].fingerprint == prepared[1].fingerprint
 
 
 def test_nothing_left_is_told(tmp_path: Path) -> None:
