@@ -29,25 +29,26 @@ class Tokens:
         """Of each token, whether it is in the loss: not a row's first, before which nothing stands."""
         return [False, *(label != IGNORED for label in self.labels[1:])]
 
+    @property
+    def num_trained(self) -> int:
+        """Tokens in the loss."""
+        rest = self.labels[1:]
+        return len(rest) - rest.count(IGNORED)
+
     def cut(self, max_length: int, side: str = "right") -> "Tokens | None":
         """At most so many, cut on a side; None where no token of them has a part in the loss.
 
         What is cut on the left keeps its beginning: a text without one is none that the base knows.
         """
         if len(self.ids) <= max_length:
-            return self if self._is_learned else None
+            return self if self.num_trained else None
         excess = len(self.ids) - max_length
         first = int(self.begins)
         left, right = (slice(first), slice(first + excess, None)) if side == "left" else (slice(max_length), slice(0))
         ids, labels = self.ids[left] + self.ids[right], self.labels[left] + self.labels[right]
         num_prompt = max(first, self.num_prompt - excess) if side == "left" else self.num_prompt
         short = Tokens(ids, labels, min(num_prompt, len(ids)), self.begins)
-        return short if short._is_learned else None
-
-    @property
-    def _is_learned(self) -> bool:
-        """Whether any token is in the loss."""
-        return any(label != IGNORED for label in self.labels[1:])
+        return short if short.num_trained else None
 
 
 def encode(example: Example, tokenizer: Any, data: DataSection) -> Tokens:
