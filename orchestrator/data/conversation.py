@@ -114,7 +114,7 @@ class Conversation:
             if len(marked) == len(answers):
                 found = dict(zip(answers, marked, strict=True))
             elif places == answers and all(self._marks[place] is not False for place in places):
-                return dict(enumerate(marked))  # all of them, whichever is whose
+                return {-1 - i: span for i, span in enumerate(marked)}  # all of them; whose each is is not known
             else:
                 self._refuse(f"marks {len(marked)} answers of {len(answers)}: which has weight 0 cannot be told")
         return {place: found[place] if place in found else self._span(place) for place in places}

@@ -99,7 +99,9 @@ def _require_optional(rows: Sequence[Row], data: DataSection) -> None:
     missing = data.optional_columns.difference(*(row.values for row in rows))
     if missing:
         known = ", ".join(map(repr, rows[0].values))
-        raise DataError(f"data.template: no row has a column {min(missing)!r}; columns: {known}")
+        raise DataError(
+            f"data.template: no row has a column {min(missing)!r}; columns: {known}", "Mend its name in the template."
+        )
 
 
 def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:

@@ -98,7 +98,8 @@ def _require_fit(source: Source) -> None:
         raise ValueError(f"config belongs to a hub data set, but source is {source.source}")
     if source.split is not None and not source.has_splits:
         raise ValueError(f"split belongs to a hub data set or a saved one, but source is {source.source}")
-    if source.delimiter is not None and not (source.is_local and file_kind(source.source) in (None, ".csv", ".tsv")):
+    may_be_csv = source.is_local and source.source != "embedded" and file_kind(source.source) in (None, ".csv", ".tsv")
+    if source.delimiter is not None and not may_be_csv:
         raise ValueError(f"delimiter belongs to CSV files, but source is {source.source}")
     if source.delimiter in ('"', "\r", "\n"):
         raise ValueError(f"delimiter {source.delimiter!r} means something else in a CSV file")

@@ -275,6 +275,17 @@ def test_a_weight_of_a_turn_that_the_template_marks_itself() -> None:
     assert tokens == "< | u | > 1 Ċ < | a | > 2 </s> Ċ < | u | > 1 Ċ < | a | > [2] [</s>]"
 
 
+def test_marks_of_a_template_that_are_not_one_an_answer() -> None:
+    """Two marks an answer: which is whose cannot be told, and all are trained."""
+    twice = MARKED.replace(
+        "{{ m['content'] }}{{ eos_token }}", "{{ m['content'] }}{% endgeneration %}-{% generation %}{{ eos_token }}"
+    )
+    columns = turns({**USER, "weight": 0}, ANSWER)
+    assert encoded(columns, twice, loss_on="assistant")[1] == "< | u | > 1 Ċ < | a | > [2] - [</s>]"
+    with pytest.raises(DataError, match="marks 4 answers of 2: which has weight 0 cannot be told"):
+        encoded(turns(USER, {**ANSWER, "weight": 0}, USER, ANSWER), twice, loss_on="assistant")
+
+
 def test_reasoning_that_the_template_writes_is_trained() -> None:
     thinking = CHATML.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
     columns = turns(USER, {**ANSWER, "reasoning_content": "3"})
