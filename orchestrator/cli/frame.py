@@ -1,6 +1,8 @@
 """What all verbs share: the application, options, and where lines are printed."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -47,6 +49,21 @@ def console_on(file: TextIO | None = None) -> "Console":
     return console if console.is_terminal else Console(file=file, width=160)
 
 
+def now_and_then(say: Callable[[str], None], interval_s: float = 2.0) -> Callable[[str], None]:
+    """Pass on at most one line of progress in `interval_s` seconds, counted from the first line, which is not told."""
+    last: float | None = None
+
+    def say_some(line: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if last is not None and now - last >= interval_s:
+            say(line)
+        if last is None or now - last >= interval_s:
+            last = now
+
+    return say_some
+
+
 def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
@@ -59,14 +76,20 @@ def say_rows(console: "Console", record: "SweepRecord") -> None:
         weight = f", weight {source.weight:g}" if source.weight is not None else ""
         line = f"rows: {source.num_taken} of the {source.num_read} of {source.source}{weight}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    num_bad = sum(bad.num_rows for bad in info.bad_rows)
+    used, cut = info.num_train + info.num_held_out, info.spec.data.truncate
+    read = used + info.num_dropped
+    lines = [f"  {bad}" for bad in info.bad_rows]
+    if num_bad:
+        lines.insert(0, f"note: {num_bad} of {read + num_bad} rows cannot be read by the format, and were left out")
     told = [
-        (info.num_truncated, f"rows were cut to data.max_length={most} tokens ({info.spec.data.truncate})"),
-        (info.num_dropped, "rows had no token to learn from after the cut, and were left out"),
-        (info.num_shared, "held-out rows are training rows too: their loss says little"),
+        (info.num_truncated, read, f"rows were cut to data.max_length={most} tokens ({cut})"),
+        (info.num_dropped, read, "rows had no token to learn from after the cut, and were left out"),
+        (info.num_shared, info.num_held_out, "held-out rows are training rows too: their loss says little"),
     ]
-    for number, what in told:
-        if number:
-            console.print(f"note: {number} of {info.num_train + info.num_held_out} {what}", highlight=False)
+    lines += [f"note: {number} of {total} {what}" for number, total, what in told if number]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_best(console: "Console", record: "SweepRecord") -> None:

@@ -23,6 +23,7 @@ from orchestrator.cli.frame import (
     Where,
     app,
     console_on,
+    now_and_then,
     print_json,
     show_best,
 )
@@ -91,10 +92,14 @@ def data(
 
     spec = (spec_of_rows if holds_rows(file) else load_spec)(file, set_ or [])
     # What libraries print meanwhile, such as a hub's progress, is no part of the answer.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, output_to(Path(os.devnull)):
+    with (
+        os.fdopen(os.dup(1), "w", encoding="utf-8") as own,
+        os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as progress,
+        output_to(Path(os.devnull)),
+    ):
         from orchestrator.data.preview import preview
 
-        shown = preview(spec.data, spec.base, rows)
+        shown = preview(spec.data, spec.base, rows, now_and_then(lambda line: print(line, file=progress)))
         if as_json:
             print(json.dumps(shown.model_dump(mode="json"), indent=2, allow_nan=False), file=own)
         else:

@@ -1,24 +1,37 @@
-"""Rows without an experiment: what one would say of them is told by their columns."""
+"""Rows without an experiment: their columns tell the format."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from orchestrator.data.files import read_local
+from orchestrator.data.json_rows import array_within
+from orchestrator.data.opened import read_whole
+from orchestrator.data.row import Row
+from orchestrator.data.turns import in_two_columns
 from orchestrator.errors import DataError
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import override_spec
-from orchestrator.spec.sections import COLUMNS_OF, FILE_KINDS
+from orchestrator.spec.sections import COLUMNS_OF, file_kind
+from orchestrator.spec.template import written_column
+
+_DELIMITERS = (";", "\t", "|")
+"""What stands between the fields of CSV files, beside a comma."""
 
 
 def holds_rows(path: Path) -> bool:
     """Whether this is a file or a folder of rows, and no experiment: JSON with one object may be one."""
-    if path.suffix != ".json" or path.is_dir():
-        return path.is_dir() or path.suffix in FILE_KINDS
+    if path.is_dir() or file_kind(path) != ".json":
+        return path.is_dir() or file_kind(path) is not None
     try:
-        return not isinstance(json.loads(path.read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
+        document = json.loads(read_whole(path))
+    except (OSError, ValueError, RecursionError, DataError):
         return True
+    is_experiment = isinstance(document, dict) and ("base" in document or isinstance(document.get("data"), dict))
+    return not is_experiment or array_within(document) is not None
 
 
 def spec_of_rows(path: Path, overrides: Sequence[str]) -> SweepSpec:
@@ -30,19 +43,49 @@ def spec_of_rows(path: Path, overrides: Sequence[str]) -> SweepSpec:
     """
     data = {"source": str(path.resolve())}
     if not any(override.startswith("data.format=") for override in overrides):
-        data["format"] = _format_of(path)
+        data["format"] = _format_of(path, _delimiter(overrides))
     return override_spec({"base": {"model": "embedded"}, "data": data}, overrides, str(path))
 
 
-def _format_of(path: Path) -> str:
-    row = next(read_local(path), None)
+def _delimiter(overrides: Sequence[str]) -> str | None:
+    """That of the overrides, where it is one: what is wrong with it is told with theirs."""
+    for override in overrides:
+        name, _, text = override.partition("=")
+        if name == "data.delimiter":
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                return None
+            return value if isinstance(value, str) and len(value) == 1 else None
+    return None
+
+
+def _format_of(path: Path, delimiter: str | None) -> str:
+    row = next(read_local(path, delimiter=delimiter), None)
     if row is None:
         raise DataError(f"{path}: holds no row")
+    if in_two_columns(row.values):
+        return "messages"
     for name, columns in COLUMNS_OF.items():
         if row.values.keys() >= set(columns):
             return name
-    template = " ".join(f"{{{column}}}" for column in row.values)
     raise DataError(
-        f"{row.where}: columns {', '.join(map(repr, row.values))} are those of no format",
-        f"Name them in a template: --set data.format=template --set 'data.template=\"{template}\"'.",
+        f"{row.where}: columns {', '.join(map(repr, row.values))} are those of no format", _remedy(path, row)
     )
+
+
+def _remedy(path: Path, row: Row) -> str:
+    """Overrides that read these columns, as they are typed in a shell."""
+    only = next(iter(row.values)) if len(row.values) == 1 else ""
+    if file_kind(path) in (".csv", ".tsv") and (others := [each for each in _DELIMITERS if each in only]):
+        return f"If {others[0]!r} stands between the fields: --set {_quoted('data.delimiter', others[0])}"
+    texts = [name for name, value in row.values.items() if isinstance(value, str | int | float)]
+    fields = [field for field in map(written_column, texts) if field is not None]
+    if not fields:
+        return "Format template reads columns of text with names; give these rows one."
+    template = _quoted("data.template", " ".join(fields))
+    return f"Name them in a template, the completion last: --set data.format=template --set {template}"
+
+
+def _quoted(field: str, value: str) -> str:
+    return shlex.quote(f"{field}={json.dumps(value, ensure_ascii=False)}")

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.files import Row, read_paths
+from orchestrator.data.files import read_paths
+from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
+from orchestrator.data.turns import in_two_columns
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
 from orchestrator.spec.sections import DataSection, Source
@@ -14,40 +16,46 @@ from orchestrator.words import counted
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows as they were read, in two parts."""
+class Mixed:
+    """Rows of all sources, as they were read."""
 
-    train: list[Row]
+    rows: list[Row]
+    """Training rows, and the held-out ones where these are taken from them."""
     held_out: list[Row]
+    """Held-out rows of sources of their own."""
     sources: list[SourceRows]
-    """Of the training rows, and of held-out ones that are taken from these."""
+    """Where `rows` come from."""
 
 
-def split_rows(data: DataSection) -> Split:
-    """Read, mix and split: by the data section alone.
+def read_mixed(data: DataSection) -> Mixed:
+    """Read and mix the sources of a data section.
 
     Raises:
-        DataError: a source cannot be read, or no row is left to train on.
+        DataError: a source cannot be read, or is among the training rows and the held-out ones.
     """
     held_out = data.held_out
     _require_apart(data.sources, held_out.sources)
     rows, sources = _mixed(data.sources, data)
-    if held_out.sources:
-        return Split(rows, _mixed(held_out.sources, data)[0], sources)
-    num_held_out = held_out.count or max(1, round((held_out.share or 0) * len(rows)))
-    if num_held_out >= len(rows):
+    _require_optional(rows, data)
+    return Mixed(rows, _mixed(held_out.sources, data)[0] if held_out.sources else [], sources)
+
+
+def held_out_places(num_rows: int, data: DataSection) -> set[int]:
+    """Which of so many rows are held out, by the data section alone.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
+    held_out = data.held_out
+    num_held_out = held_out.count or max(1, round((held_out.share or 0) * num_rows))
+    if num_held_out >= num_rows:
         raise DataError(
-            f"data.held_out takes {num_held_out} of {counted(len(rows), 'row')}: none is left to train on",
+            f"data.held_out takes {num_held_out} of {counted(num_rows, 'row')}: none is left to train on",
             "Hold fewer out, give more rows, or held-out rows of their own: data.held_out.source.",
         )
-    order = list(range(len(rows)))
+    order = list(range(num_rows))
     random.Random(data.seed).shuffle(order)
-    chosen = set(order[:num_held_out])
-    return Split(
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
-        sources,
-    )
+    return set(order[:num_held_out])
 
 
 def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -58,7 +66,7 @@ def numbers_of(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], list[SourceRows]]:
-    """Rows of all sources. Columns are looked for before rows are counted: who lacks them all has other faults too."""
+    """Rows of all sources. A source without the columns is refused first: its number of rows says nothing."""
     each = [_read(source, data) for source in sources]
     weights = [source.weight for source in sources if source.weight is not None]
     numbers = numbers_of([len(rows) for rows in each], weights) if weights else [len(rows) for rows in each]
@@ -72,11 +80,28 @@ def _mixed(sources: Sequence[Source], data: DataSection) -> tuple[list[Row], lis
 
 
 def _read(source: Source, data: DataSection) -> list[Row]:
-    rows, columns = read_rows(source, data.seed), data.columns
-    for row in rows:
-        for column in columns:
-            row.column(column)
+    """Rows of a source. A column that only some of them lack is a fault of those.
+
+    Raises:
+        DataError: the source cannot be read, or no row has a column that the format needs.
+    """
+    rows = read_rows(source, data.seed)
+    if data.format == "messages" and any(in_two_columns(row.values) for row in rows):
+        return rows
+    for column in data.columns:
+        if not any(column in row.values for row in rows):
+            rows[0].column(column)
     return rows
+
+
+def _require_optional(rows: Sequence[Row], data: DataSection) -> None:
+    """Refuse a template's optional column that no row has: its name is wrong."""
+    missing = data.optional_columns.difference(*(row.values for row in rows))
+    if missing:
+        known = ", ".join(map(repr, rows[0].values))
+        raise DataError(
+            f"data.template: no row has a column {min(missing)!r}; columns: {known}", "Mend its name in the template."
+        )
 
 
 def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:

@@ -2,25 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.encode import IGNORED, Tokens, encode
-from orchestrator.data.files import Row
-from orchestrator.data.mix import split_rows
+from orchestrator.data.bad_rows import RowError, grouped, refusal
+from orchestrator.data.encode import IGNORED, Tokens, encode_all
+from orchestrator.data.mix import held_out_places, read_mixed
 from orchestrator.data.pack import packed
-from orchestrator.data.render import render
+from orchestrator.data.render import Example, render
+from orchestrator.data.row import Row
 from orchestrator.data.stops import RowEnds, StopFinder
+from orchestrator.data.unread import unread
 from orchestrator.errors import DataError
-from orchestrator.record import SourceRows
+from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.files import building_beside
 from orchestrator.spec.sections import BaseSection, DataSection
 
 _MOST_NAMED = 3
+
+_AT_A_TIME = 1000
+"""Rows in one call of the tokenizer."""
+
+Say = Callable[[str], None]
+"""Hears of progress."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class TokenRows:
     sources: list[SourceRows]
     ends: RowEnds
     """How the training rows end."""
+    bad: list[BadRows]
+    """Rows that the format cannot read, and that were left out; they are in neither part."""
+    unread: dict[str, int]
+    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
 
     @property
     def kept(self) -> list[Tokens]:
@@ -79,7 +91,7 @@ class TokenRows:
 
     @property
     def num_shared(self) -> int:
-        """Held-out rows that are training rows too, token for token."""
+        """Held-out rows that are training rows too, token for token, of those that are not dropped."""
         trained = {tuple(row.ids) for row in self.kept}
         return sum(tuple(row.ids) in trained for row in self.kept_held_out)
 
@@ -115,19 +127,38 @@ class PreparedData:
     """Writes conversations instead of the tokenizer's own."""
     stop_tokens: list[int]
     """Ids of the tokens at which an answer is over."""
+    bad_rows: list[BadRows] = field(default_factory=list)
+    """Rows that the format cannot read, and that were left out."""
 
 
-def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
-    """Read, split, tokenise, cut and pack. The split depends on the data section alone, not on the trial.
+def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> TokenRows:
+    """Read, tokenise, split, cut and pack. The split depends on the data section and its good rows, not on the trial.
+
+    Args:
+        data: the section.
+        tokenizer: of the base.
+        say: hears how many rows are tokenised.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
-    split = split_rows(data)
-    train, held_out = ([_tokenised(row, data, tokenizer) for row in rows] for rows in (split.train, split.held_out))
+    say("reading rows")
+    mixed = read_mixed(data)
+    if not mixed.held_out:
+        held_out_places(len(mixed.rows), data)  # a number that cannot be is told before rows are tokenised
+    faults: list[RowError] = []
+    own, apart = (_tokenised(rows, data, tokenizer, faults, say) for rows in (mixed.rows, mixed.held_out))
+    if faults and data.bad_rows == "error":
+        raise refusal(faults, len(mixed.rows) + len(mixed.held_out))
+    if not own or (mixed.held_out and not apart):
+        told = "; ".join(map(str, grouped(faults)))
+        raise DataError(f"data.bad_rows: drop leaves no {'held-out' if own else 'training'} row: {told}")
+    held_out: set[int] = set() if mixed.held_out else held_out_places(len(own), data)
+    train = [row for i, row in enumerate(own) if i not in held_out]
+    apart += [row for i, row in enumerate(own) if i in held_out]
     if data.truncate == "error":
-        _require_short([*train, *held_out], data.max_length)
-    for name, part in (("training", train), ("held-out", held_out)):
+        _require_short([*train, *apart], data.max_length)
+    for name, part in (("training", train), ("held-out", apart)):
         if all(row.kept is None for row in part):
             raise DataError(
                 f"data.max_length={data.max_length} leaves no {name} row a token to learn from: {_lengths(part)}",
@@ -136,7 +167,8 @@ def tokenise(data: DataSection, tokenizer: Any) -> TokenRows:
     kept = [row.kept for row in train if row.kept is not None]
     sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
     ends = StopFinder(tokenizer).ends_of([row.tokens for row in train], data)
-    return TokenRows(train, held_out, sequences, split.sources, ends)
+    nothing_reads = unread([*mixed.rows, *mixed.held_out], data, tokenizer)
+    return TokenRows(train, apart, sequences, mixed.sources, ends, grouped(faults), nothing_reads)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
@@ -166,6 +198,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         num_shared=rows.num_shared,
         num_sequences=None if rows.sequences is None else len(rows.sequences),
         sources=rows.sources,
+        bad_rows=rows.bad,
         chat_template=data.chat_template,
         stop_tokens=rows.ends.stop_tokens,
     )
@@ -194,6 +227,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
         for name in ("fingerprint", "num_train", "num_truncated", "num_dropped", "num_shared", "num_sequences")
     } | {
         "sources": [source.model_dump(mode="json") for source in prepared.sources],
+        "bad_rows": [bad.model_dump(mode="json") for bad in prepared.bad_rows],
         "chat_template": prepared.chat_template,
         "stop_tokens": prepared.stop_tokens,
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
@@ -212,15 +246,39 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
     sources = [SourceRows.model_validate(source) for source in meta.pop("sources")]
+    bad = [BadRows.model_validate(each) for each in meta.pop("bad_rows")]
     train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
-    return PreparedData(train, held_out, prompts, sources=sources, **meta)
+    return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
 
 
-def _tokenised(row: Row, data: DataSection, tokenizer: Any) -> TokenRow:
-    example = render(row, data, tokenizer)
-    tokens = encode(example, tokenizer, data)
-    kept, num_cut = tokens.cut(data.max_length, data.truncate), max(0, len(tokens.ids) - data.max_length)
-    return TokenRow(row.where, tokens, kept, num_cut, example.answer)
+def _tokenised(
+    rows: Sequence[Row], data: DataSection, tokenizer: Any, faults: list[RowError], say: Say
+) -> list[TokenRow]:
+    """Rows that are good, tokenised and cut; the faults of the others are added to `faults`.
+
+    Where bad rows are an error, rows after the first bad one are looked at and not tokenised.
+    """
+    found: list[TokenRow] = []
+    for start in range(0, len(rows), _AT_A_TIME):
+        chunk = rows[start : start + _AT_A_TIME]
+        good: list[tuple[Row, Example]] = []
+        for row in chunk:
+            try:
+                good.append((row, render(row, data, tokenizer)))
+            except RowError as error:
+                faults.append(error)
+        if good and not (faults and data.bad_rows == "error"):
+            encoded = encode_all([example for _, example in good], tokenizer, data)
+            found += [
+                _token_row(row, example, tokens, data) for (row, example), tokens in zip(good, encoded, strict=True)
+            ]
+        say(f"{start + len(chunk):,} of {len(rows):,} rows tokenized")
+    return found
+
+
+def _token_row(row: Row, example: Example, tokens: Tokens, data: DataSection) -> TokenRow:
+    num_cut = max(0, len(tokens.ids) - data.max_length)
+    return TokenRow(row.where, tokens, tokens.cut(data.max_length, data.truncate), num_cut, example.answer)
 
 
 def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:

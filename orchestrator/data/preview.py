@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.prepare import TokenRow, TokenRows, fingerprint, tokenise
+from orchestrator.data.prepare import Say, TokenRow, TokenRows, fingerprint, tokenise
 from orchestrator.data.stops import RowEnds
-from orchestrator.record import SourceRows
+from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.models import Record
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -109,6 +109,10 @@ class DataPreview(Record):
     cut: list[Place]
     dropped: list[Place]
     """Rows of which nothing in the loss is left."""
+    bad: list[BadRows]
+    """Rows that the format cannot read, and that are left out."""
+    unread: dict[str, int]
+    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
     packing: Packing | None
     ends: Ends
     require_stop: bool
@@ -116,19 +120,20 @@ class DataPreview(Record):
     rows: list[ShownRow]
 
 
-def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
+def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lambda _: None) -> DataPreview:
     """Everything a sweep would do with its data, but for keeping it.
 
     Args:
         data: the section.
         base: whose tokenizer reads the rows.
         num_rows: training rows to show, the first; packed ones by their sequences.
+        say: hears of progress.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows = tokenise(data, tokenizer)
+    rows = tokenise(data, tokenizer, say)
     every = [*rows.train, *rows.held_out]
     lengths = sorted(len(row.tokens.ids) for row in every)
     kept = rows.kept
@@ -143,12 +148,14 @@ def preview(data: DataSection, base: BaseSection, num_rows: int) -> DataPreview:
         num_held_out=len(rows.kept_held_out),
         num_shared=rows.num_shared,
         num_tokens=sum(len(row.ids) for row in kept),
-        num_trained=sum(sum(row.trained) for row in kept),
+        num_trained=sum(row.num_trained for row in kept),
         lengths=_bins(lengths),
         median=lengths[len(lengths) // 2],
         longest=lengths[-1],
         cut=[_place(row) for row in every if row.num_cut and row.kept is not None],
         dropped=[_place(row) for row in every if row.kept is None],
+        bad=rows.bad,
+        unread=rows.unread,
         packing=_packing(rows, data.max_length),
         ends=_ends(rows.ends, tokenizer),
         require_stop=data.require_stop,
@@ -192,7 +199,7 @@ def _shown(row: TokenRow, sequence: int | None, tokenizer: Any) -> ShownRow:
         where=row.where,
         sequence=sequence,
         num_tokens=len(ids),
-        num_trained=sum(trained),
+        num_trained=row.kept.num_trained,
         num_cut=row.num_cut,
         ids=ids,
         trained=trained,

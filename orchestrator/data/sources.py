@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from orchestrator.data.files import Row, read_local, without_fillers
+from orchestrator.data.files import read_local
+from orchestrator.data.row import Row, without_fillers
 from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import Source
@@ -19,7 +20,7 @@ def read_rows(source: Source, seed: int = 0) -> list[Row]:
     if source.source == "embedded":
         rows: Iterator[Row] = (Row(dict(each), f"embedded:{i}") for i, each in enumerate(embedded_rows(), start=1))
     elif source.is_local:
-        rows = read_local(Path(source.source), source.split, source.default_split)
+        rows = read_local(Path(source.source), source.split, source.default_split, source.delimiter)
     else:
         rows = _read_hub(source, seed)
     found = list(islice(rows, source.max_rows))

@@ -1,14 +1,12 @@
-"""Conversations: turns with their tools, as a chat template writes them."""
+"""Conversations as rows hold them, read into the form that chat templates take."""
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
-from orchestrator.data.files import Row
-from orchestrator.errors import DataError
+from orchestrator.data.bad_rows import RowError
+from orchestrator.data.row import Row, is_empty
 from orchestrator.spec.sections import DataSection
-from orchestrator.spec.template import marks_answers
 
 _ROLES = {
     "human": "user",
@@ -21,73 +19,183 @@ _ROLES = {
 }
 """ShareGPT's names of who speaks."""
 
+MARKS = ("weight", "loss", "train")
+"""Keys of a turn that say whether it is trained on: 0 or false, 1 or true."""
+
 
 @dataclass(frozen=True)
 class Turns:
     """A conversation, in the form that chat templates take."""
 
     turns: list[dict[str, Any]]
+    marks: list[bool | None]
+    """Whether each turn says that it is trained on, or that it is not; None where it says nothing."""
     tools: list[dict[str, Any]] | None
     """JSON schemas of what the assistant can call."""
 
 
 def read_turns(row: Row, data: DataSection) -> Turns:
-    """The conversation in a row's column `messages` or `conversations`, and its column `tools` where there is one.
+    """The conversation in a row: its turns, with the columns `system` and `tools` where it has them.
+
+    Turns stand in the column `messages` or `conversations`; in rows of format messages also in `prompt` and
+    `completion` (TRL's conversational form). Of these, `loss_on: assistant` trains the completion's turns alone.
 
     Raises:
-        DataError: it is none, or does not end with the assistant's turn; the message names file and line.
+        RowError: it is no conversation, or does not end with the assistant's turn.
     """
-    column = data.columns[0]
-    given = row.column(column)
-    if not isinstance(given, list) or not given or not all(isinstance(turn, dict) for turn in given):
-        raise DataError(f"{row.where}: column {column} must be a list of turns, got {given!r:.80}")
-    read = _of_sharegpt if data.format == "sharegpt" else _of_messages
-    turns = [read(turn, row.where) for turn in given]
+    given, num_prompt = _given(row, data)
+    turns, marks = [], []
+    for each in given:
+        turn = _turn(each, data, row.where)
+        marks.append(_mark(turn, row.where))
+        turns.append(turn)
+    if data.loss_on == "assistant":
+        marks[:num_prompt] = [bool(mark) for mark in marks[:num_prompt]]
     last = turns[-1]
     if last["role"] != "assistant" or not (last["content"].strip() or last.get("tool_calls")):
-        raise DataError(f"{row.where}: the last turn must be the assistant's and not empty")
+        raise RowError(row.where, "the last turn must be the assistant's and not empty")
     if len(turns) == 1:
-        raise DataError(f"{row.where}: the assistant's turn stands alone: nothing asks for it")
-    return Turns(turns, _tools(row))
+        raise RowError(row.where, "the assistant's turn stands alone: nothing asks for it")
+    if num_prompt and data.loss_on == "completion" and len(turns) - num_prompt > 1:
+        raise RowError(
+            row.where,
+            f"column completion has {len(turns) - num_prompt} turns, and loss_on completion learns the last alone",
+            "Set data.loss_on: assistant, which learns all of the assistant's turns in it.",
+            kind="column completion has several turns, and loss_on completion learns the last alone",
+        )
+    if (system := _system(row, turns)) is not None:
+        turns, marks = [system, *turns], [None, *marks]
+    return Turns(turns, marks, _tools(row))
 
 
-def _of_sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    speaker, value = turn.get("from"), turn.get("value")
-    if not isinstance(speaker, str) or not isinstance(value, str):
-        raise DataError(f"{where}: each turn needs a from and a value, both text, got {turn!r:.80}")
-    if speaker not in _ROLES:
-        raise DataError(f"{where}: a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
-    return {"role": _ROLES[speaker], "content": value}
+def in_two_columns(values: dict[str, Any]) -> bool:
+    """Whether a row's turns stand in `prompt` and `completion`, as TRL's conversational rows have them."""
+    return "messages" not in values and all(isinstance(values.get(name), list) for name in ("prompt", "completion"))
 
 
-def _of_messages(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    turn = {name: value for name, value in turn.items() if value is not None}
-    calls = turn.get("tool_calls")
-    if calls and turn.get("role") == "assistant":
-        turn = {"content": "", **turn, "tool_calls": [_call(call, where) for call in _list(calls, "tool_calls", where)]}
-    elif calls:
-        raise DataError(f"{where}: only the assistant has tool_calls, got {turn!r:.80}")
-    else:
-        turn.pop("tool_calls", None)
-    if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-        raise DataError(f"{where}: each turn needs a role and a content, both text, got {turn!r:.80}")
+def _given(row: Row, data: DataSection) -> tuple[list[dict[str, Any]], int]:
+    """A row's turns as they stand in it, and how many of them are TRL's prompt."""
+    column = data.columns[0]
+    if data.format == "messages" and in_two_columns(row.values):
+        prompt = _listed(row, "prompt")
+        return [*prompt, *_listed(row, "completion")], len(prompt)
+    return _listed(row, column), 0
+
+
+def _listed(row: Row, column: str) -> list[dict[str, Any]]:
+    given = row.column(column)
+    if not isinstance(given, list) or not given or not all(isinstance(turn, dict) for turn in given):
+        kind = f"column {column} must be a list of turns"
+        raise RowError(row.where, f"{kind}, got {given!r:.80}", kind=kind)
+    return given
+
+
+def _turn(given: dict[str, Any], data: DataSection, where: str) -> dict[str, Any]:
+    """A turn with `role` and `content`, and whatever other keys it has, which a chat template may read."""
+    turn = {name: value for name, value in given.items() if value is not None}
+    needed = "a role and a content"
+    if data.format == "sharegpt":
+        needed = "a from and a value"
+        for theirs, ours in (("from", "role"), ("value", "content")):
+            if theirs in turn:
+                turn[ours] = turn.pop(theirs)
+    calls = turn.pop("tool_calls", None)
+    if calls:
+        turn = {"content": "", **turn}
+    if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str | list):
+        kind = f"each turn needs {needed}, both text"
+        raise RowError(where, f"{kind}, got {given!r:.80}", kind=kind)
+    turn |= {"role": _role(turn["role"], data, where), "content": _text(turn["content"], where)}
+    if calls and turn["role"] != "assistant":
+        kind = "only the assistant has tool_calls"
+        raise RowError(where, f"{kind}, got {given!r:.80}", kind=kind)
+    if calls:
+        turn["tool_calls"] = [_call(call, where) for call in _list(calls, "tool_calls", where)]
     return turn
+
+
+def _roles(data: DataSection) -> dict[str, str]:
+    """Name of who speaks -> the role, of the names that are known; format messages takes others as they are."""
+    return {**(_ROLES if data.format == "sharegpt" else {}), **data.roles}
+
+
+def _role(speaker: str, data: DataSection, where: str) -> str:
+    known = _roles(data)
+    if data.format == "sharegpt" and speaker not in known:
+        raise RowError(
+            where,
+            f"a turn is from {speaker!r}; known are {', '.join(known)}",
+            f"Say who that is: data.roles: {{{speaker}: assistant}}, or user, system, tool.",
+            kind=f"a turn is from {speaker!r}, who is not known",
+        )
+    return known.get(speaker, speaker)
+
+
+def _text(content: str | list[Any], where: str) -> str:
+    """A turn's content; of one in parts, their texts one after another, as templates that take parts write them."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            named = part.get("type") if isinstance(part, dict) else type(part).__name__
+            kind = f"a turn's content has a part of type {named}"
+            raise RowError(where, f"{kind}; only text is read", kind=kind)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _mark(turn: dict[str, Any], where: str) -> bool | None:
+    """What a turn says of being trained on. Takes the keys that say it out of the turn.
+
+    Raises:
+        RowError: a key says neither yes nor no, or two say different things.
+    """
+    given = {name: turn.pop(name) for name in MARKS if name in turn}
+    for name, value in given.items():
+        if value not in (0, 1):  # false and true are among them
+            kind = f"{name} of a turn must be 0 or 1, or true or false"
+            raise RowError(where, f"{kind}, got {value!r:.40}", kind=kind)
+    said = {bool(value) for value in given.values()}
+    if len(said) > 1:
+        raise RowError(where, f"{' and '.join(given)} of a turn say different things")
+    return said.pop() if said else None
+
+
+def _system(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The turn that the column `system` makes, before the others; None where there is none, or it is there."""
+    text = row.values.get("system")
+    if is_empty(text):
+        return None
+    if not isinstance(text, str):
+        raise RowError(row.where, f"column system must be text, got {type(text).__name__}")
+    if turns[0]["role"] != "system":
+        return {"role": "system", "content": text}
+    if turns[0]["content"].strip() != text.strip():
+        raise RowError(row.where, "column system and the system turn differ; keep one of the two")
+    return None
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     """A call whose arguments are an object: OpenAI writes them as JSON text, templates do so themselves."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}: each of tool_calls needs a function with a name, got {call!r:.80}")
+        kind = "each of tool_calls needs a function with a name"
+        raise RowError(where, f"{kind}, got {call!r:.80}", kind=kind)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise DataError(f"{where}: the arguments of {function['name']} are not JSON: {error}") from error
+            raise _wrong_arguments(where, f"the arguments of {function['name']} are not JSON: {error}") from error
     if not isinstance(arguments, dict):
-        raise DataError(f"{where}: the arguments of {function['name']} must be an object, got {arguments!r:.80}")
+        raise _wrong_arguments(where, f"the arguments of {function['name']} must be an object, got {arguments!r:.80}")
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _wrong_arguments(where: str, fault: str) -> RowError:
+    return RowError(where, fault, kind="the arguments of a call are no JSON object")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
@@ -97,127 +205,13 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise DataError(f"{row.where}: column tools is not JSON: {error}") from error
+            kind = "column tools is not JSON"
+            raise RowError(row.where, f"{kind}: {error}", kind=kind) from error
     return _list(tools, "tools", row.where) if tools else None
 
 
 def _list(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise DataError(f"{where}: {name} must be a list of objects, got {value!r:.80}")
+        kind = f"{name} must be a list of objects"
+        raise RowError(where, f"{kind}, got {value!r:.80}", kind=kind)
     return value
-
-
-class Conversation:
-    """Turns as a tokenizer's chat template writes them."""
-
-    def __init__(self, read: Turns, where: str, tokenizer: Any) -> None:
-        """
-        Args:
-            read: the turns; the last is the assistant's.
-            where: they stand.
-            tokenizer: has a chat template.
-
-        Raises:
-            DataError: the template refuses them, or leaves turns, tools or calls of them out.
-        """
-        self.turns = read.turns
-        self._tools = read.tools
-        self._where = where
-        self._tokenizer = tokenizer
-        self.whole = self._write(self.turns)
-        """All of it."""
-        if self._tools and self._write(self.turns, tools=False) == self.whole:
-            self._refuse("leaves the column tools out; give one that writes tools: data.chat_template")
-        if any("tool_calls" in turn for turn in self.turns) and self._write(_renamed(self.turns)) == self.whole:
-            self._refuse("leaves tool_calls out; give one that writes them: data.chat_template")
-        for place, turn in enumerate(self.turns):
-            if self._leaves_out(place):
-                wrong = f"leaves turn {place + 1} out, of role {turn['role']!r}"
-                self._refuse(f"{wrong}; mend the role, or give one that writes it: data.chat_template")
-
-    @cached_property
-    def prompt_end(self) -> int:
-        """Characters before the last answer, without the space between."""
-        return self._end_of_prompt(len(self.turns) - 1)
-
-    def answers(self) -> list[tuple[int, int]]:
-        """Where in the whole each turn of the assistant stands, first and past the last character.
-
-        By the template's own `{% generation %}` marks where it has them. Else from the end of what asks for a turn to
-        the end of that, each written as a conversation of its own.
-
-        Raises:
-            DataError: these are written otherwise than within the whole.
-        """
-        if marks_answers(self._tokenizer.chat_template):
-            return self._marked()
-        found = []
-        for place, turn in enumerate(self.turns):
-            if turn["role"] != "assistant":
-                continue
-            if place == 0:
-                raise DataError(f"{self._where}: loss_on assistant: nothing asks for the first turn")
-            until = self._write(self.turns[: place + 1])
-            if not self.whole.startswith(until):
-                self._refuse(
-                    f"writes turn {place + 1} otherwise where others follow; loss_on completion needs the last"
-                )
-            found.append((self._end_of_prompt(place), len(until)))
-        return found
-
-    def _leaves_out(self, place: int) -> bool:
-        """Whether a turn is not in the whole, as of a role that the template does not know.
-
-        Its text may be written otherwise, or stand in another turn too: then the whole with another text tells. Of a
-        turn that calls tools some templates (Llama 3.1's) write the calls alone.
-        """
-        turn = self.turns[place]
-        text = turn["content"].strip()
-        if not text or "tool_calls" in turn or (turn["role"] in ("user", "assistant") and text in self.whole):
-            return False
-        reworded = {**turn, "content": f"{turn['content']}-"}
-        return self._write([*self.turns[:place], reworded, *self.turns[place + 1 :]]) == self.whole
-
-    def _end_of_prompt(self, place: int) -> int:
-        prompt = self._write(self.turns[:place], add_generation_prompt=True).rstrip()
-        if not self.whole.startswith(prompt):
-            self._refuse("renders the prompt alone otherwise than with its answer")
-        return len(prompt)
-
-    def _marked(self) -> list[tuple[int, int]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tokenizer = self._tokenizer
-        written, marked = render_jinja_template(
-            [self.turns],
-            tools=self._tools,
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-        if written != [self.whole] or not marked[0]:
-            self._refuse("marks no answer that it writes")
-        # Space before an answer belongs to it, as where there are no marks: a prompt ends before it.
-        return [(len(self.whole[: int(start)].rstrip()), int(end)) for start, end in marked[0]]
-
-    def _write(self, turns: list[dict[str, Any]], tools: bool = True, **options: Any) -> str:
-        from jinja2 import TemplateError
-
-        given = self._tools if tools else None
-        try:
-            return str(self._tokenizer.apply_chat_template(turns, tools=given, tokenize=False, **options))
-        except (TemplateError, TypeError) as error:  # TypeError: it adds what is no text
-            self._refuse(f"refuses this conversation: {error}")
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise DataError(f"{self._where}: the chat template {why}")
-
-
-def _renamed(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same with other names in its calls."""
-    return [
-        {**turn, "tool_calls": [{**call, "function": {**call["function"], "name": "-"}} for call in turn["tool_calls"]]}
-        if "tool_calls" in turn
-        else turn
-        for turn in turns
-    ]

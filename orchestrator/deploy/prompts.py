@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.adapters.generate import answer
-from orchestrator.data.files import Row
+from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.deploy.chat import Chat, PromptForm, Question, Sampling
 from orchestrator.errors import DataError, RequestError

@@ -3,6 +3,7 @@
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
+    BadRows,
     BestPoint,
     MetricPoint,
     RowScores,
@@ -26,6 +27,7 @@ from orchestrator.record.sweep_record import (
 
 __all__ = [
     "OPEN",
+    "BadRows",
     "BestPoint",
     "BudgetSpent",
     "Decision",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.words import counted
 
 
 class Record(BaseModel):
@@ -155,6 +156,20 @@ class SourceRows(Record):
     """Rows of it that are used."""
 
 
+class BadRows(Record):
+    """Rows that the data section's format cannot read, all for one reason."""
+
+    fault: str
+    """What is wrong with each."""
+    num_rows: int
+    first: list[str]
+    """Places of the first, as `file:line`."""
+
+    def __str__(self) -> str:
+        more = f" and {self.num_rows - len(self.first)} more" if self.num_rows > len(self.first) else ""
+        return f"{self.fault}: {counted(self.num_rows, 'row')}: {', '.join(self.first)}{more}"
+
+
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
@@ -179,6 +194,8 @@ class SweepInfo(Record):
     """Sequences that the training rows were packed into; None where each is one by itself."""
     sources: list[SourceRows] = []
     """Where the rows came from."""
+    bad_rows: list[BadRows] = []
+    """Rows that were left out because the format cannot read them (data.bad_rows: drop)."""
     versions: dict[str, str]
     """Package -> version on the driver."""
     git_commit: str | None

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestrator.errors import RequestError
-from orchestrator.record.models import SourceRows, SweepInfo
+from orchestrator.record.models import BadRows, SourceRows, SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
@@ -61,6 +61,7 @@ def describe_sweep(
     num_shared: int,
     num_sequences: int | None,
     sources: list[SourceRows],
+    bad_rows: list[BadRows],
 ) -> SweepInfo:
     """The sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
@@ -76,6 +77,7 @@ def describe_sweep(
         num_shared=num_shared,
         num_sequences=num_sequences,
         sources=sources,
+        bad_rows=bad_rows,
         versions=installed_versions(),
         git_commit=_git_commit(),
     )

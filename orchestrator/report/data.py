@@ -40,6 +40,10 @@ def say_data(console: Console, shown: DataPreview) -> None:
     lines += _named(shown.cut, f"cut ({shown.truncate})")
     lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
     lines += _end_lines(shown)
+    lines += _bad(shown)
+    if shown.unread:
+        named = ", ".join(f"{name} ({counted(number, 'row')})" for name, number in shown.unread.items())
+        lines.append(f"read by neither the format nor a template: {named}")
     if shown.num_shared:
         shared = counted(shown.num_shared, "held-out row is", "held-out rows are")
         lines.append(f"{shared} among the training rows: that loss says little")
@@ -107,6 +111,16 @@ def _end_lines(shown: DataPreview) -> list[str]:
     if shown.require_stop and not ends.num_ended and not ends.num_cut:
         lines.append("such rows are not trained on unless data.require_stop is false")
     return lines
+
+
+def _bad(shown: DataPreview) -> list[str]:
+    if not shown.bad:
+        return []
+    number = sum(bad.num_rows for bad in shown.bad)
+    return [
+        f"{counted(number, 'row is', 'rows are')} left out (data.bad_rows: drop):",
+        *(f"  {bad}" for bad in shown.bad),
+    ]
 
 
 def _named(places: Sequence[Place], what: str) -> list[str]:

@@ -12,7 +12,7 @@ from orchestrator.errors import SpecError
 from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
-from orchestrator.spec.sections import FILE_KINDS, GLOB
+from orchestrator.spec.sections import GLOB, file_kind
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.sweep_spec import SweepSpec
 from orchestrator.spec.template import is_chat_template
@@ -95,7 +95,7 @@ def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SpecError(f"{path}: there is no such experiment file", "Examples lie in experiments/.")
-    if path.suffix in FILE_KINDS and path.suffix != ".json":  # JSON is YAML too
+    if file_kind(path) not in (None, ".json"):  # JSON is YAML too
         raise SpecError(
             f"{path}: holds rows, and is no experiment file",
             f"Name it in one, as data.source; `orchestrator data {path}` shows what a model would see of it.",
@@ -189,7 +189,7 @@ def _anchored(field: str, value: Any, folder: Path) -> Any:
         raise SpecError(f"{field}: {value!r:.80} is a URL", "Give a path on this machine, or a hub id (owner/name).")
     try:
         local = folder / Path(value).expanduser()
-        is_path = value.startswith((".", "~")) or value.endswith(FILE_KINDS) or GLOB.search(value) is not None
+        is_path = value.startswith((".", "~")) or file_kind(value) is not None or GLOB.search(value) is not None
         exists = local.exists()
         if not exists and field != "base.model":
             local = Path(glob.escape(str(folder))) / Path(value).expanduser()

@@ -1,30 +1,142 @@
-"""Templates of rows: which are well-formed, before any row is read."""
+"""Templates of rows: their grammar, and which are well-formed, before any row is read."""
 
 import re
-import string
+from dataclasses import dataclass
 from functools import cache
 
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Around what a chat template lets the assistant say: transformers' own tags."""
 
+# A section's mark that stands alone on its line takes the line with it.
+_FIELD = re.compile(r"\{\{|\}\}|(?:(?<=\n)|^)\{([?/][^{}\n]*)\}\n|\{([^{}\n]*)\}|[{}]")
 
-def template_columns(template: str) -> list[str]:
-    """Columns that a template reads, in order.
+
+@dataclass(frozen=True)
+class Field:
+    """A column that a template reads."""
+
+    column: str
+    is_optional: bool
+    """Whether the column may be empty: written `{column?}`."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Part of a template that stands only where a column is not empty: `{?column}...{/column}`."""
+
+    column: str
+    parts: tuple["str | Field | Block", ...]
+
+
+Parts = tuple[str | Field | Block, ...]
+"""Literal text, columns, and blocks, in their order."""
+
+
+@cache
+def parse_template(template: str) -> Parts:
+    """The parts of a template. The last field at its outermost level is the completion.
+
+    `{column}` names a column, `{column?}` one that may be empty, and `{?column}...{/column}` stands around text that
+    is left out where the column is empty. A literal brace is written twice, as is a question mark that ends a
+    column's name.
 
     Raises:
-        ValueError: the template is malformed, or has no column.
+        ValueError: the template is malformed, has no column, or the completion may be missing.
     """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(
-            f"data.template {template!r}: {error}; a literal brace is written twice: {{{{ or }}}}"
-        ) from None
-    columns = [name for _, name, _, _ in parts if name is not None]
-    plain = all(not form and not conversion for _, _, form, conversion in parts)
-    if not columns or not plain or any(not name.isidentifier() for name in columns):
-        raise ValueError(f"data.template {template!r}: needs {{column}} fields with plain names, got {columns}")
-    return columns
+    fault = f"data.template {template!r}: "
+    stack: list[tuple[str, list[str | Field | Block]]] = [("", [])]
+    at = 0
+    for match in _FIELD.finditer(template):
+        stack[-1][1].append(template[at : match.start()])
+        at = match.end()
+        text = match[0]
+        if text in ("{{", "}}"):
+            stack[-1][1].append(text[0])
+            continue
+        name = match[1] if match[1] is not None else match[2]
+        if name is None:
+            raise ValueError(
+                f"{fault}a single {text!r} at character {match.start() + 1}; a literal brace is written "
+                "twice: {{ or }}"
+            )
+        if name.startswith("?"):
+            stack.append((_named(name[1:], fault), []))
+        elif name.startswith("/"):
+            opened, parts = stack[-1]
+            if len(stack) == 1 or opened != name[1:]:
+                raise ValueError(f"{fault}{{{name}}} ends no block; the last that is open: {opened or 'none'}")
+            stack.pop()
+            stack[-1][1].append(Block(opened, tuple(parts)))
+        else:
+            stack[-1][1].append(_field(name, fault))
+    if len(stack) > 1:
+        raise ValueError(f"{fault}{{?{stack[-1][0]}}} has no end; write {{/{stack[-1][0]}}} after its text")
+    parts = [*stack[0][1], template[at:]]
+    return _checked(tuple(part for part in parts if part != ""), fault)
+
+
+def template_columns(template: str) -> list[str]:
+    """Columns that a template reads and that every row must have, in order.
+
+    Raises:
+        ValueError: the template is malformed.
+    """
+    return [field.column for field in _fields(parse_template(template)) if not field.is_optional]
+
+
+def optional_columns(template: str) -> set[str]:
+    """Columns that a template reads and that may be empty, or missing from a row.
+
+    Raises:
+        ValueError: the template is malformed.
+    """
+    return {field.column for field in _fields(parse_template(template)) if field.is_optional}
+
+
+def written_column(column: str) -> str | None:
+    """The field of a template that reads a column; None where its name cannot be written in one."""
+    if not column or column.startswith(("?", "/")) or re.search(r"[{}\n]", column):
+        return None
+    name = column.rstrip("?")
+    return f"{{{name}{'?' * 2 * (len(column) - len(name))}}}"
+
+
+def _field(name: str, fault: str) -> Field:
+    bare = name.rstrip("?")
+    num_marks = len(name) - len(bare)
+    return Field(_named(bare + "?" * (num_marks // 2), fault), is_optional=num_marks % 2 == 1)
+
+
+def _named(column: str, fault: str) -> str:
+    if not column:
+        raise ValueError(f"{fault}a field has no name; needs {{column}} fields")
+    return column
+
+
+def _checked(parts: Parts, fault: str) -> Parts:
+    """Refuse a template whose completion may be missing."""
+    fields = _fields(parts)
+    if not fields:
+        raise ValueError(f"{fault}needs {{column}} fields, got none")
+    outer = [part for part in parts if isinstance(part, Field | Block)]
+    last = outer[-1]
+    if isinstance(last, Block) or last.is_optional:
+        raise ValueError(f"{fault}{last.column} comes last: that is the completion, which may not be left out")
+    return parts
+
+
+def _fields(parts: Parts) -> list[Field]:
+    """All columns. One that a block asks for may be empty, wherever it stands within the block."""
+    found: list[Field] = []
+    for part in parts:
+        if isinstance(part, Block):
+            found.append(Field(part.column, is_optional=True))
+            found += [
+                Field(field.column, field.is_optional or field.column == part.column) for field in _fields(part.parts)
+            ]
+        elif isinstance(part, Field):
+            found.append(part)
+    return found
 
 
 def is_chat_template(text: str) -> bool:

@@ -39,6 +39,7 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
         num_shared=prepared.num_shared,
         num_sequences=prepared.num_sequences,
         sources=prepared.sources,
+        bad_rows=prepared.bad_rows,
     )
     write_record(building.sweep, info)
     building.root.chmod(0o755)

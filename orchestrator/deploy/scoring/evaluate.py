@@ -12,10 +12,11 @@ from orchestrator.adapters.generate import answer, matches
 from orchestrator.base import device_name, load_tokenizer
 from orchestrator.data import Prompt, load, prepare
 from orchestrator.data.encode import encode
-from orchestrator.data.files import Row
 from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.data.stops import StopFinder
+from orchestrator.data.turns import in_two_columns
 from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
@@ -26,7 +27,7 @@ from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
-from orchestrator.spec.sections import DataSection, EvaluationSection, Source, TrainingSection
+from orchestrator.spec.sections import DataSection, EvaluationSection, Source, TrainingSection, file_kind
 
 TOLERANCE = 5e-4
 """Most that the loss of the form `adapter` may differ from the recorded one without a word."""
@@ -211,7 +212,9 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
     Raises:
         DataError: the file cannot be read, or rows are bad; the message names file and line of each.
     """
-    found = read_rows(Source(source=str(file.resolve()), max_rows=limit))
+    is_csv = file_kind(file) in (".csv", ".tsv")
+    delimiter = subject.config.data.delimiter if subject.config and is_csv else None  # that of the training file
+    found = read_rows(Source(source=str(file.resolve()), max_rows=limit, delimiter=delimiter))
     section = subject.config.data if subject.config else _section(found[0], file)
     tokenizer = load_tokenizer(subject.base, section.chat_template)
     finder = StopFinder(tokenizer)
@@ -287,7 +290,7 @@ def _against_record(subject: Subject, rows: Rows, scores: RowScores) -> list[str
 def _section(row: Row, file: Path) -> DataSection:
     """The format that a row's columns tell."""
     columns = set(row.values)
-    if "messages" in columns:
+    if "messages" in columns or in_two_columns(row.values):
         return DataSection(source=str(file.resolve()), format="messages", loss_on="completion")
     if {"prompt", "completion"} <= columns:
         return DataSection(source=str(file.resolve()), format="prompt", loss_on="completion")

@@ -107,6 +107,8 @@ def _alternatives(node: Node) -> Iterator[str]:
             yield " ".join(["whole number" if kind == "integer" else "number", *_bounds(node)])
         case "string" if "pattern" in node:
             yield f"text like `{node['pattern']}`"
+        case "string" if node.get("maxLength") == 1:
+            yield "one character"
         case "string":
             yield "text (not empty)" if node.get("minLength") else "text"
         case "boolean":

@@ -1,7 +1,16 @@
 """What a person writes, a section a file; one sentence under each field, bounds in its type."""
 
 from orchestrator.spec.sections.base import BaseSection
-from orchestrator.spec.sections.data import COLUMNS_OF, FILE_KINDS, GLOB, DataSection, HeldOut, Source
+from orchestrator.spec.sections.data import (
+    COLUMNS_OF,
+    COMPRESSED,
+    FILE_KINDS,
+    GLOB,
+    DataSection,
+    HeldOut,
+    Source,
+    file_kind,
+)
 from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
 from orchestrator.spec.sections.resources import ResourcesSection
@@ -12,6 +21,7 @@ from orchestrator.spec.sections.trial import TrialConfig
 
 __all__ = [
     "COLUMNS_OF",
+    "COMPRESSED",
     "FILE_KINDS",
     "GLOB",
     "NAME_PATTERN",
@@ -31,4 +41,5 @@ __all__ = [
     "TrainingSection",
     "TrialConfig",
     "WandbSection",
+    "file_kind",
 ]

@@ -9,10 +9,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section, Seed
-from orchestrator.spec.template import check_chat_template, template_columns, writes_no_end
+from orchestrator.spec.template import check_chat_template, optional_columns, template_columns, writes_no_end
 
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-"""Endings of files that rows are read from."""
+FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+"""Endings of files that rows are read from, in lower case."""
+
+COMPRESSED = (".gz", ".bz2", ".xz")
+"""Endings that a file of any kind but Parquet, which is compressed within, may have after its own."""
 
 GLOB = re.compile(r"[*?\[]")
 """What makes a pattern of a path."""
@@ -27,13 +30,22 @@ COLUMNS_OF = {
 """Format -> columns that every row must have; those of format template are in its template."""
 
 Name = Annotated[str, Field(min_length=1)]
+Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
+
+
+def file_kind(path: str | PurePath) -> str | None:
+    """The kind of a file of rows by its ending, in lower case and without compression; None if it is of no kind."""
+    endings = [ending.lower() for ending in PurePath(path).suffixes]
+    is_compressed = bool(endings) and endings[-1] in COMPRESSED
+    kind = (endings[:-1] if is_compressed else endings)[-1:]
+    return kind[0] if kind and kind[0] in FILE_KINDS and not (is_compressed and kind[0] == ".parquet") else None
 
 
 class Source(Section):
     """One place that rows come from."""
 
     source: Name
-    """File (JSONL, JSON, CSV, Parquet), folder, glob, saved data set, hub id, or `embedded`."""
+    """File (JSONL, JSON, CSV, TSV, text, Parquet), folder, glob, saved data set, hub id, or `embedded`."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the rows, against the other weights; each row is used at most once. All have one, or none."""
     config: str | None = None
@@ -44,6 +56,8 @@ class Source(Section):
     """Use only the first rows, or so many that are streamed."""
     stream_buffer: PositiveInt | None = None
     """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    delimiter: Delimiter | None = None
+    """The character between the fields of CSV files; default a comma, and a tab in TSV files."""
     _default_split: str = PrivateAttr("train")
 
     @property
@@ -55,7 +69,7 @@ class Source(Section):
     def has_splits(self) -> bool:
         """Whether it may have several, by its own name: of a file that ends with its kind, or is a pattern."""
         path = PurePath(self.source)
-        is_file = path.suffix in FILE_KINDS or GLOB.search(path.name) is not None
+        is_file = file_kind(path) is not None or GLOB.search(path.name) is not None
         return self.source != "embedded" and not (self.is_local and is_file)
 
     @property
@@ -84,6 +98,11 @@ def _require_fit(source: Source) -> None:
         raise ValueError(f"config belongs to a hub data set, but source is {source.source}")
     if source.split is not None and not source.has_splits:
         raise ValueError(f"split belongs to a hub data set or a saved one, but source is {source.source}")
+    may_be_csv = source.is_local and source.source != "embedded" and file_kind(source.source) in (None, ".csv", ".tsv")
+    if source.delimiter is not None and not may_be_csv:
+        raise ValueError(f"delimiter belongs to CSV files, but source is {source.source}")
+    if source.delimiter in ('"', "\r", "\n"):
+        raise ValueError(f"delimiter {source.delimiter!r} means something else in a CSV file")
     if source.max_rows is not None and source.split is not None and "[" in source.split:
         raise ValueError(f"max_rows beside split {source.split}: that is a slice; write the number of rows into it")
     if source.stream_buffer is not None and source.is_local:
@@ -94,7 +113,7 @@ def _require_fit(source: Source) -> None:
         raise ValueError("stream_buffer needs max_rows: a stream is read so far and no further")
 
 
-_ALONE = ("config", "split", "max_rows", "stream_buffer")
+_ALONE = ("config", "split", "max_rows", "stream_buffer", "delimiter")
 """Fields of a source that stand beside `source`; in a mix each source has its own."""
 
 
@@ -155,6 +174,8 @@ class HeldOut(Section):
     """Use only the first rows of `source`, or so many that are streamed."""
     stream_buffer: PositiveInt | None = None
     """Stream the hub data set in `source`, as data.stream_buffer does."""
+    delimiter: Delimiter | None = None
+    """The character between the fields of the CSV files in `source`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -179,7 +200,7 @@ class DataSection(Section):
     """Where rows come from and how they become tokens. Tokenised once, shared by all trials."""
 
     source: Name | None = None
-    """JSONL, JSON, CSV or Parquet file, folder or glob of them, folder of `save_to_disk`, hub id, or `embedded`."""
+    """JSONL, JSON, CSV, TSV, text or Parquet file, folder or glob of them, saved data set, hub id, or `embedded`."""
     mix: list[Source] = []
     """Several sources, instead of one; with weights, the most rows that have these shares, drawn by `seed`."""
     config: str | None = None
@@ -190,12 +211,19 @@ class DataSection(Section):
     """Use only the first rows, or so many that are streamed."""
     stream_buffer: PositiveInt | None = None
     """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    delimiter: Delimiter | None = None
+    """The character between the fields of CSV files; default a comma, and a tab in TSV files."""
     format: Literal["text", "prompt", "messages", "sharegpt", "alpaca", "template"]
     """Columns: text; prompt, completion; messages, tools; conversations; instruction, input, output; or `template`."""
     template: str | None = None
-    """Text with {column} fields; the completion starts at the last field."""
+    """Text with {column} fields, {column?} where it may be empty, and {?column}...{/column} around what stands only
+    where it is not; the completion starts at the last field."""
     chat_template: str | None = None
     """Jinja file that writes conversations, instead of the tokenizer's own template; its text stands here then."""
+    roles: dict[Name, Name] = {}
+    """Names of who speaks in conversations, and the role that each has: {bot: assistant, person: user}."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """Whether rows that the format cannot read are an error, or are left out and counted."""
     loss_on: Literal["all", "completion", "assistant"] = "all"
     """Which tokens are trained and evaluated on: all, those of the last answer, or of every turn of the assistant."""
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -231,6 +259,11 @@ class DataSection(Section):
         """Those that every row must have."""
         return template_columns(self.template or "") if self.format == "template" else COLUMNS_OF[self.format]
 
+    @property
+    def optional_columns(self) -> set[str]:
+        """Columns of the template that may be empty, or missing from a row."""
+        return optional_columns(self.template) if self.template else set()
+
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         given = [name for name in ("source", "mix") if getattr(self, name)]
@@ -251,6 +284,8 @@ class DataSection(Section):
             template_columns(self.template)
         if self.chat_template is not None and not self.has_turns:
             raise ValueError(f"chat_template writes conversations, but format is {self.format}")
+        if self.roles and not self.has_turns:
+            raise ValueError(f"roles name who speaks in conversations, but format is {self.format}")
         if self.chat_template is not None:
             check_chat_template(self.chat_template)
         if self.format == "text" and self.loss_on != "all":

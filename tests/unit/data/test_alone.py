@@ -1,14 +1,19 @@
 """Rows without an experiment."""
 
+import csv
+import gzip
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.data.alone import holds_rows, spec_of_rows
+from orchestrator.data.preview import preview
 from orchestrator.errors import DataError
-from orchestrator.spec.sections import COLUMNS_OF
+from orchestrator.spec.sections import COLUMNS_OF, BaseSection, DataSection
 
 
 def written(path: Path, *rows: dict[str, Any]) -> Path:
@@ -30,12 +35,53 @@ def test_what_is_given_is_taken(tmp_path: Path) -> None:
     assert (spec.data.format, spec.data.template, spec.base.model) == ("template", "{q} {text}", "owner/name")
 
 
-def test_the_remedy_for_other_columns_works(tmp_path: Path) -> None:
-    file = written(tmp_path / "rows.jsonl", {"q": "a", "a": "b"})
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: columns 'q', 'a' are those of no format") as caught:
-        spec_of_rows(file, [])
-    told = caught.value.remedy.rstrip(".").split("--set ")[1:]
-    assert spec_of_rows(file, [override.strip(" '") for override in told]).data.template == "{q} {a}"
+def followed(file: Path, *given: str) -> DataSection:
+    """The section of a file once the printed remedy is typed into a shell."""
+    with pytest.raises(DataError) as caught:
+        spec_of_rows(file, list(given))
+    words = shlex.split(caught.value.remedy)
+    overrides = [word for before, word in pairwise(words) if before == "--set"]
+    assert overrides
+    return spec_of_rows(file, [*given, *overrides]).data
+
+
+@pytest.mark.parametrize(
+    ("columns", "template"),
+    [
+        (["q", "a"], "{q} {a}"),
+        (["Question Text", 'It\'s "it"'], '{Question Text} {It\'s "it"}'),
+        (["", "Q: text", "$a `b`"], "{Q: text} {$a `b`}"),
+        (["What is it?", "a\\b"], "{What is it??} {a\\b}"),
+    ],
+)
+def test_the_remedy_for_other_columns_works(tmp_path: Path, columns: list[str], template: str) -> None:
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, ["1"] * len(columns), ["2"] * len(columns)])
+    data = followed(tmp_path / "rows.csv")
+    assert data.template == template
+    assert len(preview(data, BaseSection(model="embedded"), 0).lengths) == 1, "and its rows are read"
+
+
+def test_columns_that_are_no_text_are_in_no_remedy(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.jsonl", {"q": "1", "meta": {"a": 1}, "a": "2"})
+    assert followed(file).template == "{q} {a}"
+    with pytest.raises(DataError, match="Format template reads columns of text with names"):
+        spec_of_rows(written(tmp_path / "none.jsonl", {"meta": {"a": 1}}), [])
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "rows.csv"), ("\t", "rows.csv"), ("|", "rows.csv.gz")])
+def test_the_remedy_for_another_delimiter_works(tmp_path: Path, delimiter: str, name: str) -> None:
+    text = f"instruction{delimiter}output\n1{delimiter}2\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    data = followed(tmp_path / name)
+    assert (data.delimiter, data.format) == (delimiter, "alpaca")
+
+
+def test_turns_in_two_columns_are_messages(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "1"}]
+    assert spec_of_rows(written(tmp_path / "rows.jsonl", {"prompt": turn, "completion": turn}), []).data.format == (
+        "messages"
+    )
 
 
 def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
@@ -46,10 +92,11 @@ def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
 def test_what_holds_rows(tmp_path: Path) -> None:
     files = {
         "rows.jsonl": "", "rows.csv": "", "rows.parquet": "", "array.json": "[{}]", "lines.json": "{}\n{}\n",
-        "x.yaml": "base: {}", "x.json": '{"base": {}}',
+        "rows.TXT": "", "rows.tsv": "", "rows.jsonl.gz": "", "object.json": '{"data": [{"a": 1}], "base": "x"}',
+        "one.json": '{"messages": []}', "x.yaml": "base: {}", "x.json": '{"base": {}}', "y.json": '{"data": {"a": 1}}',
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert {name for name in files if not holds_rows(tmp_path / name)} == {"x.yaml", "x.json"}
+    assert {name for name in files if not holds_rows(tmp_path / name)} == {"x.yaml", "x.json", "y.json"}
     assert holds_rows(tmp_path)
     assert not holds_rows(tmp_path / "nope.yaml")

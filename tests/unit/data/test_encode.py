@@ -8,12 +8,13 @@ import pytest
 from tokenizers.processors import ByteLevel
 
 from orchestrator.data import render_prompt
-from orchestrator.data.encode import IGNORED, Tokens, encode
-from orchestrator.data.files import Row
-from orchestrator.data.render import render, template_columns
+from orchestrator.data.encode import IGNORED, Tokens, encode, encode_all
+from orchestrator.data.render import Example, render
+from orchestrator.data.row import Row
 from orchestrator.deploy.chat import Chat, PromptForm
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
+from orchestrator.spec.template import template_columns
 
 TEMPLATE = "<s>[INST] {question} [/INST] {answer} </s>"
 QUESTION, ANSWER = "What is 12 and 45?", "# 57"
@@ -279,3 +280,23 @@ def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION)
     model = SimpleNamespace(device="cpu", generate=generate, generation_config=SimpleNamespace(eos_token_id=2))
     assert list(Chat(model, PromptForm(tokenizer, _section(section))).stream(question, max_new_tokens=1)) in ([], [""])
     return given
+
+
+def test_many_rows_are_encoded_in_one_call_as_each_by_itself(tokenizer: Any) -> None:
+    data = _section({"format": "prompt", "loss_on": "completion"})
+    texts = [("1 2 =", " 3"), ("<s>ä", "\n</s>"), ("a" * 50, "b"), ("", "c")]
+    examples = [Example(prompt, completion, completion) for prompt, completion in texts]
+    calls: list[Any] = []
+
+    class Counting:
+        """A tokenizer that keeps what it is called with."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, given: Any, **options: Any) -> Any:
+            calls.append(given)
+            return tokenizer(given, **options)
+
+    assert encode_all(examples, Counting(), data) == [encode(example, tokenizer, data) for example in examples]
+    assert [len(call) for call in calls if call] == [4], "beside the empty text, which tells of BOS"

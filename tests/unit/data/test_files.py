@@ -1,6 +1,9 @@
 """Every kind of file, folder, glob and saved data set; each row knows its place."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ def _jsonl(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
 
 
+def _jsonl_bytes() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
 def _csv(path: Path) -> None:
     path.write_bytes('\ufeffa,b\r\n"x,\n1",007\r\nä,NA\r\n\r\n,3\r\n'.encode())
 
@@ -34,6 +41,27 @@ KINDS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "one-line.json": (lambda path: _text(path, json.dumps(ROWS)), [":1 row 0", ":1 row 1", ":1 row 2"]),
     "lines.json": (_jsonl, [":1", ":2", ":3"]),
     "rows.csv": (_csv, [":2", ":4", ":6"]),
+    "ROWS.JSONL": (_jsonl, [":1", ":2", ":3"]),
+    "rows.ndjson": (_jsonl, [":1", ":2", ":3"]),
+    "rows.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(_jsonl_bytes())) and None, [":1", ":2", ":3"]),
+    "rows.jsonl.BZ2": (lambda path: path.write_bytes(bz2.compress(_jsonl_bytes())) and None, [":1", ":2", ":3"]),
+    "array.json.xz": (
+        lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())) and None,
+        [":1 row 0", ":1 row 1", ":1 row 2"],
+    ),
+    "object.json": (
+        lambda path: _text(path, json.dumps({"version": "1", "data": ROWS})),
+        [" data[0]", " data[1]", " data[2]"],
+    ),
+    "pretty.json": (
+        lambda path: _text(path, json.dumps({"rows": ROWS, "n": [1]}, indent=1)),
+        [" rows[0]", " rows[1]", " rows[2]"],
+    ),
+    "rows.tsv": (lambda path: _text(path, 'a\tb\n"x,\n1"\t007\nä\tNA\n\t3\n'), [":2", ":4", ":5"]),
+    "rows.csv.gz": (
+        lambda path: path.write_bytes(gzip.compress('a,b\n"x,\n1",007\nä,NA\n,3\n'.encode())) and None,
+        [":2", ":4", ":5"],
+    ),
     "rows.parquet": (lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path), [" row 0", " row 1", " row 2"]),
     "saved": (_saved, [" row 0", " row 1", " row 2"]),
 }
@@ -46,6 +74,47 @@ def test_each_row_is_as_it_was_written_and_knows_its_place(tmp_path: Path, name:
     rows = list(read_local(tmp_path / name, None))
     assert [row.values for row in rows] == ROWS
     assert [row.where for row in rows] == [f"{tmp_path / name}{place}" for place in places]
+
+
+def test_a_line_of_text_is_a_row(tmp_path: Path) -> None:
+    _text(tmp_path / "rows.txt", "\ufeff one \r\n\n \ntwo\n")
+    rows = list(read_local(tmp_path / "rows.txt"))
+    assert [(row.values, row.where) for row in rows] == [
+        ({"text": " one "}, f"{tmp_path / 'rows.txt'}:1"),
+        ({"text": "two"}, f"{tmp_path / 'rows.txt'}:4"),
+    ]
+
+
+def test_text_beside_other_files_of_a_folder_is_no_data(tmp_path: Path) -> None:
+    _text(tmp_path / "README.txt", "read me")
+    assert [file.name for file in data_files(tmp_path)] == ["README.txt"]
+    _jsonl(tmp_path / "rows.jsonl")
+    assert [file.name for file in data_files(tmp_path)] == ["rows.jsonl"]
+
+
+def test_a_delimiter_of_ones_own(tmp_path: Path) -> None:
+    _text(tmp_path / "rows.csv", 'a;b\n"1;2";3,4\n')
+    assert [row.values for row in read_local(tmp_path / "rows.csv", delimiter=";")] == [{"a": "1;2", "b": "3,4"}]
+
+
+def test_one_object_with_turns_is_a_row_and_not_a_list_of_rows(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "1"}], "tools": [{"type": "function"}]}
+    _text(tmp_path / "row.json", json.dumps(row))
+    assert [each.values for each in read_local(tmp_path / "row.json")] == [row]
+    lines = [{"turns": [{"a": 1}]}, {"turns": [{"a": 2}]}]
+    _text(tmp_path / "lines.json", "".join(json.dumps(each) + "\n" for each in lines))
+    assert [each.values for each in read_local(tmp_path / "lines.json")] == lines
+
+
+def test_a_column_twice_in_a_table_is_refused(tmp_path: Path) -> None:
+    table = pa.table([["1"], ["2"]], names=["a", "a"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: column 'a' is given twice"):
+        list(read_local(tmp_path / "rows.parquet"))
+    inner = pa.StructArray.from_arrays([pa.array(["1"]), pa.array(["2"])], names=["b", "b"])
+    pq.write_table(pa.table({"a": inner}), tmp_path / "nested.parquet")
+    with pytest.raises(DataError, match=r"nested\.parquet: is not Parquet: .*duplicate field names"):
+        list(read_local(tmp_path / "nested.parquet"))
 
 
 def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
@@ -119,12 +188,24 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.json", '[{"a": 1}', r"a\.json:1 row 0: is not JSON: the array goes on"),
     ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: after the array stands"),
     ("a.json", '[{"a": 1},\n]', r"a\.json:2: is not JSON: the array ends with a comma"),
-    ("a.json", '{\n "data": [{"a": 1}]\n}', r"a\.json: must be an array of objects, or an object a line"),
+    ("a.json", '{\n "data": [1]\n}', r"a\.json: holds one object, and no list of rows in it\n.*object a line"),
+    ("a.json", '{\n "x": [{"a": 1}], "y": [{"a": 1}]\n}', r"a\.json: holds one object, and no list of rows"),
+    ("a.json", '{\n "a": 1,\n "a": 2\n}', r"a\.json: key 'a' is given twice in one object"),
+    ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 2}}]', r"a\.json:2 row 1: key 'c' is given twice in one object"),
+    ("a.json", '[{"a": 1,}]', r"a\.json:1 row 0: is not JSON: a comma stands before the closing } \(column 1\d\)"),
+    ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: key 'a' is given twice in one object"),
+    ("a.jsonl", '{"a": 1},\n{"a": 2}\n', r"a\.jsonl:1: is not JSON: a comma follows the object; .* \(column 9\)"),
+    ("a.jsonl", '{"a": [1, 2,]}\n', r"a\.jsonl:1: is not JSON: a comma stands before the closing \]"),
+    ("a.jsonl.gz", '{"a": 1}\n', r"a\.jsonl\.gz: is not compressed as its ending says"),
+    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], r"a\.jsonl\.gz: cannot be read: Compressed file ended"),
+    ("a.jsonl.bz2", '{"a": 1}\n', r"a\.jsonl\.bz2: cannot be read: Invalid data stream"),
+    ("a.jsonl.xz", '{"a": 1}\n', r"a\.jsonl\.xz: is not compressed as its ending says"),
+    ("a.parquet.gz", "text", r"a\.parquet\.gz: is of no known kind"),
     ("a.json", '{\n "a": 1\n', r"a\.json:1: is not JSON"),
     (
         "a.json",
         '{\n "a": 1\n}\n{\n "a": 2\n}\n',
-        r"a\.json:1: is not JSON.*\n.*an array of objects, or an object a line",
+        r"a\.json:1: is not JSON.*\n.*is an array of objects, .*or an object a line",
     ),
     ("a.json", '[{"a": 1}]'.encode("utf-16"), r"a\.json:1: is not UTF-8 text\n  Save the file as UTF-8"),
     ("a.json", b'[{"a": 1},\n{"a": "\xe4"}]', r"a\.json:2: is not UTF-8 text"),
@@ -136,7 +217,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"a": 1}\nnull\n', r"a\.jsonl:2: must be a JSON object, got null"),
     ("a.jsonl", '{"a": 1, "b": ["\\ud83d"]}\n', r"a\.jsonl:1: column 'b' holds half a character"),
     ("a.parquet", "no table", r"a\.parquet: is not Parquet"),
-    ("a.txt", "text", r"a\.txt: is of no known kind: \.jsonl, \.json, \.csv, \.parquet"),
+    ("a.md", "text", r"a\.md: is of no known kind: \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.parquet; all but"),
 ]
 
 
@@ -153,7 +234,7 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, content:
         ("nope.csv", "nope.csv: there is no such data file"),
         ("empty", "empty: the folder holds no data file"),
         ("*.csv", r"\*\.csv: no file matches"),
-        ("*", r"\*: matches x.txt, which is of no known kind"),
+        ("*", r"\*: matches x.md, which is of no known kind"),
         ("half", "half: the saved data set cannot be read"),
     ],
 )
@@ -161,7 +242,7 @@ def test_a_path_without_rows(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "state.json").write_text("{}")
-    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.md").write_text("")
     with pytest.raises(DataError, match=message):
         list(read_local(tmp_path / path, None))
 

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare
-from orchestrator.data.mix import numbers_of, split_rows
+from orchestrator.data.mix import held_out_places, numbers_of, read_mixed
 from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection, Source
@@ -37,9 +37,13 @@ def section(**fields: Any) -> DataSection:
 
 
 def texts(data: DataSection) -> tuple[list[str], list[str]]:
-    split = split_rows(data)
-    train, held_out = ([row.values["text"] for row in rows] for rows in (split.train, split.held_out))
-    return train, held_out
+    mixed = read_mixed(data)
+    chosen: set[int] = set() if mixed.held_out else held_out_places(len(mixed.rows), data)
+    found = [row.values["text"] for row in mixed.rows]
+    held_out = [text for i, text in enumerate(found) if i in chosen]
+    return [text for i, text in enumerate(found) if i not in chosen], [
+        *held_out, *(row.values["text"] for row in mixed.held_out)
+    ]  # fmt: skip
 
 
 def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dict[str, str], tmp_path: Path) -> None:
@@ -52,7 +56,7 @@ def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dic
         {"source": sources["a"], "held_out": {"source": str(other)}},
     ):
         with pytest.raises(DataError, match=r"other\.jsonl:1: there is no column 'text'; columns: 'txt'"):
-            split_rows(section(**fields))
+            read_mixed(section(**fields))
 
 
 @pytest.mark.parametrize(
@@ -101,11 +105,11 @@ def test_a_held_out_file_among_the_training_files_is_refused(
     sources: dict[str, str], tmp_path: Path, training: str
 ) -> None:
     with pytest.raises(DataError, match=r"data.held_out: .*b\.jsonl is among the training rows"):
-        split_rows(section(source=str(tmp_path / training), held_out={"source": sources["b"]}))
+        read_mixed(section(source=str(tmp_path / training), held_out={"source": sources["b"]}))
     (tmp_path / "apart").mkdir()
     (tmp_path / "apart" / "link.jsonl").symlink_to(sources["a"])
     with pytest.raises(DataError, match=r"link\.jsonl is among the training rows"):
-        split_rows(section(source=str(tmp_path / "*.jsonl"), held_out={"source": str(tmp_path / "apart")}))
+        read_mixed(section(source=str(tmp_path / "*.jsonl"), held_out={"source": str(tmp_path / "apart")}))
 
 
 @pytest.mark.parametrize("held_out", ["saved", "again/../saved", "link"])
@@ -114,7 +118,7 @@ def test_a_saved_data_set_without_splits_is_not_held_out_of_itself(tmp_path: Pat
     (tmp_path / "again").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "saved")
     with pytest.raises(DataError, match=r"data.held_out: .* is among the training rows"):
-        split_rows(section(source=str(tmp_path / "saved"), held_out={"source": str(tmp_path / held_out)}))
+        read_mixed(section(source=str(tmp_path / "saved"), held_out={"source": str(tmp_path / held_out)}))
 
 
 def test_splits_of_a_saved_data_set_are_apart(tmp_path: Path) -> None:
@@ -126,19 +130,19 @@ def test_splits_of_a_saved_data_set_are_apart(tmp_path: Path) -> None:
     train, held_out = texts(section(source=saved, split="dev", held_out={"source": saved}))
     assert (train[0], held_out[0]) == ("dev 0", "test 0")
     with pytest.raises(DataError, match=r"saved/test is among the training rows"):
-        split_rows(section(source=saved, split="test", held_out={"source": f"{saved}/test"}))
+        read_mixed(section(source=saved, split="test", held_out={"source": f"{saved}/test"}))
 
 
 def test_a_file_that_is_read_twice_is_refused_by_both_names(sources: dict[str, str], tmp_path: Path) -> None:
     twice = [{"source": str(tmp_path / "[ab].jsonl")}, {"source": sources["b"]}]
     both = r": .*/b\.jsonl \(.*/b\.jsonl\) is read already as .*/b\.jsonl \(.*/\[ab\]\.jsonl\)"
     with pytest.raises(DataError, match=f"^data{both}"):
-        split_rows(section(mix=twice))
+        read_mixed(section(mix=twice))
     with pytest.raises(DataError, match=f"^data.held_out{both}"):
-        split_rows(section(source=sources["c"], held_out={"mix": twice}))
+        read_mixed(section(source=sources["c"], held_out={"mix": twice}))
     (tmp_path / "link.jsonl").symlink_to(sources["a"])
     with pytest.raises(DataError, match=r"link\.jsonl .* is read already as .*/a\.jsonl"):
-        split_rows(section(source=str(tmp_path)))
+        read_mixed(section(source=str(tmp_path)))
 
 
 def test_the_same_rows_of_two_sources_are_counted(sources: dict[str, str], tmp_path: Path) -> None:

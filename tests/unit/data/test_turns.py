@@ -7,8 +7,8 @@ import pytest
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data.encode import IGNORED, encode
-from orchestrator.data.files import Row
 from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -150,9 +150,38 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
         turns({"role": "system", "content": "s"}, USER, ANSWER), KNOWN_ROLES, {}, "leaves turn 1 out, of role 'system'"
     ),
     "answer left out": (turns(USER, ANSWER), ONLY_USERS, {}, "leaves turn 2 out, of role 'assistant'"),
-    "content in parts": (
-        turns({"role": "user", "content": [{"type": "text", "text": "1"}]}, ANSWER),
-        CHATML, {}, "needs a role and a content, both text",
+    "content with an image": (
+        turns({"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "1"}]}, ANSWER),
+        CHATML, {}, "a turn's content has a part of type image; only text is read",
+    ),
+    "reasoning left out": (
+        turns(USER, {**ANSWER, "reasoning_content": "3"}), CHATML, {},
+        "the chat template leaves reasoning_content of a turn out",
+    ),
+    "thinking left out": (turns(USER, {**ANSWER, "thinking": "3"}), None, {}, "leaves thinking of a turn out"),
+    "a call of before tools": (
+        turns(USER, {**ANSWER, "function_call": {"name": "f", "arguments": "{}"}}), CHATML, {}, "leaves function_call"
+    ),
+    "half a weight": (turns(USER, {**ANSWER, "weight": 0.5}), CHATML, {}, "weight of a turn must be 0 or 1.*got 0.5"),
+    "loss of text": (turns(USER, {**ANSWER, "loss": "no"}), CHATML, {}, "loss of a turn must be 0 or 1.*got 'no'"),
+    "two marks that differ": (
+        turns(USER, {**ANSWER, "weight": 1, "train": False}), CHATML, {}, "weight and train of a turn say different"
+    ),
+    "nothing to learn of the last": (
+        turns(USER, ANSWER, USER, {**ANSWER, "weight": 0}), CHATML, {"loss_on": "completion"},
+        "the last answer is not trained",
+    ),
+    "nothing to learn of any": (
+        turns(USER, {**ANSWER, "weight": 0}), CHATML, {"loss_on": "assistant"}, "none of the assistant's turns is"
+    ),
+    "a history beside": (turns(USER, ANSWER, history=[["1", "2"]]), CHATML, {}, "column 'history' is not empty, and"),
+    "two systems": (
+        turns({"role": "system", "content": "s"}, USER, ANSWER, system="t"), CHATML, {}, "the system turn differ"
+    ),
+    "a system of objects": (turns(USER, ANSWER, system={"a": 1}), CHATML, {}, "column system must be text"),
+    "a completion of several turns": (
+        {"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}, CHATML, {"loss_on": "completion"},
+        "column completion has 3 turns, and loss_on completion learns the last alone",
     ),
     "tools left out": (CALLING | {"messages": [USER, ANSWER]}, NO_TOOLS, {}, "leaves the column tools out"),
     "calls left out": (turns(*CALLING["messages"]), NO_TOOLS, {}, "leaves tool_calls out"),
@@ -176,6 +205,10 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "sharegpt of an unknown speaker": (
         {"conversations": [{"from": "bing", "value": "1"}]}, CHATML, {"format": "sharegpt"}, "is from 'bing'; known are"
     ),
+    "sharegpt of a speaker who is not in the map": (
+        {"conversations": [{"from": "bing", "value": "1"}]}, CHATML,
+        {"format": "sharegpt", "roles": {"bard": "assistant"}}, "observation, bard",
+    ),
     "sharegpt without a value": (
         {"conversations": [{"from": "human"}]}, CHATML, {"format": "sharegpt"}, "needs a from and a value"
     ),
@@ -197,3 +230,114 @@ def test_a_turn_may_be_written_otherwise() -> None:
     thinking = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
     columns = turns(USER, {"role": "assistant", "content": "<think>1</think>2"}, USER, ANSWER)
     assert encoded(columns, thinking)[1].count("[2]") == 2
+
+
+U, A, EOS = "< | u | > 1 </s>", "< | a | >", "</s>"
+"""In CHATML: what a user says, and how an answer begins."""
+
+
+def trained(columns: dict[str, Any], template: str = CHATML, **section: Any) -> int:
+    return encoded(columns, template, **section)[1].count("[")
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}])
+def test_a_turn_that_says_so_is_not_trained(mark: dict[str, Any]) -> None:
+    columns = turns(USER, {**ANSWER, **mark}, USER, {**ANSWER, "weight": 1})
+    first, last = f"{U} {A} 2 {EOS}", f"{U} {A} [2] [{EOS}]"
+    assert encoded(columns, CHATML, loss_on="assistant")[1] == f"{first} {last}"
+    assert encoded(columns, CHATML, loss_on="completion")[1] == f"{first} {last}"
+    everything = encoded(columns, CHATML)[1].split()
+    is_trained = [token.startswith("[") for token in everything]
+    # 7 tokens of the question and 5 of the answer's head; the answer and its end are out; then all 14.
+    assert is_trained == [True] * 12 + [False] * 2 + [True] * 14
+    of_sharegpt = {
+        "conversations": [
+            {"from": FROM[turn["role"]], "value": turn["content"], **{k: v for k, v in turn.items() if k in mark}}
+            for turn in columns["messages"]
+        ]
+    }
+    assert trained(of_sharegpt, format="sharegpt", loss_on="assistant") == 2
+
+
+def test_a_question_that_says_so_is_not_trained() -> None:
+    columns = turns({**USER, "train": False}, ANSWER, {**USER, "train": False}, ANSWER)
+    question = "< | u | > 1 </s>"
+    answer = "[<] [|] [a] [|] [>] [2] [</s>]"
+    assert encoded(columns, CHATML)[1] == f"{question} {answer} {question} {answer}"
+    nothing = turns(*({**turn, "weight": 0} for turn in (USER, ANSWER)))
+    with pytest.raises(DataError, match="x:1: no turn is trained"):
+        encoded(nothing, CHATML)
+
+
+def test_a_weight_of_a_turn_that_the_template_marks_itself() -> None:
+    columns = turns(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1})
+    tokens = encoded(columns, MARKED, loss_on="assistant")[1]
+    assert tokens == "< | u | > 1 Ċ < | a | > 2 </s> Ċ < | u | > 1 Ċ < | a | > [2] [</s>]"
+
+
+def test_marks_of_a_template_that_are_not_one_an_answer() -> None:
+    """Two marks an answer: which is whose cannot be told, and all are trained."""
+    twice = MARKED.replace(
+        "{{ m['content'] }}{{ eos_token }}", "{{ m['content'] }}{% endgeneration %}-{% generation %}{{ eos_token }}"
+    )
+    columns = turns({**USER, "weight": 0}, ANSWER)
+    assert encoded(columns, twice, loss_on="assistant")[1] == "< | u | > 1 Ċ < | a | > [2] - [</s>]"
+    with pytest.raises(DataError, match="marks 4 answers of 2: which has weight 0 cannot be told"):
+        encoded(turns(USER, {**ANSWER, "weight": 0}, USER, ANSWER), twice, loss_on="assistant")
+
+
+def test_reasoning_that_the_template_writes_is_trained() -> None:
+    thinking = CHATML.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
+    columns = turns(USER, {**ANSWER, "reasoning_content": "3"})
+    assert encoded(columns, thinking, loss_on="completion")[1] == f"{U} {A} [3] [2] [{EOS}]"
+    on_purpose = "{# without reasoning_content #}" + CHATML
+    assert encoded(columns, on_purpose, loss_on="completion")[1] == f"{U} {A} [2] [{EOS}]"
+
+
+def test_a_column_system_is_the_first_turn() -> None:
+    system = "< | s | > 5 </s>"
+    assert encoded(turns(USER, ANSWER, system="5"), CHATML, loss_on="completion")[1] == f"{system} {U} {A} [2] [{EOS}]"
+    pair = {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}], "system": "5"}
+    assert encoded(pair, CHATML, format="sharegpt", loss_on="completion")[1] == f"{system} {U} {A} [2] [{EOS}]"
+    same = turns({"role": "system", "content": "5"}, USER, ANSWER, system="5")
+    assert encoded(same, CHATML)[1].count("s") == encoded(turns(USER, ANSWER, system="5"), CHATML)[1].count("s")
+    assert encoded(turns(USER, ANSWER, system="", history=[]), CHATML) == encoded(turns(USER, ANSWER), CHATML)
+
+
+def test_content_in_parts_is_their_text() -> None:
+    parts = turns(
+        {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+    )
+    plain = turns({"role": "user", "content": "12"}, {"role": "assistant", "content": "3"})
+    assert encoded(parts, CHATML) == encoded(plain, CHATML)
+
+
+def test_who_speaks_is_told_by_the_map_of_roles() -> None:
+    columns = {"conversations": [{"from": "bing", "value": "1"}, {"from": "human", "value": "2"}]}
+    roles = {"bing": "user", "human": "assistant"}
+    assert encoded(columns, CHATML, format="sharegpt", roles=roles, loss_on="completion")[1] == f"{U} {A} [2] [{EOS}]"
+    called = turns({**USER, "role": "person"}, {**ANSWER, "role": "model"})
+    named = {"person": "user", "model": "assistant"}
+    assert encoded(called, CHATML, roles=named) == encoded(turns(USER, ANSWER), CHATML)
+
+
+def test_sharegpt_turns_with_other_keys() -> None:
+    columns = {"conversations": [USER, ANSWER]}
+    assert encoded(columns, CHATML, format="sharegpt") == encoded(turns(USER, ANSWER), CHATML)
+
+
+def test_prompt_and_completion_of_turns() -> None:
+    """TRL's conversational rows: what stands in the prompt is not trained, unless all is."""
+    columns = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
+    head = f"{U} {A} 2 {EOS} {U} {A}"
+    for loss_on in ("completion", "assistant"):
+        assert encoded(columns, CHATML, loss_on=loss_on)[1:3] == (
+            f"{head} [2] [{EOS}]",
+            "<|u|>1</s><|a|>2</s><|u|>1</s><|a|>",
+        )
+    assert trained(columns) == 28
+    several = {"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}
+    assert trained(several, loss_on="assistant") == 4
+    with pytest.raises(DataError, match=r"column 'prompt' is a list of turns.*\n.*data\.format: messages"):
+        encoded(columns, format="prompt")

@@ -9,8 +9,8 @@ import pytest
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data.encode import encode
-from orchestrator.data.files import Row
 from orchestrator.data.render import render
+from orchestrator.data.row import Row
 from orchestrator.deploy.chat import Chat, Conversation, PromptForm, Sampling, open_chat, open_prompt_form, sampling_of
 from orchestrator.deploy.load import load_adapter, load_own_tokenizer
 from orchestrator.deploy.subject import find_subject

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_rows_that_may_not_be_cut_are_named(subject: Subject, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, over data\.max_length=8\n"):
         rows_of_file(subject, file)
     assert len(rows_of_file(subject, file, limit=1).tokens) == 1
+
+
+def test_csv_rows_are_read_with_the_delimiter_of_training(subject: Subject, tmp_path: Path) -> None:
+    assert subject.config is not None
+    data = subject.config.data.model_copy(update={"delimiter": ";"})
+    ours = replace(subject, config=subject.config.model_copy(update={"data": data}))
+    (tmp_path / "rows.csv").write_text("id;text\n1;2, 3\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "2, 3"}\n')
+    found = [rows_of_file(ours, tmp_path / name).tokens for name in ("rows.csv", "rows.jsonl")]
+    assert found[0] == found[1]
 
 
 def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: Subject, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_format_loss_chat_template_truncate_and_packing(
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "template without one": ({"format": "template"}, {}, "format template needs a template"),
     "template of another format": ({"format": "alpaca", **TEMPLATE}, {}, "a template is given, but format is alpaca"),
-    "template malformed": ({"format": "template", "template": "{a"}, {}, "data.template '{a': expected '}'"),
+    "template malformed": ({"format": "template", "template": "{a"}, {}, "'{a': a single '{' at character 1"),
     "template without a column": ({"format": "template", "template": "a"}, {}, "needs {column} fields"),
     "chat template malformed": (
         {"format": "messages", "chat_template": "a\n{% for m in messages %}"}, {}, "chat_template: line 2: "
@@ -67,6 +67,16 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"source": None, "mix": [{"source": "a/b"}, {"source": "a/b", "split": "train"}], "format": "text"}, {},
         "mix: a/b stands in it twice",
     ),
+    "roles of no speakers": ({"format": "text", "roles": {"bot": "assistant"}}, {}, "roles name who speaks in conv"),
+    "delimiter of a hub data set": ({"format": "text", "delimiter": ";"}, {}, "delimiter belongs to CSV files"),
+    "delimiter of JSON": (
+        {"source": "/a.jsonl.gz", "format": "text", "delimiter": ";"}, {}, "delimiter belongs to CSV files"
+    ),
+    "delimiter that is a quote": (
+        {"source": "/a.csv", "format": "text", "delimiter": '"'}, {}, "delimiter '\"' means something else"
+    ),
+    "delimiter of two": ({"source": "/a.csv", "format": "text", "delimiter": ";;"}, {}, "at most 1 character"),
+    "optional completion": ({"format": "template", "template": "{q} {a?}"}, {}, "may not be left out"),
     "stream without an end": ({"stream_buffer": 9, "format": "text"}, {}, "stream_buffer needs max_rows"),
     "stream of a file": (
         {"source": "/a.csv", "stream_buffer": 9, "max_rows": 9, "format": "text"}, {}, "stream_buffer belongs to a hub"

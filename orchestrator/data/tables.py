@@ -1,0 +1,89 @@
+"""Rows of tables and of plain text: CSV, Parquet, saved data sets, lines."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.data.opened import not_text, open_bytes
+from orchestrator.data.row import Row, without_fillers
+from orchestrator.errors import DataError
+from orchestrator.words import counted
+
+
+def read_text(path: Path) -> Iterator[Row]:
+    """Each line that is not blank, as the column `text`."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise not_text(path) from error
+            if text.strip():
+                yield Row({"text": text}, f"{path}:{number}")
+
+
+def read_csv(path: Path, delimiter: str) -> Iterator[Row]:
+    """Values as they are written: all are text. The first row names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    where = f"{path}:1"
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
+        try:
+            columns = next(reader, [])
+            _require_once(columns, where)
+            where = f"{path}:{reader.line_num + 1}"
+            for fields in reader:
+                if fields and len(fields) != len(columns):
+                    has = counted(len(fields), "field")
+                    raise DataError(
+                        f"{where}: has {has}, and the header {len(columns)}: {', '.join(columns)}",
+                        f"A field that holds {delimiter!r} stands in double quotes; data.delimiter names another one.",
+                    )
+                if fields:  # else an empty line
+                    yield Row(dict(zip(columns, fields, strict=True)), where)
+                where = f"{path}:{reader.line_num + 1}"  # a row may have several lines
+        except UnicodeDecodeError as error:
+            raise not_text(path) from error
+        except csv.Error as error:
+            raise DataError(f"{where}: is not CSV: {error}") from error
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, a batch in memory at a time."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            _require_once(file.schema_arrow.names, str(path))
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for values in batch.to_pylist():
+                    yield Row(without_fillers(values), f"{path} row {number}")
+                    number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a nested column twice
+        raise DataError(f"{path}: is not Parquet: {error}") from error
+
+
+def read_saved(path: Path, split: str) -> Iterator[Row]:
+    """Rows of what `save_to_disk` has left; `split` is read of several."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the saved data set cannot be read: {error}") from error
+    name = str(path)
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{path}: has no split {split!r}; splits: {', '.join(dataset)}")
+        dataset, name = dataset[split], f"{path}[{split}]"
+    for number, values in enumerate(dataset):
+        yield Row(without_fillers(values), f"{name} row {number}")
+
+
+def _require_once(columns: list[str], where: str) -> None:
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise DataError(f"{where}: column {twice[0]!r} is given twice", "Rename one of the two, or take it out.")

@@ -1,0 +1,44 @@
+"""Lines that all verbs share."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestrator.cli import frame
+from orchestrator.cli.frame import now_and_then, say_rows
+from orchestrator.record import BadRows, SweepRecord, read_sweep, write_record
+from tests.unit.conftest import MakeSweep
+
+
+def test_rows_are_counted_against_all_that_there_are(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    """Of 20 rows 4 are bad, 11 of the rest are too long, 5 of these have nothing left: 9 train, 2 are held out."""
+    paths = make_sweep(tmp_path / "s", {})
+    info = read_sweep(paths.root).info.model_copy(
+        update={
+            "num_train": 9, "num_held_out": 2, "num_truncated": 11, "num_dropped": 5, "num_shared": 1,
+            "bad_rows": [BadRows(fault="column 'a' is empty", num_rows=4, first=["x:1", "x:2", "x:3"])],
+        }
+    )  # fmt: skip
+    write_record(paths.sweep, info)
+    record: SweepRecord = read_sweep(paths.root)
+    out = StringIO()
+    say_rows(Console(file=out, width=80), record)
+    assert out.getvalue().splitlines() == [
+        "note: 4 of 20 rows cannot be read by the format, and were left out",
+        "  column 'a' is empty: 4 rows: x:1, x:2, x:3 and 1 more",
+        "note: 11 of 16 rows were cut to data.max_length=512 tokens (right)",
+        "note: 5 of 16 rows had no token to learn from after the cut, and were left out",
+        "note: 1 of 2 held-out rows are training rows too: their loss says little",
+    ]
+
+
+def test_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.9, 2.1, 3.0, 4.2])
+    monkeypatch.setattr(frame.time, "monotonic", lambda: next(times))
+    told: list[str] = []
+    say = now_and_then(told.append)
+    for line in "abcde":
+        say(line)
+    assert told == ["c", "e"]
