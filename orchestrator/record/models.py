@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
 
 
@@ -133,6 +134,8 @@ class TrialResult(Record):
     """Hash of the tokens trained and evaluated on."""
     error: str | None = None
     """Why the trial failed."""
+    failure: FailureCause | None = None
+    """Kind of that failure: of the trial's own values, which searchers learn from, or of the machines around it."""
     warnings: list[str] = []
     """What went wrong without stopping the trial, such as a tracker that failed."""
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -168,24 +168,44 @@ class SearchSection(Section):
     @property
     def total_trials(self) -> int:
         """Number of trials the sweep will have, at most; one where nothing is searched."""
-        if not self.space:
-            return 1
-        if self.algorithm != "grid":
-            return self.num_trials or 10
-        if any(axis.when for axis in self.space.values()):
-            return len(self.grid())
-        return math.prod(len(axis.values) for axis in self.space.values())
+        if self.algorithm == "grid" or not self.space:
+            return int(self.num_points)
+        return self.num_trials or int(min(10, self.num_points))
+
+    @property
+    def num_points(self) -> float:
+        """Number of different points in the space; infinity where an axis is a range of real numbers."""
+        return math.prod(self._num_points_at(path) for path, axis in self.space.items() if axis.when is None)
+
+    def _num_points_at(self, path: str) -> float:
+        """Number of different values of a field, together with the fields that exist only with some of them."""
+        values = self.space[path].all_values()
+        if values is None:
+            return math.inf
+        children = [(name, axis.when[path]) for name, axis in self.space.items() if axis.when and path in axis.when]
+        if not children or not self.space[path].is_discrete:
+            return len(values)
+        return sum(
+            math.prod(self._num_points_at(name) for name, with_values in children if _holds(with_values, value))
+            for value in values
+        )
 
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
         """Which end of the metric is better."""
         return self.mode or ("min" if self.metric == "eval/loss" else "max")
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination of listed values, each once: values of a field that does not exist make no difference."""
-        combined = itertools.product(*(axis.values for axis in self.space.values()))
-        points = [self.active(dict(zip(self.space, values, strict=True))) for values in combined]
-        return list({repr(point): point for point in points}.values())
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every point of a space without ranges of real numbers, each once.
+
+        Combinations that differ only in fields that do not exist there are the same point.
+        """
+        seen = set()
+        for values in itertools.product(*(axis.all_values() or () for axis in self.space.values())):
+            point = self.active(dict(zip(self.space, values, strict=True)))
+            if repr(point) not in seen:
+                seen.add(repr(point))
+                yield point
 
     def active(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a point that exist there."""
@@ -214,10 +234,13 @@ class SearchSection(Section):
         if when is None:
             return True
         ((parent, values),) = when.items()
-        return (
-            parent in point and repr(point[parent]) in [repr(value) for value in values] and self._exists(parent, point)
-        )
+        return parent in point and _holds(values, point[parent]) and self._exists(parent, point)
 
     def _when(self, path: str) -> str:
         when = self.space[path].when or {}
         return " and ".join(f"{parent} is {' or '.join(map(str, values))}" for parent, values in when.items())
+
+
+def _holds(values: list[Any], wanted: Any) -> bool:
+    """Whether a value is in a list; True is not 1."""
+    return repr(wanted) in [repr(value) for value in values]

@@ -10,8 +10,9 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
+from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, Population
-from orchestrator.sweep.brackets import UNIT
+from orchestrator.sweep.brackets import UNIT, Bohb
 from orchestrator.sweep.memory import freeze, thaw
 from orchestrator.sweep.population import Cloning
 from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
@@ -141,9 +142,26 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
         if trial.status == Trial.ERROR:
             return
+        self._report_failure(controller, trial)
         self._ends(trial)
         if self._over is None:
             self._inner.on_trial_error(controller, trial)
+
+    def _report_failure(self, controller: Any, trial: Any) -> None:
+        """Let the searcher learn from a trial that failed by its own values, such as a rate at which it diverged.
+
+        A failure of the machines says nothing about the values, and Tune's own report leaves such a trial out.
+        """
+        paths = paths_of(trial)
+        if self._spec.search.algorithm not in MODEL_BASED or not paths.result.is_file():
+            return
+        if read_result(paths).failure in (None, "infrastructure"):
+            return
+        searcher = controller.search_alg.searcher
+        if isinstance(self._inner, Bohb):
+            searcher.report_failure(trial.trial_id, self._inner.next_rung(trial))
+        else:
+            searcher.report_failure(trial.trial_id)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """See Tune."""

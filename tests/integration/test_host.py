@@ -131,9 +131,8 @@ HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.
 
 @pytest.fixture(scope="module")
 def hosted_spec() -> SweepSpec:
-    return load_spec(
-        DEMO, [*COMMON, *HOSTED, "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"]
-    )
+    space = "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"
+    return load_spec(DEMO, [*COMMON, *HOSTED, space, "search.num_trials=4"])
 
 
 @pytest.fixture

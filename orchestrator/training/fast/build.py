@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import TooLargeError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast import ahead
@@ -204,7 +204,7 @@ def engine_for(
         too_large: has run out of memory in spite of the probe: what is chosen takes less.
 
     Raises:
-        TrialError: they do not fit, whatever is given up.
+        TooLargeError: they do not fit, whatever is given up.
     """
     kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
     compute = getattr(torch, configs[0].base.compute_dtype)
@@ -237,7 +237,7 @@ def engine_for(
                 return engine, MemoryPlan(choice, predicted(choice), engine.peak_bytes)
             release(base)
     held = f"{budget / GIB:.1f} GiB of GPU memory" if on_gpu else "this machine's memory"
-    raise TrialError(
+    raise TooLargeError(
         f"{num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
         "Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).",
     )

@@ -186,12 +186,12 @@ def test_a_fault_from_outside(start: TrialResult, paths: TrialPaths, told: list[
 
 
 def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths) -> None:
-    failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None)
+    failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None, cause="diverged")
     remote = trial(start, paths, Workers([begun(), evaluated(paths, 2), failed]))
     remote.next()
     with pytest.raises(TrialError, match="at step 3"):
         remote.next()
-    assert read_result(paths).state == TrialState.FAILED
+    assert (read_result(paths).state, read_result(paths).failure) == (TrialState.FAILED, "diverged")
 
 
 def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:
