@@ -177,7 +177,7 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
 def test_trials_are_counted_by_what_the_sweep_will_have(
     tmp_path: Path, make_sweep: MakeSweep, document: dict[str, Any]
 ) -> None:
-    search = {"num_trials": 5, "space": {"lora.rank": {"choice": [4, 8]}}}
+    search = {"num_trials": 5, "space": {"lora.rank": {"randint": [4, 9]}}}
     record = read_sweep(make_sweep(tmp_path / "s", {}, **search).root)
     assert record.info.num_trials == 5
     assert record.info.model_copy(update={"is_single_trial": True}).num_trials == 1

@@ -200,3 +200,45 @@ def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
     assert searcher.next_trial() is None
     searcher.on_trial_complete("a")
     assert searcher.is_finished()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+    """Low ranks are better, so that a model comes back to the same points; in the end all 27 were drawn."""
+    space = {
+        "lora.rank": {"choice": [4, 8, 16]},
+        "lora.dropout": {"quniform": [0.0, 0.2, 0.1]},
+        "training.optimizer": {"choice": ["adamw_torch", "sgd"]},
+        "training.weight_decay": {"choice": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}},
+    }
+    startup = {} if algorithm == "random" else {"startup_trials": 5}
+    first = [{"lora.rank": 8, "lora.dropout": 0.1, "training.optimizer": "sgd"}]
+    spec = make(algorithm, space, num_trials=27, first=first, **startup)
+    assert spec.search.num_points == 27
+    points = searched(spec, 27, lambda point: point["lora.rank"])
+    assert points[0] == first[0]
+    assert sorted(repr(sorted(each.items())) for each in points) == sorted(
+        repr(sorted(each.items())) for each in spec.search.points()
+    )
+
+
+@pytest.mark.parametrize("algorithm", TAUGHT)
+def test_points_of_before_a_resume_are_not_drawn_again(
+    algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
+) -> None:
+    spec = make(algorithm, {"lora.rank": {"choice": [1, 2, 3, 4, 5, 6]}}, num_trials=6, startup_trials=2)
+    before, after = make_searcher(spec, at_once=9), make_searcher(spec, at_once=9)
+    first = [before.suggest(f"a{i}")["lora.rank"] for i in range(3)]
+    before.save(str(tmp_path / "state"))
+    after.restore(str(tmp_path / "state"))
+    rest = [after.suggest(f"b{i}")["lora.rank"] for i in range(3)]
+    assert sorted(first + rest) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> None:
+    search = {"space": {"training.learning_rate": {"choice": [1e-4, 1e-3, 1e-2]}}, "num_trials": 5}
+    training = {"steps": 9, "eval_steps": 3}
+    spec = parse_spec(document | {"search": search, "training": training, "scheduler": {"kind": "pbt"}})
+    rates = [point["training.learning_rate"] for point in searched(spec, 5)]
+    assert set(rates[:3]) == {1e-4, 1e-3, 1e-2}
+    assert set(rates[3:]) <= set(rates[:3])
