@@ -26,7 +26,7 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError, SpecError
+from orchestrator.errors import Interrupted, RequestError, SpecError, TrialsFailedError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
 from orchestrator.words import counted
@@ -126,7 +126,7 @@ def sweep(
     from orchestrator.record.start import choose_folder
 
     spec = load_spec(file, [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])])
-    _sweep(spec, choose_folder(spec, file.name, name, output), address)
+    _require_no_failures(_sweep(spec, choose_folder(spec, file.name, name, output), address))
 
 
 @app.command(epilog="Example: orchestrator resume runs/demo")
@@ -150,6 +150,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
         show_best(console, record)
+    _require_no_failures(record)
 
 
 @app.command(epilog="Example: orchestrator status runs/demo --json")
@@ -173,14 +174,13 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
             }
         )
         return
-    from orchestrator.report.tables import trials_table
+    from orchestrator.report.tables import say_failures, trials_table
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
     if over:
         console.print(str(over), highlight=False)
-    for failed in (trial for trial in trials if trial.error):
-        console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
+    say_failures(console, trials)
 
 
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
@@ -217,6 +217,7 @@ def demo(
     with _screen(paths.root) as console:
         show_side_by_side(console, Sweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
+    _require_no_failures(record)
 
 
 def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepRecord":
@@ -234,9 +235,28 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
 
 
 def _show_trials(console: "Console", record: "SweepRecord") -> None:
-    from orchestrator.report.tables import trials_table
+    """Print all trials, then those that failed with their reasons."""
+    from orchestrator.report.tables import say_failures, trials_table
 
     console.print(trials_table(record.trials()))
+    say_failures(console, record.trials())
+
+
+def _require_no_failures(record: "SweepRecord") -> None:
+    """Let the command end with the exit code of a sweep that has a best adapter, but in which trials failed.
+
+    Raises:
+        TrialsFailedError: a trial of the sweep has failed.
+    """
+    from orchestrator.record import TrialState
+
+    trials = record.trials()
+    num_failed = sum(trial.state == TrialState.FAILED for trial in trials)
+    if num_failed:
+        raise TrialsFailedError(
+            f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter is one of the others'",
+            f"The reasons: orchestrator status {record.paths.root}",
+        )
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class SearchSection(Section):
     metric: str = "eval/loss"
     """What trials are compared by, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
-    """Which end is better; default min for eval/loss, max for the others."""
+    """Which end is better: min for eval/loss, max for the others. It follows from metric; another one is refused."""
     seed: Seed = 0
     """Seed of the searcher, and of what PBT and PB2 draw. `--seed` overrides it."""
 
@@ -74,6 +74,16 @@ class SearchSection(Section):
                 "is best by it. The Pareto set of a sweep that has ended: orchestrator best SWEEP --metric A --metric B"
             )
         return written
+
+    @model_validator(mode="after")
+    def _mode_is_the_better_end(self) -> Self:
+        if self.mode not in (None, self.resolved_mode):
+            end = "highest" if self.mode == "max" else "lowest"
+            raise ValueError(
+                f"mode {self.mode} would choose the trial with the {end} {self.metric}, which is the worst one; "
+                f"leave it out, or write mode: {self.resolved_mode}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _algorithm_fits_axes(self) -> Self:
@@ -193,7 +203,7 @@ class SearchSection(Section):
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
         """Which end of the metric is better."""
-        return self.mode or ("min" if self.metric == "eval/loss" else "max")
+        return "min" if self.metric == "eval/loss" else "max"
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Every point of a space without ranges of real numbers, each once.

@@ -85,19 +85,19 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, make_sweep: MakeSweep) ->
     assert read_sweep(record.paths.root) == record
 
 
-@pytest.mark.parametrize(("mode", "order"), [("min", "cab"), ("max", "bac")])
-def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, mode: str, order: str) -> None:
+@pytest.mark.parametrize(("metric", "order"), [("eval/loss", "cab"), ("eval/token_accuracy", "bac")])
+def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, metric: str, order: str) -> None:
     trials = {"n": ("RUNNING", None), "a": ("STOPPED", 0.5), "b": ("COMPLETE", 0.75), "c": ("RUNNING", -0.25)}
-    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     assert [trial.trial_id for trial in record.trials()] == [*order, "n"]
 
 
-@pytest.mark.parametrize(("mode", "winner"), [("min", "complete"), ("max", "stopped")])
+@pytest.mark.parametrize(("metric", "winner"), [("eval/loss", "complete"), ("eval/token_accuracy", "stopped")])
 def test_the_best_is_chosen_among_what_has_ended_well(
-    tmp_path: Path, make_sweep: MakeSweep, mode: str, winner: str
+    tmp_path: Path, make_sweep: MakeSweep, metric: str, winner: str
 ) -> None:
     trials = EVERY_STATE | {"failed high": ("FAILED", 0.9), "running high": ("RUNNING", 0.8)}
-    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     best = Sweep(record).best()
     assert best.trial.trial_id == winner
     assert best.choice.num_compared == 2

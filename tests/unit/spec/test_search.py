@@ -233,8 +233,8 @@ def test_number_of_trials(document: Document, search: dict[str, Any], total: int
         ("eval/loss", None, "min"),
         ("eval/token_accuracy", None, "max"),
         ("eval/exact_match", None, "max"),
-        ("eval/loss", "max", "max"),
-        ("eval/token_accuracy", "min", "min"),
+        ("eval/loss", "min", "min"),
+        ("eval/token_accuracy", "max", "max"),
     ],
 )
 def test_which_end_is_better(document: Document, metric: str, mode: str | None, resolved: str) -> None:
@@ -439,3 +439,17 @@ def test_equal_values_in_a_list_are_refused(
     algorithm = "grid" if kind == "grid" else "random"
     with pytest.raises(SpecError, match=f"search.space.{path}: {told} leave one out"):
         _spec(document, algorithm=algorithm, space={path: {kind: values}})
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "told"),
+    [
+        ("eval/loss", "max", "mode max would choose the trial with the highest eval/loss, which is the worst one"),
+        ("eval/token_accuracy", "min", "mode min would choose the trial with the lowest eval/token_accuracy"),
+    ],
+)
+def test_a_mode_that_would_choose_the_worst_trial_is_refused(
+    document: Document, metric: str, mode: str, told: str
+) -> None:
+    with pytest.raises(SpecError, match=told):
+        _spec(document, metric=metric, mode=mode)
