@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -271,7 +271,8 @@ def _screen(root: Path) -> Iterator["Console"]:
                 yield console_on(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
-                with (root / "driver.log").open("ab") as kept:
+                # A folder that cannot be written is an error of the command itself, which this must not hide.
+                with suppress(OSError), (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
 
 

@@ -25,7 +25,7 @@ class Budget(Section):
     """What all trials together may spend. Once it is spent none is started, and each ends at its next evaluation."""
 
     wall_clock_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours from the first trial on, those of interruptions not counted."""
+    """Hours from the first step of a trial on; interruptions, and the loading of workers, do not count."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of GPUs that trials hold; of trials that share one, each has its share."""
     tokens: PositiveInt | None = None

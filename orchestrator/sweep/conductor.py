@@ -48,6 +48,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._holds = self._takes_turns and not isinstance(scheduler, BohbScheduler)
         self._inner = make_scheduler(self._spec)
         self._spending = Spending(self._spec.search.budget)
+        record.paths.first_step.unlink(missing_ok=True)
         self._steps: dict[str, int] = {}
         self._held: set[str] = set()
         self._waiting: set[str] = set()
@@ -88,7 +89,6 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 controller._set_trial_status(trial, Trial.PAUSED)
             return
         self._trials[trial.trial_id] = trial
-        self._spending.start()
         if trial.trial_id in self._to_come:
             self._to_come.discard(trial.trial_id)
             if not self._to_come:
@@ -205,7 +205,6 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
         keep_decisions(self._record.paths, self._num_decisions)
-        self._spending.start()
 
     def _put_in_its_place(self, trial: Any) -> None:
         """Have a trial that Tune's controller is about to take wait for the others, for a slot, or for nothing.
@@ -272,6 +271,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _is_over(self, controller: Any) -> BudgetSpent | None:
         """The limit of the budget that is reached; the search is over then."""
+        if self._spending.needs_clock and self._record.paths.first_step.is_file():
+            self._spending.start_clock()
         if self._over is None:
             self._over = self._spending.over()
             if self._over is not None:

@@ -86,7 +86,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     from orchestrator.sweep.keeper import cancel_unknown
 
     spec = record.info.spec
-    workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths)
+    workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
     say(chosen)
     tuner = _make_tuner(record, workers, min(num_slots, spec.resources.max_concurrent or num_slots))
     try:

@@ -10,20 +10,28 @@ _HOUR_S = 3600.0
 
 
 class Spending:
-    """Counted by the trials' records. Pickled with the sweep: what lies between two drivers does not count."""
+    """Counts what trials have spent by their records, and the hours since the first step of a trial.
+
+    It is pickled with the sweep. The time between two drivers, and the time in which workers load, do not count.
+    """
 
     def __init__(self, budget: Budget) -> None:
-        """Nothing is spent yet; the clock stands until `start`."""
+        """Nothing is spent yet; the clock stands until `start_clock`."""
         self._budget = budget
         self._seconds = 0.0
         self._since: float | None = None
         self._gpu_seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
 
-    def start(self) -> None:
-        """The clock runs from now on, if it does not yet."""
+    def start_clock(self) -> None:
+        """Let the clock run from now on, if it does not yet."""
         if self._since is None:
             self._since = time.monotonic()
+
+    @property
+    def needs_clock(self) -> bool:
+        """Whether the budget has a limit of hours and the clock does not run yet."""
+        return self._budget.wall_clock_hours is not None and self._since is None
 
     @property
     def needs_records(self) -> bool:

@@ -23,7 +23,7 @@ def test_a_sweep_with_failed_trials_ends_with_3(
     trials = {name: (state, 0.5 if state == "COMPLETE" else None) for name, state in states.items()}
     paths = make_sweep(tmp_path / "s", trials)
     monkeypatch.setattr("orchestrator.sweep.resume_sweep", lambda *_: None, raising=False)
-    monkeypatch.setattr("orchestrator.cli.train.show_best", lambda console, record: console.print("the best"))
+    monkeypatch.setattr("orchestrator.cli.train.show_best", lambda console, _: console.print("the best"))
     monkeypatch.setattr(sys, "argv", ["orchestrator", "resume", str(paths.root)])
     with pytest.raises(SystemExit) as ended:
         main()
