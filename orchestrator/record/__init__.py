@@ -4,6 +4,7 @@ from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
     BestPoint,
+    ExperimentSource,
     MetricPoint,
     RowScores,
     SourceRows,
@@ -29,6 +30,7 @@ __all__ = [
     "BestPoint",
     "BudgetSpent",
     "Decision",
+    "ExperimentSource",
     "MetricPoint",
     "RowScores",
     "SourceRows",

@@ -157,6 +157,28 @@ class SourceRows(Record):
     """Rows of it that are used."""
 
 
+class ExperimentSource(Record):
+    """The file that a sweep's experiment was read from."""
+
+    file: str
+    """Its absolute path."""
+    overrides: list[str]
+    """Values of `--set`, and `search.seed` of `--seed`."""
+    folder: str
+    """Working directory, from which relative paths in the overrides count."""
+
+
+class SpecChange(Record):
+    """A field of the experiment that `resume` has changed."""
+
+    changed: str
+    """UTC, ISO 8601."""
+    field: str
+    """Dotted name."""
+    before: Any
+    after: Any
+
+
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
@@ -164,6 +186,11 @@ class SweepInfo(Record):
     created: str
     """UTC, ISO 8601."""
     spec: SweepSpec
+    """As it is now, with `changes` applied."""
+    source: ExperimentSource | None = None
+    """None for an experiment that was not read from a file."""
+    changes: list[SpecChange] = []
+    """What was changed by `resume`, oldest first."""
     is_single_trial: bool
     """One trial of the experiment's own values, run without Ray."""
     data_fingerprint: str

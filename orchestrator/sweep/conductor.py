@@ -54,7 +54,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._waiting: set[str] = set()
         self._why: dict[str, str] = {}
         self._num_decisions = 0
-        self._over: BudgetSpent | None = None
+        self._over = record.budget_spent()
         self._stuck_since: float | None = None
         self._trials: dict[str, Any] = {}
         before = None if remembered is None else thaw(remembered, {})
@@ -204,6 +204,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         assert self._kept is not None
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
+        self._spending.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
 
     def _put_in_its_place(self, trial: Any) -> None:
@@ -298,4 +299,4 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._num_decisions += 1
 
 
-_KEPT = ("_inner", "_steps", "_num_decisions", "_over", "_spending")
+_KEPT = ("_inner", "_steps", "_num_decisions", "_spending")

@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.search_generator import SearchGenerator
 
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis, Listed, Real
@@ -43,6 +44,35 @@ def make_searcher(spec: SweepSpec, at_once: int) -> Searcher | SearchAlgorithm:
             return Variants(search, 0 if all_there else at_once)
 
 
+def make_search_algorithm(spec: SweepSpec, at_once: int, is_over: bool) -> SearchAlgorithm:
+    """The searcher as Tune takes it: it draws trials until there are as many as the experiment says now.
+
+    Args:
+        spec: the experiment, which a resume may have given more trials.
+        at_once: trials at a time.
+        is_over: whether the budget is spent: then a restored search draws no further trial.
+    """
+    searcher = make_searcher(spec, at_once)
+    if isinstance(searcher, Variants):
+        searcher.is_over = is_over
+        return searcher
+    return Generator(searcher, spec.search.total_trials, is_over)
+
+
+class Generator(SearchGenerator):  # type: ignore[misc]  # ray is untyped
+    """Makes trials of a searcher's points, as many as there are to be now, whatever was said before a resume."""
+
+    def __init__(self, searcher: Searcher, num_trials: int, is_over: bool) -> None:
+        """`is_over` says whether a restored search draws no further trial."""
+        super().__init__(searcher)
+        self._num_trials = num_trials
+        self._is_over = is_over
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore a state that `get_state` returned."""
+        super().set_state(state | {"total_samples": self._num_trials, "finished": self._is_over})
+
+
 def worst_value(mode: str) -> float:
     """What a searcher is told of a trial that failed by its own values: worse than anything that can be measured.
 
@@ -74,6 +104,8 @@ class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
     def __init__(self, search: SearchSection, at_once: int) -> None:
         """`at_once` is 0 for no limit."""
         super().__init__(random_state=search.seed, max_concurrent=at_once)
+        self.is_over = False
+        """Whether a restored search draws no further trial."""
         self._search = search
         self._drawn = DrawnPoints(search)
         self._points = list(search.points()) if search.algorithm == "grid" else copy.deepcopy(search.first)
@@ -102,8 +134,11 @@ class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
         return self._search.decode(plain_values(drawn))
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore a state that `get_state` returned."""
-        super().set_state(state | {"max_concurrent": self.max_concurrent})
+        """Restore a state that `get_state` returned, with the limit and the number of trials of now."""
+        now = {"max_concurrent": self.max_concurrent, "_search": self._search, "is_over": self.is_over}
+        super().set_state(state | now | {"_finished": self.is_over, "_total_samples": self._search.total_trials})
+        for iterator in self._iterators:
+            iterator.num_samples_left += self._search.total_trials - state["_total_samples"]
 
 
 def _domain(axis: Axis) -> Any:

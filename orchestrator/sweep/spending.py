@@ -17,7 +17,7 @@ class Spending:
 
     def __init__(self, budget: Budget) -> None:
         """Nothing is spent yet; the clock stands until `start_clock`."""
-        self._budget = budget
+        self.budget = budget
         self._seconds = 0.0
         self._since: float | None = None
         self._gpu_seconds: dict[str, float] = {}
@@ -31,12 +31,12 @@ class Spending:
     @property
     def needs_clock(self) -> bool:
         """Whether the budget has a limit of hours and the clock does not run yet."""
-        return self._budget.wall_clock_hours is not None and self._since is None
+        return self.budget.wall_clock_hours is not None and self._since is None
 
     @property
     def needs_records(self) -> bool:
         """Whether `count` makes a difference."""
-        return self._budget.gpu_hours is not None or self._budget.tokens is not None
+        return self.budget.gpu_hours is not None or self.budget.tokens is not None
 
     def count(self, trial: TrialResult) -> None:
         """A trial as its record tells it now."""
@@ -45,7 +45,7 @@ class Spending:
 
     def over(self) -> BudgetSpent | None:
         """The limit that is reached, if one is."""
-        budget = self._budget
+        budget = self.budget
         seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
         if budget.wall_clock_hours is not None and seconds >= budget.wall_clock_hours * _HOUR_S:
             return BudgetSpent(

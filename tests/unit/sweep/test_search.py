@@ -12,7 +12,7 @@ import pytest
 from ray import tune
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.sweep.search import make_searcher, tune_space
+from orchestrator.sweep.search import make_search_algorithm, make_searcher, tune_space
 
 Document = dict[str, Any]
 Point = dict[str, Any]
@@ -242,3 +242,31 @@ def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> 
     rates = [point["training.learning_rate"] for point in searched(spec, 5)]
     assert set(rates[:3]) == {1e-4, 1e-3, 1e-2}
     assert set(rates[3:]) <= set(rates[:3])
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
+    algorithm: str, is_over: bool, make: Callable[..., SweepSpec], tmp_path: Path
+) -> None:
+    tune.register_trainable("idle", lambda _: None)
+    startup = {} if algorithm == "random" else {"startup_trials": 2}
+
+    def drawn(search: Any) -> list[Any]:
+        trials: list[Any] = []
+        while (trial := search.next_trial()) is not None:
+            trials.append(trial.config)
+            search.on_trial_complete(trial.trial_id, {"eval/loss": float(len(trials))})
+        return trials
+
+    spec = make(algorithm, RATE, num_trials=3, **startup)
+    before = make_search_algorithm(spec, 2, is_over=False)
+    before.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 3}})
+    first = drawn(before)
+    before.set_finished()  # as when the budget is spent
+    before.save_to_dir(str(tmp_path), "one")
+    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_over=is_over)
+    after.restore_from_dir(str(tmp_path))
+    rest = drawn(after)
+    assert (len(first), len(rest)) == (3, 0 if is_over else 2)
+    assert not [point for point in rest if point in first]
