@@ -42,7 +42,7 @@ class SearchSection(Section):
     startup_trials: PositiveInt | None = None
     """Trials drawn at random before reports count; default optuna 10 (cmaes 1), hyperopt 20, bohb axes + 1 a rung."""
     num_trials: PositiveInt | None = None
-    """Most trials there will be (default 10); a grid has its own number."""
+    """Most trials there will be; default 10, or as many as the space has points. A grid has its own number."""
     budget: Budget = Budget()
     """Further limits."""
     space: dict[str, Axis] = {}

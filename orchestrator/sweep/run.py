@@ -191,7 +191,8 @@ def _conclude(record: SweepRecord) -> None:
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next((trial for trial in trials if trial.error), None)
         if first is None:
-            raise SweepError("the budget was spent before a trial began", "Give search.budget more, in a new sweep.")
+            more = f"Give it more: orchestrator resume {record.paths.root} --budget LIMIT=V"
+            raise SweepError("the budget was spent before a trial finished", more)
         log = record.paths.trial(first.trial_id).log
         raise SweepError(
             f"all of {counted(len(trials), 'trial')} failed; the first one: {first.error}",
