@@ -183,3 +183,8 @@ def test_trials_are_counted_by_what_the_sweep_will_have(
     assert record.info.model_copy(update={"is_single_trial": True}).num_trials == 1
     assert record.info.spec == parse_spec(document | {"search": search})
     assert SweepRecord(record.paths, record.info).trials() == []
+
+
+def test_an_experiment_file_is_no_sweep() -> None:
+    with pytest.raises(RecordError, match=r"demo.yaml: is an experiment file, and no sweep"):
+        read_sweep("experiments/demo.yaml")
