@@ -49,6 +49,7 @@ class BohbSearch(TuneBOHB):  # type: ignore[misc]  # ray is untyped
         return None if drawn is None else self._search.decode(plain_values(drawn))
 
     def _place(self, point: Point) -> None:
+        """Add a point to those that are drawn before the model's."""
         self._points_to_evaluate = [encode(self._search, point)]
 
     def report_failure(self, trial_id: str, rung: float) -> None:

@@ -1,5 +1,5 @@
-"""The scheduler that Tune asks. One of Tune's own decides; here its decisions are written down, and kept for a resume,
-trials wait for their turn, and the sweep ends when its budget is spent."""
+"""The scheduler that Tune asks. One of Tune's own decides. Here its decisions are recorded and kept for a resume, trials
+wait for their turn, failures are reported to the searcher, and the sweep ends when its budget is spent."""
 
 import time
 from typing import Any, Literal
@@ -24,7 +24,7 @@ _TURNS = (Trial.RUNNING, Trial.PENDING)
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
-    """One of Tune's schedulers, with a memory, a record and a purse.
+    """Wraps one of Tune's schedulers: keeps its state for a resume, records its decisions, and watches the budget.
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's
     would compare those few that have a slot. They are added as PAUSED, and started as slots get free.
@@ -83,7 +83,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return bool(self._inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """See Tune, which adds a trial again when it starts it anew after a fault: it keeps its place."""
+        """Take a new trial, or one that Tune starts anew after a fault, which keeps its place."""
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
                 controller._set_trial_status(trial, Trial.PAUSED)
@@ -139,7 +139,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
+        """Handle a trial that failed for good.
+
+        Tune also calls this for a trial that it starts anew; such a trial has the status ERROR here, and stays.
+        """
         if trial.status == Trial.ERROR:
             return
         self._report_failure(controller, trial)
@@ -200,7 +203,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return str(self._inner.debug_string())
 
     def _remember(self) -> None:
-        """All trials of before are here again: so is what is known of them."""
+        """Restore what was kept of the trials, once all of them are here again."""
         assert self._kept is not None
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
@@ -271,7 +274,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._spending.count(read_trial(paths_of(trial), self._record.info))
 
     def _is_over(self, controller: Any) -> BudgetSpent | None:
-        """The limit of the budget that is reached; the search is over then."""
+        """Return the limit of the budget that is reached, if one is, and end the search then."""
         if self._spending.needs_clock and self._record.paths.first_step.is_file():
             self._spending.start_clock()
         if self._over is None:

@@ -134,7 +134,7 @@ class Fleet:
         ]
 
     def open(self, data: PreparedData, paths: SweepPaths, say: Callable[[str], None]) -> tuple[Workers, int, str]:
-        """Have them load the base.
+        """Let the workers load the base.
 
         Args:
             data: tokenized rows.

@@ -39,7 +39,7 @@ class Spending:
         return self.budget.gpu_hours is not None or self.budget.tokens is not None
 
     def count(self, trial: TrialResult) -> None:
-        """A trial as its record tells it now."""
+        """Count a trial as its record is now."""
         self._gpu_seconds[trial.trial_id] = trial.gpu_seconds
         self._tokens[trial.trial_id] = trial.tokens - trial.adopted_tokens
 

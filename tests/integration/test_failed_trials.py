@@ -1,13 +1,16 @@
 """A real sweep in which trials diverge: what is recorded, said and learned, and how it goes on with more trials."""
 
+import math
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from tiny import DEMO, TINY
 
-from orchestrator.record import TrialState, read_sweep
+from orchestrator.record import SweepPaths, TrialState, read_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -25,6 +28,14 @@ def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+def reported(paths: SweepPaths) -> list[float]:
+    """What optuna was told of each trial, in the order of their draws."""
+    with zipfile.ZipFile(paths.tune_snapshot) as snapshot:
+        (name,) = [name for name in snapshot.namelist() if name.startswith("searcher-state")]
+        study = pickle.loads(snapshot.read(name))["_ot_study"]
+    return [trial.value for trial in study.trials]
+
+
 def test_a_sweep_with_a_diverged_trial_says_so_and_goes_on_with_more_trials(tmp_path: Path) -> None:
     options = [word for each in SETTINGS for word in ("--set", each)]
     done = orchestrator("sweep", str(DEMO), "--name", "s", "--output", str(tmp_path), *options)
@@ -37,6 +48,7 @@ def test_a_sweep_with_a_diverged_trial_says_so_and_goes_on_with_more_trials(tmp_
     line = f"{failed.trial_id} FAILED at step {failed.step} (diverged): {failed.error.splitlines()[0]}; Try a lower"
     assert done.stdout.count(line) == 2, "once when it failed, once at the end"
     assert f"best of 1: {best.trial_id}" in done.stdout
+    assert reported(record.paths) == [math.inf, best.best and best.best.value]
     assert done.stderr.startswith("error: 1 of 2 trials failed; the best adapter is one of the others'")
 
     done = orchestrator("resume", str(tmp_path / "s"), "--trials", "4", "--budget", "tokens=1_000_000")
