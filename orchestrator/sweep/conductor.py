@@ -1,5 +1,8 @@
-"""The scheduler that Tune asks. One of Tune's own decides. Here its decisions are recorded and kept for a resume, trials
-wait for their turn, failures are reported to the searcher, and the sweep ends when its budget is spent."""
+"""The scheduler that Tune asks. One of Tune's own decides.
+
+Here its decisions are recorded and kept for a resume, trials wait for their turn, failures are reported to the searcher,
+and the sweep ends when its budget is spent.
+"""
 
 import time
 from typing import Any, Literal
