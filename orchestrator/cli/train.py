@@ -286,7 +286,7 @@ def _require_no_failures(record: "SweepRecord") -> None:
     num_failed = sum(trial.state == TrialState.FAILED for trial in trials)
     if num_failed:
         raise TrialsFailedError(
-            f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter is one of the others'",
+            f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter comes from the others",
             f"The reasons: orchestrator status {record.paths.root}",
         )
 

@@ -1,7 +1,7 @@
 """The scheduler that Tune asks. One of Tune's own decides.
 
-Here its decisions are recorded and kept for a resume, trials wait for their turn, failures are reported to the searcher,
-and the sweep ends when its budget is spent.
+Here its decisions are recorded and kept for a resume, trials wait for their turn, failures are reported to the
+searcher, and the sweep ends when its budget is spent.
 """
 
 import time

@@ -49,7 +49,7 @@ def test_a_sweep_with_a_diverged_trial_says_so_and_goes_on_with_more_trials(tmp_
     assert done.stdout.count(line) == 2, "once when it failed, once at the end"
     assert f"best of 1: {best.trial_id}" in done.stdout
     assert reported(record.paths) == [math.inf, best.best and best.best.value]
-    assert done.stderr.startswith("error: 1 of 2 trials failed; the best adapter is one of the others'")
+    assert done.stderr.startswith("error: 1 of 2 trials failed; the best adapter comes from the others")
 
     done = orchestrator("resume", str(tmp_path / "s"), "--trials", "4", "--budget", "tokens=1_000_000")
     assert done.returncode == 3, done.stdout + done.stderr

@@ -35,7 +35,7 @@ def test_a_sweep_with_failed_trials_ends_with_3(
     assert "the best" in printed
     if code:
         assert "1 of 2 trials failed:\n  b FAILED at step 0" in printed
-        assert errors.startswith("error: 1 of 2 trials failed; the best adapter is one of the others'\n")
+        assert errors.startswith("error: 1 of 2 trials failed; the best adapter comes from the others\n")
 
 
 def test_resume_says_how_the_experiment_file_has_changed(
