@@ -40,8 +40,8 @@ class Simulation:
         self.conductor = Conductor(self.record, at_once=1)
         self.conductor.set_search_properties("eval/loss", self.record.info.spec.search.resolved_mode)
 
-    def run(self, num_trials: int, failure: FailureCause) -> int:
-        """Run further trials; those that diverge fail for this cause. Returns the number of those."""
+    def run(self, num_trials: int, failure: FailureCause | None) -> int:
+        """Run further trials; those that diverge fail for this cause, or without a result. Returns their number."""
         num_failed = 0
         for _ in range(num_trials):
             name = f"t{len(self.rates)}"
@@ -68,8 +68,8 @@ class Simulation:
         self.searcher.on_trial_complete(trial.trial_id, report)
         trial.set_status(Trial.TERMINATED)
 
-    def _fail(self, trial: Any, failure: FailureCause) -> None:
-        if failure != "infrastructure":  # else the result is written later, by the driver
+    def _fail(self, trial: Any, failure: FailureCause | None) -> None:
+        if failure is not None:  # else the driver writes the result afterwards
             spec, paths = self.record.info.spec, self.record.paths.trial(trial.trial_id)
             paths.root.mkdir(parents=True, exist_ok=True)
             result = TrialResult(
@@ -141,9 +141,10 @@ def test_a_failure_by_the_values_is_worse_than_any_value(
     assert (told.state.name, told.value) == ("COMPLETE", worst)
 
 
-def test_a_failure_of_a_machine_says_nothing_about_the_values(simulate: Search) -> None:
+@pytest.mark.parametrize("cause", ["infrastructure", None])
+def test_a_failure_of_a_machine_says_nothing_about_the_values(cause: FailureCause | None, simulate: Search) -> None:
     search = simulate("optuna", first=[{"training.learning_rate": 10.0}])
-    assert search.run(1, "infrastructure") == 1
+    assert search.run(1, cause) == 1
     (told,) = search.searcher.searcher._ot_study.trials
     assert (told.state.name, told.value) == ("FAIL", None)
 
