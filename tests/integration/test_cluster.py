@@ -182,7 +182,8 @@ def test_a_sweep_says_what_it_waits_for_on_a_busy_cluster(
                     ray.kill(other)
 
         record = run_sweep(tiny(*SHORT, *ONE_EACH), folder, ignore, address=address, say=say)
-    assert said[0] == (
+    waiting = [sentence for sentence in said if sentence.startswith("waiting")]
+    assert waiting[0] == (
         "waiting for the cluster: 0 of 2 workers started; each takes 1 CPU core on one node; free now: 0 of 2 CPU cores"
     )
     assert len(record.finished()) == 4
