@@ -390,17 +390,3 @@ def test_arithmetic_too_large_is_refused_too(document: Document, expression: str
 def test_an_axis_is_finite(document: Document) -> None:
     with pytest.raises(SpecError):
         _spec(document, space={"training.learning_rate": {"uniform": [1e-5, float("inf")]}})
-
-
-@pytest.mark.parametrize(
-    ("metric", "mode", "told"),
-    [
-        ("eval/loss", "max", "mode max would choose the trial with the highest eval/loss, which is the worst one"),
-        ("eval/token_accuracy", "min", "mode min would choose the trial with the lowest eval/token_accuracy"),
-    ],
-)
-def test_a_mode_that_would_choose_the_worst_trial_is_refused(
-    document: Document, metric: str, mode: str, told: str
-) -> None:
-    with pytest.raises(SpecError, match=told):
-        _spec(document, metric=metric, mode=mode)
