@@ -1,10 +1,21 @@
-"""Every error this project raises on purpose: what is wrong, and what to do about it."""
+"""Every error this project raises on purpose: what is wrong, and what to do about it.
+
+Exit codes of the commands: 0 done, 1 failed while running, 2 the request is wrong (nothing was started), 3 the sweep
+has a best adapter but some of its trials failed, 130 interrupted.
+"""
+
+from typing import ClassVar, Literal
+
+FailureCause = Literal["diverged", "out_of_memory", "configuration", "infrastructure"]
+"""Why a trial failed. All but the last are the fault of the trial's own values: the same values would fail again."""
 
 
 class OrchestratorError(Exception):
     """A fault with its cause and its remedy. Picklable, so that it crosses process borders whole."""
 
     exit_code = 1
+    cause: ClassVar[FailureCause] = "infrastructure"
+    """What a trial's record names as the cause when this error ends the trial."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -48,9 +59,29 @@ class ExportError(OrchestratorError):
 class TrialError(OrchestratorError):
     """A trial failed while it ran, for a reason that running it again would meet again."""
 
+    cause: ClassVar[FailureCause] = "configuration"
+
+
+class DivergedError(TrialError):
+    """A loss or a gradient of the trial is NaN or infinite."""
+
+    cause = "diverged"
+
+
+class TooLargeError(TrialError):
+    """The trial does not fit into memory."""
+
+    cause = "out_of_memory"
+
 
 class SweepError(OrchestratorError):
     """A sweep ended without any finished trial. Exit code 1."""
+
+
+class TrialsFailedError(OrchestratorError):
+    """A sweep has a best adapter, but some of its trials failed. Exit code 3."""
+
+    exit_code = 3
 
 
 class Interrupted(OrchestratorError):

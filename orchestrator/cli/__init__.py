@@ -8,7 +8,7 @@ from orchestrator.errors import OrchestratorError
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 130 interrupted."""
+    """Run a command and exit with one of the codes that `orchestrator.errors` lists."""
     try:
         app()  # its own usage errors leave with 2, Ctrl-C with 130
     except OrchestratorError as error:

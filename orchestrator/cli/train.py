@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +27,7 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError, SpecError
+from orchestrator.errors import Interrupted, RequestError, SpecError, TrialsFailedError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
 from orchestrator.words import counted
@@ -35,7 +35,7 @@ from orchestrator.words import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.record import SweepPaths, SweepRecord
+    from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord
 
 
 @app.command(epilog="Example: orchestrator check experiments/demo.yaml --set training.steps=100")
@@ -110,7 +110,7 @@ def data(
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""
     from orchestrator.record import read_sweep
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import choose_folder, source_of
     from orchestrator.report.live import TrialView
 
     spec = load_spec(file, set_ or [])
@@ -119,7 +119,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         from orchestrator.training.local import run_local_trial
 
         with TrialView(console, f"trial in {paths.root}") as view:
-            run_local_trial(spec, paths, view)
+            run_local_trial(spec, paths, view, source_of(file, set_ or []))
         show_best(console, read_sweep(paths.root))
 
 
@@ -133,20 +133,38 @@ def sweep(
     output: Output = None,
 ) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import choose_folder, source_of
 
-    spec = load_spec(file, [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])])
-    _sweep(spec, choose_folder(spec, file.name, name, output), address)
+    overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
+    spec = load_spec(file, overrides)
+    record = _sweep(spec, choose_folder(spec, file.name, name, output), address, source_of(file, overrides))
+    _require_no_failures(record)
 
 
 @app.command(epilog="Example: orchestrator resume runs/demo")
-def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> None:
-    """Go on after the driver died or was interrupted; finished trials do not run again."""
+def resume(
+    sweep: Sweep,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Trials that the sweep is to have in all: more than it has.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, such as gpu_hours=20."),
+    ] = None,
+    address: Address = None,
+    output: Where = "runs",
+) -> None:
+    """Go on after the driver died or was interrupted; finished trials do not run again.
+
+    The recorded experiment is used, even if its file has changed. --trials and --budget change it, and are recorded.
+    """
     from orchestrator.record import read_sweep
+    from orchestrator.record.extend import extend_sweep
     from orchestrator.report.live import SweepView, TrialView
 
-    record = read_sweep(sweep, output)
+    record = extend_sweep(read_sweep(sweep, output), trials, budget or [])
     with _resumable(record.paths.root), _screen(record.paths.root) as console:
+        _say_changed_file(console, record)
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
 
@@ -160,6 +178,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
         show_best(console, record)
+    _require_no_failures(record)
 
 
 @app.command(epilog="Example: orchestrator status runs/demo --json")
@@ -183,14 +202,13 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
             }
         )
         return
-    from orchestrator.report.tables import trials_table
+    from orchestrator.report.tables import say_failures, trials_table
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
     if over:
         console.print(str(over), highlight=False)
-    for failed in (trial for trial in trials if trial.error):
-        console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
+    say_failures(console, trials)
 
 
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
@@ -218,18 +236,19 @@ def demo(
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
     from orchestrator.deploy import Sweep
     from orchestrator.embedded import EXPERIMENT
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import choose_folder, source_of
     from orchestrator.report.demo import show_side_by_side
 
     spec = load_spec(EXPERIMENT, set_ or [])
     paths = choose_folder(spec, "demo", name, output)
-    record = _sweep(spec, paths, None)
+    record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with _screen(paths.root) as console:
         show_side_by_side(console, Sweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
+    _require_no_failures(record)
 
 
-def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepRecord":
+def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "ExperimentSource") -> "SweepRecord":
     from orchestrator.report.live import SweepView
 
     with _resumable(paths.root), _screen(paths.root) as console:
@@ -237,16 +256,49 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None) -> "SweepR
 
         total = spec.search.total_trials
         with SweepView(console, total, f"sweep of {counted(total, 'trial')} in {paths.root}") as view:
-            record = run_sweep(spec, paths, view.update, address, view.say)
+            record = run_sweep(spec, paths, view.update, address, view.say, source)
         _show_trials(console, record)
         show_best(console, record)
     return record
 
 
+def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
+    """Say how the experiment file differs from the recorded experiment, which is the one that goes on."""
+    from orchestrator.record.extend import changed_since
+
+    if record.info.source is None or not (changes := changed_since(record.info)):
+        return
+    lines = [
+        f"note: {record.info.source.file} has changed since; the sweep goes on as it was recorded:",
+        *(f"  {change}" for change in changes),
+        "  (--trials N and --budget LIMIT=V change a sweep; for anything else start a new one)",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
 def _show_trials(console: "Console", record: "SweepRecord") -> None:
-    from orchestrator.report.tables import trials_table
+    """Print all trials, then those that failed with their reasons."""
+    from orchestrator.report.tables import say_failures, trials_table
 
     console.print(trials_table(record.trials()))
+    say_failures(console, record.trials())
+
+
+def _require_no_failures(record: "SweepRecord") -> None:
+    """Let the command end with the exit code of a sweep that has a best adapter, but in which trials failed.
+
+    Raises:
+        TrialsFailedError: a trial of the sweep has failed.
+    """
+    from orchestrator.record import TrialState
+
+    trials = record.trials()
+    num_failed = sum(trial.state == TrialState.FAILED for trial in trials)
+    if num_failed:
+        raise TrialsFailedError(
+            f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter comes from the others",
+            f"The reasons: orchestrator status {record.paths.root}",
+        )
 
 
 @contextmanager
@@ -261,7 +313,8 @@ def _screen(root: Path) -> Iterator["Console"]:
                 yield console_on(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
-                with (root / "driver.log").open("ab") as kept:
+                # A folder that cannot be written is an error of the command itself, which this must not hide.
+                with suppress(OSError), (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
 
 

@@ -5,6 +5,7 @@ from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
     BadRows,
     BestPoint,
+    ExperimentSource,
     MetricPoint,
     RowScores,
     SourceRows,
@@ -31,6 +32,7 @@ __all__ = [
     "BestPoint",
     "BudgetSpent",
     "Decision",
+    "ExperimentSource",
     "MetricPoint",
     "RowScores",
     "SourceRows",

@@ -13,9 +13,16 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
     """Hold the sweep for this process. The lock goes with the process, however it ends.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: another process holds it, or the sweep's folder cannot be written.
     """
-    with (paths.root / ".driver.lock").open("w") as lock:
+    try:
+        file = (paths.root / ".driver.lock").open("w")
+    except OSError as error:
+        raise RequestError(
+            f"{paths.root}: cannot be written: {error.strerror}",
+            "A sweep that goes on writes into its folder: make it writable, or copy it and resume the copy.",
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

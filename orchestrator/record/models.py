@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.words import counted
 
@@ -135,6 +136,8 @@ class TrialResult(Record):
     """Hash of the tokens trained and evaluated on."""
     error: str | None = None
     """Why the trial failed."""
+    failure: FailureCause | None = None
+    """Kind of that failure: of the trial's own values, which searchers learn from, or of the machines around it."""
     warnings: list[str] = []
     """What went wrong without stopping the trial, such as a tracker that failed."""
 
@@ -170,6 +173,28 @@ class BadRows(Record):
         return f"{self.fault}: {counted(self.num_rows, 'row')}: {', '.join(self.first)}{more}"
 
 
+class ExperimentSource(Record):
+    """The file that a sweep's experiment was read from."""
+
+    file: str
+    """Its absolute path."""
+    overrides: list[str]
+    """Values of `--set`, and `search.seed` of `--seed`."""
+    folder: str
+    """Working directory, from which relative paths in the overrides count."""
+
+
+class SpecChange(Record):
+    """A field of the experiment that `resume` has changed."""
+
+    changed: str
+    """UTC, ISO 8601."""
+    field: str
+    """Dotted name."""
+    before: Any
+    after: Any
+
+
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
@@ -177,6 +202,11 @@ class SweepInfo(Record):
     created: str
     """UTC, ISO 8601."""
     spec: SweepSpec
+    """As it is now, with `changes` applied."""
+    source: ExperimentSource | None = None
+    """None for an experiment that was not read from a file."""
+    changes: list[SpecChange] = []
+    """What was changed by `resume`, oldest first."""
     is_single_trial: bool
     """One trial of the experiment's own values, run without Ray."""
     data_fingerprint: str

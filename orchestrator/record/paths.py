@@ -129,6 +129,11 @@ class SweepPaths:
         return self.root / "budget.json"
 
     @property
+    def first_step(self) -> Path:
+        """Empty file; exists once a trial has made a step under the present driver."""
+        return self.root / ".first-step"
+
+    @property
     def workers(self) -> Path:
         """What the libraries said in a sweep's workers, a file for each process."""
         return self.root / "workers"

@@ -3,11 +3,12 @@
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestrator.errors import RequestError
-from orchestrator.record.models import BadRows, SourceRows, SweepInfo
+from orchestrator.record.models import BadRows, ExperimentSource, SourceRows, SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
@@ -51,6 +52,7 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
 def describe_sweep(
     spec: SweepSpec,
     paths: SweepPaths,
+    source: ExperimentSource | None,
     *,
     is_single_trial: bool,
     data_fingerprint: str,
@@ -68,6 +70,7 @@ def describe_sweep(
         name=paths.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=spec,
+        source=source,
         is_single_trial=is_single_trial,
         data_fingerprint=data_fingerprint,
         num_train=num_train,
@@ -81,6 +84,11 @@ def describe_sweep(
         versions=installed_versions(),
         git_commit=_git_commit(),
     )
+
+
+def source_of(file: Path, overrides: Sequence[str]) -> ExperimentSource:
+    """Describe where an experiment is read from in this process."""
+    return ExperimentSource(file=str(file.resolve()), overrides=[*overrides], folder=str(Path.cwd()))
 
 
 def _git_commit() -> str | None:

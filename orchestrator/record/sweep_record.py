@@ -76,6 +76,8 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
             raise RecordError(f"{sweep!s:.80}: is not the name of a sweep: {error}") from error
         if found:
             return SweepRecord(paths, _read(SweepInfo, paths.sweep))
+    if Path(sweep).suffix in (".yaml", ".yml"):
+        raise RecordError(f"{sweep}: is an experiment file, and no sweep", "Give the folder of a sweep, or its name.")
     raise RecordError(
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
         "Give the sweep's folder, or its name together with --output.",

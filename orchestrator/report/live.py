@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from orchestrator.record import OPEN, MetricPoint, TrialResult
-from orchestrator.report.tables import duration, number, trials_table
+from orchestrator.record import OPEN, MetricPoint, TrialResult, TrialState
+from orchestrator.report.tables import duration, failure_line, number, trials_table
 from orchestrator.words import counted
 
 
@@ -52,7 +52,9 @@ class SweepView:
         steps = sum(trial.step for trial in trials)
         if self._first_seen is None and steps:
             self._first_seen = time.monotonic(), steps
-        if not self._console.is_terminal:
+        if self._console.is_terminal:
+            self._say_failures()
+        else:
             self._say_changes()
 
     def _print_title(self) -> None:
@@ -65,8 +67,9 @@ class SweepView:
 
     def _summary(self) -> Text:
         ended = sum(trial.state not in OPEN for trial in self._trials)
+        num_failed = sum(trial.state == TrialState.FAILED for trial in self._trials)
         parts = [
-            f"{ended} of {counted(self._total, 'trial')} ended",
+            f"{ended} of {counted(self._total, 'trial')} ended" + (f" ({num_failed} failed)" if num_failed else ""),
             f"{duration(time.monotonic() - self._began)} gone",
         ]
         left = self._seconds_left()
@@ -92,17 +95,31 @@ class SweepView:
         to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in OPEN)
         return (time.monotonic() - since) / done * to_do
 
-    def _say_changes(self) -> None:
+    def _say_failures(self) -> None:
+        """Print each failure once, above the live table, which may be too short for it and goes away at the end."""
         for trial in self._trials:
+            if trial.state == TrialState.FAILED and trial.trial_id not in self._said:
+                self._said.add(trial.trial_id)
+                self._console.print(failure_line(trial), soft_wrap=True, highlight=False, markup=False)
+
+    def _say_changes(self) -> None:
+        """Print a line for each trial that has made a step or has failed since the last call."""
+        for trial in self._trials:
+            if trial.state == TrialState.FAILED:
+                self._say_once(failure_line(trial))
+                continue
             best = f", {trial.metric} {number(trial.best.value)} at {trial.best.step}" if trial.best else ""
             why = f": {trial.error or trial.stopped}" if trial.error or trial.stopped else ""
             line = f"{trial.trial_id} {trial.state} step {trial.step}/{trial.total_steps or '?'}{best}{why}"
-            if trial.step and line not in self._said:
-                self._said.add(line)
-                left = self._seconds_left()
-                self._console.print(
-                    line + (f" (at most {duration(left)} left)" if left else ""), soft_wrap=True, highlight=False
-                )
+            if trial.step:
+                self._say_once(line)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            left = self._seconds_left()
+            text = line + (f" (at most {duration(left)} left)" if left else "")
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class TrialView:

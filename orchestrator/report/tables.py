@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from orchestrator.record import TrialResult, TrialState
+from orchestrator.words import counted
 
 _COLORS = {
     TrialState.RUNNING: "cyan",
@@ -51,6 +53,23 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes:
             duration(trial.seconds),
         )
     return table
+
+
+def failure_line(trial: TrialResult) -> str:
+    """One line on a failed trial: its step, the kind of failure and the reason."""
+    kind = f" ({trial.failure.replace('_', ' ')})" if trial.failure else ""
+    reason = "; ".join(line.strip() for line in (trial.error or "no reason is known").splitlines())
+    return f"{trial.trial_id} {trial.state} at step {trial.step}{kind}: {reason}"
+
+
+def say_failures(console: Console, trials: Sequence[TrialResult]) -> None:
+    """Print which trials failed, or were canceled, and why; nothing where none was."""
+    failed = [trial for trial in trials if trial.state == TrialState.FAILED]
+    lines = [f"{len(failed)} of {counted(len(trials), 'trial')} failed:"] if failed else []
+    lines += [f"  {failure_line(trial)}" for trial in failed]
+    lines += [failure_line(trial) for trial in trials if trial.state == TrialState.CANCELLED]
+    if lines:
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def number(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Axes of a search space: the values that one field may have, and when it is searched at all."""
 
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -139,6 +141,12 @@ class Axis(Section):
             return self.values
         return [self._step(i) for i in range(self._num_steps + 1)] if self.is_stepped else None
 
+    def all_values(self) -> Sequence[Any] | None:
+        """All values in order, or None for a range of real numbers."""
+        if self.is_whole and not self.is_stepped:
+            return range(*self.values)
+        return self.listed()
+
     def probes(self) -> list[Any]:
         """Values whose validity stands for the whole axis: all listed ones, or both ends, of the type that is drawn."""
         if self.is_discrete:
@@ -158,6 +166,15 @@ class Axis(Section):
             half = self.values[2] / 2
             return Real(low - half if low > half or not is_log else low, high + half, is_log)
         return Whole(low, high, is_log) if self.is_whole else Real(low, high, is_log)
+
+    def draw(self, generator: random.Random) -> Any:
+        """Draw at random, for `decode`."""
+        drawn = self.drawn()
+        if isinstance(drawn, Listed):
+            return generator.randrange(drawn.count)
+        low, high = (math.log(drawn.low), math.log(drawn.high)) if drawn.is_log else (drawn.low, drawn.high)
+        number = generator.uniform(low, high)
+        return self.nearest(math.exp(number) if drawn.is_log else number)
 
     def decode(self, drawn: Any) -> Any:
         """The field's value for what a searcher has drawn."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.axes import Axis
 from orchestrator.spec.probing import config_at
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
@@ -93,17 +92,10 @@ def _lengths(spec: SweepSpec, scheduler: Rungs | Population) -> list[dict[str, A
     values: dict[str, Sequence[Any]] = {path: axis.probes()[:1] for path, axis in spec.search.space.items()}
     for path in told:
         axis = spec.search.space[path]
-        values[path] = _every(axis) if scheduler.counts == "tokens" else axis.probes()
+        values[path] = (axis.all_values() or axis.probes()) if scheduler.counts == "tokens" else axis.probes()
     if math.prod(map(len, values.values())) > _MOST_LENGTHS:
         return []
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-
-
-def _every(axis: Axis) -> Sequence[Any]:
-    """All values where there are finitely many, else the ends."""
-    if axis.is_whole and not axis.is_stepped:
-        return range(*axis.values)
-    return axis.listed() or axis.probes()
 
 
 def _require_look_in_time(spec: SweepSpec, scheduler: Rungs | Population, reach: _Reach) -> None:

@@ -47,14 +47,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+def load_spec(file: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> SweepSpec:
     """Read, override and validate an experiment file.
 
-    Relative paths in the file count from the file's folder, those in overrides from the working directory.
+    Relative paths in the file count from the file's folder, those in overrides from `folder`.
 
     Args:
         file: YAML experiment file.
         overrides: `dotted.field=value` strings; values are read as YAML. A searched or tied field is then fixed.
+        folder: default the working directory.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
@@ -63,17 +64,21 @@ def load_spec(file: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     path = Path(file)
     document = _read_yaml(path)
     _anchor_paths(document, path.resolve().parent)
-    return override_spec(document, overrides, str(path))
+    return override_spec(document, overrides, str(path), folder)
 
 
-def override_spec(document: dict[str, Any], overrides: Sequence[str], source: str) -> SweepSpec:
+def override_spec(
+    document: dict[str, Any], overrides: Sequence[str], source: str, folder: Path | None = None
+) -> SweepSpec:
     """Override and validate a document whose paths are absolute; `source` names it in messages.
+
+    Relative paths in overrides count from `folder`, by default the working directory.
 
     Raises:
         SpecError, RequestError: as `load_spec`.
     """
     for override in overrides:
-        _apply_override(document, override)
+        _apply_override(document, override, folder or Path.cwd())
     spec = parse_spec(document, source)
     require_extras(spec)
     return spec
@@ -117,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def _apply_override(document: dict[str, Any], override: str, folder: Path) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise SpecError(f"--set {override}: must be written dotted.field=value")
@@ -134,7 +139,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     keys = [*flat.rstrip(".").split("."), path.removeprefix(flat)] if flat else path.split(".")
     alone: dict[str, Any] = {}
     write_keys(alone, keys, value)
-    _anchor_paths(alone, Path.cwd())
+    _anchor_paths(alone, folder)
     for key in keys:
         value = alone = alone[key]
     try:

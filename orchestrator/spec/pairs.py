@@ -79,7 +79,7 @@ def _budget_can_be_spent(spec: "SweepSpec") -> None:
 
 
 def check_trials(spec: "SweepSpec") -> None:
-    """Refuse trials that need a GPU where they are given none, and a setting that none of them can use.
+    """Refuse trials that need a GPU where there is none, a setting that none of them can use, and repeated points.
 
     Raises:
         ValueError: with the field and the reason.
@@ -90,6 +90,18 @@ def check_trials(spec: "SweepSpec") -> None:
             raise ValueError(f"training.dequantise is {asked[0].training.dequantise}, but {idle[0]}; leave it out")
     if spec.resources.gpus_per_trial == 0 and (reason := spec.why_not_on_cpu()):
         raise ValueError(f"{reason}, and resources.gpus_per_trial is 0")
+    _trials_can_differ(spec)
+
+
+def _trials_can_differ(spec: "SweepSpec") -> None:
+    """Refuse more trials than the space has points. Members of a population may begin at the same point."""
+    search = spec.search
+    asked, there = search.num_trials, search.num_points
+    if asked is not None and search.space and asked > there and not isinstance(spec.scheduler, Population):
+        raise ValueError(
+            f"search.num_trials: {asked} trials would repeat points, for the space has {there:.0f}; "
+            f"give at most {there:.0f}, or algorithm grid, which tries each point once"
+        )
 
 
 def _varies(spec: "SweepSpec", path: str) -> bool:

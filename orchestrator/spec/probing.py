@@ -40,6 +40,9 @@ def check_axes(spec: "SweepSpec") -> None:
         _require_kind(path, axis)
     for point in [*spec.edges(), *combinations(spec)]:
         config_at(spec, point)
+    for path, axis in spec.search.space.items():
+        if axis.is_discrete:
+            _require_different(spec, path, axis.values)
 
 
 def config_at(spec: "SweepSpec", point: _Point) -> TrialConfig:
@@ -66,6 +69,21 @@ def check_searchable(path: str) -> None:
         raise ValueError(
             f"search: there is no field {path}; {hint}fields of {section}: {', '.join(model.model_fields)}"
         )
+
+
+def _require_different(spec: "SweepSpec", path: str, values: list[Any]) -> None:
+    """Raise ValueError for two listed values that are one value of the field, such as 16 and 16.0."""
+    section, _, field = path.partition(".")
+    others = {other: axis.probes()[0] for other, axis in spec.search.space.items()} | spec.search.needed(path)
+    seen: dict[str, Any] = {}
+    for value in values:
+        config = config_at(spec, spec.search.active(others | {path: value}))
+        resolved = repr(getattr(getattr(config, section), field))
+        if resolved in seen:
+            raise ValueError(
+                f"search.space.{path}: {seen[resolved]!r} and {value!r} are the same value, {resolved}; leave one out"
+            )
+        seen[resolved] = value
 
 
 def _require_kind(path: str, axis: Axis) -> None:

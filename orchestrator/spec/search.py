@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -25,7 +25,7 @@ class Budget(Section):
     """What all trials together may spend. Once it is spent none is started, and each ends at its next evaluation."""
 
     wall_clock_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours from the first trial on, those of interruptions not counted."""
+    """Hours from the first step of a trial on; interruptions, and the loading of workers, do not count."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of GPUs that trials hold; of trials that share one, each has its share."""
     tokens: PositiveInt | None = None
@@ -42,7 +42,7 @@ class SearchSection(Section):
     startup_trials: PositiveInt | None = None
     """Trials drawn at random before reports count; default optuna 10 (cmaes 1), hyperopt 20, bohb axes + 1 a rung."""
     num_trials: PositiveInt | None = None
-    """Most trials there will be (default 10); a grid has its own number."""
+    """Most trials there will be; default 10, or as many as the space has points. A grid has its own number."""
     budget: Budget = Budget()
     """Further limits."""
     space: dict[str, Axis] = {}
@@ -54,7 +54,7 @@ class SearchSection(Section):
     metric: str = "eval/loss"
     """What trials are compared by, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
-    """Which end is better; default min for eval/loss, max for the others."""
+    """Which end is better: min for eval/loss, max for the others. It follows from metric; another one is refused."""
     seed: Seed = 0
     """Seed of the searcher, and of what PBT and PB2 draw. `--seed` overrides it."""
 
@@ -74,6 +74,16 @@ class SearchSection(Section):
                 "is best by it. The Pareto set of a sweep that has ended: orchestrator best SWEEP --metric A --metric B"
             )
         return written
+
+    @model_validator(mode="after")
+    def _mode_is_the_better_end(self) -> Self:
+        if self.mode not in (None, self.resolved_mode):
+            end = "highest" if self.mode == "max" else "lowest"
+            raise ValueError(
+                f"mode {self.mode} would choose the trial with the {end} {self.metric}, which is the worst one; "
+                f"leave it out, or write mode: {self.resolved_mode}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _algorithm_fits_axes(self) -> Self:
@@ -168,24 +178,44 @@ class SearchSection(Section):
     @property
     def total_trials(self) -> int:
         """Number of trials the sweep will have, at most; one where nothing is searched."""
-        if not self.space:
-            return 1
-        if self.algorithm != "grid":
-            return self.num_trials or 10
-        if any(axis.when for axis in self.space.values()):
-            return len(self.grid())
-        return math.prod(len(axis.values) for axis in self.space.values())
+        if self.algorithm == "grid" or not self.space:
+            return int(self.num_points)
+        return self.num_trials or int(min(10, self.num_points))
+
+    @property
+    def num_points(self) -> float:
+        """Number of different points in the space; infinity where an axis is a range of real numbers."""
+        return math.prod(self._num_points_at(path) for path, axis in self.space.items() if axis.when is None)
+
+    def _num_points_at(self, path: str) -> float:
+        """Number of different values of a field, together with the fields that exist only with some of them."""
+        values = self.space[path].all_values()
+        if values is None:
+            return math.inf
+        children = [(name, axis.when[path]) for name, axis in self.space.items() if axis.when and path in axis.when]
+        if not children or not self.space[path].is_discrete:
+            return len(values)
+        return sum(
+            math.prod(self._num_points_at(name) for name, with_values in children if _holds(with_values, value))
+            for value in values
+        )
 
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
         """Which end of the metric is better."""
-        return self.mode or ("min" if self.metric == "eval/loss" else "max")
+        return "min" if self.metric == "eval/loss" else "max"
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination of listed values, each once: values of a field that does not exist make no difference."""
-        combined = itertools.product(*(axis.values for axis in self.space.values()))
-        points = [self.active(dict(zip(self.space, values, strict=True))) for values in combined]
-        return list({repr(point): point for point in points}.values())
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every point of a space without ranges of real numbers, each once.
+
+        Combinations that differ only in fields that do not exist there are the same point.
+        """
+        seen = set()
+        for values in itertools.product(*(axis.all_values() or () for axis in self.space.values())):
+            point = self.active(dict(zip(self.space, values, strict=True)))
+            if repr(point) not in seen:
+                seen.add(repr(point))
+                yield point
 
     def active(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a point that exist there."""
@@ -214,10 +244,13 @@ class SearchSection(Section):
         if when is None:
             return True
         ((parent, values),) = when.items()
-        return (
-            parent in point and repr(point[parent]) in [repr(value) for value in values] and self._exists(parent, point)
-        )
+        return parent in point and _holds(values, point[parent]) and self._exists(parent, point)
 
     def _when(self, path: str) -> str:
         when = self.space[path].when or {}
         return " and ".join(f"{parent} is {' or '.join(map(str, values))}" for parent, values in when.items())
+
+
+def _holds(values: list[Any], wanted: Any) -> bool:
+    """Whether a value is in a list; True is not 1."""
+    return repr(wanted) in [repr(value) for value in values]

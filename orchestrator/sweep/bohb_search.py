@@ -8,8 +8,9 @@ from ray.tune.search.bohb import TuneBOHB
 
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
+from orchestrator.sweep.drawn_points import DrawnPoints, Point
 from orchestrator.sweep.draws import Draws
-from orchestrator.sweep.search import by_depth, encode
+from orchestrator.sweep.search import by_depth, encode, worst_value
 from orchestrator.sweep.told import plain_values
 
 
@@ -36,12 +37,25 @@ class BohbSearch(TuneBOHB):  # type: ignore[misc]  # ray is untyped
         super().__init__(**settings)
         self._search = search
         self._draws = Draws(search.seed)
+        self._drawn = DrawnPoints(search)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """See Tune."""
+    def suggest(self, trial_id: str) -> Point | None:
+        """A new point for a trial; None where as many run as may."""
+        return self._drawn.draw_new(lambda: self._draw(trial_id), lambda: self.running.discard(trial_id), self._place)
+
+    def _draw(self, trial_id: str) -> Point | None:
         with self._draws.in_use():
             drawn = super().suggest(trial_id)
         return None if drawn is None else self._search.decode(plain_values(drawn))
+
+    def _place(self, point: Point) -> None:
+        """Add a point to those that are drawn before the model's."""
+        self._points_to_evaluate = [encode(self._search, point)]
+
+    def report_failure(self, trial_id: str, rung: float) -> None:
+        """Report the worst value for a trial that failed by its own values before it came to this rung."""
+        worst = {self.metric: worst_value(self.mode), "hyperband_info": {"budget": rung}}
+        self.on_trial_result(trial_id, worst)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """See Tune. A missing value of a field that does not exist is drawn from those of others."""

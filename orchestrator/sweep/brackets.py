@@ -65,6 +65,11 @@ class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
             self._tell(tune_controller, trial, result, self._max_t_attr)
         super().on_trial_complete(tune_controller, trial, result)
 
+    def next_rung(self, trial: Any) -> float:
+        """The rung that a trial comes to next, in units of the grace period; past the last one the end of a trial."""
+        bracket, _ = self._trial_info[trial]
+        return float(min(bracket._cumul_r, self._max_t_attr))
+
     def _tell(self, tune_controller: Any, trial: Any, result: dict[str, Any], budget: float) -> None:
         told = {**result, "hyperband_info": {"budget": budget}}
         tune_controller.search_alg.searcher.on_trial_result(trial.trial_id, told)

@@ -1,5 +1,8 @@
-"""The scheduler that Tune asks. One of Tune's own decides; here its decisions are written down, and kept for a resume,
-trials wait for their turn, and the sweep ends when its budget is spent."""
+"""The scheduler that Tune asks. One of Tune's own decides.
+
+Here its decisions are recorded and kept for a resume, trials wait for their turn, failures are reported to the
+searcher, and the sweep ends when its budget is spent.
+"""
 
 import time
 from typing import Any, Literal
@@ -10,8 +13,9 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
+from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
-from orchestrator.sweep.brackets import UNIT
+from orchestrator.sweep.brackets import UNIT, Bohb
 from orchestrator.sweep.memory import freeze, thaw
 from orchestrator.sweep.moments import Moments
 from orchestrator.sweep.population import Cloning
@@ -24,7 +28,7 @@ _TURNS = (Trial.RUNNING, Trial.PENDING)
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
-    """One of Tune's schedulers, with a memory, a record and a purse.
+    """Wraps one of Tune's schedulers: keeps its state for a resume, records its decisions, and watches the budget.
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's
     would compare those few that have a slot. They are added as PAUSED, and started as slots get free. Under ASHA and
@@ -53,12 +57,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._moments = Moments(at_once, self._spec.search.total_trials) if has_order else None
         self._reports: dict[str, tuple[Any, dict[str, Any]]] = {}
         """Trials, and their reports, that wait to be heard."""
+        record.paths.first_step.unlink(missing_ok=True)
         self._steps: dict[str, int] = {}
         self._held: set[str] = set()
         self._waiting: set[str] = set()
         self._why: dict[str, str] = {}
         self._num_decisions = 0
-        self._over: BudgetSpent | None = None
+        self._over = record.budget_spent()
         self._stuck_since: float | None = None
         self._trials: dict[str, Any] = {}
         before = None if remembered is None else thaw(remembered, {})
@@ -87,7 +92,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return bool(self._inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """See Tune, which adds a trial again when it starts it anew after a fault: it keeps its place."""
+        """Take a new trial, or one that Tune starts anew after a fault, which keeps its place."""
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
                 controller._set_trial_status(trial, Trial.PAUSED)
@@ -95,7 +100,6 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._trials[trial.trial_id] = trial
         if self._moments is not None:
             self._moments.add(trial.trial_id)
-        self._spending.start()
         if trial.trial_id in self._to_come:
             self._to_come.discard(trial.trial_id)
             if not self._to_come:
@@ -194,13 +198,33 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
+        """Handle a trial that failed for good.
+
+        Tune also calls this for a trial that it starts anew; such a trial has the status ERROR here, and stays.
+        """
         self._forget_report(trial)  # it is made again if the trial is started anew
         if trial.status == Trial.ERROR:
             return
+        self._report_failure(controller, trial)
         self._ends(trial)
         if self._over is None:
             self._inner.on_trial_error(controller, trial)
+
+    def _report_failure(self, controller: Any, trial: Any) -> None:
+        """Let the searcher learn from a trial that failed by its own values, such as a rate at which it diverged.
+
+        A failure of the machines says nothing about the values, and Tune's own report leaves such a trial out.
+        """
+        paths = paths_of(trial)
+        if self._spec.search.algorithm not in MODEL_BASED or not paths.result.is_file():
+            return
+        if read_result(paths).failure in (None, "infrastructure"):
+            return
+        searcher = controller.search_alg.searcher
+        if isinstance(self._inner, Bohb):
+            searcher.report_failure(trial.trial_id, self._inner.next_rung(trial))
+        else:
+            searcher.report_failure(trial.trial_id)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """See Tune, which asks ten times a second."""
@@ -240,7 +264,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return str(self._inner.debug_string())
 
     def _remember(self) -> None:
-        """All trials of before are here again: so is what is known of them."""
+        """Restore what was kept of the trials, once all of them are here again."""
         assert self._kept is not None
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
@@ -248,8 +272,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._moments.resume(self._at_once, self._spec.search.total_trials)
             for name in self._trials:
                 self._moments.add(name)
+        self._spending.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
-        self._spending.start()
 
     def _put_in_its_place(self, trial: Any) -> None:
         """Have a trial that Tune's controller is about to take wait for the others, for a slot, or for nothing.
@@ -322,7 +346,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._spending.count(read_trial(paths_of(trial), self._record.info))
 
     def _is_over(self, controller: Any) -> BudgetSpent | None:
-        """The limit of the budget that is reached; the search is over then."""
+        """Return the limit of the budget that is reached, if one is, and end the search then."""
+        if self._spending.needs_clock and self._record.paths.first_step.is_file():
+            self._spending.start_clock()
         if self._over is None:
             self._over = self._spending.over()
             if self._over is not None:
@@ -348,4 +374,4 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._num_decisions += 1
 
 
-_KEPT = ("_inner", "_steps", "_num_decisions", "_over", "_spending", "_moments")
+_KEPT = ("_inner", "_steps", "_num_decisions", "_spending", "_moments")

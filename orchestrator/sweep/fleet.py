@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from orchestrator.errors import OrchestratorError, RequestError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import Workers
+from orchestrator.sweep.placement import PlacementNotice
 from orchestrator.sweep.worker import Worker
 from orchestrator.training.fast import ahead
 from orchestrator.words import counted
@@ -127,12 +128,18 @@ class Fleet:
             scheduling_strategy="SPREAD",
         )(Worker)
         self._layout = layout
+        self._notice: PlacementNotice | None = None
         self._handles = [
             actor.remote(spec, layout.slots, layout.is_fixed, layout.gpus) for _ in range(layout.num_workers)
         ]
 
-    def open(self, data: PreparedData, paths: SweepPaths) -> tuple[Workers, int, str]:
-        """Have them load the base.
+    def open(self, data: PreparedData, paths: SweepPaths, say: Callable[[str], None]) -> tuple[Workers, int, str]:
+        """Let the workers load the base.
+
+        Args:
+            data: tokenized rows.
+            paths: of the sweep.
+            say: takes a sentence on what is waited for, now and later, where the cluster has no place for a worker.
 
         Returns:
             The workers for relays, the trials at a time in all of them together, and a sentence on what was chosen.
@@ -147,6 +154,7 @@ class Fleet:
             data=ray.put(data),
             logs=paths.workers,
         )
+        self._notice = PlacementNotice(workers.ready, layout.gpus, layout.cpus, say)
         if layout.is_fixed:
             slots, why = layout.slots, ""
             for handle in self._handles:
@@ -162,6 +170,8 @@ class Fleet:
 
     def end(self) -> None:
         """End them."""
+        if self._notice is not None:
+            self._notice.stop()
         for handle in self._handles:
             ray.kill(handle)
 

@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 from hyperopt import hp
+from hyperopt.fmin import generate_trial
 from hyperopt.pyll import scope
 from ray.tune.search.hyperopt import HyperOptSearch
 
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
+from orchestrator.sweep.drawn_points import DrawnPoints, Point
 from orchestrator.sweep.search import by_depth, encode
 from orchestrator.sweep.told import plain_values
 
@@ -35,14 +37,38 @@ class HyperOpt(HyperOptSearch):  # type: ignore[misc]  # ray is untyped
         """`settings` are those of Tune's."""
         super().__init__(**settings)
         self._search = search
-        for given in self._hpopt_trials.trials:  # a field that does not exist there was drawn no times
-            for drawn in (given["misc"]["idxs"], given["misc"]["vals"]):
-                for path in search.space:
-                    drawn.setdefault(path, [])
+        self._drawn = DrawnPoints(search)
+        self._is_placed = False
+        """Whether the next draw is a point that was chosen here, behind those to try first."""
+        for given in self._hpopt_trials.trials:
+            self._complete(given)
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """See Tune."""
-        return self._search.decode(plain_values(_flat(super().suggest(trial_id)[_POINT])))
+    def suggest(self, trial_id: str) -> Point | None:
+        """A new point for a trial. hyperopt leaves a draw that is discarded out, as it does a failed trial."""
+        return self._drawn.draw_new(
+            lambda: self._draw(trial_id), lambda: self.on_trial_complete(trial_id, error=True), self._place
+        )
+
+    def _draw(self, trial_id: str) -> Point:
+        suggested = super().suggest(trial_id)
+        if self._is_placed:
+            self._points_to_evaluate, self._is_placed = 0, False
+        return self._search.decode(plain_values(_flat(suggested[_POINT])))
+
+    def _place(self, point: Point) -> None:
+        """Add a point in the way in which Tune adds points to try first. All of those were drawn before."""
+        (number,) = self._hpopt_trials.new_trial_ids(1)
+        given = generate_trial(number, encode(self._search, point))
+        self._complete(given)
+        self._hpopt_trials.insert_trial_doc(given)
+        self._hpopt_trials.refresh()
+        self._points_to_evaluate, self._is_placed = len(self._hpopt_trials.trials), True
+
+    def _complete(self, given: dict[str, Any]) -> None:
+        """Add the fields that do not exist at a given point: they were drawn no times."""
+        for drawn in (given["misc"]["idxs"], given["misc"]["vals"]):
+            for path in self._search.space:
+                drawn.setdefault(path, [])
 
 
 def _space(search: SearchSection) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
             write_record(paths.config, record.info.spec.trial_config(plain_values(trial.config)))
         error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
         paths.lease.unlink(missing_ok=True)
-        _end(record, paths, TrialState.FAILED, f"gave up after {trial.num_failures} failures; the last: {error}")
+        why = f"gave up after {trial.num_failures} failures; the last: {error}"
+        _end(record, paths, TrialState.FAILED, error=why, failure="infrastructure")
 
 
 def cancel_unknown(record: SweepRecord) -> None:
@@ -66,7 +67,7 @@ def cancel_unknown(record: SweepRecord) -> None:
     for trial_id in record.paths.trial_ids():
         if trial_id not in known:
             paths = record.paths.trial(trial_id)
-            _end(record, paths, TrialState.CANCELLED, "lost with the driver; another trial took its place")
+            _end(record, paths, TrialState.CANCELLED, error="lost with the driver; another trial took its place")
 
 
 def _await_relays(trials: list[TrialPaths]) -> None:
@@ -83,11 +84,9 @@ def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
     return read_sweep(paths.sweep), paths
 
 
-def _end(
-    record: SweepRecord, paths: TrialPaths, state: TrialState, error: str | None = None, stopped: str | None = None
-) -> None:
-    """Write the result of a trial that has none, from its progress."""
+def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, **why: str | None) -> None:
+    """Write the result of a trial that has none, from its progress; `why` holds fields of `TrialResult`."""
     if paths.result.is_file():
         return
     so_far = read_trial(paths, record.info)
-    end_trial(paths, so_far.model_copy(update={"state": state, "error": error, "stopped": stopped}))
+    end_trial(paths, so_far.model_copy(update={"state": state, **why}))

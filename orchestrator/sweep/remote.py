@@ -7,11 +7,11 @@ import uuid
 from collections import deque
 
 from orchestrator.errors import TrialError
-from orchestrator.record import MetricPoint, TrialPaths, TrialResult, end_trial, read_result
+from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec.sections import TrackingSection
 from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
 from orchestrator.training.books import Books
-from orchestrator.training.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Saved
+from orchestrator.training.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 
 _LOOK_S = 0.5
 _RENEW_S = 5.0  # the host gives a lease up after 30 s
@@ -86,6 +86,8 @@ class RemoteTrial:
                 if isinstance(event, Left):
                     self._leave()
                     raise AttemptLost(event.lost or "another attempt has taken its place")
+                if isinstance(event, Noted) and "applied" in event.fields:  # told after its first step
+                    SweepPaths(self._paths.sweep).first_step.touch()
                 point = self._books.enter(event)
                 result = self._books.result
                 if isinstance(event, Completed):

@@ -14,7 +14,8 @@ from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
-from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialState
+from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialState
+from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
@@ -31,7 +32,12 @@ Say = Callable[[str], None]
 
 
 def run_sweep(
-    spec: SweepSpec, paths: SweepPaths, watch: Watch, address: str | None = None, say: Say = lambda _: None
+    spec: SweepSpec,
+    paths: SweepPaths,
+    watch: Watch,
+    address: str | None = None,
+    say: Say = lambda _: None,
+    source: ExperimentSource | None = None,
 ) -> SweepRecord:
     """Run all trials of an experiment.
 
@@ -40,7 +46,8 @@ def run_sweep(
         paths: a folder that does not exist yet, from `record.start.choose_folder`.
         watch: follows.
         address: of a Ray cluster; None starts Ray here.
-        say: is told of the workers, before the first trial.
+        say: takes sentences on the workers and on what the sweep waits for.
+        source: where the experiment was read from.
 
     Raises:
         RequestError: base or data are not what the experiment says, a package is missing, or the scheduler would change
@@ -55,7 +62,7 @@ def run_sweep(
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         imports.join()
-        info = start_sweep(spec, paths)
+        info = start_sweep(spec, paths, source)
         with only_driver(paths):
             return _drive(SweepRecord(paths, info), fleet, watch, say)
 
@@ -64,6 +71,8 @@ def resume_sweep(
     record: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
 ) -> SweepRecord:
     """Go on with a sweep whose driver died or was interrupted. Finished trials do not run again.
+
+    Changes that `record.extend.extend_sweep` has made to the record are written before the first trial.
 
     Raises:
         As `run_sweep`.
@@ -77,6 +86,7 @@ def resume_sweep(
         start_fleet(spec, address) as fleet,
     ):
         require_shared_folder(record.paths.root)
+        save_extension(record)
         return _drive(record, fleet, watch, say)
 
 
@@ -86,7 +96,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     from orchestrator.sweep.keeper import cancel_unknown
 
     spec = record.info.spec
-    workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths)
+    workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
     say(chosen)
     tuner = _make_tuner(record, workers, min(num_slots, spec.resources.max_concurrent or num_slots))
     try:
@@ -114,14 +124,14 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     from orchestrator.sweep.conductor import Conductor
     from orchestrator.sweep.keeper import ResultKeeper
     from orchestrator.sweep.relay import Relay
-    from orchestrator.sweep.search import make_searcher, tune_space
+    from orchestrator.sweep.search import make_search_algorithm, tune_space
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths
     trainable = tune.with_resources(
         tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
     )
-    searcher = make_searcher(spec, at_once)
+    algorithm = make_search_algorithm(spec, at_once, is_over=record.budget_spent() is not None)
     conductor = Conductor(record, at_once, put_snapshot_back(paths))
     callbacks = [ResultKeeper(conductor)]
     if tune.Tuner.can_restore(str(paths.tune)):
@@ -129,7 +139,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
         )
         # The one that was pickled knows how many trials the workers of then had room for.
-        tuner._local_tuner._tune_config.search_alg = searcher
+        tuner._local_tuner._tune_config.search_alg = algorithm
         tuner._local_tuner._tune_config.scheduler = conductor
         tuner._local_tuner._run_config.callbacks = callbacks
         return tuner
@@ -139,7 +149,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
         tune_config=tune.TuneConfig(
             metric=spec.search.metric,
             mode=spec.search.resolved_mode,
-            search_alg=searcher,
+            search_alg=algorithm,
             scheduler=conductor,
             num_samples=spec.search.total_trials,
             reuse_actors=True,
@@ -181,7 +191,8 @@ def _conclude(record: SweepRecord) -> None:
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next((trial for trial in trials if trial.error), None)
         if first is None:
-            raise SweepError("the budget was spent before a trial began", "Give search.budget more, in a new sweep.")
+            more = f"Give it more: orchestrator resume {record.paths.root} --budget LIMIT=V"
+            raise SweepError("the budget was spent before a trial finished", more)
         log = record.paths.trial(first.trial_id).log
         raise SweepError(
             f"all of {counted(len(trials), 'trial')} failed; the first one: {first.error}",

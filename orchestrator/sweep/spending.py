@@ -10,34 +10,42 @@ _HOUR_S = 3600.0
 
 
 class Spending:
-    """Counted by the trials' records. Pickled with the sweep: what lies between two drivers does not count."""
+    """Counts what trials have spent by their records, and the hours since the first step of a trial.
+
+    It is pickled with the sweep. The time between two drivers, and the time in which workers load, do not count.
+    """
 
     def __init__(self, budget: Budget) -> None:
-        """Nothing is spent yet; the clock stands until `start`."""
-        self._budget = budget
+        """Nothing is spent yet; the clock stands until `start_clock`."""
+        self.budget = budget
         self._seconds = 0.0
         self._since: float | None = None
         self._gpu_seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
 
-    def start(self) -> None:
-        """The clock runs from now on, if it does not yet."""
+    def start_clock(self) -> None:
+        """Let the clock run from now on, if it does not yet."""
         if self._since is None:
             self._since = time.monotonic()
 
     @property
+    def needs_clock(self) -> bool:
+        """Whether the budget has a limit of hours and the clock does not run yet."""
+        return self.budget.wall_clock_hours is not None and self._since is None
+
+    @property
     def needs_records(self) -> bool:
         """Whether `count` makes a difference."""
-        return self._budget.gpu_hours is not None or self._budget.tokens is not None
+        return self.budget.gpu_hours is not None or self.budget.tokens is not None
 
     def count(self, trial: TrialResult) -> None:
-        """A trial as its record tells it now."""
+        """Count a trial as its record is now."""
         self._gpu_seconds[trial.trial_id] = trial.gpu_seconds
         self._tokens[trial.trial_id] = trial.tokens - trial.adopted_tokens
 
     def over(self) -> BudgetSpent | None:
         """The limit that is reached, if one is."""
-        budget = self._budget
+        budget = self.budget
         seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
         if budget.wall_clock_hours is not None and seconds >= budget.wall_clock_hours * _HOUR_S:
             return BudgetSpent(

@@ -72,7 +72,7 @@ class Attempt:
         try:
             yield from self._train(find_seat())
         except OrchestratorError as error:
-            tell(Failed, error=error.message, remedy=error.remedy, traceback=None)
+            tell(Failed, error=error.message, remedy=error.remedy, traceback=None, cause=error.cause)
         except Exception as error:
             if _is_out_of_memory(error) and not self._shares:  # it will come again
                 tell(
@@ -80,6 +80,7 @@ class Attempt:
                     error=f"out of GPU memory at batch_size={self._config.training.batch_size}: {error}",
                     remedy="Lower training.batch_size and raise accumulation, or set training.recompute: true.",
                     traceback=None,
+                    cause="out_of_memory",
                 )
             else:
                 print(traceback.format_exc())

@@ -93,10 +93,11 @@ class Books:
                 self._warnings.append(warning)
             case Completed():
                 self._finish(TrialState.COMPLETE)
-            case Failed(error=error, remedy=remedy, traceback=traceback):
+            case Failed(error=error, remedy=remedy, traceback=traceback, cause=cause):
                 if traceback is not None:
                     with self._paths.log.open("a", encoding="utf-8") as log:
                         log.write(traceback)
+                self._update(failure=cause)
                 self._finish(TrialState.FAILED, f"{error}\n  {remedy}" if remedy else error)
             case Left():
                 self._warnings = list(self._start.warnings)  # what this attempt warned of is done again

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from orchestrator.errors import FailureCause
+
 
 @dataclass(frozen=True)
 class Event:
@@ -86,6 +88,8 @@ class Failed(Event):
     remedy: str
     traceback: str | None
     """For the trial's log, where the fault is not one of those that are raised on purpose."""
+    cause: FailureCause
+    """Whether the trial's own values made it fail, and how."""
 
 
 @dataclass(frozen=True)

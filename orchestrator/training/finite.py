@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import DivergedError
 
 
 def require_finite(figures: Mapping[str, float], step: int) -> None:
-    """Raise TrialError that names the first figure that is NaN or infinite."""
+    """Check the figures of a step.
+
+    Raises:
+        DivergedError: names the first figure that is NaN or infinite.
+    """
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise TrialError(f"{name} is {value} at step {step}", "Try a lower learning rate, or another precision.")
+            raise DivergedError(f"{name} is {value} at step {step}", "Try a lower learning rate, or another precision.")

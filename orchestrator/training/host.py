@@ -357,5 +357,5 @@ class Host:
         self._require_device()
 
     def _fail(self, lease: Lease, error: OrchestratorError) -> None:
-        lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
+        lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
         self._leases.done(lease)

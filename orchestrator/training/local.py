@@ -5,7 +5,7 @@ import uuid
 
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing, leave_out_compiler
-from orchestrator.record import SweepPaths, SweepRecord, TrialResult
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.extras import require_extras
@@ -15,15 +15,23 @@ from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
 
 
-def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> TrialResult | None:
+def run_local_trial(
+    spec: SweepSpec, paths: SweepPaths, watcher: Watcher, source: ExperimentSource | None = None
+) -> TrialResult | None:
     """Run the experiment's own values (no search) as one trial.
+
+    Args:
+        spec: the experiment.
+        paths: a folder that does not exist yet.
+        watcher: follows, and may end the trial.
+        source: where the experiment was read from.
 
     Raises:
         RequestError: base, data or GPUs are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
     """
     _begin(spec)
-    info = start_sweep(spec, paths, is_single_trial=True)
+    info = start_sweep(spec, paths, source, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
 

@@ -5,14 +5,22 @@ from pathlib import Path
 
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
-from orchestrator.record import SweepInfo, SweepPaths, write_record
+from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
 from orchestrator.record.start import describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 
 
-def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = False) -> SweepInfo:
-    """Tokenise, then write the sweep's data and record.
+def start_sweep(
+    spec: SweepSpec, paths: SweepPaths, source: ExperimentSource | None = None, is_single_trial: bool = False
+) -> SweepInfo:
+    """Tokenize, then write the sweep's data and record.
+
+    Args:
+        spec: the experiment.
+        paths: a folder that does not exist yet.
+        source: where the experiment was read from, which a resume compares it with.
+        is_single_trial: whether it is one trial of the experiment's own values, without Ray.
 
     Raises:
         RequestError: the base's tokenizer or the data are not what the experiment says, or the scheduler would change
@@ -30,6 +38,7 @@ def start_sweep(spec: SweepSpec, paths: SweepPaths, is_single_trial: bool = Fals
     info = describe_sweep(
         spec,
         paths,
+        source,
         is_single_trial=is_single_trial,
         data_fingerprint=prepared.fingerprint,
         num_train=prepared.num_train,

@@ -67,7 +67,7 @@ def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Pa
         ground = Ground.of(start.config.base, load(data_folder))
         run_alone(start, paths, ground, listener, AtOnce(), gpus)
     except OrchestratorError as error:
-        books.enter(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
+        books.enter(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
 
 
 class _Here:
@@ -86,9 +86,8 @@ class _Here:
     def emit(self, event: Event) -> None:
         """See `Listener`."""
         if isinstance(event, Left) and event.lost is not None:  # there is no other attempt
-            event = Failed(
-                event.seconds, event.gpu_seconds, event.peak_memory_gib, event.lost, f"Its log: {self._paths.log}", None
-            )
+            usage = (event.seconds, event.gpu_seconds, event.peak_memory_gib)
+            event = Failed(*usage, event.lost, f"Its log: {self._paths.log}", None, "infrastructure")
         point = self._books.enter(event)
         if point is not None:
             self.stopping |= not self._watcher.on_report(point)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.deploy import Sweep
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import run_sweep
+from orchestrator.sweep import placement, run_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -162,6 +163,34 @@ def test_nodes_with_other_working_folders(
     assert list((tmp_path / "elsewhere").iterdir()) == [tmp_path / "elsewhere" / "log"], "wrote where it stood"
     with connection(address):
         wait_for(ELSEWHERE, alive=False)
+
+
+def test_a_sweep_says_what_it_waits_for_on_a_busy_cluster(
+    address: str, tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "_PATIENCE_S", 2.0)
+    monkeypatch.setattr(placement, "_PERIOD_S", 1.0)
+    said: list[str] = []
+    with connection(address):
+        others = [ray.remote(num_cpus=1)(Busy).remote() for _ in range(2)]
+        ray.get([other.__ray_ready__.remote() for other in others])
+
+        def say(sentence: str) -> None:
+            said.append(sentence)
+            if sentence.startswith("waiting"):
+                for other in others:
+                    ray.kill(other)
+
+        record = run_sweep(tiny(*SHORT, *ONE_EACH), folder, ignore, address=address, say=say)
+    waiting = [sentence for sentence in said if sentence.startswith("waiting")]
+    assert waiting[0] == (
+        "waiting for the cluster: 0 of 2 workers started; each takes 1 CPU core on one node; free now: 0 of 2 CPU cores"
+    )
+    assert len(record.finished()) == 4
+
+
+class Busy:
+    """Somebody else's actor, which takes a core."""
 
 
 def test_a_cluster_without_gpus_is_not_guessed_to_be_meant(address: str, tiny: Tiny, folder: SweepPaths) -> None:

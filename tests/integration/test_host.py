@@ -47,9 +47,8 @@ def ground() -> Ground:
 
 @pytest.fixture(scope="module")
 def hosted_spec() -> SweepSpec:
-    return load_spec(
-        DEMO, [*COMMON, *HOSTED, "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"]
-    )
+    space = "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"
+    return load_spec(DEMO, [*COMMON, *HOSTED, space, "search.num_trials=4"])
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.spec.search import SearchSection
 from orchestrator.training import attempt as attempt_room
 from orchestrator.training import loop as loop_room
 from orchestrator.training.fast.engine import CPU_TOKENS
@@ -154,9 +155,12 @@ def test_a_setting_that_is_not_applied_fails_the_trial(
     assert message in (trial.error or "")
 
 
-def test_best_is_the_best_evaluation_with_the_adapter_of_that_step(tiny: Tiny, folder: SweepPaths) -> None:
+def test_best_is_the_best_evaluation_with_the_adapter_of_that_step(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The accuracy rises while it learns, so that its minimum is the first evaluation, not the last.
-    result = run(tiny("search.metric=eval/token_accuracy", "search.mode=min"), folder)
+    monkeypatch.setattr(SearchSection, "resolved_mode", "min")
+    result = run(tiny("search.metric=eval/token_accuracy"), folder)
     evaluations = {step: values for step, values in curve(folder) if "eval/loss" in values}
     assert evaluations[4]["eval/token_accuracy"] < evaluations[12]["eval/token_accuracy"]
     assert result.best is not None
@@ -312,9 +316,12 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
     assert resumed.seconds > 0
 
 
-def test_what_a_kill_left_half_done_is_put_right(tiny: Tiny, folder: SweepPaths) -> None:
+def test_what_a_kill_left_half_done_is_put_right(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It came while the best adapter was replaced by one of the same step, and while a checkpoint was written."""
-    spec = tiny("search.mode=max", "training.save_steps=4")  # the first evaluation stays the best
+    monkeypatch.setattr(SearchSection, "resolved_mode", "max")  # the first evaluation stays the best
+    spec = tiny("training.save_steps=4")
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, folder, Witness(die_at=10))
     record = read_sweep(folder.root)

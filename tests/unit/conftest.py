@@ -24,7 +24,7 @@ def document() -> dict[str, Any]:
 
 @pytest.fixture
 def make_sweep(document: dict[str, Any]) -> MakeSweep:
-    """Writes a sweep folder: `make_sweep(folder, {"a": ("COMPLETE", 0.5)}, mode="max")`; a value of None is a trial
+    """Writes a sweep folder: `make_sweep(folder, {"a": ("COMPLETE", 0.5)}, seed=3)`; a value of None is a trial
     without an evaluation."""
 
     def make(folder: Path, trials: dict[str, tuple[str, float | None]], **search: Any) -> SweepPaths:

@@ -14,6 +14,7 @@ from orchestrator.cli import main, train
 def test_seed(options: list[str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swept: list[Any] = []
     monkeypatch.setattr(train, "_sweep", lambda spec, *_: swept.append(spec))
+    monkeypatch.setattr(train, "_require_no_failures", lambda _: None)
     command = ["orchestrator", "sweep", "experiments/demo.yaml", "--output", str(tmp_path), *options]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as done:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import TooLargeError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.expected import expected_modules
 from orchestrator.training.fast import ahead
@@ -162,7 +162,7 @@ def engine_for(
         too_large: has run out of memory in spite of the probe: what is chosen takes less.
 
     Raises:
-        TrialError: they do not fit, whatever is given up.
+        TooLargeError: they do not fit, whatever is given up.
     """
     kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
@@ -216,11 +216,11 @@ def feasible(
     return [MemoryPlan(choice, memory) for choice in options if (memory := predicted(choice)).total <= budget]
 
 
-def does_not_fit(kind: Kind, longest: int) -> TrialError:
+def does_not_fit(kind: Kind, longest: int) -> TooLargeError:
     """The error for trials that do not fit, whatever is given up."""
     held = f"{_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
     wish = " training.reproducible keeps batches whole: lower training.batch_size too." if kind.reproducible else ""
-    return TrialError(
+    return TooLargeError(
         f"{kind.num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
         f"Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).{wish}",
     )

@@ -52,7 +52,7 @@ class SeparateEngines:
             too_large: has run out of memory in spite of the trial step: the plan takes less.
 
         Raises:
-            TrialError: they do not fit, whatever is given up.
+            TooLargeError: they do not fit, whatever is given up.
         """
         self._base = base
         self._compute = getattr(torch, configs[0].base.compute_dtype)

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -16,4 +17,18 @@ def test_a_second_driver_is_refused_and_the_next_is_not(tmp_path: Path) -> None:
     ):
         pass
     with only_driver(paths):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(
+            RequestError, match=f"{tmp_path}: cannot be written: Read-only file system\n  A sweep that goes on"
+        ),
+        only_driver(SweepPaths(tmp_path)),
+    ):
         pass

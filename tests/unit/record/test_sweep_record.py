@@ -85,19 +85,19 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, make_sweep: MakeSweep) ->
     assert read_sweep(record.paths.root) == record
 
 
-@pytest.mark.parametrize(("mode", "order"), [("min", "cab"), ("max", "bac")])
-def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, mode: str, order: str) -> None:
+@pytest.mark.parametrize(("metric", "order"), [("eval/loss", "cab"), ("eval/token_accuracy", "bac")])
+def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, metric: str, order: str) -> None:
     trials = {"n": ("RUNNING", None), "a": ("STOPPED", 0.5), "b": ("COMPLETE", 0.75), "c": ("RUNNING", -0.25)}
-    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     assert [trial.trial_id for trial in record.trials()] == [*order, "n"]
 
 
-@pytest.mark.parametrize(("mode", "winner"), [("min", "complete"), ("max", "stopped")])
+@pytest.mark.parametrize(("metric", "winner"), [("eval/loss", "complete"), ("eval/token_accuracy", "stopped")])
 def test_the_best_is_chosen_among_what_has_ended_well(
-    tmp_path: Path, make_sweep: MakeSweep, mode: str, winner: str
+    tmp_path: Path, make_sweep: MakeSweep, metric: str, winner: str
 ) -> None:
     trials = EVERY_STATE | {"failed high": ("FAILED", 0.9), "running high": ("RUNNING", 0.8)}
-    record = read_sweep(make_sweep(tmp_path / "s", trials, mode=mode).root)
+    record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     best = Sweep(record).best()
     assert best.trial.trial_id == winner
     assert best.choice.num_compared == 2
@@ -177,9 +177,14 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
 def test_trials_are_counted_by_what_the_sweep_will_have(
     tmp_path: Path, make_sweep: MakeSweep, document: dict[str, Any]
 ) -> None:
-    search = {"num_trials": 5, "space": {"lora.rank": {"choice": [4, 8]}}}
+    search = {"num_trials": 5, "space": {"lora.rank": {"randint": [4, 9]}}}
     record = read_sweep(make_sweep(tmp_path / "s", {}, **search).root)
     assert record.info.num_trials == 5
     assert record.info.model_copy(update={"is_single_trial": True}).num_trials == 1
     assert record.info.spec == parse_spec(document | {"search": search})
     assert SweepRecord(record.paths, record.info).trials() == []
+
+
+def test_an_experiment_file_is_no_sweep() -> None:
+    with pytest.raises(RecordError, match=r"demo.yaml: is an experiment file, and no sweep"):
+        read_sweep("experiments/demo.yaml")

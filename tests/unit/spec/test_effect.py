@@ -20,7 +20,7 @@ TOKENS = 80 * 4 * 512
 
 
 def written(document: Document, scheduler: Document, training: Document = STEPS, **search: Any) -> Any:
-    section = {"space": SPACE, "num_trials": 10, **search}
+    section = {"space": SPACE, **search}
     return parse_spec(document | {"training": training, "scheduler": scheduler, "search": section})
 
 

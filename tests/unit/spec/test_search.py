@@ -214,8 +214,9 @@ def test_what_changes_the_held_out_tokens_is_not_searched(document: Document, pa
     [
         ({}, 1),
         ({"num_trials": 3}, 1),
-        ({"num_trials": 3, "space": {"lora.rank": {"choice": [1, 2]}}}, 3),
-        ({"algorithm": "optuna", "space": {"lora.rank": {"choice": [1, 2]}}}, 10),
+        ({"num_trials": 3, "space": {"lora.rank": {"choice": [1, 2, 3]}}}, 3),
+        ({"algorithm": "optuna", "space": {"lora.rank": {"choice": [1, 2]}}}, 2),
+        ({"algorithm": "optuna", "space": {"lora.dropout": {"uniform": [0.1, 0.2]}}}, 10),
         ({"algorithm": "grid", "space": {}}, 1),
         ({"algorithm": "grid", "space": {"lora.rank": {"grid": [1, 2, 3]}}}, 3),
         ({"algorithm": "grid", "space": {"lora.rank": {"grid": [1, 2, 3]}, "lora.dropout": {"choice": [0.0, 0.1]}}}, 6),
@@ -231,8 +232,8 @@ def test_number_of_trials(document: Document, search: dict[str, Any], total: int
         ("eval/loss", None, "min"),
         ("eval/token_accuracy", None, "max"),
         ("eval/exact_match", None, "max"),
-        ("eval/loss", "max", "max"),
-        ("eval/token_accuracy", "min", "min"),
+        ("eval/loss", "min", "min"),
+        ("eval/token_accuracy", "max", "max"),
     ],
 )
 def test_which_end_is_better(document: Document, metric: str, mode: str | None, resolved: str) -> None:

@@ -236,3 +236,17 @@ def test_a_missing_extra_gives_its_install_line(
     assert parse_spec(spec.model_dump(mode="json")) == spec, "a sweep's record is read without it"
     pyproject = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert f"\n{extra} = [" in pyproject
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "told"),
+    [
+        ("eval/loss", "max", "mode max would choose the trial with the highest eval/loss, which is the worst one"),
+        ("eval/token_accuracy", "min", "mode min would choose the trial with the lowest eval/token_accuracy"),
+    ],
+)
+def test_a_mode_that_would_choose_the_worst_trial_is_refused(
+    document: dict[str, Any], metric: str, mode: str, told: str
+) -> None:
+    with pytest.raises(SpecError, match=told):
+        parse_spec(document | {"search": {"metric": metric, "mode": mode}})

@@ -438,19 +438,31 @@ def test_a_budget_counts_on_after_a_resume(make_stage: MakeStage) -> None:
     assert stage.decisions("stopped") == [("b", 20)], "280 tokens of the first, 140 of the second"
 
 
-def test_the_clock_stands_between_two_drivers(make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_runs_from_the_first_step_and_stands_between_two_drivers(
+    make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr("orchestrator.sweep.spending.time.monotonic", lambda: clock[0])
     stage = make_stage({"kind": "none"}, at_once=1, num_trials=2, budget={"wall_clock_hours": 1.0})
+
+    def is_over(at: float) -> bool:
+        clock[0] = at
+        return stage.conductor._is_over(stage) is not None
+
     stage.add(a=falling(0))
-    clock[0] = 3000.0
+    assert not is_over(0.0), "its worker loads"
+    assert not is_over(5000.0)
+    stage.paths.first_step.touch()
+    assert not is_over(5000.0)
+    assert not is_over(8000.0), "3000 s"
     state = stage.conductor.state()
-    clock[0] = 9000.0
     stage.resume(state)
-    assert stage.conductor._is_over(stage) is None
-    clock[0] = 9599.0
-    assert stage.conductor._is_over(stage) is None
-    clock[0] = 9601.0
+    assert not is_over(12000.0), "the new driver's worker loads"
+    assert not is_over(20000.0)
+    stage.paths.first_step.touch()
+    assert not is_over(20000.0)
+    assert not is_over(20599.0)
+    clock[0] = 20601.0
     stage.run()
     assert stage.conductor._record.budget_spent().limit == "wall_clock_hours"
 

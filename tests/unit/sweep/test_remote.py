@@ -186,12 +186,12 @@ def test_a_fault_from_outside(start: TrialResult, paths: TrialPaths, told: list[
 
 
 def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths) -> None:
-    failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None)
+    failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None, cause="diverged")
     remote = trial(start, paths, Workers([begun(), evaluated(paths, 2), failed]))
     remote.next()
     with pytest.raises(TrialError, match="at step 3"):
         remote.next()
-    assert read_result(paths).state == TrialState.FAILED
+    assert (read_result(paths).state, read_result(paths).failure) == (TrialState.FAILED, "diverged")
 
 
 def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:
@@ -249,3 +249,14 @@ def test_a_trial_that_is_to_wait_gives_its_slot_back_and_goes_on_from_its_checkp
     so_far = resumable(paths, start.config)
     assert so_far is not None
     assert (so_far.state, so_far.step, so_far.checkpoint) == (TrialState.RUNNING, 2, "checkpoints/checkpoint-2")
+
+
+def test_the_first_step_of_a_trial_is_marked_for_the_budgets_clock(start: TrialResult, paths: TrialPaths) -> None:
+    first_step = SweepPaths(paths.sweep).first_step
+    remote = trial(start, paths, Workers([Noted(*USE, fields={"total_steps": 6}), evaluated(paths, 2)]))
+    remote.next()
+    assert not first_step.exists(), "the trial is set up, and no step is known"
+    remote.stop()
+    remote = trial(start, paths, Workers([Noted(*USE, fields={"applied": {}}), evaluated(paths, 4)]))
+    remote.next()
+    assert first_step.is_file()

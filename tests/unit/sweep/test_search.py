@@ -12,7 +12,7 @@ import pytest
 from ray import tune
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.sweep.search import make_searcher, tune_space
+from orchestrator.sweep.search import make_search_algorithm, make_searcher, tune_space
 
 Document = dict[str, Any]
 Point = dict[str, Any]
@@ -174,7 +174,7 @@ def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None
         "lora.target_modules": {"grid": [["q_proj"], "all-linear"]},
     }
     spec = make("grid", space, num_trials=None)
-    assert searched(spec, spec.search.total_trials) == spec.search.grid()
+    assert searched(spec, spec.search.total_trials) == [*spec.search.points()]
     assert spec.search.total_trials == 6
 
 
@@ -200,3 +200,73 @@ def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
     assert searcher.next_trial() is None
     searcher.on_trial_complete("a")
     assert searcher.is_finished()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+    """Low ranks are better, so that a model comes back to the same points; in the end all 27 were drawn."""
+    space = {
+        "lora.rank": {"choice": [4, 8, 16]},
+        "lora.dropout": {"quniform": [0.0, 0.2, 0.1]},
+        "training.optimizer": {"choice": ["adamw_torch", "sgd"]},
+        "training.weight_decay": {"choice": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}},
+    }
+    startup = {} if algorithm == "random" else {"startup_trials": 5}
+    first = [{"lora.rank": 8, "lora.dropout": 0.1, "training.optimizer": "sgd"}]
+    spec = make(algorithm, space, num_trials=27, first=first, **startup)
+    assert spec.search.num_points == 27
+    points = searched(spec, 27, lambda point: point["lora.rank"])
+    assert points[0] == first[0]
+    assert sorted(repr(sorted(each.items())) for each in points) == sorted(
+        repr(sorted(each.items())) for each in spec.search.points()
+    )
+
+
+@pytest.mark.parametrize("algorithm", TAUGHT)
+def test_points_of_before_a_resume_are_not_drawn_again(
+    algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
+) -> None:
+    spec = make(algorithm, {"lora.rank": {"choice": [1, 2, 3, 4, 5, 6]}}, num_trials=6, startup_trials=2)
+    before, after = make_searcher(spec, at_once=9), make_searcher(spec, at_once=9)
+    first = [before.suggest(f"a{i}")["lora.rank"] for i in range(3)]
+    before.save(str(tmp_path / "state"))
+    after.restore(str(tmp_path / "state"))
+    rest = [after.suggest(f"b{i}")["lora.rank"] for i in range(3)]
+    assert sorted(first + rest) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> None:
+    search = {"space": {"training.learning_rate": {"choice": [1e-4, 1e-3, 1e-2]}}, "num_trials": 5}
+    training = {"steps": 9, "eval_steps": 3}
+    spec = parse_spec(document | {"search": search, "training": training, "scheduler": {"kind": "pbt"}})
+    rates = [point["training.learning_rate"] for point in searched(spec, 5)]
+    assert set(rates[:3]) == {1e-4, 1e-3, 1e-2}
+    assert set(rates[3:]) <= set(rates[:3])
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
+    algorithm: str, is_over: bool, make: Callable[..., SweepSpec], tmp_path: Path
+) -> None:
+    tune.register_trainable("idle", lambda _: None)
+    startup = {} if algorithm == "random" else {"startup_trials": 2}
+
+    def drawn(search: Any) -> list[Any]:
+        trials: list[Any] = []
+        while (trial := search.next_trial()) is not None:
+            trials.append(trial.config)
+            search.on_trial_complete(trial.trial_id, {"eval/loss": float(len(trials))})
+        return trials
+
+    spec = make(algorithm, RATE, num_trials=3, **startup)
+    before = make_search_algorithm(spec, 2, is_over=False)
+    before.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 3}})
+    first = drawn(before)
+    before.set_finished()  # as when the budget is spent
+    before.save_to_dir(str(tmp_path), "one")
+    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_over=is_over)
+    after.restore_from_dir(str(tmp_path))
+    rest = drawn(after)
+    assert (len(first), len(rest)) == (3, 0 if is_over else 2)
+    assert not [point for point in rest if point in first]

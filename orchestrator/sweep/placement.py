@@ -1,0 +1,65 @@
+"""Says what a sweep waits for while its workers have no place in the cluster."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from orchestrator.words import counted
+
+_PATIENCE_S = 15.0
+"""Time in which workers usually start; nothing is said before."""
+_PERIOD_S = 60.0
+"""Most often that a sentence is said again, and only if it has changed."""
+_STOP_S = 5.0
+
+
+class PlacementNotice:
+    """A thread that says how many workers have started, what each of them takes, and what is free."""
+
+    def __init__(self, ready: list[Any], gpus: float, cpus: int, say: Callable[[str], None]) -> None:
+        """Begin to watch.
+
+        Args:
+            ready: a reference for each worker, which resolves once it runs.
+            gpus: GPUs that each worker takes.
+            cpus: CPU cores that each worker takes.
+            say: takes a sentence for whoever has started the sweep.
+        """
+        self._ready = ready
+        self._gpus = gpus
+        self._cpus = cpus
+        self._say = say
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="placement", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join(_STOP_S)
+
+    def _watch(self) -> None:
+        said, wait_s = "", _PATIENCE_S
+        while not self._stopped.wait(wait_s):
+            started, waiting = ray.wait(self._ready, num_returns=len(self._ready), timeout=0)
+            if not waiting:
+                if said:
+                    self._say(f"{len(started)} of {counted(len(started), 'worker')} started")
+                return
+            sentence = self._describe(len(started))
+            if sentence != said:
+                self._say(sentence)
+            said, wait_s = sentence, _PERIOD_S
+
+    def _describe(self, num_started: int) -> str:
+        free, there = ray.available_resources(), ray.cluster_resources()
+        kinds = (["GPU"] if self._gpus else []) + ["CPU"]
+        names = {"GPU": "GPUs", "CPU": "CPU cores"}
+        takes = {"GPU": f"{self._gpus:g} GPU", "CPU": counted(self._cpus, "CPU core")}
+        left = [f"{int(free.get(kind, 0))} of {int(there.get(kind, 0))} {names[kind]}" for kind in kinds]
+        return (
+            f"waiting for the cluster: {num_started} of {counted(len(self._ready), 'worker')} started; each takes "
+            f"{' and '.join(takes[kind] for kind in kinds)} on one node; free now: {', '.join(left)}"
+        )

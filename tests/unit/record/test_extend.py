@@ -1,0 +1,117 @@
+"""A sweep that goes on may have more trials and another budget; its experiment file may have changed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RequestError
+from orchestrator.record import BudgetSpent, SweepRecord, read_sweep, write_record
+from orchestrator.record.extend import changed_since, extend_sweep, save_extension
+from orchestrator.record.start import source_of
+from orchestrator.spec import load_spec
+
+RATES = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
+RANKS = {"lora.rank": {"choice": [4, 8, 16, 32]}}
+EXPERIMENT = """
+base: {model: embedded}
+data: {source: embedded, format: template, template: "{question} {answer}"}
+training: {steps: 100, learning_rate: 1e-3}
+search:
+  num_trials: 4
+  space: {lora.rank: {choice: [4, 8, 16, 32]}}
+"""
+
+Make = Callable[..., SweepRecord]
+
+
+@pytest.fixture
+def make(tmp_path: Path, make_sweep: Callable[..., Any]) -> Make:
+    """A sweep's record on disk; the arguments are those of its search section."""
+
+    def write(**search: Any) -> SweepRecord:
+        return read_sweep(make_sweep(tmp_path / "s", {}, **{"space": RATES, "num_trials": 4, **search}).root)
+
+    return write
+
+
+def test_more_trials_and_a_larger_budget_are_recorded(make: Make) -> None:
+    record = make(budget={"tokens": 100})
+    write_record(record.paths.budget, BudgetSpent(limit="tokens", allowed=100, spent=120))
+    extended = extend_sweep(record, 6, ["tokens=500", "gpu_hours=2"])
+    assert read_sweep(record.paths.root) == record, "nothing is written before the sweep is driven"
+    save_extension(extended)
+    info = read_sweep(record.paths.root).info
+    assert info == extended.info
+    assert (info.num_trials, info.spec.search.budget.tokens, info.spec.search.budget.gpu_hours) == (6, 500, 2.0)
+    assert [(change.field, change.before, change.after) for change in info.changes] == [
+        ("search.num_trials", 4, 6),
+        ("search.budget.tokens", 100, 500),
+        ("search.budget.gpu_hours", None, 2.0),
+    ]
+    assert record.budget_spent() is None, "whether the new one is spent is seen when the sweep goes on"
+    again = extend_sweep(read_sweep(record.paths.root), 8, [])
+    assert [change.after for change in again.info.changes] == [6, 500, 2.0, 8]
+
+
+def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
+    record = make()
+    written = record.paths.sweep.stat().st_mtime_ns
+    assert extend_sweep(record, None, []) == record
+    save_extension(record)
+    assert record.paths.sweep.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("search", "num_trials", "budget", "told"),
+    [
+        ({}, 4, [], "--trials 4: the sweep has 4 already; give the number that it is to have in all"),
+        ({"space": {}}, 6, [], "--trials: nothing is searched here"),
+        ({"algorithm": "grid", "num_trials": None, "space": RANKS}, 6, [], "--trials: a grid has a number of its own"),
+        ({"space": RANKS}, 6, [], "6 trials would repeat points, for the space has 4"),
+        ({}, None, ["tokens"], "--budget tokens: must be LIMIT=V, where LIMIT is wall_clock_hours, gpu_hours, tokens"),
+        ({}, None, ["token=5"], "--budget token=5: must be LIMIT=V"),
+        ({}, None, ["tokens=-5"], "search.budget.tokens"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(
+    make: Make, search: dict[str, Any], num_trials: int | None, budget: list[str], told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        extend_sweep(make(**search), num_trials, budget)
+
+
+@pytest.mark.parametrize("kind", ["hyperband", "pbt"])
+def test_trials_that_begin_together_get_no_later_ones(make: Make, kind: str) -> None:
+    record = make()
+    scheduler = {"scheduler": {"kind": kind}, "training": {"steps": 90, "eval_steps": 10}}
+    spec = record.info.spec.model_validate(record.info.spec.model_dump(mode="json") | scheduler)
+    record = SweepRecord(record.paths, record.info.model_copy(update={"spec": spec}))
+    with pytest.raises(RequestError, match=f"--trials: scheduler {kind} compares trials that begin together"):
+        extend_sweep(record, 6, [])
+
+
+def test_a_changed_file_is_told_field_by_field(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(EXPERIMENT)
+    overrides = ["training.steps=50", "data.source=./rows.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    record = make()
+    info = record.info.model_copy(update={"spec": load_spec(file, overrides), "source": source_of(file, overrides)})
+    monkeypatch.chdir("/")
+    assert changed_since(info) == [], "also from another working directory"
+    extended = extend_sweep(SweepRecord(record.paths, info), None, ["tokens=9"])
+    assert changed_since(extended.info) == [], "what resume has changed is no change of the file"
+    file.write_text(EXPERIMENT.replace("1e-3", "2e-3").replace("16, 32]", "16]").replace("num_trials: 4", "seed: 3"))
+    assert changed_since(info) == [
+        "training.learning_rate: 0.001 recorded, 0.002 in the file",
+        "search.num_trials: 4 recorded, None in the file",
+        "search.space.lora.rank.choice: [4, 8, 16, 32] recorded, [4, 8, 16] in the file",
+        "search.seed: 0 recorded, 3 in the file",
+    ]
+    file.write_text("base: {modle: embedded}")
+    (told,) = changed_since(info)
+    assert told.startswith("it is no longer a valid experiment: ")
+    file.unlink()
+    assert changed_since(info) == []

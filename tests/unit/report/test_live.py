@@ -1,0 +1,47 @@
+"""What a person sees of a running sweep."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator.record import TrialResult, TrialState
+from orchestrator.report.live import SweepView
+from orchestrator.report.tables import say_failures
+from orchestrator.spec import parse_spec
+
+ERROR = "train/loss is nan at step 1\n  Try a lower learning rate, or another precision."
+TOLD = "b FAILED at step 0 (diverged): train/loss is nan at step 1; Try a lower learning rate, or another precision."
+
+
+@pytest.fixture
+def trials(document: dict[str, Any]) -> list[TrialResult]:
+    """One that trains and one that failed before its first report."""
+    shared: dict[str, Any] = {"config": parse_spec(document).trial_config({}), "metric": "eval/loss", "mode": "min"}
+    return [
+        TrialResult(trial_id="a", state=TrialState.RUNNING, step=3, **shared),
+        TrialResult(trial_id="b", state=TrialState.FAILED, error=ERROR, failure="diverged", **shared),
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "pipe"])
+def test_a_trial_that_fails_at_step_0_is_shown_once_with_its_reason(
+    is_terminal: bool, trials: list[TrialResult]
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, width=160, color_system=None)
+    with SweepView(console, 2, "sweep of 2 trials") as view:
+        view.update(trials)
+        view.update(trials)
+        assert "1 of 2 trials ended (1 failed)" in view._summary().plain
+    assert file.getvalue().count(TOLD) == 1
+
+
+def test_failures_are_listed_at_the_end(trials: list[TrialResult]) -> None:
+    file = io.StringIO()
+    say_failures(Console(file=file, width=40), trials)
+    assert file.getvalue() == f"1 of 2 trials failed:\n  {TOLD}\n"
+    file = io.StringIO()
+    say_failures(Console(file=file, width=40), trials[:1])
+    assert file.getvalue() == ""

@@ -1,0 +1,66 @@
+"""The cause that a failed trial's last event names, by which searchers learn from it or not."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.errors import DivergedError, FailureCause, HubError, TooLargeError, TrialError
+from orchestrator.record import SweepPaths, TrialResult, TrialState
+from orchestrator.spec import parse_spec
+from orchestrator.training.attempt import Attempt
+from orchestrator.training.events import AtOnce, Event, Failed, Left
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    stopping = False
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_step(self, step: int, total_steps: int) -> None:
+        pass
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Event:
+    """Of a trial that meets this error as it begins."""
+
+    def fail() -> None:
+        raise error
+
+    heard = Heard()
+    config = parse_spec(document).trial_config({})
+    start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
+    ground: Any = SimpleNamespace(data=SimpleNamespace(fingerprint="f"), tokenizer=None)
+    attempt = Attempt(start, SweepPaths(folder).trial("a"), ground, heard, AtOnce(), lambda: 0.0)
+    assert list(attempt.run(fail)) == []
+    return heard.events[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (DivergedError("train/loss is nan at step 3"), "diverged"),
+        (TooLargeError("1 trial of rank 512 does not fit"), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (TrialError("this base has no such layer"), "configuration"),
+        (HubError("the hub cannot be reached"), "infrastructure"),
+    ],
+)
+def test_a_failure_names_its_cause(
+    error: Exception, cause: FailureCause, document: dict[str, Any], tmp_path: Path
+) -> None:
+    event = last_event(error, document, tmp_path)
+    assert isinstance(event, Failed)
+    assert event.cause == cause
+
+
+def test_a_fault_from_outside_is_no_failure_of_the_trial(document: dict[str, Any], tmp_path: Path) -> None:
+    assert isinstance(last_event(RuntimeError("CUDA error"), document, tmp_path), Left)
