@@ -100,12 +100,15 @@ def data(
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""
     from orchestrator.record import read_sweep
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import claim_folder
     from orchestrator.report.live import TrialView
 
     spec = load_spec(file, set_ or [])
-    paths = choose_folder(spec, file.name, name, output)
-    with _resumable(paths.root), _screen(paths.root) as console:
+    with (
+        claim_folder(spec, file.name, name, output) as paths,
+        _resumable(paths.root),
+        _screen(paths.root) as console,
+    ):
         from orchestrator.training.local import run_local_trial
 
         with TrialView(console, f"trial in {paths.root}") as view:
@@ -123,10 +126,11 @@ def sweep(
     output: Output = None,
 ) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import claim_folder
 
     spec = load_spec(file, [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])])
-    _sweep(spec, choose_folder(spec, file.name, name, output), address)
+    with claim_folder(spec, file.name, name, output) as paths:
+        _sweep(spec, paths, address)
 
 
 @app.command(epilog="Example: orchestrator resume runs/demo")
@@ -208,12 +212,12 @@ def demo(
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
     from orchestrator.deploy import Sweep
     from orchestrator.embedded import EXPERIMENT
-    from orchestrator.record.start import choose_folder
+    from orchestrator.record.start import claim_folder
     from orchestrator.report.demo import show_side_by_side
 
     spec = load_spec(EXPERIMENT, set_ or [])
-    paths = choose_folder(spec, "demo", name, output)
-    record = _sweep(spec, paths, None)
+    with claim_folder(spec, "demo", name, output) as paths:
+        record = _sweep(spec, paths, None)
     with _screen(paths.root) as console:
         show_side_by_side(console, Sweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)

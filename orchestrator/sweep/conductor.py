@@ -8,7 +8,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
+from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, Population
 from orchestrator.sweep.brackets import UNIT
@@ -16,7 +16,7 @@ from orchestrator.sweep.memory import freeze, thaw
 from orchestrator.sweep.population import Cloning
 from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
 from orchestrator.sweep.spending import Spending
-from orchestrator.sweep.told import COMPLETE, paths_of
+from orchestrator.sweep.told import COMPLETE, set_folder
 
 _STUCK_S = 60.0
 _TURNS = (Trial.RUNNING, Trial.PENDING)
@@ -82,6 +82,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """See Tune, which adds a trial again when it starts it anew after a fault: it keeps its place."""
+        set_folder(trial, self._record.paths)
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
                 controller._set_trial_status(trial, Trial.PAUSED)
@@ -194,11 +195,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
         Tune's state forgets the end of a trial that was stopped as it waited (ray 2.60, `_schedule_trial_stop`).
         """
-        if trial.trial_id in self._why and paths_of(trial).result.is_file():
+        if trial.trial_id in self._why and self._paths_of(trial).result.is_file():
             trial.set_status(Trial.TERMINATED)
             return
         if trial.trial_id not in self._waiting:
-            paths_of(trial).paused.unlink(missing_ok=True)
+            self._paths_of(trial).paused.unlink(missing_ok=True)
             if not self._holds:
                 return
             self._held.add(trial.trial_id)
@@ -207,7 +208,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
     def _wait(self, trial: Any, why: str | None) -> None:
         """A trial waits, and gives its slot back."""
         self._waiting.add(trial.trial_id)
-        paths_of(trial).paused.touch()
+        self._paths_of(trial).paused.touch()
         if why is not None:
             self._write(trial, "paused", why)
 
@@ -215,7 +216,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._held.discard(trial.trial_id)
         if trial.trial_id in self._waiting:
             self._waiting.discard(trial.trial_id)
-            paths_of(trial).paused.unlink(missing_ok=True)
+            self._paths_of(trial).paused.unlink(missing_ok=True)
             self._write(
                 trial, "resumed", f"{self._spec.scheduler.kind}: goes on from step {self._steps[trial.trial_id]}"
             )
@@ -226,7 +227,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         The budget is spent, Tune's scheduler stops it as another reports, or the driver that stopped it was lost
         before it could keep that: then its result is there already.
         """
-        trial_id, paths = trial.trial_id, paths_of(trial)
+        trial_id, paths = trial.trial_id, self._paths_of(trial)
         if trial_id in self._why:
             return
         ended = read_result(paths) if paths.result.is_file() else None
@@ -240,7 +241,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         """A trial waits for nothing any more."""
         self._held.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
-        paths_of(trial).paused.unlink(missing_ok=True)
+        self._paths_of(trial).paused.unlink(missing_ok=True)
 
     def _timed(self, result: dict[str, Any]) -> dict[str, Any]:
         """The report itself, for Tune's schedulers leave word in it for the searcher, with its time in units."""
@@ -248,9 +249,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             result[UNIT] = result[self._spec.scheduler.counts] / size  # type: ignore[union-attr]
         return result
 
+    def _paths_of(self, trial: Any) -> TrialPaths:
+        return self._record.paths.trial(trial.trial_id)
+
     def _count(self, trial: Any) -> None:
         if self._spending.needs_records:
-            self._spending.count(read_trial(paths_of(trial), self._record.info))
+            self._spending.count(read_trial(self._paths_of(trial), self._record.info))
 
     def _is_over(self, controller: Any) -> BudgetSpent | None:
         """The limit of the budget that is reached; the search is over then."""

@@ -37,7 +37,7 @@ def run_sweep(
 
     Args:
         spec: the experiment.
-        paths: a folder that does not exist yet, from `record.start.choose_folder`.
+        paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
         watch: follows.
         address: of a Ray cluster; None starts Ray here.
         say: is told of the workers, before the first trial.
@@ -123,7 +123,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
     )
     searcher = make_searcher(spec, at_once)
     conductor = Conductor(record, at_once, put_snapshot_back(paths))
-    callbacks = [ResultKeeper(conductor)]
+    callbacks = [ResultKeeper(record, conductor)]
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
