@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError, RequestError
+from orchestrator.signals import keeping_handlers
 
 # A node starts a worker and imports this module to answer. Storage that hangs never answers.
 _ANSWER_TIMEOUT_S = 120.0
@@ -33,12 +34,13 @@ def connection(address: str | None) -> Iterator[None]:
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            _require_listener(address)
-            with _one_attempt():
-                ray.init(address=address, **quiet)
+        with keeping_handlers():
+            if address is None:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            else:
+                _require_listener(address)
+                with _one_attempt():
+                    ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address is None:
             raise ClusterError(f"Ray cannot be started on this machine: {error}") from error

@@ -5,12 +5,18 @@ import sys
 from orchestrator.cli import train, use  # noqa: F401 (they hang their verbs on the application)
 from orchestrator.cli.frame import app
 from orchestrator.errors import OrchestratorError
+from orchestrator.signals import leave_dead_terminal
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed while running, 2 what was asked for is wrong, 74 the disk is full or fails, 130
+    interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
+    """
     try:
         app()  # its own usage errors leave with 2, Ctrl-C with 130
     except OrchestratorError as error:
+        leave_dead_terminal()  # after SIGHUP
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -5,8 +5,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,9 +27,11 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError, SpecError
+from orchestrator.errors import Interrupted, RequestError, SpecError, StorageError
+from orchestrator.signals import Signalled, raising_signals, told
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
+from orchestrator.storage import storage_fault
 from orchestrator.words import counted
 
 if TYPE_CHECKING:
@@ -112,7 +115,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         from orchestrator.training.local import run_local_trial
 
         with TrialView(console, f"trial in {paths.root}") as view:
-            run_local_trial(spec, paths, view)
+            run_local_trial(spec, paths, view, view.say)
         show_best(console, read_sweep(paths.root))
 
 
@@ -145,7 +148,7 @@ def resume(sweep: Sweep, address: Address = None, output: Where = "runs") -> Non
             from orchestrator.training.local import resume_local_trial
 
             with TrialView(console, f"going on in {record.paths.root}") as trial_view:
-                resume_local_trial(record, trial_view)
+                resume_local_trial(record, trial_view, trial_view.say)
         else:
             from orchestrator.sweep import resume_sweep
 
@@ -255,18 +258,26 @@ def _screen(root: Path) -> Iterator["Console"]:
                 yield console_on(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
-                with (root / "driver.log").open("ab") as kept:
+                with suppress(OSError), (root / "driver.log").open("ab") as kept:  # on a full disk it is left out
                     kept.write(log.read_bytes())
 
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """On Ctrl-C, say how to go on."""
+    """Say how to go on after a signal or a fault of the storage, with an exit code for each."""
+    remedy = f"Go on with: orchestrator resume {folder}"
     try:
-        yield
-    except KeyboardInterrupt:
-        if (folder / "sweep.json").is_file():
-            raise Interrupted(
-                "interrupted; what was measured is kept", f"Go on with: orchestrator resume {folder}"
-            ) from None
+        with raising_signals():
+            yield
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
+        has_begun = (folder / "sweep.json").is_file()
+        raise Interrupted(
+            f"interrupted by {told(number)}; {'what was measured is kept' if has_begun else 'nothing was begun'}",
+            remedy if has_begun else "",
+            128 + number,
+        ) from None
+    except OSError as error:
+        if fault := storage_fault(error):
+            raise StorageError(f"{folder}: its storage fails: {fault}", f"Make room or mend it. {remedy}") from error
         raise

@@ -2,6 +2,7 @@
 trials wait for their turn, and the sweep ends when its budget is spent."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ray.tune.error import TuneError
@@ -31,17 +32,25 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     _supports_buffered_results = False
 
-    def __init__(self, record: SweepRecord, at_once: int, remembered: bytes | None = None) -> None:
+    def __init__(
+        self,
+        record: SweepRecord,
+        at_once: int,
+        remembered: bytes | None = None,
+        look_at_failure: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """
         Args:
             record: of the sweep.
             at_once: trials that have a slot.
             remembered: what `state` gave when the driver before this one came to its end.
+            look_at_failure: called with a trial whose attempt has failed; may end the sweep by raising.
         """
         super().__init__()
         self._record = record
         self._spec = record.info.spec
         self._at_once = at_once
+        self._look_at_failure = look_at_failure
         scheduler = self._spec.scheduler
         self._takes_turns = isinstance(scheduler, Brackets | Population)
         self._holds = self._takes_turns and not isinstance(scheduler, BohbScheduler)
@@ -139,7 +148,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet."""
+        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet.
+
+        Tune keeps none of this turn's state if the sweep ends here: the failure is not counted after a resume.
+        """
+        self._look_at_failure(trial)
         if trial.status == Trial.ERROR:
             return
         self._ends(trial)

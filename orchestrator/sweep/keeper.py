@@ -1,6 +1,7 @@
 """Results that only the driver can write: of trials that the scheduler stopped, and of those whose relay is gone."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,26 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
     time of these calls it waits for Tune's word, and all that was reported is on disk.
     """
 
-    def __init__(self, record: SweepRecord, conductor: Conductor) -> None:
+    def __init__(self, record: SweepRecord, conductor: Conductor, check_stop: Callable[[], None]) -> None:
         """
         Args:
             record: of the sweep; says where its trials write.
             conductor: knows why a trial was stopped.
+            check_stop: called at every turn of Tune's loop; ends the sweep by raising.
         """
         self._record = record
         self._conductor = conductor
+        self._check_stop = check_stop
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune has handled an event, and written its state on this machine."""
         if trials:
             staging = Path(trials[0].storage.experiment_driver_staging_path)
             keep_snapshot(staging, self._record.paths, self._conductor.state)
-        if trials and all(trial.is_finished() for trial in trials):
-            if len(trials) == self._record.info.num_trials or self._record.budget_spent():
-                _await_relays([self._paths_of(trial) for trial in trials])
+        self._check_stop()
+        have_ended = trials and all(trial.is_finished() for trial in trials)
+        if have_ended and (len(trials) == self._record.info.num_trials or self._record.budget_spent()):
+            _await_relays([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""

@@ -14,6 +14,7 @@ from orchestrator.record import TrialState, read_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
+
 @pytest.mark.parametrize(
     "overrides",
     [
