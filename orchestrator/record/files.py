@@ -7,8 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from orchestrator.errors import RecordError
+
 BUILDING = ".building-"
 """How the name of a folder begins that is on its way to its own."""
+
+
+def refuse_links(folder: Path) -> None:
+    """Check that a folder holds no symbolic link: whoever copies or sends the folder would ship what it points to.
+
+    Raises:
+        RecordError: it holds one.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise RecordError(
+                f"{path}: is a symbolic link, to {path.readlink()}; what it points to is no part of this folder",
+                f"Put the file itself in its place; `cp -rL {folder} COPY` does that for all links.",
+            )
 
 
 @contextmanager
