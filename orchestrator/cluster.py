@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError, RequestError
-from orchestrator.signals import keeping_handlers
+from orchestrator.signals import shielding_children
 
 # A node starts a worker and imports this module to answer. Storage that hangs never answers.
 _ANSWER_TIMEOUT_S = 120.0
@@ -34,7 +34,7 @@ def connection(address: str | None) -> Iterator[None]:
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        with keeping_handlers():
+        with shielding_children():
             if address is None:
                 ray.init(address="local", include_dashboard=False, **quiet)
             else:
@@ -52,6 +52,8 @@ def connection(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
+        if address is None:
+            _kill_at_shutdown()
         ray.shutdown()
 
 
@@ -151,6 +153,18 @@ def _one_attempt() -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+def _kill_at_shutdown() -> None:
+    """Have Ray end its own processes by SIGKILL: it would wait a second for each to heed SIGTERM, which none does here.
+
+    See `shielding_children`. They hold nothing that outlives the sweep.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    kill = node.kill_all_processes
+    node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
 
 
 def _prepare_local() -> None:

@@ -89,22 +89,25 @@ def deferred_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
 
 
 @contextmanager
-def keeping_handlers() -> Iterator[None]:
-    """Keep this process's handlers while a library that sets its own (Ray, of SIGTERM) starts processes.
+def shielding_children() -> Iterator[None]:
+    """Have processes that start in this block never see SIGTERM and SIGHUP; keep this process's own handlers.
 
-    Those processes ignore SIGHUP, as after `nohup`: a terminal that is closed sends it to all processes that were
-    started from it, and the driver must still reach the workers to have them write checkpoints.
+    `timeout`, systemd, Slurm and a terminal that is closed signal all processes together. Ray's would die at once, and
+    the driver could not reach the workers any more to have them write checkpoints. A process inherits the signals that
+    are blocked when it starts. What comes meanwhile is handled at the end of the block, by the handlers of before: Ray
+    sets its own of SIGTERM (2.60, `ray.init`).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    on_term, on_hangup = signal.getsignal(Signals.SIGTERM), signal.signal(Signals.SIGHUP, signal.SIG_IGN)
+    on_term = signal.getsignal(Signals.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {Signals.SIGTERM, Signals.SIGHUP})
     try:
         yield
     finally:
-        signal.signal(Signals.SIGHUP, on_hangup or signal.SIG_DFL)
         if callable(on_term):
             signal.signal(Signals.SIGTERM, on_term)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
