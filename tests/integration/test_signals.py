@@ -98,9 +98,10 @@ def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM], ids=lambda each: each.name)
 def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Signals) -> None:
-    with start("sweep", tmp_path) as process:
+    """Also where all its processes get the signal, as from `timeout`, systemd, Slurm or a terminal's Ctrl-C."""
+    with start("sweep", tmp_path, start_new_session=True) as process:
         record = wait_for_steps(tmp_path, process)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         _, message = process.communicate(timeout=120)
     assert process.returncode == 128 + number, message
     name = "Ctrl-C" if number == Signals.SIGINT else number.name
@@ -115,11 +116,7 @@ def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Sign
 def test_a_closed_terminal_interrupts_a_sweep_that_runs_in_it(tmp_path: Path) -> None:
     """The kernel sends SIGHUP to all processes of the terminal, of which nothing can be written any more."""
     ours, theirs = pty.openpty()
-    script = (
-        "import fcntl, os, sys, termios\n"
-        "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"  # lead a session whose terminal this is
-        "code = os.spawnv(os.P_WAIT, sys.argv[1], sys.argv[1:])\n"
-    )
+    # A process that leads a session whose terminal this is.
     script = (
         "import fcntl, os, sys, termios\n"
         "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
