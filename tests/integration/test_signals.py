@@ -31,8 +31,9 @@ SETTINGS = [
 OPTIONS = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
-def start(verb: str, folder: Path, **options: object) -> subprocess.Popen[str]:
-    arguments = [verb, str(DEMO), "--output", str(folder), "--name", "s", *OPTIONS]
+def start(verb: str, folder: Path, *overrides: str, **options: object) -> subprocess.Popen[str]:
+    more = [part for setting in overrides for part in ("--set", setting)]
+    arguments = [verb, str(DEMO), "--output", str(folder), "--name", "s", *OPTIONS, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command(*arguments), **{**pipes, **options})  # type: ignore[call-overload, no-any-return]
 
