@@ -25,7 +25,8 @@ SETTINGS = [
     "scheduler.kind=none",
     f"training.steps={STEPS}",
     f"training.eval_steps={STEPS}",
-    "search={algorithm: optuna, num_trials: 3}",
+    "search.algorithm=optuna",
+    "search.num_trials=3",
     "resources.max_concurrent=2",
 ]
 OPTIONS = [part for setting in SETTINGS for part in ("--set", setting)]
