@@ -163,8 +163,9 @@ def _kill_at_shutdown() -> None:
     from ray._private import worker
 
     node = worker._global_node
-    kill = node.kill_all_processes
-    node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
+    if node is not None:
+        kill = node.kill_all_processes
+        node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
 
 
 def _prepare_local() -> None:

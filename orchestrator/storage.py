@@ -9,7 +9,8 @@ _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _WORDS = (
     *(os.strerror(number) for number in _NUMBERS),
     *(f"(os error {number})" for number in _NUMBERS),
-    "database or disk is full",
+    "database or disk is full",  # SQLite
+    "the local disk's utilization is over capacity",  # Ray, which keeps objects that do not fit into memory there
 )
 
 # torch tells a short write by what it met in its own file (2.13, `caffe2/serialize/inline_container.cc`).

@@ -45,7 +45,7 @@ def run_trial(
     Raises:
         TrialError: the trial failed for good; its result is on disk as FAILED.
         StorageError: the disk is full or fails; the trial goes on from its last checkpoint when it is run again.
-        Signalled: a signal ended the trial: between two steps after a checkpoint of the last one.
+        Signalled: a signal ended the trial, after a checkpoint of its last step.
     """
     if not paths.result.is_file():
         start = start_of(config, spec, paths)
@@ -91,7 +91,7 @@ def _run(
             raise
         except OrchestratorError as error:
             listener.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None))
-    if stop.signal is not None:
+    if stop.signal is not None and not paths.result.is_file():
         raise Signalled(stop.signal)
 
 
@@ -116,8 +116,8 @@ class _Here:
         return self._stop.signal is not None
 
     def on_step(self, step: int, total_steps: int) -> None:
-        """Ask the watcher. From now on a signal waits for the end of a step, unless this was the last."""
-        self._stop.defers = step < total_steps
+        """Ask the watcher. From now on a signal waits for the end of a step; after the last, for that of the trial."""
+        self._stop.defers = True
         self._is_refused |= not self._watcher.on_step(step, total_steps)
 
     def emit(self, event: Event) -> None:

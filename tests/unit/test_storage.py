@@ -25,6 +25,8 @@ def test_an_error_of_the_operating_system_is_told_with_its_file(number: int) -> 
         "PytorchStreamWriter failed writing file data/0: file write failed",
         "(sqlite3.OperationalError) database or disk is full",
         "Read-only file system (os error 30)",
+        "The object cannot be created because the local object store is full and the local disk's utilization is over "
+        "capacity (95% by default).",  # Ray's OutOfDiskError
     ],
 )
 def test_libraries_have_errors_of_their_own(text: str) -> None:
