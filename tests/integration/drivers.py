@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny import DEMO, TINY
@@ -33,17 +34,26 @@ def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def wait_until_in_the_middle(folder: Path, driver: subprocess.Popen[str]) -> SweepRecord:
-    """One trial has finished, another has a checkpoint and is still running."""
-    deadline = time.monotonic() + 180
+    """Wait until one trial has finished, and another has a checkpoint and is still running."""
+    return wait_until(
+        folder,
+        driver,
+        lambda trials: any(t.state == TrialState.COMPLETE for t in trials) and any(is_under_way(t) for t in trials),
+    )
+
+
+def wait_until(
+    folder: Path, driver: subprocess.Popen[str], condition: Callable[[list[TrialResult]], bool]
+) -> SweepRecord:
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert driver.poll() is None, driver.communicate()
         if (folder / "s" / "sweep.json").is_file():
             record = read_sweep(folder / "s")
-            trials = record.trials()
-            if any(t.state == TrialState.COMPLETE for t in trials) and any(is_under_way(t) for t in trials):
+            if condition(record.trials()):
                 return record
         time.sleep(0.05)
-    raise AssertionError("no trial finished within 180 s")
+    raise AssertionError("the sweep has not come so far within 300 s")
 
 
 def is_under_way(trial: TrialResult) -> bool:

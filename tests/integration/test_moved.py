@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from drivers import assert_whole, command, finished, start_sweep, wait_until_in_the_middle
+from drivers import assert_whole, command, finished, is_under_way, start_sweep, wait_until
 
 from orchestrator.record import TrialState, read_sweep
 
@@ -42,7 +42,7 @@ def resume(sweep: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_a_copy_leaves_the_original_alone_and_a_moved_sweep_goes_on(tmp_path: Path, overrides: list[str]) -> None:
     with start_sweep(tmp_path / "runs", *overrides) as driver:
-        wait_until_in_the_middle(tmp_path / "runs", driver)
+        wait_until(tmp_path / "runs", driver, lambda trials: any(is_under_way(trial) for trial in trials))
         driver.send_signal(signal.SIGINT)
         driver.communicate(timeout=120)  # until no worker writes any more
     original = tmp_path / "runs" / "s"
