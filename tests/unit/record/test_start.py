@@ -79,6 +79,22 @@ def test_unnamed_sweeps_that_begin_in_one_second_get_folders_of_their_own(
     assert names == ["base-1130-030155", "base-1130-030155-2", "base-1130-030155-3"]
 
 
+def test_a_name_that_another_process_takes_at_this_very_moment_is_taken(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, lost = Path.mkdir, []
+
+    def lose_once(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name.startswith("base-") and not lost:
+            lost.append(path)
+            mkdir(path)  # by the other process, after this one has looked
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", lose_once)
+    with claim_folder(parse_spec(document), "base.yaml", None, str(tmp_path)) as paths:
+        assert paths.root == lost[0].with_name(f"{lost[0].name}-2")
+
+
 CLAIM = """
 import sys
 from orchestrator.errors import RequestError

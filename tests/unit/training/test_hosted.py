@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_written_ends_the_attempt_and_says_why(number: int
 def test_a_log_on_a_full_disk_holds_nobody_up() -> None:
     """The thread that writes files prints the traceback there: had it died of that, its trial would never end."""
     lease = take(Leases(1), "1", "a")
-    with Path("/dev/full").open("w") as full, pytest.MonkeyPatch.context() as patched:
+    with Path("/dev/full").open("w", buffering=1) as full, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", full)
         writer = Writer(lease)
         writer.do(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
