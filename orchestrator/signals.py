@@ -49,14 +49,14 @@ class StopRequest:
         """Wait for the first signal, and say what is done about it. Run it in a thread: a handler must not print."""
         self._has_come.wait()
         if self.signal is not None:
-            say(f"{told(self.signal)}: writing checkpoints; once more stops at once")
+            say(f"{signal_name(self.signal)}: writing checkpoints; once more stops at once")
 
     def end(self) -> None:
         """Release whoever waits to announce a signal."""
         self._has_come.set()
 
 
-def told(number: Signals) -> str:
+def signal_name(number: Signals) -> str:
     """What a person calls a signal."""
     return "Ctrl-C" if number == Signals.SIGINT else number.name
 

@@ -28,7 +28,7 @@ from orchestrator.cli.frame import (
     show_best,
 )
 from orchestrator.errors import Interrupted, RequestError, SpecError, StorageError
-from orchestrator.signals import Signalled, raising_signals, told
+from orchestrator.signals import Signalled, raising_signals, signal_name
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
 from orchestrator.storage import storage_fault
@@ -273,7 +273,7 @@ def _resumable(folder: Path) -> Iterator[None]:
         number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
         has_begun = (folder / "sweep.json").is_file()
         raise Interrupted(
-            f"interrupted by {told(number)}; {'what was measured is kept' if has_begun else 'nothing was begun'}",
+            f"interrupted by {signal_name(number)}; {'what was measured is kept' if has_begun else 'nothing was begun'}",
             remedy if has_begun else "",
             128 + number,
         ) from None

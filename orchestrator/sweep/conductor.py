@@ -24,7 +24,7 @@ _TURNS = (Trial.RUNNING, Trial.PENDING)
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
-    """One of Tune's schedulers, with a memory, a record and a purse.
+    """Wraps one of Tune's schedulers: keeps its state for a resume, logs its decisions, and ends a spent budget.
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's
     would compare those few that have a slot. They are added as PAUSED, and started as slots get free.
@@ -90,7 +90,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return bool(self._inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """See Tune, which adds a trial again when it starts it anew after a fault: it keeps its place."""
+        """Take in a trial. Tune adds one again when it starts it anew after a fault: it keeps its place."""
         set_folder(trial, self._record.paths)
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
@@ -148,9 +148,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """See Tune, to which a trial that is to be started anew has ended by then; one that has failed has not yet.
+        """Handle a failed attempt: Tune calls this before it starts the trial anew, and when no attempt is left.
 
-        Tune keeps none of this turn's state if the sweep ends here: the failure is not counted after a resume.
+        Tune has set the status of a trial that it starts anew to ERROR by then, but not of one that has failed for good.
+        If the sweep ends here, none of this turn's state is kept: the failure is not counted after a resume.
         """
         self._look_at_failure(trial)
         if trial.status == Trial.ERROR:

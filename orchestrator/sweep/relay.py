@@ -19,7 +19,7 @@ from orchestrator.record import (
     resumable,
     write_record,
 )
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import BUILDING, building_beside
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.remote import Claim, RemoteTrial
@@ -71,6 +71,8 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         if so_far is None or so_far.checkpoint is None:
             return {}
         source, offers = self._paths.root / so_far.checkpoint, self._paths.offers
+        for half in offers.glob(f"{BUILDING}*"):  # of a relay that was killed
+            shutil.rmtree(half, ignore_errors=True)
         with building_beside(offers / source.name) as building:
             # No links: a trial that goes back writes its files again.
             shutil.copytree(source, building, dirs_exist_ok=True)

@@ -139,9 +139,11 @@ class RemoteTrial:
 
     def _leave(self) -> None:
         """Close the books, unless they are another attempt's by now."""
-        if self._claim.holds:
-            self._books.close()
-        self._end()
+        try:
+            if self._claim.holds:
+                self._books.close()
+        finally:  # also on a full disk
+            self._end()
 
     def _end(self) -> None:
         self._over.set()

@@ -16,7 +16,7 @@ from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.lock import only_driver
-from orchestrator.signals import StopRequest, deferred_signals, told
+from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 from orchestrator.spec.extras import require_extras
@@ -100,7 +100,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
                 tuner.fit()
         except Interruption:
             assert stop.signal is not None
-            _tell_interruption(record, f"by {told(stop.signal)}", 128 + stop.signal)
+            _tell_interruption(record, f"by {signal_name(stop.signal)}", 128 + stop.signal)
         except (OSError, TuneError) as error:
             if fault := storage_fault(error):
                 raise storage_error(record.paths, fault) from error

@@ -37,7 +37,7 @@ class Lease:
         self._heard_at = time.monotonic()
         self._released = False
         self.wants_checkpoint = False
-        """See `Listener`."""
+        """Whether it is to write a checkpoint before it stops."""
 
     @property
     def is_given_up(self) -> bool:
