@@ -272,10 +272,9 @@ def _resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
         has_begun = (folder / "sweep.json").is_file()
+        kept = "what was measured is kept" if has_begun else "nothing was begun"
         raise Interrupted(
-            f"interrupted by {signal_name(number)}; {'what was measured is kept' if has_begun else 'nothing was begun'}",
-            remedy if has_begun else "",
-            128 + number,
+            f"interrupted by {signal_name(number)}; {kept}", remedy if has_begun else "", 128 + number
         ) from None
     except OSError as error:
         if fault := storage_fault(error):
