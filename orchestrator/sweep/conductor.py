@@ -150,7 +150,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """Handle a failed attempt: Tune calls this before it starts the trial anew, and when no attempt is left.
 
-        By then Tune has set the status of a trial that it starts anew to ERROR, but not of one that has failed for good.
+        By then a trial that is started anew has the status ERROR; one that has failed for good still has its own.
         If the sweep ends here, none of this turn's state is kept: the failure is not counted after a resume.
         """
         self._look_at_failure(trial)
