@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ClusterError, RequestError
+from orchestrator.errors import ClusterError, RequestError, StorageError
 from orchestrator.signals import shielding_children
+from orchestrator.storage import storage_fault
 
 # A node starts a worker and imports this module to answer. Storage that hangs never answers.
 _ANSWER_TIMEOUT_S = 120.0
@@ -62,6 +63,7 @@ def require_shared_folder(folder: Path) -> None:
 
     Raises:
         RequestError: `folder` cannot be written on this machine.
+        StorageError: its disk is full or fails.
         ClusterError: names the nodes that do not see what this machine wrote, or whose writing is not seen here.
     """
     import ray
@@ -121,6 +123,8 @@ def _probe_folder(folder: Path) -> Iterator[Path]:
             probe.mkdir(parents=True)
             (probe / "driver").write_text("driver")
         except OSError as error:
+            if fault := storage_fault(error):
+                raise StorageError(f"output {folder}: its storage fails: {fault}", "Make room or mend it.") from error
             raise RequestError(
                 f"output {folder}: cannot be written: {error}", "Give --output a folder that you may write to."
             ) from error

@@ -265,18 +265,18 @@ def _screen(root: Path) -> Iterator["Console"]:
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
     """Say how to go on after a signal or a fault of the storage, with an exit code for each."""
-    remedy = f"Go on with: orchestrator resume {folder}"
+
+    def remedy() -> str:
+        return f"Go on with: orchestrator resume {folder}" if (folder / "sweep.json").is_file() else ""
+
     try:
         with raising_signals():
             yield
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
-        has_begun = (folder / "sweep.json").is_file()
-        kept = "what was measured is kept" if has_begun else "nothing was begun"
-        raise Interrupted(
-            f"interrupted by {signal_name(number)}; {kept}", remedy if has_begun else "", 128 + number
-        ) from None
+        kept = "what was measured is kept" if remedy() else "nothing was begun"
+        raise Interrupted(f"interrupted by {signal_name(number)}; {kept}", remedy(), 128 + number) from None
     except OSError as error:
         if fault := storage_fault(error):
-            raise StorageError(f"{folder}: its storage fails: {fault}", f"Make room or mend it. {remedy}") from error
+            raise StorageError(f"{folder}: its storage fails: {fault}", f"Make room or mend it. {remedy()}") from error
         raise
