@@ -55,6 +55,7 @@ class Interrupter:
         """
         self.check()
         if fault := storage_fault(error_of(trial)):
+            self._workers.interrupt(_SAVING_S)  # or they would be killed as they write
             raise storage_error(self._paths, fault)
 
 

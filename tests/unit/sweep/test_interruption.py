@@ -47,11 +47,12 @@ def make(tmp_path: Path, signal: Signals | None = None) -> tuple[Interrupter, Wo
 
 @pytest.mark.parametrize("error", [FULL, StorageError("OSError: [Errno 28] No space left on device")])
 def test_a_fault_of_the_storage_ends_the_sweep(tmp_path: Path, error: BaseException) -> None:
-    interrupter, _ = make(tmp_path)
+    interrupter, workers = make(tmp_path)
     with pytest.raises(StorageError, match=r"its storage fails: .*No space left on device") as raised:
         interrupter.check_trial(failed(tmp_path, error))
     assert raised.value.remedy.endswith(f"orchestrator resume {tmp_path / 's'}")
     assert raised.value.exit_code == 74
+    assert workers.num_asked == 1, "the other trials end in good order"
 
 
 @pytest.mark.parametrize("error", [None, TrialError("loss is nan at step 3"), PermissionError("of somebody else")])
