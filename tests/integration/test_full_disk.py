@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -39,15 +40,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(disk: Path) -> Path:
-    """Leave no byte free."""
-    filler = disk / "filler"
+def fill_until_it_ends(disk: Path, process: "subprocess.Popen[str]") -> Path:
+    """Leave no byte free, also of what the process itself frees meanwhile."""
+    filler, deadline = disk / "filler", time.monotonic() + 120
     with filler.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            with suppress(OSError):
-                while True:
-                    file.write(b"x" * size)
-    assert os.statvfs(disk).f_bavail == 0
+        while process.poll() is None and time.monotonic() < deadline:
+            for size in (1 << 20, 1 << 12, 1):
+                with suppress(OSError):
+                    while True:
+                        file.write(b"x" * size)
+            time.sleep(0.02)
     return filler
 
 
@@ -61,7 +63,7 @@ def resume(root: Path) -> "subprocess.CompletedProcess[str]":
 def test_a_full_disk_interrupts_and_costs_no_trial(small_disk: Path, verb: str) -> None:
     with start(verb, small_disk, "training.eval_steps=4", "training.save_steps=4") as process:
         record = wait_for_steps(small_disk, process)
-        filler = fill(small_disk)
+        filler = fill_until_it_ends(small_disk, process)
         _, message = process.communicate(timeout=120)
     assert process.returncode == 74, message
     assert "No space left on device" in message
