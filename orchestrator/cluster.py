@@ -95,7 +95,11 @@ def _answer_probe(probe: str, node_id: str) -> None:
 
 
 def _fault(answer: Any, written: Path) -> str | None:
-    """What is wrong with a node, by its answer and by whether its file is seen here."""
+    """Tell what is wrong with a node, by its answer and by whether its file is seen here.
+
+    Raises:
+        StorageError: its disk is full or fails.
+    """
     import ray
 
     try:
@@ -103,6 +107,10 @@ def _fault(answer: Any, written: Path) -> str | None:
     except ray.exceptions.GetTimeoutError:
         return f"has not answered in {_ANSWER_TIMEOUT_S:g} s"
     except ray.exceptions.RayError as error:  # it died, may not write there, or has not this package
+        if fault := storage_fault(error):
+            raise StorageError(
+                f"{written.parent.parent}: its storage fails: {fault}", "Make room or mend it."
+            ) from error
         return f"failed: {str(error).strip().splitlines()[-1]}"
     return None if written.is_file() else "sees another folder of that name"
 
