@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 
 import pytest
 from drivers import command
-from tiny import DEMO, TINY
+from tiny import DEMO, TINY, Witness
 
-from orchestrator.record import SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
+from orchestrator.signals import Signalled
+from orchestrator.spec import SweepSpec
+from orchestrator.training.local import resume_local_trial, run_local_trial
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 STEPS = 60
 
@@ -82,6 +86,45 @@ def assert_goes_on(record: SweepRecord, begun: list[TrialResult], number: int) -
         assert after[trial.trial_id].step == STEPS
 
 
+class SignalAt(Witness):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def on_step(self, step: int, total_steps: int) -> bool:
+        if step == self._at:
+            signal.raise_signal(Signals.SIGTERM)
+        return True
+
+
+@pytest.mark.parametrize("engine", ["fast", "trl"])
+def test_a_trial_goes_on_from_the_step_of_the_signal_to_the_digit(
+    tiny: Callable[..., SweepSpec], tmp_path: Path, engine: str
+) -> None:
+    """Between evaluations, where nothing else would have had a checkpoint written."""
+    spec = tiny(f"training.engine={engine}", "training.save_steps=12", "training.logging_steps=1", "lora.dropout=0.1")
+    whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
+    undisturbed = run_local_trial(spec, whole, Witness())
+    assert undisturbed is not None
+    with pytest.raises(Signalled):
+        run_local_trial(spec, broken, SignalAt(6))
+    record = read_sweep(broken.root)
+    (interrupted,) = record.trials()
+    assert (interrupted.state, interrupted.step) == (TrialState.RUNNING, 6)
+    assert interrupted.checkpoint == "checkpoints/checkpoint-6"
+    resumed = resume_local_trial(record, Witness())
+    assert resumed is not None
+    assert (resumed.best, resumed.tokens) == (undisturbed.best, undisturbed.tokens)
+    curves = [
+        [(point.step, point.tokens, point.values) for point in read_metrics(paths.trial(trial.trial_id))]
+        for paths, trial in ((whole, undisturbed), (broken, resumed))
+    ]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP], ids=lambda each: each.name)
 def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
     with start("trial", tmp_path) as process:
@@ -97,6 +140,7 @@ def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
     assert_goes_on(record, begun, number=1)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM], ids=lambda each: each.name)
 def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Signals) -> None:
@@ -114,6 +158,7 @@ def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Sign
     assert_goes_on(record, begun, number=3)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_closed_terminal_interrupts_a_sweep_that_runs_in_it(tmp_path: Path) -> None:
     """The kernel sends SIGHUP to all processes of the terminal, of which nothing can be written any more."""
