@@ -11,7 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ClusterError, RequestError
+from orchestrator.errors import ClusterError, RequestError, StorageError
+from orchestrator.signals import shielding_children
+from orchestrator.storage import storage_fault
 
 # A node starts a worker and imports this module to answer. Storage that hangs never answers.
 _ANSWER_TIMEOUT_S = 120.0
@@ -33,12 +35,13 @@ def connection(address: str | None) -> Iterator[None]:
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            _require_listener(address)
-            with _one_attempt():
-                ray.init(address=address, **quiet)
+        with shielding_children():
+            if address is None:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            else:
+                _require_listener(address)
+                with _one_attempt():
+                    ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address is None:
             raise ClusterError(f"Ray cannot be started on this machine: {error}") from error
@@ -50,6 +53,8 @@ def connection(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
+        if address is None:
+            _kill_at_shutdown()
         ray.shutdown()
 
 
@@ -58,6 +63,7 @@ def require_shared_folder(folder: Path) -> None:
 
     Raises:
         RequestError: `folder` cannot be written on this machine.
+        StorageError: its disk is full or fails.
         ClusterError: names the nodes that do not see what this machine wrote, or whose writing is not seen here.
     """
     import ray
@@ -89,7 +95,11 @@ def _answer_probe(probe: str, node_id: str) -> None:
 
 
 def _fault(answer: Any, written: Path) -> str | None:
-    """What is wrong with a node, by its answer and by whether its file is seen here."""
+    """Tell what is wrong with a node, by its answer and by whether its file is seen here.
+
+    Raises:
+        StorageError: its disk is full or fails.
+    """
     import ray
 
     try:
@@ -97,6 +107,10 @@ def _fault(answer: Any, written: Path) -> str | None:
     except ray.exceptions.GetTimeoutError:
         return f"has not answered in {_ANSWER_TIMEOUT_S:g} s"
     except ray.exceptions.RayError as error:  # it died, may not write there, or has not this package
+        if fault := storage_fault(error):
+            raise StorageError(
+                f"{written.parent.parent}: its storage fails: {fault}", "Make room or mend it."
+            ) from error
         return f"failed: {str(error).strip().splitlines()[-1]}"
     return None if written.is_file() else "sees another folder of that name"
 
@@ -117,6 +131,8 @@ def _probe_folder(folder: Path) -> Iterator[Path]:
             probe.mkdir(parents=True)
             (probe / "driver").write_text("driver")
         except OSError as error:
+            if fault := storage_fault(error):
+                raise StorageError(f"output {folder}: its storage fails: {fault}", "Make room or mend it.") from error
             raise RequestError(
                 f"output {folder}: cannot be written: {error}", "Give --output a folder that you may write to."
             ) from error
@@ -149,6 +165,19 @@ def _one_attempt() -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+def _kill_at_shutdown() -> None:
+    """Have Ray end its own processes by SIGKILL: it would wait a second for each to heed SIGTERM, which none does here.
+
+    See `shielding_children`. They hold nothing that outlives the sweep.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is not None:
+        kill = node.kill_all_processes
+        node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
 
 
 def _prepare_local() -> None:

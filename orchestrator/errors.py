@@ -85,6 +85,19 @@ class TrialsFailedError(OrchestratorError):
 
 
 class Interrupted(OrchestratorError):
-    """A sweep was interrupted: its results are kept, and it can go on. Exit code 130."""
+    """A sweep was interrupted by a signal: its results are kept, and it can go on.
+
+    Exit code 128 + the signal's number: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, remedy: str = "", exit_code: int = exit_code) -> None:
+        super().__init__(message, remedy)
+        self.exit_code = exit_code
+
+
+class StorageError(OrchestratorError):
+    """The disk is full, read-only or fails: a sweep is interrupted by it, and can go on. Exit code 74 (EX_IOERR)."""
+
+    exit_code = 74

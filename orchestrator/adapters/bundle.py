@@ -18,7 +18,7 @@ from orchestrator.adapters.stops import write_stops
 from orchestrator.base import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
-from orchestrator.record.files import BUILDING, building_beside
+from orchestrator.record.files import BUILDING, building_beside, refuse_links
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
@@ -84,8 +84,9 @@ def seal(folder: Path, facts: Facts) -> None:
     """Write the manifest of a bundle, once all its other files are there.
 
     Raises:
-        RecordError: one of them is a pickle.
+        RecordError: one of them is a pickle or a symbolic link.
     """
+    refuse_links(folder)
     sums = {name: FileSum(sha256=_sha256(path), size=path.stat().st_size) for name, path in _files(folder).items()}
     unsigned = Manifest(facts=facts, files=sums)
     text = (unsigned.model_dump_json(indent=2) + "\n").encode()
@@ -97,8 +98,10 @@ def verify(folder: Path) -> Manifest:
     """Check every byte of a bundle against its manifest.
 
     Raises:
-        RecordError: there is no manifest, it is damaged, or a file is missing, changed, extra or a pickle.
+        RecordError: there is no manifest, it is damaged, or a file is missing, changed, extra, a pickle or a symbolic
+            link.
     """
+    refuse_links(folder)
     manifest, found = read_manifest(folder), _files(folder)
     for name, wanted in manifest.files.items():
         if name not in found or not found[name].is_file():
@@ -337,8 +340,9 @@ def verify_adapter(folder: Path) -> None:
     """Check that a folder holds an adapter, and where it has a manifest, every byte.
 
     Raises:
-        RecordError: a file is missing, changed, or not an adapter's.
+        RecordError: a file is missing, changed, a symbolic link, or not an adapter's.
     """
+    refuse_links(folder)
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
         raise RecordError(f"{folder}: is not a PEFT adapter folder ({missing[0]} is missing)")
     if (folder / MANIFEST).is_file():
@@ -375,7 +379,7 @@ def _files(folder: Path) -> dict[str, Path]:
         # The hub and its client put two things of their own beside what was pushed.
         if name in (MANIFEST, ".gitattributes") or name.startswith(".cache/huggingface/"):
             continue
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             continue
         if path.suffix.lower() in PICKLES:
             raise RecordError(f"{path}: is a pickle by its name, and would run code when it is loaded")

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,9 +28,11 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError, SpecError, TrialsFailedError
+from orchestrator.errors import Interrupted, RequestError, SpecError, StorageError, TrialsFailedError
+from orchestrator.signals import Signalled, raising_signals, signal_name
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.effect import require_effect
+from orchestrator.storage import storage_fault
 from orchestrator.words import counted
 
 if TYPE_CHECKING:
@@ -110,16 +113,19 @@ def data(
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""
     from orchestrator.record import read_sweep
-    from orchestrator.record.start import choose_folder, source_of
+    from orchestrator.record.start import claim_folder, source_of
     from orchestrator.report.live import TrialView
 
     spec = load_spec(file, set_ or [])
-    paths = choose_folder(spec, file.name, name, output)
-    with _resumable(paths.root), _screen(paths.root) as console:
+    with (
+        claim_folder(spec, file.name, name, output) as paths,
+        _resumable(paths.root),
+        _screen(paths.root) as console,
+    ):
         from orchestrator.training.local import run_local_trial
 
         with TrialView(console, f"trial in {paths.root}") as view:
-            run_local_trial(spec, paths, view, source_of(file, set_ or []))
+            run_local_trial(spec, paths, view, source_of(file, set_ or []), view.say)
         show_best(console, read_sweep(paths.root))
 
 
@@ -133,11 +139,12 @@ def sweep(
     output: Output = None,
 ) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
-    from orchestrator.record.start import choose_folder, source_of
+    from orchestrator.record.start import claim_folder, source_of
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
     spec = load_spec(file, overrides)
-    record = _sweep(spec, choose_folder(spec, file.name, name, output), address, source_of(file, overrides))
+    with claim_folder(spec, file.name, name, output) as paths:
+        record = _sweep(spec, paths, address, source_of(file, overrides))
     _require_no_failures(record)
 
 
@@ -169,7 +176,7 @@ def resume(
             from orchestrator.training.local import resume_local_trial
 
             with TrialView(console, f"going on in {record.paths.root}") as trial_view:
-                resume_local_trial(record, trial_view)
+                resume_local_trial(record, trial_view, trial_view.say)
         else:
             from orchestrator.sweep import resume_sweep
 
@@ -236,12 +243,12 @@ def demo(
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
     from orchestrator.deploy import Sweep
     from orchestrator.embedded import EXPERIMENT
-    from orchestrator.record.start import choose_folder, source_of
+    from orchestrator.record.start import claim_folder, source_of
     from orchestrator.report.demo import show_side_by_side
 
     spec = load_spec(EXPERIMENT, set_ or [])
-    paths = choose_folder(spec, "demo", name, output)
-    record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
+    with claim_folder(spec, "demo", name, output) as paths:
+        record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with _screen(paths.root) as console:
         show_side_by_side(console, Sweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
@@ -313,19 +320,26 @@ def _screen(root: Path) -> Iterator["Console"]:
                 yield console_on(own)
         finally:
             if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
-                # A folder that cannot be written is an error of the command itself, which this must not hide.
+                # A folder that cannot be written, or a full disk, is an error of the command itself.
                 with suppress(OSError), (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
 
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """On Ctrl-C, say how to go on."""
+    """Say how to go on after a signal or a fault of the storage, with an exit code for each."""
+
+    def remedy() -> str:
+        return f"Go on with: orchestrator resume {folder}" if (folder / "sweep.json").is_file() else ""
+
     try:
-        yield
-    except KeyboardInterrupt:
-        if (folder / "sweep.json").is_file():
-            raise Interrupted(
-                "interrupted; what was measured is kept", f"Go on with: orchestrator resume {folder}"
-            ) from None
+        with raising_signals():
+            yield
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
+        kept = "what was measured is kept" if remedy() else "nothing was begun"
+        raise Interrupted(f"interrupted by {signal_name(number)}; {kept}", remedy(), 128 + number) from None
+    except OSError as error:
+        if fault := storage_fault(error):
+            raise StorageError(f"{folder}: its storage fails: {fault}", f"Make room or mend it. {remedy()}") from error
         raise

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from orchestrator.record.files import write_atomic
+from orchestrator.record.files import append_line, write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
@@ -22,8 +22,7 @@ class Decision(Record):
 
 def append_decision(paths: SweepPaths, decision: Decision) -> None:
     """Write one more line."""
-    with paths.decisions.open("a", encoding="utf-8") as file:
-        file.write(decision.model_dump_json() + "\n")
+    append_line(paths.decisions, decision.model_dump_json())
 
 
 def read_decisions(paths: SweepPaths) -> list[Decision]:

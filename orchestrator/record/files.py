@@ -4,11 +4,27 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from orchestrator.errors import RecordError
 
 BUILDING = ".building-"
 """How the name of a folder begins that is on its way to its own."""
+
+
+def refuse_links(folder: Path) -> None:
+    """Check that a folder holds no symbolic link: whoever copies or sends the folder would ship what it points to.
+
+    Raises:
+        RecordError: it holds one.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise RecordError(
+                f"{path}: is a symbolic link, to {path.readlink()}; what it points to is no part of this folder",
+                f"Put the file itself in its place; `cp -rL {folder} COPY` does that for all links.",
+            )
 
 
 @contextmanager
@@ -31,15 +47,39 @@ def building_beside(folder: Path) -> Iterator[Path]:
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one step: a reader, or a crash, meets the old text or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as building, building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place at the end of the block; on a fault it is removed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    building = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        os.close(handle)
+        yield building
+        building.chmod(0o644)
+        building.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # Ctrl-C may come when it has its own name already
+        building.unlink(missing_ok=True)  # Ctrl-C may come when it has its own name already
         raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file: the whole of it, or nothing where the disk is full."""
+    rest = f"{line}\n".encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        end = os.fstat(file).st_size
+        try:
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(file, end)
+            raise
+    finally:
+        os.close(file)

@@ -3,8 +3,10 @@
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 
 from orchestrator.errors import RequestError
@@ -15,8 +17,13 @@ from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import NAME_PATTERN
 
 
-def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> SweepPaths:
-    """Where a new sweep goes: `--output`/`--name`, else the experiment's output section, else file name and time.
+@contextmanager
+def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> Iterator[SweepPaths]:
+    """Make the folder of a new sweep, which no other process can then have: `mkdir` succeeds once.
+
+    Its place is `--output`/`--name`, else the experiment's output section, else the file's name and the time. A name
+    made of the time gets a number where several sweeps begin in one second. If no sweep has begun in the folder when
+    the block ends, it is removed again, with the parents that were made for it.
 
     Args:
         spec: the experiment.
@@ -36,17 +43,58 @@ def choose_folder(spec: SweepSpec, source: str, name: str | None, output: str | 
         raise RequestError(
             f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         )
-    chosen = name or spec.output.name or f"{Path(source).stem}-{datetime.now():%m%d-%H%M%S}"
-    paths = SweepPaths((Path(folder) / chosen).resolve())
-    if paths.root.exists():
-        raise RequestError(
-            f"{paths.root}: already exists",
-            f"`orchestrator resume {paths.root}` goes on with it; --name gives this one another name.",
-        )
-    standing = next(path for path in paths.root.parents if path.exists())
+    parent = Path(folder).resolve()
+    standing = next(path for path in (parent, *parent.parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         raise RequestError(f"output {folder}: {standing} is not a folder that can be written to")
-    return paths
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
+    chosen = name or spec.output.name
+    try:
+        if chosen is not None:
+            root = parent / chosen
+            if not _make(root):
+                raise already_exists(root)
+        else:
+            dated = f"{Path(source).stem}-{datetime.now():%m%d-%H%M%S}"
+            candidates = chain([dated], (f"{dated}-{number}" for number in count(2)))
+            root = next(parent / candidate for candidate in candidates if _make(parent / candidate))
+    except OSError as error:
+        raise RequestError(f"output {folder}: cannot be written: {error}", "Give another --output.") from error
+    paths = SweepPaths(root)
+    try:
+        yield paths
+    finally:
+        if not paths.sweep.is_file():
+            for path in (root, *made):
+                with suppress(OSError):  # another sweep has begun in the parent meanwhile
+                    path.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder and its parents; False where there is something of its name already."""
+    while True:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return False
+        except FileNotFoundError:  # another process has just removed the parent, in which it began no sweep
+            continue
+        return True
+
+
+def already_exists(root: Path) -> RequestError:
+    """Say that a sweep cannot have this folder."""
+    if SweepPaths(root).sweep.is_file():
+        remedy = f"`orchestrator resume {root}` goes on with it; --name gives this one another name."
+    elif root.is_dir() and not any(root.iterdir()):
+        remedy = (
+            "It is empty: another process is starting a sweep there, or was killed as it did. "
+            "Give another --name, or remove it."
+        )
+    else:
+        remedy = "It holds no sweep. Give another --name."
+    return RequestError(f"{root}: already exists", remedy)
 
 
 def describe_sweep(

@@ -54,11 +54,16 @@ class SweepRecord:
         """The adapter of a trial's best evaluation.
 
         Raises:
-            RecordError: it is not there.
+            RecordError: it is not there, or lies elsewhere: the record or a symbolic link leads out of the sweep.
         """
         folder = self.adapter_path(trial)
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
+        if folder.resolve() != self.paths.root.resolve() / folder.relative_to(self.paths.root):
+            raise RecordError(
+                f"{folder}: the adapter of trial {trial.trial_id} lies elsewhere: its path leads to {folder.resolve()}",
+                "Put the folder itself in its place; symbolic links in a sweep are not followed.",
+            )
         return folder
 
 

@@ -148,6 +148,10 @@ class TrialView:
     ) -> None:
         self._progress.stop()
 
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
+        self._progress.console.print(sentence, soft_wrap=True, highlight=False)
+
     def on_step(self, step: int, total_steps: int) -> bool:
         """See `Watcher`."""
         if self._title:

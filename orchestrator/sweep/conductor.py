@@ -5,13 +5,14 @@ searcher, and the sweep ends when its budget is spent.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.record import BudgetSpent, Decision, SweepRecord, read_result, read_trial, write_record
+from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
@@ -21,7 +22,7 @@ from orchestrator.sweep.moments import Moments
 from orchestrator.sweep.population import Cloning
 from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
 from orchestrator.sweep.spending import Spending
-from orchestrator.sweep.told import COMPLETE, paths_of
+from orchestrator.sweep.told import COMPLETE, set_folder
 
 _STUCK_S = 60.0
 _TURNS = (Trial.RUNNING, Trial.PENDING)
@@ -37,17 +38,25 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     _supports_buffered_results = False
 
-    def __init__(self, record: SweepRecord, at_once: int, remembered: bytes | None = None) -> None:
+    def __init__(
+        self,
+        record: SweepRecord,
+        at_once: int,
+        remembered: bytes | None = None,
+        look_at_failure: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """
         Args:
             record: of the sweep.
             at_once: trials that have a slot.
             remembered: what `state` gave when the driver before this one came to its end.
+            look_at_failure: called with a trial whose attempt has failed; may end the sweep by raising.
         """
         super().__init__()
         self._record = record
         self._spec = record.info.spec
         self._at_once = at_once
+        self._look_at_failure = look_at_failure
         scheduler = self._spec.scheduler
         self._takes_turns = isinstance(scheduler, Brackets | Population)
         self._holds = self._takes_turns and not isinstance(scheduler, BohbScheduler)
@@ -92,7 +101,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         return bool(self._inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """Take a new trial, or one that Tune starts anew after a fault, which keeps its place."""
+        """Take in a trial. Tune adds one again when it starts it anew after a fault: it keeps its place."""
+        set_folder(trial, self._record.paths)
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its relay was lost as its checkpoint was made
                 controller._set_trial_status(trial, Trial.PAUSED)
@@ -198,10 +208,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_remove(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """Handle a trial that failed for good.
+        """Handle a failed attempt: Tune calls this before it starts the trial anew, and when no attempt is left.
 
-        Tune also calls this for a trial that it starts anew; such a trial has the status ERROR here, and stays.
+        By then a trial that is started anew has the status ERROR; one that has failed for good still has its own.
+        If the sweep ends here, none of this turn's state is kept: the failure is not counted after a resume.
         """
+        self._look_at_failure(trial)
         self._forget_report(trial)  # it is made again if the trial is started anew
         if trial.status == Trial.ERROR:
             return
@@ -215,7 +227,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
         A failure of the machines says nothing about the values, and Tune's own report leaves such a trial out.
         """
-        paths = paths_of(trial)
+        paths = self._paths_of(trial)
         if self._spec.search.algorithm not in MODEL_BASED or not paths.result.is_file():
             return
         if read_result(paths).failure in (None, "infrastructure"):
@@ -280,11 +292,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
         Tune's state forgets the end of a trial that was stopped as it waited (ray 2.60, `_schedule_trial_stop`).
         """
-        if trial.trial_id in self._why and paths_of(trial).result.is_file():
+        if trial.trial_id in self._why and self._paths_of(trial).result.is_file():
             trial.set_status(Trial.TERMINATED)
             return
         if trial.trial_id not in self._waiting:
-            paths_of(trial).paused.unlink(missing_ok=True)
+            self._paths_of(trial).paused.unlink(missing_ok=True)
             if not self._holds:
                 return
             self._held.add(trial.trial_id)
@@ -293,7 +305,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
     def _wait(self, trial: Any, why: str | None) -> None:
         """A trial waits, and gives its slot back."""
         self._waiting.add(trial.trial_id)
-        paths_of(trial).paused.touch()
+        self._paths_of(trial).paused.touch()
         if why is not None:
             self._write(trial, "paused", why)
 
@@ -301,7 +313,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._held.discard(trial.trial_id)
         if trial.trial_id in self._waiting:
             self._waiting.discard(trial.trial_id)
-            paths_of(trial).paused.unlink(missing_ok=True)
+            self._paths_of(trial).paused.unlink(missing_ok=True)
             self._write(
                 trial, "resumed", f"{self._spec.scheduler.kind}: goes on from step {self._steps[trial.trial_id]}"
             )
@@ -312,7 +324,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         The budget is spent, Tune's scheduler stops it as another reports, or the driver that stopped it was lost
         before it could keep that: then its result is there already.
         """
-        trial_id, paths = trial.trial_id, paths_of(trial)
+        trial_id, paths = trial.trial_id, self._paths_of(trial)
         if trial_id in self._why:
             return
         ended = read_result(paths) if paths.result.is_file() else None
@@ -329,7 +341,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._moments.end(trial.trial_id)
         self._held.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
-        paths_of(trial).paused.unlink(missing_ok=True)
+        self._paths_of(trial).paused.unlink(missing_ok=True)
 
     def _forget_report(self, trial: Any) -> None:
         if self._reports.pop(trial.trial_id, None) is not None and self._moments is not None:
@@ -341,9 +353,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             result[UNIT] = result[self._spec.scheduler.counts] / size  # type: ignore[union-attr]
         return result
 
+    def _paths_of(self, trial: Any) -> TrialPaths:
+        return self._record.paths.trial(trial.trial_id)
+
     def _count(self, trial: Any) -> None:
         if self._spending.needs_records:
-            self._spending.count(read_trial(paths_of(trial), self._record.info))
+            self._spending.count(read_trial(self._paths_of(trial), self._record.info))
 
     def _is_over(self, controller: Any) -> BudgetSpent | None:
         """Return the limit of the budget that is reached, if one is, and end the search then."""

@@ -14,6 +14,7 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError, RequestError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
+from orchestrator.storage import storage_fault
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.placement import PlacementNotice
 from orchestrator.sweep.worker import Worker
@@ -239,6 +240,6 @@ def _first_answer(answers: list[Any]) -> tuple[int, str]:
             fault = error
         else:
             return slots
-    if isinstance(fault, RayTaskError) and isinstance(fault.cause, OrchestratorError):
+    if isinstance(fault, RayTaskError) and (isinstance(fault.cause, OrchestratorError) or storage_fault(fault.cause)):
         raise fault.cause
     raise SweepError(f"no worker could be started: {str(fault).strip().splitlines()[-1]}") from fault

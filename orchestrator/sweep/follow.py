@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult
@@ -36,4 +36,5 @@ def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        watch(record.trials())
+        with suppress(RecordError, OSError):  # of whatever has ended the block, that tells
+            watch(record.trials())

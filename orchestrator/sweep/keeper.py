@@ -1,24 +1,23 @@
 """Results that only the driver can write: of trials that the scheduler stopped, and of those whose relay is gone."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from orchestrator.record import (
-    SweepPaths,
     SweepRecord,
     TrialPaths,
     TrialState,
     end_trial,
-    read_sweep,
     read_trial,
     write_record,
 )
 from orchestrator.sweep.conductor import Conductor
 from orchestrator.sweep.snapshot import keep_snapshot
-from orchestrator.sweep.told import paths_of, plain_values
+from orchestrator.sweep.told import plain_values
 
 _CLOSING_S = 60.0
 
@@ -30,35 +29,45 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
     time of these calls it waits for Tune's word, and all that was reported is on disk.
     """
 
-    def __init__(self, conductor: Conductor) -> None:
-        """`conductor` knows why a trial was stopped."""
+    def __init__(self, record: SweepRecord, conductor: Conductor, check_stop: Callable[[], None]) -> None:
+        """
+        Args:
+            record: of the sweep; says where its trials write.
+            conductor: knows why a trial was stopped.
+            check_stop: called at every turn of Tune's loop; ends the sweep by raising.
+        """
+        self._record = record
         self._conductor = conductor
+        self._check_stop = check_stop
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune has handled an event, and written its state on this machine."""
         if trials:
             staging = Path(trials[0].storage.experiment_driver_staging_path)
-            keep_snapshot(staging, SweepPaths(paths_of(trials[0]).sweep), self._conductor.state)
-        if trials and all(trial.is_finished() for trial in trials):
-            record, _ = _locate(trials[0])
-            if len(trials) == record.info.num_trials or record.budget_spent():
-                _await_relays([paths_of(trial) for trial in trials])
+            keep_snapshot(staging, self._record.paths, self._conductor.state)
+        self._check_stop()
+        have_ended = trials and all(trial.is_finished() for trial in trials)
+        if have_ended and (len(trials) == self._record.info.num_trials or self._record.budget_spent()):
+            _await_relays([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial ended: by itself, or stopped by the scheduler."""
-        record, paths = _locate(trial)
+        paths = self._paths_of(trial)
         if paths.config.is_file():  # else it was never begun
-            _end(record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
+            _end(self._record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial failed, and has no attempt left."""
-        record, paths = _locate(trial)
+        paths = self._paths_of(trial)
         if not paths.config.is_file():  # its relay did not come as far
-            write_record(paths.config, record.info.spec.trial_config(plain_values(trial.config)))
+            write_record(paths.config, self._record.info.spec.trial_config(plain_values(trial.config)))
         error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
         paths.lease.unlink(missing_ok=True)
         why = f"gave up after {trial.num_failures} failures; the last: {error}"
-        _end(record, paths, TrialState.FAILED, error=why, failure="infrastructure")
+        _end(self._record, paths, TrialState.FAILED, error=why, failure="infrastructure")
+
+    def _paths_of(self, trial: Any) -> TrialPaths:
+        return self._record.paths.trial(trial.trial_id)
 
 
 def cancel_unknown(record: SweepRecord) -> None:
@@ -77,11 +86,6 @@ def _await_relays(trials: list[TrialPaths]) -> None:
         while paths.lease.is_file() and time.monotonic() < deadline:
             time.sleep(0.05)
         paths.lease.unlink(missing_ok=True)  # of one that was killed
-
-
-def _locate(trial: Any) -> tuple[SweepRecord, TrialPaths]:
-    paths = paths_of(trial)
-    return read_sweep(paths.sweep), paths
 
 
 def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, **why: str | None) -> None:

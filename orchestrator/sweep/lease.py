@@ -51,6 +51,7 @@ class Workers:
 
         Raises:
             SweepError: every worker has died for good.
+            AttemptLost: the sweep is interrupted.
         """
         while True:
             opened, closed = self._ask()
@@ -67,6 +68,16 @@ class Workers:
                     if not opened and not isinstance(error, RayActorError):
                         raise
             time.sleep(_RETRY_S)
+
+    def interrupt(self, wait_s: float) -> None:
+        """Have all trials write a checkpoint and stop, and no other begin.
+
+        Args:
+            wait_s: how long to wait for that, in seconds.
+        """
+        asked = [handle.interrupt.remote(wait_s) for handle in self._placed()]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=wait_s)
 
     def evict(self, name: str) -> None:
         """Make sure that no worker trains by a lease any more. Workers that know nothing of it answer at once."""
@@ -123,6 +134,12 @@ class Lease:
         """Keep it."""
         with suppress(RayError):  # `events` tells
             ray.get(self._worker.renew.remote(self._name))
+
+    def is_interrupted(self) -> bool:
+        """Whether the trial was stopped because the whole sweep is: then all that the worker tells is to be kept."""
+        with suppress(RayError):
+            return bool(ray.get(self._worker.is_interrupted.remote()))
+        return False
 
     def release(self) -> list[Event]:
         """Give the slot back, and wait until it is free.

@@ -19,6 +19,8 @@ from orchestrator.record import (
     resumable,
     write_record,
 )
+from orchestrator.record.files import BUILDING, building_beside
+from orchestrator.storage import storage_fault
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.remote import Claim, RemoteTrial
 from orchestrator.sweep.told import COMPLETE, plain_values
@@ -69,11 +71,13 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         if so_far is None or so_far.checkpoint is None:
             return {}
         source, offers = self._paths.root / so_far.checkpoint, self._paths.offers
-        building = offers / ".building"
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.copytree(source, building)  # no links: a trial that goes back writes its files again
-        shutil.rmtree(offers / source.name, ignore_errors=True)  # of before it went back
-        building.rename(offers / source.name)
+        for half in offers.glob(f"{BUILDING}*"):  # of a relay that was killed
+            shutil.rmtree(half, ignore_errors=True)
+        with building_beside(offers / source.name) as building:
+            # No links: a trial that goes back writes its files again.
+            shutil.copytree(source, building, dirs_exist_ok=True)
+            shutil.rmtree(offers / source.name, ignore_errors=True)  # of before it went back
+            building.rename(offers / source.name)
         newest_last = sorted(offers.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
         for older in newest_last[:-_OFFERS_KEPT]:
             shutil.rmtree(older)
@@ -144,7 +148,10 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         shutil.rmtree(copied, ignore_errors=True)
         try:
             shutil.copytree(source, copied / source.name)
-        except OSError:
+        except OSError as error:
+            shutil.rmtree(copied, ignore_errors=True)
+            if storage_fault(error):
+                raise
             self._warnings = [*so_far.warnings, f"began anew: {origin} was gone before it could be taken over"]
             return
         shutil.rmtree(paths.checkpoints, ignore_errors=True)

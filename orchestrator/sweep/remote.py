@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import deque
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec.sections import TrackingSection
 from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
@@ -85,7 +85,9 @@ class RemoteTrial:
                 event = self._next_event()
                 if isinstance(event, Left):
                     self._leave()
-                    raise AttemptLost(event.lost or "another attempt has taken its place")
+                    if event.is_storage:
+                        raise StorageError(str(event.lost))
+                    raise AttemptLost(event.lost or "it was stopped: by another attempt, or with the whole sweep")
                 if isinstance(event, Noted) and "applied" in event.fields:  # told after its first step
                     SweepPaths(self._paths.sweep).first_step.touch()
                 point = self._books.enter(event)
@@ -107,8 +109,11 @@ class RemoteTrial:
             untold = list(self._inbox)
             if not untold or not isinstance(untold[-1], END):  # else it has given its slot back by itself
                 untold += self._lease.release()
-            if self._claim.holds and self._paths.result.is_file():
-                self._settle(untold)
+            if self._claim.holds:
+                if self._paths.result.is_file():
+                    self._settle(untold)
+                elif not self._paths.paused.is_file() and self._lease.is_interrupted():
+                    self._keep(untold)
             self._leave()
 
     def _attend(self) -> None:
@@ -136,13 +141,24 @@ class RemoteTrial:
 
     def _leave(self) -> None:
         """Close the books, unless they are another attempt's by now."""
-        if self._claim.holds:
-            self._books.close()
-        self._end()
+        try:
+            if self._claim.holds:
+                self._books.close()
+        finally:  # also on a full disk
+            self._end()
 
     def _end(self) -> None:
         self._over.set()
         self._claim.end()
+
+    def _keep(self, untold: list[Event]) -> None:
+        """Enter what the worker has done up to the checkpoint that it has written as the sweep was interrupted.
+
+        The scheduler hears of these evaluations when the sweep goes on.
+        """
+        for event in untold:
+            if not isinstance(event, Left):
+                self._books.enter(event)
 
     def _settle(self, untold: list[Event]) -> None:
         """What the worker has made past the end of a stopped trial: count its steps, and take its files away."""

@@ -7,19 +7,21 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.base import import_tokenizers
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
-from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialState
+from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
+from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 from orchestrator.spec.extras import require_extras
+from orchestrator.storage import storage_fault
 from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.lease import Workers
@@ -43,7 +45,7 @@ def run_sweep(
 
     Args:
         spec: the experiment.
-        paths: a folder that does not exist yet, from `record.start.choose_folder`.
+        paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
         watch: follows.
         address: of a Ray cluster; None starts Ray here.
         say: takes sentences on the workers and on what the sweep waits for.
@@ -54,7 +56,8 @@ def run_sweep(
             nothing; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
-        Interrupted: Ctrl-C.
+        Interrupted: a signal: Ctrl-C, SIGTERM or SIGHUP. Trials have written a checkpoint of their last step.
+        StorageError: the disk is full or fails.
     """
     require_extras(spec)
     require_effect(spec)
@@ -93,20 +96,30 @@ def resume_sweep(
 def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRecord:
     from ray.tune.error import TuneError
 
+    from orchestrator.sweep.interruption import Interruption, storage_error
     from orchestrator.sweep.keeper import cancel_unknown
 
     spec = record.info.spec
     workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
     say(chosen)
-    tuner = _make_tuner(record, workers, min(num_slots, spec.resources.max_concurrent or num_slots))
-    try:
-        with follow(record, watch):
-            tuner.fit()
-    except TuneError as error:
-        raise SweepError(
-            f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
-            f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
-        ) from error
+    at_once = min(num_slots, spec.resources.max_concurrent or num_slots)
+    with deferred_signals(say) as stop:
+        try:
+            tuner = _make_tuner(record, workers, at_once, stop)
+            with follow(record, watch):
+                tuner.fit()
+        except Interruption:
+            assert stop.signal is not None
+            _tell_interruption(record, f"by {signal_name(stop.signal)}", 128 + stop.signal)
+        except (OSError, TuneError) as error:
+            if fault := storage_fault(error):
+                raise storage_error(record.paths, fault) from error
+            if isinstance(error, OSError):
+                raise
+            raise SweepError(
+                f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
+                f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
+            ) from error
     cancel_unknown(record)
     if over := record.budget_spent():
         begun = len(record.paths.trial_ids())
@@ -117,11 +130,19 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     return record
 
 
-def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
-    """A new tuner, or the one whose state lies in the sweep's folder; it runs so many trials at once."""
+def _make_tuner(record: SweepRecord, workers: Workers, at_once: int, stop: StopRequest) -> Any:
+    """Make a tuner, or restore the one whose state lies in the sweep's folder.
+
+    Args:
+        record: of the sweep.
+        workers: train its trials.
+        at_once: trials that run at a time.
+        stop: ends it.
+    """
     from ray import tune
 
     from orchestrator.sweep.conductor import Conductor
+    from orchestrator.sweep.interruption import Interrupter
     from orchestrator.sweep.keeper import ResultKeeper
     from orchestrator.sweep.relay import Relay
     from orchestrator.sweep.search import make_search_algorithm, tune_space
@@ -132,8 +153,9 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
         tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
     )
     algorithm = make_search_algorithm(spec, at_once, is_over=record.budget_spent() is not None)
-    conductor = Conductor(record, at_once, put_snapshot_back(paths))
-    callbacks = [ResultKeeper(conductor)]
+    interrupter = Interrupter(stop, workers, paths)
+    conductor = Conductor(record, at_once, put_snapshot_back(paths), interrupter.check_trial)
+    callbacks = [ResultKeeper(record, conductor, interrupter.check)]
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(
             str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
@@ -169,6 +191,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int) -> Any:
 def _quiet_tune() -> None:
     """A person sees our lines. Trackers are ours, so Tune's own loggers would double them."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # `signals` has one, for other signals too
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a table at verbosity 0 too
     # Trials and searcher go to disk at every turn of Tune's loop, not every 10 s: a killed driver loses nothing.
@@ -180,14 +203,9 @@ def _quiet_tune() -> None:
 
 def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
-    ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
-    total = record.info.num_trials
     is_over = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
-    if len(ended) < total and not is_over:
-        raise Interrupted(
-            f"interrupted with {len(ended)} of {counted(total, 'trial')} ended; their results are kept",
-            f"Go on with: orchestrator resume {record.paths.root}",
-        )
+    if len(_ended(trials)) < record.info.num_trials and not is_over:
+        _tell_interruption(record, "before its end")
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next((trial for trial in trials if trial.error), None)
         if first is None:
@@ -198,3 +216,16 @@ def _conclude(record: SweepRecord) -> None:
             f"all of {counted(len(trials), 'trial')} failed; the first one: {first.error}",
             f"Its log: {log}" if log.is_file() else f"The workers' logs: {record.paths.workers}",
         )
+
+
+def _ended(trials: list[TrialResult]) -> list[TrialResult]:
+    return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
+
+
+def _tell_interruption(record: SweepRecord, how: str, exit_code: int = Interrupted.exit_code) -> NoReturn:
+    ended, total = len(_ended(record.trials())), record.info.num_trials
+    raise Interrupted(
+        f"interrupted {how} with {ended} of {counted(total, 'trial')} ended; the others go on from their last steps",
+        f"Go on with: orchestrator resume {record.paths.root}",
+        exit_code,
+    )

@@ -5,12 +5,12 @@ a driver that is killed in between leaves a torn one, from which Tune begins a n
 that Tune has just finished on this machine go into one archive, which is replaced in one step.
 """
 
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record import SweepPaths
+from orchestrator.record.files import replacing
 
 _SCHEDULER = "scheduler.pkl"
 _STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl", "basic-variant-state-*.json")
@@ -26,13 +26,10 @@ def keep_snapshot(staging: Path, paths: SweepPaths, scheduler: Callable[[], byte
     changed = max((file.stat().st_mtime_ns for file in files), default=0)
     if not files or (archive.is_file() and archive.stat().st_mtime_ns > changed):
         return
-    with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=f".{archive.name}.", delete=False) as building:
-        with zipfile.ZipFile(building, "w") as packed:
-            for file in files:
-                packed.write(file, file.name)
-            packed.writestr(_SCHEDULER, scheduler())
-        Path(building.name).chmod(0o644)
-    Path(building.name).replace(archive)
+    with replacing(archive) as building, zipfile.ZipFile(building, "w") as packed:
+        for file in files:
+            packed.write(file, file.name)
+        packed.writestr(_SCHEDULER, scheduler())
 
 
 def put_snapshot_back(paths: SweepPaths) -> bytes | None:

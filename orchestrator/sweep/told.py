@@ -1,17 +1,24 @@
 """What Tune tells of a trial, in our terms."""
 
-from pathlib import Path
+import copy
 from typing import Any
 
-from orchestrator.record import SweepPaths, TrialPaths
+from orchestrator.record import SweepPaths
 
 COMPLETE = "complete"
 """In a report: the trial has done all its steps."""
 
 
-def paths_of(trial: Any) -> TrialPaths:
-    """Where a Tune trial writes: Tune's own folder lies in the sweep's, which may have been moved."""
-    return SweepPaths(Path(trial.storage.experiment_fs_path).parent).trial(trial.trial_id)
+def set_folder(trial: Any, paths: SweepPaths) -> None:
+    """Point a Tune trial at the folder in which its sweep lies now.
+
+    The searcher's saved state holds the folder of the driver that began the sweep, and every trial that it makes after
+    a resume gets that one (ray 2.60, `SearchGenerator.create_trial_if_possible`, `_TrialIterator.create_trial`). In a
+    sweep that was moved the trial would fail there, and in a copy it would write into the original.
+    """
+    storage = copy.copy(trial.storage)
+    storage.storage_fs_path = str(paths.root)
+    trial.set_storage(storage)
 
 
 def plain_values(config: dict[str, Any]) -> dict[str, Any]:

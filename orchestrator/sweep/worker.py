@@ -13,6 +13,7 @@ import ray
 from orchestrator.imports import begin, importing, leave_out_compiler, leave_out_wandb
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.lease import AttemptLost
 from orchestrator.training.events import Event, LeaseLost
 from orchestrator.training.fast import ahead
 from orchestrator.training.log_file import output_to
@@ -47,6 +48,7 @@ class Worker:
         self._lock = threading.Lock()
         self._host: Host | None = None
         self._opened = 0, ""
+        self._interrupted = False
         self._output = ExitStack()
         self._importing = begin(_import_libraries)
 
@@ -76,13 +78,29 @@ class Worker:
                 self._host = Host(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
 
+    def interrupt(self, wait_s: float) -> None:
+        """Have all trials write a checkpoint and stop, within so many seconds; no other begins."""
+        self._interrupted = True
+        if self._host is not None:
+            self._host.interrupt(wait_s)
+
+    def is_interrupted(self) -> bool:
+        """Whether `interrupt` has been called."""
+        return self._interrupted
+
     def free_slots(self) -> int | None:
-        """Trials that could be started now; None before it is opened."""
+        """Trials that could be started now; None before it is opened.
+
+        Raises:
+            AttemptLost: none ever will be, for the sweep is interrupted.
+        """
+        if self._interrupted:
+            raise AttemptLost("the sweep is interrupted")
         return None if self._host is None else self._host.free_slots()
 
     def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
         """See `Host`. A process whose training has ended for good makes room for a new one."""
-        if self._host is None:
+        if self._host is None or self._interrupted:
             return False
         try:
             return self._host.start(lease, start, paths)

@@ -1,7 +1,7 @@
 """metrics.jsonl: one MetricPoint a line."""
 
 from orchestrator.record import MetricPoint, TrialPaths, read_metrics
-from orchestrator.record.files import write_atomic
+from orchestrator.record.files import append_line, write_atomic
 
 
 class JsonlTracker:
@@ -15,5 +15,4 @@ class JsonlTracker:
         self._path = paths.metrics
 
     def log(self, point: MetricPoint) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(point.model_dump_json() + "\n")
+        append_line(self._path, point.model_dump_json())

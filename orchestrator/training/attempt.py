@@ -2,7 +2,6 @@
 
 import os
 import socket
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,16 @@ from orchestrator.adapters.bundle import add_answers, put_right
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, lease
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
+from orchestrator.storage import storage_fault
 from orchestrator.training.adapted import lay
 from orchestrator.training.applied import compare
 from orchestrator.training.device import peak_memory_gib
-from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted
+from orchestrator.training.events import Answered, Aside, Completed, Failed, Left, Listener, Noted, lost_by
 from orchestrator.training.expected import expected, expected_beside, expected_modules
 from orchestrator.training.fast.pack import Pack, Work
+from orchestrator.training.log_file import log_traceback
 from orchestrator.training.loop import Ground, Loop, Seat, about, find_seat, open_loop
 from orchestrator.training.precision import require_device
 from orchestrator.training.reporter import Reporter
@@ -71,6 +72,8 @@ class Attempt:
             self._aside.do(partial(put_right, folder))
         try:
             yield from self._train(find_seat())
+        except StorageError:  # of whoever keeps the records in this process, and cannot be told
+            raise
         except OrchestratorError as error:
             tell(Failed, error=error.message, remedy=error.remedy, traceback=None, cause=error.cause)
         except Exception as error:
@@ -83,8 +86,8 @@ class Attempt:
                     cause="out_of_memory",
                 )
             else:
-                print(traceback.format_exc())
-                tell(Left, step=self._reporter.step, lost=f"{type(error).__name__}: {error}")
+                log_traceback()
+                tell(Left, step=self._reporter.step, **lost_by(error))
         except BaseException:  # Ctrl-C, or its pack ends
             tell(Left, step=self._reporter.step, lost=None)
             raise
@@ -153,7 +156,7 @@ class Attempt:
         try:
             add_answers(folder, self._start.metric, answers)
         except OSError as error:
-            if not folder.exists():
+            if not folder.exists() or storage_fault(error):
                 raise
             self._reporter.warn(
                 f"{folder}: the answers are in the record alone, for it cannot be written anew: {error}"

@@ -99,8 +99,10 @@ class Books:
                         log.write(traceback)
                 self._update(failure=cause)
                 self._finish(TrialState.FAILED, f"{error}\n  {remedy}" if remedy else error)
-            case Left():
-                self._warnings = list(self._start.warnings)  # what this attempt warned of is done again
+            case Left(step=step):
+                saved = self.result.checkpoint
+                if saved is None or _step_of(saved) < step:
+                    self._warnings = list(self._start.warnings)  # what this attempt warned of is done again
                 self.close()
         return None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.errors import FailureCause
+from orchestrator.storage import storage_fault
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,16 @@ class Left(Event):
     """Steps that were made."""
     lost: str | None
     """The fault from outside that ended it, such as CUDA's or the disk's; None where it was asked to stop."""
+    is_storage: bool = False
+    """Whether `lost` is a fault of the storage, which every other attempt would meet too until it is mended."""
 
 
 END = (Completed, Failed, Left)
+
+
+def lost_by(error: Exception) -> dict[str, Any]:
+    """What `Left` says of a fault from outside."""
+    return {"lost": f"{type(error).__name__}: {error}", "is_storage": storage_fault(error) is not None}
 
 
 class LeaseLost(Exception):
@@ -114,7 +122,11 @@ class Listener(Protocol):
 
     @property
     def stopping(self) -> bool:
-        """Asked after each step and each event."""
+        """Whether the trial is to end; asked after each step and each event."""
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Whether a trial that is to end is to write a checkpoint first, for it will go on later."""
 
     def on_step(self, step: int, total_steps: int) -> None:
         """Called after each optimizer step."""
@@ -134,11 +146,11 @@ class Aside(Protocol):
 
 
 class AtOnce:
-    """Jobs are done when they come."""
+    """Does each job when it comes."""
 
     def do(self, job: Callable[[], None]) -> None:
-        """See `Aside`."""
+        """Do it now."""
         job()
 
     def wait(self) -> None:
-        """See `Aside`."""
+        """Return: no job waits."""

@@ -4,7 +4,6 @@ import gc
 import queue
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,11 +19,12 @@ from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.attempt import Attempt, run_alone
 from orchestrator.training.device import reset_peak_memory
-from orchestrator.training.events import Event, Failed, LeaseLost, Left, Noted
+from orchestrator.training.events import Event, Failed, LeaseLost, Left, Noted, lost_by
 from orchestrator.training.fast import build
 from orchestrator.training.fast.pack import Member, Pack, Work
 from orchestrator.training.fast.row import Rows
 from orchestrator.training.hosted import Lease, Leases, Writers
+from orchestrator.training.log_file import log_traceback
 from orchestrator.training.loop import Ground
 from orchestrator.training.memory import Choice
 from orchestrator.training.sharing import Slots, open_slots, why_apart
@@ -126,6 +126,10 @@ class Host:
         with suppress(LeaseLost):
             self._leases.named(lease).release()
 
+    def interrupt(self, wait_s: float) -> bool:
+        """Have all trials write a checkpoint and stop; returns whether they have within `wait_s` seconds."""
+        return self._leases.interrupt(wait_s)
+
     def free_slots(self) -> int:
         """Trials that could be started now."""
         return self._leases.num_free()
@@ -143,7 +147,7 @@ class Host:
                 else:
                     self._run_alone(*self._alone.popleft())
         except BaseException as error:  # told to all who wait, and to all who come
-            traceback.print_exc()
+            log_traceback()
             self._leases.lose(f"{type(error).__name__}: {error}")
             self._on_lost()
 
@@ -156,8 +160,8 @@ class Host:
             self._held_back.remove(lease)
             self._leave(lease, None)
 
-    def _leave(self, lease: Lease, lost: str | None) -> None:
-        lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost))
+    def _leave(self, lease: Lease, lost: str | None, is_storage: bool = False) -> None:
+        lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost, is_storage))
         self._leases.done(lease)
 
     @staticmethod
@@ -348,8 +352,8 @@ class Host:
         except OrchestratorError as error:
             self._fail(lease, error)
         except Exception as error:
-            traceback.print_exc()
-            self._leave(lease, f"{type(error).__name__}: {error}")
+            log_traceback()
+            self._leave(lease, **lost_by(error))
         else:
             self._leases.done(lease)
         finally:

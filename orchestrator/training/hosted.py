@@ -3,15 +3,17 @@
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record import TrialPaths, TrialResult
-from orchestrator.training.events import END, Event, LeaseLost, Left
+from orchestrator.training.events import END, Event, LeaseLost, Left, lost_by
+from orchestrator.training.log_file import log_traceback
 
 LEASE_S = 30.0
 """A lease of which nobody has heard for so long is given up."""
+
+_LOOK_S = 0.05
 
 MAX_JOBS = 64
 """Files and events of a trial that may wait to be written; then training waits too."""
@@ -34,6 +36,8 @@ class Lease:
         self._came = threading.Condition()
         self._heard_at = time.monotonic()
         self._released = False
+        self.wants_checkpoint = False
+        """Whether it is to write a checkpoint before it stops."""
 
     @property
     def is_given_up(self) -> bool:
@@ -47,6 +51,11 @@ class Lease:
 
     def release(self) -> None:
         """Have it stop."""
+        self._released = True
+
+    def interrupt(self) -> None:
+        """Have it write a checkpoint and stop."""
+        self.wants_checkpoint = True
         self._released = True
 
     def renew(self) -> None:
@@ -86,6 +95,7 @@ class Leases:
         self._free = list(range(slots))
         self._by_name: dict[str, Lease] = {}
         self._lost: str | None = None
+        self._interrupted = False
 
     def take(self, name: str, start: TrialResult, paths: TrialPaths) -> Lease | None:
         """A free slot for this trial; None where there is none. Earlier attempts at the trial are asked to stop.
@@ -101,7 +111,7 @@ class Leases:
                     other.release()
                 if other.has_ended and other.is_given_up:
                     del self._by_name[known]
-            if not self._free:
+            if not self._free or self._interrupted:
                 return None
             made = self._by_name[name] = Lease(self._free.pop(0), start, paths)
             return made
@@ -126,6 +136,24 @@ class Leases:
         lease.is_done = True
         with self._lock:
             self._free.append(lease.slot)
+
+    def interrupt(self, wait_s: float) -> bool:
+        """Have all trials write a checkpoint and stop after their step; no trial gets a slot from now on.
+
+        Args:
+            wait_s: how long to wait for that, in seconds.
+
+        Returns:
+            Whether all have come to their end in that time.
+        """
+        with self._lock:
+            self._interrupted, leases = True, list(self._by_name.values())
+        for lease in leases:
+            lease.interrupt()
+        deadline = time.monotonic() + wait_s
+        while not (ended := all(lease.has_ended for lease in leases)) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        return ended
 
     def lose(self, why: str) -> None:
         """The host trains no more: all trials are told, and none gets a slot."""
@@ -171,8 +199,8 @@ class Writer:
                 if not lease.has_ended:
                     job()
             except Exception as error:  # the disk's: the trial can go on elsewhere or later, from what is written
-                traceback.print_exc()
-                lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, f"{type(error).__name__}: {error}"))
+                log_traceback()
+                lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, **lost_by(error)))
                 lease.release()
             finally:
                 self._jobs.task_done()

@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Callable
 
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing, leave_out_compiler
@@ -14,9 +15,16 @@ from orchestrator.training.fast import ahead
 from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
 
+Say = Callable[[str], None]
+"""Takes a sentence for whoever has started the trial."""
+
 
 def run_local_trial(
-    spec: SweepSpec, paths: SweepPaths, watcher: Watcher, source: ExperimentSource | None = None
+    spec: SweepSpec,
+    paths: SweepPaths,
+    watcher: Watcher,
+    source: ExperimentSource | None = None,
+    say: Say = lambda _: None,
 ) -> TrialResult | None:
     """Run the experiment's own values (no search) as one trial.
 
@@ -29,18 +37,20 @@ def run_local_trial(
     Raises:
         RequestError: base, data or GPUs are not what the experiment says; nothing is written.
         TrialError: the trial failed; its record says why.
+        StorageError: the disk is full or fails; `resume_local_trial` goes on.
+        Signalled: a signal ended it; `resume_local_trial` goes on.
     """
     _begin(spec)
     info = start_sweep(spec, paths, source, is_single_trial=True)
-    return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
+    return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher, say)
 
 
-def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
-    """Go on with a trial that was interrupted; a finished one is returned as it is."""
+def resume_local_trial(record: SweepRecord, watcher: Watcher, say: Say = lambda _: None) -> TrialResult | None:
+    """Go on with a trial that was interrupted; a finished one is returned as it is. It raises as `run_local_trial`."""
     require_extras(record.info.spec)
     _begin(record.info.spec)
     known = record.paths.trial_ids()
-    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
+    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher, say)
 
 
 def _begin(spec: SweepSpec) -> None:
@@ -48,14 +58,14 @@ def _begin(spec: SweepSpec) -> None:
         ahead.start([spec.trial_config({})], num_slots=1)
 
 
-def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:
+def _run(record: SweepRecord, trial_id: str, watcher: Watcher, say: Say) -> TrialResult | None:
     leave_out_compiler()
     with importing():  # for seconds: a bad row is told before them
         from orchestrator.training.trial import run_trial
 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths):
-        return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
+        return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher, say)
 
 
 def take_gpus(resources: ResourcesSection) -> bool:

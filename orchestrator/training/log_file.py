@@ -2,9 +2,11 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
@@ -20,9 +22,25 @@ def output_to(log: Path) -> Iterator[None]:
         os.dup2(target, 2)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, original in zip((1, 2), saved, strict=True):
+        for number, stream, original in zip((1, 2), (sys.stdout, sys.stderr), saved, strict=True):
+            _flush(stream, number)
             os.dup2(original, number)
             os.close(original)
         os.close(target)
+
+
+def _flush(stream: TextIO, number: int) -> None:
+    """Write out what a stream holds back. What a full disk does not take is dropped: it belongs to nobody else."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+        stream.flush()
+
+
+def log_traceback() -> None:
+    """Print the error that is being handled. A log on a full disk goes without it."""
+    with suppress(OSError):
+        traceback.print_exc()

@@ -57,6 +57,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._data_fingerprint = data_fingerprint
         self._stop_tokens = stop_tokens
         self._began = self._saved_at = time.monotonic()
+        self._saved_step = start.step
         self._training_since: float | None = None
         self._training_s = 0.0
         self._grad_norm = start.grad_norm
@@ -149,14 +150,17 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training_since = None
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), state.global_step
         self.tell(Saved, step=state.global_step, checkpoint=f"checkpoints/checkpoint-{state.global_step}")
         self._heed(control)
 
     def _heed(self, control: Any) -> None:
+        """Have the trainer stop if the listener says so; a trial that goes on later first writes a checkpoint."""
         if self._listener.stopping:
             self.stopped = True
             control.should_training_stop = True
+            if self._listener.wants_checkpoint and self._saved_step < self.step:
+                control.should_save = control.should_log = True
 
     def _is_better(self, value: float) -> bool:
         if not math.isfinite(value):

@@ -1,12 +1,12 @@
 """Put a new sweep on disk: its data first, so that a bad row is told before anything is written."""
 
-import tempfile
-from pathlib import Path
+import errno
 
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
 from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
-from orchestrator.record.start import describe_sweep
+from orchestrator.record.files import building_beside
+from orchestrator.record.start import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 
@@ -14,27 +14,21 @@ from orchestrator.spec.effect import require_effect
 def start_sweep(
     spec: SweepSpec, paths: SweepPaths, source: ExperimentSource | None = None, is_single_trial: bool = False
 ) -> SweepInfo:
-    """Tokenize, then write the sweep's data and record.
+    """Tokenize, then write the sweep's data and record: its folder appears with both, or not at all.
 
     Args:
         spec: the experiment.
-        paths: a folder that does not exist yet.
+        paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
         source: where the experiment was read from, which a resume compares it with.
         is_single_trial: whether it is one trial of the experiment's own values, without Ray.
 
     Raises:
-        RequestError: the base's tokenizer or the data are not what the experiment says, or the scheduler would change
-            nothing with so many rows; nothing is written.
+        RequestError: the base's tokenizer or the data are not what the experiment says, the scheduler would change
+            nothing with so many rows, another sweep has taken the folder, or it cannot be written; nothing is left.
     """
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
         require_effect(spec, prepared.num_sequences or prepared.num_train)
-    try:
-        paths.root.parent.mkdir(parents=True, exist_ok=True)
-        building = SweepPaths(Path(tempfile.mkdtemp(dir=paths.root.parent, prefix=f".{paths.name}.")))
-    except OSError as error:
-        raise RequestError(f"{paths.root}: cannot be made: {error}") from error
-    save(prepared, building.data)
     info = describe_sweep(
         spec,
         paths,
@@ -50,7 +44,14 @@ def start_sweep(
         sources=prepared.sources,
         bad_rows=prepared.bad_rows,
     )
-    write_record(building.sweep, info)
-    building.root.chmod(0o755)
-    building.root.rename(paths.root)  # a sweep's folder is there with its record, or not at all
+    try:
+        with building_beside(paths.root) as building:
+            inside = SweepPaths(building)
+            save(prepared, inside.data)
+            write_record(inside.sweep, info)
+            building.rename(paths.root)  # over an empty folder too, but over no other
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise already_exists(paths.root) from error
+        raise RequestError(f"{paths.root}: cannot be written: {error}", "Give --output another folder.") from error
     return info

@@ -19,7 +19,7 @@ from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, defau
 from orchestrator.deploy.shipping.parity import Parity, rounding
 from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, refuse_links
 from orchestrator.record.versions import installed_versions
 
 _SPARE_BYTES = 32 << 20
@@ -75,6 +75,7 @@ def export(
         say: hears of progress.
 
     Raises:
+        RecordError: the adapter's folder holds a symbolic link, and would ship what that points to.
         RequestError: the target exists or has no room, the adapter does not fit its base, a tool is missing, or there
             are no rows. Nothing is left behind.
         ExportError: the export does not answer as the adapter does: nothing is left behind. Or there is not enough
@@ -82,6 +83,7 @@ def export(
     """
     target = _resolved(target)
     _require_target(target, format, dtype, onto)
+    refuse_links(subject.adapter)
     dtype = dtype or default_dtype(subject.base)
     onto = onto or "dequantised"
     converter = gguf.find_converter() if format == "gguf" else None

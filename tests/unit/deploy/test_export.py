@@ -21,7 +21,7 @@ from orchestrator.deploy.shipping.merge import Merge, plan_merge
 from orchestrator.deploy.shipping.parity import Source
 from orchestrator.deploy.subject import Subject, at_commit
 from orchestrator.embedded import BASE_DIR
-from orchestrator.errors import ExportError, RequestError
+from orchestrator.errors import ExportError, RecordError, RequestError
 from orchestrator.spec.sections import BaseSection
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -222,6 +222,14 @@ def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
     model.save_pretrained(hub / "snapshots" / later)
     done = export(of_hub(subject, COMMIT), tmp_path / "hub", "merged", data=rows)
     assert done.parity == export(subject, tmp_path / "embedded", "merged", data=rows).parity
+
+
+def test_a_link_is_refused_before_anything_is_made(subject: Subject, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of somebody else")
+    (subject.adapter / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(RecordError, match=r"notes\.txt: is a symbolic link, to .*secret; what it points to"):
+        export(subject, tmp_path / "out", "adapter", data=rows)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

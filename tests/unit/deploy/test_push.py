@@ -311,3 +311,12 @@ def test_what_is_damaged_or_has_no_token_is_not_sent(hub: Hub, bundle: Path) -> 
     with pytest.raises(RecordError, match=r"trial\.json: has changed"):
         push(bundle, "me/adapter", private=False, dry_run=True, say=print)
     assert hub.called == []
+
+
+def test_a_link_is_not_followed_to_what_it_points_to(bundle: Path, tmp_path: Path) -> None:
+    whole = (bundle / "trial.json").read_bytes()
+    (tmp_path / "secret").write_bytes(whole)  # the manifest's sum is right
+    (bundle / "trial.json").unlink()
+    (bundle / "trial.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(RecordError, match=r"trial\.json: is a symbolic link"):
+        push(bundle, "me/adapter", private=False, dry_run=True, say=print)

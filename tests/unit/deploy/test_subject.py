@@ -57,6 +57,22 @@ def test_damage_is_named(adapter: Path, name: str, text: str, told: str) -> None
         find_subject(str(adapter), "runs")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "deep/notes.txt", ".cache/huggingface/notes.txt"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_link_is_refused_whether_or_not_it_is_listed(adapter: Path, tmp_path: Path, name: str, sealed: bool) -> None:
+    """Also where the hub's client keeps files of its own, which no manifest lists."""
+    secret = tmp_path / "secret"
+    secret.write_text('{"base_model_name_or_path": "someone/base"}')
+    (adapter / name).parent.mkdir(parents=True, exist_ok=True)
+    if sealed:
+        (adapter / name).write_bytes(secret.read_bytes())
+        seal(adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to(secret)
+    with pytest.raises(RecordError, match=rf"{name}: is a symbolic link, to {secret}"):
+        find_subject(str(adapter), "runs")
+
+
 def test_no_adapter_has_so_long_a_name(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not the name of a sweep"):
         find_subject("x" * 5000, str(tmp_path))

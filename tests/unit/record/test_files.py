@@ -1,9 +1,11 @@
+import errno
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from orchestrator.record.files import write_atomic
+from orchestrator.record.files import append_line, write_atomic
 
 
 def test_folders_are_made_and_old_text_is_replaced(tmp_path: Path) -> None:
@@ -65,3 +67,41 @@ def test_a_reader_never_meets_a_part(tmp_path: Path) -> None:
     finally:
         done.set()
         writer.join()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.open"])
+def test_a_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(call, fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    append_line(path, '{"a": 1}')
+    write = os.write
+
+    def write_a_part(file: int, rest: bytes) -> int:
+        if len(rest) < 9:
+            fail()
+        return write(file, rest[:3])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_a_part)
+        with pytest.raises(OSError, match="No space left"):
+            append_line(path, '{"b": 2}')
+    assert path.read_text() == '{"a": 1}\n'
+    monkeypatch.setattr(os, "write", lambda file, rest: write(file, rest[:3]))
+    append_line(path, '{"b": "ä"}')
+    assert path.read_text() == '{"a": 1}\n{"b": "ä"}\n'

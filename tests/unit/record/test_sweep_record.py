@@ -188,3 +188,33 @@ def test_trials_are_counted_by_what_the_sweep_will_have(
 def test_an_experiment_file_is_no_sweep() -> None:
     with pytest.raises(RecordError, match=r"demo.yaml: is an experiment file, and no sweep"):
         read_sweep("experiments/demo.yaml")
+
+
+@pytest.mark.parametrize("place", ["step", "adapters", "trial", "dots"])
+def test_an_adapter_that_lies_outside_its_sweep_is_refused(tmp_path: Path, make_sweep: MakeSweep, place: str) -> None:
+    paths = make_sweep(tmp_path / "s", {"one": ("COMPLETE", 0.4)})
+    record = read_sweep(paths.root)
+    (trial,) = record.trials()
+    assert trial.best is not None
+    folder = record.adapter_path(trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert record.adapter(trial) == folder
+    if place == "dots":
+        best = trial.best.model_copy(update={"adapter": "../../../elsewhere"})
+        trial = trial.model_copy(update={"best": best})
+        (tmp_path / "elsewhere").mkdir()
+    else:
+        inside = {"step": folder, "adapters": folder.parent, "trial": folder.parents[1]}[place]
+        inside.rename(tmp_path / "elsewhere")
+        inside.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecordError, match=r"the adapter of trial one lies elsewhere: its path leads to .*elsewhere"):
+        record.adapter(trial)
+
+
+def test_a_sweep_behind_a_link_is_that_sweep(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    make_sweep(tmp_path / "s", {"one": ("COMPLETE", 0.4)})
+    (tmp_path / "latest").symlink_to(tmp_path / "s")
+    record = read_sweep(tmp_path / "latest")
+    (trial,) = record.trials()
+    record.adapter_path(trial).mkdir(parents=True, exist_ok=True)
+    assert record.adapter(trial).is_dir()

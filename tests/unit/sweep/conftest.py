@@ -79,7 +79,7 @@ class Stage:
 
     def _add(self, name: str, is_finished: bool, config: dict[str, Any], last: dict[str, Any]) -> None:
         trial = Trial("idle", stub=True, trial_id=name, config=config)
-        trial.storage = SimpleNamespace(experiment_fs_path=str(self.paths.tune))
+        trial.storage = SimpleNamespace(trial_fs_path=str(self.paths.tune / name))
         trial.set_status(Trial.TERMINATED if is_finished else Trial.PENDING)
         trial.update_last_result(last)
         self.paths.trial(name).root.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import (
     SweepPaths,
     TrialPaths,
@@ -54,6 +54,8 @@ class Workers:
         self.untold = untold or []
         self.evicted: list[str] = []
         self.is_released = False
+        self.has_interrupted = False
+        """Whether they have been asked to end all trials after a checkpoint."""
 
     def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "Workers":
         return self
@@ -69,6 +71,9 @@ class Workers:
     def release(self) -> list[Event]:
         self.is_released = True
         return self.untold
+
+    def is_interrupted(self) -> bool:
+        return self.has_interrupted
 
     def renew(self) -> None:
         pass
@@ -192,6 +197,32 @@ def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths)
     with pytest.raises(TrialError, match="at step 3"):
         remote.next()
     assert (read_result(paths).state, read_result(paths).failure) == (TrialState.FAILED, "diverged")
+
+
+def test_a_trial_of_an_interrupted_sweep_keeps_its_last_steps(start: TrialResult, paths: TrialPaths) -> None:
+    early = [begun(), logged(2), evaluated(paths, 2)]
+    late = [logged(4), evaluated(paths, 4), logged(5), saved(paths, 5), Left(*USE, step=5, lost=None)]
+    workers = Workers(early, untold=late)
+    remote = trial(start, paths, workers)
+    remote.next()
+    workers.has_interrupted = True
+    remote.stop()
+    so_far = resumable(paths, start.config)
+    assert so_far is not None
+    assert (so_far.step, so_far.tokens, so_far.checkpoint) == (5, 50, "checkpoints/checkpoint-5")
+    assert so_far.best is not None
+    assert so_far.best.step == 4
+    assert steps(paths) == [2, 2, 4, 4, 5]
+    assert not paths.lease.exists()
+    assert not paths.result.exists()
+
+
+def test_a_full_disk_is_told_apart_from_a_lost_worker(start: TrialResult, paths: TrialPaths) -> None:
+    fault = Left(*USE, step=2, lost="OSError: [Errno 28] No space left on device", is_storage=True)
+    remote = trial(start, paths, Workers([begun(), fault]))
+    with pytest.raises(StorageError, match="No space left on device"):
+        remote.next()
+    assert not paths.result.exists(), "the trial has not failed"
 
 
 def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:

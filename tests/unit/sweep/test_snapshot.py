@@ -1,4 +1,9 @@
+import errno
+import os
+import zipfile
 from pathlib import Path
+
+import pytest
 
 from orchestrator.record import SweepPaths
 from orchestrator.sweep.snapshot import keep_snapshot, put_snapshot_back
@@ -42,3 +47,24 @@ def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     (paths.tune / "experiment_state-1.json").write_text("{}")
     assert put_snapshot_back(paths) is None
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
+
+
+def test_a_full_disk_leaves_the_state_of_before_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    (staging / "searcher-state-1.pkl").write_text("old")
+    keep_snapshot(staging, paths, lambda: b"old")
+    (staging / "searcher-state-1.pkl").write_text("new")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "writestr", fail)
+        with pytest.raises(OSError, match="No space left"):
+            keep_snapshot(staging, paths, lambda: b"new")
+    assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
+    assert put_snapshot_back(paths) == b"old"

@@ -1,5 +1,9 @@
 """Leases of a host: who holds a slot, and who is told that it is gone."""
 
+import errno
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import pytest
 from orchestrator.record import TrialPaths
 from orchestrator.training import hosted
 from orchestrator.training.events import Completed, LeaseLost, Left
-from orchestrator.training.hosted import Lease, Leases
+from orchestrator.training.hosted import Lease, Leases, Writer
 
 START: Any = None
 """What a trial trains is nothing to a lease."""
@@ -74,3 +78,56 @@ def test_all_are_told_that_the_host_is_lost_and_nobody_is_let_in() -> None:
     assert [type(each) for each in ended.take(0)] == [Completed], "nothing comes after the last"
     with pytest.raises(LeaseLost, match="RuntimeError: no more"):
         leases.take("3", START, paths("c"))
+
+
+def test_an_interrupted_host_has_each_trial_write_a_checkpoint_and_begins_no_other() -> None:
+    leases = Leases(2)
+    lease = take(leases, "1", "a")
+    assert not lease.wants_checkpoint
+    assert not leases.interrupt(wait_s=0.1), "it has not ended"
+    assert lease.stopping
+    assert lease.wants_checkpoint
+    assert leases.take("2", START, paths("b")) is None
+    threading.Timer(0.1, lambda: lease.emit(Left(0.0, 0.0, 0.0, 5, None))).start()
+    assert leases.interrupt(wait_s=10.0)
+
+
+def test_a_trial_that_was_stopped_for_good_writes_no_checkpoint() -> None:
+    lease = take(Leases(1), "1", "a")
+    lease.release()
+    assert lease.stopping
+    assert not lease.wants_checkpoint
+
+
+@pytest.mark.parametrize(("number", "is_storage"), [(errno.ENOSPC, True), (errno.EACCES, False)])
+def test_a_file_that_cannot_be_written_ends_the_attempt_and_says_why(number: int, is_storage: bool) -> None:
+    lease = take(Leases(1), "1", "a")
+    writer = Writer(lease)
+
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    writer.do(fail)
+    (told,) = lease.take(10.0)
+    assert isinstance(told, Left)
+    assert os.strerror(number) in str(told.lost)
+    assert told.is_storage is is_storage
+    assert lease.stopping
+    writer.close()
+
+
+def test_a_log_on_a_full_disk_holds_nobody_up() -> None:
+    """The thread that writes files prints the traceback there: had it died of that, its trial would never end."""
+    lease = take(Leases(1), "1", "a")
+    with Path("/dev/full").open("w", buffering=1) as full, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.stderr", full)
+        writer = Writer(lease)
+        writer.do(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        (told,) = lease.take(10.0)
+        assert isinstance(told, Left)
+        assert told.is_storage
+        writer.close()
+        writer.thread.join(10)
+        patched.undo()
+        with suppress(OSError):
+            full.close()

@@ -1,0 +1,139 @@
+"""How signals are taken: raised where nobody polls, deferred where somebody does."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from signal import Signals
+
+import pytest
+
+from orchestrator.signals import (
+    SIGNALS,
+    Signalled,
+    deferred_signals,
+    leave_dead_terminal,
+    raising_signals,
+    shielding_children,
+)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Those of before must be there again after each test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
+def test_a_signal_is_raised_as_an_interrupt_that_names_it(number: Signals) -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, raising_signals():
+        signal.raise_signal(number)
+    assert isinstance(raised.value, Signalled)
+    assert raised.value.signal == number
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
+def test_the_first_is_deferred_and_said_once_and_the_second_is_raised(number: Signals) -> None:
+    said: list[str] = []
+    with deferred_signals(said.append) as stop:
+        assert stop.signal is None
+        signal.raise_signal(number)
+        assert stop.signal == number
+        wait_for(lambda: len(said) == 1)
+        with pytest.raises(Signalled):
+            signal.raise_signal(Signals.SIGTERM)
+    name = "Ctrl-C" if number == Signals.SIGINT else number.name
+    assert said == [f"{name}: writing checkpoints; once more stops at once"]
+
+
+def test_it_is_raised_at_once_while_there_is_nothing_to_keep() -> None:
+    with deferred_signals(lambda _: None) as stop:
+        stop.defers = False
+        with pytest.raises(Signalled):
+            signal.raise_signal(Signals.SIGTERM)
+    assert stop.signal is None
+
+
+def test_nothing_is_said_and_no_thread_stays_where_none_comes() -> None:
+    said: list[str] = []
+    with deferred_signals(said.append):
+        (waiting,) = [each for each in threading.enumerate() if each.name == "signals"]
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert said == []
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As SIGHUP is under nohup."""
+    before = signal.signal(Signals.SIGHUP, signal.SIG_IGN)
+    try:
+        with raising_signals():
+            signal.raise_signal(Signals.SIGHUP)
+    finally:
+        signal.signal(Signals.SIGHUP, before)
+
+
+def test_children_never_see_what_their_parent_handles_later() -> None:
+    """Nor does a library that sets a handler of its own meanwhile take the parent's."""
+    took: list[int] = []
+
+    with raising_signals():
+        signal.signal(Signals.SIGTERM, lambda number, _: took.append(number))
+        with shielding_children():
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            signal.signal(Signals.SIGTERM, lambda *_: sys.exit(15))
+            signal.raise_signal(Signals.SIGTERM)
+            assert took == [], "it waits for the end of the block"
+        assert took == [Signals.SIGTERM]
+    child.send_signal(Signals.SIGTERM)
+    child.send_signal(Signals.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    child.kill()
+    assert child.wait() == -Signals.SIGKILL
+
+
+def test_a_terminal_that_is_gone_is_left_and_others_are_not() -> None:
+    ours, theirs = pty.openpty()
+    copy = os.dup(theirs)
+    reader, writer = os.pipe()
+    leave_dead_terminal()
+    assert os.isatty(theirs), "it is there yet"
+    os.close(ours)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(theirs, b"x")
+    leave_dead_terminal()
+    assert os.write(theirs, b"x") == os.write(copy, b"x") == 1
+    os.write(writer, b"y")
+    assert os.read(reader, 1) == b"y"
+    for descriptor in (theirs, copy, reader, writer):
+        os.close(descriptor)
+
+
+def test_only_the_main_thread_may_set_handlers_and_others_do_without() -> None:
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with raising_signals(), deferred_signals(lambda _: None), shielding_children():
+                pass
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert faults == []

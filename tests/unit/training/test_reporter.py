@@ -1,0 +1,67 @@
+"""When a trial writes a checkpoint before it stops."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.record import SweepPaths, TrialResult, TrialState
+from orchestrator.spec import parse_spec
+from orchestrator.training.events import AtOnce, Event, Saved
+from orchestrator.training.reporter import Reporter
+
+
+class Listener:
+    """Ends the trial, with or without a checkpoint."""
+
+    def __init__(self, stopping: bool, wants_checkpoint: bool) -> None:
+        self.stopping = stopping
+        self.wants_checkpoint = wants_checkpoint
+        self.events: list[Event] = []
+
+    def on_step(self, step: int, total_steps: int) -> None:
+        pass
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def make(document: dict[str, Any], tmp_path: Path, listener: Listener) -> Reporter:
+    config = parse_spec(document).trial_config({})
+    start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min", step=4)
+    paths = SweepPaths(tmp_path).trial("a")
+    return Reporter(start, paths, listener, AtOnce(), lambda: (0.0, 0.0), None, "f")
+
+
+def control(**values: bool) -> Any:
+    names = ("should_save", "should_log", "should_evaluate", "should_training_stop")
+    return SimpleNamespace(**(dict.fromkeys(names, False) | values))
+
+
+@pytest.mark.parametrize(
+    ("stopping", "wants_checkpoint", "saves"),
+    [(False, False, False), (True, False, False), (True, True, True)],
+    ids=["goes on", "stopped for good", "interrupted"],
+)
+def test_only_who_goes_on_later_writes_a_checkpoint(
+    document: dict[str, Any], tmp_path: Path, stopping: bool, wants_checkpoint: bool, saves: bool
+) -> None:
+    listener = Listener(stopping, wants_checkpoint)
+    reporter, told, state = make(document, tmp_path, listener), control(), SimpleNamespace(global_step=7, max_steps=40)
+    reporter.on_step_end(None, state, told)
+    assert (told.should_save, told.should_log, told.should_training_stop) == (saves, saves, stopping)
+    assert reporter.stopped == stopping
+
+
+def test_a_step_that_has_a_checkpoint_gets_no_second_one(document: dict[str, Any], tmp_path: Path) -> None:
+    listener = Listener(stopping=False, wants_checkpoint=True)
+    reporter, state = make(document, tmp_path, listener), SimpleNamespace(global_step=7, max_steps=40)
+    reporter.on_step_end(None, state, control())
+    listener.stopping = True  # as it is written
+    told = control()
+    reporter.on_save(None, state, told)
+    assert told.should_training_stop
+    assert not told.should_save
+    (saved,) = [event for event in listener.events if isinstance(event, Saved)]
+    assert (saved.step, saved.checkpoint) == (7, "checkpoints/checkpoint-7")

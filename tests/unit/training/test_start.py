@@ -1,0 +1,45 @@
+"""A new sweep's folder appears whole, or not at all."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RequestError
+from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.record.start import claim_folder
+from orchestrator.spec import SweepSpec, load_spec
+from orchestrator.training import start
+from orchestrator.training.start import start_sweep
+
+DEMO = Path(__file__).parents[3] / "experiments" / "demo.yaml"
+
+
+@pytest.fixture
+def spec() -> SweepSpec:
+    return load_spec(DEMO, ["data.max_rows=60", "data.held_out={count: 10}"])
+
+
+def test_a_claimed_folder_is_taken_and_one_with_a_sweep_in_it_is_not(spec: SweepSpec, tmp_path: Path) -> None:
+    with claim_folder(spec, "x.yaml", "one", str(tmp_path)) as paths:
+        info = start_sweep(spec, paths)
+    assert read_sweep(paths.root).info == info
+    with pytest.raises(RequestError, match=r"one: already exists\n.*resume"):
+        start_sweep(spec, paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "nothing of the second one is left"
+    assert read_sweep(paths.root).info == info
+
+
+@pytest.mark.parametrize("place", ["save", "write_record"])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(
+    spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(start, place, fail)
+    with pytest.raises(RequestError, match=r"one: cannot be written: .*No space left on device"):
+        start_sweep(spec, SweepPaths(tmp_path / "one"))
+    assert list(tmp_path.iterdir()) == []
