@@ -320,6 +320,26 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
     assert resumed.seconds > 0
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_clone_sees_the_rows_that_its_donor_would_have_seen(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    """In batches of similar length, from the second epoch on, in a process that has drawn other numbers."""
+    spec = tiny(f"training.engine={engine}", "training.logging_steps=1", "training.save_steps=7", *GROUPED)
+    whole, other = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "other")
+    run(spec, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, other, Witness(die_at=8))
+    (donor,) = read_sweep(other.root).trials()
+    paths = other.trial("clone")
+    shutil.copytree(other.trial(donor.trial_id).root, paths.root)
+    write_record(paths.progress, donor.model_copy(update={"trial_id": "clone", "parent": "donor", "best": None}))
+    torch.manual_seed(99)
+    result = run_trial(donor.config, spec, paths, other.data, Witness())
+    assert result is not None
+    assert (result.engine, result.state) == (engine, TrialState.COMPLETE)
+    after = [(point.step, point.values) for point in read_metrics(paths) if point.step > 7]
+    assert after == [each for each in curve(whole) if each[0] > 7]
+
+
 def test_what_a_kill_left_half_done_is_put_right(tiny: Tiny, folder: SweepPaths) -> None:
     """It came while the best adapter was replaced by one of the same step, and while a checkpoint was written."""
     spec = tiny("search.mode=max", "training.save_steps=4")  # the first evaluation stays the best
