@@ -174,6 +174,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
         )
         return
     from orchestrator.report.tables import trials_table
+    from orchestrator.report.warnings import distinct_warnings
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
@@ -181,6 +182,8 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
         console.print(str(over), highlight=False)
     for failed in (trial for trial in trials if trial.error):
         console.print(f"{failed.trial_id}: {failed.error}", soft_wrap=True, highlight=False)
+    for warning, number in distinct_warnings(trials).values():
+        console.print(f"warning ({counted(number, 'trial')}): {warning}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
