@@ -10,6 +10,8 @@ from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.sections import ResourcesSection
+from orchestrator.tracking.catch_up import catch_up
+from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.fast import ahead
 from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
@@ -19,9 +21,11 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
     """Run the experiment's own values (no search) as one trial.
 
     Raises:
-        RequestError: base, data or GPUs are not what the experiment says; nothing is written.
+        RequestError: base, data or GPUs are not what the experiment says, or a tracker's server refuses; nothing is
+            written.
         TrialError: the trial failed; its record says why.
     """
+    require_servers(spec.tracking)
     _begin(spec)
     info = start_sweep(spec, paths, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
@@ -30,6 +34,8 @@ def run_local_trial(spec: SweepSpec, paths: SweepPaths, watcher: Watcher) -> Tri
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is."""
     require_extras(record.info.spec)
+    for fault in server_faults(record.info.spec.tracking):
+        watcher.say(f"warning: {fault.message}")
     _begin(record.info.spec)
     known = record.paths.trial_ids()
     return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
@@ -47,7 +53,10 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths):
-        return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
+        try:
+            return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
+        finally:
+            catch_up(record, watcher.say)
 
 
 def take_gpus(resources: ResourcesSection) -> bool:

@@ -60,7 +60,7 @@ def start_of(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> TrialRe
 
 
 def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:
-    books, began = Books(start, paths, spec.tracking), time.monotonic()
+    books, began = Books(start, paths, spec), time.monotonic()
     listener = _Here(books, watcher, paths)
     gpus = use_device(spec.resources.cpus_per_trial)
     reset_peak_memory()
@@ -79,6 +79,8 @@ class _Here:
         self._books = books
         self._watcher = watcher
         self._paths = paths
+        self._told: set[str] = set()
+        self._tell_warnings()
 
     def on_step(self, step: int, total_steps: int) -> None:
         """See `Listener`."""
@@ -91,5 +93,12 @@ class _Here:
                 event.seconds, event.gpu_seconds, event.peak_memory_gib, event.lost, f"Its log: {self._paths.log}", None
             )
         point = self._books.enter(event)
+        self._tell_warnings()
         if point is not None:
             self.stopping |= not self._watcher.on_report(point)
+
+    def _tell_warnings(self) -> None:
+        for warning in self._books.warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                self._watcher.say(f"warning: {warning}")
