@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from orchestrator.record import OPEN, SweepRecord, TrialResult, write_record
-from orchestrator.tracking.fan_out import open_tracker
+from orchestrator.tracking.fan_out import has_failed, open_tracker
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.secrets import reason
 from orchestrator.words import counted
@@ -13,7 +13,8 @@ from orchestrator.words import counted
 def catch_up(record: SweepRecord, say: Callable[[str], None]) -> None:
     """Send or write what trackers lack of a sweep whose trials have ended. One that was interrupted is left as it is.
 
-    A tracker that fails again is not asked for further trials.
+    A tracker that fails again is not asked for further trials. Trials that ended while they were paused, or whose
+    process was lost, are given to their trackers without a word.
 
     Args:
         record: a sweep whose trials are not being written by any other process.
@@ -27,7 +28,7 @@ def catch_up(record: SweepRecord, say: Callable[[str], None]) -> None:
     for trial in trials:
         lacking = [name for name in trial.untracked if not _send(record, trial, name, failed)]
         left.update(lacking)
-        sent.update(set(trial.untracked) - set(lacking))
+        sent.update(name for name in trial.untracked if name not in lacking and has_failed(name, trial.warnings))
         if lacking != trial.untracked:
             paths = record.paths.trial(trial.trial_id)
             write_record(paths.result, trial.model_copy(update={"untracked": lacking}))

@@ -1,6 +1,6 @@
 """All trackers of a trial behind one object. JSONL is the truth; the others may fail without stopping the trial."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from orchestrator.record import OPEN, MetricPoint, TrialResult, read_metrics
 from orchestrator.spec.sections import TrackingSection
@@ -63,7 +63,7 @@ class Trackers:
 
     def _warn(self, name: str, error: Exception) -> None:
         self.warnings.append(
-            f"{name} failed: {reason(error)}; training goes on, and the rest is sent when it has ended"
+            f"{_failed(name)} {reason(error)}; training goes on, and the rest is sent when it has ended"
         )
 
 
@@ -85,6 +85,16 @@ def open_tracker(name: str, identity: TrialIdentity) -> Tracker:
     if points := read_metrics(identity.paths):
         view.replay(points)
     return view
+
+
+def has_failed(name: str, warnings: Sequence[str]) -> bool:
+    """Whether a trial's warnings tell of a failure of this tracker."""
+    return any(warning.startswith(_failed(name)) for warning in warnings)
+
+
+def _failed(name: str) -> str:
+    """How the warning of a failure begins."""
+    return f"{name} failed:"
 
 
 def wanted(tracking: TrackingSection) -> list[str]:

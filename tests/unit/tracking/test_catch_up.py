@@ -50,7 +50,8 @@ def record(make_sweep: Callable[..., SweepPaths], tmp_path: Path, monkeypatch: p
     sweep = read_sweep(make_sweep(tmp_path / "s", TRIALS).root)
     for trial in sweep.trials():
         paths = sweep.paths.trial(trial.trial_id)
-        write_record(paths.result, trial.model_copy(update={"untracked": LACKING[trial.trial_id]}))
+        failed = [f"{name} failed: nobody answers" for name in LACKING[trial.trial_id]]
+        write_record(paths.result, trial.model_copy(update={"untracked": LACKING[trial.trial_id], "warnings": failed}))
         jsonl = JsonlTracker(paths, 0)
         for step in (1, 2):
             jsonl.log(MetricPoint(step=step, tokens=step, time_s=step, values={"eval/loss": 1.0}))
@@ -81,6 +82,14 @@ def test_ended_trials_are_given_whole_and_those_that_lack_nothing_are_left_alone
     assert sorted(said) == ["MLflow has been given the rest of 1 trial", "W&B has been given the rest of 2 trials"]
     catch_up(record, said.append)
     assert len(said) == 2, "done is done"
+
+
+def test_a_trial_that_ended_while_it_was_paused_is_given_without_a_word(record: SweepRecord) -> None:
+    for name in "ab":
+        result = read_result(record.paths.trial(name))
+        write_record(record.paths.trial(name).result, result.model_copy(update={"untracked": ["W&B"], "warnings": []}))
+    catch_up(record, lambda sentence: pytest.fail(sentence))
+    assert Given.trials == {"a": ([1, 2], "COMPLETE"), "b": ([1, 2], "FAILED")}
 
 
 def test_a_tracker_that_fails_again_is_asked_once_and_told_once(
