@@ -111,4 +111,6 @@ def wandb_fault() -> RequestError | None:
             f"tracking.wandb: {server} refuses the key: {reason(error)}",
             f"Give another in WANDB_API_KEY or by `wandb login --relogin`; or {offline}.",
         )
+    finally:
+        wandb.teardown()  # else the processes of trials inherit this one's service, and runs that fail there stay in it
     return None

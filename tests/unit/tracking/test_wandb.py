@@ -1,5 +1,6 @@
 """W&B's own client, against servers on the loopback."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_what_a_server_missed_is_sent_to_it_later(
     monkeypatch.setenv("WANDB_BASE_URL", wandb_server.address)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_fault() is None
+    assert "WANDB_SERVICE" not in os.environ, "what is started now has a service of its own"
     first = open_trackers(identify(paths, spec))
     first.log(_point(1))
     first.log(_point(2))
