@@ -95,6 +95,9 @@ class Silent:
     def on_report(self, point: MetricPoint) -> bool:
         return True
 
+    def say(self, sentence: str) -> None:
+        print(sentence)
+
 
 def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
     """Train one trial as `orchestrator trial` does, in this process, base and engine kept."""

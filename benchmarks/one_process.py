@@ -36,6 +36,9 @@ class Teller:
             tune.report({**point.values, "step": point.step})
         return True
 
+    def say(self, sentence: str) -> None:
+        print(sentence)
+
 
 def train(point: dict[str, Any], spec_file: str, folder: str) -> None:
     from orchestrator.training.trial import run_trial

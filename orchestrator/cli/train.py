@@ -125,7 +125,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         from orchestrator.training.local import run_local_trial
 
         with TrialView(console, f"trial in {paths.root}") as view:
-            run_local_trial(spec, paths, view, source_of(file, set_ or []), view.say)
+            run_local_trial(spec, paths, view, source_of(file, set_ or []))
         show_best(console, read_sweep(paths.root))
 
 
@@ -176,7 +176,7 @@ def resume(
             from orchestrator.training.local import resume_local_trial
 
             with TrialView(console, f"going on in {record.paths.root}") as trial_view:
-                resume_local_trial(record, trial_view, trial_view.say)
+                resume_local_trial(record, trial_view)
         else:
             from orchestrator.sweep import resume_sweep
 
@@ -210,12 +210,15 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
         )
         return
     from orchestrator.report.tables import say_failures, trials_table
+    from orchestrator.report.warnings import distinct_warnings
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
     if over:
         console.print(str(over), highlight=False)
     say_failures(console, trials)
+    for warning, number in distinct_warnings(trials).values():
+        console.print(f"warning ({counted(number, 'trial')}): {warning}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")

@@ -140,6 +140,8 @@ class TrialResult(Record):
     """Kind of that failure: of the trial's own values, which searchers learn from, or of the machines around it."""
     warnings: list[str] = []
     """What went wrong without stopping the trial, such as a tracker that failed."""
+    untracked: list[str] = []
+    """Trackers that do not have all of this trial; they are given the rest when the sweep ends, or by `resume`."""
 
     @property
     def num_parameters(self) -> int | None:

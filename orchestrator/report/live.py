@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orchestrator.record import OPEN, MetricPoint, TrialResult, TrialState
 from orchestrator.report.tables import duration, failure_line, number, trials_table
+from orchestrator.report.warnings import distinct_warnings
 from orchestrator.words import counted
 
 
@@ -49,6 +50,7 @@ class SweepView:
         """Show these trials, best first."""
         self._print_title()
         self._trials = trials
+        self._say_warnings()
         steps = sum(trial.step for trial in trials)
         if self._first_seen is None and steps:
             self._first_seen = time.monotonic(), steps
@@ -94,6 +96,13 @@ class SweepView:
         to_do = (self._total - len(self._trials)) * total_steps
         to_do += sum(total_steps - trial.step for trial in self._trials if trial.state in OPEN)
         return (time.monotonic() - since) / done * to_do
+
+    def _say_warnings(self) -> None:
+        """Print each warning once, whichever trials have it."""
+        for key, (warning, _) in distinct_warnings(self._trials).items():
+            if key not in self._said:
+                self._said.add(key)
+                self._console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
 
     def _say_failures(self) -> None:
         """Print each failure once, above the live table, which may be too short for it and goes away at the end."""
@@ -148,10 +157,6 @@ class TrialView:
     ) -> None:
         self._progress.stop()
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence above the bar."""
-        self._progress.console.print(sentence, soft_wrap=True, highlight=False)
-
     def on_step(self, step: int, total_steps: int) -> bool:
         """See `Watcher`."""
         if self._title:
@@ -165,3 +170,7 @@ class TrialView:
         values = ", ".join(f"{name} {number(value)}" for name, value in point.values.items())
         self._progress.console.print(f"step {point.step}: {values}", highlight=False)
         return True
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the progress bar."""
+        self._progress.console.print(sentence, soft_wrap=True, highlight=False, markup=False)

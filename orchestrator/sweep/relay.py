@@ -60,8 +60,7 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
             return _report(self._known.pop(0))
         if self._trial is None:
             claim = self._claimed()
-            tracking = self._sweep.info.spec.tracking
-            self._trial = RemoteTrial(self._so_far(), self._paths, tracking, self._workers, claim)
+            self._trial = RemoteTrial(self._so_far(), self._paths, self._sweep.info.spec, self._workers, claim)
         told = self._trial.next()
         return _report_result(told) if isinstance(told, TrialResult) else _report(told)
 

@@ -8,7 +8,7 @@ from collections import deque
 
 from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
-from orchestrator.spec.sections import TrackingSection
+from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
 from orchestrator.training.books import Books
 from orchestrator.training.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
@@ -46,15 +46,13 @@ class RemoteTrial:
     waits for nobody, has gone on.
     """
 
-    def __init__(
-        self, start: TrialResult, paths: TrialPaths, tracking: TrackingSection, workers: Workers, claim: Claim
-    ) -> None:
+    def __init__(self, start: TrialResult, paths: TrialPaths, spec: SweepSpec, workers: Workers, claim: Claim) -> None:
         """Wait for a slot, and begin there.
 
         Args:
             start: the trial so far, as at the checkpoint that it goes on from; `start.config` is what to train.
             paths: where it writes.
-            tracking: views of its records.
+            spec: the experiment.
             workers: have the slots.
             claim: the right to the trial's folder.
         """
@@ -67,8 +65,8 @@ class RemoteTrial:
         with self._lock:
             threading.Thread(target=self._attend, name="attend", daemon=True).start()
             try:
-                self._books = Books(start, paths, tracking)
-            except BaseException:  # such as a tracker that is set wrongly
+                self._books = Books(start, paths, spec)
+            except BaseException:  # such as a disk that is full
                 self._over.set()
                 self._lease.release()
                 raise

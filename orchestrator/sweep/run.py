@@ -26,6 +26,8 @@ from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, compiling_early, start_f
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.snapshot import put_snapshot_back
+from orchestrator.tracking.catch_up import catch_up
+from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.start import start_sweep
 from orchestrator.words import counted
 
@@ -52,8 +54,8 @@ def run_sweep(
         source: where the experiment was read from.
 
     Raises:
-        RequestError: base or data are not what the experiment says, a package is missing, or the scheduler would change
-            nothing; nothing is written.
+        RequestError: base or data are not what the experiment says, a package is missing, the scheduler would change
+            nothing, or a tracker's server does not take the sweep; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: a signal: Ctrl-C, SIGTERM or SIGHUP. Trials have written a checkpoint of their last step.
@@ -61,6 +63,7 @@ def run_sweep(
     """
     require_extras(spec)
     require_effect(spec)
+    require_servers(spec.tracking)
     imports = begin(import_tokenizers)  # Ray takes about as long to start
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
@@ -75,13 +78,16 @@ def resume_sweep(
 ) -> SweepRecord:
     """Go on with a sweep whose driver died or was interrupted. Finished trials do not run again.
 
-    Changes that `record.extend.extend_sweep` has made to the record are written before the first trial.
+    Changes that `record.extend.extend_sweep` has made to the record are written before the first trial. A tracker's
+    server that does not answer is a warning: the sweep has begun, and its trackers can catch up later.
 
     Raises:
         As `run_sweep`.
     """
     require_extras(record.info.spec)
     spec = record.info.spec
+    for fault in server_faults(spec.tracking):
+        say(f"warning: {fault.message}")
     with (
         only_driver(record.paths),
         compiling_early(spec, address),
@@ -121,6 +127,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
                 f"What was measured is kept; go on with: orchestrator resume {record.paths.root}",
             ) from error
     cancel_unknown(record)
+    catch_up(record, say)
     if over := record.budget_spent():
         begun = len(record.paths.trial_ids())
         say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")

@@ -1,5 +1,5 @@
-"""Where a trial's points go: JSONL always, TensorBoard and W&B as views of it."""
+"""Where a trial's points go: JSONL always; TensorBoard, W&B, MLflow and trackio as views of it."""
 
-from orchestrator.tracking.fan_out import Trackers, open_trackers
+from orchestrator.tracking.fan_out import Trackers, open_trackers, wanted
 
-__all__ = ["Trackers", "open_trackers"]
+__all__ = ["Trackers", "open_trackers", "wanted"]

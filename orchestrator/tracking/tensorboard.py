@@ -1,67 +1,104 @@
-"""TensorBoard event files: scalars, and hparams in the same run, so that a sweep reads as one HParams table.
+"""TensorBoard event files: scalars, and in the same run the trial's row of the sweep's HParams table.
 
-Written with TensorBoard's own record writer: torch's and `EventFileWriter` would load torch or TensorFlow, which costs
-a light process seconds, and keep a thread a trial.
+Written with TensorBoard's own record writer. torch's and `EventFileWriter` load torch or TensorFlow, which costs a
+light process seconds. tensorboardX (2.6) writes in a thread that a full disk ends without a word, after which the
+trial would wait for it for ever; and its `hparams` calls every trial a success.
 """
 # mypy: disable-error-code="import-untyped"
 
+import io
+import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.api_pb2 import (
-    DATA_TYPE_FLOAT64,
-    DATA_TYPE_STRING,
-    STATUS_SUCCESS,
-    Experiment,
-    HParamInfo,
-    MetricInfo,
-    MetricName,
-)
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from orchestrator.record import MetricPoint, TrialResult
+from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.tracking.hparams import best_tag, experiment, session_start
 from orchestrator.tracking.protocol import TrialIdentity
+
+_HPARAMS_FILE = "events.out.tfevents.0.hparams"
+"""Sorts before all files with a time in their names: TensorBoard reads a run's files in the order of their names."""
+
+_STATUS = {
+    TrialState.COMPLETE: STATUS_SUCCESS,
+    TrialState.STOPPED: STATUS_SUCCESS,
+    TrialState.FAILED: STATUS_FAILURE,
+}
 
 
 class TensorBoardTracker:
-    """One run a trial. Hparams are written at the start, so that a stopped trial has its row too."""
+    """One run a trial. Its hparams are written at the start, so that a stopped trial has its row too."""
 
     name = "TensorBoard"
 
     def __init__(self, identity: TrialIdentity) -> None:
-        folder = identity.paths.tensorboard
+        start, folder = identity.start, identity.paths.tensorboard
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a run's files in the order of their names.
+        self._metric, self._mode = start.metric, start.mode
+        self._best = (start.best.step, start.best.values) if start.best else None
+        # TensorBoard keeps the first record of a tag: where PBT has changed the values, this file is another.
+        records = {
+            metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment(identity.spec)),
+            metadata.SESSION_START_INFO_TAG: HParamsPluginData(
+                session_start_info=session_start(identity.spec, identity.config)
+            ),
+        }
+        _replace(folder / _HPARAMS_FILE, _event_file(records))
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter((folder / name).open("xb"))
         self._write(Event(file_version="brain.Event:2"))
-        # Hides what a lost worker had written past the checkpoint.
-        self._write(Event(step=identity.resumed_step + 1, session_log=SessionLog(status=SessionLog.START)))
-        varied = identity.config.varied or {
-            "lora.rank": identity.config.lora.rank,
-            "training.learning_rate": identity.config.training.learning_rate,
-        }
-        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in varied.items()}
-        for summary in _hparams(shown, ("eval/loss", identity.metric)):
-            self._write(Event(summary=summary))
+        # Hides what is written in earlier files: all of it is replayed into this one, up to the checkpoint.
+        self._write(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def replay(self, points: Sequence[MetricPoint]) -> None:
+        for point in points:
+            self._scalars(point)
+        if self._best:
+            self._log_best(*self._best)
         self._writer.flush()
 
     def log(self, point: MetricPoint) -> None:
-        for name, value in point.values.items():
-            self._scalar(name, value, point.step)
-        self._scalar("progress/tokens", point.tokens, point.step)
+        self._scalars(point)
+        value = point.values.get(self._metric)
+        if value is not None and self._is_better(value):
+            self._best = point.step, point.values
+            self._log_best(*self._best)
         self._writer.flush()
 
     def finish(self, result: TrialResult) -> None:
         if result.best:
-            self._scalar(f"best/{result.metric}", result.best.value, result.best.step)
+            self._log_best(result.best.step, result.best.values)
+        if result.state in _STATUS:
+            end = SessionEndInfo(status=_STATUS[result.state], end_time_secs=time.time())
+            self._write(_hparams_event(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end)))
         self._writer.close()
+
+    def _is_better(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self._best is None:
+            return True
+        best = self._best[1][self._metric]
+        return value < best if self._mode == "min" else value > best
+
+    def _log_best(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if name.startswith("eval/"):
+                self._scalar(best_tag(name), value, step)
+
+    def _scalars(self, point: MetricPoint) -> None:
+        for name, value in {**point.values, "progress/tokens": point.tokens}.items():
+            self._scalar(name, value, point.step)
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)])))
@@ -71,29 +108,23 @@ class TensorBoardTracker:
         self._writer.write(event.SerializeToString())
 
 
-def _hparams(values: Mapping[str, bool | int | float | str], metrics: Iterable[str]) -> list[Summary]:
-    """The three records that the HParams table is made of.
+def _hparams_event(tag: str, data: HParamsPluginData) -> Event:
+    value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))
+    return Event(summary=Summary(value=[value]))
 
-    Args:
-        values: what varies between trials.
-        metrics: scalars to show beside it.
-    """
-    experiment, start = Experiment(), SessionStartInfo()
-    for name, value in values.items():
-        if isinstance(value, str):
-            start.hparams[name].string_value = value
-        else:
-            start.hparams[name].number_value = value
-        kind = DATA_TYPE_STRING if isinstance(value, str) else DATA_TYPE_FLOAT64
-        experiment.hparam_infos.append(HParamInfo(name=name, type=kind))
-    for metric in dict.fromkeys(metrics):
-        experiment.metric_infos.append(MetricInfo(name=MetricName(tag=metric)))
-    records = {
-        metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment),
-        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=start),
-        metadata.SESSION_END_INFO_TAG: HParamsPluginData(session_end_info=SessionEndInfo(status=STATUS_SUCCESS)),
-    }
-    return [
-        Summary(value=[Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))])
-        for tag, data in records.items()
-    ]
+
+def _event_file(data: dict[str, HParamsPluginData]) -> bytes:
+    """An event file with these hparams records, by their tags."""
+    written = io.BytesIO()
+    writer = RecordWriter(written)
+    for event in (Event(file_version="brain.Event:2"), *(_hparams_event(tag, each) for tag, each in data.items())):
+        event.wall_time = time.time()
+        writer.write(event.SerializeToString())
+    return written.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file in one step. TensorBoard reads whatever has `tfevents` in its name, so the new one has not."""
+    building = path.with_name(".building-hparams")
+    building.write_bytes(content)
+    building.replace(path)

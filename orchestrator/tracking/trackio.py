@@ -5,13 +5,23 @@ and Spaces (TRACKIO_SPACE_ID).
 """
 
 import os
+import urllib.error
+import urllib.request
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, TrialResult
 from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.secrets import hide_secrets, reason
+
+_PROJECT = "orchestrator"
+
+_ANSWER_S = 10.0
+"""Seconds that a server has to answer before the first trial."""
 
 
 class TrackioTracker:
@@ -28,8 +38,9 @@ class TrackioTracker:
                 f"tracking.trackio: the library writes to {trackio.utils.TRACKIO_DIR} in this process, not to {folder}",
                 "Set TRACKIO_DIR to one folder for all sweeps, or give each a process of its own.",
             )
+        self._storage = trackio.SQLiteStorage
         self._run = trackio.init(
-            project="orchestrator",
+            project=_PROJECT,
             name=identity.paths.trial_id,
             group=identity.group,
             config=identity.config.dotted(),
@@ -38,6 +49,17 @@ class TrackioTracker:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
+
+    def replay(self, points: Sequence[MetricPoint]) -> None:
+        if os.environ.get("TRACKIO_SERVER_URL") or os.environ.get("TRACKIO_SPACE_ID"):
+            return  # the library keeps what it could not send, and sends it with the next run
+        logs = self._storage.get_logs(_PROJECT, self._run.name, run_id=self._run.id)
+        known = Counter(each["step"] for each in logs if "progress/tokens" in each)
+        for point in points:
+            if known[point.step]:
+                known[point.step] -= 1
+            else:
+                self.log(point)
 
     def log(self, point: MetricPoint) -> None:
         self._run.log({**point.values, "progress/tokens": point.tokens}, step=point.step)
@@ -50,6 +72,23 @@ class TrackioTracker:
             self._run.finish()
         if told := [str(each.message) for each in caught if "trackio" in str(each.message).lower()]:
             raise OSError(told[0])
+
+
+def trackio_fault() -> RequestError | None:
+    """Why the server in TRACKIO_SERVER_URL cannot be reached, or None; without it none is asked."""
+    server = os.environ.get("TRACKIO_SERVER_URL")
+    if not server:
+        return None
+    try:
+        urllib.request.urlopen(server, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return None  # it answers
+    except (OSError, ValueError) as error:
+        return RequestError(
+            f"tracking.trackio: {hide_secrets(server)} does not answer: {reason(error)}",
+            "Check TRACKIO_SERVER_URL; without it, the files are in the sweep's folder.",
+        )
+    return None
 
 
 def _import(folder: Path) -> Any:

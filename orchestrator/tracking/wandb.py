@@ -1,11 +1,23 @@
 """Weights & Biases: group = sweep, id = trial, so that a resumed trial goes on in its own run."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import wandb
 
+from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.spec.sections.records import WandbSection
 from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.secrets import hide_secrets, reason
+
+_ANSWER_S = 10
+"""Seconds that the server has to answer before the first trial."""
+
+_INIT_S = 15.0
+_FINISH_S = 30.0
+"""Seconds that a run may take to begin and to be sent. By default W&B takes 90, and waits for ever at the end."""
 
 
 class WandbTracker:
@@ -14,23 +26,39 @@ class WandbTracker:
     name = "W&B"
 
     def __init__(self, identity: TrialIdentity) -> None:
-        section = identity.tracking.wandb
-        mode = section.mode
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        self._run = wandb.init(
-            project=section.project,
-            entity=section.entity,
-            group=identity.group,
-            id=identity.paths.trial_id,
-            name=identity.paths.trial_id,
-            config=identity.config.dotted(),
-            dir=str(identity.paths.sweep),
-            mode=mode,
-            resume="allow",
-            reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        section, trial_id = identity.tracking.wandb, identity.paths.trial_id
+        self._is_online = is_online(section)
+        self._has_offline_runs = any(identity.paths.sweep.glob(f"wandb/offline-run-*-{trial_id}*"))
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            init_timeout=_INIT_S,
+            finish_timeout=_FINISH_S,
+            finish_timeout_raises=True,
         )
+        with _leaving_no_run():
+            self._run = wandb.init(
+                project=section.project,
+                entity=section.entity,
+                group=identity.group,
+                id=trial_id,
+                name=trial_id,
+                config=identity.config.dotted(),
+                dir=str(identity.paths.sweep),
+                mode="online" if self._is_online else "offline",
+                resume="allow",
+                reinit="finish_previous",
+                settings=settings,
+            )
+
+    def replay(self, points: Sequence[MetricPoint]) -> None:
+        if not self._is_online and self._has_offline_runs:  # an earlier attempt has written them there
+            return
+        for point in points:
+            if point.step >= self._run.starting_step:  # the server has those before
+                self.log(point)
 
     def log(self, point: MetricPoint) -> None:
         self._run.log({**point.values, "progress/tokens": point.tokens, "progress/step": point.step}, step=point.step)
@@ -43,4 +71,46 @@ class WandbTracker:
             summary |= {f"best/{name}": value for name, value in result.best.values.items()}
             summary["best/step"] = result.best.step
         self._run.summary.update(summary)
-        self._run.finish(exit_code=1 if result.state == TrialState.FAILED else 0)
+        with _leaving_no_run():
+            self._run.finish(exit_code=1 if result.state == TrialState.FAILED else 0)
+
+
+@contextmanager
+def _leaving_no_run() -> Iterator[None]:
+    """On a fault, end W&B's service in this process: it would call the run's id in use when the run is begun again."""
+    try:
+        yield
+    except Exception:
+        wandb.teardown()
+        raise
+
+
+def is_online(section: WandbSection) -> bool:
+    """Whether runs go to a server: `auto` needs a key for that."""
+    return section.mode == "online" or (section.mode == "auto" and bool(os.environ.get("WANDB_API_KEY")))
+
+
+def wandb_fault() -> RequestError | None:
+    """Why W&B's server does not take runs of this process, or None."""
+    offline = "set tracking.wandb.mode: offline and send the runs later with `wandb sync`"
+    server = hide_secrets(str(wandb.setup().settings.base_url))
+    try:
+        wandb.Api(timeout=_ANSWER_S)
+    except wandb.errors.UsageError:
+        return RequestError(
+            "tracking.wandb.mode: online needs a key, and there is none",
+            f"Give it in WANDB_API_KEY or by `wandb login`; or {offline}.",
+        )
+    except wandb.errors.Error as error:
+        if "did not respond in time" in str(error):  # what its service says of a server that it does not reach
+            return RequestError(
+                f"tracking.wandb: {server} does not answer within {_ANSWER_S} s",
+                f"Try again when it does; or {offline}.",
+            )
+        return RequestError(
+            f"tracking.wandb: {server} refuses the key: {reason(error)}",
+            f"Give another in WANDB_API_KEY or by `wandb login --relogin`; or {offline}.",
+        )
+    finally:
+        wandb.teardown()  # else the processes of trials inherit this one's service, and runs that fail there stay in it
+    return None

@@ -13,8 +13,8 @@ from orchestrator.record import (
     read_result,
     write_record,
 )
-from orchestrator.spec.sections import TrackingSection
-from orchestrator.tracking import open_trackers
+from orchestrator.spec import SweepSpec
+from orchestrator.tracking import open_trackers, wanted
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.training.events import (
     Answered,
@@ -40,13 +40,14 @@ class Books:
     progress on disk names others.
     """
 
-    def __init__(self, start: TrialResult, paths: TrialPaths, tracking: TrackingSection) -> None:
+    def __init__(self, start: TrialResult, paths: TrialPaths, spec: SweepSpec) -> None:
         """
         Args:
             start: the trial so far; step, tokens and seconds are those of the checkpoint it goes on from.
             paths: of the trial.
-            tracking: the views that are wanted.
+            spec: the experiment, which names the trackers that are wanted.
         """
+        start = start.model_copy(update={"untracked": wanted(spec.tracking)})
         self.result = start
         self._start = start
         self._paths = paths
@@ -54,7 +55,14 @@ class Books:
         self._warnings = list(start.warnings)
         write_record(paths.config, start.config)
         write_record(paths.progress, start)
-        self._trackers = open_trackers(TrialIdentity(paths, start.config, tracking, start.metric, start.step))
+        self._trackers = open_trackers(TrialIdentity(paths, start, spec))
+        if self._trackers.warnings:
+            self._write_progress()  # so that whoever follows is told now
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong so far without stopping the trial."""
+        return list(dict.fromkeys([*self._warnings, *self._trackers.warnings]))
 
     def enter(self, event: Event) -> MetricPoint | None:
         """Record an event; the last one closes the books.
@@ -110,10 +118,15 @@ class Books:
         """Leave the trial as it is: stopped, in which case the driver says so, or to go on later."""
         if self._paths.result.is_file():
             ended = read_result(self._paths)
+            self._trackers.finish(ended)
+            warnings = list(dict.fromkeys([*ended.warnings, *self._trackers.warnings]))
+            noted = ended.model_copy(update={"warnings": warnings, "untracked": self._trackers.untracked})
+            if noted != ended:
+                write_record(self._paths.result, noted)
         else:
             self._write_progress()
-            ended = self.result
-        self._trackers.finish(ended)
+            self._trackers.finish(self.result)
+            self._write_progress()
 
     def _enter_logged(self, event: Logged) -> None:
         self._count_tokens(event.tokens)
@@ -150,16 +163,19 @@ class Books:
         """Close the trackers, then put the result down: once it exists, nothing of the trial is still to come."""
         self._update(state=state, error=error)
         self._trackers.finish(self.result)
-        self._note_warnings()
+        self._note_trackers()
         self.result = end_trial(self._paths, self.result)
         self._drop_adapters()
 
     def _write_progress(self) -> None:
-        self._note_warnings()
+        self._note_trackers()
         write_record(self._paths.progress, self.result)
 
-    def _note_warnings(self) -> None:
-        self._update(warnings=list(dict.fromkeys([*self._warnings, *self._trackers.warnings])))
+    def _note_trackers(self) -> None:
+        self._update(
+            warnings=self.warnings,
+            untracked=list(self._trackers.untracked),
+        )
 
     def _drop_adapters(self) -> None:
         """Delete all but the best, which the record on disk names by now."""

@@ -2,7 +2,6 @@
 
 import os
 import uuid
-from collections.abc import Callable
 
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing, leave_out_compiler
@@ -11,12 +10,11 @@ from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.sections import ResourcesSection
+from orchestrator.tracking.catch_up import catch_up
+from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.fast import ahead
 from orchestrator.training.start import start_sweep
 from orchestrator.training.watcher import Watcher
-
-Say = Callable[[str], None]
-"""Takes a sentence for whoever has started the trial."""
 
 
 def run_local_trial(
@@ -24,7 +22,6 @@ def run_local_trial(
     paths: SweepPaths,
     watcher: Watcher,
     source: ExperimentSource | None = None,
-    say: Say = lambda _: None,
 ) -> TrialResult | None:
     """Run the experiment's own values (no search) as one trial.
 
@@ -35,22 +32,26 @@ def run_local_trial(
         source: where the experiment was read from.
 
     Raises:
-        RequestError: base, data or GPUs are not what the experiment says; nothing is written.
+        RequestError: base, data or GPUs are not what the experiment says, or a tracker's server refuses; nothing is
+            written.
         TrialError: the trial failed; its record says why.
         StorageError: the disk is full or fails; `resume_local_trial` goes on.
         Signalled: a signal ended it; `resume_local_trial` goes on.
     """
+    require_servers(spec.tracking)
     _begin(spec)
     info = start_sweep(spec, paths, source, is_single_trial=True)
-    return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher, say)
+    return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
 
-def resume_local_trial(record: SweepRecord, watcher: Watcher, say: Say = lambda _: None) -> TrialResult | None:
+def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
     """Go on with a trial that was interrupted; a finished one is returned as it is. It raises as `run_local_trial`."""
     require_extras(record.info.spec)
+    for fault in server_faults(record.info.spec.tracking):
+        watcher.say(f"warning: {fault.message}")
     _begin(record.info.spec)
     known = record.paths.trial_ids()
-    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher, say)
+    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
 
 
 def _begin(spec: SweepSpec) -> None:
@@ -58,14 +59,17 @@ def _begin(spec: SweepSpec) -> None:
         ahead.start([spec.trial_config({})], num_slots=1)
 
 
-def _run(record: SweepRecord, trial_id: str, watcher: Watcher, say: Say) -> TrialResult | None:
+def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:
     leave_out_compiler()
     with importing():  # for seconds: a bad row is told before them
         from orchestrator.training.trial import run_trial
 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths):
-        return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher, say)
+        try:
+            return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
+        finally:
+            catch_up(record, watcher.say)
 
 
 def take_gpus(resources: ResourcesSection) -> bool:

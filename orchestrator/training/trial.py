@@ -1,6 +1,5 @@
 """One trial in this process, from its configuration to its result on disk."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.data import load
@@ -24,7 +23,6 @@ def run_trial(
     paths: TrialPaths,
     data_folder: Path,
     watcher: Watcher,
-    say: Callable[[str], None] = lambda _: None,
 ) -> TrialResult | None:
     """Run a trial to its end, from its last checkpoint if it has one.
 
@@ -36,7 +34,6 @@ def run_trial(
         paths: where the trial writes. A `result.json` that is there already is returned as it is.
         data_folder: tokenised rows, from `data.save`.
         watcher: follows, and may end the trial.
-        say: is told what is done about a signal.
 
     Returns:
         The result, also on disk, or None if the watcher ended the trial.
@@ -49,7 +46,7 @@ def run_trial(
     if not paths.result.is_file():
         start = start_of(config, spec, paths)
         with output_to(paths.log):
-            _run(start, spec, paths, data_folder, watcher, say)
+            _run(start, spec, paths, data_folder, watcher)
         if not paths.result.is_file():
             return None
     result = read_result(paths)
@@ -69,18 +66,11 @@ def start_of(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> TrialRe
     )
 
 
-def _run(
-    start: TrialResult,
-    spec: SweepSpec,
-    paths: TrialPaths,
-    data_folder: Path,
-    watcher: Watcher,
-    say: Callable[[str], None],
-) -> None:
-    books = Books(start, paths, spec.tracking)
+def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:
+    books = Books(start, paths, spec)
     gpus = use_device(spec.resources.cpus_per_trial)
     reset_peak_memory()
-    with deferred_signals(say) as stop:
+    with deferred_signals(watcher.say) as stop:
         stop.defers = False  # until there are steps to keep
         listener = _Here(books, watcher, paths, stop)
         try:
@@ -103,6 +93,8 @@ class _Here:
         self._paths = paths
         self._stop = stop
         self._is_refused = False
+        self._said: set[str] = set()
+        self._say_warnings()
 
     @property
     def stopping(self) -> bool:
@@ -137,8 +129,16 @@ class _Here:
             if fault := storage_fault(error):
                 raise _storage_error(self._paths, fault) from error
             raise
+        self._say_warnings()
         if point is not None:
             self._is_refused |= not self._watcher.on_report(point)
+
+    def _say_warnings(self) -> None:
+        """Pass each warning on once."""
+        for warning in self._books.warnings:
+            if warning not in self._said:
+                self._said.add(warning)
+                self._watcher.say(f"warning: {warning}")
 
 
 def _storage_error(paths: TrialPaths, fault: str) -> StorageError:

@@ -20,6 +20,7 @@ from orchestrator.training.fast.pack import Work
 from orchestrator.training.first_weights import draw
 from orchestrator.training.loss_meter import LossMeter
 from orchestrator.training.precision import resolve_precision
+from orchestrator.training.sampler import LengthGroupedSampler, row_lengths
 
 APART = 1e-3
 """What logits of the same tokens may differ by, where the tokens beside them are others."""
@@ -157,6 +158,10 @@ def build_trainer(
         # SFTTrainer's own, for which it would lay out the whole vocabulary, to look for the padding token.
         data_collator=_Collator(tokenizer.pad_token_id),
     )
+    if training.group_by_length:
+        step_rows = trainer.args.train_batch_size * training.accumulation
+        sampler = LengthGroupedSampler(row_lengths(data.train), step_rows, training.seed)
+        trainer._get_train_sampler = lambda *_: sampler  # the Trainer's own draws from the process's random state
     dtype = getattr(torch, training.adapter_dtype)
     for name, parameter in trainer.model.named_parameters():  # SFTTrainer casts what trains on a quantised base
         if parameter.requires_grad:  # bfloat16 would not hold the small steps of magnitudes, as trl knows
@@ -204,6 +209,7 @@ def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
         save_strategy="steps",
         save_steps=training.save_steps or training.eval_steps,
         seed=training.seed,
+        data_seed=training.seed,  # else the order of rows comes from the process's seed, which other trials set too
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=None if on_cpu else training.tf32,

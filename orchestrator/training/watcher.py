@@ -13,3 +13,6 @@ class Watcher(Protocol):
 
     def on_report(self, point: MetricPoint) -> bool:
         """Called after each evaluation, when all of it is on disk; False ends the trial."""
+
+    def say(self, sentence: str) -> None:
+        """Called with each warning once, and with what is done about it."""

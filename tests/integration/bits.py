@@ -67,7 +67,7 @@ class Setting:
         hosted = self.host(folder)
         self._start(hosted, "single", _BESIDE["single"])
         first = self._start(hosted, name, WATCHED[name])
-        books = Books(first.start, first.paths, hosted.spec.tracking)
+        books = Books(first.start, first.paths, hosted.spec)
         hosted.follow(lambda: first.end or any(event.step == 10 for event in first.of(Saved)))
         assert not first.end
         hosted.host.release(first.lease)

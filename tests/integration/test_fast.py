@@ -246,6 +246,10 @@ SETTINGS = {
         "lora.target_modules=[q_proj, v_proj]", "lora.rank=5", "training.max_grad_norm=0.05", "training.batch_size=24",
         "training.schedule=linear", "training.warmup=2", "training.steps=6", "training.eval_steps=3",
     ],
+    "rows of similar length": [
+        *FEW_ROWS, "training.group_by_length=true", "training.accumulation=2", "training.steps=", "training.epochs=2.5",
+        "training.eval_steps=3",
+    ],
     "packed rows": [
         "data.packing=true", "data.max_length=128", "training.batch_size=2", "training.steps=6",
         "training.eval_steps=3",

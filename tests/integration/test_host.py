@@ -267,7 +267,7 @@ def test_a_trial_that_was_left_goes_on_from_its_checkpoint(hosted: Hosted) -> No
     whole, left = hosted.start("whole"), hosted.start("left")
     assert whole
     assert left
-    books = Books(left.start, left.paths, hosted.spec.tracking)
+    books = Books(left.start, left.paths, hosted.spec)
     hosted.follow(lambda: left.of(Saved))
     hosted.host.release(left.lease)
     hosted.follow(lambda: left.end and whole.end)
@@ -297,7 +297,7 @@ def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypat
     one = hosted.start("one")
     assert one
     hosted.follow(lambda: one.end)
-    books = Books(one.start, one.paths, hosted.spec.tracking)
+    books = Books(one.start, one.paths, hosted.spec)
     for event in one.events[:-1]:
         books.enter(event)
     last = {"seconds": 1.0, "gpu_seconds": 0.0, "peak_memory_gib": 0.0}
@@ -557,7 +557,7 @@ def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
         assert isinstance(followed.end, Left)
         assert followed.end.lost
         assert followed.end.lost.startswith("OutOfMemoryError")
-        books = Books(followed.start, followed.paths, hosted.spec.tracking)
+        books = Books(followed.start, followed.paths, hosted.spec)
         for event in followed.events:
             books.enter(event)
     plan = {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}

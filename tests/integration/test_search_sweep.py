@@ -107,6 +107,9 @@ class Silent:
     def on_report(self, point: Any) -> bool:
         return True
 
+    def say(self, sentence: str) -> None:
+        pass
+
 
 def test_a_killed_driver_leaves_brackets_that_go_on(tmp_path: Path) -> None:
     """Killed while trials wait at a rung: they are not started again before their time, nor lost."""

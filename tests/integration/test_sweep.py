@@ -166,7 +166,7 @@ def test_tensorboard_reads_the_sweep_as_one_hparams_table(halved: SweepRecord) -
                 {
                     "experimentName": "",
                     "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
-                    "colParams": [{"metric": {"group": "", "tag": "eval/loss"}}],
+                    "colParams": [{"metric": {"group": "", "tag": "best/eval/loss"}}],
                     "startIndex": 0,
                     "sliceSize": 100,
                 },
@@ -181,9 +181,10 @@ def test_tensorboard_reads_the_sweep_as_one_hparams_table(halved: SweepRecord) -
     for name, group in shown.items():
         trial = trials[name.rstrip("/")]
         assert group["hparams"]["lora.rank"] == trial.config.lora.rank
-        (loss,) = [m["value"] for m in group["metricValues"] if m["name"]["tag"] == "eval/loss"]
-        last = [p for p in read_metrics(halved.paths.trial(trial.trial_id)) if "eval/loss" in p.values][-1]
-        assert loss == pytest.approx(last.values["eval/loss"], rel=1e-5)
+        (loss,) = [m["value"] for m in group["metricValues"] if m["name"]["tag"] == "best/eval/loss"]
+        assert trial.best is not None
+        assert loss == pytest.approx(trial.best.value, rel=1e-5)
+        assert [session["status"] for session in group["sessions"]] == ["STATUS_SUCCESS"]
     assert set(tags) == set(trials), "one run a trial, no more"
     assert all({"train/loss", "train/grad_norm", "eval/loss"} <= set(run) for run in tags.values())
 

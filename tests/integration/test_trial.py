@@ -294,11 +294,18 @@ def test_loss_that_is_not_finite_fails_the_trial_and_not_the_next(tiny: Tiny, tm
     assert good.state == TrialState.COMPLETE
 
 
-@pytest.mark.parametrize(("engine", "step", "save_steps"), [("trl", 5, 4), ("fast", 9, 3)])  # more in test_fast
+GROUPED = ["training.group_by_length=true", "training.seed=2", "data.max_rows=80"]  # 40 rows: 3 steps an epoch
+NOISY = [*GROUPED, "training.neftune_alpha=5"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "step", "save_steps", "more"),
+    [("trl", 5, 4, []), ("fast", 9, 3, []), ("trl", 8, 7, NOISY), ("fast", 8, 7, GROUPED), ("trl", 10, 9, NOISY)],
+)  # more in test_fast
 def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
-    tiny: Tiny, tmp_path: Path, engine: str, step: int, save_steps: int
+    tiny: Tiny, tmp_path: Path, engine: str, step: int, save_steps: int, more: list[str]
 ) -> None:
-    settings = [f"training.engine={engine}", f"training.save_steps={save_steps}"]
+    settings = [f"training.engine={engine}", f"training.save_steps={save_steps}", "training.logging_steps=1", *more]
     spec = tiny("lora.dropout=0.1", "training.accumulation=2", *settings)
     whole = SweepPaths(tmp_path / "whole")
     undisturbed = run(spec, whole)
@@ -307,13 +314,34 @@ def test_resumed_trial_is_the_undisturbed_one_to_the_digit(
         run_local_trial(spec, broken, Witness(die_at=step))
     record = read_sweep(broken.root)
     (interrupted,) = record.trials()
-    assert interrupted.state == TrialState.RUNNING
+    assert (interrupted.state, interrupted.engine) == (TrialState.RUNNING, engine)
+    torch.manual_seed(1234)  # another process has another random state
     resumed = resume_local_trial(record, Witness())
     assert resumed is not None
     assert curve(broken) == curve(whole)
     assert resumed.best == undisturbed.best
     assert (resumed.step, resumed.tokens) == (undisturbed.step, undisturbed.tokens)
     assert resumed.seconds > 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_clone_sees_the_rows_that_its_donor_would_have_seen(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    """In batches of similar length, from the second epoch on, in a process that has drawn other numbers."""
+    spec = tiny(f"training.engine={engine}", "training.logging_steps=1", "training.save_steps=7", *GROUPED)
+    whole, other = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "other")
+    run(spec, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, other, Witness(die_at=8))
+    (donor,) = read_sweep(other.root).trials()
+    paths = other.trial("clone")
+    shutil.copytree(other.trial(donor.trial_id).root, paths.root)
+    write_record(paths.progress, donor.model_copy(update={"trial_id": "clone", "parent": "donor", "best": None}))
+    torch.manual_seed(99)
+    result = run_trial(donor.config, spec, paths, other.data, Witness())
+    assert result is not None
+    assert (result.engine, result.state) == (engine, TrialState.COMPLETE)
+    after = [(point.step, point.values) for point in read_metrics(paths) if point.step > 7]
+    assert after == [each for each in curve(whole) if each[0] > 7]
 
 
 def test_what_a_kill_left_half_done_is_put_right(
@@ -446,10 +474,7 @@ def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder
         (["training.adapter_dtype=bfloat16", "training.engine=trl"], None),
         (["training.dequantise=per_layer", "training.recompute=true"], None),
         (["lora.target_modules=[q_proj, v_proj]"], None),
-        (
-            ["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"],
-            "training.group_by_length (without padding it would gain nothing)",
-        ),
+        (["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"], None),
         (
             ["training.optimizer=adafactor", "training.schedule=linear", "training.warmup=3"],
             "training.optimizer adafactor",

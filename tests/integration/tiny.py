@@ -26,6 +26,7 @@ class Witness:
 
     def __init__(self, stop_at: int | None = None, die_at: int | None = None) -> None:
         self.points: list[MetricPoint] = []
+        self.said: list[str] = []
         self._stop_at = stop_at
         self._die_at = die_at
 
@@ -37,3 +38,6 @@ class Witness:
     def on_report(self, point: MetricPoint) -> bool:
         self.points.append(point)
         return True
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)

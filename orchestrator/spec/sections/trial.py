@@ -103,7 +103,6 @@ class TrialConfig(Section):
             "training.neftune_alpha": training.neftune_alpha is not None,
             "training.precision fp16": training.precision == "fp16",
             "training.tf32": training.tf32,
-            "training.group_by_length (without padding it would gain nothing)": training.group_by_length,
         }
         return next((reason for reason, holds in unusual.items() if holds), None)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.adapters.bundle import Adapter
@@ -156,7 +155,6 @@ class Slot:
             The batches to come, and the epochs that are done after each.
         """
         trainer, adapters = self.trainer, self._engine.adapters
-        set_seed(trainer.args.seed)  # the loader takes its seed from the process, which other slots share
         loader = trainer.get_train_dataloader()
         epochs, updates_per_epoch, _, _, _, batches_per_epoch, max_steps = trainer.set_initial_training_values(
             trainer.args, loader

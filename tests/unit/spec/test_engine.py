@@ -37,7 +37,6 @@ REFUSED = [
         {"training": {"optimizer": "adamw_8bit", "adapter_dtype": "bfloat16"}},
         "training.optimizer adamw_8bit with adapter_dtype bfloat16",
     ),
-    ({"training": {"group_by_length": True}}, "training.group_by_length (without padding it would gain nothing)"),
 ]
 
 

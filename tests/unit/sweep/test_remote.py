@@ -20,14 +20,13 @@ from orchestrator.record import (
     resumable,
 )
 from orchestrator.spec import parse_spec
-from orchestrator.spec.sections import TrackingSection
 from orchestrator.sweep.lease import AttemptLost
 from orchestrator.sweep.remote import Claim, RemoteTrial
 from orchestrator.training.events import Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 
 TOTAL = 6
 USE = (1.0, 0.0, 0.5)
-TRACKING = TrackingSection.model_validate({"tensorboard": False, "wandb": {"mode": "disabled"}})
+UNTRACKED = {"tensorboard": False, "wandb": {"mode": "disabled"}}
 
 
 def logged(step: int) -> Logged:
@@ -90,8 +89,9 @@ def paths(tmp_path: Path) -> TrialPaths:
     return SweepPaths(tmp_path).trial("a")
 
 
-def trial(start: TrialResult, paths: TrialPaths, workers: Workers) -> RemoteTrial:
-    return RemoteTrial(start, paths, TRACKING, workers, Claim(paths, workers))  # type: ignore[arg-type]
+def trial(start: TrialResult, paths: TrialPaths, workers: Workers, tracking: Any = UNTRACKED) -> RemoteTrial:
+    spec = parse_spec({**start.config.model_dump(include={"base", "data"}), "tracking": tracking})
+    return RemoteTrial(start, paths, spec, workers, Claim(paths, workers))  # type: ignore[arg-type]
 
 
 def steps(paths: TrialPaths) -> list[int]:
@@ -240,17 +240,44 @@ def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPath
     assert paths.lease.read_text() != name
 
 
-def test_a_tracker_that_cannot_start_gives_the_slot_back(
+def test_a_record_that_cannot_be_written_gives_the_slot_back(
     start: TrialResult, paths: TrialPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
-        raise RuntimeError("no such project")
+        raise OSError("no space left on device")
 
     monkeypatch.setattr("orchestrator.training.books.open_trackers", refuse)
     workers = Workers()
-    with pytest.raises(RuntimeError, match="no such project"):
+    with pytest.raises(OSError, match="no space left"):
         trial(start, paths, workers)
     assert workers.is_released
+
+
+def test_a_tracker_that_cannot_begin_is_told_at_once_and_the_trial_goes_on(
+    start: TrialResult, paths: TrialPaths
+) -> None:
+    paths.tensorboard.parent.mkdir(parents=True)
+    paths.tensorboard.touch()  # in the place of its folder
+    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 6), Completed(*USE)])
+    remote = trial(start, paths, workers, {"tensorboard": True, "wandb": {"mode": "disabled"}})
+    (warning,) = TrialResult.model_validate_json(paths.progress.read_text()).warnings
+    assert warning.startswith("TensorBoard failed: FileExistsError: ")
+    remote.next()
+    result = remote.next()
+    assert isinstance(result, TrialResult)
+    assert (result.state, result.warnings, result.untracked) == (TrialState.COMPLETE, [warning], ["TensorBoard"])
+    assert read_result(paths) == result
+
+
+def test_a_stopped_trial_that_was_tracked_to_its_end_lacks_nothing(start: TrialResult, paths: TrialPaths) -> None:
+    """The driver puts its result down while the trackers are open."""
+    remote = trial(start, paths, Workers([begun(), evaluated(paths, 2)]), {"wandb": {"mode": "disabled"}})
+    remote.next()
+    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    assert so_far.untracked == ["TensorBoard"], "a relay that is killed now leaves this to the driver"
+    end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
+    remote.stop()
+    assert (read_result(paths).state, read_result(paths).untracked) == (TrialState.STOPPED, [])
 
 
 def test_a_relay_is_light() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +6,7 @@ import pytest
 
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState, read_metrics
 from orchestrator.spec import parse_spec
-from orchestrator.spec.sections import TrackingSection
-from orchestrator.tracking import Trackers, open_trackers
+from orchestrator.tracking import Trackers, fan_out, open_trackers
 from orchestrator.tracking.jsonl import JsonlTracker
 from orchestrator.tracking.protocol import TrialIdentity
 
@@ -18,6 +18,9 @@ class Memory:
         self.name = name
         self.calls: list[Any] = []
         self._fails_in = fails_in
+
+    def replay(self, points: Sequence[MetricPoint]) -> None:
+        self.calls.append([point.step for point in points])
 
     def log(self, point: MetricPoint) -> None:
         self.calls.append(point.step)
@@ -58,11 +61,42 @@ def test_a_view_that_fails_is_one_warning_and_the_others_go_on(paths: TrialPaths
     trackers.finish(result)
     assert [view.calls for view in views] == [[1], *[[1, 2, 3, "COMPLETE"]] * 3]
     assert _steps(paths) == [1, 2, 3]
-    assert trackers.warnings == [
-        f"{name} failed and records no more of this trial: ConnectionError: nobody answers" for name in ("one", "three")
-    ]
+    gone = "failed: ConnectionError: nobody answers; training goes on, and the rest is sent when it has ended"
+    assert trackers.warnings == [f"{name} {gone}" for name in ("one", "three")]
+    assert trackers.untracked == ["one", "three"]
     trackers.finish(result)
     assert views[1].calls == [1, 2, 3, "COMPLETE"], "finished once"
+
+
+def test_a_view_of_a_trial_that_goes_on_later_is_not_done(paths: TrialPaths, result: TrialResult) -> None:
+    trackers = Trackers(JsonlTracker(paths, 0), [Memory("one")])
+    trackers.finish(result.model_copy(update={"state": TrialState.RUNNING}))
+    assert trackers.untracked == ["one"]
+
+
+def test_a_view_that_cannot_begin_is_a_warning_and_the_others_begin(
+    paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh trial's too: it would burn all its attempts."""
+    begun: list[Memory] = []
+
+    def fail(_: TrialIdentity) -> Memory:
+        raise PermissionError("http://alice:s3cret@host\nsays no")
+
+    def begin(_: TrialIdentity) -> Memory:
+        begun.append(Memory("MLflow"))
+        return begun[-1]
+
+    monkeypatch.setitem(fan_out._KINDS, "TensorBoard", lambda: fail)
+    monkeypatch.setitem(fan_out._KINDS, "MLflow", lambda: begin)
+    spec = parse_spec(document | {"tracking": {"wandb": {"mode": "disabled"}, "mlflow": True}})
+    _log(Trackers(JsonlTracker(paths, 0), []), 10, 20, 30)
+    trackers = open_trackers(identify(paths, spec, step=20))
+    _log(trackers, 30)
+    (warning,) = trackers.warnings
+    assert warning.startswith("TensorBoard failed: PermissionError: http://***@host says no; ")
+    assert trackers.untracked == ["TensorBoard", "MLflow"]
+    assert begun[0].calls == [[10, 20], 30], "what is on disk is offered to it first"
 
 
 def test_the_truths_own_fault_is_raised(paths: TrialPaths) -> None:
@@ -87,16 +121,20 @@ def test_a_resumed_trial_drops_what_it_will_measure_again(paths: TrialPaths) -> 
     assert _steps(paths) == [], "a fresh start"
 
 
-def test_what_is_switched_off_is_not_opened(paths: TrialPaths, result: TrialResult) -> None:
-    off = TrackingSection.model_validate({"tensorboard": False, "wandb": {"mode": "disabled"}})
-    trackers = open_trackers(TrialIdentity(paths, result.config, off, "eval/loss", 0))
+def test_what_is_switched_off_is_not_opened(
+    paths: TrialPaths, result: TrialResult, document: dict[str, Any], identify: Callable[..., TrialIdentity]
+) -> None:
+    spec = parse_spec(document | {"tracking": {"tensorboard": False, "wandb": {"mode": "disabled"}}})
+    trackers = open_trackers(identify(paths, spec))
     _log(trackers, 1)
     trackers.finish(result)
     assert [path.name for path in paths.sweep.rglob("*") if path.is_file()] == ["metrics.jsonl"]
 
 
-def test_an_identity_is_flat_for_trackers_that_know_no_nesting(paths: TrialPaths, result: TrialResult) -> None:
-    identity = TrialIdentity(paths, result.config, TrackingSection(), "eval/loss", 0)
+def test_an_identity_is_flat_for_trackers_that_know_no_nesting(
+    paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity]
+) -> None:
+    identity = identify(paths, parse_spec(document))
     flat = identity.config.dotted()
     assert identity.group == "s"
     assert (flat["lora.rank"], flat["training.learning_rate"], flat["base.model"]) == (16, 2e-4, "embedded")

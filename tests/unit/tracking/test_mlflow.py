@@ -1,8 +1,9 @@
 """What MLflow's own client finds in the store."""
 
-import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from mlflow.entities import Run
 
 from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking import open_trackers
-from orchestrator.tracking.mlflow import MlflowTracker
+from orchestrator.tracking.mlflow import MlflowTracker, mlflow_fault
 from orchestrator.tracking.protocol import TrialIdentity
 
-ONLY_MLFLOW = TrackingSection.model_validate({"tensorboard": False, "wandb": {"mode": "disabled"}, "mlflow": True})
+ONLY_MLFLOW = {"tensorboard": False, "wandb": {"mode": "disabled"}, "mlflow": True}
 
 
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that what the tracker sets is taken back
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def paths(tmp_path: Path) -> TrialPaths:
 
 @pytest.fixture
 def spec(document: dict[str, Any]) -> SweepSpec:
-    return parse_spec(document)
+    return parse_spec(document | {"tracking": ONLY_MLFLOW})
 
 
 def test_a_trial_is_read_back(paths: TrialPaths, spec: SweepSpec) -> None:
@@ -72,13 +74,17 @@ def test_a_resumed_trial_goes_on_in_its_run(paths: TrialPaths, spec: SweepSpec) 
     assert run.info.status == "RUNNING", "it goes on later"
     MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.FAILED))
     changed = parse_spec(spec.model_dump() | {"lora": {"rank": 4}})  # as PBT does
-    again = MlflowTracker(_identity(paths, changed, resumed_step=1))
+    identity = _identity(paths, changed, resumed_step=1)
+    config = identity.config.model_copy(update={"varied": {"lora.rank": 4, "lora.dropout": 0.05}})
+    start = identity.start.model_copy(update={"config": config})
+    again = MlflowTracker(TrialIdentity(paths, start, changed))
     assert [run.info.status for run in _runs(paths)] == ["RUNNING"]
     again.log(_point(2))
     again.finish(_result(paths, changed, TrialState.COMPLETE))
     (now,) = _runs(paths)
     assert now.info.run_id == run.info.run_id
-    assert (now.info.status, now.data.params["lora.rank"]) == ("FINISHED", "16")
+    assert (now.info.status, now.data.params["lora.rank"], now.data.tags["lora.rank"]) == ("FINISHED", "16", "4")
+    assert "lora.dropout" not in now.data.tags, "it is as it was"
     assert _history(paths, "eval/loss") == [(1, 1.0), (2, 0.5)]
 
 
@@ -88,7 +94,7 @@ import sys
 from pathlib import Path
 from orchestrator.record import SweepPaths
 from orchestrator.spec import parse_spec
-from orchestrator.spec.sections import TrackingSection
+from orchestrator.record import TrialResult
 from orchestrator.tracking.mlflow import MlflowTracker
 from orchestrator.tracking.protocol import TrialIdentity
 data = {{"source": "embedded", "format": "template", "template": "{{question}} {{answer}}"}}
@@ -96,7 +102,9 @@ spec = parse_spec({{"base": {{"model": "embedded"}}, "data": data}})
 paths = SweepPaths(Path({str(tmp_path / "first")!r})).trial(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-MlflowTracker(TrialIdentity(paths, spec.trial_config({{}}), TrackingSection(), "eval/loss", 0))
+config = spec.trial_config({{}})
+start = TrialResult(trial_id=sys.argv[1], state="RUNNING", config=config, metric="eval/loss", mode="min")
+MlflowTracker(TrialIdentity(paths, start, spec))
 """
     names = ["a", "b"]
     calls = [[sys.executable, "-c", code, name] for name in names]
@@ -126,20 +134,78 @@ def test_an_address_in_the_environment_is_taken(
     assert not paths.mlflow.exists()
 
 
-def test_a_server_that_is_down_is_told_and_stops_no_trial_that_goes_on(
-    paths: TrialPaths, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [401, "hang", "close", "refuse"])
+def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: int | str
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and never listens
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with pytest.raises(Exception, match="Max retries exceeded"):
-            open_trackers(_identity(paths, spec))
-        trackers = open_trackers(_identity(paths, spec, resumed_step=1))
+    assert mlflow_fault() is None, "without an address there is none to ask"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", serve(kind).replace("http://", "http://alice:s3cret%20pw@"))
+    began = time.monotonic()
+    fault = mlflow_fault()
+    assert time.monotonic() - began < 8
+    assert fault is not None
+    assert fault.message.startswith("tracking.mlflow: http://127.0.0.1:")
+    assert "cannot be used: " in fault.message
+    assert "MLFLOW_TRACKING_PASSWORD" in fault.remedy
+    assert "s3cret" not in f"{fault.message} {fault.remedy}"
+
+
+def test_a_password_that_breaks_its_address_is_told_and_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:pa/ss#word@127.0.0.1:9")
+    fault = mlflow_fault()
+    assert fault is not None
+    assert "its password holds one of / ? #" in fault.message
+    assert "ss" not in fault.message.replace("address", "").replace("password", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nodriver://alice:s3cret@127.0.0.1:9/runs")
+    fault = mlflow_fault()
+    assert fault is not None
+    assert "s3cret" not in str(fault)
+
+
+def test_a_server_that_is_down_stops_no_trial_and_tells_no_password(
+    paths: TrialPaths, spec: SweepSpec, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", serve("refuse").replace("http://", "http://alice:s3cret@"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    trackers = open_trackers(_identity(paths, spec))
     (warning,) = trackers.warnings
-    assert warning.startswith("MLflow failed and records no more of this trial: ")
+    assert warning.startswith("MLflow failed: MlflowException: API request to http://127.0.0.1:")
+    assert "s3cret" not in warning
     trackers.log(_point(2))
     assert paths.metrics.read_text().count("\n") == 1
+    assert trackers.untracked == ["MLflow"]
+
+
+def test_behind_a_login_a_trial_is_recorded_and_what_was_missed_is_sent(
+    paths: TrialPaths,
+    spec: SweepSpec,
+    serve: Callable[..., str],
+    mlflow_server: Callable[[str, str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Name and password in the address, with signs that mean something there."""
+    server = mlflow_server("alice", "s3c@r:et/")
+    address = serve(server.answer).replace("http://", "http://alice:s3c%40r%3Aet%2F@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert mlflow_fault() is None
+    trackers = open_trackers(_identity(paths, spec))
+    trackers.log(_point(1))
+    server.is_down = True
+    trackers.log(_point(2))
+    trackers.log(_point(3))
+    trackers.finish(_result(paths, spec, TrialState.COMPLETE, best_step=3))
+    (warning,) = trackers.warnings
+    assert "503 error responses" in warning
+    server.is_down = False
+    assert server.history("a_00001", "eval/loss") == [(1, 1.0)]
+    again = open_trackers(_identity(paths, spec, resumed_step=3))
+    again.finish(_result(paths, spec, TrialState.COMPLETE, best_step=3))
+    assert server.history("a_00001", "eval/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert server.history("a_00001", "best/eval/loss") == [(3, pytest.approx(1 / 3))]
+    assert server.status("a_00001") == "FINISHED"
+    assert again.untracked == []
 
 
 def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +220,8 @@ def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch)
 
 
 def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:
-    return TrialIdentity(paths, spec.trial_config({}), ONLY_MLFLOW, "eval/loss", resumed_step)
+    start = _result(paths, spec, TrialState.RUNNING).model_copy(update={"step": resumed_step})
+    return TrialIdentity(paths, start, spec)
 
 
 def _point(step: int) -> MetricPoint:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
-from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams import api_pb2, get_experiment
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
-from orchestrator.spec import TrialConfig, parse_spec
-from orchestrator.spec.sections import TrackingSection
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.tracking import open_trackers
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.tensorboard import TensorBoardTracker
+
+Identify = Callable[..., TrialIdentity]
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,58 +32,170 @@ def paths(tmp_path: Path) -> TrialPaths:
 
 
 @pytest.fixture
-def config(document: dict[str, Any]) -> TrialConfig:
-    return parse_spec(document).trial_config({})
+def spec(document: dict[str, Any]) -> SweepSpec:
+    """Axes of every kind: numbers, one that only some trials have, None among numbers, flags, text, lists."""
+    space = {
+        "training.schedule": {"choice": ["cosine", "polynomial"]},
+        "training.final_rate": {"uniform": [0.1, 0.5], "when": {"training.schedule": ["polynomial"]}},
+        "lora.rank": {"choice": [4, 8]},
+        "training.neftune_alpha": {"choice": [None, 5.0]},
+        "lora.rslora": {"choice": [False, True]},
+        "training.recompute": {"choice": ["auto", True]},
+        "lora.target_modules": {"choice": [["q_proj"], ["q_proj", "v_proj"]]},
+    }
+    search = {"algorithm": "random", "num_trials": 4, "space": space, "tied": {"lora.alpha": "2 * lora.rank"}}
+    return parse_spec(document | {"search": search, "tracking": {"wandb": {"mode": "disabled"}}})
 
 
-def test_a_point_can_be_read_once_it_is_logged(paths: TrialPaths, config: TrialConfig) -> None:
-    tracker = _open(paths, config)
-    _log(tracker, 10, 20)
-    assert _scalars(paths) == {"a": {"eval/loss": [(10, 0.5), (20, 0.25)], "progress/tokens": [(10, 1000), (20, 2000)]}}
-    best = BestPoint(value=0.25, step=20, values={"eval/loss": 0.25}, adapter="adapters/step-20")
-    tracker.finish(
-        TrialResult(
-            trial_id="a", state=TrialState.COMPLETE, config=config, metric="eval/loss", mode="min", best=best
-        )
-    )  # fmt: skip
-    assert _scalars(paths)["a"]["best/eval/loss"] == [(20, 0.25)]
+FIRST = {
+    "training.schedule": "cosine",
+    "lora.rank": 4,
+    "training.neftune_alpha": None,
+    "lora.rslora": False,
+    "training.recompute": "auto",
+    "lora.target_modules": ["q_proj"],
+}
+SECOND = FIRST | {
+    "training.schedule": "polynomial",
+    "training.final_rate": 0.2,
+    "lora.rank": 8,
+    "training.neftune_alpha": 5.0,
+    "lora.rslora": True,
+    "training.recompute": True,
+}
+
+
+def test_a_point_can_be_read_once_it_is_logged(paths: TrialPaths, spec: SweepSpec, identify: Identify) -> None:
+    tracker = TensorBoardTracker(identify(paths, spec))
+    _log(tracker, (10, 0.5), (20, 0.25))
+    scalars = _scalars(paths)["a"]
+    assert scalars["eval/loss"] == [(10, 0.5), (20, 0.25)]
+    assert scalars["progress/tokens"] == [(10, 1000), (20, 2000)]
+    assert scalars["best/eval/loss"] == [(10, 0.5), (20, 0.25)]
 
 
 def test_a_resumed_trial_hides_what_a_lost_worker_wrote_past_the_checkpoint(
-    paths: TrialPaths, config: TrialConfig
+    paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
-    lost = _open(paths, config)
-    _log(lost, 10, 20, 30, 40)
-    resumed = _open(paths, config, resumed_step=20)
+    lost = open_trackers(identify(paths, spec))
+    _log(lost, *((step, 5 / step) for step in (10, 20, 30, 40)))
+    resumed = open_trackers(identify(paths, spec, step=20))
     assert [step for step, _ in _scalars(paths)["a"]["eval/loss"]] == [10, 20]
-    _log(resumed, 25)
-    assert [step for step, _ in _scalars(paths)["a"]["eval/loss"]] == [10, 20, 25]
-    assert len(list(paths.tensorboard.iterdir())) == 2
-    _open(paths, config)
+    _log(resumed, (25, 0.2))
+    assert _scalars(paths)["a"]["eval/loss"] == [(10, 0.5), (20, 0.25), (25, pytest.approx(0.2))]
+    open_trackers(identify(paths, spec))
     assert not any(_scalars(paths)["a"].values()), "a fresh start"
 
 
-def test_trials_are_rows_of_one_hparams_table(paths: TrialPaths, config: TrialConfig) -> None:
-    varied = {"lora.rank": 4, "training.schedule": "cosine", "lora.target_modules": ["q_proj", "v_proj"]}
-    _log(_open(paths, config.model_copy(update={"varied": varied})), 10)
-    other = TrialPaths(paths.sweep, "b")
-    _log(_open(other, config.model_copy(update={"varied": varied | {"lora.rank": 8}})), 10, 20)
-    rows = {group.name.rstrip("/"): group for group in _table(paths)}
-    assert set(rows) == {"a", "b"}
-    shown = {name: value.number_value or value.string_value for name, value in rows["a"].hparams.items()}
-    assert shown == {"lora.rank": 4, "training.schedule": "cosine", "lora.target_modules": "['q_proj', 'v_proj']"}
-    assert rows["b"].hparams["lora.rank"].number_value == 8
-    losses = {name: [m.value for m in row.metric_values if m.name.tag == "eval/loss"] for name, row in rows.items()}
-    assert losses == {"a": [0.5], "b": [0.25]}, "the last evaluation"
+def test_a_trial_whose_folder_could_not_be_written_is_written_when_it_goes_on(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify
+) -> None:
+    paths.tensorboard.parent.mkdir(parents=True)
+    paths.tensorboard.touch()  # in the place of the folder
+    failed = open_trackers(identify(paths, spec))
+    (warning,) = failed.warnings
+    assert warning.startswith("TensorBoard failed: FileExistsError: ")
+    _log(failed, (10, 0.5), (20, 0.25))
+    paths.tensorboard.unlink()
+    again = open_trackers(identify(paths, spec, step=20))
+    assert (again.warnings, again.untracked) == ([], ["TensorBoard"])
+    assert _scalars(paths)["a"]["eval/loss"] == [(10, 0.5), (20, 0.25)]
 
 
-def test_what_does_not_vary_still_makes_a_row(paths: TrialPaths, config: TrialConfig) -> None:
-    _open(paths, config)
-    (row,) = _table(paths)
-    assert {name: value.number_value for name, value in row.hparams.items()} == {
-        "lora.rank": config.lora.rank,
-        "training.learning_rate": config.training.learning_rate,
+def test_trials_are_rows_of_one_table_whose_columns_are_those_of_the_sweep(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify
+) -> None:
+    """The first trial lacks an axis, and None is no text in a column of numbers."""
+    for name, point in (("a", FIRST), ("b", SECOND)):
+        TensorBoardTracker(identify(paths.__class__(paths.sweep, name), spec, config=spec.trial_config(point)))
+    columns = {info.name: api_pb2.DataType.Name(info.type)[10:] for info in _experiment(paths).hparam_infos}
+    assert columns == {
+        "training.schedule": "STRING",
+        "training.final_rate": "FLOAT64",
+        "lora.rank": "FLOAT64",
+        "training.neftune_alpha": "FLOAT64",
+        "lora.rslora": "BOOL",
+        "training.recompute": "STRING",
+        "lora.target_modules": "STRING",
+        "lora.alpha": "FLOAT64",
     }
+    rows = {row.name.rstrip("/"): row for row in _table(paths)}
+    assert _cells(rows["a"]) == {
+        "training.schedule": "cosine",
+        "lora.rank": 4,
+        "lora.rslora": False,
+        "training.recompute": "auto",
+        "lora.target_modules": "['q_proj']",
+        "lora.alpha": 8,
+    }
+    assert _cells(rows["b"]) == {
+        "training.schedule": "polynomial",
+        "training.final_rate": 0.2,
+        "lora.rank": 8,
+        "training.neftune_alpha": 5,
+        "lora.rslora": True,
+        "training.recompute": "True",
+        "lora.target_modules": "['q_proj']",
+        "lora.alpha": 16,
+    }
+
+
+def test_the_table_has_the_best_evaluation_and_not_the_last(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify
+) -> None:
+    tracker = TensorBoardTracker(identify(paths, spec))
+    _log(tracker, (10, 0.5), (20, 0.25), (30, 0.75))
+    assert [info.name.tag for info in _experiment(paths).metric_infos] == ["best/eval/loss", "best/eval/token_accuracy"]
+    assert _metrics(paths) == {"best/eval/loss": (20, 0.25)}, "while it runs"
+    best = BestPoint(value=0.25, step=20, values={"eval/loss": 0.25, "eval/token_accuracy": 0.5}, adapter="x")
+    tracker.finish(_result(spec, TrialState.COMPLETE, best))
+    assert _metrics(paths) == {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
+
+
+def test_the_largest_is_the_best_where_the_search_says_so(paths: TrialPaths, document: Any, identify: Identify) -> None:
+    spec = parse_spec(document | {"search": {"metric": "eval/loss", "mode": "max"}})
+    _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.6))
+    assert _metrics(paths) == {"best/eval/loss": (30, 0.75)}
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [("COMPLETE", "SUCCESS"), ("STOPPED", "SUCCESS"), ("FAILED", "FAILURE"), ("CANCELLED", "UNKNOWN")],
+)
+def test_a_row_has_the_status_of_its_trial(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify, state: str, status: str
+) -> None:
+    tracker = TensorBoardTracker(identify(paths, spec))
+    (running,) = _table(paths)
+    assert running.sessions[0].status == api_pb2.STATUS_UNKNOWN
+    tracker.finish(_result(spec, TrialState(state)))
+    (ended,) = _table(paths)
+    assert api_pb2.Status.Name(ended.sessions[0].status) == f"STATUS_{status}"
+
+
+def test_a_trial_that_a_population_has_changed_shows_the_values_that_it_has_now(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify
+) -> None:
+    TensorBoardTracker(identify(paths, spec, config=spec.trial_config(FIRST)))
+    TensorBoardTracker(identify(paths, spec, step=10, config=spec.trial_config(SECOND)))
+    (row,) = _table(paths)
+    assert _cells(row)["lora.rank"] == 8
+    assert _cells(row)["training.final_rate"] == 0.2
+
+
+def test_what_does_not_vary_still_makes_a_row(paths: TrialPaths, document: Any, identify: Identify) -> None:
+    TensorBoardTracker(identify(paths, parse_spec(document)))
+    (row,) = _table(paths)
+    assert _cells(row) == {"lora.rank": 16, "training.learning_rate": 2e-4}
+
+
+def test_a_single_trial_of_a_search_shows_the_experiments_own_values(
+    paths: TrialPaths, document: Any, identify: Identify
+) -> None:
+    search = {"num_trials": 4, "space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}}
+    TensorBoardTracker(identify(paths, parse_spec(document | {"search": search})))
+    (row,) = _table(paths)
+    assert _cells(row) == {"training.learning_rate": 2e-4}
 
 
 def test_neither_torch_nor_tensorflow_is_loaded(tmp_path: Path) -> None:
@@ -90,17 +205,18 @@ def test_neither_torch_nor_tensorflow_is_loaded(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from orchestrator.record import MetricPoint, SweepPaths
+from orchestrator.record import MetricPoint, SweepPaths, TrialResult
 from orchestrator.spec import parse_spec
-from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking import open_trackers
 from orchestrator.tracking.protocol import TrialIdentity
 
 data = {"source": "embedded", "format": "template", "template": "{question} {answer}"}
-config = parse_spec({"base": {"model": "embedded"}, "data": data}).trial_config({})
-tracking = TrackingSection.model_validate({"tensorboard": True, "wandb": {"mode": "disabled"}})
+tracking = {"tensorboard": True, "wandb": {"mode": "disabled"}}
+spec = parse_spec({"base": {"model": "embedded"}, "data": data, "tracking": tracking})
 paths = SweepPaths(Path(sys.argv[1])).trial("a")
-trackers = open_trackers(TrialIdentity(paths, config, tracking, "eval/loss", 0))
+config = spec.trial_config({})
+start = TrialResult(trial_id="a", state="RUNNING", config=config, metric="eval/loss", mode="min")
+trackers = open_trackers(TrialIdentity(paths, start, spec))
 trackers.log(MetricPoint(step=1, tokens=1, time_s=1.0, values={"eval/loss": 0.5}))
 assert not trackers.warnings
 print(*sys.modules)
@@ -119,13 +235,14 @@ print(*sys.modules)
     assert _scalars(SweepPaths(tmp_path / "s").trial("a"))["a"]["eval/loss"] == [(1, 0.5)]
 
 
-def _open(paths: TrialPaths, config: TrialConfig, resumed_step: int = 0) -> TensorBoardTracker:
-    return TensorBoardTracker(TrialIdentity(paths, config, TrackingSection(), "eval/loss", resumed_step))
+def _log(tracker: Any, *points: tuple[int, float]) -> None:
+    for step, loss in points:
+        tracker.log(MetricPoint(step=step, tokens=100 * step, time_s=step, values={"eval/loss": loss}))
 
 
-def _log(tracker: TensorBoardTracker, *steps: int) -> None:
-    for step in steps:
-        tracker.log(MetricPoint(step=step, tokens=100 * step, time_s=step, values={"eval/loss": 5 / step}))
+def _result(spec: SweepSpec, state: TrialState, best: BestPoint | None = None) -> TrialResult:
+    config = spec.trial_config({})
+    return TrialResult(trial_id="a", state=state, config=config, metric="eval/loss", mode="min", best=best)
 
 
 def _read(paths: TrialPaths) -> EventMultiplexer:
@@ -146,14 +263,31 @@ def _scalars(paths: TrialPaths) -> dict[str, dict[str, list[tuple[int, float]]]]
     return found
 
 
+def _context(paths: TrialPaths) -> Context:
+    folder = str(paths.tensorboard.parent)
+    return Context(TBContext(logdir=folder, data_provider=MultiplexerDataProvider(_read(paths), folder)))
+
+
+def _experiment(paths: TrialPaths) -> Any:
+    """Columns of the HParams dashboard."""
+    return get_experiment.Handler(
+        RequestContext(), _context(paths), "", api_pb2.GetExperimentRequest(include_metrics=True)
+    ).run()
+
+
 def _table(paths: TrialPaths) -> list[Any]:
     """Rows of the HParams dashboard."""
-    folder = str(paths.tensorboard.parent)
-    provider = MultiplexerDataProvider(_read(paths), folder)
-    context = Context(TBContext(logdir=folder, data_provider=provider))
     question = api_pb2.ListSessionGroupsRequest(
-        allowed_statuses=[api_pb2.STATUS_SUCCESS],
-        col_params=[api_pb2.ColParams(metric=api_pb2.MetricName(tag="eval/loss"))],
-        slice_size=100,
+        allowed_statuses=list(api_pb2.Status.values()), include_metrics=True, slice_size=100
     )
-    return list(Handler(RequestContext(), context, "", question).run().session_groups)
+    return list(Handler(RequestContext(), _context(paths), "", question).run().session_groups)
+
+
+def _cells(row: Any) -> dict[str, Any]:
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in row.hparams.items()}
+
+
+def _metrics(paths: TrialPaths) -> dict[str, tuple[int, float]]:
+    """Step and value of each metric of the only row."""
+    (row,) = _table(paths)
+    return {value.name.tag: (value.training_step, value.value) for value in row.metric_values}

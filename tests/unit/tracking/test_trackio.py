@@ -13,9 +13,8 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking.protocol import TrialIdentity
-from orchestrator.tracking.trackio import TrackioTracker
+from orchestrator.tracking.trackio import TrackioTracker, trackio_fault
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +64,37 @@ def test_a_resumed_trial_goes_on_in_its_run(of_sweep: Callable[[str], TrialPaths
     first.log(_point(1))
     first.finish(_result(paths, spec, TrialState.RUNNING, step=1))
     (run,) = _runs("a_00002")
-    again = TrackioTracker(_identity(paths, spec, resumed_step=1))
+    again = TrackioTracker(_identity(paths, spec))
+    again.replay([_point(1)])  # it has that one
     again.log(_point(2))
     again.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
     (now,) = _runs("a_00002")
     assert now.id == run.id
     assert [log["eval/loss"] for log in _logs(now) if "eval/loss" in log] == [1.0, 0.5]
     assert [log["state"] for log in _logs(now) if "state" in log] == ["RUNNING", "COMPLETE"]
+
+
+def test_what_it_lacks_is_given_to_it_later(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    paths = of_sweep("a_00005")
+    tracker = TrackioTracker(_identity(paths, spec))
+    tracker.replay([_point(1), _point(2)])
+    tracker.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
+    (run,) = _runs("a_00005")
+    assert [log["eval/loss"] for log in _logs(run) if "eval/loss" in log] == [1.0, 0.5]
+
+
+def test_a_server_that_does_not_answer_is_told_before_the_first_trial(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRACKIO_SERVER_URL", raising=False)
+    assert trackio_fault() is None
+    monkeypatch.setenv("TRACKIO_SERVER_URL", serve("refuse").replace("http://", "http://alice:s3cret@"))
+    fault = trackio_fault()
+    assert fault is not None
+    assert "tracking.trackio: http://***@127.0.0.1:" in fault.message
+    assert "does not answer" in fault.message
+    monkeypatch.setenv("TRACKIO_SERVER_URL", serve(404))
+    assert trackio_fault() is None, "it answers"
 
 
 def test_a_second_folder_in_a_process_is_refused(
@@ -101,8 +124,8 @@ def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch)
     assert told.value.remedy == "pip install 'qlora-orchestrator[trackio]'"
 
 
-def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:
-    return TrialIdentity(paths, spec.trial_config({}), TrackingSection(trackio=True), "eval/loss", resumed_step)
+def _identity(paths: TrialPaths, spec: SweepSpec) -> TrialIdentity:
+    return TrialIdentity(paths, _result(paths, spec, TrialState.RUNNING, step=0), spec)
 
 
 def _point(step: int) -> MetricPoint:

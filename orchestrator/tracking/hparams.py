@@ -1,0 +1,74 @@
+"""The rows and columns of TensorBoard's HParams table of a sweep."""
+# mypy: disable-error-code="import-untyped"
+
+from typing import Any
+
+from tensorboard.plugins.hparams.api_pb2 import (
+    DATA_TYPE_BOOL,
+    DATA_TYPE_FLOAT64,
+    DATA_TYPE_STRING,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
+
+from orchestrator.spec import SweepSpec, TrialConfig
+
+_SHOWN_ANYWAY = ("lora.rank", "training.learning_rate")
+"""Columns of a sweep that varies nothing."""
+
+
+def experiment(spec: SweepSpec) -> Experiment:
+    """The table's columns: every searched and tied field, whichever trial has it, and the best evaluation.
+
+    Every trial of a sweep writes the same: TensorBoard takes the first that it finds.
+    """
+    names = dict.fromkeys(
+        [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.metrics)]
+    )
+    return Experiment(
+        hparam_infos=[HParamInfo(name=name, type=kind) for name, kind in _columns(spec).items()],
+        metric_infos=[MetricInfo(name=MetricName(tag=best_tag(name))) for name in names],
+    )
+
+
+def session_start(spec: SweepSpec, config: TrialConfig) -> SessionStartInfo:
+    """A trial's row. A field that does not exist in this trial, and None in a column of numbers, is an empty cell."""
+    start = SessionStartInfo()
+    columns, fields = _columns(spec), config.dotted()
+    # A trial without search has the experiment's own values.
+    values = config.varied or {name: fields[name] for name in columns if name in fields}
+    for name, kind in columns.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if kind == DATA_TYPE_STRING:
+            start.hparams[name].string_value = str(value)
+        elif value is not None and kind == DATA_TYPE_BOOL:
+            start.hparams[name].bool_value = value
+        elif value is not None:
+            start.hparams[name].number_value = value
+    return start
+
+
+def best_tag(metric: str) -> str:
+    """Scalar of a metric at the trial's best evaluation so far."""
+    return f"best/{metric}"
+
+
+def _columns(spec: SweepSpec) -> dict[str, int]:
+    """Field -> type of its column; a column with values of several types is one of text."""
+    columns = {path: _kind(axis.values) for path, axis in spec.search.space.items()}
+    columns |= dict.fromkeys(spec.search.tied, DATA_TYPE_FLOAT64)  # a tie is arithmetic
+    return columns or dict.fromkeys(_SHOWN_ANYWAY, DATA_TYPE_FLOAT64)
+
+
+def _kind(values: list[Any]) -> int:
+    given = [value for value in values if value is not None]
+    if given and all(isinstance(value, bool) for value in given):
+        return int(DATA_TYPE_BOOL)
+    if given and all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
+        return int(DATA_TYPE_FLOAT64)
+    return int(DATA_TYPE_STRING)

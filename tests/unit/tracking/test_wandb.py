@@ -1,0 +1,145 @@
+"""W&B's own client, against servers on the loopback."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec.sections.records import WandbSection
+from orchestrator.tracking import open_trackers
+from orchestrator.tracking import wandb as room
+from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.wandb import is_online, wandb_fault
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+Identify = Callable[..., TrialIdentity]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings or keys of whoever runs the tests; the client reads its own once a process."""
+    room.wandb.teardown()
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("_ANSWER_S", "_INIT_S", "_FINISH_S"):
+        monkeypatch.setattr(room, name, 3)
+    yield
+    room.wandb.teardown()
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> TrialPaths:
+    (tmp_path / "first").mkdir()
+    return SweepPaths(tmp_path / "first").trial("a")
+
+
+@pytest.fixture
+def spec(document: dict[str, Any]) -> SweepSpec:
+    return parse_spec(document | {"tracking": {"tensorboard": False, "wandb": {"mode": "online"}}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (401, "refuses the key: AuthenticationError: "),
+        ("hang", "does not answer within 3 s"),
+        ("close", "does not answer within 3 s"),
+        ("refuse", "does not answer within 3 s"),
+    ],
+)
+def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: int | str, said: str
+) -> None:
+    address = serve(kind)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    began = time.monotonic()
+    fault = wandb_fault()
+    assert time.monotonic() - began < 12
+    assert fault is not None
+    assert fault.message.startswith(f"tracking.wandb: {address} {said}")
+    assert "tracking.wandb.mode: offline" in fault.remedy
+    assert KEY not in str(fault)
+
+
+def test_a_key_that_is_missing_is_told_and_asked_of_nobody(serve: Callable[..., str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", serve(401))
+    fault = wandb_fault()
+    assert fault is not None
+    assert fault.message == "tracking.wandb.mode: online needs a key, and there is none"
+
+
+def test_auto_is_online_where_there_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = ("auto", "online", "offline")
+    assert [is_online(WandbSection(mode=mode)) for mode in modes] == [False, True, False]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert [is_online(WandbSection(mode=mode)) for mode in modes] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", [401, "hang", "refuse"])
+def test_a_server_that_fails_at_a_trials_start_stops_no_trial(
+    paths: TrialPaths,
+    spec: SweepSpec,
+    identify: Identify,
+    serve: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: int | str,
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", serve(kind))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    began = time.monotonic()
+    trackers = open_trackers(identify(paths, spec))
+    assert time.monotonic() - began < 15
+    (warning,) = trackers.warnings
+    assert warning.startswith("W&B failed: CommError: ")
+    assert KEY not in warning
+    assert trackers.untracked == ["W&B"]
+
+
+def test_what_a_server_missed_is_sent_to_it_later(
+    paths: TrialPaths, spec: SweepSpec, identify: Identify, wandb_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", wandb_server.address)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert wandb_fault() is None
+    assert "WANDB_SERVICE" not in os.environ, "what is started now has a service of its own"
+    first = open_trackers(identify(paths, spec))
+    first.log(_point(1))
+    first.log(_point(2))
+    first.finish(_result(spec, TrialState.RUNNING))
+    assert (first.warnings, wandb_server.steps) == ([], [1, 2])
+    lost = open_trackers(identify(paths, spec, step=2))
+    wandb_server.is_down = True
+    lost.log(_point(3))
+    began = time.monotonic()
+    lost.finish(_result(spec, TrialState.COMPLETE))
+    assert time.monotonic() - began < 15
+    (warning,) = lost.warnings
+    assert warning.startswith("W&B failed: TimeoutError: ")
+    assert lost.untracked == ["W&B"]
+    still = open_trackers(identify(paths, spec, step=3))
+    assert still.warnings[0].startswith("W&B failed: CommError: ")
+    wandb_server.is_down = False
+    again = open_trackers(identify(paths, spec, step=3))
+    again.finish(_result(spec, TrialState.FAILED))
+    assert (again.warnings, again.untracked) == ([], [])
+    assert wandb_server.steps == [1, 2, 3], "and none twice"
+    assert wandb_server.history[-1]["eval/loss"] == pytest.approx(1 / 3)
+    assert wandb_server.exit_codes == [0, 1]
+
+
+def _point(step: int) -> MetricPoint:
+    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
+
+
+def _result(spec: SweepSpec, state: TrialState) -> TrialResult:
+    best = BestPoint(value=1.0, step=1, values={"eval/loss": 1.0}, adapter="adapters/step-1")
+    config = spec.trial_config({})
+    return TrialResult(trial_id="a", state=state, config=config, metric="eval/loss", mode="min", best=best)
