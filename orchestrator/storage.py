@@ -39,5 +39,6 @@ def storage_fault(error: BaseException | None) -> str | None:
                 return line.strip()
             if any(words in text for words in _TORCH):
                 return f"a file could not be written whole: {text.splitlines()[0]}"
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        passed_on = getattr(error, "cause", None)  # Ray's; an error of ours has a word there
+        error = passed_on if isinstance(passed_on, BaseException) else error.__cause__ or error.__context__
     return None

@@ -12,6 +12,7 @@ from orchestrator.errors import SpecError
 from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
+from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import GLOB, file_kind
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.sweep_spec import SweepSpec
@@ -77,8 +78,11 @@ def override_spec(
     Raises:
         SpecError, RequestError: as `load_spec`.
     """
+    searched = _num_searched(document)
     for override in overrides:
         _apply_override(document, override, folder or Path.cwd())
+    if _num_searched(document) < searched and not any(each.startswith("search.num_trials=") for each in overrides):
+        _keep_to_points(document["search"])
     spec = parse_spec(document, source)
     require_extras(spec)
     return spec
@@ -150,6 +154,22 @@ def _apply_override(document: dict[str, Any], override: str, folder: Path) -> No
             _keep_fields_of_kind(document["scheduler"], value)
     except (TypeError, AttributeError) as error:
         raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
+
+
+def _num_searched(document: dict[str, Any]) -> int:
+    search = document.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    return len(space) if isinstance(space, dict) else 0
+
+
+def _keep_to_points(search: dict[str, Any]) -> None:
+    """Lower the number of trials to that of the points which are left once a field was fixed."""
+    try:
+        left = SearchSection.model_validate(search).num_points
+    except ValueError:  # the whole is validated next, with a message that names its place
+        return
+    if isinstance(asked := search.get("num_trials"), int) and asked > left:
+        search["num_trials"] = int(left)
 
 
 def _keep_fields_of_kind(scheduler: dict[str, Any], kind: Any) -> None:

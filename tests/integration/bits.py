@@ -44,7 +44,7 @@ class Setting:
     def host(self, folder: Path) -> Hosted:
         """A host of four slots."""
         space = "search.space={lora.rank: {choice: [1, 16]}, training.batch_size: {choice: [1, 8]}}"
-        spec = load_spec(DEMO, [*COMMON, space, *self._overrides])
+        spec = load_spec(DEMO, [*COMMON, space, "search.num_trials=4", *self._overrides])
         return Hosted(folder, spec, self.ground.data, slots=4, gpus=self._gpus)
 
     def assert_same_beside_others(self, folder: Path) -> None:

@@ -1,12 +1,14 @@
 """How many different points a space has: no trial repeats one."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
 
 Document = dict[str, Any]
 
@@ -61,3 +63,16 @@ def test_equal_values_in_a_list_are_refused(
     algorithm = "grid" if kind == "grid" else "random"
     with pytest.raises(SpecError, match=f"search.space.{path}: {told} leave one out"):
         _spec(document, algorithm=algorithm, space={path: {kind: values}})
+
+
+def test_fixing_a_field_leaves_as_many_trials_as_there_are_points(document: Document, tmp_path: Path) -> None:
+    """A number that is asked for beside it is kept, and refused."""
+    space = {"lora.rank": {"choice": [4, 8, 16]}, "training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
+    file = tmp_path / "x.yaml"
+    file.write_text(json.dumps(document | {"search": {"space": space, "num_trials": 8}}))
+    assert load_spec(file).search.num_trials == 8
+    assert load_spec(file, ["lora.rank=8"]).search.num_trials == 8
+    assert load_spec(file, ["training.learning_rate=1e-4"]).search.num_trials == 3
+    assert load_spec(file, ["training.learning_rate=1e-4", "lora.rank=8"]).search.total_trials == 1
+    with pytest.raises(SpecError, match="8 trials would repeat points, for the space has 3"):
+        load_spec(file, ["training.learning_rate=1e-4", "search.num_trials=8"])

@@ -153,9 +153,9 @@ def test_the_table_has_the_best_evaluation_and_not_the_last(
 
 
 def test_the_largest_is_the_best_where_the_search_says_so(paths: TrialPaths, document: Any, identify: Identify) -> None:
-    spec = parse_spec(document | {"search": {"metric": "eval/loss", "mode": "max"}})
-    _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.6))
-    assert _metrics(paths) == {"best/eval/loss": (30, 0.75)}
+    spec, metric = parse_spec(document | {"search": {"metric": "eval/token_accuracy"}}), "eval/token_accuracy"
+    _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.625), metric=metric)
+    assert _metrics(paths) == {"best/eval/token_accuracy": (30, 0.75)}
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ print(*sys.modules)
     assert _scalars(SweepPaths(tmp_path / "s").trial("a"))["a"]["eval/loss"] == [(1, 0.5)]
 
 
-def _log(tracker: Any, *points: tuple[int, float]) -> None:
-    for step, loss in points:
-        tracker.log(MetricPoint(step=step, tokens=100 * step, time_s=step, values={"eval/loss": loss}))
+def _log(tracker: Any, *points: tuple[int, float], metric: str = "eval/loss") -> None:
+    for step, value in points:
+        tracker.log(MetricPoint(step=step, tokens=100 * step, time_s=step, values={metric: value}))
 
 
 def _result(spec: SweepSpec, state: TrialState, best: BestPoint | None = None) -> TrialResult:

@@ -38,8 +38,9 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     heard = Heard()
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
-    ground: Any = SimpleNamespace(data=SimpleNamespace(fingerprint="f"), tokenizer=None)
-    attempt = Attempt(start, SweepPaths(folder).trial("a"), ground, heard, AtOnce(), lambda: 0.0)
+    data = SimpleNamespace(fingerprint="f")
+    ground: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
+    attempt = Attempt(start, SweepPaths(folder).trial("a"), ground, heard, AtOnce(), lambda _: 0.0)
     assert list(attempt.run(fail)) == []
     return heard.events[-1]
 

@@ -31,7 +31,7 @@ def make(document: dict[str, Any], tmp_path: Path, listener: Listener) -> Report
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min", step=4)
     paths = SweepPaths(tmp_path).trial("a")
-    return Reporter(start, paths, listener, AtOnce(), lambda: (0.0, 0.0), None, "f")
+    return Reporter(start, paths, listener, AtOnce(), lambda _: (0.0, 0.0), None, "f", [])
 
 
 def control(**values: bool) -> Any:
