@@ -1,7 +1,8 @@
 """Every error this project raises on purpose: what is wrong, and what to do about it.
 
 Exit codes of the commands: 0 done, 1 failed while running, 2 the request is wrong (nothing was started), 3 the sweep
-has a best adapter but some of its trials failed, 130 interrupted.
+has a best adapter but some of its trials failed; interrupted, so that `resume` goes on: 130 by Ctrl-C, 143 by SIGTERM,
+129 by SIGHUP, 74 by a disk that is full or fails.
 """
 
 from typing import ClassVar, Literal

@@ -17,7 +17,8 @@ app = typer.Typer(
     name="orchestrator",
     help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the request is wrong, nothing was started; "
-    "3 there is a best adapter, but some trials failed; 130 interrupted.",
+    "3 there is a best adapter, but some trials failed; interrupted: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, "
+    "74 by a disk that is full or fails.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -118,13 +118,14 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_add(controller, trial)
         if not trial.is_finished():
             self._put_in_its_place(trial)
-        elif self._moments is not None:
-            self._moments.end(trial.trial_id, trial.last_result.get("step"))
+        else:
+            self._end_in_order(trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """See Tune. What was reported before, and is reported again after a fault, is not counted again."""
         if result["step"] <= self._steps.get(trial.trial_id, 0):
             return str(TrialScheduler.CONTINUE)
+        self._count(trial)
         if self._moments is None:
             return self._hear(controller, trial, result)
         self._wait_to_be_heard(trial, result)
@@ -133,20 +134,20 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
     def _wait_to_be_heard(self, trial: Any, result: dict[str, Any]) -> None:
         assert self._moments is not None
         self._reports[trial.trial_id] = trial, result
-        self._moments.report(trial.trial_id, result["step"], time.monotonic(), result.get("time_total_s", 0.0))
+        self._moments.report(trial.trial_id, result["step"], time.monotonic(), result["seconds"])
 
     def _hear_in_order(self, controller: Any, reporting: Any = None) -> str:
-        """Hear all reports whose turn it is.
+        """Hear all reports whose turn it is; once the budget is spent, all of them.
 
         Args:
-            controller: Tune's, which does not go on with a trial whose report waits.
+            controller: Tune's wrapper, which does not go on with a trial whose report waits.
             reporting: the trial that Tune asks about.
 
         Returns:
             What is to become of that trial; NOOP where its report waits.
         """
         action = str(TrialScheduler.NOOP)
-        while self._moments is not None and (name := self._moments.next(time.monotonic())) is not None:
+        while self._moments is not None and (name := self._next_heard(controller)) is not None:
             trial, result = self._reports.pop(name)
             if result.get(COMPLETE):
                 self._ends(trial)
@@ -166,10 +167,15 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 controller._tune_controller._schedule_trial_train(trial)
         return action
 
+    def _next_heard(self, controller: Any) -> str | None:
+        assert self._moments is not None
+        if self._is_over(controller):
+            return next(iter(self._reports), None)
+        return self._moments.next(time.monotonic())
+
     def _hear(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         trial_id, step = trial.trial_id, result["step"]
         self._steps[trial_id] = step
-        self._count(trial)
         if over := self._is_over(controller):
             self._write(trial, "stopped", str(over))
             return str(TrialScheduler.STOP)
@@ -192,9 +198,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._count(trial)
         if not result.get(COMPLETE):
             self._note_stop(trial)
-        elif self._moments is not None:
+        elif self._moments is not None:  # heard when Tune asks next, which here has given no wrapper
             self._wait_to_be_heard(trial, result)
-            self._hear_in_order(controller)
             return
         self._ends(trial)
         if self._over is None:
@@ -282,8 +287,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._kept = None
         if self._moments is not None:
             self._moments.resume(self._at_once, self._spec.search.total_trials)
-            for name in self._trials:
+            for name, trial in self._trials.items():
                 self._moments.add(name)
+                self._end_in_order(trial)
         self._spending.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
 
@@ -342,6 +348,15 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._held.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
         self._paths_of(trial).paused.unlink(missing_ok=True)
+
+    def _end_in_order(self, trial: Any) -> None:
+        """Have a trial that ended under an earlier driver end for `Moments` too, unless it has heard of that."""
+        if self._moments is None or not trial.is_finished():
+            return
+        if trial.last_result.get(COMPLETE) and self._moments.is_running(trial.trial_id):
+            self._wait_to_be_heard(trial, trial.last_result)
+        else:
+            self._moments.end(trial.trial_id, trial.last_result.get("step"))
 
     def _forget_report(self, trial: Any) -> None:
         if self._reports.pop(trial.trial_id, None) is not None and self._moments is not None:

@@ -64,9 +64,10 @@ def error_of(trial: Any) -> BaseException | None:
 
     Tune writes it on this machine at once (ray 2.60, `Trial.handle_error`), but hands it to nobody.
     """
-    if trial.pickled_error_file is None:
+    file = trial.pickled_error_file
+    if file is None or not Path(file).is_file():  # an earlier driver's, of whose trial this one restored the state
         return None
-    error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    error: BaseException = cloudpickle.loads(Path(file).read_bytes())
     return error
 
 

@@ -17,6 +17,9 @@ MIN_PATIENCE_S = 60.0
 PATIENCE = 0.25
 """It waits longer where that is less than this share of the time for which its trial has run."""
 
+PACE = 2.0
+"""It does not wait for trials that take this many times as long for a step: they would hold it up at every report."""
+
 
 @dataclass
 class _Running:
@@ -29,7 +32,7 @@ class _Running:
     reported_s: float | None = None
     """When that report came, if it waits."""
     ran_s: float = 0.0
-    """Seconds for which the trial had run by then."""
+    """Seconds for which the trial had run by then, on its worker."""
     has_ended: bool = False
     """Whether its slot is free again, from a moment that is not known yet."""
     is_missed: bool = False
@@ -40,6 +43,11 @@ class _Running:
         """Moment of its last report. The trial's first moment is known."""
         assert self.began is not None
         return self.began + self.step
+
+    def holds_up(self, other: "_Running") -> bool:
+        """Whether another's report waits for this trial: it is behind, and likely to catch up."""
+        is_slow = self.ran_s * other.step > PACE * other.ran_s * self.step
+        return not self.is_missed and not is_slow and self.moment < other.moment
 
 
 @dataclass
@@ -73,6 +81,10 @@ class Moments:
         """A trial has made so many steps in so many seconds; its report waits until `next` names the trial."""
         running = self._running.setdefault(trial, _Running())
         running.step, running.reported_s, running.ran_s, running.is_missed = step, now_s, ran_s, False
+
+    def is_running(self, trial: str) -> bool:
+        """Whether a trial has reported, and has not ended."""
+        return trial in self._running
 
     def heard(self, trial: str) -> None:
         """A report waits no more, and the trial goes on."""
@@ -111,7 +123,7 @@ class Moments:
             return None
         name = min(waiting, key=lambda each: (placed[each].moment, self._index[each]))
         running = placed[name]
-        behind = [each for each in placed.values() if not each.is_missed and each.moment < running.moment]
+        behind = [each for each in placed.values() if each.holds_up(running)]
         if behind or self._awaits_newcomer(running.moment):
             if not self._is_out_of_patience(running, now_s):
                 return None

@@ -189,7 +189,7 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
 
 
 def _report(point: MetricPoint) -> dict[str, Any]:
-    return {**point.values, "step": point.step, "tokens": point.tokens, "done": False}
+    return {**point.values, "step": point.step, "tokens": point.tokens, "seconds": point.time_s, "done": False}
 
 
 def _report_result(result: TrialResult) -> dict[str, Any]:
@@ -197,4 +197,5 @@ def _report_result(result: TrialResult) -> dict[str, Any]:
     if result.state == TrialState.FAILED or result.best is None:
         raise TrialError(result.error or "failed in an earlier attempt")
     is_complete = result.state == TrialState.COMPLETE
-    return {**result.best.values, "step": result.step, "tokens": result.tokens, "done": True, COMPLETE: is_complete}
+    counted = {"step": result.step, "tokens": result.tokens, "seconds": result.seconds}
+    return {**result.best.values, **counted, "done": True, COMPLETE: is_complete}

@@ -107,12 +107,14 @@ class RemoteTrial:
             untold = list(self._inbox)
             if not untold or not isinstance(untold[-1], END):  # else it has given its slot back by itself
                 untold += self._lease.release()
-            if self._claim.holds:
-                if self._paths.result.is_file():
-                    self._settle(untold)
-                elif not self._paths.paused.is_file() and self._lease.is_interrupted():
-                    self._keep(untold)
-            self._leave()
+            try:
+                if self._claim.holds:
+                    if self._paths.result.is_file():
+                        self._settle(untold)
+                    elif not self._paths.paused.is_file() and self._lease.is_interrupted():
+                        self._keep(untold)
+            finally:  # also on a full disk
+                self._leave()
 
     def _attend(self) -> None:
         """Between questions: keep the slot, or give it back when the driver has put the result down, or has it wait.

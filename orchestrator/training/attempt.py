@@ -39,6 +39,7 @@ class Attempt:
         listener: Listener,
         aside: Aside,
         gpu_seconds: Callable[[float], float],
+        is_alone: bool,
     ) -> None:
         """
         Args:
@@ -48,6 +49,7 @@ class Attempt:
             listener: hears of it.
             aside: has files written.
             gpu_seconds: the GPU seconds that it has had, given the seconds since it began.
+            is_alone: whether no other trial can train in this process at the same time.
         """
         self._start = start
         self._config = start.config
@@ -59,7 +61,7 @@ class Attempt:
             start, paths, listener, aside, self._usage, ground.tokenizer, ground.data.fingerprint, ground.stop_tokens
         )
         self._probed_gib = 0.0
-        self._shares = False
+        self._is_alone = is_alone
 
     def run(self, find_seat: Callable[[], Seat | str | None]) -> Work:
         """The trial as a pack's work. Nothing is raised but what ends the process: the last event says how it ended.
@@ -77,7 +79,7 @@ class Attempt:
         except OrchestratorError as error:
             tell(Failed, error=error.message, remedy=error.remedy, traceback=None, cause=error.cause)
         except Exception as error:
-            if _is_out_of_memory(error) and not self._shares:  # it will come again
+            if _is_out_of_memory(error) and self._is_alone:  # it will come again
                 tell(
                     Failed,
                     error=f"out of GPU memory at batch_size={self._config.training.batch_size}: {error}",
@@ -102,7 +104,6 @@ class Attempt:
         config = self._config
         if isinstance(seat, Seat):
             self._probed_gib = seat.plan.measured_gib  # an engine that stands does not probe again
-            self._shares = not seat.is_alone
         fields = about(seat) | {
             "data_fingerprint": self._ground.data.fingerprint,
             "device": device_name(),
@@ -187,7 +188,7 @@ def run_alone(
 ) -> None:
     """Run a trial that has the process to itself, which holds so many GPUs. The other arguments are `Attempt`'s."""
     config, pack = start.config, Pack()
-    attempt = Attempt(start, paths, ground, listener, aside, lambda seconds: gpus * seconds)
+    attempt = Attempt(start, paths, ground, listener, aside, lambda seconds: gpus * seconds, is_alone=True)
     with lease(config.base):
         pack.join(attempt.run(partial(find_seat, config, ground)))
         try:

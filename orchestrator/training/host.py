@@ -332,7 +332,9 @@ class Host:
     def _shared_work(self, lease: Lease, shared: Slots) -> Work:
         """A trial beside others, until its slot is free again."""
         aside = self._writers.open(lease)
-        attempt = Attempt(lease.start, lease.paths, shared.ground, lease, aside, lambda _: lease.gpu_seconds)
+        attempt = Attempt(
+            lease.start, lease.paths, shared.ground, lease, aside, lambda _: lease.gpu_seconds, is_alone=False
+        )
         try:
             yield from attempt.run(lambda: shared.seat(lease.slot, lease.start.config))
         finally:

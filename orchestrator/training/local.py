@@ -2,8 +2,9 @@
 
 import os
 import uuid
+from contextlib import suppress
 
-from orchestrator.errors import RequestError
+from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
@@ -67,9 +68,13 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths):
         try:
-            return run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
-        finally:
-            catch_up(record, watcher.say)
+            result = run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
+        except TrialError:
+            with suppress(OSError):  # it must not hide why the trial failed
+                catch_up(record, watcher.say)
+            raise
+        catch_up(record, watcher.say)
+        return result
 
 
 def take_gpus(resources: ResourcesSection) -> bool:

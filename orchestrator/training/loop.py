@@ -82,8 +82,6 @@ class Seat:
     index: int
     engine: Engine
     plan: MemoryPlan
-    is_alone: bool = True
-    """Whether no other trial can train in this process at the same time."""
 
 
 def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:

@@ -62,7 +62,7 @@ class JointSlots:
 
     def seat(self, slot: int, config: TrialConfig) -> Seat:
         """The slot of this number for a trial."""
-        return Seat(slot, self._engine, self.plan, is_alone=False)
+        return Seat(slot, self._engine, self.plan)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SeparateSlots:
 
     def seat(self, slot: int, config: TrialConfig) -> Seat:
         """The slot of this number for a trial."""
-        return Seat(0, self._engines.engine(slot, config), self.plan, is_alone=False)
+        return Seat(0, self._engines.engine(slot, config), self.plan)
 
 
 Slots = JointSlots | SeparateSlots

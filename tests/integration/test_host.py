@@ -301,12 +301,12 @@ def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypat
     for event in one.events[:-1]:
         books.enter(event)
     last = {"seconds": 1.0, "gpu_seconds": 0.0, "peak_memory_gib": 0.0}
-    books.enter(Warned(**last, warning="what is done again at the end"))
+    books.enter(Warned(**last, warning="before the checkpoint from which it goes on"))
     books.enter(Left(**last, step=6, lost=None))
     again = hosted.start("one", again=True)
     assert again
     assert again.start.step == again.start.total_steps == 6
-    assert again.start.warnings == []
+    assert again.start.warnings == ["before the checkpoint from which it goes on"]
     hosted.follow(lambda: again.end)
     assert isinstance(again.end, Completed)
     assert not again.of(Logged)

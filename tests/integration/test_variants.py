@@ -55,7 +55,7 @@ ADAPTERS = {
         "lora.rank_pattern (a slot has one scale)",
     ),
     "EVA": (["lora.init=eva", "lora.rank=4"], NF4, "lora.init eva"),
-    "OLoRA 4-bit": (["lora.init=olora", "lora.dropout=0"], NF4, "lora.init olora"),
+    "OLoRA 4-bit": (["lora.init=olora", "lora.dropout=0", "training.learning_rate=1e-3"], NF4, "lora.init olora"),
     "OLoRA patterns": (
         ["lora.init=olora", "lora.rslora=true", "lora.rank_pattern={down_proj: 4}", "lora.alpha_pattern={up_proj: 3}"],
         NF4,

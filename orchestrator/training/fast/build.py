@@ -212,13 +212,13 @@ def feasible(
         options = [choice for choice in options if predicted(choice).total < most]
     if not on_gpu:
         return [MemoryPlan(choice) for choice in options]
-    budget = _budget()
+    budget = memory_budget()
     return [MemoryPlan(choice, memory) for choice in options if (memory := predicted(choice)).total <= budget]
 
 
 def does_not_fit(kind: Kind, longest: int) -> TooLargeError:
     """The error for trials that do not fit, whatever is given up."""
-    held = f"{_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
+    held = f"{memory_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
     wish = " training.reproducible keeps batches whole: lower training.batch_size too." if kind.reproducible else ""
     return TooLargeError(
         f"{kind.num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
@@ -269,7 +269,7 @@ def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out:
     for kind in kinds:
         if plans := feasible(base, kind, configs[0], train, held_out):
             times[kind.num_slots] = plans[0].choice.relative_time()
-    gib = _budget() / GIB
+    gib = memory_budget() / GIB
     if not times:
         return 1, f"not even one fits into {gib:.0f} GiB of GPU memory"
     count = max(times, key=lambda slots: (-round(times[slots], 3), slots))
@@ -383,7 +383,7 @@ def standing_engine(
     return engine
 
 
-def _budget() -> int:
+def memory_budget() -> int:
     """Bytes of GPU memory that this process may hold: others may have taken some."""
     free, total = torch.cuda.mem_get_info()
     return int(free + torch.cuda.memory_reserved() - MARGIN * total)

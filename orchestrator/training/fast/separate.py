@@ -14,6 +14,7 @@ from orchestrator.training.fast.build import (
     does_not_fit,
     evaluation_tokens,
     feasible,
+    memory_budget,
     pass_tokens,
     release,
     separate_kinds,
@@ -101,6 +102,8 @@ class SeparateEngines:
             engine = self._engine(kind, 0, plan)
             engine.probe(tokens, evaluated)
             peaks.append((engine.peak_bytes or 0) + (self._kind.num_slots - 1) * engine.adapters.num_bytes)
+        if max(peaks) > memory_budget():
+            raise torch.OutOfMemoryError("the adapters of all slots do not fit beside such a step")
         return max(peaks)
 
 

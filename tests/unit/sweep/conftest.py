@@ -33,6 +33,16 @@ TOKENS = 7
 """Of a step."""
 
 
+class Wrapped:
+    """What Tune gives to a scheduler that it asks about a result or a trial to run; elsewhere it gives itself."""
+
+    def __init__(self, stage: "Stage") -> None:
+        self._tune_controller = stage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tune_controller, name)
+
+
 class Stage:
     """Stands where Tune's controller does. A trial has one loss for each of its evaluations; NaN is a fault."""
 
@@ -44,7 +54,6 @@ class Stage:
         """Where there is one, it says who reports next; else the one with fewest steps."""
         self._idle: set[str] = set()
         """Trials whose report waits: Tune does not go on with them until it is told to."""
-        self._tune_controller = SimpleNamespace(_schedule_trial_train=lambda trial: self._idle.remove(trial.trial_id))
         self.in_lockstep = False
         """All that run report in the same turn, as trials of a pack do; a pause is saved once all have reported."""
         self._going_on: set[str] = set()
@@ -95,7 +104,7 @@ class Stage:
             self._add_those_to_come()
             if all(trial.is_finished() for trial in self.trials):
                 return
-            chosen = self.conductor.choose_trial_to_run(self)
+            chosen = self.ask()
             if all(trial.is_finished() for trial in self.trials):
                 return
             for trial in self.trials:
@@ -118,6 +127,10 @@ class Stage:
         if turns == 1000:
             raise AssertionError("it does not end")
 
+    def ask(self) -> Any:
+        """Ask for a trial to run, as each turn of Tune's loop does."""
+        return self.conductor.choose_trial_to_run(Wrapped(self))
+
     def _add_those_to_come(self) -> None:
         busy = [t for t in self.trials if t.status in ("RUNNING", "PENDING") or t.trial_id in self._going_on]
         if self.to_come and len([t for t in busy if not t.is_finished()]) < self.at_once:
@@ -130,6 +143,7 @@ class Stage:
         losses = self.losses[trial.trial_id]
         loss = losses[step // EVERY - 1]
         result = {"step": step, "tokens": TOKENS * step, "eval/loss": loss, "training_iteration": step // EVERY}
+        result["seconds"] = float(step)
         if loss != loss:
             self.conductor.on_trial_error(self, trial)
             trial.set_status(Trial.ERROR)
@@ -140,7 +154,7 @@ class Stage:
             self.stop_trial(trial)
             return
         self._idle.add(trial.trial_id)  # others may be told to go on before this one's answer
-        action = self.conductor.on_trial_result(self, trial, dict(result))
+        action = self.conductor.on_trial_result(Wrapped(self), trial, dict(result))
         if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # by its own exploit
             self._idle.discard(trial.trial_id)
         trial.update_last_result(result)
@@ -166,6 +180,9 @@ class Stage:
         self.trials.remove(trial)
         self.trials.append(trial)
         self.conductor.on_trial_add(self, trial)
+
+    def _schedule_trial_train(self, trial: Any) -> None:
+        self._idle.remove(trial.trial_id)
 
     def _set_trial_status(self, trial: Any, status: str) -> None:
         trial.set_status(status)
@@ -233,6 +250,7 @@ def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
     def make(scheduler: dict[str, Any], at_once: int = 9, is_patient: bool = False, **search: Any) -> Stage:
         if not is_patient:
             monkeypatch.setattr(moments, "MIN_PATIENCE_S", 0.0)
+            monkeypatch.setattr(moments, "PATIENCE", 0.0)
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}

@@ -117,6 +117,53 @@ def test_who_is_stopped_depends_on_no_order_of_reports(scheduler: dict[str, Any]
     assert all(each == found[0] for each in found)
 
 
+def test_an_end_lets_the_reports_that_waited_for_it_be_heard(make_stage: MakeStage) -> None:
+    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2)
+    stage.add(a=[0.4, 0.3], b=falling(0.01))
+    for trial in stage.trials:
+        trial.set_status(Trial.RUNNING)
+    for name in ("a", "b", "b"):
+        stage.report(stage.trial(name))
+    assert stage._idle == {"b"}
+    stage.report(stage.trial("a"))
+    assert stage.trial("a").is_finished()
+    stage.run()
+    assert all(trial.is_finished() for trial in stage.trials)
+
+
+@pytest.mark.parametrize("ends_last", [False, True])
+def test_an_end_that_waited_is_heard_after_a_resume(make_stage: MakeStage, ends_last: bool) -> None:
+    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=3)
+    losses = {"a": [0.4, 0.3], "b": falling(0.01)}
+    stage.add(**dict(reversed(losses.items()) if ends_last else losses))
+    for trial in stage.trials:
+        trial.set_status(Trial.RUNNING)
+    for name in ("a", "b", "a"):
+        stage.report(stage.trial(name))
+    assert stage.trial("a").is_finished()
+    assert stage.conductor._moments.is_running("a")
+    stage.resume(stage.conductor.state())
+    stage.trial("b").set_status(Trial.RUNNING)
+    stage.report(stage.trial("b"))
+    stage.ask()
+    assert not stage.conductor._moments.is_running("a")
+    (bracket,) = stage.conductor._inner._brackets
+    assert dict(bracket._rungs)[20]["a"] == -0.3
+
+
+def test_a_spent_budget_stops_trials_whose_reports_wait(make_stage: MakeStage) -> None:
+    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2, budget={"tokens": 105})
+    stage.add(a=falling(0), b=falling(0))
+    for trial in stage.trials:
+        trial.set_status(Trial.RUNNING)
+    stage.report(stage.trial("a"))
+    assert stage._idle == {"a"}
+    stage.report(stage.trial("b"))
+    stage.ask()
+    assert all(trial.is_finished() for trial in stage.trials)
+    assert all(each.why.startswith("the budget is spent") for each in stage.all_decisions())
+
+
 def test_a_report_that_waits_is_heard_again_after_a_resume(make_stage: MakeStage) -> None:
     stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2)
     stage.add(a=falling(0), b=falling(2))

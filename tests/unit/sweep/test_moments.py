@@ -117,6 +117,17 @@ def test_who_is_behind_is_waited_for_once_and_not_for_ever() -> None:
     assert heard_all(moments, 300.0 + PATIENCE * 1000.0) == ["a"]
 
 
+def test_one_that_is_much_slower_is_not_waited_for() -> None:
+    moments = begun("fast", "slow", "similar")
+    for name, ran_s in (("fast", 10.0), ("slow", 25.0), ("similar", 15.0)):
+        moments.report(name, 10, 0.0, ran_s)
+    assert heard_all(moments) == ["fast", "slow", "similar"]
+    moments.report("fast", 20, 0.0, 20.0)
+    assert heard_all(moments) == []
+    moments.report("similar", 20, 0.0, 30.0)
+    assert heard_all(moments) == ["fast", "similar"]
+
+
 def test_trials_that_never_come_cost_patience_only() -> None:
     moments = begun("a", at_once=2, total=5)
     moments.report("a", 10, 1.0)
