@@ -19,8 +19,16 @@ class SweepView:
     """A live table on a terminal; elsewhere, a line for each change."""
 
     def __init__(self, console: Console, total_trials: int, title: str) -> None:
-        """`title` is printed with the first that is said or shown: before that, the sweep may yet be refused."""
+        """Make a view; nothing is printed yet.
+
+        Args:
+            console: where to print.
+            total_trials: how many trials the sweep is to have.
+            title: printed before the first sentence or table; until then, the sweep may still be refused.
+        """
         self._console = console
+        # Decided once: a terminal that is closed while the sweep runs is no terminal any more, but its table has begun.
+        self._is_live = console.is_terminal
         self._title: str | None = title
         self._total = total_trials
         self._trials: list[TrialResult] = []
@@ -31,14 +39,14 @@ class SweepView:
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.stop()
 
     def say(self, sentence: str) -> None:
@@ -54,7 +62,7 @@ class SweepView:
         steps = sum(trial.step for trial in trials)
         if self._first_seen is None and steps:
             self._first_seen = time.monotonic(), steps
-        if self._console.is_terminal:
+        if self._is_live:
             self._say_failures()
         else:
             self._say_changes()

@@ -69,7 +69,8 @@ def assert_kept(record: SweepRecord) -> list[TrialResult]:
         assert points[-1].step == trial.step
         assert points[-1].tokens == trial.tokens
     hidden = {path.name for path in record.paths.root.rglob(".*")}
-    assert hidden <= {".driver.lock", ".validate_storage_marker"}, hidden
+    # `.first-step` starts the clock of a budget in hours; the next driver removes it.
+    assert hidden <= {".driver.lock", ".first-step", ".validate_storage_marker"}, hidden
     return begun
 
 
@@ -158,11 +159,11 @@ def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Sign
     assert_goes_on(record, begun, number=3)
 
 
-@pytest.mark.xfail(reason="the driver ends with 1 instead of 129; the cause has not been found", strict=False)
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_closed_terminal_interrupts_a_sweep_that_runs_in_it(tmp_path: Path) -> None:
-    """The kernel sends SIGHUP to all processes of the terminal, of which nothing can be written any more."""
+@pytest.mark.parametrize(("verb", "num_trials"), [("trial", 1), ("sweep", 3)])
+def test_a_closed_terminal_interrupts_what_runs_in_it(tmp_path: Path, verb: str, num_trials: int) -> None:
+    """The kernel sends SIGHUP to all processes of a closed terminal, and nothing can be written to it any more."""
     ours, theirs = pty.openpty()
     # A process that leads a session whose terminal this is.
     script = (
@@ -170,16 +171,22 @@ def test_a_closed_terminal_interrupts_a_sweep_that_runs_in_it(tmp_path: Path) ->
         "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
         "os.execv(sys.argv[1], sys.argv[1:])\n"
     )
-    arguments = command("sweep", str(DEMO), "--output", str(tmp_path), "--name", "s", *OPTIONS)
+    arguments = command(verb, str(DEMO), "--output", str(tmp_path), "--name", "s", *OPTIONS)
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, text=True
     )
-    os.close(theirs)
-    record = wait_for_steps(tmp_path, process)
+    # Plays the terminal: it reads what is written, for a full buffer would block the writer. Killing it closes `ours`.
+    terminal = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
     os.close(ours)
+    os.close(theirs)
+    try:
+        record = wait_for_steps(tmp_path, process)
+    finally:
+        terminal.kill()
+        terminal.wait()
     assert process.wait(timeout=120) == 128 + Signals.SIGHUP
     begun = assert_kept(record)
-    assert_goes_on(record, begun, number=3)
+    assert_goes_on(record, begun, number=num_trials)
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What a person sees of a running sweep."""
 
 import io
+import os
+import pty
+import sys
 from typing import Any
 
 import pytest
@@ -36,6 +39,23 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_its_reason(
         view.update(trials)
         assert "1 of 2 trials ended (1 failed)" in view._summary().plain
     assert file.getvalue().count(TOLD) == 1
+
+
+def test_standard_streams_are_put_back_after_the_terminal_is_gone() -> None:
+    """A live table takes over both streams; what is printed after it must not go to its closed console."""
+    before = sys.stdout, sys.stderr
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as file:
+        with SweepView(Console(file=file), 2, "sweep of 2 trials"):
+            assert sys.stderr is not before[1]
+            # Does what `leave_dead_terminal` does with a terminal that is gone.
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, theirs)
+            os.close(nowhere)
+        after = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = before  # also where the test fails
+    os.close(ours)
+    assert after == before
 
 
 def test_failures_are_listed_at_the_end(trials: list[TrialResult]) -> None:
