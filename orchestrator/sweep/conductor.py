@@ -164,6 +164,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             elif heard == TrialScheduler.STOP:
                 controller.stop_trial(trial)
             else:  # the wrapper that Tune gives to schedulers has no public name for it (ray 2.60)
+                assert heard == TrialScheduler.CONTINUE, heard
                 controller._tune_controller._schedule_trial_train(trial)
         return action
 

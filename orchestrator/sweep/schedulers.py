@@ -1,5 +1,6 @@
 """The experiment's scheduler in Ray Tune's terms, in optimizer steps or tokens (Tune by itself counts reports)."""
 
+import math
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -41,7 +42,7 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
                 time_attr=scheduler.counts,
                 grace_period=_grace(spec, scheduler),
                 min_samples_required=scheduler.min_trials,
-                min_time_slice=2**60,  # by default it pauses trials for others, and each pause is a reload
+                min_time_slice=math.inf,  # of less it pauses each trial for others at least once (ray 2.60)
             )
         case HyperBandScheduler():
             return HyperBand(**_bracket_settings(spec, scheduler))

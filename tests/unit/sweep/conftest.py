@@ -102,8 +102,6 @@ class Stage:
         """Turns of Tune's loop, in each of which one trial reports; until all have ended."""
         for _ in range(turns):
             self._add_those_to_come()
-            if all(trial.is_finished() for trial in self.trials):
-                return
             chosen = self.ask()
             if all(trial.is_finished() for trial in self.trials):
                 return

@@ -115,6 +115,7 @@ def test_who_is_stopped_depends_on_no_order_of_reports(scheduler: dict[str, Any]
         found.append(stage.all_decisions())
     assert len(found[0]) >= 2
     assert all(each == found[0] for each in found)
+    assert {each.action for each in found[0]} == {"stopped"}, "no trial is paused for another"
 
 
 def test_an_end_lets_the_reports_that_waited_for_it_be_heard(make_stage: MakeStage) -> None:
@@ -133,7 +134,7 @@ def test_an_end_lets_the_reports_that_waited_for_it_be_heard(make_stage: MakeSta
 
 @pytest.mark.parametrize("ends_last", [False, True])
 def test_an_end_that_waited_is_heard_after_a_resume(make_stage: MakeStage, ends_last: bool) -> None:
-    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=3)
+    stage = make_stage(ASHA | {"grace_steps": 20}, at_once=2, is_patient=True, num_trials=2)
     losses = {"a": [0.4, 0.3], "b": falling(0.01)}
     stage.add(**dict(reversed(losses.items()) if ends_last else losses))
     for trial in stage.trials:
