@@ -18,8 +18,8 @@ from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
 from orchestrator.sweep.brackets import UNIT, Bohb
 from orchestrator.sweep.memory import freeze, thaw
-from orchestrator.sweep.moments import Moments
 from orchestrator.sweep.population import Cloning
+from orchestrator.sweep.reports import Reports
 from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
 from orchestrator.sweep.spending import Spending
 from orchestrator.sweep.told import COMPLETE, set_folder
@@ -33,7 +33,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's
     would compare those few that have a slot. They are added as PAUSED, and started as slots get free. Under ASHA and
-    the median rule, which compare a report with those before it, reports come in the order of `Moments`.
+    the median rule, which compare a report with those before it, reports wait for their turn in `Reports`.
     """
 
     _supports_buffered_results = False
@@ -63,9 +63,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._inner = make_scheduler(self._spec)
         self._spending = Spending(self._spec.search.budget)
         has_order = not self._takes_turns and not isinstance(scheduler, NoScheduler)
-        self._moments = Moments(at_once, self._spec.search.total_trials) if has_order else None
-        self._reports: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """Trials, and their reports, that wait to be heard."""
+        self._reports = Reports(at_once, self._spec.search.total_trials) if has_order else None
         record.paths.first_step.unlink(missing_ok=True)
         self._steps: dict[str, int] = {}
         self._held: set[str] = set()
@@ -108,8 +106,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 controller._set_trial_status(trial, Trial.PAUSED)
             return
         self._trials[trial.trial_id] = trial
-        if self._moments is not None:
-            self._moments.add(trial.trial_id)
+        if self._reports is not None:
+            self._reports.add(trial)
         if trial.trial_id in self._to_come:
             self._to_come.discard(trial.trial_id)
             if not self._to_come:
@@ -118,23 +116,16 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             self._inner.on_trial_add(controller, trial)
         if not trial.is_finished():
             self._put_in_its_place(trial)
-        else:
-            self._end_in_order(trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """See Tune. What was reported before, and is reported again after a fault, is not counted again."""
         if result["step"] <= self._steps.get(trial.trial_id, 0):
             return str(TrialScheduler.CONTINUE)
         self._count(trial)
-        if self._moments is None:
+        if self._reports is None:
             return self._hear(controller, trial, result)
-        self._wait_to_be_heard(trial, result)
+        self._reports.hold(trial, result)
         return self._hear_in_order(controller, trial)
-
-    def _wait_to_be_heard(self, trial: Any, result: dict[str, Any]) -> None:
-        assert self._moments is not None
-        self._reports[trial.trial_id] = trial, result
-        self._moments.report(trial.trial_id, result["step"], time.monotonic(), result["seconds"])
 
     def _hear_in_order(self, controller: Any, reporting: Any = None) -> str:
         """Hear all reports whose turn it is; once the budget is spent, all of them.
@@ -147,8 +138,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
             What is to become of that trial; NOOP where its report waits.
         """
         action = str(TrialScheduler.NOOP)
-        while self._moments is not None and (name := self._next_heard(controller)) is not None:
-            trial, result = self._reports.pop(name)
+        while self._reports is not None and (due := self._reports.take(bool(self._is_over(controller)))) is not None:
+            trial, result = due
             if result.get(COMPLETE):
                 self._ends(trial)
                 if self._over is None:
@@ -156,9 +147,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 continue
             heard = self._hear(controller, trial, result)
             if heard == TrialScheduler.STOP:
-                self._moments.end(name)
+                self._reports.end(trial)
             else:
-                self._moments.heard(name)
+                self._reports.goes_on(trial)
             if trial is reporting:
                 action = heard
             elif heard == TrialScheduler.STOP:
@@ -167,12 +158,6 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
                 assert heard == TrialScheduler.CONTINUE, heard
                 controller._tune_controller._schedule_trial_train(trial)
         return action
-
-    def _next_heard(self, controller: Any) -> str | None:
-        assert self._moments is not None
-        if self._is_over(controller):
-            return next(iter(self._reports), None)
-        return self._moments.next(time.monotonic())
 
     def _hear(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         trial_id, step = trial.trial_id, result["step"]
@@ -199,8 +184,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._count(trial)
         if not result.get(COMPLETE):
             self._note_stop(trial)
-        elif self._moments is not None:  # heard when Tune asks next, which here has given no wrapper
-            self._wait_to_be_heard(trial, result)
+        elif self._reports is not None:  # heard when Tune asks next, which here has given no wrapper
+            self._reports.hold(trial, result)
             return
         self._ends(trial)
         if self._over is None:
@@ -220,7 +205,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         If the sweep ends here, none of this turn's state is kept: the failure is not counted after a resume.
         """
         self._look_at_failure(trial)
-        self._forget_report(trial)  # it is made again if the trial is started anew
+        if self._reports is not None:
+            self._reports.forget(trial)
         if trial.status == Trial.ERROR:
             return
         self._report_failure(controller, trial)
@@ -286,11 +272,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         assert self._kept is not None
         self.__dict__.update(thaw(self._kept, self._trials))
         self._kept = None
-        if self._moments is not None:
-            self._moments.resume(self._at_once, self._spec.search.total_trials)
-            for name, trial in self._trials.items():
-                self._moments.add(name)
-                self._end_in_order(trial)
+        if self._reports is not None:
+            self._reports.resume(self._at_once, self._spec.search.total_trials, self._trials)
         self._spending.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
 
@@ -343,25 +326,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _ends(self, trial: Any) -> None:
         """A trial waits for nothing any more."""
-        self._forget_report(trial)
-        if self._moments is not None:
-            self._moments.end(trial.trial_id)
+        if self._reports is not None:
+            self._reports.end(trial)
         self._held.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
         self._paths_of(trial).paused.unlink(missing_ok=True)
-
-    def _end_in_order(self, trial: Any) -> None:
-        """Have a trial that ended under an earlier driver end for `Moments` too, unless it has heard of that."""
-        if self._moments is None or not trial.is_finished():
-            return
-        if trial.last_result.get(COMPLETE) and self._moments.is_running(trial.trial_id):
-            self._wait_to_be_heard(trial, trial.last_result)
-        else:
-            self._moments.end(trial.trial_id, trial.last_result.get("step"))
-
-    def _forget_report(self, trial: Any) -> None:
-        if self._reports.pop(trial.trial_id, None) is not None and self._moments is not None:
-            self._moments.heard(trial.trial_id)
 
     def _timed(self, result: dict[str, Any]) -> dict[str, Any]:
         """The report itself, for Tune's schedulers leave word in it for the searcher, with its time in units."""
@@ -405,4 +374,4 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._num_decisions += 1
 
 
-_KEPT = ("_inner", "_steps", "_num_decisions", "_spending", "_moments")
+_KEPT = ("_inner", "_steps", "_num_decisions", "_spending", "_reports")

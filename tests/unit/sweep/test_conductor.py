@@ -142,12 +142,12 @@ def test_an_end_that_waited_is_heard_after_a_resume(make_stage: MakeStage, ends_
     for name in ("a", "b", "a"):
         stage.report(stage.trial(name))
     assert stage.trial("a").is_finished()
-    assert stage.conductor._moments.is_running("a")
+    assert stage.conductor._reports._moments.is_running("a")
     stage.resume(stage.conductor.state())
     stage.trial("b").set_status(Trial.RUNNING)
     stage.report(stage.trial("b"))
     stage.ask()
-    assert not stage.conductor._moments.is_running("a")
+    assert not stage.conductor._reports._moments.is_running("a")
     (bracket,) = stage.conductor._inner._brackets
     assert dict(bracket._rungs)[20]["a"] == -0.3
 
