@@ -1,5 +1,6 @@
 """Conversations as a tokenizer's chat template writes them, and what of them is in the loss."""
 
+import re
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -54,7 +55,7 @@ class Conversation:
 
     def reads(self, key: str) -> bool:
         """Whether the chat template reads this key of turns: it names it, or writes something else without it."""
-        if key in self._tokenizer.chat_template:
+        if names(self._tokenizer.chat_template, key):
             return True
         without = [{name: value for name, value in turn.items() if name != key} for turn in self.turns]
         return self._write(without) != self.whole
@@ -174,11 +175,16 @@ class Conversation:
         given = self._tools if tools else None
         try:
             return str(self._tokenizer.apply_chat_template(turns, tools=given, tokenize=False, **options))
-        except (TemplateError, TypeError) as error:  # TypeError: it adds what is no text
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             self._refuse(f"refuses this conversation: {error}")
 
     def _refuse(self, why: str, kind: str = "") -> NoReturn:
         raise RowError(self._where, f"the chat template {why}", kind=f"the chat template {kind or why}")
+
+
+def names(chat_template: str, key: str) -> bool:
+    """Whether a template has a key as a whole word: `enable_thinking` does not name `thinking`."""
+    return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", chat_template) is not None
 
 
 def _renamed(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 def read_json(path: Path) -> Iterator[Row]:
     """An array of objects, an object that holds one, or, as many files of this ending are, an object a line."""
     with open_bytes(path) as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     yield from (_read_array if start.startswith(b"[") else _read_objects)(path)
 
 

@@ -114,13 +114,13 @@ def _turn(given: dict[str, Any], data: DataSection, where: str) -> dict[str, Any
     return turn
 
 
-def _roles(data: DataSection) -> dict[str, str]:
+def roles_of(data: DataSection) -> dict[str, str]:
     """Name of who speaks -> the role, of the names that are known; format messages takes others as they are."""
     return {**(_ROLES if data.format == "sharegpt" else {}), **data.roles}
 
 
 def _role(speaker: str, data: DataSection, where: str) -> str:
-    known = _roles(data)
+    known = roles_of(data)
     if data.format == "sharegpt" and speaker not in known:
         raise RowError(
             where,

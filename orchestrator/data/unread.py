@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data.bad_rows import RowError
-from orchestrator.data.conversation import Conversation
+from orchestrator.data.conversation import Conversation, names
 from orchestrator.data.row import Row, is_empty
-from orchestrator.data.turns import MARKS, in_two_columns, read_turns
+from orchestrator.data.turns import MARKS, in_two_columns, read_turns, roles_of
 from orchestrator.spec.sections import DataSection
 
 _OF_TURNS = {"role", "content", "tool_calls", "from", "value"}
@@ -59,7 +59,7 @@ def _keys(row: Row, data: DataSection) -> dict[tuple[str, str], None]:
             for key, value in turn.items() if isinstance(turn, dict) else ():
                 if key in MARKS:
                     speaker = turn.get("role", turn.get("from"))
-                    if value and data.loss_on != "all" and speaker not in ("assistant", "gpt"):
+                    if value and data.loss_on != "all" and roles_of(data).get(speaker, speaker) != "assistant":
                         found[f"{column}[].{key}", key] = None
                 elif key not in _OF_TURNS and not is_empty(value):
                     found[f"{column}[].{key}", key] = None
@@ -71,4 +71,4 @@ def _is_read(key: str, row: Row, data: DataSection, tokenizer: Any) -> bool:
     try:
         return Conversation(read_turns(row, data), row.where, tokenizer).reads(key)
     except RowError:  # a bad row, which is told as such
-        return key in tokenizer.chat_template
+        return names(tokenizer.chat_template, key)

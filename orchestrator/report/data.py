@@ -99,7 +99,7 @@ def _end_lines(shown: DataPreview) -> list[str]:
     """Where answers stop, and which training rows do not learn to."""
     ends = shown.ends
     lines = [f"answers stop at {', '.join(ends.stop_tokens) or 'nothing'}"]
-    if not ends.num_ended:
+    if not ends.num_ended and not ends.num_cut:
         lines.append("no row ends with a stop token" + (" that is in the loss" if ends.num_not_learned else ""))
     for count, what in (
         (ends.num_without, "with none"),

@@ -178,7 +178,14 @@ def writes_no_end(template: str, loss_on: str) -> bool:
         whole = environment.from_string(marked).render(
             messages=turns, tools=None, add_generation_prompt=False, bos_token="<bos>", eos_token="<eos>"
         )
-    except (TemplateError, TypeError, ValueError):  # what is wrong with it is told where its rows are written
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # what is wrong with it is told where its rows are written
         return False
     _, found, rest = whole.rpartition(_PROBE)
     if loss_on == "assistant":

@@ -290,6 +290,8 @@ def test_reasoning_that_the_template_writes_is_trained() -> None:
     thinking = CHATML.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
     columns = turns(USER, {**ANSWER, "reasoning_content": "3"})
     assert encoded(columns, thinking, loss_on="completion")[1] == f"{U} {A} [3] [2] [{EOS}]"
+    with pytest.raises(DataError, match="the chat template leaves thinking of a turn out"):
+        encoded(turns(USER, {**ANSWER, "thinking": "3"}), "{% if enable_thinking %}{% endif %}" + CHATML)
     on_purpose = "{# without reasoning_content #}" + CHATML
     assert encoded(columns, on_purpose, loss_on="completion")[1] == f"{U} {A} [2] [{EOS}]"
 

@@ -75,3 +75,10 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path, format: str, 
         unread(tmp_path / "rows.jsonl", [{**row, column: "3"}] * 2, format=format)
     names = {"alpaca": {"prompt": 2, "completion": 2}, "prompt": {"instruction": 2, "output": 2}}
     assert unread(tmp_path / "rows.jsonl", [{**row, column: []}] * 2, format=format) == names[format]
+
+
+def test_a_weight_of_who_has_a_role_of_the_experiments_is_read(tmp_path: Path) -> None:
+    turns = [{"from": "person", "value": "1"}, {"from": "bot", "value": "2", "weight": 1}]
+    roles = {"person": "user", "bot": "assistant"}
+    rows = [{"conversations": turns}] * 2
+    assert unread(tmp_path / "rows.jsonl", rows, format="sharegpt", roles=roles, chat_template=CHATML) == {}
