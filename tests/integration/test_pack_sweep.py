@@ -15,6 +15,7 @@ from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import fleet, keeper, run
 from orchestrator.sweep.keeper import ResultKeeper
+from orchestrator.sweep.moments import Moments
 from orchestrator.sweep.schedulers import make_scheduler
 from orchestrator.sweep.worker import Worker
 
@@ -124,20 +125,34 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
 
 
 def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int, int]]) -> dict[str, int]:
-    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports."""
+    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports in their order."""
     scheduler = make_scheduler(spec)
     scheduler.set_search_properties("eval/loss", "min")
     losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
-    stopped = {}
-    for name, step, _ in reports:
+    moments, stopped, steps = Moments(4, len(losses)), {}, dict[str, int]()
+    for name in sorted(losses):
+        moments.add(name)
+
+    def hear(name: str) -> None:
+        step = steps[name]
         trial = Told(trial_id=name, is_finished=lambda: False)
         result = {"step": step, "eval/loss": losses[name][step], "training_iteration": 1}
         if step == 4:
             scheduler.on_trial_add(None, trial)
         if step == spec.training.steps:
             scheduler.on_trial_complete(None, trial, result | {"eval/loss": min(losses[name].values())})
+            moments.end(name)
         elif scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
             stopped[name] = step
+            moments.end(name)
+        else:
+            moments.heard(name)
+
+    for name, step, _ in reports:
+        steps[name] = step
+        moments.report(name, step, 0.0)
+        while (due := moments.next(0.0)) is not None:
+            hear(due)
     return stopped
 
 
