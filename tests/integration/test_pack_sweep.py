@@ -111,7 +111,7 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
     assert "lets 4 run at a time" in witness.said[0]
     assert witness.most_at_once <= 4
     assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
-    assert len({relay for _, _, relay in witness.reports}) <= 5, "relays are reused"
+    assert len({relay for _, _, relay in witness.reports}) < len(trials), "relays are reused"
     assert witness.modules == set(), "a relay imports nothing heavy"
     for trial in trials:
         losses, paths = evaluations(record, trial), record.paths.trial(trial.trial_id)
@@ -125,7 +125,7 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
 
 
 def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int, int]]) -> dict[str, int]:
-    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports in their order."""
+    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports in order."""
     scheduler = make_scheduler(spec)
     scheduler.set_search_properties("eval/loss", "min")
     losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
