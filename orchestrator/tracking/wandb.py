@@ -1,8 +1,9 @@
 """Weights & Biases: group = sweep, id = trial, so that a resumed trial goes on in its own run."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import wandb
 
@@ -18,6 +19,9 @@ _ANSWER_S = 10
 _INIT_S = 15.0
 _FINISH_S = 30.0
 """Seconds that a run may take to begin and to be sent. By default W&B takes 90, and waits for ever at the end."""
+
+_END_S = 5.0
+"""Seconds that W&B's service has to end, once nothing is left to be sent."""
 
 
 class WandbTracker:
@@ -81,8 +85,29 @@ def _leaving_no_run() -> Iterator[None]:
     try:
         yield
     except Exception:
-        wandb.teardown()
+        _end_service()
         raise
+
+
+def _end_service() -> None:
+    """End W&B's service in this process.
+
+    `wandb.teardown` waits without a limit for the service, and the service waits for its last request: with
+    wandb 0.31.0 and a server that accepts connections and never answers, that is now and then for ever. The service
+    is then killed; no run needs it any more.
+    """
+    connection = wandb.setup()._connection
+    service = connection._proc if connection else None  # None too where another process has started it
+    if service is None:
+        wandb.teardown()
+        return
+    timer = threading.Timer(_END_S, service._process.kill)
+    timer.start()
+    try:
+        with suppress(SystemExit):  # raised where the service ended with an error
+            wandb.teardown()
+    finally:
+        timer.cancel()
 
 
 def is_online(section: WandbSection) -> bool:
@@ -112,5 +137,5 @@ def wandb_fault() -> RequestError | None:
             f"Give another in WANDB_API_KEY or by `wandb login --relogin`; or {offline}.",
         )
     finally:
-        wandb.teardown()  # else the processes of trials inherit this one's service, and runs that fail there stay in it
+        _end_service()  # else the processes of trials inherit this one's service, and runs that fail there stay in it
     return None

@@ -111,7 +111,8 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
     assert "lets 4 run at a time" in witness.said[0]
     assert witness.most_at_once <= 4
     assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
-    assert len({relay for _, _, relay in witness.reports}) < len(trials), "relays are reused"
+    # Of relays whose trials are stopped in one turn, Tune keeps as many as trials are staged, and ends the others.
+    assert len({relay for _, _, relay in witness.reports}) <= 6, "relays are reused"
     assert witness.modules == set(), "a relay imports nothing heavy"
     for trial in trials:
         losses, paths = evaluations(record, trial), record.paths.trial(trial.trial_id)

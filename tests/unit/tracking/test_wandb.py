@@ -1,6 +1,7 @@
 """W&B's own client, against servers on the loopback."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,15 +24,15 @@ Identify = Callable[..., TrialIdentity]
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No settings or keys of whoever runs the tests; the client reads its own once a process."""
-    room.wandb.teardown()
+    room._end_service()
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    for name in ("_ANSWER_S", "_INIT_S", "_FINISH_S"):
+    for name in ("_ANSWER_S", "_INIT_S", "_FINISH_S", "_END_S"):
         monkeypatch.setattr(room, name, 3)
     yield
-    room.wandb.teardown()
+    room._end_service()
 
 
 @pytest.fixture
@@ -67,6 +68,16 @@ def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
     assert fault.message.startswith(f"tracking.wandb: {address} {said}")
     assert "tracking.wandb.mode: offline" in fault.remedy
     assert KEY not in str(fault)
+
+
+def test_a_service_that_does_not_end_is_killed(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", serve(401))
+    service = room.wandb.setup().ensure_service()._proc._process
+    os.kill(service.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    room._end_service()
+    assert 3 <= time.monotonic() - began < 6
+    assert service.returncode == -signal.SIGKILL
 
 
 def test_a_key_that_is_missing_is_told_and_asked_of_nobody(serve: Callable[..., str], monkeypatch: Any) -> None:
