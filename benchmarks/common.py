@@ -21,12 +21,12 @@ from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
-from orchestrator.training.events import END, AtOnce, Completed, Event
-from orchestrator.training.fast.pack import Pack
-from orchestrator.training.host import Host
+from orchestrator.training.attempt.events import END, AtOnce, Completed, Event
+from orchestrator.training.engines.loop import Ground, Loop, find_seat, open_loop
+from orchestrator.training.fast.drive.multi_lora import Pack
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.loop import Ground, Loop, find_seat, open_loop
 from orchestrator.training.trial import start_of
+from orchestrator.training.worker.runtime import Host
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import BASELINES, Setting, forget, main, opened
-from orchestrator.training.fast.slot import Slot
+from orchestrator.training.fast.drive.slot import Slot
 
 REPEATS = 5
 

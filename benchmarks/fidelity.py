@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import BASELINES, Run, Setting, forget, main, run
-from orchestrator.training.fast import build
+from orchestrator.training.fast.plan import factory
 
 TRIALS = [
     {"lora.rank": rank, "lora.alpha": 2 * rank, "lora.dropout": dropout, "training.learning_rate": rate}
@@ -36,7 +36,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             losses[engine].append(last_loss(run_alone(setting, trial, training | STEPS)))
             print(engine, trial, losses[engine][-1], flush=True)
         forget()
-    build.GRAPHS = False
+    factory.GRAPHS = False
     losses["eager"] = [last_loss(run_alone(setting, trial, {"engine": "fast"} | STEPS)) for trial in TRIALS[1:3]]
     return {
         "losses": losses,

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import Setting, Told, main, together
 from orchestrator.spec import SweepSpec
-from orchestrator.training.events import Logged
+from orchestrator.training.attempt.events import Logged
 
 SLOTS = {"1.1b": 16, "7b": 8, "tiny": 4}
 STEPS, WARM = 160, 60

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.common import BASELINES, Setting, forget, main, together
 from benchmarks.fidelity import compare, run_alone
 from benchmarks.pack import spec_of
-from orchestrator.training.events import Evaluated, Logged
+from orchestrator.training.attempt.events import Evaluated, Logged
 
 RATES = (5e-5, 1e-4, 2e-4, 5e-4)
 TRIALS = [

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.training.fast import kernels, plain
-from orchestrator.training.fast.decoder import GROUPS, Decoder, Step, adapted_layers
-from orchestrator.training.fast.lora import Adapters, Group
-from orchestrator.training.fast.row import Layout, Row, Rows, Span
+from orchestrator.training.fast.ops import reference
+from orchestrator.training.fast.ops.triton import norm_swiglu_ce
+from orchestrator.training.fast.step.adapters import Adapters, Group
+from orchestrator.training.fast.step.decoder import GROUPS, Decoder, Step, adapted_layers
+from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span
 
 SHAPES = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}
 """Hidden, inner, layers, heads, key heads."""
@@ -81,7 +82,7 @@ class Bench:
     def __init__(self, model: Any, row: Row, slots: int) -> None:
         self.row, self.slots = row, slots
         self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps=True)
-        self.heads: plain.Heads = self.decoder._layers[0]._heads
+        self.heads: reference.Heads = self.decoder._layers[0]._heads
         self.layers: Any = model.model.layers
         self.head: torch.Tensor = model.get_output_embeddings().weight
         names = [
@@ -91,12 +92,12 @@ class Bench:
             if isinstance(module, torch.nn.Linear)
         ]
         groups = adapted_layers(model, names)
-        self.adapters, self.reference = (
+        self.adapters, self.exact = (
             Adapters(groups, slots, RANK, torch.float32, compute, torch.device("cuda"))
             for compute in (torch.bfloat16, torch.float32)
         )
         self.adapters.weights.normal_().mul_(0.02)
-        self.reference.weights.copy_(self.adapters.weights)
+        self.exact.weights.copy_(self.adapters.weights)
 
     def time_parts(self) -> None:
         """A line for each part: microseconds, floor, calls and milliseconds a step, difference from `plain`."""
@@ -109,19 +110,19 @@ class Bench:
             floor_us = max(part.num_bytes / BYTES_PER_S, part.flops / FLOPS_PER_S) * 1e6
             time_ms = time_us * part.calls / 1e3
             total += time_ms
-            ours, reference = (value.float() for value in part.compare(*part.inputs(0)))
-            error = float((ours - reference).norm() / reference.norm())
+            ours, exact = (value.float() for value in part.compare(*part.inputs(0)))
+            error = float((ours - exact).norm() / exact.norm())
             print(f"{part.name:24}{time_us:8.2f}{floor_us:8.2f}{part.calls:7}{time_ms:9.3f}{error:10.1e}", flush=True)
         print(f"{'sum':24}{'':23}{total:9.3f}")
 
     def time_step(self, profile: bool) -> None:
         """The whole step as one graph."""
-        step = Step(kernels, self.row, self.adapters, "nothing")
+        step = Step(norm_swiglu_ce, self.row, self.adapters, "nothing")
 
         def run() -> None:
             losses, hits = self.decoder.train(step)
-            norms = kernels.update(self.adapters, self.row)
-            sums = (kernels.sum_by_slot(values, self.row, self.slots) for values in (losses, hits))
+            norms = norm_swiglu_ce.update(self.adapters, self.row)
+            sums = (norm_swiglu_ce.sum_by_slot(values, self.row, self.slots) for values in (losses, hits))
             torch.stack((*sums, norms))
 
         graph = capture(run)
@@ -140,10 +141,10 @@ class Bench:
         inner, layers, weight = self.layers[0].mlp.up_proj.out_features, len(self.layers), random(hidden)
 
         def part(name: str, calls: int, num_bytes: float, pick: int | None, *make: Callable[[], Any]) -> Part:
-            ours, reference = getattr(kernels, name), getattr(plain, name)
+            ours, exact = getattr(norm_swiglu_ce, name), getattr(reference, name)
 
             def compare(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-                values = ours(*inputs), reference(*inputs)
+                values = ours(*inputs), exact(*inputs)
                 return values if pick is None else (values[0][pick], values[1][pick])
 
             return Part(name, calls, num_bytes, 0, lambda _: [each() for each in make], ours, compare)
@@ -165,52 +166,56 @@ class Bench:
     def _attention(self) -> Iterator[Part]:
         row, heads, tokens, layers = self.row, self.heads, self.row.num_tokens, len(self.layers)
         narrow, width = heads.queries * heads.size, (heads.queries + 2 * heads.keys) * heads.size
-        wide = plain.Heads(heads.queries, heads.keys, heads.size, heads.cos.float(), heads.sin.float())
+        wide = reference.Heads(heads.queries, heads.keys, heads.size, heads.cos.float(), heads.sin.float())
 
         def compare(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            expected = plain.attention(qkv.float(), row, wide)[0]
-            return kernels.attention(qkv, row, heads)[0], expected
+            expected = reference.attention(qkv.float(), row, wide)[0]
+            return norm_swiglu_ce.attention(qkv, row, heads)[0], expected
 
         def compare_backward(gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
             qkv = random(tokens, width)
-            expected = plain.attention_backward(gradient.float(), plain.attention(qkv.float(), row, wide)[1], row, wide)
-            return kernels.attention_backward(gradient, kernels.attention(qkv, row, heads)[1], row, heads), expected
+            expected = reference.attention_backward(
+                gradient.float(), reference.attention(qkv.float(), row, wide)[1], row, wide
+            )
+            return norm_swiglu_ce.attention_backward(
+                gradient, norm_swiglu_ce.attention(qkv, row, heads)[1], row, heads
+            ), expected
 
         yield Part(
             "attention", layers, 2 * tokens * (width + narrow), 0,
             lambda _: [random(tokens, width)],
-            lambda qkv: kernels.attention(qkv, row, heads),
+            lambda qkv: norm_swiglu_ce.attention(qkv, row, heads),
             compare,
         )  # fmt: skip
         yield Part(
             "attention_backward", layers, 4 * tokens * (width + narrow), 0,
-            lambda _: [random(tokens, narrow), kernels.attention(random(tokens, width), row, heads)[1]],
-            lambda gradient, attended: kernels.attention_backward(gradient, attended, row, heads),
+            lambda _: [random(tokens, narrow), norm_swiglu_ce.attention(random(tokens, width), row, heads)[1]],
+            lambda gradient, attended: norm_swiglu_ce.attention_backward(gradient, attended, row, heads),
             compare_backward,
         )  # fmt: skip
 
     def _lora(self) -> Iterator[Part]:
-        row, ours, reference = self.row, self.adapters, self.reference
+        row, ours, exact = self.row, self.adapters, self.exact
         tokens, layers = row.num_tokens, len(self.layers)
 
         def compare_down(group: Group, x: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return kernels.lora_down(x, ours, group, row), plain.lora_down(x.float(), reference, group, row)
+            return norm_swiglu_ce.lora_down(x, ours, group, row), reference.lora_down(x.float(), exact, group, row)
 
         def compare_up(group: Group, _: Any, low: Any, y: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
             expected = y.float()
-            kernels.lora_up_(y, low, ours, group, row)
-            plain.lora_up_(expected, low.float(), reference, group, row)
+            norm_swiglu_ce.lora_up_(y, low, ours, group, row)
+            reference.lora_up_(expected, low.float(), exact, group, row)
             return y, expected
 
         def compare_backward(group: Group, x: Any, low: Any, y: Any, by_x: Any) -> tuple[torch.Tensor, torch.Tensor]:
             expected, y = by_x.float(), y * (row.counters > 0)[:, None]
-            for adapters in (ours, reference):
+            for adapters in (ours, exact):
                 adapters.gradients.zero_()
-            kernels.lora_backward(y, x, low, by_x, ours, group, row)
-            plain.lora_backward(y.float(), x.float(), low.float(), expected, reference, group, row)
+            norm_swiglu_ce.lora_backward(y, x, low, by_x, ours, group, row)
+            reference.lora_backward(y.float(), x.float(), low.float(), expected, exact, group, row)
             values = [
                 [x_gradient.flatten().float(), *(view(group, each.gradients).flatten() for view in (each.a, each.b))]
-                for each, x_gradient in ((ours, by_x), (reference, expected))
+                for each, x_gradient in ((ours, by_x), (exact, expected))
             ]
             scales = [value.norm() for value in values[1]]  # so that each of the three counts
             first, second = (
@@ -227,22 +232,22 @@ class Bench:
                 group = ours.places[len(GROUPS) * (at % layers) + index]
                 assert group is not None
                 x = random(tokens, features)
-                low = kernels.lora_down(x, ours, group, row)
+                low = norm_swiglu_ce.lora_down(x, ours, group, row)
                 return group, x, low, random(tokens, width), random(tokens, features)
 
             a, b = (4 * RANK * size * self.slots for size in (len(group.layers) * features, width))
             flops = 2 * tokens * RANK * (len(group.layers) * features + width)
             yield Part(
                 f"down: {name}", layers, 2 * tokens * features + a, flops, inputs,
-                lambda group, x, *_: kernels.lora_down(x, ours, group, row), compare_down,
+                lambda group, x, *_: norm_swiglu_ce.lora_down(x, ours, group, row), compare_down,
             )  # fmt: skip
             yield Part(
                 f"up: {name}", layers, 4 * tokens * width + b, flops, inputs,
-                lambda group, _, low, y, __: kernels.lora_up_(y, low, ours, group, row), compare_up,
+                lambda group, _, low, y, __: norm_swiglu_ce.lora_up_(y, low, ours, group, row), compare_up,
             )  # fmt: skip
             yield Part(
                 f"backward: {name}", layers, 2 * tokens * (width + 3 * features) + 3 * (a + b), 2 * flops, inputs,
-                lambda group, x, low, y, by_x: kernels.lora_backward(y, x, low, by_x, ours, group, row),
+                lambda group, x, low, y, by_x: norm_swiglu_ce.lora_backward(y, x, low, by_x, ours, group, row),
                 compare_backward,
             )  # fmt: skip
 
@@ -250,32 +255,34 @@ class Bench:
         row, slots, tokens, (vocabulary, hidden) = self.row, self.slots, self.row.num_tokens, self.head.shape
 
         def compare_update() -> tuple[torch.Tensor, torch.Tensor]:
-            for adapters, ops in ((self.adapters, kernels), (self.reference, plain)):
+            for adapters, ops in ((self.adapters, norm_swiglu_ce), (self.exact, reference)):
                 torch.manual_seed(0)
                 adapters.gradients.normal_()
                 for flat in (adapters.weights, adapters.moment1, adapters.moment2):
                     flat.zero_()
                 ops.update(adapters, row)
-            updates = self.adapters.weights.clone(), self.reference.weights.clone()
+            updates = self.adapters.weights.clone(), self.exact.weights.clone()
             self.adapters.weights.normal_().mul_(0.02)
             return updates
 
         yield Part(
             "cross_entropy", 1, 8 * tokens * vocabulary + 4 * vocabulary * hidden, 4 * tokens * vocabulary * hidden,
             lambda _: [random(tokens, hidden)],
-            lambda states: kernels.cross_entropy(states, self.head, row, True),
-            lambda states: tuple(ops.cross_entropy(states, self.head, row, True)[2] for ops in (kernels, plain)),
+            lambda states: norm_swiglu_ce.cross_entropy(states, self.head, row, True),
+            lambda states: tuple(
+                ops.cross_entropy(states, self.head, row, True)[2] for ops in (norm_swiglu_ce, reference)
+            ),
         )  # fmt: skip
         yield Part(
             "sum_by_slot", 2, 4 * tokens, 0,
             lambda _: [torch.rand(tokens, device="cuda")],
-            lambda values: kernels.sum_by_slot(values, row, slots),
-            lambda values: tuple(ops.sum_by_slot(values, row, slots) for ops in (kernels, plain)),
+            lambda values: norm_swiglu_ce.sum_by_slot(values, row, slots),
+            lambda values: tuple(ops.sum_by_slot(values, row, slots) for ops in (norm_swiglu_ce, reference)),
         )  # fmt: skip
         yield Part(
             "update", 1, self.adapters.weights.numel() * 4 * 9, 0,
             lambda _: [],
-            lambda: kernels.update(self.adapters, row),
+            lambda: norm_swiglu_ce.update(self.adapters, row),
             compare_update,
         )  # fmt: skip
 
@@ -284,7 +291,7 @@ def make_row(tokens: int, slots: int, dropout: float) -> Row:
     """Sequences as long as GSM8K's, an equal part of the row for each slot, its last tokens fillers."""
     generator, spans = np.random.default_rng(0), []
     for slot in range(slots):
-        lengths, left = [], tokens // slots // kernels.TILE * kernels.TILE
+        lengths, left = [], tokens // slots // norm_swiglu_ce.TILE * norm_swiglu_ce.TILE
         while left > 100:
             lengths.append(int(np.clip(generator.normal(153, 50), 40, min(left, LONGEST))))
             left -= lengths[-1]
@@ -309,7 +316,7 @@ def make_row(tokens: int, slots: int, dropout: float) -> Row:
         }
         spans.append(Span(slot, Rows(ids, labels), range(len(ids)), table))
     sequences = sum(len(span.indices) + 2 for span in spans)
-    layout = Layout(tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
+    layout = Layout(tokens, sequences + -sequences % 8, slots, norm_swiglu_ce.TILE, LONGEST)
     buffer = layout.buffer("cpu")
     layout.fill(buffer.numpy(), spans)
     return layout.row(buffer.cuda())

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from orchestrator.training.fast import plain
-from orchestrator.training.fast.engine import _kernels
-from orchestrator.training.fast.lora import Adapted, Adapters, Group
-from orchestrator.training.fast.row import TABLE, Layout, Row, Rows, Span
+from orchestrator.training.fast.ops import reference
+from orchestrator.training.fast.step.adapters import Adapted, Adapters, Group
+from orchestrator.training.fast.step.engine import _kernels
+from orchestrator.training.fast.step.flat_batch import TABLE, Layout, Row, Rows, Span
 
 HIDDEN, INNER, RANKS, LONGEST = 2048, 5632, (8, 16, 32, 64), 512
 REPEATS = 10
@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as a trial on a CPU has them
     on_gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
-    ops = _kernels() if on_gpu else plain
+    ops = _kernels() if on_gpu else reference
     row = make_row(arguments.slots, arguments.tokens, int(ops.TILE), device)
     layers = [Adapted("gate", 0, HIDDEN, 0, INNER), Adapted("up", 1, HIDDEN, INNER, INNER)]
     adapters = Adapters([layers], arguments.slots, max(RANKS), torch.float32, dtype, device)
@@ -54,8 +54,8 @@ def main() -> None:
         for part, run in {"down": lambda down=down: down(x), "up": lambda up=up: up(y, low)}.items():
             y.zero_()
             result = run().float().clone()  # of float32 it is y itself, which the next way clears
-            reference = first.setdefault(part, result)
-            rest = float((result - reference).norm() / reference.norm())
+            exact = first.setdefault(part, result)
+            rest = float((result - exact).norm() / exact.norm())
             print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)
 
 
@@ -90,7 +90,7 @@ def products(row: Row) -> dict[str, Callable[..., Any]]:
     ends = row.table["end_tile"] * row.tile
 
     def padded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return plain._by_slot(x, weights, row)
+        return reference._by_slot(x, weights, row)
 
     def grouped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x, weights, offs=ends)

@@ -11,9 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Setting, main, opened
-from orchestrator.training.fast.pack import Batch
-from orchestrator.training.fast.row import Span
-from orchestrator.training.fast.slot import Slot
+from orchestrator.training.fast.drive.multi_lora import Batch
+from orchestrator.training.fast.drive.slot import Slot
+from orchestrator.training.fast.step.flat_batch import Span
 
 STEPS = 20
 

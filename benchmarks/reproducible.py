@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import Setting, main, together
 from benchmarks.pack import SLOTS, points, spec_of, speed
-from orchestrator.training.events import Evaluated, Logged
+from orchestrator.training.attempt.events import Evaluated, Logged
 
 Figures = list[tuple[int, dict[str, float]]]
 """What one trial reported: steps, and losses and norms at them."""

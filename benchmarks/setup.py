@@ -23,14 +23,14 @@ from orchestrator.data import prepare
 from orchestrator.record import SweepPaths
 from orchestrator.sweep import keeper, run
 from orchestrator.sweep.keeper import ResultKeeper
-from orchestrator.training.adapted import adapted
-from orchestrator.training.device import use_device
-from orchestrator.training.events import AtOnce
-from orchestrator.training.fast.build import engine_for
-from orchestrator.training.fast.engine import Engine
-from orchestrator.training.fast.slot import Slot
-from orchestrator.training.loop import Ground
-from orchestrator.training.trl import build_trainer
+from orchestrator.training.attempt.events import AtOnce
+from orchestrator.training.engines.loop import Ground
+from orchestrator.training.engines.sft import build_trainer
+from orchestrator.training.fast.drive.slot import Slot
+from orchestrator.training.fast.plan.factory import engine_for
+from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.model.device import use_device
+from orchestrator.training.model.peft_model import adapted
 
 TRIALS, SLOTS = 8, 2
 PARTS = ("model", "trainer", "begin")

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import Setting, main, together
 from benchmarks.pack import SLOTS, points, spec_of
-from orchestrator.training.fast.engine import Engine, Held
-from orchestrator.training.fast.pack import Pack
+from orchestrator.training.fast.drive.multi_lora import Pack
+from orchestrator.training.fast.step.engine import Engine, Held
 
 STEPS, EVAL_STEPS = 100, 25
 LONG_MS = 5.0

@@ -91,7 +91,7 @@ def data(
     """Show rows as the model sees them, what is trained on, lengths, and what is cut or dropped. Trains nothing."""
     from orchestrator.data.alone import holds_rows, spec_of_rows
     from orchestrator.report.data import say_data
-    from orchestrator.training.log_file import output_to
+    from orchestrator.training.attempt.log_file import output_to
 
     spec = (spec_of_rows if holds_rows(file) else load_spec)(file, set_ or [])
     # What libraries print meanwhile, such as a hub's progress, is no part of the answer.
@@ -314,7 +314,7 @@ def _require_no_failures(record: "SweepRecord") -> None:
 @contextmanager
 def _screen(root: Path) -> Iterator["Console"]:
     """A console for our lines. What libraries print meanwhile goes to `driver.log` in the sweep's folder."""
-    from orchestrator.training.log_file import output_to
+    from orchestrator.training.attempt.log_file import output_to
 
     with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
         log = Path(folder) / "driver.log"

@@ -139,7 +139,7 @@ def chat(
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
     from orchestrator.deploy.prompts import new_file, read_prompts, write_answers
     from orchestrator.deploy.subject import find_subject
-    from orchestrator.training.log_file import output_to
+    from orchestrator.training.attempt.log_file import output_to
 
     sampling = sampling_of(temperature, top_p, top_k, seed)
     if (prompts is None) != (answers is None) or (prompts and prompt):
@@ -255,7 +255,7 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does, until Ctrl-C."""
     from orchestrator.deploy.serving.serve import plan_service, run_service
-    from orchestrator.training.log_file import output_to
+    from orchestrator.training.attempt.log_file import output_to
 
     service = plan_service(sweep_or_adapter, output, top, engine, host, port, token, trust)
     run_service(service, lambda text: print(text, flush=True), output_to(Path(os.devnull)))
@@ -264,7 +264,7 @@ def serve(
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Says lines on the other stream than --json has. What libraries print meanwhile is dropped; faults are raised."""
-    from orchestrator.training.log_file import output_to
+    from orchestrator.training.attempt.log_file import output_to
 
     with os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as own, output_to(Path(os.devnull)):
         yield lambda line: print(line, file=own)

@@ -18,7 +18,7 @@ from orchestrator.storage import storage_fault
 from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.placement import PlacementNotice
 from orchestrator.sweep.worker import Worker
-from orchestrator.training.fast import ahead
+from orchestrator.training.fast.warmup import precompile
 from orchestrator.words import counted
 
 RELAY_CPUS = 0.001
@@ -109,11 +109,11 @@ def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     if gpus and whole != 0:
         room = max(1, min(gpus, (os.cpu_count() or 1) // resources.cpus_per_trial))
         _, slots = _spread(_at_once(spec), resources.trials_per_gpu, room)
-        ahead.start(spec.corners_on_base(), slots if whole in ("auto", 1) else 1)
+        precompile.start(spec.corners_on_base(), slots if whole in ("auto", 1) else 1)
     try:
         yield
     finally:
-        ahead.stop()
+        precompile.stop()
 
 
 class Fleet:

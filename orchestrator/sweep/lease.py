@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from orchestrator.errors import SweepError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.record.files import write_atomic
-from orchestrator.training.events import END, Event
+from orchestrator.training.attempt.events import END, Event
 
 _POLL_S = 10.0  # the host gives a lease up after 30 s
 _RETRY_S = 0.2

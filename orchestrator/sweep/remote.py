@@ -10,8 +10,8 @@ from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
-from orchestrator.training.books import Books
-from orchestrator.training.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
+from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
+from orchestrator.training.attempt.recorder import Books
 
 _LOOK_S = 0.5
 _RENEW_S = 5.0  # the host gives a lease up after 30 s

@@ -14,12 +14,12 @@ from orchestrator.imports import begin, importing, leave_out_compiler, leave_out
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.lease import AttemptLost
-from orchestrator.training.events import Event, LeaseLost
-from orchestrator.training.fast import ahead
-from orchestrator.training.log_file import output_to
+from orchestrator.training.attempt.events import Event, LeaseLost
+from orchestrator.training.attempt.log_file import output_to
+from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
-    from orchestrator.training.host import Host
+    from orchestrator.training.worker.runtime import Host
 
 
 _LAST_EVENTS_S = 2.0
@@ -41,7 +41,7 @@ class Worker:
             gpus: that this process has, perhaps a share of one.
         """
         if ray.get_gpu_ids():
-            ahead.start(spec.corners_on_base(), slots)
+            precompile.start(spec.corners_on_base(), slots)
         else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._spec, self._slots, self._is_fixed, self._gpus = spec, slots, is_fixed, gpus
@@ -67,9 +67,9 @@ class Worker:
             if self._host is None:
                 self._importing.join()
                 (rows,) = ray.get(data)
-                from orchestrator.training.device import use_device
-                from orchestrator.training.host import Host
-                from orchestrator.training.sharing import plan_slots
+                from orchestrator.training.model.device import use_device
+                from orchestrator.training.worker.compatibility import plan_slots
+                from orchestrator.training.worker.runtime import Host
 
                 Path(logs).mkdir(parents=True, exist_ok=True)
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
@@ -145,4 +145,4 @@ def _import_libraries() -> None:
     with importing():
         import datasets  # noqa: F401  # rows need it
 
-        import orchestrator.training.host  # noqa: F401
+        import orchestrator.training.worker.runtime  # noqa: F401

@@ -13,9 +13,9 @@ from orchestrator.spec.extras import require_extras
 from orchestrator.spec.sections import ResourcesSection
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
-from orchestrator.training.fast import ahead
+from orchestrator.training.attempt.watcher import Watcher
+from orchestrator.training.fast.warmup import precompile
 from orchestrator.training.start import start_sweep
-from orchestrator.training.watcher import Watcher
 
 
 def run_local_trial(
@@ -57,7 +57,7 @@ def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | N
 
 def _begin(spec: SweepSpec) -> None:
     if take_gpus(spec.resources):
-        ahead.start([spec.trial_config({})], num_slots=1)
+        precompile.start([spec.trial_config({})], num_slots=1)
 
 
 def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:

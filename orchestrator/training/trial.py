@@ -8,13 +8,13 @@ from orchestrator.record import TrialPaths, TrialResult, TrialState, read_result
 from orchestrator.signals import Signalled, StopRequest, deferred_signals
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.storage import storage_fault
-from orchestrator.training.attempt import run_alone
-from orchestrator.training.books import Books
-from orchestrator.training.device import reset_peak_memory, use_device
-from orchestrator.training.events import AtOnce, Event, Failed, Left
-from orchestrator.training.log_file import output_to
-from orchestrator.training.loop import Ground
-from orchestrator.training.watcher import Watcher
+from orchestrator.training.attempt.attempt import run_alone
+from orchestrator.training.attempt.events import AtOnce, Event, Failed, Left
+from orchestrator.training.attempt.log_file import output_to
+from orchestrator.training.attempt.recorder import Books
+from orchestrator.training.attempt.watcher import Watcher
+from orchestrator.training.engines.loop import Ground
+from orchestrator.training.model.device import reset_peak_memory, use_device
 
 
 def run_trial(

@@ -8,9 +8,9 @@ from tiny import DEMO, TINY
 
 from orchestrator.data import prepare
 from orchestrator.spec import load_spec
-from orchestrator.training.fast import ahead
-from orchestrator.training.fast.build import engine_for, release
-from orchestrator.training.loop import Ground
+from orchestrator.training.engines.loop import Ground
+from orchestrator.training.fast.plan.factory import engine_for, release
+from orchestrator.training.fast.warmup import precompile
 
 pytestmark = pytest.mark.gpu
 
@@ -19,8 +19,8 @@ def test_what_is_compiled_ahead_is_all_that_is_needed(tmp_path: Path, monkeypatc
     # The first test of this folder: this process must have no kernels yet.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=32"])
-    ahead.start(spec.corners(), 3)
-    ahead.join()
+    precompile.start(spec.corners(), 3)
+    precompile.join()
     made = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
     assert len([path for path in made if path.suffix == ".cubin"]) > 10
     ground = Ground.of(spec.base, prepare(spec.data, spec.base))

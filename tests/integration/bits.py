@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from tiny import DEMO
 
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.books import Books
-from orchestrator.training.events import Completed, Evaluated, Logged, Saved
-from orchestrator.training.loop import Ground
+from orchestrator.training.attempt.events import Completed, Evaluated, Logged, Saved
+from orchestrator.training.attempt.recorder import Books
+from orchestrator.training.engines.loop import Ground
 
 # High rates, so that a last bit that differs is soon a digit that differs.
 _HIGH = ["training.learning_rate=1e-2", "training.max_grad_norm=1.0", "training.save_steps=5"]

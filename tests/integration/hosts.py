@@ -10,9 +10,9 @@ from typing import Any
 from orchestrator.data import PreparedData
 from orchestrator.record import SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
-from orchestrator.training.events import END, Event, Noted
-from orchestrator.training.host import Host
+from orchestrator.training.attempt.events import END, Event, Noted
 from orchestrator.training.trial import start_of
+from orchestrator.training.worker.runtime import Host
 
 HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
 

@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 
 from orchestrator.data import prepare
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.device import use_device
-from orchestrator.training.events import (
+from orchestrator.training.attempt.events import (
     Aside,
     AtOnce,
 )
-from orchestrator.training.fast.build import engine_for
-from orchestrator.training.fast.pack import Pack, Work
-from orchestrator.training.loop import Ground, Seat, open_loop
+from orchestrator.training.engines.loop import Ground, Seat, open_loop
+from orchestrator.training.fast.drive.multi_lora import Pack, Work
+from orchestrator.training.fast.plan.factory import engine_for
+from orchestrator.training.model.device import use_device
 
 LOSS, UPDATE = 1e-5, 1e-3
 """What a trial beside others may differ by from itself alone: a loss, and an update to its norm."""

@@ -23,11 +23,11 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.adapted import adapted_by_peft
-from orchestrator.training.expected import expected_beside, expected_modules
-from orchestrator.training.host import Host
+from orchestrator.training.engines.sft import build_trainer, require_apart
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.trl import build_trainer, require_apart
+from orchestrator.training.model.peft_model import adapted_by_peft
+from orchestrator.training.model.targets import expected_beside, expected_modules
+from orchestrator.training.worker.runtime import Host
 
 pytestmark = pytest.mark.slow
 

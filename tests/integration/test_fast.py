@@ -17,13 +17,13 @@ from orchestrator.data import prepare
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.device import use_device
-from orchestrator.training.events import AtOnce
-from orchestrator.training.fast import build
-from orchestrator.training.fast.engine import AHEAD, Engine, Figures
-from orchestrator.training.fast.pack import Pack
+from orchestrator.training.attempt.events import AtOnce
+from orchestrator.training.engines.loop import Ground, Loop, about, find_seat, open_loop
+from orchestrator.training.fast.drive.multi_lora import Pack
+from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.step.engine import AHEAD, Engine, Figures
 from orchestrator.training.local import resume_local_trial, run_local_trial
-from orchestrator.training.loop import Ground, Loop, about, find_seat, open_loop
+from orchestrator.training.model.device import use_device
 
 pytestmark = pytest.mark.slow
 
@@ -273,7 +273,7 @@ SETTINGS = {
 def test_a_few_steps_are_those_of_sfttrainer(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
     if setting.endswith("passes"):
-        monkeypatch.setattr(build, "CPU_TOKENS", 150)
+        monkeypatch.setattr(factory, "CPU_TOKENS", 150)
         run = Engine._compute
 
         def counted(*arguments: Any) -> Any:

@@ -15,12 +15,8 @@ from safetensors.torch import load_file
 from tiny import DEMO
 
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training import host as host_room
-from orchestrator.training import hosted as hosted_room
-from orchestrator.training import reporter as reporter_room
-from orchestrator.training import sharing
-from orchestrator.training.books import Books
-from orchestrator.training.events import (
+from orchestrator.training.attempt.attempt import reporter as reporter_room
+from orchestrator.training.attempt.events import (
     Answered,
     Completed,
     Evaluated,
@@ -32,10 +28,14 @@ from orchestrator.training.events import (
     Saved,
     Warned,
 )
-from orchestrator.training.fast.engine import CPU_TOKENS, Engine
-from orchestrator.training.host import LeaseLost
-from orchestrator.training.hosted import Lease, Writer
-from orchestrator.training.loop import Ground
+from orchestrator.training.attempt.recorder import Books
+from orchestrator.training.engines.loop import Ground
+from orchestrator.training.fast.step.engine import CPU_TOKENS, Engine
+from orchestrator.training.worker import compatibility
+from orchestrator.training.worker import runtime as host_room
+from orchestrator.training.worker import slots as hosted_room
+from orchestrator.training.worker.runtime import LeaseLost
+from orchestrator.training.worker.slots import Lease, Writer
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def hosted_spec() -> SweepSpec:
 @pytest.fixture
 def joint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials step jointly, as they do on a GPU."""
-    monkeypatch.setattr(sharing, "steps_separately", lambda _: False)
+    monkeypatch.setattr(compatibility, "steps_separately", lambda _: False)
 
 
 @pytest.fixture

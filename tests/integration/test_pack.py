@@ -12,13 +12,13 @@ from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
-from orchestrator.training.events import (
+from orchestrator.training.attempt.events import (
     Aside,
 )
-from orchestrator.training.fast.build import release
-from orchestrator.training.fast.engine import Engine, Held
-from orchestrator.training.hosted import Lease, Writer
-from orchestrator.training.loop import Ground
+from orchestrator.training.engines.loop import Ground
+from orchestrator.training.fast.plan.factory import release
+from orchestrator.training.fast.step.engine import Engine, Held
+from orchestrator.training.worker.slots import Lease, Writer
 
 pytestmark = pytest.mark.slow
 

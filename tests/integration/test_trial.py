@@ -21,9 +21,9 @@ from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.search import SearchSection
-from orchestrator.training import attempt as attempt_room
-from orchestrator.training import loop as loop_room
-from orchestrator.training.fast.engine import CPU_TOKENS
+from orchestrator.training.attempt import attempt as attempt_room
+from orchestrator.training.engines import loop as loop_room
+from orchestrator.training.fast.step.engine import CPU_TOKENS
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.trial import run_trial
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.axes import Axis
-from orchestrator.training.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, predict
+from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, predict
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -15,14 +15,14 @@ WORKER = """
 import sys
 from orchestrator.sweep.worker import _import_libraries
 _import_libraries()
-assert "orchestrator.training.host" in sys.modules
+assert "orchestrator.training.worker.runtime" in sys.modules
 print("torch._inductor.compile_fx" in sys.modules)
 """
 TRAINER = """
 from orchestrator.sweep.worker import _import_libraries
 _import_libraries()
 import sys
-from orchestrator.training.trl import import_trainer
+from orchestrator.training.engines.sft import import_trainer
 import_trainer()
 from transformers.integrations import is_wandb_available
 from accelerate.utils import is_peft_model
@@ -42,7 +42,7 @@ begin(lambda: (time.sleep(1), print("done"))[1])
 RACE = """
 import sys
 from threading import Thread
-from orchestrator.training.trl import build_trainer, import_trainer
+from orchestrator.training.engines.sft import build_trainer, import_trainer
 thread = Thread(target=import_trainer)
 thread.start()
 while "trl" not in sys.modules:

@@ -9,7 +9,7 @@ from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import fleet
 from orchestrator.sweep.fleet import Layout, compiling_early, lay_out
-from orchestrator.training.fast import ahead
+from orchestrator.training.fast.warmup import precompile
 
 ADDRESS = "10.0.0.1:6379"
 
@@ -80,7 +80,7 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     monkeypatch: pytest.MonkeyPatch, num_trials: int, overrides: list[str], slots: list[int]
 ) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(ahead, "start", lambda _, num_slots: begun.append(num_slots))
+    monkeypatch.setattr(precompile, "start", lambda _, num_slots: begun.append(num_slots))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(fleet, "_gpus_here", lambda: 2)
 

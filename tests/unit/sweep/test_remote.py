@@ -22,7 +22,7 @@ from orchestrator.record import (
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.lease import AttemptLost
 from orchestrator.sweep.remote import Claim, RemoteTrial
-from orchestrator.training.events import Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
+from orchestrator.training.attempt.events import Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 
 TOTAL = 6
 USE = (1.0, 0.0, 0.5)
@@ -246,7 +246,7 @@ def test_a_record_that_cannot_be_written_gives_the_slot_back(
     def refuse(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("orchestrator.training.books.open_trackers", refuse)
+    monkeypatch.setattr("orchestrator.training.attempt.recorder.open_trackers", refuse)
     workers = Workers()
     with pytest.raises(OSError, match="no space left"):
         trial(start, paths, workers)

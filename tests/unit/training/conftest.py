@@ -9,8 +9,8 @@ import torch
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.fast.plain import TILE
-from orchestrator.training.fast.row import Layout, Row, Rows, Span
+from orchestrator.training.fast.ops.reference import TILE
+from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span
 
 MakeRows = Callable[..., Rows]
 MakeTable = Callable[..., dict[str, float]]

@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from orchestrator.base import load_base, shell
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.adapted import adapted, lora_config, pattern
-from orchestrator.training.expected import expected_modules
-from orchestrator.training.first_weights import draw
+from orchestrator.training.model.adapter_init import draw
+from orchestrator.training.model.peft_model import adapted, lora_config, pattern
+from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

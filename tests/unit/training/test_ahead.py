@@ -12,30 +12,30 @@ import pytest
 from tiny import DEMO
 
 from orchestrator.spec import load_spec
-from orchestrator.training.fast import ahead
+from orchestrator.training.fast.warmup import precompile
 
 BF16 = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
 
 
 def started(*settings: str) -> "subprocess.Popen[bytes]":
-    ahead.start(load_spec(DEMO, settings).corners(), 2)
-    assert ahead._running is not None
-    return ahead._running[0]
+    precompile.start(load_spec(DEMO, settings).corners(), 2)
+    assert precompile._running is not None
+    return precompile._running[0]
 
 
 @pytest.mark.parametrize("setting", ["training.engine=trl", "lora.dora=true", "training.optimizer=sgd"])
 def test_nothing_is_started_for_trials_of_the_classic_engine(setting: str) -> None:
-    ahead.start(load_spec(DEMO, [setting]).corners(), 2)
-    assert ahead._running is None
-    ahead.join()
+    precompile.start(load_spec(DEMO, [setting]).corners(), 2)
+    assert precompile._running is None
+    precompile.join()
 
 
 @pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
 def test_what_no_gpu_holds_is_not_compiled(setting: str, caplog: pytest.LogCaptureFixture) -> None:
     process = started(*BF16, setting)
-    ahead.join()
+    precompile.join()
     assert process.returncode == 0
-    assert ahead._running is None
+    assert precompile._running is None
     assert not caplog.records
 
 
@@ -44,21 +44,21 @@ def test_it_looks_for_packages_where_this_process_does(tmp_path: Path, monkeypat
     (tmp_path / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     started(*BF16, "base.compute_dtype=float32")
-    ahead.join()
+    precompile.join()
     assert marker.exists()
 
 
 def test_a_fault_there_is_told_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     started(*BF16, f"base.model={tmp_path}")
     with caplog.at_level(logging.WARNING):
-        ahead.join()
+        precompile.join()
     assert "config.json" in caplog.text
 
 
 def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(ahead, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(precompile, "_PATIENCE_S", 0.01)
     process = started(*BF16)
-    ahead.join()
+    precompile.join()
     assert process.returncode == -signal.SIGKILL
     assert "longer than 0.01 s" in caplog.text
 
@@ -68,7 +68,7 @@ def test_another_start_ends_the_first() -> None:
     second = started(*BF16, "base.compute_dtype=float32")
     assert first.returncode == -signal.SIGKILL
     assert second.poll() is None
-    ahead.stop()
+    precompile.stop()
     assert second.returncode == -signal.SIGKILL
 
 
@@ -80,6 +80,6 @@ def test_a_machine_that_starts_no_process_trains_all_the_same(
         raise OSError("no room")
 
     monkeypatch.setattr(subprocess, "Popen", fails)
-    ahead.start(load_spec(DEMO, BF16).corners(), 2)
-    ahead.join()
+    precompile.start(load_spec(DEMO, BF16).corners(), 2)
+    precompile.join()
     assert "no room" in caplog.text

@@ -10,8 +10,8 @@ import torch
 from orchestrator.errors import DivergedError, FailureCause, HubError, TooLargeError, TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt import Attempt
-from orchestrator.training.events import AtOnce, Event, Failed, Left
+from orchestrator.training.attempt.attempt import Attempt
+from orchestrator.training.attempt.events import AtOnce, Event, Failed, Left
 
 
 class Heard:

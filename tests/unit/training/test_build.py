@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.fast import build
-from orchestrator.training.fast.build import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots
-from orchestrator.training.fast.eligibility import why_not
-from orchestrator.training.fast.engine import CPU_TOKENS, Held
-from orchestrator.training.fast.row import TABLE, Rows
+from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.plan.eligibility import why_not
+from orchestrator.training.fast.plan.factory import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots
+from orchestrator.training.fast.step.engine import CPU_TOKENS, Held
+from orchestrator.training.fast.step.flat_batch import TABLE, Rows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -157,11 +157,11 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
     longer = engine(lora={"rank": 4}, longest=200)._decoder
     assert longer.longest >= 200 > first._decoder.longest
 
-    standing, gone = len(build._engines), weakref.ref(bases[0])
+    standing, gone = len(factory._engines), weakref.ref(bases[0])
     del bases[:], first, second, longer
     gc.collect()
     assert gone() is None, "an engine keeps the base alive"
-    assert len(build._engines) == standing - 1
+    assert len(factory._engines) == standing - 1
 
 
 def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, base: Any) -> None:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from orchestrator.training.fast import lora_backward_kernels, lora_kernels, update_kernels
+from orchestrator.training.fast.ops.triton import adamw, lora_backward, lora_forward
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BFLOAT16 = ("x", "y", "low", "gradient", "x_gradient", "by_low")
@@ -33,17 +33,17 @@ SCALARS = ("stride", "y_stride", "low_stride", "features", "num_tiles", "num_slo
 PACK = {"RANK": 32, "PATHS": 2, "TILE": 64}
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "down": (lora_kernels._down, PACK | {"SPLITS": 4, "BLOCK_K": 64}),
-    "up": (lora_kernels._up, PACK | {"BLOCK_N": 64}),
-    "up backward": (lora_backward_kernels._up_backward, PACK | {"SPLITS": 4, "LAYERS": 2, "BLOCK_N": 64}),
-    "down backward": (lora_backward_kernels._down_backward, PACK | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
+    "down": (lora_forward._down, PACK | {"SPLITS": 4, "BLOCK_K": 64}),
+    "up": (lora_forward._up, PACK | {"BLOCK_N": 64}),
+    "up backward": (lora_backward._up_backward, PACK | {"SPLITS": 4, "LAYERS": 2, "BLOCK_N": 64}),
+    "down backward": (lora_backward._down_backward, PACK | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
     "update in eight bits": (
-        update_kernels._update_eight_bit,
+        adamw._update_eight_bit,
         {"ELEMENTS": 512, "SHARED": 256, "SMALL": 4096, "RANK": 64},
     ),
-    "norms": (update_kernels._norms, {"BLOCK": 1024}),
-    "squares": (update_kernels._squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
-    "update": (update_kernels._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
+    "norms": (adamw._norms, {"BLOCK": 1024}),
+    "squares": (adamw._squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
+    "update": (adamw._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED": True}),
 }
 
 

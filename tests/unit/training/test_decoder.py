@@ -12,13 +12,13 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
-from orchestrator.training.expected import expected_modules
-from orchestrator.training.fast import plain
-from orchestrator.training.fast.decoder import Decoder, adapted_layers
-from orchestrator.training.fast.engine import Engine, Held
-from orchestrator.training.fast.lora import Adapters, lora_parameters
-from orchestrator.training.fast.row import Rows, Span
-from orchestrator.training.memory import Recompute
+from orchestrator.training.fast.ops import reference
+from orchestrator.training.fast.plan.memory import Recompute
+from orchestrator.training.fast.step.adapters import Adapters, lora_parameters
+from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
+from orchestrator.training.fast.step.engine import Engine, Held
+from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -118,16 +118,16 @@ def test_losses_and_gradients_are_those_of_peft(
     row = make_row(span)
     for layers in places:
         for layer in layers:
-            kept = plain.keep(row, layer.number, layer.in_features)[: span.num_tokens]
+            kept = reference.keep(row, layer.number, layer.in_features)[: span.num_tokens]
             drop = peft.get_submodule(f"base_model.model.{layer.name}").lora_dropout
             drop["default"] = Masked(pad_sequence(list(kept.split(LENGTHS)), batch_first=True))
 
     peft.train()
-    reference = loss_of(peft, rows)
-    reference.backward()
-    reference = reference.detach()
+    exact = loss_of(peft, rows)
+    exact.backward()
+    exact = exact.detach()
     figures = engine.step([span]).read()
-    assert figures.losses[0] == pytest.approx(float(reference), abs=1e-5)
+    assert figures.losses[0] == pytest.approx(float(exact), abs=1e-5)
     gradients = dict(adapters.matrices(0, RANK, adapters.gradients))
     for key, gradient in gradients.items():
         expected = parameters[key].grad
@@ -142,10 +142,10 @@ def test_losses_and_gradients_are_those_of_peft(
 
     peft.eval()
     with torch.no_grad():
-        reference = loss_of(peft, rows)
+        exact = loss_of(peft, rows)
     (scores,) = engine.evaluate([Held(engine, 0, rows, table)])
     loss, accuracy = scores.loss, scores.token_accuracy
-    assert loss == pytest.approx(float(reference), abs=1e-5)
+    assert loss == pytest.approx(float(exact), abs=1e-5)
     assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
     ids, wanted, mask = padded(rows)
     hits = (peft(input_ids=ids, attention_mask=mask).logits.argmax(-1) == wanted).sum()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.training.device import peak_memory_gib
+from orchestrator.training.model.device import peak_memory_gib
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -14,14 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.record import RowScores
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.expected import expected_modules
-from orchestrator.training.fast import engine as engine_module
-from orchestrator.training.fast.decoder import Decoder, adapted_layers
-from orchestrator.training.fast.engine import Engine, Figures, Held
-from orchestrator.training.fast.lora import Adapters
-from orchestrator.training.fast.pack import Batch, Pack, Work
-from orchestrator.training.fast.row import Rows, Span
-from orchestrator.training.fast.slot import dropout_key
+from orchestrator.training.fast.drive.multi_lora import Batch, Pack, Work
+from orchestrator.training.fast.drive.slot import dropout_key
+from orchestrator.training.fast.step import engine as engine_module
+from orchestrator.training.fast.step.adapters import Adapters
+from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
+from orchestrator.training.fast.step.engine import Engine, Figures, Held
+from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.model.targets import expected_modules
 
 MakeRows = Callable[..., Rows]
 MakeTable = Callable[..., dict[str, float]]
@@ -215,7 +215,7 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
 
     values = [evaluate(rows, dropout) for dropout in (0.0, 0.5)]
     for most in (40, 17, 1):
-        monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
+        monkeypatch.setattr("orchestrator.training.fast.step.engine.CPU_TOKENS", most)
         values.append(evaluate(rows))
     each = [evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in range(len(rows))]
     one_by_one = RowScores(
@@ -234,7 +234,7 @@ def test_an_evaluation_of_several_slots_measures_each_as_alone(
     model: Any, make_rows: MakeRows, make_table: MakeTable, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """Other rows, scales and ranks in slots that share passes; another slot holds NaN; nothing trains."""
-    monkeypatch.setattr("orchestrator.training.fast.engine.CPU_TOKENS", most)
+    monkeypatch.setattr("orchestrator.training.fast.step.engine.CPU_TOKENS", most)
     together = make_engine(model, 4, 16)
     together.adapters.weights[1] = math.nan
     held = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from orchestrator.base import load_tokenizer, shell
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.spec import TrialConfig, parse_spec
-from orchestrator.training.adapted import lora_config, lora_layers
-from orchestrator.training.expected import expected, expected_beside, expected_modules
+from orchestrator.training.model.peft_model import lora_config, lora_layers
+from orchestrator.training.model.targets import expected, expected_beside, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -13,10 +13,10 @@ from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training import first_weights
-from orchestrator.training.adapted import adapted_by_peft, lay, lora_layers
-from orchestrator.training.expected import Beside, expected_modules
-from orchestrator.training.first_weights import draw, eva_components
+from orchestrator.training.model import adapter_init
+from orchestrator.training.model.adapter_init import draw, eva_components
+from orchestrator.training.model.peft_model import adapted_by_peft, lay, lora_layers
+from orchestrator.training.model.targets import Beside, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -178,7 +178,7 @@ def test_eva_of_a_rank_that_a_layer_does_not_read_is_told(
 def test_eva_that_does_not_settle_is_told(
     bases: dict[str, Any], trial: MakeConfig, data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_weights, "EVA_PASSES", 2)
+    monkeypatch.setattr(adapter_init, "EVA_PASSES", 2)
     config = trial(init="eva", rank=3, target_modules=["q_proj"])
     with pytest.raises(TrialError, match="has not settled in 2 passes"):
         eva_components(shell(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from orchestrator.record import TrialPaths
-from orchestrator.training import hosted
-from orchestrator.training.events import Completed, LeaseLost, Left
-from orchestrator.training.hosted import Lease, Leases, Writer
+from orchestrator.training.attempt.events import Completed, LeaseLost, Left
+from orchestrator.training.worker import slots
+from orchestrator.training.worker.slots import Lease, Leases, Writer
 
 START: Any = None
 """What a trial trains is nothing to a lease."""
@@ -58,7 +58,7 @@ def test_a_lease_that_has_ended_and_of_which_nobody_hears_is_forgotten(monkeypat
     leases.done(ended)
     take(leases, "3", "c")
     assert leases.named("1") is ended
-    monkeypatch.setattr(hosted, "LEASE_S", -1.0)
+    monkeypatch.setattr(slots, "LEASE_S", -1.0)
     assert ended.is_given_up
     take(leases, "4", "d")
     with pytest.raises(LeaseLost):

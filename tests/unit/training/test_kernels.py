@@ -13,18 +13,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from orchestrator.training.fast import plain  # noqa: E402
-from orchestrator.training.fast.eight_bit import Moment  # noqa: E402
-from orchestrator.training.fast.launch import FULL  # noqa: E402
-from orchestrator.training.fast.lora import Adapted, Adapters  # noqa: E402
-from orchestrator.training.fast.row import Layout, Row, Rows, Span  # noqa: E402
+from orchestrator.training.fast.ops import reference  # noqa: E402
+from orchestrator.training.fast.ops.eight_bit import Moment  # noqa: E402
+from orchestrator.training.fast.ops.triton.launch import FULL  # noqa: E402
+from orchestrator.training.fast.step.adapters import Adapted, Adapters  # noqa: E402
+from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span  # noqa: E402
 
-FAST = "orchestrator.training.fast"
+PACKAGE = "orchestrator.training.fast.ops.triton"
 LEAVES = (
-    "launch", "lora_parts", "lora_kernels", "lora_backward_kernels", "attention_kernels",
-    "update_kernels", "kernels",
+    "launch", "lora_common", "lora_forward", "lora_backward", "attention",
+    "adamw", "norm_swiglu_ce",
 )  # fmt: skip
-MODULES = [f"{FAST}.{leaf}" for leaf in LEAVES]
+MODULES = [f"{PACKAGE}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -47,7 +47,7 @@ def load_kernels() -> ModuleType:
             if name in MODULES or (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
         }
 
-    package, others, before = importlib.import_module(FAST), take(), os.environ.get("TRITON_INTERPRET")
+    package, others, before = importlib.import_module(PACKAGE), take(), os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         kernels = importlib.import_module(MODULES[-1])
@@ -60,7 +60,7 @@ def load_kernels() -> ModuleType:
         take()
         sys.modules.update(others)
         for name in MODULES:
-            leaf = name.removeprefix(f"{FAST}.")
+            leaf = name.removeprefix(f"{PACKAGE}.")
             vars(package).pop(leaf, None)
             if name in others:
                 setattr(package, leaf, others[name])
@@ -159,9 +159,9 @@ def random(*shape: int, dtype: Any = DTYPE) -> Any:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def assert_close(value: Any, reference: Any, tolerance: float = TOLERANCE) -> None:
-    assert value.shape == reference.shape
-    error = (value.float() - reference.float()).norm() / reference.float().norm()
+def assert_close(value: Any, exact: Any, tolerance: float = TOLERANCE) -> None:
+    assert value.shape == exact.shape
+    error = (value.float() - exact.float()).norm() / exact.float().norm()
     assert error <= tolerance, f"differs by {float(error):.2e} of the norm"
 
 
@@ -170,14 +170,14 @@ def make_adapters(
 ) -> tuple[Any, Any]:
     """Adapters for the kernels and the same in float32 for the reference; of several slots, each of its own rank."""
     num_slots = len(row.table["key"])
-    ours, reference = (
+    ours, exact = (
         Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit) for compute in (DTYPE, torch.float32)
     )
     ours.weights.normal_()
     row.table["rank"].clamp_(max=rank)
     clear_beyond(ours, ours.weights)
-    reference.weights.copy_(ours.weights)
-    return ours, reference
+    exact.weights.copy_(ours.weights)
+    return ours, exact
 
 
 def clear_beyond(adapters: Adapters, flat: Any) -> None:
@@ -204,21 +204,21 @@ def test_add_norm(delta: bool) -> None:
     states, weight = random(5, 100), random(100)
     added = random(5, 100) if delta else None
     ours = kernels.add_norm(states, added, weight, 1e-5)
-    for value, reference in zip(ours, plain.add_norm(states, added, weight, 1e-5), strict=True):
-        assert_close(value, reference)
+    for value, exact in zip(ours, reference.add_norm(states, added, weight, 1e-5), strict=True):
+        assert_close(value, exact)
 
 
 def test_add_norm_backward() -> None:
     gradient, by_normed, states, weight = random(5, 100), random(5, 100), random(5, 100), random(100)
-    root = plain.add_norm(states, None, weight, 1e-5)[2]
+    root = reference.add_norm(states, None, weight, 1e-5)[2]
     inputs = (gradient, by_normed, states, root, weight)
-    assert_close(kernels.add_norm_backward(*inputs), plain.add_norm_backward(*inputs))
+    assert_close(kernels.add_norm_backward(*inputs), reference.add_norm_backward(*inputs))
 
 
 def test_swiglu_and_its_backward() -> None:
     gate_up, gradient = random(5, 2 * 1100), random(5, 1100)
-    assert_close(kernels.swiglu(gate_up), plain.swiglu(gate_up))
-    assert_close(kernels.swiglu_backward(gradient, gate_up), plain.swiglu_backward(gradient, gate_up))
+    assert_close(kernels.swiglu(gate_up), reference.swiglu(gate_up))
+    assert_close(kernels.swiglu_backward(gradient, gate_up), reference.swiglu_backward(gradient, gate_up))
 
 
 @pytest.mark.parametrize("queries", [2, 6])
@@ -227,20 +227,20 @@ def test_attention_and_its_backward(make: Callable[[], Row], queries: int) -> No
     row, size = make(), 32
     angles = torch.arange(100, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 3, size // 2, device=DEVICE)
     angles = torch.cat((angles, angles), 1)
-    heads = plain.Heads(queries, 2, size, angles.cos().to(DTYPE), angles.sin().to(DTYPE))
-    wide = plain.Heads(queries, 2, size, heads.cos.float(), heads.sin.float())
+    heads = reference.Heads(queries, 2, size, angles.cos().to(DTYPE), angles.sin().to(DTYPE))
+    wide = reference.Heads(queries, 2, size, heads.cos.float(), heads.sin.float())
     qkv, gradient = random(row.num_tokens, (queries + 4) * size), random(row.num_tokens, queries * size)
     output, attended = kernels.attention(qkv.clone(), row, heads)
-    reference, reference_attended = plain.attention(qkv.float(), row, wide)
-    assert_close(output, reference)
+    exact, reference_attended = reference.attention(qkv.float(), row, wide)
+    assert_close(output, exact)
     by_qkv = kernels.attention_backward(gradient, attended, row, heads)
-    assert_close(by_qkv, plain.attention_backward(gradient.float(), reference_attended, row, wide))
+    assert_close(by_qkv, reference.attention_backward(gradient.float(), reference_attended, row, wide))
 
 
 def test_attention_does_not_spread_what_is_not_finite() -> None:
     row = several_slots()
     angles = torch.zeros(100, 32, device=DEVICE, dtype=DTYPE)
-    heads = plain.Heads(2, 2, 32, angles, angles)
+    heads = reference.Heads(2, 2, 32, angles, angles)
     qkv, gradient = random(row.num_tokens, 6 * 32), random(row.num_tokens, 2 * 32)
     sick = (row.tiles == 2).repeat_interleave(kernels.TILE)
     qkv[sick] = float("nan")
@@ -272,31 +272,31 @@ def blank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_and_their_backward(make: Callable[[], Row], group: str, rank: int) -> None:
     """Of each slot's own rank: what the stack has beyond is not read."""
     row, layers = make(), GROUPS[group]
-    ours, reference = make_adapters(row, [layers], rank)
+    ours, exact = make_adapters(row, [layers], rank)
     live = (torch.arange(rank, device=DEVICE) < row.table["rank"][row.owners][:, None]).repeat(1, len(layers))
     place = ours.places[0]
     width = max(layer.column + layer.width for layer in layers)
     x, y = random(row.num_tokens, place.in_features), random(row.num_tokens, width)
-    low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
+    low, expected_low = kernels.lora_down(x, ours, place, row), reference.lora_down(x.float(), exact, place, row)
     assert_close(low.where(live, 0), expected_low)
     expected = y.to(torch.float32, copy=True)
     kernels.lora_up_(y, low, ours, place, row)
-    plain.lora_up_(expected, expected_low, reference, place, row)
+    reference.lora_up_(expected, expected_low, exact, place, row)
     assert_close(y, expected)
 
     by_x, gradient = random(*x.shape), random(*y.shape) * is_real(row)
     expected = by_x.to(torch.float32, copy=True)
-    for adapters in (ours, reference):  # gradients add up
+    for adapters in (ours, exact):  # gradients add up
         torch.manual_seed(1)
         adapters.gradients.normal_()
     before = ours.gradients.clone()
     kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
-    plain.lora_backward(gradient.float(), x.float(), expected_low, expected, reference, place, row)
+    reference.lora_backward(gradient.float(), x.float(), expected_low, expected, exact, place, row)
     assert_close(by_x, expected)
     for slot in range(ours.num_slots):
         if slot in row.tiles:
             for view in (ours.a, ours.b):
-                own, others = (view(place, flat - before)[slot] for flat in (ours.gradients, reference.gradients))
+                own, others = (view(place, flat - before)[slot] for flat in (ours.gradients, exact.gradients))
                 assert_close(own, others, max(TOLERANCE, 1e-4))
         else:
             assert torch.equal(ours.gradients[slot], before[slot])
@@ -304,20 +304,20 @@ def test_adapters_and_their_backward(make: Callable[[], Row], group: str, rank: 
 
 def test_wide_ranks_and_stored_bfloat16() -> None:
     row, layers = one_slot(), GROUPS["two of three"]
-    ours, reference = make_adapters(row, [layers], 128, torch.bfloat16 if ON_GPU else torch.float32)
+    ours, exact = make_adapters(row, [layers], 128, torch.bfloat16 if ON_GPU else torch.float32)
     place = ours.places[0]
     x, by_x, gradient = (
         random(row.num_tokens, 72),
         random(row.num_tokens, 72),
         random(row.num_tokens, 88) * is_real(row),
     )
-    low, expected_low = kernels.lora_down(x, ours, place, row), plain.lora_down(x.float(), reference, place, row)
+    low, expected_low = kernels.lora_down(x, ours, place, row), reference.lora_down(x.float(), exact, place, row)
     assert_close(low, expected_low)
     expected = by_x.to(torch.float32, copy=True)
     kernels.lora_backward(gradient, x, low, by_x, ours, place, row)
-    plain.lora_backward(gradient.float(), x.float(), expected_low, expected, reference, place, row)
+    reference.lora_backward(gradient.float(), x.float(), expected_low, expected, exact, place, row)
     assert_close(by_x, expected)
-    assert_close(ours.gradients, reference.gradients)
+    assert_close(ours.gradients, exact.gradients)
 
 
 def test_masks_are_the_same_bit_for_bit() -> None:
@@ -329,7 +329,7 @@ def test_masks_are_the_same_bit_for_bit() -> None:
     adapters.a(place, adapters.weights)[:] = torch.eye(64, 48, device=DEVICE).repeat(3, 1)
     low = kernels.lora_down(torch.ones(row.num_tokens, 48, dtype=DTYPE, device=DEVICE), adapters, place, row)
     for number, masks in zip(numbers, low.unflatten(1, (3, 64)).unbind(1), strict=True):
-        assert torch.equal(masks[:, :48] != 0, plain.keep(row, number, 48))
+        assert torch.equal(masks[:, :48] != 0, reference.keep(row, number, 48))
 
 
 def test_a_slot_that_is_not_finite_stays_alone() -> None:
@@ -359,7 +359,7 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, max_logits: int) -> None
     logits = states @ head.T  # as the kernel rounds them
     for trains in (True, False):
         losses, hits, gradient = kernels.cross_entropy(states, head, row, trains)
-        expected_losses, expected_hits, expected = plain.cross_entropy(states, head, row, trains)
+        expected_losses, expected_hits, expected = reference.cross_entropy(states, head, row, trains)
         assert_close(losses, expected_losses)
         likeliest = (logits.float().argmax(-1) == row.targets) if ON_GPU else expected_hits.bool()
         assert torch.equal(hits.bool(), likeliest)
@@ -387,7 +387,7 @@ def test_the_first_of_those_equally_likely_counts() -> None:
 def test_sum_by_slot() -> None:
     row = several_slots()
     values = random(row.num_tokens, dtype=torch.float32)
-    assert_close(kernels.sum_by_slot(values, row, NUM_SLOTS), plain.sum_by_slot(values, row, NUM_SLOTS), 1e-5)
+    assert_close(kernels.sum_by_slot(values, row, NUM_SLOTS), reference.sum_by_slot(values, row, NUM_SLOTS), 1e-5)
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -402,8 +402,8 @@ def test_update(rank: int) -> None:
         learning_rate={0: 1e-2, 1: 1e-3, 2: 1e-2, 3: 1e-2},
         rank=RANKS,
     )
-    ours, reference = make_adapters(row, [GROUPS["three"], GROUPS["one, wide"]], rank)
-    for adapters in (ours, reference):
+    ours, exact = make_adapters(row, [GROUPS["three"], GROUPS["one, wide"]], rank)
+    for adapters in (ours, exact):
         torch.manual_seed(1)
         for flat in (adapters.moment1, adapters.gradients):
             flat.normal_()
@@ -412,13 +412,13 @@ def test_update(rank: int) -> None:
             clear_beyond(adapters, flat)
         adapters.gradients[3, 40] = float("nan")
     before = [flat.clone() for flat in (ours.weights, ours.moment1, ours.moment2)]
-    norms, expected = kernels.update(ours, row), plain.update(reference, row)
+    norms, expected = kernels.update(ours, row), reference.update(exact, row)
     assert_close(norms[:2], expected[:2], 1e-5)
     assert norms[2] == 0
     assert norms[3].isnan()
     for name in ("weights", "moment1", "moment2"):
-        assert_close(getattr(ours, name), getattr(reference, name), 1e-5)
-    assert torch.equal(ours.gradients, reference.gradients)
+        assert_close(getattr(ours, name), getattr(exact, name), 1e-5)
+    assert torch.equal(ours.gradients, exact.gradients)
     assert ours.gradients[2].any()
     for flat, old in zip((ours.weights, ours.moment1, ours.moment2), before, strict=True):
         assert torch.equal(flat[2:], old[2:])
@@ -450,9 +450,9 @@ def test_update_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         learning_rate=dict.fromkeys(range(NUM_SLOTS), 1e-2),
         rank=RANKS,
     )
-    ours, reference = make_adapters(row, layers, 64, eight_bit=True)
+    ours, exact = make_adapters(row, layers, 64, eight_bit=True)
     assert ours.eight is not None
-    assert reference.eight is not None
+    assert exact.eight is not None
     began = ours.weights.clone()
     for step in range(3):
         torch.manual_seed(step)
@@ -460,15 +460,15 @@ def test_update_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         clear_beyond(ours, gradients)
         gradients[3, 40] = float("inf")
         ours.gradients.copy_(gradients)
-        reference.gradients.copy_(gradients)
-        norms, expected = kernels.update(ours, row), plain.update(reference, row)
+        exact.gradients.copy_(gradients)
+        norms, expected = kernels.update(ours, row), reference.update(exact, row)
         assert_close(norms[:3], expected[:3], 1e-5)
         assert norms[3].isinf()
         assert not ours.gradients.any()
-        far = ~torch.isclose(ours.weights, reference.weights, rtol=1e-4, atol=1e-5)
+        far = ~torch.isclose(ours.weights, exact.weights, rtol=1e-4, atol=1e-5)
         assert far.float().mean() < 1e-4, "an element may lie half way between two values, of which one is taken"
-        assert_close(ours.eight.magnitudes, reference.eight.magnitudes, 1e-5)
-        for kept, wanted in zip(moments_of(ours, row), moments_of(reference, row), strict=True):
+        assert_close(ours.eight.magnitudes, exact.eight.magnitudes, 1e-5)
+        for kept, wanted in zip(moments_of(ours, row), moments_of(exact, row), strict=True):
             assert_close(kept.read(), wanted.read(), 5e-3)
     assert torch.equal(ours.weights[3], began[3])
     assert not ours.moment1[3].any()

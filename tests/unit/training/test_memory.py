@@ -9,12 +9,12 @@ import torch
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
-from orchestrator.training.expected import expected_modules
-from orchestrator.training.fast.decoder import Decoder, Kept, Layer, adapted_layers
-from orchestrator.training.fast.engine import Engine
-from orchestrator.training.fast.lora import Adapters
-from orchestrator.training.fast.row import Rows, Span
-from orchestrator.training.memory import BaseShape, Choice, Recompute, choices, predict
+from orchestrator.training.fast.plan.memory import BaseShape, Choice, Recompute, choices, predict
+from orchestrator.training.fast.step.adapters import Adapters
+from orchestrator.training.fast.step.decoder import Decoder, Kept, Layer, adapted_layers
+from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.training.fast.engine import Held
-from orchestrator.training.fast.pack import Batch, Pack, Task, Work
-from orchestrator.training.fast.row import Rows, Span
+from orchestrator.training.fast.drive.multi_lora import Batch, Pack, Task, Work
+from orchestrator.training.fast.step.engine import Held
+from orchestrator.training.fast.step.flat_batch import Rows, Span
 
 TILE = 8
 NO_ENGINE: Any = None

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit
 
-from orchestrator.training.fast import plain
-from orchestrator.training.fast.eight_bit import values_of_bytes
-from orchestrator.training.fast.lora import Adapted, Adapters
-from orchestrator.training.fast.own import copied
-from orchestrator.training.fast.row import IGNORED, Row, Rows, Span
-from orchestrator.training.fast.slot import dropout_key
+from orchestrator.training.fast.drive.slot import dropout_key
+from orchestrator.training.fast.drive.slot_view import copied
+from orchestrator.training.fast.ops import reference
+from orchestrator.training.fast.ops.eight_bit import values_of_bytes
+from orchestrator.training.fast.step.adapters import Adapted, Adapters
+from orchestrator.training.fast.step.flat_batch import IGNORED, Row, Rows, Span
 
 MakeRows = Callable[..., Rows]
 MakeTable = Callable[..., dict[str, float]]
@@ -38,10 +38,10 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def assert_close(value: torch.Tensor, reference: torch.Tensor, tolerance: float = FLOAT) -> None:
-    assert value.shape == reference.shape
-    value, reference = value.detach().double(), reference.detach().double()
-    error = float((value - reference).norm() / reference.norm())
+def assert_close(value: torch.Tensor, exact: torch.Tensor, tolerance: float = FLOAT) -> None:
+    assert value.shape == exact.shape
+    value, exact = value.detach().double(), exact.detach().double()
+    error = float((value - exact).norm() / exact.norm())
     assert error <= tolerance, f"differs by {error:.2e} of the norm"
 
 
@@ -56,35 +56,35 @@ def reference_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -
 def test_add_norm_and_its_backward(has_delta: bool) -> None:
     states, weight = random(7, 40), random(40)
     delta = random(7, 40) if has_delta else None
-    total, normed, root = plain.add_norm(states, delta, weight, 1e-3)
+    total, normed, root = reference.add_norm(states, delta, weight, 1e-3)
     leaf = (states if delta is None else states + delta).requires_grad_()
-    reference = reference_norm(leaf, weight, 1e-3)
+    exact = reference_norm(leaf, weight, 1e-3)
     assert_close(total, leaf, DOUBLE)
-    assert_close(normed, reference)
+    assert_close(normed, exact)
     by_total, by_normed = random(7, 40), random(7, 40)
-    (by_leaf,) = torch.autograd.grad([leaf * 1.0, reference], leaf, [by_total, by_normed])
-    assert_close(plain.add_norm_backward(by_total, by_normed, total, root, weight), by_leaf)
+    (by_leaf,) = torch.autograd.grad([leaf * 1.0, exact], leaf, [by_total, by_normed])
+    assert_close(reference.add_norm_backward(by_total, by_normed, total, root, weight), by_leaf)
 
 
 def test_swiglu_and_its_backward() -> None:
     gate_up, gradient = random(7, 40).requires_grad_(), random(7, 20)
     gate, up = gate_up[:, :20], gate_up[:, 20:]
-    reference = gate / (1 + torch.exp(-gate)) * up
-    assert_close(plain.swiglu(gate_up.detach()), reference)
-    (by_gate_up,) = torch.autograd.grad(reference, gate_up, gradient)
-    assert_close(plain.swiglu_backward(gradient, gate_up.detach()), by_gate_up)
+    exact = gate / (1 + torch.exp(-gate)) * up
+    assert_close(reference.swiglu(gate_up.detach()), exact)
+    (by_gate_up,) = torch.autograd.grad(exact, gate_up, gradient)
+    assert_close(reference.swiglu_backward(gradient, gate_up.detach()), by_gate_up)
 
 
 # Attention
 
 
-def make_heads(queries: int, keys: int, size: int) -> plain.Heads:
+def make_heads(queries: int, keys: int, size: int) -> reference.Heads:
     angles = torch.arange(40)[:, None] / 10 ** torch.linspace(0, 2, size // 2, dtype=torch.float64)
     angles = torch.cat((angles, angles), 1)
-    return plain.Heads(queries, keys, size, angles.cos(), angles.sin())
+    return reference.Heads(queries, keys, size, angles.cos(), angles.sin())
 
 
-def reference_attention(qkv: torch.Tensor, lengths: list[int], heads: plain.Heads) -> torch.Tensor:
+def reference_attention(qkv: torch.Tensor, lengths: list[int], heads: reference.Heads) -> torch.Tensor:
     """One sequence after another, rotation as a product of complex numbers (arXiv 2104.09864, section 3.2.1)."""
     outputs = []
     for sequence in qkv.split(lengths):
@@ -107,11 +107,11 @@ def test_attention_and_its_backward(
     row = make_row(Span(0, rows, [2, 0, 1], make_table()), Span(1, rows, [3], make_table()), num_slots=2, num_tokens=48)
     lengths = [13, 5, 1, 5, 9, 7, 8]  # with the rest of each slot's tiles and of the bucket
     qkv, gradient = random(48, (queries + 2 * keys) * 8).requires_grad_(), random(48, queries * 8)
-    reference = reference_attention(qkv, lengths, heads)
-    output, attended = plain.attention(qkv.detach(), row, heads)
-    assert_close(output, reference, DOUBLE)
-    (by_qkv,) = torch.autograd.grad(reference, qkv, gradient)
-    assert_close(plain.attention_backward(gradient, attended, row, heads), by_qkv, DOUBLE)
+    exact = reference_attention(qkv, lengths, heads)
+    output, attended = reference.attention(qkv.detach(), row, heads)
+    assert_close(output, exact, DOUBLE)
+    (by_qkv,) = torch.autograd.grad(exact, qkv, gradient)
+    assert_close(reference.attention_backward(gradient, attended, row, heads), by_qkv, DOUBLE)
 
 
 def test_what_is_not_finite_stays_in_its_sequence(
@@ -120,11 +120,11 @@ def test_what_is_not_finite_stays_in_its_sequence(
     rows, heads = make_rows(5, 13, 9), make_heads(2, 2, 8)
     row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in range(3)), num_slots=3)
     qkv, gradient = random(row.num_tokens, 6 * 8), random(row.num_tokens, 2 * 8)
-    sick = (row.tiles == 1).repeat_interleave(plain.TILE)
+    sick = (row.tiles == 1).repeat_interleave(reference.TILE)
     qkv[sick], gradient[sick] = math.nan, math.nan
-    output, attended = plain.attention(qkv, row, heads)
+    output, attended = reference.attention(qkv, row, heads)
     assert output[~sick].isfinite().all()
-    assert plain.attention_backward(gradient, attended, row, heads)[~sick].isfinite().all()
+    assert reference.attention_backward(gradient, attended, row, heads)[~sick].isfinite().all()
 
 
 # Adapters
@@ -162,7 +162,7 @@ def test_adapters_and_their_backward(
         for slot in slots
     ]
     row = make_row(*spans, num_slots=len(slots), num_tokens=80)
-    slot_of = row.tiles.repeat_interleave(plain.TILE).long()
+    slot_of = row.tiles.repeat_interleave(reference.TILE).long()
     adapters = make_adapters(len(slots), layers)
     place = adapters.places[0]
     assert place is not None
@@ -173,23 +173,23 @@ def test_adapters_and_their_backward(
 
     rates = torch.tensor([DROPOUTS[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
     scales = torch.tensor([SCALES[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
-    reference, at = y.clone(), 0
+    exact, at = y.clone(), 0
     for index, layer in enumerate(layers):
-        dropped = x * plain.keep(row, layer.number, 24) / (1 - rates)[:, None]
+        dropped = x * reference.keep(row, layer.number, 24) / (1 - rates)[:, None]
         low = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
         up = torch.einsum("tr,tor->to", low, b[slot_of, at : at + layer.width]) * scales[:, None]
-        reference = reference + F.pad(up, (layer.column, 28 - layer.column - layer.width))
+        exact = exact + F.pad(up, (layer.column, 28 - layer.column - layer.width))
         at += layer.width
-    by_a, by_b, by_x = torch.autograd.grad(reference, [a, b, x], gradient)
+    by_a, by_b, by_x = torch.autograd.grad(exact, [a, b, x], gradient)
 
     output = y.clone()
-    low = plain.lora_down(x.detach(), adapters, place, row)
-    plain.lora_up_(output, low, adapters, place, row)
-    assert_close(output, reference)
+    low = reference.lora_down(x.detach(), adapters, place, row)
+    reference.lora_up_(output, low, adapters, place, row)
+    assert_close(output, exact)
     through_base = random(80, 24)
     for times in (1, 2):  # gradients add up
         x_gradient = through_base.clone()
-        plain.lora_backward(gradient, x.detach(), low, x_gradient, adapters, place, row)
+        reference.lora_backward(gradient, x.detach(), low, x_gradient, adapters, place, row)
         assert_close(x_gradient - through_base, by_x)
         assert_close(adapters.a(place, adapters.gradients), times * by_a)
         assert_close(adapters.b(place, adapters.gradients), times * by_b)
@@ -244,23 +244,23 @@ def test_cross_entropy(
     monkeypatch: pytest.MonkeyPatch,
     tokens_at_a_time: int,
 ) -> None:
-    monkeypatch.setattr(plain, "MAX_LOGITS", tokens_at_a_time * 90 + 1)
+    monkeypatch.setattr(reference, "MAX_LOGITS", tokens_at_a_time * 90 + 1)
     spans = [Span(1, make_rows(9, 4), [0, 1], make_table(loss_weight=0.3)), Span(0, make_rows(6), [0], make_table())]
     row = make_row(*spans, num_slots=2, num_tokens=32)
     states, head = random(32, 16).requires_grad_(), random(90, 16)
     head[row.targets[2].long()] = states[2].detach()  # likeliest
-    weights = torch.tensor([0.1, 0.3])[row.tiles.repeat_interleave(plain.TILE).long()]
+    weights = torch.tensor([0.1, 0.3])[row.tiles.repeat_interleave(reference.TILE).long()]
     logits = states @ head.T
-    reference = F.cross_entropy(logits, row.targets.long(), reduction="none", ignore_index=IGNORED)
-    (by_states,) = torch.autograd.grad(reference, states, weights.double())
-    losses, hits, gradient = plain.cross_entropy(states.detach(), head, row, trains=True)
-    assert_close(losses, reference)
+    exact = F.cross_entropy(logits, row.targets.long(), reduction="none", ignore_index=IGNORED)
+    (by_states,) = torch.autograd.grad(exact, states, weights.double())
+    losses, hits, gradient = reference.cross_entropy(states.detach(), head, row, trains=True)
+    assert_close(losses, exact)
     assert torch.equal(losses == 0, row.targets == IGNORED)
     assert gradient is not None
     assert_close(gradient, by_states)
     assert torch.equal(hits.bool(), logits.argmax(-1) == row.targets)
     assert hits[2]
-    evaluated = plain.cross_entropy(states.detach(), head, row, trains=False)
+    evaluated = reference.cross_entropy(states.detach(), head, row, trains=False)
     assert torch.equal(evaluated[0], losses)
     assert torch.equal(evaluated[1], hits)
     assert evaluated[2] is None
@@ -270,7 +270,7 @@ def test_sums_by_slot(make_rows: MakeRows, make_table: MakeTable, make_row: Make
     rows = make_rows(9, 4, 20)
     row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in (2, 0)), num_slots=3)
     values = random(row.num_tokens)
-    sums = plain.sum_by_slot(values, row, 3)
+    sums = reference.sum_by_slot(values, row, 3)
     assert sums.tolist() == pytest.approx([values[24:].sum().item(), 0, values[:24].sum().item()])
 
 
@@ -309,7 +309,7 @@ def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable
         gradients = torch.randn_like(adapters.gradients)
         adapters.gradients += gradients
         waiting += gradients[2]
-        norms = plain.update(adapters, row)
+        norms = reference.update(adapters, row)
         for slot, parameter in parameters.items():
             parameter.grad = gradients[slot].clone()
             norm = torch.nn.utils.clip_grad_norm_([parameter], settings[slot]["max_norm"])
@@ -357,7 +357,7 @@ def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
         values |= {f"gain{at}": 1 - beta for at, beta in enumerate(betas, 1)}
         values |= {f"correction{at}": 1 - beta**step for at, beta in enumerate(betas, 1)}
         row: Any = SimpleNamespace(table={name: torch.tensor([0, value]) for name, value in values.items()})
-        plain.update(adapters, row)
+        reference.update(adapters, row)
         optimizer.step()
     in_place = dict(adapters.in_eight_bits(1, rank))
     kept = dict(zip(in_place, copied(list(in_place.values())), strict=True))
@@ -396,7 +396,7 @@ def test_a_gradient_that_is_not_finite_steps_no_slot_but_is_told(
     adapters.gradients.normal_()
     adapters.gradients[1, 5] = math.nan
     row = make_row(*(Span(slot, make_rows(9), [0], make_table()) for slot in range(3)), num_slots=3)
-    norms = plain.update(adapters, row)
+    norms = reference.update(adapters, row)
     assert norms.isfinite().tolist() == [True, False, True]
     assert torch.equal(adapters.weights[1], before[1])
     assert not adapters.moment1[1].any()
@@ -415,9 +415,9 @@ def test_where_the_rank_is_below_the_stacks_nothing_trains(
     adapters.b(place, adapters.weights)[0][:, 5:] = 0
     row = make_row(Span(0, make_rows(20), [0], make_table(0.1, decay=0.1)))
     x, gradient = random(row.num_tokens, 24), random(row.num_tokens, 28)
-    low = plain.lora_down(x, adapters, place, row)
-    plain.lora_backward(gradient, x, low, torch.zeros_like(x), adapters, place, row)
-    plain.update(adapters, row)
+    low = reference.lora_down(x, adapters, place, row)
+    reference.lora_backward(gradient, x, low, torch.zeros_like(x), adapters, place, row)
+    reference.update(adapters, row)
     for flat in (adapters.weights, adapters.moment1, adapters.moment2):
         a, b = adapters.a(place, flat)[0].unflatten(0, (3, 8)), adapters.b(place, flat)[0]
         assert a[:, :5].any()
@@ -437,7 +437,7 @@ def mask(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> Calla
         seed: int = 0, step: int = 0, module: int = 0, dropout: float = 0.3, tokens: int = 256, features: int = 256
     ) -> Any:
         table = make_table(dropout, key=dropout_key(seed, step))
-        return plain.keep(make_row(Span(0, make_rows(tokens), [0], table)), module, features)
+        return reference.keep(make_row(Span(0, make_rows(tokens), [0], table)), module, features)
 
     return make
 
@@ -480,7 +480,7 @@ def correlations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def test_masks_whose_keys_are_alike_are_unlike() -> None:
     """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with tokens changed."""
     keys = torch.tensor([dropout_key(seed, step) for seed in range(8) for step in range(1000)], dtype=torch.int32)
-    mixed = torch.from_numpy(plain._mixed(keys.numpy().view(np.uint32)).view(np.int32))
+    mixed = torch.from_numpy(reference._mixed(keys.numpy().view(np.uint32)).view(np.int32))
     order = mixed.sort().indices.tolist()
     close = [(i, j) for i, j in pairwise(order) if int(mixed[i] ^ mixed[j]) in range(1, 1 << 12)]
     assert len(close) >= 5, "there are such pairs"
@@ -495,7 +495,7 @@ def halved(key: int, tokens: int) -> torch.Tensor:
     table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
     nothing, counters = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
     row = Row(nothing, nothing, nothing, counters, nothing[:1], nothing, table, tokens)
-    return plain.keep(row, 0, 1)[:, 0]
+    return reference.keep(row, 0, 1)[:, 0]
 
 
 def test_two_tokens_and_two_features_have_four_masks(mask: Callable[..., Any]) -> None:
@@ -518,7 +518,7 @@ def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
     def span(slot: int, indices: list[int], first_token: int = 0) -> Span:
         return Span(slot, rows, indices, table, first_token)
 
-    whole = plain.keep(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
+    whole = reference.keep(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
     arrangements = [
         (0, make_row(span(0, [1, 0, 2]), num_tokens=200)),
         (0, make_row(span(0, [2, 1, 0]))),  # other lengths in the same batch
@@ -526,7 +526,7 @@ def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
         (40, make_row(Span(0, rows, [1, 3], other), Span(1, rows, [0, 3], other), span(4, [1, 0, 2]), num_slots=5)),
     ]
     for at, row in arrangements:
-        assert torch.equal(plain.keep(row, 3, 20)[at : at + 24], whole)
+        assert torch.equal(reference.keep(row, 3, 20)[at : at + 24], whole)
     # The second pass of a batch goes on where the first ended.
-    assert torch.equal(plain.keep(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
-    assert not torch.equal(plain.keep(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])
+    assert torch.equal(reference.keep(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
+    assert not torch.equal(reference.keep(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])

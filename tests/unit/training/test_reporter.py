@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.events import AtOnce, Event, Saved
-from orchestrator.training.reporter import Reporter
+from orchestrator.training.attempt.events import AtOnce, Event, Saved
+from orchestrator.training.attempt.reporter import Reporter
 
 
 class Listener:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.training.fast.row import IGNORED, TABLE, Layout, Rows, Span
+from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Layout, Rows, Span
 
 X = IGNORED
 

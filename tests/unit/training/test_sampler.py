@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.training.sampler import LengthGroupedSampler, row_lengths
+from orchestrator.training.engines.sampler import LengthGroupedSampler, row_lengths
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=203).tolist()
 STEP_ROWS = 8

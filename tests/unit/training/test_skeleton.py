@@ -20,7 +20,9 @@ from triton.runtime._async_compile import FutureKernel
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.fast import build, kernels, launch, skeleton
+from orchestrator.training.fast.ops.triton import launch, norm_swiglu_ce
+from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.warmup import precompile_worker
 
 SLOTS = 3
 
@@ -74,10 +76,10 @@ def configs(*settings: str) -> list[TrialConfig]:
 def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
     """What the engine of the base itself would have compiled, at another size."""
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
-    choice = build.Choice(True, "nothing", tokens)
+    choice = factory.Choice(True, "nothing", tokens)
     separate = held[0].training.reproducible
-    for kind in build.separate_kinds(base, held) if separate else [build.Kind.of(base, held, SLOTS)]:
-        engine = build.standing_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
+    for kind in factory.separate_kinds(base, held) if separate else [factory.Kind.of(base, held, SLOTS)]:
+        engine = factory.standing_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
         engine.compile(tokens, tokens // 2)
 
 
@@ -93,10 +95,10 @@ def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
 @pytest.mark.parametrize(("longest", "tiles"), [(64, 1), (448, 64)])
 def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str], longest: int, tiles: int) -> None:
     held = configs(*settings)
-    skeleton.compile_for(held, SLOTS)
+    precompile_worker.compile_for(held, SLOTS)
     ahead = set(compiled)
     compiled.clear()
-    real(held, longest, tiles * kernels.TILE)
+    real(held, longest, tiles * norm_swiglu_ce.TILE)
     assert set(compiled) == ahead
     assert len(ahead) > 10
 
@@ -123,7 +125,7 @@ def test_each_kernel_is_compiled_and_has_its_launcher(
 
 @pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
 def test_what_no_gpu_holds_has_none(compiled: list[str], setting: str) -> None:
-    skeleton.compile_for(configs(setting), SLOTS)
+    precompile_worker.compile_for(configs(setting), SLOTS)
     assert not compiled
 
 
@@ -137,7 +139,7 @@ def test_of_two_that_would_compile_the_same_one_does(
     others: list[Thread] = []
 
     def compile_too(task: str) -> None:
-        others.append(Thread(target=skeleton.once, args=(task, lambda: order.append(task))))
+        others.append(Thread(target=precompile_worker.once, args=(task, lambda: order.append(task))))
         others[-1].start()
 
     def first() -> None:
@@ -151,8 +153,8 @@ def test_of_two_that_would_compile_the_same_one_does(
             raise RuntimeError("it fails")
 
     with suppress(RuntimeError):
-        skeleton.once("the same", first)
+        precompile_worker.once("the same", first)
     others[1].join(10)
     assert order == ["another"] + fails * ["the same"]
-    skeleton.once("the same", lambda: order.append("later"))
+    precompile_worker.once("the same", lambda: order.append("later"))
     assert order[-1] == "later", "what was done at another time may be of other kernels"

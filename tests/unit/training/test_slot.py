@@ -11,11 +11,11 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import parse_spec
-from orchestrator.training.events import AtOnce
-from orchestrator.training.fast.engine import AHEAD, Figures
-from orchestrator.training.fast.pack import Batch
-from orchestrator.training.fast.row import TABLE, Rows
-from orchestrator.training.fast.slot import Slot, dropout_key
+from orchestrator.training.attempt.events import AtOnce
+from orchestrator.training.fast.drive.multi_lora import Batch
+from orchestrator.training.fast.drive.slot import Slot, dropout_key
+from orchestrator.training.fast.step.engine import AHEAD, Figures
+from orchestrator.training.fast.step.flat_batch import TABLE, Rows
 
 
 class Late:

@@ -1,0 +1,352 @@
+"""A trial in a slot: it holds an SFTTrainer, built but not run, whose steps are made in the engine.
+
+The trainer gives the order of batches, the schedule, callbacks, arguments and state. Its own loop never runs, and its
+model is a place on the host where the adapter is laid for those who save it. The events are those of transformers'
+`Trainer._inner_training_loop` (5.23), in the same order, but for those within a step: its gradients and update are
+one graph.
+"""
+
+import copy
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState
+
+from orchestrator.adapters.bundle import Adapter
+from orchestrator.record import RowScores
+from orchestrator.record.files import building_beside
+from orchestrator.spec import TrialConfig
+from orchestrator.training.attempt.events import Aside
+from orchestrator.training.attempt.finite import require_finite
+from orchestrator.training.fast.drive.multi_lora import Batch, Work
+from orchestrator.training.fast.drive.slot_view import Own
+from orchestrator.training.fast.step.adapters import lora_parameters
+from orchestrator.training.fast.step.engine import AHEAD, Engine, Held, Pending
+from orchestrator.training.fast.step.flat_batch import Rows, as_int32
+from orchestrator.training.model.readback import read_back, same, set_rate
+
+
+class Slot:
+    """Drives one trial. The trainer's model holds the adapter, on the host, at evaluations and saves and at the end."""
+
+    def __init__(
+        self,
+        index: int,
+        trainer: Any,
+        engine: Engine,
+        config: TrialConfig,
+        train: Rows,
+        held_out: Rows,
+        aside: Aside,
+    ) -> None:
+        """
+        Args:
+            index: of the slot.
+            trainer: an SFTTrainer for this trial, whose optimizer is AdamW.
+            engine: where it steps.
+            config: the trial.
+            train: rows of the trainer's data set.
+            held_out: rows to evaluate on.
+            aside: writes checkpoints.
+        """
+        self._index = index
+        self.trainer = trainer
+        self._engine = engine
+        self._config = config
+        self._rows = train
+        self._held_out = held_out
+        self._aside = aside
+        self._parameters = lora_parameters(trainer.model)
+        self._own = Own(engine.adapters, index, config.lora.rank, self._parameters)
+        self._pending: deque[tuple[int, list[Pending]]] = deque()
+        self._losses: list[float] = []
+        self._rate_to_log: float | None = None
+        """The learning rate of the last step, of which the callbacks are yet to be told."""
+        self._hits = 0.0
+        self._norm = math.nan
+        self._num_tokens = 0
+        self._num_targets = 0
+        self._scores = RowScores(losses=[], hits=[], tokens=[])
+        self._stored_at: int | None = None
+        self._optimizer_steps = 0
+
+    def train(self, checkpoint: str | None) -> Work:
+        """From the start, or from a checkpoint, to the last step, or until a callback stops it."""
+        batches, start = self.begin(checkpoint), time.time()
+        trainer, first = self.trainer, self.trainer.state.global_step
+        for epoch, batch in batches:
+            if self._rate_to_log is None:
+                self._tell("on_step_begin")  # before it is sent: a clock that has stopped goes on here
+                parts = yield batch
+            else:
+                # The host waits for the last step's figures, and tells of them, while the device is at this one; where
+                # this one fails, they are not told: the next attempt begins at a checkpoint before them.
+                parts = yield batch
+                self._log()
+                self._tell("on_step_begin")
+            self.sent(batch, parts)
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            trainer.lr_scheduler.step()
+            trainer.state.global_step += 1
+            trainer.state.epoch = epoch
+            self._tell("on_step_end")
+            if trainer.control.should_log:
+                self._rate_to_log = rate
+            if trainer.control.should_evaluate or trainer.control.should_save:
+                self._log()
+            if trainer.control.should_evaluate:
+                began = time.monotonic()
+                self._scores = yield self.held_out()
+                self._evaluated(time.monotonic() - began)
+            if trainer.control.should_save:
+                self._save()
+        self.collect()
+        self._store()
+        steps, seconds = trainer.state.global_step - first, time.time() - start
+        trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
+        self._tell("on_train_end")
+
+    def adapter(self) -> Adapter:
+        """As `_store` has laid it."""
+        model, parameters = self.trainer.model, self._parameters
+        if (names := _names_in_files.get(tuple(parameters))) is None:
+            saved = {tensor.data_ptr(): name for name, tensor in Adapter.of(model).weights.items()}
+            names = [saved[parameter.data_ptr()] for parameter in parameters.values()]
+            _names_in_files[tuple(parameters)] = names
+        weights = {name: each.detach() for name, each in zip(names, parameters.values(), strict=True)}
+        return Adapter.with_config(weights, model.peft_config["default"])
+
+    def scores(self) -> RowScores:
+        """Of the last evaluation."""
+        return self._scores
+
+    def read_back(self) -> dict[str, Any]:
+        """What the slot and its optimizer hold, by the names of `expected.expected`."""
+        adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
+        matrices = self._own.matrices(adapters.weights)
+        names = {name.rpartition(".")[0] for name in matrices}
+        held = {
+            "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
+            "lora.dropout": 1 - 1 / table["keep_scale"],
+            "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
+            "lora.num_modules": len(names),
+            "training.weight_decay": table["decay"],
+            "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
+            "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
+        }
+        live = read_back(self.trainer)
+        kind, moments = live["training.optimizer"], adapters.moment1.dtype
+        held["training.optimizer"] = kind if ("8-bit" in kind) == (adapters.eight is not None) else f"{moments} moments"
+        # Where model and slot differ both are told, and `applied.compare` refuses them.
+        return {
+            name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
+        }
+
+    def begin(self, checkpoint: str | None) -> Iterator[tuple[float, Batch]]:
+        """Loader, state, optimizer and schedule, as `Trainer.train` would have them, and the adapter into its slot.
+
+        Returns:
+            The batches to come, and the epochs that are done after each.
+        """
+        trainer, adapters = self.trainer, self._engine.adapters
+        loader = trainer.get_train_dataloader()
+        epochs, updates_per_epoch, _, _, _, batches_per_epoch, max_steps = trainer.set_initial_training_values(
+            trainer.args, loader
+        )
+        if checkpoint is not None:
+            trainer._load_from_checkpoint(checkpoint)
+        first, skipped = trainer._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, None)
+        # Of `Trainer._prepare_for_training` what a model that makes no step needs: the rest walks over it ten times.
+        trainer.create_optimizer(torch.nn.ParameterList(self._parameters.values()))
+        trainer.create_scheduler(max_steps)
+        if checkpoint is not None:
+            trainer._load_optimizer_and_scheduler(checkpoint)
+        handler = trainer.callback_handler
+        handler.optimizer, handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
+        handler.train_dataloader = loader
+        trainer.optimizer._opt_called = True  # the engine steps: a schedule warns unless its optimizer has
+        if checkpoint is not None:
+            set_rate(trainer, self._config.training)
+        adapters.clear(self._index)
+        weights = self._own.matrices(adapters.weights)
+        if weights.keys() != self._parameters.keys():
+            raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
+        for name, matrix in weights.items():
+            matrix.copy_(self._parameters[name].detach())
+        self._optimizer_steps = self._own.lay_states(trainer.optimizer.state)
+        trainer.optimizer.state.clear()
+        if any(parameter.is_cuda for parameter in self._parameters.values()):
+            self._store()  # the Trainer has moved them
+        else:
+            self._stored_at = self._optimizer_steps
+        return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
+
+    def _batches(
+        self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
+    ) -> Iterator[tuple[float, Batch]]:
+        accumulation = self.trainer.args.gradient_accumulation_steps
+        self._tell("on_train_begin")
+        for epoch in epochs:
+            self._tell("on_epoch_begin")
+            loader.set_epoch(epoch)
+            order = list(loader.batch_sampler)
+            for at in range(skipped, len(order), accumulation):
+                micro = order[at : at + accumulation]
+                indices = [index for batch in micro for index in batch]
+                yield epoch + (at + len(micro)) / batches_per_epoch, self.batch(indices)
+                if self.trainer.control.should_epoch_stop or self.trainer.control.should_training_stop:
+                    break
+            skipped = 0
+            self._log()
+            self._tell("on_epoch_end")
+            if self.trainer.control.should_training_stop:
+                return
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The next optimizer step, on these rows."""
+        table = self._table(self.trainer.state.global_step, self._rows.num_targets(indices))
+        return Batch(self._engine, self._index, self._rows, indices, table)
+
+    def held_out(self) -> Held:
+        """An evaluation."""
+        return Held(self._engine, self._index, self._held_out, self._table(0, 1))
+
+    def sent(self, batch: Batch, parts: list[Pending]) -> None:
+        """A batch is on its way."""
+        self._optimizer_steps += 1
+        self._num_tokens += int(self._rows.lengths[list(batch.indices)].sum())
+        self._num_targets += self._rows.num_targets(batch.indices)
+        self._pending.append((self.trainer.state.global_step + 1, parts))
+        self.collect(wait=False)
+
+    def _table(self, step: int, num_targets: int) -> dict[str, float]:
+        """This trial's values of `row.TABLE` at a step."""
+        lora, args, group = self._config.lora, self.trainer.args, self.trainer.optimizer.param_groups[0]
+        (beta1, beta2), steps = group["betas"], self._optimizer_steps + 1
+        return {
+            "key": dropout_key(args.seed, step),
+            "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
+            "keep_scale": 1 / (1 - lora.dropout),
+            "scale": lora.scale(lora.rank, lora.alpha),
+            "rank": lora.rank,
+            "loss_weight": 1 / max(1, num_targets),
+            "applies": 1,
+            "learning_rate": group["lr"],
+            "decay": group["weight_decay"],
+            "gain1": 1 - beta1,
+            "gain2": 1 - beta2,
+            "epsilon": group["eps"],
+            "correction1": 1 - beta1**steps,
+            "correction2": 1 - beta2**steps,
+            "max_norm": args.max_grad_norm or math.inf,
+        }
+
+    def collect(self, wait: bool = True) -> None:
+        """Read the figures that have come, at the latest when the host is as far ahead as it may be."""
+        while self._pending:
+            step, parts = self._pending[0]
+            if not wait and len(self._pending) <= AHEAD and not all(part.is_there for part in parts):
+                return
+            self._pending.popleft()
+            figures = [part.read() for part in parts]
+            loss, norm = sum(each.losses[self._index] for each in figures), figures[-1].norms[self._index]
+            require_finite({"loss": loss, "grad_norm": norm}, step)
+            self._losses.append(loss)
+            self._norm = norm
+            self._hits += sum(each.hits[self._index] for each in figures)
+
+    def _log(self) -> None:
+        """Tell of the steps up to the last that was sent, if that is still to be done."""
+        learning_rate, self._rate_to_log = self._rate_to_log, None
+        if learning_rate is None:
+            return
+        self.collect()
+        if not self._losses:
+            return
+        self.trainer.log(
+            {
+                "loss": sum(self._losses) / len(self._losses),
+                "grad_norm": self._norm,
+                "learning_rate": learning_rate,
+                "mean_token_accuracy": self._hits / self._num_targets,
+                "num_tokens": self._num_tokens,
+            }
+        )
+        self._losses, self._hits, self._num_targets = [], 0.0, 0
+
+    def _evaluated(self, seconds: float) -> None:
+        """Tell the callbacks of an evaluation."""
+        metrics = {
+            "eval_loss": self._scores.loss,
+            "eval_mean_token_accuracy": self._scores.token_accuracy,
+            "eval_num_tokens": self._num_tokens,
+            "eval_runtime": seconds,
+        }
+        self._store()
+        self.trainer.log(dict(metrics))
+        self._tell("on_evaluate", metrics)
+
+    def _save(self) -> None:
+        """Have a checkpoint written as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
+        trainer = self.trainer
+        self._store()
+        of_bitsandbytes = type(trainer.optimizer).__module__.startswith("bitsandbytes.")
+        trainer.optimizer.state.update(self._own.states(self._optimizer_steps, of_bitsandbytes))
+        optimizer = trainer.optimizer.state_dict()
+        trainer.optimizer.state.clear()
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state, schedule = copy.deepcopy(trainer.state), copy.deepcopy(trainer.lr_scheduler.state_dict())
+        adapter = self.adapter()
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def write() -> None:
+            with building_beside(folder) as building:
+                adapter.save(building)
+                torch.save(optimizer, building / "optimizer.pt")
+                torch.save(schedule, building / "scheduler.pt")
+                trainer._save_rng_state(str(building))
+                state.save_to_json(str(building / "trainer_state.json"))
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
+
+        self._aside.do(write)
+        self._tell("on_save")
+
+    def _store(self) -> None:
+        """Lay the adapter into the trainer's model: in tensors of their own, which nothing changes later."""
+        if self._stored_at == self._optimizer_steps:
+            return
+        for name, matrix in self._own.at_home(self._engine.adapters.weights).items():
+            self._parameters[name].data = matrix
+        self._stored_at = self._optimizer_steps
+
+    def _tell(self, event: str, *values: Any) -> None:
+        trainer = self.trainer
+        handler = getattr(trainer.callback_handler, event)
+        trainer.control = handler(trainer.args, trainer.state, trainer.control, *values)
+
+
+_names_in_files: dict[tuple[str, ...], list[str]] = {}
+"""How PEFT's files name these parameters. PEFT walks over a model to tell it: of 16 trials a third of a second."""
+
+DROPOUT_STEPS = 1 << 31
+"""Dropout's rate in this many parts: 31 random bits decide."""
+
+
+def dropout_key(seed: int, step: int) -> int:
+    """Key of a trial's dropout masks at a step, an int32: all that the masks know of the trial."""
+    mask = 0xFFFFFFFF
+    x = (seed * 0x9E3779B9 + 0x7F4A7C15) & mask
+    for value in (step, seed >> 32):
+        x = ((x ^ value ^ (x >> 16)) * 0x7FEB352D) & mask
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+        x ^= x >> 16
+    return as_int32(x)

@@ -1,0 +1,151 @@
+"""Applied, not just asked: what the live modules and the optimizer hold after the first step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch.nn import Identity
+
+from orchestrator.errors import TrialError
+from orchestrator.spec.sections import TrainingSection
+from orchestrator.training.model.adapter_init import Without
+from orchestrator.training.model.peft_model import ADAPTER, lora_layers
+from orchestrator.training.model.targets import by_name
+
+
+def read_back(trainer: Any) -> dict[str, Any]:
+    """The same fields as `expected.expected`, from the live layers, their base weights, the optimizer and the loss."""
+    model = trainer.model
+    layers = lora_layers(model)
+    adapters = {name: _adapter_of(layer) for name, layer in layers.items()}
+    inside = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    wrappers = {name: module for name, module in inside.items() if isinstance(module, TrainableTokensWrapper)}
+    own_tokens = {name: each.token_adapter for name, each in wrappers.items() if not each.token_adapter.tied_adapter}
+    embedding = model.get_base_model().get_input_embeddings()
+
+    def shared(field: str) -> Any:
+        return _single(adapter[field] for adapter in adapters.values())
+
+    return {
+        "lora.rank": by_name({name: adapter["rank"] for name, adapter in adapters.items()}),
+        "lora.alpha": by_name({name: adapter["alpha"] for name, adapter in adapters.items()}),
+        "lora.dropout": shared("dropout"),
+        "lora.target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora.num_modules": len(layers),
+        "lora.rslora": shared("rslora"),
+        "lora.dora": shared("dora"),
+        "lora.starts_from_base": shared("starts_from_base"),
+        "lora.modules_to_save": sorted(
+            name
+            for name, module in inside.items()
+            if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save
+        ),
+        "base.new_tokens": {name: list(each.token_indices[ADAPTER]) for name, each in sorted(own_tokens.items())},
+        "base.quantization": shared("quantization"),
+        "base.double_quant": shared("double_quant"),
+        **_read_optimizer(trainer.optimizer),
+        "training.max_grad_norm": trainer.args.max_grad_norm,
+        "training.adapter_dtype": shared("dtype"),
+        "training.neftune_alpha": vars(embedding).get("neftune_noise_alpha"),
+        "training.loss": trainer.args.loss_type,
+        "training.label_smoothing": trainer.label_smoother.epsilon if trainer.label_smoother else 0.0,
+        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _read_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The fields of `expected.expected` that are the optimizer's."""
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    library, groups = type(own).__module__.partition(".")[0], own.param_groups
+    kind = f"{library}.{type(own).__name__}"
+    if library == "bitsandbytes":
+        kind += f" {own.args.optim_bits}-bit" + (" paged" if own.is_paged else "")
+    elif groups[0].get("fused"):
+        kind += " fused"
+    # RMSprop of bitsandbytes calls its smoothing betas; transformers sets those of the others alone.
+    has_betas = groups[0].get("betas") is not None and "RMSprop" not in kind
+    is_adam = "AdamW" in kind or "AdEMAMix" in kind
+    # Parameters without decay (biases) have a group of their own at 0.
+    decays = [group["weight_decay"] for group in groups if group["params"] and any(p.ndim > 1 for p in group["params"])]
+    return {
+        "training.optimizer": kind,
+        "training.betas": _single(list(group["betas"])[:2] for group in groups) if has_betas else None,
+        "training.epsilon": _single(group["eps"] for group in groups) if is_adam else None,
+        "training.momentum": _single(group.get("momentum", 0.0) for group in groups),
+        "training.learning_rate": _single(group.get("initial_lr", group["lr"]) for group in groups),
+        "training.weight_decay": _single(decays),
+    }
+
+
+def set_rate(trainer: Any, training: TrainingSection) -> None:
+    """Put the configuration's learning rate and weight decay in force: a checkpoint's may be another trial's (PBT).
+
+    Args:
+        trainer: whose optimizer and schedule are there, and loaded.
+        training: the configuration.
+    """
+    schedule = trainer.lr_scheduler
+    schedule.base_lrs = [training.learning_rate for _ in schedule.base_lrs]
+    for group, factor in zip(trainer.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = training.learning_rate
+        group["lr"] = training.learning_rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the Trainer logs
+    trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
+
+
+def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise TrialError that names each field whose live value is not the configured one."""
+    differences = [
+        f"{name}: configured {value!r}, live {found[name]!r}"
+        for name, value in wanted.items()
+        if not same(value, found[name])
+    ]
+    if differences:
+        raise TrialError("the live model differs from the trial's configuration: " + "; ".join(differences))
+
+
+def _adapter_of(layer: Any) -> dict[str, Any]:
+    (name,) = layer.lora_A.keys()
+    base = layer.get_base_layer()
+    rank = layer.lora_A[name].weight.shape[0]
+    dropout = layer.lora_dropout[name]
+    rslora = layer.use_rslora[name]
+    return {
+        "rank": rank,
+        "alpha": round(layer.scaling[name] * (math.sqrt(rank) if rslora else rank), 9),
+        "rslora": rslora,
+        "dora": name in layer.lora_magnitude_vector and name in layer.lora_variant,
+        "starts_from_base": any(isinstance(hook, Without) for hook in base._forward_hooks.values()),
+        "dropout": 0.0 if isinstance(dropout, Identity) else dropout.p,
+        "dtype": str(layer.lora_A[name].weight.dtype).removeprefix("torch."),
+        **_form_of(base.weight),
+    }
+
+
+def _form_of(weight: Any) -> dict[str, Any]:
+    if isinstance(weight, Params4bit):
+        return {"quantization": weight.quant_state.quant_type, "double_quant": weight.quant_state.nested}
+    return {"quantization": "int8" if isinstance(weight, Int8Params) else "none", "double_quant": None}
+
+
+def _single(values: Iterable[Any]) -> Any:
+    """The one value that all share, or the list of different ones."""
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct[0] if len(distinct) == 1 else sorted(distinct, key=repr)
+
+
+def same(wanted: Any, found: Any) -> bool:
+    """Equal, or two numbers within a millionth; in a mapping or a list, each."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return wanted.keys() == found.keys() and all(same(value, found[name]) for name, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(found, list | tuple):
+        return len(wanted) == len(found) and all(map(same, wanted, found))
+    if isinstance(wanted, float) and isinstance(found, int | float):
+        return abs(wanted - found) <= 1e-6 * abs(wanted)
+    return bool(wanted == found)
