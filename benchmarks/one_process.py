@@ -18,7 +18,7 @@ from ray import tune
 
 from orchestrator.record import MetricPoint, SweepPaths
 from orchestrator.spec.load import parse_spec
-from orchestrator.sweep.schedulers import make_scheduler
+from orchestrator.sweep.schedulers.factory import make_scheduler
 from orchestrator.training.start import start_sweep
 
 

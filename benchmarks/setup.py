@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.common import Setting, forget, main
 from orchestrator.data import prepare
 from orchestrator.record import SweepPaths
-from orchestrator.sweep import keeper, run
-from orchestrator.sweep.keeper import ResultKeeper
+from orchestrator.sweep import results, run
+from orchestrator.sweep.results import ResultKeeper
 from orchestrator.training.attempt.events import AtOnce
 from orchestrator.training.engines.loop import Ground
 from orchestrator.training.engines.sft import build_trainer
@@ -97,7 +97,7 @@ def in_a_sweep(setting: Setting, rank: int) -> float:
         resources={"max_concurrent": SLOTS, "trials_per_gpu": SLOTS, "cpus_per_trial": 2},
         tracking={"tensorboard": False, "wandb": {"mode": "disabled"}},
     )
-    keeper.ResultKeeper = Starts  # type: ignore[misc]
+    results.ResultKeeper = Starts  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         paths = SweepPaths(Path(folder) / "sweep")
         with first_points(paths) as seen:

@@ -31,7 +31,7 @@ from benchmarks.common import BASELINES, ROOT, Setting, environment, main
 from benchmarks.pack import points, spec_of
 from orchestrator.record import MetricPoint, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec.load import parse_spec
-from orchestrator.sweep.schedulers import make_scheduler
+from orchestrator.sweep.schedulers.factory import make_scheduler
 
 FORMS = ("ours", "ours_asha", "B", "A")
 NUM_MEASURED, NUM_ORDERS = 2, 100

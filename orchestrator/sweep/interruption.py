@@ -9,7 +9,7 @@ from orchestrator.errors import StorageError
 from orchestrator.record import SweepPaths
 from orchestrator.signals import StopRequest
 from orchestrator.storage import storage_fault
-from orchestrator.sweep.lease import Workers
+from orchestrator.sweep.workers.worker_client import Workers
 
 _SAVING_S = 60.0
 """How long workers may take to end their step and write checkpoints."""

@@ -22,10 +22,10 @@ from orchestrator.spec import SweepSpec
 from orchestrator.spec.effect import require_effect
 from orchestrator.spec.extras import require_extras
 from orchestrator.storage import storage_fault
-from orchestrator.sweep.fleet import RELAY_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.follow import Watch, follow
-from orchestrator.sweep.lease import Workers
 from orchestrator.sweep.snapshot import put_snapshot_back
+from orchestrator.sweep.workers.fleet import RELAY_CPUS, Fleet, compiling_early, start_fleet
+from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.start import start_sweep
@@ -103,7 +103,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     from ray.tune.error import TuneError
 
     from orchestrator.sweep.interruption import Interruption, storage_error
-    from orchestrator.sweep.keeper import cancel_unknown
+    from orchestrator.sweep.results import cancel_unknown
 
     spec = record.info.spec
     workers, num_slots, chosen = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
@@ -148,11 +148,11 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int, stop: StopR
     """
     from ray import tune
 
-    from orchestrator.sweep.conductor import Conductor
     from orchestrator.sweep.interruption import Interrupter
-    from orchestrator.sweep.keeper import ResultKeeper
-    from orchestrator.sweep.relay import Relay
-    from orchestrator.sweep.search import make_search_algorithm, tune_space
+    from orchestrator.sweep.results import ResultKeeper
+    from orchestrator.sweep.schedulers.conductor import Conductor
+    from orchestrator.sweep.search.algorithms import make_search_algorithm, tune_space
+    from orchestrator.sweep.workers.trainable import Relay
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths

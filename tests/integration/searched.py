@@ -9,7 +9,7 @@ from tiny import DEMO, TINY
 from orchestrator.record import Decision, SweepPaths, SweepRecord, TrialResult, read_decisions, read_metrics
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import run_sweep
-from orchestrator.sweep.search import make_searcher
+from orchestrator.sweep.search.algorithms import make_searcher
 
 # One worker, whose trials train together on a few rows.
 PACKED = [

@@ -13,7 +13,7 @@ from searched import RATE, decided, losses, sweep
 from orchestrator.cluster import connection
 from orchestrator.deploy import Sweep
 from orchestrator.record import SweepRecord, TrialState
-from orchestrator.sweep import spending
+from orchestrator.sweep.schedulers import budget
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -70,7 +70,7 @@ def test_wall_clock_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         points = [line for file in folder.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
         return time.monotonic() + 3600 * (sum("eval/loss" in line for line in points) >= 4)
 
-    monkeypatch.setattr(spending, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=clock))
     resources = "resources={trials_per_gpu: 2, cpus_per_trial: 1}"
     record = sweep(tmp_path, *LONG, resources, "search.budget.wall_clock_hours=0.9", say=said.append)
     assert_ended_by_budget(record, "wall_clock_hours", said)

@@ -17,7 +17,8 @@ from orchestrator.deploy import Sweep
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import placement, run_sweep
+from orchestrator.sweep import run_sweep
+from orchestrator.sweep.workers import placement
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -85,7 +86,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """Node and working folder of each worker of a sweep, once it has ended."""
     import ray
 
-    from orchestrator.sweep.fleet import Fleet
+    from orchestrator.sweep.workers.fleet import Fleet
 
     found: set[tuple[str, str]] = set()
     ends = Fleet.end

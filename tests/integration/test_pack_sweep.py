@@ -13,11 +13,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep, read_trial
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import fleet, keeper, run
-from orchestrator.sweep.keeper import ResultKeeper
-from orchestrator.sweep.moments import Moments
-from orchestrator.sweep.schedulers import make_scheduler
-from orchestrator.sweep.worker import Worker
+from orchestrator.sweep import results, run
+from orchestrator.sweep.results import ResultKeeper
+from orchestrator.sweep.schedulers.factory import make_scheduler
+from orchestrator.sweep.schedulers.moments import Moments
+from orchestrator.sweep.workers import fleet
+from orchestrator.sweep.workers.worker import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -72,7 +73,7 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
         ends(self)
 
     ends = fleet.Fleet.end
-    monkeypatch.setattr(keeper, "ResultKeeper", Keeper)
+    monkeypatch.setattr(results, "ResultKeeper", Keeper)
     monkeypatch.setattr(fleet.Fleet, "end", end)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     return found

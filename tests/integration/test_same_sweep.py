@@ -13,8 +13,9 @@ from tiny import DEMO, TINY
 from orchestrator.cluster import connection
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics
 from orchestrator.spec import load_spec
-from orchestrator.sweep import relay, run_sweep
-from orchestrator.sweep.relay import Relay
+from orchestrator.sweep import run_sweep
+from orchestrator.sweep.workers import trainable
+from orchestrator.sweep.workers.trainable import Relay
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -105,7 +106,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     ]  # fmt: skip
     solo = sweep("solo", *asha, "resources.max_concurrent=1")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(relay, "Relay", InTurn)
+    monkeypatch.setattr(trainable, "Relay", InTurn)
     packed = sweep("packed", *asha)
     assert shares_a_worker(packed)
     assert not shares_a_worker(solo)

@@ -26,7 +26,7 @@ from orchestrator.record import (
 )
 from orchestrator.spec import load_spec
 from orchestrator.spec.pairs import MUTABLE
-from orchestrator.sweep.search import make_searcher
+from orchestrator.sweep.search.algorithms import make_searcher
 from orchestrator.training.local import run_local_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]

@@ -13,13 +13,13 @@ from orchestrator.imports import begin, importing
 
 WORKER = """
 import sys
-from orchestrator.sweep.worker import _import_libraries
+from orchestrator.sweep.workers.worker import _import_libraries
 _import_libraries()
 assert "orchestrator.training.worker.runtime" in sys.modules
 print("torch._inductor.compile_fx" in sys.modules)
 """
 TRAINER = """
-from orchestrator.sweep.worker import _import_libraries
+from orchestrator.sweep.workers.worker import _import_libraries
 _import_libraries()
 import sys
 from orchestrator.training.engines.sft import import_trainer

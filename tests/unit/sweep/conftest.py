@@ -23,9 +23,9 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.spec import parse_spec
-from orchestrator.sweep import moments
-from orchestrator.sweep.conductor import Conductor
-from orchestrator.sweep.told import COMPLETE
+from orchestrator.sweep.schedulers import moments
+from orchestrator.sweep.schedulers.conductor import Conductor
+from orchestrator.sweep.tune_trial import COMPLETE
 
 EVERY = 10
 """Steps from evaluation to evaluation."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.tune.experiment import Trial
 
-from orchestrator.sweep.brackets import UNIT, Bohb, HyperBand
+from orchestrator.sweep.schedulers.brackets import UNIT, Bohb, HyperBand
 
 KINDS = [("hyperband", "random"), ("bohb", "bohb")]
 

@@ -14,8 +14,8 @@ from ray.tune.schedulers import TrialScheduler
 from orchestrator.record import TrialResult, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import Budget
-from orchestrator.sweep.brackets import HyperBand
-from orchestrator.sweep.spending import Spending
+from orchestrator.sweep.schedulers.brackets import HyperBand
+from orchestrator.sweep.schedulers.budget import Spending
 
 ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
 MEDIAN = {"kind": "median", "grace_steps": 10, "min_trials": 2}
@@ -293,7 +293,7 @@ def test_tunes_own_hyperband_would_wait_for_ever(make_stage: MakeStage, monkeypa
     losses = band()
     losses["t7"][1] = math.nan
     stage.add(**losses)
-    monkeypatch.setattr("orchestrator.sweep.conductor._STUCK_S", 0.0)
+    monkeypatch.setattr("orchestrator.sweep.schedulers.conductor._STUCK_S", 0.0)
     with pytest.raises(TuneError, match="scheduler hyperband has t6 wait, and nobody trains"):
         stage.run()
 
@@ -490,7 +490,7 @@ def test_the_clock_runs_from_the_first_step_and_stands_between_two_drivers(
     make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("orchestrator.sweep.spending.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestrator.sweep.schedulers.budget.time.monotonic", lambda: clock[0])
     stage = make_stage({"kind": "none"}, at_once=1, num_trials=2, budget={"wall_clock_hours": 1.0})
 
     def is_over(at: float) -> bool:

@@ -13,8 +13,8 @@ from ray.tune.experiment import Trial
 from orchestrator.errors import FailureCause
 from orchestrator.record import SweepInfo, SweepPaths, TrialResult, TrialState, end_trial, read_sweep, write_record
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.conductor import Conductor
-from orchestrator.sweep.search import make_searcher
+from orchestrator.sweep.schedulers.conductor import Conductor
+from orchestrator.sweep.search.algorithms import make_searcher
 
 LIMIT = 1.0
 """A rate above this one diverges. Below it, the higher the rate the lower the loss."""

@@ -10,7 +10,7 @@ from orchestrator.errors import SpecError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import load_spec
 from orchestrator.spec.effect import _brackets, require_effect
-from orchestrator.sweep.brackets import Bohb, HyperBand
+from orchestrator.sweep.schedulers.brackets import Bohb, HyperBand
 from orchestrator.training.start import start_sweep
 
 MakeStage = Callable[..., Any]

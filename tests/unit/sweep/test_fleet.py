@@ -7,8 +7,8 @@ import pytest
 
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.sweep import fleet
-from orchestrator.sweep.fleet import Layout, compiling_early, lay_out
+from orchestrator.sweep.workers import fleet
+from orchestrator.sweep.workers.fleet import Layout, compiling_early, lay_out
 from orchestrator.training.fast.warmup import precompile
 
 ADDRESS = "10.0.0.1:6379"

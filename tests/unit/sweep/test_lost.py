@@ -8,8 +8,8 @@ from ray.tune.experiment import Trial
 
 from orchestrator.record import BestPoint, TrialResult, TrialState, read_result, write_record
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.relay import _report_result
-from orchestrator.sweep.told import COMPLETE
+from orchestrator.sweep.tune_trial import COMPLETE
+from orchestrator.sweep.workers.trainable import _report_result
 
 ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
 BAND = {"kind": "hyperband", "grace_steps": 10, "reduction_factor": 2}

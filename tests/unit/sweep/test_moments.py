@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.sweep.moments import MIN_PATIENCE_S, PATIENCE, Moments
+from orchestrator.sweep.schedulers.moments import MIN_PATIENCE_S, PATIENCE, Moments
 
 
 def heard_all(moments: Moments, now_s: float = 0.0) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.sweep import placement
-from orchestrator.sweep.placement import PlacementNotice
+from orchestrator.sweep.workers import placement
+from orchestrator.sweep.workers.placement import PlacementNotice
 
 
 class Cluster:

@@ -20,8 +20,8 @@ from orchestrator.record import (
     resumable,
 )
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.lease import AttemptLost
-from orchestrator.sweep.remote import Claim, RemoteTrial
+from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
+from orchestrator.sweep.workers.worker_client import AttemptLost
 from orchestrator.training.attempt.events import Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 
 TOTAL = 6
@@ -282,7 +282,7 @@ def test_a_stopped_trial_that_was_tracked_to_its_end_lacks_nothing(start: TrialR
 
 def test_a_relay_is_light() -> None:
     code = (
-        "import sys, orchestrator.sweep.relay, orchestrator.tracking.tensorboard\n"
+        "import sys, orchestrator.sweep.workers.trainable, orchestrator.tracking.tensorboard\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'tensorflow', 'optuna', 'orchestrator.sweep.run'}"
         " & set(sys.modules)))"
     )

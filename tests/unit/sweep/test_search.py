@@ -12,7 +12,7 @@ import pytest
 from ray import tune
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.sweep.search import make_search_algorithm, make_searcher, tune_space
+from orchestrator.sweep.search.algorithms import make_search_algorithm, make_searcher, tune_space
 
 Document = dict[str, Any]
 Point = dict[str, Any]

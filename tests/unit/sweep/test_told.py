@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.tune_trial import plain_values
 
 
 def test_sampled_values_become_plain_ones(document: dict[str, Any]) -> None:

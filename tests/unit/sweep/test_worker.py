@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.spec import parse_spec
-from orchestrator.sweep import worker as worker_room
-from orchestrator.sweep.lease import Workers
-from orchestrator.sweep.worker import Worker
+from orchestrator.sweep.workers import worker as worker_room
+from orchestrator.sweep.workers.worker import Worker
+from orchestrator.sweep.workers.worker_client import Workers
 
 
 class Fetched(Exception):

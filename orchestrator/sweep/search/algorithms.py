@@ -14,8 +14,8 @@ from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections.scheduler import Brackets, Population
-from orchestrator.sweep.drawn_points import DrawnPoints, Point
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
+from orchestrator.sweep.tune_trial import plain_values
 
 
 def tune_space(search: SearchSection) -> dict[str, Any]:
@@ -32,11 +32,11 @@ def make_searcher(spec: SweepSpec, at_once: int) -> Searcher | SearchAlgorithm:
         case "optuna":
             return Limiter(_optuna(search), at_once)
         case "hyperopt":
-            from orchestrator.sweep.hyperopt_search import make_hyperopt
+            from orchestrator.sweep.search.hyperopt import make_hyperopt
 
             return Limiter(make_hyperopt(search), at_once)
         case "bohb":
-            from orchestrator.sweep.bohb_search import make_bohb
+            from orchestrator.sweep.search.bohb import make_bohb
 
             return make_bohb(search, at_once)
         case _:  # under brackets, or in a population, all are there at once, and take turns

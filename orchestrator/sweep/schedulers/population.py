@@ -8,7 +8,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis
-from orchestrator.sweep.draws import Draws
+from orchestrator.sweep.rng import Draws
 
 
 @dataclass(frozen=True)

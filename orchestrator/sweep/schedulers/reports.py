@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from orchestrator.sweep.moments import Moments
-from orchestrator.sweep.told import COMPLETE
+from orchestrator.sweep.schedulers.moments import Moments
+from orchestrator.sweep.tune_trial import COMPLETE
 
 Result = dict[str, Any]
 """What a trial reports, see `relay`."""

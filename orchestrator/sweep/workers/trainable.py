@@ -21,9 +21,9 @@ from orchestrator.record import (
 )
 from orchestrator.record.files import BUILDING, building_beside
 from orchestrator.storage import storage_fault
-from orchestrator.sweep.lease import Workers
-from orchestrator.sweep.remote import Claim, RemoteTrial
-from orchestrator.sweep.told import COMPLETE, plain_values
+from orchestrator.sweep.tune_trial import COMPLETE, plain_values
+from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
+from orchestrator.sweep.workers.worker_client import Workers
 
 _OFFERS_KEPT = 3
 

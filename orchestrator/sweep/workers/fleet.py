@@ -15,9 +15,9 @@ from orchestrator.errors import OrchestratorError, RequestError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
 from orchestrator.storage import storage_fault
-from orchestrator.sweep.lease import Workers
-from orchestrator.sweep.placement import PlacementNotice
-from orchestrator.sweep.worker import Worker
+from orchestrator.sweep.workers.placement import PlacementNotice
+from orchestrator.sweep.workers.worker import Worker
+from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.training.fast.warmup import precompile
 from orchestrator.words import counted
 

@@ -10,9 +10,9 @@ from ray.tune.search.hyperopt import HyperOptSearch
 
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
-from orchestrator.sweep.drawn_points import DrawnPoints, Point
-from orchestrator.sweep.search import by_depth, encode
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.search.algorithms import by_depth, encode
+from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
+from orchestrator.sweep.tune_trial import plain_values
 
 _POINT, _PLACE = "point", "place"
 

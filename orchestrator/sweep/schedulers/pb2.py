@@ -8,7 +8,7 @@ import pandas as pd
 from ray.tune.schedulers.pb2 import PB2
 
 from orchestrator.spec.axes import Axis
-from orchestrator.sweep.population import Cloning, Explored
+from orchestrator.sweep.schedulers.population import Cloning, Explored
 
 
 class _Seen:

@@ -8,10 +8,10 @@ from ray.tune.search.bohb import TuneBOHB
 
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
-from orchestrator.sweep.drawn_points import DrawnPoints, Point
-from orchestrator.sweep.draws import Draws
-from orchestrator.sweep.search import by_depth, encode, worst_value
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.rng import Draws
+from orchestrator.sweep.search.algorithms import by_depth, encode, worst_value
+from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
+from orchestrator.sweep.tune_trial import plain_values
 
 
 def make_bohb(search: SearchSection, at_once: int) -> "BohbSearch":

@@ -15,9 +15,9 @@ from orchestrator.record import (
     read_trial,
     write_record,
 )
-from orchestrator.sweep.conductor import Conductor
+from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.snapshot import keep_snapshot
-from orchestrator.sweep.told import plain_values
+from orchestrator.sweep.tune_trial import plain_values
 
 _CLOSING_S = 60.0
 

@@ -17,9 +17,9 @@ from orchestrator.spec.sections.scheduler import (
     Population,
     Rungs,
 )
-from orchestrator.sweep.brackets import UNIT, Bohb, HyperBand
-from orchestrator.sweep.draws import Draws
-from orchestrator.sweep.population import Clone, Explored, Pbt, mutations
+from orchestrator.sweep.rng import Draws
+from orchestrator.sweep.schedulers.brackets import UNIT, Bohb, HyperBand
+from orchestrator.sweep.schedulers.population import Clone, Explored, Pbt, mutations
 
 # No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31
@@ -57,7 +57,7 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
                 perturbation_factors=tuple(scheduler.factors),
             )
         case Pb2Scheduler():
-            from orchestrator.sweep.pb2 import Pb2
+            from orchestrator.sweep.schedulers.pb2 import Pb2
 
             return Pb2(spec.search.space, **_population_settings(spec, scheduler))
         case _:

@@ -16,13 +16,13 @@ from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, 
 from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
-from orchestrator.sweep.brackets import UNIT, Bohb
-from orchestrator.sweep.memory import freeze, thaw
-from orchestrator.sweep.population import Cloning
-from orchestrator.sweep.reports import Reports
-from orchestrator.sweep.schedulers import make_scheduler, unit, why_cloned, why_stopped
-from orchestrator.sweep.spending import Spending
-from orchestrator.sweep.told import COMPLETE, set_folder
+from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
+from orchestrator.sweep.schedulers.budget import Spending
+from orchestrator.sweep.schedulers.factory import make_scheduler, unit, why_cloned, why_stopped
+from orchestrator.sweep.schedulers.population import Cloning
+from orchestrator.sweep.schedulers.reports import Reports
+from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
+from orchestrator.sweep.tune_trial import COMPLETE, set_folder
 
 _STUCK_S = 60.0
 _TURNS = (Trial.RUNNING, Trial.PENDING)

@@ -9,7 +9,7 @@ from collections import deque
 from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.lease import AttemptLost, Workers, claim, is_claimed
+from orchestrator.sweep.workers.worker_client import AttemptLost, Workers, claim, is_claimed
 from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 from orchestrator.training.attempt.recorder import Books
 

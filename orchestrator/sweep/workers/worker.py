@@ -13,7 +13,7 @@ import ray
 from orchestrator.imports import begin, importing, leave_out_compiler, leave_out_wandb
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.lease import AttemptLost
+from orchestrator.sweep.workers.worker_client import AttemptLost
 from orchestrator.training.attempt.events import Event, LeaseLost
 from orchestrator.training.attempt.log_file import output_to
 from orchestrator.training.fast.warmup import precompile
