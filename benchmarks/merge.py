@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks.common import ROOT, Setting, main
 from orchestrator.data import load, prepare, save
-from orchestrator.deploy.shipping.merge import Onto, plan_merge
-from orchestrator.deploy.shipping.parity import NUM_ROWS, ask, compare
-from orchestrator.deploy.shipping.stored import find_stored
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.export.base_files import find_stored
+from orchestrator.deploy.export.merge import Onto, plan_merge
+from orchestrator.deploy.export.parity import NUM_ROWS, ask, compare
 from orchestrator.spec.sections import BaseSection
 
 RANK = 16

@@ -89,7 +89,7 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them, what is trained on, lengths, and what is cut or dropped. Trains nothing."""
-    from orchestrator.data.alone import holds_rows, spec_of_rows
+    from orchestrator.data.infer_format import holds_rows, spec_of_rows
     from orchestrator.report.data import say_data
     from orchestrator.training.attempt.log_file import output_to
 

@@ -39,8 +39,8 @@ def best(
     front = opened.pareto(metrics) if len(metrics) > 1 else []
     leaders = opened.top(top, winner.choice.metric) if top else []
     if export is not None:
-        from orchestrator.deploy.shipping.export import export as export_bundle
-        from orchestrator.deploy.subject import Subject
+        from orchestrator.deploy.adapter_ref import Subject
+        from orchestrator.deploy.export.export import export as export_bundle
 
         with _progress() as say:
             export_bundle(Subject.of_best(winner), export, "adapter", say=say)
@@ -86,12 +86,12 @@ def evaluate(
     output: Where = "runs",
 ) -> None:
     """Score finalists in the forms that ship, against the adapter as it was trained. Lists have commas."""
+    from orchestrator.deploy.adapter_ref import is_adapter
+    from orchestrator.deploy.export.merge import DTYPES
     from orchestrator.deploy.scoring import evaluate as room
     from orchestrator.deploy.scoring.forms import FORMS
     from orchestrator.deploy.scoring.harness import open_harness
     from orchestrator.deploy.scoring.metrics import METRICS, require_packages
-    from orchestrator.deploy.shipping.merge import DTYPES
-    from orchestrator.deploy.subject import is_adapter
     from orchestrator.report.evaluation import evaluation_table
 
     forms = room.pick(as_, FORMS, "--as") if as_ is not None else None
@@ -136,9 +136,9 @@ def chat(
     output: Where = "runs",
 ) -> None:
     """Ask the best adapter; answers are streamed. Typed questions follow each other: /clear forgets, /quit ends."""
+    from orchestrator.deploy.adapter_ref import find_subject
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
     from orchestrator.deploy.prompts import new_file, read_prompts, write_answers
-    from orchestrator.deploy.subject import find_subject
     from orchestrator.training.attempt.log_file import output_to
 
     sampling = sampling_of(temperature, top_p, top_k, seed)
@@ -194,8 +194,8 @@ def export(
     output: Where = "runs",
 ) -> None:
     """Export the best adapter, load it back, and hold it against its source."""
-    from orchestrator.deploy.shipping.export import export as export_bundle
-    from orchestrator.deploy.subject import find_subject
+    from orchestrator.deploy.adapter_ref import find_subject
+    from orchestrator.deploy.export.export import export as export_bundle
 
     subject = find_subject(sweep_or_adapter, output, trust)
     with _progress() as say:
@@ -231,7 +231,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, without network.")] = False,
 ) -> None:
     """Publish a bundle on the hub, in one commit. The token is HF_TOKEN's, or that of `hf auth login`."""
-    from orchestrator.deploy.shipping.push import push as push_bundle
+    from orchestrator.deploy.export.push import push as push_bundle
 
     push_bundle(folder, repo, private, dry_run, say=lambda line: print(line, flush=True))
 

@@ -10,8 +10,8 @@ from typing import Any
 from orchestrator.adapters.generate import GREEDY
 from orchestrator.adapters.stops import stops_of
 from orchestrator.data import encode_prompt, render_prompt
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.load import load_model, load_own_tokenizer
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import DataSection
 

@@ -6,7 +6,7 @@ from typing import Any
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.adapters.stops import joined, read_stops, stop_at, stops_of
 from orchestrator.base import load_base, load_tokenizer
-from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.deploy.adapter_ref import Subject, find_subject
 from orchestrator.errors import RecordError, RequestError
 
 

@@ -7,8 +7,8 @@ from rich.text import Text
 from orchestrator.adapters.generate import answer
 from orchestrator.data import load
 from orchestrator.deploy import Sweep
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import open_chat
-from orchestrator.deploy.subject import Subject
 from orchestrator.report.tables import trials_table
 
 _NUM_PROMPTS = 6

@@ -11,9 +11,9 @@ from tiny import Witness
 from orchestrator.adapters.bundle import read_scores, verify
 from orchestrator.data import load
 from orchestrator.deploy import open_sweep
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import open_chat
-from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.training.local import run_local_trial

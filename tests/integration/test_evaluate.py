@@ -22,12 +22,12 @@ from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.data.sources import read_rows
 from orchestrator.deploy import open_sweep
+from orchestrator.deploy.adapter_ref import Subject, find_subject
+from orchestrator.deploy.export.merge import plan_merge
 from orchestrator.deploy.scoring.evaluate import EvaluationReport, evaluate, find_finalists, own_rows, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS, open_form, require_form
 from orchestrator.deploy.scoring.metrics import METRICS
-from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.shipping.merge import plan_merge
-from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import SweepPaths

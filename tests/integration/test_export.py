@@ -20,11 +20,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from orchestrator.adapters.bundle import verify
 from orchestrator.data import load
-from orchestrator.deploy.shipping import export as room
-from orchestrator.deploy.shipping.export import Exported, export
-from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, load_gguf
-from orchestrator.deploy.shipping.merge import Dtype, Merge, Onto, plan_merge
-from orchestrator.deploy.subject import Subject, find_subject
+from orchestrator.deploy.adapter_ref import Subject, find_subject
+from orchestrator.deploy.export import export as room
+from orchestrator.deploy.export.export import Exported, export
+from orchestrator.deploy.export.gguf import CONVERTER, FILE, load_gguf
+from orchestrator.deploy.export.merge import Dtype, Merge, Onto, plan_merge
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import ExportError, RequestError
 from orchestrator.record import SweepPaths
@@ -312,8 +312,8 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(
 MEASURE = """
 import sys
 from pathlib import Path
-from orchestrator.deploy.shipping.merge import plan_merge
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.export.merge import plan_merge
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.spec.sections import BaseSection
 
 def memory(field):

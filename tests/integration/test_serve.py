@@ -18,9 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import DEMO, TINY, Witness
 
+from orchestrator.deploy.adapter_ref import find_subject
 from orchestrator.deploy.chat import Sampling
 from orchestrator.deploy.serving.served import open_served
-from orchestrator.deploy.subject import find_subject
 from orchestrator.record import SweepPaths, read_sweep, write_record
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial

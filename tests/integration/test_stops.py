@@ -14,12 +14,12 @@ from tiny import DEMO, Witness
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data import load
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import Sampling, open_chat
+from orchestrator.deploy.export.export import export
 from orchestrator.deploy.load import load_adapter
 from orchestrator.deploy.scoring.evaluate import evaluate, own_rows
 from orchestrator.deploy.serving.served import open_served
-from orchestrator.deploy.shipping.export import export
-from orchestrator.deploy.subject import Subject
 from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded.task import rows
 from orchestrator.record import SweepPaths, read_sweep

@@ -16,8 +16,8 @@ from tiny import DEMO, TINY
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.data import load
 from orchestrator.deploy import Sweep
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import open_chat
-from orchestrator.deploy.subject import Subject
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
 from orchestrator.spec import load_spec
 from orchestrator.sweep import run_sweep

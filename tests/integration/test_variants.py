@@ -13,8 +13,8 @@ from tiny import Witness
 from transformers import AutoConfig
 
 from orchestrator.data import load
-from orchestrator.deploy.shipping.export import Format, export
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.export.export import Format, export
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec

@@ -17,12 +17,12 @@ from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.data.stops import StopFinder
 from orchestrator.data.turns import in_two_columns
+from orchestrator.deploy.adapter_ref import Subject, find_subject, find_sweep, is_adapter
+from orchestrator.deploy.export.merge import DTYPES, default_dtype
 from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
-from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.shipping.merge import DTYPES, default_dtype
-from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
+from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
 from orchestrator.record.files import write_atomic

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from orchestrator.base import base_location, drop, keep_trainable, load_base, load_tokenizer
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.load import put_on
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 

@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.deploy.adapter_ref import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.serving.served import Served, open_served
 from orchestrator.deploy.serving.vllm import RANKS, largest_rank, more_than_lora, vllm_command
-from orchestrator.deploy.subject import Subject, find_subject, find_sweep, is_adapter
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
 

@@ -15,9 +15,9 @@ from uuid import uuid4
 from orchestrator.adapters.stops import stops_of
 from orchestrator.base import load_base, shell
 from orchestrator.data import encode_prompt
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import COLD, PromptForm, Sampling, open_prompt_form
 from orchestrator.deploy.load import put_on
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import OrchestratorError, RequestError
 
 CACHE_TOKENS = 16_384

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.alone import holds_rows, spec_of_rows
+from orchestrator.data.infer_format import holds_rows, spec_of_rows
 from orchestrator.data.preview import preview
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import COLUMNS_OF, BaseSection, DataSection

@@ -11,9 +11,9 @@ from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data.encode import encode
 from orchestrator.data.render import render
 from orchestrator.data.row import Row
+from orchestrator.deploy.adapter_ref import find_subject
 from orchestrator.deploy.chat import Chat, Conversation, PromptForm, Sampling, open_chat, open_prompt_form, sampling_of
 from orchestrator.deploy.load import load_adapter, load_own_tokenizer
-from orchestrator.deploy.subject import find_subject
 from orchestrator.errors import RequestError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig

@@ -11,8 +11,8 @@ import pytest
 from orchestrator.adapters.bundle import CONFIG, SCORES, WEIGHTS, Facts, seal
 from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
 from orchestrator.report.best import say_best

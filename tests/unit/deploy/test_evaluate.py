@@ -10,10 +10,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
+from orchestrator.deploy.adapter_ref import Subject, find_subject
 from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, new_report, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
-from orchestrator.deploy.subject import Subject, find_subject
 from orchestrator.errors import DataError, RecordError, RequestError
 from orchestrator.record import RowScores, SweepPaths, read_result, write_record
 from orchestrator.spec import parse_spec

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal, verify
-from orchestrator.deploy.shipping import check, memory, ray_serve
-from orchestrator.deploy.shipping.export import export
-from orchestrator.deploy.shipping.merge import Merge, plan_merge
-from orchestrator.deploy.shipping.parity import Source
-from orchestrator.deploy.subject import Subject, at_commit
+from orchestrator.deploy.adapter_ref import Subject, at_commit
+from orchestrator.deploy.export import check, memory_limit, ray_serve
+from orchestrator.deploy.export.export import export
+from orchestrator.deploy.export.merge import Merge, plan_merge
+from orchestrator.deploy.export.parity import Source
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import ExportError, RecordError, RequestError
 from orchestrator.spec.sections import BaseSection
@@ -352,7 +352,7 @@ def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
 def test_memory_is_what_the_container_has_left(
     limit: str, taken: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory_limit, "CGROUP", tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9))
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 8 * 10**9, "cpu": 10**9})
     (tmp_path / "memory").mkdir()
@@ -360,25 +360,25 @@ def test_memory_is_what_the_container_has_left(
     def write(name: str, text: str) -> None:
         (tmp_path / name).write_text(text)
 
-    assert memory.available_bytes() == 10**9, "there is no container"
+    assert memory_limit.available_bytes() == 10**9, "there is no container"
     write(limit, "5000000\n")
     write(taken, "3000000\n")
-    assert memory.available_bytes() == 10**9, "it does not tell what the kernel could give back"
+    assert memory_limit.available_bytes() == 10**9, "it does not tell what the kernel could give back"
     statistics = (tmp_path / limit).with_name("memory.stat")
     statistics.write_text(f"anon 2000000\n{prefix}active_file 300000\n{prefix}inactive_file 100000\n")
-    assert memory.available_bytes() == 2400000
+    assert memory_limit.available_bytes() == 2400000
     assert check._room(True) == {0: int(8e9 * check._SHARE), "cpu": int(2400000 * check._SHARE)}
     write(taken, "6000000\n")
-    assert memory.available_bytes() == 0, "over its limit"
+    assert memory_limit.available_bytes() == 0, "over its limit"
     write(limit, "max\n" if limit == "memory.max" else f"{2**63 - 4096}\n")
-    assert memory.available_bytes() == 10**9, "there is no limit"
+    assert memory_limit.available_bytes() == 10**9, "there is no limit"
 
 
 def test_a_base_that_memory_cannot_hold_is_not_loaded(
     subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
     """The kernel would end the process, which then could tell nothing, nor take away what it has begun."""
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory_limit, "available_bytes", lambda: 1 << 20)
     stored_otherwise = replace(subject, base=subject.base.model_copy(update={"quantization": "none"}))
     with pytest.raises(ExportError, match=r"the base alone takes 0\.01 GiB, available are 0\.00 GiB"):
         export(stored_otherwise, tmp_path / "out", "merged", data=rows)
@@ -390,7 +390,7 @@ def test_a_gguf_file_that_memory_cannot_hold_is_not_loaded(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(b"0" * 10)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 9)
+    monkeypatch.setattr(memory_limit, "available_bytes", lambda: 9)
     with pytest.raises(MemoryError, match=r"the model in model\.gguf takes"):
         check._compare(Source([], 0.0), tmp_path, subject, "gguf", "bf16", [], on_gpu=False)
 
@@ -433,7 +433,7 @@ def test_a_wrong_merge_from_8_bits_is_found(
         )
 
     given = on_8_bits(subject)
-    monkeypatch.setattr("orchestrator.deploy.shipping.export.plan_merge", louder)
+    monkeypatch.setattr("orchestrator.deploy.export.export.plan_merge", louder)
     with pytest.raises(ExportError, match="does not answer as the adapter does"):
         export(given, out, "merged", data=rows)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.base import load_tokenizer
-from orchestrator.deploy.shipping.gguf import CONVERTER, FILE, convert, find_converter, pre_tokenizer
+from orchestrator.deploy.export.gguf import CONVERTER, FILE, convert, find_converter, pre_tokenizer
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from orchestrator.adapters.stops import write_stops
 from orchestrator.base import load_base
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import open_prompt_form
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, plan_merge
-from orchestrator.deploy.shipping.stored import find_stored, loaded_bytes
-from orchestrator.deploy.subject import Subject
+from orchestrator.deploy.export.base_files import find_stored, loaded_bytes
+from orchestrator.deploy.export.merge import DTYPES, Dtype, Merge, Onto, plan_merge
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.spec import parse_spec

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.data.encode import IGNORED
-from orchestrator.deploy.scoring.score import score_rows
-from orchestrator.deploy.shipping import parity as room
-from orchestrator.deploy.shipping.parity import LEAST_LOSS, ROUNDED, SAME, Parity, ask, compare, rounding
+from orchestrator.deploy.export import parity as room
+from orchestrator.deploy.export.parity import LEAST_LOSS, ROUNDED, SAME, Parity, ask, compare, rounding
+from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.errors import ExportError
 
 

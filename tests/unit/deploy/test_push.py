@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.bundle import Facts, seal, verify
-from orchestrator.deploy.shipping.push import push
+from orchestrator.deploy.export.push import push
 from orchestrator.errors import RecordError, RequestError
 
 PUSH = """
 import sys
 from pathlib import Path
-from orchestrator.deploy.shipping.push import push
+from orchestrator.deploy.export.push import push
 from orchestrator.errors import OrchestratorError
 
 folder, repo, *options = sys.argv[1:]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.deploy.shipping import ray_serve
-from orchestrator.deploy.shipping.ray_serve import FILE, MODEL, check, require_ray_serve, serve_config
+from orchestrator.deploy.export import ray_serve
+from orchestrator.deploy.export.ray_serve import FILE, MODEL, check, require_ray_serve, serve_config
 from orchestrator.errors import RequestError
 
 CONFIG = serve_config("abc_00001", Path("/shared/out/model"), "bf16")

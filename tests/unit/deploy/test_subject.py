@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.bundle import Facts, seal
-from orchestrator.deploy.subject import find_subject
+from orchestrator.deploy.adapter_ref import find_subject
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
 

@@ -27,8 +27,8 @@ class Best:
 
     def load(self) -> tuple[Any, Any]:
         """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
+        from orchestrator.deploy.adapter_ref import Subject
         from orchestrator.deploy.load import load_adapter
-        from orchestrator.deploy.subject import Subject
 
         return load_adapter(Subject.of_best(self))
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.adapters.stops import as_eos, write_stops
+from orchestrator.deploy.adapter_ref import Subject
 from orchestrator.deploy.chat import PromptForm, question_template
+from orchestrator.deploy.export.base_files import Stored, find_stored
+from orchestrator.deploy.export.memory_limit import why_out_of_memory
 from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
-from orchestrator.deploy.shipping.memory import why_out_of_memory
-from orchestrator.deploy.shipping.stored import Stored, find_stored
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec.sections import BaseSection
 

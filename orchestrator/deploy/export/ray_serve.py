@@ -7,7 +7,7 @@ must be an address such as s3://... (Ray 2.60).
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype
+from orchestrator.deploy.export.merge import DTYPES, Dtype
 from orchestrator.spec.extras import missing_package
 
 FILE = "serve.yaml"

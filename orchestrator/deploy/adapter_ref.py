@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from orchestrator.adapters.bundle import CONFIG, MANIFEST, read_manifest, verify_adapter
 from orchestrator.base import hub_id
-from orchestrator.deploy.sweep import Best, Sweep, open_sweep
+from orchestrator.deploy.finished import Best, Sweep, open_sweep
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig

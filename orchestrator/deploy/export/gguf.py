@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype
+from orchestrator.deploy.export.merge import DTYPES, Dtype
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
 
@@ -63,7 +63,7 @@ def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str
     """
     cut = pre_tokenizer(merged)
     given = [cut or "", ",".join(map(str, stops))]
-    told = ["-m", "orchestrator.deploy.shipping.converter", *given] if cut or len(stops) > 1 else []
+    told = ["-m", "orchestrator.deploy.export.converter", *given] if cut or len(stops) > 1 else []
     command = [sys.executable, *told, str(converter), str(merged), "--model-name", name]
     command += ["--outfile", str(target / FILE), "--outtype", _OUT_TYPES[dtype]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

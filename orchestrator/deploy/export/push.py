@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
-from orchestrator.deploy.shipping.elsewhere import about_base, paths_named
+from orchestrator.deploy.export.private_details import about_base, paths_named
 from orchestrator.errors import HubError, RequestError
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.base import device_map, device_name, drop, keep_trainable, quantization_config
+from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.export import gguf, ray_serve
+from orchestrator.deploy.export.base_files import loaded_bytes
+from orchestrator.deploy.export.memory_limit import available_bytes, require_memory, why_out_of_memory
+from orchestrator.deploy.export.merge import DTYPES, Dtype, Onto
+from orchestrator.deploy.export.parity import Parity, Row, Source, ask, compare
 from orchestrator.deploy.load import load_model
-from orchestrator.deploy.shipping import gguf, ray_serve
-from orchestrator.deploy.shipping.memory import available_bytes, require_memory, why_out_of_memory
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Onto
-from orchestrator.deploy.shipping.parity import Parity, Row, Source, ask, compare
-from orchestrator.deploy.shipping.stored import loaded_bytes
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
 
 Format = Literal["adapter", "merged", "gguf", "ray-serve"]

@@ -10,14 +10,14 @@ from typing import Any
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
 from orchestrator.adapters.card import merged_card
+from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.export import gguf, parity, ray_serve
+from orchestrator.deploy.export.check import Format, NoMemoryError, hold_against_source
+from orchestrator.deploy.export.memory_limit import readable
+from orchestrator.deploy.export.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
+from orchestrator.deploy.export.parity import Parity, rounding
+from orchestrator.deploy.export.private_details import about_base
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
-from orchestrator.deploy.shipping import gguf, parity, ray_serve
-from orchestrator.deploy.shipping.check import Format, NoMemoryError, hold_against_source
-from orchestrator.deploy.shipping.elsewhere import about_base
-from orchestrator.deploy.shipping.memory import readable
-from orchestrator.deploy.shipping.merge import DTYPES, Dtype, Merge, Onto, default_dtype, plan_merge
-from orchestrator.deploy.shipping.parity import Parity, rounding
-from orchestrator.deploy.subject import Subject
 from orchestrator.errors import ExportError, RequestError
 from orchestrator.record.files import building_beside, refuse_links
 from orchestrator.record.versions import installed_versions
