@@ -21,12 +21,12 @@ from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
-from orchestrator.training.attempt.events import END, AtOnce, Completed, Event
-from orchestrator.training.engines.loop import Ground, Loop, find_seat, open_loop
-from orchestrator.training.fast.drive.multi_lora import Pack
+from orchestrator.training.attempt.events import END, Completed, Event, WriteNow
+from orchestrator.training.engines.loop import Loop, TrialInputs, find_slot, open_loop
+from orchestrator.training.fast.drive.multi_lora import MultiLora
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.trial import start_of
-from orchestrator.training.worker.runtime import Host
+from orchestrator.training.worker.runtime import WorkerRuntime
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -117,7 +117,7 @@ def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Told:
     """Train trials beside each other, as a worker does."""
     told: Told = [[] for _ in points]
     with tempfile.TemporaryDirectory() as folder:
-        paths, host = SweepPaths(Path(folder)), Host(spec, prepare(spec.data, spec.base), len(points), 1)
+        paths, host = SweepPaths(Path(folder)), WorkerRuntime(spec, prepare(spec.data, spec.base), len(points), 1)
         for index, point in enumerate(points):
             trial = paths.trial(f"trial-{index}")
             assert host.start(trial.trial_id, start_of(spec.trial_config(point), spec, trial), trial)
@@ -132,14 +132,14 @@ def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Told:
 
 
 @contextmanager
-def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, Pack, int]]:
+def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, MultiLora, int]]:
     """A trial's loop, not yet run, what serves its tasks, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
-    ground = Ground.of(config.base, prepare(config.data, config.base))
+    ground = TrialInputs.of(config.base, prepare(config.data, config.base))
     with lease(config.base), tempfile.TemporaryDirectory() as folder:
-        seat = find_seat(config, ground)
-        pack = Pack()
-        yield open_loop(config, ground, seat, Path(folder), AtOnce()), pack, int(ground.held_out.lengths.sum())
+        seat = find_slot(config, ground)
+        pack = MultiLora()
+        yield open_loop(config, ground, seat, Path(folder), WriteNow()), pack, int(ground.held_out.lengths.sum())
 
 
 def foreseen(result: TrialResult) -> float | None:

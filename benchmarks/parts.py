@@ -20,9 +20,9 @@ import torch
 
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.ops.triton import norm_swiglu_ce
-from orchestrator.training.fast.step.adapters import Adapters, Group
-from orchestrator.training.fast.step.decoder import GROUPS, Decoder, Step, adapted_layers
-from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span
+from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
+from orchestrator.training.fast.step.decoder import GROUPS, Decoder, PassInputs, adapted_layers
+from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
 SHAPES = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}
 """Hidden, inner, layers, heads, key heads."""
@@ -79,7 +79,7 @@ class Part:
 class Bench:
     """One model, one row."""
 
-    def __init__(self, model: Any, row: Row, slots: int) -> None:
+    def __init__(self, model: Any, row: FlatBatch, slots: int) -> None:
         self.row, self.slots = row, slots
         self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps=True)
         self.heads: reference.Heads = self.decoder._layers[0]._heads
@@ -117,7 +117,7 @@ class Bench:
 
     def time_step(self, profile: bool) -> None:
         """The whole step as one graph."""
-        step = Step(norm_swiglu_ce, self.row, self.adapters, "nothing")
+        step = PassInputs(norm_swiglu_ce, self.row, self.adapters, "nothing")
 
         def run() -> None:
             losses, hits = self.decoder.train(step)
@@ -198,16 +198,18 @@ class Bench:
         row, ours, exact = self.row, self.adapters, self.exact
         tokens, layers = row.num_tokens, len(self.layers)
 
-        def compare_down(group: Group, x: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare_down(group: LayerGroup, x: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return norm_swiglu_ce.lora_down(x, ours, group, row), reference.lora_down(x.float(), exact, group, row)
 
-        def compare_up(group: Group, _: Any, low: Any, y: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare_up(group: LayerGroup, _: Any, low: Any, y: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
             expected = y.float()
             norm_swiglu_ce.lora_up_(y, low, ours, group, row)
             reference.lora_up_(expected, low.float(), exact, group, row)
             return y, expected
 
-        def compare_backward(group: Group, x: Any, low: Any, y: Any, by_x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare_backward(
+            group: LayerGroup, x: Any, low: Any, y: Any, by_x: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             expected, y = by_x.float(), y * (row.counters > 0)[:, None]
             for adapters in (ours, exact):
                 adapters.gradients.zero_()
@@ -287,7 +289,7 @@ class Bench:
         )  # fmt: skip
 
 
-def make_row(tokens: int, slots: int, dropout: float) -> Row:
+def make_row(tokens: int, slots: int, dropout: float) -> FlatBatch:
     """Sequences as long as GSM8K's, an equal part of the row for each slot, its last tokens fillers."""
     generator, spans = np.random.default_rng(0), []
     for slot in range(slots):
@@ -314,9 +316,9 @@ def make_row(tokens: int, slots: int, dropout: float) -> Row:
             "correction2": 0.001,
             "max_norm": 1.0,
         }
-        spans.append(Span(slot, Rows(ids, labels), range(len(ids)), table))
+        spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), table))
     sequences = sum(len(span.indices) + 2 for span in spans)
-    layout = Layout(tokens, sequences + -sequences % 8, slots, norm_swiglu_ce.TILE, LONGEST)
+    layout = BucketShape(tokens, sequences + -sequences % 8, slots, norm_swiglu_ce.TILE, LONGEST)
     buffer = layout.buffer("cpu")
     layout.fill(buffer.numpy(), spans)
     return layout.row(buffer.cuda())

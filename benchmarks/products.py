@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.step.adapters import Adapted, Adapters, Group
+from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.engine import _kernels
-from orchestrator.training.fast.step.flat_batch import TABLE, Layout, Row, Rows, Span
+from orchestrator.training.fast.step.flat_batch import TABLE, BucketShape, FlatBatch, Span, TokenizedRows
 
 HIDDEN, INNER, RANKS, LONGEST = 2048, 5632, (8, 16, 32, 64), 512
 REPEATS = 10
@@ -36,7 +36,7 @@ def main() -> None:
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     ops = _kernels() if on_gpu else reference
     row = make_row(arguments.slots, arguments.tokens, int(ops.TILE), device)
-    layers = [Adapted("gate", 0, HIDDEN, 0, INNER), Adapted("up", 1, HIDDEN, INNER, INNER)]
+    layers = [AdaptedLayer("gate", 0, HIDDEN, 0, INNER), AdaptedLayer("up", 1, HIDDEN, INNER, INNER)]
     adapters = Adapters([layers], arguments.slots, max(RANKS), torch.float32, dtype, device)
     for slot, rank in enumerate(row.table["rank"].tolist()):
         for _, matrix in adapters.matrices(slot, rank, adapters.weights):
@@ -59,7 +59,7 @@ def main() -> None:
             print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)
 
 
-def _ours_up(ops: Any, adapters: Adapters, group: Group, row: Row) -> Callable[..., Any]:
+def _ours_up(ops: Any, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> Callable[..., Any]:
     def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         ops.lora_up_(y, low, adapters, group, row)
         return y
@@ -67,7 +67,9 @@ def _ours_up(ops: Any, adapters: Adapters, group: Group, row: Row) -> Callable[.
     return up
 
 
-def _by(product: Callable[..., Any], adapters: Adapters, group: Group) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _by(
+    product: Callable[..., Any], adapters: Adapters, group: LayerGroup
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both parts by a product (T, k), (slots, k, n) -> (T, n). The scales are 1."""
     a, b = adapters.a(group, adapters.weights), adapters.b(group, adapters.weights)
     rank = adapters.rank
@@ -85,7 +87,7 @@ def _by(product: Callable[..., Any], adapters: Adapters, group: Group) -> tuple[
     return down, up
 
 
-def products(row: Row) -> dict[str, Callable[..., Any]]:
+def products(row: FlatBatch) -> dict[str, Callable[..., Any]]:
     """The other ways, by their names."""
     ends = row.table["end_tile"] * row.tile
 
@@ -98,7 +100,7 @@ def products(row: Row) -> dict[str, Callable[..., Any]]:
     return {"padded bmm": padded, "grouped_mm": grouped}
 
 
-def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> Row:
+def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> FlatBatch:
     """Spans between half and one and a half of their mean, in whole tiles."""
     generator, spans = np.random.default_rng(0), []
     shares = generator.uniform(0.5, 1.5, slots)
@@ -113,9 +115,9 @@ def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> Row:
             "keep_scale": 1.0,
             "applies": 1,
         }
-        spans.append(Span(slot, Rows(ids, ids), range(len(ids)), table))
+        spans.append(Span(slot, TokenizedRows(ids, ids), range(len(ids)), table))
     sequences, real = sum(len(span.indices) for span in spans), sum(span.num_tokens for span in spans)
-    layout = Layout(real, sequences + -sequences % 8, slots, tile, LONGEST)
+    layout = BucketShape(real, sequences + -sequences % 8, slots, tile, LONGEST)
     buffer = layout.buffer("cpu")
     layout.fill(buffer.numpy(), spans)
     return layout.row(buffer.to(device))

@@ -23,8 +23,8 @@ from orchestrator.data import prepare
 from orchestrator.record import SweepPaths
 from orchestrator.sweep import results, run
 from orchestrator.sweep.results import ResultKeeper
-from orchestrator.training.attempt.events import AtOnce
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.attempt.events import WriteNow
+from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import build_trainer
 from orchestrator.training.fast.drive.slot import Slot
 from orchestrator.training.fast.plan.factory import engine_for
@@ -47,7 +47,7 @@ def parts(setting: Setting, rank: int) -> dict[str, Any]:
     """Of one trial after another in this process."""
     use_device(1)
     config = setting.spec({"steps": 100, "eval_steps": 50}, lora={"rank": rank}).trial_config({})
-    ground = Ground.of(config.base, prepare(config.data, config.base))
+    ground = TrialInputs.of(config.base, prepare(config.data, config.base))
     engine, _ = engine_for(ground.base, [config], ground.train, ground.held_out, SLOTS)
     gc.collect()
     gc.freeze()  # as the host does
@@ -62,14 +62,14 @@ def parts(setting: Setting, rank: int) -> dict[str, Any]:
     }
 
 
-def set_up(config: Any, ground: Ground, engine: Engine, folder: Path) -> dict[str, float]:
+def set_up(config: Any, ground: TrialInputs, engine: Engine, folder: Path) -> dict[str, float]:
     """Seconds of each part, up to the first batch."""
     at = [time.perf_counter()]
     model = adapted(ground.base, config)
     at.append(time.perf_counter())
     trainer = build_trainer(config, model, ground.tokenizer, ground.data, folder)
     at.append(time.perf_counter())
-    work = Slot(0, trainer, engine, config, ground.train, ground.held_out, AtOnce()).train(None)
+    work = Slot(0, trainer, engine, config, ground.train, ground.held_out, WriteNow()).train(None)
     next(work)
     at.append(time.perf_counter())
     work.close()

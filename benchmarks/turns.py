@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import Setting, main, together
 from benchmarks.pack import SLOTS, points, spec_of
-from orchestrator.training.fast.drive.multi_lora import Pack
-from orchestrator.training.fast.step.engine import Engine, Held
+from orchestrator.training.fast.drive.multi_lora import MultiLora
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
 
 STEPS, EVAL_STEPS = 100, 25
 LONG_MS = 5.0
@@ -32,10 +32,10 @@ def measure(setting: Setting) -> dict[str, Any]:
     """Of each graph's replay: when it was sent, and events of its begin and end."""
     tokens: list[tuple[float, int, int]] = []
     """Of each step: when it was sent, its real tokens and its bucket's."""
-    turn, step, replay = Pack.turn, Engine.step, torch.cuda.CUDAGraph.replay
+    turn, step, replay = MultiLora.turn, Engine.step, torch.cuda.CUDAGraph.replay
 
-    def timed_turn(pack: Pack) -> None:
-        evaluates = any(isinstance(member.task, Held) for member in pack._members)
+    def timed_turn(pack: MultiLora) -> None:
+        evaluates = any(isinstance(member.task, EvaluationBatch) for member in pack._members)
         kind, members, began = "evaluation" if evaluates else "train", len(pack), time.perf_counter()
         turn(pack)
         turns.append((kind, members, began, time.perf_counter()))
@@ -51,12 +51,12 @@ def measure(setting: Setting) -> dict[str, Any]:
         end.record()
         replays.append((time.perf_counter(), begin, end))
 
-    Pack.turn, Engine.step = timed_turn, counted_step  # type: ignore[method-assign]
+    MultiLora.turn, Engine.step = timed_turn, counted_step  # type: ignore[method-assign]
     torch.cuda.CUDAGraph.replay = timed_replay
     try:
         together(spec_of(setting, steps=STEPS, eval_steps=EVAL_STEPS), points()[:slots])
     finally:
-        Pack.turn, Engine.step, torch.cuda.CUDAGraph.replay = turn, step, replay  # type: ignore[method-assign]
+        MultiLora.turn, Engine.step, torch.cuda.CUDAGraph.replay = turn, step, replay  # type: ignore[method-assign]
     whole = [each for each in turns if each[1] == slots]
     start, end = whole[len(whole) // 4][2], whole[-1][3]
     spent: dict[str, float] = defaultdict(float)

@@ -9,11 +9,11 @@ from orchestrator.signals import Signalled, StopRequest, deferred_signals
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.storage import storage_fault
 from orchestrator.training.attempt.attempt import run_alone
-from orchestrator.training.attempt.events import AtOnce, Event, Failed, Left
+from orchestrator.training.attempt.events import Event, Failed, Left, WriteNow
 from orchestrator.training.attempt.log_file import output_to
-from orchestrator.training.attempt.recorder import Books
+from orchestrator.training.attempt.recorder import TrialRecorder
 from orchestrator.training.attempt.watcher import Watcher
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.model.device import reset_peak_memory, use_device
 
 
@@ -67,15 +67,15 @@ def start_of(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> TrialRe
 
 
 def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:
-    books = Books(start, paths, spec)
+    books = TrialRecorder(start, paths, spec)
     gpus = use_device(spec.resources.cpus_per_trial)
     reset_peak_memory()
     with deferred_signals(watcher.say) as stop:
         stop.defers = False  # until there are steps to keep
         listener = _Here(books, watcher, paths, stop)
         try:
-            ground = Ground.of(start.config.base, load(data_folder))
-            run_alone(start, paths, ground, listener, AtOnce(), gpus)
+            ground = TrialInputs.of(start.config.base, load(data_folder))
+            run_alone(start, paths, ground, listener, WriteNow(), gpus)
         except StorageError:
             raise
         except OrchestratorError as error:
@@ -87,7 +87,7 @@ def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Pa
 class _Here:
     """Keeps the books of a trial in this process, and lets a watcher or a signal end it."""
 
-    def __init__(self, books: Books, watcher: Watcher, paths: TrialPaths, stop: StopRequest) -> None:
+    def __init__(self, books: TrialRecorder, watcher: Watcher, paths: TrialPaths, stop: StopRequest) -> None:
         self._books = books
         self._watcher = watcher
         self._paths = paths

@@ -10,8 +10,8 @@ from tiny import DEMO
 
 from orchestrator.spec import TrialConfig, load_spec
 from orchestrator.training.attempt.events import Completed, Evaluated, Logged, Saved
-from orchestrator.training.attempt.recorder import Books
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.attempt.recorder import TrialRecorder
+from orchestrator.training.engines.loop import TrialInputs
 
 # High rates, so that a last bit that differs is soon a digit that differs.
 _HIGH = ["training.learning_rate=1e-2", "training.max_grad_norm=1.0", "training.save_steps=5"]
@@ -32,7 +32,7 @@ _BESIDE = {
 class Setting:
     """The watched trials under some more overrides, and each of them alone."""
 
-    def __init__(self, ground: Ground, folder: Path, *overrides: str, gpus: float = 0) -> None:
+    def __init__(self, ground: TrialInputs, folder: Path, *overrides: str, gpus: float = 0) -> None:
         self.ground = ground
         self._overrides = overrides
         self._gpus = gpus
@@ -67,7 +67,7 @@ class Setting:
         hosted = self.host(folder)
         self._start(hosted, "single", _BESIDE["single"])
         first = self._start(hosted, name, WATCHED[name])
-        books = Books(first.start, first.paths, hosted.spec)
+        books = TrialRecorder(first.start, first.paths, hosted.spec)
         hosted.follow(lambda: first.end or any(event.step == 10 for event in first.of(Saved)))
         assert not first.end
         hosted.host.release(first.lease)

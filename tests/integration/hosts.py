@@ -12,7 +12,7 @@ from orchestrator.record import SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.training.attempt.events import END, Event, Noted
 from orchestrator.training.trial import start_of
-from orchestrator.training.worker.runtime import Host
+from orchestrator.training.worker.runtime import WorkerRuntime
 
 HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
 
@@ -48,7 +48,7 @@ class Hosted:
     def __init__(self, folder: Path, spec: SweepSpec, data: PreparedData, slots: int = 2, gpus: float = 0) -> None:
         self.spec = spec
         self.lost = threading.Event()
-        self.host = Host(spec, data, slots, gpus, on_lost=self.lost.set)
+        self.host = WorkerRuntime(spec, data, slots, gpus, on_lost=self.lost.set)
         self._slots = slots
         self._paths = SweepPaths(folder)
         self.all: list[Followed] = []

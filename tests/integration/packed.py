@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 from orchestrator.data import prepare
 from orchestrator.spec import TrialConfig, load_spec
 from orchestrator.training.attempt.events import (
-    Aside,
-    AtOnce,
+    WriteNow,
+    WriteQueue,
 )
-from orchestrator.training.engines.loop import Ground, Seat, open_loop
-from orchestrator.training.fast.drive.multi_lora import Pack, Work
+from orchestrator.training.engines.loop import EngineSlot, TrialInputs, open_loop
+from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.fast.plan.factory import engine_for
 from orchestrator.training.model.device import use_device
 
@@ -53,11 +53,11 @@ def trial(*overrides: str) -> TrialConfig:
     return load_spec(DEMO, [*COMMON, *overrides]).trial_config({})
 
 
-def open_ground(*overrides: str) -> Ground:
+def open_ground(*overrides: str) -> TrialInputs:
     """The demo's base and rows, in this process."""
     use_device(1)
     config = trial(*overrides)
-    return Ground.of(config.base, prepare(config.data, config.base))
+    return TrialInputs.of(config.base, prepare(config.data, config.base))
 
 
 @dataclass
@@ -110,11 +110,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 class Bench:
     """A pack whose members are watched."""
 
-    def __init__(self, ground: Ground, folder: Path, num_slots: int, configs: Sequence[TrialConfig]) -> None:
+    def __init__(self, ground: TrialInputs, folder: Path, num_slots: int, configs: Sequence[TrialConfig]) -> None:
         self._ground = ground
         self._folder = folder
         self.engine, self.plan = engine_for(ground.base, configs, ground.train, ground.held_out, num_slots)
-        self.pack = Pack()
+        self.pack = MultiLora()
 
     @property
     def flats(self) -> list[torch.Tensor]:
@@ -136,13 +136,13 @@ class Bench:
         config: TrialConfig,
         checkpoint: Path | None = None,
         stop_at: int | None = None,
-        aside: Aside | None = None,
+        aside: WriteQueue | None = None,
         name: str = "",
     ) -> Trained:
         """Have a trial begin in a slot."""
         checkpoints = self._folder / (name or str(slot))
-        seat = Seat(slot, self.engine, self.plan)
-        loop = open_loop(config, self._ground, seat, checkpoints, aside or AtOnce())
+        seat = EngineSlot(slot, self.engine, self.plan)
+        loop = open_loop(config, self._ground, seat, checkpoints, aside or WriteNow())
         seen = Trained(loop, adapter(loop))
         loop.trainer.add_callback(Watch(seen, stop_at, lambda: self.matrices(loop)))
         self.pack.join(watched(seen, None if checkpoint is None else str(checkpoint)))
@@ -158,7 +158,7 @@ class Bench:
             self.pack.turn()
 
 
-def watched(seen: Trained, checkpoint: str | None) -> Work:
+def watched(seen: Trained, checkpoint: str | None) -> TrialSteps:
     """A trial whose fault is kept, as an attempt keeps it."""
     try:
         yield from seen.loop.train(checkpoint)
@@ -172,7 +172,7 @@ def adapter(loop: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in loop.trainer.model.named_parameters() if p.requires_grad}
 
 
-def alone(ground: Ground, folder: Path, config: TrialConfig, checkpoint: Path | None = None) -> Trained:
+def alone(ground: TrialInputs, folder: Path, config: TrialConfig, checkpoint: Path | None = None) -> Trained:
     """A trial in an engine of one slot."""
     bench = Bench(ground, folder, 1, [config])
     seen = bench.join(0, config, checkpoint)

@@ -27,7 +27,7 @@ from orchestrator.training.engines.sft import build_trainer, require_apart
 from orchestrator.training.local import run_local_trial
 from orchestrator.training.model.peft_model import adapted_by_peft
 from orchestrator.training.model.targets import expected_beside, expected_modules
-from orchestrator.training.worker.runtime import Host
+from orchestrator.training.worker.runtime import WorkerRuntime
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,7 @@ def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
         "data.held_out={count: 8}",
     ]
     spec = load_spec(DEMO, [*TINY, *source, f"data.chat_template={ASKING!r}"])
-    host = Host(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
+    host = WorkerRuntime(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
     assert host._ground(spec.base).tokenizer.chat_template == ASKING
 
 

@@ -17,11 +17,11 @@ from orchestrator.data import prepare
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.attempt.events import AtOnce
-from orchestrator.training.engines.loop import Ground, Loop, about, find_seat, open_loop
-from orchestrator.training.fast.drive.multi_lora import Pack
+from orchestrator.training.attempt.events import WriteNow
+from orchestrator.training.engines.loop import Loop, TrialInputs, about, find_slot, open_loop
+from orchestrator.training.fast.drive.multi_lora import MultiLora
 from orchestrator.training.fast.plan import factory
-from orchestrator.training.fast.step.engine import AHEAD, Engine, Figures
+from orchestrator.training.fast.step.engine import AHEAD, Engine, StepMetrics
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.model.device import use_device
 
@@ -58,16 +58,16 @@ class Trained:
 def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = None) -> Trained:
     """Train on the demo by one of the engines, without the trial's records."""
     config = load_spec(DEMO, [*TINY, *PLAIN, f"training.engine={engine}", *overrides]).trial_config({})
-    ground, seen = Ground.of(config.base, prepare(config.data, config.base)), Trained(folder)
+    ground, seen = TrialInputs.of(config.base, prepare(config.data, config.base)), Trained(folder)
     use_device(1)  # threads as a trial has them
     with lease(config.base), pytest.MonkeyPatch.context() as patched:
-        seat = find_seat(config, ground)
+        seat = find_slot(config, ground)
         assert about(seat)["engine"] == engine
-        loop = open_loop(config, ground, seat, folder, AtOnce())
+        loop = open_loop(config, ground, seat, folder, WriteNow())
         watch_events(loop, seen)
         watch_rows(loop.trainer, seen.batches, patched)
         seen.start = weights(loop)
-        pack = Pack()
+        pack = MultiLora()
         pack.join(loop.train(checkpoint))
         while len(pack):
             pack.turn()
@@ -315,8 +315,8 @@ class Late:
     def __init__(self, pending: Any) -> None:
         self._pending = pending
 
-    def read(self) -> Figures:
-        figures: Figures = self._pending.read()
+    def read(self) -> StepMetrics:
+        figures: StepMetrics = self._pending.read()
         return figures
 
 

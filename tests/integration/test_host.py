@@ -28,20 +28,20 @@ from orchestrator.training.attempt.events import (
     Saved,
     Warned,
 )
-from orchestrator.training.attempt.recorder import Books
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.attempt.recorder import TrialRecorder
+from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.fast.step.engine import CPU_TOKENS, Engine
 from orchestrator.training.worker import compatibility
 from orchestrator.training.worker import runtime as host_room
 from orchestrator.training.worker import slots as hosted_room
 from orchestrator.training.worker.runtime import LeaseLost
-from orchestrator.training.worker.slots import Lease, Writer
+from orchestrator.training.worker.slots import FileWriter, SlotLease
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ground() -> Ground:
+def ground() -> TrialInputs:
     return open_ground()
 
 
@@ -58,13 +58,13 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hosted(hosted_spec: SweepSpec, ground: Ground, tmp_path: Path) -> Iterator[Hosted]:
+def hosted(hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path) -> Iterator[Hosted]:
     made = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
     yield made
     made.close()
 
 
-def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:
+def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: TrialInputs, tmp_path: Path) -> None:
     one = hosted.start("one")
     other = hosted.start("other", trial("lora.rank=4", "training.steps=4", "training.eval_steps=2", "training.seed=9"))
     assert one
@@ -101,7 +101,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: Ground
 
 @pytest.mark.usefixtures("joint")
 def test_trials_that_come_at_the_start_begin_together(
-    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each size of a pack is a graph to capture."""
     hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
@@ -120,7 +120,7 @@ def test_trials_that_come_at_the_start_begin_together(
 
 
 def test_a_fault_as_a_trainer_is_imported_is_told(
-    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_started = threading.Event()
 
@@ -141,9 +141,9 @@ def test_a_fault_as_a_trainer_is_imported_is_told(
 
 
 def test_an_earlier_attempts_files_come_first() -> None:
-    lease, done, gate = Lease(0, None, None), [], threading.Event()  # type: ignore[arg-type]
-    earlier = Writer(lease)
-    later = Writer(lease, earlier.thread)
+    lease, done, gate = SlotLease(0, None, None), [], threading.Event()  # type: ignore[arg-type]
+    earlier = FileWriter(lease)
+    later = FileWriter(lease, earlier.thread)
     later.do(lambda: done.append("later"))
     earlier.do(lambda: (gate.wait(60), done.append("earlier"))[1])
     assert not done
@@ -158,8 +158,8 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Those to come write nothing until this is set."""
     gate = threading.Event()
 
-    class Held(Writer):
-        def __init__(self, lease: Lease, earlier: threading.Thread | None) -> None:
+    class Held(FileWriter):
+        def __init__(self, lease: SlotLease, earlier: threading.Thread | None) -> None:
             super().__init__(lease, earlier)
             self.do(lambda: (gate.wait(300), None)[1])
 
@@ -169,7 +169,7 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 @pytest.mark.parametrize("runs_alone", [False, True])
 def test_what_is_written_late_is_whole(
-    hosted: Hosted, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_alone: bool
+    hosted: Hosted, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_alone: bool
 ) -> None:
     """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
     gate = hold_writers(monkeypatch)
@@ -232,7 +232,7 @@ def test_checkpoints_are_some_time_apart_unless_asked_for_by_steps(
     assert [event.saves for event in one.of(Evaluated)] == [bool(steps)] * 2
 
 
-def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: Ground, tmp_path: Path) -> None:
+def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: TrialInputs, tmp_path: Path) -> None:
     """With the best adapter, read back from disk once it is written."""
     asks = ["evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 3}", "training.learning_rate=3e-2"]
     answering = hosted.start("answering", trial(*HOSTED, *asks))
@@ -267,7 +267,7 @@ def test_a_trial_that_was_left_goes_on_from_its_checkpoint(hosted: Hosted) -> No
     whole, left = hosted.start("whole"), hosted.start("left")
     assert whole
     assert left
-    books = Books(left.start, left.paths, hosted.spec)
+    books = TrialRecorder(left.start, left.paths, hosted.spec)
     hosted.follow(lambda: left.of(Saved))
     hosted.host.release(left.lease)
     hosted.follow(lambda: left.end and whole.end)
@@ -297,7 +297,7 @@ def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypat
     one = hosted.start("one")
     assert one
     hosted.follow(lambda: one.end)
-    books = Books(one.start, one.paths, hosted.spec)
+    books = TrialRecorder(one.start, one.paths, hosted.spec)
     for event in one.events[:-1]:
         books.enter(event)
     last = {"seconds": 1.0, "gpu_seconds": 0.0, "peak_memory_gib": 0.0}
@@ -401,7 +401,7 @@ def test_a_trial_that_cannot_share_runs_alone_and_others_go_on_afterwards(hosted
 
 
 def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_then_next(
-    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
     endless = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
@@ -525,7 +525,7 @@ def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
 
 @pytest.mark.usefixtures("joint")
 def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
-    hosted_spec: SweepSpec, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those in the pass, and one that was being set up for the same engine."""
     hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
@@ -557,7 +557,7 @@ def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
         assert isinstance(followed.end, Left)
         assert followed.end.lost
         assert followed.end.lost.startswith("OutOfMemoryError")
-        books = Books(followed.start, followed.paths, hosted.spec)
+        books = TrialRecorder(followed.start, followed.paths, hosted.spec)
         for event in followed.events:
             books.enter(event)
     plan = {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}

@@ -13,18 +13,18 @@ from orchestrator.adapters.bundle import Adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.training.attempt.events import (
-    Aside,
+    WriteQueue,
 )
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.fast.plan.factory import release
-from orchestrator.training.fast.step.engine import Engine, Held
-from orchestrator.training.worker.slots import Lease, Writer
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
+from orchestrator.training.worker.slots import FileWriter, SlotLease
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ground() -> Ground:
+def ground() -> TrialInputs:
     return open_ground()
 
 
@@ -61,7 +61,7 @@ def assert_to_the_digit(seen: Trained, other: Trained) -> None:
 # One slot among others, against the same trial alone
 
 
-def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: Ground, tmp_path: Path) -> None:
+def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: TrialInputs, tmp_path: Path) -> None:
     """Of a rank that is the stack's, and of one that is below it; a slot that was another's, and a checkpoint."""
     eight = ["training.optimizer=adamw_8bit"]
     high, low = trial(*A, *eight, "lora.rank=64"), trial(*B, *eight, "lora.rank=48", "training.save_steps=7")
@@ -84,7 +84,7 @@ def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: Ground, 
 
 
 @pytest.fixture(scope="module")
-def solos(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def solos(ground: TrialInputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     return {name: alone(ground, tmp_path_factory.mktemp(name), trial(*of)) for name, of in (("A", A), ("B", B))}
 
 
@@ -96,7 +96,7 @@ ALL = [trial(*each) for each in (A, B, OTHER, SINGLE, WILD, LATE)]
     ids=["A first", "A last", "several passes a batch"],
 )  # fmt: skip
 def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
-    ground: Ground,
+    ground: TrialInputs,
     solos: dict[str, Trained],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -107,7 +107,7 @@ def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
     """Of eight. Beside them: other trials, one that leaves, one that diverges, one that is poisoned, one that joins."""
     evaluate, asked = Engine.evaluate, []
 
-    def watched_evaluate(engine: Engine, held: Sequence[Held]) -> list[RowScores]:
+    def watched_evaluate(engine: Engine, held: Sequence[EvaluationBatch]) -> list[RowScores]:
         asked.append([each.slot for each in held])
         return evaluate(engine, held)
 
@@ -141,7 +141,7 @@ def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
 
 
 def test_beside_a_first_slot_that_diverged_all_go_on_as_alone(
-    ground: Ground, solos: dict[str, Trained], tmp_path: Path
+    ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path
 ) -> None:
     """The rest of a row is computed as the first slot's."""
     bench = Bench(ground, tmp_path, 3, ALL)
@@ -155,7 +155,7 @@ def test_beside_a_first_slot_that_diverged_all_go_on_as_alone(
 
 
 def test_the_same_trial_in_all_slots_is_the_same_trial(
-    ground: Ground, solos: dict[str, Trained], tmp_path: Path
+    ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path
 ) -> None:
     bench = Bench(ground, tmp_path, 3, ALL)
     seen = [bench.join(slot, trial(*B)) for slot in range(3)]
@@ -167,7 +167,7 @@ def test_the_same_trial_in_all_slots_is_the_same_trial(
 # What is idle, freed, and used again
 
 
-def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: Ground, tmp_path: Path) -> None:
+def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: TrialInputs, tmp_path: Path) -> None:
     """Nor does the filler of ranks and layers that a trial has not."""
     release(ground.base)
     bench = Bench(ground, tmp_path, 5, ALL)
@@ -199,7 +199,7 @@ def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: Ground, tmp_path: P
         assert not flat[long].any(), "what is not the trial's own stays zero"
 
 
-def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) -> None:
+def test_a_slot_used_again_carries_nothing_over(ground: TrialInputs, tmp_path: Path) -> None:
     """To the digit: after a trial of another rank with NaN everywhere, and after one that broke off within a batch."""
     release(ground.base)
     fresh = Bench(ground, tmp_path, 3, ALL)
@@ -234,9 +234,9 @@ def test_a_slot_used_again_carries_nothing_over(ground: Ground, tmp_path: Path) 
 # Checkpoints
 
 
-def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
+def host_aside() -> tuple[WriteQueue, threading.Event, Callable[[], None]]:
     """The host's writer for one trial, which begins when it is told, and how to wait for its end."""
-    writer, gate = Writer(Lease(0, None, None)), threading.Event()  # type: ignore[arg-type]
+    writer, gate = FileWriter(SlotLease(0, None, None)), threading.Event()  # type: ignore[arg-type]
     writer.do(lambda: (gate.wait(300), None)[1])
 
     def finish() -> None:
@@ -246,7 +246,7 @@ def host_aside() -> tuple[Aside, threading.Event, Callable[[], None]]:
     return writer, gate, finish
 
 
-def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str, Trained], tmp_path: Path) -> None:
+def test_a_checkpoint_from_a_pack_goes_on_alone(ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path) -> None:
     """It is written when the trial has long gone on."""
     aside, gate, written = host_aside()
     bench = Bench(ground, tmp_path / "pack", 3, ALL)
@@ -267,7 +267,7 @@ def test_a_checkpoint_from_a_pack_goes_on_alone(ground: Ground, solos: dict[str,
         assert_goes_on(resumed, other, 9)
 
 
-def test_a_checkpoint_from_alone_goes_on_in_a_pack(ground: Ground, tmp_path: Path) -> None:
+def test_a_checkpoint_from_alone_goes_on_in_a_pack(ground: TrialInputs, tmp_path: Path) -> None:
     single = Bench(ground, tmp_path / "alone", 1, [trial(*B)])
     whole = single.join(0, trial(*B, "training.save_steps=7"))
     single.run()
@@ -293,7 +293,7 @@ def assert_goes_on(resumed: Trained, whole: Trained, step: int) -> None:
         assert (resumed.end[name] - end).norm() <= 1e-4 * end.norm()
 
 
-def test_a_trial_goes_on_in_the_same_place_to_the_digit(ground: Ground, tmp_path: Path) -> None:
+def test_a_trial_goes_on_in_the_same_place_to_the_digit(ground: TrialInputs, tmp_path: Path) -> None:
     aside, gate, written = host_aside()
     bench = Bench(ground, tmp_path, 3, ALL)
     whole = bench.join(1, trial(*A, "training.save_steps=7"), aside=aside)

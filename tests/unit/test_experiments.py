@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.axes import Axis
-from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, GIB, BaseShape, Choice, predict
+from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, GIB, BaseShape, MemoryOption, predict
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_70b_needs_the_memory_that_its_comment_says() -> None:
     longest, rank = spec.data.max_length, max(spec.search.space["lora.rank"].values)
     foretold = []
     for recompute in ("nothing", "layers"):
-        choice = Choice(keeps_base=False, recompute=recompute, max_tokens=longest)
+        choice = MemoryOption(keeps_base=False, recompute=recompute, max_tokens=longest)
         foretold.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
     said = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
     assert [round(gib) for gib in foretold] == [int(gib) for gib in said]

@@ -11,7 +11,7 @@ from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.workers.worker_client import AttemptLost, Workers, claim, is_claimed
 from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
-from orchestrator.training.attempt.recorder import Books
+from orchestrator.training.attempt.recorder import TrialRecorder
 
 _LOOK_S = 0.5
 _RENEW_S = 5.0  # the host gives a lease up after 30 s
@@ -65,7 +65,7 @@ class RemoteTrial:
         with self._lock:
             threading.Thread(target=self._attend, name="attend", daemon=True).start()
             try:
-                self._books = Books(start, paths, spec)
+                self._books = TrialRecorder(start, paths, spec)
             except BaseException:  # such as a disk that is full
                 self._over.set()
                 self._lease.release()

@@ -19,7 +19,7 @@ from orchestrator.training.attempt.log_file import output_to
 from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
-    from orchestrator.training.worker.runtime import Host
+    from orchestrator.training.worker.runtime import WorkerRuntime
 
 
 _LAST_EVENTS_S = 2.0
@@ -46,7 +46,7 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._spec, self._slots, self._is_fixed, self._gpus = spec, slots, is_fixed, gpus
         self._lock = threading.Lock()
-        self._host: Host | None = None
+        self._host: WorkerRuntime | None = None
         self._opened = 0, ""
         self._interrupted = False
         self._output = ExitStack()
@@ -69,13 +69,13 @@ class Worker:
                 (rows,) = ray.get(data)
                 from orchestrator.training.model.device import use_device
                 from orchestrator.training.worker.compatibility import plan_slots
-                from orchestrator.training.worker.runtime import Host
+                from orchestrator.training.worker.runtime import WorkerRuntime
 
                 Path(logs).mkdir(parents=True, exist_ok=True)
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
                 use_device(self._spec.resources.cpus_per_trial)
                 self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
-                self._host = Host(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
+                self._host = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
 
     def interrupt(self, wait_s: float) -> None:
@@ -99,7 +99,7 @@ class Worker:
         return None if self._host is None else self._host.free_slots()
 
     def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
-        """See `Host`. A process whose training has ended for good makes room for a new one."""
+        """See `WorkerRuntime`. A process whose training has ended for good makes room for a new one."""
         if self._host is None or self._interrupted:
             return False
         try:
@@ -108,7 +108,7 @@ class Worker:
             os._exit(1)
 
     def events(self, lease: str, wait_s: float) -> list[Event] | None:
-        """See `Host`; None where there is no such lease."""
+        """See `WorkerRuntime`; None where there is no such lease."""
         if self._host is None:
             return None
         try:
@@ -117,14 +117,14 @@ class Worker:
             return None
 
     def renew(self, lease: str) -> None:
-        """See `Host`. A lease that is lost is told of by `events`."""
+        """See `WorkerRuntime`. A lease that is lost is told of by `events`."""
         if self._host is None:
             return
         with suppress(LeaseLost):
             self._host.renew(lease)
 
     def release(self, lease: str) -> None:
-        """See `Host`."""
+        """See `WorkerRuntime`."""
         if self._host is not None:
             self._host.release(lease)
 

@@ -16,15 +16,15 @@ from orchestrator.base import device_name, lease
 from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.storage import storage_fault
-from orchestrator.training.attempt.events import Answered, Aside, Completed, Failed, Left, Listener, Noted, lost_by
+from orchestrator.training.attempt.events import Answered, Completed, Failed, Left, Listener, Noted, WriteQueue, lost_by
 from orchestrator.training.attempt.log_file import log_traceback
 from orchestrator.training.attempt.reporter import Reporter
-from orchestrator.training.engines.loop import Ground, Loop, Seat, about, find_seat, open_loop
-from orchestrator.training.fast.drive.multi_lora import Pack, Work
+from orchestrator.training.engines.loop import EngineSlot, Loop, TrialInputs, about, find_slot, open_loop
+from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.model.device import peak_memory_gib
-from orchestrator.training.model.peft_model import lay
+from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import require_device
-from orchestrator.training.model.readback import compare
+from orchestrator.training.model.readback import require_applied
 from orchestrator.training.model.targets import expected, expected_beside, expected_modules
 
 
@@ -35,9 +35,9 @@ class Attempt:
         self,
         start: TrialResult,
         paths: TrialPaths,
-        ground: Ground,
+        ground: TrialInputs,
         listener: Listener,
-        aside: Aside,
+        aside: WriteQueue,
         gpu_seconds: Callable[[float], float],
         is_alone: bool,
     ) -> None:
@@ -63,17 +63,17 @@ class Attempt:
         self._probed_gib = 0.0
         self._is_alone = is_alone
 
-    def run(self, find_seat: Callable[[], Seat | str | None]) -> Work:
+    def run(self, find_slot: Callable[[], EngineSlot | str | None]) -> TrialSteps:
         """The trial as a pack's work. Nothing is raised but what ends the process: the last event says how it ended.
 
         Args:
-            find_seat: its slot, or why it has none; see `loop.find_seat`.
+            find_slot: its slot, or why it has none; see `loop.find_slot`.
         """
         tell = self._reporter.tell
         for folder in (self._paths.adapters, self._paths.checkpoints):
             self._aside.do(partial(put_right, folder))
         try:
-            yield from self._train(find_seat())
+            yield from self._train(find_slot())
         except StorageError:  # of whoever keeps the records in this process, and cannot be told
             raise
         except OrchestratorError as error:
@@ -99,10 +99,10 @@ class Attempt:
             else:
                 tell(Completed)
 
-    def _train(self, seat: Seat | str | None) -> Work:
+    def _train(self, seat: EngineSlot | str | None) -> TrialSteps:
         """Open the trial's loop, and let go of its model at the end."""
         config = self._config
-        if isinstance(seat, Seat):
+        if isinstance(seat, EngineSlot):
             self._probed_gib = seat.plan.measured_gib  # an engine that stands does not probe again
         fields = about(seat) | {
             "data_fingerprint": self._ground.data.fingerprint,
@@ -120,7 +120,7 @@ class Attempt:
         finally:  # who still names the model must not hold its adapter's memory
             loop.trainer.model.get_base_model()._modules.clear()
 
-    def _follow(self, loop: Loop, wanted: dict[str, Any]) -> Work:
+    def _follow(self, loop: Loop, wanted: dict[str, Any]) -> TrialSteps:
         """Train, and have the best adapter answer.
 
         Args:
@@ -135,7 +135,7 @@ class Attempt:
 
         def read_applied() -> dict[str, Any]:
             live = loop.read_back()
-            compare(wanted, live)
+            require_applied(wanted, live)
             return live
 
         reporter.attach(loop.trainer, scores, read_applied, loop.adapter)
@@ -147,7 +147,7 @@ class Attempt:
             assert reporter.best is not None
             self._aside.wait()  # until the best adapter is written
             folder = self._paths.adapter(reporter.best[1])
-            lay(loop.trainer.model, load_peft_weights(str(folder)))
+            load_adapter_weights(loop.trainer.model, load_peft_weights(str(folder)))
             answers = self._answers(loop)
             self._aside.do(partial(self._keep_answers, folder, answers))
             reporter.tell(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
@@ -181,16 +181,16 @@ class Attempt:
 def run_alone(
     start: TrialResult,
     paths: TrialPaths,
-    ground: Ground,
+    ground: TrialInputs,
     listener: Listener,
-    aside: Aside,
+    aside: WriteQueue,
     gpus: float,
 ) -> None:
     """Run a trial that has the process to itself, which holds so many GPUs. The other arguments are `Attempt`'s."""
-    config, pack = start.config, Pack()
+    config, pack = start.config, MultiLora()
     attempt = Attempt(start, paths, ground, listener, aside, lambda seconds: gpus * seconds, is_alone=True)
     with lease(config.base):
-        pack.join(attempt.run(partial(find_seat, config, ground)))
+        pack.join(attempt.run(partial(find_slot, config, ground)))
         try:
             while len(pack):
                 pack.turn()

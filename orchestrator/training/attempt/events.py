@@ -135,7 +135,7 @@ class Listener(Protocol):
         """Take an event; they come in order."""
 
 
-class Aside(Protocol):
+class WriteQueue(Protocol):
     """Has jobs done in their order, at once or while training goes on: what writes files, and tells of them."""
 
     def do(self, job: Callable[[], None]) -> None:
@@ -145,7 +145,7 @@ class Aside(Protocol):
         """Until all jobs are done."""
 
 
-class AtOnce:
+class WriteNow:
     """Does each job when it comes."""
 
     def do(self, job: Callable[[], None]) -> None:

@@ -33,7 +33,7 @@ CHECKPOINTS_KEPT = 2
 """The last complete one stays while the next is written."""
 
 
-class Books:
+class TrialRecorder:
     """Of one attempt at a trial: its points, progress and trackers, and at the end its result.
 
     The trial's folder is theirs: who trains puts adapters and checkpoints there; here they are taken away, once the

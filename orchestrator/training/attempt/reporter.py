@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.training.attempt.events import Aside, Evaluated, Event, Listener, Logged, Noted, Saved, Warned
+from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Warned, WriteQueue
 from orchestrator.training.attempt.finite import require_finite
 
 SAVE_EVERY_S = 60.0
@@ -25,7 +25,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         start: TrialResult,
         paths: TrialPaths,
         listener: Listener,
-        aside: Aside,
+        aside: WriteQueue,
         usage: Callable[[float], tuple[float, float]],
         tokenizer: Any,
         data_fingerprint: str,

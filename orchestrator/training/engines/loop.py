@@ -14,14 +14,14 @@ from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.attempt.events import Aside
+from orchestrator.training.attempt.events import WriteQueue
 from orchestrator.training.engines.sft import TrlLoop, build_trainer, require_apart
-from orchestrator.training.fast.drive.multi_lora import Work
+from orchestrator.training.fast.drive.multi_lora import TrialSteps
 from orchestrator.training.fast.drive.slot import Slot
-from orchestrator.training.fast.plan.eligibility import why_not
+from orchestrator.training.fast.plan.eligibility import unsupported_reason
 from orchestrator.training.fast.plan.factory import MemoryPlan, engine_for, release
 from orchestrator.training.fast.step.engine import Engine
-from orchestrator.training.fast.step.flat_batch import Rows
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.adapter_init import eva_components
 from orchestrator.training.model.peft_model import adapted, adapted_by_peft
 from orchestrator.training.model.targets import expected_beside, expected_modules
@@ -33,7 +33,7 @@ class Loop(Protocol):
     trainer: Any
     """The SFTTrainer: its callbacks, and its PEFT model, which is up to date at evaluations, saves and the end."""
 
-    def train(self, checkpoint: str | None) -> Work:
+    def train(self, checkpoint: str | None) -> TrialSteps:
         """From the start or a checkpoint to the last step, or until a callback stops it."""
 
     def adapter(self) -> Adapter:
@@ -47,7 +47,7 @@ class Loop(Protocol):
 
 
 @dataclass(frozen=True)
-class Ground:
+class TrialInputs:
     """What the trials of a process train on."""
 
     base: Any
@@ -55,14 +55,14 @@ class Ground:
     tokenizer: Any
     """With a padding token."""
     data: PreparedData
-    train: Rows
-    held_out: Rows
+    train: TokenizedRows
+    held_out: TokenizedRows
 
     @classmethod
-    def of(cls, base: BaseSection, data: PreparedData) -> "Ground":
+    def of(cls, base: BaseSection, data: PreparedData) -> "TrialInputs":
         """Load the base, if it is not there already."""
         tokenizer = load_tokenizer(base, data.chat_template)
-        return cls(kept(base), tokenizer, data, Rows.of(data.train), Rows.of(data.held_out))
+        return cls(kept(base), tokenizer, data, TokenizedRows.of(data.train), TokenizedRows.of(data.held_out))
 
     @property
     def stop_tokens(self) -> list[int]:
@@ -76,7 +76,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Seat:
+class EngineSlot:
     """A slot of an engine."""
 
     index: int
@@ -84,14 +84,14 @@ class Seat:
     plan: MemoryPlan
 
 
-def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
+def find_slot(config: TrialConfig, ground: TrialInputs) -> EngineSlot | str | None:
     """The slot of an engine for this trial alone; or why it has none: None where it is to be trl's.
 
     Raises:
         TrialError: the fast engine cannot hold this trial, and `training.engine` or `training.reproducible` needs it.
     """
     wanted = config.training.engine
-    reason = None if wanted == "trl" else why_not(config, ground.base, ground.longest)
+    reason = None if wanted == "trl" else unsupported_reason(config, ground.base, ground.longest)
     if wanted != "trl" and reason is None:
         try:
             engine, plan = engine_for(ground.base, [config], ground.train, ground.held_out)
@@ -100,7 +100,7 @@ def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
                 raise
             reason = error.message
         else:
-            return Seat(0, engine, plan)
+            return EngineSlot(0, engine, plan)
     elif wanted == "fast":
         raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
     if config.training.reproducible and torch.cuda.is_available():
@@ -113,18 +113,20 @@ def find_seat(config: TrialConfig, ground: Ground) -> Seat | str | None:
     return reason
 
 
-def open_loop(config: TrialConfig, ground: Ground, seat: Seat | str | None, checkpoints: Path, aside: Aside) -> Loop:
+def open_loop(
+    config: TrialConfig, ground: TrialInputs, seat: EngineSlot | str | None, checkpoints: Path, aside: WriteQueue
+) -> Loop:
     """The trial's loop, with a model of its own over the base.
 
     Args:
         config: the trial.
         ground: what it trains on.
-        seat: from `find_seat`.
+        seat: from `find_slot`.
         checkpoints: folder of checkpoints.
         aside: writes them.
     """
     base, tokenizer, data = ground.base, ground.tokenizer, ground.data
-    if isinstance(seat, Seat):
+    if isinstance(seat, EngineSlot):
         trainer = build_trainer(config, adapted(base, config), tokenizer, data, checkpoints)
         return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
     modules = expected_modules(base, config.lora)
@@ -136,8 +138,8 @@ def open_loop(config: TrialConfig, ground: Ground, seat: Seat | str | None, chec
     return TrlLoop(trainer, config)
 
 
-def about(seat: Seat | str | None) -> dict[str, Any]:
+def about(seat: EngineSlot | str | None) -> dict[str, Any]:
     """What a trial's record says of its loop: fields of `TrialResult`."""
-    if isinstance(seat, Seat):
+    if isinstance(seat, EngineSlot):
         return {"engine": "fast", "memory_plan": seat.plan.record()}
     return {"engine": "trl", "engine_reason": seat}

@@ -17,8 +17,8 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.engines.loss_meter import LossMeter
 from orchestrator.training.engines.sampler import LengthGroupedSampler, row_lengths
-from orchestrator.training.fast.drive.multi_lora import Work
-from orchestrator.training.model.adapter_init import draw
+from orchestrator.training.fast.drive.multi_lora import TrialSteps
+from orchestrator.training.model.adapter_init import init_adapter
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.readback import read_back, set_rate
 
@@ -51,7 +51,7 @@ class TrlLoop:
         """The first update, which the base lacks."""
         self._meter = LossMeter(trainer.model, list(trainer._get_eval_sampler(trainer.eval_dataset)))
 
-    def train(self, checkpoint: str | None) -> Work:
+    def train(self, checkpoint: str | None) -> TrialSteps:
         """All of it at once: from the start or a checkpoint to the last step, or until a callback stops it."""
         yield from ()
         if checkpoint is not None:
@@ -143,7 +143,7 @@ def build_trainer(
         tokenizer: its tokenizer, with a padding token.
         data: tokenised rows.
         checkpoints: folder of the trainer's checkpoints.
-        read: for `draw`.
+        read: for `init_adapter`.
     """
     # Not from trl: while another thread imports the trainer, its lazy module has no such name (trl 1.16).
     from trl.trainer.sft_trainer import SFTTrainer
@@ -166,7 +166,7 @@ def build_trainer(
     for name, parameter in trainer.model.named_parameters():  # SFTTrainer casts what trains on a quantised base
         if parameter.requires_grad:  # bfloat16 would not hold the small steps of magnitudes, as trl knows
             parameter.data = parameter.data.to(torch.float32 if "lora_magnitude_vector" in name else dtype)
-    draw(trainer.model, config.lora, training.seed, dtype, read)
+    init_adapter(trainer.model, config.lora, training.seed, dtype, read)
     head = trainer.model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):  # trl's fused head reads its bias, which the wrapper does not pass on
         head.bias = head.token_adapter.get_base_layer().bias

@@ -27,7 +27,7 @@ EVA_BATCHES, EVA_PASSES = 200, 1000
 """Batches of training rows that EVA looks at, and passes over them in which its components must have settled."""
 
 
-def draw(
+def init_adapter(
     model: Any, lora: LoraSection, seed: int, dtype: torch.dtype, read: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Lay an adapter's first weights.

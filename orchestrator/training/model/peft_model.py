@@ -12,7 +12,7 @@ from torch import nn
 from orchestrator.base import shell
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.targets import Beside, expected_modules
+from orchestrator.training.model.targets import TrainableBeside, expected_modules
 
 ADAPTER = "default"
 """PEFT's name of it."""
@@ -21,7 +21,7 @@ _patterns: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """Of each base, by the layers that are adapted."""
 
 
-def lora_config(config: TrialConfig, modules: Collection[str], beside: Beside | None = None) -> LoraConfig:
+def lora_config(config: TrialConfig, modules: Collection[str], beside: TrainableBeside | None = None) -> LoraConfig:
     """PEFT's configuration of a trial's adapter.
 
     Its first weights are ours to lay (`first_weights`): what it says of them is for who reads it later.
@@ -54,7 +54,7 @@ def lora_config(config: TrialConfig, modules: Collection[str], beside: Beside | 
     )
 
 
-def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], beside: Beside) -> Any:
+def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], beside: TrainableBeside) -> Any:
     """A `PeftModel` for one trial of any kind. The other arguments are those of `lora_config`.
 
     Args:
@@ -64,7 +64,7 @@ def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], be
     return get_peft_model(own, lora_config(config, modules, beside))
 
 
-def pattern(base: Any, config: TrialConfig) -> Any:
+def peft_template(base: Any, config: TrialConfig) -> Any:
     """A `PeftModel` over a base's weights with an adapter of rank 1 on the layers of this trial.
 
     It is made once for each choice of layers: `get_peft_model` takes nine times as long as a shell of what it made
@@ -89,7 +89,7 @@ def adapted(base: Any, config: TrialConfig) -> Any:
         base: bare; it stays as it is.
         config: a trial that the fast engine holds.
     """
-    model, lora = shell(pattern(base, config)), config.lora
+    model, lora = shell(peft_template(base, config)), config.lora
     known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
     known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights
@@ -119,7 +119,7 @@ def lora_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def lay(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def load_adapter_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Put an adapter's saved weights into the model that it was trained in.
 
     Args:

@@ -96,7 +96,7 @@ def set_rate(trainer: Any, training: TrainingSection) -> None:
     trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
 
 
-def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
+def require_applied(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise TrialError that names each field whose live value is not the configured one."""
     differences = [
         f"{name}: configured {value!r}, live {found[name]!r}"

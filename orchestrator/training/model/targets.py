@@ -80,7 +80,7 @@ def expected_modules(model: Any, lora: LoraSection) -> Shapes:
 
 
 @dataclass(frozen=True)
-class Beside:
+class TrainableBeside:
     """What trains on a base beside the adapter's matrices."""
 
     saved: dict[str, int]
@@ -99,7 +99,7 @@ class Beside:
         return sum(self.saved.values()) + self.num_biases + rows * self.width
 
 
-def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer: Any) -> Beside:
+def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer: Any) -> TrainableBeside:
     """What should train on a bare base beside the adapter's matrices.
 
     Args:
@@ -124,7 +124,7 @@ def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer:
         # Those that train whole have the new tokens' rows in them.
         tokens = {names[id(part)]: ids for part in parts if names[id(part)] not in saved}
         width = embedding.embedding_dim
-    return Beside(saved, num_expected_biases(model, config.lora, modules), tokens, width)
+    return TrainableBeside(saved, num_expected_biases(model, config.lora, modules), tokens, width)
 
 
 def _expected_saved(model: Any, config: TrialConfig) -> dict[str, int]:
@@ -151,7 +151,7 @@ def _expected_saved(model: Any, config: TrialConfig) -> dict[str, int]:
     return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in found.items()}
 
 
-def expected(config: TrialConfig, modules: Shapes, beside: Beside) -> dict[str, Any]:
+def expected(config: TrialConfig, modules: Shapes, beside: TrainableBeside) -> dict[str, Any]:
     """What `applied.read_back` must return for this configuration.
 
     Args:

@@ -20,21 +20,21 @@ from orchestrator.spec.sections import BaseSection
 from orchestrator.training.attempt.attempt import Attempt, run_alone
 from orchestrator.training.attempt.events import Event, Failed, LeaseLost, Left, Noted, lost_by
 from orchestrator.training.attempt.log_file import log_traceback
-from orchestrator.training.engines.loop import Ground
+from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import import_trainer
-from orchestrator.training.fast.drive.multi_lora import Member, Pack, Work
+from orchestrator.training.fast.drive.multi_lora import Member, MultiLora, TrialSteps
 from orchestrator.training.fast.plan import factory
-from orchestrator.training.fast.plan.memory import Choice
-from orchestrator.training.fast.step.flat_batch import Rows
+from orchestrator.training.fast.plan.memory import MemoryOption
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.device import reset_peak_memory
-from orchestrator.training.worker.compatibility import Slots, open_slots, why_apart
-from orchestrator.training.worker.slots import Lease, Leases, Writers
+from orchestrator.training.worker.compatibility import Slots, not_packed_reason, open_slots
+from orchestrator.training.worker.slots import FileWriters, SlotLease, SlotPool
 
 PATIENCE_S = 120.0
 """A trial that must be alone lets others go before it for so long."""
 
 
-class Host:
+class WorkerRuntime:
     """Trains in a thread of its own; all methods may be called from any."""
 
     def __init__(
@@ -64,21 +64,23 @@ class Host:
         self._open: Slots | None = None
         """The slots for trials beside each other, while newcomers are set up at once and not after the next step."""
         self._num_set_up = 0
-        self._leases = Leases(slots)
-        self._arrivals: queue.SimpleQueue[Lease | tuple[Lease | None, Member | BaseException]] = queue.SimpleQueue()
-        self._to_set_up: queue.SimpleQueue[tuple[Lease, Slots] | None] = queue.SimpleQueue()
+        self._leases = SlotPool(slots)
+        self._arrivals: queue.SimpleQueue[SlotLease | tuple[SlotLease | None, Member | BaseException]] = (
+            queue.SimpleQueue()
+        )
+        self._to_set_up: queue.SimpleQueue[tuple[SlotLease, Slots] | None] = queue.SimpleQueue()
         """Trials; None where the base has been loaded."""
-        self._writers = Writers()
+        self._writers = FileWriters()
         # Of the thread alone:
-        self._rows: tuple[Rows, Rows] | None = None
+        self._rows: tuple[TokenizedRows, TokenizedRows] | None = None
         self._tokenizers: dict[BaseSection, Any] = {}
         self._shared: Slots | str | None = None
-        self._too_large: Choice | None = None
-        self._pack = Pack()
-        self._together: list[Lease] = []
+        self._too_large: MemoryOption | None = None
+        self._pack = MultiLora()
+        self._together: list[SlotLease] = []
         self._has_begun = False
-        self._alone: deque[tuple[Lease, str | None]] = deque()
-        self._held_back: deque[Lease] = deque()
+        self._alone: deque[tuple[SlotLease, str | None]] = deque()
+        self._held_back: deque[SlotLease] = deque()
         threading.Thread(target=self._run, name="host", daemon=True).start()
         threading.Thread(target=self._set_up, name="set-up", daemon=True).start()
 
@@ -160,7 +162,7 @@ class Host:
             self._held_back.remove(lease)
             self._leave(lease, None)
 
-    def _leave(self, lease: Lease, lost: str | None, is_storage: bool = False) -> None:
+    def _leave(self, lease: SlotLease, lost: str | None, is_storage: bool = False) -> None:
         lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost, is_storage))
         self._leases.done(lease)
 
@@ -209,7 +211,7 @@ class Host:
             self._open = None
             return True
 
-    def _place(self, lease: Lease) -> None:
+    def _place(self, lease: SlotLease) -> None:
         """Have a trial set up beside others, or wait to be alone."""
         try:
             reason = self._why_alone(lease.start.config)
@@ -223,11 +225,11 @@ class Host:
             with self._lock:
                 self._set_up_soon(lease, self._shared)
 
-    def _set_up_soon(self, lease: Lease, shared: Slots) -> None:
+    def _set_up_soon(self, lease: SlotLease, shared: Slots) -> None:
         self._num_set_up += 1
         self._to_set_up.put((lease, shared))
 
-    def _join(self, lease: Lease | None, member: Member | BaseException) -> None:
+    def _join(self, lease: SlotLease | None, member: Member | BaseException) -> None:
         """Let a trial that is set up step with the others."""
         if isinstance(member, BaseException):
             raise member
@@ -242,7 +244,7 @@ class Host:
 
     def _set_up(self) -> None:
         """In a thread of its own, for a trainer takes a while to build: the others train meanwhile."""
-        lease: Lease | None = None
+        lease: SlotLease | None = None
         while True:
             try:
                 task = self._to_set_up.get()
@@ -274,19 +276,19 @@ class Host:
         self._shared = None
         gc.unfreeze()
 
-    def _ground(self, base: BaseSection) -> Ground:
+    def _ground(self, base: BaseSection) -> TrialInputs:
         """What trials on this base train on; tokenizer and rows are made ready once."""
         if self._rows is None:
-            self._rows = Rows.of(self._data.train), Rows.of(self._data.held_out)
+            self._rows = TokenizedRows.of(self._data.train), TokenizedRows.of(self._data.held_out)
         if base not in self._tokenizers:
             self._tokenizers[base] = load_tokenizer(base, self._data.chat_template)
-        return Ground(kept(base), self._tokenizers[base], self._data, *self._rows)
+        return TrialInputs(kept(base), self._tokenizers[base], self._data, *self._rows)
 
     def _why_alone(self, config: TrialConfig) -> str | None:
         """Why a trial cannot train beside others, or None."""
         if self._slots == 1:
             return "there is one slot"
-        if reason := why_apart(config, self._spec):
+        if reason := not_packed_reason(config, self._spec):
             return reason
         shared = self._share()
         return shared if isinstance(shared, str) else shared.refuses(config)
@@ -294,7 +296,7 @@ class Host:
     def _fits(self, config: TrialConfig, shared: Slots) -> bool:
         """The same, where the engine stands."""
         with suppress(OrchestratorError):  # it is told when the trial's turn comes
-            return why_apart(config, self._spec) is None and shared.refuses(config) is None
+            return not_packed_reason(config, self._spec) is None and shared.refuses(config) is None
         return False
 
     def _turn(self) -> None:
@@ -329,7 +331,7 @@ class Host:
         self._unshare()
         factory.release(base)
 
-    def _shared_work(self, lease: Lease, shared: Slots) -> Work:
+    def _shared_work(self, lease: SlotLease, shared: Slots) -> TrialSteps:
         """A trial beside others, until its slot is free again."""
         aside = self._writers.open(lease)
         attempt = Attempt(
@@ -343,7 +345,7 @@ class Host:
             del attempt
             gc.collect()
 
-    def _run_alone(self, lease: Lease, reason: str | None) -> None:
+    def _run_alone(self, lease: SlotLease, reason: str | None) -> None:
         if isinstance(self._shared, Slots):
             self._unshare()
         config, aside = lease.start.config, self._writers.open(lease)
@@ -362,6 +364,6 @@ class Host:
             aside.close()
         self._require_device()
 
-    def _fail(self, lease: Lease, error: OrchestratorError) -> None:
+    def _fail(self, lease: SlotLease, error: OrchestratorError) -> None:
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
         self._leases.done(lease)

@@ -19,7 +19,7 @@ MAX_JOBS = 64
 """Files and events of a trial that may wait to be written; then training waits too."""
 
 
-class Lease:
+class SlotLease:
     """A trial that has a slot, and its listener."""
 
     def __init__(self, slot: int, start: TrialResult, paths: TrialPaths) -> None:
@@ -83,7 +83,7 @@ class Lease:
                 self._came.notify_all()
 
 
-class Leases:
+class SlotPool:
     """All those of a host. Methods may be called from any thread."""
 
     def __init__(self, slots: int) -> None:
@@ -93,11 +93,11 @@ class Leases:
         """
         self._lock = threading.Lock()
         self._free = list(range(slots))
-        self._by_name: dict[str, Lease] = {}
+        self._by_name: dict[str, SlotLease] = {}
         self._lost: str | None = None
         self._interrupted = False
 
-    def take(self, name: str, start: TrialResult, paths: TrialPaths) -> Lease | None:
+    def take(self, name: str, start: TrialResult, paths: TrialPaths) -> SlotLease | None:
         """A free slot for this trial; None where there is none. Earlier attempts at the trial are asked to stop.
 
         Raises:
@@ -113,10 +113,10 @@ class Leases:
                     del self._by_name[known]
             if not self._free or self._interrupted:
                 return None
-            made = self._by_name[name] = Lease(self._free.pop(0), start, paths)
+            made = self._by_name[name] = SlotLease(self._free.pop(0), start, paths)
             return made
 
-    def named(self, name: str) -> Lease:
+    def named(self, name: str) -> SlotLease:
         """
         Raises:
             LeaseLost: there is none of that name.
@@ -131,7 +131,7 @@ class Leases:
         with self._lock:
             return len(self._free)
 
-    def done(self, lease: Lease) -> None:
+    def done(self, lease: SlotLease) -> None:
         """Its slot is free again; its events can still be taken."""
         lease.is_done = True
         with self._lock:
@@ -163,10 +163,10 @@ class Leases:
                 lease.emit(Left(0.0, 0.0, 0.0, 0, why))
 
 
-class Writer:
+class FileWriter:
     """Writes a trial's files in a thread of its own, and tells of them."""
 
-    def __init__(self, lease: Lease, earlier: threading.Thread | None = None) -> None:
+    def __init__(self, lease: SlotLease, earlier: threading.Thread | None = None) -> None:
         """
         Args:
             lease: hears of it, and of faults.
@@ -207,16 +207,16 @@ class Writer:
                 del job  # while it waits, nothing of it must live on
 
 
-class Writers:
+class FileWriters:
     """Those of a process: where two attempts at a trial meet, the earlier one's files come first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: dict[Path, threading.Thread] = {}
 
-    def open(self, lease: Lease) -> Writer:
+    def open(self, lease: SlotLease) -> FileWriter:
         """For one attempt."""
         with self._lock:
-            writer = Writer(lease, self._last.get(lease.paths.root))
+            writer = FileWriter(lease, self._last.get(lease.paths.root))
             self._last[lease.paths.root] = writer.thread
         return writer

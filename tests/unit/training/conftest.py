@@ -10,11 +10,11 @@ import torch
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.ops.reference import TILE
-from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span
+from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
-MakeRows = Callable[..., Rows]
+MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
-MakeRow = Callable[..., Row]
+MakeRow = Callable[..., FlatBatch]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,10 +27,10 @@ def one_thread() -> None:
 def make_rows() -> MakeRows:
     """`make_rows(5, 9, seed=1)`: rows of these lengths, of which the first two tokens have no loss."""
 
-    def make(*lengths: int, seed: int = 0, vocabulary: int = 90) -> Rows:
+    def make(*lengths: int, seed: int = 0, vocabulary: int = 90) -> TokenizedRows:
         generator = np.random.default_rng(seed)
         ids = [generator.integers(0, vocabulary, length).tolist() for length in lengths]
-        return Rows(ids, [[-100, -100, *row[2:]] for row in ids])
+        return TokenizedRows(ids, [[-100, -100, *row[2:]] for row in ids])
 
     return make
 
@@ -65,10 +65,10 @@ def make_table() -> MakeTable:
 def make_row() -> MakeRow:
     """`make_row(span, ..., num_slots=2, num_tokens=64)`: these spans as one row; by default no longer than need be."""
 
-    def make(*spans: Span, num_slots: int = 1, num_tokens: int = 0, num_sequences: int = 32) -> Row:
+    def make(*spans: Span, num_slots: int = 1, num_tokens: int = 0, num_sequences: int = 32) -> FlatBatch:
         used = sum(span.num_tokens + -span.num_tokens % TILE for span in spans)
         longest = max([40, *(span.rows.longest for span in spans)])
-        layout = Layout(max(used, num_tokens), num_sequences, num_slots, TILE, longest)
+        layout = BucketShape(max(used, num_tokens), num_sequences, num_slots, TILE, longest)
         buffer = layout.buffer("cpu")
         layout.fill(buffer.numpy(), spans)
         return layout.row(buffer)

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from orchestrator.base import load_base, shell
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.model.adapter_init import draw
-from orchestrator.training.model.peft_model import adapted, lora_config, pattern
+from orchestrator.training.model.adapter_init import init_adapter
+from orchestrator.training.model.peft_model import adapted, lora_config, peft_template
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -45,7 +45,7 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
         get_peft_model(shell(base), lora_config(config, expected_modules(base, config.lora))),
     )
     for model in (made, wanted):
-        draw(model, config.lora, seed=5, dtype=torch.float32)
+        init_adapter(model, config.lora, seed=5, dtype=torch.float32)
     assert made.peft_config == wanted.peft_config
     assert made.peft_config["default"].r == lora["rank"]
     assert made.base_model.peft_config is made.base_model.model.peft_config
@@ -64,8 +64,8 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
 
 def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial: MakeConfig) -> None:
     one, other = adapted(base, trial(rank=4)), adapted(base, trial(rank=4))
-    draw(one, trial(rank=4).lora, seed=1, dtype=torch.float32)
-    draw(other, trial(rank=4).lora, seed=1, dtype=torch.float32)
+    init_adapter(one, trial(rank=4).lora, seed=1, dtype=torch.float32)
+    init_adapter(other, trial(rank=4).lora, seed=1, dtype=torch.float32)
     of_base = {id(parameter) for parameter in base.parameters()}
     ours, theirs = ({id(parameter) for parameter in model.parameters()} - of_base for model in (one, other))
     assert len(ours) == len(theirs) == 2 * 7 * 4
@@ -77,7 +77,9 @@ def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial:
     with torch.no_grad():
         assert torch.equal(before, base(torch.arange(4, 40)[None]).logits), "its B is zero"
     assert not any(
-        parameter.numel() > 700 for name, parameter in pattern(base, trial()).named_parameters() if "lora_" in name
+        parameter.numel() > 700
+        for name, parameter in peft_template(base, trial()).named_parameters()
+        if "lora_" in name
     )
 
 
@@ -86,7 +88,7 @@ def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> No
 
     def drawn(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         model = adapted(base, trial(rank=8))
-        draw(model, trial(rank=8).lora, seed, dtype)
+        init_adapter(model, trial(rank=8).lora, seed, dtype)
         return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
 
     torch.manual_seed(0)

@@ -13,10 +13,10 @@ from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.plan import factory
-from orchestrator.training.fast.plan.eligibility import why_not
-from orchestrator.training.fast.plan.factory import CPU_FULL, Kind, engine_for, pass_tokens, plan_slots
-from orchestrator.training.fast.step.engine import CPU_TOKENS, Held
-from orchestrator.training.fast.step.flat_batch import TABLE, Rows
+from orchestrator.training.fast.plan.eligibility import unsupported_reason
+from orchestrator.training.fast.plan.factory import CPU_FULL, EngineSpec, engine_for, pass_tokens, plan_slots
+from orchestrator.training.fast.step.engine import CPU_TOKENS, EvaluationBatch
+from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -69,32 +69,32 @@ def model_of(config: PreTrainedConfig) -> Any:
 )
 def test_what_the_base_must_be(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
     model = model_of(config)
-    assert why_not(trial(), model, LONGEST) == reason
+    assert unsupported_reason(trial(), model, LONGEST) == reason
 
 
 def test_a_head_with_a_bias_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.lm_head = torch.nn.Linear(32, 90, device="meta")
-    assert why_not(trial(), model, LONGEST) == "a bias on the LM head"
+    assert unsupported_reason(trial(), model, LONGEST) == "a bias on the LM head"
 
 
 def test_a_layer_of_another_type_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.up_proj.half()
-    assert why_not(trial(), model, LONGEST) == "mlp.up_proj as a Linear of torch.float16"
+    assert unsupported_reason(trial(), model, LONGEST) == "mlp.up_proj as a Linear of torch.float16"
 
 
 def test_a_base_on_two_devices_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.model.norm = torch.nn.RMSNorm(32)
-    assert why_not(trial(), model, LONGEST) == "a base on 2 devices"
+    assert unsupported_reason(trial(), model, LONGEST) == "a base on 2 devices"
 
 
 def test_an_adapter_elsewhere_is_not_held(trial: MakeConfig) -> None:
     model = model_of(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.router = torch.nn.Linear(32, 4, bias=False, device="meta")
-    assert why_not(trial(), model, LONGEST) == "an adapter on router"
-    assert why_not(trial(lora={"target_modules": ["q_proj", "mlp.up_proj"]}), model, LONGEST) is None
+    assert unsupported_reason(trial(), model, LONGEST) == "an adapter on router"
+    assert unsupported_reason(trial(lora={"target_modules": ["q_proj", "mlp.up_proj"]}), model, LONGEST) is None
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_an_adapter_elsewhere_is_not_held(trial: MakeConfig) -> None:
 )
 def test_what_the_trial_must_be(trial: MakeConfig, sections: dict[str, Any], reason: str | None) -> None:
     model = model_of(LlamaConfig(**SIZES))
-    assert why_not(trial(**sections), model, LONGEST) == reason
+    assert unsupported_reason(trial(**sections), model, LONGEST) == reason
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_cpu_gives_nothing_up_unless_told(
     trial: MakeConfig, base: Any, training: dict[str, Any], plan: tuple[bool, str]
 ) -> None:
     config = trial(training=training)
-    rows = Rows([[1, 2, 3]], [[1, 2, 3]])
+    rows = TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     engine, found = engine_for(base, [config], rows, rows)
     assert found.record() == {
         "keeps_base": plan[0], "recompute": plan[1], "max_tokens": CPU_TOKENS,
@@ -141,7 +141,7 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
     bases = [load_base(BaseSection(model="embedded", compute_dtype="float32"))]
 
     def engine(longest: int = 3, **sections: dict[str, Any]) -> Any:
-        config, rows = trial(**sections), Rows([[1] * longest], [[1] * longest])
+        config, rows = trial(**sections), TokenizedRows([[1] * longest], [[1] * longest])
         return engine_for(bases[0], [config], rows, rows)[0]
 
     first = engine(lora={"rank": 4}, training={"learning_rate": 1e-3, "seed": 1})
@@ -165,10 +165,10 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
 
 
 def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, base: Any) -> None:
-    config, rows = trial(), Rows([[1, 2, 3]], [[1, 2, 3]])
+    config, rows = trial(), TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     engine, _ = engine_for(base, [config], rows, rows)
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
-    (scores,) = engine.evaluate([Held(engine, 0, rows, table)])
+    (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, table)])
     assert scores.loss > 0
 
 
@@ -176,7 +176,7 @@ def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, 
 
 
 def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfig, base: Any) -> None:
-    rows = Rows([[1, 2, 3]], [[1, 2, 3]])
+    rows = TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     configs = [
         trial(lora={"rank": 4, "target_modules": ["q_proj"]}),
         trial(lora={"rank": 12, "target_modules": ["mlp.up_proj"]}),
@@ -219,23 +219,25 @@ def test_what_cannot_be_beside_others(
     trial: MakeConfig, base: Any, sections: dict[str, Any], reason: str | None
 ) -> None:
     lora = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
-    kind = Kind.of(base, [trial(lora=lora), trial(lora=lora | {"rank": 4})], 4)
+    kind = EngineSpec.of(base, [trial(lora=lora), trial(lora=lora | {"rank": 4})], 4)
     assert kind.refuses(base, trial(**{"lora": lora} | sections)) == reason
 
 
 def test_a_pass_holds_the_largest_batch_of_one_and_the_usual_ones_of_many(trial: MakeConfig, base: Any) -> None:
-    rows = Rows([[1] * length for length in (2, 2, 2, 2, 2, 50)], [[1] * length for length in (2, 2, 2, 2, 2, 50)])
+    rows = TokenizedRows(
+        [[1] * length for length in (2, 2, 2, 2, 2, 50)], [[1] * length for length in (2, 2, 2, 2, 2, 50)]
+    )
     configs = [trial(training={"batch_size": 1}), trial(training={"batch_size": 1, "accumulation": 2})]
-    assert pass_tokens(Kind.of(base, configs, 1), rows) == 52
-    assert pass_tokens(Kind.of(base, configs, 2), rows) == 52, "2 * 2 * 10 is less"
-    assert pass_tokens(Kind.of(base, configs, 4), rows) == int(1.1 * 4 * 2 * 10)
+    assert pass_tokens(EngineSpec.of(base, configs, 1), rows) == 52
+    assert pass_tokens(EngineSpec.of(base, configs, 2), rows) == 52, "2 * 2 * 10 is less"
+    assert pass_tokens(EngineSpec.of(base, configs, 4), rows) == int(1.1 * 4 * 2 * 10)
 
 
 @pytest.mark.parametrize(("wanted", "batch_size", "slots"), [(8, 1, 8), (8, 4, 2), (1, 4, 1), (8, 16, 1)])
 def test_a_cpu_takes_as_many_as_keep_it_busy(
     trial: MakeConfig, base: Any, wanted: int, batch_size: int, slots: int
 ) -> None:
-    rows = Rows([[1] * 64] * 100, [[1] * 64] * 100)
+    rows = TokenizedRows([[1] * 64] * 100, [[1] * 64] * 100)
     count, reason = plan_slots(base, [trial(training={"batch_size": batch_size})], rows, rows, wanted)
     assert count == slots
     assert reason == f"a batch has up to {64 * batch_size} tokens, and a core is busy with {CPU_FULL}"

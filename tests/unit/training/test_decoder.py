@@ -16,13 +16,13 @@ from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.plan.memory import Recompute
 from orchestrator.training.fast.step.adapters import Adapters, lora_parameters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
-from orchestrator.training.fast.step.engine import Engine, Held
-from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
+from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-MakeRows = Callable[..., Rows]
+MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
 
 SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -76,7 +76,7 @@ class Masked(torch.nn.Module):
         return x * self._kept / (1 - DROPOUT) if self.training else x
 
 
-def padded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(rows: TokenizedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, longest) ids, targets and mask, as a collator makes them."""
     ids, targets = (
         [torch.from_numpy(part(index)).long() for index in range(len(rows))] for part in (rows.ids, rows.targets)
@@ -85,7 +85,7 @@ def padded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return pad_sequence(ids, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100), mask
 
 
-def loss_of(model: Any, rows: Rows) -> torch.Tensor:
+def loss_of(model: Any, rows: TokenizedRows) -> torch.Tensor:
     ids, targets, mask = padded(rows)
     return cross_entropy(model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1), targets.flatten())
 
@@ -118,7 +118,7 @@ def test_losses_and_gradients_are_those_of_peft(
     row = make_row(span)
     for layers in places:
         for layer in layers:
-            kept = reference.keep(row, layer.number, layer.in_features)[: span.num_tokens]
+            kept = reference.dropout_mask(row, layer.number, layer.in_features)[: span.num_tokens]
             drop = peft.get_submodule(f"base_model.model.{layer.name}").lora_dropout
             drop["default"] = Masked(pad_sequence(list(kept.split(LENGTHS)), batch_first=True))
 
@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_those_of_peft(
     peft.eval()
     with torch.no_grad():
         exact = loss_of(peft, rows)
-    (scores,) = engine.evaluate([Held(engine, 0, rows, table)])
+    (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, table)])
     loss, accuracy = scores.loss, scores.token_accuracy
     assert loss == pytest.approx(float(exact), abs=1e-5)
     assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
@@ -182,7 +182,7 @@ def test_what_is_given_up_for_memory_changes_no_bit(
         adapters.weights.normal_(std=0.02)
         engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None, on_gpu=False)
         figures = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
-        results.append((choices, figures, engine.evaluate([Held(engine, 0, rows, table)]), adapters.weights))
+        results.append((choices, figures, engine.evaluate([EvaluationBatch(engine, 0, rows, table)]), adapters.weights))
     _, figures, evaluated, weights = results[0]
     assert figures[0].losses != figures[2].losses, "it trains"
     for _, other_figures, other_evaluated, other_weights in results[1:]:

@@ -14,16 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.record import RowScores
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.fast.drive.multi_lora import Batch, Pack, Work
+from orchestrator.training.fast.drive.multi_lora import Batch, MultiLora, TrialSteps
 from orchestrator.training.fast.drive.slot import dropout_key
 from orchestrator.training.fast.step import engine as engine_module
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
-from orchestrator.training.fast.step.engine import Engine, Figures, Held
-from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch, StepMetrics
+from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 from orchestrator.training.model.targets import expected_modules
 
-MakeRows = Callable[..., Rows]
+MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
 
 LENGTHS = (9, 4, 17, 8, 1, 12, 6, 15)
@@ -122,7 +122,7 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
     for flat in flats:
         flat[idle].uniform_(0.1, 1.0)
     before = [flat[idle].clone() for flat in flats]
-    figures: list[Figures] = []
+    figures: list[StepMetrics] = []
     starts = {slot: weights(together, slot, trial.rank).clone() for slot, trial in TRIALS.items()}
     for step in range(STEPS):
         spans = [span(slot, trial, step) for slot, trial in TRIALS.items() if step in trial.steps]
@@ -141,9 +141,11 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
         update = weights(alone, 0, trial.rank) - starts[slot]
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
-        asked = Held(together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
+        asked = EvaluationBatch(together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
         (scores,) = together.evaluate([asked])
-        (expected_scores,) = alone.evaluate([Held(alone, 0, held_out, make_table(scale=trial.alpha / trial.rank))])
+        (expected_scores,) = alone.evaluate(
+            [EvaluationBatch(alone, 0, held_out, make_table(scale=trial.alpha / trial.rank))]
+        )
         assert_same(scores, expected_scores)
 
 
@@ -183,9 +185,9 @@ def test_a_batch_in_several_passes_is_one_step(
     began = weights(whole, 0, 8).clone()
     expected = whole.step([Span(0, rows, order, table)]).read()
     parts.max_tokens = max_tokens
-    pack, found = Pack(), []
+    pack, found = MultiLora(), []
 
-    def work() -> Work:
+    def work() -> TrialSteps:
         found.extend(pending.read() for pending in (yield Batch(parts, 0, rows, order, table)))
 
     pack.join(work())
@@ -209,15 +211,15 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
     start(engine, 0, Trial(rank=8, batch=1, steps=()))
     before = [flat.clone() for flat in (engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1)]
 
-    def evaluate(rows: Rows, dropout: float = 0.0) -> RowScores:
-        (scores,) = engine.evaluate([Held(engine, 0, rows, make_table(dropout))])
+    def evaluate(rows: TokenizedRows, dropout: float = 0.0) -> RowScores:
+        (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, make_table(dropout))])
         return scores
 
     values = [evaluate(rows, dropout) for dropout in (0.0, 0.5)]
     for most in (40, 17, 1):
         monkeypatch.setattr("orchestrator.training.fast.step.engine.CPU_TOKENS", most)
         values.append(evaluate(rows))
-    each = [evaluate(Rows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in range(len(rows))]
+    each = [evaluate(TokenizedRows([rows.ids(i)], [[-100, *rows.targets(i)[:-1]]])) for i in range(len(rows))]
     one_by_one = RowScores(
         losses=[scores.losses[0] for scores in each],
         hits=[scores.hits[0] for scores in each],
@@ -243,10 +245,10 @@ def test_an_evaluation_of_several_slots_measures_each_as_alone(
         trial = TRIALS[slot]
         start(together, slot, trial)
         table = make_table(trial.dropout, scale=trial.alpha / trial.rank)
-        asked.append(Held(together, slot, rows, table))
+        asked.append(EvaluationBatch(together, slot, rows, table))
         alone = make_engine(model, 1, trial.rank)
         start(alone, 0, trial)
-        expected.extend(alone.evaluate([Held(alone, 0, rows, table)]))
+        expected.extend(alone.evaluate([EvaluationBatch(alone, 0, rows, table)]))
     before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
     measured = together.evaluate(asked)
     for scores, expected_scores in zip(measured, expected, strict=True):
@@ -263,11 +265,11 @@ def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
     parts = [[0, 3], [1, 4, 5, 6], [2], [7]]
     ids = [[int(i) for part in row for i in rows.ids(part)] for row in parts]
     labels = [[int(i) for part in row for i in (-100, *rows.targets(part)[:-1])] for row in parts]
-    packed = Rows(ids, labels, [[LENGTHS[part] for part in row] for row in parts])
-    torn = Rows(ids, labels)
+    packed = TokenizedRows(ids, labels, [[LENGTHS[part] for part in row] for row in parts])
+    torn = TokenizedRows(ids, labels)
     start(engine, 0, Trial(rank=8, batch=1, steps=()))
 
-    def losses(rows: Rows) -> Any:
+    def losses(rows: TokenizedRows) -> Any:
         span = Span(0, rows, range(len(rows)), make_table(0.0, applies=0, loss_weight=1.0))
         values = engine._run([span], engine._layout([[span]]), trains=False).values()[0, : span.num_tokens]
         return values.numpy()
@@ -276,7 +278,7 @@ def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
     expected = np.concatenate([alone[part] for row in parts for part in row])
     np.testing.assert_allclose(losses(packed), expected, atol=2e-6)
     assert np.abs(losses(torn) - expected).max() > 1e-2, "the test would see rows that see each other"
-    (scores,) = engine.evaluate([Held(engine, 0, packed, make_table())])
+    (scores,) = engine.evaluate([EvaluationBatch(engine, 0, packed, make_table())])
     assert scores.tokens == [sum(rows.num_targets([part]) for part in row) for row in parts]
     assert scores.losses == pytest.approx([sum(float(alone[part].sum()) for part in row) for row in parts], abs=1e-4)
 

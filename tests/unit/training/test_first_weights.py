@@ -14,9 +14,9 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.model import adapter_init
-from orchestrator.training.model.adapter_init import draw, eva_components
-from orchestrator.training.model.peft_model import adapted_by_peft, lay, lora_layers
-from orchestrator.training.model.targets import Beside, expected_modules
+from orchestrator.training.model.adapter_init import eva_components, init_adapter
+from orchestrator.training.model.peft_model import adapted_by_peft, load_adapter_weights, lora_layers
+from orchestrator.training.model.targets import TrainableBeside, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -43,8 +43,8 @@ def bases() -> dict[str, Any]:
 
 def drawn(base: Any, config: TrialConfig, seed: int = 3, read: Any = None) -> Any:
     """A model with the trial's first weights."""
-    model = adapted_by_peft(base, config, expected_modules(base, config.lora), Beside({}, 0, {}, 0))
-    draw(model, config.lora, seed, torch.float32, read)
+    model = adapted_by_peft(base, config, expected_modules(base, config.lora), TrainableBeside({}, 0, {}, 0))
+    init_adapter(model, config.lora, seed, torch.float32, read)
     return model.eval()
 
 
@@ -103,8 +103,8 @@ def test_an_adapter_less_its_first_is_plain_lora_on_the_base_as_it_is(bases: dic
             wanted, found = model(IDS).logits, plain(IDS).logits
             assert (wanted - shell(bases["nf4"]).eval()(IDS).logits).abs().max() > 0.5
             assert (found - wanted).abs().max() < 1e-3
-            lay(model, {name: torch.zeros_like(weight) for name, weight in left.weights.items()})
-            lay(model, left.weights)
+            load_adapter_weights(model, {name: torch.zeros_like(weight) for name, weight in left.weights.items()})
+            load_adapter_weights(model, left.weights)
             assert torch.equal(model(IDS).logits, wanted), "its model takes the trained half back"
         assert (left.config.r, dict(left.config.rank_pattern)) == (12, {"down_proj": 6})
 

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.record import TrialPaths
 from orchestrator.training.attempt.events import Completed, LeaseLost, Left
 from orchestrator.training.worker import slots
-from orchestrator.training.worker.slots import Lease, Leases, Writer
+from orchestrator.training.worker.slots import FileWriter, SlotLease, SlotPool
 
 START: Any = None
 """What a trial trains is nothing to a lease."""
@@ -22,14 +22,14 @@ def paths(name: str) -> TrialPaths:
     return TrialPaths(Path("sweep"), name)
 
 
-def take(leases: Leases, name: str, trial: str) -> Lease:
+def take(leases: SlotPool, name: str, trial: str) -> SlotLease:
     lease = leases.take(name, START, paths(trial))
     assert lease is not None
     return lease
 
 
 def test_a_slot_is_one_trials_until_it_is_done() -> None:
-    leases = Leases(2)
+    leases = SlotPool(2)
     first, second = take(leases, "1", "a"), take(leases, "2", "b")
     assert {first.slot, second.slot} == {0, 1}
     assert leases.num_free() == 0
@@ -44,7 +44,7 @@ def test_a_slot_is_one_trials_until_it_is_done() -> None:
 
 
 def test_another_attempt_at_a_trial_asks_the_earlier_one_to_stop() -> None:
-    leases = Leases(2)
+    leases = SlotPool(2)
     earlier, other = take(leases, "1", "a"), take(leases, "2", "b")
     assert leases.take("3", START, paths("a")) is None, "it waits for the slot"
     assert earlier.stopping
@@ -52,7 +52,7 @@ def test_another_attempt_at_a_trial_asks_the_earlier_one_to_stop() -> None:
 
 
 def test_a_lease_that_has_ended_and_of_which_nobody_hears_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    leases = Leases(3)
+    leases = SlotPool(3)
     ended, silent = take(leases, "1", "a"), take(leases, "2", "b")
     ended.emit(Completed(0.0, 0.0, 0.0))
     leases.done(ended)
@@ -67,7 +67,7 @@ def test_a_lease_that_has_ended_and_of_which_nobody_hears_is_forgotten(monkeypat
 
 
 def test_all_are_told_that_the_host_is_lost_and_nobody_is_let_in() -> None:
-    leases = Leases(2)
+    leases = SlotPool(2)
     running, ended = take(leases, "1", "a"), take(leases, "2", "b")
     ended.emit(Completed(0.0, 0.0, 0.0))
     leases.done(ended)
@@ -81,7 +81,7 @@ def test_all_are_told_that_the_host_is_lost_and_nobody_is_let_in() -> None:
 
 
 def test_an_interrupted_host_has_each_trial_write_a_checkpoint_and_begins_no_other() -> None:
-    leases = Leases(2)
+    leases = SlotPool(2)
     lease = take(leases, "1", "a")
     assert not lease.wants_checkpoint
     assert not leases.interrupt(wait_s=0.1), "it has not ended"
@@ -93,7 +93,7 @@ def test_an_interrupted_host_has_each_trial_write_a_checkpoint_and_begins_no_oth
 
 
 def test_a_trial_that_was_stopped_for_good_writes_no_checkpoint() -> None:
-    lease = take(Leases(1), "1", "a")
+    lease = take(SlotPool(1), "1", "a")
     lease.release()
     assert lease.stopping
     assert not lease.wants_checkpoint
@@ -101,8 +101,8 @@ def test_a_trial_that_was_stopped_for_good_writes_no_checkpoint() -> None:
 
 @pytest.mark.parametrize(("number", "is_storage"), [(errno.ENOSPC, True), (errno.EACCES, False)])
 def test_a_file_that_cannot_be_written_ends_the_attempt_and_says_why(number: int, is_storage: bool) -> None:
-    lease = take(Leases(1), "1", "a")
-    writer = Writer(lease)
+    lease = take(SlotPool(1), "1", "a")
+    writer = FileWriter(lease)
 
     def fail() -> None:
         raise OSError(number, os.strerror(number))
@@ -118,10 +118,10 @@ def test_a_file_that_cannot_be_written_ends_the_attempt_and_says_why(number: int
 
 def test_a_log_on_a_full_disk_holds_nobody_up() -> None:
     """The thread that writes files prints the traceback there: had it died of that, its trial would never end."""
-    lease = take(Leases(1), "1", "a")
+    lease = take(SlotPool(1), "1", "a")
     with Path("/dev/full").open("w", buffering=1) as full, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", full)
-        writer = Writer(lease)
+        writer = FileWriter(lease)
         writer.do(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         (told,) = lease.take(10.0)
         assert isinstance(told, Left)

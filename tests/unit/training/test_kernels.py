@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from orchestrator.training.fast.ops import reference  # noqa: E402
 from orchestrator.training.fast.ops.eight_bit import Moment  # noqa: E402
 from orchestrator.training.fast.ops.triton.launch import FULL  # noqa: E402
-from orchestrator.training.fast.step.adapters import Adapted, Adapters  # noqa: E402
-from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span  # noqa: E402
+from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters  # noqa: E402
+from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows  # noqa: E402
 
 PACKAGE = "orchestrator.training.fast.ops.triton"
 LEAVES = (
@@ -86,7 +86,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def make_row(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **table: Any) -> Row:
+def make_row(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **table: Any) -> FlatBatch:
     """A step of these sequences by slot; `table` gives each slot's values, or one for all."""
     generator = np.random.default_rng(0)
     spans = []
@@ -111,8 +111,8 @@ def make_row(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **ta
             "max_norm": 1.0,
         }
         values |= {name: value[slot] if isinstance(value, dict) else value for name, value in table.items()}
-        spans.append(Span(slot, Rows(ids, labels), range(len(ids)), values, first_token=17))
-    layout = Layout(num_tiles * kernels.TILE, 16, num_slots, kernels.TILE, 100)
+        spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), values, first_token=17))
+    layout = BucketShape(num_tiles * kernels.TILE, 16, num_slots, kernels.TILE, 100)
     buffer = layout.buffer("cpu")
     layout.fill(buffer.numpy(), spans)
     return layout.row(buffer.to(DEVICE))
@@ -122,7 +122,7 @@ def dropout(probability: float) -> tuple[int, float]:
     return int(probability * 2**31), 1 / (1 - probability)
 
 
-def several_slots(num_slots: int = NUM_SLOTS) -> Row:
+def several_slots(num_slots: int = NUM_SLOTS) -> FlatBatch:
     """Out of order, some idle, one with no dropout, and a tile of fillers that bears the first slot's number."""
     drops = {0: dropout(0.5), 2: dropout(0.1), 3: dropout(0.0)}
     return make_row(
@@ -137,20 +137,20 @@ def several_slots(num_slots: int = NUM_SLOTS) -> Row:
     )
 
 
-def one_slot() -> Row:
+def one_slot() -> FlatBatch:
     threshold, keep_scale = dropout(0.2)
     return make_row({0: [5, 61, 30]}, 2, 1, threshold=threshold, keep_scale=keep_scale, scale=0.5)
 
 
-def full_pack() -> Row:
+def full_pack() -> FlatBatch:
     """Kernels are made for it in other ways."""
     return several_slots(FULL)
 
 
-ROWS: list[Callable[[], Row]] = [one_slot, several_slots, full_pack]
+ROWS: list[Callable[[], FlatBatch]] = [one_slot, several_slots, full_pack]
 
 
-def is_real(row: Row) -> Any:
+def is_real(row: FlatBatch) -> Any:
     """(T, 1): 0 at fillers, whose gradients vanish in a step."""
     return (row.counters > 0).to(DTYPE)[:, None]
 
@@ -166,7 +166,7 @@ def assert_close(value: Any, exact: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def make_adapters(
-    row: Row, groups: list[list[Adapted]], rank: int, dtype: Any = torch.float32, eight_bit: bool = False
+    row: FlatBatch, groups: list[list[AdaptedLayer]], rank: int, dtype: Any = torch.float32, eight_bit: bool = False
 ) -> tuple[Any, Any]:
     """Adapters for the kernels and the same in float32 for the reference; of several slots, each of its own rank."""
     num_slots = len(row.table["key"])
@@ -193,9 +193,9 @@ def clear_beyond(adapters: Adapters, flat: Any) -> None:
 
 
 GROUPS = {
-    "three": [Adapted("q", 4, 72, 0, 40), Adapted("k", 5, 72, 40, 24), Adapted("v", 6, 72, 64, 24)],
-    "two of three": [Adapted("q", 11, 72, 0, 40), Adapted("v", 13, 72, 64, 24)],
-    "one, wide": [Adapted("down", 20, 200, 0, 330)],
+    "three": [AdaptedLayer("q", 4, 72, 0, 40), AdaptedLayer("k", 5, 72, 40, 24), AdaptedLayer("v", 6, 72, 64, 24)],
+    "two of three": [AdaptedLayer("q", 11, 72, 0, 40), AdaptedLayer("v", 13, 72, 64, 24)],
+    "one, wide": [AdaptedLayer("down", 20, 200, 0, 330)],
 }
 
 
@@ -223,7 +223,7 @@ def test_swiglu_and_its_backward() -> None:
 
 @pytest.mark.parametrize("queries", [2, 6])
 @pytest.mark.parametrize("make", ROWS)
-def test_attention_and_its_backward(make: Callable[[], Row], queries: int) -> None:
+def test_attention_and_its_backward(make: Callable[[], FlatBatch], queries: int) -> None:
     row, size = make(), 32
     angles = torch.arange(100, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 3, size // 2, device=DEVICE)
     angles = torch.cat((angles, angles), 1)
@@ -269,7 +269,7 @@ def blank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("make", ROWS)
-def test_adapters_and_their_backward(make: Callable[[], Row], group: str, rank: int) -> None:
+def test_adapters_and_their_backward(make: Callable[[], FlatBatch], group: str, rank: int) -> None:
     """Of each slot's own rank: what the stack has beyond is not read."""
     row, layers = make(), GROUPS[group]
     ours, exact = make_adapters(row, [layers], rank)
@@ -323,13 +323,13 @@ def test_wide_ranks_and_stored_bfloat16() -> None:
 def test_masks_are_the_same_bit_for_bit() -> None:
     row = make_row({1: [70], 0: [60]}, 3, 2, threshold={0: dropout(0.3)[0], 1: dropout(0.9)[0]})
     numbers = (0, 7, 153)
-    layers = [Adapted(str(number), number, 48, 48 * number, 48) for number in numbers]
+    layers = [AdaptedLayer(str(number), number, 48, 48 * number, 48) for number in numbers]
     adapters, _ = make_adapters(row, [layers], 64)
     place = adapters.places[0]
     adapters.a(place, adapters.weights)[:] = torch.eye(64, 48, device=DEVICE).repeat(3, 1)
     low = kernels.lora_down(torch.ones(row.num_tokens, 48, dtype=DTYPE, device=DEVICE), adapters, place, row)
     for number, masks in zip(numbers, low.unflatten(1, (3, 64)).unbind(1), strict=True):
-        assert torch.equal(masks[:, :48] != 0, reference.keep(row, number, 48))
+        assert torch.equal(masks[:, :48] != 0, reference.dropout_mask(row, number, 48))
 
 
 def test_a_slot_that_is_not_finite_stays_alone() -> None:
@@ -440,7 +440,7 @@ def write_nearest(moment: Moment, values: Any) -> None:
 def test_update_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps of slots of unequal ranks, one of which is not finite: some matrices are small, some are not."""
     monkeypatch.setattr(Moment, "write", write_nearest)
-    layers = [[Adapted("q", 0, 256, 0, 300), Adapted("k", 1, 256, 300, 24)]]
+    layers = [[AdaptedLayer("q", 0, 256, 0, 300), AdaptedLayer("k", 1, 256, 300, 24)]]
     row = make_row(
         {slot: [9] for slot in range(NUM_SLOTS)},
         NUM_SLOTS,
@@ -475,7 +475,7 @@ def test_update_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal((ours.weights != began)[:3], (began != 0)[:3]), "all of a slot's own, and no more"
 
 
-def moments_of(adapters: Adapters, row: Row) -> Iterator[Moment]:
+def moments_of(adapters: Adapters, row: FlatBatch) -> Iterator[Moment]:
     """Of all slots that have stepped."""
     assert adapters.eight is not None
     for slot, rank in enumerate(row.table["rank"].tolist()[:3]):

@@ -9,11 +9,11 @@ import torch
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
-from orchestrator.training.fast.plan.memory import BaseShape, Choice, Recompute, choices, predict
+from orchestrator.training.fast.plan.memory import BaseShape, MemoryOption, Recompute, memory_options, predict
 from orchestrator.training.fast.step.adapters import Adapters
-from orchestrator.training.fast.step.decoder import Decoder, Kept, Layer, adapted_layers
+from orchestrator.training.fast.step.decoder import Decoder, Layer, SavedActivations, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
-from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -34,7 +34,9 @@ def half() -> Any:
 
 def foreseen(model: Any, recompute: Recompute = "nothing", keeps: bool = True, tokens: int = 64, **options: Any) -> Any:
     targets = options.pop("targets", TARGETS)
-    return predict(BaseShape.of(model.config), Choice(keeps, recompute, 64), tokens, tokens, RANK, targets, **options)
+    return predict(
+        BaseShape.of(model.config), MemoryOption(keeps, recompute, 64), tokens, tokens, RANK, targets, **options
+    )
 
 
 def tensors_of(model: Any) -> Iterator[torch.Tensor]:
@@ -107,7 +109,7 @@ def make_adapters(
 @pytest.mark.parametrize("recompute", LEVELS)
 def test_activations(
     half: Any,
-    make_rows: Callable[..., Rows],
+    make_rows: Callable[..., TokenizedRows],
     make_table: Callable[..., dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
     recompute: Recompute,
@@ -140,7 +142,7 @@ def test_activations(
         assert told == sum(whole)
 
 
-def bytes_of(kept: Kept, config: Any) -> int:
+def bytes_of(kept: SavedActivations, config: Any) -> int:
     """As on a GPU: attention's output lies there once, with one float32 a token and head for its backward."""
     parts = [
         *(value for name, value in vars(kept).items() if name not in ("attended", "lows")),
@@ -152,20 +154,20 @@ def bytes_of(kept: Kept, config: Any) -> int:
 
 
 def test_choices_are_ordered_by_their_cost_in_time() -> None:
-    found = list(choices(500, 6000, keeps_base=None, recompute=None, most_tokens=8192))
-    assert found[0] == Choice(True, "nothing", 6000)
+    found = list(memory_options(500, 6000, keeps_base=None, recompute=None, most_tokens=8192))
+    assert found[0] == MemoryOption(True, "nothing", 6000)
     times = [choice.relative_time() for choice in found]
     assert times == sorted(times)
     assert {choice.max_tokens for choice in found} == {6000, 4096, 2048, 1024, 512, 500}
     assert set(Counter((choice.keeps_base, choice.recompute) for choice in found).values()) == {6}
     assert len({(choice.keeps_base, choice.recompute) for choice in found}) == 6
-    assert found[-1] == Choice(False, "layers", 500)
+    assert found[-1] == MemoryOption(False, "layers", 500)
 
 
 @pytest.mark.parametrize("keeps", [None, True, False])
 @pytest.mark.parametrize("recompute", [None, True, False])
 def test_choices_respect_what_is_forced(keeps: bool | None, recompute: bool | None) -> None:
-    found = list(choices(100, 300, keeps_base=keeps, recompute=recompute, most_tokens=8192))
+    found = list(memory_options(100, 300, keeps_base=keeps, recompute=recompute, most_tokens=8192))
     assert {choice.keeps_base for choice in found} == ({True, False} if keeps is None else {keeps})
     levels = {None: set(LEVELS), True: {"layers"}, False: {"nothing"}}[recompute]
     assert {choice.recompute for choice in found} == levels
@@ -175,13 +177,13 @@ def test_choices_respect_what_is_forced(keeps: bool | None, recompute: bool | No
     ("longest", "largest", "tokens"), [(700, 300, {700}), (700, 9000, {8192, 4096, 2048, 1024, 700})]
 )
 def test_no_pass_is_shorter_than_a_row_nor_longer_than_a_batch(longest: int, largest: int, tokens: set[int]) -> None:
-    found = choices(longest, largest, keeps_base=None, recompute=None, most_tokens=8192)
+    found = memory_options(longest, largest, keeps_base=None, recompute=None, most_tokens=8192)
     assert {choice.max_tokens for choice in found} == tokens
 
 
 def test_what_is_given_up_takes_less() -> None:
     def total(keeps: bool, recompute: Recompute, tokens: int, **options: Any) -> int:
-        return predict(LLAMA_7B, Choice(keeps, recompute, tokens), tokens, 4096, RANK, TARGETS, **options).total
+        return predict(LLAMA_7B, MemoryOption(keeps, recompute, tokens), tokens, 4096, RANK, TARGETS, **options).total
 
     kept = [total(True, level, 4096) for level in LEVELS]
     assert kept == sorted(kept, reverse=True)
@@ -189,6 +191,6 @@ def test_what_is_given_up_takes_less() -> None:
     assert total(True, "nothing", 2048) < kept[0]
     assert total(True, "nothing", 4096, num_slots=2) > kept[0]
     assert total(True, "nothing", 4096, adapter_bytes=2) < kept[0]
-    told = predict(LLAMA_7B, Choice(True, "nothing", 4096), 4096, 4096, RANK, TARGETS)
+    told = predict(LLAMA_7B, MemoryOption(True, "nothing", 4096), 4096, 4096, RANK, TARGETS)
     assert told.total == sum(told.parts().values())
     assert 3.5e9 < told.base < 4e9

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.training.fast.drive.multi_lora import Batch, Pack, Task, Work
-from orchestrator.training.fast.step.engine import Held
-from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.fast.drive.multi_lora import Batch, MultiLora, Task, TrialSteps
+from orchestrator.training.fast.step.engine import EvaluationBatch
+from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 
 TILE = 8
 NO_ENGINE: Any = None
@@ -28,7 +28,7 @@ class FakeEngine:
     def __init__(self, max_tokens: int = 20) -> None:
         self.max_tokens = max_tokens
         self.passes: list[list[Span]] = []
-        self.asked: list[list[Held]] = []
+        self.asked: list[list[EvaluationBatch]] = []
         self.told: list[str] = []
         self.fault: Exception | None = None
 
@@ -42,7 +42,7 @@ class FakeEngine:
         self.passes.append(list(spans))
         return Passed(len(self.passes) - 1)
 
-    def evaluate(self, asked: Sequence[Held]) -> list[tuple[float, float]]:
+    def evaluate(self, asked: Sequence[EvaluationBatch]) -> list[tuple[float, float]]:
         self.told.append("evaluate")
         if self.fault:
             raise self.fault
@@ -64,7 +64,7 @@ class Member:
         self._tasks = tasks
         self._breaks_after = breaks_after
 
-    def work(self, engine: Any) -> Work:
+    def work(self, engine: Any) -> TrialSteps:
         """Ask this engine for the tasks. A fault is kept and not raised, as in `Attempt.run`."""
         try:
             for number, task in enumerate(self._tasks):
@@ -80,7 +80,7 @@ class Member:
             self.ended_by = "done"
 
 
-MakeRows = Callable[..., Rows]
+MakeRows = Callable[..., TokenizedRows]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def batch(make_rows: MakeRows) -> Callable[..., Batch]:
     return make
 
 
-def run(pack: Pack, most: int = 100) -> int:
+def run(pack: MultiLora, most: int = 100) -> int:
     """Turns until all have ended."""
     turns = 0
     while len(pack):
@@ -120,7 +120,7 @@ def test_passes_keep_the_order_and_the_limit(
     batch: Callable[..., Batch], max_tokens: int, batches: list[list[int]]
 ) -> None:
     engine, member = FakeEngine(max_tokens), Member(batch(0, 3, 9, 2, 7, 6, order=[3, 0, 1, 2, 4]))
-    pack = Pack()
+    pack = MultiLora()
     pack.join(member.work(engine))
     run(pack)
     assert [each[0] for each in engine.indices] == batches
@@ -128,7 +128,7 @@ def test_passes_keep_the_order_and_the_limit(
 
 
 def test_a_row_that_is_longer_than_the_limit_stands_alone(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(10), Pack()
+    engine, pack = FakeEngine(10), MultiLora()
     pack.join(Member(batch(0, 1, 50, 1, 1)).work(engine))
     run(pack)
     assert engine.indices == [{0: [0]}, {0: [1]}, {0: [2, 3]}]
@@ -137,7 +137,7 @@ def test_a_row_that_is_longer_than_the_limit_stands_alone(batch: Callable[..., B
 def test_a_batch_that_is_too_long_goes_over_passes_of_which_the_last_applies(batch: Callable[..., Batch]) -> None:
     engine = FakeEngine()
     task = batch(1, 7, 12, 5, 9, 30, order=[2, 1, 4, 0, 3])
-    pack = Pack()
+    pack = MultiLora()
     pack.join(Member(task, batch(1, 4)).work(engine))
     run(pack)
     spans = [span for spans in engine.passes for span in spans]
@@ -156,7 +156,7 @@ def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch
     """Slot 0 takes two passes a batch, slot 1 one: it makes two steps meanwhile."""
     engine = FakeEngine(max_tokens=32)
     large, small = Member(batch(0, 16, 16), batch(0, 16, 16)), Member(*[batch(1, 8)] * 4)
-    pack = Pack()
+    pack = MultiLora()
     pack.join(small.work(engine))
     pack.join(large.work(engine))
     assert run(pack) == 4
@@ -169,7 +169,7 @@ def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch
 
 def test_a_pass_counts_whole_tiles(batch: Callable[..., Batch]) -> None:
     """Three batches of one token take three tiles: the fourth finds no room."""
-    engine, pack = FakeEngine(max_tokens=3 * TILE), Pack()
+    engine, pack = FakeEngine(max_tokens=3 * TILE), MultiLora()
     for slot in range(4):
         pack.join(Member(batch(slot, 1)).work(engine))
     run(pack)
@@ -178,7 +178,7 @@ def test_a_pass_counts_whole_tiles(batch: Callable[..., Batch]) -> None:
 
 def test_who_had_none_goes_first(batch: Callable[..., Batch]) -> None:
     """Five members, room for two: no one waits for more than two passes, none has two before all have one."""
-    engine, pack = FakeEngine(max_tokens=2 * TILE), Pack()
+    engine, pack = FakeEngine(max_tokens=2 * TILE), MultiLora()
     members = [Member(*[batch(slot, TILE)] * 6) for slot in range(5)]
     for member in members:
         pack.join(member.work(engine))
@@ -193,7 +193,7 @@ def test_who_had_none_goes_first(batch: Callable[..., Batch]) -> None:
 
 def test_a_member_too_large_for_what_is_left_is_first_the_next_time(batch: Callable[..., Batch]) -> None:
     """A smaller one behind it may fill the pass, but cannot hold it back."""
-    engine, pack = FakeEngine(max_tokens=32), Pack()
+    engine, pack = FakeEngine(max_tokens=32), MultiLora()
     for slot, tokens in ((0, 16), (1, 24), (2, 8)):
         pack.join(Member(*[batch(slot, tokens)] * 3).work(engine))
     pack.turn()
@@ -204,7 +204,7 @@ def test_a_member_too_large_for_what_is_left_is_first_the_next_time(batch: Calla
 
 
 def test_one_that_joins_is_in_the_next_pass_and_one_that_ends_leaves_its_room(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), Pack()
+    engine, pack = FakeEngine(max_tokens=64), MultiLora()
     first, second, third = Member(batch(0, 8)), Member(*[batch(1, 8)] * 3), Member(*[batch(2, 8)] * 2)
     pack.join(first.work(engine))
     pack.join(second.work(engine))
@@ -218,7 +218,7 @@ def test_one_that_joins_is_in_the_next_pass_and_one_that_ends_leaves_its_room(ba
 
 
 def test_one_that_has_nothing_to_do_ends_at_once() -> None:
-    engine, pack, member = FakeEngine(), Pack(), Member()
+    engine, pack, member = FakeEngine(), MultiLora(), Member()
     pack.join(member.work(engine))
     assert member.ended_by == "done"
     assert len(pack) == 0
@@ -231,8 +231,8 @@ def test_members_with_an_engine_each_step_by_themselves_in_every_turn(
     batch: Callable[..., Batch], make_rows: MakeRows
 ) -> None:
     """One evaluates while the other trains; a fault of one engine ends its own member alone."""
-    engines, pack = [FakeEngine(max_tokens=16) for _ in range(3)], Pack()
-    held = Held(NO_ENGINE, 0, make_rows(5), {})
+    engines, pack = [FakeEngine(max_tokens=16) for _ in range(3)], MultiLora()
+    held = EvaluationBatch(NO_ENGINE, 0, make_rows(5), {})
     members = [Member(batch(0, 8, 8, 8), batch(0, 8)), Member(batch(0, 8), held, batch(0, 8)), Member(batch(0, 8))]
     for member, engine in zip(members, engines, strict=True):
         pack.join(member.work(engine))
@@ -250,8 +250,8 @@ def test_members_with_an_engine_each_step_by_themselves_in_every_turn(
 
 def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
     """Before the next pass; a member in the middle of its batch goes on with it afterwards."""
-    engine, pack = FakeEngine(max_tokens=16), Pack()
-    held = {slot: Held(NO_ENGINE, slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
+    engine, pack = FakeEngine(max_tokens=16), MultiLora()
+    held = {slot: EvaluationBatch(NO_ENGINE, slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
     one, other = (Member(batch(slot, TILE), held[slot], batch(slot, TILE)) for slot in (0, 1))
     third = Member(batch(2, 8, 8, 8))
     for member in (one, other, third):
@@ -268,8 +268,8 @@ def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch]
 
 
 def test_one_evaluation_keeps_no_other_from_its_step_for_long(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
-    engine, pack = FakeEngine(max_tokens=64), Pack()
-    evaluating = Member(batch(0, 8), Held(NO_ENGINE, 0, make_rows(5), {}), batch(0, 8))
+    engine, pack = FakeEngine(max_tokens=64), MultiLora()
+    evaluating = Member(batch(0, 8), EvaluationBatch(NO_ENGINE, 0, make_rows(5), {}), batch(0, 8))
     steady = Member(*[batch(1, 8)] * 3)
     pack.join(evaluating.work(engine))
     pack.join(steady.work(engine))
@@ -282,7 +282,7 @@ def test_one_evaluation_keeps_no_other_from_its_step_for_long(batch: Callable[..
 
 
 def test_a_members_own_fault_stays_its_own(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), Pack()
+    engine, pack = FakeEngine(max_tokens=64), MultiLora()
     broken, sound = Member(*[batch(0, 8)] * 3, breaks_after=2), Member(*[batch(1, 8)] * 4)
     pack.join(broken.work(engine))
     pack.join(sound.work(engine))
@@ -293,7 +293,7 @@ def test_a_members_own_fault_stays_its_own(batch: Callable[..., Batch]) -> None:
 
 
 def test_one_that_breaks_before_its_first_task_is_no_member(batch: Callable[..., Batch]) -> None:
-    engine, pack, member = FakeEngine(), Pack(), Member(batch(0, 8), breaks_after=0)
+    engine, pack, member = FakeEngine(), MultiLora(), Member(batch(0, 8), breaks_after=0)
     pack.join(member.work(engine))
     assert isinstance(member.ended_by, ValueError)
     assert len(pack) == 0
@@ -303,8 +303,8 @@ def test_one_that_breaks_before_its_first_task_is_no_member(batch: Callable[...,
 def test_a_fault_of_the_engine_is_a_fault_of_all(
     batch: Callable[..., Batch], make_rows: MakeRows, evaluates: bool
 ) -> None:
-    engine, pack = FakeEngine(max_tokens=8), Pack()
-    first: Task = Held(NO_ENGINE, 0, make_rows(5), {}) if evaluates else batch(0, 8)
+    engine, pack = FakeEngine(max_tokens=8), MultiLora()
+    first: Task = EvaluationBatch(NO_ENGINE, 0, make_rows(5), {}) if evaluates else batch(0, 8)
     members = [Member(first, batch(0, 8)), Member(batch(1, 8)), Member(batch(2, 8, 8))]
     for member in members:
         pack.join(member.work(engine))
@@ -319,9 +319,9 @@ def test_a_fault_of_the_engine_is_a_fault_of_all(
 
 
 def test_what_ends_the_process_is_not_taken_for_a_fault(batch: Callable[..., Batch]) -> None:
-    pack = Pack()
+    pack = MultiLora()
 
-    def interrupted() -> Work:
+    def interrupted() -> TrialSteps:
         yield replace(batch(0, 8), engine=FakeEngine())  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
@@ -331,7 +331,7 @@ def test_what_ends_the_process_is_not_taken_for_a_fault(batch: Callable[..., Bat
 
 
 def test_closing_ends_all_where_they_stand(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), Pack()
+    engine, pack = FakeEngine(max_tokens=64), MultiLora()
     members = [Member(*[batch(slot, 8)] * 3) for slot in range(2)]
     for member in members:
         pack.join(member.work(engine))

@@ -17,12 +17,12 @@ from orchestrator.training.fast.drive.slot import dropout_key
 from orchestrator.training.fast.drive.slot_view import copied
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.ops.eight_bit import values_of_bytes
-from orchestrator.training.fast.step.adapters import Adapted, Adapters
-from orchestrator.training.fast.step.flat_batch import IGNORED, Row, Rows, Span
+from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters
+from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch, Span, TokenizedRows
 
-MakeRows = Callable[..., Rows]
+MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
-MakeRow = Callable[..., Row]
+MakeRow = Callable[..., FlatBatch]
 
 FLOAT = 1e-6
 """Of the reference's norm: what float32 keeps."""
@@ -132,13 +132,13 @@ def test_what_is_not_finite_stays_in_its_sequence(
 DROPOUTS = {0: 0.5, 1: 0.0, 2: 0.1}
 SCALES = {0: 2.0, 1: 0.5, 2: 1.0}
 GROUPS = {
-    "all of three": [Adapted("q", 4, 24, 0, 12), Adapted("k", 5, 24, 12, 8), Adapted("v", 6, 24, 20, 8)],
-    "two of three": [Adapted("q", 11, 24, 0, 12), Adapted("v", 13, 24, 20, 8)],
-    "one": [Adapted("down", 20, 24, 0, 28)],
+    "all of three": [AdaptedLayer("q", 4, 24, 0, 12), AdaptedLayer("k", 5, 24, 12, 8), AdaptedLayer("v", 6, 24, 20, 8)],
+    "two of three": [AdaptedLayer("q", 11, 24, 0, 12), AdaptedLayer("v", 13, 24, 20, 8)],
+    "one": [AdaptedLayer("down", 20, 24, 0, 28)],
 }
 
 
-def make_adapters(num_slots: int, layers: list[Adapted], rank: int = 4) -> Adapters:
+def make_adapters(num_slots: int, layers: list[AdaptedLayer], rank: int = 4) -> Adapters:
     adapters = Adapters([layers], num_slots, rank, torch.float64, torch.float64, torch.device("cpu"))
     adapters.weights.normal_()
     return adapters
@@ -175,7 +175,7 @@ def test_adapters_and_their_backward(
     scales = torch.tensor([SCALES[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
     exact, at = y.clone(), 0
     for index, layer in enumerate(layers):
-        dropped = x * reference.keep(row, layer.number, 24) / (1 - rates)[:, None]
+        dropped = x * reference.dropout_mask(row, layer.number, 24) / (1 - rates)[:, None]
         low = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
         up = torch.einsum("tr,tor->to", low, b[slot_of, at : at + layer.width]) * scales[:, None]
         exact = exact + F.pad(up, (layer.column, 28 - layer.column - layer.width))
@@ -222,7 +222,7 @@ def test_sixteen_adapters_of_a_7b_base_take_sixteen_bytes_a_parameter() -> None:
             starts = [sum(widths[:place]) for place in range(len(widths))]
             groups.append(
                 [
-                    Adapted(f"{index}.{start}", index, features, start, width)
+                    AdaptedLayer(f"{index}.{start}", index, features, start, width)
                     for start, width in zip(starts, widths, strict=True)
                 ]
             )
@@ -333,7 +333,7 @@ def test_bytes_stand_for_what_they_do_in_bitsandbytes(signed: bool) -> None:
 def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
     """Of a slot whose rank is below the stack's: a matrix of 4,096 elements and more, and smaller ones."""
     rank, betas = 12, (0.9, 0.99)
-    layers = [Adapted("m.q", 0, 512, 0, 320), Adapted("m.k", 1, 512, 320, 96)]
+    layers = [AdaptedLayer("m.q", 0, 512, 0, 320), AdaptedLayer("m.k", 1, 512, 320, 96)]
     cpu = torch.device("cpu")
     adapters = Adapters([layers], 2, 16, torch.float32, torch.float32, cpu, eight_bit=True)
     assert adapters.eight is not None
@@ -437,7 +437,7 @@ def mask(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> Calla
         seed: int = 0, step: int = 0, module: int = 0, dropout: float = 0.3, tokens: int = 256, features: int = 256
     ) -> Any:
         table = make_table(dropout, key=dropout_key(seed, step))
-        return reference.keep(make_row(Span(0, make_rows(tokens), [0], table)), module, features)
+        return reference.dropout_mask(make_row(Span(0, make_rows(tokens), [0], table)), module, features)
 
     return make
 
@@ -494,8 +494,8 @@ def halved(key: int, tokens: int) -> torch.Tensor:
     """(tokens,) bool of the first feature, half of them kept."""
     table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
     nothing, counters = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
-    row = Row(nothing, nothing, nothing, counters, nothing[:1], nothing, table, tokens)
-    return reference.keep(row, 0, 1)[:, 0]
+    row = FlatBatch(nothing, nothing, nothing, counters, nothing[:1], nothing, table, tokens)
+    return reference.dropout_mask(row, 0, 1)[:, 0]
 
 
 def test_two_tokens_and_two_features_have_four_masks(mask: Callable[..., Any]) -> None:
@@ -518,7 +518,7 @@ def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
     def span(slot: int, indices: list[int], first_token: int = 0) -> Span:
         return Span(slot, rows, indices, table, first_token)
 
-    whole = reference.keep(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
+    whole = reference.dropout_mask(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
     arrangements = [
         (0, make_row(span(0, [1, 0, 2]), num_tokens=200)),
         (0, make_row(span(0, [2, 1, 0]))),  # other lengths in the same batch
@@ -526,7 +526,7 @@ def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
         (40, make_row(Span(0, rows, [1, 3], other), Span(1, rows, [0, 3], other), span(4, [1, 0, 2]), num_slots=5)),
     ]
     for at, row in arrangements:
-        assert torch.equal(reference.keep(row, 3, 20)[at : at + 24], whole)
+        assert torch.equal(reference.dropout_mask(row, 3, 20)[at : at + 24], whole)
     # The second pass of a batch goes on where the first ended.
-    assert torch.equal(reference.keep(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
-    assert not torch.equal(reference.keep(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])
+    assert torch.equal(reference.dropout_mask(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
+    assert not torch.equal(reference.dropout_mask(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])

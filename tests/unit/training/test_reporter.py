@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import AtOnce, Event, Saved
+from orchestrator.training.attempt.events import Event, Saved, WriteNow
 from orchestrator.training.attempt.reporter import Reporter
 
 
@@ -31,7 +31,7 @@ def make(document: dict[str, Any], tmp_path: Path, listener: Listener) -> Report
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min", step=4)
     paths = SweepPaths(tmp_path).trial("a")
-    return Reporter(start, paths, listener, AtOnce(), lambda _: (0.0, 0.0), None, "f", [])
+    return Reporter(start, paths, listener, WriteNow(), lambda _: (0.0, 0.0), None, "f", [])
 
 
 def control(**values: bool) -> Any:

@@ -78,8 +78,8 @@ def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
     choice = factory.Choice(True, "nothing", tokens)
     separate = held[0].training.reproducible
-    for kind in factory.separate_kinds(base, held) if separate else [factory.Kind.of(base, held, SLOTS)]:
-        engine = factory.standing_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
+    for kind in factory.separate_specs(base, held) if separate else [factory.EngineSpec.of(base, held, SLOTS)]:
+        engine = factory.cached_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
         engine.compile(tokens, tokens // 2)
 
 

@@ -11,11 +11,11 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import AtOnce
+from orchestrator.training.attempt.events import WriteNow
 from orchestrator.training.fast.drive.multi_lora import Batch
 from orchestrator.training.fast.drive.slot import Slot, dropout_key
-from orchestrator.training.fast.step.engine import AHEAD, Figures
-from orchestrator.training.fast.step.flat_batch import TABLE, Rows
+from orchestrator.training.fast.step.engine import AHEAD, StepMetrics
+from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
 
 
 class Late:
@@ -27,9 +27,9 @@ class Late:
         self._loss = loss
         self.was_read = False
 
-    def read(self) -> Figures:
+    def read(self) -> StepMetrics:
         self.was_read = True
-        return Figures([0.0, self._loss], [0.0, 1.0], [0.0, 2.0])
+        return StepMetrics([0.0, self._loss], [0.0, 1.0], [0.0, 2.0])
 
 
 class FakePack:
@@ -52,7 +52,7 @@ def pack() -> FakePack:
 
 
 @pytest.fixture
-def slot(document: dict[str, Any], make_rows: Callable[..., Rows]) -> Any:
+def slot(document: dict[str, Any], make_rows: Callable[..., TokenizedRows]) -> Any:
     """Slot 1, on rows of 7, 12, 5, 9 and 30 tokens."""
     spec = parse_spec(document | {"lora": {"rank": 8, "alpha": 4.0, "dropout": 0.2}})
     group = {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-7}
@@ -64,7 +64,7 @@ def slot(document: dict[str, Any], make_rows: Callable[..., Rows]) -> Any:
     )
     rows = make_rows(7, 12, 5, 9, 30)
     engine = SimpleNamespace(adapters=None)
-    return Slot(1, trainer, engine, spec.trial_config({}), rows, rows, AtOnce())  # type: ignore[arg-type]
+    return Slot(1, trainer, engine, spec.trial_config({}), rows, rows, WriteNow())  # type: ignore[arg-type]
 
 
 def send(slot: Any, pack: FakePack, *batches: Sequence[int]) -> None:

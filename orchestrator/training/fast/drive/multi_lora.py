@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.step.engine import Engine, Held, Pending
-from orchestrator.training.fast.step.flat_batch import Rows, Span
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch, Pending
+from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class Batch:
     engine: Engine
     slot: int
     """Of the engine."""
-    rows: Rows
+    rows: TokenizedRows
     indices: Sequence[int]
     table: dict[str, float]
     """The slot's values of `row.TABLE`, for the pass that ends the batch."""
 
 
-Task = Batch | Held
-"""What a trial needs next. The answer to `Held` is what `Engine.evaluate` measured."""
+Task = Batch | EvaluationBatch
+"""What a trial needs next. The answer to `EvaluationBatch` is what `Engine.evaluate` measured."""
 
-Work = Generator[Task, Any, None]
+TrialSteps = Generator[Task, Any, None]
 """A trial: yields its tasks, is sent their answers, and ends by itself. Its own faults stay within it."""
 
 
-class Pack:
+class MultiLora:
     """Members that step in turn; each goes on as soon as its own task is done."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Pack:
     def __len__(self) -> int:
         return len(self._members)
 
-    def join(self, work: Work) -> None:
+    def join(self, work: TrialSteps) -> None:
         """Take a trial in: it begins here, up to its first task."""
         self.add(Member(work))
 
@@ -85,10 +85,10 @@ class Pack:
         return iter(found.values())
 
     def _turn(self, engine: Engine, members: Sequence["Member"]) -> None:
-        asking = [member for member in members if isinstance(member.task, Held)]
+        asking = [member for member in members if isinstance(member.task, EvaluationBatch)]
         try:
             if asking:
-                held = [member.task for member in asking if isinstance(member.task, Held)]
+                held = [member.task for member in asking if isinstance(member.task, EvaluationBatch)]
                 answers: Sequence[Any] = engine.evaluate(held)
             else:
                 asking = self._train(engine, members)
@@ -126,7 +126,7 @@ class Pack:
 class Member:
     """A trial and how far its task is done."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: TrialSteps) -> None:
         """It begins here, up to its first task: that may take a second, in any thread."""
         self.task: Task | None = None
         self.left: list[int] = []

@@ -8,20 +8,20 @@ import torch
 
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.factory import (
-    Kind,
+    EngineSpec,
     MemoryPlan,
+    cached_engine,
     does_not_fit,
     evaluation_tokens,
     feasible,
     memory_budget,
     pass_tokens,
     release,
-    separate_kinds,
-    standing_engine,
+    separate_specs,
 )
-from orchestrator.training.fast.plan.memory import Choice
+from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.step.engine import Engine
-from orchestrator.training.fast.step.flat_batch import Rows
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
 
 
@@ -37,10 +37,10 @@ class SeparateEngines:
         self,
         base: Any,
         configs: Sequence[TrialConfig],
-        train: Rows,
-        held_out: Rows,
+        train: TokenizedRows,
+        held_out: TokenizedRows,
         num_slots: int,
-        too_large: Choice | None = None,
+        too_large: MemoryOption | None = None,
     ) -> None:
         """Plan the memory of all slots; on a GPU also compile, load and try what their steps need.
 
@@ -59,8 +59,8 @@ class SeparateEngines:
         self._compute = getattr(torch, configs[0].base.compute_dtype)
         self._longest = max(train.longest, held_out.longest)
         self._on_gpu = torch.cuda.is_available()
-        self._kinds = separate_kinds(base, configs)
-        self._kind = kind = Kind.of(base, configs, num_slots, separate=True)
+        self._kinds = separate_specs(base, configs)
+        self._kind = kind = EngineSpec.of(base, configs, num_slots, separate=True)
         plans = feasible(base, kind, configs[0], train, held_out, too_large)
         for plan in plans:
             try:
@@ -76,17 +76,17 @@ class SeparateEngines:
         """Say why a trial, which the fast engine can hold, cannot have one of these engines; None where it can."""
         if reason := self._kind.refuses(self._base, config):
             return reason
-        own = Kind.of(self._base, [config], 1)
+        own = EngineSpec.of(self._base, [config], 1)
         if self._on_gpu and not any(_same_kernels(own, kind) for kind in self._kinds):
             return "its layers are others than those of the trials that the slots were made for"
         return None
 
     def engine(self, slot: int, config: TrialConfig) -> Engine:
         """The engine of a slot for this trial; the slot's earlier trial has ended."""
-        return self._engine(Kind.of(self._base, [config], 1), slot, self.plan)
+        return self._engine(EngineSpec.of(self._base, [config], 1), slot, self.plan)
 
-    def _engine(self, kind: Kind, slot: int, plan: MemoryPlan) -> Engine:
-        return standing_engine(self._base, kind, self._compute, self._longest, plan.choice, self._on_gpu, slot)
+    def _engine(self, kind: EngineSpec, slot: int, plan: MemoryPlan) -> Engine:
+        return cached_engine(self._base, kind, self._compute, self._longest, plan.choice, self._on_gpu, slot)
 
     def _probe(self, plan: MemoryPlan, tokens: int, evaluated: int) -> int | None:
         """Run the largest step with each kind of engine. A captured graph can neither compile nor load a kernel.
@@ -107,5 +107,5 @@ class SeparateEngines:
         return max(peaks)
 
 
-def _same_kernels(kind: Kind, other: Kind) -> bool:
+def _same_kernels(kind: EngineSpec, other: EngineSpec) -> bool:
     return (kind.rank, kind.modules, kind.eight_bit) == (other.rank, other.modules, other.eight_bit)

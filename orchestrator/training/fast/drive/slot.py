@@ -22,13 +22,13 @@ from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
 from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
-from orchestrator.training.attempt.events import Aside
+from orchestrator.training.attempt.events import WriteQueue
 from orchestrator.training.attempt.finite import require_finite
-from orchestrator.training.fast.drive.multi_lora import Batch, Work
-from orchestrator.training.fast.drive.slot_view import Own
+from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
+from orchestrator.training.fast.drive.slot_view import SlotView
 from orchestrator.training.fast.step.adapters import lora_parameters
-from orchestrator.training.fast.step.engine import AHEAD, Engine, Held, Pending
-from orchestrator.training.fast.step.flat_batch import Rows, as_int32
+from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
+from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
 from orchestrator.training.model.readback import read_back, same, set_rate
 
 
@@ -41,9 +41,9 @@ class Slot:
         trainer: Any,
         engine: Engine,
         config: TrialConfig,
-        train: Rows,
-        held_out: Rows,
-        aside: Aside,
+        train: TokenizedRows,
+        held_out: TokenizedRows,
+        aside: WriteQueue,
     ) -> None:
         """
         Args:
@@ -63,7 +63,7 @@ class Slot:
         self._held_out = held_out
         self._aside = aside
         self._parameters = lora_parameters(trainer.model)
-        self._own = Own(engine.adapters, index, config.lora.rank, self._parameters)
+        self._own = SlotView(engine.adapters, index, config.lora.rank, self._parameters)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
         self._rate_to_log: float | None = None
@@ -76,7 +76,7 @@ class Slot:
         self._stored_at: int | None = None
         self._optimizer_steps = 0
 
-    def train(self, checkpoint: str | None) -> Work:
+    def train(self, checkpoint: str | None) -> TrialSteps:
         """From the start, or from a checkpoint, to the last step, or until a callback stops it."""
         batches, start = self.begin(checkpoint), time.time()
         trainer, first = self.trainer, self.trainer.state.global_step
@@ -213,9 +213,9 @@ class Slot:
         table = self._table(self.trainer.state.global_step, self._rows.num_targets(indices))
         return Batch(self._engine, self._index, self._rows, indices, table)
 
-    def held_out(self) -> Held:
+    def held_out(self) -> EvaluationBatch:
         """An evaluation."""
-        return Held(self._engine, self._index, self._held_out, self._table(0, 1))
+        return EvaluationBatch(self._engine, self._index, self._held_out, self._table(0, 1))
 
     def sent(self, batch: Batch, parts: list[Pending]) -> None:
         """A batch is on its way."""

@@ -10,7 +10,7 @@ from orchestrator.training.fast.ops.eight_bit import Moment
 from orchestrator.training.fast.step.adapters import Adapters
 
 
-class Own:
+class SlotView:
     """Of a slot that several trials have one after another: each has one of these."""
 
     def __init__(self, adapters: Adapters, slot: int, rank: int, parameters: Mapping[str, torch.nn.Parameter]) -> None:

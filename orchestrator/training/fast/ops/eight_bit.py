@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.plan.memory import FLOAT, SHARED, SMALL, num_bytes, num_magnitudes
+from orchestrator.training.fast.plan.memory import FLOAT, SHARED, SMALL, num_absmax, num_bytes
 
 CHUNK = 512
 """Of a matrix, that one program of a kernel updates: whole blocks."""
@@ -68,7 +68,7 @@ class EightBit:
                 (matrix.at, matrix.features, matrix.is_b, self.size, blocks, first) for first in range(0, most, CHUNK)
             ]
             self.size += num_bytes(most)
-            blocks += num_magnitudes(most)
+            blocks += num_absmax(most)
         self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
         """(programs, 6): a `Matrix`, its first byte and magnitude, and which of its elements is the program's first."""
         self.magnitudes = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
@@ -92,7 +92,7 @@ class EightBit:
                 whole = slice(byte, byte + FLOAT * length)
                 yield Moment(rows[0][whole], None, self.maps[0]), Moment(rows[1][whole], None, self.maps[1])
             else:
-                whole, blocks = slice(byte, byte + length), slice(block, block + num_magnitudes(length))
+                whole, blocks = slice(byte, byte + length), slice(block, block + num_absmax(length))
                 first, second = (
                     Moment(row[whole], magnitudes[slot, blocks], values)
                     for row, magnitudes, values in zip(rows, self.magnitudes, self.maps, strict=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from orchestrator.training.fast.step.adapters import Adapters, Group
-from orchestrator.training.fast.step.flat_batch import IGNORED, Row
+from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
+from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
 
 TILE = 8
 """Tokens that surely belong to one slot."""
@@ -81,7 +81,7 @@ class Attended:
     output: torch.Tensor
 
 
-def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, Attended]:
+def attention(qkv: torch.Tensor, row: FlatBatch, heads: Heads) -> tuple[torch.Tensor, Attended]:
     """Rotary positions (arXiv 2104.09864), then causal attention within each sequence.
 
     Args:
@@ -104,7 +104,7 @@ def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, 
     return output.detach().transpose(1, 2)[real].flatten(1), Attended(inputs, output)
 
 
-def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, heads: Heads) -> torch.Tensor:
+def attention_backward(gradient: torch.Tensor, attended: Attended, row: FlatBatch, heads: Heads) -> torch.Tensor:
     """(T, queries * D) -> (T, (queries + 2 keys) * D)."""
     _, real = row.padded
     by_output = gradient.new_zeros(*real.shape, heads.queries, heads.size)
@@ -116,7 +116,7 @@ def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, hea
     return torch.cat((query, key, value), 1).flatten(1)
 
 
-def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> torch.Tensor:
+def lora_down(x: torch.Tensor, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> torch.Tensor:
     """dropout(x) A^T for each layer of the group, each with masks of its own: (T, in) -> (T, layers * rank)."""
     a, rank = adapters.a(group, adapters.weights), adapters.rank
     x, lows = x.to(adapters.compute), []
@@ -126,7 +126,7 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
     return low * _of_token(row.table["keep_scale"], row)[:, None].to(low.dtype) if row.drops else low
 
 
-def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> None:
+def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> None:
     """y += scale * low B^T, in place, at the columns of the group's layers: (T, out)."""
     b, rank, at = adapters.b(group, adapters.weights), adapters.rank, 0
     scale = _of_token(row.table["scale"], row)
@@ -142,8 +142,8 @@ def lora_backward(
     low: torch.Tensor,
     x_gradient: torch.Tensor,
     adapters: Adapters,
-    group: Group,
-    row: Row,
+    group: LayerGroup,
+    row: FlatBatch,
 ) -> None:
     """Add to the gradients of A and B, and to that of x, in place.
 
@@ -170,7 +170,7 @@ def lora_backward(
 
 
 def cross_entropy(
-    states: torch.Tensor, head: torch.Tensor, row: Row, trains: bool
+    states: torch.Tensor, head: torch.Tensor, row: FlatBatch, trains: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss and gradient of the LM head in one pass, a few tokens' logits at a time.
 
@@ -200,13 +200,13 @@ def cross_entropy(
     return torch.cat(losses), torch.cat(hits), torch.cat(gradients) if trains else None
 
 
-def sum_by_slot(values: torch.Tensor, row: Row, num_slots: int) -> torch.Tensor:
+def sum_by_slot(values: torch.Tensor, row: FlatBatch, num_slots: int) -> torch.Tensor:
     """(T,) float32 -> (slots,). The same order of sums each time."""
     member = row.tiles[None] == torch.arange(num_slots, device=values.device)[:, None]
     return torch.where(member, values.view(len(row.tiles), -1).sum(1), 0).sum(1)  # a product would spread a NaN
 
 
-def update(adapters: Adapters, row: Row) -> torch.Tensor:
+def update(adapters: Adapters, row: FlatBatch) -> torch.Tensor:
     """Clip, make the AdamW step (arXiv 1711.05101) and clear the gradient of each slot whose batch is complete.
 
     A slot whose gradient is not finite does not step; its norm tells.
@@ -245,7 +245,7 @@ def _adamw(weights: Any, moment1: Any, moment2: Any, gradient: Any, table: Mappi
     weights.sub_(table["learning_rate"] / table["correction1"] * moment1 / denominator)
 
 
-def keep(row: Row, module: int, features: int) -> torch.Tensor:
+def dropout_mask(row: FlatBatch, module: int, features: int) -> torch.Tensor:
     """Dropout's mask: a function of the slot's key (its seed and step), the module, the token and the feature alone.
 
     Each token has a word, from a 32-bit integer hash (lowbias32, github.com/skeeto/hash-prospector) into which the key
@@ -270,17 +270,17 @@ def keep(row: Row, module: int, features: int) -> torch.Tensor:
     return mask
 
 
-def _dropped(x: torch.Tensor, module: int, row: Row) -> torch.Tensor:
+def _dropped(x: torch.Tensor, module: int, row: FlatBatch) -> torch.Tensor:
     """x without what dropout drops, not scaled yet."""
-    return torch.where(keep(row, module, x.shape[1]), x, 0) if row.drops else x
+    return torch.where(dropout_mask(row, module, x.shape[1]), x, 0) if row.drops else x
 
 
-def _of_token(values: torch.Tensor, row: Row) -> torch.Tensor:
+def _of_token(values: torch.Tensor, row: FlatBatch) -> torch.Tensor:
     """(slots,) -> (T,)."""
     return values[row.owners]
 
 
-def _by_slot(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
+def _by_slot(x: torch.Tensor, weights: torch.Tensor, row: FlatBatch) -> torch.Tensor:
     """Each token times its slot's matrix: (T, in), (slots, in, out) -> (T, out)."""
     if len(weights) == 1:
         return x @ weights[0].to(x.dtype)
@@ -290,7 +290,7 @@ def _by_slot(x: torch.Tensor, weights: torch.Tensor, row: Row) -> torch.Tensor:
     return result
 
 
-def _add_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, row: Row) -> None:
+def _add_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, row: FlatBatch) -> None:
     """sums += x^T y over each slot's tokens: (T, m), (T, n) -> (slots, m, n) float32, in place."""
     if len(sums) == 1:
         sums[0] += (x.mT @ y).float()

@@ -8,7 +8,7 @@ import torch
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.memory import MOST_TOKENS, BaseShape
 from orchestrator.training.fast.step.adapters import padded_rank
-from orchestrator.training.fast.step.decoder import GROUPS, unknown_shape
+from orchestrator.training.fast.step.decoder import GROUPS, unsupported_shape
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import expected_modules
 
@@ -19,7 +19,7 @@ MAX_ELEMENTS = 2**31
 """Elements of one tensor: the kernels index in 32 bits."""
 
 
-def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
+def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | None:
     """Why the fast engine cannot hold this trial, or None where it can.
 
     Args:
@@ -30,7 +30,7 @@ def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
     if reason := config.why_not_fast():
         return reason
     modules = expected_modules(base, config.lora)
-    if reason := unknown_shape(base, longest):
+    if reason := unsupported_shape(base, longest):
         return reason
     known = {name for names in GROUPS for name in names}
     if others := sorted({name.rpartition(".")[2] for name in modules} - known):
@@ -38,13 +38,13 @@ def why_not(config: TrialConfig, base: Any, longest: int) -> str | None:
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         return f"a base on {len(devices)} devices"
-    return why_not_by_shape(config, BaseShape.of(base.config), modules, longest, torch.cuda.is_available())
+    return unsupported_reason_by_shape(config, BaseShape.of(base.config), modules, longest, torch.cuda.is_available())
 
 
-def why_not_by_shape(
+def unsupported_reason_by_shape(
     config: TrialConfig, shape: BaseShape, modules: Collection[str], longest: int, on_gpu: bool
 ) -> str | None:
-    """The part of `why_not` for which the base need not be there.
+    """The part of `unsupported_reason` for which the base need not be there.
 
     Args:
         config: the trial.

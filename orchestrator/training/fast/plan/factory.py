@@ -16,15 +16,15 @@ from orchestrator.training.fast.plan.memory import (
     GIB,
     MOST_TOKENS,
     BaseShape,
-    Choice,
-    Memory,
-    choices,
+    MemoryOption,
+    MemoryPrediction,
+    memory_options,
     predict,
 )
 from orchestrator.training.fast.step.adapters import Adapters, padded_rank
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import CPU_TOKENS, Engine
-from orchestrator.training.fast.step.flat_batch import Rows
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import expected_modules
@@ -43,7 +43,7 @@ MARGIN = 0.04
 
 
 @dataclass(frozen=True)
-class _Standing:
+class _CachedEngines:
     """What was built on a base."""
 
     about: tuple[Any, ...]
@@ -53,12 +53,12 @@ class _Standing:
     """By the slot whose own it is (None for a joint one), and by what it is made for."""
 
 
-_engines: WeakKeyDictionary[Any, _Standing] = WeakKeyDictionary()
+_engines: WeakKeyDictionary[Any, _CachedEngines] = WeakKeyDictionary()
 """Engines live as long as their base, so that compiled kernels and graphs serve one trial after another."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class EngineSpec:
     """What all trials of an engine share."""
 
     num_slots: int
@@ -81,7 +81,7 @@ class Kind:
     """Whether each slot has an engine of its own, which steps by itself."""
 
     @classmethod
-    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "Kind":
+    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
         """The kind of these trials' engine; where they differ in what must be the same, it is the first one's."""
         training = configs[0].training
         rank = max(config.lora.rank for config in configs)
@@ -101,7 +101,7 @@ class Kind:
 
     def refuses(self, base: Any, config: TrialConfig) -> str | None:
         """Why a trial, which the fast engine can hold, cannot be one of these; or None."""
-        own = Kind.of(base, [config], self.num_slots)
+        own = EngineSpec.of(base, [config], self.num_slots)
         for name, field in _FIELDS.items():
             if getattr(own, name) != getattr(self, name):
                 return f"{field} is another than that of the trials beside it"
@@ -124,8 +124,8 @@ _FIELDS = {
 class MemoryPlan:
     """How a trial is held on its device."""
 
-    choice: Choice
-    predicted: Memory | None = None
+    choice: MemoryOption
+    predicted: MemoryPrediction | None = None
     """Peak on a GPU; None on a CPU."""
     measured: int | None = None
     """The same, from a step of the largest batch; bytes."""
@@ -146,10 +146,10 @@ class MemoryPlan:
 def engine_for(
     base: Any,
     configs: Sequence[TrialConfig],
-    train: Rows,
-    held_out: Rows,
+    train: TokenizedRows,
+    held_out: TokenizedRows,
     num_slots: int = 1,
-    too_large: Choice | None = None,
+    too_large: MemoryOption | None = None,
 ) -> tuple[Engine, MemoryPlan]:
     """The engine for such trials, one that stands or a new one on this base, and how it is held.
 
@@ -164,11 +164,11 @@ def engine_for(
     Raises:
         TooLargeError: they do not fit, whatever is given up.
     """
-    kind, longest = Kind.of(base, configs, num_slots), max(train.longest, held_out.longest)
+    kind, longest = EngineSpec.of(base, configs, num_slots), max(train.longest, held_out.longest)
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
     for plan in feasible(base, kind, configs[0], train, held_out, too_large):
         if not on_gpu:
-            return standing_engine(base, kind, compute, longest, plan.choice, on_gpu), plan
+            return cached_engine(base, kind, compute, longest, plan.choice, on_gpu), plan
         # Once more if something else stood on the base: it may have been that.
         for _ in range(1 + (base in _engines)):
             sizes = pass_tokens(kind, train, plan.choice), evaluation_tokens(kind, held_out)
@@ -179,7 +179,12 @@ def engine_for(
 
 
 def feasible(
-    base: Any, kind: Kind, config: TrialConfig, train: Rows, held_out: Rows, too_large: Choice | None = None
+    base: Any,
+    kind: EngineSpec,
+    config: TrialConfig,
+    train: TokenizedRows,
+    held_out: TokenizedRows,
+    too_large: MemoryOption | None = None,
 ) -> list[MemoryPlan]:
     """List the ways in which such an engine should fit into the memory of this process, the fastest first.
 
@@ -192,7 +197,7 @@ def feasible(
         too_large: has run out of memory in spite of the probe: the choices listed take less.
     """
     longest, on_gpu = max(train.longest, held_out.longest), torch.cuda.is_available()
-    options = choices(
+    options = memory_options(
         longest,
         pass_tokens(kind, train) if on_gpu else CPU_TOKENS,
         keeps_base=kind.keeps_base,
@@ -203,7 +208,7 @@ def feasible(
         whole = max(choice.max_tokens for choice in options)
         options = [choice for choice in options if choice.max_tokens == whole]
 
-    def predicted(choice: Choice) -> Memory:
+    def predicted(choice: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(kind, train, choice)
         return _predicted(BaseShape.of(base.config), kind, config, choice, tokens, evaluation_tokens(kind, held_out))
 
@@ -216,7 +221,7 @@ def feasible(
     return [MemoryPlan(choice, memory) for choice in options if (memory := predicted(choice)).total <= budget]
 
 
-def does_not_fit(kind: Kind, longest: int) -> TooLargeError:
+def does_not_fit(kind: EngineSpec, longest: int) -> TooLargeError:
     """The error for trials that do not fit, whatever is given up."""
     held = f"{memory_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
     wish = " training.reproducible keeps batches whole: lower training.batch_size too." if kind.reproducible else ""
@@ -231,21 +236,21 @@ def compile_kernels(base: Any, configs: Sequence[TrialConfig], num_slots: int) -
 
     They depend on no number of tokens, nor on whether the base is kept dequantised; some do on the number of slots.
     """
-    compute, choice = getattr(torch, configs[0].base.compute_dtype), Choice(True, "nothing", MOST_TOKENS)
+    compute, choice = getattr(torch, configs[0].base.compute_dtype), MemoryOption(True, "nothing", MOST_TOKENS)
     separate = configs[0].training.reproducible
-    for kind in separate_kinds(base, configs) if separate else [Kind.of(base, configs, num_slots)]:
-        engine = standing_engine(base, kind, compute, LONGEST_STEP, choice, on_gpu=True)
+    for kind in separate_specs(base, configs) if separate else [EngineSpec.of(base, configs, num_slots)]:
+        engine = cached_engine(base, kind, compute, LONGEST_STEP, choice, on_gpu=True)
         engine.compile(LONGEST_STEP, LONGEST_STEP)
 
 
-def separate_kinds(base: Any, configs: Sequence[TrialConfig]) -> list[Kind]:
+def separate_specs(base: Any, configs: Sequence[TrialConfig]) -> list[EngineSpec]:
     """The kinds of engines of one slot that such trials may need, the largest first.
 
     Args:
         base: the bare base.
         configs: trials that stand for all: their ranks are the ends of the range, or all of it.
     """
-    kinds = [Kind.of(base, [config], 1) for config in configs]
+    kinds = [EngineSpec.of(base, [config], 1) for config in configs]
     ranks = {kind.rank for kind in kinds}
     if torch.cuda.is_available():
         ranks = {1 << power for power in range(min(ranks).bit_length() - 1, max(ranks).bit_length())}
@@ -254,13 +259,15 @@ def separate_kinds(base: Any, configs: Sequence[TrialConfig]) -> list[Kind]:
     return sorted(different.values(), key=lambda kind: (kind.rank, len(kind.modules)), reverse=True)
 
 
-def plan_slots(base: Any, configs: Sequence[TrialConfig], train: Rows, held_out: Rows, wanted: int) -> tuple[int, str]:
+def plan_slots(
+    base: Any, configs: Sequence[TrialConfig], train: TokenizedRows, held_out: TokenizedRows, wanted: int
+) -> tuple[int, str]:
     """How many trials should train at a time, and why. The arguments are those of `engine_for`.
 
     On a GPU it is the number whose tokens take least time each, by what fits into memory, and of equals the largest.
     """
     separate = steps_separately(configs[0])
-    kinds = [Kind.of(base, configs, count, separate) for count in range(1, wanted + 1)]
+    kinds = [EngineSpec.of(base, configs, count, separate) for count in range(1, wanted + 1)]
     if not torch.cuda.is_available():
         one = pass_tokens(kinds[0], train)
         count = min(wanted, -(-CPU_FULL // one))
@@ -285,7 +292,7 @@ def steps_separately(config: TrialConfig) -> bool:
     return config.training.reproducible or not torch.cuda.is_available()
 
 
-def pass_tokens(kind: Kind, train: Rows, choice: Choice | None = None) -> int:
+def pass_tokens(kind: EngineSpec, train: TokenizedRows, choice: MemoryOption | None = None) -> int:
     """Tokens that a pass should hold: one slot's largest batch, or what the batches of all have on average, and more.
 
     A batch that finds no room in a pass waits for the next.
@@ -302,15 +309,15 @@ def pass_tokens(kind: Kind, train: Rows, choice: Choice | None = None) -> int:
     return largest if choice is None else min(largest, choice.max_tokens)
 
 
-def evaluation_tokens(kind: Kind, held_out: Rows) -> int:
+def evaluation_tokens(kind: EngineSpec, held_out: TokenizedRows) -> int:
     """Tokens of the largest pass of an evaluation."""
     together = 1 if kind.separate else kind.num_slots
     return min(int(held_out.lengths.sum()) * together, max(EVALUATION_TOKENS, held_out.longest))
 
 
 def _predicted(
-    shape: BaseShape, kind: Kind, config: TrialConfig, choice: Choice, tokens: int, evaluated: int
-) -> Memory:
+    shape: BaseShape, kind: EngineSpec, config: TrialConfig, choice: MemoryOption, tokens: int, evaluated: int
+) -> MemoryPrediction:
     return predict(
         shape,
         choice,
@@ -327,11 +334,11 @@ def _predicted(
 
 
 def _probed(
-    base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, tokens: int, evaluated: int
+    base: Any, kind: EngineSpec, compute: torch.dtype, longest: int, choice: MemoryOption, tokens: int, evaluated: int
 ) -> Engine | None:
     """An engine that has run its largest step, or None if there was not the memory for it."""
     try:
-        engine = standing_engine(base, kind, compute, longest, choice, on_gpu=True)
+        engine = cached_engine(base, kind, compute, longest, choice, on_gpu=True)
         precompile.join()
         engine.probe(tokens, evaluated)
     except torch.OutOfMemoryError:
@@ -346,8 +353,14 @@ def release(base: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def standing_engine(
-    base: Any, kind: Kind, compute: torch.dtype, longest: int, choice: Choice, on_gpu: bool, slot: int | None = None
+def cached_engine(
+    base: Any,
+    kind: EngineSpec,
+    compute: torch.dtype,
+    longest: int,
+    choice: MemoryOption,
+    on_gpu: bool,
+    slot: int | None = None,
 ) -> Engine:
     """An engine on this base, of this kind; the one that stands is kept, its graphs included.
 
@@ -369,7 +382,7 @@ def standing_engine(
     if standing is None or standing.about != about_base:  # one form of the base at a time
         release(base)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
-        standing = _engines[base] = _Standing(about_base, Decoder(base, *about_base), pool, {})
+        standing = _engines[base] = _CachedEngines(about_base, Decoder(base, *about_base), pool, {})
     about = (kind.num_slots, kind.rank, adapter_dtype, kind.eight_bit, lora_dtype, kind.modules, choice.recompute)
     if (slot, about) not in standing.engines:
         if slot is not None:

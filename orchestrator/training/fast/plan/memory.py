@@ -82,7 +82,7 @@ class BaseShape:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemoryOption:
     """How a trial is held: what is given up for memory."""
 
     keeps_base: bool
@@ -103,7 +103,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPrediction:
     """Bytes on the GPU at the peak of a step or an evaluation, whichever is larger."""
 
     base: int
@@ -134,7 +134,7 @@ class Memory:
 
 def predict(
     shape: BaseShape,
-    choice: Choice,
+    choice: MemoryOption,
     tokens: int,
     evaluation_tokens: int,
     rank: int,
@@ -145,7 +145,7 @@ def predict(
     eight_bit: bool = False,
     quantised: bool = True,
     double_quant: bool = True,
-) -> Memory:
+) -> MemoryPrediction:
     """Peak memory of the fast engine on one GPU.
 
     Args:
@@ -170,7 +170,7 @@ def predict(
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
     matrices = [rank * size for sizes in adapted.values() for size in sizes]
-    in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_magnitudes(each) for each in matrices)
+    in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_absmax(each) for each in matrices)
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
     qkv = (shape.queries + 2 * shape.keys) * shape.head_size
@@ -194,7 +194,7 @@ def predict(
     passing = max(head, in_backward + dequantised) - head
     evaluating = max(logits(evaluation_tokens), in_evaluation + dequantised)
     passing = max(passing, evaluating - activations - head)
-    return Memory(
+    return MemoryPrediction(
         base=base,
         # Of 16-bit weights only those are copied that are laid together.
         kept=BF16 * (linears if quantised else shape.layers * sum(weights.values())) if choice.keeps_base else 0,
@@ -213,14 +213,14 @@ def num_bytes(most: int) -> int:
     return size + -size % 16
 
 
-def num_magnitudes(elements: int) -> int:
+def num_absmax(elements: int) -> int:
     """Of a moment in eight bits."""
     return -(-elements // SHARED)
 
 
-def choices(
+def memory_options(
     longest: int, largest_batch: int, *, keeps_base: bool | None, recompute: bool | None, most_tokens: int
-) -> list[Choice]:
+) -> list[MemoryOption]:
     """What can be given up, the fastest first.
 
     Args:
@@ -235,9 +235,9 @@ def choices(
     if recompute is not None:
         levels = ["layers"] if recompute else ["nothing"]
     options = [
-        Choice(keeps, level, count)
+        MemoryOption(keeps, level, count)
         for keeps in ([True, False] if keeps_base is None else [keeps_base])
         for level in levels
         for count in tokens
     ]
-    return sorted(options, key=Choice.relative_time)
+    return sorted(options, key=MemoryOption.relative_time)

@@ -13,7 +13,7 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedLayer:
     """A linear layer that an adapter changes."""
 
     name: str
@@ -27,10 +27,10 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Adapted layers that read the same input: their adapters lie together."""
 
-    layers: tuple[Adapted, ...]
+    layers: tuple[AdaptedLayer, ...]
     a: int
     """Where A lies in a slot's flat weights: (layers * rank, in_features)."""
     b: int
@@ -57,7 +57,7 @@ class Adapters:
 
     def __init__(
         self,
-        adapted: Sequence[Sequence[Adapted]],
+        adapted: Sequence[Sequence[AdaptedLayer]],
         num_slots: int,
         rank: int,
         dtype: torch.dtype,
@@ -78,14 +78,14 @@ class Adapters:
         self.num_slots = num_slots
         self.rank = rank
         self.compute = compute
-        self.places: list[Group | None] = []
+        self.places: list[LayerGroup | None] = []
         at, strides = 0, []
         for layers in adapted:
             if not layers:
                 self.places.append(None)
                 continue
             b = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
-            group = Group(tuple(layers), at, b)
+            group = LayerGroup(tuple(layers), at, b)
             self.places.append(group)
             at = b + _whole_blocks(group.width * rank)
             strides += [(group.a, layers[0].in_features)] * ((b - group.a) // BLOCK)
@@ -109,12 +109,12 @@ class Adapters:
         """Bytes of weights, moments and gradients."""
         return sum(flat.nbytes for flat in (self.weights, self.moment1, self.moment2, self.gradients))
 
-    def a(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
+    def a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """A view of one of the flat tensors: (slots, layers * rank, in_features)."""
         rows = len(group.layers) * self.rank
         return flat[:, group.a : group.a + rows * group.in_features].unflatten(1, (rows, group.in_features))
 
-    def b(self, group: Group, flat: torch.Tensor) -> torch.Tensor:
+    def b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """A view of one of the flat tensors: (slots, width, rank)."""
         return flat[:, group.b : group.b + group.width * self.rank].unflatten(1, (group.width, self.rank))
 

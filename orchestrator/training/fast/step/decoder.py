@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from orchestrator.training.fast.ops.reference import Attended, Heads
 from orchestrator.training.fast.plan.memory import BaseShape, Recompute
-from orchestrator.training.fast.step.adapters import Adapted, Adapters, Group
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Whose layers are those of `Layer`."""
@@ -27,7 +27,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 """Linear layers of a decoder layer by the input that they share."""
 
 
-def unknown_shape(model: Any, longest: int) -> str | None:
+def unsupported_shape(model: Any, longest: int) -> str | None:
     """Why this base cannot be computed here, or None.
 
     Args:
@@ -69,7 +69,7 @@ def _is_known(linear: Any, dtype: torch.dtype) -> bool:
     return type(linear) is torch.nn.Linear and linear.weight.dtype == dtype
 
 
-def adapted_layers(model: Any, names: Collection[str]) -> list[list[Adapted]]:
+def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:
     """Layers to adapt by the input that they share: `GROUPS` of the first decoder layer, of the second, and so on.
 
     Args:
@@ -84,7 +84,7 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[Adapted]]:
             for leaf in group:
                 name, linear = children[leaf]
                 if (path := f"model.layers.{index}.{name}") in names:
-                    adapted.append(Adapted(path, number, linear.in_features, column, linear.out_features))
+                    adapted.append(AdaptedLayer(path, number, linear.in_features, column, linear.out_features))
                 column += linear.out_features
                 number += 1
             places.append(adapted)
@@ -146,7 +146,7 @@ def _dequantised(weight: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """What a layer's forward leaves for its backward; None is computed again."""
 
     states: torch.Tensor
@@ -185,10 +185,10 @@ class Layer:
         self,
         states: torch.Tensor,
         delta: torch.Tensor | None,
-        step: "Step",
-        groups: Sequence[Group | None],
+        step: "PassInputs",
+        groups: Sequence[LayerGroup | None],
         keeps: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, Kept | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, SavedActivations | None]:
         """Residual sum after attention and what the MLP adds to it, which the next norm sums: (T, H), (T, H)."""
         ops, (for_qkv, for_out, for_gate_up, for_down) = step.ops, groups
         states, normed1, root1 = ops.add_norm(states, delta, self.norm1, self._epsilon)
@@ -202,7 +202,7 @@ class Layer:
         if not keeps:
             return middle, down, None
         everything = step.recompute != "elementwise"
-        kept = Kept(
+        kept = SavedActivations(
             states,
             root1,
             normed1 if everything else None,
@@ -218,7 +218,7 @@ class Layer:
         return middle, down, kept
 
     def backward(
-        self, gradient: torch.Tensor, kept: Kept, step: "Step", groups: Sequence[Group | None]
+        self, gradient: torch.Tensor, kept: SavedActivations, step: "PassInputs", groups: Sequence[LayerGroup | None]
     ) -> torch.Tensor:
         """From the gradient of the residual sum after the layer to that of the sum before it, (T, H)."""
         ops, (for_qkv, for_out, for_gate_up, for_down) = step.ops, groups
@@ -235,22 +235,24 @@ class Layer:
         by_normed1 = step.adapted_backward(self.qkv, by_qkv, normed1, low_qkv, for_qkv)
         return ops.add_norm_backward(gradient, by_normed1, kept.states, kept.root1, self.norm1)
 
-    def _normed(self, states: torch.Tensor, weight: torch.Tensor, step: "Step") -> torch.Tensor:
+    def _normed(self, states: torch.Tensor, weight: torch.Tensor, step: "PassInputs") -> torch.Tensor:
         normed: torch.Tensor = step.ops.add_norm(states, None, weight, self._epsilon)[1]
         return normed
 
 
 @dataclass(frozen=True)
-class Step:
+class PassInputs:
     """What all layers of one pass share."""
 
     ops: ModuleType
     """`plain` or `kernels`."""
-    row: Row
+    row: FlatBatch
     adapters: Adapters
     recompute: Recompute
 
-    def adapted(self, base: Linears, x: torch.Tensor, group: Group | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def adapted(
+        self, base: Linears, x: torch.Tensor, group: LayerGroup | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Base and adapters of a group: (T, outs), and (T, layers * rank) for the backward."""
         y = base.forward(x)
         if group is None:
@@ -260,7 +262,7 @@ class Step:
         return y, low
 
     def adapted_backward(
-        self, base: Linears, gradient: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None, group: Group | None
+        self, base: Linears, gradient: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None, group: LayerGroup | None
     ) -> torch.Tensor:
         """(T, outs) -> (T, in); the adapters' own gradients are added up where they lie."""
         by_x = base.backward(gradient)
@@ -294,7 +296,7 @@ class Decoder:
         self._head = model.get_output_embeddings().weight.detach()
         self._layers = [Layer(layer, dtype, keeps, heads, self._epsilon) for layer in inner.layers]
 
-    def train(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def train(self, step: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of a row; the adapters' gradients are added up where they lie.
 
         Returns:
@@ -314,12 +316,14 @@ class Decoder:
         del states, delta, inputs, kept, normed, by_normed
         for layer, groups in reversed(layers):
             left = passes.pop()
-            kept = left if isinstance(left, Kept) else layer.forward(left[0], left[1], step, groups, True)[2]
+            kept = (
+                left if isinstance(left, SavedActivations) else layer.forward(left[0], left[1], step, groups, True)[2]
+            )
             assert kept is not None
             gradient = layer.backward(gradient, kept, step, groups)
         return losses, hits
 
-    def evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def evaluate(self, step: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward of a row: (T,) losses and (T,) hits."""
         states, delta = F.embedding(step.row.ids, self._embedding), None
         for layer, groups in zip(self._layers, self._groups(step.adapters), strict=True):
@@ -329,7 +333,7 @@ class Decoder:
         return losses, hits
 
     @staticmethod
-    def _groups(adapters: Adapters) -> list[Sequence[Group | None]]:
+    def _groups(adapters: Adapters) -> list[Sequence[LayerGroup | None]]:
         """Of each layer, its groups in the order of `GROUPS`; None where nothing is adapted."""
         places = adapters.places
         return [places[at : at + len(GROUPS)] for at in range(0, len(places), len(GROUPS))]

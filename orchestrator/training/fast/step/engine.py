@@ -14,8 +14,8 @@ from orchestrator.record import RowScores
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
-from orchestrator.training.fast.step.decoder import Decoder, Step
-from orchestrator.training.fast.step.flat_batch import Layout, Row, Rows, Span
+from orchestrator.training.fast.step.decoder import Decoder, PassInputs
+from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
 # The graphs of all buckets share a pool. Segments of fixed size serve one bucket and not the next, somewhat larger one:
 # after 13 buckets of 16 trials at 1.1B they held 55 GiB, where the largest step takes 27. Read when CUDA starts.
@@ -33,7 +33,7 @@ FINEST = 64
 
 
 @dataclass(frozen=True)
-class Figures:
+class StepMetrics:
     """What a step measured, of each slot."""
 
     losses: list[float]
@@ -45,13 +45,13 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Held:
+class EvaluationBatch:
     """Rows that a slot's adapter is evaluated on."""
 
     engine: "Engine"
     slot: int
     """Of the engine."""
-    rows: Rows
+    rows: TokenizedRows
     table: dict[str, float]
     """The slot's values of `row.TABLE`."""
 
@@ -73,9 +73,9 @@ class Pending:
         """Whether reading would not wait."""
         return self._arrived is None or bool(self._arrived.query())
 
-    def read(self) -> Figures:
+    def read(self) -> StepMetrics:
         """Those of a step, waiting for them if need be."""
-        return Figures(*self.values().tolist())
+        return StepMetrics(*self.values().tolist())
 
     def values(self) -> torch.Tensor:
         """All of them, waiting for them if need be."""
@@ -107,7 +107,7 @@ class Engine:
         self._probed = 0, 0
         self.peak_bytes: int | None = None
         """GPU memory at the peak of the probe: what the graphs' pool keeps from then on, and what stands."""
-        self._buckets: dict[tuple[Layout, bool], _Bucket] = {}
+        self._buckets: dict[tuple[BucketShape, bool], _Bucket] = {}
 
     def step(self, spans: Sequence[Span]) -> Pending:
         """Forward, backward and, where a slot's batch ends here, its update. Returns without waiting for the device.
@@ -145,12 +145,12 @@ class Engine:
             for layout, trains in self._empty(tokens, evaluation_tokens):
                 self._compute(layout.row(layout.buffer(self.adapters.weights.device)), trains)
 
-    def _empty(self, tokens: int, evaluation_tokens: int) -> list[tuple[Layout, bool]]:
+    def _empty(self, tokens: int, evaluation_tokens: int) -> list[tuple[BucketShape, bool]]:
         """Layouts of a step and an evaluation, and which of them trains."""
         sizes = ((tokens, True), (evaluation_tokens, False))
         return [(self._bucket(size, -(-size // self._decoder.longest)), trains) for size, trains in sizes]
 
-    def evaluate(self, asked: Sequence[Held]) -> list[RowScores]:
+    def evaluate(self, asked: Sequence[EvaluationBatch]) -> list[RowScores]:
         """Of each slot: losses and hits of each row, without dropout.
 
         Args:
@@ -200,19 +200,19 @@ class Engine:
         """What so many tokens of a slot take of a row."""
         return tokens + -tokens % int(self._ops.TILE)
 
-    def _layout(self, steps: Sequence[Sequence[Span]]) -> Layout:
+    def _layout(self, steps: Sequence[Sequence[Span]]) -> BucketShape:
         """The smallest bucket that holds each of these steps."""
         tokens = max(sum(self.whole_tiles(span.num_tokens) for span in spans) for spans in steps)
         return self._bucket(tokens, max(sum(span.most_sequences for span in spans) for spans in steps))
 
-    def _bucket(self, tokens: int, sequences: int) -> Layout:
+    def _bucket(self, tokens: int, sequences: int) -> BucketShape:
         tile, longest = self._ops.TILE, self._decoder.longest
         apart = max(FINEST, 1 << max(0, tokens.bit_length() - 5)) if self._on_gpu else tile
         tokens += -tokens % apart
         sequences += -(-tokens // longest)  # as many as the rest of the bucket may need
-        return Layout(tokens, sequences + -sequences % 8, self.adapters.num_slots, tile, longest)
+        return BucketShape(tokens, sequences + -sequences % 8, self.adapters.num_slots, tile, longest)
 
-    def _run(self, spans: Sequence[Span], layout: Layout, trains: bool) -> Pending:
+    def _run(self, spans: Sequence[Span], layout: BucketShape, trains: bool) -> Pending:
         if not self._on_gpu:
             buffer = layout.buffer("cpu")
             layout.fill(buffer.numpy(), spans)
@@ -233,7 +233,7 @@ class Engine:
         bucket.graph.replay()
         return bucket.send(bucket.values)
 
-    def _capture(self, row: Row, trains: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, row: FlatBatch, trains: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Capture a step while the device works on: `torch.cuda.graph` would wait for it."""
         torch.cuda.current_blas_handle()  # each thread has its own, which no capture may create
         graph = torch.cuda.CUDAGraph()
@@ -246,10 +246,10 @@ class Engine:
                 graph.capture_end()
         return graph, values
 
-    def _compute(self, row: Row, trains: bool) -> torch.Tensor:
+    def _compute(self, row: FlatBatch, trains: bool) -> torch.Tensor:
         """A step's (3, slots) losses, norms, hits; an evaluation's (2, tokens) losses, hits."""
         ops, slots = self._ops, self.adapters.num_slots
-        step = Step(ops, row, self.adapters, self._recompute)
+        step = PassInputs(ops, row, self.adapters, self._recompute)
         if not trains:
             return torch.stack(self._decoder.evaluate(step))
         losses, hits = self._decoder.train(step)
@@ -261,7 +261,7 @@ class Engine:
 class _Bucket:
     """Buffers of one layout on the GPU, and its graph."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: BucketShape, device: torch.device) -> None:
         self._layout = layout
         self._buffer = layout.buffer(device)
         self.row = layout.row(self._buffer)

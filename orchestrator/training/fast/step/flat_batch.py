@@ -42,7 +42,7 @@ def as_int32(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
-class Rows:
+class TokenizedRows:
     """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths.
 
     A row that is packed has several sequences, which see nothing of each other.
@@ -69,7 +69,7 @@ class Rows:
         """(rows,) tokens with a loss."""
 
     @classmethod
-    def of(cls, dataset: Any) -> "Rows":
+    def of(cls, dataset: Any) -> "TokenizedRows":
         """From a `datasets.Dataset` with input_ids and labels."""
         table = dataset.with_format("arrow")[:]
 
@@ -114,7 +114,7 @@ class Span:
     """One slot's part of a step."""
 
     slot: int
-    rows: Rows
+    rows: TokenizedRows
     indices: Sequence[int]
     """Rows, in the order of the batch."""
     table: dict[str, float]
@@ -134,7 +134,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Row:
+class FlatBatch:
     """A step's input on the device: views of one buffer, so that one copy brings all of it."""
 
     ids: torch.Tensor
@@ -200,7 +200,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BucketShape:
     """Sizes of a bucket: all that a captured graph depends on."""
 
     num_tokens: int
@@ -213,7 +213,7 @@ class Layout:
         """(size,) int32 for one row."""
         return torch.zeros(self._slices[-1].stop, dtype=torch.int32, device=device, pin_memory=pinned)
 
-    def row(self, buffer: torch.Tensor) -> Row:
+    def row(self, buffer: torch.Tensor) -> FlatBatch:
         """Views of a buffer."""
         ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
         values = table.view(len(TABLE + PLACES), self.num_slots)
@@ -221,7 +221,7 @@ class Layout:
             name: column if name in INTEGERS else column.view(torch.float32)
             for name, column in zip(TABLE + PLACES, values, strict=True)
         }
-        return Row(ids, targets, positions, counters, tiles, bounds, named, self.longest)
+        return FlatBatch(ids, targets, positions, counters, tiles, bounds, named, self.longest)
 
     def fill(self, buffer: Any, spans: Sequence[Span]) -> None:
         """Write a step into a buffer on the host.

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from orchestrator.base import config_file
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
-from orchestrator.training.fast.plan.eligibility import why_not_by_shape
+from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import LONGEST_STEP, compile_kernels
 from orchestrator.training.fast.plan.memory import BaseShape
 from orchestrator.training.fast.step.decoder import GROUPS, MODEL_TYPES
@@ -96,7 +96,7 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         for config in configs:
             in_it = config.model_copy(update={"lora": config.lora.model_copy(update={"layers_to_transform": None})})
             modules = expected_modules(layer, in_it.lora)
-            if why_not_by_shape(in_it, shape, modules, LONGEST_STEP, on_gpu=True) is None:
+            if unsupported_reason_by_shape(in_it, shape, modules, LONGEST_STEP, on_gpu=True) is None:
                 held.append(in_it)
         if held:
             with _NoProducts():

@@ -11,13 +11,13 @@ from orchestrator.training.fast.ops.eight_bit import CHUNK
 from orchestrator.training.fast.ops.triton.launch import after_previous, launch
 from orchestrator.training.fast.plan.memory import SHARED, SMALL
 from orchestrator.training.fast.step.adapters import BLOCK, Adapters
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 _ELEMENTS = 8192
 # Weights that one program updates.
 
 
-def update(adapters: Adapters, row: Row) -> torch.Tensor:
+def update(adapters: Adapters, row: FlatBatch) -> torch.Tensor:
     """Clip, make the AdamW step (arXiv 1711.05101) and clear the gradient of each slot whose batch is complete.
 
     A slot whose gradient is not finite does not step; its norm tells.

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from orchestrator.training.fast.ops.reference import Heads
 from orchestrator.training.fast.ops.triton.launch import FULL, after_previous, launch
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
@@ -31,7 +31,7 @@ class Attended:
     """(T, queries) float32 logarithms to base 2 of the softmax's sums."""
 
 
-def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, Attended]:
+def attention(qkv: torch.Tensor, row: FlatBatch, heads: Heads) -> tuple[torch.Tensor, Attended]:
     """Rotary positions (arXiv 2104.09864), then causal attention within each sequence (arXiv 2307.08691).
 
     Args:
@@ -71,7 +71,7 @@ def attention(qkv: torch.Tensor, row: Row, heads: Heads) -> tuple[torch.Tensor, 
     return output, Attended(qkv, output, logs)
 
 
-def attention_backward(gradient: torch.Tensor, attended: Attended, row: Row, heads: Heads) -> torch.Tensor:
+def attention_backward(gradient: torch.Tensor, attended: Attended, row: FlatBatch, heads: Heads) -> torch.Tensor:
     """(T, queries * D) -> (T, (queries + 2 keys) * D)."""
     num_tokens, by_qkv, shape = len(gradient), torch.empty_like(attended.qkv), _shape(heads)
     group, options = shape["GROUP"], _backward_options(heads.size)

@@ -24,8 +24,8 @@ from orchestrator.training.fast.ops.triton.lora_common import (
     tickets_of,
     words_of,
 )
-from orchestrator.training.fast.step.adapters import Adapters, Group
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
 def lora_backward(
@@ -34,8 +34,8 @@ def lora_backward(
     low: torch.Tensor,
     x_gradient: torch.Tensor,
     adapters: Adapters,
-    group: Group,
-    row: Row,
+    group: LayerGroup,
+    row: FlatBatch,
 ) -> None:
     """Add to the gradients of A and B, and to that of x, in place.
 
@@ -50,7 +50,7 @@ def lora_backward(
 
 
 def _backward_to_low(
-    gradient: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row
+    gradient: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: LayerGroup, row: FlatBatch
 ) -> torch.Tensor:
     """Add to the gradient of B, and return that of `low`: (T, layers * rank)."""
     num_layers, num_tiles, options = len(group.layers), len(row.tiles), _up_backward_options(adapters)
@@ -67,7 +67,12 @@ def _backward_to_low(
 
 
 def _backward_to_x(
-    by_low: torch.Tensor, x: torch.Tensor, x_gradient: torch.Tensor, adapters: Adapters, group: Group, row: Row
+    by_low: torch.Tensor,
+    x: torch.Tensor,
+    x_gradient: torch.Tensor,
+    adapters: Adapters,
+    group: LayerGroup,
+    row: FlatBatch,
 ) -> None:
     """Add to the gradients of A and x."""
     num_layers, a_gradient = len(group.layers), adapters.a(group, adapters.gradients)
@@ -94,7 +99,7 @@ def _up_backward_options(adapters: Adapters) -> dict[str, int]:
     return {"BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 
 
-def _down_backward_options(adapters: Adapters, group: Group) -> dict[str, int]:
+def _down_backward_options(adapters: Adapters, group: LayerGroup) -> dict[str, int]:
     if adapters.rank > 64:
         return {"BLOCK_K": 32 if adapters.rank <= 128 else 16, "num_warps": 8, "num_stages": 1}
     full = adapters.num_slots >= FULL

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.step.adapters import Adapters, Group
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 MAX_LAYERS = 3
 """Of a group: queries, keys and values."""
@@ -38,22 +38,22 @@ def tickets_of(device: torch.device) -> torch.Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def dropout(row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dropout(row: FlatBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return row.table["key"], row.table["threshold"], row.table["keep_scale"]
 
 
-def numbers(group: Group) -> list[int]:
+def numbers(group: LayerGroup) -> list[int]:
     """Of each layer, what its masks count by."""
     return [layer.number for layer in group.layers] + [0] * (MAX_LAYERS - len(group.layers))
 
 
-def columns_of(group: Group) -> list[int]:
+def columns_of(group: LayerGroup) -> list[int]:
     """Of each layer, the first column and the number of columns of its output."""
     places = [value for layer in group.layers for value in (layer.column, layer.width)]
     return places + [0] * (2 * MAX_LAYERS - len(places))
 
 
-def column_blocks(group: Group, block: int) -> int:
+def column_blocks(group: LayerGroup, block: int) -> int:
     return sum(triton.cdiv(layer.width, block) for layer in group.layers)
 
 

@@ -32,11 +32,11 @@ from orchestrator.training.fast.ops.triton.lora_common import (
     tickets_of,
     words_of,
 )
-from orchestrator.training.fast.step.adapters import Adapters, Group
-from orchestrator.training.fast.step.flat_batch import Row
+from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
-def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> torch.Tensor:
+def lora_down(x: torch.Tensor, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> torch.Tensor:
     """dropout(x) A^T for each layer of the group, each with masks of its own: (T, in) -> (T, layers * rank)."""
     num_layers, num_tiles, splits = len(group.layers), len(row.tiles), _splits(adapters, group)
     low = torch.empty(row.num_tokens, num_layers * adapters.rank, dtype=adapters.compute, device=x.device)
@@ -48,7 +48,7 @@ def lora_down(x: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> to
     return low
 
 
-def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Group, row: Row) -> None:
+def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> None:
     """y += scale * low B^T, in place, at the columns of the group's layers: (T, out)."""
     options = _up_options(adapters)
     launch(_up, (column_blocks(group, options["BLOCK_N"]), len(row.tiles)),
@@ -58,7 +58,7 @@ def lora_up_(y: torch.Tensor, low: torch.Tensor, adapters: Adapters, group: Grou
     )  # fmt: skip
 
 
-def _splits(adapters: Adapters, group: Group) -> int:
+def _splits(adapters: Adapters, group: LayerGroup) -> int:
     """Programs that share a sum over features."""
     if adapters.num_slots >= FULL:
         return max(2, min(group.in_features // 1024, 8))

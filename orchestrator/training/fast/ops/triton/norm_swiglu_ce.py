@@ -16,7 +16,7 @@ from orchestrator.training.fast.ops.triton.launch import after_previous, compile
 from orchestrator.training.fast.ops.triton.lora_backward import lora_backward
 from orchestrator.training.fast.ops.triton.lora_forward import lora_down, lora_up_
 from orchestrator.training.fast.plan.memory import MAX_LOGITS
-from orchestrator.training.fast.step.flat_batch import IGNORED, Row
+from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
 
 __all__ = [
     "TILE",
@@ -112,7 +112,7 @@ def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
 
 
 def cross_entropy(
-    states: torch.Tensor, head: torch.Tensor, row: Row, trains: bool
+    states: torch.Tensor, head: torch.Tensor, row: FlatBatch, trains: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss and gradient of the LM head in one pass; logits of `MAX_LOGITS` at a time become their own gradient.
 
@@ -154,7 +154,7 @@ def cross_entropy(
     return losses, hits, result
 
 
-def sum_by_slot(values: torch.Tensor, row: Row, num_slots: int) -> torch.Tensor:
+def sum_by_slot(values: torch.Tensor, row: FlatBatch, num_slots: int) -> torch.Tensor:
     """(T,) float32 -> (slots,). The same order of sums each time."""
     sums = torch.empty(num_slots, dtype=torch.float32, device=values.device)
     launch(_sum_by_slot, (num_slots,), values, row.tiles, sums, len(values), TILE=row.tile, BLOCK=1024)
