@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base import drop, lease
+from orchestrator.base import evict, guarded
 from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
@@ -136,7 +136,7 @@ def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, M
     """A trial's loop, not yet run, what serves its tasks, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
     ground = TrialInputs.of(config.base, prepare(config.data, config.base))
-    with lease(config.base), tempfile.TemporaryDirectory() as folder:
+    with guarded(config.base), tempfile.TemporaryDirectory() as folder:
         seat = find_slot(config, ground)
         pack = MultiLora()
         yield open_loop(config, ground, seat, Path(folder), WriteNow()), pack, int(ground.held_out.lengths.sum())
@@ -152,7 +152,7 @@ def forget() -> None:
     """Free what earlier runs kept on the GPU, so that each engine's memory is its own."""
     import torch
 
-    drop()
+    evict()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks.common import ROOT, Setting, main
 from orchestrator.data import load, prepare, save
-from orchestrator.deploy.adapter_ref import Subject
-from orchestrator.deploy.export.base_files import find_stored
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.export.base_files import find_base_files
 from orchestrator.deploy.export.merge import Onto, plan_merge
-from orchestrator.deploy.export.parity import NUM_ROWS, ask, compare
+from orchestrator.deploy.export.parity import NUM_ROWS, ask, measure_parity
 from orchestrator.spec.sections import BaseSection
 
 RANK = 16
@@ -92,13 +92,13 @@ def parity(onto: Onto, base: str, work: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from orchestrator.base import drop, load_base
+    from orchestrator.base import evict, load_base
 
     rows = load(Path(work) / "rows").held_out.select(range(NUM_ROWS))
     source = ask(PeftModel.from_pretrained(load_base(section(base, onto)), f"{work}/adapter"), rows)
-    drop()
+    evict()
     where = {"": 0 if torch.cuda.is_available() else "cpu"}
-    found = compare(source, AutoModelForCausalLM.from_pretrained(f"{work}/merged", device_map=where), rows)
+    found = measure_parity(source, AutoModelForCausalLM.from_pretrained(f"{work}/merged", device_map=where), rows)
     (Path(work) / "parity.json").write_text(json.dumps(found.as_dict()))
 
 
@@ -106,8 +106,8 @@ def section(base: str, onto: Onto) -> BaseSection:
     return BaseSection(model=base, quantization="nf4" if onto == "dequantised" else "none")
 
 
-def subject_of(base: str, work: str) -> Subject:
-    return Subject("adapter", Path(work) / "adapter", section(base, "dequantised"), None, None)
+def subject_of(base: str, work: str) -> AdapterRef:
+    return AdapterRef("adapter", Path(work) / "adapter", section(base, "dequantised"), None, None)
 
 
 def note_peak(work: str) -> None:
@@ -126,7 +126,7 @@ def make_adapter(base: Path, folder: Path) -> None:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
     matrices = {}
-    for name, module in find_stored(BaseSection(model=str(base))).blank().named_modules():
+    for name, module in find_base_files(BaseSection(model=str(base))).blank().named_modules():
         if name.rpartition(".")[2] in names:
             key = f"base_model.model.{name}.lora_"
             matrices[f"{key}A.weight"] = torch.randn(RANK, module.in_features) / module.in_features**0.5

@@ -206,20 +206,20 @@ def keep_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def kept(base: BaseSection) -> Any:
+def shared_base(base: BaseSection) -> Any:
     """The base itself: loaded at first use and kept, the one of another section dropped first.
 
-    All trials of this process stand on it: read it, and hang nothing on it, for that there is `shell`.
+    All trials of this process stand on it: read it, and hang nothing on it, for that there is `share_modules`.
     """
     global _kept
     with _keeping:
         if _kept is None or _kept[0] != base:
-            drop()
+            evict()
             _kept = (base, load_base(base))
         return _kept[1]
 
 
-def shell(model: Any, own_biases: bool = False) -> Any:
+def share_modules(model: Any, own_biases: bool = False) -> Any:
     """New modules over the same weights, for one trial: adapters, hooks, flags and a patched forward go away with them.
 
     What `copy.deepcopy` would give with the weights left out, in an eighth of its time: most of what hundreds of
@@ -272,19 +272,19 @@ def _unused(state: Any) -> Any:
 
 
 @contextmanager
-def lease(base: BaseSection) -> Iterator[None]:
+def guarded(base: BaseSection) -> Iterator[None]:
     """The kept base is in use by a trial. It is dropped if it is another afterwards."""
-    model = kept(base)
+    model = shared_base(base)
     before = _weights(model)
     try:
         yield
     finally:
         if _weights(model) != before:
-            drop()
+            evict()
         _free_memory()
 
 
-def drop() -> None:
+def evict() -> None:
     """Forget the kept base."""
     global _kept
     with _keeping:

@@ -97,7 +97,7 @@ def say_rows(console: "Console", record: "SweepRecord") -> None:
 
 def show_best(console: "Console", record: "SweepRecord") -> None:
     say_rows(console, record)
-    from orchestrator.deploy import Sweep
+    from orchestrator.deploy import FinishedSweep
     from orchestrator.report.best import say_best
 
-    say_best(console, Sweep(record).best())
+    say_best(console, FinishedSweep(record).best())

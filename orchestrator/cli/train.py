@@ -244,7 +244,7 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
-    from orchestrator.deploy import Sweep
+    from orchestrator.deploy import FinishedSweep
     from orchestrator.embedded import EXPERIMENT
     from orchestrator.record.start import claim_folder, source_of
     from orchestrator.report.demo import show_side_by_side
@@ -253,7 +253,7 @@ def demo(
     with claim_folder(spec, "demo", name, output) as paths:
         record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with _screen(paths.root) as console:
-        show_side_by_side(console, Sweep(record))
+        show_side_by_side(console, FinishedSweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
     _require_no_failures(record)
 

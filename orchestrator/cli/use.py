@@ -39,11 +39,11 @@ def best(
     front = opened.pareto(metrics) if len(metrics) > 1 else []
     leaders = opened.top(top, winner.choice.metric) if top else []
     if export is not None:
-        from orchestrator.deploy.adapter_ref import Subject
+        from orchestrator.deploy.adapter_ref import AdapterRef
         from orchestrator.deploy.export.export import export as export_bundle
 
         with _progress() as say:
-            export_bundle(Subject.of_best(winner), export, "adapter", say=say)
+            export_bundle(AdapterRef.of_best(winner), export, "adapter", say=say)
     if as_json:
         lists = {"top": leaders, "pareto": front}
         named = {name: [trial.model_dump(mode="json") for trial in trials] for name, trials in lists.items() if trials}
@@ -136,7 +136,7 @@ def chat(
     output: Where = "runs",
 ) -> None:
     """Ask the best adapter; answers are streamed. Typed questions follow each other: /clear forgets, /quit ends."""
-    from orchestrator.deploy.adapter_ref import find_subject
+    from orchestrator.deploy.adapter_ref import find_adapter
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
     from orchestrator.deploy.prompts import new_file, read_prompts, write_answers
     from orchestrator.training.attempt.log_file import output_to
@@ -144,7 +144,7 @@ def chat(
     sampling = sampling_of(temperature, top_p, top_k, seed)
     if (prompts is None) != (answers is None) or (prompts and prompt):
         raise RequestError("--prompts FILE and --answers FILE belong together, without --prompt")
-    subject = find_subject(sweep_or_adapter, output, trust)
+    subject = find_adapter(sweep_or_adapter, output, trust)
     with output_to(Path(os.devnull)):  # what libraries print while they load; faults are raised
         form = open_prompt_form(subject, system)
     if prompts is not None and answers is not None:
@@ -194,10 +194,10 @@ def export(
     output: Where = "runs",
 ) -> None:
     """Export the best adapter, load it back, and hold it against its source."""
-    from orchestrator.deploy.adapter_ref import find_subject
+    from orchestrator.deploy.adapter_ref import find_adapter
     from orchestrator.deploy.export.export import export as export_bundle
 
-    subject = find_subject(sweep_or_adapter, output, trust)
+    subject = find_adapter(sweep_or_adapter, output, trust)
     with _progress() as say:
         done = export_bundle(subject, to, format, dtype, onto, data, say)
     if as_json:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from orchestrator.adapters.bundle import CONFIG, MANIFEST, read_manifest, verify_adapter
 from orchestrator.base import hub_id
-from orchestrator.deploy.finished import Best, Sweep, open_sweep
+from orchestrator.deploy.finished import ChosenTrial, FinishedSweep, open_sweep
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig
@@ -16,7 +16,7 @@ from orchestrator.spec.sections import BaseSection
 
 
 @dataclass(frozen=True)
-class Subject:
+class AdapterRef:
     """An adapter folder that is whole."""
 
     name: str
@@ -30,7 +30,7 @@ class Subject:
     """Where its held-out rows lie; None for an adapter outside its sweep."""
 
     @classmethod
-    def of_best(cls, best: Best) -> "Subject":
+    def of_best(cls, best: ChosenTrial) -> "AdapterRef":
         """The adapter that a sweep gives.
 
         Raises:
@@ -46,7 +46,7 @@ class Subject:
         return cls.of_trial(best.record, best.trial)
 
     @classmethod
-    def of_trial(cls, record: SweepRecord, trial: TrialResult) -> "Subject":
+    def of_trial(cls, record: SweepRecord, trial: TrialResult) -> "AdapterRef":
         """The adapter of a trial's best evaluation.
 
         Raises:
@@ -63,7 +63,7 @@ def is_adapter(sweep_or_adapter: str) -> bool:
     return _holds(Path(sweep_or_adapter), CONFIG)
 
 
-def find_subject(sweep_or_adapter: str, output: str, trust_remote_code: bool = False) -> Subject:
+def find_adapter(sweep_or_adapter: str, output: str, trust_remote_code: bool = False) -> AdapterRef:
     """An adapter folder, or the best adapter of a sweep.
 
     Args:
@@ -78,10 +78,10 @@ def find_subject(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
     """
     if is_adapter(sweep_or_adapter):
         return _of_folder(Path(sweep_or_adapter), trust_remote_code)
-    return Subject.of_best(find_sweep(sweep_or_adapter, output).best())
+    return AdapterRef.of_best(find_sweep(sweep_or_adapter, output).best())
 
 
-def find_sweep(sweep: str, output: str) -> Sweep:
+def find_sweep(sweep: str, output: str) -> FinishedSweep:
     """A sweep, where an adapter folder could have been given too.
 
     Raises:
@@ -139,7 +139,7 @@ def _is_unusable(path: Path) -> bool:
     return False
 
 
-def _of_folder(folder: Path, trust_remote_code: bool) -> Subject:
+def _of_folder(folder: Path, trust_remote_code: bool) -> AdapterRef:
     verify_adapter(folder)
     config = _trial_config(folder)
     if config is None:
@@ -148,13 +148,13 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Subject:
         if not model or not isinstance(model, str):
             raise RecordError(f"{folder / CONFIG}: names no base (base_model_name_or_path)")
         base = at_commit(BaseSection(model=model, quantization="none"), folder)
-        return Subject(folder.resolve().name, folder, base, None, None)
+        return AdapterRef(folder.resolve().name, folder, base, None, None)
     if config.base.trust_remote_code and not trust_remote_code:
         raise RequestError(
             f"{folder}: its base {config.base.model} brings Python code, which would be run here",
             "Give --trust-remote-code if you trust its author.",
         )
-    return Subject(folder.resolve().name, folder, at_commit(config.base, folder), config, _sweep_around(folder))
+    return AdapterRef(folder.resolve().name, folder, at_commit(config.base, folder), config, _sweep_around(folder))
 
 
 def _trial_config(folder: Path) -> TrialConfig | None:

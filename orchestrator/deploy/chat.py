@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.adapters.generate import GREEDY
 from orchestrator.adapters.stops import stops_of
 from orchestrator.data import encode_prompt, render_prompt
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import load_model, load_own_tokenizer
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import DataSection
@@ -223,7 +223,7 @@ class Conversation:
         self._turns = []
 
 
-def open_prompt_form(subject: Subject, system: str | None = None) -> PromptForm:
+def open_prompt_form(subject: AdapterRef, system: str | None = None) -> PromptForm:
     """The form of an adapter's questions; its model is not loaded.
 
     Raises:
@@ -250,7 +250,7 @@ def question_template(form: PromptForm) -> str:
     )
 
 
-def open_chat(subject: Subject, form: PromptForm | None = None) -> Chat:
+def open_chat(subject: AdapterRef, form: PromptForm | None = None) -> Chat:
     """Load an adapter and its base, in the form it was trained in.
 
     Raises:

@@ -41,7 +41,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Rival:
+class ComparedCandidate:
     """A candidate beside the leader."""
 
     candidate: Candidate
@@ -58,13 +58,13 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """What was compared, and what came of it."""
 
     metric: str
     mode: Mode
     leader: Candidate
-    rivals: list[Rival]
+    rivals: list[ComparedCandidate]
     """All others whose rows are known, best first."""
     recommended: Candidate
     num_compared: int
@@ -73,7 +73,7 @@ class Choice:
     """Why nothing is known of ties with any of them."""
 
     @property
-    def tied(self) -> list[Rival]:
+    def tied(self) -> list[ComparedCandidate]:
         """Those that cannot be told apart from the leader, best first."""
         return [rival for rival in self.rivals if rival.is_tied]
 
@@ -97,7 +97,7 @@ class Choice:
         }
 
 
-def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: bool = False) -> Choice:
+def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: bool = False) -> Recommendation:
     """The leader by `metric`, and of those that cannot be told apart from it the one with the fewest parameters.
 
     Two candidates are compared by a paired bootstrap (Efron and Tibshirani 1993; Koehn 2004 for paired rows): held-out
@@ -119,7 +119,7 @@ def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: boo
     rivals = [] if why or len(ranked) == 1 else _compare(leader, ranked[1:], metric)
     tied = [leader, *(rival.candidate for rival in rivals if rival.is_tied)]
     cheapest = min(tied, key=lambda each: each.cost)
-    return Choice(metric, mode, leader, rivals, leader if strict else cheapest, len(ranked), why)
+    return Recommendation(metric, mode, leader, rivals, leader if strict else cheapest, len(ranked), why)
 
 
 def rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
@@ -136,7 +136,7 @@ def rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candi
     return sorted(measured, key=lambda each: sign * (each.value(metric) or 0.0))
 
 
-def why_it_may_differ(choice: Choice, lost: Candidate, ranked: Sequence[Candidate], strict: bool) -> str | None:
+def why_it_may_differ(choice: Recommendation, lost: Candidate, ranked: Sequence[Candidate], strict: bool) -> str | None:
     """Why another one might have been recommended, had this candidate been among them; None where it could not.
 
     Args:
@@ -192,7 +192,7 @@ def _why_not_compared(leader: Candidate, metric: str) -> str | None:
     return None if len(found[0]) >= FEWEST else f"{len(found[0])} held-out rows are too few to tell"
 
 
-def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> list[Rival]:
+def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> list[ComparedCandidate]:
     import numpy as np
 
     columns = {}
@@ -214,4 +214,6 @@ def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> lis
     low, high = np.quantile(values[1:] - values[0], (tail, 1 - tail), axis=1)
     whole = stacked.sum(axis=2)
     differences = whole[1:, 0] / whole[1:, 1] - whole[0, 0] / whole[0, 1]
-    return [Rival(*each) for each in zip(known, differences.tolist(), low.tolist(), high.tolist(), strict=True)]
+    return [
+        ComparedCandidate(*each) for each in zip(known, differences.tolist(), low.tolist(), high.tolist(), strict=True)
+    ]

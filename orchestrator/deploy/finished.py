@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import read_scores, verify_adapter
-from orchestrator.deploy.choice import SIZE, Candidate, Choice, Mode, choose, pareto, rank, why_it_may_differ
+from orchestrator.deploy.choice import SIZE, Candidate, Mode, Recommendation, choose, pareto, rank, why_it_may_differ
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult, read_sweep
 
 
 @dataclass(frozen=True)
-class Best:
+class ChosenTrial:
     """A trial that was chosen, and where its adapter lies."""
 
     record: SweepRecord
     trial: TrialResult
     adapter: Path
-    choice: Choice
+    choice: Recommendation
     """What it was chosen from."""
     damaged: dict[str, str]
     """Trial -> what is wrong with its adapter, of those that were left out for it."""
@@ -27,10 +27,10 @@ class Best:
 
     def load(self) -> tuple[Any, Any]:
         """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
-        from orchestrator.deploy.adapter_ref import Subject
+        from orchestrator.deploy.adapter_ref import AdapterRef
         from orchestrator.deploy.load import load_adapter
 
-        return load_adapter(Subject.of_best(self))
+        return load_adapter(AdapterRef.of_best(self))
 
     def as_dict(self) -> dict[str, Any]:
         """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
@@ -58,7 +58,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class FinishedSweep:
     """A sweep and what came of it. The methods raise RecordError where no trial has finished with an adapter."""
 
     record: SweepRecord
@@ -67,10 +67,10 @@ class Sweep:
         """All trials, best first; those without an evaluation last."""
         return self.record.trials()
 
-    def best(self, metric: str | None = None, strict: bool = False) -> Best:
+    def best(self, metric: str | None = None, strict: bool = False) -> ChosenTrial:
         """Of the finished trials (COMPLETE or STOPPED) that cannot be told apart from the best, the smallest adapter.
 
-        Every byte of it is checked: one that is damaged is left out, which `Best.damaged` tells.
+        Every byte of it is checked: one that is damaged is left out, which `ChosenTrial.damaged` tells.
 
         Args:
             metric: to choose by, at each trial's best evaluation; default the one that was searched for.
@@ -97,7 +97,7 @@ class Sweep:
                 lost = [each for each in ranked if each.trial.trial_id in damaged]
                 doubts = {each.trial.trial_id: why_it_may_differ(choice, each, ranked, strict) for each in lost}
                 in_doubt = {trial_id: why for trial_id, why in doubts.items() if why}
-                return Best(self.record, trial, adapter, choice, damaged, in_doubt)
+                return ChosenTrial(self.record, trial, adapter, choice, damaged, in_doubt)
         faults = "\n  ".join(damaged.values())
         raise RecordError(f"{self.record.paths.root}: no finished trial with {metric} has a whole adapter:\n  {faults}")
 
@@ -128,10 +128,10 @@ class Sweep:
         return [Candidate(trial, scores=None) for trial in finished]
 
 
-def open_sweep(sweep: str | Path, output: str | Path = "runs") -> Sweep:
+def open_sweep(sweep: str | Path, output: str | Path = "runs") -> FinishedSweep:
     """Open a sweep by its folder, or by its name under `output`.
 
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
     """
-    return Sweep(read_sweep(sweep, output))
+    return FinishedSweep(read_sweep(sweep, output))

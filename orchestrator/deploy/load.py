@@ -6,11 +6,11 @@ from typing import Any
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.adapters.stops import joined, read_stops, stop_at, stops_of
 from orchestrator.base import load_base, load_tokenizer
-from orchestrator.deploy.adapter_ref import Subject, find_subject
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
 from orchestrator.errors import RecordError, RequestError
 
 
-def load_adapter(subject: Subject | str | Path, output: str = "runs") -> tuple[Any, Any]:
+def load_adapter(subject: AdapterRef | str | Path, output: str = "runs") -> tuple[Any, Any]:
     """Model and tokenizer, in the form they were trained in: `model.generate` answers at once.
 
     Args:
@@ -24,12 +24,12 @@ def load_adapter(subject: Subject | str | Path, output: str = "runs") -> tuple[A
         RecordError: there is no such sweep or adapter, or it is not whole.
         RequestError: its base cannot be loaded.
     """
-    if not isinstance(subject, Subject):
-        subject = find_subject(str(subject), output)
+    if not isinstance(subject, AdapterRef):
+        subject = find_adapter(str(subject), output)
     return load_model(subject), load_own_tokenizer(subject)
 
 
-def load_model(subject: Subject, place: Any = None) -> Any:
+def load_model(subject: AdapterRef, place: Any = None) -> Any:
     """The base with the adapter over it, a `PeftModel` in evaluation mode.
 
     Args:
@@ -42,7 +42,7 @@ def load_model(subject: Subject, place: Any = None) -> Any:
     return put_on(load_base(subject.base, place), subject)
 
 
-def put_on(base: Any, subject: Subject) -> Any:
+def put_on(base: Any, subject: AdapterRef) -> Any:
     """Put an adapter on a base: a `PeftModel` in evaluation mode, which stops where the adapter was trained to end.
 
     Args:
@@ -77,7 +77,7 @@ def put_on(base: Any, subject: Subject) -> Any:
     return model
 
 
-def stop_tokens(subject: Subject, of_base: list[int]) -> list[int]:
+def stop_tokens(subject: AdapterRef, of_base: list[int]) -> list[int]:
     """Ids at which an adapter's answers are over.
 
     Args:
@@ -90,7 +90,7 @@ def stop_tokens(subject: Subject, of_base: list[int]) -> list[int]:
     return joined([] if eos is None else [eos], of_base)
 
 
-def load_own_tokenizer(subject: Subject) -> Any:
+def load_own_tokenizer(subject: AdapterRef) -> Any:
     """The tokenizer that the adapter was trained with. One of unknown origin may have brought its own.
 
     Raises:

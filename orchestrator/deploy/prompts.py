@@ -25,7 +25,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Asked:
+class FilePrompt:
     """One prompt of a file."""
 
     question: Question
@@ -37,7 +37,7 @@ class Asked:
         return {"prompt" if isinstance(self.question, str) else "messages": self.question}
 
 
-def read_prompts(path: Path, form: PromptForm) -> list[Asked]:
+def read_prompts(path: Path, form: PromptForm) -> list[FilePrompt]:
     """Prompts in the form of an adapter's training rows.
 
     Args:
@@ -53,7 +53,7 @@ def read_prompts(path: Path, form: PromptForm) -> list[Asked]:
     for row in read_rows(Source(source=str(path.resolve()))) if path.suffix == ".jsonl" else _read_lines(path):
         question = _question(row)
         try:
-            asked.append(Asked(question, form.ids(question)))
+            asked.append(FilePrompt(question, form.ids(question)))
         except RequestError as error:
             raise DataError(f"{row.where}: {error.message}", error.remedy) from error
     return asked
@@ -61,7 +61,7 @@ def read_prompts(path: Path, form: PromptForm) -> list[Asked]:
 
 def write_answers(
     chat: Chat,
-    asked: Sequence[Asked],
+    asked: Sequence[FilePrompt],
     file: TextIO,
     max_new_tokens: int,
     batch_size: int,
@@ -75,7 +75,7 @@ def write_answers(
     """
     sampling.begin()
 
-    def answers(part: Sequence[Asked]) -> list[str]:
+    def answers(part: Sequence[FilePrompt]) -> list[str]:
         ids = [each.ids for each in part]
         return answer(chat.model, chat.tokenizer, ids, max_new_tokens, batch_size, sampling.arguments)
 

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
@@ -82,6 +82,10 @@ class RowScores(Record):
         return values | ({"eval/exact_match": sum(self.answers) / len(self.answers)} if self.answers else {})
 
 
+EARLIER_NAMES = {"alone": "not_packed_reason", "overshoot": "extra_steps"}
+"""Fields of `TrialResult` as records of earlier versions name them -> their names today."""
+
+
 class TrialResult(Record):
     """One trial so far (progress.json) or for good (result.json)."""
 
@@ -112,7 +116,7 @@ class TrialResult(Record):
     """What made the steps."""
     engine_reason: str | None = None
     """Why not the fast engine, where `auto` took the other."""
-    alone: str | None = None
+    not_packed_reason: str | None = None
     """Why it did not train beside others, in a sweep whose trials do."""
     memory_plan: dict[str, Any] | None = None
     """What the fast engine gave up for memory; on a GPU its peak, foreseen and measured with the largest batch."""
@@ -130,7 +134,7 @@ class TrialResult(Record):
     """How much `tokens` rose (or fell) when it went on from another trial: these it has not trained on itself."""
     stopped: str | None = None
     """Why it was stopped: by which rule of the scheduler, or for the budget."""
-    overshoot: int = 0
+    extra_steps: int = 0
     """Steps made past the evaluation at which the scheduler stopped the trial; not part of the record."""
     data_fingerprint: str | None = None
     """Hash of the tokens trained and evaluated on."""
@@ -147,6 +151,13 @@ class TrialResult(Record):
     def num_parameters(self) -> int | None:
         """Of its adapter; None for a trial that ended before this was read back."""
         return self.applied.get("num_trainable_parameters")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {EARLIER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 class SourceRows(Record):

@@ -46,9 +46,9 @@ class TrialPaths:
         return self.root / "checkpoints"
 
     @property
-    def offers(self) -> Path:
+    def exploit_checkpoints(self) -> Path:
         """Checkpoints that Tune has saved, for other trials to go on from (PBT); gone when the sweep has ended."""
-        return self.root / "offers"
+        return self.root / "exploit_checkpoints"
 
     @property
     def lease(self) -> Path:

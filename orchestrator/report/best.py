@@ -2,13 +2,13 @@
 
 from rich.console import Console
 
-from orchestrator.deploy import Best
+from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.choice import CONFIDENCE, Candidate
 
 _MOST_NAMED = 6
 
 
-def say_best(console: Console, best: Best) -> None:
+def say_best(console: Console, best: ChosenTrial) -> None:
     """Print the leader, those that cannot be told apart from it, and what was chosen."""
     choice = best.choice
     metric, leader, tied = choice.metric, choice.leader, choice.tied

@@ -6,19 +6,19 @@ from rich.text import Text
 
 from orchestrator.adapters.generate import answer
 from orchestrator.data import load
-from orchestrator.deploy import Sweep
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy import FinishedSweep
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.report.tables import trials_table
 
 _NUM_PROMPTS = 6
 
 
-def show_side_by_side(console: Console, sweep: Sweep) -> None:
+def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     """Print the best trial's row, then prompts with the wanted answer, the base's and the adapter's."""
     winner = sweep.best()
     config = winner.trial.config
-    chat = open_chat(Subject.of_best(winner))
+    chat = open_chat(AdapterRef.of_best(winner))
     prompts = load(sweep.record.paths.data).prompts[:_NUM_PROMPTS]
     ids = [prompt.ids for prompt in prompts]
     new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-class Draws:
+class OwnRng:
     """A state of Python's and of numpy's generator, which is pickled with whoever owns it."""
 
     def __init__(self, seed: int) -> None:

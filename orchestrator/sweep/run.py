@@ -133,7 +133,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
         say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
-        shutil.rmtree(record.paths.trial(trial_id).offers, ignore_errors=True)
+        shutil.rmtree(record.paths.trial(trial_id).exploit_checkpoints, ignore_errors=True)
     return record
 
 
@@ -152,12 +152,12 @@ def _make_tuner(record: SweepRecord, workers: Workers, at_once: int, stop: StopR
     from orchestrator.sweep.results import ResultKeeper
     from orchestrator.sweep.schedulers.conductor import Conductor
     from orchestrator.sweep.search.algorithms import make_search_algorithm, tune_space
-    from orchestrator.sweep.workers.trainable import Relay
+    from orchestrator.sweep.workers.trainable import TrialTrainable
 
     _quiet_tune()
     spec, paths = record.info.spec, record.paths
     trainable = tune.with_resources(
-        tune.with_parameters(Relay, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
+        tune.with_parameters(TrialTrainable, folder=str(paths.root), workers=workers), {"cpu": RELAY_CPUS}
     )
     algorithm = make_search_algorithm(spec, at_once, is_over=record.budget_spent() is not None)
     interrupter = Interrupter(stop, workers, paths)

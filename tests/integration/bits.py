@@ -92,7 +92,7 @@ class Setting:
 def assert_same_bits(followed: Followed, solo: Trained, after: int = 0) -> None:
     """Every figure that is reported, and the weights at the end."""
     assert isinstance(followed.end, Completed)
-    assert "alone" not in followed.fields
+    assert "not_packed_reason" not in followed.fields
     logged, evaluated = followed.of(Logged), followed.of(Evaluated)
     for name, expected in (("loss", solo.losses), ("grad_norm", solo.norms)):
         found = {event.step: event.values[f"train/{name}"] for event in logged}

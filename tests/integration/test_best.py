@@ -11,7 +11,7 @@ from tiny import Witness
 from orchestrator.adapters.bundle import read_scores, verify
 from orchestrator.data import load
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.record import SweepPaths, read_sweep
@@ -41,7 +41,7 @@ def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: Sweep
     kept = read_scores(best.adapter)
     assert kept is not None
     held_out = load(folder.data).held_out
-    plain = score_rows(open_chat(Subject.of_best(best)).model, held_out, batch_size=8)
+    plain = score_rows(open_chat(AdapterRef.of_best(best)).model, held_out, batch_size=8)
     assert kept.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
     assert (kept.hits, kept.tokens) == (plain.hits, plain.tokens)
     assert len(set(plain.tokens)) > 1, "another order would show"

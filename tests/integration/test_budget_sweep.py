@@ -11,7 +11,7 @@ import ray
 from searched import RATE, decided, losses, sweep
 
 from orchestrator.cluster import connection
-from orchestrator.deploy import Sweep
+from orchestrator.deploy import FinishedSweep
 from orchestrator.record import SweepRecord, TrialState
 from orchestrator.sweep.schedulers import budget
 
@@ -43,7 +43,7 @@ def assert_ended_by_budget(record: SweepRecord, limit: str, said: list[str]) -> 
         assert not record.paths.trial(trial.trial_id).lease.exists()
     assert {each.trial_id: each.why for each in decided(record, "stopped")} == {t.trial_id: str(over) for t in trials}
     assert said[-1] == f"{over}: {len(trials)} of 6 trials begun"
-    best = Sweep(record).best().trial
+    best = FinishedSweep(record).best().trial
     assert best.best is not None
     assert best.best.value == min(min(losses(record, trial).values()) for trial in trials)
     assert record.adapter(best).is_dir()

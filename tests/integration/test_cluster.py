@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from orchestrator.cluster import connection, require_shared_folder
-from orchestrator.deploy import Sweep
+from orchestrator.deploy import FinishedSweep
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
@@ -143,7 +143,7 @@ def test_sweep_runs_on_all_nodes(address: str, tiny: Tiny, folder: SweepPaths, p
     trials = record.trials()
     assert len(trials) == 4
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
-    assert Sweep(record).best().adapter.is_dir()
+    assert FinishedSweep(record).best().adapter.is_dir()
     assert {node for node, _ in places} == {address.partition(":")[0], SECOND}
     assert len({trial.worker for trial in trials}) == 2, "each node has trained"
     assert {path.name for path in folder.root.parent.iterdir()} == {folder.name}  # no probe is left

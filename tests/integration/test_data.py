@@ -15,9 +15,9 @@ from plain import NF4, reloaded_loss
 from tiny import DEMO, TINY, Witness
 from transformers import AutoTokenizer, masking_utils
 
-from orchestrator.base import kept, load_tokenizer
+from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import load, prepare
-from orchestrator.deploy.adapter_ref import find_subject
+from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
@@ -200,7 +200,7 @@ def asks_as_trained(spec: SweepSpec, adapter: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     written = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert written == "[user] How?</s>[assistant]"
-    form = open_prompt_form(find_subject(str(adapter), "runs"))
+    form = open_prompt_form(find_adapter(str(adapter), "runs"))
     assert form.tokenizer.decode(form.ids("How?")) == written
 
 
@@ -228,7 +228,7 @@ def _packed_trainer(folder: Path, *more: str) -> Any:
     fixed = ["search.space={}", "search.tied={}", "scheduler.kind=none", "lora.dropout=0"]
     config = load_spec(DEMO, [*TINY, *settings, *fixed, *more]).trial_config({})
     data = prepare(config.data, config.base)
-    base, tokenizer = kept(config.base), load_tokenizer(config.base)
+    base, tokenizer = shared_base(config.base), load_tokenizer(config.base)
     modules = expected_modules(base, config.lora)
     model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
     return build_trainer(config, model, tokenizer, data, folder)

@@ -22,7 +22,7 @@ from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.data.sources import read_rows
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import Subject, find_subject
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
 from orchestrator.deploy.export.merge import plan_merge
 from orchestrator.deploy.scoring.evaluate import EvaluationReport, evaluate, find_finalists, own_rows, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS, open_form, require_form
@@ -51,13 +51,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
 
 
 @pytest.fixture(scope="module")
-def subject(trained: SweepPaths) -> Subject:
+def subject(trained: SweepPaths) -> AdapterRef:
     (found,) = find_finalists(str(trained.root), "runs", top=3)
     return found
 
 
 @pytest.fixture(scope="module")
-def report(trained: SweepPaths, subject: Subject) -> EvaluationReport:
+def report(trained: SweepPaths, subject: AdapterRef) -> EvaluationReport:
     """All forms and metrics, on all held-out rows; in float32, so that nothing but the form differs."""
     kept = trained.evaluations / "all.json"
     return evaluate([subject], own_rows(subject), METRICS, dtype="float32", keep=kept)
@@ -72,7 +72,7 @@ def loss(model: Any, paths: SweepPaths) -> float:
     return score_rows(model, load(paths.data).held_out, 8).loss
 
 
-def outside(subject: Subject, folder: Path) -> Path:
+def outside(subject: AdapterRef, folder: Path) -> Path:
     """The adapter, copied out of its sweep; without its manifest, so that files of it may be changed."""
     shutil.copytree(subject.adapter, folder)
     (folder / MANIFEST).unlink()
@@ -116,7 +116,7 @@ def test_the_report_is_kept_and_shown(trained: SweepPaths, report: EvaluationRep
     assert next(iter(table.columns[4].cells)) == "as trained"
 
 
-def test_merged_is_what_peft_makes_of_a_dequantised_base(trained: SweepPaths, subject: Subject) -> None:
+def test_merged_is_what_peft_makes_of_a_dequantised_base(trained: SweepPaths, subject: AdapterRef) -> None:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -137,7 +137,7 @@ def test_merged_is_what_peft_makes_of_a_dequantised_base(trained: SweepPaths, su
 
 
 @pytest.mark.parametrize(("form", "onto"), [("merged", "dequantised"), ("merged-original", "original")])
-def test_a_merged_form_is_what_the_export_writes(subject: Subject, form: Any, onto: Any) -> None:
+def test_a_merged_form_is_what_the_export_writes(subject: AdapterRef, form: Any, onto: Any) -> None:
     written = plan_merge(subject, "bf16", onto)
     with open_form(subject, form, "bfloat16") as opened:
         for name, weight in opened.model.state_dict().items():
@@ -147,7 +147,7 @@ def test_a_merged_form_is_what_the_export_writes(subject: Subject, form: Any, on
                 assert (weight == written.value(name)).float().mean() > 0.999
 
 
-def test_the_16bit_forms_have_the_original_weights(subject: Subject) -> None:
+def test_the_16bit_forms_have_the_original_weights(subject: AdapterRef) -> None:
     original = load_file(BASE_DIR / "model.safetensors")
     with open_form(subject, "adapter-16bit", "bfloat16") as opened:
         held = opened.model.get_base_model().state_dict()
@@ -164,7 +164,7 @@ def test_the_16bit_forms_have_the_original_weights(subject: Subject) -> None:
 
 
 def test_merged_4bit_is_the_merged_model_loaded_as_the_base_was(
-    trained: SweepPaths, subject: Subject, tmp_path: Path
+    trained: SweepPaths, subject: AdapterRef, tmp_path: Path
 ) -> None:
     with open_form(subject, "merged", "bfloat16") as opened:
         opened.model.save_pretrained(str(tmp_path))
@@ -181,19 +181,19 @@ def test_merged_4bit_is_the_merged_model_loaded_as_the_base_was(
         assert loss(opened.model, trained) == loss(loaded, trained)
 
 
-def test_merging_into_a_head_leaves_the_embedding_that_it_shares(subject: Subject, tmp_path: Path) -> None:
+def test_merging_into_a_head_leaves_the_embedding_that_it_shares(subject: AdapterRef, tmp_path: Path) -> None:
     base = subject.base.model_copy(update={"quantization": "none"})
     head = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     get_peft_model(load_base(base), head).save_pretrained(str(tmp_path), save_embedding_layers=False)
     told = []
     for form in ("adapter", "merged"):
-        with open_form(Subject("head", tmp_path, base, None, None), form, "float32") as opened, torch.no_grad():
+        with open_form(AdapterRef("head", tmp_path, base, None, None), form, "float32") as opened, torch.no_grad():
             told.append(opened.model(input_ids=torch.arange(4, 12)[None]).logits)
     torch.testing.assert_close(*told)
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged-4bit"])
-def test_the_memory_of_a_form_is_freed_while_its_name_is_still_held(subject: Subject, form: Any) -> None:
+def test_the_memory_of_a_form_is_freed_while_its_name_is_still_held(subject: AdapterRef, form: Any) -> None:
     with open_form(subject, form, "float32") as opened:
         held = [weakref.ref(weight) for weight in opened.model.parameters()]
         assert all(weight() is not None for weight in held)
@@ -202,7 +202,7 @@ def test_the_memory_of_a_form_is_freed_while_its_name_is_still_held(subject: Sub
     assert opened.model is not None
 
 
-def test_a_lone_adapter_has_its_rows_prepared_again(subject: Subject, tmp_path: Path) -> None:
+def test_a_lone_adapter_has_its_rows_prepared_again(subject: AdapterRef, tmp_path: Path) -> None:
     (alone,) = find_finalists(str(outside(subject, tmp_path / "alone")), "runs", top=3)
     assert alone.sweep is None
     (found,) = evaluate([alone], own_rows(alone, 10), ["exact_match"], forms=["adapter"]).evaluations
@@ -212,7 +212,7 @@ def test_a_lone_adapter_has_its_rows_prepared_again(subject: Subject, tmp_path: 
     assert len(found.scores.answers) == 10
 
 
-def test_an_adapter_that_is_not_as_recorded_is_told_by_how_much(subject: Subject, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_as_recorded_is_told_by_how_much(subject: AdapterRef, tmp_path: Path) -> None:
     folder = outside(subject, tmp_path / "alone")
     recorded = read_scores(folder)
     assert recorded is not None
@@ -220,7 +220,7 @@ def test_an_adapter_that_is_not_as_recorded_is_told_by_how_much(subject: Subject
     other = recorded.model_copy(update={"losses": more})
     (folder / SCORES).write_text(other.model_dump_json())
     told: list[str] = []
-    alone = find_subject(str(folder), "runs")
+    alone = find_adapter(str(folder), "runs")
     report = evaluate([alone], own_rows(alone), [], forms=["adapter"], say=told.append)
     assert len(report.warnings) == 1
     assert "-0.01 from the" in report.warnings[0]
@@ -229,10 +229,10 @@ def test_an_adapter_that_is_not_as_recorded_is_told_by_how_much(subject: Subject
     assert "holds no scores" in evaluate([alone], own_rows(alone, 4), [], forms=["adapter"]).warnings[0]
 
 
-def test_an_adapter_without_its_origin_asks_for_rows(subject: Subject, tmp_path: Path) -> None:
+def test_an_adapter_without_its_origin_asks_for_rows(subject: AdapterRef, tmp_path: Path) -> None:
     folder = outside(subject, tmp_path / "alone")
     (folder / "trial.json").unlink()
-    stranger = find_subject(str(folder), "runs")
+    stranger = find_adapter(str(folder), "runs")
     with pytest.raises(RequestError, match=r"no trial.json") as told:
         own_rows(stranger)
     assert "--data FILE" in told.value.remedy
@@ -251,7 +251,7 @@ def test_an_adapter_without_its_origin_asks_for_rows(subject: Subject, tmp_path:
 
 
 def test_rows_of_a_file_are_those_that_training_would_make_of_it(
-    trained: SweepPaths, subject: Subject, tmp_path: Path
+    trained: SweepPaths, subject: AdapterRef, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps(row.values) + "\n" for row in read_rows(Source(source="embedded"))]
@@ -267,7 +267,7 @@ def test_rows_of_a_file_are_those_that_training_would_make_of_it(
     assert len(rows_of_file(subject, file, limit=7).tokens) == 7
 
 
-def test_every_bad_row_of_a_file_is_named(subject: Subject, tmp_path: Path) -> None:
+def test_every_bad_row_of_a_file_is_named(subject: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     good = {"question": "What is the total of 1 and 2?", "answer": "# 3"}
     bad = [{"question": "no answer"}, good | {"answer": ""}, good | {"question": "w " * 100}]
@@ -283,7 +283,7 @@ def test_every_bad_row_of_a_file_is_named(subject: Subject, tmp_path: Path) -> N
         rows_of_file(subject, file)
 
 
-def test_a_form_that_the_base_does_not_have_is_refused(subject: Subject, tmp_path: Path) -> None:
+def test_a_form_that_the_base_does_not_have_is_refused(subject: AdapterRef, tmp_path: Path) -> None:
     whole = subject.base.model_copy(update={"quantization": "none"})
     with pytest.raises(RequestError, match=r"merged-4bit: the base embedded was not held in 4 bits") as told:
         require_form(whole, "merged-4bit")
@@ -297,7 +297,7 @@ def test_a_form_that_the_base_does_not_have_is_refused(subject: Subject, tmp_pat
         require_form(packed, "merged-original")
 
 
-def test_tasks_of_the_harness_are_measured_in_each_form(subject: Subject, tmp_path: Path) -> None:
+def test_tasks_of_the_harness_are_measured_in_each_form(subject: AdapterRef, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from orchestrator.deploy.scoring.harness import open_harness
 

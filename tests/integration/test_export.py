@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from orchestrator.adapters.bundle import verify
 from orchestrator.data import load
-from orchestrator.deploy.adapter_ref import Subject, find_subject
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
 from orchestrator.deploy.export import export as room
 from orchestrator.deploy.export.export import Exported, export
 from orchestrator.deploy.export.gguf import CONVERTER, FILE, load_gguf
@@ -54,12 +54,12 @@ WAYS: list[tuple[Dtype, Onto, float]] = [
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     """An adapter that has learned something."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "tiny")
     settings = ["training.steps=60", "training.eval_steps=60", "scheduler.grace_steps=60"]
     run_local_trial(load_spec(DEMO, [*TINY, *settings]), paths, Witness())
-    return find_subject(str(paths.root), "runs")
+    return find_adapter(str(paths.root), "runs")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ print(json.dumps({"loss": loss / tokens, "template": bool(AutoTokenizer.from_pre
 """
 
 
-def plain(folder: Path, kind: str, subject: Subject, rows_file: Path) -> dict[str, Any]:
+def plain(folder: Path, kind: str, subject: AdapterRef, rows_file: Path) -> dict[str, Any]:
     """What plain libraries say of an export, in a process without this project: the loss of the compared rows."""
     assert subject.sweep is not None
     rows_file.write_text(json.dumps(list(load(subject.sweep.data).held_out.select(range(20)))))
@@ -111,7 +111,7 @@ def plain(folder: Path, kind: str, subject: Subject, rows_file: Path) -> dict[st
 
 
 def test_an_adapter_is_the_same_on_the_base_it_was_trained_on(
-    subject: Subject, out: Path, tmp_path_factory: pytest.TempPathFactory
+    subject: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     told: list[str] = []
     done = export(subject, out, "adapter", say=told.append)
@@ -126,7 +126,7 @@ def test_an_adapter_is_the_same_on_the_base_it_was_trained_on(
 
 
 def test_a_merged_model_is_one_that_plain_transformers_loads(
-    subject: Subject, out: Path, tmp_path_factory: pytest.TempPathFactory
+    subject: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out.mkdir()  # an empty folder is as good as none
     done = export(subject, out, "merged")
@@ -137,7 +137,7 @@ def test_a_merged_model_is_one_that_plain_transformers_loads(
     assert said["loss"] == pytest.approx(done.parity.loss_exported, rel=2e-3)  # transformers sums in another order
 
 
-def test_each_way_to_merge_is_held_against_its_own_source(subject: Subject, tmp_path: Path) -> None:
+def test_each_way_to_merge_is_held_against_its_own_source(subject: AdapterRef, tmp_path: Path) -> None:
     sources = {}
     for dtype, onto, most in WAYS:
         done = export(subject, tmp_path / f"{dtype}-{onto}", "merged", dtype, onto)
@@ -148,14 +148,14 @@ def test_each_way_to_merge_is_held_against_its_own_source(subject: Subject, tmp_
     assert sources["dequantised"] != pytest.approx(sources["original"], rel=1e-3)
 
 
-def test_a_base_that_was_not_quantised(subject: Subject, out: Path) -> None:
+def test_a_base_that_was_not_quantised(subject: AdapterRef, out: Path) -> None:
     plain_base = subject.base.model_copy(update={"quantization": "none"})
     assert export(replace(subject, base=plain_base), out, "adapter").parity.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9, 1.1, float("nan")])  # 0: the adapter is left out
 def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
-    subject: Subject, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+    subject: AdapterRef, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     def plan(*arguments: Any) -> Merge:
         merge = plan_merge(*arguments)
@@ -170,7 +170,7 @@ def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged"])
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(subject: Subject, out: Path, format: Any) -> None:
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(subject: AdapterRef, out: Path, format: Any) -> None:
     """No file may have more than 100 kB here, which is as good as a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(subject: Subject, out: Pa
 
 
 @needs_ray_serve
-def test_a_ray_serve_application_names_the_model_beside_it(subject: Subject, out: Path) -> None:
+def test_a_ray_serve_application_names_the_model_beside_it(subject: AdapterRef, out: Path) -> None:
     import yaml
 
     done = export(subject, out, "ray-serve", "fp16")
@@ -218,7 +218,7 @@ def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=whole, **names_of)
 
 
-def by_hand(work: Path, tokenizer: Any) -> tuple[Subject, Path]:
+def by_hand(work: Path, tokenizer: Any) -> tuple[AdapterRef, Path]:
     """The embedded base with another tokenizer, an adapter that says nothing of its rows, and rows."""
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     model.save_pretrained(work / "base")
@@ -231,7 +231,7 @@ def by_hand(work: Path, tokenizer: Any) -> tuple[Subject, Path]:
     adapted.save_pretrained(work / "adapter")
     (work / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     base = BaseSection(model=str(work / "base"), compute_dtype="float32")
-    return Subject("adapter", work / "adapter", base, None, None), work / "rows.jsonl"
+    return AdapterRef("adapter", work / "adapter", base, None, None), work / "rows.jsonl"
 
 
 TEXTS = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
@@ -254,12 +254,12 @@ def test_llama_cpps_converter_writes_what_transformers_reads_back(
 
 
 @pytest.fixture(scope="module")
-def as_gguf(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def as_gguf(subject: AdapterRef, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export(subject, tmp_path_factory.mktemp("gguf") / "out", "gguf", "bf16")
 
 
 @needs_converter
-def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: Subject, as_gguf: Exported, out: Path) -> None:
+def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: AdapterRef, as_gguf: Exported, out: Path) -> None:
     from gguf import GGUFReader
 
     merged = export(subject, out, "merged", "bf16")
@@ -277,7 +277,7 @@ def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: Subject, as_g
 
 @needs_converter
 def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_model(
-    subject: Subject, as_gguf: Exported, out: Path
+    subject: AdapterRef, as_gguf: Exported, out: Path
 ) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     export(subject, out, "merged", "bf16")

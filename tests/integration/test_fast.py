@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import DEMO, TINY, Witness
 
-from orchestrator.base import lease
+from orchestrator.base import guarded
 from orchestrator.data import prepare
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
@@ -60,7 +60,7 @@ def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = N
     config = load_spec(DEMO, [*TINY, *PLAIN, f"training.engine={engine}", *overrides]).trial_config({})
     ground, seen = TrialInputs.of(config.base, prepare(config.data, config.base)), Trained(folder)
     use_device(1)  # threads as a trial has them
-    with lease(config.base), pytest.MonkeyPatch.context() as patched:
+    with guarded(config.base), pytest.MonkeyPatch.context() as patched:
         seat = find_slot(config, ground)
         assert about(seat)["engine"] == engine
         loop = open_loop(config, ground, seat, folder, WriteNow())

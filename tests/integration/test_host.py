@@ -88,7 +88,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: TrialI
         assert all(earlier.seconds <= later.seconds for earlier, later in pairwise(followed.events))
         assert followed.fields["engine"] == "fast"
         assert followed.fields["total_steps"] == steps
-        assert "alone" not in followed.fields
+        assert "not_packed_reason" not in followed.fields
         best = followed.of(Evaluated)[-1].adapter
         assert (followed.paths.root / best / "adapter_model.safetensors").is_file()
     for followed in (one, third):
@@ -182,7 +182,7 @@ def test_what_is_written_late_is_whole(
         told += hosted.host.events(one.lease, 0.02)
     if runs_alone:  # it keeps its slot until its files are written: it has time to train as far as it can
         told += hosted.host.events(one.lease, 4.0)
-    assert [event.fields.keys() for event in told if isinstance(event, Noted)] == [{"alone"}] * runs_alone
+    assert [event.fields.keys() for event in told if isinstance(event, Noted)] == [{"not_packed_reason"}] * runs_alone
     assert not (one.paths.root / "adapters").exists()
     gate.set()
     hosted.follow(lambda: one.end)
@@ -390,10 +390,10 @@ def test_a_trial_that_cannot_share_runs_alone_and_others_go_on_afterwards(hosted
     assert after
     hosted.follow(lambda: all(followed.end for followed in hosted.all))
     assert [type(followed.end) for followed in hosted.all] == [Completed] * 3
-    assert odd.fields["alone"] == reason
+    assert odd.fields["not_packed_reason"] == reason
     assert odd.fields["engine"] == engine
     assert [event.step for event in odd.of(Evaluated)] == [2]
-    assert all("alone" not in followed.fields for followed in (before, after))
+    assert all("not_packed_reason" not in followed.fields for followed in (before, after))
     one, other = ([event.values for event in followed.of(Logged, Evaluated)] for followed in (before, after))
     assert [values.keys() for values in one] == [values.keys() for values in other]
     for values, same in zip(one, other, strict=True):
@@ -431,7 +431,7 @@ def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_the
     hosted.follow(lambda: odd.end and late.end)
     assert order == ["odd", "late"]
     assert isinstance(odd.end, Completed)
-    assert odd.fields["alone"]
+    assert odd.fields["not_packed_reason"]
     assert isinstance(late.end, Completed)
     # Nobody is held back for one that is wanted no more.
     long, odd = hosted.start("long again", endless), hosted.start("odd again", odd_one)

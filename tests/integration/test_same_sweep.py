@@ -15,7 +15,7 @@ from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.spec import load_spec
 from orchestrator.sweep import run_sweep
 from orchestrator.sweep.workers import trainable
-from orchestrator.sweep.workers.trainable import Relay
+from orchestrator.sweep.workers.trainable import TrialTrainable
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -79,7 +79,7 @@ def test_packed_solo_and_trl_give_the_same_ranking_and_values(sweep: Callable[..
             assert_same_values(record, trial, trl, wanted)
 
 
-class InTurn(Relay):
+class InTurn(TrialTrainable):
     """Tells nothing of its trial before the trial before it has ended; that one's worker waits for nobody."""
 
     def step(self) -> dict[str, object]:
@@ -120,7 +120,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     for trial in packed.trials():
         wanted = expected[trial.config.varied["training.learning_rate"]]
         assert (trial.state, trial.step, trial.tokens) == (wanted.state, wanted.step, wanted.tokens)
-        assert trial.state == TrialState.COMPLETE or trial.overshoot, "it went on beside the others"
+        assert trial.state == TrialState.COMPLETE or trial.extra_steps, "it went on beside the others"
         assert_same_values(packed, trial, solo, wanted)
 
 
@@ -128,7 +128,7 @@ def shares_a_worker(record: SweepRecord) -> bool:
     """Whether all trials had a slot of one worker before the first of them ended, and none had to be alone there."""
     trials = record.trials()
     paths = [record.paths.trial(trial.trial_id) for trial in trials]
-    is_one = len({trial.worker for trial in trials}) == 1 and {trial.alone for trial in trials} == {None}
+    is_one = len({trial.worker for trial in trials}) == 1 and {trial.not_packed_reason for trial in trials} == {None}
     return is_one and max(modified(each.config) for each in paths) < min(modified(each.result) for each in paths)
 
 

@@ -148,7 +148,7 @@ def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path
     )
     trials = {trial.trial_id: trial for trial in record.trials()}
     assert [trial.state for trial in trials.values()] == [TrialState.COMPLETE] * 4
-    assert not list(record.paths.root.glob("trials/*/offers"))
+    assert not list(record.paths.root.glob("trials/*/exploit_checkpoints"))
     assert decided(record, "paused")
     clones = {each.trial_id: each for each in decided(record, "cloned")}
     assert clones, "no trial was exploited"

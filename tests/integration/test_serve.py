@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import DEMO, TINY, Witness
 
-from orchestrator.deploy.adapter_ref import find_subject
+from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import Sampling
 from orchestrator.deploy.serving.served import open_served
 from orchestrator.record import SweepPaths, read_sweep, write_record
@@ -269,7 +269,7 @@ def test_an_answer_can_be_sent_back_but_not_a_call_of_a_tool(server: Server) -> 
 
 
 def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:
-    with open_served([find_subject(str(sweep.root), "runs")]) as (served,):
+    with open_served([find_adapter(str(sweep.root), "runs")]) as (served,):
         served._ends.clear()  # answers go on to their last token
 
         async def leave() -> None:

@@ -14,7 +14,7 @@ from tiny import DEMO, Witness
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data import load
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import Sampling, open_chat
 from orchestrator.deploy.export.export import export
 from orchestrator.deploy.load import load_adapter
@@ -51,7 +51,7 @@ def chatml_base(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     """An adapter trained on conversations for 200 steps."""
     folder = tmp_path_factory.mktemp("stops")
     (folder / "chatml.jinja").write_text(CHATML)
@@ -78,10 +78,10 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     paths = SweepPaths(folder / "sweep")
     assert run_local_trial(load_spec(DEMO, overrides), paths, Witness()) is not None
     record = read_sweep(paths.root)
-    return Subject.of_trial(record, record.trials()[0])
+    return AdapterRef.of_trial(record, record.trials()[0])
 
 
-def plainly_answered(subject: Subject, stop: int) -> float:
+def plainly_answered(subject: AdapterRef, stop: int) -> float:
     """Share of the held-out prompts that plain PEFT answers as wanted, one at a time, stopped at this token."""
     model, tokenizer = reloaded(subject.adapter, NF4), AutoTokenizer.from_pretrained(subject.adapter)
     assert subject.sweep is not None
@@ -95,7 +95,7 @@ def plainly_answered(subject: Subject, stop: int) -> float:
     return hits / len(prompts)
 
 
-def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_turn(subject: Subject) -> None:
+def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_turn(subject: AdapterRef) -> None:
     assert subject.sweep is not None
     best = read_sweep(subject.sweep.root).trials()[0].best
     assert best is not None
@@ -108,7 +108,7 @@ def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_t
         assert evaluation.values["exact_match"] == pytest.approx(there, abs=0.05)
 
 
-def test_chat_and_the_loaded_adapter_stop_at_the_end_of_the_turn(subject: Subject) -> None:
+def test_chat_and_the_loaded_adapter_stop_at_the_end_of_the_turn(subject: AdapterRef) -> None:
     chat = open_chat(subject)
     pieces = "".join(chat.stream("What is t q y backwards?", 30))
     assert pieces.strip() == "# y q t"
@@ -119,7 +119,7 @@ def test_chat_and_the_loaded_adapter_stop_at_the_end_of_the_turn(subject: Subjec
     assert tokenizer.eos_token_id == EOS
 
 
-def test_a_merged_model_stops_at_the_end_of_the_turn(subject: Subject, tmp_path: Path) -> None:
+def test_a_merged_model_stops_at_the_end_of_the_turn(subject: AdapterRef, tmp_path: Path) -> None:
     export(subject, tmp_path / "merged", "merged")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "merged" / name).read_text())["eos_token_id"] == [END, EOS]
@@ -132,7 +132,7 @@ def test_a_merged_model_stops_at_the_end_of_the_turn(subject: Subject, tmp_path:
     assert made[0, -1] == END
 
 
-def test_a_served_adapter_stops_at_the_end_of_the_turn(subject: Subject) -> None:
+def test_a_served_adapter_stops_at_the_end_of_the_turn(subject: AdapterRef) -> None:
     async def asked(served: Any) -> tuple[str, str | None]:
         text = ""
         ids = served.form.ids("What is t q y backwards?")
@@ -145,7 +145,7 @@ def test_a_served_adapter_stops_at_the_end_of_the_turn(subject: Subject) -> None
         assert asyncio.run(asked(served)) == ("# y q t", "stop")
 
 
-def test_an_adapter_that_does_not_say_stops_at_its_tokenizers_eos(subject: Subject, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_say_stops_at_its_tokenizers_eos(subject: AdapterRef, tmp_path: Path) -> None:
     """As other trainers leave it: no files of ours, and a tokenizer whose EOS ends the turns."""
     foreign = Path(shutil.copytree(subject.adapter, tmp_path / "foreign"))
     for name in ("generation_config.json", "trial.json", "manifest.json"):

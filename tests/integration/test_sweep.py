@@ -15,8 +15,8 @@ from tiny import DEMO, TINY
 
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.data import load
-from orchestrator.deploy import Sweep
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy import FinishedSweep
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
 from orchestrator.spec import load_spec
@@ -62,8 +62,8 @@ def test_the_task_is_learned_and_the_learning_rate_matters(learned: SweepRecord)
 
 
 def test_the_base_alone_cannot_do_the_task(learned: SweepRecord) -> None:
-    winner = Sweep(learned).best()
-    chat = open_chat(Subject.of_best(winner))
+    winner = FinishedSweep(learned).best()
+    chat = open_chat(AdapterRef.of_best(winner))
     prompts = load(learned.paths.data).prompts[:64]
     with chat.model.disable_adapter():
         assert np.mean(exact_matches(chat.model, chat.tokenizer, prompts, 8, 64)) <= 0.05
@@ -126,7 +126,10 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
             if point.step == trial.step and "eval/loss" in point.values
         ]
         assert any(value < points[-1].values["eval/loss"] for value in others), "the best of its rung was stopped"
-    assert Sweep(halved).best().trial.trial_id == min(trials, key=lambda t: t.best.value if t.best else 9e9).trial_id
+    assert (
+        FinishedSweep(halved).best().trial.trial_id
+        == min(trials, key=lambda t: t.best.value if t.best else 9e9).trial_id
+    )
 
 
 def test_the_median_rule_stops_what_lies_behind(tmp_path: Path) -> None:

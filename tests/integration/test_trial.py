@@ -15,7 +15,7 @@ from tiny import Witness
 
 from orchestrator import base as base_room
 from orchestrator.adapters.bundle import verify_adapter
-from orchestrator.base import kept, load_base
+from orchestrator.base import load_base, shared_base
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
@@ -226,13 +226,13 @@ def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path, fir
         run(tiny(f"training.engine={then}", *settings), folder)
         return curve(folder)
 
-    base_room.drop()
-    base = kept(tiny().base)
+    base_room.evict()
+    base = shared_base(tiny().base)
     settings = ["training.seed=1", "lora.rank=32", "training.recompute=true", "training.steps=4"]
     run(tiny(f"training.engine={first}", *settings), SweepPaths(tmp_path / "first"))
     after_another = second("after_another")
-    assert kept(tiny().base) is base, "the base was loaded again"
-    base_room.drop()
+    assert shared_base(tiny().base) is base, "the base was loaded again"
+    base_room.evict()
     assert second("fresh") == after_another
 
 
@@ -249,11 +249,11 @@ def test_lease_leaves_nothing_on_the_base(
 
     monkeypatch.setattr(loop_room, "build_trainer", build_and_watch)
     spec = tiny(f"training.engine={engine}", "training.recompute=true", "training.steps=4")
-    base_room.drop()
-    base = kept(spec.base)
+    base_room.evict()
+    base = shared_base(spec.base)
     modules = dict(base.named_modules())
     run(spec, folder)
-    assert kept(spec.base) is base
+    assert shared_base(spec.base) is base
     assert dict(base.named_modules()) == modules
     assert "forward" not in base.__dict__
     assert not any(parameter.requires_grad for parameter in base.parameters())
@@ -425,13 +425,13 @@ def test_trained_biases_are_the_trials_own(tiny: Tiny, tmp_path: Path) -> None:
     )  # fmt: skip
     Qwen2ForCausalLM(shape).save_pretrained(folder)
     spec = tiny(f"base.model={folder}", "lora.bias=all", "training.steps=4")
-    base = kept(spec.base)
+    base = shared_base(spec.base)
     fresh = {name: value.clone() for name, value in base.named_parameters() if name.endswith("bias")}
     assert fresh
     result = run(spec, SweepPaths(tmp_path / "biased"))
     assert result.applied["num_trainable_parameters"] > 0
     assert (result.engine, result.engine_reason) == ("trl", "lora.bias all")
-    assert kept(spec.base) is base
+    assert shared_base(spec.base) is base
     assert all(torch.equal(value, base.get_parameter(name)) for name, value in fresh.items())
 
 

@@ -13,7 +13,7 @@ from tiny import Witness
 from transformers import AutoConfig
 
 from orchestrator.data import load
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export.export import Format, export
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
@@ -307,7 +307,7 @@ def test_a_variant_ships(tiny: Tiny, tmp_path: Path, overrides: list[str], forma
     """Held against its source by the export itself; a wrong merge is refused there."""
     folder = SweepPaths(tmp_path / "sweep")
     result, _ = trained(tiny(*SHORT, *overrides), folder)
-    subject = Subject.of_trial(read_sweep(folder.root), result)
+    subject = AdapterRef.of_trial(read_sweep(folder.root), result)
     made = export(subject, tmp_path / "exported", format)
     assert made.parity.loss_exported == pytest.approx(made.parity.loss_source, rel=0.02)
     if format == "merged":

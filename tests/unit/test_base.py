@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from orchestrator import base as base_room
-from orchestrator.base import drop, kept, lease, load_base, load_tokenizer, new_token_ids, shell
+from orchestrator.base import evict, guarded, load_base, load_tokenizer, new_token_ids, share_modules, shared_base
 from orchestrator.spec.sections import BaseSection
 
 SECTION = BaseSection(model="embedded", compute_dtype="float32")
@@ -40,7 +40,7 @@ def test_a_shell_is_new_modules_over_the_same_weights(base: Any, monkeypatch: py
 
     monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
     monkeypatch.setattr(Params4bit, "__deepcopy__", refuse)
-    taken = shell(base)
+    taken = share_modules(base)
     for (name, module), (same_name, other) in zip(base.named_modules(), taken.named_modules(), strict=True):
         assert name == same_name
         assert module is not other
@@ -55,14 +55,14 @@ def test_a_shell_is_new_modules_over_the_same_weights(base: Any, monkeypatch: py
 
 def test_a_shell_answers_as_its_base(base: Any, ids: torch.Tensor) -> None:
     with torch.no_grad():
-        assert torch.equal(shell(base)(ids).logits, base(ids).logits)
+        assert torch.equal(share_modules(base)(ids).logits, base(ids).logits)
 
 
 def test_shells_in_use_at_once_do_not_see_one_another(base: Any, ids: torch.Tensor) -> None:
     """Each does to the bit what it does alone, whatever its neighbour does meanwhile; and the base answers as ever."""
 
     def steps(seed: int) -> Iterator[torch.Tensor]:
-        model = adapted(shell(base), rank=4 * seed, seed=seed)
+        model = adapted(share_modules(base), rank=4 * seed, seed=seed)
         model.train()
         model.get_base_model().activation_checkpointing_enable()
         model.enable_input_require_grads()
@@ -89,7 +89,7 @@ def test_shells_in_use_at_once_do_not_see_one_another(base: Any, ids: torch.Tens
 
 
 def test_what_hangs_on_a_shell_goes_with_it(base: Any, ids: torch.Tensor) -> None:
-    model = adapted(shell(base), rank=2, seed=0)
+    model = adapted(share_modules(base), rank=2, seed=0)
     model.enable_input_require_grads()
     model(input_ids=ids, labels=ids).loss.backward()
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
@@ -102,13 +102,13 @@ def test_what_hangs_on_a_shell_goes_with_it(base: Any, ids: torch.Tensor) -> Non
 
 def test_hooks_that_spread_a_base_over_gpus_are_the_shells_own(base: Any, ids: torch.Tensor) -> None:
     """accelerate binds the module into the forward that it hangs on it."""
-    spread = shell(base)
+    spread = share_modules(base)
     for module in spread.modules():
         add_hook_to_module(module, ModelHook())
-    taken = adapted(shell(spread), rank=2, seed=0)
+    taken = adapted(share_modules(spread), rank=2, seed=0)
     with torch.no_grad():
         assert torch.equal(spread(ids).logits, base(ids).logits)
-        assert torch.equal(taken(ids).logits, adapted(shell(base), rank=2, seed=0)(ids).logits)
+        assert torch.equal(taken(ids).logits, adapted(share_modules(base), rank=2, seed=0)(ids).logits)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -120,7 +120,7 @@ def test_a_trial_that_trains_biases_has_its_own(ids: torch.Tensor, bias: str) ->
     )  # fmt: skip
     base = Qwen2ForCausalLM(shape).requires_grad_(False).eval()
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    model = adapted(shell(base, own_biases=True), rank=2, seed=0, bias=bias)
+    model = adapted(share_modules(base, own_biases=True), rank=2, seed=0, bias=bias)
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
     assert len(biases) == 2 * 3
@@ -140,11 +140,11 @@ def test_shells_of_an_8_bit_base_share_its_weights_and_not_their_state(ids: torc
     layers = {name: module for name, module in base.named_modules() if isinstance(module, Linear8bitLt)}
     assert len(layers) == 4 * 7
     with torch.no_grad():
-        first = shell(base)
+        first = share_modules(base)
         answers = first(ids).logits
-        shell(base).to("cpu")
-        assert torch.equal(shell(base)(ids).logits, answers)
-        assert torch.equal(shell(first)(ids).logits, answers), "of one that has run"
+        share_modules(base).to("cpu")
+        assert torch.equal(share_modules(base)(ids).logits, answers)
+        assert torch.equal(share_modules(first)(ids).logits, answers), "of one that has run"
     for name, module in layers.items():
         assert first.get_submodule(name).weight.data_ptr() == module.weight.data_ptr()
         assert module.weight.SCB is not None, "the base was written to"
@@ -172,7 +172,7 @@ def test_a_shell_of_a_large_base_takes_no_time() -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        shell(large)
+        share_modules(large)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.1
 
@@ -190,23 +190,23 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseSection]]:
         standing.add(model)
         return model
 
-    drop()
+    evict()
     monkeypatch.setattr(base_room, "load_base", load)
     yield sections
-    drop()
+    evict()
 
 
 def test_a_base_is_loaded_once_and_kept_until_another_is_asked_for(loads: list[BaseSection]) -> None:
     with ThreadPoolExecutor(4) as threads:
-        assert len(set(threads.map(kept, [SECTION] * 4))) == 1
+        assert len(set(threads.map(shared_base, [SECTION] * 4))) == 1
     assert loads == [SECTION]
-    with lease(SECTION), lease(SECTION):
-        kept(SECTION)
-    with pytest.raises(ValueError, match="a trial that fails"), lease(SECTION):
+    with guarded(SECTION), guarded(SECTION):
+        shared_base(SECTION)
+    with pytest.raises(ValueError, match="a trial that fails"), guarded(SECTION):
         raise ValueError("a trial that fails")
     assert loads == [SECTION]
-    kept(OTHER)
-    kept(SECTION)
+    shared_base(OTHER)
+    shared_base(SECTION)
     assert loads == [SECTION, OTHER, SECTION]
 
 
@@ -225,11 +225,11 @@ def write(model: Any) -> None:
 @pytest.mark.usefixtures("loads")
 @pytest.mark.parametrize("alter", [train, cast, write])
 def test_a_base_that_comes_back_altered_is_dropped(alter: Callable[[Any], None]) -> None:
-    with lease(SECTION):
-        alter(kept(SECTION))
+    with guarded(SECTION):
+        alter(shared_base(SECTION))
     assert base_room._kept is None
-    with lease(SECTION):
-        alter(shell(kept(SECTION), own_biases=alter is cast))
+    with guarded(SECTION):
+        alter(share_modules(shared_base(SECTION), own_biases=alter is cast))
     assert (base_room._kept is None) == (alter is not cast), "biases of its own are the trial's"
 
 

@@ -19,7 +19,7 @@ _KEPT = ("generation_config.json", "tokenizer.model", "*.py")
 
 
 @dataclass(frozen=True)
-class Stored:
+class BaseFiles:
     """The files of a base, 16 or 32 bits a weight."""
 
     base: BaseSection
@@ -94,7 +94,7 @@ class Stored:
                 shutil.copyfile(path, target / path.name)
 
 
-def find_stored(base: BaseSection) -> Stored:
+def find_base_files(base: BaseSection) -> BaseFiles:
     """Find a base in its folder, in the hub's cache, or on the hub.
 
     Raises:
@@ -111,10 +111,10 @@ def find_stored(base: BaseSection) -> Stored:
     if _has(base, _INDEX):
         names: dict[str, str] = json.loads(_file(base, _INDEX).read_text(encoding="utf-8"))["weight_map"]
         found = {each: _file(base, each) for each in sorted(set(names.values()))}
-        return Stored(base, config.parent, {name: found[each] for name, each in names.items()})
+        return BaseFiles(base, config.parent, {name: found[each] for name, each in names.items()})
     if _has(base, _WEIGHTS):
         weights = _file(base, _WEIGHTS)
-        return Stored(base, config.parent, dict.fromkeys(_names(weights), weights))
+        return BaseFiles(base, config.parent, dict.fromkeys(_names(weights), weights))
     raise RequestError(
         f"base.model {base.model}: has no safetensors ({_WEIGHTS} or {_INDEX})",
         "Load it with transformers once and save it again with `save_pretrained`.",
@@ -131,7 +131,7 @@ def loaded_bytes(base: BaseSection) -> int:
     """
     import torch
 
-    stored, dtype = find_stored(base), getattr(torch, base.compute_dtype)
+    stored, dtype = find_base_files(base), getattr(torch, base.compute_dtype)
     others = 0 if stored.read(min(stored.files)).dtype == dtype else dtype.itemsize
     held, quantised = {"none": others, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization], stored.quantised()
     weights = stored.blank().named_parameters()

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.base import device_map, device_name, drop, keep_trainable, quantization_config
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.base import device_map, device_name, evict, keep_trainable, quantization_config
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export import gguf, ray_serve
 from orchestrator.deploy.export.base_files import loaded_bytes
 from orchestrator.deploy.export.memory_limit import available_bytes, require_memory, why_out_of_memory
 from orchestrator.deploy.export.merge import DTYPES, Dtype, Onto
-from orchestrator.deploy.export.parity import Parity, Row, Source, ask, compare
+from orchestrator.deploy.export.parity import Parity, Row, Source, ask, measure_parity
 from orchestrator.deploy.load import load_model
 from orchestrator.errors import ExportError, RequestError
 
@@ -32,7 +32,7 @@ class NoMemoryError(Exception):
 
 def hold_against_source(
     folder: Path,
-    subject: Subject,
+    subject: AdapterRef,
     format: Format,
     dtype: Dtype,
     onto: Onto,
@@ -60,7 +60,7 @@ def hold_against_source(
         try:
             say("asking the adapter on its base")
             source = _ask_source(subject, format, onto, dtype, rows, on_gpu)
-            drop()
+            evict()
             say("loading the export back")
             return _compare(source, folder, subject, format, dtype, rows, on_gpu)
         except (RuntimeError, MemoryError, RequestError, ExportError) as error:
@@ -68,14 +68,14 @@ def hold_against_source(
                 raise
             reason = found
         finally:
-            drop()
+            evict()
         if on_gpu:
             say(f"the GPU has too little memory, so that both are asked on the CPU: {reason}")
     raise NoMemoryError(reason)
 
 
 def _ask_source(
-    subject: Subject, format: Format, onto: Onto, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
+    subject: AdapterRef, format: Format, onto: Onto, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
 ) -> Source:
     """The adapter on the base that the export is to answer like."""
     if onto == "original":
@@ -109,7 +109,7 @@ def _round_no_inputs(model: Any) -> None:
 
 
 def _compare(
-    source: Source, folder: Path, subject: Subject, format: Format, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
+    source: Source, folder: Path, subject: AdapterRef, format: Format, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
 ) -> Parity:
     """By transformers and PEFT alone."""
     import torch
@@ -120,7 +120,7 @@ def _compare(
     if format == "gguf":
         # transformers reads the file as a whole.
         require_memory((folder / gguf.FILE).stat().st_size, f"the model in {gguf.FILE}")
-        return compare(source, gguf.load_gguf(folder, dtype, _place(on_gpu)), rows)
+        return measure_parity(source, gguf.load_gguf(folder, dtype, _place(on_gpu)), rows)
     trust = {"trust_remote_code": base.trust_remote_code}
     try:
         if format != "adapter":
@@ -128,7 +128,9 @@ def _compare(
             # For weights that lie in the files otherwise than in the model.
             with tempfile.TemporaryDirectory(dir=folder) as rest:
                 spilling = {"device_map": "auto", "max_memory": _room(on_gpu), "offload_folder": rest}
-                return compare(source, AutoModelForCausalLM.from_pretrained(str(model), **spilling, **trust), rows)
+                return measure_parity(
+                    source, AutoModelForCausalLM.from_pretrained(str(model), **spilling, **trust), rows
+                )
         adapted = AutoPeftModelForCausalLM.from_pretrained(
             str(folder),
             quantization_config=quantization_config(base),
@@ -139,7 +141,7 @@ def _compare(
     except (OSError, ValueError) as error:
         raise ExportError(f"the export cannot be loaded back: {error}", "Nothing was left behind.") from error
     keep_trainable(adapted)  # as the source: bitsandbytes has another arithmetic for inference on some CPUs
-    return compare(source, adapted, rows)
+    return measure_parity(source, adapted, rows)
 
 
 def _place(on_gpu: bool) -> Any:

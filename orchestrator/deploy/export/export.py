@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, read_manifest, seal
 from orchestrator.adapters.card import merged_card
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export import gguf, parity, ray_serve
 from orchestrator.deploy.export.check import Format, NoMemoryError, hold_against_source
 from orchestrator.deploy.export.memory_limit import readable
@@ -54,7 +54,7 @@ class Exported:
 
 
 def export(
-    subject: Subject,
+    subject: AdapterRef,
     target: Path,
     format: Format,
     dtype: Dtype | None = None,
@@ -149,7 +149,7 @@ def _require_target(target: Path, format: Format, dtype: Dtype | None, onto: Ont
         )
 
 
-def _num_bytes(subject: Subject, merge: Merge | None, format: Format) -> int:
+def _num_bytes(subject: AdapterRef, merge: Merge | None, format: Format) -> int:
     """Room that the export takes while it is made."""
     if merge is None:
         return sum(path.stat().st_size for path in _files(subject.adapter))
@@ -204,7 +204,7 @@ def _put_in_place(building: Path, target: Path) -> None:
 def _write(
     building: Path,
     target: Path,
-    subject: Subject,
+    subject: AdapterRef,
     merge: Merge | None,
     format: Format,
     converter: Path | None,
@@ -242,7 +242,7 @@ def _write(
         path.chmod(0o644)  # safetensors 0.8 lets only its owner read what it writes
 
 
-def _facts(subject: Subject, format: Format, how: dict[str, str], found: Parity) -> Facts:
+def _facts(subject: AdapterRef, format: Format, how: dict[str, str], found: Parity) -> Facts:
     """What is known of the adapter, and what was measured now."""
     if (subject.adapter / MANIFEST).is_file():
         known = read_manifest(subject.adapter).facts

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.adapters.stops import as_eos, write_stops
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import PromptForm, question_template
-from orchestrator.deploy.export.base_files import Stored, find_stored
+from orchestrator.deploy.export.base_files import BaseFiles, find_base_files
 from orchestrator.deploy.export.memory_limit import why_out_of_memory
 from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
 from orchestrator.errors import RecordError, RequestError
@@ -35,7 +35,7 @@ _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
-class Update:
+class LoraUpdate:
     """What LoRA adds to a layer's weight (out, in): `scale * B @ A`, with A (rank, in) and B (out, rank)."""
 
     a: str
@@ -47,7 +47,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainedRows:
     """Rows of an embedding or a head that trained: (len(ids), width) in the adapter's file."""
 
     key: str
@@ -60,14 +60,14 @@ class Rows:
 class Merge:
     """A merge that can be made: whatever is wrong with it has been told."""
 
-    subject: Subject
-    stored: Stored
+    subject: AdapterRef
+    stored: BaseFiles
     dtype: Dtype
-    updates: Mapping[str, Update]
+    updates: Mapping[str, LoraUpdate]
     """By weight of the base."""
     replaced: Mapping[str, str]
     """Weight or bias of the base -> name in the adapter's file, of those that were trained themselves."""
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, TrainedRows]
     """By weight of the base."""
     quantised: Mapping[str, Any] | None
     """Weight -> its quantised layer on meta; None for a merge onto the original weights."""
@@ -211,7 +211,7 @@ def default_dtype(base: BaseSection) -> Dtype:
     return "fp16" if base.compute_dtype == "float16" else "bf16"
 
 
-def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
+def plan_merge(subject: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
     """See what goes where; nothing is written, and no weight is read.
 
     Args:
@@ -225,7 +225,7 @@ def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
     from peft import PeftConfig
     from safetensors import SafetensorError, safe_open
 
-    stored = find_stored(subject.base)
+    stored = find_base_files(subject.base)
     try:
         with safe_open(subject.adapter / WEIGHTS, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -250,7 +250,7 @@ def plan_merge(subject: Subject, dtype: Dtype, onto: Onto) -> Merge:
     return Merge(subject, stored, dtype, updates, replaced, rows, quantised, saved, embedding)
 
 
-def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> dict[str, Update]:
+def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> dict[str, LoraUpdate]:
     """Updates by weight. PEFT itself says which layers it adapts, and how it scales them.
 
     Raises:
@@ -278,7 +278,7 @@ def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], ada
             raise RequestError(f"{told}, a {type(layer.get_base_layer()).__name__}; only linear layers are merged")
         matrices = f"{_PREFIX}{name}.lora_"
         magnitude = f"{matrices}magnitude_vector" if variant is not None else None
-        update = Update(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"], magnitude)
+        update = LoraUpdate(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"], magnitude)
         if not {update.a, update.b, magnitude} - {None} <= shapes.keys():
             raise RequestError(
                 f"{adapter}: is for another base: it holds no matrices for {name}, which it would adapt in this one"
@@ -290,14 +290,14 @@ def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], ada
     return updates
 
 
-def _rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rows]:
+def _rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TrainedRows]:
     """Rows of trained tokens by weight, as PEFT names them."""
     asked, found = config.trainable_token_indices or {}, {}
     for key in shapes:
         module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
         for name in ["embed_tokens"] if isinstance(asked, list) else asked:
             if key.endswith(_TOKENS) and module.endswith(name):
-                found[f"{module}.weight"] = Rows(key, asked if isinstance(asked, list) else asked[name])
+                found[f"{module}.weight"] = TrainedRows(key, asked if isinstance(asked, list) else asked[name])
     return found
 
 
@@ -308,10 +308,10 @@ def _embedding(blank: Any) -> frozenset[str]:
 
 
 def _require_fit(
-    stored: Stored,
-    updates: Mapping[str, Update],
+    stored: BaseFiles,
+    updates: Mapping[str, LoraUpdate],
     replaced: Mapping[str, str],
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, TrainedRows],
     shapes: Mapping[str, tuple[int, ...]],
     tied: set[str],
     embedding: Collection[str],
@@ -350,5 +350,5 @@ def _require_fit(
             )
 
 
-def _stored_otherwise(stored: Stored, name: str) -> RequestError:
+def _stored_otherwise(stored: BaseFiles, name: str) -> RequestError:
     return RequestError(f"base.model {stored.base.model}: {stored.folder} holds no weight by the name of {name}")

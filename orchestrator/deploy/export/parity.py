@@ -138,7 +138,7 @@ def ask(model: Any, rows: Sequence[Row]) -> Source:
     return Source(logits, math.hypot(*moved) / math.hypot(*whole))
 
 
-def compare(source: Source, exported: Any, rows: Sequence[Row]) -> Parity:
+def measure_parity(source: Source, exported: Any, rows: Sequence[Row]) -> Parity:
     """Hold a model against the logits that its source gave.
 
     Args:

@@ -17,11 +17,11 @@ from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.data.stops import StopFinder
 from orchestrator.data.turns import in_two_columns
-from orchestrator.deploy.adapter_ref import Subject, find_subject, find_sweep, is_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter, find_sweep, is_adapter
 from orchestrator.deploy.export.merge import DTYPES, default_dtype
-from orchestrator.deploy.scoring.forms import Form, Opened, forms_of, open_form, require_form
+from orchestrator.deploy.scoring.forms import Form, OpenForm, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
-from orchestrator.deploy.scoring.metrics import GENERATED, Metric, compare, perplexity, require_packages
+from orchestrator.deploy.scoring.metrics import GENERATED, Metric, answer_metrics, perplexity, require_packages
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import RowScores, SweepPaths
@@ -67,7 +67,7 @@ class EvaluationReport(Record):
 
 
 @dataclass(frozen=True)
-class Rows:
+class ScoredRows:
     """What forms are scored on."""
 
     tokens: Sequence[Mapping[str, list[int]]]
@@ -91,23 +91,23 @@ def pick(given: str, known: Sequence[_T], option: str) -> list[_T]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool = False) -> list[Subject]:
+def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool = False) -> list[AdapterRef]:
     """An adapter folder, or the best finished trials of a sweep and the one it recommends.
 
     Raises:
         RecordError: neither is there, or an adapter is not whole.
     """
     if is_adapter(sweep_or_adapter):
-        return [find_subject(sweep_or_adapter, output, trust_remote_code)]
+        return [find_adapter(sweep_or_adapter, output, trust_remote_code)]
     sweep = find_sweep(sweep_or_adapter, output)
-    chosen = Subject.of_best(sweep.best())
-    leaders = [Subject.of_trial(sweep.record, trial) for trial in sweep.top(top)]
+    chosen = AdapterRef.of_best(sweep.best())
+    leaders = [AdapterRef.of_trial(sweep.record, trial) for trial in sweep.top(top)]
     return leaders if chosen in leaders else [*leaders, chosen]
 
 
 def evaluate(
-    subjects: Sequence[Subject],
-    rows: Rows,
+    subjects: Sequence[AdapterRef],
+    rows: ScoredRows,
     metrics: Sequence[Metric],
     forms: Sequence[Form] | None = None,
     dtype: str | None = None,
@@ -173,7 +173,7 @@ def new_report(sweep: SweepPaths) -> Path:
     return sweep.evaluations / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{token_hex(4)}.json"
 
 
-def own_rows(subject: Subject, limit: int | None = None) -> Rows:
+def own_rows(subject: AdapterRef, limit: int | None = None) -> ScoredRows:
     """The held-out rows that an adapter was evaluated on while it trained, and the prompts that it answered.
 
     Args:
@@ -197,10 +197,10 @@ def own_rows(subject: Subject, limit: int | None = None) -> Rows:
             ) from error
     num_rows = min(limit or len(prepared.held_out), len(prepared.held_out))
     prompts = prepared.prompts[: limit or subject.config.evaluation.rows]
-    return Rows(prepared.held_out.select(range(num_rows)), prompts, source, are_own=True)
+    return ScoredRows(prepared.held_out.select(range(num_rows)), prompts, source, are_own=True)
 
 
-def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows:
+def rows_of_file(subject: AdapterRef, file: Path, limit: int | None = None) -> ScoredRows:
     """Rows of a file, written as those that the adapter was trained on.
 
     Args:
@@ -241,16 +241,16 @@ def rows_of_file(subject: Subject, file: Path, limit: int | None = None) -> Rows
         shown = list(faults)[:_FAULTS_SHOWN]
         more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
         raise DataError("\n".join([*shown, *more]), "The file needs the columns that the adapter was trained on.")
-    return Rows(tokens, [] if section.format == "text" else prompts, str(file), are_own=False)
+    return ScoredRows(tokens, [] if section.format == "text" else prompts, str(file), are_own=False)
 
 
-def _asked(subject: Subject, forms: Sequence[Form] | None) -> list[Form]:
+def _asked(subject: AdapterRef, forms: Sequence[Form] | None) -> list[Form]:
     """The trained form first."""
     return ["adapter", *(form for form in (forms or forms_of(subject.base)) if form != "adapter")]
 
 
 def _measure(
-    opened: Opened, subject: Subject, rows: Rows, metrics: Sequence[Metric], harness: Harness | None
+    opened: OpenForm, subject: AdapterRef, rows: ScoredRows, metrics: Sequence[Metric], harness: Harness | None
 ) -> tuple[RowScores, dict[str, float]]:
     config = subject.config
     batch_size = (config.training if config else TrainingSection()).eval_batch_size
@@ -262,14 +262,14 @@ def _measure(
         most = (config.evaluation if config else EvaluationSection()).max_new_tokens
         ids, wanted = [prompt.ids for prompt in rows.prompts], [prompt.answer for prompt in rows.prompts]
         said = answer(opened.model, opened.tokenizer, ids, most, batch_size)
-        values |= compare(said, wanted, metrics)
+        values |= answer_metrics(said, wanted, metrics)
         scores = scores.model_copy(update={"answers": matches(said, wanted)})
     if harness is not None:
         values |= harness.measure(opened, batch_size)
     return scores, values
 
 
-def _against_record(subject: Subject, rows: Rows, scores: RowScores) -> list[str]:
+def _against_record(subject: AdapterRef, rows: ScoredRows, scores: RowScores) -> list[str]:
     """What speaks against it that the adapter, measured here, is the one that was evaluated while it trained."""
     if not rows.are_own:
         return []

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from orchestrator.base import base_location, drop, keep_trainable, load_base, load_tokenizer
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.base import base_location, evict, keep_trainable, load_base, load_tokenizer
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import put_on
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenForm:
     """A form in memory, in evaluation mode."""
 
     model: Any
@@ -54,7 +54,7 @@ def require_form(base: BaseSection, form: Form) -> None:
 
 
 @contextmanager
-def open_form(subject: Subject, form: Form, dtype: str) -> Iterator[Opened]:
+def open_form(subject: AdapterRef, form: Form, dtype: str) -> Iterator[OpenForm]:
     """Open a form; its memory is free at the end, whoever still names the model.
 
     The merged forms are made layer by layer, within the memory of a model in `dtype`.
@@ -71,13 +71,13 @@ def open_form(subject: Subject, form: Form, dtype: str) -> Iterator[Opened]:
     model = _open(subject, form, dtype)
     model.eval()
     try:
-        yield Opened(model, tokenizer, subject.base.compute_dtype if form in ("adapter", "merged-4bit") else dtype)
+        yield OpenForm(model, tokenizer, subject.base.compute_dtype if form in ("adapter", "merged-4bit") else dtype)
     finally:
         _take_apart(model)
-        drop()
+        evict()
 
 
-def _open(subject: Subject, form: Form, dtype: str) -> Any:
+def _open(subject: AdapterRef, form: Form, dtype: str) -> Any:
     base = subject.base
     match form:
         case "adapter":

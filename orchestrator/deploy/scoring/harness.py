@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.deploy.scoring.forms import Opened
+from orchestrator.deploy.scoring.forms import OpenForm
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
 
@@ -22,7 +22,7 @@ class Harness:
     limit: int | None
     """Only the first rows of each task."""
 
-    def measure(self, opened: Opened, batch_size: int) -> dict[str, float]:
+    def measure(self, opened: OpenForm, batch_size: int) -> dict[str, float]:
         """Values by `task/metric`, such as `hellaswag/acc`; a metric's filter follows it, where it has one."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -35,7 +35,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def compare(said: Sequence[str], wanted: Sequence[str], metrics: Sequence[Metric]) -> dict[str, float]:
+def answer_metrics(said: Sequence[str], wanted: Sequence[str], metrics: Sequence[Metric]) -> dict[str, float]:
     """Values of those metrics that need answers: `exact_match` (a share), `rougeL` (mean F1 by rouge-score, 0 to 1),
     `bleu` (corpus BLEU by sacrebleu, 0 to 100)."""
     values: dict[str, float] = {}

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.deploy.chat import Sampling
-from orchestrator.deploy.serving.served import Piece, Served
+from orchestrator.deploy.serving.served import AdapterServer, AnswerPiece
 from orchestrator.errors import OrchestratorError, RequestError
 
 Document = dict[str, Any]
@@ -212,7 +212,7 @@ _TEXT = _Shape(
 )
 
 
-def create_app(models: Mapping[str, Served], token: str | None) -> ASGIApp:
+def create_app(models: Mapping[str, AdapterServer], token: str | None) -> ASGIApp:
     """An ASGI application.
 
     Args:
@@ -254,7 +254,7 @@ def create_app(models: Mapping[str, Served], token: str | None) -> ASGIApp:
 
 
 async def _complete(
-    request: Request, served: Served, ids: list[int], asked: _Request, max_tokens: int | None, shape: _Shape
+    request: Request, served: AdapterServer, ids: list[int], asked: _Request, max_tokens: int | None, shape: _Shape
 ) -> Response:
     """The response to a request that was understood.
 
@@ -279,7 +279,7 @@ async def _complete(
         counted = asked.stream_options is not None and asked.stream_options.include_usage
         events = _events(head | {"object": shape.part_object}, pieces, shape, len(ids) if counted else None)
         return StreamingResponse(events, media_type="text/event-stream")
-    text, last = "", Piece("", 0)
+    text, last = "", AnswerPiece("", 0)
     async with aclosing(pieces):
         async for last in pieces:
             text += last.text
@@ -291,11 +291,11 @@ async def _complete(
 
 
 async def _events(
-    head: Document, pieces: AsyncGenerator[Piece, None], shape: _Shape, num_prompt: int | None
+    head: Document, pieces: AsyncGenerator[AnswerPiece, None], shape: _Shape, num_prompt: int | None
 ) -> AsyncIterator[str]:
     """Server-sent events; with the tokens used at the end, unless `num_prompt` is None."""
     yield _event(head | {"choices": [_choice(shape.opening)]})
-    last = Piece("", 0)
+    last = AnswerPiece("", 0)
     try:
         async with aclosing(pieces):
             async for last in pieces:
@@ -331,7 +331,7 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
     return JSONResponse(_fault(message, kind, param, code), status)
 
 
-def _no_model(name: str, models: Mapping[str, Served]) -> Response:
+def _no_model(name: str, models: Mapping[str, AdapterServer]) -> Response:
     message = f"there is no model {name!r:.80} here; there are: {', '.join(models)}"
     return _error(404, message, "model", "model_not_found")
 

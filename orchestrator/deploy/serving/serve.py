@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.deploy.adapter_ref import Subject, find_subject, find_sweep, is_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter, find_sweep, is_adapter
 from orchestrator.deploy.chat import open_prompt_form
-from orchestrator.deploy.serving.served import Served, open_served
+from orchestrator.deploy.serving.served import AdapterServer, open_served
 from orchestrator.deploy.serving.vllm import RANKS, largest_rank, more_than_lora, vllm_command
 from orchestrator.errors import RequestError
 from orchestrator.spec.extras import require_package
@@ -35,18 +35,18 @@ _GRACE_S = 5
 
 
 @dataclass(frozen=True)
-class Offer:
+class ServedAdapter:
     """An adapter, and the names it is asked by."""
 
     names: list[str]
-    subject: Subject
+    subject: AdapterRef
 
 
 @dataclass(frozen=True)
 class Service:
     """What is to be served, where, and to whom: found to be possible, with nothing loaded yet."""
 
-    offers: list[Offer]
+    offers: list[ServedAdapter]
     engine: Engine
     why: str
     """Of the engine."""
@@ -100,7 +100,7 @@ def plan_service(
         host: address to listen on. Any but the loopback needs a token, which is made if none is given.
         port: 0 takes a free one.
         token: that requests must bear.
-        trust_remote_code: see `find_subject`.
+        trust_remote_code: see `find_adapter`.
 
     Raises:
         RecordError: there is no such sweep or adapter, or it is not whole.
@@ -150,7 +150,7 @@ def _vllm_call(service: Service) -> tuple[list[str], dict[str, str]]:
     return command, os.environ | ({"VLLM_API_KEY": service.token} if service.token else {})
 
 
-def _answer_requests(service: Service, served: Sequence[Served]) -> None:
+def _answer_requests(service: Service, served: Sequence[AdapterServer]) -> None:
     import uvicorn
 
     from orchestrator.deploy.serving.api import create_app
@@ -162,24 +162,25 @@ def _answer_requests(service: Service, served: Sequence[Served]) -> None:
         uvicorn.Server(config).run(sockets=[service.listening])
 
 
-def _offers(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool) -> list[Offer]:
+def _offers(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool) -> list[ServedAdapter]:
     if is_adapter(sweep_or_adapter):
         if top > 1:
             raise RequestError(f"--top {top}: {sweep_or_adapter} is one adapter", "Give a sweep.")
-        subject = find_subject(sweep_or_adapter, output, trust_remote_code)
-        return [Offer([subject.name], subject)]
+        subject = find_adapter(sweep_or_adapter, output, trust_remote_code)
+        return [ServedAdapter([subject.name], subject)]
     sweep = find_sweep(sweep_or_adapter, output)
-    best = Subject.of_best(sweep.best())
+    best = AdapterRef.of_best(sweep.best())
     others = [trial for trial in sweep.top(top) if trial.trial_id != best.name]
-    subjects = [best, *(Subject.of_trial(sweep.record, trial) for trial in others[: top - 1])]
+    subjects = [best, *(AdapterRef.of_trial(sweep.record, trial) for trial in others[: top - 1])]
     if len({subject.base for subject in subjects}) > 1:
         raise RequestError(f"--top {top}: these trials stand on different bases", "Serve them one by one.")
     return [
-        Offer([subject.name, *([sweep.record.paths.name] if subject is best else [])], subject) for subject in subjects
+        ServedAdapter([subject.name, *([sweep.record.paths.name] if subject is best else [])], subject)
+        for subject in subjects
     ]
 
 
-def _choose_engine(engine: Engine | Literal["auto"], subjects: Sequence[Subject], host: str) -> tuple[Engine, str]:
+def _choose_engine(engine: Engine | Literal["auto"], subjects: Sequence[AdapterRef], host: str) -> tuple[Engine, str]:
     """The engine, and why it is this one."""
     if engine == "transformers":
         return engine, "as asked"
@@ -193,7 +194,7 @@ def _choose_engine(engine: Engine | Literal["auto"], subjects: Sequence[Subject]
     return ("transformers", fault) if fault else ("vllm", "it is installed, and there is a GPU")
 
 
-def _why_not_vllm(subjects: Sequence[Subject], host: str) -> str | None:
+def _why_not_vllm(subjects: Sequence[AdapterRef], host: str) -> str | None:
     base = subjects[0].base
     if shutil.which("vllm") is None:
         return "vLLM is not installed: there is no command of that name"

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from orchestrator.adapters.stops import stops_of
-from orchestrator.base import load_base, shell
+from orchestrator.base import load_base, share_modules
 from orchestrator.data import encode_prompt
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import COLD, PromptForm, Sampling, open_prompt_form
 from orchestrator.deploy.load import put_on
 from orchestrator.errors import OrchestratorError, RequestError
@@ -31,7 +31,7 @@ _WATCH_S = 5
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What was added to an answer."""
 
     text: str
@@ -41,7 +41,7 @@ class Piece:
     """In the last piece: it came to its end or to a stop string, or had its `max_new_tokens`."""
 
 
-class Served:
+class AdapterServer:
     """An adapter on its base. Begins with `start`, and holds a thread until `stop`."""
 
     def __init__(self, model: Any, form: PromptForm) -> None:
@@ -105,7 +105,7 @@ class Served:
 
     async def answer(
         self, ids: list[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), strip: bool = False
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[AnswerPiece, None]:
         """Pieces of the answer as they come; who leaves early ends it.
 
         Args:
@@ -133,9 +133,9 @@ class Served:
                     if token not in self._ends and words.add(token):
                         break
                 if text := words.settled():
-                    yield Piece(text, seen)
+                    yield AnswerPiece(text, seen)
             by_itself = words.stopped or output.generated_tokens[-1] in self._ends
-            yield Piece(words.rest(), seen, "stop" if by_itself else "length")
+            yield AnswerPiece(words.rest(), seen, "stop" if by_itself else "length")
         finally:
             if not finished:
                 self._manager.cancel_request(request)
@@ -155,7 +155,7 @@ class Served:
 
 
 @contextmanager
-def open_served(subjects: Sequence[Subject]) -> Iterator[list[Served]]:
+def open_served(subjects: Sequence[AdapterRef]) -> Iterator[list[AdapterServer]]:
     """Adapters side by side on one base, started; stopped at the end.
 
     Args:
@@ -166,10 +166,10 @@ def open_served(subjects: Sequence[Subject]) -> Iterator[list[Served]]:
     """
     forms = [open_prompt_form(subject) for subject in subjects]
     base = load_base(subjects[0].base)
-    started: list[Served] = []
+    started: list[AdapterServer] = []
     try:
         for subject, form in zip(subjects, forms, strict=True):
-            served = Served(put_on(shell(base, own_biases=True), subject), form)
+            served = AdapterServer(put_on(share_modules(base, own_biases=True), subject), form)
             served.start()
             started.append(served)
         yield started

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.spec.manual.tree import NOTHING, Field, Group
+from orchestrator.spec.manual.tree import NOTHING, Field, FieldGroup
 
 _GIVEN: dict[str, Any] = {
     "base.model": "embedded",
@@ -26,7 +26,7 @@ _HEAD = """\
 _WIDTH = 118
 
 
-def print_every_field(tree: Group) -> str:
+def print_every_field(tree: FieldGroup) -> str:
     """An experiment file (YAML)."""
     parts = []
     for section in tree.fields:
@@ -39,7 +39,7 @@ def print_every_field(tree: Group) -> str:
     return "\n\n".join([_HEAD.rstrip("\n"), *parts]) + "\n"
 
 
-def _lines(holder: Field, group: Group, value: dict[str, Any], indent: str) -> Iterator[str]:
+def _lines(holder: Field, group: FieldGroup, value: dict[str, Any], indent: str) -> Iterator[str]:
     """The fields of a section, then, as comments, those of the others that could stand in its place."""
     for field in group.fields:
         own = _GIVEN.get(f"{group.path}.{field.name}", value.get(field.name, field.default))
@@ -60,7 +60,7 @@ def _lines(holder: Field, group: Group, value: dict[str, Any], indent: str) -> I
             yield from _beside("Or", other, indent)
 
 
-def _beside(word: str, group: Group, indent: str) -> Iterator[str]:
+def _beside(word: str, group: FieldGroup, indent: str) -> Iterator[str]:
     """The fields of a section that is not there, as comments."""
     yield from _comment(f"{word}: {group.sentence}", indent)
     for field in group.fields:

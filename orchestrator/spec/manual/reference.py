@@ -2,7 +2,7 @@
 
 import json
 
-from orchestrator.spec.manual.tree import NOTHING, Field, Group
+from orchestrator.spec.manual.tree import NOTHING, Field, FieldGroup
 
 _HEAD = """\
 # Every field of an experiment
@@ -13,12 +13,12 @@ its fields resolved, [every-field.yaml](../experiments/every-field.yaml) shows t
 """
 
 
-def print_reference(tree: Group) -> str:
+def print_reference(tree: FieldGroup) -> str:
     """Markdown: one part a section, one row a field."""
     return "\n".join([_HEAD, *(_part(group) for group in tree.walk() if group.path)])
 
 
-def _part(group: Group) -> str:
+def _part(group: FieldGroup) -> str:
     marks = ", ".join(f"{name}: {value}" for name, value in group.marks.items())
     title = f"{'#' * min(4, 2 + group.path.count('.'))} `{group.path}`" + (f" with `{marks}`" if marks else "")
     rows = [_row(field) for field in group.fields]

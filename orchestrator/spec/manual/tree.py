@@ -19,10 +19,10 @@ class Field:
     required: bool
     default: Any
     """NOTHING where there is none."""
-    parts: list["Group"]
+    parts: list["FieldGroup"]
     """Sections that it may hold; several are the members of a union."""
 
-    def part_of(self, value: Any) -> "Group | None":
+    def part_of(self, value: Any) -> "FieldGroup | None":
         """The section that such a value is one of, if it is one."""
         if not isinstance(value, dict):
             return None
@@ -31,7 +31,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Group:
+class FieldGroup:
     """A section, or one member of a union of them."""
 
     path: str
@@ -41,7 +41,7 @@ class Group:
     sentence: str
     fields: list[Field]
 
-    def walk(self) -> Iterator["Group"]:
+    def walk(self) -> Iterator["FieldGroup"]:
         """This one and all below it, in the order of the fields."""
         yield self
         for field in self.fields:
@@ -49,12 +49,12 @@ class Group:
                 yield from part.walk()
 
 
-def read_tree(schema: Node) -> Group:
+def read_tree(schema: Node) -> FieldGroup:
     """The tree of a whole schema; its root has no path."""
     return _group(schema, schema.get("$defs", {}), "", is_member=False)
 
 
-def _group(node: Node, defs: Node, path: str, *, is_member: bool) -> Group:
+def _group(node: Node, defs: Node, path: str, *, is_member: bool) -> FieldGroup:
     properties: dict[str, Node] = node["properties"]
     marks = {name: field["const"] for name, field in properties.items() if is_member and "const" in field}
     fields = []
@@ -64,7 +64,7 @@ def _group(node: Node, defs: Node, path: str, *, is_member: bool) -> Group:
         required = name in node.get("required", []) or name in marks
         sentence = field.get("description", "")
         fields.append(Field(name, sentence, _values(field), required, field.get("default", NOTHING), parts))
-    return Group(path, marks, node.get("description", ""), fields)
+    return FieldGroup(path, marks, node.get("description", ""), fields)
 
 
 def _parts(node: Node, defs: Node, path: str) -> Iterator[tuple[Node, str]]:

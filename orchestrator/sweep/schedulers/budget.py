@@ -9,7 +9,7 @@ from orchestrator.spec.search import Budget
 _HOUR_S = 3600.0
 
 
-class Spending:
+class BudgetTracker:
     """Counts what trials have spent by their records, and the hours since the first step of a trial.
 
     It is pickled with the sweep. The time between two drivers, and the time in which workers load, do not count.

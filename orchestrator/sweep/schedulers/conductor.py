@@ -17,7 +17,7 @@ from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler, Brackets, NoScheduler, Population
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
-from orchestrator.sweep.schedulers.budget import Spending
+from orchestrator.sweep.schedulers.budget import BudgetTracker
 from orchestrator.sweep.schedulers.factory import make_scheduler, unit, why_cloned, why_stopped
 from orchestrator.sweep.schedulers.population import Cloning
 from orchestrator.sweep.schedulers.reports import Reports
@@ -61,7 +61,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
         self._takes_turns = isinstance(scheduler, Brackets | Population)
         self._holds = self._takes_turns and not isinstance(scheduler, BohbScheduler)
         self._inner = make_scheduler(self._spec)
-        self._spending = Spending(self._spec.search.budget)
+        self._spending = BudgetTracker(self._spec.search.budget)
         has_order = not self._takes_turns and not isinstance(scheduler, NoScheduler)
         self._reports = Reports(at_once, self._spec.search.total_trials) if has_order else None
         record.paths.first_step.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from orchestrator.spec.sections.scheduler import (
     Population,
     Rungs,
 )
-from orchestrator.sweep.rng import Draws
+from orchestrator.sweep.rng import OwnRng
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb, HyperBand
 from orchestrator.sweep.schedulers.population import Clone, Explored, Pbt, mutations
 
@@ -110,7 +110,7 @@ def _bracket_settings(spec: SweepSpec, scheduler: Brackets) -> dict[str, Any]:
 
 def _population_settings(spec: SweepSpec, scheduler: Population) -> dict[str, Any]:
     return {
-        "draws": Draws(spec.search.seed),
+        "draws": OwnRng(spec.search.seed),
         "time_attr": scheduler.counts,
         "perturbation_interval": scheduler.interval_tokens or spec.interval_steps,
         "quantile_fraction": scheduler.quantile,

@@ -8,7 +8,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis
-from orchestrator.sweep.rng import Draws
+from orchestrator.sweep.rng import OwnRng
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Explored:
 class Cloning:
     """Tells of clones; goes before a scheduler of Tune's that makes them."""
 
-    def __init__(self, draws: Draws, **settings: Any) -> None:
+    def __init__(self, draws: OwnRng, **settings: Any) -> None:
         """`settings` are those of the scheduler."""
         super().__init__(**settings)
         self._draws = draws

@@ -8,7 +8,7 @@ from ray.tune.search.bohb import TuneBOHB
 
 from orchestrator.spec.axes import Axis, Listed, Real
 from orchestrator.spec.search import SearchSection
-from orchestrator.sweep.rng import Draws
+from orchestrator.sweep.rng import OwnRng
 from orchestrator.sweep.search.algorithms import by_depth, encode, worst_value
 from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
 from orchestrator.sweep.tune_trial import plain_values
@@ -36,7 +36,7 @@ class BohbSearch(TuneBOHB):  # type: ignore[misc]  # ray is untyped
         """`settings` are those of Tune's."""
         super().__init__(**settings)
         self._search = search
-        self._draws = Draws(search.seed)
+        self._draws = OwnRng(search.seed)
         self._drawn = DrawnPoints(search)
 
     def suggest(self, trial_id: str) -> Point | None:

@@ -165,7 +165,7 @@ class RemoteTrial:
         result = read_result(self._paths)
         steps = [event.step for event in untold if isinstance(event, Logged | Evaluated | Saved | Left)]
         end_trial(
-            self._paths, result.model_copy(update={"overshoot": max([0, *(step - result.step for step in steps)])})
+            self._paths, result.model_copy(update={"extra_steps": max([0, *(step - result.step for step in steps)])})
         )
         for folder in self._paths.root.glob("adapters/step-*"):
             if result.best is None or folder != self._paths.root / result.best.adapter:

@@ -29,7 +29,7 @@ _CPUS_FOR_RELAYS = 0.1
 
 
 @dataclass(frozen=True)
-class Layout:
+class FleetPlan:
     """What to start."""
 
     num_workers: int
@@ -45,7 +45,7 @@ class Layout:
     """Why so many."""
 
 
-def lay_out(spec: SweepSpec, address: str | None) -> Layout:
+def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     """Choose the workers by what the cluster has, or may start.
 
     Raises:
@@ -95,7 +95,7 @@ def lay_out(spec: SweepSpec, address: str | None) -> Layout:
     if at_once < spec.search.total_trials:
         why += f"; of {spec.search.total_trials} trials resources.max_concurrent lets {at_once} run at a time"
     is_fixed = slots == 1 or asked != "auto"
-    return Layout(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
+    return FleetPlan(num_workers, whole / processes, resources.cpus_per_trial, slots, is_fixed, why)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
 class Fleet:
     """Workers that have been started, for a driver."""
 
-    def __init__(self, layout: Layout, spec: SweepSpec) -> None:
+    def __init__(self, layout: FleetPlan, spec: SweepSpec) -> None:
         """Start them; they import what is heavy by themselves."""
         actor = ray.remote(
             num_gpus=layout.gpus,
@@ -182,9 +182,9 @@ def start_fleet(spec: SweepSpec, address: str | None) -> Iterator[Fleet]:
     """Workers for the time of a sweep.
 
     Raises:
-        RequestError: see `lay_out`.
+        RequestError: see `plan_fleet`.
     """
-    fleet = Fleet(lay_out(spec, address), spec)
+    fleet = Fleet(plan_fleet(spec, address), spec)
     try:
         yield fleet
     finally:

@@ -28,7 +28,7 @@ from orchestrator.sweep.workers.worker_client import Workers
 _OFFERS_KEPT = 3
 
 
-class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
+class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # ray is untyped
     """One Tune step is one evaluation. The actor is reused from trial to trial.
 
     It takes a slot at the first step: what Tune does before, such as to load another trial's checkpoint, comes first.
@@ -69,15 +69,15 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         so_far = resumable(self._paths, self._config)
         if so_far is None or so_far.checkpoint is None:
             return {}
-        source, offers = self._paths.root / so_far.checkpoint, self._paths.offers
-        for half in offers.glob(f"{BUILDING}*"):  # of a relay that was killed
+        source, exploit_checkpoints = self._paths.root / so_far.checkpoint, self._paths.exploit_checkpoints
+        for half in exploit_checkpoints.glob(f"{BUILDING}*"):  # of a relay that was killed
             shutil.rmtree(half, ignore_errors=True)
-        with building_beside(offers / source.name) as building:
+        with building_beside(exploit_checkpoints / source.name) as building:
             # No links: a trial that goes back writes its files again.
             shutil.copytree(source, building, dirs_exist_ok=True)
-            shutil.rmtree(offers / source.name, ignore_errors=True)  # of before it went back
-            building.rename(offers / source.name)
-        newest_last = sorted(offers.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
+            shutil.rmtree(exploit_checkpoints / source.name, ignore_errors=True)  # of before it went back
+            building.rename(exploit_checkpoints / source.name)
+        newest_last = sorted(exploit_checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
         for older in newest_last[:-_OFFERS_KEPT]:
             shutil.rmtree(older)
         return {"trial": self._paths.trial_id, "checkpoint": so_far.checkpoint, "step": so_far.step}
@@ -142,7 +142,7 @@ class Relay(tune.Trainable):  # type: ignore[misc]  # ray is untyped
         so_far = read_trial(paths, info) if paths.progress.is_file() else self._fresh()
         donor_paths = self._sweep.paths.trial(checkpoint["trial"])
         donor = read_trial(donor_paths, info)
-        source = donor_paths.offers / Path(checkpoint["checkpoint"]).name
+        source = donor_paths.exploit_checkpoints / Path(checkpoint["checkpoint"]).name
         copied = paths.root / ".adopted"
         shutil.rmtree(copied, ignore_errors=True)
         try:

@@ -41,7 +41,7 @@ class Workers:
         """Reference to a worker's slots, and why it has no more."""
         return handle.open.remote([self.data], str(self.logs))
 
-    def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "Lease":
+    def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "WorkerLease":
         """A slot for a trial, as soon as there is one.
 
         Args:
@@ -58,7 +58,7 @@ class Workers:
             for free, _, handle in sorted(opened, key=lambda each: each[:2], reverse=True):
                 try:
                     if free and ray.get(handle.start.remote(name, start, paths)):
-                        return Lease(handle, name)
+                        return WorkerLease(handle, name)
                 except RayActorError:  # it has just died, perhaps after it began
                     handle.release.remote(name)
             for handle in closed:
@@ -83,7 +83,7 @@ class Workers:
         """Make sure that no worker trains by a lease any more. Workers that know nothing of it answer at once."""
         for handle in self._placed():
             with suppress(RayError):
-                Lease(handle, name).release()
+                WorkerLease(handle, name).release()
 
     def _placed(self) -> list[Any]:
         placed, _ = ray.wait(self.ready, num_returns=len(self.ready), timeout=0)
@@ -109,7 +109,7 @@ class Workers:
         return opened, closed
 
 
-class Lease:
+class WorkerLease:
     """One slot of one worker. It must be renewed, or events be asked for, every few seconds."""
 
     def __init__(self, worker: Any, name: str) -> None:

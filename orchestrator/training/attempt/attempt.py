@@ -12,7 +12,7 @@ from peft import load_peft_weights
 from orchestrator.adapters.bundle import add_answers, put_right
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.adapters.stops import stop_at
-from orchestrator.base import device_name, lease
+from orchestrator.base import device_name, guarded
 from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.storage import storage_fault
@@ -189,7 +189,7 @@ def run_alone(
     """Run a trial that has the process to itself, which holds so many GPUs. The other arguments are `Attempt`'s."""
     config, pack = start.config, MultiLora()
     attempt = Attempt(start, paths, ground, listener, aside, lambda seconds: gpus * seconds, is_alone=True)
-    with lease(config.base):
+    with guarded(config.base):
         pack.join(attempt.run(partial(find_slot, config, ground)))
         try:
             while len(pack):

@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.adapters.stops import joined, stops_of
-from orchestrator.base import kept, load_tokenizer, shell
+from orchestrator.base import load_tokenizer, share_modules, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
@@ -62,7 +62,7 @@ class TrialInputs:
     def of(cls, base: BaseSection, data: PreparedData) -> "TrialInputs":
         """Load the base, if it is not there already."""
         tokenizer = load_tokenizer(base, data.chat_template)
-        return cls(kept(base), tokenizer, data, TokenizedRows.of(data.train), TokenizedRows.of(data.held_out))
+        return cls(shared_base(base), tokenizer, data, TokenizedRows.of(data.train), TokenizedRows.of(data.held_out))
 
     @property
     def stop_tokens(self) -> list[int]:
@@ -130,7 +130,7 @@ def open_loop(
         trainer = build_trainer(config, adapted(base, config), tokenizer, data, checkpoints)
         return Slot(seat.index, trainer, seat.engine, config, ground.train, ground.held_out, aside)
     modules = expected_modules(base, config.lora)
-    read = eva_components(shell(base), config, data, list(modules)) if config.lora.init == "eva" else None
+    read = eva_components(share_modules(base), config, data, list(modules)) if config.lora.init == "eva" else None
     model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
     trainer = build_trainer(config, model, tokenizer, data, checkpoints, read)
     if config.data.packing:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from orchestrator.base import shell
+from orchestrator.base import share_modules
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.targets import TrainableBeside, expected_modules
@@ -60,7 +60,7 @@ def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], be
     Args:
         base: bare; it stays as it is.
     """
-    own = shell(base, own_biases=config.lora.bias != "none")
+    own = share_modules(base, own_biases=config.lora.bias != "none")
     return get_peft_model(own, lora_config(config, modules, beside))
 
 
@@ -78,7 +78,7 @@ def peft_template(base: Any, config: TrialConfig) -> Any:
     key = repr((lora.target_modules, lora.layers_to_transform))
     if key not in made:
         small = config.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
-        made[key] = get_peft_model(shell(base), lora_config(small, expected_modules(base, lora)))
+        made[key] = get_peft_model(share_modules(base), lora_config(small, expected_modules(base, lora)))
     return made[key]
 
 
@@ -89,7 +89,7 @@ def adapted(base: Any, config: TrialConfig) -> Any:
         base: bare; it stays as it is.
         config: a trial that the fast engine holds.
     """
-    model, lora = shell(peft_template(base, config)), config.lora
+    model, lora = share_modules(peft_template(base, config)), config.lora
     known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
     known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.base import kept, load_tokenizer
+from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import TrialPaths, TrialResult
@@ -282,7 +282,7 @@ class WorkerRuntime:
             self._rows = TokenizedRows.of(self._data.train), TokenizedRows.of(self._data.held_out)
         if base not in self._tokenizers:
             self._tokenizers[base] = load_tokenizer(base, self._data.chat_template)
-        return TrialInputs(kept(base), self._tokenizers[base], self._data, *self._rows)
+        return TrialInputs(shared_base(base), self._tokenizers[base], self._data, *self._rows)
 
     def _why_alone(self, config: TrialConfig) -> str | None:
         """Why a trial cannot train beside others, or None."""
@@ -351,7 +351,7 @@ class WorkerRuntime:
         config, aside = lease.start.config, self._writers.open(lease)
         try:
             reset_peak_memory()
-            lease.emit(Noted(0.0, 0.0, 0.0, {"alone": reason}))
+            lease.emit(Noted(0.0, 0.0, 0.0, {"not_packed_reason": reason}))
             run_alone(lease.start, lease.paths, self._ground(config.base), lease, aside, self._gpus)
         except OrchestratorError as error:
             self._fail(lease, error)

@@ -11,7 +11,7 @@ from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data.encode import encode
 from orchestrator.data.render import render
 from orchestrator.data.row import Row
-from orchestrator.deploy.adapter_ref import find_subject
+from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import Chat, Conversation, PromptForm, Sampling, open_chat, open_prompt_form, sampling_of
 from orchestrator.deploy.load import load_adapter, load_own_tokenizer
 from orchestrator.errors import RequestError
@@ -63,7 +63,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(adapter: Path) -> Chat:
-    return open_chat(find_subject(str(adapter), "runs"))
+    return open_chat(find_adapter(str(adapter), "runs"))
 
 
 def said(chat: Chat, question: Any, **options: Any) -> str:
@@ -119,7 +119,7 @@ def test_a_chat_template_without_system_turns(tokenizer: Any) -> None:
 
 def test_a_system_prompt_is_refused_before_the_model_is_loaded(adapter: Path) -> None:
     with pytest.raises(RequestError, match="refuses turns of system, user"):
-        open_prompt_form(find_subject(str(adapter), "runs"), system="Be brief.")
+        open_prompt_form(find_adapter(str(adapter), "runs"), system="Be brief.")
 
 
 def test_a_conversation_is_remembered_by_each_side_until_it_is_cleared(chat: Chat) -> None:
@@ -192,7 +192,7 @@ def test_a_loaded_adapter_answers_at_once(adapter: Path, chat: Chat) -> None:
 def test_an_adapter_of_unknown_origin_brings_its_tokenizer(adapter: Path, tmp_path: Path, tokenizer: Any) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((adapter / name).read_bytes())
-    subject = find_subject(str(tmp_path), "runs")
+    subject = find_adapter(str(tmp_path), "runs")
     assert load_own_tokenizer(subject).chat_template != TEMPLATE
     tokenizer.save_pretrained(str(tmp_path))
     assert load_own_tokenizer(subject).chat_template == TEMPLATE

@@ -11,8 +11,8 @@ import pytest
 from orchestrator.adapters.bundle import CONFIG, SCORES, WEIGHTS, Facts, seal
 from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import Subject
-from orchestrator.deploy.choice import Candidate, Choice, choose, pareto
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.choice import Candidate, Recommendation, choose, pareto
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
 from orchestrator.report.best import say_best
@@ -53,7 +53,7 @@ def noisy(mean: float, seed: int = 0, spread: float = 2.0) -> list[float]:
     return [mean * 10 + rng.uniform(-spread, spread) for _ in range(ROWS)]
 
 
-def names(choice: Choice) -> list[str]:
+def names(choice: Recommendation) -> list[str]:
     return [rival.candidate.trial.trial_id for rival in choice.tied]
 
 
@@ -193,7 +193,7 @@ def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
     say_best(console_on(), best)
     assert f"left out, for its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
     with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may hang on it") as told:
-        Subject.of_best(best)  # nobody has asked for the next one yet
+        AdapterRef.of_best(best)  # nobody has asked for the next one yet
     assert str(best.adapter) in told.value.remedy
     for trial in "bc":
         (paths.trial(trial).adapter(7) / WEIGHTS).unlink()
@@ -243,12 +243,12 @@ def test_damage_matters_only_where_the_choice_may_hang_on_it(
     assert len(best.choice.tied) == 1
     if why is None:
         assert best.in_doubt == {}
-        assert Subject.of_best(best).adapter == best.adapter
+        assert AdapterRef.of_best(best).adapter == best.adapter
     else:
         with pytest.raises(
             RecordError, match=rf"trial {lost} is damaged, and the choice may hang on it, .*{re.escape(why)}"
         ):
-            Subject.of_best(best)
+            AdapterRef.of_best(best)
 
 
 def test_where_no_rows_are_compared_damage_behind_the_leader_does_not_matter(

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
-from orchestrator.deploy.adapter_ref import Subject, find_subject
-from orchestrator.deploy.scoring.evaluate import Rows, evaluate, find_finalists, new_report, pick, rows_of_file
+from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
+from orchestrator.deploy.scoring.evaluate import ScoredRows, evaluate, find_finalists, new_report, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
 from orchestrator.errors import DataError, RecordError, RequestError
@@ -74,7 +74,7 @@ def test_a_wrong_name_is_refused_with_those_that_are_valid(given: str, known: tu
 
 
 @pytest.fixture
-def subject(tmp_path: Path, document: dict[str, Any]) -> Subject:
+def subject(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
     """On the embedded base, trained on texts none of which was to be cut."""
     data = {"source": "rows.jsonl", "format": "text", "max_length": 8, "truncate": "error"}
     folder = tmp_path / "adapter"
@@ -82,10 +82,10 @@ def subject(tmp_path: Path, document: dict[str, Any]) -> Subject:
     (folder / "adapter_model.safetensors").touch()
     (folder / "adapter_config.json").write_text("{}")
     (folder / "trial.json").write_text(parse_spec(document | {"data": data}).trial_config({}).model_dump_json())
-    return find_subject(str(folder), "runs")
+    return find_adapter(str(folder), "runs")
 
 
-def test_rows_that_may_not_be_cut_are_named(subject: Subject, tmp_path: Path) -> None:
+def test_rows_that_may_not_be_cut_are_named(subject: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("1", "1 2 3 4 5 6 7 8 9")))
     with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, over data\.max_length=8\n"):
@@ -93,7 +93,7 @@ def test_rows_that_may_not_be_cut_are_named(subject: Subject, tmp_path: Path) ->
     assert len(rows_of_file(subject, file, limit=1).tokens) == 1
 
 
-def test_csv_rows_are_read_with_the_delimiter_of_training(subject: Subject, tmp_path: Path) -> None:
+def test_csv_rows_are_read_with_the_delimiter_of_training(subject: AdapterRef, tmp_path: Path) -> None:
     assert subject.config is not None
     data = subject.config.data.model_copy(update={"delimiter": ";"})
     ours = replace(subject, config=subject.config.model_copy(update={"data": data}))
@@ -103,7 +103,7 @@ def test_csv_rows_are_read_with_the_delimiter_of_training(subject: Subject, tmp_
     assert found[0] == found[1]
 
 
-def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: Subject, tmp_path: Path) -> None:
+def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: AdapterRef, tmp_path: Path) -> None:
     parts = {"test": ["1"], "train": ["1", "2"]}
     saved = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
@@ -117,6 +117,6 @@ def test_evaluations_that_start_at_once_have_reports_of_their_own(sweep: SweepPa
 
 
 def test_answers_need_prompts() -> None:
-    text = Rows([{"input_ids": [1, 2], "labels": [1, 2]}], [], "rows.jsonl", are_own=False)
+    text = ScoredRows([{"input_ids": [1, 2], "labels": [1, 2]}], [], "rows.jsonl", are_own=False)
     with pytest.raises(RequestError, match="metrics loss, bleu: these rows have no prompt"):
         evaluate([], text, ["loss", "bleu"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal, verify
-from orchestrator.deploy.adapter_ref import Subject, at_commit
+from orchestrator.deploy.adapter_ref import AdapterRef, at_commit
 from orchestrator.deploy.export import check, memory_limit, ray_serve
 from orchestrator.deploy.export.export import export
 from orchestrator.deploy.export.merge import Merge, plan_merge
@@ -28,13 +28,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Subject:
+def subject(tmp_path: Path) -> AdapterRef:
     """A random adapter on the embedded base, that says nothing of its rows."""
     torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    return Subject("adapter", tmp_path / "adapter", BaseSection(model="embedded", compute_dtype="float32"), None, None)
+    return AdapterRef(
+        "adapter", tmp_path / "adapter", BaseSection(model="embedded", compute_dtype="float32"), None, None
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def out(tmp_path: Path, subject: Subject, rows: Path) -> Iterator[Path]:
+def out(tmp_path: Path, subject: AdapterRef, rows: Path) -> Iterator[Path]:
     """A target; nothing may lie there, nor beside it, afterwards."""
     before = set(tmp_path.rglob("*"))
     assert {subject.adapter, rows} < before
@@ -59,7 +61,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     load = check.load_model
 
-    def note(subject: Subject, place: Any) -> Any:
+    def note(subject: AdapterRef, place: Any) -> Any:
         calls.append(place)
         return load(subject, place)
 
@@ -68,12 +70,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("how", [{"dtype": "fp16"}, {"onto": "original"}], ids=str)
-def test_how_to_merge_is_no_option_of_an_adapter(subject: Subject, rows: Path, out: Path, how: Any) -> None:
+def test_how_to_merge_is_no_option_of_an_adapter(subject: AdapterRef, rows: Path, out: Path, how: Any) -> None:
     with pytest.raises(RequestError, match="--format adapter does not merge"):
         export(subject, out, "adapter", data=rows, **how)
 
 
-def test_a_target_that_exists_stays_as_it_is(subject: Subject, rows: Path, tmp_path: Path, loaded: list[Any]) -> None:
+def test_a_target_that_exists_stays_as_it_is(
+    subject: AdapterRef, rows: Path, tmp_path: Path, loaded: list[Any]
+) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     (folder / "mine").touch()
@@ -88,7 +92,7 @@ def test_a_target_that_exists_stays_as_it_is(subject: Subject, rows: Path, tmp_p
     assert loaded == []
 
 
-def test_a_link_to_an_empty_folder_stays_one(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_a_link_to_an_empty_folder_stays_one(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
     export(subject, tmp_path / "link", "adapter", data=rows)
@@ -97,14 +101,14 @@ def test_a_link_to_an_empty_folder_stays_one(subject: Subject, rows: Path, tmp_p
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["empty"]
 
 
-def test_a_link_to_itself_is_refused(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_a_link_to_itself_is_refused(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "link")
     with pytest.raises(RequestError, match=f"{tmp_path / 'link'}: "):
         export(subject, tmp_path / "link", "adapter", data=rows)
 
 
 def test_a_mount_point_is_refused_before_anything_is_made(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
@@ -114,7 +118,7 @@ def test_a_mount_point_is_refused_before_anything_is_made(
     assert loaded == []
 
 
-def test_what_cannot_be_put_in_its_place_is_kept_whole(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_put_in_its_place_is_kept_whole(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     def take_the_place(line: str) -> None:
         if line == "loading the export back":
             (tmp_path / "out" / "mine").mkdir(parents=True)
@@ -127,7 +131,7 @@ def test_what_cannot_be_put_in_its_place_is_kept_whole(subject: Subject, rows: P
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: Subject, out: Path, loaded: list[Any]) -> None:
+def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: AdapterRef, out: Path, loaded: list[Any]) -> None:
     with pytest.raises(RequestError, match="does not say what it was trained on") as told:
         export(subject, out, "merged")
     assert "--data FILE" in told.value.remedy
@@ -136,7 +140,7 @@ def test_an_adapter_that_says_nothing_of_its_rows_needs_some(subject: Subject, o
 
 @pytest.mark.parametrize(("format", "least", "most"), [("adapter", 10_000, 100_000), ("merged", 3_444_096, 40 << 20)])
 def test_a_disk_without_room_is_told_with_what_is_needed(
-    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any],
+    subject: AdapterRef, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any],
     format: Any, least: int, most: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=least))
@@ -162,12 +166,17 @@ def interrupt(_: str) -> None:
     ids=str,
 )
 def test_a_base_of_another_shape_is_refused_for_an_adapter_too(
-    subject: Subject, rows: Path, out: Path, tmp_path_factory: pytest.TempPathFactory, shape: dict[str, int], told: str
+    subject: AdapterRef,
+    rows: Path,
+    out: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: dict[str, int],
+    told: str,
 ) -> None:
     base = tmp_path_factory.mktemp("base")
     shutil.copytree(BASE_DIR, base, dirs_exist_ok=True)
     LlamaForCausalLM(LlamaConfig.from_pretrained(BASE_DIR, **shape)).save_pretrained(base)
-    other = Subject("adapter", subject.adapter, BaseSection(model=str(base), compute_dtype="float32"), None, None)
+    other = AdapterRef("adapter", subject.adapter, BaseSection(model=str(base), compute_dtype="float32"), None, None)
     with pytest.raises(RequestError, match="does not fit its base") as refused:
         export(other, out, "adapter", data=rows)
     assert told in refused.value.message
@@ -187,7 +196,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     return repo
 
 
-def of_hub(subject: Subject, commit: str) -> Subject:
+def of_hub(subject: AdapterRef, commit: str) -> AdapterRef:
     """The adapter as it would be had its base come from the hub, at this commit of its branch."""
     path = subject.adapter / "adapter_config.json"
     text = path.read_text().replace('"revision": null', f'"revision": "{commit}"')
@@ -201,7 +210,7 @@ def of_hub(subject: Subject, commit: str) -> Subject:
 
 @pytest.mark.parametrize("format", ["adapter", "merged"])
 def test_a_base_at_another_revision_is_refused(
-    subject: Subject, rows: Path, tmp_path: Path, hub: Path, format: Any
+    subject: AdapterRef, rows: Path, tmp_path: Path, hub: Path, format: Any
 ) -> None:
     assert (hub / "refs" / "main").read_text() == COMMIT
     other = COMMIT[::-1]
@@ -212,7 +221,7 @@ def test_a_base_at_another_revision_is_refused(
 
 @pytest.mark.long
 def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
-    subject: Subject, rows: Path, tmp_path: Path, hub: Path
+    subject: AdapterRef, rows: Path, tmp_path: Path, hub: Path
 ) -> None:
     later = COMMIT[::-1]
     shutil.copytree(hub / "snapshots" / COMMIT, hub / "snapshots" / later)
@@ -224,7 +233,7 @@ def test_the_base_is_that_of_the_adapters_commit_wherever_its_branch_has_gone(
     assert done.parity == export(subject, tmp_path / "embedded", "merged", data=rows).parity
 
 
-def test_a_link_is_refused_before_anything_is_made(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_a_link_is_refused_before_anything_is_made(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of somebody else")
     (subject.adapter / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(RecordError, match=r"notes\.txt: is a symbolic link, to .*secret; what it points to"):
@@ -233,7 +242,7 @@ def test_a_link_is_refused_before_anything_is_made(subject: Subject, rows: Path,
 
 
 @pytest.mark.long
-def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     """trl puts `training_args.bin` there."""
     (subject.adapter / "training_args.bin").write_bytes(b"")
     told: list[str] = []
@@ -243,7 +252,7 @@ def test_a_pickle_beside_an_adapter_is_left_out_and_said(subject: Subject, rows:
 
 
 @pytest.mark.long
-def test_a_base_that_others_lack_is_said(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_a_base_that_others_lack_is_said(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     told: list[str] = []
     export(subject, tmp_path / "adapter-out", "adapter", data=rows, say=told.append)
     assert told[-1].startswith(f"note: its base is not on the hub: adapter_config.json names {BASE_DIR}, a folder of")
@@ -252,7 +261,7 @@ def test_a_base_that_others_lack_is_said(subject: Subject, rows: Path, tmp_path:
     assert not any(line.startswith("note") for line in told)
 
 
-def test_an_adapter_on_the_embedding_brings_that_and_fits(subject: Subject, rows: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_the_embedding_brings_that_and_fits(subject: AdapterRef, rows: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(subject.adapter)
@@ -269,7 +278,7 @@ FULL = [
 @pytest.mark.parametrize("fault", FULL, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("of", ["load_model", "compare"])
 def test_what_there_is_no_memory_to_check_is_kept_and_said(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, of: str
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, of: str
 ) -> None:
     """Of the source (`load_model`), or of the export."""
 
@@ -295,7 +304,7 @@ def fill(*_: Any) -> None:
 
 
 def test_an_unchecked_copy_of_an_adapter_does_not_say_that_it_is_whole(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal(subject.adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
     monkeypatch.setattr(check, "compare", fill)
@@ -306,7 +315,7 @@ def test_an_unchecked_copy_of_an_adapter_does_not_say_that_it_is_whole(
 
 
 def test_an_unchecked_application_names_the_model_where_it_is_kept(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_serve, "require_ray_serve", lambda: None)
     monkeypatch.setattr(ray_serve, "check", lambda _: None)
@@ -325,7 +334,7 @@ SPREAD = {"model": "cpu", "lm_head": "disk"}
 
 @pytest.mark.parametrize("of", ["source", "export"])
 def test_a_quantised_base_that_fits_onto_no_gpus_is_asked_on_the_cpu(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
     assert subject.base.quantization == "nf4"
     load, told = check.load_model, list[str]()
@@ -375,7 +384,7 @@ def test_memory_is_what_the_container_has_left(
 
 
 def test_a_base_that_memory_cannot_hold_is_not_loaded(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
     """The kernel would end the process, which then could tell nothing, nor take away what it has begun."""
     monkeypatch.setattr(memory_limit, "available_bytes", lambda: 1 << 20)
@@ -387,7 +396,7 @@ def test_a_base_that_memory_cannot_hold_is_not_loaded(
 
 
 def test_a_gguf_file_that_memory_cannot_hold_is_not_loaded(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(b"0" * 10)
     monkeypatch.setattr(memory_limit, "available_bytes", lambda: 9)
@@ -403,7 +412,7 @@ def test_there_is_room_for_weights_where_gpu_and_cpu_share_their_memory(monkeypa
     assert room["cpu"] > 1 << 27
 
 
-def on_8_bits(subject: Subject) -> Subject:
+def on_8_bits(subject: AdapterRef) -> AdapterRef:
     """An adapter on all matrices of the base, which is held in 8 bits and float16."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -413,7 +422,7 @@ def on_8_bits(subject: Subject) -> Subject:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_merge_from_8_bits_is_right_within_its_own_rounding(
-    subject: Subject, rows: Path, tmp_path: Path, dtype: Any
+    subject: AdapterRef, rows: Path, tmp_path: Path, dtype: Any
 ) -> None:
     """LLM.int8 rounds the inputs of its products too, which says nothing of the merge."""
     told: list[str] = []
@@ -424,7 +433,7 @@ def test_a_merge_from_8_bits_is_right_within_its_own_rounding(
 
 
 def test_a_wrong_merge_from_8_bits_is_found(
-    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def louder(*how: Any) -> Merge:
         right = plan_merge(*how)
@@ -439,7 +448,7 @@ def test_a_wrong_merge_from_8_bits_is_found(
 
 
 def test_another_fault_of_the_check_leaves_nothing(
-    subject: Subject, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -451,7 +460,7 @@ def test_another_fault_of_the_check_leaves_nothing(
 
 @pytest.mark.long
 def test_what_the_gpu_cannot_hold_is_asked_on_the_cpu(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
     """Both of them: the same weights answer otherwise on another device."""
     comparing, faults, told = check.compare, [FULL[0]], list[str]()
@@ -471,7 +480,7 @@ def test_what_the_gpu_cannot_hold_is_asked_on_the_cpu(
 
 
 def test_a_model_that_memory_cannot_hold_stays_on_the_disk(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = export(subject, tmp_path / "whole", "merged", data=rows)
     monkeypatch.setattr(check, "_room", lambda _: {"cpu": 1 << 20})  # of 3.4 MB
@@ -490,7 +499,7 @@ def test_a_model_that_memory_cannot_hold_stays_on_the_disk(
 
 
 def test_source_and_export_are_never_both_in_memory(
-    subject: Subject, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: AdapterRef, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = list[Any]()
     load, compare = check.load_model, check._compare
@@ -511,7 +520,7 @@ def test_source_and_export_are_never_both_in_memory(
 
 
 def test_an_adapter_that_hardly_moves_its_base_is_said_not_to_be_seen(
-    subject: Subject, rows: Path, tmp_path: Path
+    subject: AdapterRef, rows: Path, tmp_path: Path
 ) -> None:
     weights = load_file(subject.adapter / WEIGHTS)
     faint = {name: weight * (1e-4 if "lora_B" in name else 1) for name, weight in weights.items()}

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from orchestrator.adapters.stops import write_stops
 from orchestrator.base import load_base
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_prompt_form
-from orchestrator.deploy.export.base_files import find_stored, loaded_bytes
+from orchestrator.deploy.export.base_files import find_base_files, loaded_bytes
 from orchestrator.deploy.export.merge import DTYPES, Dtype, Merge, Onto, plan_merge
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
@@ -31,7 +31,7 @@ from orchestrator.spec.sections import BaseSection
 BF16, FP32 = "bfloat16", "float32"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
-MakeSubject = Callable[..., Subject]
+MakeSubject = Callable[..., AdapterRef]
 
 
 def qwen(**changes: Any) -> Qwen2ForCausalLM:
@@ -72,16 +72,16 @@ def save_adapter(model: Any, folder: Path, **settings: Any) -> Path:
 def subject(tmp_path: Path) -> MakeSubject:
     """`subject(compute_dtype=..., base_dtype=..., **lora)`: a small Qwen2 in files, and an adapter for it."""
 
-    def make(base_dtype: str = BF16, shape: dict[str, Any] | None = None, form: Any = None, **lora: Any) -> Subject:
+    def make(base_dtype: str = BF16, shape: dict[str, Any] | None = None, form: Any = None, **lora: Any) -> AdapterRef:
         base = save_base(qwen(**(shape or {})), tmp_path / "base", base_dtype)
         adapter = save_adapter(qwen(**(shape or {})), tmp_path / "adapter", **lora)
         section = BaseSection(model=str(base), **({"compute_dtype": FP32} | (form or {})))
-        return Subject("adapter", adapter, section, None, None)
+        return AdapterRef("adapter", adapter, section, None, None)
 
     return make
 
 
-def merged(subject: Subject, folder: Path, dtype: Dtype = "bf16", onto: Onto = "dequantised", **how: Any) -> Any:
+def merged(subject: AdapterRef, folder: Path, dtype: Dtype = "bf16", onto: Onto = "dequantised", **how: Any) -> Any:
     """The merged model as transformers loads it."""
     folder.mkdir()
     plan_merge(subject, dtype, onto).write(folder, **how)
@@ -221,7 +221,7 @@ def test_new_tokens_are_in_the_merged_model_and_its_vocabulary(tmp_path: Path) -
     ids = [512, 513]
     tokens = {"trainable_token_indices": {"embed_tokens": ids}, "target_modules": ["q_proj"]}
     adapter = save_adapter(load_base(section), tmp_path / "adapter", **tokens)
-    found = merged(Subject("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
+    found = merged(AdapterRef("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
     expected = PeftModel.from_pretrained(load_base(section), adapter).merge_and_unload()
     assert found.config.vocab_size == 514
     assert found.get_input_embeddings().weight.shape == (514, 64)
@@ -275,7 +275,7 @@ def test_a_merged_model_is_asked_in_the_form_of_its_training_rows(
         tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "3"}, *turns])
 
 
-def refuse(subject: Subject, *parts: str, onto: Onto = "dequantised") -> None:
+def refuse(subject: AdapterRef, *parts: str, onto: Onto = "dequantised") -> None:
     with pytest.raises(RequestError) as told:
         plan_merge(subject, "bf16", onto)
     assert [part for part in parts if part not in str(told.value)] == []
@@ -379,14 +379,14 @@ def test_a_base_on_the_hub_is_found_at_its_revision(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     base = BaseSection(model="someone/small")
     for revision in (None, "main", commit):
-        found = find_stored(base.model_copy(update={"revision": revision}))
+        found = find_base_files(base.model_copy(update={"revision": revision}))
         assert found.folder == repo / "snapshots" / commit
         assert set(found.files) == set(load_file(BASE_DIR / "model.safetensors"))
     other = commit[::-1]
     with pytest.raises(RequestError, match=rf"base\.model someone/small at revision {other}: config\.json cannot"):
-        find_stored(base.model_copy(update={"revision": other}))
+        find_base_files(base.model_copy(update={"revision": other}))
     with pytest.raises(RequestError, match=r"base\.model someone/else: config\.json cannot be found"):
-        find_stored(BaseSection(model="someone/else"))
+        find_base_files(BaseSection(model="someone/else"))
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_merged_model_stops_where_the_adapter_was_trained_to(tmp_path: Path, t
     section = BaseSection(model=str(base), compute_dtype=FP32, quantization="none")
     adapter = save_adapter(load_base(section), tmp_path / "adapter", target_modules=["q_proj"])
     write_stops(adapter, [512, 2], tokenizer)
-    merged(Subject("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
+    merged(AdapterRef("adapter", adapter, section, None, None), tmp_path / "merged", "fp16")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "merged" / name).read_text())["eos_token_id"] == [512, 2]
     kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())

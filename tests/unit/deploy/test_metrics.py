@@ -12,7 +12,7 @@ import yaml
 
 from orchestrator.adapters.generate import matches
 from orchestrator.deploy.scoring.harness import open_harness
-from orchestrator.deploy.scoring.metrics import compare, perplexity, require_packages
+from orchestrator.deploy.scoring.metrics import answer_metrics, perplexity, require_packages
 from orchestrator.errors import RequestError
 
 WANTED = ["the cat sat on the mat", "four plus four is eight"]
@@ -26,23 +26,23 @@ def test_perplexity() -> None:
 def test_exact_match_does_not_count_space_at_the_ends() -> None:
     said = [" the cat sat on the mat\n", "four plus four is Eight"]
     assert matches(said, WANTED) == [True, False]
-    assert compare(said, WANTED, ["exact_match"]) == {"exact_match": 0.5}
+    assert answer_metrics(said, WANTED, ["exact_match"]) == {"exact_match": 0.5}
 
 
 def test_rouge_is_the_mean_f1_of_longest_common_subsequences() -> None:
     # "the cat on mat": 4 of 4 words said, 4 of 6 wanted; nothing in common in the second.
-    found = compare(["the cat on mat", "nothing"], WANTED, ["rouge"])
+    found = answer_metrics(["the cat on mat", "nothing"], WANTED, ["rouge"])
     assert found == {"rougeL": pytest.approx(2 * 1 * (4 / 6) / (1 + 4 / 6) / 2)}
 
 
 def test_bleu_is_of_the_corpus_and_from_0_to_100() -> None:
-    assert compare(WANTED, WANTED, ["bleu"])["bleu"] == pytest.approx(100)
+    assert answer_metrics(WANTED, WANTED, ["bleu"])["bleu"] == pytest.approx(100)
     short = ["the cat sat on the", "four plus four is eight"]  # all right, but 10 words for 11
-    assert compare(short, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.exp(1 - 11 / 10))
+    assert answer_metrics(short, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.exp(1 - 11 / 10))
     said = ["the cat sat on the mat", "four plus four eight is"]
     # All words, and of the pairs, triples and quadruples those that lie before the two that changed places.
     precision = [11 / 11, 7 / 9, 5 / 7, 3 / 5]
-    assert compare(said, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.prod(precision) ** 0.25)
+    assert answer_metrics(said, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.prod(precision) ** 0.25)
 
 
 @pytest.mark.parametrize(("metric", "package"), [("rouge", "rouge_score"), ("bleu", "sacrebleu")])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.data.encode import IGNORED
 from orchestrator.deploy.export import parity as room
-from orchestrator.deploy.export.parity import LEAST_LOSS, ROUNDED, SAME, Parity, ask, compare, rounding
+from orchestrator.deploy.export.parity import LEAST_LOSS, ROUNDED, SAME, Parity, ask, measure_parity, rounding
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.errors import ExportError
 
@@ -33,7 +33,7 @@ RIGHT = Parity(0.005, 0.5, 0.1, 10.0, 0.5, 0.5, 20, num_layers=4)
 
 
 def test_a_model_is_the_same_as_itself(model: Any) -> None:
-    found = compare(ask(model, ROWS), model, ROWS)
+    found = measure_parity(ask(model, ROWS), model, ROWS)
     assert (found.difference, found.max_logit_difference, found.num_rows) == (0, 0, 2)
     assert found.largest_logit > 0
     assert found.loss_source == found.loss_exported == pytest.approx(score_rows(model, ROWS, 2).loss, rel=1e-6)
@@ -44,7 +44,7 @@ def test_a_model_is_the_same_as_itself(model: Any) -> None:
 def test_an_adapter_that_is_left_out_differs_by_all_that_it_moves(model: Any) -> None:
     source = ask(model, ROWS)
     with model.disable_adapter():
-        found = compare(source, model, ROWS)
+        found = measure_parity(source, model, ROWS)
     assert found.difference == pytest.approx(found.effect, rel=1e-6)
     assert found.effect > ROUNDED["bfloat16"].rms  # of one layer
     assert not found.is_seen
@@ -56,14 +56,14 @@ def test_an_adapter_that_moves_nothing_is_never_seen(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    found = compare(ask(model, ROWS), model, ROWS)
+    found = measure_parity(ask(model, ROWS), model, ROWS)
     assert (found.effect, found.is_seen) == (0, False)
 
 
 def test_the_largest_difference_is_found_wherever_it_is(model: Any) -> None:
     source = ask(model, ROWS)
     source.logits[1][0, 13] -= 3
-    found = compare(source, model, ROWS)
+    found = measure_parity(source, model, ROWS)
     assert found.max_logit_difference == pytest.approx(3, abs=1e-5)
     whole = math.hypot(*(logits.norm() for logits in source.logits))
     assert found.difference == pytest.approx(3 / whole)
@@ -79,14 +79,14 @@ def test_of_a_long_row_the_last_tokens_with_a_loss_are_kept(model: Any, monkeypa
     cut = ask(model, ROWS)
     assert [len(logits) for logits in cut.logits] == [2, 2]
     assert torch.equal(cut.logits[0], whole.logits[0][1:])
-    compare(cut, model, ROWS).require(SAME)
+    measure_parity(cut, model, ROWS).require(SAME)
 
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_model_that_gives_nan_is_never_near(model: Any, row: int) -> None:
     source = ask(model, ROWS)
     model.get_base_model().lm_head.weight.data[ROWS[row]["input_ids"][1]] = math.nan
-    found = compare(source, model, ROWS)
+    found = measure_parity(source, model, ROWS)
     assert math.isnan(found.max_logit_difference)
     assert not found.is_seen
     with pytest.raises(ExportError):

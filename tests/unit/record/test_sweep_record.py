@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -6,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.deploy import Sweep, open_sweep
+from orchestrator.deploy import FinishedSweep, open_sweep
 from orchestrator.errors import RecordError
 from orchestrator.record import (
     MetricPoint,
@@ -15,6 +16,7 @@ from orchestrator.record import (
     TrialResult,
     TrialState,
     read_metrics,
+    read_result,
     read_sweep,
     read_trial,
     write_record,
@@ -98,7 +100,7 @@ def test_the_best_is_chosen_among_what_has_ended_well(
 ) -> None:
     trials = EVERY_STATE | {"failed high": ("FAILED", 0.9), "running high": ("RUNNING", 0.8)}
     record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
-    best = Sweep(record).best()
+    best = FinishedSweep(record).best()
     assert best.trial.trial_id == winner
     assert best.choice.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
@@ -112,7 +114,7 @@ def test_the_best_is_chosen_among_what_has_ended_well(
 def test_no_best_without_a_trial_that_ended_well(tmp_path: Path, make_sweep: MakeSweep, state: str) -> None:
     record = read_sweep(make_sweep(tmp_path / "s", {"a": (state, 0.5), "b": ("COMPLETE", None)}).root)
     with pytest.raises(RecordError, match="no trial has finished with an evaluation yet"):
-        Sweep(record).best()
+        FinishedSweep(record).best()
 
 
 def test_the_best_adapter_must_be_there(tmp_path: Path, make_sweep: MakeSweep) -> None:
@@ -218,3 +220,12 @@ def test_a_sweep_behind_a_link_is_that_sweep(tmp_path: Path, make_sweep: MakeSwe
     (trial,) = record.trials()
     record.adapter_path(trial).mkdir(parents=True, exist_ok=True)
     assert record.adapter(trial).is_dir()
+
+
+def test_a_record_of_an_earlier_version_is_read_by_its_own_names(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "s", EVERY_STATE).trial("complete")
+    record = json.loads(paths.result.read_text())
+    del record["not_packed_reason"], record["extra_steps"]
+    paths.result.write_text(json.dumps(record | {"alone": "the layers differ", "overshoot": 3}))
+    result = read_result(paths)
+    assert (result.not_packed_reason, result.extra_steps) == ("the layers differ", 3)

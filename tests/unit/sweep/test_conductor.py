@@ -15,7 +15,7 @@ from orchestrator.record import TrialResult, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import Budget
 from orchestrator.sweep.schedulers.brackets import HyperBand
-from orchestrator.sweep.schedulers.budget import Spending
+from orchestrator.sweep.schedulers.budget import BudgetTracker
 
 ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
 MEDIAN = {"kind": "median", "grace_steps": 10, "min_trials": 2}
@@ -517,7 +517,7 @@ def test_the_clock_runs_from_the_first_step_and_stands_between_two_drivers(
 
 def test_tokens_of_a_donor_are_spent_once(document: dict[str, Any]) -> None:
     config = parse_spec(document).trial_config({})
-    spending = Spending(Budget(tokens=100))
+    spending = BudgetTracker(Budget(tokens=100))
     shared: dict[str, Any] = {"state": TrialState.RUNNING, "config": config, "metric": "eval/loss", "mode": "min"}
     spending.count(TrialResult(trial_id="donor", tokens=60, **shared))
     clone = TrialResult(trial_id="clone", tokens=60, adopted_tokens=40, **shared)

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep.workers import fleet
-from orchestrator.sweep.workers.fleet import Layout, compiling_early, lay_out
+from orchestrator.sweep.workers.fleet import FleetPlan, compiling_early, plan_fleet
 from orchestrator.training.fast.warmup import precompile
 
 ADDRESS = "10.0.0.1:6379"
@@ -33,7 +33,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def shape(layout: Layout) -> tuple[int, float, int, bool]:
+def shape(layout: FleetPlan) -> tuple[int, float, int, bool]:
     return layout.num_workers, layout.gpus, layout.slots, layout.is_fixed
 
 
@@ -61,7 +61,7 @@ def test_two_gpus_on_one_machine(
     cluster: Any, num_trials: int, overrides: list[str], expected: tuple[Any, ...]
 ) -> None:
     cluster({"CPU": 16, "GPU": 2})
-    assert shape(lay_out(spec(num_trials, *overrides), None)) == expected
+    assert shape(plan_fleet(spec(num_trials, *overrides), None)) == expected
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,22 @@ def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, vi
 
 def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
     cluster({"CPU": 2})
-    assert shape(lay_out(spec(8), None)) == (2, 0, 4, False)
-    assert shape(lay_out(spec(8, "resources.trials_per_gpu=8", "resources.cpus_per_trial=2"), None)) == (1, 0, 8, True)
-    assert shape(lay_out(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
+    assert shape(plan_fleet(spec(8), None)) == (2, 0, 4, False)
+    assert shape(plan_fleet(spec(8, "resources.trials_per_gpu=8", "resources.cpus_per_trial=2"), None)) == (
+        1,
+        0,
+        8,
+        True,
+    )
+    assert shape(plan_fleet(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
 
 
 def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match=r"search.budget.gpu_hours would never be spent: this machine has no GPU"):
-        lay_out(spec(8, "search.budget.gpu_hours=1"), None)
+        plan_fleet(spec(8, "search.budget.gpu_hours=1"), None)
     cluster({"CPU": 2, "GPU": 1})
-    assert lay_out(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
+    assert plan_fleet(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
 
 
 def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
@@ -128,41 +133,41 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
         with pytest.raises(
             RequestError, match=r"precision fp16 .* scales its gradients on a GPU, and this machine has"
         ):
-            lay_out(spec(8, *overrides), None)
+            plan_fleet(spec(8, *overrides), None)
         cluster({"CPU": 2, "GPU": 1})
-        assert lay_out(spec(8, *overrides), None).gpus == 1
+        assert plan_fleet(spec(8, *overrides), None).gpus == 1
         cluster({"CPU": 2})
 
 
 def test_a_worker_lies_on_one_node(cluster: Any) -> None:
     cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
-    assert lay_out(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
-    assert lay_out(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
+    assert plan_fleet(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
+    assert plan_fleet(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
 
 
 def test_a_cluster_that_can_grow(cluster: Any) -> None:
     cluster({"CPU": 0}, most={"CPU": 32, "GPU": 4})
-    assert shape(lay_out(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)
+    assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)
     shared = ["resources.gpus_per_trial=1", "training.engine=trl", "resources.trials_per_gpu=2"]
-    assert shape(lay_out(spec(9, *shared), ADDRESS)) == (8, 0.5, 1, True)
+    assert shape(plan_fleet(spec(9, *shared), ADDRESS)) == (8, 0.5, 1, True)
     cluster({"CPU": 0})  # nobody says how far
-    assert shape(lay_out(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (8, 1, 1, True)
+    assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (8, 1, 1, True)
     with pytest.raises(RequestError, match="has no GPU at this moment"):
-        lay_out(spec(8), ADDRESS)
+        plan_fleet(spec(8), ADDRESS)
 
 
 @pytest.mark.parametrize("wanted", ["resources.gpus_per_trial=1", "resources.cpus_per_trial=3"])
 def test_more_than_the_machine_has(cluster: Any, wanted: str) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match="this machine has 0 and 2"):
-        lay_out(spec(8, wanted), None)
+        plan_fleet(spec(8, wanted), None)
 
 
 def test_what_is_said(cluster: Any) -> None:
     cluster({"CPU": 16, "GPU": 2})
-    assert lay_out(spec(8), None).why == "8 trials at a time share 2 workers"
-    assert lay_out(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
-    limited = lay_out(spec(8, "resources.max_concurrent=1"), None).why
+    assert plan_fleet(spec(8), None).why == "8 trials at a time share 2 workers"
+    assert plan_fleet(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
+    limited = plan_fleet(spec(8, "resources.max_concurrent=1"), None).why
     assert limited.endswith("; of 8 trials resources.max_concurrent lets 1 run at a time")
-    assert "max_concurrent" not in lay_out(spec(8, "resources.max_concurrent=8"), None).why
-    assert "engine trl" in lay_out(spec(8, "training.engine=trl"), None).why
+    assert "max_concurrent" not in plan_fleet(spec(8, "resources.max_concurrent=8"), None).why
+    assert "engine trl" in plan_fleet(spec(8, "training.engine=trl"), None).why

@@ -113,7 +113,7 @@ def test_what_comes_after_the_report_waits_for_the_next_question(start: TrialRes
         assert steps(paths)[-1] == step, "entered what Tune has not asked for"
     result = remote.next()
     assert isinstance(result, TrialResult), "the last evaluation comes with the result"
-    assert (result.state, result.step, result.overshoot) == (TrialState.COMPLETE, 6, 0)
+    assert (result.state, result.step, result.extra_steps) == (TrialState.COMPLETE, 6, 0)
     assert result.best is not None
     assert result.best.step == 6
     assert read_result(paths) == result
@@ -149,7 +149,7 @@ def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
     while paths.lease.exists():
         time.sleep(0.05)
     result = read_result(paths)
-    assert (result.state, result.step, result.overshoot) == (TrialState.STOPPED, 2, 3 if untold else 2)
+    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 3 if untold else 2)
     assert steps(paths) == [2]
     assert not paths.checkpoints.exists()
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
@@ -164,7 +164,7 @@ def test_a_trial_that_has_ended_at_its_worker_is_not_waited_for(start: TrialResu
     remote.stop()
     assert not workers.is_released, "its last event has been told: no other would come"
     result = read_result(paths)
-    assert (result.state, result.step, result.overshoot) == (TrialState.STOPPED, 2, 4)
+    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 4)
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
 
 
@@ -174,7 +174,7 @@ def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, pat
     remote.next()
     remote.stop()
     so_far = TrialResult.model_validate_json(paths.progress.read_text())
-    assert (so_far.state, so_far.step, so_far.overshoot) == (TrialState.RUNNING, 2, 0)
+    assert (so_far.state, so_far.step, so_far.extra_steps) == (TrialState.RUNNING, 2, 0)
     assert not paths.result.exists()
     assert not paths.lease.exists()
 

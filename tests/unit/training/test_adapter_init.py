@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from orchestrator.adapters.bundle import Adapter
-from orchestrator.base import load_base, shell
+from orchestrator.base import load_base, share_modules
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig, parse_spec
@@ -62,7 +62,7 @@ def test_a_first_adapter_leaves_the_answers_as_they_are_and_the_base_untouched(
     model = drawn(base, trial(form, init=init, rank_pattern={"down_proj": 3}))
     assert all(each.is_contiguous() for each in model.parameters() if each.requires_grad), "fused AdamW on a GPU"
     with torch.no_grad():
-        wanted, found = shell(base).eval()(IDS).logits, model(IDS).logits
+        wanted, found = share_modules(base).eval()(IDS).logits, model(IDS).logits
         # 8-bit activations: a rounding of what they are of moves them by a step.
         assert (found - wanted).abs().max() < (0.2 if form == "int8" else 2e-3)
     assert [(parameter.data_ptr(), parameter._version) for parameter in base.parameters()] == before
@@ -97,11 +97,11 @@ def test_an_adapter_less_its_first_is_plain_lora_on_the_base_as_it_is(bases: dic
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
         left = Adapter.of(model).less(first)
-        plain = get_peft_model(shell(bases["nf4"]), left.config).eval()
+        plain = get_peft_model(share_modules(bases["nf4"]), left.config).eval()
         set_peft_model_state_dict(plain, left.weights)
         with torch.no_grad():
             wanted, found = model(IDS).logits, plain(IDS).logits
-            assert (wanted - shell(bases["nf4"]).eval()(IDS).logits).abs().max() > 0.5
+            assert (wanted - share_modules(bases["nf4"]).eval()(IDS).logits).abs().max() > 0.5
             assert (found - wanted).abs().max() < 1e-3
             load_adapter_weights(model, {name: torch.zeros_like(weight) for name, weight in left.weights.items()})
             load_adapter_weights(model, left.weights)
@@ -148,7 +148,7 @@ def test_eva_reads_the_training_rows_in_the_order_of_the_seed(
 
     def found(seed: int) -> dict[str, torch.Tensor]:
         training = config.training.model_copy(update={"seed": seed})
-        return eva_components(shell(base), config.model_copy(update={"training": training}), data, modules)
+        return eva_components(share_modules(base), config.model_copy(update={"training": training}), data, modules)
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -172,7 +172,7 @@ def test_eva_of_a_rank_that_a_layer_does_not_read_is_told(
 ) -> None:
     config = trial(init="eva", rank=4, rank_pattern={"q_proj": 193})
     with pytest.raises(TrialError, match=r"eva takes rank 193 of what .*q_proj reads, which has 192 features"):
-        eva_components(shell(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))
+        eva_components(share_modules(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))
 
 
 def test_eva_that_does_not_settle_is_told(
@@ -181,4 +181,4 @@ def test_eva_that_does_not_settle_is_told(
     monkeypatch.setattr(adapter_init, "EVA_PASSES", 2)
     config = trial(init="eva", rank=3, target_modules=["q_proj"])
     with pytest.raises(TrialError, match="has not settled in 2 passes"):
-        eva_components(shell(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))
+        eva_components(share_modules(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))

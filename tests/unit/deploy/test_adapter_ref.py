@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.bundle import Facts, seal
-from orchestrator.deploy.adapter_ref import find_subject
+from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
 
@@ -27,19 +27,19 @@ def write_trial(adapter: Path, document: dict[str, Any], **base: Any) -> None:
 
 def test_the_base_is_at_the_commit_of_the_training(adapter: Path, document: dict[str, Any]) -> None:
     write_trial(adapter, document, revision="main")
-    assert find_subject(str(adapter), "runs").base.revision == "c0ffee"
+    assert find_adapter(str(adapter), "runs").base.revision == "c0ffee"
 
 
 def test_a_base_of_which_nothing_is_known_is_not_quantised(adapter: Path) -> None:
-    base = find_subject(str(adapter), "runs").base
+    base = find_adapter(str(adapter), "runs").base
     assert (base.model, base.revision, base.quantization) == ("someone/base", "c0ffee", "none")
 
 
 def test_code_that_a_folders_base_brings_is_run_on_request_alone(adapter: Path, document: dict[str, Any]) -> None:
     write_trial(adapter, document, trust_remote_code=True)
     with pytest.raises(RequestError, match="someone/base brings Python code"):
-        find_subject(str(adapter), "runs")
-    assert find_subject(str(adapter), "runs", trust_remote_code=True).base.trust_remote_code
+        find_adapter(str(adapter), "runs")
+    assert find_adapter(str(adapter), "runs", trust_remote_code=True).base.trust_remote_code
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_code_that_a_folders_base_brings_is_run_on_request_alone(adapter: Path, 
 def test_damage_is_named(adapter: Path, name: str, text: str, told: str) -> None:
     (adapter / name).write_text(text)
     with pytest.raises(RecordError, match=told):
-        find_subject(str(adapter), "runs")
+        find_adapter(str(adapter), "runs")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "deep/notes.txt", ".cache/huggingface/notes.txt"])
@@ -70,12 +70,12 @@ def test_a_link_is_refused_whether_or_not_it_is_listed(adapter: Path, tmp_path: 
     (adapter / name).unlink(missing_ok=True)
     (adapter / name).symlink_to(secret)
     with pytest.raises(RecordError, match=rf"{name}: is a symbolic link, to {secret}"):
-        find_subject(str(adapter), "runs")
+        find_adapter(str(adapter), "runs")
 
 
 def test_no_adapter_has_so_long_a_name(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not the name of a sweep"):
-        find_subject("x" * 5000, str(tmp_path))
+        find_adapter("x" * 5000, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_an_export_that_is_no_adapter_is_called_what_it_is(tmp_path: Path, forma
     with pytest.raises(
         RecordError, match=f"is an export of format {format}; a sweep or an adapter is needed"
     ) as caught:
-        find_subject(str(tmp_path), "runs")
+        find_adapter(str(tmp_path), "runs")
     assert f"{told}{tmp_path}" in caught.value.remedy
 
 
 def test_a_whole_model_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"is a whole model \(config.json\)"):
-        find_subject(str(tmp_path), "runs")
+        find_adapter(str(tmp_path), "runs")

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from orchestrator.base import load_base, shell
+from orchestrator.base import load_base, share_modules
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.model.adapter_init import init_adapter
@@ -42,7 +42,7 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
     adapted(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
     made, wanted = (
         adapted(base, config),
-        get_peft_model(shell(base), lora_config(config, expected_modules(base, config.lora))),
+        get_peft_model(share_modules(base), lora_config(config, expected_modules(base, config.lora))),
     )
     for model in (made, wanted):
         init_adapter(model, config.lora, seed=5, dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from orchestrator.base import load_tokenizer, shell
+from orchestrator.base import load_tokenizer, share_modules
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.training.model.peft_model import lora_config, lora_layers
@@ -68,7 +68,7 @@ def test_parameters_ranks_and_layers_are_those_that_peft_trains(
     modules = expected_modules(base, config.lora)
     beside = expected_beside(base, config, modules, tokenizer)
     wanted = expected(config, modules, beside)
-    peft = get_peft_model(shell(base, own_biases=True), lora_config(config, modules, beside))
+    peft = get_peft_model(share_modules(base, own_biases=True), lora_config(config, modules, beside))
     layers = lora_layers(peft)
     assert layers.keys() == modules.keys()
     assert wanted["num_trainable_parameters"] == sum(p.numel() for p in peft.parameters() if p.requires_grad)
