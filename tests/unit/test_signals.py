@@ -24,10 +24,18 @@ from orchestrator.signals import (
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Those of before must be there again after each test."""
+    """Begin with Python's own handlers, which must be there again after each test.
+
+    A process that was started in the background, or by `nohup`, ignores some of these signals.
+    """
+    inherited = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == Signals.SIGINT else signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    for number, handler in inherited.items():
+        signal.signal(number, handler)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
