@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare
-from orchestrator.data.mix import held_out_places, numbers_of, read_mixed
+from orchestrator.data.mix import held_out_indices, read_mixed, rows_per_source
 from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection, Source
@@ -38,7 +38,7 @@ def section(**fields: Any) -> DataSection:
 
 def texts(data: DataSection) -> tuple[list[str], list[str]]:
     mixed = read_mixed(data)
-    chosen: set[int] = set() if mixed.held_out else held_out_places(len(mixed.rows), data)
+    chosen: set[int] = set() if mixed.held_out else held_out_indices(len(mixed.rows), data)
     found = [row.values["text"] for row in mixed.rows]
     held_out = [text for i, text in enumerate(found) if i in chosen]
     return [text for i, text in enumerate(found) if i not in chosen], [
@@ -71,7 +71,7 @@ def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dic
     ],
 )
 def test_shares_are_exact_and_no_row_comes_twice(sizes: list[int], weights: list[float], numbers: list[int]) -> None:
-    assert numbers_of(sizes, weights) == numbers
+    assert rows_per_source(sizes, weights) == numbers
 
 
 def test_a_mix_has_its_weights_the_same_rows_each_time_and_says_so(sources: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.record import BudgetSpent, SweepRecord, read_sweep, write_record
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
-from orchestrator.record.start import source_of
+from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
 RATES = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}

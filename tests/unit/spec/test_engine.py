@@ -57,7 +57,7 @@ def test_the_others_take_it_and_the_reason_is_known(
     document: Document, sections: Document, reason: str, engine: str
 ) -> None:
     config = parse_spec(with_engine(document, sections, engine)).trial_config({})
-    assert config.why_not_fast() == reason
+    assert config.fast_unsupported_reason() == reason
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_the_others_take_it_and_the_reason_is_known(
 )
 def test_fast_takes_adamw_in_all_its_forms(document: Document, optimizer: str) -> None:
     config = parse_spec(with_engine(document, {"training": {"optimizer": optimizer}}, "fast")).trial_config({})
-    assert config.why_not_fast() is None
+    assert config.fast_unsupported_reason() is None
 
 
 @pytest.mark.parametrize(
     "lora", [{"rslora": True}, {"layers_to_transform": [0]}, {"init": "gaussian"}, {"rank": 7, "alpha": 0.5}], ids=str
 )
 def test_fast_takes_what_differs_in_scale_layers_or_first_weights(document: Document, lora: dict[str, Any]) -> None:
-    assert parse_spec(with_engine(document, {"lora": lora}, "fast")).trial_config({}).why_not_fast() is None
+    assert parse_spec(with_engine(document, {"lora": lora}, "fast")).trial_config({}).fast_unsupported_reason() is None
 
 
 def test_a_search_that_would_meet_what_fast_cannot_hold_is_refused(document: Document) -> None:
@@ -88,7 +88,7 @@ def test_defaults_leave_the_choice_to_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("engine", "slow"), ("dequantise", "never"), ("recompute", "yes"), ("recompute", 1)]
+    ("field", "value"), [("engine", "slow"), ("dequantize", "never"), ("recompute", "yes"), ("recompute", 1)]
 )
 def test_other_values_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=field):

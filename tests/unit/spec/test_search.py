@@ -6,7 +6,7 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
 from orchestrator.spec.axes import AXIS_KINDS, Axis
-from orchestrator.spec.ties import evaluate_tie
+from orchestrator.spec.tied_values import evaluate_tied
 
 Document = dict[str, Any]
 
@@ -337,7 +337,7 @@ def test_a_wrong_tie_is_refused_at_load(document: Document, search: dict[str, An
     ],
 )
 def test_arithmetic(expression: str, value: float) -> None:
-    assert evaluate_tie(expression, {"a.x": 10, "a.y": 3, "deep.er.x": 5}.__getitem__) == value
+    assert evaluate_tied(expression, {"a.x": 10, "a.y": 3, "deep.er.x": 5}.__getitem__) == value
 
 
 @pytest.mark.parametrize(

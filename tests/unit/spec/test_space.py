@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.spec.axes import Axis, Listed, Real, Whole
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
 
 Document = dict[str, Any]
 
@@ -34,8 +34,8 @@ def test_values_of_a_range_with_steps(written: dict[str, Any], values: list[Any]
     axis = Axis.model_validate(written)
     assert axis.listed() == values
     assert axis.probes() == [values[0], values[-1]]
-    drawn, rng = axis.drawn(), random.Random(0)
-    assert isinstance(drawn, Real)
+    drawn, rng = axis.domain(), random.Random(0)
+    assert isinstance(drawn, FloatDomain)
     seen = Counter(axis.decode(rng.uniform(drawn.low, drawn.high)) for _ in range(4000))
     assert sorted(seen) == values
     assert all(type(value) is type(values[0]) for value in seen)
@@ -56,17 +56,17 @@ def test_the_nearest_value_of_a_range_is_one_of_it() -> None:
 @pytest.mark.parametrize(
     ("written", "drawn"),
     [
-        ({"choice": ["a", None, [1]]}, Listed(3)),
-        ({"randint": [2, 9]}, Whole(2, 8, False)),
-        ({"lograndint": [2, 9]}, Whole(2, 8, True)),
-        ({"uniform": [0, 1]}, Real(0, 1, False)),
-        ({"loguniform": [1e-5, 1e-3]}, Real(1e-5, 1e-3, True)),
-        ({"qloguniform": [0.1, 0.4, 0.25]}, Real(0.1, 0.475, True)),
+        ({"choice": ["a", None, [1]]}, IndexDomain(3)),
+        ({"randint": [2, 9]}, IntDomain(2, 8, False)),
+        ({"lograndint": [2, 9]}, IntDomain(2, 8, True)),
+        ({"uniform": [0, 1]}, FloatDomain(0, 1, False)),
+        ({"loguniform": [1e-5, 1e-3]}, FloatDomain(1e-5, 1e-3, True)),
+        ({"qloguniform": [0.1, 0.4, 0.25]}, FloatDomain(0.1, 0.475, True)),
     ],
 )
 def test_what_a_searcher_draws(written: dict[str, Any], drawn: Any) -> None:
     axis = Axis.model_validate(written)
-    assert axis.drawn() == drawn
+    assert axis.domain() == drawn
     for value in axis.probes():
         assert axis.decode(axis.encode(value)) == value
 

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.spec import load_spec
 from orchestrator.spec.manual.every_field import print_every_field
-from orchestrator.spec.manual.files import made_files
+from orchestrator.spec.manual.files import generated_files
 from orchestrator.spec.manual.reference import print_reference
 from orchestrator.spec.manual.schema import spec_schema
 from orchestrator.spec.manual.tree import read_tree
@@ -45,11 +45,11 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", made_files())
+@pytest.mark.parametrize("name", generated_files())
 def test_made_files_are_in_step(name: str) -> None:
     path = ROOT / name
     assert path.is_file(), "run `make manual`"
-    assert path.read_text(encoding="utf-8") == made_files()[name], "run `make manual`"
+    assert path.read_text(encoding="utf-8") == generated_files()[name], "run `make manual`"
 
 
 def test_the_reference_has_a_row_for_every_field() -> None:

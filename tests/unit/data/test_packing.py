@@ -10,7 +10,7 @@ import pytest
 from orchestrator.base import load_tokenizer
 from orchestrator.data import load, prepare, save
 from orchestrator.data.encode import IGNORED
-from orchestrator.data.pack import packed
+from orchestrator.data.packing import pack_rows
 from orchestrator.spec.sections import BaseSection, DataSection
 
 BASE = BaseSection(model="embedded")
@@ -28,13 +28,13 @@ BASE = BaseSection(model="embedded")
     ],
 )
 def test_the_longest_first_each_where_it_fits_best(lengths: list[int], sequences: list[list[int]]) -> None:
-    assert packed(lengths, 8) == sequences
+    assert pack_rows(lengths, 8) == sequences
 
 
 def test_every_row_is_in_one_sequence_and_none_is_too_long() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(1, 100) for _ in range(500)]
-    sequences = packed(lengths, 100)
+    sequences = pack_rows(lengths, 100)
     assert sorted(row for rows in sequences for row in rows) == list(range(500))
     sums = [sum(lengths[row] for row in rows) for rows in sequences]
     assert max(sums) <= 100

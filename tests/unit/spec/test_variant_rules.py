@@ -73,19 +73,19 @@ PAIRS: list[tuple[Document, str]] = [
     ),
     ({"training": {"schedule": "cosine_with_min_lr"}}, "needs a final_rate above 0"),
     (
-        {"training": {"engine": "trl", "dequantise": "once"}},
-        "training.dequantise is once, but training.engine is trl, which has none; leave it out",
+        {"training": {"engine": "trl", "dequantize": "once"}},
+        "training.dequantize is once, but training.engine is trl, which has none; leave it out",
     ),
     (
         {
             "training": {"engine": "trl"},
-            "search": {"space": {"training.dequantise": {"choice": ["once", "per_layer"]}}},
+            "search": {"space": {"training.dequantize": {"choice": ["once", "per_layer"]}}},
         },
-        "training.dequantise is once, but training.engine is trl, which has none; leave it out",
+        "training.dequantize is once, but training.engine is trl, which has none; leave it out",
     ),
     (
-        {"training": {"dequantise": "per_layer"}, "base": WHOLE},
-        "training.dequantise is per_layer, but there is nothing to dequantise with base.quantization none",
+        {"training": {"dequantize": "per_layer"}, "base": WHOLE},
+        "training.dequantize is per_layer, but there is nothing to dequantise with base.quantization none",
     ),
     (
         {"base": {"model": "embedded", "revision": "main"}},
@@ -144,12 +144,12 @@ def test_a_pair_that_cannot_be_is_refused(document: Document, sections: Document
             "search": {"tied": {"training.warmup": "training.steps / 16"}},
         },
         {
-            "training": {"dequantise": "once"},
+            "training": {"dequantize": "once"},
             "search": {"space": {"base.quantization": {"choice": ["nf4", "none"]}}},
         },
-        {"training": {"dequantise": "once"}, "search": {"space": {"training.engine": {"choice": ["fast", "trl"]}}}},
+        {"training": {"dequantize": "once"}, "search": {"space": {"training.engine": {"choice": ["fast", "trl"]}}}},
         {
-            "training": {"dequantise": "once"},
+            "training": {"dequantize": "once"},
             "search": {
                 "space": {
                     "training.engine": {"choice": ["trl", "fast"]},
@@ -157,7 +157,7 @@ def test_a_pair_that_cannot_be_is_refused(document: Document, sections: Document
                 }
             },
         },
-        {"search": {"space": {"training.dequantise": {"choice": ["once", "per_layer"]}}}},
+        {"search": {"space": {"training.dequantize": {"choice": ["once", "per_layer"]}}}},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import SpecError
 from orchestrator.spec import load_spec, parse_spec
-from orchestrator.spec.effect import require_effect
+from orchestrator.spec.scheduler_effect import require_scheduler_effect
 
 Document = dict[str, Any]
 
@@ -26,7 +26,7 @@ def written(document: Document, scheduler: Document, training: Document = STEPS,
 
 def refused(document: Document, scheduler: Document, training: Document = STEPS, **search: Any) -> str:
     with pytest.raises(SpecError) as caught:
-        require_effect(written(document, scheduler, training, **search))
+        require_scheduler_effect(written(document, scheduler, training, **search))
     return str(caught.value)
 
 
@@ -37,11 +37,11 @@ def test_a_first_look_past_the_last_evaluation_is_refused(document: Document, ki
         f"scheduler.grace_steps: 100 would have {kind} change nothing: the last evaluation before a trial's end "
         "(100 steps) is at step 80; give at most 80"
     )
-    require_effect(written(document, {"kind": kind, "grace_steps": 80}))
+    require_scheduler_effect(written(document, {"kind": kind, "grace_steps": 80}))
     said = refused(document, {"kind": kind, "grace_tokens": TOKENS + 1})
     assert f"scheduler.grace_tokens: {TOKENS + 1} would have" in said
     assert f"is at step 80, of at most {TOKENS} tokens; give at most {TOKENS}" in said
-    require_effect(written(document, {"kind": kind, "grace_tokens": TOKENS}))
+    require_scheduler_effect(written(document, {"kind": kind, "grace_tokens": TOKENS}))
 
 
 @pytest.mark.parametrize("kind", ["asha", "median", "hyperband", "bohb"])
@@ -55,13 +55,13 @@ def test_a_trial_of_one_evaluation_is_refused(document: Document, kind: str) -> 
         said = refused(document, scheduler, training, algorithm=algorithm)
         assert f"scheduler.kind: {kind} would change nothing: with training.eval_steps {eval_steps} no trial" in said
         assert "before its last step (100); give training.eval_steps below 100" in said
-    require_effect(written(document, {"kind": "none"}, training))
+    require_scheduler_effect(written(document, {"kind": "none"}, training))
 
 
 def test_the_longest_trial_counts_where_steps_are_searched(document: Document) -> None:
     scheduler = {"kind": "asha", "grace_steps": 100}
     space = {"training.steps": {"choice": [60, 400]}}
-    require_effect(written(document, scheduler, space=space))
+    require_scheduler_effect(written(document, scheduler, space=space))
     assert "(90 steps) is at step 80" in refused(document, scheduler, space={"training.steps": {"randint": [60, 91]}})
 
 
@@ -84,16 +84,16 @@ def test_the_longest_trial_is_one_of_all_combinations(
     space = {path: {"choice": values} for path, values in axes.items()}
     tokens = 120 * 8 * 512 if "training.steps" in axes else None
     scheduler = {"kind": "asha"} | ({"grace_tokens": tokens} if tokens else {"grace_steps": 120})
-    require_effect(written(document, scheduler, training, space=space, tied=tied), 300)
+    require_scheduler_effect(written(document, scheduler, training, space=space, tied=tied), 300)
     spec = written(document, {"kind": "asha", "grace_steps": 160}, training, space=space, tied=tied)
     with pytest.raises(SpecError, match="grace_steps: 160 would have asha change nothing"):
-        require_effect(spec, 300)
+        require_scheduler_effect(spec, 300)
 
 
 def test_of_more_lengths_than_can_be_tried_nothing_is_said(document: Document) -> None:
     fields = ("training.steps", "training.batch_size", "training.accumulation")
     space = {field: {"choice": list(range(1, 12))} for field in fields}
-    require_effect(written(document, {"kind": "asha", "grace_steps": 400}, space=space))
+    require_scheduler_effect(written(document, {"kind": "asha", "grace_steps": 400}, space=space))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,12 @@ def test_in_tokens_the_longest_trial_may_have_a_value_between_the_ends(
     document: Document, training: Document, axis: list[int], tied: dict[str, str], rows: int | None, most: int
 ) -> None:
     space = {"training.batch_size": {"randint": axis}}
-    require_effect(written(document, {"kind": "asha", "grace_tokens": most}, training, space=space, tied=tied), rows)
+    require_scheduler_effect(
+        written(document, {"kind": "asha", "grace_tokens": most}, training, space=space, tied=tied), rows
+    )
     spec = written(document, {"kind": "asha", "grace_tokens": most + 1}, training, space=space, tied=tied)
     with pytest.raises(SpecError, match=f"give at most {most}"):
-        require_effect(spec, rows)
+        require_scheduler_effect(spec, rows)
 
 
 def test_a_combination_that_the_loader_has_not_tried_is_told_too(document: Document) -> None:
@@ -129,7 +131,7 @@ def test_a_combination_that_the_loader_has_not_tried_is_told_too(document: Docum
     with pytest.raises(
         SpecError, match=r"lora.rank 1 with training.accumulation 1 gives .* decay_steps \(50\) are more"
     ):
-        require_effect(written(document, {"kind": "asha"}, training, space=space, tied=tied))
+        require_scheduler_effect(written(document, {"kind": "asha"}, training, space=space, tied=tied))
 
 
 @pytest.mark.parametrize("rows", [None, 380, 400, 401])
@@ -137,9 +139,9 @@ def test_with_epochs_the_rows_tell(document: Document, rows: int | None) -> None
     spec = written(document, {"kind": "asha", "grace_steps": 100}, {"epochs": 1.0, "eval_steps": 20})
     if rows in (380, 400):  # 95 and 100 steps
         with pytest.raises(SpecError, match=r"grace_steps: 100 would .* is at step 80; give at most 80"):
-            require_effect(spec, rows)
+            require_scheduler_effect(spec, rows)
     else:
-        require_effect(spec, rows)
+        require_scheduler_effect(spec, rows)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,14 @@ def test_the_median_needs_others(document: Document) -> None:
         "scheduler.min_trials: 10 would have the median rule stop nobody: each of 10 trials has 9 to"
     )
     assert said.endswith("give at most 9")
-    require_effect(written(document, {"kind": "median", "min_trials": 9}))
+    require_scheduler_effect(written(document, {"kind": "median", "min_trials": 9}))
 
 
 @pytest.mark.parametrize(
     "scheduler", [{"kind": "median", "min_trials": 9}, {"kind": "asha", "grace_steps": 200}], ids=str
 )
 def test_one_trial_may_have_any(document: Document, scheduler: Document) -> None:
-    require_effect(written(document, scheduler, num_trials=1))
+    require_scheduler_effect(written(document, scheduler, num_trials=1))
 
 
 def test_a_band_needs_trials_for_a_bracket_with_a_rung(document: Document) -> None:
@@ -181,8 +183,8 @@ def test_a_band_needs_trials_for_a_bracket_with_a_rung(document: Document) -> No
         "search.num_trials: of 5 trials hyperband would stop none: its brackets are filled one after"
     )
     assert "give 6 or more" in said
-    require_effect(written(document, scheduler, num_trials=6))
-    require_effect(written(document, {"kind": "bohb", "reduction_factor": 2}, num_trials=4, algorithm="bohb"))
+    require_scheduler_effect(written(document, scheduler, num_trials=6))
+    require_scheduler_effect(written(document, {"kind": "bohb", "reduction_factor": 2}, num_trials=4, algorithm="bohb"))
 
 
 def test_rungs_past_the_end_are_refused(document: Document) -> None:
@@ -191,7 +193,7 @@ def test_rungs_past_the_end_are_refused(document: Document) -> None:
         "scheduler.max_steps: 1000 would have hyperband change nothing: its first rung lies at 100 steps, and the last "
         "evaluation before a trial's end at 80; give 200, which has a rung at 20"
     )
-    require_effect(written(document, scheduler | {"max_steps": 200}, num_trials=20))
+    require_scheduler_effect(written(document, scheduler | {"max_steps": 200}, num_trials=20))
 
 
 def test_remedies_are_of_the_searcher(document: Document) -> None:
@@ -212,7 +214,7 @@ def test_remedies_are_of_the_searcher(document: Document) -> None:
 def test_a_population_that_is_looked_at_too_late_is_refused(document: Document, kind: str) -> None:
     said = refused(document, {"kind": kind, "interval_tokens": TOKENS + 1})
     assert f"scheduler.interval_tokens: {TOKENS + 1} would have {kind} change nothing" in said
-    require_effect(written(document, {"kind": kind, "interval_tokens": TOKENS}))
+    require_scheduler_effect(written(document, {"kind": kind, "interval_tokens": TOKENS}))
     assert "scheduler.interval_steps: 100 would have" in refused(document, {"kind": kind, "interval_steps": 100})
 
 
@@ -226,4 +228,4 @@ def test_check_says_it_and_a_single_trial_may_be_run() -> None:
 
 @pytest.mark.parametrize("file", sorted(Path("experiments").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_experiment_that_ships_has_an_effect(file: Path) -> None:
-    require_effect(load_spec(file))
+    require_scheduler_effect(load_spec(file))

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import load_spec, parse_spec
-from orchestrator.spec.pairs import MUTABLE
+from orchestrator.spec.cross_checks import MUTABLE
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 
 Document = dict[str, Any]
@@ -226,7 +226,7 @@ def test_a_missing_extra_gives_its_install_line(
     package: str, extra: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing: set[str] = set()
-    monkeypatch.setattr("orchestrator.spec.extras.find_spec", lambda name: None if name in missing else name)
+    monkeypatch.setattr("orchestrator.spec.optional_packages.find_spec", lambda name: None if name in missing else name)
     spec = load_spec("experiments/demo.yaml", overrides)
     missing.add(package)
     with pytest.raises(RequestError) as caught:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record.start import claim_folder
+from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import SweepSpec, parse_spec
 
 
@@ -68,7 +68,7 @@ def test_unnamed_sweeps_that_begin_in_one_second_get_folders_of_their_own(
 
             return datetime(2026, 11, 30, 3, 1, 55)
 
-    monkeypatch.setattr("orchestrator.record.start.datetime", Stopped)
+    monkeypatch.setattr("orchestrator.record.new_sweep.datetime", Stopped)
     spec = parse_spec(document)
     with (
         claim_folder(spec, "base.yaml", None, str(tmp_path)) as first,
@@ -98,7 +98,7 @@ def test_a_name_that_another_process_takes_at_this_very_moment_is_taken(
 CLAIM = """
 import sys
 from orchestrator.errors import RequestError
-from orchestrator.record.start import claim_folder
+from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import load_spec
 spec = load_spec(sys.argv[1], [])
 print("ready", flush=True)

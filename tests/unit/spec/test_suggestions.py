@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.spec.names import OURS
+from orchestrator.spec.suggestions import FIELD_OF_NAME
 
 Document = dict[str, Any]
 
@@ -17,12 +17,12 @@ def told(document: Document, **sections: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", FIELD_OF_NAME)
 def test_a_name_of_another_library_is_answered_with_ours(document: Document, name: str) -> None:
     section, _, field = name.rpartition(".")
-    field_of_ours, _, value = OURS[name].partition(": ")
+    field_of_ours, _, value = FIELD_OF_NAME[name].partition(": ")
     said = told(document, **({section: {field: 1}} if section else {field: 1}))
-    assert f"{name}: unknown field; did you mean {OURS[name]}? " in said
+    assert f"{name}: unknown field; did you mean {FIELD_OF_NAME[name]}? " in said
     there, _, ours = field_of_ours.partition(".")
     if there != "scheduler":
         annotation: Any = SweepSpec.model_fields[there].annotation

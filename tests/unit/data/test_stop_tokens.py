@@ -12,7 +12,7 @@ from orchestrator.data.encode import IGNORED, Tokens, encode
 from orchestrator.data.files import Row
 from orchestrator.data.preview import preview
 from orchestrator.data.render import render
-from orchestrator.data.stops import RowEnds, StopFinder
+from orchestrator.data.stop_tokens import RowEnds, StopFinder
 from orchestrator.errors import DataError, RequestError
 from orchestrator.report.data import _end_lines
 from orchestrator.spec.sections import BaseSection, DataSection

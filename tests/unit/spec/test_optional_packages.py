@@ -7,7 +7,7 @@ import pytest
 from orchestrator.cli import app
 from orchestrator.errors import RequestError
 from orchestrator.record import read_sweep
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 
 def test_what_is_there_is_not_imported() -> None:
