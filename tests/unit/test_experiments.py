@@ -25,7 +25,7 @@ def test_an_editor_finds_the_schema_beside_the_file(file: Path) -> None:
     first, _, _ = file.read_text(encoding="utf-8").partition("\n")
     head, _, schema = first.partition("$schema=")
     assert head == "# yaml-language-server: "
-    for folder in (file.parent, file.resolve().parent):  # the demo lies in the package too
+    for folder in (file.parent, file.resolve().parent):  # the demo is in the package too
         assert json.loads((folder / schema).read_text(encoding="utf-8"))["title"] == "Experiment"
 
 
@@ -97,7 +97,7 @@ def test_70b_needs_the_memory_that_its_comment_says() -> None:
     assert [round(gib) for gib in foretold] == [int(gib) for gib in said]
 
 
-def test_a_chat_model_is_trained_on_messages() -> None:
+def test_the_chat_model_is_trained_on_messages() -> None:
     spec = load_spec(FOLDER / "qwen2.5-0.5b-chat.yaml")
     assert (spec.base.model, spec.data.format) == ("Qwen/Qwen2.5-0.5B-Instruct", "messages")
 

@@ -117,7 +117,7 @@ FIELDS = [
         "template file that is none",
         ["data={source: x/y, format: messages, chat_template: x.yaml}"],
         "chat_template",
-        "is no Jinja template",
+        "is not a Jinja template",
     ),
     _set("negative rows", ["data.max_rows=0"], "data.max_rows", "greater than or equal to 1"),
     _set("unknown field of a mix", ["data.mix=[{source: a, wieght: 1}]"], "data.mix.0.wieght", "did you mean weight?"),
@@ -143,7 +143,7 @@ FIELDS = [
     _set(
         "a first rung at the last step",
         ["scheduler={kind: asha, grace_steps: 50}", "training.steps=50", "search.space.lora.rank={choice: [4, 8]}"],
-        "scheduler.kind: asha would change nothing",
+        "scheduler.kind: asha would have no effect",
         "no trial is evaluated before its last step (50)",
     ),
     _set(
@@ -221,7 +221,10 @@ DATA = [
         format="messages",
     ),
     _file(
-        "CSV with a field too many", "rows.csv", "text\na\nb,c\n", "rows.csv:3: has 2 fields, and the header 1: text"
+        "CSV with a field too many",
+        "rows.csv",
+        "text\na\nb,c\n",
+        "rows.csv:3: has 2 fields, but the header has 1: text",
     ),
     _file(
         "JSON array with a number",
@@ -248,7 +251,7 @@ DATA = [
         ["data.max_length=8", "data.truncate=error"],
         "data.max_length=8: 2000 of 2000 rows have more tokens: embedded:",
         "and 1997 more",
-        "data.truncate is error",
+        "set data.truncate to right or left: it is error now",
     ),
     _set(
         "mix of names", ["data.source=", "data.mix=[a.csv]"], "data.mix.0: must be a section of source, weight", "a.csv"
@@ -271,14 +274,14 @@ DATA = [
     Wrong(
         "preview of rows of no format",
         ["data", "rows.jsonl"],
-        ("rows.jsonl:1: columns 'a', 'b' are those of no format", "data.format=template"),
+        ("rows.jsonl:1: columns 'a', 'b' fit no format", "data.format=template"),
         {"rows.jsonl": '{"a": 1, "b": 2}\n'},
     ),
     Wrong("preview of no file", ["data", "nope.jsonl"], ("nope.jsonl: there is no such data file",)),
     Wrong(
         "training on rows without an experiment",
         ["sweep", "rows.jsonl"],
-        ("rows.jsonl: holds rows, and is no experiment file", "data.source", "orchestrator data rows.jsonl"),
+        ("rows.jsonl: holds rows, and is not an experiment file", "data.source", "orchestrator data rows.jsonl"),
         {"rows.jsonl": '{"text": "a"}\n'},
     ),
     _trial("missing data file", ["data.source=nope.jsonl"], "nope.jsonl: there is no such data file"),
@@ -302,8 +305,8 @@ DATA = [
     _trial(
         "nothing to learn",
         ["data.max_length=8", "data.loss_on=completion"],
-        "data.max_length=8 leaves no training row",
-        "embedded:1 (25)",
+        "data.max_length=8 is too short: after truncation no training row has a token in the loss",
+        "(36) and 1797 more",
     ),
     _trial("folder without a model", ["base.model=./nope"], "base.model", "nope", "no config.json"),
     _trial("no such model", ["base.model=nobody/nothing"], "base.model nobody/nothing: cannot be loaded"),
@@ -313,7 +316,7 @@ DATA = [
     _call("sweep to a URI", ["sweep", "x.yaml", "--output", "gs://b"], "gs://b", "not a URI"),
     _call("folder is there", ["trial", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "already exists"),
     _call("sweep is there", ["sweep", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "resume"),
-    _call("output is a file", ["trial", "x.yaml", "--output", "x.yaml"], "output x.yaml", "not a folder"),
+    _call("output is a file", ["trial", "x.yaml", "--output", "x.yaml"], "output x.yaml", "is not a writable folder"),
     _call(
         "name leaves the folder",
         ["trial", "x.yaml", "--name", "../out", "--set", "base.pad_token=<fill>"],

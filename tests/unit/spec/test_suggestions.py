@@ -1,4 +1,4 @@
-"""What is answered to a name that is none of ours: the field that was meant, by its dotted name."""
+"""Suggestions for unknown fields: the intended field, by its dotted name."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def told(document: Document, **sections: Any) -> str:
 
 
 @pytest.mark.parametrize("name", FIELD_OF_NAME)
-def test_a_name_of_another_library_is_answered_with_ours(document: Document, name: str) -> None:
+def test_a_name_of_another_library_suggests_our_field(document: Document, name: str) -> None:
     section, _, field = name.rpartition(".")
     field_of_ours, _, value = FIELD_OF_NAME[name].partition(": ")
     said = told(document, **({section: {field: 1}} if section else {field: 1}))
@@ -57,13 +57,13 @@ def _with(document: Document, section: str, fields: Document) -> Document:
         ({"search": {"space": {"training.lr": {"choice": [1e-4]}}}}, "did you mean training.learning_rate?"),
     ],
 )  # fmt: skip
-def test_what_was_meant_is_told(document: Document, sections: Document, said: str) -> None:
+def test_an_unknown_field_suggests_the_intended_one(document: Document, sections: Document, said: str) -> None:
     assert said in told(document, **sections)
 
 
 @pytest.mark.parametrize("section", ["data", "training", "search"])
 @pytest.mark.parametrize("seed", [-1, 2**31])
-def test_a_seed_is_one_that_every_library_takes(document: Document, section: str, seed: int) -> None:
+def test_seeds_that_some_library_refuses_are_refused(document: Document, section: str, seed: int) -> None:
     said = told(document, **{section: document.get(section, {}) | {"seed": seed}})
     assert f"{section}.seed: Input should be " in said
     assert f"(got {seed})" in said

@@ -1,4 +1,4 @@
-"""What is made from the specification is in step with it, and shows all of it."""
+"""Files generated from the specification are up to date and complete."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", generated_files())
-def test_made_files_are_in_step(name: str) -> None:
+def test_generated_files_are_up_to_date(name: str) -> None:
     path = ROOT / name
     assert path.is_file(), "run `make manual`"
     assert path.read_text(encoding="utf-8") == generated_files()[name], "run `make manual`"
@@ -62,7 +62,10 @@ def test_the_reference_has_a_row_for_every_field() -> None:
         assert group.sentence in part
         for field in group.fields:
             assert f"| `{field.name}` | " in part
-    assert "| `dropout` | number (at least 0, below 1) | `0.05` | Share of the adapter's input" in REFERENCE
+    assert (
+        "| `dropout` | number (at least 0, below 1) | `0.05` | Probability with which each input of the adapter"
+        in REFERENCE
+    )
     assert "| `model` | text (not empty) | required | Hub id" in REFERENCE
     assert '| `held_out` | a section | `{"share": 0.1}` |' in REFERENCE
 
@@ -81,7 +84,7 @@ def test_the_example_has_every_field_with_its_default() -> None:
                 assert " ".join(field.sentence.split()) in words
 
 
-def test_members_of_a_union_are_shown_each() -> None:
+def test_each_member_of_a_union_is_shown() -> None:
     tree = read_tree(SCHEMA)
     assert [(group.path, group.marks) for group in tree.walk()] == [
         ("", {}),
