@@ -18,17 +18,21 @@ from orchestrator.spec.sections import BaseSection, LoraSection, Section, Traini
 from orchestrator.spec.sections.honored import FAST_ONLY, TRL_ONLY, HonoredBy, honored_by
 
 SECTIONS: dict[str, type[Section]] = {"base": BaseSection, "lora": LoraSection, "training": TrainingSection}
-FIELDS = [(section, name) for section, model in SECTIONS.items() for name in model.model_fields]
+FIELDS = [
+    pytest.param(section, name, id=f"{section}.{name}")
+    for section, model in SECTIONS.items()
+    for name in model.model_fields
+]
 PACKAGE = Path(orchestrator.__file__).parent
 
 
-@pytest.mark.parametrize(("section", "name"), FIELDS, ids=".".join)
+@pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_every_field_declares_who_honors_it(section: str, name: str) -> None:
     declared = honored_by(SECTIONS[section].model_fields[name])
     assert declared.fast or declared.trl or declared.orchestrator, "a field that nobody acts on is silently ignored"
 
 
-@pytest.mark.parametrize(("section", "name"), FIELDS, ids=".".join)
+@pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_who_is_declared_reads_the_field(section: str, name: str) -> None:
     declared = honored_by(SECTIONS[section].model_fields[name])
     readers = files_that_read(section, name)
@@ -64,10 +68,10 @@ def test_the_fast_engine_supports_what_is_declared(declared: HonoredBy, value: i
     assert declared.fast_supports(value, default=0) is is_supported
 
 
-@pytest.mark.parametrize(("section", "name"), [field for field in FIELDS if field[0] != "base"], ids=".".join)
+@pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_the_defaults_are_supported_by_the_fast_engine(section: str, name: str) -> None:
     info = SECTIONS[section].model_fields[name]
-    assert honored_by(info).fast_supports(info.default, info.default)
+    assert info.is_required() or honored_by(info).fast_supports(info.default, info.default)
 
 
 def test_a_field_that_only_trl_honors_keeps_a_trial_from_the_fast_engine() -> None:
