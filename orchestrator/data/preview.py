@@ -186,10 +186,10 @@ def _first(rows: EncodedRows, num_rows: int) -> list[tuple[EncodedRow, int | Non
     kept = [row for row in rows.train if row.kept is not None]
     if rows.sequences is None:
         return [(row, None) for row in kept[:num_rows]]
-    laid: list[tuple[EncodedRow, int | None]] = []
+    shown: list[tuple[EncodedRow, int | None]] = []
     for number, sequence in enumerate(rows.sequences):
-        laid += [(kept[i], number) for i in sequence]
-    return laid[:num_rows]
+        shown += [(kept[i], number) for i in sequence]
+    return shown[:num_rows]
 
 
 def _shown(row: EncodedRow, sequence: int | None, tokenizer: Any) -> ShownRow:

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, assert_never, get_args
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -162,14 +162,21 @@ class Axis(Section):
 
     def domain(self) -> IndexDomain | IntDomain | FloatDomain:
         """Return what a searcher draws from, for `decode`. For a range with steps these are reals, rounded later."""
+        low, high = self.probes()[0], self.probes()[-1]
         is_log = "log" in self.kind
-        if self.is_discrete:
-            return IndexDomain(len(self.values))
-        low, high = self.probes()
-        if self.is_stepped:  # half a step more at each end; otherwise the ends would be drawn half as often
-            half = self.values[2] / 2
-            return FloatDomain(low - half if low > half or not is_log else low, high + half, is_log)
-        return IntDomain(low, high, is_log) if self.is_whole else FloatDomain(low, high, is_log)
+        match self.kind:
+            case "choice" | "grid":
+                return IndexDomain(len(self.values))
+            case "uniform" | "loguniform":
+                return FloatDomain(low, high, is_log)
+            case "randint" | "lograndint":
+                return IntDomain(low, high, is_log)
+            case "quniform" | "qloguniform" | "qrandint" | "qlograndint":
+                # Half a step more at each end; otherwise the ends would be drawn half as often.
+                half = self.values[2] / 2
+                return FloatDomain(low - half if low > half or not is_log else low, high + half, is_log)
+            case unknown:
+                assert_never(unknown)
 
     def draw(self, generator: random.Random) -> Any:
         """Draw at random, for `decode`."""

@@ -4,6 +4,7 @@ Each combination that makes no sense is refused, with the reason.
 """
 
 from collections.abc import Callable, Sequence
+from typing import assert_never
 
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import ResourcesSection, SchedulerSection, TrainingSection, TrialConfig
@@ -11,6 +12,7 @@ from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
     HyperBandScheduler,
+    NoScheduler,
     Pb2Scheduler,
     PbtScheduler,
     Population,
@@ -49,11 +51,13 @@ def check_sections_together(
         raise ValueError("search.budget.gpu_hours would never be spent: resources.gpus_per_trial is 0")
     if isinstance(scheduler, Rungs):
         _rungs_meet_evaluations(search, scheduler, training)
-    if isinstance(scheduler, Brackets):
-        _brackets_have_rungs(search, scheduler, training)
-    if isinstance(scheduler, Population):
+        if isinstance(scheduler, Brackets):
+            _brackets_have_rungs(search, scheduler, training)
+    elif isinstance(scheduler, Population):
         _population_can_change(search, scheduler)
         _interval_meets_evaluations(scheduler, training)
+    elif not isinstance(scheduler, NoScheduler):
+        assert_never(scheduler)
     if isinstance(scheduler, Brackets | Population):
         _checkpoints_meet_evaluations(search, scheduler, training)
 
