@@ -91,12 +91,12 @@ def test_70b_needs_the_memory_that_its_comment_says() -> None:
     assert (spec.base.quantization, spec.base.double_quant, spec.training.recompute) == ("nf4", True, "auto")
     shape = BaseShape(8192, 28672, 80, queries=64, keys=8, head_size=128, vocabulary=32_000, tied=False)
     longest, rank = spec.data.max_length, max(spec.search.space["lora.rank"].values)
-    foretold = []
+    predicted = []
     for recompute in ("nothing", "layers"):
         choice = MemoryOption(keeps_base=False, recompute=recompute, max_tokens=longest)
-        foretold.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
-    said = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
-    assert [round(gib) for gib in foretold] == [int(gib) for gib in said]
+        predicted.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
+    stated = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
+    assert [round(gib) for gib in predicted] == [int(gib) for gib in stated]
 
 
 def test_the_chat_model_is_trained_on_messages() -> None:

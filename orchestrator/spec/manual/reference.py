@@ -23,7 +23,7 @@ def _part(group: FieldGroup) -> str:
     marks = ", ".join(f"{name}: {value}" for name, value in group.marks.items())
     title = f"{'#' * min(4, 2 + group.path.count('.'))} `{group.path}`" + (f" with `{marks}`" if marks else "")
     rows = [_row(field) for field in group.fields]
-    table = ["| field | takes | default | |", "| --- | --- | --- | --- |", *rows]
+    table = ["| field | takes | default | meaning |", "| --- | --- | --- | --- |", *rows]
     return "\n".join([title, "", group.sentence, "", *table, ""])
 
 

@@ -118,7 +118,8 @@ def _alternatives(node: Node) -> Iterator[str]:
         case "null":
             yield "`null`"
         case "array":
-            yield f"list{_length(node)} of {_values(node['items'])}" if node.get("items") else f"list{_length(node)}"
+            entries = _values(node["items"]).replace("a section", "sections") if node.get("items") else ""
+            yield f"list{_length(node)}{f' of {entries}' if entries else ''}"
         case "object" if isinstance(node.get("additionalProperties"), dict):
             yield f"map to {_values(node['additionalProperties'])}"
         case _:

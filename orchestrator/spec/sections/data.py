@@ -237,7 +237,8 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=8)] = 512
     """Maximum number of tokens in a row, and in a packed sequence."""
     truncate: Literal["right", "left", "error"] = "right"
-    """Side on which longer rows are cut (left keeps the beginning-of-text token); or error, which refuses them."""
+    """Side on which longer rows are cut (left keeps the beginning-of-text token). Cut rows are counted. error refuses
+    them instead."""
     require_stop: bool = True
     """Refuse data in which no row teaches the model to end with a stop token: answers would run on to
     max_new_tokens."""
