@@ -83,8 +83,8 @@ def test_a_mix_has_its_weights_and_the_same_rows_each_time(sources: dict[str, st
     other = texts(section(mix=mix, held_out={"count": 12}, seed=7))
     assert {text for part in other for text in part} != {*train, *held_out}, "another seed draws other rows"
     prepared = prepare(section(mix=mix, held_out={"count": 12}), BASE)
-    told = [(source.source, source.weight, source.num_read, source.num_taken) for source in prepared.sources]
-    assert told == [(sources["a"], 3, 90, 90), (sources["b"], 1, 40, 30)]
+    recorded = [(source.source, source.weight, source.num_read, source.num_taken) for source in prepared.sources]
+    assert recorded == [(sources["a"], 3, 90, 90), (sources["b"], 1, 40, 30)]
 
 
 def test_a_mix_without_weights_has_all_rows(sources: dict[str, str]) -> None:

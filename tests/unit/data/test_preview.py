@@ -76,14 +76,14 @@ BARS = [(4, 40, 9), (6, 0, 0), (8, 0, 0), (10, 0, 0), (12, 0, 0), (14, 9, 2)]
 """Maximum tokens, length of the bar and number of rows, for nine rows of 4 tokens and two of 14."""
 
 
-def said(shown: DataPreview) -> list[str]:
+def printed(shown: DataPreview) -> list[str]:
     out = StringIO()
     say_data(Console(file=out, width=160), shown)
     return out.getvalue().splitlines()
 
 
 def test_printed_lines(section: DataSection) -> None:
-    lines = said(preview(section, BASE, 1))
+    lines = printed(preview(section, BASE, 1))
     assert lines[0].endswith("rows.jsonl:1: 4 tokens, 2 trained on")
     assert lines[1] == "<s>1⟦2</s>⟧"
     assert any(line.startswith("1 row is cut (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
@@ -100,7 +100,7 @@ def test_packed_rows_are_shown_in_the_order_of_sequences(section: DataSection) -
     assert shown.packing is not None
     assert (shown.packing.num_sequences, shown.packing.most_rows) == (5, 2)
     assert [row.sequence for row in shown.rows] == [0, 0, 1, 2]
-    assert any("packed into 5 sequences, " in line for line in said(shown))
+    assert any("packed into 5 sequences, " in line for line in printed(shown))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *call: str) -> int | str | None:

@@ -141,9 +141,9 @@ def test_a_generation_block_that_ends_before_the_stop_token_is_refused(chatml: A
     assert (found.num_ended, found.num_not_learned) == (0, 1)
     with pytest.raises(
         DataError, match="no training row has a stop token in the loss: 1 row ends with one that is not in"
-    ) as told:
+    ) as caught:
         found.require()
-    assert told.value.remedy.startswith("Move {% endgeneration %}")
+    assert caught.value.remedy.startswith("Move {% endgeneration %}")
     chatml.chat_template = CLOSED_BEHIND
     assert ends(chatml, turns(), loss_on="assistant").num_ended == 1
     assert ends(chatml, turns(), loss_on="completion").num_ended == 1
@@ -151,10 +151,12 @@ def test_a_generation_block_that_ends_before_the_stop_token_is_refused(chatml: A
 
 def test_a_token_that_the_tokenizer_lacks_is_not_a_stop_token() -> None:
     tokenizer = load_tokenizer(BASE, CHATML)
-    with pytest.raises(DataError, match=r"no row ends with a stop token: the first ends with '.*im_end\|>\\n'") as told:
+    with pytest.raises(
+        DataError, match=r"no row ends with a stop token: the first ends with '.*im_end\|>\\n'"
+    ) as caught:
         ends(tokenizer, turns()).require()
-    assert "base.new_tokens adds one" in told.value.remedy
-    assert "data.require_stop: false" in told.value.remedy
+    assert "base.new_tokens adds one" in caught.value.remedy
+    assert "data.require_stop: false" in caught.value.remedy
 
 
 def test_rows_without_stop_tokens_are_refused_unless_allowed(tmp_path: Path) -> None:

@@ -89,15 +89,15 @@ def test_tool_calls_are_answers_and_tool_results_are_not() -> None:
     assert answer == "3"
     calls = {**CALLING, "messages": CALLING["messages"][:2]}
     assert encoded(calls, TOOLS, loss_on="completion")[3] == '+{"a": 1}', "the answer is the call"
-    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "3 "}]}
-    assert encoded(said, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "with the content beside it"
+    columns = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "3 "}]}
+    assert encoded(columns, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "with the content beside it"
 
 
 def test_a_template_may_render_a_call_without_the_content_beside_it() -> None:
     """Llama 3.1's template does; the calls are in the text."""
     bare = TOOLS.replace("{{ m['content'] }}", "{% if not m['tool_calls'] %}{{ m['content'] }}{% endif %}")
-    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "let me see"}]}
-    assert encoded(said, bare, loss_on="completion")[3] == '+{"a": 1}'
+    columns = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "let me see"}]}
+    assert encoded(columns, bare, loss_on="completion")[3] == '+{"a": 1}'
 
 
 def test_the_templates_own_generation_tags_are_used() -> None:

@@ -64,7 +64,7 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "num_trials", "budget", "told"),
+    ("search", "num_trials", "budget", "message"),
     [
         ({}, 4, [], "--trials 4: the sweep already has 4; give the total number, not the difference"),
         ({"space": {}}, 6, [], "--trials: this experiment searches nothing"),
@@ -81,9 +81,9 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
     ],
 )
 def test_changes_that_are_not_possible_are_refused(
-    make: Make, search: dict[str, Any], num_trials: int | None, budget: list[str], told: str
+    make: Make, search: dict[str, Any], num_trials: int | None, budget: list[str], message: str
 ) -> None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         extend_sweep(make(**search), num_trials, budget)
 
 
@@ -118,7 +118,7 @@ def test_a_changed_file_is_described_field_by_field(
         "search.seed: 0 recorded, 3 in the file",
     ]
     file.write_text("base: {modle: embedded}")
-    (told,) = changed_since(info)
-    assert told.startswith("it is no longer a valid experiment: ")
+    (message,) = changed_since(info)
+    assert message.startswith("it is no longer a valid experiment: ")
     file.unlink()
     assert changed_since(info) == []

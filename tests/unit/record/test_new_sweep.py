@@ -127,16 +127,16 @@ def test_processes_that_begin_at_once_never_share_a_folder(tmp_path: Path, name:
             process.stdin.write("\n")
             process.stdin.flush()
         with ThreadPoolExecutor() as pool:
-            told = list(pool.map(lambda process: process.stdout.readline().strip(), processes))
+            lines = list(pool.map(lambda process: process.stdout.readline().strip(), processes))
     finally:
         for process in processes:
             process.communicate()
     folders = {path.name for path in (tmp_path / "runs").iterdir()}
     if name:
-        refused = [line for line in told if line != "one"]
+        refused = [line for line in lines if line != "one"]
         assert len(refused) == number - 1
         assert all(line.endswith("one: already exists") for line in refused)
         assert folders == {"one"}
     else:
-        assert len(set(told)) == number
-        assert folders == set(told)
+        assert len(set(lines)) == number
+        assert folders == set(lines)

@@ -105,10 +105,10 @@ def test_the_best_is_chosen_among_trials_that_ended_well(
     assert best.trial.trial_id == winner
     assert best.choice.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
-    told = best.as_dict()
-    assert (told["trial_id"], told["value"], told["step"]) == (winner, EVERY_STATE[winner][1], 7)
-    assert told["config"]["lora.rank"] == 16
-    assert told["config"]["training.learning_rate"] == 2e-4
+    best_trial = best.as_dict()
+    assert (best_trial["trial_id"], best_trial["value"], best_trial["step"]) == (winner, EVERY_STATE[winner][1], 7)
+    assert best_trial["config"]["lora.rank"] == 16
+    assert best_trial["config"]["training.learning_rate"] == 2e-4
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "FAILED", "CANCELLED", "PENDING"])

@@ -219,7 +219,7 @@ def test_every_fault_has_its_line(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("training.recompute=maybe", "training.recompute: Input should be 'auto' or Input should be a valid boolean"),
         ("lora.target_modules=3", "lora.target_modules: Input should be 'all-linear' or Input should be a valid list"),
@@ -228,10 +228,10 @@ def test_every_fault_has_its_line(file: Path) -> None:
         ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern.q_proj: Input should be greater than or equal to 1"),
     ],
 )
-def test_a_field_of_several_types_is_named_without_the_type(file: Path, override: str, told: str) -> None:
+def test_a_field_of_several_types_is_named_without_the_type(file: Path, override: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(file, [override])
-    assert f"{file}: {told}" in str(caught.value)
+    assert f"{file}: {message}" in str(caught.value)
 
 
 def _write(path: Path, text: str) -> Path:

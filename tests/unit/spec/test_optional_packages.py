@@ -16,9 +16,9 @@ def test_an_installed_package_is_not_imported() -> None:
 
 
 def test_a_missing_package_is_named_with_its_install_command() -> None:
-    with pytest.raises(RequestError, match="metric mauve needs the package no_such_package") as told:
+    with pytest.raises(RequestError, match="metric mauve needs the package no_such_package") as caught:
         require_package("no_such_package", "metric mauve", "metrics")
-    assert told.value.remedy == "pip install 'qlora-orchestrator[metrics]'"
+    assert caught.value.remedy == "pip install 'qlora-orchestrator[metrics]'"
 
 
 def test_a_sweep_can_be_read_without_the_extra_but_resumed_only_with_it(

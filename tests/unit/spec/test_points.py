@@ -43,25 +43,27 @@ def test_number_of_points(document: Document, space: Document, points: float) ->
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
 def test_more_trials_than_points_are_refused(document: Document, algorithm: str) -> None:
     space = {"lora.rank": {"choice": [4, 8]}, "lora.dropout": {"choice": [0.0, 0.1]}}
-    told = "search.num_trials: 8 trials would repeat points, because the space has 4; give at most 4, or algorithm grid"
-    with pytest.raises(SpecError, match=told):
+    message = (
+        "search.num_trials: 8 trials would repeat points, because the space has 4; give at most 4, or algorithm grid"
+    )
+    with pytest.raises(SpecError, match=message):
         _spec(document, algorithm=algorithm, space=space, num_trials=8)
     assert _spec(document, algorithm=algorithm, space=space, num_trials=4).search.total_trials == 4
 
 
 @pytest.mark.parametrize("kind", ["choice", "grid"])
 @pytest.mark.parametrize(
-    ("path", "values", "told"),
+    ("path", "values", "message"),
     [
         ("training.weight_decay", [0.1, 0, 0.0], "0 and 0.0 are the same value, 0.0;"),
         ("training.learning_rate", [1, 1.0], "1 and 1.0 are the same value, 1.0;"),
     ],
 )
 def test_equal_values_in_a_list_are_refused(
-    document: Document, kind: str, path: str, values: list[Any], told: str
+    document: Document, kind: str, path: str, values: list[Any], message: str
 ) -> None:
     algorithm = "grid" if kind == "grid" else "random"
-    with pytest.raises(SpecError, match=f"search.space.{path}: {told} leave one out"):
+    with pytest.raises(SpecError, match=f"search.space.{path}: {message} leave one out"):
         _spec(document, algorithm=algorithm, space={path: {kind: values}})
 
 

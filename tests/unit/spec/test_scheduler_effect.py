@@ -35,15 +35,15 @@ def refused(document: Document, scheduler: Document, training: Document = STEPS,
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_a_grace_period_after_the_last_evaluation_is_refused(document: Document, kind: str) -> None:
-    said = refused(document, {"kind": kind, "grace_steps": 100})
-    assert said == (
+    message = refused(document, {"kind": kind, "grace_steps": 100})
+    assert message == (
         f"scheduler.grace_steps: with 100, {kind} would have no effect: the last evaluation before a trial's end "
         "(100 steps) is at step 80; give at most 80"
     )
     require_scheduler_effect(written(document, {"kind": kind, "grace_steps": 80}))
-    said = refused(document, {"kind": kind, "grace_tokens": TOKENS + 1})
-    assert f"scheduler.grace_tokens: with {TOKENS + 1}, {kind} would have no effect" in said
-    assert f"is at step 80, of at most {TOKENS} tokens; give at most {TOKENS}" in said
+    message = refused(document, {"kind": kind, "grace_tokens": TOKENS + 1})
+    assert f"scheduler.grace_tokens: with {TOKENS + 1}, {kind} would have no effect" in message
+    assert f"is at step 80, of at most {TOKENS} tokens; give at most {TOKENS}" in message
     require_scheduler_effect(written(document, {"kind": kind, "grace_tokens": TOKENS}))
 
 
@@ -55,9 +55,9 @@ def test_trials_with_a_single_evaluation_are_refused(document: Document, kind: s
         training = {"steps": 100, "eval_steps": eval_steps}
         if kind in ("hyperband", "bohb"):
             scheduler["max_steps"] = 4 * eval_steps
-        said = refused(document, scheduler, training, algorithm=algorithm)
-        assert f"scheduler.kind: {kind} would have no effect: with training.eval_steps {eval_steps} no trial" in said
-        assert "before its last step (100); give training.eval_steps below 100" in said
+        message = refused(document, scheduler, training, algorithm=algorithm)
+        assert f"scheduler.kind: {kind} would have no effect: with training.eval_steps {eval_steps} no trial" in message
+        assert "before its last step (100); give training.eval_steps below 100" in message
     require_scheduler_effect(written(document, {"kind": "none"}, training))
 
 
@@ -159,11 +159,11 @@ def test_steps_of_a_number_of_rows(document: Document, training: Document, steps
 
 
 def test_the_median_rule_needs_other_trials(document: Document) -> None:
-    said = refused(document, {"kind": "median", "min_trials": 10})
-    assert said.startswith(
+    message = refused(document, {"kind": "median", "min_trials": 10})
+    assert message.startswith(
         "scheduler.min_trials: with 10 the median rule can stop no trial: each of 10 trials has only 9 others to"
     )
-    assert said.endswith("give at most 9")
+    assert message.endswith("give at most 9")
     require_scheduler_effect(written(document, {"kind": "median", "min_trials": 9}))
 
 
@@ -179,11 +179,11 @@ def test_hyperband_needs_enough_trials_for_a_bracket_with_a_rung(document: Docum
         "kind": "hyperband",
         "reduction_factor": 2,
     }  # 5 units: brackets of 3, 3 and 4, the first without a rung
-    said = refused(document, scheduler, num_trials=5)
-    assert said.startswith(
+    message = refused(document, scheduler, num_trials=5)
+    assert message.startswith(
         "search.num_trials: with 5 trials, hyperband would stop none: its brackets are filled one after"
     )
-    assert "give 6 or more" in said
+    assert "give 6 or more" in message
     require_scheduler_effect(written(document, scheduler, num_trials=6))
     require_scheduler_effect(written(document, {"kind": "bohb", "reduction_factor": 2}, num_trials=4, algorithm="bohb"))
 
@@ -200,21 +200,21 @@ def test_rungs_after_the_end_are_refused(document: Document) -> None:
 def test_remedies_fit_the_searcher(document: Document) -> None:
     band = {"kind": "hyperband", "reduction_factor": 2}
     grid = {"training.learning_rate": {"grid": [1e-5, 1e-4, 1e-3]}}
-    said = refused(document, band, algorithm="grid", num_trials=None, space=grid)
-    assert said.startswith("search.space: with 3 trials, hyperband")
-    assert "give a grid of 6 or more, or" in said
+    message = refused(document, band, algorithm="grid", num_trials=None, space=grid)
+    assert message.startswith("search.space: with 3 trials, hyperband")
+    assert "give a grid of 6 or more, or" in message
     bohb = {"kind": "bohb", "max_steps": 180}  # the first rung keeps 3 of 9, the second is after the end
-    said = refused(document, bohb, {"steps": 50, "eval_steps": 20}, algorithm="bohb", num_trials=3)
-    assert "those with the most rungs first; give" in said
-    assert said.endswith("or scheduler.kind asha with another search.algorithm")
-    said = refused(document, {"kind": "asha"}, {"steps": 1, "eval_steps": 5})
-    assert said.endswith("before its last step (1); give more training.steps, or scheduler.kind none")
+    message = refused(document, bohb, {"steps": 50, "eval_steps": 20}, algorithm="bohb", num_trials=3)
+    assert "those with the most rungs first; give" in message
+    assert message.endswith("or scheduler.kind asha with another search.algorithm")
+    message = refused(document, {"kind": "asha"}, {"steps": 1, "eval_steps": 5})
+    assert message.endswith("before its last step (1); give more training.steps, or scheduler.kind none")
 
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
 def test_an_interval_after_the_last_evaluation_is_refused(document: Document, kind: str) -> None:
-    said = refused(document, {"kind": kind, "interval_tokens": TOKENS + 1})
-    assert f"scheduler.interval_tokens: with {TOKENS + 1}, {kind} would have no effect" in said
+    message = refused(document, {"kind": kind, "interval_tokens": TOKENS + 1})
+    assert f"scheduler.interval_tokens: with {TOKENS + 1}, {kind} would have no effect" in message
     require_scheduler_effect(written(document, {"kind": kind, "interval_tokens": TOKENS}))
     assert f"scheduler.interval_steps: with 100, {kind} would have no effect" in refused(
         document, {"kind": kind, "interval_steps": 100}

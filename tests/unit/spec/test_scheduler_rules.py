@@ -239,14 +239,14 @@ def test_a_missing_extra_is_named_with_its_install_command(
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode", "told"),
+    ("metric", "mode", "message"),
     [
         ("eval/loss", "max", "mode max would choose the trial with the highest eval/loss, which is the worst one"),
         ("eval/token_accuracy", "min", "mode min would choose the trial with the lowest eval/token_accuracy"),
     ],
 )
 def test_a_mode_that_would_choose_the_worst_trial_is_refused(
-    document: dict[str, Any], metric: str, mode: str, told: str
+    document: dict[str, Any], metric: str, mode: str, message: str
 ) -> None:
-    with pytest.raises(SpecError, match=told):
+    with pytest.raises(SpecError, match=message):
         parse_spec(document | {"search": {"metric": metric, "mode": mode}})

@@ -135,8 +135,8 @@ def test_a_field_of_whole_numbers_takes_no_range_of_real_numbers(document: Docum
     with pytest.raises(SpecError) as caught:
         _spec(document, space={path: axis, "lora.dora": {"choice": [True, False]}})
     kind = next(iter(axis))
-    told = "a field of whole numbers takes choice, randint, lograndint, qrandint, qlograndint, not"
-    assert f"search.space.{path}: {told} {kind} {axis[kind]}" in str(caught.value)
+    rule = "a field of whole numbers takes choice, randint, lograndint, qrandint, qlograndint, not"
+    assert f"search.space.{path}: {rule} {kind} {axis[kind]}" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform", "qloguniform"])

@@ -131,11 +131,11 @@ PAIRS: list[tuple[Document, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("sections", "told"), PAIRS, ids=lambda value: str(value)[:70])
-def test_an_impossible_combination_is_refused(document: Document, sections: Document, told: str) -> None:
+@pytest.mark.parametrize(("sections", "message"), PAIRS, ids=lambda value: str(value)[:70])
+def test_an_impossible_combination_is_refused(document: Document, sections: Document, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(document | sections, "x.yaml")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
