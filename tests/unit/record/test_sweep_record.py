@@ -231,6 +231,9 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, make_sweep: Make
     paths = make_sweep(tmp_path / "s", EVERY_STATE).trial("complete")
     record = json.loads(paths.result.read_text())
     del record["not_packed_reason"], record["extra_steps"]
+    record["config"]["training"]["dequantise"] = "once"
+    del record["config"]["training"]["dequantize"]
     paths.result.write_text(json.dumps(record | {"alone": "the layers differ", "overshoot": 3}))
     result = read_result(paths)
     assert (result.not_packed_reason, result.extra_steps) == ("the layers differ", 3)
+    assert result.config.training.dequantize == "once"
