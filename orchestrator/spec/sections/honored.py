@@ -7,8 +7,8 @@ Every field of the base, lora and training sections has such a declaration in it
 `TrialConfig.fast_unsupported_reason` follows from the declarations. `tests/unit/spec/test_honored.py` refuses a field
 without one, and a declaration that the source code does not keep.
 
-To add a field: write it into its section with its bounds, its declaration and its documentation; read it in the code that
-the declaration names, as `config.training.FIELD` or `training.FIELD`; run `make manual`.
+To add a field: write it into its section with its bounds, its declaration and its documentation. Read it in the code
+that the declaration names, as `config.training.FIELD` or `training.FIELD`. Run `make manual`.
 """
 
 from dataclasses import dataclass
