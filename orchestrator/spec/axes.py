@@ -55,8 +55,8 @@ class FloatDomain:
 class Axis(Section):
     """One searched field, written `{kind: values}`: `{choice: [8, 16]}`, `{loguniform: [1e-5, 1e-3]}`.
 
-    Ranges are [low, high]; randint and lograndint leave high out. Kinds that begin with q are [low, high, step]: low,
-    low + step, ... up to high.
+    Ranges are [low, high]; randint and lograndint exclude high. Kinds that begin with q are [low, high, step], with the
+    values low, low + step, ... up to high.
     """
 
     kind: AxisKind

@@ -54,7 +54,7 @@ class SearchSection(Section):
     tied: dict[str, str] = {}
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
     first: list[dict[str, Any]] = []
-    """Points to try first: a value for each searched field."""
+    """Points to try first: a value for each searched field that exists there."""
     metric: str = "eval/loss"
     """Metric by which trials are compared, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None

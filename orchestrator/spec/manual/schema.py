@@ -3,6 +3,7 @@
 Rules between fields (steps or epochs, rungs at evaluations) cannot be expressed; `orchestrator check` knows them all.
 """
 
+import inspect
 from typing import Any, get_args
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -62,7 +63,7 @@ def _axis() -> JsonSchemaValue:
     kinds = {kind: _values(Axis.model_construct(kind=kind, values=[])) for kind in AXIS_KINDS}
     return {
         "type": "object",
-        "description": Axis.__doc__,
+        "description": inspect.getdoc(Axis),
         "properties": kinds
         | {"when": {"type": "object", "description": _WHEN, "minProperties": 1, "maxProperties": 1}},
         "additionalProperties": False,
