@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.common import BASELINES, Setting, foreseen, forget, main, run
 
 FORMS: dict[str, dict[str, Any]] = {
-    "kept": {"engine": "fast", "dequantise": "once"},
-    "not_kept": {"engine": "fast", "dequantise": "per_layer"},
-    "recomputed": {"engine": "fast", "dequantise": "per_layer", "recompute": True},
+    "kept": {"engine": "fast", "dequantize": "once"},
+    "not_kept": {"engine": "fast", "dequantize": "per_layer"},
+    "recomputed": {"engine": "fast", "dequantize": "per_layer", "recompute": True},
     "B": BASELINES["B"],
 }
 

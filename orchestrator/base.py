@@ -1,4 +1,4 @@
-"""The base: loaded once a process, and never touched: each trial has a shell of its own over its weights."""
+"""The base model: loaded once a process and never changed. Each trial has its own modules over the shared weights."""
 
 import copy
 import gc
@@ -16,33 +16,33 @@ from orchestrator.errors import RequestError
 from orchestrator.imports import importing
 from orchestrator.spec.sections import BaseSection
 
-_kept: tuple[BaseSection, Any] | None = None
-"""The base this process holds, and the section it was loaded from."""
+_cached: tuple[BaseSection, Any] | None = None
+"""The base that this process holds, and the section it was loaded from."""
 
-_keeping = RLock()
-"""Trials that start at once in threads load one base."""
+_cache_lock = RLock()
+"""Makes trials that start at the same time in threads load one base."""
 
 
 def base_location(base: BaseSection) -> str:
-    """Hub id or folder that transformers loads."""
+    """Return the hub id or folder from which transformers loads the base."""
     return str(BASE_DIR) if base.model == "embedded" else base.model
 
 
 def hub_id(model: str) -> str | None:
-    """A base's id on the hub; None for the embedded one and for a folder, whose path means nothing elsewhere."""
+    """Return a base's id on the hub; None for the embedded one, and for a folder, which exists only on this machine."""
     return None if model == "embedded" or Path(model).is_absolute() else model
 
 
 @cache
 def base_commit(base: BaseSection) -> str | None:
-    """The commit that a hub id and its revision stand for on this machine; None for a folder and the embedded base."""
+    """Return the commit of a hub id and its revision on this machine; None for a folder or the embedded base."""
     if hub_id(base.model) is None or (config := config_file(base)) is None:
         return None
     return config.parent.name  # .../snapshots/COMMIT/config.json
 
 
 def config_file(base: BaseSection) -> Path | None:
-    """Its configuration on this machine; None where a hub id has not been fetched yet. A folder's need not exist."""
+    """Return the base's configuration file; None for a hub id that is not fetched. A folder's file may not exist."""
     from huggingface_hub import try_to_load_from_cache
 
     if hub_id(base.model) is None:
@@ -52,21 +52,21 @@ def config_file(base: BaseSection) -> Path | None:
 
 
 def import_tokenizers() -> None:
-    """Import what `load_tokenizer` may need, which takes seconds."""
+    """Import what `load_tokenizer` may need; this takes seconds."""
     with importing():
         import transformers.models.auto.tokenization_auto
         import transformers.utils.type_validators  # noqa: F401  # of some models' configurations, Llama's among them
 
 
 def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
-    """Load the base's tokenizer, with a padding token and base.eos_token where one is given.
+    """Load the base's tokenizer, with a padding token, the new tokens, and base.eos_token if it is given.
 
     Args:
-        base: whose it is.
-        chat_template: writes conversations instead of its own.
+        base: the base.
+        chat_template: replaces the tokenizer's own template.
 
     Raises:
-        RequestError: there is no tokenizer of that name, or it lacks base.eos_token or base.pad_token.
+        RequestError: there is no such tokenizer, or it lacks base.eos_token or base.pad_token.
     """
     with importing():
         from transformers import AutoTokenizer
@@ -95,15 +95,15 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
 def _require_token(token: str, field: str, tokenizer: Any, base: BaseSection) -> None:
     if token not in tokenizer.get_vocab():
         raise RequestError(
-            f"{field} {token!r} is not a token of {base.model}", "base.new_tokens adds a token to the tokenizer."
+            f"{field} {token!r} is not a token of {base.model}", "Add it to the tokenizer with base.new_tokens."
         )
 
 
 def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:
-    """Ids of the tokens whose embeddings train.
+    """Return the ids of the tokens whose embeddings train, sorted.
 
     Raises:
-        RequestError: one of them is not one token.
+        RequestError: the tokenizer splits one of them.
     """
     ids = tokenizer.convert_tokens_to_ids(list(base.new_tokens))
     for token, number in zip(base.new_tokens, ids, strict=True):
@@ -113,7 +113,7 @@ def new_token_ids(base: BaseSection, tokenizer: Any) -> list[int]:
 
 
 def load_base(base: BaseSection, place: Any = None) -> Any:
-    """The base in evaluation form: quantised as asked, and frozen.
+    """Load the base for evaluation: quantized as requested, and frozen.
 
     Args:
         base: what to load.
@@ -139,16 +139,16 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
         raise _not_loadable(base, error) from error
     model.config.use_cache = False
     if base.new_tokens:
-        make_room(model, len(load_tokenizer(base)))
+        _grow_vocabulary(model, len(load_tokenizer(base)))
     model.requires_grad_(False)
     keep_trainable(model)
     return model
 
 
-def make_room(model: Any, num_tokens: int) -> None:
-    """Let the vocabulary hold so many tokens: rows that are added begin as the mean of the others (and in the head).
+def _grow_vocabulary(model: Any, num_tokens: int) -> None:
+    """Enlarge the embeddings and the head to this many tokens. New rows start as the mean of the others.
 
-    Where the base has more rows than its tokenizer has tokens, new tokens begin as those that it has to spare.
+    If the base already has more rows than its tokenizer has tokens, new tokens start as the spare rows.
     """
     import torch
 
@@ -162,7 +162,7 @@ def make_room(model: Any, num_tokens: int) -> None:
 
 
 def device_map() -> Any:
-    """Where transformers puts a model: on this process's GPU, or spread over its GPUs, or on the CPU."""
+    """Return where transformers puts a model: on this process's GPU, spread over its GPUs, or on the CPU."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -170,14 +170,14 @@ def device_map() -> Any:
 
 
 def device_name() -> str:
-    """Name of this process's GPU, or cpu."""
+    """Return the name of this process's GPU, or cpu."""
     import torch
 
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
 
 
 def quantization_config(base: BaseSection) -> Any:
-    """The form in which transformers is asked to hold the base, or None."""
+    """Return transformers' quantization settings for the base, or None."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -194,9 +194,9 @@ def quantization_config(base: BaseSection) -> Any:
 
 
 def keep_trainable(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with avx512_bf16.
+    """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on a CPU with avx512_bf16.
 
-    After any forward in evaluation mode such a layer goes through `gemv_4bit`, which has no backward: later
+    After any forward in evaluation mode, a repacked layer goes through `gemv_4bit`, which has no backward: later
     gradients are silently wrong (bitsandbytes 0.50.2, `nn/modules.py`, `Linear4bit.forward`).
     """
     from bitsandbytes.nn import Linear4bit
@@ -207,26 +207,26 @@ def keep_trainable(model: Any) -> None:
 
 
 def shared_base(base: BaseSection) -> Any:
-    """The base itself: loaded at first use and kept, the one of another section dropped first.
+    """Return the base itself. It is loaded at first use and cached; a cached base of another section is evicted first.
 
-    All trials of this process stand on it: read it, and hang nothing on it, for that there is `share_modules`.
+    All trials of this process use it: read it, but attach nothing to it. `share_modules` makes a trial's own modules.
     """
-    global _kept
-    with _keeping:
-        if _kept is None or _kept[0] != base:
+    global _cached
+    with _cache_lock:
+        if _cached is None or _cached[0] != base:
             evict()
-            _kept = (base, load_base(base))
-        return _kept[1]
+            _cached = (base, load_base(base))
+        return _cached[1]
 
 
 def share_modules(model: Any, own_biases: bool = False) -> Any:
-    """New modules over the same weights, for one trial: adapters, hooks, flags and a patched forward go away with them.
+    """Make new modules over the same weights for one trial; its adapters, hooks and patches are attached to them.
 
-    What `copy.deepcopy` would give with the weights left out, in an eighth of its time: most of what hundreds of
-    modules hold is empty.
+    The result is what `copy.deepcopy` would make without copying weights, in an eighth of the time: most attributes
+    of hundreds of modules are empty.
 
     Args:
-        model: a base, or one with an adapter; it stays as it is, and several shells of it may be in use at once.
+        model: a base, or one with an adapter. It is not changed, and several copies may be in use at once.
         own_biases: copy the biases, for a trial that trains them.
     """
     from bitsandbytes.functional import QuantState
@@ -243,10 +243,10 @@ def share_modules(model: Any, own_biases: bool = False) -> Any:
             scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
             held = module.weight.data
             memo[id(module.weight)] = Int8Params(held, requires_grad=False, CB=held, SCB=scales)
-            memo[id(module.state)] = _unused(module.state)
+            memo[id(module.state)] = _fresh_state(module.state)
     if own_biases:
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "bias":  # those that PEFT may train
+            if name.rpartition(".")[2] == "bias":  # PEFT may train these
                 memo[id(parameter)] = Parameter(parameter.detach().clone(), requires_grad=False)
     shared = {bool, int, float, str, NoneType, type, dtype, Tensor, QuantState}
     containers = {dict, list, set, OrderedDict}
@@ -263,8 +263,8 @@ def share_modules(model: Any, own_biases: bool = False) -> Any:
     return memo[id(model)]
 
 
-def _unused(state: Any) -> Any:
-    """The state of an 8-bit layer that has made no forward."""
+def _fresh_state(state: Any) -> Any:
+    """Return the state of an 8-bit layer before its first forward."""
     made = copy.copy(state)
     made.reset_grads()
     made.idx = None
@@ -273,7 +273,7 @@ def _unused(state: Any) -> Any:
 
 @contextmanager
 def guarded(base: BaseSection) -> Iterator[None]:
-    """The kept base is in use by a trial. It is dropped if it is another afterwards."""
+    """Run a block in which a trial uses the shared base, and evict the base if the block changed it."""
     model = shared_base(base)
     before = _weights(model)
     try:
@@ -285,15 +285,15 @@ def guarded(base: BaseSection) -> Iterator[None]:
 
 
 def evict() -> None:
-    """Forget the kept base."""
-    global _kept
-    with _keeping:
-        _kept = None
+    """Drop the cached base."""
+    global _cached
+    with _cache_lock:
+        _cached = None
     _free_memory()
 
 
 def _weights(model: Any) -> dict[str, tuple[Any, ...]]:
-    """What tells that a base's parameters are others, lie elsewhere, were written to, or train."""
+    """Return what changes if a parameter is replaced, moved, written to, or set to train."""
     return {
         name: (id(parameter), parameter.data_ptr(), parameter._version, parameter.requires_grad)
         for name, parameter in model.named_parameters()
@@ -309,7 +309,7 @@ def _free_memory() -> None:
 
 
 def require_folder(base: BaseSection) -> None:
-    """Raises RequestError where the base is to be in a folder, and is not."""
+    """Raise RequestError if the base should be in a folder but is not there."""
     if Path(base.model).is_absolute() and not (Path(base.model) / "config.json").is_file():
         raise RequestError(f"base.model {base.model}: there is no model in this folder (no config.json)")
 
@@ -319,7 +319,7 @@ def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
     if base.revision and hub_id(base.model):
         return RequestError(
             f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
-            "base.revision must be a branch, a tag or a commit of it; without a network, one in the hub's cache: "
+            "base.revision must be a branch, a tag or a commit of it. Without a network it must be in the hub's cache: "
             f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
         )
     return RequestError(

@@ -1,8 +1,8 @@
-"""Make a base of a well-known shape with random weights, for runs that measure time and memory, not quality.
+"""Make a base of a well-known shape with random weights, to measure time and memory but not quality.
 
     python scripts/make_base.py 1.1b /tmp/base-1.1b --text rows.jsonl
 
-The tokenizer is a byte-level BPE trained on the text of a JSONL file, padded up to the shape's vocabulary of 32,000.
+The tokenizer is a byte-level BPE trained on the text of a JSONL file. The model's vocabulary is always 32,000.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import torch
 from tokenizer import byte_level_bpe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# hidden, inner, layers, heads, key-value heads: TinyLlama-1.1B, Llama-2-7B, one to try a script on, and one for what
-# depends on the number of layers alone.
+# (hidden size, MLP size, layers, heads, key-value heads): TinyLlama-1.1B, Llama-2-7B, a tiny one to try scripts with,
+# and one for measurements that depend only on the number of layers.
 SHAPES = {
     "1.1b": (2048, 5632, 22, 32, 4),
     "7b": (4096, 11008, 32, 32, 32),
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="JSONL whose strings the tokenizer is trained on")
+    parser.add_argument("--text", type=Path, required=True, help="JSONL file on whose strings the tokenizer is trained")
     arguments = parser.parse_args()
     tokenizer = byte_level_bpe(strings_of(arguments.text), VOCABULARY)
     hidden, inner, layers, heads, kv_heads = SHAPES[arguments.shape]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def strings_of(file: Path) -> Iterator[str]:
-    """Every string value of a JSONL file."""
+    """Yield every string value of a JSONL file."""
     for line in file.read_text(encoding="utf-8").splitlines():
         yield from (value for value in json.loads(line).values() if isinstance(value, str))
 

@@ -1,7 +1,7 @@
-"""Makes the embedded base: a byte-level tokenizer and a Llama of 1.7M parameters, from generated lines alone.
+"""Make the embedded base: a byte-level tokenizer and a Llama of 1.7M parameters, trained only on generated lines.
 
-On a GPU, without arguments, it makes the committed base in two minutes; on a CPU, `--steps 20 --out FOLDER` is a
-smoke test. Run it from the repository's root.
+On a GPU, without arguments, this makes the committed base in two minutes. On a CPU, `--steps 20 --out FOLDER` is a
+smoke test. Run it from the root of the repository.
 """
 
 import argparse
@@ -29,23 +29,23 @@ from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded.task import SKILLS, plain_line, pretraining_lines
 
 CHUNK_LINES = 50_000
-"""Lines a process makes at a time: chunk `i` has the seed `seed * 1000 + i`."""
+"""Lines that a process makes at a time; chunk `i` has the seed `seed * 1000 + i`."""
 
 EVAL_SEED_OFFSET = 1_000_000
-"""Added to the seed for the lines of evaluation: no chunk of a seed below 1000 has such a seed."""
+"""Added to the seed for evaluation lines; no chunk of a seed below 1000 has such a seed."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All lines in one row of tokens, each as BOS, text, EOS."""
+    """The tokens of all lines, one after another, each as BOS, text, EOS."""
 
     tokens: torch.Tensor  # (num_tokens,), int16
-    starts: torch.Tensor  # (num_lines,), int64: where each line's BOS stands
+    starts: torch.Tensor  # (num_lines,), int64: index of each line's BOS
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run ended with."""
+    """Results of a training run."""
 
     loss: float
     seconds: float
@@ -68,7 +68,7 @@ def main() -> None:
     model = build_model(tokenizer).to(device)
     outcome = train(model, corpus, args, device)
 
-    model.to(torch.bfloat16)  # what is measured below is what is saved
+    model.to(torch.bfloat16)  # measure the weights that are saved
     model.save_pretrained(args.out)
     model.float().eval()
     accuracy = {skill.sign: measure(model, tokenizer, index, args.seed) for index, skill in enumerate(SKILLS)}
@@ -79,14 +79,16 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of lines, weights and order")
+    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder to write (default: the one in the package)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the lines, the weights and their order")
     parser.add_argument("--steps", type=int, default=3300, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=1024 if on_gpu else 16, help="sequences a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=1024 if on_gpu else 16, help="sequences per step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--max-lines", type=int, default=5_000_000, help="lines to generate at most")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that make lines")
+    parser.add_argument("--max-lines", type=int, default=5_000_000, help="maximum number of lines to generate")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes that generate lines"
+    )
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, but got {args.steps}")
@@ -94,8 +96,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """The 512 tokens of the embedded base."""
-    # The chat format's marks are in no pretraining line, but every row would pay for them letter by letter.
+    """Train the tokenizer of the embedded base: 512 tokens."""
+    # No pretraining line contains the marks of the chat format, so without this each row would spell them by letter.
     lines = (f"{line} [INST] [/INST]" for line in islice(pretraining_lines(seed), 20_000))
     return byte_level_bpe(lines, vocabulary=512, max_length=1024)
 
@@ -120,12 +122,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def build_corpus(args: argparse.Namespace, tokenizer_file: Path, device: torch.device) -> Corpus:
-    """As many lines as the steps can use (a line takes 20 to 30 tokens), at most `args.max_lines`."""
+    """Generate and encode as many lines as the steps can use (20 to 30 tokens each), at most `args.max_lines`."""
     num_lines = min(args.max_lines, args.steps * args.batch * args.length // 20)
     num_chunks = math.ceil(num_lines / CHUNK_LINES)
     chunks = [(str(tokenizer_file), args.seed * 1000 + chunk) for chunk in range(num_chunks)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # fork: a spawned process would import torch again, which takes longer than its share of the lines
+    # fork, because a spawned process would import torch again, which takes longer than generating its lines
     with multiprocessing.get_context("fork").Pool(min(args.workers, num_chunks)) as pool:
         parts = pool.starmap(encode_chunk, chunks, chunksize=1)
     tokens = torch.from_numpy(np.concatenate(parts)).to(device)
@@ -134,14 +136,14 @@ def build_corpus(args: argparse.Namespace, tokenizer_file: Path, device: torch.d
 
 
 def encode_chunk(tokenizer_file: str, seed: int) -> NDArray[np.int16]:
-    """The tokens of `CHUNK_LINES` lines, each with its BOS and EOS, in one row."""
+    """Return the tokens of `CHUNK_LINES` lines, one after another, each with BOS and EOS."""
     tokenizer = Tokenizer.from_file(tokenizer_file)
     lines = [f"{line}{EOS}" for line in islice(pretraining_lines(seed), CHUNK_LINES)]
     return np.concatenate([np.array(encoding.ids, dtype=np.int16) for encoding in tokenizer.encode_batch(lines)])
 
 
 def train(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> Outcome:
-    """Next-token training on windows that begin at random lines; AdamW, warm-up, cosine to zero."""
+    """Train on next tokens, in windows that begin at random lines; AdamW, warmup, cosine schedule to zero."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -152,7 +154,7 @@ def train(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace, dev
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
     forward: Any = torch.compile(model) if device.type == "cuda" else model
-    # Only a line whose window is whole may begin one.
+    # A window may begin only at a line with enough tokens after it.
     starts = corpus.starts[corpus.starts <= len(corpus.tokens) - args.length]
     window = torch.arange(args.length, device=device)
     losses: list[torch.Tensor] = []
@@ -185,7 +187,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, index: int, seed: int) -> float:
-    """Share of 256 fresh plain lines of the skill at `index` whose greedy answer is exact, EOS included."""
+    """Return the share of 256 new plain lines of the skill at `index` whose greedy answer is exact, EOS included."""
     rng = Random(EVAL_SEED_OFFSET + seed * 1000 + index)
     prompts, answers = zip(*(plain_line(rng, SKILLS[index]) for _ in range(256)), strict=True)
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
@@ -206,7 +208,7 @@ def card(
     accuracy: dict[str, float],
     device: torch.device,
 ) -> str:
-    """The model card, with the figures of this very run."""
+    """Return the model card, with the results of this run."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
     config = model.config
     table = "\n".join(f"| `{sign}` | {share:.1%} |" for sign, share in accuracy.items())
@@ -218,12 +220,12 @@ pipeline_tag: text-generation
 
 # The embedded base
 
-A Llama of {model.num_parameters():,} parameters that knows five primitives and no language: sums and differences of
-two numbers, maxima, reversing letters, copying words. It is there so that a QLoRA sweep can train for real in
-seconds, on a CPU too. It is of no other use.
+A Llama of {model.num_parameters():,} parameters that knows five skills and no language: sums and differences of two
+numbers, maxima, reversing letters, copying words. With it, a QLoRA sweep can really train in seconds, also on a CPU.
+It has no other use.
 
-It was trained from nothing by `scripts/pretrain_embedded.py` on lines that `orchestrator/embedded/task.py`
-generates from a seed (`12 + 45 = 57`, `rev k a t -> t a k`): no other data went in.
+It was trained from scratch by `scripts/pretrain_embedded.py` on lines that `orchestrator/embedded/task.py`
+generates from a seed (`12 + 45 = 57`, `rev k a t -> t a k`), and on no other data.
 
 | | |
 | --- | --- |
@@ -233,20 +235,20 @@ generates from a seed (`12 + 45 = 57`, `rev k a t -> t a k`): no other data went
 --length {args.length} --lr {args.lr} --max-lines {args.max_lines}` |
 | lines generated | {len(corpus.starts):,} ({len(corpus.tokens):,} tokens) |
 | tokens trained on | {outcome.num_tokens:,} |
-| final loss (mean of the last 100 steps, nats a token) | {outcome.loss:.4f} |
+| final loss (mean of the last 100 steps, nats per token) | {outcome.loss:.4f} |
 | training time | {outcome.seconds:.0f} s |
 | hardware | {hardware} |
 | versions | Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, \
 tokenizers {tokenizers.__version__} |
 
-Most of the loss is filler and operands, which nobody can predict. Exact greedy answers on 256 lines of each
-primitive from a seed apart (the lines are new, their operands need not be), with the saved weights:
+Most of the loss comes from filler and operands, which cannot be predicted. Share of exact greedy answers of the saved
+weights, on 256 lines of each skill from another seed (the lines are new, their operands may not be):
 
-| primitive | exact |
+| skill | exact |
 | --- | --- |
 {table}
 
-Licence: Apache-2.0, weights included.
+License: Apache-2.0, including the weights.
 """
 
 

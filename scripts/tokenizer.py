@@ -1,4 +1,4 @@
-"""The byte-level BPE that the scripts' bases use."""
+"""The byte-level BPE tokenizer of the bases that scripts make."""
 
 from collections.abc import Iterable
 
@@ -14,11 +14,11 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('Only the roles user and assistant are supported') }}{% endif %}"
     "{% endfor %}"
 )
-"""Llama-2's format. It holds the BOS itself: encode what it renders without special tokens, or there are two."""
+"""Llama-2's format. It contains BOS, so encode the rendered text without special tokens; otherwise there are two."""
 
 
 def byte_level_bpe(texts: Iterable[str], vocabulary: int, max_length: int = 4096) -> PreTrainedTokenizerFast:
-    """Train a tokenizer: any text has tokens, each digit is one, BOS comes first by default."""
+    """Train a tokenizer that encodes any text, makes each digit a token, and puts BOS first by default."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

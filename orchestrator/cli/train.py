@@ -31,7 +31,7 @@ from orchestrator.cli.frame import (
 from orchestrator.errors import Interrupted, RequestError, SpecError, StorageError, TrialsFailedError
 from orchestrator.signals import Signalled, raising_signals, signal_name
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.spec.effect import require_effect
+from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.storage import storage_fault
 from orchestrator.words import counted
 
@@ -46,10 +46,10 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     """Validate an experiment file and print it with every field resolved."""
     spec = load_spec(file, set_ or [])
     try:
-        require_effect(spec)
+        require_scheduler_effect(spec)
     except SpecError as error:
         raise SpecError(str(error), "This is of sweeps: orchestrator trial has no scheduler, and would run.") from error
-    if spec.data.require_stop and spec.base.eos_token is None and spec.data.is_endless:
+    if spec.data.require_stop and spec.base.eos_token is None and spec.data.lacks_stop_token:
         raise SpecError(
             "data.chat_template: no row ends with a stop token: behind an answer it puts nothing into the loss",
             "Have it write one there, such as {{ eos_token }}; or set data.require_stop: false.",
@@ -113,7 +113,7 @@ def data(
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
     """Run one trial here, without Ray: the experiment's own values, none searched."""
     from orchestrator.record import read_sweep
-    from orchestrator.record.start import claim_folder, source_of
+    from orchestrator.record.new_sweep import claim_folder, source_of
     from orchestrator.report.live import TrialView
 
     spec = load_spec(file, set_ or [])
@@ -139,7 +139,7 @@ def sweep(
     output: Output = None,
 ) -> None:
     """Run a sweep, on a local Ray or on a cluster."""
-    from orchestrator.record.start import claim_folder, source_of
+    from orchestrator.record.new_sweep import claim_folder, source_of
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
     spec = load_spec(file, overrides)
@@ -246,7 +246,7 @@ def demo(
     """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
     from orchestrator.deploy import FinishedSweep
     from orchestrator.embedded import EXPERIMENT
-    from orchestrator.record.start import claim_folder, source_of
+    from orchestrator.record.new_sweep import claim_folder, source_of
     from orchestrator.report.demo import show_side_by_side
 
     spec = load_spec(EXPERIMENT, set_ or [])

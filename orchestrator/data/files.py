@@ -1,4 +1,4 @@
-"""Local rows: a file of one of the kinds, a folder or a glob of them, or what `save_to_disk` has left."""
+"""Read rows from local files: a file, a folder, a glob, or a data set saved by `save_to_disk`."""
 
 import glob
 import zlib
@@ -17,35 +17,38 @@ _KINDS = f"{', '.join(FILE_KINDS)}; all but .parquet also with {', '.join(COMPRE
 def read_local(
     path: Path, split: str | None = None, default: str = "train", delimiter: str | None = None
 ) -> Iterator[Row]:
-    """Rows in their order, read as they are asked for.
+    """Yield rows in their order; files are read as rows are requested.
 
     Args:
         path: absolute; a file, a folder, or a glob.
-        split: of a saved data set with several.
-        default: the split that is read where none is asked for.
-        delimiter: between the fields of CSV files; default a comma, and a tab in TSV files.
+        split: split of a saved data set.
+        default: the split that is read if none is requested.
+        delimiter: character between the fields of CSV files; default a comma, or a tab in TSV files.
 
     Raises:
-        DataError: there is no such path, a split is asked for of what has none, or a row is not what its file's kind
-            says.
+        DataError: there is no such path, it has no splits although one is requested, or a file cannot be parsed.
     """
     if split is not None and not _has_splits(path):
-        raise DataError(f"{path}: has no splits, and split {split} is asked for")
+        raise DataError(f"{path}: has no splits, but split {split} is requested; leave data.split out")
     if _is_saved(path):
         yield from read_saved(path, split or default)
         return
     for file in data_files(path):
         try:
             yield from _read_file(file, delimiter)
-        except (OSError, EOFError, zlib.error) as error:  # the last two: a compressed file that is not whole
+        except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated compressed file
             raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_paths(path: Path, split: str) -> list[Path]:
-    """What is read of a path, of one with splits of this: its files, or the folder of a saved data set.
+    """Return the files that are read for a path, or the folder of a saved data set.
+
+    Args:
+        path: as in `read_local`.
+        split: the split that is read, if the path has splits.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no file.
     """
     if _has_splits(path):
         return [path / split]
@@ -53,24 +56,24 @@ def read_paths(path: Path, split: str) -> list[Path]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files that a path stands for, sorted. Text files of a folder count where it holds no other kind.
+    """Return the files that a path stands for, sorted. Text files of a folder count only if it has no other kind.
 
     Raises:
         DataError: there is none.
     """
     if path.is_file():
         if file_kind(path) is None:
-            raise DataError(f"{path}: is of no known kind: {_KINDS}")
+            raise DataError(f"{path}: is of no known kind; use one of {_KINDS}")
         return [path]
     if path.is_dir():
         return _files_of_folder(path)
     if GLOB.search(str(path)):
-        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it leaves hidden files out)
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it skips hidden files, Path.glob does not)
         files = sorted({file for name in found if (file := Path(name)).is_file()})
         if not files:
             raise DataError(f"{path}: no file matches")
         if strange := [file for file in files if file_kind(file) is None]:
-            raise DataError(f"{path}: matches {strange[0].name}, which is of no known kind: {_KINDS}")
+            raise DataError(f"{path}: matches {strange[0].name}, which is of no known kind; use one of {_KINDS}")
         return files
     raise DataError(f"{path}: there is no such data file")
 
@@ -79,12 +82,12 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file_kind(file) is not None and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:
-        raise DataError(f"{folder}: the folder holds no data file ({_KINDS}), and no saved data set")
-    return [file for file in files if file_kind(file) != ".txt"] or files  # else a README would be rows
+        raise DataError(f"{folder}: the folder contains no data file ({_KINDS}) and no saved data set")
+    return [file for file in files if file_kind(file) != ".txt"] or files  # otherwise a README would become rows
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether it is a folder of `save_to_disk`, with splits or without."""
+    """Whether a folder was written by `save_to_disk`, with splits or without."""
     return _has_splits(path) or (path / "state.json").is_file()
 
 
@@ -106,4 +109,4 @@ def _read_file(path: Path, delimiter: str | None) -> Iterator[Row]:
             return read_text(path)
         case ".parquet":
             return read_parquet(path)
-    raise AssertionError(f"{path}: data_files gives known kinds alone")
+    raise AssertionError(f"{path}: data_files returns only known kinds")

@@ -1,4 +1,4 @@
-"""Rows without an experiment: their columns tell the format."""
+"""Make an experiment for rows without one: their columns show the format."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ import yaml
 
 from orchestrator.data.files import read_local
 from orchestrator.data.json_rows import array_within
-from orchestrator.data.opened import read_whole
+from orchestrator.data.open_files import read_whole
 from orchestrator.data.row import Row
 from orchestrator.data.turns import in_two_columns
 from orchestrator.errors import DataError
@@ -19,11 +19,11 @@ from orchestrator.spec.sections import COLUMNS_OF, file_kind
 from orchestrator.spec.template import written_column
 
 _DELIMITERS = (";", "\t", "|")
-"""What stands between the fields of CSV files, beside a comma."""
+"""Characters between the fields of CSV files, other than a comma."""
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether this is a file or a folder of rows, and no experiment: JSON with one object may be one."""
+    """Whether a path is a file or folder of rows. A JSON file with a single object may be an experiment instead."""
     if path.is_dir() or file_kind(path) != ".json":
         return path.is_dir() or file_kind(path) is not None
     try:
@@ -35,10 +35,10 @@ def holds_rows(path: Path) -> bool:
 
 
 def spec_of_rows(path: Path, overrides: Sequence[str]) -> SweepSpec:
-    """An experiment on these rows and the embedded base, but for what is overridden.
+    """Return an experiment with these rows and the embedded base; overrides are applied.
 
     Raises:
-        DataError: there is no row, or its columns are those of no format and none is given.
+        DataError: there is no row, or its columns fit no format and none is given.
         SpecError: an override does not fit.
     """
     data = {"source": str(path.resolve())}
@@ -48,7 +48,7 @@ def spec_of_rows(path: Path, overrides: Sequence[str]) -> SweepSpec:
 
 
 def _delimiter(overrides: Sequence[str]) -> str | None:
-    """That of the overrides, where it is one: what is wrong with it is told with theirs."""
+    """Return the delimiter that the overrides set; None if they set none, or an invalid one (reported later)."""
     for override in overrides:
         name, _, text = override.partition("=")
         if name == "data.delimiter":
@@ -69,22 +69,20 @@ def _format_of(path: Path, delimiter: str | None) -> str:
     for name, columns in COLUMNS_OF.items():
         if row.values.keys() >= set(columns):
             return name
-    raise DataError(
-        f"{row.where}: columns {', '.join(map(repr, row.values))} are those of no format", _remedy(path, row)
-    )
+    raise DataError(f"{row.where}: columns {', '.join(map(repr, row.values))} fit no format", _remedy(path, row))
 
 
 def _remedy(path: Path, row: Row) -> str:
-    """Overrides that read these columns, as they are typed in a shell."""
+    """Return overrides that read these columns, as they are typed in a shell."""
     only = next(iter(row.values)) if len(row.values) == 1 else ""
     if file_kind(path) in (".csv", ".tsv") and (others := [each for each in _DELIMITERS if each in only]):
-        return f"If {others[0]!r} stands between the fields: --set {_quoted('data.delimiter', others[0])}"
+        return f"If {others[0]!r} separates the fields: --set {_quoted('data.delimiter', others[0])}"
     texts = [name for name, value in row.values.items() if isinstance(value, str | int | float)]
     fields = [field for field in map(written_column, texts) if field is not None]
     if not fields:
-        return "Format template reads columns of text with names; give these rows one."
+        return "Format template reads named columns of text; give these rows one."
     template = _quoted("data.template", " ".join(fields))
-    return f"Name them in a template, the completion last: --set data.format=template --set {template}"
+    return f"Name them in a template, with the completion last: --set data.format=template --set {template}"
 
 
 def _quoted(field: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows of JSON: an object a line, an array of objects, or such an array within an object."""
+"""Read rows of JSON: one object per line, an array of objects, or such an array inside an object."""
 
 import json
 import re
@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.opened import not_text, open_bytes, read_whole
+from orchestrator.data.open_files import not_text, open_bytes, read_whole
 from orchestrator.data.row import Row
 from orchestrator.errors import DataError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""An escape that is half a character, unless the other half follows."""
+"""An escape that is half of a character, unless the other half follows."""
 
-_OF_ROWS = ("messages", "conversations", "tools", "prompt", "completion")
-"""Columns that hold a list of objects in a row, where other keys of an object hold rows."""
+_COLUMNS_WITH_LISTS = ("messages", "conversations", "tools", "prompt", "completion")
+"""Columns whose lists of objects belong to one row. A list under any other key of an object holds rows."""
 
-_ARRAY_OR_LINES = "A .json file is an array of objects, an object with such an array, or an object a line."
+_JSON_FORMS = "A .json file is an array of objects, an object with such an array, or one object per line."
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """An object a line; blank lines are passed by."""
+    """Yield one object per line; blank lines are skipped."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
@@ -36,26 +36,29 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """An array of objects, an object that holds one, or, as many files of this ending are, an object a line."""
+    """Yield rows of an array, of an object that holds one, or, as many .json files have it, of one object per line."""
     with open_bytes(path) as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     yield from (_read_array if start.startswith(b"[") else _read_objects)(path)
 
 
 def array_within(values: Any) -> str | None:
-    """The key of an object that holds rows: its one list of objects that is no conversation and no list of tools."""
+    """Return the key of an object under which rows are: its only list of objects that is no column of a row."""
     if not isinstance(values, dict):
         return None
     keys = [
         key
         for key, value in values.items()
-        if key not in _OF_ROWS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+        if key not in _COLUMNS_WITH_LISTS
+        and isinstance(value, list)
+        and value
+        and all(isinstance(each, dict) for each in value)
     ]
     return keys[0] if len(keys) == 1 else None
 
 
 def _read_array(path: Path) -> Iterator[Row]:
-    """An array may be one line: a row is named by that, and by its number."""
+    """Yield the rows of an array. It may be a single line, so rows are named by line and number."""
     text = read_whole(path)
     at, line, counted, number = text.index("[") + 1, 1, 0, 0
     is_open = False
@@ -64,7 +67,7 @@ def _read_array(path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line} row {number}"
         if is_open and text.startswith("]", at):
-            raise DataError(f"{path}:{line}: is not JSON: the array ends with a comma", "Take the last comma out.")
+            raise DataError(f"{path}:{line}: is not JSON: the array ends with a comma", "Remove the last comma.")
         if text.startswith("]", at):
             break
         start = at
@@ -73,15 +76,15 @@ def _read_array(path: Path) -> Iterator[Row]:
         yield _object(values, where, text[start:at])
         at = _past_space(text, at)
         if not text.startswith((",", "]"), at):
-            raise DataError(f"{where}: is not JSON: the array goes on with neither a comma nor its end")
+            raise DataError(f"{where}: is not JSON: after this row comes neither a comma nor the end of the array")
         is_open = text.startswith(",", at)
         at, number = at + is_open, number + 1
     if rest := text[at + 1 :].strip():
-        raise DataError(f"{path}:{line}: is not JSON: after the array stands {rest!r:.40}")
+        raise DataError(f"{path}:{line}: is not JSON: the array is followed by {rest!r:.40}")
 
 
 def _read_objects(path: Path) -> Iterator[Row]:
-    """Objects a line, as far as the first tells; else the whole file is one object, with rows in it."""
+    """Yield one object per line if the first line is one; otherwise the whole file is one object with rows in it."""
     rows = read_jsonl(path)
     try:
         first = next(rows, None)
@@ -100,20 +103,20 @@ def _read_objects(path: Path) -> Iterator[Row]:
     yield from rows
 
 
-def _read_within(path: Path, of_lines: DataError) -> Iterator[Row]:
-    """The rows within one object over several lines. What is wrong with its first line is told where it is none."""
-    of_lines = DataError(of_lines.message, of_lines.remedy or _ARRAY_OR_LINES)
+def _read_within(path: Path, error_of_line: DataError) -> Iterator[Row]:
+    """Yield the rows inside one object over several lines; raise the error of its first line if it is not one."""
+    error_of_line = DataError(error_of_line.message, error_of_line.remedy or _JSON_FORMS)
     try:
         values = _DECODER.decode(read_whole(path))
     except _TwiceError as error:
         raise _twice(str(path), error) from error
     except (ValueError, RecursionError) as error:
-        raise of_lines from error
+        raise error_of_line from error
     if not isinstance(values, dict):
-        raise of_lines
+        raise error_of_line
     key = array_within(values)
     if key is None:
-        raise DataError(f"{path}: holds one object, and no list of rows in it", _ARRAY_OR_LINES)
+        raise DataError(f"{path}: holds one object without a list of rows", _JSON_FORMS)
     yield from _rows_within(path, values, key)
 
 
@@ -123,10 +126,10 @@ def _rows_within(path: Path, values: dict[str, Any], key: str) -> Iterator[Row]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of these pairs.
+    """Build an object from its pairs.
 
     Raises:
-        _TwiceError: two have one key, of which Python's own parser would keep the last.
+        _TwiceError: two pairs have the same key; Python's own parser would keep the last.
     """
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -136,11 +139,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _TwiceError(ValueError):
-    """A key is given twice in one object."""
+    """A key appears twice in one object."""
 
 
 def _twice(where: str, error: _TwiceError) -> DataError:
-    return DataError(f"{where}: key {str(error)!r} is given twice in one object", "Rename one, or take it out.")
+    return DataError(f"{where}: key {str(error)!r} appears twice in one object", "Rename one, or remove it.")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
@@ -148,28 +151,28 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 @contextmanager
 def _json_errors(where: str) -> Iterator[None]:
-    """Say what is wrong with JSON, and where."""
+    """Turn errors of the JSON parser into messages with the place."""
     try:
         yield
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         if comma := _trailing_comma(error):
-            raise DataError(f"{where}: is not JSON: {comma} ({place})", "Take that comma out.") from error
+            raise DataError(f"{where}: is not JSON: {comma} ({place})", "Remove that comma.") from error
         raise DataError(f"{where}: is not JSON: {error.msg} ({place})") from error
     except _TwiceError as error:
         raise _twice(where, error) from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits; lists within lists
+    except (ValueError, RecursionError) as error:  # a number with too many digits; lists nested too deeply
         raise DataError(f"{where}: cannot be read: {error}") from error
 
 
 def _trailing_comma(error: json.JSONDecodeError) -> str | None:
-    """That a comma stands where nothing may follow, or before the end of an object or a list."""
+    """Return a message if a comma is where nothing may follow, or before the end of an object or a list."""
     rest = error.doc[error.pos :]
     if error.msg == "Extra data" and rest.strip() == ",":
         return "a comma follows the object; a line is one object and nothing else"
     before, after = error.doc[: error.pos].rstrip(), rest.lstrip(", \t\r\n")
     if after[:1] in ("}", "]") and (before.endswith(",") or rest.startswith(",")):
-        return f"a comma stands before the closing {after[0]}"
+        return f"a comma comes before the closing {after[0]}"
     return None
 
 
@@ -180,7 +183,7 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _object(values: Any, where: str, text: str | None = None) -> Row:
-    """A row of what was read; `text` is what it was read from, where that is known."""
+    """Return a row of parsed values; `text` is the source, if it is known."""
     if not isinstance(values, dict):
         raise DataError(
             f"{where}: must be a JSON object, got {json.dumps(values):.40}",
@@ -194,7 +197,7 @@ def _object(values: Any, where: str, text: str | None = None) -> Row:
 
 
 def _can_be_written(value: Any) -> bool:
-    """Whether JSON's escapes have left no half of a surrogate pair, which no tokenizer takes."""
+    """Whether a value can be encoded as UTF-8: no tokenizer accepts half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

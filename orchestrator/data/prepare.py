@@ -1,4 +1,4 @@
-"""From an experiment's data section to token ids: once a sweep, shared by all trials."""
+"""Prepare the data of an experiment: from the data section to token ids, once a sweep, shared by all trials."""
 
 import hashlib
 import json
@@ -9,65 +9,65 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.bad_rows import RowError, grouped, refusal
+from orchestrator.data.bad_rows import RowError, bad_rows_error, group_faults
 from orchestrator.data.encode import IGNORED, Tokens, encode_all
-from orchestrator.data.mix import held_out_places, read_mixed
-from orchestrator.data.pack import packed
+from orchestrator.data.mix import held_out_indices, read_mixed
+from orchestrator.data.packing import pack_rows
 from orchestrator.data.render import Example, render
 from orchestrator.data.row import Row
-from orchestrator.data.stops import RowEnds, StopFinder
-from orchestrator.data.unread import unread
+from orchestrator.data.stop_tokens import RowEnds, StopFinder
+from orchestrator.data.unread_columns import find_unread
 from orchestrator.errors import DataError
 from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.files import building_beside
 from orchestrator.spec.sections import BaseSection, DataSection
 
-_MOST_NAMED = 3
+_MAX_NAMED = 3
 
-_AT_A_TIME = 1000
+_CHUNK_ROWS = 1000
 """Rows in one call of the tokenizer."""
 
 Say = Callable[[str], None]
-"""Hears of progress."""
+"""Receives messages about progress."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt, with the answer that is wanted."""
+    """A held-out prompt, with the expected answer."""
 
     ids: list[int]
     answer: str
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """A row on its way to the model."""
+class EncodedRow:
+    """A row between the tokenizer and the model."""
 
     where: str
     tokens: Tokens
-    """All of it."""
+    """The whole row."""
     kept: Tokens | None
-    """After the cut; None where it is dropped."""
+    """The row after the cut; None if it is dropped."""
     num_cut: int
-    """Tokens over max_length."""
+    """Tokens beyond max_length."""
     answer: str
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """All rows, in two parts, and the sequences that the training rows are laid into."""
+class EncodedRows:
+    """All encoded rows, in two parts, and the sequences into which the training rows are packed."""
 
-    train: list[TokenRow]
-    held_out: list[TokenRow]
+    train: list[EncodedRow]
+    held_out: list[EncodedRow]
     sequences: list[list[int]] | None
-    """Of each its rows, by their places among the training rows that are kept; None where nothing is packed."""
+    """Rows of each sequence, as indices into the kept training rows; None without packing."""
     sources: list[SourceRows]
     ends: RowEnds
     """How the training rows end."""
     bad: list[BadRows]
-    """Rows that the format cannot read, and that were left out; they are in neither part."""
+    """Rows that the format cannot use and that were left out; they are in neither part."""
     unread: dict[str, int]
-    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
+    """Columns, and keys of turns, that nothing reads -> number of rows that have them."""
 
     @property
     def kept(self) -> list[Tokens]:
@@ -81,63 +81,63 @@ class TokenRows:
 
     @property
     def num_truncated(self) -> int:
-        """Rows that were too long, in both parts."""
+        """Rows in both parts that were too long."""
         return sum(row.num_cut > 0 for row in self._all)
 
     @property
     def num_dropped(self) -> int:
-        """Rows that have no token in the loss after the cut, in both parts."""
+        """Rows in both parts that have no token in the loss after the cut."""
         return sum(row.kept is None for row in self._all)
 
     @property
     def num_shared(self) -> int:
-        """Held-out rows that are training rows too, token for token, of those that are not dropped."""
+        """Held-out rows that are also training rows, token for token; dropped rows do not count."""
         trained = {tuple(row.ids) for row in self.kept}
         return sum(tuple(row.ids) in trained for row in self.kept_held_out)
 
     @property
-    def _all(self) -> list[TokenRow]:
+    def _all(self) -> list[EncodedRow]:
         return [*self.train, *self.held_out]
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows: `datasets.Dataset`s with columns input_ids and labels, and the held-out prompts.
+    """Tokenized rows: two `datasets.Dataset`s with columns input_ids and labels, and the held-out prompts.
 
-    Packed training rows have a column seq_lengths besides: tokens of each row of the sequence.
+    Packed training rows also have a column seq_lengths: the tokens of each row in the sequence.
     """
 
     train: Any
     held_out: Any
     prompts: list[Prompt]
     fingerprint: str
-    """Hash of all ids and labels, of where packed rows end, and of the chat template that was given."""
+    """Hash of all ids and labels, of the ends of packed rows, and of a given chat template."""
     num_train: int
-    """Training rows; where they are packed, before that."""
+    """Training rows, before packing."""
     num_truncated: int
     """Rows that were longer than max_length."""
     num_dropped: int
     """Rows that had no token in the loss after the cut."""
     num_shared: int
-    """Held-out rows that are training rows too, token for token."""
+    """Held-out rows that are also training rows, token for token."""
     num_sequences: int | None
-    """Sequences that the training rows were packed into, or None."""
+    """Sequences into which the training rows were packed, or None."""
     sources: list[SourceRows]
     chat_template: str | None
-    """Writes conversations instead of the tokenizer's own."""
+    """Replaces the tokenizer's own template for conversations."""
     stop_tokens: list[int]
-    """Ids of the tokens at which an answer is over."""
+    """Ids of the tokens that end an answer."""
     bad_rows: list[BadRows] = field(default_factory=list)
-    """Rows that the format cannot read, and that were left out."""
+    """Rows that the format cannot use and that were left out."""
 
 
-def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> TokenRows:
-    """Read, tokenise, split, cut and pack. The split depends on the data section and its good rows, not on the trial.
+def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> EncodedRows:
+    """Read, tokenize, split, cut and pack. The split depends on the data section and its good rows, not on the trial.
 
     Args:
         data: the section.
-        tokenizer: of the base.
-        say: hears how many rows are tokenised.
+        tokenizer: the base's tokenizer.
+        say: receives the number of rows that are tokenized.
 
     Raises:
         DataError: a row or a source is not what the section says.
@@ -145,45 +145,46 @@ def tokenise(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> To
     say("reading rows")
     mixed = read_mixed(data)
     if not mixed.held_out:
-        held_out_places(len(mixed.rows), data)  # a number that cannot be is told before rows are tokenised
+        held_out_indices(len(mixed.rows), data)  # refuses an impossible number before rows are tokenized
     faults: list[RowError] = []
-    own, apart = (_tokenised(rows, data, tokenizer, faults, say) for rows in (mixed.rows, mixed.held_out))
+    own, held_out = (_tokenized(rows, data, tokenizer, faults, say) for rows in (mixed.rows, mixed.held_out))
     if faults and data.bad_rows == "error":
-        raise refusal(faults, len(mixed.rows) + len(mixed.held_out))
-    if not own or (mixed.held_out and not apart):
-        told = "; ".join(map(str, grouped(faults)))
-        raise DataError(f"data.bad_rows: drop leaves no {'held-out' if own else 'training'} row: {told}")
-    held_out: set[int] = set() if mixed.held_out else held_out_places(len(own), data)
-    train = [row for i, row in enumerate(own) if i not in held_out]
-    apart += [row for i, row in enumerate(own) if i in held_out]
+        raise bad_rows_error(faults, len(mixed.rows) + len(mixed.held_out))
+    if not own or (mixed.held_out and not held_out):
+        reasons = "; ".join(map(str, group_faults(faults)))
+        raise DataError(f"data.bad_rows: drop leaves no {'held-out' if own else 'training'} row: {reasons}")
+    chosen: set[int] = set() if mixed.held_out else held_out_indices(len(own), data)
+    train = [row for i, row in enumerate(own) if i not in chosen]
+    held_out += [row for i, row in enumerate(own) if i in chosen]
     if data.truncate == "error":
-        _require_short([*train, *apart], data.max_length)
-    for name, part in (("training", train), ("held-out", apart)):
+        _require_short([*train, *held_out], data.max_length)
+    for name, part in (("training", train), ("held-out", held_out)):
         if all(row.kept is None for row in part):
             raise DataError(
-                f"data.max_length={data.max_length} leaves no {name} row a token to learn from: {_lengths(part)}",
-                "Raise max_length, or set data.truncate: left, which keeps the ends.",
+                f"data.max_length={data.max_length} is too short: after truncation no {name} row has a token in the "
+                f"loss. Longest rows: {_lengths(sorted(part, key=lambda row: -len(row.tokens.ids)))}",
+                "Raise max_length, or set data.truncate: left, which keeps the ends of rows.",
             )
     kept = [row.kept for row in train if row.kept is not None]
-    sequences = packed([len(row.ids) for row in kept], data.max_length) if data.packing else None
+    sequences = pack_rows([len(row.ids) for row in kept], data.max_length) if data.packing else None
     ends = StopFinder(tokenizer).ends_of([row.tokens for row in train], data)
-    nothing_reads = unread([*mixed.rows, *mixed.held_out], data, tokenizer)
-    return TokenRows(train, apart, sequences, mixed.sources, ends, grouped(faults), nothing_reads)
+    unread = find_unread([*mixed.rows, *mixed.held_out], data, tokenizer)
+    return EncodedRows(train, held_out, sequences, mixed.sources, ends, group_faults(faults), unread)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
     """Prepare the rows of a sweep.
 
     Raises:
-        DataError: a row or a source is not what the section says, or no row learns to end (data.require_stop).
+        DataError: a row or a source is not what the section says, or no row has a stop token (data.require_stop).
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows, finder = tokenise(data, tokenizer), StopFinder(tokenizer)
+    rows, finder = tokenize(data, tokenizer), StopFinder(tokenizer)
     if data.require_stop:
         rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out
     prompts = [
-        Prompt(row.tokens.prompt_beside(row.kept), finder.without_stop(row.answer))
+        Prompt(row.tokens.prompt_after_cut(row.kept), finder.without_stop(row.answer))
         for row in rows.held_out
         if row.kept is not None
     ]
@@ -204,8 +205,8 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
     )
 
 
-def fingerprint(rows: TokenRows, data: DataSection) -> str:
-    """Hash of all that trials are trained and evaluated on."""
+def fingerprint(rows: EncodedRows, data: DataSection) -> str:
+    """Return a hash of everything that trials are trained and evaluated on."""
     digest = hashlib.sha256()
     for part in (rows.kept, rows.kept_held_out):
         for row in part:
@@ -218,7 +219,7 @@ def fingerprint(rows: TokenRows, data: DataSection) -> str:
 
 
 def save(prepared: PreparedData, folder: Path) -> None:
-    """Put prepared data into `folder`, which must not exist, complete or not at all."""
+    """Write prepared data into `folder`, which must not exist; complete or not at all."""
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -240,7 +241,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
 
 
 def load(folder: Path, in_memory: bool = False) -> PreparedData:
-    """What `save` has put into `folder`; rows are read when they are needed, or at once."""
+    """Read what `save` has written. Rows are read when they are needed, or all at once if `in_memory`."""
     from datasets import load_from_disk
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -251,16 +252,16 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
     return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
 
 
-def _tokenised(
+def _tokenized(
     rows: Sequence[Row], data: DataSection, tokenizer: Any, faults: list[RowError], say: Say
-) -> list[TokenRow]:
-    """Rows that are good, tokenised and cut; the faults of the others are added to `faults`.
+) -> list[EncodedRow]:
+    """Return the good rows, tokenized and cut; append the faults of bad rows to `faults`.
 
-    Where bad rows are an error, rows after the first bad one are looked at and not tokenised.
+    If bad rows are an error, rows after the first bad one are checked but not tokenized.
     """
-    found: list[TokenRow] = []
-    for start in range(0, len(rows), _AT_A_TIME):
-        chunk = rows[start : start + _AT_A_TIME]
+    found: list[EncodedRow] = []
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        chunk = rows[start : start + _CHUNK_ROWS]
         good: list[tuple[Row, Example]] = []
         for row in chunk:
             try:
@@ -276,25 +277,25 @@ def _tokenised(
     return found
 
 
-def _token_row(row: Row, example: Example, tokens: Tokens, data: DataSection) -> TokenRow:
+def _token_row(row: Row, example: Example, tokens: Tokens, data: DataSection) -> EncodedRow:
     num_cut = max(0, len(tokens.ids) - data.max_length)
-    return TokenRow(row.where, tokens, tokens.cut(data.max_length, data.truncate), num_cut, example.answer)
+    return EncodedRow(row.where, tokens, tokens.cut(data.max_length, data.truncate), num_cut, example.answer)
 
 
-def _require_short(rows: Sequence[TokenRow], max_length: int) -> None:
+def _require_short(rows: Sequence[EncodedRow], max_length: int) -> None:
     long = [row for row in rows if row.num_cut]
     if not long:
         return
     raise DataError(
         f"data.max_length={max_length}: {len(long)} of {len(rows)} rows have more tokens: {_lengths(long)}",
-        "data.truncate is error: raise max_length, or set truncate to right or left.",
+        "Raise max_length, or set data.truncate to right or left: it is error now.",
     )
 
 
-def _lengths(rows: Sequence[TokenRow]) -> str:
-    """The first rows with their tokens, and how many there are besides."""
-    named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in rows[:_MOST_NAMED])
-    return named + (f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else "")
+def _lengths(rows: Sequence[EncodedRow]) -> str:
+    """Return the first rows with their numbers of tokens, and how many more there are."""
+    named = ", ".join(f"{row.where} ({len(row.tokens.ids)})" for row in rows[:_MAX_NAMED])
+    return named + (f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else "")
 
 
 def _dataset(rows: Sequence[Tokens]) -> Any:
@@ -304,7 +305,7 @@ def _dataset(rows: Sequence[Tokens]) -> Any:
 
 
 def _packed_dataset(rows: Sequence[Tokens], sequences: Sequence[Sequence[int]]) -> Any:
-    """A row's first token has no loss: none of its own row stands before it."""
+    """Join rows into sequences. The first token of each row is not in the loss: its own row does not predict it."""
     from datasets import Dataset
 
     parts = [[rows[i] for i in sequence] for sequence in sequences]

@@ -1,4 +1,4 @@
-"""What a model is about to be trained on: its rows, what is cut or dropped, how long they are."""
+"""Preview what a model will be trained on: its rows, what is cut or dropped, and how long rows are."""
 
 import math
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.base import load_tokenizer
-from orchestrator.data.prepare import Say, TokenRow, TokenRows, fingerprint, tokenise
-from orchestrator.data.stops import RowEnds
+from orchestrator.data.prepare import EncodedRow, EncodedRows, Say, fingerprint, tokenize
+from orchestrator.data.stop_tokens import RowEnds
 from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.models import Record
 from orchestrator.spec.sections import BaseSection, DataSection
 
-_MOST_BINS = 12
+_MAX_BINS = 12
 
 
 class Piece(Record):
-    """Tokens of a row that are alike."""
+    """A run of tokens of a row that are alike."""
 
     text: str
     num_tokens: int
     is_trained: bool
-    """Whether they are in the loss."""
+    """Whether the tokens are in the loss."""
     is_special: bool
 
 
@@ -30,7 +30,7 @@ class ShownRow(Record):
 
     where: str
     sequence: int | None
-    """That it is packed into, from 0 on."""
+    """Index of the sequence into which the row is packed, from 0; None without packing."""
     num_tokens: int
     num_trained: int
     """Tokens in the loss."""
@@ -38,81 +38,81 @@ class ShownRow(Record):
     """Tokens that were cut off."""
     ids: list[int]
     trained: list[bool]
-    """Of each token, whether it is in the loss."""
+    """For each token, whether it is in the loss."""
     pieces: list[Piece]
 
 
 class Place(Record):
-    """A row that does not stay whole."""
+    """A row that is cut or dropped."""
 
     where: str
     num_tokens: int
-    """Of all of it."""
+    """Tokens of the whole row."""
 
 
 class Bin(Record):
-    """Rows of like length."""
+    """Rows of similar length."""
 
     up_to: int
-    """Tokens; more than in the bin before."""
+    """Maximum number of tokens; the minimum is one more than that of the bin before."""
     num_rows: int
 
 
 class Packing(Record):
-    """Training rows in sequences."""
+    """How training rows are packed into sequences."""
 
     num_sequences: int
     filled: float
-    """Share of max_length tokens, on average."""
+    """Average share of max_length tokens that is used."""
     most_rows: int
-    """In one sequence."""
+    """Largest number of rows in one sequence."""
 
 
 class Ends(Record):
     """How the training rows end."""
 
     stop_tokens: list[str]
-    """Tokens at which an answer is over."""
+    """Tokens that end an answer."""
     num_ended: int
-    """Rows that learn to write one at their end."""
+    """Rows with a stop token at their end that is in the loss."""
     num_not_learned: int
-    """Rows that end with one which is not in the loss."""
+    """Rows with a stop token at their end that is not in the loss."""
     num_cut: int
-    """Rows that lose theirs to max_length."""
+    """Rows whose stop token is cut off by max_length."""
     num_without: int
-    """Rows that end with none."""
+    """Rows without a stop token."""
 
 
 class DataPreview(Record):
     """What `orchestrator data` shows."""
 
     base: str
-    """Whose tokenizer reads the rows."""
+    """The base whose tokenizer is used."""
     format: str
     loss_on: str
     max_length: int
     truncate: str
     sources: list[SourceRows]
     num_train: int
-    """Training rows, without those that are dropped."""
+    """Training rows, without dropped ones."""
     num_held_out: int
     num_shared: int
-    """Held-out rows that are training rows too, token for token."""
+    """Held-out rows that are also training rows, token for token."""
     num_tokens: int
-    """Of an epoch."""
+    """Tokens in an epoch."""
     num_trained: int
-    """Tokens of an epoch that are in the loss."""
+    """Tokens in an epoch that are in the loss."""
     lengths: list[Bin]
-    """Of all rows, before the cut."""
+    """Lengths of all rows, before the cut."""
     median: int
     longest: int
     cut: list[Place]
     dropped: list[Place]
-    """Rows of which nothing in the loss is left."""
+    """Rows without a token in the loss after the cut."""
     bad: list[BadRows]
-    """Rows that the format cannot read, and that are left out."""
+    """Rows that the format cannot use and that are left out."""
     unread: dict[str, int]
-    """What rows hold and nothing reads: column, or key of turns -> rows that have it."""
+    """Columns, and keys of turns, that nothing reads -> number of rows that have them."""
     packing: Packing | None
     ends: Ends
     require_stop: bool
@@ -121,19 +121,19 @@ class DataPreview(Record):
 
 
 def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lambda _: None) -> DataPreview:
-    """Everything a sweep would do with its data, but for keeping it.
+    """Do everything that a sweep would do with its data, but write nothing.
 
     Args:
         data: the section.
-        base: whose tokenizer reads the rows.
-        num_rows: training rows to show, the first; packed ones by their sequences.
-        say: hears of progress.
+        base: the base whose tokenizer is used.
+        num_rows: number of training rows to show, from the first; packed rows in the order of their sequences.
+        say: receives messages about progress.
 
     Raises:
         DataError: a row or a source is not what the section says.
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows = tokenise(data, tokenizer, say)
+    rows = tokenize(data, tokenizer, say)
     every = [*rows.train, *rows.held_out]
     lengths = sorted(len(row.tokens.ids) for row in every)
     kept = rows.kept
@@ -165,7 +165,7 @@ def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lamb
 
 
 def pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[Piece]:
-    """Runs of tokens that are trained or not, special or not, with their text."""
+    """Split tokens into runs that are trained on or not, special or not, each with its text."""
     special = set(tokenizer.all_special_ids)
     found, at, given = [], 0, 0
     for (is_trained, is_special), run in groupby(
@@ -173,26 +173,26 @@ def pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[
     ):
         count = len(list(run))
         at += count
-        # What a run adds to the whole: by itself it might lose a space.
+        # The text that a run adds to the whole: decoded by itself, it might lose a space.
         whole = str(tokenizer.decode(ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if at < len(ids):
-            whole = whole.rstrip("\ufffd")  # a letter that is not whole yet
+            whole = whole.rstrip("\ufffd")  # a character that is not complete yet
         found.append(Piece(text=whole[given:], num_tokens=count, is_trained=is_trained, is_special=is_special))
         given = len(whole)
     return found
 
 
-def _first(rows: TokenRows, num_rows: int) -> list[tuple[TokenRow, int | None]]:
+def _first(rows: EncodedRows, num_rows: int) -> list[tuple[EncodedRow, int | None]]:
     kept = [row for row in rows.train if row.kept is not None]
     if rows.sequences is None:
         return [(row, None) for row in kept[:num_rows]]
-    laid: list[tuple[TokenRow, int | None]] = []
+    shown: list[tuple[EncodedRow, int | None]] = []
     for number, sequence in enumerate(rows.sequences):
-        laid += [(kept[i], number) for i in sequence]
-    return laid[:num_rows]
+        shown += [(kept[i], number) for i in sequence]
+    return shown[:num_rows]
 
 
-def _shown(row: TokenRow, sequence: int | None, tokenizer: Any) -> ShownRow:
+def _shown(row: EncodedRow, sequence: int | None, tokenizer: Any) -> ShownRow:
     assert row.kept is not None
     ids, trained = row.kept.ids, row.kept.trained
     return ShownRow(
@@ -207,11 +207,11 @@ def _shown(row: TokenRow, sequence: int | None, tokenizer: Any) -> ShownRow:
     )
 
 
-def _place(row: TokenRow) -> Place:
+def _place(row: EncodedRow) -> Place:
     return Place(where=row.where, num_tokens=len(row.tokens.ids))
 
 
-def _packing(rows: TokenRows, max_length: int) -> Packing | None:
+def _packing(rows: EncodedRows, max_length: int) -> Packing | None:
     if rows.sequences is None:
         return None
     tokens = sum(len(row.ids) for row in rows.kept)
@@ -233,8 +233,8 @@ def _ends(ends: RowEnds, tokenizer: Any) -> Ends:
 
 
 def _bins(lengths: Sequence[int]) -> list[Bin]:
-    """At most `_MOST_BINS` of one width: 1, 2 or 5 times a power of ten; those without rows are there too."""
-    least = lengths[-1] / _MOST_BINS
+    """Return at most `_MAX_BINS` bins of the same width: 1, 2 or 5 times a power of ten. Empty bins are included."""
+    least = lengths[-1] / _MAX_BINS
     power = 10 ** math.floor(math.log10(max(least, 1)))
     width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
     first, last = (lengths[0] - 1) // width, (lengths[-1] - 1) // width

@@ -1,8 +1,8 @@
-"""From a row's columns to the prompt and the completion that the model reads."""
+"""Render rows: from a row's columns to the prompt and the completion that the model reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 from orchestrator.data.bad_rows import RowError
 from orchestrator.data.conversation import Conversation, Span
@@ -12,7 +12,7 @@ from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
 from orchestrator.spec.template import Block, Field, Parts, parse_template
 
-# From Stanford Alpaca's `train.py` (Apache-2.0), which rows of this form are written for.
+# From Stanford Alpaca's `train.py` (Apache-2.0): rows with these columns are written for these texts.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n{output}"
@@ -23,73 +23,78 @@ _ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
 )
 
-_NO_PLACE = ("system", "history", "tools")
-"""Columns that say something to the model, and that formats without turns have no place for."""
+_UNSUPPORTED_COLUMNS = ("system", "history", "tools")
+"""Columns with instructions for the model that formats without turns cannot render."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Text in two parts; `prompt` is empty where the format knows none."""
+    """A row's text in two parts; `prompt` is empty if the format has none."""
 
     prompt: str
     completion: str
     answer: str
-    """The completion without template, space and special tokens: what a generated answer is compared with."""
-    learned: list[Span] | None = None
-    """Parts of the whole text that are in the loss; None where data.loss_on tells them: all, or the completion."""
+    """The completion without template text, space and special tokens; generated answers are compared with it."""
+    trained_spans: list[Span] | None = None
+    """Parts of the whole text that are in the loss; None if data.loss_on alone says them: all, or the completion."""
 
 
 def render(row: Row, data: DataSection, tokenizer: Any) -> Example:
-    """Prompt and completion of a row. Space between the two belongs to the completion, so that a prompt alone
-    has the same tokens as a prompt with its completion.
+    """Render a row. Space between prompt and completion belongs to the completion, so that a prompt has the same tokens
+    with its completion and without.
 
     Raises:
-        RowError: a column is missing, of the wrong type, or empty, or says what the format has no place for.
-        DataError: no row can be written: the tokenizer has no chat template.
+        RowError: a column is missing, empty or of the wrong type, or the format cannot render it.
+        DataError: no row can be rendered, because the tokenizer has no chat template.
     """
     match data.format:
         case "text":
             text = _string(row, "text")
             return Example("", text, text.strip())
         case "prompt":
-            _require_placed(row, _NO_PLACE, data)
+            _refuse_columns(row, _UNSUPPORTED_COLUMNS, data)
             return _render_prompt(row)
         case "alpaca":
-            _require_placed(row, _NO_PLACE, data)
+            _refuse_columns(row, _UNSUPPORTED_COLUMNS, data)
             has_input = not is_empty(row.values.get("input"))
             return _render_template(row, _ALPACA_WITH_INPUT if has_input else _ALPACA)
         case "messages" | "sharegpt":
-            _require_placed(row, ("history",), data)
+            _refuse_columns(row, ("history",), data)
             return _render_turns(row, data, tokenizer)
         case "template":
-            return _render_template(row, data.template or "", "A column that may be empty is marked so: {column?}.")
+            return _render_template(row, data.template or "", "Write {column?} for a column that may be empty.")
 
 
 def render_prompt(text: str, data: DataSection, tokenizer: Any) -> str:
-    """The prompt that asks `text`, written as the training rows were.
+    """Render the prompt that asks `text`, as the training rows were rendered.
 
-    A template with more than one column in its prompt, beside those that may be empty, cannot be filled from one
-    text: the text is then used as it stands.
+    A template whose prompt has several columns that must not be empty cannot be filled from one text: `text` is then
+    used unchanged.
     """
-    if data.has_turns:
-        turn = {"role": "user", "content": text}
-        text = str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
-    elif data.format in ("alpaca", "template"):
-        head, _ = _at_completion(parse_template(data.template or _ALPACA))
-        columns = {part.column for part in head if isinstance(part, Field) and not part.is_optional}
-        if len(columns) == 1:
-            text = _fill(head, dict.fromkeys(columns, text))
+    match data.format:
+        case "messages" | "sharegpt":
+            turn = {"role": "user", "content": text}
+            text = str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+        case "alpaca" | "template":
+            head, _ = _at_completion(parse_template(data.template or _ALPACA))
+            columns = {part.column for part in head if isinstance(part, Field) and not part.is_optional}
+            if len(columns) == 1:
+                text = _fill(head, dict.fromkeys(columns, text))
+        case "text" | "prompt":
+            pass
+        case unknown:
+            assert_never(unknown)
     return text.rstrip()
 
 
 def _at_completion(parts: Parts) -> tuple[Parts, Parts]:
-    """A template in two: up to the last column, which is the completion, and from there on."""
+    """Split a template in two: before the last field, which is the completion, and from it on."""
     last = max(i for i, part in enumerate(parts) if isinstance(part, Field))
     return parts[:last], parts[last:]
 
 
 def _fill(parts: Parts, values: Mapping[str, str]) -> str:
-    """A template's text; a column that has no value is left out, with the blocks that stand on it."""
+    """Return a template's text. A column without a value is left out, with the blocks that depend on it."""
     text = []
     for part in parts:
         match part:
@@ -103,7 +108,7 @@ def _fill(parts: Parts, values: Mapping[str, str]) -> str:
 
 
 def _render_template(row: Row, template: str, if_empty: str = "") -> Example:
-    """A template filled with a row's columns; `if_empty` is the remedy for an empty one before the completion."""
+    """Fill a template with a row's columns; `if_empty` is the remedy for an empty column before the completion."""
     head, tail = _at_completion(parse_template(template))
     completion = tail[0]
     assert isinstance(completion, Field)
@@ -112,7 +117,7 @@ def _render_template(row: Row, template: str, if_empty: str = "") -> Example:
 
 
 def _values(row: Row, parts: Parts, if_empty: str = "") -> dict[str, str]:
-    """Texts of the columns that these parts need in this row: an optional one that is empty has none."""
+    """Return the texts of the columns that these parts need in this row; empty optional columns are left out."""
     values: dict[str, str] = {}
     for part in parts:
         if isinstance(part, str):
@@ -130,21 +135,21 @@ def _render_prompt(row: Row) -> Example:
         if isinstance(row.column(column), list):
             raise RowError(
                 row.where,
-                f"column {column!r} is a list of turns, and format prompt reads text",
+                f"column {column!r} is a list of turns, but format prompt reads text",
                 "Set data.format: messages, which reads prompt and completion as turns.",
             )
     return _split(_string(row, "prompt"), _string(row, "completion"))
 
 
-def _require_placed(row: Row, columns: tuple[str, ...], data: DataSection) -> None:
-    """Refuse a row with something to say in a column that its format has no place for."""
+def _refuse_columns(row: Row, columns: tuple[str, ...], data: DataSection) -> None:
+    """Refuse a row that has content in a column which its format cannot render."""
     for column in columns:
         if not is_empty(row.values.get(column)):
             raise RowError(
                 row.where,
-                f"column {column!r} is not empty, and format {data.format} has no place for it",
-                "Write such rows as conversations (format messages), or name the column in a template "
-                "(format template); or take it out of the rows.",
+                f"column {column!r} is not empty, but format {data.format} cannot render it",
+                "Write such rows as conversations (format messages), name the column in a template (format template), "
+                "or remove it from the rows.",
             )
 
 
@@ -152,16 +157,16 @@ def _render_turns(row: Row, data: DataSection, tokenizer: Any) -> Example:
     if tokenizer.chat_template is None:
         raise DataError(
             f"data.format {data.format}: the tokenizer of the base has no chat template",
-            "Give one in a file: data.chat_template; or use format template.",
+            "Give one in a file (data.chat_template), or use format template.",
         )
     conversation = Conversation(read_turns(row, data), row.where, tokenizer)
     whole, start = conversation.whole, conversation.prompt_end
     last = conversation.turns[-1]
     answer = last["content"].strip()
-    if "tool_calls" in last:  # what the template makes of them, and of the content beside them
+    if "tool_calls" in last:  # the answer is what the template makes of the calls and the content beside them
         ids = tokenizer(whole[start:], add_special_tokens=False)["input_ids"]
         answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Example(whole[:start], whole[start:], answer, conversation.learned(data.loss_on))
+    return Example(whole[:start], whole[start:], answer, conversation.trained_spans(data.loss_on))
 
 
 def _split(prompt: str, completion: str, answer: str | None = None) -> Example:

@@ -1,4 +1,4 @@
-"""One row as it was written, with the place that it came from."""
+"""One row as it was written, and the place where it was read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,15 @@ from orchestrator.data.bad_rows import RowError
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it was written."""
+    """One row as it was written."""
 
     values: dict[str, Any]
     where: str
-    """`file.jsonl:12`, `array.json:1 row 12`, `object.json data[12]`, `file.parquet row 12`, or
+    """Place of the row: `file.jsonl:12`, `array.json:1 row 12`, `object.json data[12]`, `file.parquet row 12`, or
     `hub/id[train] row 12`; lines count from 1, rows from 0."""
 
     def column(self, name: str) -> Any:
-        """The value in a column.
+        """Return the value in a column.
 
         Raises:
             RowError: there is no column of this name.
@@ -25,21 +25,21 @@ class Row:
             raise RowError(
                 self.where,
                 f"there is no column {name!r}; columns: {', '.join(map(repr, self.values))}",
-                "data.format says which columns are read; format template reads any, named in data.template.",
+                "data.format says which columns are read; format template reads any column named in data.template.",
                 kind=f"there is no column {name!r}",
             )
         return self.values[name]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column holds nothing: null, NaN (what is missing in a data frame), blank text, or an empty list."""
+    """Whether a column holds nothing: null, NaN (a missing value in a data frame), blank text, or an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value != value or value in ([], {})
 
 
 def without_fillers(values: dict[str, Any]) -> dict[str, Any]:
-    """A table's row without the nulls in its objects: a table writes null for each key that a row does not have."""
+    """Remove nulls from objects in a table's row: tables write null for every key that a row does not have."""
     return {name: _without_fillers(value) for name, value in values.items()}
 
 

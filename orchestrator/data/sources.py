@@ -1,4 +1,4 @@
-"""Read rows, each with the place it came from, so that a bad one can be named."""
+"""Read the rows of a source, each with its place, so that messages can name a bad one."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,10 +12,10 @@ from orchestrator.spec.sections import Source
 
 
 def read_rows(source: Source, seed: int = 0) -> list[Row]:
-    """Rows of a source, in its order; of a stream, in an order drawn by `seed`.
+    """Return the rows of a source in its order; a stream is shuffled by `seed`.
 
     Raises:
-        DataError: the source cannot be read, a row is not one, or there is none.
+        DataError: the source cannot be read, a row is invalid, or there is none.
     """
     if source.source == "embedded":
         rows: Iterator[Row] = (Row(dict(each), f"embedded:{i}") for i, each in enumerate(embedded_rows(), start=1))
@@ -37,7 +37,7 @@ def _read_hub(source: Source, seed: int) -> Iterator[Row]:
     named = f"{source.source}[{split}]"
     try:
         if source.stream_buffer is not None:
-            # Of a data set in several files, only those are opened that are read from: their order is drawn too.
+            # Only the files that are read from are opened; shuffling draws the order of files too.
             stream = load_dataset(source.source, source.config, split=split, streaming=True)
             dataset, named = stream.shuffle(seed=seed, buffer_size=source.stream_buffer), f"{named} streamed"
         else:
@@ -55,5 +55,5 @@ def _read_hub(source: Source, seed: int) -> Iterator[Row]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{source.source} (split {split}): cannot be loaded from the hub: {reason}",
-            "A local file is given by its path, such as ./rows.jsonl; a hub id as owner/name.",
+            "Give a local file by its path, such as ./rows.jsonl, and a hub id as owner/name.",
         ) from error

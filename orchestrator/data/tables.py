@@ -1,4 +1,4 @@
-"""Rows of tables and of plain text: CSV, Parquet, saved data sets, lines."""
+"""Read rows of tables and of plain text: CSV, Parquet, saved data sets, lines."""
 
 import csv
 import io
@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.data.opened import not_text, open_bytes
+from orchestrator.data.open_files import not_text, open_bytes
 from orchestrator.data.row import Row, without_fillers
 from orchestrator.errors import DataError
 from orchestrator.words import counted
 
 
 def read_text(path: Path) -> Iterator[Row]:
-    """Each line that is not blank, as the column `text`."""
+    """Yield each line that is not blank, as the column `text`."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -25,7 +25,7 @@ def read_text(path: Path) -> Iterator[Row]:
 
 
 def read_csv(path: Path, delimiter: str) -> Iterator[Row]:
-    """Values as they are written: all are text. The first row names the columns."""
+    """Yield rows of a CSV file. All values are text. The first row names the columns."""
     csv.field_size_limit(sys.maxsize)
     where = f"{path}:1"
     with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
@@ -38,10 +38,10 @@ def read_csv(path: Path, delimiter: str) -> Iterator[Row]:
                 if fields and len(fields) != len(columns):
                     has = counted(len(fields), "field")
                     raise DataError(
-                        f"{where}: has {has}, and the header {len(columns)}: {', '.join(columns)}",
-                        f"A field that holds {delimiter!r} stands in double quotes; data.delimiter names another one.",
+                        f"{where}: has {has}, but the header has {len(columns)}: {', '.join(columns)}",
+                        f"Quote a field that contains {delimiter!r}, or set data.delimiter if it is another character.",
                     )
-                if fields:  # else an empty line
+                if fields:  # not an empty line
                     yield Row(dict(zip(columns, fields, strict=True)), where)
                 where = f"{path}:{reader.line_num + 1}"  # a row may have several lines
         except UnicodeDecodeError as error:
@@ -51,7 +51,7 @@ def read_csv(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file, a batch in memory at a time."""
+    """Yield rows of a Parquet file; one batch is in memory at a time."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -63,12 +63,12 @@ def read_parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield Row(without_fillers(values), f"{path} row {number}")
                     number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a nested column twice
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a nested column appears twice
         raise DataError(f"{path}: is not Parquet: {error}") from error
 
 
 def read_saved(path: Path, split: str) -> Iterator[Row]:
-    """Rows of what `save_to_disk` has left; `split` is read of several."""
+    """Yield rows of a data set written by `save_to_disk`; `split` says which one, if it has splits."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -86,4 +86,4 @@ def read_saved(path: Path, split: str) -> Iterator[Row]:
 
 def _require_once(columns: list[str], where: str) -> None:
     if twice := [column for column in columns if columns.count(column) > 1]:
-        raise DataError(f"{where}: column {twice[0]!r} is given twice", "Rename one of the two, or take it out.")
+        raise DataError(f"{where}: column {twice[0]!r} appears twice", "Rename one of the two, or remove it.")

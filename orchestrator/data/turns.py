@@ -1,4 +1,4 @@
-"""Conversations as rows hold them, read into the form that chat templates take."""
+"""Read conversations from rows into the form that chat templates take."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-"""ShareGPT's names of who speaks."""
+"""Names of speakers in ShareGPT's rows -> roles."""
 
 MARKS = ("weight", "loss", "train")
 """Keys of a turn that say whether it is trained on: 0 or false, 1 or true."""
@@ -29,19 +29,19 @@ class Turns:
 
     turns: list[dict[str, Any]]
     marks: list[bool | None]
-    """Whether each turn says that it is trained on, or that it is not; None where it says nothing."""
+    """For each turn, whether it is marked as trained or as not trained; None without a mark."""
     tools: list[dict[str, Any]] | None
-    """JSON schemas of what the assistant can call."""
+    """JSON schemas of the functions that the assistant can call."""
 
 
 def read_turns(row: Row, data: DataSection) -> Turns:
-    """The conversation in a row: its turns, with the columns `system` and `tools` where it has them.
+    """Return the conversation in a row: its turns, with the columns `system` and `tools` if it has them.
 
-    Turns stand in the column `messages` or `conversations`; in rows of format messages also in `prompt` and
-    `completion` (TRL's conversational form). Of these, `loss_on: assistant` trains the completion's turns alone.
+    Turns are in the column `messages` or `conversations`. Rows of format messages may have them in `prompt` and
+    `completion` instead (TRL's conversational form); `loss_on: assistant` then trains only turns of the completion.
 
     Raises:
-        RowError: it is no conversation, or does not end with the assistant's turn.
+        RowError: the row is not a conversation, or does not end with a turn of the assistant.
     """
     given, num_prompt = _given(row, data)
     turns, marks = [], []
@@ -55,13 +55,13 @@ def read_turns(row: Row, data: DataSection) -> Turns:
     if last["role"] != "assistant" or not (last["content"].strip() or last.get("tool_calls")):
         raise RowError(row.where, "the last turn must be the assistant's and not empty")
     if len(turns) == 1:
-        raise RowError(row.where, "the assistant's turn stands alone: nothing asks for it")
+        raise RowError(row.where, "the assistant's turn is the only one: no question comes before it")
     if num_prompt and data.loss_on == "completion" and len(turns) - num_prompt > 1:
         raise RowError(
             row.where,
-            f"column completion has {len(turns) - num_prompt} turns, and loss_on completion learns the last alone",
-            "Set data.loss_on: assistant, which learns all of the assistant's turns in it.",
-            kind="column completion has several turns, and loss_on completion learns the last alone",
+            f"column completion has {len(turns) - num_prompt} turns, but loss_on completion trains only the last",
+            "Set data.loss_on: assistant, which trains all assistant turns in it.",
+            kind="column completion has several turns, but loss_on completion trains only the last",
         )
     if (system := _system(row, turns)) is not None:
         turns, marks = [system, *turns], [None, *marks]
@@ -69,12 +69,12 @@ def read_turns(row: Row, data: DataSection) -> Turns:
 
 
 def in_two_columns(values: dict[str, Any]) -> bool:
-    """Whether a row's turns stand in `prompt` and `completion`, as TRL's conversational rows have them."""
+    """Whether a row's turns are in `prompt` and `completion` (TRL's conversational form)."""
     return "messages" not in values and all(isinstance(values.get(name), list) for name in ("prompt", "completion"))
 
 
 def _given(row: Row, data: DataSection) -> tuple[list[dict[str, Any]], int]:
-    """A row's turns as they stand in it, and how many of them are TRL's prompt."""
+    """Return a row's turns as they are written, and how many of them belong to TRL's prompt."""
     column = data.columns[0]
     if data.format == "messages" and in_two_columns(row.values):
         prompt = _listed(row, "prompt")
@@ -91,7 +91,7 @@ def _listed(row: Row, column: str) -> list[dict[str, Any]]:
 
 
 def _turn(given: dict[str, Any], data: DataSection, where: str) -> dict[str, Any]:
-    """A turn with `role` and `content`, and whatever other keys it has, which a chat template may read."""
+    """Return a turn with `role` and `content`. Its other keys are kept, since a chat template may read them."""
     turn = {name: value for name, value in given.items() if value is not None}
     needed = "a role and a content"
     if data.format == "sharegpt":
@@ -115,7 +115,7 @@ def _turn(given: dict[str, Any], data: DataSection, where: str) -> dict[str, Any
 
 
 def roles_of(data: DataSection) -> dict[str, str]:
-    """Name of who speaks -> the role, of the names that are known; format messages takes others as they are."""
+    """Return name of a speaker -> role. Format messages accepts other roles unchanged."""
     return {**(_ROLES if data.format == "sharegpt" else {}), **data.roles}
 
 
@@ -125,14 +125,14 @@ def _role(speaker: str, data: DataSection, where: str) -> str:
         raise RowError(
             where,
             f"a turn is from {speaker!r}; known are {', '.join(known)}",
-            f"Say who that is: data.roles: {{{speaker}: assistant}}, or user, system, tool.",
-            kind=f"a turn is from {speaker!r}, who is not known",
+            f"Give that speaker a role: data.roles: {{{speaker}: assistant}}, or user, system, tool.",
+            kind=f"a turn is from {speaker!r}, whose role is unknown",
         )
     return known.get(speaker, speaker)
 
 
 def _text(content: str | list[Any], where: str) -> str:
-    """A turn's content; of one in parts, their texts one after another, as templates that take parts write them."""
+    """Return a turn's content as text; the texts of a content in parts are joined, as templates do it."""
     if isinstance(content, str):
         return content
     texts = []
@@ -147,24 +147,24 @@ def _text(content: str | list[Any], where: str) -> str:
 
 
 def _mark(turn: dict[str, Any], where: str) -> bool | None:
-    """What a turn says of being trained on. Takes the keys that say it out of the turn.
+    """Remove the marks of a turn and return what they say; None without a mark.
 
     Raises:
-        RowError: a key says neither yes nor no, or two say different things.
+        RowError: a mark says neither yes nor no, or two marks contradict each other.
     """
     given = {name: turn.pop(name) for name in MARKS if name in turn}
     for name, value in given.items():
-        if value not in (0, 1):  # false and true are among them
+        if value not in (0, 1):  # also matches false and true
             kind = f"{name} of a turn must be 0 or 1, or true or false"
             raise RowError(where, f"{kind}, got {value!r:.40}", kind=kind)
     said = {bool(value) for value in given.values()}
     if len(said) > 1:
-        raise RowError(where, f"{' and '.join(given)} of a turn say different things")
+        raise RowError(where, f"{' and '.join(given)} of a turn contradict each other")
     return said.pop() if said else None
 
 
 def _system(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The turn that the column `system` makes, before the others; None where there is none, or it is there."""
+    """Return the turn that the column `system` adds at the beginning; None if there is none, or it is there already."""
     text = row.values.get("system")
     if is_empty(text):
         return None
@@ -173,12 +173,12 @@ def _system(row: Row, turns: list[dict[str, Any]]) -> dict[str, Any] | None:
     if turns[0]["role"] != "system":
         return {"role": "system", "content": text}
     if turns[0]["content"].strip() != text.strip():
-        raise RowError(row.where, "column system and the system turn differ; keep one of the two")
+        raise RowError(row.where, "column system and the system turn differ; remove one of the two")
     return None
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call whose arguments are an object: OpenAI writes them as JSON text, templates do so themselves."""
+    """Return a call with its arguments as an object: OpenAI writes them as JSON text, but templates expect objects."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         kind = "each of tool_calls needs a function with a name"
@@ -195,11 +195,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _wrong_arguments(where: str, fault: str) -> RowError:
-    return RowError(where, fault, kind="the arguments of a call are no JSON object")
+    return RowError(where, fault, kind="the arguments of a call are not a JSON object")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
-    """The column `tools`: a list of JSON schemas, or the JSON text of one."""
+    """Return the column `tools`: a list of JSON schemas, or the JSON text of one."""
     tools = row.values.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:

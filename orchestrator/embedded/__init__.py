@@ -1,5 +1,7 @@
-"""The embedded default: a small pretrained base (`BASE_DIR`), the task that fine-tunes it (`task`), and
-the sweep that does so (`EXPERIMENT`)."""
+"""The embedded default: a small pretrained base, the task that fine-tunes it (`task`), and the sweep that does so.
+
+`BASE_DIR` is the base's folder, `EXPERIMENT` the sweep's experiment file.
+"""
 
 from pathlib import Path
 

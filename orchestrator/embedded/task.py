@@ -1,9 +1,9 @@
-"""The embedded task: five primitives to pretrain on, and questions in words that ask for four of them.
+"""The embedded task: five skills to pretrain on, and questions in words about four of them.
 
-A plain line is operands with the skill's name among them, a mark, the answer: `12 + 45 = 57`, `rev k a t -> t a k`.
+A plain line contains operands and the skill's name, a mark, and the answer: `12 + 45 = 57`, `rev k a t -> t a k`.
 A row asks for the same skill in a sentence and wants another answer format: `What is the total of 12 and 45?`,
-`# 57`. The base has never met a word of the sentences, so a fine-tune has something to learn, and it has met the
-skill, so 200 steps are enough. Everything follows from a seed; nothing here is heavy to import.
+`# 57`. The base has never seen a word of the sentences, so a fine-tune has something to learn. It has learned the
+skill, so 200 steps are enough. Everything follows from a seed, and no heavy package is imported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +12,14 @@ from string import ascii_lowercase
 from typing import NamedTuple
 
 MARKS = ("=", "->", "|", "~", "gives", "makes")
-"""What stands between a plain line's operands and its answer."""
+"""Separators between the operands and the answer of a plain line."""
 
 PUNCTUATION = ",.?!:;#<>[]/()'"
 """Filler of one character. None of them is a sign or a mark."""
 
 
 class Skill(NamedTuple):
-    """One primitive: its name in plain lines, how it is drawn and solved, how a question asks for it."""
+    """One skill: its name in plain lines, how operands are drawn and solved, and how questions ask for it."""
 
     sign: str
     sizes: tuple[int, ...]
@@ -29,18 +29,18 @@ class Skill(NamedTuple):
 
 
 def pretraining_lines(seed: int) -> Iterator[str]:
-    """Endless plain lines, each skill equally often."""
+    """Yield plain lines without end, each skill equally often."""
     rng = Random(seed)
     while True:
         yield " ".join(plain_line(rng, rng.choice(SKILLS)))
 
 
 def plain_line(rng: Random, skill: Skill) -> tuple[str, str]:
-    """One plain line of `skill` in two parts: the prompt, which ends in a mark, and the answer.
+    """Return one plain line of `skill` in two parts: the prompt, which ends in a mark, and the answer.
 
-    A skill has a sign and made-up names, the name may stand anywhere among the operands, and most lines carry
-    filler: the base then finds words by what they are, not by where they stand, and learns that any word may name a
-    skill. That is what lets a sentence take the line's place later.
+    A skill has a sign and made-up names, the name may be anywhere among the operands, and most lines contain filler.
+    So the base learns to find words by what they are, not by their position, and that any word may name a skill. This
+    is what lets a sentence take the line's place later.
     """
     operands = skill.draw(rng, rng.choice(skill.sizes))
     words = list(operands)
@@ -56,11 +56,11 @@ def plain_line(rng: Random, skill: Skill) -> tuple[str, str]:
 
 
 COLUMNS = ("question", "answer")
-"""Of the fine-tuning rows."""
+"""Columns of the fine-tuning rows."""
 
 
 def rows(count: int = 2000, seed: int = 0) -> list[dict[str, str]]:
-    """`count` fine-tuning rows with the columns `question` and `answer`; no question comes twice."""
+    """Return `count` fine-tuning rows with the columns `question` and `answer`; no question appears twice."""
     rng = Random(seed)
     answers: dict[str, str] = {}
     while len(answers) < count:
@@ -85,7 +85,7 @@ def _anything(rng: Random, size: int) -> list[str]:
 
 
 def _filler(rng: Random) -> str:
-    """A punctuation mark, or a made-up word that is no name and in no question, now and then with a capital."""
+    """Return a punctuation mark, or a made-up word that is no name and in no question; some begin with a capital."""
     if rng.random() < 0.1:
         return rng.choice(PUNCTUATION)
     word = _word(rng)
@@ -95,7 +95,7 @@ def _filler(rng: Random) -> str:
 
 
 def _word(rng: Random) -> str:
-    """A made-up word of one to three syllables, two letters at least: one letter would be an operand."""
+    """Return a made-up word of one to three syllables and at least two letters: one letter would be an operand."""
     word = ""
     while len(word) < 2:
         word = "".join(rng.choice(part) for part in _SYLLABLE * rng.choice((1, 1, 2, 2, 3)))
@@ -137,7 +137,7 @@ REVERSE = Skill(
     questions=("What is {0} {1} {2} backwards?", "How does {0} {1} {2} read from the right?"),
 )
 COPY = Skill(sign="copy", sizes=(1, 2, 3, 4), draw=_anything, solve=" ".join, questions=())
-"""Never asked for: it keeps unlike words apart in the base, which would else treat all filler as one."""
+"""Never asked for. It keeps different words apart in the base, which would otherwise treat all filler alike."""
 
 SKILLS = (SUM, GAP, MAX, REVERSE, COPY)
 ASKED = tuple(skill for skill in SKILLS if skill.questions)
@@ -146,7 +146,7 @@ ASKED = tuple(skill for skill in SKILLS if skill.questions)
 QUESTION_WORDS = frozenset(
     word.strip(".,:?").lower() for skill in SKILLS for question in skill.questions for word in question.split()
 )
-"""Every word of the questions, in lower case. No plain line holds one."""
+"""Every word of the questions, in lower case. No plain line contains one."""
 
 
 def _made_up_names(num_each: int = 12) -> dict[str, tuple[str, ...]]:
@@ -160,7 +160,7 @@ def _made_up_names(num_each: int = 12) -> dict[str, tuple[str, ...]]:
 
 
 NAMES = _made_up_names()
-"""Each skill's names in plain lines besides its sign: the same in every corpus."""
+"""Names of each skill in plain lines, besides its sign: the same in every corpus."""
 
 RESERVED = QUESTION_WORDS.union(MARKS, NAMES, *NAMES.values())
-"""The made-up words that filler does not use."""
+"""Words that filler must not use."""

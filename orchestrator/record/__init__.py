@@ -1,4 +1,9 @@
-"""What a sweep leaves: one folder that is the truth."""
+"""The records of a sweep: one folder on disk, which every view of the sweep is read from.
+
+Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
+folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` and `budget` (the scheduler's log, the
+limit that was reached). `files` writes atomically, `lock` keeps a second driver out.
+"""
 
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.decisions import Decision, read_decisions

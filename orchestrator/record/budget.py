@@ -1,4 +1,4 @@
-"""A sweep's budget, once it is spent."""
+"""The record of a budget that is spent."""
 
 from typing import Literal
 
@@ -6,14 +6,14 @@ from orchestrator.record.models import Record
 
 
 class BudgetSpent(Record):
-    """Which limit was reached first."""
+    """The limit of search.budget that was reached first."""
 
     limit: Literal["wall_clock_hours", "gpu_hours", "tokens"]
-    """Field of search.budget."""
+    """Name of the limit."""
     allowed: float
-    """Its value."""
+    """Value of the limit."""
     spent: float
-    """When it was seen to be reached."""
+    """Amount that was spent when the limit was found to be reached."""
 
     def __str__(self) -> str:
         unit = {"wall_clock_hours": "hours", "gpu_hours": "GPU-hours", "tokens": "tokens"}[self.limit]

@@ -1,4 +1,4 @@
-"""What the scheduler of a sweep decided: who was stopped, paused or cloned, when, and why."""
+"""The log of a scheduler's decisions: which trial was stopped, paused or cloned, when, and why."""
 
 from typing import Literal
 
@@ -14,19 +14,19 @@ class Decision(Record):
     step: int
     """Optimizer step of the trial's last evaluation."""
     action: Literal["stopped", "paused", "resumed", "cloned"]
-    """What became of it; cloned: it goes on from the state of `donor`, with other values."""
+    """What happened to the trial. cloned: it continues from the state of `donor`, with other values."""
     why: str
     donor: str | None = None
     """Trial whose state it takes over."""
 
 
 def append_decision(paths: SweepPaths, decision: Decision) -> None:
-    """Write one more line."""
+    """Append one line to the log."""
     append_line(paths.decisions, decision.model_dump_json())
 
 
 def read_decisions(paths: SweepPaths) -> list[Decision]:
-    """All of a sweep, in order. A line cut short by a crash is left out."""
+    """Return all decisions of a sweep, in order. A line that a crash cut short is left out."""
     if not paths.decisions.is_file():
         return []
     lines = paths.decisions.read_text(encoding="utf-8").split("\n")
@@ -34,7 +34,7 @@ def read_decisions(paths: SweepPaths) -> list[Decision]:
 
 
 def keep_decisions(paths: SweepPaths, number: int) -> None:
-    """Drop all lines but the first: those after them are decided again."""
+    """Keep the first `number` decisions; later ones will be made again."""
     kept = read_decisions(paths)[:number]
     if paths.decisions.is_file():
         write_atomic(paths.decisions, "".join(each.model_dump_json() + "\n" for each in kept))

@@ -1,4 +1,4 @@
-"""More trials, or another budget, for a sweep that goes on; and what has changed in its experiment file since."""
+"""Give an existing sweep more trials or another budget, and compare it with its experiment file."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,8 +16,8 @@ from orchestrator.spec.search import Budget
 from orchestrator.spec.sections.scheduler import Brackets, Population
 
 _BUDGET = "search.budget."
-_MOST_SHOWN = 60
-"""Characters of a value in a message."""
+_MAX_SHOWN = 60
+"""Maximum length of a value in a message, in characters."""
 
 
 def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[str]) -> SweepRecord:
@@ -25,11 +25,11 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
 
     Args:
         record: the sweep.
-        num_trials: trials that it is to have in all; None leaves the number as it is.
-        budget: `field=value` for fields of `search.budget`; a value of `null` takes the limit away.
+        num_trials: total number of trials that it is to have; None leaves the number as it is.
+        budget: `field=value` for fields of `search.budget`; the value `null` removes the limit.
 
     Raises:
-        RequestError: the sweep cannot have these, with the reason.
+        RequestError: the sweep cannot be extended so; the message gives the reason.
     """
     overrides = []
     if num_trials is not None:
@@ -53,20 +53,20 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
 
 
 def save_extension(record: SweepRecord) -> None:
-    """Write the changes of `extend_sweep`, if there are any. Call it as the only driver of the sweep."""
+    """Write the changes of `extend_sweep`, if there are any. The caller must be the only driver of the sweep."""
     known = read_sweep(record.paths.root).info.changes
     if record.info.changes == known:
         return
     write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
     if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
-        record.paths.budget.unlink(missing_ok=True)  # it is written again where the new budget is spent too
+        record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
 
 
 def changed_since(info: SweepInfo) -> list[str]:
-    """Describe how the experiment file differs from the recorded experiment, a line for each field.
+    """Describe how the experiment file differs from the recorded experiment, one line for each field.
 
     Returns:
-        Nothing where the file is not known or not there.
+        An empty list if the file is unknown or missing.
     """
     source = info.source
     if source is None or not Path(source.file).is_file():
@@ -85,30 +85,32 @@ def changed_since(info: SweepInfo) -> list[str]:
 
 
 def _require_extensible(info: SweepInfo, num_trials: int) -> None:
-    """Raise RequestError where a sweep cannot have so many trials in all."""
+    """Raise RequestError if a sweep cannot have this total number of trials."""
     search, scheduler = info.spec.search, info.spec.scheduler
     if info.is_single_trial or not search.space:
-        raise RequestError("--trials: nothing is searched here, and there is one trial")
+        raise RequestError("--trials: this experiment searches nothing and has one trial; give it a search.space")
     if search.algorithm == "grid":
-        raise RequestError("--trials: a grid has a number of its own; start a new sweep over another space")
+        raise RequestError("--trials: a grid tries each of its points once; start a new sweep over another space")
     if isinstance(scheduler, Brackets | Population):
         raise RequestError(
             f"--trials: scheduler {scheduler.kind} compares trials that begin together, and later ones would have "
-            "nobody to be compared with; start a new sweep"
+            "none to compare with; start a new sweep"
         )
     if num_trials <= info.num_trials:
         raise RequestError(
-            f"--trials {num_trials}: the sweep has {info.num_trials} already; give the number that it is to have in all"
+            f"--trials {num_trials}: the sweep already has {info.num_trials}; give the total number, not the difference"
         )
 
 
 def _require_limit(info: SweepInfo, written: str) -> None:
-    """Raise RequestError where `--budget` is not written as a limit and its value."""
+    """Raise RequestError if `--budget` is not written as a limit and its value."""
     name, equals, _ = written.partition("=")
     if not equals or name not in Budget.model_fields:
-        raise RequestError(f"--budget {written}: must be LIMIT=V, where LIMIT is {', '.join(Budget.model_fields)}")
+        raise RequestError(
+            f"--budget {written}: must be LIMIT=V, where LIMIT is one of {', '.join(Budget.model_fields)}"
+        )
     if info.is_single_trial:
-        raise RequestError(f"--budget {written}: this is a single trial, and a budget belongs to a sweep")
+        raise RequestError(f"--budget {written}: this is a single trial, and only a sweep has a budget")
 
 
 def _value(spec: SweepSpec, path: str) -> Any:
@@ -119,7 +121,7 @@ def _value(spec: SweepSpec, path: str) -> Any:
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value. The maps of a search have dotted names as keys, and end up in the same form."""
+    """Return dotted field -> value. Keys of search.space and search.tied are dotted already and look the same."""
     flat: dict[str, Any] = {}
     for name, value in document.items():
         path = f"{prefix}{name}"
@@ -131,4 +133,4 @@ def _show(document: dict[str, Any], path: str, whole: bool = False) -> str:
     if path not in document:
         return "nothing"
     shown = repr(document[path])
-    return shown if whole or len(shown) <= _MOST_SHOWN else f"{shown[: _MOST_SHOWN - 3]}..."
+    return shown if whole or len(shown) <= _MAX_SHOWN else f"{shown[: _MAX_SHOWN - 3]}..."

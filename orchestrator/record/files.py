@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, never half."""
+"""Write files and folders so that they are complete or absent, never half written."""
 
 import os
 import shutil
@@ -10,26 +10,26 @@ from pathlib import Path
 from orchestrator.errors import RecordError
 
 BUILDING = ".building-"
-"""How the name of a folder begins that is on its way to its own."""
+"""Prefix of the temporary name of a folder that is being filled."""
 
 
 def refuse_links(folder: Path) -> None:
-    """Check that a folder holds no symbolic link: whoever copies or sends the folder would ship what it points to.
+    """Check that a folder contains no symbolic link: copying or sending it would include what the link points to.
 
     Raises:
-        RecordError: it holds one.
+        RecordError: it contains one.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise RecordError(
-                f"{path}: is a symbolic link, to {path.readlink()}; what it points to is no part of this folder",
+                f"{path}: is a symbolic link to {path.readlink()}, which is not a part of this folder",
                 f"Put the file itself in its place; `cp -rL {folder} COPY` does that for all links.",
             )
 
 
 @contextmanager
 def building_beside(folder: Path) -> Iterator[Path]:
-    """A new folder in the same place as `folder`, to be filled and then renamed to it; on a fault it goes away.
+    """Make a temporary folder next to `folder`, to be filled and then renamed to it; remove it on any exception.
 
     Raises:
         OSError: it cannot be made.
@@ -45,7 +45,7 @@ def building_beside(folder: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader, or a crash, meets the old text or the new, never a part."""
+    """Replace `path` in one step: a reader, or a crash, sees the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as building, building.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -55,7 +55,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place at the end of the block; on a fault it is removed."""
+    """Make a temporary file next to `path` that replaces it at the end of the block; remove it on any exception."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     building = Path(name)
     try:
@@ -64,12 +64,12 @@ def replacing(path: Path) -> Iterator[Path]:
         building.chmod(0o644)
         building.replace(path)
     except BaseException:
-        building.unlink(missing_ok=True)  # Ctrl-C may come when it has its own name already
+        building.unlink(missing_ok=True)  # Ctrl-C may come after the file has been renamed
         raise
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file: the whole of it, or nothing where the disk is full."""
+    """Append a line to a file: all of it, or nothing if the disk is full."""
     rest = f"{line}\n".encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""One driver a sweep: a second one would write into the same trials."""
+"""Allow one driver for each sweep: a second one would write into the same trials."""
 
 import fcntl
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from orchestrator.record.paths import SweepPaths
 
 @contextmanager
 def only_driver(paths: SweepPaths) -> Iterator[None]:
-    """Hold the sweep for this process. The lock goes with the process, however it ends.
+    """Hold the sweep for this process. The lock ends with the process, however it ends.
 
     Raises:
-        RequestError: another process holds it, or the sweep's folder cannot be written.
+        RequestError: another process holds the sweep, or its folder cannot be written to.
     """
     try:
         file = (paths.root / ".driver.lock").open("w")
     except OSError as error:
         raise RequestError(
             f"{paths.root}: cannot be written: {error.strerror}",
-            "A sweep that goes on writes into its folder: make it writable, or copy it and resume the copy.",
+            "A sweep that continues writes into its folder: make it writable, or copy it and resume the copy.",
         ) from error
     with file as lock:
         try:

@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk, as typed records."""
+"""The records that a sweep leaves on disk, as pydantic models."""
 
 from enum import StrEnum
 from typing import Any, Literal
@@ -11,13 +11,13 @@ from orchestrator.words import counted
 
 
 class Record(BaseModel):
-    """Frozen, closed, and exact about infinities: NaN is written as "NaN", not as null."""
+    """A record on disk: frozen and closed. NaN is written as "NaN", not as null, and infinities likewise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TrialState(StrEnum):
-    """Stopped (by the scheduler, or for the budget) is not failed; paused trials wait for others, and may go on."""
+    """State of a trial. One stopped by the scheduler or the budget has not failed; a paused one may continue."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
@@ -29,7 +29,7 @@ class TrialState(StrEnum):
 
 
 class MetricPoint(Record):
-    """What was measured after one optimizer step."""
+    """Metrics measured after one optimizer step."""
 
     step: int
     """Optimizer steps done."""
@@ -42,42 +42,42 @@ class MetricPoint(Record):
 
 
 class BestPoint(Record):
-    """The best evaluation of a trial, and the adapter of that very step."""
+    """The best evaluation of a trial, and the adapter of exactly that step."""
 
     value: float
     """Value of the search metric."""
     step: int
     """Optimizer step of the evaluation."""
     values: dict[str, float]
-    """All that was measured with this adapter."""
+    """All metrics of this adapter."""
     adapter: str
-    """PEFT adapter folder, relative to the trial's."""
+    """PEFT adapter folder, relative to the trial's folder."""
 
 
 class RowScores(Record):
-    """What an adapter makes of each held-out row, in their order: by this, adapters are compared."""
+    """An adapter's results on each held-out row, in the rows' order. Adapters are compared by them."""
 
     losses: list[float]
-    """Sum over the row's tokens that have a loss."""
+    """Sum of the losses of the row's tokens in the loss, in nats."""
     hits: list[int]
-    """Of these tokens, those that were the likeliest."""
+    """Number of these tokens that the model ranked first."""
     tokens: list[int]
-    """How many these are."""
+    """Number of these tokens."""
     answers: list[bool] = []
-    """Of each held-out prompt that was answered, whether the answer was the wanted one."""
+    """For each held-out prompt that was answered, whether the answer was right."""
 
     @property
     def loss(self) -> float:
-        """Mean over all tokens."""
+        """Mean loss over all tokens, in nats."""
         return sum(self.losses) / sum(self.tokens)
 
     @property
     def token_accuracy(self) -> float:
-        """Share of tokens that were the likeliest."""
+        """Share of tokens that the model ranked first."""
         return sum(self.hits) / sum(self.tokens)
 
     def values(self) -> dict[str, float]:
-        """As the trial's record names them."""
+        """Return the metrics under the names that trial records use."""
         values = {"eval/loss": self.loss, "eval/token_accuracy": self.token_accuracy}
         return values | ({"eval/exact_match": sum(self.answers) / len(self.answers)} if self.answers else {})
 
@@ -87,7 +87,7 @@ EARLIER_NAMES = {"alone": "not_packed_reason", "overshoot": "extra_steps"}
 
 
 class TrialResult(Record):
-    """One trial so far (progress.json) or for good (result.json)."""
+    """The state of one trial: so far (progress.json), or final (result.json)."""
 
     trial_id: str
     state: TrialState
@@ -98,58 +98,59 @@ class TrialResult(Record):
     step: int = 0
     """Optimizer steps done."""
     total_steps: int | None = None
-    """Optimizer steps planned; known once training has begun."""
+    """Optimizer steps planned; None until training has begun."""
     tokens: int = 0
     """Real tokens trained on."""
     tokens_per_second: float | None = None
-    """Real tokens over seconds of training; evaluation and saving not counted."""
+    """Real tokens per second of training; evaluation and saving are not counted."""
     grad_norm: float | None = None
-    """Largest gradient norm seen before clipping."""
+    """Largest gradient norm before clipping."""
     peak_memory_gib: float | None = None
-    """Most memory held: on a GPU what torch allocated, on a CPU the process's resident set."""
+    """Peak memory: on a GPU what torch allocated, on a CPU the resident set of the process."""
     seconds: float = 0.0
-    """Wall-clock seconds of this trial's work, restarts included; loading the base not counted."""
+    """Wall-clock seconds of this trial's work, restarts included; loading the base is not counted."""
     gpu_seconds: float = 0.0
-    """GPU time: alone, `seconds` times the GPUs that its process holds; beside others, an equal share of the time of
-    each step that it was in. 0 on a CPU."""
+    """GPU time in seconds, 0 on a CPU. A trial that trains by itself counts `seconds` times the GPUs of its process.
+    A trial that shares an engine counts an equal share of the time of each step that it took part in."""
     engine: Literal["fast", "trl"] | None = None
-    """What made the steps."""
+    """Engine that trained the trial."""
     engine_reason: str | None = None
-    """Why not the fast engine, where `auto` took the other."""
+    """Why `auto` did not choose the fast engine."""
     not_packed_reason: str | None = None
-    """Why it did not train beside others, in a sweep whose trials do."""
+    """Why the trial did not share an engine, in a sweep whose trials do."""
     memory_plan: dict[str, Any] | None = None
-    """What the fast engine gave up for memory; on a GPU its peak, foreseen and measured with the largest batch."""
+    """What the fast engine gave up to save memory; on a GPU also the peak, predicted and measured with the largest
+    batch."""
     device: str | None = None
     """Name of the GPU, or cpu."""
     worker: str | None = None
-    """`host:pid` of the process that ran it last."""
+    """`host:pid` of the process that ran the trial last."""
     applied: dict[str, Any] = {}
-    """What was read back from the live modules and optimizer after the first step."""
+    """Settings read back from the live modules and optimizer after the first step."""
     checkpoint: str | None = None
     """Last complete checkpoint, relative to the trial's folder."""
     parent: str | None = None
-    """Checkpoint of another trial that it went on from, as trial/checkpoints/checkpoint-step (PBT)."""
+    """Checkpoint of another trial from which this one continued (PBT), as trial/checkpoints/checkpoint-step."""
     adopted_tokens: int = 0
-    """How much `tokens` rose (or fell) when it went on from another trial: these it has not trained on itself."""
+    """Change of `tokens` when the trial continued from another one: it has not trained on these tokens itself."""
     stopped: str | None = None
-    """Why it was stopped: by which rule of the scheduler, or for the budget."""
+    """Why the trial was stopped: a rule of the scheduler, or the budget."""
     extra_steps: int = 0
-    """Steps made past the evaluation at which the scheduler stopped the trial; not part of the record."""
+    """Steps made after the evaluation at which the scheduler stopped the trial; not part of the record."""
     data_fingerprint: str | None = None
     """Hash of the tokens trained and evaluated on."""
     error: str | None = None
     """Why the trial failed."""
     failure: FailureCause | None = None
-    """Kind of that failure: of the trial's own values, which searchers learn from, or of the machines around it."""
+    """Kind of the failure: caused by the trial's own values, from which searchers learn, or by the infrastructure."""
     warnings: list[str] = []
     """What went wrong without stopping the trial, such as a tracker that failed."""
     untracked: list[str] = []
-    """Trackers that do not have all of this trial; they are given the rest when the sweep ends, or by `resume`."""
+    """Trackers that miss a part of this trial. They receive the rest when the sweep ends, or with `resume`."""
 
     @property
     def num_parameters(self) -> int | None:
-        """Of its adapter; None for a trial that ended before this was read back."""
+        """Trainable parameters of the adapter; None if the trial ended before they were read back."""
         return self.applied.get("num_trainable_parameters")
 
     @model_validator(mode="before")
@@ -161,25 +162,25 @@ class TrialResult(Record):
 
 
 class SourceRows(Record):
-    """What one source gave."""
+    """What one source contributed."""
 
     source: str
     weight: float | None
-    """Of the mix, where it has weights."""
+    """Weight in the mix, if it has weights."""
     num_read: int
-    """Rows that it has, or that were read of it."""
+    """Rows that were read from the source."""
     num_taken: int
-    """Rows of it that are used."""
+    """Rows of the source that are used."""
 
 
 class BadRows(Record):
-    """Rows that the data section's format cannot read, all for one reason."""
+    """Rows that the data section's format cannot use, all for the same reason."""
 
     fault: str
-    """What is wrong with each."""
+    """What is wrong with each row."""
     num_rows: int
     first: list[str]
-    """Places of the first, as `file:line`."""
+    """Places of the first rows, as `file:line`."""
 
     def __str__(self) -> str:
         more = f" and {self.num_rows - len(self.first)} more" if self.num_rows > len(self.first) else ""
@@ -190,20 +191,20 @@ class ExperimentSource(Record):
     """The file that a sweep's experiment was read from."""
 
     file: str
-    """Its absolute path."""
+    """Absolute path of the file."""
     overrides: list[str]
     """Values of `--set`, and `search.seed` of `--seed`."""
     folder: str
-    """Working directory, from which relative paths in the overrides count."""
+    """Working directory, where relative paths in the overrides start."""
 
 
 class SpecChange(Record):
-    """A field of the experiment that `resume` has changed."""
+    """A change of one field of the experiment, made by `resume`."""
 
     changed: str
-    """UTC, ISO 8601."""
+    """Time in UTC, ISO 8601."""
     field: str
-    """Dotted name."""
+    """Dotted field."""
     before: Any
     after: Any
 
@@ -213,15 +214,15 @@ class SweepInfo(Record):
 
     name: str
     created: str
-    """UTC, ISO 8601."""
+    """Time in UTC, ISO 8601."""
     spec: SweepSpec
-    """As it is now, with `changes` applied."""
+    """The experiment with all `changes` applied."""
     source: ExperimentSource | None = None
     """None for an experiment that was not read from a file."""
     changes: list[SpecChange] = []
-    """What was changed by `resume`, oldest first."""
+    """Changes made by `resume`, oldest first."""
     is_single_trial: bool
-    """One trial of the experiment's own values, run without Ray."""
+    """Whether this is one trial with the experiment's own values, run without Ray."""
     data_fingerprint: str
     num_train: int
     """Training rows."""
@@ -230,21 +231,21 @@ class SweepInfo(Record):
     num_truncated: int
     """Rows that were cut to max_length."""
     num_dropped: int
-    """Rows that had no token to learn from after the cut."""
+    """Rows that were left out because no token in the loss remained after the cut."""
     num_shared: int
-    """Held-out rows that are training rows too, token for token."""
+    """Held-out rows that are also training rows, token for token."""
     num_sequences: int | None = None
-    """Sequences that the training rows were packed into; None where each is one by itself."""
+    """Sequences into which the training rows were packed; None without packing."""
     sources: list[SourceRows] = []
-    """Where the rows came from."""
+    """Sources of the training rows."""
     bad_rows: list[BadRows] = []
-    """Rows that were left out because the format cannot read them (data.bad_rows: drop)."""
+    """Rows that were left out because the format cannot use them (data.bad_rows: drop)."""
     versions: dict[str, str]
     """Package -> version on the driver."""
     git_commit: str | None
-    """Commit of the working directory, `-dirty` where it had changes."""
+    """Commit of the working directory, with `-dirty` if it had changes."""
 
     @property
     def num_trials(self) -> int:
-        """Trials the sweep will have, unless its budget is spent before."""
+        """Number of trials of the sweep, unless its budget is spent before."""
         return 1 if self.is_single_trial else self.spec.search.total_trials

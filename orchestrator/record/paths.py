@@ -1,4 +1,4 @@
-"""The one owner of every path that a sweep leaves."""
+"""Every path in a sweep's folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrialPaths:
-    """Where one trial writes."""
+    """Paths of one trial."""
 
     sweep: Path
     trial_id: str
@@ -17,12 +17,12 @@ class TrialPaths:
 
     @property
     def config(self) -> Path:
-        """TrialConfig: all that is needed to run this trial again."""
+        """TrialConfig: everything that is needed to run this trial again."""
         return self.root / "trial.json"
 
     @property
     def metrics(self) -> Path:
-        """One MetricPoint a line."""
+        """One MetricPoint per line."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -32,32 +32,32 @@ class TrialPaths:
 
     @property
     def result(self) -> Path:
-        """TrialResult; exists when the trial has ended for good."""
+        """Final TrialResult; exists once the trial has ended."""
         return self.root / "result.json"
 
     @property
     def log(self) -> Path:
-        """What the libraries said."""
+        """Output of the libraries."""
         return self.root / "log.txt"
 
     @property
     def checkpoints(self) -> Path:
-        """Trainer checkpoints to resume from; gone once there is a result."""
+        """Trainer checkpoints to resume from; removed once there is a result."""
         return self.root / "checkpoints"
 
     @property
     def exploit_checkpoints(self) -> Path:
-        """Checkpoints that Tune has saved, for other trials to go on from (PBT); gone when the sweep has ended."""
+        """Checkpoints saved by Tune, from which other trials may continue (PBT); removed at the end of the sweep."""
         return self.root / "exploit_checkpoints"
 
     @property
     def lease(self) -> Path:
-        """Name of the lease by which a worker of a sweep trains it; whoever holds another one keeps off."""
+        """Name of the lease under which a worker trains this trial; a worker with another lease must not write."""
         return self.root / ".lease"
 
     @property
     def paused(self) -> Path:
-        """There while the scheduler has the trial wait for others: it holds no slot then."""
+        """Exists while the scheduler lets the trial wait for others; the trial holds no slot then."""
         return self.root / ".paused"
 
     @property
@@ -66,7 +66,7 @@ class TrialPaths:
         return self.root / "adapters"
 
     def adapter(self, step: int) -> Path:
-        """The one of a step; only the best is kept."""
+        """The adapter of one step; only the best one is kept."""
         return self.adapters / f"step-{step}"
 
     @property
@@ -75,18 +75,18 @@ class TrialPaths:
 
     @property
     def mlflow(self) -> Path:
-        """MLflow's store, of all trials of the sweep."""
+        """MLflow's store for all trials of the sweep."""
         return self.sweep / "mlflow"
 
     @property
     def trackio(self) -> Path:
-        """trackio's files, of all trials of the sweep."""
+        """trackio's files for all trials of the sweep."""
         return self.sweep / "trackio"
 
 
 @dataclass(frozen=True)
 class SweepPaths:
-    """Where one sweep writes."""
+    """Paths of one sweep."""
 
     root: Path
 
@@ -101,7 +101,7 @@ class SweepPaths:
 
     @property
     def data(self) -> Path:
-        """Tokenised rows, shared by all trials."""
+        """Tokenized rows, shared by all trials."""
         return self.root / "data"
 
     @property
@@ -115,12 +115,12 @@ class SweepPaths:
 
     @property
     def tune_snapshot(self) -> Path:
-        """The last whole state of Ray Tune: trials, searcher and scheduler."""
+        """The last complete state of Ray Tune: trials, searcher and scheduler."""
         return self.root / "tune-snapshot.zip"
 
     @property
     def decisions(self) -> Path:
-        """One Decision of the scheduler a line."""
+        """One Decision of the scheduler per line."""
         return self.root / "decisions.jsonl"
 
     @property
@@ -135,19 +135,19 @@ class SweepPaths:
 
     @property
     def workers(self) -> Path:
-        """What the libraries said in a sweep's workers, a file for each process."""
+        """Output of the libraries in the sweep's workers, one file for each process."""
         return self.root / "workers"
 
     @property
     def evaluations(self) -> Path:
-        """Reports of `evaluate`, a file for each time."""
+        """Reports of `evaluate`, one file for each run."""
         return self.root / "evaluations"
 
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)
 
     def trial_ids(self) -> list[str]:
-        """Trials that have a configuration on disk, oldest first."""
+        """Return the trials that have a configuration on disk, oldest first."""
         found = (self.root / "trials").glob("*/trial.json")
         return [
             path.parent.name for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))

@@ -1,4 +1,4 @@
-"""Read a sweep back from its folder: the disk is the truth, everything else is a view of it."""
+"""Read a sweep back from its folder. What is on disk is authoritative; everything else is a view of it."""
 
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from orchestrator.spec import TrialConfig
 
 _T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent)
 
-# States whose best adapter may be chosen: what still runs can get better, what failed is not trusted.
+# States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
@@ -25,43 +25,44 @@ OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """A sweep as its folder tells it."""
+    """A sweep, read from its folder."""
 
     paths: SweepPaths
     info: SweepInfo
 
     def trials(self) -> list[TrialResult]:
-        """All trials, best first; those without an evaluation last."""
+        """Return all trials, best first; those without an evaluation last."""
         spec = self.info.spec
         results = [read_trial(self.paths.trial(trial_id), self.info) for trial_id in self.paths.trial_ids()]
         sign = 1 if spec.search.resolved_mode == "min" else -1
         return sorted(results, key=lambda r: (r.best is None, sign * r.best.value if r.best else 0.0))
 
     def finished(self) -> list[TrialResult]:
-        """Trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
+        """Return trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
         return [trial for trial in self.trials() if trial.state in CHOOSABLE and trial.best]
 
     def budget_spent(self) -> BudgetSpent | None:
-        """Which limit was reached, if one was: then there may be fewer trials than were asked for."""
+        """Return the limit that was reached, if one was; there may then be fewer trials than requested."""
         return _read(BudgetSpent, self.paths.budget) if self.paths.budget.is_file() else None
 
     def adapter_path(self, trial: TrialResult) -> Path:
-        """Where the adapter of a trial's best evaluation belongs."""
+        """Return where the adapter of a trial's best evaluation should be."""
         assert trial.best is not None
         return self.paths.trial(trial.trial_id).root / trial.best.adapter
 
     def adapter(self, trial: TrialResult) -> Path:
-        """The adapter of a trial's best evaluation.
+        """Return the folder of the adapter of a trial's best evaluation.
 
         Raises:
-            RecordError: it is not there, or lies elsewhere: the record or a symbolic link leads out of the sweep.
+            RecordError: it is missing, or the record or a symbolic link leads out of the sweep's folder.
         """
         folder = self.adapter_path(trial)
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
         if folder.resolve() != self.paths.root.resolve() / folder.relative_to(self.paths.root):
             raise RecordError(
-                f"{folder}: the adapter of trial {trial.trial_id} lies elsewhere: its path leads to {folder.resolve()}",
+                f"{folder}: the adapter of trial {trial.trial_id} is outside the sweep: its path leads to "
+                f"{folder.resolve()}",
                 "Put the folder itself in its place; symbolic links in a sweep are not followed.",
             )
         return folder
@@ -77,12 +78,12 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
         try:
             paths = SweepPaths(root.resolve())
             found = paths.sweep.is_file()
-        except (OSError, ValueError) as error:  # a name too long for a path, or with a zero byte
+        except (OSError, ValueError) as error:  # a name that is too long for a path, or has a null byte
             raise RecordError(f"{sweep!s:.80}: is not the name of a sweep: {error}") from error
         if found:
             return SweepRecord(paths, _read(SweepInfo, paths.sweep))
     if Path(sweep).suffix in (".yaml", ".yml"):
-        raise RecordError(f"{sweep}: is an experiment file, and no sweep", "Give the folder of a sweep, or its name.")
+        raise RecordError(f"{sweep}: is an experiment file, not a sweep", "Give the folder of a sweep, or its name.")
     raise RecordError(
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
         "Give the sweep's folder, or its name together with --output.",
@@ -90,12 +91,12 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
 
 
 def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
-    """One trial: its result, else its progress, else PENDING with its configuration."""
+    """Return one trial: its result, or its progress, or PENDING with its configuration."""
     for path in (paths.result, paths.progress):
         if path.is_file():
             trial = _read(TrialResult, path)
-            waits = trial.state == TrialState.RUNNING and paths.paused.is_file()
-            return trial.model_copy(update={"state": TrialState.PAUSED}) if waits else trial
+            is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
+            return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
     search = info.spec.search
     return TrialResult(
         trial_id=paths.trial_id,
@@ -107,16 +108,16 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
 
 
 def read_result(paths: TrialPaths) -> TrialResult:
-    """The result of a trial that has ended."""
+    """Return the result of a trial that has ended."""
     return _read(TrialResult, paths.result)
 
 
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
-    """Every point of a trial in order. A line cut short by a crash is left out."""
+    """Return every point of a trial in order. A line that a crash cut short is left out."""
     if not paths.metrics.is_file():
         return []
     lines = paths.metrics.read_text(encoding="utf-8").split("\n")
-    # Only what follows the last line break can be cut short: each point is one write that ends in it.
+    # Each point is one write that ends with a line break, so only the text after the last one can be incomplete.
     try:
         return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
     except ValidationError as error:
@@ -124,10 +125,10 @@ def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
 
 
 def resumable(paths: TrialPaths, config: TrialConfig) -> TrialResult | None:
-    """A trial as it was at its last complete checkpoint; None where it must begin anew.
+    """Return a trial as it was at its last complete checkpoint; None if it must start from the beginning.
 
-    Step and tokens are those of the checkpoint: what was done after it will be done again. The best adapter may be of
-    a later step: it is whole, and will be measured again with the same value.
+    Step and tokens are those of the checkpoint: what was done after it will be done again. The best adapter may be
+    from a later step: it is complete, and will be measured again with the same value.
     """
     if not paths.progress.is_file():
         return None
@@ -142,7 +143,7 @@ def resumable(paths: TrialPaths, config: TrialConfig) -> TrialResult | None:
 
 
 def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
-    """Put a result down for good; checkpoints are of no more use then."""
+    """Write the final result of a trial, and remove its checkpoints."""
     result = result.model_copy(update={"checkpoint": None})
     write_record(paths.result, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
@@ -150,7 +151,7 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
 
 
 def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | BudgetSpent) -> None:
-    """Put a record on disk in one atomic step."""
+    """Write a record in one atomic step."""
     write_atomic(path, record.model_dump_json(indent=2) + "\n")
 
 
@@ -158,4 +159,4 @@ def _read(model: type[_T], path: Path) -> _T:
     try:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error
+        raise RecordError(f"{path}: the record is damaged or from another version: {error}") from error

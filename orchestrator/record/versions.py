@@ -18,7 +18,7 @@ _PACKAGES = (
 
 @cache
 def installed_versions() -> dict[str, str]:
-    """Package -> version in this process; read once, for each takes a millisecond."""
+    """Return package -> version in this process. Cached, because each lookup takes a millisecond."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,10 +1,10 @@
-"""Axes of a search space: the values that one field may have, and when it is searched at all."""
+"""Axes of a search space: the values that one field may have, and the condition under which it is searched."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, assert_never, get_args
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -24,19 +24,19 @@ AxisKind = Literal[
 ]
 AXIS_KINDS: tuple[AxisKind, ...] = get_args(AxisKind)
 WHOLE_KINDS = tuple(kind for kind in AXIS_KINDS if kind.endswith("randint"))
-"""Ranges of whole numbers."""
+"""Kinds that are ranges of whole numbers."""
 
 
 @dataclass(frozen=True)
-class Listed:
-    """What a searcher draws of an axis with listed values: the place of one, from 0 on."""
+class IndexDomain:
+    """A searcher draws the index of a listed value, from 0."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a searcher draws of an axis of whole numbers; both ends belong to it."""
+class IntDomain:
+    """A searcher draws a whole number; both ends are included."""
 
     low: int
     high: int
@@ -44,8 +44,8 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Real:
-    """What a searcher draws of any other axis."""
+class FloatDomain:
+    """A searcher draws a real number."""
 
     low: float
     high: float
@@ -55,14 +55,15 @@ class Real:
 class Axis(Section):
     """One searched field, written `{kind: values}`: `{choice: [8, 16]}`, `{loguniform: [1e-5, 1e-3]}`.
 
-    Ranges are [low, high]; randint and lograndint leave high out. Kinds that begin with q are [low, high, step]: low,
-    low + step, ... up to high.
+    Ranges are [low, high]; randint and lograndint exclude high. Kinds that begin with q are [low, high, step], with the
+    values low, low + step, ... up to high.
     """
 
     kind: AxisKind
     values: Annotated[list[Any], Field(min_length=1)]
     when: dict[str, list[Any]] | None = None
-    """Another searched field, and those of its values with which this one exists; else it keeps the file's value."""
+    """Another searched field, and those of its values with which this field exists. Otherwise it keeps the file's
+    value."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,14 +88,14 @@ class Axis(Section):
     def _bounds(self) -> Self:
         if self.is_discrete:
             if len({repr(value) for value in self.values}) != len(self.values):
-                raise ValueError(f"{self.kind} holds a value twice: {self.values}")
+                raise ValueError(f"{self.kind} contains a value twice: {self.values}")
             return self
         self._is_a_range_of_numbers()
         low, high = self.values[:2]
         if low >= high:
             raise ValueError(f"must hold low < high, but got (low={low}, high={high})")
         if self.is_whole and not self.is_stepped and high - low == 1:
-            raise ValueError(f"{self.kind} leaves high out: {self.values} holds {low} alone; use choice")
+            raise ValueError(f"{self.kind} leaves high out: {self.values} contains only {low}; use choice")
         if "log" in self.kind and low <= 0:
             raise ValueError(f"{self.kind} must hold low > 0, but got low={low}")
         if self.is_stepped and not 0 < self.values[2] <= high - low:
@@ -122,33 +123,36 @@ class Axis(Section):
 
     @property
     def is_stepped(self) -> bool:
-        """Whether the values of its range lie a step apart."""
+        """Whether the values are a fixed step apart."""
         return self.kind.startswith("q")
 
     @property
     def is_whole(self) -> bool:
-        """Whether its range is one of whole numbers."""
+        """Whether this is a range of whole numbers."""
         return self.kind in WHOLE_KINDS
 
     @property
     def parent(self) -> str | None:
-        """The field that decides whether this one exists."""
+        """The field on which the existence of this one depends."""
         return next(iter(self.when)) if self.when else None
 
     def listed(self) -> list[Any] | None:
-        """All values in order, if they can be listed."""
+        """Return all values in order, if they can be listed."""
         if self.is_discrete:
             return self.values
         return [self._step(i) for i in range(self._num_steps + 1)] if self.is_stepped else None
 
     def all_values(self) -> Sequence[Any] | None:
-        """All values in order, or None for a range of real numbers."""
+        """Return all values in order, or None for a range of real numbers."""
         if self.is_whole and not self.is_stepped:
             return range(*self.values)
         return self.listed()
 
     def probes(self) -> list[Any]:
-        """Values whose validity stands for the whole axis: all listed ones, or both ends, of the type that is drawn."""
+        """Return values that represent the whole axis in checks: all listed ones, or both ends of a range.
+
+        They have the type that is drawn.
+        """
         if self.is_discrete:
             return self.values
         if self.is_stepped:
@@ -156,28 +160,35 @@ class Axis(Section):
         low, high = self.values
         return [low, high - 1] if self.is_whole else [float(low), float(high)]
 
-    def drawn(self) -> Listed | Whole | Real:
-        """What a searcher draws, for `decode`. Of a range with steps it draws reals, which are rounded."""
+    def domain(self) -> IndexDomain | IntDomain | FloatDomain:
+        """Return what a searcher draws from, for `decode`. For a range with steps these are reals, rounded later."""
+        low, high = self.probes()[0], self.probes()[-1]
         is_log = "log" in self.kind
-        if self.is_discrete:
-            return Listed(len(self.values))
-        low, high = self.probes()
-        if self.is_stepped:  # half a step more at either end: else its values were half as likely as the others
-            half = self.values[2] / 2
-            return Real(low - half if low > half or not is_log else low, high + half, is_log)
-        return Whole(low, high, is_log) if self.is_whole else Real(low, high, is_log)
+        match self.kind:
+            case "choice" | "grid":
+                return IndexDomain(len(self.values))
+            case "uniform" | "loguniform":
+                return FloatDomain(low, high, is_log)
+            case "randint" | "lograndint":
+                return IntDomain(low, high, is_log)
+            case "quniform" | "qloguniform" | "qrandint" | "qlograndint":
+                # Half a step more at each end; otherwise the ends would be drawn half as often.
+                half = self.values[2] / 2
+                return FloatDomain(low - half if low > half or not is_log else low, high + half, is_log)
+            case unknown:
+                assert_never(unknown)
 
     def draw(self, generator: random.Random) -> Any:
         """Draw at random, for `decode`."""
-        drawn = self.drawn()
-        if isinstance(drawn, Listed):
+        drawn = self.domain()
+        if isinstance(drawn, IndexDomain):
             return generator.randrange(drawn.count)
         low, high = (math.log(drawn.low), math.log(drawn.high)) if drawn.is_log else (drawn.low, drawn.high)
         number = generator.uniform(low, high)
         return self.nearest(math.exp(number) if drawn.is_log else number)
 
     def decode(self, drawn: Any) -> Any:
-        """The field's value for what a searcher has drawn."""
+        """Return the field's value for what a searcher has drawn."""
         if self.is_discrete:
             return self.values[drawn]
         if self.is_stepped:
@@ -185,18 +196,18 @@ class Axis(Section):
         return int(drawn) if self.is_whole else float(drawn)
 
     def encode(self, value: Any) -> Any:
-        """What a searcher would have drawn for a value of the field."""
+        """Return what a searcher would have drawn for a value of the field."""
         return _index(self.values, value) if self.is_discrete else value
 
     def nearest(self, number: float) -> Any:
-        """The value of a range that lies nearest to a number."""
+        """Return the value of a range that is nearest to a number."""
         low, high = self.probes()
         if self.is_stepped:
             return self._step(min(max(round((number - low) / self.values[2]), 0), self._num_steps))
         return min(max(round(number) if self.is_whole else number, low), high)
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one of the axis."""
+        """Whether a value is on the axis."""
         if self.is_discrete:
             return _index(self.values, value) is not None
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
@@ -215,5 +226,5 @@ class Axis(Section):
 
 
 def _index(values: list[Any], wanted: Any) -> int | None:
-    """Place of a value; True is not 1."""
+    """Return the index of a value, or None; True and 1 are different values."""
     return next((i for i, value in enumerate(values) if repr(value) == repr(wanted)), None)

@@ -1,4 +1,4 @@
-"""Read an experiment file: every bad field dies here, before any GPU second is spent."""
+"""Read an experiment file: every invalid field is refused here, before any GPU second is spent."""
 
 import glob
 import re
@@ -10,8 +10,8 @@ import yaml
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.dotted import read_path, write_keys
-from orchestrator.spec.extras import require_extras
 from orchestrator.spec.messages import describe
+from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import GLOB, file_kind
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
@@ -20,14 +20,14 @@ from orchestrator.spec.template import is_chat_template
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
-_LISTS_OF_PATHS = ("data.mix", "data.held_out.mix")
+_MIX_FIELDS = ("data.mix", "data.held_out.mix")
 _TEMPLATE = "data.chat_template"
-# These maps have dotted names as keys, so the rest of an override's path is one key.
+# The keys of these maps are dotted names, so the rest of an override's path is one key.
 _FLAT_MAPS = ("search.space.", "search.tied.", "lora.rank_pattern.", "lora.alpha_pattern.")
 
 
 class _Loader(_Parent):  # type: ignore[misc]
-    """YAML where `5e-5` is a number and a key given twice is an error."""
+    """A YAML loader that reads `5e-5` as a number and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -40,7 +40,7 @@ class _Loader(_Parent):  # type: ignore[misc]
         return mapping
 
 
-# YAML 1.1 wants a point in a float: without this, 5e-5 is a string.
+# YAML 1.1 requires a point in a float: without this resolver, 5e-5 would be a string.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
@@ -49,18 +49,19 @@ _Loader.add_implicit_resolver(
 
 
 def load_spec(file: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> SweepSpec:
-    """Read, override and validate an experiment file.
+    """Read an experiment file, apply the overrides and validate the result.
 
-    Relative paths in the file count from the file's folder, those in overrides from `folder`.
+    Relative paths in the file start at the file's folder, those in overrides at `folder`.
 
     Args:
         file: YAML experiment file.
-        overrides: `dotted.field=value` strings; values are read as YAML. A searched or tied field is then fixed.
-        folder: default the working directory.
+        overrides: `dotted.field=value` strings; values are read as YAML. A field that is set here is no longer
+            searched or tied.
+        folder: defaults to the working directory.
 
     Raises:
-        SpecError: the file cannot be read, or a field is unknown, missing or out of its bounds.
-        RequestError: it asks for a package that is not installed.
+        SpecError: the file cannot be read, or a field is unknown, missing or out of bounds.
+        RequestError: the experiment needs a package that is not installed.
     """
     path = Path(file)
     document = _read_yaml(path)
@@ -71,18 +72,22 @@ def load_spec(file: str | Path, overrides: Sequence[str] = (), folder: Path | No
 def override_spec(
     document: dict[str, Any], overrides: Sequence[str], source: str, folder: Path | None = None
 ) -> SweepSpec:
-    """Override and validate a document whose paths are absolute; `source` names it in messages.
+    """Apply overrides to a document whose paths are absolute, and validate it.
 
-    Relative paths in overrides count from `folder`, by default the working directory.
+    Args:
+        document: changed in place.
+        overrides: as in `load_spec`.
+        source: the document's name in messages.
+        folder: where relative paths in overrides start; defaults to the working directory.
 
     Raises:
-        SpecError, RequestError: as `load_spec`.
+        SpecError, RequestError: as in `load_spec`.
     """
-    searched = _num_searched(document)
+    num_axes = _num_axes(document)
     for override in overrides:
         _apply_override(document, override, folder or Path.cwd())
-    if _num_searched(document) < searched and not any(each.startswith("search.num_trials=") for each in overrides):
-        _keep_to_points(document["search"])
+    if _num_axes(document) < num_axes and not any(each.startswith("search.num_trials=") for each in overrides):
+        _limit_trials_to_points(document["search"])
     spec = parse_spec(document, source)
     require_extras(spec)
     return spec
@@ -92,7 +97,7 @@ def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
     """Validate a document that is already in memory; `source` names it in messages.
 
     Raises:
-        SpecError: a field is unknown, missing or out of its bounds.
+        SpecError: a field is unknown, missing or out of bounds.
     """
     try:
         return SweepSpec.model_validate(document)
@@ -103,11 +108,11 @@ def parse_spec(document: dict[str, Any], source: str = "spec") -> SweepSpec:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise SpecError(f"{path}: there is no such experiment file", "Examples lie in experiments/.")
+        raise SpecError(f"{path}: there is no such experiment file", "Examples are in experiments/.")
     if file_kind(path) not in (None, ".json"):  # JSON is YAML too
         raise SpecError(
-            f"{path}: holds rows, and is no experiment file",
-            f"Name it in one, as data.source; `orchestrator data {path}` shows what a model would see of it.",
+            f"{path}: holds rows, and is not an experiment file",
+            f"Name it in an experiment, as data.source. `orchestrator data {path}` shows what a model would see of it.",
         )
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -116,7 +121,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except SpecError as error:
         raise SpecError(f"{path}: {error.message}") from error
     except RecursionError as error:
-        raise SpecError(f"{path}: is nested too deep") from error
+        raise SpecError(f"{path}: is nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -137,43 +142,43 @@ def _apply_override(document: dict[str, Any], override: str, folder: Path) -> No
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError(
             f"--set {override}: the value is not YAML",
-            f"Text with such signs stands in quotes: --set '{path}=\"...\"'.",
+            f"Quote text with special characters: --set '{path}=\"...\"'.",
         ) from error
     flat = next((flat for flat in _FLAT_MAPS if path.startswith(flat)), None)
     keys = [*flat.rstrip(".").split("."), path.removeprefix(flat)] if flat else path.split(".")
-    alone: dict[str, Any] = {}
-    write_keys(alone, keys, value)
-    _anchor_paths(alone, folder)
+    written: dict[str, Any] = {}
+    write_keys(written, keys, value)
+    _anchor_paths(written, folder)
     for key in keys:
-        value = alone = alone[key]
+        value = written = written[key]
     try:
         write_keys(document, keys, value)
-        for searched in ("space", "tied"):  # a field that is set is fixed
-            (document.get("search") or {}).get(searched, {}).pop(path, None)
+        for section in ("space", "tied"):  # a field that is set is neither searched nor tied any more
+            (document.get("search") or {}).get(section, {}).pop(path, None)
         if path == "scheduler.kind":
-            _keep_fields_of_kind(document["scheduler"], value)
+            _drop_fields_of_other_kinds(document["scheduler"], value)
     except (TypeError, AttributeError) as error:
-        raise SpecError(f"--set {override}: {path} lies under a field that holds a value, not a section") from error
+        raise SpecError(f"--set {override}: {path} is below a field that holds a value, not a section") from error
 
 
-def _num_searched(document: dict[str, Any]) -> int:
+def _num_axes(document: dict[str, Any]) -> int:
     search = document.get("search")
     space = search.get("space") if isinstance(search, dict) else None
     return len(space) if isinstance(space, dict) else 0
 
 
-def _keep_to_points(search: dict[str, Any]) -> None:
-    """Lower the number of trials to that of the points which are left once a field was fixed."""
+def _limit_trials_to_points(search: dict[str, Any]) -> None:
+    """Lower the number of trials to the number of points that are left after a field was set."""
     try:
         left = SearchSection.model_validate(search).num_points
-    except ValueError:  # the whole is validated next, with a message that names its place
+    except ValueError:  # the whole document is validated next, with a message that names the field
         return
     if isinstance(asked := search.get("num_trials"), int) and asked > left:
         search["num_trials"] = int(left)
 
 
-def _keep_fields_of_kind(scheduler: dict[str, Any], kind: Any) -> None:
-    """A scheduler of another kind takes over the fields that it has too; those of the former one go with it."""
+def _drop_fields_of_other_kinds(scheduler: dict[str, Any], kind: Any) -> None:
+    """Drop fields of the former scheduler that the new kind does not have."""
     if not isinstance(kind, str) or kind not in FIELDS_OF_KIND:
         return
     for name in [*scheduler]:
@@ -182,11 +187,11 @@ def _keep_fields_of_kind(scheduler: dict[str, Any], kind: Any) -> None:
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
-    """Make local paths absolute, and put the text of a template file in its place."""
+    """Make local paths absolute, and replace the path of a chat template by the file's text."""
     for field in _PATH_FIELDS:
         if (value := _look_up(document, field)) is not None:
             write_keys(document, field.split("."), _anchored(field, value, folder))
-    for field in _LISTS_OF_PATHS:
+    for field in _MIX_FIELDS:
         sources = _look_up(document, field)
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             if isinstance(source, dict) and "source" in source:
@@ -204,9 +209,9 @@ def _look_up(document: dict[str, Any], field: str) -> Any:
 
 
 def _anchored(field: str, value: Any, folder: Path) -> Any:
-    """A local path, or a glob, from the root on. A hub id stays as it is, unless a file of that name is in `folder`.
+    """Return the absolute form of a local path or glob. A hub id stays as it is, unless `folder` has such a file.
 
-    What is no file of that very name is read as a glob: `folder` itself is none then, whatever signs are in its name.
+    A name without a file is read as a glob. Special characters in the name of `folder` itself are escaped.
     """
     if not isinstance(value, str) or value in ("", "embedded") or Path(value).is_absolute():
         return value
@@ -219,7 +224,7 @@ def _anchored(field: str, value: Any, folder: Path) -> Any:
         if not exists and field != "base.model":
             local = Path(glob.escape(str(folder))) / Path(value).expanduser()
         return str(local.resolve()) if is_path or exists else value
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # a path too long, an unknown user, a null byte
         raise SpecError(f"{field}: {value!r:.80} is not a path: {error}") from error
 
 

@@ -1,48 +1,51 @@
-"""Validation errors in a person's words."""
+"""Turn validation errors into messages for people."""
 
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
-from orchestrator.spec.names import meant
+from orchestrator.spec.suggestions import suggested_field
 
 _Members = dict[str, type[BaseModel]]
-"""Kind -> section, of a field that takes one of several sections."""
+"""Kind -> section, for a field that takes one of several sections."""
 
 
 def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str]:
-    """One line a fault: the dotted field, the rule, the value.
+    """Return one line for each fault: the dotted field, the rule, the value.
 
     Args:
-        error: what pydantic or one of our validators raised.
-        root: the model that was validated, to list the fields beside an unknown one.
+        error: raised by pydantic or by one of our validators.
+        root: the model that was validated; lists the valid fields beside an unknown one.
     """
     if not isinstance(error, ValidationError):
         return [str(error)]
-    told: dict[tuple[str, str], list[str]] = {}  # field and value -> what each of the field's types says
+    rules_of: dict[tuple[str, str], list[str]] = {}  # (field, value) -> the rules of each type that the field takes
     for fault in error.errors():
         parts, model, members, inner = _walk(fault["loc"], root)
         path = ".".join(parts)
         if fault["type"] == "extra_forbidden":
-            told[_unknown_field(path, model, members, root), ""] = []
+            rules_of[_unknown_field(path, model, members, root), ""] = []
             continue
         shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
         rule = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "model_type" and inner:
             rule = f"must be a section of {', '.join(inner.model_fields)}"
-        told.setdefault((path, shown), []).append(rule)
-    return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in told.items()]
+        rules_of.setdefault((path, shown), []).append(rule)
+    return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in rules_of.items()]
 
 
 def _walk(
     location: tuple[int | str, ...], root: type[BaseModel] | None
 ) -> tuple[list[str], type[BaseModel] | None, _Members, type[BaseModel] | None]:
-    """A fault's path as a person writes it, the section that holds its last part, what else could be there, and the
-    section that the last part is.
+    """Follow the location of a fault through the models.
 
-    Where a field takes one of several sections, pydantic puts the kind into the path; where it takes one of several
-    types, the type.
+    pydantic puts the kind into the location of a field that takes one of several sections, and the type into that of
+    a field that takes one of several types. Both are left out of the path.
+
+    Returns:
+        The path as a person writes it; the section that holds the last part; the other sections that could be there
+        (by kind); the section that the last part is, if it is one.
     """
     parts: list[str] = []
     model, members, field_model = root, _Members(), root
@@ -54,7 +57,7 @@ def _walk(
         if kind_is_next and part in field_members:
             field_model, kind_is_next = field_members[part], False
             continue
-        if part.isdecimal():  # of a list of sections
+        if part.isdecimal():  # index into a list of sections
             parts.append(part)
             continue
         model, members = field_model, field_members
@@ -70,7 +73,7 @@ def _walk(
 
 
 def types_of(annotation: Any) -> set[Any]:
-    """The types that a field takes beside nothing: the members of a union, without the bounds in them."""
+    """Return the types that a field takes, without None and without bounds; a union gives all its members."""
     members = get_args(annotation)
     if get_origin(annotation) is Annotated:
         return types_of(members[0])
@@ -96,7 +99,7 @@ def _unknown_field(where: str, model: type[BaseModel] | None, members: _Members,
         hint = f"{name} is a value: write {section}: {{{field}: {name}, ...}}; "
     elif kinds := [kind for kind, other in members.items() if name in other.model_fields]:
         hint = f"it belongs to kind {', '.join(kinds)}; "
-    elif found := meant(where, model, root):
+    elif found := suggested_field(where, model, root):
         hint = f"did you mean {found}? "
     else:
         hint = ""
@@ -104,7 +107,7 @@ def _unknown_field(where: str, model: type[BaseModel] | None, members: _Members,
 
 
 def _field_of_value(name: str, model: type[BaseModel], members: _Members) -> str | None:
-    """The field of a section that has one of a few names as its value, this among them."""
+    """Return the field of which `name` is one of the literal values; None if there is none."""
     for each in (model, *members.values()):
         for field, info in each.model_fields.items():
             if any(get_origin(kind) is Literal and name in get_args(kind) for kind in types_of(info.annotation)):

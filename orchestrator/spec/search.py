@@ -1,4 +1,4 @@
-"""The search section: a space over dotted fields, who draws from it, and how much may be spent."""
+"""The search section: a space over dotted fields, the algorithm that draws from it, and the budget."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from orchestrator.spec.sections import PositiveInt, Section, Seed
 from orchestrator.words import counted
 
 MODEL_BASED = ("optuna", "hyperopt", "bohb")
-"""Algorithms that draw by what earlier trials have reported."""
+"""Algorithms that learn from what earlier trials have reported."""
 
 _NOT_ALGORITHMS = {
     "tpe": "is a sampler of optuna: write algorithm: optuna, sampler: tpe",
@@ -22,27 +22,31 @@ _NOT_ALGORITHMS = {
 
 
 class Budget(Section):
-    """What all trials together may spend. Once it is spent none is started, and each ends at its next evaluation."""
+    """Limits on what all trials together may spend. Once one is reached, no trial starts and each ends at its next
+    evaluation."""
 
     wall_clock_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours from the first step of a trial on; interruptions, and the loading of workers, do not count."""
+    """Hours since the first step of any trial; interruptions and the loading of workers do not count."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours of GPUs that trials hold; of trials that share one, each has its share."""
+    """Hours of the GPUs that trials hold; trials that share a GPU count their share of it."""
     tokens: PositiveInt | None = None
     """Real (not padding) tokens trained on."""
 
 
 class SearchSection(Section):
-    """Which trials there are, and which of them is best."""
+    """Which trials there are, and which of them is the best."""
 
     algorithm: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = "random"
-    """Every combination, independent draws, or draws by what was reported: optuna, hyperopt's TPE, BOHB's KDE."""
+    """Draw every combination (grid), independently (random), or by a model of earlier results: optuna, hyperopt's TPE,
+    BOHB's KDE."""
     sampler: Literal["tpe", "cmaes"] | None = None
-    """optuna: TPE (default), or CMA-ES (arXiv 1604.00772) for spaces of numbers."""
+    """Sampler of optuna: tpe (default), or cmaes (CMA-ES, arXiv 1604.00772) for spaces of numbers."""
     startup_trials: PositiveInt | None = None
-    """Trials drawn at random before reports count; default optuna 10 (cmaes 1), hyperopt 20, bohb axes + 1 a rung."""
+    """Trials drawn at random before results count; default optuna 10 (cmaes 1), hyperopt 20, bohb one more than there
+    are axes at each rung."""
     num_trials: PositiveInt | None = None
-    """Most trials there will be; default 10, or as many as the space has points. A grid has its own number."""
+    """Maximum number of trials; default 10, or the number of points in the space if that is smaller. A grid has its
+    own number."""
     budget: Budget = Budget()
     """Further limits."""
     space: dict[str, Axis] = {}
@@ -50,13 +54,14 @@ class SearchSection(Section):
     tied: dict[str, str] = {}
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
     first: list[dict[str, Any]] = []
-    """Points to try first: a value for each field that is searched there."""
+    """Points to try first: a value for each searched field that exists there."""
     metric: str = "eval/loss"
-    """What trials are compared by, each at its best evaluation."""
+    """Metric by which trials are compared, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
-    """Which end is better: min for eval/loss, max for the others. It follows from metric; another one is refused."""
+    """Which end is better: min for eval/loss, max for all others. It follows from the metric; the other one is
+    refused."""
     seed: Seed = 0
-    """Seed of the searcher, and of what PBT and PB2 draw. `--seed` overrides it."""
+    """Seed of the search algorithm, and of the draws of PBT and PB2. `--seed` overrides it."""
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -70,8 +75,8 @@ class SearchSection(Section):
     def _one_metric(cls, written: Any) -> Any:
         if isinstance(written, list):
             raise ValueError(
-                f"must be one metric, got {written}: schedulers compare by one, and each trial keeps the adapter that "
-                "is best by it. The Pareto set of a sweep that has ended: orchestrator best SWEEP --metric A --metric B"
+                f"must be one metric, got {written}: schedulers compare trials by one, and each trial keeps the "
+                "adapter that is best by it. For the Pareto set: orchestrator best SWEEP --metric A --metric B"
             )
         return written
 
@@ -110,28 +115,28 @@ class SearchSection(Section):
         if self.startup_trials is not None and self.startup_trials >= self.total_trials:
             trials = counted(self.total_trials, "trial")
             raise ValueError(
-                f"startup_trials are drawn at random, and {self.startup_trials} of {trials} leave none to "
+                f"startup_trials are drawn at random, and {self.startup_trials} of {trials} leave none for "
                 f"{self.algorithm}; give fewer, or algorithm random"
             )
         least = len(self.space) + 1
         if self.algorithm == "bohb" and self.startup_trials is not None and self.startup_trials < least:
             raise ValueError(
-                f"startup_trials must be at least {least} for bohb, one more than there are axes: its densities have "
-                f"as many dimensions (got {self.startup_trials})"
+                f"startup_trials must be at least {least} for bohb, one more than there are axes: its density models "
+                f"have one dimension for each axis (got {self.startup_trials})"
             )
         if self.sampler == "cmaes":
             self._cmaes_can_search()
         return self
 
     def _cmaes_can_search(self) -> None:
-        """CMA-ES draws from a normal distribution over numbers; for anything else optuna would draw at random."""
+        """CMA-ES draws from a normal distribution over numbers; optuna would draw anything else at random."""
         for path, axis in self.space.items():
             if axis.is_discrete:
                 raise ValueError(f"sampler cmaes searches numbers, but {path} is {axis.kind}; use a range, or tpe")
             if axis.when:
                 raise ValueError(f"sampler cmaes searches all fields together, but {path} has `when`; use tpe")
         if len(self.space) < 2:
-            raise ValueError(f"sampler cmaes needs two axes or more, got {len(self.space)}; use tpe")
+            raise ValueError(f"sampler cmaes needs two or more axes, got {len(self.space)}; use tpe")
 
     @model_validator(mode="after")
     def _conditions_hold(self) -> Self:
@@ -143,12 +148,12 @@ class SearchSection(Section):
                 listed = [name for name, other in self.space.items() if other.is_discrete and name != path]
                 raise ValueError(
                     f"space.{path}: when needs a searched field with listed values, got {parent}; "
-                    f"there is {', '.join(listed) or 'none'}"
+                    f"available: {', '.join(listed) or 'none'}"
                 )
             if wrong := [value for value in values if not self.space[parent].holds(value)]:
-                raise ValueError(f"space.{path}: {wrong[0]!r} is no value of {parent}: {self.space[parent].values}")
+                raise ValueError(f"space.{path}: {wrong[0]!r} is not a value of {parent}: {self.space[parent].values}")
             if path in self.ancestors(path):
-                raise ValueError(f"space.{path}: exists only when {parent} does, which exists only when {path} does")
+                raise ValueError(f"space.{path}: exists only if {parent} does, which exists only if {path} does")
         return self
 
     @model_validator(mode="after")
@@ -160,7 +165,7 @@ class SearchSection(Section):
             raise ValueError(f"first holds {len(self.first)} points for {trials}; give num_trials of {len(self.first)}")
         for i, point in enumerate(self.first):
             if point in self.first[:i]:
-                raise ValueError(f"first.{i} is first.{self.first.index(point)} again: {point}")
+                raise ValueError(f"first.{i} repeats first.{self.first.index(point)}: {point}")
             if unknown := sorted(set(point) - set(self.space)):
                 raise ValueError(f"first.{i}: {unknown[0]} is not searched; axes: {', '.join(self.space) or 'none'}")
             active = self.active(point)
@@ -172,23 +177,23 @@ class SearchSection(Section):
                 )
             for path, value in point.items():
                 if not self.space[path].holds(value):
-                    raise ValueError(f"first.{i}: {value!r} is no value of {path}: {self.space[path].model_dump()}")
+                    raise ValueError(f"first.{i}: {value!r} is not a value of {path}: {self.space[path].model_dump()}")
         return self
 
     @property
     def total_trials(self) -> int:
-        """Number of trials the sweep will have, at most; one where nothing is searched."""
+        """Maximum number of trials in the sweep; one if nothing is searched."""
         if self.algorithm == "grid" or not self.space:
             return int(self.num_points)
         return self.num_trials or int(min(10, self.num_points))
 
     @property
     def num_points(self) -> float:
-        """Number of different points in the space; infinity where an axis is a range of real numbers."""
+        """Number of different points in the space; infinity if an axis is a range of real numbers."""
         return math.prod(self._num_points_at(path) for path, axis in self.space.items() if axis.when is None)
 
     def _num_points_at(self, path: str) -> float:
-        """Number of different values of a field, together with the fields that exist only with some of them."""
+        """Return the number of values of a field, combined with those of fields that exist only with some of them."""
         values = self.space[path].all_values()
         if values is None:
             return math.inf
@@ -206,7 +211,7 @@ class SearchSection(Section):
         return "min" if self.metric == "eval/loss" else "max"
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Every point of a space without ranges of real numbers, each once.
+        """Yield each point of a space once; the space must have no range of real numbers.
 
         Combinations that differ only in fields that do not exist there are the same point.
         """
@@ -218,15 +223,15 @@ class SearchSection(Section):
                 yield point
 
     def active(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a point that exist there."""
+        """Return the fields of a point that exist there, as the axes' `when` says."""
         return {path: value for path, value in point.items() if path not in self.space or self._exists(path, point)}
 
     def decode(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """The point of a searcher's draws, see `Axis.drawn`."""
+        """Return the point for a searcher's draws, see `Axis.domain`."""
         return self.active({path: axis.decode(drawn[path]) for path, axis in self.space.items() if path in drawn})
 
     def ancestors(self, path: str) -> list[str]:
-        """Fields on which the existence of one depends, the nearest first."""
+        """Return the fields on which the existence of a field depends, the nearest first."""
         found: list[str] = []
         parent = self.space[path].parent
         while parent in self.space and parent not in found:
@@ -235,7 +240,7 @@ class SearchSection(Section):
         return found
 
     def needed(self, path: str) -> dict[str, Any]:
-        """Values of other fields with which a field exists."""
+        """Return values of other fields with which a field exists."""
         chain = [self.space[each].when or {} for each in (path, *self.ancestors(path))]
         return {parent: values[0] for when in chain for parent, values in when.items()}
 
@@ -252,5 +257,5 @@ class SearchSection(Section):
 
 
 def _holds(values: list[Any], wanted: Any) -> bool:
-    """Whether a value is in a list; True is not 1."""
+    """Whether a value is in a list; True and 1 are different values."""
     return repr(wanted) in [repr(value) for value in values]

@@ -1,4 +1,4 @@
-"""The whole experiment, and how one trial's configuration is drawn from it."""
+"""The whole experiment: all sections, checked together."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -6,9 +6,8 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from orchestrator.embedded.task import COLUMNS
-from orchestrator.spec.dotted import read_path, write_keys
-from orchestrator.spec.pairs import check_pairs, check_trials
-from orchestrator.spec.probing import check_axes, combinations
+from orchestrator.spec.axis_checks import check_axes
+from orchestrator.spec.cross_checks import check_sections_together, check_trials, first_rung_steps, perturbation_steps
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -23,14 +22,12 @@ from orchestrator.spec.sections import (
     TrainingSection,
     TrialConfig,
 )
-from orchestrator.spec.sections.scheduler import Brackets, NoScheduler, Population, Rungs
-from orchestrator.spec.ties import evaluate_tie
-
-TRIAL_SECTIONS = ("base", "data", "lora", "training", "evaluation")
+from orchestrator.spec.sections.scheduler import Brackets, NoScheduler, Population
+from orchestrator.spec.trial_space import TRIAL_SECTIONS, TrialSpace
 
 
 class SweepSpec(Section):
-    """A resolved experiment file."""
+    """An experiment file, resolved: every field has a value."""
 
     base: BaseSection
     """The base model."""
@@ -39,17 +36,17 @@ class SweepSpec(Section):
     lora: LoraSection = LoraSection()
     """The adapter."""
     training: TrainingSection = TrainingSection()
-    """The optimisation."""
+    """Optimization."""
     evaluation: EvaluationSection = EvaluationSection()
-    """Metrics beside the loss."""
+    """Metrics in addition to the loss."""
     search: SearchSection = SearchSection()
     """The space of trials."""
     scheduler: SchedulerSection = NoScheduler()
-    """Who is stopped, paused or cloned."""
+    """Which trials are stopped, paused or cloned."""
     resources: ResourcesSection = ResourcesSection()
-    """Cluster resources."""
+    """Resources of the cluster."""
     tracking: TrackingSection = TrackingSection()
-    """Views of the records."""
+    """Experiment trackers."""
     output: OutputSection = OutputSection()
     """The sweep's folder."""
 
@@ -74,86 +71,48 @@ class SweepSpec(Section):
         return self
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        check_pairs(self)
+    def _sections_go_together(self) -> Self:
+        check_sections_together(self.search, self.scheduler, self.training, self.resources)
         return self
 
     @model_validator(mode="after")
-    def _every_axis_holds(self) -> Self:
-        check_axes(self)
-        check_trials(self)
+    def _every_trial_is_valid(self) -> Self:
+        check_axes(self.trials)
+        check_trials(self.search, self.scheduler, self.resources, self.training, self.samples)
         return self
+
+    @property
+    def trials(self) -> TrialSpace:
+        """The trials that this experiment can have."""
+        continues = isinstance(self.scheduler, Brackets | Population)
+        return TrialSpace({name: getattr(self, name) for name in TRIAL_SECTIONS}, self.search, continues)
 
     @property
     def grace_steps(self) -> int:
         """First step at which a scheduler that counts steps may stop a trial."""
-        given = self.scheduler.grace_steps if isinstance(self.scheduler, Rungs) else None
-        return given or self.training.eval_steps
+        return first_rung_steps(self.scheduler, self.training)
 
     @property
     def interval_steps(self) -> int:
-        """Steps after which PBT or PB2, where it counts steps, looks at a trial again."""
-        given = self.scheduler.interval_steps if isinstance(self.scheduler, Population) else None
-        return given or self.training.eval_steps
+        """Steps between two decisions of PBT or PB2 about a trial, if they count steps."""
+        return perturbation_steps(self.scheduler, self.training)
 
     def corners(self) -> list[TrialConfig]:
-        """Trials that stand for all: each value, or end, of each axis is in one of them."""
-        return [self.trial_config(point) for point in self.edges()]
+        """Return trials that represent all others: each value, or end, of each axis is in one of them."""
+        return [self.trial_config(point) for point in self.trials.edges()]
 
     def corners_on_base(self) -> list[TrialConfig]:
-        """Those on the sweep's own base."""
+        """Return the corners whose base is the sweep's own."""
         return [config for config in self.corners() if config.base == self.base]
 
     def samples(self) -> list[TrialConfig]:
-        """The corners, and what stands for all combinations of axes."""
-        return [*self.corners(), *map(self.trial_config, combinations(self))]
+        """Return the corners, and trials that represent all combinations of axes."""
+        return [*self.corners(), *map(self.trial_config, self.trials.combinations())]
 
-    def why_not_on_cpu(self) -> str | None:
-        """What in one of the trials needs a GPU, or None."""
-        return next((reason for config in self.samples() if (reason := config.why_not_on_cpu())), None)
-
-    def edges(self) -> list[dict[str, Any]]:
-        """Points that differ from a first one along one axis (and those that it needs to exist)."""
-        probes = {path: axis.probes() for path, axis in self.search.space.items()}
-        first = {path: values[0] for path, values in probes.items()}
-        return [
-            self.search.active(first | self.search.needed(path) | {path: value})
-            for path, values in probes.items()
-            for value in values
-        ] or [{}]
+    def cpu_unsupported_reason(self) -> str | None:
+        """Return what in one of the trials needs a GPU, or None."""
+        return next((reason for config in self.samples() if (reason := config.cpu_unsupported_reason())), None)
 
     def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
-        """The configuration of one trial.
-
-        Args:
-            point: dotted field -> value, one for each axis of the search space; those that do not exist there, as their
-                `when` says, are left out.
-
-        Raises:
-            ValueError: a value or a tied expression does not fit its field.
-        """
-        document: dict[str, Any] = self.model_dump(mode="json", include=set(TRIAL_SECTIONS))
-        varied = self.search.active(point)
-        for path, value in varied.items():
-            write_keys(document, path.split("."), value)
-
-        def lookup(path: str) -> Any:
-            if path in unresolved:
-                raise ValueError(f"reads {path}, which is tied itself; a tie may read only those written before it")
-            try:
-                return read_path(document, path)
-            except (KeyError, TypeError):
-                raise ValueError(f"there is no field {path}") from None
-
-        unresolved = set(self.search.tied)
-        for path, expression in self.search.tied.items():
-            try:
-                varied[path] = evaluate_tie(expression, lookup)
-            except ValueError as error:
-                raise ValueError(f"search.tied.{path} {error}") from error
-            write_keys(document, path.split("."), varied[path])
-            unresolved.remove(path)
-        training = document["training"]
-        if isinstance(self.scheduler, Brackets | Population) and training["save_steps"] is None:
-            training["save_steps"] = training["eval_steps"]  # trials go on from the checkpoint of an evaluation
-        return TrialConfig.model_validate({**document, "varied": varied})
+        """Return the configuration of one trial, see `TrialSpace.config`."""
+        return self.trials.config(point)

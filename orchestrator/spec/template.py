@@ -1,13 +1,13 @@
-"""Templates of rows: their grammar, and which are well-formed, before any row is read."""
+"""Templates of rows: parse and check them before any row is read."""
 
 import re
 from dataclasses import dataclass
 from functools import cache
 
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Around what a chat template lets the assistant say: transformers' own tags."""
+"""Tags that mark the assistant's text in a chat template (`{% generation %}`, defined by transformers)."""
 
-# A section's mark that stands alone on its line takes the line with it.
+# The tag of a block that is alone on its line takes the line break with it.
 _FIELD = re.compile(r"\{\{|\}\}|(?:(?<=\n)|^)\{([?/][^{}\n]*)\}\n|\{([^{}\n]*)\}|[{}]")
 
 
@@ -17,31 +17,30 @@ class Field:
 
     column: str
     is_optional: bool
-    """Whether the column may be empty: written `{column?}`."""
+    """Whether the column may be empty, written `{column?}`."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a template that stands only where a column is not empty: `{?column}...{/column}`."""
+    """A part of a template that is written only if a column is not empty: `{?column}...{/column}`."""
 
     column: str
     parts: tuple["str | Field | Block", ...]
 
 
 Parts = tuple[str | Field | Block, ...]
-"""Literal text, columns, and blocks, in their order."""
+"""Literal text, fields and blocks, in their order."""
 
 
 @cache
 def parse_template(template: str) -> Parts:
-    """The parts of a template. The last field at its outermost level is the completion.
+    """Parse a template. The last field at the outermost level is the completion.
 
-    `{column}` names a column, `{column?}` one that may be empty, and `{?column}...{/column}` stands around text that
-    is left out where the column is empty. A literal brace is written twice, as is a question mark that ends a
-    column's name.
+    `{column}` is a field, `{column?}` a field that may be empty. `{?column}...{/column}` is left out if the column is
+    empty. Write a literal brace twice, and also a question mark that ends a column's name.
 
     Raises:
-        ValueError: the template is malformed, has no column, or the completion may be missing.
+        ValueError: the template is malformed, has no field, or its completion may be missing.
     """
     fault = f"data.template {template!r}: "
     stack: list[tuple[str, list[str | Field | Block]]] = [("", [])]
@@ -64,7 +63,7 @@ def parse_template(template: str) -> Parts:
         elif name.startswith("/"):
             opened, parts = stack[-1]
             if len(stack) == 1 or opened != name[1:]:
-                raise ValueError(f"{fault}{{{name}}} ends no block; the last that is open: {opened or 'none'}")
+                raise ValueError(f"{fault}{{{name}}} ends no block; the innermost open one: {opened or 'none'}")
             stack.pop()
             stack[-1][1].append(Block(opened, tuple(parts)))
         else:
@@ -76,7 +75,7 @@ def parse_template(template: str) -> Parts:
 
 
 def template_columns(template: str) -> list[str]:
-    """Columns that a template reads and that every row must have, in order.
+    """Return the columns that a template reads and that every row must have, in order.
 
     Raises:
         ValueError: the template is malformed.
@@ -85,7 +84,7 @@ def template_columns(template: str) -> list[str]:
 
 
 def optional_columns(template: str) -> set[str]:
-    """Columns that a template reads and that may be empty, or missing from a row.
+    """Return the columns that a template reads and that may be empty, or missing from a row.
 
     Raises:
         ValueError: the template is malformed.
@@ -94,7 +93,7 @@ def optional_columns(template: str) -> set[str]:
 
 
 def written_column(column: str) -> str | None:
-    """The field of a template that reads a column; None where its name cannot be written in one."""
+    """Return the field that reads a column; None if the column's name cannot be written in a template."""
     if not column or column.startswith(("?", "/")) or re.search(r"[{}\n]", column):
         return None
     name = column.rstrip("?")
@@ -109,24 +108,24 @@ def _field(name: str, fault: str) -> Field:
 
 def _named(column: str, fault: str) -> str:
     if not column:
-        raise ValueError(f"{fault}a field has no name; needs {{column}} fields")
+        raise ValueError(f"{fault}a field has no name; write {{column}} fields")
     return column
 
 
 def _checked(parts: Parts, fault: str) -> Parts:
-    """Refuse a template whose completion may be missing."""
+    """Refuse a template without fields, or one whose completion may be missing."""
     fields = _fields(parts)
     if not fields:
-        raise ValueError(f"{fault}needs {{column}} fields, got none")
+        raise ValueError(f"{fault}has no field; write {{column}} fields")
     outer = [part for part in parts if isinstance(part, Field | Block)]
     last = outer[-1]
     if isinstance(last, Block) or last.is_optional:
-        raise ValueError(f"{fault}{last.column} comes last: that is the completion, which may not be left out")
+        raise ValueError(f"{fault}{last.column} comes last, so it is the completion, which must not be optional")
     return parts
 
 
 def _fields(parts: Parts) -> list[Field]:
-    """All columns. One that a block asks for may be empty, wherever it stands within the block."""
+    """Return all fields. A field inside a block on the same column is optional, since the column may be empty."""
     found: list[Field] = []
     for part in parts:
         if isinstance(part, Block):
@@ -140,25 +139,25 @@ def _fields(parts: Parts) -> list[Field]:
 
 
 def is_chat_template(text: str) -> bool:
-    """Whether this is a chat template's text, and not the name of its file."""
+    """Whether a text is a chat template, not the name of a file."""
     return "{%" in text or "{{" in text
 
 
 def marks_answers(template: str) -> bool:
-    """Whether a chat template says itself what the assistant's part is (`{% generation %}`)."""
+    """Whether a chat template marks the assistant's text (`{% generation %}`)."""
     return _MARKS.search(template) is not None
 
 
 @cache
-def writes_no_end(template: str, loss_on: str) -> bool:
-    """Whether a chat template surely has nothing but space in the loss behind an answer.
+def lacks_stop_token(template: str, loss_on: str) -> bool:
+    """Whether a chat template certainly writes nothing but space in the loss after an answer.
 
-    It writes one question and its answer to find out. Where it refuses these or leaves the answer out, nothing is
-    sure.
+    Found out by rendering one question and its answer. If the template refuses them, or leaves the answer out, nothing
+    is certain and the result is False.
 
     Args:
         template: text of the template.
-        loss_on: `data.loss_on`; of `assistant` the template's `{% generation %}` marks say what is in the loss.
+        loss_on: `data.loss_on`. With `assistant`, the template's `{% generation %}` tags say what is in the loss.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -166,7 +165,7 @@ def writes_no_end(template: str, loss_on: str) -> bool:
     def refuse(reason: str) -> None:
         raise TemplateError(reason)
 
-    # As transformers renders (5.23, `utils/chat_template_utils.py`), with signs for what the tokenizer knows.
+    # Rendered as in transformers (5.23, `utils/chat_template_utils.py`), with placeholders for special tokens.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -185,7 +184,7 @@ def writes_no_end(template: str, loss_on: str) -> bool:
         LookupError,
         TypeError,
         ValueError,
-    ):  # what is wrong with it is told where its rows are written
+    ):  # errors of the template are reported when its rows are rendered
         return False
     _, found, rest = whole.rpartition(_PROBE)
     if loss_on == "assistant":
@@ -198,15 +197,15 @@ _PROBE = "an answer to look for"
 
 @cache
 def check_chat_template(template: str) -> None:
-    """Look at a chat template's syntax.
+    """Check the syntax of a chat template.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a Jinja template.
     """
     from jinja2 import Environment, TemplateSyntaxError
 
     if not is_chat_template(template):
-        raise ValueError(f"chat_template {template!r:.80}: is no Jinja template, and no file was read")
+        raise ValueError(f"chat_template {template!r:.80}: is not a Jinja template; give the file of one")
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", template))
     except TemplateSyntaxError as error:

@@ -19,8 +19,8 @@ from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
-from orchestrator.spec.effect import require_effect
-from orchestrator.spec.extras import require_extras
+from orchestrator.spec.optional_packages import require_extras
+from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.snapshot import put_snapshot_back
@@ -62,7 +62,7 @@ def run_sweep(
         StorageError: the disk is full or fails.
     """
     require_extras(spec)
-    require_effect(spec)
+    require_scheduler_effect(spec)
     require_servers(spec.tracking)
     imports = begin(import_tokenizers)  # Ray takes about as long to start
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:

@@ -9,7 +9,7 @@ from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.spec import SweepSpec
-from orchestrator.spec.extras import require_extras
+from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.sections import ResourcesSection
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults

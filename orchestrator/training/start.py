@@ -6,9 +6,9 @@ from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
 from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
 from orchestrator.record.files import building_beside
-from orchestrator.record.start import already_exists, describe_sweep
+from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
-from orchestrator.spec.effect import require_effect
+from orchestrator.spec.scheduler_effect import require_scheduler_effect
 
 
 def start_sweep(
@@ -28,7 +28,7 @@ def start_sweep(
     """
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
-        require_effect(spec, prepared.num_sequences or prepared.num_train)
+        require_scheduler_effect(spec, prepared.num_sequences or prepared.num_train)
     info = describe_sweep(
         spec,
         paths,

@@ -370,8 +370,8 @@ ALONE = {
     "another base": (["base.quantization=none"], "its base is another than that of the trials beside it", "fast"),
     "a larger rank": (["lora.rank=32"], "its rank or its layers are more than the slots were made for", "fast"),
     "per layer": (
-        ["training.dequantise=per_layer"],
-        "training.dequantise is another than that of the trials beside it",
+        ["training.dequantize=per_layer"],
+        "training.dequantize is another than that of the trials beside it",
         "fast",
     ),
 }

@@ -25,7 +25,7 @@ from orchestrator.record import (
     read_sweep,
 )
 from orchestrator.spec import load_spec
-from orchestrator.spec.pairs import MUTABLE
+from orchestrator.spec.cross_checks import MUTABLE
 from orchestrator.sweep.search.algorithms import make_searcher
 from orchestrator.training.local import run_local_trial
 

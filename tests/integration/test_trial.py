@@ -472,7 +472,7 @@ def test_stopped_by_the_watcher_leaves_progress_and_no_result(tiny: Tiny, folder
         (["training.precision=bf16"], "base.compute_dtype float32 under precision bf16"),
         (["training.adapter_dtype=bfloat16"], None),
         (["training.adapter_dtype=bfloat16", "training.engine=trl"], None),
-        (["training.dequantise=per_layer", "training.recompute=true"], None),
+        (["training.dequantize=per_layer", "training.recompute=true"], None),
         (["lora.target_modules=[q_proj, v_proj]"], None),
         (["training.optimizer=adamw_torch", "training.weight_decay=0.1", "training.group_by_length=true"], None),
         (

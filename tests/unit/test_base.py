@@ -23,7 +23,7 @@ OTHER = SECTION.model_copy(update={"quantization": "none"})
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    """The embedded base in NF4, as a trial has it."""
+    """The embedded base in NF4, as a trial uses it."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 0)
         return load_base(SECTION)
@@ -34,7 +34,7 @@ def ids() -> torch.Tensor:
     return torch.randint(4, 500, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_shell_is_new_modules_over_the_same_weights(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_modules_are_new_modules_over_the_same_weights(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a tensor is copied")
 
@@ -53,13 +53,13 @@ def test_a_shell_is_new_modules_over_the_same_weights(base: Any, monkeypatch: py
     assert taken.config is not base.config, "trl and the Trainer write to it"
 
 
-def test_a_shell_answers_as_its_base(base: Any, ids: torch.Tensor) -> None:
+def test_shared_modules_answer_like_their_base(base: Any, ids: torch.Tensor) -> None:
     with torch.no_grad():
         assert torch.equal(share_modules(base)(ids).logits, base(ids).logits)
 
 
-def test_shells_in_use_at_once_do_not_see_one_another(base: Any, ids: torch.Tensor) -> None:
-    """Each does to the bit what it does alone, whatever its neighbour does meanwhile; and the base answers as ever."""
+def test_copies_in_use_at_once_do_not_affect_each_other(base: Any, ids: torch.Tensor) -> None:
+    """Each gives the same bits as by itself, whatever the others do meanwhile, and the base answers as before."""
 
     def steps(seed: int) -> Iterator[torch.Tensor]:
         model = adapted(share_modules(base), rank=4 * seed, seed=seed)
@@ -88,7 +88,7 @@ def test_shells_in_use_at_once_do_not_see_one_another(base: Any, ids: torch.Tens
     assert_bare(base)
 
 
-def test_what_hangs_on_a_shell_goes_with_it(base: Any, ids: torch.Tensor) -> None:
+def test_what_is_attached_to_a_copy_ends_with_it(base: Any, ids: torch.Tensor) -> None:
     model = adapted(share_modules(base), rank=2, seed=0)
     model.enable_input_require_grads()
     model(input_ids=ids, labels=ids).loss.backward()
@@ -100,8 +100,8 @@ def test_what_hangs_on_a_shell_goes_with_it(base: Any, ids: torch.Tensor) -> Non
     assert_bare(base)
 
 
-def test_hooks_that_spread_a_base_over_gpus_are_the_shells_own(base: Any, ids: torch.Tensor) -> None:
-    """accelerate binds the module into the forward that it hangs on it."""
+def test_hooks_that_spread_a_base_over_gpus_are_rebound_to_the_copy(base: Any, ids: torch.Tensor) -> None:
+    """accelerate binds the module into the forward that it attaches."""
     spread = share_modules(base)
     for module in spread.modules():
         add_hook_to_module(module, ModelHook())
@@ -112,7 +112,7 @@ def test_hooks_that_spread_a_base_over_gpus_are_the_shells_own(base: Any, ids: t
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_trial_that_trains_biases_has_its_own(ids: torch.Tensor, bias: str) -> None:
+def test_a_trial_that_trains_biases_gets_its_own(ids: torch.Tensor, bias: str) -> None:
     torch.manual_seed(0)
     shape = Qwen2Config(
         vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
@@ -134,8 +134,8 @@ def test_a_trial_that_trains_biases_has_its_own(ids: torch.Tensor, bias: str) ->
     assert len(shared) == len(list(base.parameters())) - len(biases)
 
 
-def test_shells_of_an_8_bit_base_share_its_weights_and_not_their_state(ids: torch.Tensor) -> None:
-    """bitsandbytes moves a weight's scales into its layer at the first forward, and loses them at a move after that."""
+def test_copies_of_an_8_bit_base_share_its_weights_but_not_its_state(ids: torch.Tensor) -> None:
+    """bitsandbytes moves a weight's scales into its layer at the first forward, and loses them at a later move."""
     base = load_base(SECTION.model_copy(update={"quantization": "int8"}))
     layers = {name: module for name, module in base.named_modules() if isinstance(module, Linear8bitLt)}
     assert len(layers) == 4 * 7
@@ -166,7 +166,7 @@ def test_new_tokens_begin_as_the_mean_of_the_others_in_tokenizer_and_base(ids: t
         assert torch.equal(base(ids).logits[..., :512], plain(ids).logits)
 
 
-def test_a_shell_of_a_large_base_takes_no_time() -> None:
+def test_copying_the_modules_of_a_large_base_takes_no_time() -> None:
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))
     seconds = []
@@ -179,7 +179,7 @@ def test_a_shell_of_a_large_base_takes_no_time() -> None:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseSection]]:
-    """What has been loaded; a base is a few weights here."""
+    """Sections of the bases that were loaded; a base here is a few weights."""
     sections, standing = [], weakref.WeakSet[torch.nn.Module]()
 
     def load(section: BaseSection) -> torch.nn.Module:
@@ -196,7 +196,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseSection]]:
     evict()
 
 
-def test_a_base_is_loaded_once_and_kept_until_another_is_asked_for(loads: list[BaseSection]) -> None:
+def test_a_base_is_loaded_once_and_cached_until_another_is_requested(loads: list[BaseSection]) -> None:
     with ThreadPoolExecutor(4) as threads:
         assert len(set(threads.map(shared_base, [SECTION] * 4))) == 1
     assert loads == [SECTION]
@@ -224,17 +224,17 @@ def write(model: Any) -> None:
 
 @pytest.mark.usefixtures("loads")
 @pytest.mark.parametrize("alter", [train, cast, write])
-def test_a_base_that_comes_back_altered_is_dropped(alter: Callable[[Any], None]) -> None:
+def test_a_base_that_was_changed_is_evicted(alter: Callable[[Any], None]) -> None:
     with guarded(SECTION):
         alter(shared_base(SECTION))
-    assert base_room._kept is None
+    assert base_room._cached is None
     with guarded(SECTION):
         alter(share_modules(shared_base(SECTION), own_biases=alter is cast))
-    assert (base_room._kept is None) == (alter is not cast), "biases of its own are the trial's"
+    assert (base_room._cached is None) == (alter is not cast), "biases of its own are the trial's"
 
 
 def adapted(model: Any, rank: int, seed: int, bias: str = "none") -> Any:
-    """The model with an adapter that changes its answers."""
+    """Return the model with an adapter that changes its answers."""
     torch.manual_seed(seed)
     return get_peft_model(
         model,
@@ -247,7 +247,7 @@ def linears(model: Any) -> Iterator[Any]:
 
 
 def assert_bare(base: Any) -> None:
-    """Nothing hangs on it, and nothing of it trains."""
+    """Assert that nothing is attached to the base, and that none of its weights trains."""
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
     assert not any(module.training for module in base.modules())

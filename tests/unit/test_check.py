@@ -1,4 +1,4 @@
-"""What `check` prints is an experiment again."""
+"""The output of `check` is an experiment again."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.spec import load_spec
 
 ENDLESS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -19,14 +20,14 @@ REFUSING = ENDLESS.replace("{% for", "{{ raise_exception('needs a system turn') 
     [
         (ENDLESS, [], True),
         (ENDLESS, ["data.require_stop=false"], False),
-        (ENDLESS, ["base.eos_token=;"], False),  # which may be what the template writes
+        (ENDLESS, ["base.eos_token=;"], False),  # which the template may write
         (ENDED, [], False),
         (CLOSED_EARLY, ["data.loss_on=assistant"], True),
         (CLOSED_EARLY, ["data.loss_on=completion"], False),
-        (REFUSING, [], False),  # only its rows tell
+        (REFUSING, [], False),  # known only when its rows are rendered
     ],
 )
-def test_a_template_that_surely_writes_no_end_is_told(
+def test_a_template_that_certainly_writes_no_stop_token_is_refused(
     template: str, overrides: list[str], refused: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "own.jinja").write_text(template)
@@ -48,10 +49,10 @@ def test_a_template_that_surely_writes_no_end_is_told(
         ["search.algorithm=grid", "search.num_trials=null", "search.space={lora.rank: {grid: [4, 8]}}"],
     ],
 )
-def test_what_is_printed_is_accepted_and_says_the_same(overrides: list[str], tmp_path: Path) -> None:
+def test_the_printed_experiment_is_accepted_and_equal(overrides: list[str], tmp_path: Path) -> None:
     options = [word for each in overrides for word in ("--set", each)]
-    printed = CliRunner().invoke(app, ["check", "experiments/demo.yaml", *options])
+    printed = CliRunner().invoke(app, ["check", str(DEMO), *options])
     assert printed.exit_code == 0, printed.output
     again = tmp_path / "again.yaml"
     again.write_text(printed.stdout)
-    assert load_spec(again, []).search.total_trials == load_spec("experiments/demo.yaml", overrides).search.total_trials
+    assert load_spec(again, []).search.total_trials == load_spec(DEMO, overrides).search.total_trials

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.record import read_sweep, write_record
-from orchestrator.record.start import source_of
+from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
 MakeSweep = Any

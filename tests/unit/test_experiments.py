@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.embedded import EXPERIMENT
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, GIB, BaseShape, MemoryOption, predict
@@ -25,7 +26,8 @@ def test_an_editor_finds_the_schema_beside_the_file(file: Path) -> None:
     first, _, _ = file.read_text(encoding="utf-8").partition("\n")
     head, _, schema = first.partition("$schema=")
     assert head == "# yaml-language-server: "
-    for folder in (file.parent, file.resolve().parent):  # the demo lies in the package too
+    folders = [FOLDER, EXPERIMENT.parent] if file.stem == "demo" else [FOLDER]  # the demo is in the package too
+    for folder in folders:
         assert json.loads((folder / schema).read_text(encoding="utf-8"))["title"] == "Experiment"
 
 
@@ -89,15 +91,15 @@ def test_70b_needs_the_memory_that_its_comment_says() -> None:
     assert (spec.base.quantization, spec.base.double_quant, spec.training.recompute) == ("nf4", True, "auto")
     shape = BaseShape(8192, 28672, 80, queries=64, keys=8, head_size=128, vocabulary=32_000, tied=False)
     longest, rank = spec.data.max_length, max(spec.search.space["lora.rank"].values)
-    foretold = []
+    predicted = []
     for recompute in ("nothing", "layers"):
         choice = MemoryOption(keeps_base=False, recompute=recompute, max_tokens=longest)
-        foretold.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
-    said = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
-    assert [round(gib) for gib in foretold] == [int(gib) for gib in said]
+        predicted.append(predict(shape, choice, longest, EVALUATION_TOKENS, rank, shape.linears).total / GIB)
+    stated = re.findall(r"(\d+) GiB", file.read_text(encoding="utf-8"))
+    assert [round(gib) for gib in predicted] == [int(gib) for gib in stated]
 
 
-def test_a_chat_model_is_trained_on_messages() -> None:
+def test_the_chat_model_is_trained_on_messages() -> None:
     spec = load_spec(FOLDER / "qwen2.5-0.5b-chat.yaml")
     assert (spec.base.model, spec.data.format) == ("Qwen/Qwen2.5-0.5B-Instruct", "messages")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.deploy.export.merge import DTYPES, Dtype
 from orchestrator.errors import RequestError
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 CONVERTER = "convert_hf_to_gguf.py"
 FILE = "model.gguf"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.deploy.export.merge import DTYPES, Dtype
-from orchestrator.spec.extras import missing_package
+from orchestrator.spec.optional_packages import missing_package
 
 FILE = "serve.yaml"
 MODEL = "model"

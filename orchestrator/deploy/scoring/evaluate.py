@@ -15,7 +15,7 @@ from orchestrator.data.encode import encode
 from orchestrator.data.render import render
 from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
-from orchestrator.data.stops import StopFinder
+from orchestrator.data.stop_tokens import StopFinder
 from orchestrator.data.turns import in_two_columns
 from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter, find_sweep, is_adapter
 from orchestrator.deploy.export.merge import DTYPES, default_dtype
@@ -236,7 +236,7 @@ def rows_of_file(subject: AdapterRef, file: Path, limit: int | None = None) -> S
             faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
             continue
         tokens.append({"input_ids": short.ids, "labels": short.labels})
-        prompts.append(Prompt(encoded.prompt_beside(short), finder.without_stop(example.answer)))
+        prompts.append(Prompt(encoded.prompt_after_cut(short), finder.without_stop(example.answer)))
     if faults:
         shown = list(faults)[:_FAULTS_SHOWN]
         more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []

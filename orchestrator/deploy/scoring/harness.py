@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.deploy.scoring.forms import OpenForm
 from orchestrator.errors import RequestError
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 
 @dataclass(frozen=True)

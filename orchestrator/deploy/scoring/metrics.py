@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from orchestrator.adapters.generate import matches
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 Metric = Literal["loss", "perplexity", "exact_match", "rouge", "bleu"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

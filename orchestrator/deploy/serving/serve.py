@@ -23,7 +23,7 @@ from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.serving.served import AdapterServer, open_served
 from orchestrator.deploy.serving.vllm import RANKS, largest_rank, more_than_lora, vllm_command
 from orchestrator.errors import RequestError
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 Engine = Literal["vllm", "transformers"]
 

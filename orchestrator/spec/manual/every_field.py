@@ -1,4 +1,4 @@
-"""The example that has every field, each under its sentence and with its default: an experiment that can be trained."""
+"""The example that shows every field with its default, each under its documentation. It is a valid experiment."""
 
 import textwrap
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ _GIVEN: dict[str, Any] = {
     "search.space": {"lora.rank": {"choice": [8, 16, 32]}, "training.learning_rate": {"loguniform": [5e-5, 1e-3]}},
     "search.tied": {"lora.alpha": "2 * lora.rank"},
 }
-"""What stands in the place of a default: where there is none, or it would show nothing."""
+"""Values shown instead of a default: if there is none, or if it would show nothing."""
 
 _HEAD = """\
 # yaml-language-server: $schema=experiment.schema.json
-# Every field of an experiment with its default, under its sentence and, in brackets, what it takes. To copy from: files
-# that people write hold only what differs. Made from the specification by `make manual`; not written by hand.
+# Every field of an experiment with its default, under its documentation and, in brackets, what it takes. Copy what you
+# need: an experiment file holds only what differs. Generated from the specification by `make manual`; do not edit.
 """
 _WIDTH = 118
 
 
 def print_every_field(tree: FieldGroup) -> str:
-    """An experiment file (YAML)."""
+    """Return an experiment file (YAML)."""
     parts = []
     for section in tree.fields:
         group = section.parts[0]
@@ -40,7 +40,7 @@ def print_every_field(tree: FieldGroup) -> str:
 
 
 def _lines(holder: Field, group: FieldGroup, value: dict[str, Any], indent: str) -> Iterator[str]:
-    """The fields of a section, then, as comments, those of the others that could stand in its place."""
+    """Yield the fields of a section, then, as comments, those of other sections that could take its place."""
     for field in group.fields:
         own = _GIVEN.get(f"{group.path}.{field.name}", value.get(field.name, field.default))
         if own is NOTHING:
@@ -61,11 +61,13 @@ def _lines(holder: Field, group: FieldGroup, value: dict[str, Any], indent: str)
 
 
 def _beside(word: str, group: FieldGroup, indent: str) -> Iterator[str]:
-    """The fields of a section that is not there, as comments."""
+    """Yield the fields of a section that is not in the example, as comments."""
     yield from _comment(f"{word}: {group.sentence}", indent)
     for field in group.fields:
         shown = group.marks.get(field.name, None if field.default is NOTHING else field.default)
-        yield f"{indent}# {field.name}: {_flow(shown)}".ljust(len(indent) + 34) + f"  # {field.sentence}"
+        start = f"{indent}# {field.name}: {_flow(shown)}".ljust(len(indent) + 34) + "  # "
+        below = f"{indent}#".ljust(len(start) - 2) + "# "
+        yield from _wrapped(field.sentence, start, below)
 
 
 def _item(name: str, value: Any, indent: str) -> Iterator[str]:
@@ -82,4 +84,9 @@ def _flow(value: Any) -> str:
 
 def _comment(text: str, indent: str) -> list[str]:
     start = f"{indent}# "
-    return textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
+    return _wrapped(text, start, start)
+
+
+def _wrapped(text: str, first: str, below: str) -> list[str]:
+    """Wrap a text into lines, the first and the following ones with these prefixes."""
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=below, break_on_hyphens=False)

@@ -1,15 +1,16 @@
-"""The JSON Schema of an experiment file, for editors: what `load_spec` accepts, as far as a schema can say it.
+"""The JSON Schema of an experiment file, for editors: what `load_spec` accepts, as far as a schema can express it.
 
-Rules between fields (steps or epochs, rungs at evaluations) are beyond it; `orchestrator check` knows them all.
+Rules between fields (steps or epochs, rungs at evaluations) cannot be expressed; `orchestrator check` knows them all.
 """
 
+import inspect
 from typing import Any, get_args
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from orchestrator.spec.axes import AXIS_KINDS, Axis
-from orchestrator.spec.probing import check_searchable
+from orchestrator.spec.axis_checks import check_searchable
 from orchestrator.spec.sections import Section
 from orchestrator.spec.sweep_spec import SweepSpec
 
@@ -17,7 +18,7 @@ _WHEN = Axis.model_fields["when"].description
 
 
 def spec_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a whole experiment."""
+    """Return the JSON Schema (draft 2020-12) of a whole experiment."""
     schema = schema_of(SweepSpec)
     names = {"enum": _searchable()}
     search = schema["$defs"]["SearchSection"]["properties"]
@@ -31,13 +32,13 @@ def spec_schema() -> dict[str, Any]:
 
 
 def schema_of(model: type[Section]) -> dict[str, Any]:
-    """JSON Schema of what one model reads; each section is a definition of its own."""
+    """Return the JSON Schema of what one model reads; each section is a definition of its own."""
     schema = model.model_json_schema(schema_generator=_AsWritten, mode="validation")
     return {key: schema[key] for key in sorted(schema, key=lambda key: key == "$defs")}
 
 
 class _AsWritten(GenerateJsonSchema):
-    """pydantic's, but for an axis, which is written in another form than it is held; and without titles."""
+    """pydantic's generator without titles, and with axes in the form in which they are written."""
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         written = _axis() if schema["cls"] is Axis else super().model_schema(schema)
@@ -45,14 +46,14 @@ class _AsWritten(GenerateJsonSchema):
         return written
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        """What tells the members apart is needed, though each has a default for it; but for one that may go without."""
-        written, told_by = super().tagged_union_schema(schema), schema["discriminator"]
-        if isinstance(told_by, str):
-            return written | {"required": [told_by]}
-        assert callable(told_by)
+        """Require the field that tells the members apart, although it has a default, except for the default member."""
+        written, discriminator = super().tagged_union_schema(schema), schema["discriminator"]
+        if isinstance(discriminator, str):
+            return written | {"required": [discriminator]}
+        assert callable(discriminator)
         members = zip(schema["choices"], written["oneOf"], strict=True)
-        needed = {"required": ["kind"]}
-        return {"oneOf": [member if tag == told_by({}) else member | needed for tag, member in members]}
+        required = {"required": ["kind"]}
+        return {"oneOf": [member if tag == discriminator({}) else member | required for tag, member in members]}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -62,7 +63,7 @@ def _axis() -> JsonSchemaValue:
     kinds = {kind: _values(Axis.model_construct(kind=kind, values=[])) for kind in AXIS_KINDS}
     return {
         "type": "object",
-        "description": Axis.__doc__,
+        "description": inspect.getdoc(Axis),
         "properties": kinds
         | {"when": {"type": "object", "description": _WHEN, "minProperties": 1, "maxProperties": 1}},
         "additionalProperties": False,
@@ -81,7 +82,7 @@ def _values(axis: Axis) -> JsonSchemaValue:
 
 
 def _searchable() -> list[str]:
-    """Dotted fields that may be searched or tied."""
+    """Return the dotted fields that may be searched or tied."""
     found = []
     for section, field in SweepSpec.model_fields.items():
         for model in (field.annotation, *get_args(field.annotation)):

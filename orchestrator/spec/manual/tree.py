@@ -14,16 +14,17 @@ class Field:
 
     name: str
     sentence: str
+    """The field's documentation."""
     values: str
-    """What it takes, in words; `code` in backquotes."""
+    """What the field takes, in words, with `code` in backquotes."""
     required: bool
     default: Any
-    """NOTHING where there is none."""
+    """NOTHING if there is none."""
     parts: list["FieldGroup"]
-    """Sections that it may hold; several are the members of a union."""
+    """Sections that the field may hold; several are the members of a union."""
 
     def part_of(self, value: Any) -> "FieldGroup | None":
-        """The section that such a value is one of, if it is one."""
+        """Return the section of which `value` is an instance; None if it is none."""
         if not isinstance(value, dict):
             return None
         held = [part for part in self.parts if part.path.endswith(self.name) and part.marks.items() <= value.items()]
@@ -35,14 +36,15 @@ class FieldGroup:
     """A section, or one member of a union of them."""
 
     path: str
-    """Dotted, from the experiment; `*` stands for any key, `[]` for an entry of a list."""
+    """Dotted path from the root of the experiment; `*` stands for any key, `[]` for an entry of a list."""
     marks: dict[str, Any]
-    """Field -> the only value it has here: what tells a member of a union from the others."""
+    """Field -> the only value that it can have here, which tells a member of a union from the others."""
     sentence: str
+    """The section's documentation."""
     fields: list[Field]
 
     def walk(self) -> Iterator["FieldGroup"]:
-        """This one and all below it, in the order of the fields."""
+        """Yield this group and all groups below it, in the order of the fields."""
         yield self
         for field in self.fields:
             for part in field.parts:
@@ -50,7 +52,7 @@ class FieldGroup:
 
 
 def read_tree(schema: Node) -> FieldGroup:
-    """The tree of a whole schema; its root has no path."""
+    """Return the tree of a whole schema; its root has an empty path."""
     return _group(schema, schema.get("$defs", {}), "", is_member=False)
 
 
@@ -68,7 +70,7 @@ def _group(node: Node, defs: Node, path: str, *, is_member: bool) -> FieldGroup:
 
 
 def _parts(node: Node, defs: Node, path: str) -> Iterator[tuple[Node, str]]:
-    """Sections in a field, and their paths."""
+    """Yield the sections in a field, each with its path."""
     if "$ref" in node:
         yield defs[node["$ref"].rpartition("/")[2]], path
     for choice in _choices(node):
@@ -84,10 +86,10 @@ def _choices(node: Node) -> list[Node]:
 
 
 def _values(node: Node) -> str:
-    """What a field takes, in words."""
+    """Return what a field takes, in words."""
     words = list(dict.fromkeys(_alternatives(node)))
     if len(words) > 1 and node.get("default", NOTHING) is None:
-        words.remove("`null`")  # the default says it
+        words.remove("`null`")  # the default shows it
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
@@ -116,7 +118,8 @@ def _alternatives(node: Node) -> Iterator[str]:
         case "null":
             yield "`null`"
         case "array":
-            yield f"list{_length(node)} of {_values(node['items'])}" if node.get("items") else f"list{_length(node)}"
+            entries = _values(node["items"]).replace("a section", "sections") if node.get("items") else ""
+            yield f"list{_length(node)}{f' of {entries}' if entries else ''}"
         case "object" if isinstance(node.get("additionalProperties"), dict):
             yield f"map to {_values(node['additionalProperties'])}"
         case _:

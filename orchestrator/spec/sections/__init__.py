@@ -1,4 +1,8 @@
-"""What a person writes, a section a file; one sentence under each field, bounds in its type."""
+"""The sections of an experiment file, one module each: documentation under each field, bounds in its type.
+
+`section` holds the base class of all sections, `honored` the declaration of who acts on a field, `trial` the sections
+that one trial has.
+"""
 
 from orchestrator.spec.sections.base import BaseSection
 from orchestrator.spec.sections.data import (

@@ -1,4 +1,4 @@
-"""The data section: rows and how they become tokens."""
+"""The data section: where rows come from, and how they become tokens."""
 
 import re
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from orchestrator.spec.sections.section import PositiveInt, Section, Seed
-from orchestrator.spec.template import check_chat_template, optional_columns, template_columns, writes_no_end
+from orchestrator.spec.template import check_chat_template, lacks_stop_token, optional_columns, template_columns
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
-"""Endings of files that rows are read from, in lower case."""
+"""Extensions of files with rows, in lower case."""
 
 COMPRESSED = (".gz", ".bz2", ".xz")
-"""Endings that a file of any kind but Parquet, which is compressed within, may have after its own."""
+"""Extensions that may follow those of any kind except Parquet, which compresses its content itself."""
 
 GLOB = re.compile(r"[*?\[]")
-"""What makes a pattern of a path."""
+"""Characters that make a path a pattern."""
 
 COLUMNS_OF = {
     "messages": ["messages"],
@@ -27,14 +27,14 @@ COLUMNS_OF = {
     "prompt": ["prompt", "completion"],
     "text": ["text"],
 }
-"""Format -> columns that every row must have; those of format template are in its template."""
+"""Format -> columns that every row must have; those of format template follow from the template."""
 
 Name = Annotated[str, Field(min_length=1)]
 Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
 
 
 def file_kind(path: str | PurePath) -> str | None:
-    """The kind of a file of rows by its ending, in lower case and without compression; None if it is of no kind."""
+    """Return the kind of a file of rows: its extension in lower case, without compression; None if it is unknown."""
     endings = [ending.lower() for ending in PurePath(path).suffixes]
     is_compressed = bool(endings) and endings[-1] in COMPRESSED
     kind = (endings[:-1] if is_compressed else endings)[-1:]
@@ -42,44 +42,46 @@ def file_kind(path: str | PurePath) -> str | None:
 
 
 class Source(Section):
-    """One place that rows come from."""
+    """One source of rows."""
 
     source: Name
     """File (JSONL, JSON, CSV, TSV, text, Parquet), folder, glob, saved data set, hub id, or `embedded`."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Its share of the rows, against the other weights; each row is used at most once. All have one, or none."""
+    """Share of the rows, relative to the other weights. Each row is used at most once. Give all sources a weight, or
+    none."""
     config: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
-    """Split of a hub data set, or of a saved one with several; default train, of held-out rows test."""
+    """Split of a hub data set, or of a saved one with splits. Default: train; for held-out rows test."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows, or so many that are streamed."""
+    """Use only this many rows: the first ones, or the first ones of the stream."""
     stream_buffer: PositiveInt | None = None
-    """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    """Stream a hub data set instead of downloading it, through a seeded shuffle buffer of this many rows. Needs
+    max_rows."""
     delimiter: Delimiter | None = None
-    """The character between the fields of CSV files; default a comma, and a tab in TSV files."""
+    """Character between the fields of CSV files. Default: a comma, or a tab in TSV files."""
     _default_split: str = PrivateAttr("train")
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a path or the embedded task, and not a hub id."""
+        """Whether this is a path or the embedded task, not a hub id."""
         return self.source == "embedded" or self.source.startswith("/")
 
     @property
     def has_splits(self) -> bool:
-        """Whether it may have several, by its own name: of a file that ends with its kind, or is a pattern."""
+        """Whether the source may have splits, judged by its name. A file or a pattern of files has none."""
         path = PurePath(self.source)
         is_file = file_kind(path) is not None or GLOB.search(path.name) is not None
         return self.source != "embedded" and not (self.is_local and is_file)
 
     @property
     def default_split(self) -> str:
-        """That of what has several, where `split` says none."""
+        """The split that is read if `split` is not given."""
         return self._default_split
 
     @property
     def used_split(self) -> str | None:
-        """The one that is read, of what has several."""
+        """The split that is read; None if the source has no splits."""
         return (self.split or self._default_split) if self.has_splits else None
 
     @model_validator(mode="after")
@@ -89,10 +91,10 @@ class Source(Section):
 
 
 def _require_fit(source: Source) -> None:
-    """Refuse fields that have no meaning for this source.
+    """Refuse fields that mean nothing for this source.
 
     Raises:
-        ValueError: there is one.
+        ValueError: names the field and the source.
     """
     if source.is_local and source.config is not None:
         raise ValueError(f"config belongs to a hub data set, but source is {source.source}")
@@ -102,48 +104,48 @@ def _require_fit(source: Source) -> None:
     if source.delimiter is not None and not may_be_csv:
         raise ValueError(f"delimiter belongs to CSV files, but source is {source.source}")
     if source.delimiter in ('"', "\r", "\n"):
-        raise ValueError(f"delimiter {source.delimiter!r} means something else in a CSV file")
+        raise ValueError(f"delimiter {source.delimiter!r} has another meaning in a CSV file")
     if source.max_rows is not None and source.split is not None and "[" in source.split:
-        raise ValueError(f"max_rows beside split {source.split}: that is a slice; write the number of rows into it")
+        raise ValueError(f"max_rows with split {source.split}: the split is a slice already; write the number into it")
     if source.stream_buffer is not None and source.is_local:
         raise ValueError(
-            f"stream_buffer belongs to a hub data set, but source is {source.source}; max_rows reads no further"
+            f"stream_buffer belongs to a hub data set, but source is {source.source}; use max_rows to read fewer rows"
         )
     if source.stream_buffer is not None and source.max_rows is None:
-        raise ValueError("stream_buffer needs max_rows: a stream is read so far and no further")
+        raise ValueError("stream_buffer needs max_rows: it says how many rows of the stream are read")
 
 
-_ALONE = ("config", "split", "max_rows", "stream_buffer", "delimiter")
-"""Fields of a source that stand beside `source`; in a mix each source has its own."""
+_FIELDS_OF_SOURCE = ("config", "split", "max_rows", "stream_buffer", "delimiter")
+"""Fields of a section that belong to its `source`; in a mix each source has its own."""
 
 
 def _sources(section: "DataSection | HeldOut", split: str) -> list[Source]:
-    """The one source, or those of the mix, each with its default split.
+    """Return the one source, or those of the mix, each with its default split.
 
     Raises:
-        ValueError: fields do not fit together.
+        ValueError: fields do not go together.
     """
-    given = {name: getattr(section, name) for name in _ALONE if getattr(section, name) is not None}
+    given = {name: getattr(section, name) for name in _FIELDS_OF_SOURCE if getattr(section, name) is not None}
     if section.source is not None:
         sources = [Source.model_construct(source=section.source, **given)]
         _require_fit(sources[0])
     elif given:
-        raise ValueError(f"{', '.join(given)} stand beside a source; in a mix each source has its own")
+        raise ValueError(f"{', '.join(given)} belong to a source; in a mix, write them into each source")
     else:
         sources = list(section.mix)
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
-        raise ValueError(f"mix: {len(weighted)} of {len(sources)} sources have a weight; give all one, or none")
+        raise ValueError(f"mix: {len(weighted)} of {len(sources)} sources have a weight; give all of them one, or none")
     sources = [source.model_copy() for source in sources]
     for source in sources:
         source._default_split = split
     if twice := _shared(combinations(sources, 2)):
-        raise ValueError(f"mix: {twice} stands in it twice")
+        raise ValueError(f"mix: {twice} appears twice; use each source once")
     return sources
 
 
 def _shared(pairs: Iterable[tuple[Source, Source]]) -> str | None:
-    """The first source that has the same rows as the other of its pair, or some of them, by what is written."""
+    """Return the first source that shares rows with the other one of its pair, judged by what is written."""
     return next((source.source for other, source in pairs if _overlap(source, other)), None)
 
 
@@ -151,31 +153,31 @@ def _overlap(source: Source, other: Source) -> bool:
     if (source.source, source.config) != (other.source, other.config):
         return False
     split, others = source.used_split or "", other.used_split or ""
-    are_slices = "[" in split and "[" in others  # which may lie apart
+    are_slices = "[" in split and "[" in others  # slices may be disjoint
     return split == others or (not are_slices and split.partition("[")[0] == others.partition("[")[0])
 
 
 class HeldOut(Section):
-    """Rows kept for evaluation, the same for every trial. Exactly one of share, count, source, mix."""
+    """Rows kept for evaluation, the same for every trial. Give exactly one of share, count, source, mix."""
 
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the rows."""
     count: PositiveInt | None = None
     """Number of rows."""
     source: Name | None = None
-    """Rows of their own, from any source that training rows may have."""
+    """Separate rows, from any source that training rows may have."""
     mix: list[Source] = []
     """Several such sources, as in data.mix."""
     config: str | None = None
     """Configuration of the hub data set in `source`."""
     split: str | None = None
-    """Split of the data set in `source`; default test."""
+    """Split of the data set in `source`. Default: test."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows of `source`, or so many that are streamed."""
+    """Use only this many rows of `source`: the first ones, or the first ones of the stream."""
     stream_buffer: PositiveInt | None = None
     """Stream the hub data set in `source`, as data.stream_buffer does."""
     delimiter: Delimiter | None = None
-    """The character between the fields of the CSV files in `source`."""
+    """Character between the fields of the CSV files in `source`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -183,57 +185,65 @@ class HeldOut(Section):
         given += ["mix"] if self.mix else []
         if len(given) != 1:
             raise ValueError(f"needs exactly one of share, count, source, mix, but got {given or 'none'}")
-        beside = [name for name in _ALONE if getattr(self, name) is not None]
+        beside = [name for name in _FIELDS_OF_SOURCE if getattr(self, name) is not None]
         if given[0] in ("source", "mix"):
             _sources(self, "test")
         elif beside:
-            raise ValueError(f"{', '.join(beside)} belong to a source, and none is given")
+            raise ValueError(
+                f"{', '.join(beside)} belong to a source, and none is given; give source, or leave them out"
+            )
         return self
 
     @property
     def sources(self) -> list[Source]:
-        """Where they come from; nothing where they are taken from the training rows."""
+        """Sources of held-out rows; empty if they are taken from the training rows."""
         return _sources(self, "test") if self.source is not None or self.mix else []
 
 
 class DataSection(Section):
-    """Where rows come from and how they become tokens. Tokenised once, shared by all trials."""
+    """Where rows come from, and how they become tokens. Rows are tokenized once and shared by all trials."""
 
     source: Name | None = None
     """JSONL, JSON, CSV, TSV, text or Parquet file, folder or glob of them, saved data set, hub id, or `embedded`."""
     mix: list[Source] = []
-    """Several sources, instead of one; with weights, the most rows that have these shares, drawn by `seed`."""
+    """Several sources instead of one. With weights, as many rows as can have these shares are drawn, by `seed`."""
     config: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
-    """Split of a hub data set, or of a saved one with several; default train."""
+    """Split of a hub data set, or of a saved one with splits. Default: train."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows, or so many that are streamed."""
+    """Use only this many rows: the first ones, or the first ones of the stream."""
     stream_buffer: PositiveInt | None = None
-    """Stream a hub data set, not downloaded, through a seeded shuffle buffer of so many rows; needs max_rows."""
+    """Stream a hub data set instead of downloading it, through a seeded shuffle buffer of this many rows. Needs
+    max_rows."""
     delimiter: Delimiter | None = None
-    """The character between the fields of CSV files; default a comma, and a tab in TSV files."""
+    """Character between the fields of CSV files. Default: a comma, or a tab in TSV files."""
     format: Literal["text", "prompt", "messages", "sharegpt", "alpaca", "template"]
-    """Columns: text; prompt, completion; messages, tools; conversations; instruction, input, output; or `template`."""
+    """Columns that are read. text: text. prompt: prompt, completion. messages: messages, tools. sharegpt:
+    conversations. alpaca: instruction, input, output. template: those named in `template`."""
     template: str | None = None
-    """Text with {column} fields, {column?} where it may be empty, and {?column}...{/column} around what stands only
-    where it is not; the completion starts at the last field."""
+    """Text with {column} fields. {column?} may be empty. {?column}...{/column} is written only if the column is not
+    empty. The completion starts at the last field."""
     chat_template: str | None = None
-    """Jinja file that writes conversations, instead of the tokenizer's own template; its text stands here then."""
+    """Jinja file that formats conversations, instead of the tokenizer's own template. A resolved experiment holds the
+    file's text."""
     roles: dict[Name, Name] = {}
-    """Names of who speaks in conversations, and the role that each has: {bot: assistant, person: user}."""
+    """Speakers' names in conversations and their roles, such as {bot: assistant, person: user}."""
     bad_rows: Literal["error", "drop"] = "error"
-    """Whether rows that the format cannot read are an error, or are left out and counted."""
+    """What happens to rows that the format cannot use: error refuses them, drop leaves them out and counts them. A file
+    that cannot be parsed is always an error."""
     loss_on: Literal["all", "completion", "assistant"] = "all"
-    """Which tokens are trained and evaluated on: all, those of the last answer, or of every turn of the assistant."""
+    """Tokens that are trained and evaluated on: all, those of the last answer, or those of every assistant turn."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens a row, and of a packed sequence."""
+    """Maximum number of tokens in a row, and in a packed sequence."""
     truncate: Literal["right", "left", "error"] = "right"
-    """Where longer rows are cut (left keeps their beginning token), and counted; or whether they are an error."""
+    """Side on which longer rows are cut (left keeps the beginning-of-text token). Cut rows are counted. error refuses
+    them instead."""
     require_stop: bool = True
-    """Refuse rows of which none learns to end with a stop token: answers would run on to max_new_tokens."""
+    """Refuse data in which no row teaches the model to end with a stop token: answers would run on to
+    max_new_tokens."""
     packing: bool = False
-    """Lay several training rows into one sequence of up to max_length tokens, each apart from the others."""
+    """Put several training rows into one sequence of up to max_length tokens. Rows do not see each other."""
     held_out: HeldOut = HeldOut(share=0.1)
     """Rows for evaluation."""
     seed: Seed = 42
@@ -246,17 +256,17 @@ class DataSection(Section):
 
     @property
     def has_turns(self) -> bool:
-        """Whether rows are conversations, which a chat template writes."""
+        """Whether rows are conversations, which a chat template formats."""
         return self.format in ("messages", "sharegpt")
 
     @property
-    def is_endless(self) -> bool:
-        """Whether surely no row has a stop token in the loss; only a chat template that is given here can tell."""
-        return self.chat_template is not None and writes_no_end(self.chat_template, self.loss_on)
+    def lacks_stop_token(self) -> bool:
+        """Whether certainly no row has a stop token in the loss. Only a chat template given here can prove that."""
+        return self.chat_template is not None and lacks_stop_token(self.chat_template, self.loss_on)
 
     @property
     def columns(self) -> list[str]:
-        """Those that every row must have."""
+        """Columns that every row must have."""
         return template_columns(self.template or "") if self.format == "template" else COLUMNS_OF[self.format]
 
     @property
@@ -271,7 +281,10 @@ class DataSection(Section):
             raise ValueError(f"needs exactly one of source, mix, but got {given or 'none'}")
         if twice := _shared(product(self.sources, self.held_out.sources)):
             name = "source" if self.held_out.source else f"mix: {twice}"
-            raise ValueError(f"held_out.{name} is the training source: the trials would be scored on what they learned")
+            raise ValueError(
+                f"held_out.{name} is the training source: trials would be scored on what they were trained on; "
+                "give other rows"
+            )
         return self
 
     @model_validator(mode="after")
@@ -283,13 +296,13 @@ class DataSection(Section):
         if self.template:
             template_columns(self.template)
         if self.chat_template is not None and not self.has_turns:
-            raise ValueError(f"chat_template writes conversations, but format is {self.format}")
+            raise ValueError(f"chat_template formats conversations, but format is {self.format}; leave it out")
         if self.roles and not self.has_turns:
-            raise ValueError(f"roles name who speaks in conversations, but format is {self.format}")
+            raise ValueError(f"roles name the speakers of conversations, but format is {self.format}; leave them out")
         if self.chat_template is not None:
             check_chat_template(self.chat_template)
         if self.format == "text" and self.loss_on != "all":
-            raise ValueError(f"loss_on: {self.loss_on} needs to know the prompt; format text has none")
+            raise ValueError(f"loss_on: {self.loss_on} needs a prompt, and format text has none; use loss_on: all")
         if self.loss_on == "assistant" and not self.has_turns:
             raise ValueError(f"loss_on: assistant needs turns; format {self.format} has none, use loss_on: completion")
         return self

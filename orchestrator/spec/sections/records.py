@@ -1,4 +1,4 @@
-"""The tracking and output sections: where records and their views go."""
+"""The tracking and output sections: trackers, and the folder of the sweep."""
 
 from typing import Annotated, Literal
 
@@ -8,10 +8,10 @@ from orchestrator.spec.sections.section import NAME_PATTERN, Section
 
 
 class WandbSection(Section):
-    """Weights & Biases: group = sweep, one run a trial."""
+    """Weights & Biases: one group for the sweep, one run for each trial."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where WANDB_API_KEY is set, else offline."""
+    """auto is online if WANDB_API_KEY is set, and offline otherwise."""
     project: str = "orchestrator"
     """W&B project."""
     entity: str | None = None
@@ -19,22 +19,22 @@ class WandbSection(Section):
 
 
 class TrackingSection(Section):
-    """Views of the records. The records themselves are always written."""
+    """Trackers that show the sweep's records. The records themselves are always written."""
 
     tensorboard: bool = True
     """Write TensorBoard event files with hparams."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""
     mlflow: bool = False
-    """Write to MLflow: the server in MLFLOW_TRACKING_URI, else a store in the sweep's folder (extra mlflow)."""
+    """Write to MLflow: to the server in MLFLOW_TRACKING_URI, or to a store in the sweep's folder (extra mlflow)."""
     trackio: bool = False
-    """Write to trackio: files in TRACKIO_DIR, else in the sweep's folder (extra trackio)."""
+    """Write to trackio: to files in TRACKIO_DIR, or in the sweep's folder (extra trackio)."""
 
 
 class OutputSection(Section):
-    """Where the sweep's folder goes."""
+    """The folder of the sweep."""
 
     folder: Annotated[str, Field(min_length=1)] = "runs"
-    """Holds one folder a sweep; on a cluster, shared by all nodes. `--output` overrides it."""
+    """Folder that holds one folder for each sweep. On a cluster, all nodes must share it. `--output` overrides it."""
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
-    """Folder of this sweep; default the file's name and the time. `--name` overrides it."""
+    """Name of this sweep's folder. Default: the experiment file's name and the time. `--name` overrides it."""

@@ -1,4 +1,4 @@
-"""The resources section: what trials take of the cluster."""
+"""The resources section: what trials use of the cluster."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,18 +8,19 @@ from orchestrator.spec.sections.section import PositiveInt, Section
 
 
 class ResourcesSection(Section):
-    """What trials take of the cluster. They train in workers: processes that hold the base, one a GPU."""
+    """What trials use of the cluster. They train in workers: processes that hold the base, one for each GPU."""
 
     gpus_per_trial: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """GPUs of a worker; auto is one where the cluster has any, else none. A trial may have several."""
+    """GPUs of a worker. auto is one if the cluster has any, else none. A trial may use several."""
     cpus_per_trial: PositiveInt = 1
-    """CPU cores of a worker, and its threads where it has no GPU."""
+    """CPU cores of a worker; also its number of threads if it has no GPU."""
     trials_per_gpu: PositiveInt | Literal["auto"] = "auto"
-    """Trials that train together in a worker; auto is what memory allows where there are more trials than workers."""
+    """Trials that train together in one worker. auto: as many as memory allows, if there are more trials than
+    workers."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; default as many as fit."""
+    """Maximum number of trials at a time. Default: as many as fit."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts of a trial whose worker died; each goes on from the last checkpoint."""
+    """Restarts of a trial whose worker died; each continues from the last checkpoint."""
 
     @model_validator(mode="after")
     def _whole_gpus_are_not_shared(self) -> Self:

@@ -1,4 +1,4 @@
-"""The scheduler section: who is stopped, paused or cloned, and when. Each kind has its own fields."""
+"""The scheduler section: which trials are stopped, paused or cloned, and when. Each kind has its own fields."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +8,7 @@ from orchestrator.spec.sections.section import PositiveInt, Section
 
 
 class NoScheduler(Section):
-    """All trials run to their end."""
+    """Every trial runs to its end."""
 
     kind: Literal["none"] = "none"
     """Which scheduler."""
@@ -20,13 +20,13 @@ def _require_one_unit(name: str, steps: int | None, tokens: int | None) -> None:
 
 
 class _Rungs(Section):
-    """Time is optimizer steps, or tokens where these are given."""
+    """A scheduler that compares trials at rungs. Time is optimizer steps, or tokens if `grace_tokens` is given."""
 
     kind: str
     grace_steps: PositiveInt | None = None
-    """No trial is stopped before this step, the first rung; default eval_steps."""
+    """No trial is stopped before this step, the first rung. Default: eval_steps."""
     grace_tokens: PositiveInt | None = None
-    """The same in tokens: a trial is looked at at its first evaluation from there on."""
+    """The same in tokens: a trial is first compared at its first evaluation after this many."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -35,17 +35,17 @@ class _Rungs(Section):
 
     @property
     def counts(self) -> Literal["step", "tokens"]:
-        """What time is."""
+        """Unit of time."""
         return "step" if self.grace_tokens is None else "tokens"
 
 
 class AshaScheduler(_Rungs):
-    """Asynchronous successive halving (arXiv 1810.05934): trials below a rung's best are stopped as they reach it."""
+    """Asynchronous successive halving (arXiv 1810.05934): a trial that reaches a rung below its best is stopped."""
 
     kind: Literal["asha"] = "asha"
     """Which scheduler."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """One in so many trials passes a rung; rungs lie at the grace period times its powers."""
+    """One trial in this many passes a rung. Rungs are the grace period times powers of this factor."""
 
 
 class MedianScheduler(_Rungs):
@@ -54,18 +54,18 @@ class MedianScheduler(_Rungs):
     kind: Literal["median"] = "median"
     """Which scheduler."""
     min_trials: PositiveInt = 3
-    """Trials to compare with before any is stopped."""
+    """Number of other trials that must be there to compare with before any trial is stopped."""
 
 
 class _Brackets(_Rungs):
-    """Trials of a bracket wait at a rung for each other; the best go on from their checkpoints, the others end."""
+    """A scheduler whose trials wait at each rung of a bracket for the others. The best continue, the others end."""
 
     max_steps: PositiveInt | None = None
-    """Steps of a whole trial, from which rungs are counted down; default training.steps."""
+    """Steps of a whole trial, from which rungs are counted down. Default: training.steps."""
     max_tokens: PositiveInt | None = None
-    """The same in tokens; needed with grace_tokens."""
+    """The same in tokens; required with grace_tokens."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """One in so many trials passes a rung, each rung is so many times as far as the one before."""
+    """One trial in this many passes a rung. Each rung is this many times as long as the one before."""
 
     @model_validator(mode="after")
     def _maximum_in_the_same_unit(self) -> Self:
@@ -77,29 +77,32 @@ class _Brackets(_Rungs):
 
 
 class HyperBandScheduler(_Brackets):
-    """HyperBand (arXiv 1603.06560): brackets from no rung at all to one at the grace period, filled in that order."""
+    """HyperBand (arXiv 1603.06560): brackets from one without rungs to one that begins at the grace period, filled in
+    that order."""
 
     kind: Literal["hyperband"] = "hyperband"
     """Which scheduler."""
 
 
 class BohbScheduler(_Brackets):
-    """HyperBand for search.algorithm bohb (arXiv 1807.01774): the largest bracket first, trials drawn as it fills."""
+    """HyperBand for search.algorithm bohb (arXiv 1807.01774): the largest bracket first, trials drawn as it is
+    filled."""
 
     kind: Literal["bohb"] = "bohb"
     """Which scheduler."""
 
 
 class _Population(Section):
-    """All trials train side by side; the worst go on from the state of the best, with other values."""
+    """A scheduler under which all trials train side by side; the worst continue from the state of the best, with other
+    values."""
 
     kind: str
     interval_steps: PositiveInt | None = None
-    """Steps between two looks at a trial; default eval_steps."""
+    """Steps between two decisions about a trial. Default: eval_steps."""
     interval_tokens: PositiveInt | None = None
-    """The same in tokens: at its first evaluation after so many."""
+    """The same in tokens: a decision is made at the first evaluation after this many."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Share of the trials, from below, that take the state of one of as many from above."""
+    """Share of the trials at the bottom that continue from the state of one of the same share at the top."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -108,23 +111,23 @@ class _Population(Section):
 
     @property
     def counts(self) -> Literal["step", "tokens"]:
-        """What time is."""
+        """Unit of time."""
         return "step" if self.interval_tokens is None else "tokens"
 
 
 class PbtScheduler(_Population):
-    """Population based training (arXiv 1711.09846). Values of a range are multiplied, listed ones go one place on."""
+    """Population based training (arXiv 1711.09846). Values of a range are multiplied; listed ones move one place."""
 
     kind: Literal["pbt"] = "pbt"
     """Which scheduler."""
     resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """How often a value is drawn anew instead."""
+    """Probability with which a value is drawn anew instead."""
     factors: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [1.2, 0.8]
-    """A value of a range is multiplied by one of these, and kept within the range."""
+    """Factors by one of which a value of a range is multiplied. The result stays within the range."""
 
 
 class Pb2Scheduler(_Population):
-    """Population based bandits (arXiv 2002.02518): new values by a Gaussian process of what values have gained."""
+    """Population based bandits (arXiv 2002.02518): new values from a Gaussian process over what values have gained."""
 
     kind: Literal["pb2"] = "pb2"
     """Which scheduler."""

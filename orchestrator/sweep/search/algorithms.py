@@ -11,7 +11,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.search_generator import SearchGenerator
 
 from orchestrator.spec import SweepSpec
-from orchestrator.spec.axes import Axis, Listed, Real
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections.scheduler import Brackets, Population
 from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
@@ -142,10 +142,10 @@ class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
 
 
 def _domain(axis: Axis) -> Any:
-    drawn = axis.drawn()
-    if isinstance(drawn, Listed):
+    drawn = axis.domain()
+    if isinstance(drawn, IndexDomain):
         return tune.choice([*range(drawn.count)])
-    if isinstance(drawn, Real):
+    if isinstance(drawn, FloatDomain):
         return (tune.loguniform if drawn.is_log else tune.uniform)(drawn.low, drawn.high)
     return (tune.lograndint if drawn.is_log else tune.randint)(drawn.low, drawn.high + 1)
 
@@ -203,10 +203,10 @@ class OptunaSpace:
 
 
 def _suggest(trial: Any, path: str, axis: Axis) -> Any:
-    drawn = axis.drawn()
-    if isinstance(drawn, Listed):
+    drawn = axis.domain()
+    if isinstance(drawn, IndexDomain):
         return trial.suggest_categorical(path, [*range(drawn.count)])
-    suggest = trial.suggest_float if isinstance(drawn, Real) else trial.suggest_int
+    suggest = trial.suggest_float if isinstance(drawn, FloatDomain) else trial.suggest_int
     return suggest(path, drawn.low, drawn.high, log=drawn.is_log)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import ConfigSpace
 from ray.tune.search.bohb import TuneBOHB
 
-from orchestrator.spec.axes import Axis, Listed, Real
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.rng import OwnRng
 from orchestrator.sweep.search.algorithms import by_depth, encode, worst_value
@@ -81,10 +81,12 @@ def _space(search: SearchSection) -> Any:
 
 
 def _parameter(path: str, axis: Axis) -> Any:
-    drawn = axis.drawn()
-    if isinstance(drawn, Listed):
+    drawn = axis.domain()
+    if isinstance(drawn, IndexDomain):
         return ConfigSpace.CategoricalHyperparameter(path, [*range(drawn.count)])
     kind = (
-        ConfigSpace.UniformFloatHyperparameter if isinstance(drawn, Real) else ConfigSpace.UniformIntegerHyperparameter
+        ConfigSpace.UniformFloatHyperparameter
+        if isinstance(drawn, FloatDomain)
+        else ConfigSpace.UniformIntegerHyperparameter
     )
     return kind(path, lower=drawn.low, upper=drawn.high, log=drawn.is_log)

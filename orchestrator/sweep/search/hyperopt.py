@@ -8,7 +8,7 @@ from hyperopt.fmin import generate_trial
 from hyperopt.pyll import scope
 from ray.tune.search.hyperopt import HyperOptSearch
 
-from orchestrator.spec.axes import Axis, Listed, Real
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.algorithms import by_depth, encode
 from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
@@ -76,7 +76,7 @@ def _space(search: SearchSection) -> dict[str, Any]:
     nodes: dict[str, Any] = {}
     for path in reversed(by_depth(search)):
         axis = search.space[path]
-        if not isinstance(axis.drawn(), Listed):
+        if not isinstance(axis.domain(), IndexDomain):
             nodes[path] = _node(path, axis)
             continue
         children = [child for child, other in search.space.items() if other.parent == path]
@@ -96,10 +96,10 @@ def _exists_with(axis: Axis, value: Any) -> bool:
 
 
 def _node(path: str, axis: Axis) -> Any:
-    drawn = axis.drawn()
-    assert not isinstance(drawn, Listed)
+    drawn = axis.domain()
+    assert not isinstance(drawn, IndexDomain)
     low, high = drawn.low, drawn.high
-    if isinstance(drawn, Real):
+    if isinstance(drawn, FloatDomain):
         return hp.loguniform(path, math.log(low), math.log(high)) if drawn.is_log else hp.uniform(path, low, high)
     if not drawn.is_log:
         return hp.uniformint(path, low, high)

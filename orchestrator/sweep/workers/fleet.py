@@ -68,7 +68,7 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
             "search.budget.gpu_hours would never be spent: this machine has no GPU",
             "Give search.budget.wall_clock_hours or tokens.",
         )
-    if whole == 0 and (reason := spec.why_not_on_cpu()):
+    if whole == 0 and (reason := spec.cpu_unsupported_reason()):
         raise RequestError(f"{reason}, and this machine has none")
     if address is None and (whole > num_gpus or resources.cpus_per_trial > num_cpus):
         raise RequestError(

@@ -93,7 +93,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._listener.emit(Warned(0.0, 0.0, 0.0, warning))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if reason := self._start.config.training.does_not_fit(state.max_steps):  # of epochs it is known only here
+        # If the experiment gives epochs, the number of steps is known only here.
+        if reason := self._start.config.training.schedule_overflow_reason(state.max_steps):
             raise TrialError(f"training.schedule: {reason}")
         self.tell(Noted, fields={"total_steps": state.max_steps})
 

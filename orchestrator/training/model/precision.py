@@ -23,9 +23,9 @@ def require_device(config: TrialConfig) -> None:
     import torch
 
     training, has_gpu = config.training, torch.cuda.is_available()
-    if not has_gpu and (reason := config.why_not_on_cpu()):
+    if not has_gpu and (reason := config.cpu_unsupported_reason()):
         raise TrialError(f"{reason}, and this process has none")
     if training.tf32 and torch.cuda.get_device_capability() < (8, 0):
         raise TrialError("training.tf32 needs an NVIDIA GPU of Ampere or later, and this one is older", "Set it off.")
-    if reason := config.why_not_under(resolve_precision(training)):
+    if reason := config.precision_unsupported_reason(resolve_precision(training)):
         raise TrialError(reason)

@@ -127,7 +127,7 @@ def _write(name: str, content: str) -> Callable[[Path], Any]:
         (lambda folder: (folder / "trial.json").write_bytes(b""), "trial.json: has changed .* not 0"),
         (_write("notes.txt", ""), "notes.txt: does not belong here"),
         (_nest, "deep/.hidden: does not belong here"),
-        (_link, "linked: is a symbolic link, to "),
+        (_link, "linked: is a symbolic link to "),
         (_write("adapter_model.bin", "x"), "adapter_model.bin: is a pickle"),
         (_write("optimizer.PT", "x"), "optimizer.PT: is a pickle"),
         (_flip, "manifest.json: has changed"),

@@ -8,5 +8,5 @@ from orchestrator.spec.sections import BaseSection
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """The embedded base's: it puts `<s>` before what it encodes, and nothing after."""
+    """The embedded base's tokenizer: it puts `<s>` before a text, and nothing after it."""
     return load_tokenizer(BaseSection(model="embedded"))

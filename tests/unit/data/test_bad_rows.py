@@ -1,4 +1,4 @@
-"""Bad rows: all of them told by kind, or left out and counted."""
+"""Bad rows: reported by kind, or left out and counted."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ GOOD = {"prompt": "1", "completion": "2"}
 
 
 def section(file: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSection:
-    """Held-out rows are their own: every row of the file is trained on."""
+    """Make a data section with separate held-out rows: every row of the file is trained on."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = file.with_name("held.jsonl")
     held_out.write_text(json.dumps(fields.pop("held", GOOD)) + "\n")
@@ -35,7 +35,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_all_bad_rows_are_told_by_kind(tmp_path: Path) -> None:
+def test_all_bad_rows_are_reported_by_kind(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(DataError) as caught:
         prepare(section(file, ROWS), BASE)
@@ -43,20 +43,20 @@ def test_all_bad_rows_are_told_by_kind(tmp_path: Path) -> None:
         "7 of 11 rows cannot be used:",
         f"  column 'completion' is empty: 5 rows: {file}:2, {file}:4, {file}:6 and 2 more",
         f"  there is no column 'completion': 1 row: {file}:5",
-        f"  column 'prompt' is a list of turns, and format prompt reads text: 1 row: {file}:9",
-        "  data.format says which columns are read; format template reads any, named in data.template.",
+        f"  column 'prompt' is a list of turns, but format prompt reads text: 1 row: {file}:9",
+        "  data.format says which columns are read; format template reads any column named in data.template.",
         "  Set data.format: messages, which reads prompt and completion as turns.",
         "  data.bad_rows: drop leaves such rows out and counts them.",
     ]
 
 
-def test_one_bad_row_is_told_with_how_many_there_are(tmp_path: Path) -> None:
+def test_a_single_bad_row_is_reported_with_the_number_of_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(DataError) as caught:
         prepare(section(file, ROWS[:3]), BASE)
     assert str(caught.value).splitlines() == [
         f"{file}:2: column 'completion' is empty",
-        "  It is the only bad one of 4 rows: mend it, or leave it out by data.bad_rows: drop.",
+        "  It is the only bad one of 4 rows: fix it, or set data.bad_rows: drop.",
     ]
 
 
@@ -69,7 +69,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [(bad.fault, bad.num_rows) for bad in prepared.bad_rows] == [
         ("column 'completion' is empty", 5),
         ("there is no column 'completion'", 1),
-        ("column 'prompt' is a list of turns, and format prompt reads text", 1),
+        ("column 'prompt' is a list of turns, but format prompt reads text", 1),
     ]
     save(prepared, tmp_path / "data")
     loaded: PreparedData = load(tmp_path / "data")
@@ -78,7 +78,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_held_out_rows_are_taken_from_the_good_ones(tmp_path: Path) -> None:
-    """As many as are asked for, and the same as of a file without the bad rows."""
+    """Their number is as requested, and they are the same as in a file without the bad rows."""
     good = [{"prompt": str(i), "completion": "2"} for i in range(9)]
     prepared = []
     for name, rows in {"good": good, "both": [row for each in good for row in (each, ROWS[1])]}.items():
@@ -89,7 +89,7 @@ def test_held_out_rows_are_taken_from_the_good_ones(tmp_path: Path) -> None:
     assert prepared[0].fingerprint == prepared[1].fingerprint
 
 
-def test_nothing_left_is_told(tmp_path: Path) -> None:
+def test_dropping_every_row_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(DataError, match=r"drop leaves no training row: column 'completion' is empty: 1 row: .*:1$"):
         prepare(section(file, ROWS[1:2], bad_rows="drop"), BASE)
@@ -106,13 +106,13 @@ def test_a_conversation_that_ends_with_the_human_is_one_bad_row(tmp_path: Path) 
     ]
 
 
-def test_a_column_that_no_row_has_is_no_matter_of_rows(tmp_path: Path) -> None:
+def test_a_column_that_no_row_has_is_refused_under_drop_too(tmp_path: Path) -> None:
     for bad_rows in ("error", "drop"):
         with pytest.raises(DataError, match=r"rows.jsonl:1: there is no column 'completion'; columns: 'prompt'"):
             prepare(section(tmp_path / "rows.jsonl", [{"prompt": "1"}] * 2, bad_rows=bad_rows), BASE)
 
 
-def test_an_error_crosses_processes_whole() -> None:
+def test_a_row_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(RowError("x:1", "is bad: 7", "mend it", kind="is bad")))
     assert (str(error), error.where, error.kind) == ("x:1: is bad: 7\n  mend it", "x:1", "is bad")
     assert str(BadRows(fault="is bad", num_rows=1, first=["x:1"])) == "is bad: 1 row: x:1"

@@ -1,4 +1,4 @@
-"""From a row to token ids: one beginning, one end, and labels on what is asked for."""
+"""From a row to token ids: one BOS, one EOS, and labels on the requested tokens."""
 
 import copy
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
-# Name -> data section, columns of a row, and the texts that its two parts must be.
+# Name -> data section, columns of a row, and the texts of its two parts.
 FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "template": (
         {"format": "template", "template": TEMPLATE},
@@ -91,7 +91,7 @@ def test_a_text_has_one_beginning_and_one_end(tokenizer: Any, text: str) -> None
     assert (tokens.labels, tokens.num_prompt) == (tokens.ids, 0)
 
 
-def test_a_tokenizer_that_begins_with_nothing_is_left_so(tokenizer: Any) -> None:
+def test_no_bos_is_added_if_the_tokenizer_adds_none(tokenizer: Any) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.backend_tokenizer.post_processor = ByteLevel()
     tokens = _encoded(plain, {"format": "text"}, {"text": "hello"})
@@ -109,7 +109,7 @@ def test_prompt_and_completion(tokenizer: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_loss_is_on_the_completions_tokens_alone(tokenizer: Any, name: str) -> None:
+def test_only_the_completions_tokens_are_in_the_loss(tokenizer: Any, name: str) -> None:
     section, columns, _, completion = FORMATS[name]
     tokens = _encoded(tokenizer, section | {"loss_on": "completion"}, columns)
     learned = [label for label in tokens.labels if label != IGNORED]
@@ -119,13 +119,13 @@ def test_the_loss_is_on_the_completions_tokens_alone(tokenizer: Any, name: str) 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_chat_asks_with_the_tokens_of_training(tokenizer: Any, name: str) -> None:
+def test_a_chat_prompt_has_the_tokens_of_training(tokenizer: Any, name: str) -> None:
     section, columns, _, _ = FORMATS[name]
     tokens = _encoded(tokenizer, section, columns)
     assert _chat_ids(tokenizer, section) == tokens.ids[: tokens.num_prompt]
 
 
-def test_a_chat_adds_no_beginning_to_a_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_adds_no_bos_to_a_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("<|assistant|>\n", "<|assistant|>"))
     section, columns, _, _ = FORMATS["messages"]
     tokens = _encoded(tokenizer, section, columns)
@@ -145,9 +145,7 @@ def test_a_prompt_that_ends_in_space(tokenizer: Any) -> None:
     assert _chat_ids(tokenizer, {"format": "prompt"}, prompt) == tokens.ids[: tokens.num_prompt]
 
 
-def test_a_chat_template_says_itself_where_a_conversation_begins(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_template_decides_how_a_conversation_begins(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     tokens = _encoded(tokenizer, {"format": "messages"}, FORMATS["messages"][1])
     assert tokenizer.decode(tokens.ids) == f"<|user|>\n{QUESTION}</s>\n<|assistant|>\n{ANSWER}</s>"
@@ -181,7 +179,7 @@ CUTS: dict[tuple[str, int], tuple[str, int] | None] = {
 
 
 @pytest.mark.parametrize(("side", "most"), CUTS)
-def test_a_row_is_cut_on_the_side_that_is_asked_for(tokenizer: Any, side: str, most: int) -> None:
+def test_a_row_is_cut_on_the_requested_side(tokenizer: Any, side: str, most: int) -> None:
     columns = {"prompt": "1 2 =", "completion": " 3"}
     tokens = _encoded(tokenizer, {"format": "prompt", "loss_on": "completion"}, columns)
     assert tokens.ids == [1, 20, 224, 21, 295, 224, 22, 2]
@@ -192,8 +190,8 @@ def test_a_row_is_cut_on_the_side_that_is_asked_for(tokenizer: Any, side: str, m
     assert (cut and (" ".join(marked), cut.num_prompt)) == CUTS[side, most]
 
 
-def test_what_has_no_beginning_is_cut_on_the_left_to_its_end() -> None:
-    tokens = Tokens([5, 6, 7, 8], [5, 6, 7, 8], 0, begins=False)
+def test_a_row_without_bos_is_cut_on_the_left_to_its_end() -> None:
+    tokens = Tokens([5, 6, 7, 8], [5, 6, 7, 8], 0, starts_with_bos=False)
     cut = tokens.cut(3, "left")
     assert cut is not None
     assert cut.ids == [6, 7, 8]
@@ -206,14 +204,14 @@ def test_earlier_turns_belong_to_the_prompt(tokenizer: Any) -> None:
     assert tokenizer.decode([label for label in tokens.labels if label != IGNORED]) == " d </s>"
 
 
-def test_a_token_across_the_border_belongs_to_the_completion(tokenizer: Any) -> None:
+def test_a_token_across_the_boundary_belongs_to_the_completion(tokenizer: Any) -> None:
     word = max((token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()), key=len)
     tokens = _encoded(tokenizer, {"format": "prompt"}, {"prompt": word[:-1], "completion": word[-1]})
     assert tokenizer.convert_ids_to_tokens(tokens.ids) == ["<s>", word, "</s>"]
     assert tokens.num_prompt == 1
 
 
-def test_columns_are_filled_in_as_they_are(tokenizer: Any) -> None:
+def test_columns_are_filled_in_unchanged(tokenizer: Any) -> None:
     columns = {"question": "{answer} {{x}}", "answer": "{question}", "other": None}
     tokens = _encoded(tokenizer, {"format": "template", "template": "{{{question}}} {answer}"}, columns)
     assert tokenizer.decode(tokens.ids) == "<s>{{answer} {{x}}} {question}</s>"
@@ -239,24 +237,24 @@ def test_columns_of_a_template() -> None:
     assert template_columns("{{x}} {b} {a} {b}") == ["b", "a", "b"]
 
 
-def test_a_question_where_the_template_cannot_take_one(tokenizer: Any) -> None:
+def test_a_question_for_a_template_with_several_columns(tokenizer: Any) -> None:
     section = _section({"format": "template", "template": "{title}: {question} {answer}"})
     assert render_prompt("as it stands", section, tokenizer) == "as it stands"
 
 
-def test_no_chat_template_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_chat_template_is_reported(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(DataError, match=r"has no chat template\n.*data\.chat_template"):
         _encoded(tokenizer, {"format": "messages"}, FORMATS["messages"][1])
 
 
-def test_a_chat_template_that_writes_the_prompt_otherwise_is_told(
+def test_a_chat_template_that_renders_the_prompt_differently_is_refused(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         tokenizer, "chat_template", "{{ messages | length }}: {{ messages | map(attribute='content') | join }}"
     )
-    with pytest.raises(DataError, match="x:1: the chat template renders the prompt alone otherwise"):
+    with pytest.raises(DataError, match="x:1: the chat template renders the prompt by itself differently"):
         _encoded(tokenizer, {"format": "messages"}, FORMATS["messages"][1])
 
 
@@ -270,7 +268,7 @@ def _encoded(tokenizer: Any, section: dict[str, Any], columns: dict[str, Any]) -
 
 
 def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION) -> list[int]:
-    """What a chat gives the model to go on from."""
+    """Return the token ids that a chat gives to the model."""
     given: list[int] = []
 
     def generate(input_ids: Any, streamer: Any, **_: Any) -> None:
@@ -282,14 +280,14 @@ def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION)
     return given
 
 
-def test_many_rows_are_encoded_in_one_call_as_each_by_itself(tokenizer: Any) -> None:
+def test_many_rows_in_one_call_are_encoded_like_single_ones(tokenizer: Any) -> None:
     data = _section({"format": "prompt", "loss_on": "completion"})
     texts = [("1 2 =", " 3"), ("<s>ä", "\n</s>"), ("a" * 50, "b"), ("", "c")]
     examples = [Example(prompt, completion, completion) for prompt, completion in texts]
     calls: list[Any] = []
 
     class Counting:
-        """A tokenizer that keeps what it is called with."""
+        """A tokenizer that records its calls."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
@@ -299,4 +297,4 @@ def test_many_rows_are_encoded_in_one_call_as_each_by_itself(tokenizer: Any) -> 
             return tokenizer(given, **options)
 
     assert encode_all(examples, Counting(), data) == [encode(example, tokenizer, data) for example in examples]
-    assert [len(call) for call in calls if call] == [4], "beside the empty text, which tells of BOS"
+    assert [len(call) for call in calls if call] == [4], "apart from the empty text, which shows whether BOS is added"

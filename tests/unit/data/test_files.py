@@ -1,4 +1,4 @@
-"""Every kind of file, folder, glob and saved data set; each row knows its place."""
+"""Every kind of file, folder, glob and saved data set, with the place of each row."""
 
 import bz2
 import gzip
@@ -85,19 +85,19 @@ def test_a_line_of_text_is_a_row(tmp_path: Path) -> None:
     ]
 
 
-def test_text_beside_other_files_of_a_folder_is_no_data(tmp_path: Path) -> None:
+def test_text_files_beside_other_files_of_a_folder_are_ignored(tmp_path: Path) -> None:
     _text(tmp_path / "README.txt", "read me")
     assert [file.name for file in data_files(tmp_path)] == ["README.txt"]
     _jsonl(tmp_path / "rows.jsonl")
     assert [file.name for file in data_files(tmp_path)] == ["rows.jsonl"]
 
 
-def test_a_delimiter_of_ones_own(tmp_path: Path) -> None:
+def test_another_delimiter(tmp_path: Path) -> None:
     _text(tmp_path / "rows.csv", 'a;b\n"1;2";3,4\n')
     assert [row.values for row in read_local(tmp_path / "rows.csv", delimiter=";")] == [{"a": "1;2", "b": "3,4"}]
 
 
-def test_one_object_with_turns_is_a_row_and_not_a_list_of_rows(tmp_path: Path) -> None:
+def test_one_object_with_turns_is_a_row(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "1"}], "tools": [{"type": "function"}]}
     _text(tmp_path / "row.json", json.dumps(row))
     assert [each.values for each in read_local(tmp_path / "row.json")] == [row]
@@ -109,7 +109,7 @@ def test_one_object_with_turns_is_a_row_and_not_a_list_of_rows(tmp_path: Path) -
 def test_a_column_twice_in_a_table_is_refused(tmp_path: Path) -> None:
     table = pa.table([["1"], ["2"]], names=["a", "a"])
     pq.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet: column 'a' is given twice"):
+    with pytest.raises(DataError, match=r"rows\.parquet: column 'a' appears twice"):
         list(read_local(tmp_path / "rows.parquet"))
     inner = pa.StructArray.from_arrays([pa.array(["1"]), pa.array(["2"])], names=["b", "b"])
     pq.write_table(pa.table({"a": inner}), tmp_path / "nested.parquet")
@@ -144,25 +144,25 @@ def test_a_split_of_a_saved_data_set(tmp_path: Path) -> None:
     assert len(list(read_local(tmp_path / "saved", default="test"))) == 1
 
 
-def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+def test_a_split_of_a_source_without_splits_is_refused(tmp_path: Path) -> None:
     _saved(tmp_path / "saved")
     (tmp_path / "folder").mkdir()
     _jsonl(tmp_path / "folder" / "rows.jsonl")
     for name in ("saved", "folder"):
         assert len(list(read_local(tmp_path / name, default="test"))) == 3
-        with pytest.raises(DataError, match=rf"{name}: has no splits, and split dev is asked for"):
+        with pytest.raises(DataError, match=rf"{name}: has no splits, but split dev is requested"):
             list(read_local(tmp_path / name, "dev"))
 
 
-def test_what_a_table_fills_in_is_no_argument(tmp_path: Path) -> None:
-    """Two calls with other arguments make one type, in which each row has the other's as null."""
+def test_nulls_that_a_table_fills_in_are_not_arguments(tmp_path: Path) -> None:
+    """A table gives two calls with different arguments one type, in which each has the other's arguments as null."""
     calls = [[{"name": "f", "arguments": {"a": 1}}], [{"name": "f", "arguments": {"b": 2}}]]
     pq.write_table(pa.Table.from_pylist([{"calls": each, "none": None} for each in calls]), tmp_path / "rows.parquet")
     rows = [row.values for row in read_local(tmp_path / "rows.parquet", None)]
     assert rows == [{"calls": each, "none": None} for each in calls]
 
 
-def test_a_file_is_read_no_further_than_asked(tmp_path: Path) -> None:
+def test_a_file_is_not_read_further_than_requested(tmp_path: Path) -> None:
     for name, text in {
         "a.csv": "a\n1\n2,3\n",
         "a.json": '[{"a": 1}, nonsense',
@@ -176,36 +176,36 @@ def test_a_file_is_read_no_further_than_asked(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, str | bytes, str]] = [
-    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: has 1 field, and the header 2: a, b"),
+    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: has 1 field, but the header has 2: a, b"),
     ("a.csv", 'a,b\n"1\n1",2\n3,4,5\n', r"a\.csv:4: has 3 fields"),
-    ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' is given twice"),
+    ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' appears twice"),
     ("a.csv", 'a\n1\n"2\n', r"a\.csv:3: is not CSV: unexpected end of data"),
     ("a.csv", b"a\nb\n\xff\n", r"a\.csv:3: is not UTF-8 text"),
     ("a.csv", "a\nb\n".encode("utf-16"), r"a\.csv:1: is not UTF-8 text"),
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2 row 1: is not JSON: Expecting ':' delimiter \(line 2, column 7\)"),
     ("a.json", '[{"a": 1},\n 2]', r"a\.json:2 row 1: must be a JSON object, got 2"),
-    ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1 row 0: is not JSON: the array goes on"),
-    ("a.json", '[{"a": 1}', r"a\.json:1 row 0: is not JSON: the array goes on"),
-    ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: after the array stands"),
+    ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:1 row 0: is not JSON: after this row comes neither a comma nor"),
+    ("a.json", '[{"a": 1}', r"a\.json:1 row 0: is not JSON: after this row comes neither a comma nor"),
+    ("a.json", '[{"a": 1}]\n[]', r"a\.json:1: is not JSON: the array is followed by"),
     ("a.json", '[{"a": 1},\n]', r"a\.json:2: is not JSON: the array ends with a comma"),
-    ("a.json", '{\n "data": [1]\n}', r"a\.json: holds one object, and no list of rows in it\n.*object a line"),
-    ("a.json", '{\n "x": [{"a": 1}], "y": [{"a": 1}]\n}', r"a\.json: holds one object, and no list of rows"),
-    ("a.json", '{\n "a": 1,\n "a": 2\n}', r"a\.json: key 'a' is given twice in one object"),
-    ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 2}}]', r"a\.json:2 row 1: key 'c' is given twice in one object"),
-    ("a.json", '[{"a": 1,}]', r"a\.json:1 row 0: is not JSON: a comma stands before the closing } \(column 1\d\)"),
-    ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: key 'a' is given twice in one object"),
+    ("a.json", '{\n "data": [1]\n}', r"a\.json: holds one object without a list of rows\n.*object per line"),
+    ("a.json", '{\n "x": [{"a": 1}], "y": [{"a": 1}]\n}', r"a\.json: holds one object without a list of rows"),
+    ("a.json", '{\n "a": 1,\n "a": 2\n}', r"a\.json: key 'a' appears twice in one object"),
+    ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 2}}]', r"a\.json:2 row 1: key 'c' appears twice in one object"),
+    ("a.json", '[{"a": 1,}]', r"a\.json:1 row 0: is not JSON: a comma comes before the closing } \(column 1\d\)"),
+    ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: key 'a' appears twice in one object"),
     ("a.jsonl", '{"a": 1},\n{"a": 2}\n', r"a\.jsonl:1: is not JSON: a comma follows the object; .* \(column 9\)"),
-    ("a.jsonl", '{"a": [1, 2,]}\n', r"a\.jsonl:1: is not JSON: a comma stands before the closing \]"),
-    ("a.jsonl.gz", '{"a": 1}\n', r"a\.jsonl\.gz: is not compressed as its ending says"),
+    ("a.jsonl", '{"a": [1, 2,]}\n', r"a\.jsonl:1: is not JSON: a comma comes before the closing \]"),
+    ("a.jsonl.gz", '{"a": 1}\n', r"a\.jsonl\.gz: is not compressed as its extension says"),
     ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], r"a\.jsonl\.gz: cannot be read: Compressed file ended"),
     ("a.jsonl.bz2", '{"a": 1}\n', r"a\.jsonl\.bz2: cannot be read: Invalid data stream"),
-    ("a.jsonl.xz", '{"a": 1}\n', r"a\.jsonl\.xz: is not compressed as its ending says"),
+    ("a.jsonl.xz", '{"a": 1}\n', r"a\.jsonl\.xz: is not compressed as its extension says"),
     ("a.parquet.gz", "text", r"a\.parquet\.gz: is of no known kind"),
     ("a.json", '{\n "a": 1\n', r"a\.json:1: is not JSON"),
     (
         "a.json",
         '{\n "a": 1\n}\n{\n "a": 2\n}\n',
-        r"a\.json:1: is not JSON.*\n.*is an array of objects, .*or an object a line",
+        r"a\.json:1: is not JSON.*\n.*is an array of objects, .*or one object per line",
     ),
     ("a.json", '[{"a": 1}]'.encode("utf-16"), r"a\.json:1: is not UTF-8 text\n  Save the file as UTF-8"),
     ("a.json", b'[{"a": 1},\n{"a": "\xe4"}]', r"a\.json:2: is not UTF-8 text"),
@@ -217,7 +217,11 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"a": 1}\nnull\n', r"a\.jsonl:2: must be a JSON object, got null"),
     ("a.jsonl", '{"a": 1, "b": ["\\ud83d"]}\n', r"a\.jsonl:1: column 'b' holds half a character"),
     ("a.parquet", "no table", r"a\.parquet: is not Parquet"),
-    ("a.md", "text", r"a\.md: is of no known kind: \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.parquet; all but"),
+    (
+        "a.md",
+        "text",
+        r"a\.md: is of no known kind; use one of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.parquet; all but",
+    ),
 ]
 
 
@@ -232,7 +236,7 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, content:
     ("path", "message"),
     [
         ("nope.csv", "nope.csv: there is no such data file"),
-        ("empty", "empty: the folder holds no data file"),
+        ("empty", "empty: the folder contains no data file"),
         ("*.csv", r"\*\.csv: no file matches"),
         ("*", r"\*: matches x.md, which is of no known kind"),
         ("half", "half: the saved data set cannot be read"),
@@ -247,10 +251,10 @@ def test_a_path_without_rows(tmp_path: Path, path: str, message: str) -> None:
         list(read_local(tmp_path / path, None))
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that may be opened and not read")
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that can be opened but not read")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).symlink_to("/proc/self/mem")  # may be opened, and not read: whoever runs this
+    (tmp_path / name).symlink_to("/proc/self/mem")  # can be opened but not read, by any user
     with pytest.raises(DataError, match=rf"{name}: (cannot be read|is not Parquet)"):
         list(read_local(tmp_path / name, None))
 

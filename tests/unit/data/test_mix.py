@@ -1,4 +1,4 @@
-"""Sources: which rows each gives, streams that end, and held-out rows that are no training rows."""
+"""Sources: the rows that each gives, streams, and held-out rows that must not be training rows."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare
-from orchestrator.data.mix import held_out_places, numbers_of, read_mixed
+from orchestrator.data.mix import held_out_indices, read_mixed, rows_per_source
 from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection, Source
@@ -38,7 +38,7 @@ def section(**fields: Any) -> DataSection:
 
 def texts(data: DataSection) -> tuple[list[str], list[str]]:
     mixed = read_mixed(data)
-    chosen: set[int] = set() if mixed.held_out else held_out_places(len(mixed.rows), data)
+    chosen: set[int] = set() if mixed.held_out else held_out_indices(len(mixed.rows), data)
     found = [row.values["text"] for row in mixed.rows]
     held_out = [text for i, text in enumerate(found) if i in chosen]
     return [text for i, text in enumerate(found) if i not in chosen], [
@@ -46,7 +46,7 @@ def texts(data: DataSection) -> tuple[list[str], list[str]]:
     ]  # fmt: skip
 
 
-def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dict[str, str], tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_before_rows_are_counted(sources: dict[str, str], tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"txt": "1"}\n' * 9)
     mix = [{"source": sources["a"], "weight": 9}, {"source": str(other), "weight": 1}]
@@ -70,11 +70,11 @@ def test_a_column_that_is_not_there_is_told_before_rows_are_counted(sources: dic
         ([7], [3.0], [7]),
     ],
 )
-def test_shares_are_exact_and_no_row_comes_twice(sizes: list[int], weights: list[float], numbers: list[int]) -> None:
-    assert numbers_of(sizes, weights) == numbers
+def test_shares_are_exact_and_no_row_is_used_twice(sizes: list[int], weights: list[float], numbers: list[int]) -> None:
+    assert rows_per_source(sizes, weights) == numbers
 
 
-def test_a_mix_has_its_weights_the_same_rows_each_time_and_says_so(sources: dict[str, str]) -> None:
+def test_a_mix_has_its_weights_and_the_same_rows_each_time(sources: dict[str, str]) -> None:
     mix = [{"source": sources["a"], "weight": 3}, {"source": sources["b"], "weight": 1}]
     train, held_out = texts(section(mix=mix, held_out={"count": 12}))
     assert Counter(text[0] for text in train + held_out) == {"a": 90, "b": 30}
@@ -83,8 +83,8 @@ def test_a_mix_has_its_weights_the_same_rows_each_time_and_says_so(sources: dict
     other = texts(section(mix=mix, held_out={"count": 12}, seed=7))
     assert {text for part in other for text in part} != {*train, *held_out}, "another seed draws other rows"
     prepared = prepare(section(mix=mix, held_out={"count": 12}), BASE)
-    told = [(source.source, source.weight, source.num_read, source.num_taken) for source in prepared.sources]
-    assert told == [(sources["a"], 3, 90, 90), (sources["b"], 1, 40, 30)]
+    recorded = [(source.source, source.weight, source.num_read, source.num_taken) for source in prepared.sources]
+    assert recorded == [(sources["a"], 3, 90, 90), (sources["b"], 1, 40, 30)]
 
 
 def test_a_mix_without_weights_has_all_rows(sources: dict[str, str]) -> None:
@@ -113,7 +113,7 @@ def test_a_held_out_file_among_the_training_files_is_refused(
 
 
 @pytest.mark.parametrize("held_out", ["saved", "again/../saved", "link"])
-def test_a_saved_data_set_without_splits_is_not_held_out_of_itself(tmp_path: Path, held_out: str) -> None:
+def test_a_saved_data_set_without_splits_cannot_be_held_out_of_itself(tmp_path: Path, held_out: str) -> None:
     Dataset.from_list([{"text": f"row {i}"} for i in range(6)]).save_to_disk(tmp_path / "saved")
     (tmp_path / "again").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "saved")
@@ -121,7 +121,7 @@ def test_a_saved_data_set_without_splits_is_not_held_out_of_itself(tmp_path: Pat
         read_mixed(section(source=str(tmp_path / "saved"), held_out={"source": str(tmp_path / held_out)}))
 
 
-def test_splits_of_a_saved_data_set_are_apart(tmp_path: Path) -> None:
+def test_splits_of_a_saved_data_set_are_separate(tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
     parts = {split: [{"text": f"{split} {i}"} for i in range(3)] for split in ("train", "test", "dev")}
     DatasetDict({split: Dataset.from_list(rows) for split, rows in parts.items()}).save_to_disk(saved)
@@ -135,13 +135,13 @@ def test_splits_of_a_saved_data_set_are_apart(tmp_path: Path) -> None:
 
 def test_a_file_that_is_read_twice_is_refused_by_both_names(sources: dict[str, str], tmp_path: Path) -> None:
     twice = [{"source": str(tmp_path / "[ab].jsonl")}, {"source": sources["b"]}]
-    both = r": .*/b\.jsonl \(.*/b\.jsonl\) is read already as .*/b\.jsonl \(.*/\[ab\]\.jsonl\)"
+    both = r": .*/b\.jsonl \(.*/b\.jsonl\) is already read as .*/b\.jsonl \(.*/\[ab\]\.jsonl\)"
     with pytest.raises(DataError, match=f"^data{both}"):
         read_mixed(section(mix=twice))
     with pytest.raises(DataError, match=f"^data.held_out{both}"):
         read_mixed(section(source=sources["c"], held_out={"mix": twice}))
     (tmp_path / "link.jsonl").symlink_to(sources["a"])
-    with pytest.raises(DataError, match=r"link\.jsonl .* is read already as .*/a\.jsonl"):
+    with pytest.raises(DataError, match=r"link\.jsonl .* is already read as .*/a\.jsonl"):
         read_mixed(section(source=str(tmp_path)))
 
 
@@ -152,7 +152,7 @@ def test_the_same_rows_of_two_sources_are_counted(sources: dict[str, str], tmp_p
 
 
 class Hub:
-    """A data set of 1000 rows in ten files, which counts what is taken of it."""
+    """A data set of 1000 rows in ten files that counts the rows read from it."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -178,7 +178,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_stream_is_taken_as_far_as_need_be_in_a_seeded_order(hub: Hub) -> None:
+def test_a_stream_is_read_as_far_as_needed_in_a_seeded_order(hub: Hub) -> None:
     source = Source(source="owner/rows", config="main", split="train", max_rows=30, stream_buffer=50)
     rows = read_rows(source, seed=3)
     assert hub.asked == [("owner/rows", "main", "train", True)]
@@ -198,7 +198,7 @@ def test_a_hub_data_set_that_is_not_streamed(hub: Hub) -> None:
     assert hub.asked == [("owner/rows", None, "train[:6]", False), ("owner/rows", None, "test[:2]", False)]
 
 
-def test_what_the_library_could_not_make_is_a_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_library_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise DatasetGenerationError("An error occurred while generating the dataset")
 
@@ -209,7 +209,7 @@ def test_what_the_library_could_not_make_is_a_fault_of_the_data(monkeypatch: pyt
         read_rows(Source(source="owner/rows"))
 
 
-def test_the_split_is_of_the_section_and_not_of_the_tokenizer(sources: dict[str, str]) -> None:
+def test_the_split_does_not_depend_on_the_tokenizer(sources: dict[str, str]) -> None:
     data = section(source=sources["a"], held_out={"share": 0.2})
     held_out = prepare(data, BASE).held_out
     longer = prepare(data.model_copy(update={"max_length": 8, "packing": True}), BASE).held_out

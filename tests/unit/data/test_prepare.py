@@ -1,4 +1,4 @@
-"""Split, cut, fingerprint, and prepared data that is shared."""
+"""Split, cut, fingerprint, and prepared data that is saved and loaded."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ BASE = BaseSection(model="embedded")
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Forty rows, no two alike."""
+    """Forty different rows."""
     return _write(tmp_path / "rows.jsonl", [f"row {i}" for i in range(40)])
 
 
@@ -50,7 +50,7 @@ def test_share_and_count(rows: Path, held_out: dict[str, Any], num_held_out: int
     assert (len(prepared.train), len(prepared.held_out)) == (40 - num_held_out, num_held_out)
 
 
-def test_held_out_rows_of_their_own(rows: Path, tmp_path: Path) -> None:
+def test_separate_held_out_rows(rows: Path, tmp_path: Path) -> None:
     own = _write(tmp_path / "own.jsonl", ["one", "two", "three"])
     prepared = prepare(_section(rows, held_out={"source": str(own), "max_rows": 2}), BASE)
     assert _texts(prepared) == (_texts_of(rows), ["one", "two"])
@@ -62,7 +62,7 @@ def test_the_first_rows_only(rows: Path) -> None:
 
 
 @pytest.mark.parametrize("held_out", [{"count": 40}, {"count": 41}, {"share": 0.99}])
-def test_rows_must_be_left_to_train_on(rows: Path, held_out: dict[str, Any]) -> None:
+def test_holding_out_every_row_is_refused(rows: Path, held_out: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"data\.held_out takes \d+ of 40 rows"):
         prepare(_section(rows, held_out=held_out), BASE)
 
@@ -77,7 +77,7 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
         assert getattr(cut, part)["labels"] == getattr(cut, part)["input_ids"]
 
 
-def test_rows_without_anything_to_learn_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_rows_without_a_token_in_the_loss_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     prompts = ["1", "1 2 3 4 5 6 7 8 9", "2", "3"]
     rows.write_text("".join(json.dumps({"prompt": p, "completion": " 5"}) + "\n" for p in prompts))
@@ -91,14 +91,17 @@ def test_rows_without_anything_to_learn_are_dropped_and_counted(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", ["training", "held-out"])
-def test_a_part_of_which_nothing_is_left_is_named(tmp_path: Path, part: str) -> None:
+def test_a_part_without_any_row_left_is_named(tmp_path: Path, part: str) -> None:
     files = {}
     for name, prompt in {"training": "1", "held-out": "2", part: "1 2 3 4 5 6 7 8 9"}.items():
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text(json.dumps({"prompt": prompt, "completion": " 5"}) + "\n")
     own = {"source": str(files["held-out"])}
     section = _section(files["training"], format="prompt", loss_on="completion", max_length=8, held_out=own)
-    with pytest.raises(DataError, match=rf"leaves no {part} row a token to learn from: .*{part}\.jsonl:1 \(21\)"):
+    with pytest.raises(
+        DataError,
+        match=rf"after truncation no {part} row has a token in the loss\. Longest rows: .*{part}\.jsonl:1 \(21\)",
+    ):
         prepare(section, BASE)
 
 
@@ -116,8 +119,8 @@ def test_text_has_no_prompts(rows: Path) -> None:
     assert prepare(_section(rows), BASE).prompts == []
 
 
-def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
-    """Of two that write these rows alike: a question may be asked otherwise."""
+def test_the_fingerprint_depends_on_the_chat_template(tmp_path: Path) -> None:
+    """Two templates may render these rows alike but a question differently."""
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
@@ -133,8 +136,8 @@ def test_the_fingerprint_is_of_the_chat_template_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("truncate", ["right", "left"])
-def test_prompts_to_answer_are_what_the_cut_leaves_of_rows_that_are_kept(tmp_path: Path, truncate: str) -> None:
-    """A prompt of 200 tokens leaves its row nothing to learn from, if it is cut on the right: nobody answers it."""
+def test_prompts_are_those_of_kept_rows_after_the_cut(tmp_path: Path, truncate: str) -> None:
+    """A row with a prompt of 200 tokens has nothing in the loss if it is cut on the right: its prompt is left out."""
     rows = [{"prompt": "a " * num, "completion": "b"} for num in (5, 200, 6, 7)]
     own = [{"prompt": "c", "completion": "d"}]
     files = {}
@@ -151,8 +154,8 @@ def test_prompts_to_answer_are_what_the_cut_leaves_of_rows_that_are_kept(tmp_pat
         assert ids[: len(prompt.ids)] == prompt.ids
 
 
-def test_a_prompt_that_fills_a_row_is_answered_by_its_end(tmp_path: Path) -> None:
-    """With loss_on all such a row is kept, but nothing of its answer: what asks is the end of the prompt."""
+def test_a_prompt_that_fills_its_row_is_cut_to_its_end(tmp_path: Path) -> None:
+    """With loss_on all, such a row is kept without its answer; the model is asked with the end of the prompt."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a " * 30 + "? ;", "completion": "b"}) + "\n")
     own = _write(tmp_path / "own.jsonl", ["x"])
@@ -165,7 +168,7 @@ def test_a_prompt_that_fills_a_row_is_answered_by_its_end(tmp_path: Path) -> Non
     assert tokenizer.decode(prompt.ids[1:]).endswith("a a ? ;")
 
 
-def test_rows_that_are_too_long_are_an_error_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_refused_under_truncate_error(tmp_path: Path) -> None:
     rows = _write(tmp_path / "rows.jsonl", ["1", "1 2 3 4 5 6 7 8 9", "1 2", "9 8 7 6 5 4 3 2 1"])
     wanted = r"data\.max_length=8: 2 of 4 rows have more tokens: .*rows\.jsonl:[24] \(19\), .*rows\.jsonl:[24] \(19\)$"
     with pytest.raises(DataError) as caught:
@@ -175,7 +178,7 @@ def test_rows_that_are_too_long_are_an_error_where_that_is_asked_for(tmp_path: P
     assert (whole.num_truncated, whole.num_dropped) == (0, 0)
 
 
-def test_the_fingerprint_is_of_the_tokens(rows: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_tokens(rows: Path, tmp_path: Path) -> None:
     fingerprint = prepare(_section(rows), BASE).fingerprint
     assert prepare(_section(rows), BASE).fingerprint == fingerprint
     copy = tmp_path / "elsewhere.jsonl"
@@ -194,14 +197,14 @@ def test_the_fingerprint_is_of_the_tokens(rows: Path, tmp_path: Path) -> None:
     assert len(found | {fingerprint}) == len(others) + 1
 
 
-def test_the_fingerprint_is_of_the_labels_too(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_labels(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     sections = [_section(rows, format="prompt", loss_on=loss_on) for loss_on in ("all", "completion")]
     assert len({prepare(section, BASE).fingerprint for section in sections}) == 2
 
 
-def test_the_fingerprint_knows_where_the_held_out_rows_begin(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_split(tmp_path: Path) -> None:
     parts = [(["a", "b"], ["c"]), (["a"], ["b", "c"])]
     fingerprints = set()
     for train, held_out in parts:
@@ -210,7 +213,7 @@ def test_the_fingerprint_knows_where_the_held_out_rows_begin(tmp_path: Path) -> 
     assert len(fingerprints) == 2
 
 
-def test_what_is_saved_is_what_is_loaded(rows: Path, tmp_path: Path) -> None:
+def test_saved_data_is_loaded_unchanged(rows: Path, tmp_path: Path) -> None:
     made = prepare(_section(rows), BASE)
     save(made, tmp_path / "data")
     loaded = load(tmp_path / "data")

@@ -1,4 +1,4 @@
-"""What `orchestrator data` shows is what is trained."""
+"""`orchestrator data` shows what is trained."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from orchestrator.cli import main
 from orchestrator.data import prepare
 from orchestrator.data.encode import IGNORED
 from orchestrator.data.preview import DataPreview, pieces, preview
+from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.report.data import row_text, say_data
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -22,7 +23,7 @@ BASE = BaseSection(model="embedded")
 
 @pytest.fixture
 def section(tmp_path: Path) -> DataSection:
-    """Nine rows: the second is cut, the fourth is dropped; a held-out one is a training row too."""
+    """Nine rows. The second is cut, the fourth is dropped, and a held-out one is also a training row."""
     lines = [("1", "2"), ("1", "2 3 4 5 6 7"), ("3", "4"), ("1 2 3 4 5 6", "7"), *((str(i), "9") for i in range(4, 9))]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in lines))
@@ -36,7 +37,7 @@ def section(tmp_path: Path) -> DataSection:
     )  # fmt: skip
 
 
-def test_it_is_what_would_be_trained(section: DataSection) -> None:
+def test_the_preview_is_what_would_be_trained(section: DataSection) -> None:
     shown, prepared = preview(section, BASE, 99), prepare(section, BASE)
     assert [row.ids for row in shown.rows] == prepared.train["input_ids"]
     trained = [[label != IGNORED for label in labels] for labels in prepared.train["labels"]]
@@ -61,7 +62,7 @@ def test_a_row_of_plain_text_shows_its_mask(section: DataSection) -> None:
     assert (shown.rows[1].num_cut, shown.rows[1].num_trained) == (4, 8)
 
 
-def test_pieces_are_the_text_of_the_whole() -> None:
+def test_pieces_join_to_the_whole_text() -> None:
     tokenizer = load_tokenizer(BASE)
     ids = tokenizer("a ä =\n</s> b")["input_ids"]
     for every in (1, 2, 3):
@@ -72,17 +73,17 @@ def test_pieces_are_the_text_of_the_whole() -> None:
 
 
 BARS = [(4, 40, 9), (6, 0, 0), (8, 0, 0), (10, 0, 0), (12, 0, 0), (14, 9, 2)]
-"""Of nine rows with 4 tokens and two with 14: up to so many, length of the bar, rows."""
+"""Maximum tokens, length of the bar and number of rows, for nine rows of 4 tokens and two of 14."""
 
 
-def said(shown: DataPreview) -> list[str]:
+def printed(shown: DataPreview) -> list[str]:
     out = StringIO()
     say_data(Console(file=out, width=160), shown)
     return out.getvalue().splitlines()
 
 
-def test_lines_for_a_person(section: DataSection) -> None:
-    lines = said(preview(section, BASE, 1))
+def test_printed_lines(section: DataSection) -> None:
+    lines = printed(preview(section, BASE, 1))
     assert lines[0].endswith("rows.jsonl:1: 4 tokens, 2 trained on")
     assert lines[1] == "<s>1⟦2</s>⟧"
     assert any(line.startswith("1 row is cut (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
@@ -94,12 +95,12 @@ def test_lines_for_a_person(section: DataSection) -> None:
     assert lines[start : start + len(bars) + 1] == [*bars[:4], "  ----- max_length 10 -----", *bars[4:]]
 
 
-def test_packed_rows_are_shown_by_their_sequences(section: DataSection) -> None:
+def test_packed_rows_are_shown_in_the_order_of_sequences(section: DataSection) -> None:
     shown = preview(section.model_copy(update={"packing": True}), BASE, 4)
     assert shown.packing is not None
     assert (shown.packing.num_sequences, shown.packing.most_rows) == (5, 2)
     assert [row.sequence for row in shown.rows] == [0, 0, 1, 2]
-    assert any("packed into 5 sequences, " in line for line in said(shown))
+    assert any("packed into 5 sequences, " in line for line in printed(shown))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *call: str) -> int | str | None:
@@ -109,8 +110,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *call: str) -> int | str | None:
     return exit_.value.code
 
 
-def test_the_verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    call = ["experiments/demo.yaml", "--rows", "1", "--set", "data.max_rows=40", "--set", "data.held_out={count: 4}"]
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    call = [str(DEMO), "--rows", "1", "--set", "data.max_rows=40", "--set", "data.held_out={count: 4}"]
     assert run(monkeypatch, *call) == 0
     out, err = capfd.readouterr()
     assert out.splitlines()[:2] == [
@@ -126,7 +127,7 @@ def test_the_verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
     assert err == ""
 
 
-def test_the_verb_shows_rows_without_an_experiment(
+def test_the_command_shows_rows_without_an_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]

@@ -15,7 +15,7 @@ def test_each_row_knows_its_line(tmp_path: Path) -> None:
     assert [row.where for row in rows] == [f"{file}:{line}" for line in (1, 4, 5)]
 
 
-def test_what_lies_past_the_first_rows_is_not_read(tmp_path: Path) -> None:
+def test_rows_after_max_rows_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n{"a": 2}\nnonsense\n')
     assert len(read_rows(Source(source=str(file), max_rows=2))) == 2

@@ -1,4 +1,4 @@
-"""Conversations token for token: ShareGPT, tools, several answers, a chat template of one's own."""
+"""Conversations token for token: ShareGPT, tools, several answers, a given chat template."""
 
 import json
 from typing import Any
@@ -47,7 +47,7 @@ CALLING = {
 
 
 def encoded(columns: dict[str, Any], template: str | None = None, **section: Any) -> tuple[list[int], str, str, str]:
-    """Ids, tokens with what is trained in brackets, the prompt and the answer."""
+    """Return the ids, the tokens with trained ones in brackets, the prompt and the answer."""
     data = DataSection.model_validate({"source": "x/y", "format": "messages", "chat_template": template, **section})
     tokenizer = load_tokenizer(BASE, template)
     example = render(Row(columns, "x:1"), data, tokenizer)
@@ -74,14 +74,14 @@ def test_the_last_answer_or_every_answer() -> None:
     assert all(token.startswith("[") for token in everything[1].split())
 
 
-def test_sharegpt_by_a_template_of_ones_own() -> None:
+def test_sharegpt_with_a_given_template() -> None:
     ids, tokens, prompt, answer = encoded(SHAREGPT, CHATML, format="sharegpt", loss_on="assistant")
     assert tokens == "< | s | > 5 </s> < | u | > 1 </s> < | a | > [2] [</s>] < | u | > 3 </s> < | a | > [4] [</s>]"
     assert ids[:7] == [31, 95, 86, 95, 33, 24, 2]
     assert (prompt, answer) == ("<|s|>5</s><|u|>1</s><|a|>2</s><|u|>3</s><|a|>", "4")
 
 
-def test_calls_of_tools_are_answers_and_what_tools_say_is_not() -> None:
+def test_tool_calls_are_answers_and_tool_results_are_not() -> None:
     _, tokens, prompt, answer = encoded(CALLING, TOOLS, loss_on="assistant")
     call = '[+] [{] ["] [a] ["] [:] [Ġ] [1] [}] [</s>]'
     assert tokens == f"+ : < | u | > 1 </s> < | a | > {call} < | t | > 2 </s> < | a | > [3] [</s>]"
@@ -89,18 +89,18 @@ def test_calls_of_tools_are_answers_and_what_tools_say_is_not() -> None:
     assert answer == "3"
     calls = {**CALLING, "messages": CALLING["messages"][:2]}
     assert encoded(calls, TOOLS, loss_on="completion")[3] == '+{"a": 1}', "the answer is the call"
-    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "3 "}]}
-    assert encoded(said, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "and what is said beside it"
+    columns = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "3 "}]}
+    assert encoded(columns, TOOLS, loss_on="completion")[3] == '3 +{"a": 1}', "with the content beside it"
 
 
-def test_a_template_may_write_a_call_without_what_is_said_beside_it() -> None:
-    """As Llama 3.1's does; the calls are there."""
+def test_a_template_may_render_a_call_without_the_content_beside_it() -> None:
+    """Llama 3.1's template does; the calls are in the text."""
     bare = TOOLS.replace("{{ m['content'] }}", "{% if not m['tool_calls'] %}{{ m['content'] }}{% endif %}")
-    said = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "let me see"}]}
-    assert encoded(said, bare, loss_on="completion")[3] == '+{"a": 1}'
+    columns = {**CALLING, "messages": [CALLING["messages"][0], {**CALLING["messages"][1], "content": "let me see"}]}
+    assert encoded(columns, bare, loss_on="completion")[3] == '+{"a": 1}'
 
 
-def test_the_templates_own_marks_are_taken() -> None:
+def test_the_templates_own_generation_tags_are_used() -> None:
     _, tokens, _, _ = encoded(MESSAGES, MARKED, loss_on="assistant")
     assert tokens == "< | u | > 1 Ċ < | a | > [2] [</s>] Ċ < | u | > 3 Ċ < | a | > [4] [</s>]"
     theirs = load_tokenizer(BASE, MARKED).apply_chat_template(
@@ -110,8 +110,8 @@ def test_the_templates_own_marks_are_taken() -> None:
     assert [bool(mask) for mask in theirs["assistant_masks"]][: len(trained)] == trained
 
 
-def test_space_before_an_answer_is_learned_with_marks_and_without() -> None:
-    """Prompts end before it, so that the model has to write it."""
+def test_space_before_an_answer_is_trained_with_tags_and_without() -> None:
+    """A prompt ends before it, so the model has to write it."""
     spaced = MARKED.replace("<|a|>", "<|a|>\n")
     _, tokens, prompt, _ = encoded(MESSAGES, spaced, loss_on="assistant")
     assert tokens == "< | u | > 1 Ċ < | a | > [Ċ] [2] [</s>] Ċ < | u | > 3 Ċ < | a | > [Ċ] [4] [</s>]"
@@ -120,7 +120,7 @@ def test_space_before_an_answer_is_learned_with_marks_and_without() -> None:
     assert encoded(MESSAGES, plain, loss_on="completion")[1].endswith("< | a | > [Ċ] [4] [</s>]")
 
 
-def test_a_beginning_that_is_written_twice_moves_no_answer() -> None:
+def test_a_doubled_bos_does_not_shift_answers() -> None:
     _, tokens, _, _ = encoded(MESSAGES, "<s><s>" + CHATML, loss_on="assistant")
     assert tokens == "<s> < | u | > 1 </s> < | a | > [2] [</s>] < | u | > 3 </s> < | a | > [4] [</s>]"
 
@@ -165,29 +165,34 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
     "half a weight": (turns(USER, {**ANSWER, "weight": 0.5}), CHATML, {}, "weight of a turn must be 0 or 1.*got 0.5"),
     "loss of text": (turns(USER, {**ANSWER, "loss": "no"}), CHATML, {}, "loss of a turn must be 0 or 1.*got 'no'"),
     "two marks that differ": (
-        turns(USER, {**ANSWER, "weight": 1, "train": False}), CHATML, {}, "weight and train of a turn say different"
+        turns(USER, {**ANSWER, "weight": 1, "train": False}), CHATML, {}, "weight and train of a turn contradict"
     ),
     "nothing to learn of the last": (
         turns(USER, ANSWER, USER, {**ANSWER, "weight": 0}), CHATML, {"loss_on": "completion"},
-        "the last answer is not trained",
+        "the last answer has weight 0",
     ),
     "nothing to learn of any": (
-        turns(USER, {**ANSWER, "weight": 0}), CHATML, {"loss_on": "assistant"}, "none of the assistant's turns is"
+        turns(USER, {**ANSWER, "weight": 0}), CHATML, {"loss_on": "assistant"}, "every assistant turn has weight 0"
     ),
-    "a history beside": (turns(USER, ANSWER, history=[["1", "2"]]), CHATML, {}, "column 'history' is not empty, and"),
+    "a column history": (turns(USER, ANSWER, history=[["1", "2"]]), CHATML, {}, "column 'history' is not empty, but"),
     "two systems": (
         turns({"role": "system", "content": "s"}, USER, ANSWER, system="t"), CHATML, {}, "the system turn differ"
     ),
     "a system of objects": (turns(USER, ANSWER, system={"a": 1}), CHATML, {}, "column system must be text"),
     "a completion of several turns": (
         {"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}, CHATML, {"loss_on": "completion"},
-        "column completion has 3 turns, and loss_on completion learns the last alone",
+        "column completion has 3 turns, but loss_on completion trains only the last",
     ),
     "tools left out": (CALLING | {"messages": [USER, ANSWER]}, NO_TOOLS, {}, "leaves the column tools out"),
     "calls left out": (turns(*CALLING["messages"]), NO_TOOLS, {}, "leaves tool_calls out"),
-    "answers written otherwise": (MESSAGES, LAST_ENDS, {"loss_on": "assistant"}, "writes turn 2 otherwise"),
-    "nothing asks": (turns(ANSWER, USER, ANSWER), CHATML, {"loss_on": "assistant"}, "nothing asks for the first turn"),
-    "an answer alone": (turns(ANSWER), CHATML, {}, "stands alone"),
+    "answers written otherwise": (MESSAGES, LAST_ENDS, {"loss_on": "assistant"}, "renders turn 2 differently"),
+    "no question": (
+        turns(ANSWER, USER, ANSWER),
+        CHATML,
+        {"loss_on": "assistant"},
+        "the first turn is an answer without a question",
+    ),
+    "only an answer": (turns(ANSWER), CHATML, {}, "the assistant's turn is the only one"),
     "a user who calls": (turns({**USER, "tool_calls": [CALL]}, ANSWER), TOOLS, {}, "only the assistant has tool_calls"),
     "a call without a name": (
         turns(USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}), TOOLS, {}, "needs a function with a name"
@@ -219,21 +224,21 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_conversation_is_named(name: str) -> None:
+def test_a_wrong_conversation_is_refused_with_the_reason(name: str) -> None:
     columns, template, section, message = WRONG[name]
     with pytest.raises(DataError, match=rf"^x:1: .*{message}"):
         encoded(columns, template, **section)
 
 
-def test_a_turn_may_be_written_otherwise() -> None:
-    """As by templates that leave out what an earlier answer was thought of with."""
+def test_a_template_may_change_earlier_turns() -> None:
+    """Some templates leave out the reasoning of earlier answers."""
     thinking = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
     columns = turns(USER, {"role": "assistant", "content": "<think>1</think>2"}, USER, ANSWER)
     assert encoded(columns, thinking)[1].count("[2]") == 2
 
 
 U, A, EOS = "< | u | > 1 </s>", "< | a | >", "</s>"
-"""In CHATML: what a user says, and how an answer begins."""
+"""Tokens in CHATML: a user's turn, and the beginning of an answer."""
 
 
 def trained(columns: dict[str, Any], template: str = CHATML, **section: Any) -> int:
@@ -241,14 +246,14 @@ def trained(columns: dict[str, Any], template: str = CHATML, **section: Any) -> 
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}])
-def test_a_turn_that_says_so_is_not_trained(mark: dict[str, Any]) -> None:
+def test_an_answer_with_weight_0_is_not_trained(mark: dict[str, Any]) -> None:
     columns = turns(USER, {**ANSWER, **mark}, USER, {**ANSWER, "weight": 1})
     first, last = f"{U} {A} 2 {EOS}", f"{U} {A} [2] [{EOS}]"
     assert encoded(columns, CHATML, loss_on="assistant")[1] == f"{first} {last}"
     assert encoded(columns, CHATML, loss_on="completion")[1] == f"{first} {last}"
     everything = encoded(columns, CHATML)[1].split()
     is_trained = [token.startswith("[") for token in everything]
-    # 7 tokens of the question and 5 of the answer's head; the answer and its end are out; then all 14.
+    # 7 tokens of the question and 5 of the answer's header, without the answer and its end; then all 14.
     assert is_trained == [True] * 12 + [False] * 2 + [True] * 14
     of_sharegpt = {
         "conversations": [
@@ -259,34 +264,34 @@ def test_a_turn_that_says_so_is_not_trained(mark: dict[str, Any]) -> None:
     assert trained(of_sharegpt, format="sharegpt", loss_on="assistant") == 2
 
 
-def test_a_question_that_says_so_is_not_trained() -> None:
+def test_a_question_with_weight_0_is_not_trained() -> None:
     columns = turns({**USER, "train": False}, ANSWER, {**USER, "train": False}, ANSWER)
     question = "< | u | > 1 </s>"
     answer = "[<] [|] [a] [|] [>] [2] [</s>]"
     assert encoded(columns, CHATML)[1] == f"{question} {answer} {question} {answer}"
     nothing = turns(*({**turn, "weight": 0} for turn in (USER, ANSWER)))
-    with pytest.raises(DataError, match="x:1: no turn is trained"):
+    with pytest.raises(DataError, match="x:1: every turn has weight 0"):
         encoded(nothing, CHATML)
 
 
-def test_a_weight_of_a_turn_that_the_template_marks_itself() -> None:
+def test_weights_with_a_template_that_has_generation_tags() -> None:
     columns = turns(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1})
     tokens = encoded(columns, MARKED, loss_on="assistant")[1]
     assert tokens == "< | u | > 1 Ċ < | a | > 2 </s> Ċ < | u | > 1 Ċ < | a | > [2] [</s>]"
 
 
-def test_marks_of_a_template_that_are_not_one_an_answer() -> None:
-    """Two marks an answer: which is whose cannot be told, and all are trained."""
+def test_a_template_with_several_generation_tags_for_one_answer() -> None:
+    """With two tags for each answer it is unknown which belongs to which, and all are trained."""
     twice = MARKED.replace(
         "{{ m['content'] }}{{ eos_token }}", "{{ m['content'] }}{% endgeneration %}-{% generation %}{{ eos_token }}"
     )
     columns = turns({**USER, "weight": 0}, ANSWER)
     assert encoded(columns, twice, loss_on="assistant")[1] == "< | u | > 1 Ċ < | a | > [2] - [</s>]"
-    with pytest.raises(DataError, match="marks 4 answers of 2: which has weight 0 cannot be told"):
+    with pytest.raises(DataError, match="marks 4 answers of 2: it is unknown which one has weight 0"):
         encoded(turns(USER, {**ANSWER, "weight": 0}, USER, ANSWER), twice, loss_on="assistant")
 
 
-def test_reasoning_that_the_template_writes_is_trained() -> None:
+def test_reasoning_that_the_template_renders_is_trained() -> None:
     thinking = CHATML.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
     columns = turns(USER, {**ANSWER, "reasoning_content": "3"})
     assert encoded(columns, thinking, loss_on="completion")[1] == f"{U} {A} [3] [2] [{EOS}]"
@@ -296,7 +301,7 @@ def test_reasoning_that_the_template_writes_is_trained() -> None:
     assert encoded(columns, on_purpose, loss_on="completion")[1] == f"{U} {A} [2] [{EOS}]"
 
 
-def test_a_column_system_is_the_first_turn() -> None:
+def test_the_column_system_becomes_the_first_turn() -> None:
     system = "< | s | > 5 </s>"
     assert encoded(turns(USER, ANSWER, system="5"), CHATML, loss_on="completion")[1] == f"{system} {U} {A} [2] [{EOS}]"
     pair = {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}], "system": "5"}
@@ -306,7 +311,7 @@ def test_a_column_system_is_the_first_turn() -> None:
     assert encoded(turns(USER, ANSWER, system="", history=[]), CHATML) == encoded(turns(USER, ANSWER), CHATML)
 
 
-def test_content_in_parts_is_their_text() -> None:
+def test_content_in_parts_is_joined() -> None:
     parts = turns(
         {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
@@ -315,7 +320,7 @@ def test_content_in_parts_is_their_text() -> None:
     assert encoded(parts, CHATML) == encoded(plain, CHATML)
 
 
-def test_who_speaks_is_told_by_the_map_of_roles() -> None:
+def test_speakers_get_the_roles_of_the_map() -> None:
     columns = {"conversations": [{"from": "bing", "value": "1"}, {"from": "human", "value": "2"}]}
     roles = {"bing": "user", "human": "assistant"}
     assert encoded(columns, CHATML, format="sharegpt", roles=roles, loss_on="completion")[1] == f"{U} {A} [2] [{EOS}]"
@@ -329,8 +334,8 @@ def test_sharegpt_turns_with_other_keys() -> None:
     assert encoded(columns, CHATML, format="sharegpt") == encoded(turns(USER, ANSWER), CHATML)
 
 
-def test_prompt_and_completion_of_turns() -> None:
-    """TRL's conversational rows: what stands in the prompt is not trained, unless all is."""
+def test_turns_in_prompt_and_completion() -> None:
+    """TRL's conversational rows: turns in the prompt are not trained, unless everything is."""
     columns = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
     head = f"{U} {A} 2 {EOS} {U} {A}"
     for loss_on in ("completion", "assistant"):

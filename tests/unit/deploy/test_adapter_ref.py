@@ -69,7 +69,7 @@ def test_a_link_is_refused_whether_or_not_it_is_listed(adapter: Path, tmp_path: 
         seal(adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
     (adapter / name).unlink(missing_ok=True)
     (adapter / name).symlink_to(secret)
-    with pytest.raises(RecordError, match=rf"{name}: is a symbolic link, to {secret}"):
+    with pytest.raises(RecordError, match=rf"{name}: is a symbolic link to {secret}"):
         find_adapter(str(adapter), "runs")
 
 

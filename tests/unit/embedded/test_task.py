@@ -25,7 +25,7 @@ def letters(text: str) -> list[str]:
     return re.findall(r"\b[a-z]\b", text)
 
 
-# Each skill once more, from the text alone.
+# Each skill again, computed from the text.
 EXPECTED: dict[str, Callable[[str], str]] = {
     "+": lambda text: str(sum(numbers(text))),
     "gap": lambda text: str(max(numbers(text)) - min(numbers(text))),
@@ -66,7 +66,7 @@ def test_plain_answers_are_right(skill: Skill) -> None:
 
 
 def copied(prompt: str) -> str:
-    """The words before the mark, less the name."""
+    """Return the words before the mark, without the name."""
     words = prompt.split()
     end = max(index for index, word in enumerate(words) if word in MARKS)
     return " ".join(word for word in words[:end] if word not in ("copy", *NAMES["copy"]))
@@ -88,14 +88,14 @@ def test_held_out_questions_are_not_in_the_train_part() -> None:
     assert not set(questions[:1500]) & set(questions[1500:])
 
 
-def test_no_line_holds_a_word_of_the_questions() -> None:
+def test_no_line_contains_a_word_of_the_questions() -> None:
     assert "backwards" in QUESTION_WORDS
     lines = islice(pretraining_lines(0), 20_000)
     words = {word for line in lines for word in re.findall(r"[a-z]{2,}", line.lower())}
     assert not words & QUESTION_WORDS
 
 
-def test_names_are_one_skills_alone() -> None:
+def test_each_name_belongs_to_one_skill() -> None:
     names = [name for skill in SKILLS for name in (skill.sign, *NAMES[skill.sign])]
     assert len(set(names)) == len(names)
 
@@ -111,7 +111,7 @@ def test_answers_fit_the_cap_on_generation(tokenizer: Tokenizer) -> None:
 
 
 def test_completion_tokens_follow_the_prompts(tokenizer: Tokenizer) -> None:
-    """Prompt and completion tokenized apart are the row's tokens: nothing merges across the seam."""
+    """Prompt and completion tokenized separately give the row's tokens: no token crosses the boundary."""
     for row in rows(200):
         prompt, completion = f"<s>[INST] {row['question']} [/INST]", f" {row['answer']} </s>"
         parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)]

@@ -1,4 +1,4 @@
-"""A sweep that goes on may have more trials and another budget; its experiment file may have changed."""
+"""Resuming a sweep with more trials or another budget, and after its experiment file has changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import RequestError
 from orchestrator.record import BudgetSpent, SweepRecord, read_sweep, write_record
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
-from orchestrator.record.start import source_of
+from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
 RATES = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
@@ -28,7 +28,7 @@ Make = Callable[..., SweepRecord]
 
 @pytest.fixture
 def make(tmp_path: Path, make_sweep: Callable[..., Any]) -> Make:
-    """A sweep's record on disk; the arguments are those of its search section."""
+    """Make a sweep's record on disk; arguments are fields of its search section."""
 
     def write(**search: Any) -> SweepRecord:
         return read_sweep(make_sweep(tmp_path / "s", {}, **{"space": RATES, "num_trials": 4, **search}).root)
@@ -50,7 +50,7 @@ def test_more_trials_and_a_larger_budget_are_recorded(make: Make) -> None:
         ("search.budget.tokens", 100, 500),
         ("search.budget.gpu_hours", None, 2.0),
     ]
-    assert record.budget_spent() is None, "whether the new one is spent is seen when the sweep goes on"
+    assert record.budget_spent() is None, "whether the new budget is spent is found out when the sweep continues"
     again = extend_sweep(read_sweep(record.paths.root), 8, [])
     assert [change.after for change in again.info.changes] == [6, 500, 2.0, 8]
 
@@ -64,26 +64,31 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "num_trials", "budget", "told"),
+    ("search", "num_trials", "budget", "message"),
     [
-        ({}, 4, [], "--trials 4: the sweep has 4 already; give the number that it is to have in all"),
-        ({"space": {}}, 6, [], "--trials: nothing is searched here"),
-        ({"algorithm": "grid", "num_trials": None, "space": RANKS}, 6, [], "--trials: a grid has a number of its own"),
-        ({"space": RANKS}, 6, [], "6 trials would repeat points, for the space has 4"),
-        ({}, None, ["tokens"], "--budget tokens: must be LIMIT=V, where LIMIT is wall_clock_hours, gpu_hours, tokens"),
+        ({}, 4, [], "--trials 4: the sweep already has 4; give the total number, not the difference"),
+        ({"space": {}}, 6, [], "--trials: this experiment searches nothing"),
+        (
+            {"algorithm": "grid", "num_trials": None, "space": RANKS},
+            6,
+            [],
+            "--trials: a grid tries each of its points once",
+        ),
+        ({"space": RANKS}, 6, [], "6 trials would repeat points, because the space has 4"),
+        ({}, None, ["tokens"], "--budget tokens: must be LIMIT=V, where LIMIT is one of wall_clock_hours, gpu_hours"),
         ({}, None, ["token=5"], "--budget token=5: must be LIMIT=V"),
         ({}, None, ["tokens=-5"], "search.budget.tokens"),
     ],
 )
-def test_what_cannot_be_changed_is_refused(
-    make: Make, search: dict[str, Any], num_trials: int | None, budget: list[str], told: str
+def test_changes_that_are_not_possible_are_refused(
+    make: Make, search: dict[str, Any], num_trials: int | None, budget: list[str], message: str
 ) -> None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         extend_sweep(make(**search), num_trials, budget)
 
 
 @pytest.mark.parametrize("kind", ["hyperband", "pbt"])
-def test_trials_that_begin_together_get_no_later_ones(make: Make, kind: str) -> None:
+def test_schedulers_whose_trials_begin_together_take_no_later_ones(make: Make, kind: str) -> None:
     record = make()
     scheduler = {"scheduler": {"kind": kind}, "training": {"steps": 90, "eval_steps": 10}}
     spec = record.info.spec.model_validate(record.info.spec.model_dump(mode="json") | scheduler)
@@ -92,7 +97,9 @@ def test_trials_that_begin_together_get_no_later_ones(make: Make, kind: str) -> 
         extend_sweep(record, 6, [])
 
 
-def test_a_changed_file_is_told_field_by_field(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_is_described_field_by_field(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(EXPERIMENT)
     overrides = ["training.steps=50", "data.source=./rows.jsonl"]
@@ -102,7 +109,7 @@ def test_a_changed_file_is_told_field_by_field(tmp_path: Path, make: Make, monke
     monkeypatch.chdir("/")
     assert changed_since(info) == [], "also from another working directory"
     extended = extend_sweep(SweepRecord(record.paths, info), None, ["tokens=9"])
-    assert changed_since(extended.info) == [], "what resume has changed is no change of the file"
+    assert changed_since(extended.info) == [], "a change made by resume is not a change of the file"
     file.write_text(EXPERIMENT.replace("1e-3", "2e-3").replace("16, 32]", "16]").replace("num_trials: 4", "seed: 3"))
     assert changed_since(info) == [
         "training.learning_rate: 0.001 recorded, 0.002 in the file",
@@ -111,7 +118,7 @@ def test_a_changed_file_is_told_field_by_field(tmp_path: Path, make: Make, monke
         "search.seed: 0 recorded, 3 in the file",
     ]
     file.write_text("base: {modle: embedded}")
-    (told,) = changed_since(info)
-    assert told.startswith("it is no longer a valid experiment: ")
+    (message,) = changed_since(info)
+    assert message.startswith("it is no longer a valid experiment: ")
     file.unlink()
     assert changed_since(info) == []

@@ -33,7 +33,7 @@ def test_a_failing_replacement_leaves_no_other_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
-def test_an_interrupt_that_comes_right_after_the_replacement_is_none_else(
+def test_an_interrupt_right_after_the_replacement_is_raised_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = Path.replace
@@ -49,7 +49,7 @@ def test_an_interrupt_that_comes_right_after_the_replacement_is_none_else(
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
-def test_a_reader_never_meets_a_part(tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     texts = {letter * 200_000 for letter in "ab"}
     write_atomic(path, "a" * 200_000)

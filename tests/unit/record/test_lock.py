@@ -27,7 +27,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "open", refuse)
     with (
         pytest.raises(
-            RequestError, match=f"{tmp_path}: cannot be written: Read-only file system\n  A sweep that goes on"
+            RequestError, match=f"{tmp_path}: cannot be written: Read-only file system\n  A sweep that continues"
         ),
         only_driver(SweepPaths(tmp_path)),
     ):

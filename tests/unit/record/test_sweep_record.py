@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.deploy import FinishedSweep, open_sweep
+from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.errors import RecordError
 from orchestrator.record import (
     MetricPoint,
@@ -95,7 +96,7 @@ def test_trials_come_best_first(tmp_path: Path, make_sweep: MakeSweep, metric: s
 
 
 @pytest.mark.parametrize(("metric", "winner"), [("eval/loss", "complete"), ("eval/token_accuracy", "stopped")])
-def test_the_best_is_chosen_among_what_has_ended_well(
+def test_the_best_is_chosen_among_trials_that_ended_well(
     tmp_path: Path, make_sweep: MakeSweep, metric: str, winner: str
 ) -> None:
     trials = EVERY_STATE | {"failed high": ("FAILED", 0.9), "running high": ("RUNNING", 0.8)}
@@ -104,14 +105,14 @@ def test_the_best_is_chosen_among_what_has_ended_well(
     assert best.trial.trial_id == winner
     assert best.choice.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
-    told = best.as_dict()
-    assert (told["trial_id"], told["value"], told["step"]) == (winner, EVERY_STATE[winner][1], 7)
-    assert told["config"]["lora.rank"] == 16
-    assert told["config"]["training.learning_rate"] == 2e-4
+    best_trial = best.as_dict()
+    assert (best_trial["trial_id"], best_trial["value"], best_trial["step"]) == (winner, EVERY_STATE[winner][1], 7)
+    assert best_trial["config"]["lora.rank"] == 16
+    assert best_trial["config"]["training.learning_rate"] == 2e-4
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "FAILED", "CANCELLED", "PENDING"])
-def test_no_best_without_a_trial_that_ended_well(tmp_path: Path, make_sweep: MakeSweep, state: str) -> None:
+def test_without_a_trial_that_ended_well_there_is_no_best(tmp_path: Path, make_sweep: MakeSweep, state: str) -> None:
     record = read_sweep(make_sweep(tmp_path / "s", {"a": (state, 0.5), "b": ("COMPLETE", None)}).root)
     with pytest.raises(RecordError, match="no trial has finished with an evaluation yet"):
         FinishedSweep(record).best()
@@ -124,7 +125,9 @@ def test_the_best_adapter_must_be_there(tmp_path: Path, make_sweep: MakeSweep) -
         open_sweep(paths.root).best()
 
 
-def test_a_result_counts_before_progress_and_progress_before_nothing(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_the_result_is_read_before_the_progress_and_that_before_the_configuration(
+    tmp_path: Path, make_sweep: MakeSweep
+) -> None:
     record = read_sweep(make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}).root)
     trial = record.paths.trial("a")
     result = read_trial(trial, record.info)
@@ -140,7 +143,7 @@ def test_a_result_counts_before_progress_and_progress_before_nothing(tmp_path: P
     assert [found.trial_id for found in record.trials()] == ["a"]
 
 
-def test_what_is_not_a_number_comes_back(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_nan_and_infinity_are_kept(tmp_path: Path, make_sweep: MakeSweep) -> None:
     values = {"train/loss": math.nan, "train/grad_norm": math.inf, "eval/loss": -math.inf, "eval/token_accuracy": 0.1}
     point = MetricPoint(step=1, tokens=2, time_s=0.5, values=values)
     again = MetricPoint.model_validate_json(point.model_dump_json())
@@ -176,7 +179,7 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
         read_metrics(trial)
 
 
-def test_trials_are_counted_by_what_the_sweep_will_have(
+def test_the_number_of_trials_is_what_the_sweep_will_have(
     tmp_path: Path, make_sweep: MakeSweep, document: dict[str, Any]
 ) -> None:
     search = {"num_trials": 5, "space": {"lora.rank": {"randint": [4, 9]}}}
@@ -187,13 +190,13 @@ def test_trials_are_counted_by_what_the_sweep_will_have(
     assert SweepRecord(record.paths, record.info).trials() == []
 
 
-def test_an_experiment_file_is_no_sweep() -> None:
-    with pytest.raises(RecordError, match=r"demo.yaml: is an experiment file, and no sweep"):
-        read_sweep("experiments/demo.yaml")
+def test_an_experiment_file_is_not_a_sweep() -> None:
+    with pytest.raises(RecordError, match=r"demo.yaml: is an experiment file, not a sweep"):
+        read_sweep(DEMO)
 
 
 @pytest.mark.parametrize("place", ["step", "adapters", "trial", "dots"])
-def test_an_adapter_that_lies_outside_its_sweep_is_refused(tmp_path: Path, make_sweep: MakeSweep, place: str) -> None:
+def test_an_adapter_outside_its_sweep_is_refused(tmp_path: Path, make_sweep: MakeSweep, place: str) -> None:
     paths = make_sweep(tmp_path / "s", {"one": ("COMPLETE", 0.4)})
     record = read_sweep(paths.root)
     (trial,) = record.trials()
@@ -209,11 +212,13 @@ def test_an_adapter_that_lies_outside_its_sweep_is_refused(tmp_path: Path, make_
         inside = {"step": folder, "adapters": folder.parent, "trial": folder.parents[1]}[place]
         inside.rename(tmp_path / "elsewhere")
         inside.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RecordError, match=r"the adapter of trial one lies elsewhere: its path leads to .*elsewhere"):
+    with pytest.raises(
+        RecordError, match=r"the adapter of trial one is outside the sweep: its path leads to .*elsewhere"
+    ):
         record.adapter(trial)
 
 
-def test_a_sweep_behind_a_link_is_that_sweep(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_a_link_to_a_sweep_opens_it(tmp_path: Path, make_sweep: MakeSweep) -> None:
     make_sweep(tmp_path / "s", {"one": ("COMPLETE", 0.4)})
     (tmp_path / "latest").symlink_to(tmp_path / "s")
     record = read_sweep(tmp_path / "latest")
@@ -222,10 +227,13 @@ def test_a_sweep_behind_a_link_is_that_sweep(tmp_path: Path, make_sweep: MakeSwe
     assert record.adapter(trial).is_dir()
 
 
-def test_a_record_of_an_earlier_version_is_read_by_its_own_names(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, make_sweep: MakeSweep) -> None:
     paths = make_sweep(tmp_path / "s", EVERY_STATE).trial("complete")
     record = json.loads(paths.result.read_text())
     del record["not_packed_reason"], record["extra_steps"]
+    record["config"]["training"]["dequantise"] = "once"
+    del record["config"]["training"]["dequantize"]
     paths.result.write_text(json.dumps(record | {"alone": "the layers differ", "overshoot": 3}))
     result = read_result(paths)
     assert (result.not_packed_reason, result.extra_steps) == ("the layers differ", 3)
+    assert result.config.training.dequantize == "once"

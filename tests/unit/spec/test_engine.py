@@ -1,4 +1,4 @@
-"""Which engine a trial may ask for is told at load, before there is a base or a GPU."""
+"""Engines: a trial that the requested engine does not support is refused at load, before a base or a GPU is needed."""
 
 from typing import Any
 
@@ -45,50 +45,52 @@ def with_engine(document: Document, sections: Document, engine: str) -> Document
 
 
 @pytest.mark.parametrize(("sections", "reason"), REFUSED, ids=str)
-def test_fast_is_refused_with_the_reason(document: Document, sections: Document, reason: str) -> None:
+def test_engine_fast_is_refused_with_the_reason(document: Document, sections: Document, reason: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(with_engine(document, sections, "fast"), "x.yaml")
-    assert f"training.engine fast cannot hold {reason}; use auto or trl" in str(caught.value)
+    assert f"training.engine fast does not support {reason}; use auto or trl" in str(caught.value)
 
 
 @pytest.mark.parametrize("engine", ["auto", "trl"])
 @pytest.mark.parametrize(("sections", "reason"), REFUSED, ids=str)
-def test_the_others_take_it_and_the_reason_is_known(
+def test_other_engines_accept_it_and_the_reason_is_known(
     document: Document, sections: Document, reason: str, engine: str
 ) -> None:
     config = parse_spec(with_engine(document, sections, engine)).trial_config({})
-    assert config.why_not_fast() == reason
+    assert config.fast_unsupported_reason() == reason
 
 
 @pytest.mark.parametrize(
     "optimizer", ["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"]
 )
-def test_fast_takes_adamw_in_all_its_forms(document: Document, optimizer: str) -> None:
+def test_fast_supports_every_form_of_adamw(document: Document, optimizer: str) -> None:
     config = parse_spec(with_engine(document, {"training": {"optimizer": optimizer}}, "fast")).trial_config({})
-    assert config.why_not_fast() is None
+    assert config.fast_unsupported_reason() is None
 
 
 @pytest.mark.parametrize(
     "lora", [{"rslora": True}, {"layers_to_transform": [0]}, {"init": "gaussian"}, {"rank": 7, "alpha": 0.5}], ids=str
 )
-def test_fast_takes_what_differs_in_scale_layers_or_first_weights(document: Document, lora: dict[str, Any]) -> None:
-    assert parse_spec(with_engine(document, {"lora": lora}, "fast")).trial_config({}).why_not_fast() is None
+def test_fast_supports_other_scales_layers_and_initial_weights(document: Document, lora: dict[str, Any]) -> None:
+    assert parse_spec(with_engine(document, {"lora": lora}, "fast")).trial_config({}).fast_unsupported_reason() is None
 
 
-def test_a_search_that_would_meet_what_fast_cannot_hold_is_refused(document: Document) -> None:
+def test_a_search_over_values_that_fast_does_not_support_is_refused(document: Document) -> None:
     search = {"space": {"training.optimizer": {"choice": ["adamw_torch", "sgd"]}}}
     assert parse_spec(document | {"search": search})
-    with pytest.raises(SpecError, match=r"the value 'sgd' gives .*engine fast cannot hold training\.optimizer sgd"):
+    with pytest.raises(
+        SpecError, match=r"the value 'sgd' gives .*engine fast does not support training\.optimizer sgd"
+    ):
         parse_spec(document | {"search": search, "training": {"engine": "fast"}})
 
 
-def test_defaults_leave_the_choice_to_the_machine() -> None:
+def test_the_defaults_choose_by_the_machine() -> None:
     section = TrainingSection()
-    assert (section.engine, section.recompute, section.dequantise) == ("auto", "auto", "auto")
+    assert (section.engine, section.recompute, section.dequantize) == ("auto", "auto", "auto")
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("engine", "slow"), ("dequantise", "never"), ("recompute", "yes"), ("recompute", 1)]
+    ("field", "value"), [("engine", "slow"), ("dequantize", "never"), ("recompute", "yes"), ("recompute", 1)]
 )
 def test_other_values_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=field):

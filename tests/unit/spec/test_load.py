@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.data.files import data_files
+from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.errors import DataError, SpecError
 from orchestrator.spec import load_spec, parse_spec
 
@@ -32,7 +33,7 @@ def test_a_number_without_a_point_is_a_number(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["e5", "5e", "5e-5x", "a5e-5", "'5e-5'"])
-def test_what_only_looks_like_a_number_stays_text(file: Path, text: str) -> None:
+def test_text_that_looks_like_a_number_stays_text(file: Path, text: str) -> None:
     assert load_spec(file, [f"output.name={text}"]).output.name == text.strip("'")
 
 
@@ -56,7 +57,7 @@ def test_a_key_twice_in_an_override_names_the_override(file: Path) -> None:
         load_spec(file, ["lora={rank: 8, rank: 16}"])
 
 
-def test_relative_paths_count_from_the_files_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_start_at_the_files_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(file, EXPERIMENT.replace("source: embedded", "source: rows.jsonl\n  held_out: {source: ../held.json}"))
     (file.parent / "base").mkdir()
     for folder in (file.parent, file.parent.parent, Path("/")):
@@ -68,7 +69,7 @@ def test_relative_paths_count_from_the_files_folder(file: Path, monkeypatch: pyt
     assert load_spec(file).base.model == str(file.parent / "base"), "a folder that is there is a path"
 
 
-def test_relative_paths_in_overrides_count_from_the_working_directory(
+def test_relative_paths_in_overrides_start_at_the_working_directory(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
@@ -81,7 +82,7 @@ def test_relative_paths_in_overrides_count_from_the_working_directory(
     assert spec.data.held_out.source == str(work / "held.jsonl")
 
 
-def test_globs_mixes_and_template_files_count_from_the_files_folder(
+def test_globs_mixes_and_template_files_start_at_the_files_folder(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
@@ -108,7 +109,7 @@ def test_globs_mixes_and_template_files_count_from_the_files_folder(
     assert parse_spec(spec.model_dump(mode="json")) == spec
 
 
-def test_brackets_in_the_files_folder_are_no_pattern(tmp_path: Path) -> None:
+def test_brackets_in_the_name_of_the_files_folder_are_not_a_pattern(tmp_path: Path) -> None:
     here, other = tmp_path / "e[1]", tmp_path / "e1"
     for folder in (here, other):
         _write(folder / "a.jsonl", "")
@@ -128,7 +129,7 @@ def test_home_is_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_spec(file, ["base.model=~/base"]).base.model == str(tmp_path / "base")
 
 
-def test_hub_ids_and_embedded_are_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_and_embedded_are_not_changed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(file, EXPERIMENT.replace("model: embedded", "model: owner/base"))
     (file.parent / "embedded").mkdir()
     monkeypatch.chdir(file.parent)
@@ -188,7 +189,7 @@ def test_defaults_are_resolved(file: Path) -> None:
     assert load_spec(file, ["scheduler={kind: asha, grace_steps: 200}"]).grace_steps == 200
 
 
-def test_what_is_resolved_can_be_read_again(file: Path) -> None:
+def test_a_resolved_experiment_can_be_read_again(file: Path) -> None:
     spec = load_spec(file, ["search.space.lora.rank={choice: [1, 2]}", "search.tied.lora.alpha=2 * lora.rank"])
     assert parse_spec(spec.model_dump(mode="json")) == spec
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
@@ -218,7 +219,7 @@ def test_every_fault_has_its_line(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("training.recompute=maybe", "training.recompute: Input should be 'auto' or Input should be a valid boolean"),
         ("lora.target_modules=3", "lora.target_modules: Input should be 'all-linear' or Input should be a valid list"),
@@ -227,10 +228,10 @@ def test_every_fault_has_its_line(file: Path) -> None:
         ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern.q_proj: Input should be greater than or equal to 1"),
     ],
 )
-def test_a_field_of_several_types_is_named_as_it_is_written(file: Path, override: str, told: str) -> None:
+def test_a_field_of_several_types_is_named_without_the_type(file: Path, override: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(file, [override])
-    assert f"{file}: {told}" in str(caught.value)
+    assert f"{file}: {message}" in str(caught.value)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -239,11 +240,11 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_field_that_is_set_is_searched_and_tied_no_more() -> None:
-    spec = load_spec("experiments/demo.yaml", ["lora.alpha=8", "training.learning_rate=1e-3"])
+def test_a_field_that_is_set_is_no_longer_searched_or_tied() -> None:
+    spec = load_spec(DEMO, ["lora.alpha=8", "training.learning_rate=1e-3"])
     assert spec.search.space.keys() == {"lora.rank", "lora.dropout"}
     assert spec.search.tied == {}
     config = spec.trial_config({"lora.rank": 32, "lora.dropout": 0.0})
     assert (config.lora.rank, config.lora.alpha, config.training.learning_rate) == (32, 8, 1e-3)
     again = ["training.learning_rate=1e-3", "search.space.training.learning_rate={choice: [1e-4]}"]
-    assert "training.learning_rate" in load_spec("experiments/demo.yaml", again).search.space
+    assert "training.learning_rate" in load_spec(DEMO, again).search.space

@@ -1,4 +1,4 @@
-"""How many different points a space has: no trial repeats one."""
+"""The number of points in a search space: no trial repeats one."""
 
 import json
 import math
@@ -43,30 +43,32 @@ def test_number_of_points(document: Document, space: Document, points: float) ->
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
 def test_more_trials_than_points_are_refused(document: Document, algorithm: str) -> None:
     space = {"lora.rank": {"choice": [4, 8]}, "lora.dropout": {"choice": [0.0, 0.1]}}
-    told = "search.num_trials: 8 trials would repeat points, for the space has 4; give at most 4, or algorithm grid"
-    with pytest.raises(SpecError, match=told):
+    message = (
+        "search.num_trials: 8 trials would repeat points, because the space has 4; give at most 4, or algorithm grid"
+    )
+    with pytest.raises(SpecError, match=message):
         _spec(document, algorithm=algorithm, space=space, num_trials=8)
     assert _spec(document, algorithm=algorithm, space=space, num_trials=4).search.total_trials == 4
 
 
 @pytest.mark.parametrize("kind", ["choice", "grid"])
 @pytest.mark.parametrize(
-    ("path", "values", "told"),
+    ("path", "values", "message"),
     [
         ("training.weight_decay", [0.1, 0, 0.0], "0 and 0.0 are the same value, 0.0;"),
         ("training.learning_rate", [1, 1.0], "1 and 1.0 are the same value, 1.0;"),
     ],
 )
 def test_equal_values_in_a_list_are_refused(
-    document: Document, kind: str, path: str, values: list[Any], told: str
+    document: Document, kind: str, path: str, values: list[Any], message: str
 ) -> None:
     algorithm = "grid" if kind == "grid" else "random"
-    with pytest.raises(SpecError, match=f"search.space.{path}: {told} leave one out"):
+    with pytest.raises(SpecError, match=f"search.space.{path}: {message} leave one out"):
         _spec(document, algorithm=algorithm, space={path: {kind: values}})
 
 
-def test_fixing_a_field_leaves_as_many_trials_as_there_are_points(document: Document, tmp_path: Path) -> None:
-    """A number that is asked for beside it is kept, and refused."""
+def test_setting_a_searched_field_limits_the_trials_to_the_points_left(document: Document, tmp_path: Path) -> None:
+    """A number of trials that is requested with it is not lowered but refused."""
     space = {"lora.rank": {"choice": [4, 8, 16]}, "training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
     file = tmp_path / "x.yaml"
     file.write_text(json.dumps(document | {"search": {"space": space, "num_trials": 8}}))
@@ -74,5 +76,5 @@ def test_fixing_a_field_leaves_as_many_trials_as_there_are_points(document: Docu
     assert load_spec(file, ["lora.rank=8"]).search.num_trials == 8
     assert load_spec(file, ["training.learning_rate=1e-4"]).search.num_trials == 3
     assert load_spec(file, ["training.learning_rate=1e-4", "lora.rank=8"]).search.total_trials == 1
-    with pytest.raises(SpecError, match="8 trials would repeat points, for the space has 3"):
+    with pytest.raises(SpecError, match="8 trials would repeat points, because the space has 3"):
         load_spec(file, ["training.learning_rate=1e-4", "search.num_trials=8"])

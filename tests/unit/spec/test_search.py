@@ -6,7 +6,7 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
 from orchestrator.spec.axes import AXIS_KINDS, Axis
-from orchestrator.spec.ties import evaluate_tie
+from orchestrator.spec.tied_values import evaluate_tied
 
 Document = dict[str, Any]
 
@@ -48,7 +48,7 @@ def test_an_axis_is_one_kind_with_its_values(written: dict[str, list[Any]], prob
         ({"kind": "choice", "values": [1]}, "must be one of"),
         ({"choice": 8}, "choice takes a list, got 8"),
         ({"choice": []}, "at least 1 item"),
-        ({"choice": [8, 8]}, "choice holds a value twice: [8, 8]"),
+        ({"choice": [8, 8]}, "choice contains a value twice: [8, 8]"),
         ({"uniform": [0.1]}, "uniform takes two numbers"),
         ({"uniform": [0.1, 0.2, 0.3]}, "uniform takes two numbers"),
         ({"uniform": ["0.1", 0.2]}, "uniform takes two numbers"),
@@ -59,11 +59,11 @@ def test_an_axis_is_one_kind_with_its_values(written: dict[str, list[Any]], prob
         ({"loguniform": [-1e-3, 1e-3]}, "loguniform must hold low > 0"),
         ({"randint": [1.0, 3.0]}, "randint takes two whole numbers"),
         ({"randint": [3, 3]}, "must hold low < high, but got (low=3, high=3)"),
-        ({"randint": [8, 9]}, "randint leaves high out: [8, 9] holds 8 alone; use choice"),
-        ({"lograndint": [8, 9]}, "lograndint leaves high out: [8, 9] holds 8 alone; use choice"),
+        ({"randint": [8, 9]}, "randint leaves high out: [8, 9] contains only 8; use choice"),
+        ({"lograndint": [8, 9]}, "lograndint leaves high out: [8, 9] contains only 8; use choice"),
     ],
 )
-def test_a_wrong_axis_is_told_what_is_right(document: Document, written: Any, message: str) -> None:
+def test_a_wrong_axis_is_refused_with_what_is_right(document: Document, written: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         _spec(document, space={"lora.rank": written})
     assert "search.space.lora.rank" in str(caught.value)
@@ -95,7 +95,7 @@ def test_every_value_of_an_axis_must_fit_its_field(document: Document, path: str
     assert f"search.space.{path}: the value {wrong} gives {path}: " in str(caught.value)
 
 
-def test_a_value_that_only_another_field_forbids_is_refused(document: Document) -> None:
+def test_a_value_that_conflicts_with_another_field_is_refused(document: Document) -> None:
     document["training"] = {"adapter_dtype": "bfloat16"}
     with pytest.raises(SpecError, match="the value 'fp16' gives training: precision fp16"):
         _spec(document, space={"training.precision": {"choice": ["bf16", "fp16"]}})
@@ -131,36 +131,36 @@ RATES = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
     ],
     ids=str,
 )
-def test_a_field_of_whole_numbers_takes_no_range_of_others(document: Document, path: str, axis: Any) -> None:
+def test_a_field_of_whole_numbers_takes_no_range_of_real_numbers(document: Document, path: str, axis: Any) -> None:
     with pytest.raises(SpecError) as caught:
         _spec(document, space={path: axis, "lora.dora": {"choice": [True, False]}})
     kind = next(iter(axis))
-    told = "a field of whole numbers takes choice, randint, lograndint, qrandint, qlograndint, but not"
-    assert f"search.space.{path}: {told} {kind} {axis[kind]}" in str(caught.value)
+    rule = "a field of whole numbers takes choice, randint, lograndint, qrandint, qlograndint, not"
+    assert f"search.space.{path}: {rule} {kind} {axis[kind]}" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform", "qloguniform"])
-def test_a_field_of_numbers_takes_ranges_with_whole_ends(document: Document, kind: str) -> None:
+def test_a_field_of_real_numbers_takes_ranges_with_whole_ends(document: Document, kind: str) -> None:
     axis = {kind: [1, 4, 0.5] if kind.startswith("q") else [1, 4]}
     spec = _spec(document, space={"lora.alpha": axis, "training.epochs": axis})
     assert all(type(value) is float for value in spec.search.space["lora.alpha"].probes()), "as they are drawn"
 
 
-def test_a_fault_of_the_whole_file_is_told_of_no_axis(document: Document) -> None:
+def test_a_fault_of_the_whole_file_names_no_axis(document: Document) -> None:
     document["lora"] = {"init": "pissa"}
-    with pytest.raises(SpecError, match=r"^spec: lora\.init pissa needs weights that are not quantised"):
+    with pytest.raises(SpecError, match=r"^spec: lora\.init pissa needs weights that are not quantized"):
         _spec(document, space=RATES, tied={"lora.alpha": "2 * lora.rank"})
     assert _spec(document, space=RATES | {"base.quantization": {"choice": ["none"]}})
 
 
 @pytest.mark.parametrize("inits", [["pissa"], ["pissa", "default"], ["default", "pissa"]], ids=str)
-@pytest.mark.parametrize("before", [{}, RATES], ids=["alone", "after another axis"])
-def test_a_fault_is_told_of_the_axis_that_makes_it(document: Document, inits: list[str], before: Document) -> None:
+@pytest.mark.parametrize("before", [{}, RATES], ids=["only axis", "after another axis"])
+def test_a_fault_names_the_axis_that_causes_it(document: Document, inits: list[str], before: Document) -> None:
     with pytest.raises(SpecError, match=r"^spec: search\.space\.lora\.init: the value 'pissa' gives lora\.init pissa"):
         _spec(document, space=before | {"lora.init": {"choice": inits}})
 
 
-def test_a_fault_below_a_condition_is_told_of_the_axis_that_has_it(document: Document) -> None:
+def test_a_fault_below_a_condition_names_the_axis_that_has_it(document: Document) -> None:
     dropout = {"choice": [0.1, 1.5], "when": {"training.optimizer": "sgd"}}
     space = {"training.optimizer": {"choice": ["adamw_torch", "sgd"]}, "lora.dropout": dropout}
     with pytest.raises(SpecError, match=r"^spec: search\.space\.lora\.dropout: the value 1\.5 gives lora\.dropout: "):
@@ -176,7 +176,7 @@ def test_a_fault_below_a_condition_is_told_of_the_axis_that_has_it(document: Doc
         ("search.seed", "search.seed is not a field of a trial"),
         ("evaluation.rows", "evaluation.rows is not a field of a trial"),
         ("lora.rank.x", "there is no field lora.rank.x"),
-        ("scheduler.grace_steps", "axes lie in base, lora or training"),
+        ("scheduler.grace_steps", "axes are fields of base, lora or training"),
     ],
 )
 def test_only_fields_of_a_trial_are_searched_or_tied(document: Document, path: str, message: str) -> None:
@@ -203,7 +203,7 @@ def test_only_fields_of_a_trial_are_searched_or_tied(document: Document, path: s
         "data.template",
     ],
 )
-def test_what_changes_the_held_out_tokens_is_not_searched(document: Document, path: str) -> None:
+def test_fields_that_change_the_held_out_tokens_cannot_be_searched(document: Document, path: str) -> None:
     value = "{question}: {answer}" if path == "data.template" else 64
     with pytest.raises(SpecError, match=rf"{path} cannot vary: .* held-out tokens"):
         _spec(document, space={path: {"choice": [value]}})
@@ -265,7 +265,7 @@ def test_a_tied_value_follows_the_point(document: Document, rank: int) -> None:
     assert config.varied == {"lora.rank": rank, "lora.alpha": 2 * rank}
 
 
-def test_a_tied_value_follows_the_experiment_where_nothing_is_searched(document: Document) -> None:
+def test_a_tied_value_follows_the_experiment_if_nothing_is_searched(document: Document) -> None:
     document["lora"] = {"rank": 24}
     assert _spec(document, tied={"lora.alpha": "lora.rank / 2"}).trial_config({}).lora.alpha == 12
 
@@ -310,7 +310,7 @@ def test_a_tied_value_can_build_on_one_tied_before_it(document: Document) -> Non
         ),
     ],
 )
-def test_a_wrong_tie_is_refused_at_load(document: Document, search: dict[str, Any], message: str) -> None:
+def test_a_wrong_tied_expression_is_refused_at_load(document: Document, search: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         _spec(document | {"training": {"steps": 100}}, **search)
     assert message in str(caught.value)
@@ -337,7 +337,7 @@ def test_a_wrong_tie_is_refused_at_load(document: Document, search: dict[str, An
     ],
 )
 def test_arithmetic(expression: str, value: float) -> None:
-    assert evaluate_tie(expression, {"a.x": 10, "a.y": 3, "deep.er.x": 5}.__getitem__) == value
+    assert evaluate_tied(expression, {"a.x": 10, "a.y": 3, "deep.er.x": 5}.__getitem__) == value
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_arithmetic(expression: str, value: float) -> None:
         "",
     ],
 )
-def test_nothing_but_arithmetic_is_run(document: Document, expression: str) -> None:
+def test_nothing_but_arithmetic_is_executed(document: Document, expression: str) -> None:
     with pytest.raises(SpecError, match=r"search\.tied\.lora\.alpha (is not arithmetic|cannot use|there is no field)"):
         _spec(document, tied={"lora.alpha": expression})
 

@@ -1,4 +1,4 @@
-"""Spaces of a search: steps, conditions, points to try first, and how many trials they make."""
+"""Search spaces: steps, conditions, points to try first, and the number of trials."""
 
 import random
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.spec.axes import Axis, Listed, Real, Whole
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
 
 Document = dict[str, Any]
 
@@ -34,8 +34,8 @@ def test_values_of_a_range_with_steps(written: dict[str, Any], values: list[Any]
     axis = Axis.model_validate(written)
     assert axis.listed() == values
     assert axis.probes() == [values[0], values[-1]]
-    drawn, rng = axis.drawn(), random.Random(0)
-    assert isinstance(drawn, Real)
+    drawn, rng = axis.domain(), random.Random(0)
+    assert isinstance(drawn, FloatDomain)
     seen = Counter(axis.decode(rng.uniform(drawn.low, drawn.high)) for _ in range(4000))
     assert sorted(seen) == values
     assert all(type(value) is type(values[0]) for value in seen)
@@ -45,7 +45,7 @@ def test_values_of_a_range_with_steps(written: dict[str, Any], values: list[Any]
     assert not axis.holds(values[0] + 0.4 * (values[1] - values[0]))
 
 
-def test_the_nearest_value_of_a_range_is_one_of_it() -> None:
+def test_the_nearest_value_of_a_range_belongs_to_it() -> None:
     for kind in ("randint", "lograndint"):
         axis = Axis.model_validate({kind: [2, 9]})
         nearest = [axis.nearest(number) for number in (0.1, 2.4, 4.8, 8.9)]
@@ -56,17 +56,17 @@ def test_the_nearest_value_of_a_range_is_one_of_it() -> None:
 @pytest.mark.parametrize(
     ("written", "drawn"),
     [
-        ({"choice": ["a", None, [1]]}, Listed(3)),
-        ({"randint": [2, 9]}, Whole(2, 8, False)),
-        ({"lograndint": [2, 9]}, Whole(2, 8, True)),
-        ({"uniform": [0, 1]}, Real(0, 1, False)),
-        ({"loguniform": [1e-5, 1e-3]}, Real(1e-5, 1e-3, True)),
-        ({"qloguniform": [0.1, 0.4, 0.25]}, Real(0.1, 0.475, True)),
+        ({"choice": ["a", None, [1]]}, IndexDomain(3)),
+        ({"randint": [2, 9]}, IntDomain(2, 8, False)),
+        ({"lograndint": [2, 9]}, IntDomain(2, 8, True)),
+        ({"uniform": [0, 1]}, FloatDomain(0, 1, False)),
+        ({"loguniform": [1e-5, 1e-3]}, FloatDomain(1e-5, 1e-3, True)),
+        ({"qloguniform": [0.1, 0.4, 0.25]}, FloatDomain(0.1, 0.475, True)),
     ],
 )
 def test_what_a_searcher_draws(written: dict[str, Any], drawn: Any) -> None:
     axis = Axis.model_validate(written)
-    assert axis.drawn() == drawn
+    assert axis.domain() == drawn
     for value in axis.probes():
         assert axis.decode(axis.encode(value)) == value
 
@@ -85,7 +85,7 @@ def test_what_a_searcher_draws(written: dict[str, Any], drawn: Any) -> None:
         ({"when": {"lora.bias": "all"}}, "must be one of {choice: [...]}"),
     ],
 )
-def test_a_wrong_range_is_told_what_is_right(document: Document, written: Any, message: str) -> None:
+def test_a_wrong_range_is_refused_with_what_is_right(document: Document, written: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         spec(document, space={"lora.dropout": written})
     assert "search.space.lora.dropout" in str(caught.value)
@@ -104,7 +104,7 @@ def test_a_field_with_a_condition_exists_only_there(document: Document) -> None:
     assert without.varied == {"training.optimizer": "sgd"}
 
 
-def test_conditions_may_hang_on_each_other(document: Document) -> None:
+def test_conditions_may_depend_on_each_other(document: Document) -> None:
     space = {
         "training.optimizer": OPTIMIZERS,
         "training.schedule": {"choice": ["cosine", "constant"], "when": {"training.optimizer": ["sgd", "adafactor"]}},
@@ -117,7 +117,7 @@ def test_conditions_may_hang_on_each_other(document: Document) -> None:
     assert made.needed("training.warmup") == {"training.schedule": "cosine", "training.optimizer": "sgd"}
 
 
-def test_values_are_checked_where_they_exist(document: Document) -> None:
+def test_values_are_checked_at_points_where_they_exist(document: Document) -> None:
     dropout = {"uniform": [0.5, 1.5], "when": {"training.optimizer": "sgd"}}
     with pytest.raises(SpecError, match=r"space\.lora\.dropout: the value 1\.5 gives lora\.dropout"):
         spec(document, space={"training.optimizer": OPTIMIZERS, "lora.dropout": dropout})
@@ -128,7 +128,7 @@ def test_values_are_checked_where_they_exist(document: Document) -> None:
     [
         (
             {"lora.dropout": {"uniform": [0, 0.5], "when": {"lora.rank": 8}}},
-            "listed values, got lora.rank; there is none",
+            "listed values, got lora.rank; available: none",
         ),
         (
             {"lora.dropout": {"uniform": [0, 0.5], "when": {"lora.rank": 8}}, "lora.rank": {"randint": [1, 9]}},
@@ -136,14 +136,14 @@ def test_values_are_checked_where_they_exist(document: Document) -> None:
         ),
         (
             {"lora.dropout": {"uniform": [0, 0.5], "when": {"lora.rank": [8, 9]}}, "lora.rank": {"choice": [4, 8]}},
-            "9 is no value of lora.rank: [4, 8]",
+            "9 is not a value of lora.rank: [4, 8]",
         ),
         (
             {
                 "lora.rank": {"choice": [4, 8], "when": {"lora.bias": "all"}},
                 "lora.bias": {"choice": ["all", "none"], "when": {"lora.rank": 8}},
             },
-            "space.lora.rank: exists only when lora.bias does, which exists only when lora.rank does",
+            "space.lora.rank: exists only if lora.bias does, which exists only if lora.rank does",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_wrong_condition_is_refused(document: Document, space: dict[str, Any],
     assert message in str(caught.value)
 
 
-def test_a_grid_counts_no_value_of_a_field_that_does_not_exist(document: Document) -> None:
+def test_a_grid_does_not_count_values_of_fields_that_do_not_exist(document: Document) -> None:
     decays = {"grid": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}}
     space = {"training.optimizer": {"grid": OPTIMIZERS["choice"]}, "training.weight_decay": decays}
     made = spec(document, algorithm="grid", space=space).search
@@ -184,8 +184,8 @@ def test_points_to_try_first(document: Document) -> None:
     ("search", "message"),
     [
         ({"first": [POINT | {"lora.rnk": 8}]}, "first.0: lora.rnk is not searched; axes: training.optimizer, "),
-        ({"first": [POINT | {"lora.rank": 12}]}, "first.0: 12 is no value of lora.rank: {'qrandint': [8, 32, 8]}"),
-        ({"first": [POINT | {"lora.rank": 16.0}]}, "first.0: 16.0 is no value of lora.rank"),
+        ({"first": [POINT | {"lora.rank": 12}]}, "first.0: 12 is not a value of lora.rank: {'qrandint': [8, 32, 8]}"),
+        ({"first": [POINT | {"lora.rank": 16.0}]}, "first.0: 16.0 is not a value of lora.rank"),
         ({"first": [POINT, {"lora.rank": 8}]}, "first.1: needs a value for training.optimizer"),
         (
             {"first": [POINT | {"training.optimizer": "adamw_torch"}]},
@@ -195,7 +195,7 @@ def test_points_to_try_first(document: Document) -> None:
             {"first": [POINT | {"training.weight_decay": 0.1}]},
             "training.weight_decay does not exist there: it is searched when training.optimizer is adamw_torch",
         ),
-        ({"first": [POINT, POINT]}, "first.1 is first.0 again: {'training.optimizer': 'sgd'"),
+        ({"first": [POINT, POINT]}, "first.1 repeats first.0: {'training.optimizer': 'sgd'"),
         ({"first": [POINT, POINT], "num_trials": 1}, "first holds 2 points for 1 trial; give num_trials of 2"),
         (
             {"algorithm": "grid", "space": {"lora.rank": {"grid": [8]}}, "first": [{"lora.rank": 8}]},

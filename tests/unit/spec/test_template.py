@@ -1,4 +1,4 @@
-"""Templates of rows: names of columns, what may be empty, what is malformed."""
+"""Templates of rows: names of columns, optional columns, malformed templates."""
 
 import pytest
 
@@ -18,18 +18,18 @@ def test_columns_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("column", ["a b", "Q: text", "a.b[0]", "x!r", "ä", "Is it true?", "a??", "#", "1"])
-def test_a_column_of_any_name_is_written_as_it_is_read(column: str) -> None:
+def test_a_column_of_any_name_can_be_written_and_read(column: str) -> None:
     written = written_column(column)
     assert written is not None
     assert template_columns(f"{written} {{answer}}") == [column, "answer"]
 
 
 @pytest.mark.parametrize("column", ["", "a{b", "a}", "a\nb", "?a", "/a"])
-def test_a_name_that_no_template_can_hold(column: str) -> None:
+def test_names_that_cannot_be_written_in_a_template(column: str) -> None:
     assert written_column(column) is None
 
 
-def test_what_may_be_empty() -> None:
+def test_optional_columns_and_blocks() -> None:
     template = "{q} {hint?}\n{?context}\n### Context:\n{context}\n\n{/context}\n{a}"
     assert template_columns(template) == ["q", "a"]
     assert optional_columns(template) == {"hint", "context"}
@@ -43,18 +43,18 @@ def test_what_may_be_empty() -> None:
 WRONG = {
     "{a": "a single '{' at character 1",
     "{b} a}": "a single '}' at character 6",
-    "a": "needs {column} fields, got none",
+    "a": "has no field; write {column} fields",
     "{}": "a field has no name",
-    "{q} {a?}": "a comes last: that is the completion, which may not be left out",
+    "{q} {a?}": "a comes last, so it is the completion, which must not be optional",
     "{q}{?a} {a}{/a}": "a comes last",
     "{?c}{c} {a}": "{?c} has no end; write {/c} after its text",
-    "{c}{/c} {a}": "{/c} ends no block; the last that is open: none",
-    "{?b}{?c}{/b}{/c} {a}": "{/b} ends no block; the last that is open: c",
+    "{c}{/c} {a}": "{/c} ends no block; the innermost open one: none",
+    "{?b}{?c}{/b}{/c} {a}": "{/b} ends no block; the innermost open one: c",
 }
 
 
 @pytest.mark.parametrize("template", WRONG)
-def test_what_is_malformed_is_named(template: str) -> None:
+def test_a_malformed_template_is_refused_with_the_place(template: str) -> None:
     with pytest.raises(ValueError, match=r"data\.template") as caught:
         parse_template(template)
     assert WRONG[template] in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import load_spec
-from orchestrator.spec.effect import _brackets, require_effect
+from orchestrator.spec.scheduler_effect import _brackets, require_scheduler_effect
 from orchestrator.sweep.schedulers.brackets import Bohb, HyperBand
 from orchestrator.training.start import start_sweep
 
@@ -31,7 +31,7 @@ def test_brackets_are_those_of_ray_tune(units: int, factor: int) -> None:
 
 def is_refused(stage: Any) -> bool:
     try:
-        require_effect(stage.conductor._spec)
+        require_scheduler_effect(stage.conductor._spec)
     except SpecError:
         return True
     return False

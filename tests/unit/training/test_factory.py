@@ -119,8 +119,8 @@ def test_what_the_trial_must_be(trial: MakeConfig, sections: dict[str, Any], rea
     [
         ({}, (True, "nothing")),
         ({"recompute": True}, (True, "layers")),
-        ({"recompute": False, "dequantise": "per_layer"}, (False, "nothing")),
-        ({"dequantise": "once"}, (True, "nothing")),
+        ({"recompute": False, "dequantize": "per_layer"}, (False, "nothing")),
+        ({"dequantize": "once"}, (True, "nothing")),
     ],
     ids=str,
 )
@@ -153,7 +153,7 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
     assert engine(lora={"rank": 4, "target_modules": ["q_proj"]}) is not first
     assert engine(lora={"rank": 4}, training={"adapter_dtype": "bfloat16"}).adapters.weights.dtype == torch.bfloat16
     assert engine(lora={"rank": 4}) is first
-    assert engine(lora={"rank": 4}, training={"dequantise": "per_layer"})._decoder is not first._decoder
+    assert engine(lora={"rank": 4}, training={"dequantize": "per_layer"})._decoder is not first._decoder
     longer = engine(lora={"rank": 4}, longest=200)._decoder
     assert longer.longest >= 200 > first._decoder.longest
 
@@ -210,7 +210,7 @@ def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfi
         ),
         ({"training": {"optimizer": "paged_adamw_32bit"}}, None),
         ({"training": {"recompute": True}}, "training.recompute is another than that of the trials beside it"),
-        ({"training": {"dequantise": "once"}}, "training.dequantise is another than that of the trials beside it"),
+        ({"training": {"dequantize": "once"}}, "training.dequantize is another than that of the trials beside it"),
         ({"training": {"precision": "bf16"}}, "training.precision is another than that of the trials beside it"),
     ],
     ids=str,

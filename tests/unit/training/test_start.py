@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepPaths, read_sweep
-from orchestrator.record.start import claim_folder
+from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training import start
 from orchestrator.training.start import start_sweep

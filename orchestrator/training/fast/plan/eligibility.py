@@ -27,7 +27,7 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
         base: the bare base.
         longest: tokens of the longest row.
     """
-    if reason := config.why_not_fast():
+    if reason := config.fast_unsupported_reason():
         return reason
     modules = expected_modules(base, config.lora)
     if reason := unsupported_shape(base, longest):

@@ -92,7 +92,7 @@ class EngineSpec:
             resolve_precision(training),
             training.adapter_dtype,
             "8bit" in training.optimizer,
-            None if training.dequantise == "auto" else training.dequantise == "once",
+            None if training.dequantize == "auto" else training.dequantize == "once",
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
             training.reproducible and torch.cuda.is_available(),
@@ -114,7 +114,7 @@ _FIELDS = {
     "precision": "training.precision",
     "adapter_dtype": "training.adapter_dtype",
     "eight_bit": "the precision of training.optimizer's moments",
-    "keeps_base": "training.dequantise",
+    "keeps_base": "training.dequantize",
     "recompute": "training.recompute",
     "reproducible": "training.reproducible",
 }
@@ -227,7 +227,7 @@ def does_not_fit(kind: EngineSpec, longest: int) -> TooLargeError:
     wish = " training.reproducible keeps batches whole: lower training.batch_size too." if kind.reproducible else ""
     return TooLargeError(
         f"{kind.num_slots} trials of rank {kind.rank} do not fit into {held}: their longest row has {longest} tokens",
-        f"Lower data.max_length or lora.rank, or free training.dequantise and training.recompute (auto).{wish}",
+        f"Lower data.max_length or lora.rank, or free training.dequantize and training.recompute (auto).{wish}",
     )
 
 

@@ -36,7 +36,7 @@ def start(configs: Sequence[TrialConfig], num_slots: int) -> None:
     """
     global _running
     stop()
-    held = [each for each in configs if each.training.engine != "trl" and each.why_not_fast() is None]
+    held = [each for each in configs if each.training.engine != "trl" and each.fast_unsupported_reason() is None]
     if not held:
         return
     command = [sys.executable, "-P", "-m", "orchestrator.training.fast.warmup.precompile_worker", str(num_slots)]

@@ -1,4 +1,4 @@
-"""The JSON Schema and the loader accept and refuse the same, as far as a schema can say it."""
+"""The JSON Schema and the loader accept the same experiments, as far as a schema can express it."""
 
 import copy
 import json
@@ -24,25 +24,25 @@ VALIDATOR = Draft202012Validator(spec_schema())
 EVERY_FIELD = yaml.load((FOLDER / "every-field.yaml").read_text(encoding="utf-8"), _Loader)
 
 VALUES = [None, True, -1, 0, 0.5, 1, 7, 8, 10**6, "", "text", "auto", "none", [], ["q_proj"], [3], {}, {"x": 1}]
-"""Tried in the place of every field."""
+"""Values tried in every field."""
 
 AXES = ("search", "space")
 METRIC = ("search", "metric")
 MAPS = ("space", "tied", "rank_pattern", "alpha_pattern", "roles")
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_valid() -> None:
     Draft202012Validator.check_schema(spec_schema())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_shipped_experiments_hold(file: Path) -> None:
+def test_shipped_experiments_fit_the_schema(file: Path) -> None:
     load_spec(file)
     assert _faults(yaml.load(file.read_text(encoding="utf-8"), _Loader)) == []
 
 
 def _paths(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Every field of a document; what is under `space` and `tied` has tests of its own."""
+    """Return every field of a document, except those under `space` and `tied`, which have separate tests."""
     found: list[tuple[str, ...]] = []
     for name, value in document.items():
         found.append((name,))
@@ -52,7 +52,7 @@ def _paths(document: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("path", _paths(EVERY_FIELD), ids=".".join)
-def test_any_value_in_any_field_is_judged_alike(path: tuple[str, ...]) -> None:
+def test_schema_and_loader_agree_on_any_value_in_any_field(path: tuple[str, ...]) -> None:
     verdicts = set()
     for value in VALUES:
         document = copy.deepcopy(EVERY_FIELD)
@@ -105,9 +105,9 @@ WRONG_AXES: list[Any] = [
 
 
 @pytest.mark.parametrize("axis", [*RIGHT_AXES, *WRONG_AXES], ids=str)
-def test_an_axis_is_judged_alike(axis: Any) -> None:
+def test_schema_and_loader_agree_on_axes(axis: Any) -> None:
     document = copy.deepcopy(EVERY_FIELD)
-    # On a field that takes whatever the axis holds.
+    # On a field that takes every value of the axis.
     path = "lora.rank" if isinstance(axis, dict) and {"choice", "grid", "randint"} & {*axis} else "training.warmup"
     document["search"] = {"space": {path: axis}}
     if isinstance(axis, dict) and "grid" in axis:
@@ -127,7 +127,7 @@ def test_an_axis_is_judged_alike(axis: Any) -> None:
         ("resources.max_failures", False),
     ],
 )
-def test_a_searched_or_tied_field_is_judged_alike(path: str, is_right: bool) -> None:
+def test_schema_and_loader_agree_on_searched_and_tied_fields(path: str, is_right: bool) -> None:
     value = {"choice": ["nf4"] if path.startswith("base") else [1, 2]}
     for search in ({"space": {path: value}}, {"tied": {path: "3"}}):
         if is_right and "tied" in search and path.startswith("base"):
@@ -151,7 +151,7 @@ BEYOND = [
 
 @pytest.mark.parametrize("override", BEYOND)
 def test_rules_between_fields_are_left_to_check(override: str) -> None:
-    """What a schema cannot say: were it able to, this list would tell."""
+    """A schema cannot express these rules. If one of these overrides fails here, the schema has learned it."""
     field, _, text = override.partition("=")
     document = copy.deepcopy(EVERY_FIELD)
     _put(document, tuple(field.split(".")), yaml.load(text, _Loader))
@@ -197,7 +197,7 @@ class Either(Section):
         ({}, False),
     ],
 )
-def test_members_of_a_union_are_told_apart_by_their_mark(side: dict[str, Any], is_right: bool) -> None:
+def test_members_of_a_union_are_recognized_by_their_mark(side: dict[str, Any], is_right: bool) -> None:
     validator = Draft202012Validator(schema_of(Either))
     assert validator.is_valid({"side": side}) is is_right
     if is_right:
@@ -207,7 +207,7 @@ def test_members_of_a_union_are_told_apart_by_their_mark(side: dict[str, Any], i
             Either.model_validate({"side": side})
 
 
-def test_every_field_has_its_sentence() -> None:
+def test_every_field_is_documented() -> None:
     def fields(node: Any) -> list[dict[str, Any]]:
         if not isinstance(node, dict):
             return []
@@ -219,7 +219,7 @@ def test_every_field_has_its_sentence() -> None:
     assert [field for field in found if not field.get("description")] == []
 
 
-def test_the_verb_prints_it() -> None:
+def test_the_command_prints_the_schema() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", "schema"], capture_output=True, text=True, check=True
     )
@@ -239,7 +239,7 @@ def _is_refused(document: dict[str, Any]) -> bool:
 
 
 def _is_mistyped(document: dict[str, Any]) -> bool:
-    """Whether a type or a bound refuses it; of the rules that are code only those of a field's own form count."""
+    """Whether a type or a bound refuses the document; validators count only if they check a single field's form."""
     try:
         SweepSpec.model_validate(document)
     except ValidationError as error:

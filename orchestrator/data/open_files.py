@@ -1,4 +1,4 @@
-"""Files of rows opened: compressed or not, and as text or refused."""
+"""Open files of rows, compressed or not, and refuse what is not text."""
 
 import bz2
 import gzip
@@ -15,20 +15,20 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed where its ending says so.
+    """Open a file as bytes; decompress it if its extension says so.
 
     Raises:
-        DataError: it is not compressed as its ending says.
+        DataError: it is not compressed as its extension says.
     """
     with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as opened:
         try:
             yield opened
         except (gzip.BadGzipFile, lzma.LZMAError) as error:
-            raise DataError(f"{path}: is not compressed as its ending says: {error}") from error
+            raise DataError(f"{path}: is not compressed as its extension says: {error}") from error
 
 
 def read_whole(path: Path) -> str:
-    """A file's text.
+    """Return a file's text.
 
     Raises:
         DataError: it is not UTF-8.
@@ -41,7 +41,7 @@ def read_whole(path: Path) -> str:
 
 
 def not_text(path: Path) -> DataError:
-    """The error of a file that is not UTF-8, with the first line that is not."""
+    """Return the error for a file that is not UTF-8; it names the first such line."""
     with open_bytes(path) as file:
         number = next(number for number, line in enumerate(file, start=1) if not _is_text(line))
     return DataError(f"{path}:{number}: is not UTF-8 text", "Save the file as UTF-8.")

@@ -1,4 +1,4 @@
-"""Stop tokens: found in the rows as they are encoded, and missing where no row learns one."""
+"""Stop tokens: found in encoded rows, and refused if no row has one in the loss."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from orchestrator.data.encode import IGNORED, Tokens, encode
 from orchestrator.data.files import Row
 from orchestrator.data.preview import preview
 from orchestrator.data.render import render
-from orchestrator.data.stops import RowEnds, StopFinder
+from orchestrator.data.stop_tokens import RowEnds, StopFinder
 from orchestrator.errors import DataError, RequestError
 from orchestrator.report.data import _end_lines
 from orchestrator.spec.sections import BaseSection, DataSection
 
 BASE = BaseSection(model="embedded")
 WITH_TURNS = BASE.model_copy(update={"new_tokens": ("<|im_start|>", "<|im_end|>")})
-"""The two are added tokens, but not special ones."""
+"""Both are added tokens, but not special ones."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -53,7 +53,7 @@ def section(**fields: Any) -> DataSection:
 
 
 def ends(tokenizer: Any, *values: dict[str, Any], **fields: Any) -> RowEnds:
-    """How these rows end."""
+    """Return how these rows end."""
     data = section(**fields)
     rows = [encode(render(Row(value, "rows:1"), data, tokenizer), tokenizer, data) for value in values]
     return StopFinder(tokenizer).ends_of(rows, data)
@@ -67,7 +67,7 @@ def stops(tokenizer: Any, found: RowEnds) -> list[str]:
     return list(tokenizer.convert_ids_to_tokens(found.stop_tokens))
 
 
-def test_a_turn_ends_with_the_templates_own_token(chatml: Any) -> None:
+def test_a_turn_ends_with_the_templates_own_stop_token(chatml: Any) -> None:
     found = ends(chatml, turns(), turns("5"))
     assert stops(chatml, found) == ["<|im_end|>", "</s>"]
     assert (found.num_rows, found.num_ended, found.num_not_learned, found.num_cut) == (2, 2, 0, 0)
@@ -87,18 +87,18 @@ def test_added_tokens_that_are_not_special_end_a_turn_too() -> None:
         (ENDLESS, ["</s>"]),
     ],
 )
-def test_the_first_token_behind_the_answer_ends_it(chatml: Any, template: str, expected: list[str]) -> None:
+def test_the_first_special_token_after_the_answer_ends_it(chatml: Any, template: str, expected: list[str]) -> None:
     chatml.chat_template = template
     assert stops(chatml, ends(chatml, turns())) == expected
 
 
-def test_what_an_answer_ends_with_is_not_what_ends_it(chatml: Any) -> None:
+def test_the_last_words_of_an_answer_are_not_its_stop_token(chatml: Any) -> None:
     assert stops(chatml, ends(chatml, turns("a call </tool_call>"))) == ["<|im_end|>", "</s>"]
     unknown = ends(chatml, turns("4 <unk>"), turns("4 <s>"))
     assert stops(chatml, unknown) == ["<|im_end|>", "</s>"]
 
 
-def test_earlier_turns_may_end_otherwise_where_they_are_learned(chatml: Any) -> None:
+def test_earlier_trained_turns_may_end_with_another_token(chatml: Any) -> None:
     chatml.chat_template = CHATML.replace(
         "<|im_end|>", "{% if m['content'] == 'a call' %}<|eom|>{% else %}<|im_end|>{% endif %}"
     )
@@ -116,7 +116,7 @@ def test_earlier_turns_may_end_otherwise_where_they_are_learned(chatml: Any) -> 
         ({"format": "text", "loss_on": "all"}, {"text": "2 + 2 = 4<|im_end|>\n"}, ["<|im_end|>", "</s>"]),
     ],
 )
-def test_rows_without_turns_end_with_the_eos_or_their_own_token(
+def test_rows_without_turns_end_with_eos_or_their_own_token(
     chatml: Any, fields: dict[str, Any], value: dict[str, str], expected: list[str]
 ) -> None:
     found = ends(chatml, value, **fields)
@@ -124,42 +124,48 @@ def test_rows_without_turns_end_with_the_eos_or_their_own_token(
     assert found.num_ended == 1
 
 
-def test_a_row_that_is_cut_does_not_learn_its_end(chatml: Any) -> None:
+def test_a_cut_row_loses_its_stop_token(chatml: Any) -> None:
     long = turns("4 " * 40)
     found = ends(chatml, turns(), long, max_length=40)
     assert (found.num_ended, found.num_cut) == (1, 1)
     assert ends(chatml, long, max_length=40, truncate="left").num_ended == 1
-    ends(chatml, long, max_length=40).require()  # the form has an end: `data` says that the cut takes it
+    ends(
+        chatml, long, max_length=40
+    ).require()  # the template writes a stop token; `orchestrator data` shows that the cut removes it
 
 
-def test_a_block_that_closes_before_the_stop_token_is_told(chatml: Any) -> None:
+def test_a_generation_block_that_ends_before_the_stop_token_is_refused(chatml: Any) -> None:
     chatml.chat_template = CLOSED_EARLY
     found = ends(chatml, turns(), loss_on="assistant")
     assert stops(chatml, found) == ["<|im_end|>", "</s>"], "answers stop there all the same"
     assert (found.num_ended, found.num_not_learned) == (0, 1)
-    with pytest.raises(DataError, match="no training row learns to end: 1 row has a stop token that is not in") as told:
+    with pytest.raises(
+        DataError, match="no training row has a stop token in the loss: 1 row ends with one that is not in"
+    ) as caught:
         found.require()
-    assert told.value.remedy.startswith("Move {% endgeneration %}")
+    assert caught.value.remedy.startswith("Move {% endgeneration %}")
     chatml.chat_template = CLOSED_BEHIND
     assert ends(chatml, turns(), loss_on="assistant").num_ended == 1
     assert ends(chatml, turns(), loss_on="completion").num_ended == 1
 
 
-def test_a_token_that_the_tokenizer_lacks_is_no_end() -> None:
+def test_a_token_that_the_tokenizer_lacks_is_not_a_stop_token() -> None:
     tokenizer = load_tokenizer(BASE, CHATML)
-    with pytest.raises(DataError, match=r"no row ends with a stop token: the first ends with '.*im_end\|>\\n'") as told:
+    with pytest.raises(
+        DataError, match=r"no row ends with a stop token: the first ends with '.*im_end\|>\\n'"
+    ) as caught:
         ends(tokenizer, turns()).require()
-    assert "base.new_tokens adds one" in told.value.remedy
-    assert "data.require_stop: false" in told.value.remedy
+    assert "base.new_tokens adds one" in caught.value.remedy
+    assert "data.require_stop: false" in caught.value.remedy
 
 
-def test_a_form_without_an_end_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+def test_rows_without_stop_tokens_are_refused_unless_allowed(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps(turns()) + "\n") * 3)
     data = section(source=str(rows), chat_template=ENDLESS)
     with pytest.raises(DataError, match="data: no row ends with a stop token: the first ends with"):
         prepare(data, BASE)
-    shown = preview(data, BASE, 1)  # shows them all the same
+    shown = preview(data, BASE, 1)  # shows them anyway
     assert _end_lines(shown) == [
         "answers stop at </s>",
         "no row ends with a stop token",
@@ -171,7 +177,7 @@ def test_a_form_without_an_end_is_refused_unless_it_is_asked_for(tmp_path: Path)
     assert load(tmp_path / "data").stop_tokens == prepared.stop_tokens == [2]
 
 
-def test_an_eos_that_is_named_is_written_and_stops() -> None:
+def test_a_given_eos_token_is_written_and_ends_answers() -> None:
     base = WITH_TURNS.model_copy(update={"eos_token": "<|im_end|>"})
     tokenizer = load_tokenizer(base, CHATML.replace("<|im_end|>", "{{ eos_token }}"))
     assert tokenizer.eos_token == "<|im_end|>"
@@ -182,14 +188,14 @@ def test_an_eos_that_is_named_is_written_and_stops() -> None:
         load_tokenizer(BASE.model_copy(update={"eos_token": "<|end|>"}))
 
 
-def test_labels_decide_what_is_learned(chatml: Any) -> None:
+def test_labels_decide_which_stop_tokens_count(chatml: Any) -> None:
     end = chatml.convert_tokens_to_ids("<|im_end|>")
     rows = [Tokens([1, 70, end], [1, 70, label], 1, True) for label in (end, IGNORED)]
     found = StopFinder(chatml).ends_of(rows, section())
     assert (found.num_ended, found.num_not_learned, found.last_text) == (1, 1, chatml.decode([1, 70, end]))
 
 
-def test_a_wanted_answer_has_no_stop_tokens(tmp_path: Path) -> None:
+def test_an_expected_answer_has_no_stop_tokens(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     completions = ["4 </s>", "5</s>\n", "6", "7 </s></s>"]
     rows.write_text("".join(json.dumps({"prompt": "2 =", "completion": text}) + "\n" for text in completions))

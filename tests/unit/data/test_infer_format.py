@@ -22,21 +22,21 @@ def written(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", COLUMNS_OF)
-def test_a_format_is_told_by_its_columns(tmp_path: Path, name: str) -> None:
+def test_the_format_follows_from_the_columns(tmp_path: Path, name: str) -> None:
     file = written(tmp_path / "rows.jsonl", {"id": 1} | dict.fromkeys(COLUMNS_OF[name], "a"))
     spec = spec_of_rows(file, ["data.max_length=64"])
     assert (spec.data.format, spec.data.source, spec.data.max_length) == (name, str(file), 64)
     assert spec.base.model == "embedded"
 
 
-def test_what_is_given_is_taken(tmp_path: Path) -> None:
+def test_a_given_format_is_used(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.jsonl", {"text": "a", "q": "b"})
     spec = spec_of_rows(file, ["data.format=template", 'data.template="{q} {text}"', "base.model=owner/name"])
     assert (spec.data.format, spec.data.template, spec.base.model) == ("template", "{q} {text}", "owner/name")
 
 
 def followed(file: Path, *given: str) -> DataSection:
-    """The section of a file once the printed remedy is typed into a shell."""
+    """Return the data section of a file after the printed remedy has been typed into a shell."""
     with pytest.raises(DataError) as caught:
         spec_of_rows(file, list(given))
     words = shlex.split(caught.value.remedy)
@@ -62,10 +62,10 @@ def test_the_remedy_for_other_columns_works(tmp_path: Path, columns: list[str], 
     assert len(preview(data, BaseSection(model="embedded"), 0).lengths) == 1, "and its rows are read"
 
 
-def test_columns_that_are_no_text_are_in_no_remedy(tmp_path: Path) -> None:
+def test_columns_that_are_not_text_are_not_in_the_remedy(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.jsonl", {"q": "1", "meta": {"a": 1}, "a": "2"})
     assert followed(file).template == "{q} {a}"
-    with pytest.raises(DataError, match="Format template reads columns of text with names"):
+    with pytest.raises(DataError, match="Format template reads named columns of text"):
         spec_of_rows(written(tmp_path / "none.jsonl", {"meta": {"a": 1}}), [])
 
 
@@ -84,12 +84,12 @@ def test_turns_in_two_columns_are_messages(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl: holds no row"):
         spec_of_rows(written(tmp_path / "rows.jsonl"), [])
 
 
-def test_what_holds_rows(tmp_path: Path) -> None:
+def test_paths_that_hold_rows(tmp_path: Path) -> None:
     files = {
         "rows.jsonl": "", "rows.csv": "", "rows.parquet": "", "array.json": "[{}]", "lines.json": "{}\n{}\n",
         "rows.TXT": "", "rows.tsv": "", "rows.jsonl.gz": "", "object.json": '{"data": [{"a": 1}], "base": "x"}',

@@ -1,16 +1,15 @@
-"""Packages that only some need: each belongs to an extra of this project, and is looked for before the work begins."""
+"""Optional packages: each belongs to an extra of this project, and is looked for before the work begins."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from orchestrator.errors import RequestError
-
-if TYPE_CHECKING:
-    from orchestrator.spec.sweep_spec import SweepSpec
+from orchestrator.spec.sweep_spec import SweepSpec
 
 
-def require_extras(spec: "SweepSpec") -> None:
-    """Look for all that an experiment asks for beyond this package's own installation. A record of one needs none.
+def require_extras(spec: SweepSpec) -> None:
+    """Look for all packages that an experiment needs beyond this project's own dependencies.
+
+    Reading the record of an experiment needs none of them.
 
     Raises:
         RequestError: a package is missing.
@@ -32,23 +31,23 @@ def require_extras(spec: "SweepSpec") -> None:
 
 
 def require_package(name: str, needed_by: str, extra: str, hint: str = "") -> None:
-    """Look whether a package is there; nothing of it is imported.
+    """Check that a package is installed, without importing it.
 
     Args:
-        name: as it is imported.
+        name: the package's import name.
         needed_by: what the person asked for.
-        extra: of this project, which installs it.
-        hint: on how that may fail.
+        extra: the extra of this project that installs it.
+        hint: why the installation may fail.
 
     Raises:
-        RequestError: it is missing.
+        RequestError: the package is missing.
     """
     if find_spec(name) is None:
         raise missing_package(name, needed_by, extra, hint)
 
 
 def missing_package(name: str, needed_by: str, extra: str, hint: str = "") -> RequestError:
-    """What is said of a package that is not installed, or not whole; arguments as above."""
+    """Return the error for a package that is not installed, or not complete. Arguments as in `require_package`."""
     remedy = f"pip install 'qlora-orchestrator[{extra}]'"
     return RequestError(
         f"{needed_by} needs the package {name}, which is not installed", f"{remedy} ({hint})" if hint else remedy

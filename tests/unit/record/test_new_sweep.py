@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record.start import claim_folder
+from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import SweepSpec, parse_spec
 
 
@@ -18,7 +18,7 @@ def claimed(spec: SweepSpec, source: str, name: str | None, output: str | None) 
         return paths.root
 
 
-def test_the_option_counts_before_the_experiment_and_both_before_the_default(
+def test_the_option_comes_before_the_experiment_and_both_before_the_default(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -32,7 +32,7 @@ def test_the_option_counts_before_the_experiment_and_both_before_the_default(
     assert not list(tmp_path.iterdir()), "no sweep has begun: nothing stays, the parents neither"
 
 
-def test_a_folder_that_is_there_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
     spec = parse_spec(document)
     for name in ("sweep", "empty", "other"):
         (tmp_path / name).mkdir()
@@ -46,9 +46,9 @@ def test_a_folder_that_is_there_is_refused(document: dict[str, Any], tmp_path: P
         claimed(spec, "x.yaml", "one", "s3://bucket/runs")
 
 
-def test_a_file_in_the_way_is_told(document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match="is not a folder that can be written to"):
+    with pytest.raises(RequestError, match="is not a writable folder"):
         claimed(parse_spec(document), "x.yaml", "one", str(tmp_path / "file" / "runs"))
 
 
@@ -58,7 +58,7 @@ def test_a_folder_in_which_a_sweep_has_begun_stays(document: dict[str, Any], tmp
     assert paths.sweep.is_file()
 
 
-def test_unnamed_sweeps_that_begin_in_one_second_get_folders_of_their_own(
+def test_unnamed_sweeps_that_begin_in_one_second_get_different_folders(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped:
@@ -68,7 +68,7 @@ def test_unnamed_sweeps_that_begin_in_one_second_get_folders_of_their_own(
 
             return datetime(2026, 11, 30, 3, 1, 55)
 
-    monkeypatch.setattr("orchestrator.record.start.datetime", Stopped)
+    monkeypatch.setattr("orchestrator.record.new_sweep.datetime", Stopped)
     spec = parse_spec(document)
     with (
         claim_folder(spec, "base.yaml", None, str(tmp_path)) as first,
@@ -79,7 +79,7 @@ def test_unnamed_sweeps_that_begin_in_one_second_get_folders_of_their_own(
     assert names == ["base-1130-030155", "base-1130-030155-2", "base-1130-030155-3"]
 
 
-def test_a_name_that_another_process_takes_at_this_very_moment_is_taken(
+def test_a_name_that_another_process_takes_at_this_moment_is_refused(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mkdir, lost = Path.mkdir, []
@@ -98,7 +98,7 @@ def test_a_name_that_another_process_takes_at_this_very_moment_is_taken(
 CLAIM = """
 import sys
 from orchestrator.errors import RequestError
-from orchestrator.record.start import claim_folder
+from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import load_spec
 spec = load_spec(sys.argv[1], [])
 print("ready", flush=True)
@@ -115,7 +115,7 @@ except RequestError as error:
 
 @pytest.mark.parametrize("name", ["", "one"], ids=["unnamed", "named"])
 def test_processes_that_begin_at_once_never_share_a_folder(tmp_path: Path, name: str) -> None:
-    """With a name one of them has it and the others are refused; without, each has its own."""
+    """With a name, one process gets the folder and the others are refused. Without, each gets its own."""
     demo, number = Path(__file__).parents[3] / "experiments" / "demo.yaml", 6
     command = [sys.executable, "-c", CLAIM, str(demo), str(tmp_path / "runs"), name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -127,16 +127,16 @@ def test_processes_that_begin_at_once_never_share_a_folder(tmp_path: Path, name:
             process.stdin.write("\n")
             process.stdin.flush()
         with ThreadPoolExecutor() as pool:
-            told = list(pool.map(lambda process: process.stdout.readline().strip(), processes))
+            lines = list(pool.map(lambda process: process.stdout.readline().strip(), processes))
     finally:
         for process in processes:
             process.communicate()
     folders = {path.name for path in (tmp_path / "runs").iterdir()}
     if name:
-        refused = [line for line in told if line != "one"]
+        refused = [line for line in lines if line != "one"]
         assert len(refused) == number - 1
         assert all(line.endswith("one: already exists") for line in refused)
         assert folders == {"one"}
     else:
-        assert len(set(told)) == number
-        assert folders == set(told)
+        assert len(set(lines)) == number
+        assert folders == set(lines)

@@ -1,11 +1,11 @@
-"""Values tied to others by arithmetic, such as `lora.alpha: 2 * lora.rank`."""
+"""Tied fields: values that follow from others by arithmetic, such as `lora.alpha: 2 * lora.rank`."""
 
 import ast
 import operator
 from collections.abc import Callable
 from typing import Any
 
-_LONGEST_TIE = 200
+_MAX_LENGTH = 200
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -26,17 +26,17 @@ _OPERATORS: dict[type[ast.operator | ast.unaryop], Callable[..., Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round}
 
 
-def evaluate_tie(expression: str, lookup: Callable[[str], Any]) -> Any:
-    """Value of an arithmetic expression over dotted fields, read through `lookup`.
+def evaluate_tied(expression: str, lookup: Callable[[str], Any]) -> Any:
+    """Evaluate an arithmetic expression over dotted fields, which are read through `lookup`.
 
-    Knows + - * / // **, parentheses, min, max and round. Nothing else is run.
+    Allows + - * / // **, parentheses, min, max and round. Nothing else is executed.
 
     Raises:
-        ValueError: the expression holds anything else, or its arithmetic fails.
+        ValueError: the expression contains anything else, or its arithmetic fails.
     """
 
-    if len(expression) > _LONGEST_TIE:
-        raise ValueError(f"is longer than {_LONGEST_TIE} characters")
+    if len(expression) > _MAX_LENGTH:
+        raise ValueError(f"is longer than {_MAX_LENGTH} characters")
 
     def value_of(node: ast.AST) -> Any:
         match node:

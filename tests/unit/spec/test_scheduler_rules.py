@@ -1,13 +1,14 @@
-"""What does not go together is refused at check, with the reason; what does is not."""
+"""Rules between searcher, scheduler, search space and length: senseless combinations are refused with the reason."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import load_spec, parse_spec
-from orchestrator.spec.pairs import MUTABLE
+from orchestrator.spec.cross_checks import MUTABLE
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 
 Document = dict[str, Any]
@@ -31,7 +32,7 @@ def scheduler(kind: str, **fields: Any) -> Document:
     ("written", "reason"),
     [
         # scheduler x searcher
-        (search("bohb"), "go only with each other: the one draws by what the other has measured at its rungs"),
+        (search("bohb"), "go only with each other: the searcher learns from what the scheduler measures at its rungs"),
         (search("bohb") | scheduler("asha"), "go only with each other"),
         (search("bohb") | scheduler("hyperband"), "(got bohb and hyperband)"),
         (search("random") | scheduler("bohb"), "(got random and bohb)"),
@@ -39,13 +40,13 @@ def scheduler(kind: str, **fields: Any) -> Document:
         (search("hyperopt") | scheduler("bohb"), "go only with each other"),
         (search("optuna") | scheduler("hyperband"), "does not go with search.algorithm optuna: the trials of"),
         (search("hyperopt") | scheduler("hyperband"), "use random or grid, or bohb for both"),
-        (search("optuna") | scheduler("pbt"), "does not go with search.algorithm optuna: its trials are there from"),
+        (search("optuna") | scheduler("pbt"), "does not go with search.algorithm optuna: its trials all exist from"),
         (search("hyperopt") | scheduler("pb2"), "pb2 does not go with search.algorithm hyperopt"),
         # searcher x axes
         (search("optuna", {}), "algorithm optuna needs a space to search"),
         (search("hyperopt", {}), "algorithm hyperopt needs a space to search"),
         (search("optuna", RATE | RANK, sampler="cmaes"), "sampler cmaes searches numbers, but lora.rank is choice"),
-        (search("optuna", RATE, sampler="cmaes"), "sampler cmaes needs two axes or more, got 1"),
+        (search("optuna", RATE, sampler="cmaes"), "sampler cmaes needs two or more axes, got 1"),
         (
             search(
                 "optuna",
@@ -58,37 +59,37 @@ def scheduler(kind: str, **fields: Any) -> Document:
         (search("hyperopt", sampler="cmaes"), "sampler cmaes belongs to algorithm optuna"),
         (search("random", startup_trials=3), "startup_trials belongs to optuna, hyperopt, bohb"),
         (search("bohb", startup_trials=1) | scheduler("bohb"), "startup_trials must be at least 2 for bohb"),
-        (search("optuna", startup_trials=10), "startup_trials are drawn at random, and 10 of 10 trials leave none to"),
-        (search("hyperopt", startup_trials=9, num_trials=4), "leave none to hyperopt; give fewer, or algorithm random"),
+        (search("optuna", startup_trials=10), "startup_trials are drawn at random, and 10 of 10 trials leave none for"),
+        (search("hyperopt", startup_trials=9, num_trials=4), "leave none for hyperopt; give fewer"),
         # scheduler x axes
         (search("random", {}) | scheduler("pbt"), "pbt changes searched values, and search.space has none"),
-        (search(num_trials=1) | scheduler("pbt"), "pbt needs two trials or more"),
+        (search(num_trials=1) | scheduler("pbt"), "pbt needs two or more trials"),
         (
             search(space={"lora.dropout": {"choice": [0.1]}}) | scheduler("pbt"),
             "scheduler.kind pbt would try no other value: listed axes need two values",
         ),
         (search() | scheduler("pbt", factors=[1, 1.0], resample_probability=0), "ranges need scheduler.factors other"),
-        (search(space=RANK) | scheduler("pbt"), "cannot change lora.rank in mid-trial: the adapter's matrices"),
-        (search(space=RATE | RANK) | scheduler("pb2"), "pb2 cannot change lora.rank in mid-trial"),
+        (search(space=RANK) | scheduler("pbt"), "cannot change lora.rank during a trial: the adapter's matrices"),
+        (search(space=RATE | RANK) | scheduler("pb2"), "pb2 cannot change lora.rank during a trial"),
         (
             search(space={"lora.target_modules": {"choice": ["all-linear", ["q_proj"]]}}) | scheduler("pbt"),
-            "cannot change lora.target_modules in mid-trial: other layers would be adapted",
+            "cannot change lora.target_modules during a trial: other layers would be adapted",
         ),
         (
             search(space={"training.batch_size": {"choice": [4, 8]}}) | scheduler("pbt"),
-            "cannot change training.batch_size in mid-trial: the checkpoint's place in the data",
+            "cannot change training.batch_size during a trial: the checkpoint counts its position in the data",
         ),
         (
             search(space={"training.seed": {"randint": [0, 9]}}) | scheduler("pbt"),
-            "cannot change training.seed in mid-trial: the order of rows",
+            "cannot change training.seed during a trial: the order of rows",
         ),
         (
             search(space={"training.precision": {"choice": ["auto", "none"]}}) | scheduler("pbt"),
-            "cannot change training.precision in mid-trial: it cannot change between",
+            "cannot change training.precision during a trial: it cannot change between",
         ),
         (
             search(tied={"lora.alpha": "1e4 * training.learning_rate"}) | scheduler("pbt"),
-            "cannot change lora.alpha in mid-trial: it scales what has been learned",
+            "cannot change lora.alpha during a trial: it scales what was learned",
         ),
         (search(space=DROPOUT) | scheduler("pb2"), "lora.dropout is choice; use uniform or loguniform, or"),
         (
@@ -136,7 +137,7 @@ def scheduler(kind: str, **fields: Any) -> Document:
         (search(budget={"gpu_hours": 1.0}) | {"resources": {"gpus_per_trial": 0}}, "gpu_hours would never be spent"),
     ],
 )  # fmt: skip
-def test_a_pair_that_makes_no_sense_is_refused(document: Document, written: Document, reason: str) -> None:
+def test_a_senseless_combination_is_refused(document: Document, written: Document, reason: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(document | {"training": STEPS} | written)
     assert reason in str(caught.value)
@@ -161,14 +162,14 @@ def test_a_pair_that_makes_no_sense_is_refused(document: Document, written: Docu
         search(budget={"gpu_hours": 1.0, "wall_clock_hours": 0.5, "tokens": 10}) | scheduler("asha"),
     ],
 )
-def test_a_pair_that_makes_sense_is_not(document: Document, written: Document) -> None:
+def test_a_sensible_combination_is_accepted(document: Document, written: Document) -> None:
     spec = parse_spec(document | {"training": STEPS} | written)
     assert parse_spec(spec.model_dump(mode="json")) == spec
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
 
 
 @pytest.mark.parametrize("kind", ["none", "asha", "hyperband", "pbt"])
-def test_trials_that_wait_or_are_cloned_have_a_checkpoint_of_each_evaluation(document: Document, kind: str) -> None:
+def test_trials_that_may_pause_or_be_cloned_save_at_each_evaluation(document: Document, kind: str) -> None:
     spec = parse_spec(document | search() | scheduler(kind) | {"training": STEPS})
     config = spec.trial_config({"training.learning_rate": 1e-4})
     assert config.training.save_steps == (10 if kind in ("hyperband", "pbt") else None)
@@ -191,19 +192,18 @@ def test_each_kind_has_its_own_fields(document: Document) -> None:
             parse_spec(document | {"scheduler": wrong})
 
 
-def test_a_kind_that_is_set_takes_over_the_fields_that_it_has() -> None:
-    demo = "experiments/demo.yaml"
-    asha = load_spec(demo, ["scheduler.reduction_factor=4"]).scheduler
+def test_another_kind_keeps_the_fields_that_it_has() -> None:
+    asha = load_spec(DEMO, ["scheduler.reduction_factor=4"]).scheduler
     assert (asha.kind, asha.grace_steps, asha.reduction_factor) == ("asha", 50, 4)  # type: ignore[union-attr]
-    band = load_spec(demo, ["scheduler.kind=hyperband"]).scheduler
+    band = load_spec(DEMO, ["scheduler.kind=hyperband"]).scheduler
     assert (band.kind, band.grace_steps, band.reduction_factor) == ("hyperband", 50, 2)  # type: ignore[union-attr]
-    median = load_spec(demo, ["scheduler.kind=median", "scheduler.min_trials=7"]).scheduler
+    median = load_spec(DEMO, ["scheduler.kind=median", "scheduler.min_trials=7"]).scheduler
     assert (median.grace_steps, median.min_trials) == (50, 7)  # type: ignore[union-attr]
-    assert load_spec(demo, ["scheduler.kind=none"]).scheduler.model_dump() == {"kind": "none"}
+    assert load_spec(DEMO, ["scheduler.kind=none"]).scheduler.model_dump() == {"kind": "none"}
     with pytest.raises(SpecError, match=r"scheduler\.reduction_factor: unknown field; it belongs to kind asha"):
-        load_spec(demo, ["scheduler.kind=none", "scheduler.reduction_factor=3"])
+        load_spec(DEMO, ["scheduler.kind=none", "scheduler.reduction_factor=3"])
     with pytest.raises(SpecError, match=r"scheduler\.grace: unknown field"):
-        load_spec(demo, ["scheduler.grace=3", "scheduler.kind=median"])
+        load_spec(DEMO, ["scheduler.grace=3", "scheduler.kind=median"])
 
 
 def test_a_file_may_leave_out_the_kind(document: Document) -> None:
@@ -222,15 +222,15 @@ def test_a_file_may_leave_out_the_kind(document: Document) -> None:
         ("sklearn", "pb2", [f"search={{space: {RATE}}}", "scheduler={kind: pb2}"]),
     ],
 )  # fmt: skip
-def test_a_missing_extra_gives_its_install_line(
+def test_a_missing_extra_is_named_with_its_install_command(
     package: str, extra: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing: set[str] = set()
-    monkeypatch.setattr("orchestrator.spec.extras.find_spec", lambda name: None if name in missing else name)
-    spec = load_spec("experiments/demo.yaml", overrides)
+    monkeypatch.setattr("orchestrator.spec.optional_packages.find_spec", lambda name: None if name in missing else name)
+    spec = load_spec(DEMO, overrides)
     missing.add(package)
     with pytest.raises(RequestError) as caught:
-        load_spec("experiments/demo.yaml", overrides)
+        load_spec(DEMO, overrides)
     assert f"needs the package {package}" in caught.value.message
     assert f"pip install 'qlora-orchestrator[{extra}]'" in (caught.value.remedy or "")
     assert parse_spec(spec.model_dump(mode="json")) == spec, "a sweep's record is read without it"
@@ -239,14 +239,14 @@ def test_a_missing_extra_gives_its_install_line(
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode", "told"),
+    ("metric", "mode", "message"),
     [
         ("eval/loss", "max", "mode max would choose the trial with the highest eval/loss, which is the worst one"),
         ("eval/token_accuracy", "min", "mode min would choose the trial with the lowest eval/token_accuracy"),
     ],
 )
 def test_a_mode_that_would_choose_the_worst_trial_is_refused(
-    document: dict[str, Any], metric: str, mode: str, told: str
+    document: dict[str, Any], metric: str, mode: str, message: str
 ) -> None:
-    with pytest.raises(SpecError, match=told):
+    with pytest.raises(SpecError, match=message):
         parse_spec(document | {"search": {"metric": metric, "mode": mode}})

@@ -1,4 +1,4 @@
-"""Fields of the data section that do not go together die at `check`, with the reason; what goes together, goes."""
+"""Rules of the data section: fields that do not go together are refused at `check`, with the reason."""
 
 from itertools import product
 from typing import Any
@@ -22,16 +22,16 @@ def check(data: dict[str, Any], **sections: Any) -> Any:
     ("format", "loss_on", "chat", "truncate", "packing"),
     product(FORMATS, ("all", "completion", "assistant"), (False, True), ("right", "left", "error"), (False, True)),
 )
-def test_format_loss_chat_template_truncate_and_packing(
+def test_combinations_of_format_loss_template_truncate_and_packing(
     format: str, loss_on: str, chat: bool, truncate: str, packing: bool
 ) -> None:
     data = {"format": format, "loss_on": loss_on, "truncate": truncate, "packing": packing}
     data |= (TEMPLATE if format == "template" else {}) | (CHAT if chat else {})
     refused = None
     if chat and format not in TURNS:
-        refused = f"data: chat_template writes conversations, but format is {format}"
+        refused = f"data: chat_template formats conversations, but format is {format}"
     elif format == "text" and loss_on != "all":
-        refused = f"data: loss_on: {loss_on} needs to know the prompt; format text has none"
+        refused = f"data: loss_on: {loss_on} needs a prompt, and format text has none"
     elif loss_on == "assistant" and format not in TURNS:
         refused = f"data: loss_on: assistant needs turns; format {format} has none"
     if refused is None:
@@ -46,15 +46,17 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "template without one": ({"format": "template"}, {}, "format template needs a template"),
     "template of another format": ({"format": "alpaca", **TEMPLATE}, {}, "a template is given, but format is alpaca"),
     "template malformed": ({"format": "template", "template": "{a"}, {}, "'{a': a single '{' at character 1"),
-    "template without a column": ({"format": "template", "template": "a"}, {}, "needs {column} fields"),
+    "template without a column": ({"format": "template", "template": "a"}, {}, "has no field; write {column} fields"),
     "chat template malformed": (
         {"format": "messages", "chat_template": "a\n{% for m in messages %}"}, {}, "chat_template: line 2: "
     ),
-    "chat template of no Jinja": ({"format": "messages", "chat_template": "a"}, {}, "is no Jinja template"),
+    "chat template of no Jinja": ({"format": "messages", "chat_template": "a"}, {}, "is not a Jinja template"),
     "no source": ({"source": None, "format": "text"}, {}, "exactly one of source, mix, but got none"),
     "two sources": ({"mix": [{"source": "a/b"}], "format": "text"}, {}, "exactly one of source, mix"),
     "field beside a mix": (
-        {"source": None, "mix": [{"source": "a/b"}], "max_rows": 5, "format": "text"}, {}, "max_rows stand beside"
+        {"source": None, "mix": [{"source": "a/b"}], "max_rows": 5, "format": "text"},
+        {},
+        "max_rows belong to a source; in a mix",
     ),
     "half of the weights": (
         {"source": None, "mix": [{"source": "a/b", "weight": 1.0}, {"source": "c/d"}], "format": "text"}, {},
@@ -65,18 +67,18 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "a source twice": (
         {"source": None, "mix": [{"source": "a/b"}, {"source": "a/b", "split": "train"}], "format": "text"}, {},
-        "mix: a/b stands in it twice",
+        "mix: a/b appears twice",
     ),
-    "roles of no speakers": ({"format": "text", "roles": {"bot": "assistant"}}, {}, "roles name who speaks in conv"),
+    "roles of no speakers": ({"format": "text", "roles": {"bot": "assistant"}}, {}, "roles name the speakers of conv"),
     "delimiter of a hub data set": ({"format": "text", "delimiter": ";"}, {}, "delimiter belongs to CSV files"),
     "delimiter of JSON": (
         {"source": "/a.jsonl.gz", "format": "text", "delimiter": ";"}, {}, "delimiter belongs to CSV files"
     ),
     "delimiter that is a quote": (
-        {"source": "/a.csv", "format": "text", "delimiter": '"'}, {}, "delimiter '\"' means something else"
+        {"source": "/a.csv", "format": "text", "delimiter": '"'}, {}, "delimiter '\"' has another meaning"
     ),
     "delimiter of two": ({"source": "/a.csv", "format": "text", "delimiter": ";;"}, {}, "at most 1 character"),
-    "optional completion": ({"format": "template", "template": "{q} {a?}"}, {}, "may not be left out"),
+    "optional completion": ({"format": "template", "template": "{q} {a?}"}, {}, "must not be optional"),
     "stream without an end": ({"stream_buffer": 9, "format": "text"}, {}, "stream_buffer needs max_rows"),
     "stream of a file": (
         {"source": "/a.csv", "stream_buffer": 9, "max_rows": 9, "format": "text"}, {}, "stream_buffer belongs to a hub"
@@ -100,11 +102,11 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "held_out.source is the training source",
     ),
     "rows of a slice": (
-        {"split": "train[:90%]", "max_rows": 9, "format": "text"}, {}, "data: max_rows beside split train[:90%]"
+        {"split": "train[:90%]", "max_rows": 9, "format": "text"}, {}, "data: max_rows with split train[:90%]"
     ),
     "rows of a held-out slice": (
         {"held_out": {"source": "a/b", "split": "test[:9]", "max_rows": 9}, "format": "text"}, {},
-        "max_rows beside split test[:9]",
+        "max_rows with split test[:9]",
     ),
     "held-out mix of training": (
         {"held_out": {"mix": [{"source": "a/b"}, {"source": "owner/rows", "split": "train"}]}, "format": "text"}, {},
@@ -130,12 +132,12 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         }.items()
     },
     "packing of grouped rows": (
-        {"packing": True, "format": "text"}, {"training": {"group_by_length": True}}, "has nothing to group"
+        {"packing": True, "format": "text"}, {"training": {"group_by_length": True}}, "groups nothing"
     ),
     "packing where grouping is searched": (
         {"packing": True, "format": "text"},
         {"search": {"space": {"training.group_by_length": {"choice": [False, True]}}}},
-        "has nothing to group",
+        "groups nothing",
     ),
     "answers of text": (
         {"format": "text"}, {"evaluation": {"metrics": ["exact_match"]}}, "need prompts; data.format text has none"
@@ -144,7 +146,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_what_does_not_go_together(name: str) -> None:
+def test_fields_that_do_not_go_together_are_refused(name: str) -> None:
     data, sections, message = PAIRS[name]
     with pytest.raises(SpecError) as caught:
         check(data, **sections)
@@ -169,6 +171,6 @@ def test_what_does_not_go_together(name: str) -> None:
         {"format": "messages", "chat_template": "{% generation %}{{ x }}{% endgeneration %}", "loss_on": "assistant"},
     ],
 )
-def test_what_goes_together(data: dict[str, Any]) -> None:
+def test_fields_that_go_together_are_accepted(data: dict[str, Any]) -> None:
     spec = check(data)
     assert parse_spec(spec.model_dump(mode="json")) == spec

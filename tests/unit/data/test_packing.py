@@ -1,4 +1,4 @@
-"""Rows in sequences: none is lost, none is torn, and little is left empty."""
+"""Packing: no row is lost or split, and little space is left empty."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 from orchestrator.base import load_tokenizer
 from orchestrator.data import load, prepare, save
 from orchestrator.data.encode import IGNORED
-from orchestrator.data.pack import packed
+from orchestrator.data.packing import pack_rows
 from orchestrator.spec.sections import BaseSection, DataSection
 
 BASE = BaseSection(model="embedded")
@@ -23,18 +23,18 @@ BASE = BaseSection(model="embedded")
         ([8], [[0]]),
         ([8, 8], [[0], [1]]),
         ([3, 5, 4], [[0, 1], [2]]),
-        ([5, 2, 6, 2, 1], [[0, 3, 4], [1, 2]]),  # a 2 fills up the 6, the other and the 1 the 5
+        ([5, 2, 6, 2, 1], [[0, 3, 4], [1, 2]]),  # one 2 fills the 6; the other 2 and the 1 fill the 5
         ([1] * 9, [[*range(8)], [8]]),
     ],
 )
-def test_the_longest_first_each_where_it_fits_best(lengths: list[int], sequences: list[list[int]]) -> None:
-    assert packed(lengths, 8) == sequences
+def test_rows_are_packed_longest_first_where_they_fit_best(lengths: list[int], sequences: list[list[int]]) -> None:
+    assert pack_rows(lengths, 8) == sequences
 
 
 def test_every_row_is_in_one_sequence_and_none_is_too_long() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(1, 100) for _ in range(500)]
-    sequences = packed(lengths, 100)
+    sequences = pack_rows(lengths, 100)
     assert sorted(row for rows in sequences for row in rows) == list(range(500))
     sums = [sum(lengths[row] for row in rows) for rows in sequences]
     assert max(sums) <= 100
@@ -43,7 +43,7 @@ def test_every_row_is_in_one_sequence_and_none_is_too_long() -> None:
 
 @pytest.fixture
 def section(tmp_path: Path) -> DataSection:
-    """Six rows to train on, two held out, in sequences of eight tokens."""
+    """Six training rows and two held-out rows, in sequences of eight tokens."""
     file = tmp_path / "rows.jsonl"
     prompts = ["1", "1 2", "2", "1 2 3 4 5", "3", "4"]
     file.write_text("".join(json.dumps({"prompt": p, "completion": "5"}) + "\n" for p in prompts))
@@ -57,7 +57,7 @@ def section(tmp_path: Path) -> DataSection:
     )  # fmt: skip
 
 
-def test_a_sequence_is_its_rows_end_to_end(section: DataSection, tmp_path: Path) -> None:
+def test_a_sequence_is_its_rows_one_after_another(section: DataSection, tmp_path: Path) -> None:
     prepared = prepare(section, BASE)
     tokenizer = load_tokenizer(BASE)
     # `<s> 1 2 5 </s>` has six tokens with its space, the others four; `1 2 3 4 5` is cut to none and dropped.
@@ -78,7 +78,7 @@ def test_a_sequence_is_its_rows_end_to_end(section: DataSection, tmp_path: Path)
     assert (again.num_sequences, again.sources, again.fingerprint) == (3, prepared.sources, prepared.fingerprint)
 
 
-def test_the_first_token_of_a_row_has_no_loss_though_all_others_have(section: DataSection) -> None:
+def test_the_first_token_of_a_packed_row_is_not_in_the_loss(section: DataSection) -> None:
     labels: list[list[int]] = prepare(section.model_copy(update={"loss_on": "all"}), BASE).train["labels"]
     assert [[place for place, label in enumerate(row) if label == IGNORED] for row in labels] == [
         [0, 4],
@@ -89,7 +89,7 @@ def test_the_first_token_of_a_row_has_no_loss_though_all_others_have(section: Da
 
 
 @pytest.mark.parametrize("change", [{"packing": False}, {"max_length": 12}, {"loss_on": "all"}])
-def test_the_fingerprint_tells_how_rows_are_laid(section: DataSection, change: dict[str, Any]) -> None:
+def test_the_fingerprint_depends_on_the_packing(section: DataSection, change: dict[str, Any]) -> None:
     fingerprint = prepare(section, BASE).fingerprint
     assert prepare(section, BASE).fingerprint == fingerprint
     assert prepare(section.model_copy(update=change), BASE).fingerprint != fingerprint

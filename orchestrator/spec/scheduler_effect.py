@@ -1,6 +1,8 @@
-"""Whether a scheduler can have an effect: it decides at evaluations, and at its last one a trial is complete.
+"""Refuse a scheduler that cannot have an effect.
 
-Not a rule of experiment files: a trial that runs alone has no scheduler, and a record is one of what was run.
+A scheduler decides at evaluations, and a trial is complete at its last one, so one evaluation must come before it.
+This is no rule of experiment files: a trial that is run by itself has no scheduler, and a record describes a sweep as
+it was run.
 """
 
 import itertools
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.probing import config_at
+from orchestrator.spec.axis_checks import config_at
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
@@ -21,97 +23,104 @@ from orchestrator.spec.sections.scheduler import (
 )
 from orchestrator.spec.sweep_spec import SweepSpec
 
-_LENGTH = ("training.steps", "training.epochs", "training.batch_size", "training.accumulation", "training.eval_steps")
-"""Fields by which a trial is longer or shorter."""
-_MOST_LENGTHS = 1024
+_LENGTH_FIELDS = (
+    "training.steps",
+    "training.epochs",
+    "training.batch_size",
+    "training.accumulation",
+    "training.eval_steps",
+)
+"""Fields that change the length of a trial."""
+_MAX_COMBINATIONS = 1024
 
 
 @dataclass(frozen=True)
 class _Reach:
-    """How far the longest trial comes before its end."""
+    """The last evaluation of the longest trial before its end."""
 
     steps: int
-    """Of a whole trial."""
-    look: int
-    """Step of its last evaluation before that."""
+    """Optimizer steps of the whole trial."""
+    eval_step: int
+    """Step of its last evaluation before the end."""
     time: int
-    """The same in what the scheduler counts: steps, or tokens where no row is shorter than data.max_length."""
+    """The same in the scheduler's unit: steps, or tokens if every row has data.max_length of them."""
 
 
-def require_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
-    """Refuse a scheduler that would change nothing, whatever the trials report. One trial alone may have any.
+def require_scheduler_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
+    """Refuse a scheduler that would change nothing, whatever the trials report. A single trial may have any scheduler.
 
     Args:
         spec: the experiment.
-        num_rows: training rows, or packed sequences; without them steps are not known where epochs are given.
+        num_rows: training rows, or packed sequences; without it, steps are unknown if the experiment gives epochs.
 
     Raises:
-        SpecError: with the reason, and what would do.
+        SpecError: the scheduler has no effect; the message says why, and what to write instead.
     """
     scheduler, total = spec.scheduler, spec.search.total_trials
     if isinstance(scheduler, NoScheduler) or total == 1:
         return
     if isinstance(scheduler, MedianScheduler) and scheduler.min_trials >= total:
         raise SpecError(
-            f"scheduler.min_trials: {scheduler.min_trials} would have the median rule stop nobody: each of {total} "
-            f"trials has {total - 1} to be compared with; give at most {total - 1}"
+            f"scheduler.min_trials: with {scheduler.min_trials} the median rule can stop no trial: each of {total} "
+            f"trials has only {total - 1} others to compare with; give at most {total - 1}"
         )
     reach = _reach(spec, scheduler, num_rows)
     if reach is not None:
-        _require_look_in_time(spec, scheduler, reach)
+        _require_evaluation_in_time(spec, scheduler, reach)
     if isinstance(scheduler, Brackets):
         _require_trials(spec, scheduler, math.inf if reach is None else reach.time)
 
 
 def _reach(spec: SweepSpec, scheduler: Rungs | Population, num_rows: int | None) -> _Reach | None:
-    """Of the longest trial that there may be; None where that is not known."""
+    """Return the reach of the longest possible trial; None if it is unknown."""
     reaches = []
     for point in _lengths(spec, scheduler):
         try:
-            config = config_at(spec, spec.search.active(point))
-        except ValueError as error:  # of very many combinations the loader has tried some
+            config = config_at(spec.trials, spec.search.active(point))
+        except ValueError as error:  # if there are very many combinations, the loader has tried only some
             raise SpecError(str(error)) from error
         training = config.training
         steps = training.steps if num_rows is None else training.steps_of(num_rows)
         if steps is None:
             return None
-        look = (steps - 1) // training.eval_steps * training.eval_steps
+        eval_step = (steps - 1) // training.eval_steps * training.eval_steps
         tokens = training.batch_size * training.accumulation * config.data.max_length
-        reaches.append(_Reach(steps, look, look * (tokens if scheduler.counts == "tokens" else 1)))
+        reaches.append(_Reach(steps, eval_step, eval_step * (tokens if scheduler.counts == "tokens" else 1)))
     return max(reaches, key=lambda reach: reach.time, default=None)
 
 
 def _lengths(spec: SweepSpec, scheduler: Rungs | Population) -> list[dict[str, Any]]:
-    """Points that differ in how long a trial is, all combinations; none where there are too many to try.
+    """Return all combinations of points that differ in the length of a trial; none if there are too many to try.
 
-    In steps the longest lies at the ends of ranges. In tokens it may lie between, for they stop at the last evaluation.
+    In steps, the longest trial lies at the ends of ranges. In tokens it may lie between them, because tokens are
+    counted up to the last evaluation.
     """
-    ties = " ".join(spec.search.tied.values()) if set(spec.search.tied) & set(_LENGTH) else ""
-    told = [path for path in spec.search.space if path in _LENGTH or path in ties]
-    told += [parent for path in told for parent in spec.search.ancestors(path)]
+    expressions = " ".join(spec.search.tied.values()) if set(spec.search.tied) & set(_LENGTH_FIELDS) else ""
+    relevant = [path for path in spec.search.space if path in _LENGTH_FIELDS or path in expressions]
+    relevant += [parent for path in relevant for parent in spec.search.ancestors(path)]
     values: dict[str, Sequence[Any]] = {path: axis.probes()[:1] for path, axis in spec.search.space.items()}
-    for path in told:
+    for path in relevant:
         axis = spec.search.space[path]
         values[path] = (axis.all_values() or axis.probes()) if scheduler.counts == "tokens" else axis.probes()
-    if math.prod(map(len, values.values())) > _MOST_LENGTHS:
+    if math.prod(map(len, values.values())) > _MAX_COMBINATIONS:
         return []
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def _require_look_in_time(spec: SweepSpec, scheduler: Rungs | Population, reach: _Reach) -> None:
+def _require_evaluation_in_time(spec: SweepSpec, scheduler: Rungs | Population, reach: _Reach) -> None:
     kind, unit = scheduler.kind, _unit(scheduler)
-    if reach.look == 0:
+    if reach.eval_step == 0:
         shorter = f"training.eval_steps below {reach.steps}" if reach.steps > 1 else "more training.steps"
         raise SpecError(
-            f"scheduler.kind: {kind} would change nothing: with training.eval_steps {spec.training.eval_steps} no "
+            f"scheduler.kind: {kind} would have no effect: with training.eval_steps {spec.training.eval_steps} no "
             f"trial is evaluated before its last step ({reach.steps}); give {shorter}, or scheduler.kind none"
         )
     name = "interval" if isinstance(scheduler, Population) else "grace"
     if (first := _first_time(spec, scheduler)) > reach.time:
         tokens = f", of at most {reach.time} tokens" if unit == "tokens" else ""
         raise SpecError(
-            f"scheduler.{name}_{unit}: {first} would have {kind} change nothing: the last evaluation before a trial's "
-            f"end ({reach.steps} steps) is at step {reach.look}{tokens}; give at most {reach.time}"
+            f"scheduler.{name}_{unit}: with {first}, {kind} would have no effect: the last evaluation before a trial's "
+            f"end ({reach.steps} steps) is at step {reach.eval_step}{tokens}; give at most {reach.time}"
         )
 
 
@@ -124,9 +133,9 @@ def _require_trials(spec: SweepSpec, scheduler: Brackets, time: float) -> None:
     least = _least_trials(brackets, scheduler.reduction_factor, time / grace)
     if least is None:
         raise SpecError(
-            f"scheduler.max_{unit}: {longest} would have {scheduler.kind} change nothing: its first rung lies at "
+            f"scheduler.max_{unit}: with {longest}, {scheduler.kind} would have no effect: its first rung is at "
             f"{min(rungs[0] for _, rungs in brackets if rungs) * grace} {unit}, and the last evaluation before a "
-            f"trial's end at {time:.0f}; give {grace * scheduler.reduction_factor}, which has a rung at {grace}"
+            f"trial's end is at {time:.0f}; give {grace * scheduler.reduction_factor}, which has a rung at {grace}"
         )
     if total < least:
         raise SpecError(_too_few_trials(spec, scheduler, least))
@@ -136,28 +145,28 @@ def _too_few_trials(spec: SweepSpec, scheduler: Brackets, least: int) -> str:
     total, is_bohb = spec.search.total_trials, isinstance(scheduler, BohbScheduler)
     field = "space" if spec.search.algorithm == "grid" else "num_trials"
     more = f"a grid of {least} or more" if field == "space" else f"{least} or more"
-    order = "those with most rungs first" if is_bohb else "those without a rung first"
+    order = "those with the most rungs first" if is_bohb else "those without a rung first"
     instead = "scheduler.kind asha" + (" with another search.algorithm" if is_bohb else "")
     return (
-        f"search.{field}: of {total} trials {scheduler.kind} would stop none: its brackets are filled one after "
+        f"search.{field}: with {total} trials, {scheduler.kind} would stop none: its brackets are filled one after "
         f"another, {order}; give {more}, or {instead}"
     )
 
 
 def _unit(scheduler: Rungs | Population) -> str:
-    """What the scheduler counts: steps or tokens."""
+    """Return what the scheduler counts: steps or tokens."""
     return "steps" if scheduler.counts == "step" else "tokens"
 
 
 def _first_time(spec: SweepSpec, scheduler: Rungs | Population) -> int:
-    """When the scheduler first looks at a trial."""
+    """Return when the scheduler first looks at a trial."""
     if isinstance(scheduler, Population):
         return scheduler.interval_tokens or spec.interval_steps
     return scheduler.grace_tokens or spec.grace_steps
 
 
 def _brackets(units: int, factor: int) -> list[tuple[int, list[int]]]:
-    """Trials of each full bracket and its rungs, in units of the grace period, as Ray Tune's HyperBand has them."""
+    """Return each full bracket's number of trials and its rungs in grace periods, as in Ray Tune's HyperBand."""
     most = round(math.log(units) / math.log(factor))
     return [
         (math.ceil((most + 1) / (halvings + 1) * factor**halvings), [first * factor**i for i in range(halvings)])
@@ -167,7 +176,10 @@ def _brackets(units: int, factor: int) -> list[tuple[int, list[int]]]:
 
 
 def _least_trials(brackets: list[tuple[int, list[int]]], factor: int, last: float) -> int | None:
-    """Trials of which one must be stopped, where brackets are filled in this order and rungs up to `last` are met."""
+    """Return the smallest number of trials of which one must be stopped.
+
+    Brackets are filled in the given order. Rungs after `last` (in grace periods) are never reached.
+    """
     before = 0
     for size, rungs in brackets:
         kept = size

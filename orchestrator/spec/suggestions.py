@@ -1,10 +1,10 @@
-"""What an unknown field may have been meant to be: names of PEFT, transformers, trl and Tune, and where ours lie."""
+"""Suggest what an unknown field may mean: names of PEFT, transformers, trl and Tune, and fields of other sections."""
 
 import difflib
 
 from pydantic import BaseModel
 
-OURS = {
+FIELD_OF_NAME = {
     "r": "lora.rank",
     "lora_r": "lora.rank",
     "lora_alpha": "lora.alpha",
@@ -53,19 +53,19 @@ OURS = {
     "search.type": "search.algorithm",
     "search.kind": "search.algorithm",
 }
-"""Name elsewhere, or a field that is none -> ours, with its value where the name says that."""
+"""Name in another library, or a likely mistake -> our field, with a value if the name implies one."""
 
 
-def meant(where: str, model: type[BaseModel], root: type[BaseModel]) -> str | None:
-    """The field that was meant by an unknown one, if it can be told.
+def suggested_field(where: str, model: type[BaseModel], root: type[BaseModel]) -> str | None:
+    """Return the field that an unknown one probably means, or None.
 
     Args:
         where: the dotted field as it was written.
-        model: the section in which it was looked for.
-        root: the section of all sections.
+        model: the section in which it was looked up.
+        root: the model of the whole document.
     """
     name = where.rpartition(".")[2]
-    if found := OURS.get(where) or OURS.get(name):
+    if found := FIELD_OF_NAME.get(where) or FIELD_OF_NAME.get(name):
         return found
     if elsewhere := _fields_named(name, root):
         return elsewhere[0]
@@ -74,7 +74,7 @@ def meant(where: str, model: type[BaseModel], root: type[BaseModel]) -> str | No
 
 
 def _fields_named(name: str, root: type[BaseModel]) -> list[str]:
-    """The sections, or their fields, of this very name."""
+    """Return the sections, and the fields of sections, that have exactly this name."""
     sections = {section: field.annotation for section, field in root.model_fields.items()}
     inner = [
         f"{section}.{name}"

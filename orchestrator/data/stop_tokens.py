@@ -1,4 +1,4 @@
-"""Stop tokens: which tokens end the answers of the training rows, and whether the rows learn to write them."""
+"""Stop tokens: which tokens end the answers of training rows, and whether the model learns to write them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from orchestrator.errors import DataError
 from orchestrator.spec.sections import DataSection
 from orchestrator.words import counted
 
-_REMEDY = "data.require_stop: false trains on such rows all the same; answers then run on to max_new_tokens."
+_REMEDY = "data.require_stop: false trains on such rows anyway; answers then run on to max_new_tokens."
 _TOKENS_SHOWN = 16
-"""Tokens of the end of a row that an error quotes."""
+"""Tokens at the end of a row that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,19 @@ class RowEnds:
     """How the training rows end, before they are cut to max_length."""
 
     stop_tokens: list[int]
-    """Ids of the tokens at which an answer is over: those that end rows, the most frequent first, and the EOS."""
+    """Ids of the tokens that end an answer: those that end rows, the most frequent first, and the EOS."""
     num_rows: int
     num_ended: int
-    """Rows that learn to write a stop token at their end."""
+    """Rows with a stop token at their end that is in the loss."""
     num_not_learned: int
-    """Rows that end with a stop token which is not in the loss."""
+    """Rows with a stop token at their end that is not in the loss."""
     num_cut: int
-    """Rows that would learn to end, but whose stop token is beyond max_length."""
+    """Rows whose stop token is in the loss but beyond max_length."""
     last_text: str
-    """End of the first row that does not learn to end; empty where all do."""
+    """End of the first row without a stop token in the loss; empty if there is none."""
 
     def require(self) -> None:
-        """Refuse rows of which none learns to end.
+        """Refuse data in which no row teaches the model to end.
 
         Raises:
             DataError: no row has a stop token in the loss.
@@ -42,24 +42,25 @@ class RowEnds:
             return
         if self.num_not_learned:
             raise DataError(
-                f"data: no training row learns to end: {counted(self.num_not_learned, 'row has', 'rows have')} a stop "
-                f"token that is not in the loss (the first ends with {self.last_text!r})",
+                "data: no training row has a stop token in the loss: "
+                f"{counted(self.num_not_learned, 'row ends', 'rows end')} with one that is not in the loss (the first "
+                f"ends with {self.last_text!r})",
                 "Move {% endgeneration %} of the chat template behind the stop token, or set data.loss_on: completion. "
                 + _REMEDY,
             )
         raise DataError(
             f"data: no row ends with a stop token: the first ends with {self.last_text!r}",
-            "Have the template write one after each answer, such as {{ eos_token }} in a chat template; base.eos_token "
-            "names another token than the tokenizer's own, and base.new_tokens adds one. " + _REMEDY,
+            "Let the template write one after each answer, such as {{ eos_token }} in a chat template. base.eos_token "
+            "chooses another token than the tokenizer's own, and base.new_tokens adds one. " + _REMEDY,
         )
 
 
 class StopFinder:
     """Finds the stop token at the end of encoded rows.
 
-    It is the first special token in the run of special tokens and space with which a row ends: `<|im_end|>` of
-    `... <|im_end|>\\n`. Where that run has none, an added token that the row ends with counts, such as one of
-    base.new_tokens.
+    A row may end with a run of special tokens and space, such as `... <|im_end|>\\n`. The stop token is the first
+    special token in that run, here `<|im_end|>`. If the run contains none, an added token at the end of the row counts,
+    such as one of base.new_tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -71,10 +72,10 @@ class StopFinder:
         self._tokenizer = tokenizer
         self._texts = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._special))]
         self._blank: dict[int, bool] = {}
-        """Token -> whether its text is space alone."""
+        """Token -> whether its text is only space."""
 
     def place(self, ids: Sequence[int]) -> int | None:
-        """Index of the stop token with which `ids` (tokens,) end, or None."""
+        """Return the index of the stop token at the end of `ids` (tokens,), or None."""
         found, at = None, len(ids)
         while at and (ids[at - 1] in self._special or self._is_blank(ids[at - 1])):
             at -= 1
@@ -85,21 +86,21 @@ class StopFinder:
         return found
 
     def without_stop(self, answer: str) -> str:
-        """A wanted answer without the stop tokens that a column may hold at its end: no generated answer has them."""
+        """Return an expected answer without stop tokens at its end, which generated answers do not have either."""
         answer = answer.strip()
         while end := next((token for token in self._texts if answer.endswith(token)), None):
             answer = answer.removesuffix(end).rstrip()
         return answer
 
     def of_earlier_turns(self, tokens: Tokens) -> list[int]:
-        """Special tokens that end the learned turns of a row before its last one."""
+        """Return the special tokens that end the trained turns of a row before its last one."""
         trained = tokens.trained
         ends = [i for i, (is_trained, next_is) in enumerate(pairwise(trained), start=1) if is_trained and not next_is]
         places = [self.place(tokens.ids[:end]) for end in ends]
         return [tokens.ids[i] for i in places if i is not None and trained[i] and tokens.ids[i] in self._special]
 
     def ends_of(self, rows: Sequence[Tokens], data: DataSection) -> RowEnds:
-        """How training rows end.
+        """Return how training rows end.
 
         Args:
             rows: whole rows, before any is cut.

@@ -1,4 +1,4 @@
-"""What rows hold and nothing reads is listed, once, with the number of rows."""
+"""Columns, and keys of turns, that nothing reads are listed once, with the number of rows."""
 
 import json
 from io import StringIO
@@ -33,7 +33,7 @@ def unread(file: Path, rows: list[dict[str, Any]], **fields: Any) -> dict[str, i
     return shown.unread
 
 
-def test_columns(tmp_path: Path) -> None:
+def test_unread_columns(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": "1", "output": "2", "input": "", "category": name, "id": 7} for name in ("a", "", "b")]
     assert unread(file, rows, format="alpaca") == {"category": 2, "id": 3}
@@ -42,7 +42,7 @@ def test_columns(tmp_path: Path) -> None:
     assert unread(file, [{"text": "1", "weight": 0}] * 2, format="text") == {"weight": 2}
 
 
-def test_keys_of_turns(tmp_path: Path) -> None:
+def test_unread_keys_of_turns(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     turns = [{**USER, "name": "me", "id": "x"}, {**ANSWER, "id": "y", "weight": 1, "nothing": None}]
     rows = [{"messages": turns, "tools": None, "system": "3", "source": "s"}, {"messages": [USER, ANSWER]}]
@@ -53,13 +53,13 @@ def test_keys_of_turns(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_template_that_writes_whole_turns_reads_all_their_keys(tmp_path: Path) -> None:
+def test_a_template_that_renders_whole_turns_reads_all_their_keys(tmp_path: Path) -> None:
     whole = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
     turns = [{**USER, "id": "x"}, ANSWER]
     assert unread(tmp_path / "rows.jsonl", [{"messages": turns}] * 2, format="messages", chat_template=whole) == {}
 
 
-def test_a_mark_that_asks_for_a_turn_that_is_never_trained(tmp_path: Path) -> None:
+def test_a_mark_on_a_turn_that_is_never_trained_is_unread(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "1", "train": True}, {"from": "gpt", "value": "2", "train": True}]
     rows = [{"conversations": turns}] * 2
     fields = {"format": "sharegpt", "chat_template": CHATML}
@@ -69,15 +69,15 @@ def test_a_mark_that_asks_for_a_turn_that_is_never_trained(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("format", ["alpaca", "prompt"])
 @pytest.mark.parametrize("column", ["system", "history", "tools"])
-def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path, format: str, column: str) -> None:
+def test_columns_that_a_format_cannot_render_are_refused(tmp_path: Path, format: str, column: str) -> None:
     row = {"instruction": "1", "output": "2", "prompt": "1", "completion": "2"}
-    with pytest.raises(DataError, match=f"column '{column}' is not empty, and format {format} has no place for it"):
+    with pytest.raises(DataError, match=f"column '{column}' is not empty, but format {format} cannot render it"):
         unread(tmp_path / "rows.jsonl", [{**row, column: "3"}] * 2, format=format)
     names = {"alpaca": {"prompt": 2, "completion": 2}, "prompt": {"instruction": 2, "output": 2}}
     assert unread(tmp_path / "rows.jsonl", [{**row, column: []}] * 2, format=format) == names[format]
 
 
-def test_a_weight_of_who_has_a_role_of_the_experiments_is_read(tmp_path: Path) -> None:
+def test_a_weight_of_a_speaker_with_a_given_role_is_read(tmp_path: Path) -> None:
     turns = [{"from": "person", "value": "1"}, {"from": "bot", "value": "2", "weight": 1}]
     roles = {"person": "user", "bot": "assistant"}
     rows = [{"conversations": turns}] * 2

@@ -1,4 +1,4 @@
-"""What rows hold and nothing reads: columns, and keys of turns."""
+"""Find columns, and keys of turns, that nothing reads."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from orchestrator.data.row import Row, is_empty
 from orchestrator.data.turns import MARKS, in_two_columns, read_turns, roles_of
 from orchestrator.spec.sections import DataSection
 
-_OF_TURNS = {"role", "content", "tool_calls", "from", "value"}
+_KEYS_OF_TURNS = {"role", "content", "tool_calls", "from", "value"}
 
 
-def unread(rows: Sequence[Row], data: DataSection, tokenizer: Any) -> dict[str, int]:
-    """Columns, and keys of turns, that neither the format nor a template reads, in the order of their first row.
+def find_unread(rows: Sequence[Row], data: DataSection, tokenizer: Any) -> dict[str, int]:
+    """Find columns, and keys of turns, that neither the format nor a template reads, in the order of their first row.
 
     Args:
-        rows: all that are used.
+        rows: all rows that are used.
         data: the section.
-        tokenizer: whose chat template writes conversations.
+        tokenizer: its chat template renders conversations.
 
     Returns:
-        Name -> rows in which it is not empty; a turn's key is named `messages[].key`.
+        Name -> number of rows in which it is not empty; a turn's key is named `messages[].key`.
     """
     found: Counter[str] = Counter()
     for row in rows:
@@ -40,7 +40,7 @@ def unread(rows: Sequence[Row], data: DataSection, tokenizer: Any) -> dict[str, 
 
 
 def _columns(row: Row, data: DataSection) -> set[str]:
-    """Columns of a row that its format reads."""
+    """Return the columns of a row that its format reads."""
     if data.has_turns:
         in_two = data.format == "messages" and in_two_columns(row.values)
         return {"tools", "system", *(("prompt", "completion") if in_two else data.columns)}
@@ -48,9 +48,9 @@ def _columns(row: Row, data: DataSection) -> set[str]:
 
 
 def _keys(row: Row, data: DataSection) -> dict[tuple[str, str], None]:
-    """Keys of a row's turns beside those that every turn has, as they are named and by themselves.
+    """Return the keys of a row's turns that not every turn has, each as (`column[].key`, `key`).
 
-    A key that says whether a turn is trained on is read, unless it asks for a turn that `loss_on` never trains.
+    A key that says whether a turn is trained on is read, unless it asks to train a turn that `loss_on` never trains.
     """
     found: dict[tuple[str, str], None] = {}
     for column in sorted(_columns(row, data) - {"tools", "system"}):
@@ -61,14 +61,14 @@ def _keys(row: Row, data: DataSection) -> dict[tuple[str, str], None]:
                     speaker = turn.get("role", turn.get("from"))
                     if value and data.loss_on != "all" and roles_of(data).get(speaker, speaker) != "assistant":
                         found[f"{column}[].{key}", key] = None
-                elif key not in _OF_TURNS and not is_empty(value):
+                elif key not in _KEYS_OF_TURNS and not is_empty(value):
                     found[f"{column}[].{key}", key] = None
     return found
 
 
 def _is_read(key: str, row: Row, data: DataSection, tokenizer: Any) -> bool:
-    """Whether the chat template reads a key of turns, by the first row that has it."""
+    """Whether the chat template reads a key of turns, judged by the first row that has the key."""
     try:
         return Conversation(read_turns(row, data), row.where, tokenizer).reads(key)
-    except RowError:  # a bad row, which is told as such
+    except RowError:  # reported as a bad row
         return names(tokenizer.chat_template, key)

@@ -1,4 +1,4 @@
-"""What is answered to a name that is none of ours: the field that was meant, by its dotted name."""
+"""Suggestions for unknown fields: the intended field, by its dotted name."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.spec.names import OURS
+from orchestrator.spec.suggestions import FIELD_OF_NAME
 
 Document = dict[str, Any]
 
 
-def told(document: Document, **sections: Any) -> str:
+def message_of(document: Document, **sections: Any) -> str:
     with pytest.raises(SpecError) as caught:
         parse_spec(document | sections)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_a_name_of_another_library_is_answered_with_ours(document: Document, name: str) -> None:
+@pytest.mark.parametrize("name", FIELD_OF_NAME)
+def test_a_name_of_another_library_suggests_our_field(document: Document, name: str) -> None:
     section, _, field = name.rpartition(".")
-    field_of_ours, _, value = OURS[name].partition(": ")
-    said = told(document, **({section: {field: 1}} if section else {field: 1}))
-    assert f"{name}: unknown field; did you mean {OURS[name]}? " in said
+    field_of_ours, _, value = FIELD_OF_NAME[name].partition(": ")
+    message = message_of(document, **({section: {field: 1}} if section else {field: 1}))
+    assert f"{name}: unknown field; did you mean {FIELD_OF_NAME[name]}? " in message
     there, _, ours = field_of_ours.partition(".")
     if there != "scheduler":
         annotation: Any = SweepSpec.model_fields[there].annotation
@@ -36,7 +36,7 @@ def _with(document: Document, section: str, fields: Document) -> Document:
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "expected"),
     [
         ({"training": {"r": 8}}, "training.r: unknown field; did you mean lora.rank?"),
         ({"training": {"target_modules": ["q_proj"]}}, "did you mean lora.target_modules?"),
@@ -57,13 +57,13 @@ def _with(document: Document, section: str, fields: Document) -> Document:
         ({"search": {"space": {"training.lr": {"choice": [1e-4]}}}}, "did you mean training.learning_rate?"),
     ],
 )  # fmt: skip
-def test_what_was_meant_is_told(document: Document, sections: Document, said: str) -> None:
-    assert said in told(document, **sections)
+def test_an_unknown_field_suggests_the_intended_one(document: Document, sections: Document, expected: str) -> None:
+    assert expected in message_of(document, **sections)
 
 
 @pytest.mark.parametrize("section", ["data", "training", "search"])
 @pytest.mark.parametrize("seed", [-1, 2**31])
-def test_a_seed_is_one_that_every_library_takes(document: Document, section: str, seed: int) -> None:
-    said = told(document, **{section: document.get(section, {}) | {"seed": seed}})
-    assert f"{section}.seed: Input should be " in said
-    assert f"(got {seed})" in said
+def test_seeds_that_some_library_refuses_are_refused(document: Document, section: str, seed: int) -> None:
+    message = message_of(document, **{section: document.get(section, {}) | {"seed": seed}})
+    assert f"{section}.seed: Input should be " in message
+    assert f"(got {seed})" in message

@@ -1,4 +1,4 @@
-"""What is known of a sweep before its first trial starts."""
+"""Claim the folder of a new sweep, and describe the sweep before its first trial starts."""
 
 import os
 import re
@@ -19,11 +19,11 @@ from orchestrator.spec.sections import NAME_PATTERN
 
 @contextmanager
 def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> Iterator[SweepPaths]:
-    """Make the folder of a new sweep, which no other process can then have: `mkdir` succeeds once.
+    """Make the folder of a new sweep. No other process can then have it: `mkdir` succeeds once.
 
-    Its place is `--output`/`--name`, else the experiment's output section, else the file's name and the time. A name
-    made of the time gets a number where several sweeps begin in one second. If no sweep has begun in the folder when
-    the block ends, it is removed again, with the parents that were made for it.
+    The path is `--output`/`--name`, or the experiment's output section, or the file's name and the time. A name made
+    of the time gets a number if several sweeps begin in the same second. If no sweep has begun in the folder when the
+    block ends, the folder is removed again, with the parents that were made for it.
 
     Args:
         spec: the experiment.
@@ -32,7 +32,7 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
         output: overrides `output.folder`.
 
     Raises:
-        RequestError: the folder exists already, cannot be made, or is a URI.
+        RequestError: the folder already exists, cannot be made, or is a URI.
     """
     folder = output or spec.output.folder
     if "://" in folder:
@@ -44,9 +44,9 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
             f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         )
     parent = Path(folder).resolve()
-    standing = next(path for path in (parent, *parent.parents) if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK):
-        raise RequestError(f"output {folder}: {standing} is not a folder that can be written to")
+    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RequestError(f"output {folder}: {existing} is not a writable folder; give another one")
     made = [path for path in (parent, *parent.parents) if not path.exists()]
     chosen = name or spec.output.name
     try:
@@ -66,31 +66,31 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
     finally:
         if not paths.sweep.is_file():
             for path in (root, *made):
-                with suppress(OSError):  # another sweep has begun in the parent meanwhile
+                with suppress(OSError):  # another sweep may have begun in the parent
                     path.rmdir()
 
 
 def _make(folder: Path) -> bool:
-    """Make a folder and its parents; False where there is something of its name already."""
+    """Make a folder and its parents; return False if the name is taken."""
     while True:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.mkdir()
         except FileExistsError:
             return False
-        except FileNotFoundError:  # another process has just removed the parent, in which it began no sweep
+        except FileNotFoundError:  # another process has just removed the parent, because it began no sweep in it
             continue
         return True
 
 
 def already_exists(root: Path) -> RequestError:
-    """Say that a sweep cannot have this folder."""
+    """Return the error for a folder that cannot be used for a new sweep."""
     if SweepPaths(root).sweep.is_file():
-        remedy = f"`orchestrator resume {root}` goes on with it; --name gives this one another name."
+        remedy = f"`orchestrator resume {root}` continues that sweep; --name gives the new one another name."
     elif root.is_dir() and not any(root.iterdir()):
         remedy = (
-            "It is empty: another process is starting a sweep there, or was killed as it did. "
-            "Give another --name, or remove it."
+            "It is empty: another process is starting a sweep there, or was killed while it did. "
+            "Give another --name, or remove the folder."
         )
     else:
         remedy = "It holds no sweep. Give another --name."
@@ -113,7 +113,7 @@ def describe_sweep(
     sources: list[SourceRows],
     bad_rows: list[BadRows],
 ) -> SweepInfo:
-    """The sweep's record, with the versions and the commit it runs on."""
+    """Return the sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
         name=paths.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

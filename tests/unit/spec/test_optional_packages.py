@@ -7,21 +7,21 @@ import pytest
 from orchestrator.cli import app
 from orchestrator.errors import RequestError
 from orchestrator.record import read_sweep
-from orchestrator.spec.extras import require_package
+from orchestrator.spec.optional_packages import require_package
 
 
-def test_what_is_there_is_not_imported() -> None:
+def test_an_installed_package_is_not_imported() -> None:
     require_package("this", "a poem", "poems")
     assert "this" not in sys.modules
 
 
-def test_what_is_missing_is_said_with_its_install_line() -> None:
-    with pytest.raises(RequestError, match="metric mauve needs the package no_such_package") as told:
+def test_a_missing_package_is_named_with_its_install_command() -> None:
+    with pytest.raises(RequestError, match="metric mauve needs the package no_such_package") as caught:
         require_package("no_such_package", "metric mauve", "metrics")
-    assert told.value.remedy == "pip install 'qlora-orchestrator[metrics]'"
+    assert caught.value.remedy == "pip install 'qlora-orchestrator[metrics]'"
 
 
-def test_a_sweep_is_read_without_the_extra_and_goes_on_only_with_it(
+def test_a_sweep_can_be_read_without_the_extra_but_resumed_only_with_it(
     document: dict[str, Any], make_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document["tracking"] = {"mlflow": True}
