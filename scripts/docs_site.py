@@ -1,8 +1,8 @@
 """MkDocs hook: publish the files outside docs/ that the documentation links to.
 
-Links in the sources are relative to the repository, so that they also work on a forge. On the site README.md becomes the
-front page, and the other published files lie beside the pages of docs/. Links to other files, such as source code, become
-plain text.
+Links in the sources are relative to the repository, so that they also work on a forge. On the site README.md becomes
+the front page, and the other published files lie beside the pages of docs/. Links to other files, such as source code,
+become plain text.
 """
 
 import posixpath
