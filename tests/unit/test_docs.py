@@ -1,6 +1,7 @@
 """The documentation agrees with the code: commands, messages, links, terms and examples."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_the_readme_has_at_most_900_words() -> None:
     assert len(README.split()) <= 900
+
+
+def test_the_figures_of_the_readme_are_measured() -> None:
+    bullets = README.partition("\n- **")[2].partition("\nSettings")[0]
+    figures = re.findall(r"\d+(?:,\d{3}|\.\d+)%?", bullets.replace("1.1B", ""))
+    assert len(figures) >= 6
+    measured = read("benchmarks.md")
+    assert [figure for figure in figures if figure not in measured] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -101,6 +110,12 @@ def test_troubleshooting_describes_every_error_class_and_exit_code() -> None:
         assert getattr(error, "exit_code", 1) in EXIT_CODES
     for page in ("troubleshooting.md", "guide/commands.md"):
         assert {int(code) for code in re.findall(r"^\| (\d+) \|", read(page), flags=re.MULTILINE)} >= EXIT_CODES
+
+
+def test_troubleshooting_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = read("troubleshooting.md")
+    assert [extra for extra in project["optional-dependencies"] if f"`{extra}`" not in text] == []
 
 
 def test_the_glossary_is_sorted_and_has_each_term_once() -> None:
