@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 
-.PHONY: help demo test test-long test-fast lint docs format manual clean
+.PHONY: help demo test test-long test-fast lint format manual clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -14,7 +14,7 @@ help:            ## this list
 demo: $(INSTALLED)   ## a sweep of 8 QLoRA trials on the embedded base, and its best adapter
 	@$(BIN)/orchestrator demo
 
-test: lint docs  ## lint, types, import contract, documentation and tests; on a machine with an NVIDIA GPU, those of it too
+test: lint       ## lint, types, import contract and tests; on a machine with an NVIDIA GPU, those of it too
 	@$(BIN)/pytest -m "not gpu and not long"
 	@if command -v nvidia-smi > /dev/null; then $(BIN)/pytest tests/gpu; fi
 
@@ -29,9 +29,6 @@ lint: $(INSTALLED)   ## style, types and import contract
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports > .venv/lint-imports.log 2>&1 || { cat .venv/lint-imports.log; exit 1; }
-
-docs: $(INSTALLED)   ## the documentation site, into build/site; broken links are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED) ## put the code into the house's format
 	@$(BIN)/ruff check -q --fix .
@@ -53,3 +50,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[bohb]' >> .venv/install.log 2>&1 || \
 	   echo "without search.algorithm bohb: one of its packages needs a C compiler (.venv/install.log)"
 	@touch $@
+
+.PHONY: docs
+test: docs
+docs: $(INSTALLED)   ## build the documentation site into build/site; broken links are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
