@@ -50,3 +50,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[bohb]' >> .venv/install.log 2>&1 || \
 	   echo "without search.algorithm bohb: one of its packages needs a C compiler (.venv/install.log)"
 	@touch $@
+
+.PHONY: docs
+test: docs
+docs: $(INSTALLED)   ## build the documentation site into build/site; broken links are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
