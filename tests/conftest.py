@@ -1,4 +1,4 @@
-"""Shared by all tests: none of them reaches the network."""
+"""Settings of all tests: the Hugging Face libraries do not use the network."""
 
 import os
 

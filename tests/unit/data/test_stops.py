@@ -161,10 +161,10 @@ def test_a_form_without_an_end_is_refused_unless_it_is_asked_for(tmp_path: Path)
         prepare(data, BASE)
     shown = preview(data, BASE, 1)  # shows them all the same
     assert _end_lines(shown) == [
-        "answers stop at </s>",
+        "stop tokens: </s>",
         "no row ends with a stop token",
-        "2 training rows end with none",
-        "such rows are not trained on unless data.require_stop is false",
+        "2 training rows end without a stop token",
+        "training refuses such rows unless data.require_stop is false",
     ]
     prepared = prepare(data.model_copy(update={"require_stop": False}), BASE)
     save(prepared, tmp_path / "data")
