@@ -220,7 +220,7 @@ def test_check_says_it_and_a_single_trial_may_be_run() -> None:
     checked = CliRunner().invoke(app, ["check", "experiments/demo.yaml", "--set", "training.steps=50"])
     assert isinstance(checked.exception, SpecError)
     assert "with training.eval_steps 50 no trial is evaluated before its last step (50)" in str(checked.exception)
-    assert "orchestrator trial has no scheduler, and would run" in str(checked.exception)
+    assert "`orchestrator trial` has no scheduler and would run" in str(checked.exception)
     assert load_spec("experiments/demo.yaml", ["training.steps=50"])
 
 
