@@ -7,13 +7,16 @@ Side effects at import or at the start of a process, all of them:
 - `importing` (here): the garbage collector is off during heavy imports.
 - `use_expandable_segments` (here): setting of torch's CUDA allocator; called when `training.fast.step.engine` is
   imported, because torch reads it when CUDA starts.
-- `training.engines.sft`: the import of trl patches accelerate, so that all trainers see the patch.
+- `training.engines.sft.import_trainer`: imports trl and replaces two functions of accelerate by faster ones, for all
+  trainers of the process.
 - `training.fast.ops.triton.launch`: asks CUDA for the GPU's compute capability, which decides how kernels compile.
-- `training.worker.runtime`: freezes the collector (`gc.freeze`) while a base is loaded; undone when the worker closes.
-- `tracking.mlflow`: `MLFLOW_*` defaults, before MLflow is imported. `tracking.trackio`: `TRACKIO_DIR`, only during
+- `training.worker.runtime`: freezes the objects that the collector knows (`gc.freeze`) once trials share an engine;
+  undone when the engine is dropped.
+- `tracking.mlflow`: `MLFLOW_*` defaults and a log level, at its import. `tracking.trackio`: `TRACKIO_DIR`, only during
   the import of trackio.
 - `training.local.take_gpus` and `sweep.workers.worker`: `CUDA_VISIBLE_DEVICES`, before CUDA starts.
-- `cluster` and `sweep.run`: environment of Ray and Ray Tune, before they start.
+- `cluster` and `sweep.run`: environment variables and log levels of Ray and Ray Tune, before they start.
+  `sweep.search.bohb`: the log level of hpbandster.
 """
 
 import atexit
