@@ -63,7 +63,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
-class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
+class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
     """Matrix products have their shape and no values: on a CPU those of a large base take longer than the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
