@@ -1,5 +1,4 @@
 """Rows and columns of a sweep's HParams table in TensorBoard."""
-# mypy: disable-error-code="import-untyped"
 
 from typing import Any
 

@@ -8,7 +8,6 @@ Three writers were tried and not used:
   a point is not on disk after `flush`. A full disk ends the thread, and then `add_scalar` blocks forever. Its
   `hparams` marks every trial as successful.
 """
-# mypy: disable-error-code="import-untyped"
 
 import io
 import math
