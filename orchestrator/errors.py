@@ -1,22 +1,31 @@
-"""Every error this project raises on purpose: what is wrong, and what to do about it.
+"""All errors that the project raises on purpose. Each says what is wrong and what to do about it.
 
-Exit codes of the commands: 0 done, 1 failed while running, 2 the request is wrong (nothing was started), 3 the sweep
-has a best adapter but some of its trials failed; interrupted, so that `resume` goes on: 130 by Ctrl-C, 143 by SIGTERM,
-129 by SIGHUP, 74 by a disk that is full or fails.
+Exit codes of the commands:
+
+- 0: done
+- 1: failed while running
+- 2: the request is wrong; nothing was started
+- 3: the sweep has a best adapter, but some of its trials failed
+- 74, 129, 130, 143: interrupted by a full or failing disk, SIGHUP, Ctrl-C or SIGTERM; `resume` continues
 """
 
 from typing import ClassVar, Literal
 
 FailureCause = Literal["diverged", "out_of_memory", "configuration", "infrastructure"]
-"""Why a trial failed. All but the last are the fault of the trial's own values: the same values would fail again."""
+"""Why a trial failed. All causes except `infrastructure` lie in the trial's own values, which would fail again."""
 
 
 class OrchestratorError(Exception):
-    """A fault with its cause and its remedy. Picklable, so that it crosses process borders whole."""
+    """Base class of the project's errors. Instances can be pickled, so they pass from process to process unchanged.
+
+    Attributes:
+        message: what is wrong.
+        remedy: what to do about it; empty if there is nothing to say.
+    """
 
     exit_code = 1
     cause: ClassVar[FailureCause] = "infrastructure"
-    """What a trial's record names as the cause when this error ends the trial."""
+    """The cause that a trial's record names when this error ends the trial."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -28,7 +37,7 @@ class OrchestratorError(Exception):
 
 
 class RequestError(OrchestratorError):
-    """What was asked for is wrong: nothing has been started or written. Exit code 2."""
+    """The request is wrong. Nothing has been started or written. Exit code 2."""
 
     exit_code = 2
 
@@ -38,27 +47,27 @@ class SpecError(RequestError):
 
 
 class DataError(RequestError):
-    """A row, a column or a source of data is not what the experiment says."""
+    """A row, a column or a data source does not match the experiment."""
 
 
 class RecordError(RequestError):
-    """A sweep, a trial or an adapter that was named is not there, or is not whole."""
+    """A requested sweep, trial or adapter does not exist or is incomplete."""
 
 
 class ClusterError(OrchestratorError):
-    """Ray cannot be reached, or its nodes do not share the output folder. Exit code 1."""
+    """Ray cannot be reached, or the nodes do not share the output folder. Exit code 1."""
 
 
 class HubError(OrchestratorError):
-    """The hub cannot be reached, or fails. Exit code 1."""
+    """The Hugging Face Hub cannot be reached or answers with an error. Exit code 1."""
 
 
 class ExportError(OrchestratorError):
-    """An export was made, but does not answer as its source does, or cannot be asked. Exit code 1."""
+    """An export was written, but its outputs differ from those of its source or cannot be computed. Exit code 1."""
 
 
 class TrialError(OrchestratorError):
-    """A trial failed while it ran, for a reason that running it again would meet again."""
+    """A trial failed while it ran, and would fail in the same way if it ran again."""
 
     cause: ClassVar[FailureCause] = "configuration"
 
@@ -76,7 +85,7 @@ class TooLargeError(TrialError):
 
 
 class SweepError(OrchestratorError):
-    """A sweep ended without any finished trial. Exit code 1."""
+    """A sweep ended without a finished trial. Exit code 1."""
 
 
 class TrialsFailedError(OrchestratorError):
@@ -86,9 +95,9 @@ class TrialsFailedError(OrchestratorError):
 
 
 class Interrupted(OrchestratorError):
-    """A sweep was interrupted by a signal: its results are kept, and it can go on.
+    """A signal interrupted a sweep. Its results are kept, and it can be resumed.
 
-    Exit code 128 + the signal's number: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+    The exit code is 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     exit_code = 130
@@ -99,6 +108,6 @@ class Interrupted(OrchestratorError):
 
 
 class StorageError(OrchestratorError):
-    """The disk is full, read-only or fails: a sweep is interrupted by it, and can go on. Exit code 74 (EX_IOERR)."""
+    """The disk is full, read-only or failing. The sweep is interrupted and can be resumed. Exit code 74 (EX_IOERR)."""
 
     exit_code = 74

@@ -1,4 +1,4 @@
-"""Signals that ask this process to end: Ctrl-C (SIGINT), SIGTERM and SIGHUP."""
+"""Handle the signals that ask this process to end: Ctrl-C (SIGINT), SIGTERM and SIGHUP."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ _Handler = Callable[[Signals], None]
 
 
 class Signalled(KeyboardInterrupt):
-    """One of `SIGNALS`, raised in the main thread wherever that was."""
+    """One of `SIGNALS` has arrived. Raised in the main thread, at whatever point it has reached."""
 
     def __init__(self, number: Signals) -> None:
         super().__init__(number)
@@ -25,45 +25,45 @@ class Signalled(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether this process has been asked to end. Work that polls it can come to a good end by itself."""
+    """A request to end this process. Work that polls it can stop in an orderly way."""
 
     def __init__(self) -> None:
         self.signal: Signals | None = None
-        """The first signal that has come."""
+        """The first signal that has arrived."""
         self.defers = True
-        """Whether the first signal only sets `signal`; otherwise it raises `Signalled`, as each further one does."""
-        self._has_come = threading.Event()
+        """Whether the first signal only sets `signal`. If not, it raises `Signalled`, like every later signal."""
+        self._has_arrived = threading.Event()
 
     def take(self, number: Signals) -> None:
         """Handle a signal.
 
         Raises:
-            Signalled: it is the second, or nobody polls at this moment.
+            Signalled: it is the second signal, or `defers` is False.
         """
         if self.signal is not None or not self.defers:
             raise Signalled(number)
         self.signal = number
-        self._has_come.set()
+        self._has_arrived.set()
 
     def announce(self, say: Callable[[str], None]) -> None:
-        """Wait for the first signal, and say what is done about it. Run it in a thread: a handler must not print."""
-        self._has_come.wait()
+        """Wait for the first signal, then say how it is handled. Run in a thread: a signal handler must not print."""
+        self._has_arrived.wait()
         if self.signal is not None:
-            say(f"{signal_name(self.signal)}: writing checkpoints; once more stops at once")
+            say(f"{signal_name(self.signal)}: writing checkpoints; a second signal stops at once")
 
     def end(self) -> None:
-        """Release whoever waits to announce a signal."""
-        self._has_come.set()
+        """Release the thread that waits in `announce`."""
+        self._has_arrived.set()
 
 
 def signal_name(number: Signals) -> str:
-    """What a person calls a signal."""
+    """Return the everyday name of a signal."""
     return "Ctrl-C" if number == Signals.SIGINT else number.name
 
 
 @contextmanager
 def raising_signals() -> Iterator[None]:
-    """Raise `Signalled` on each signal, so that whatever was begun is left by its `finally`."""
+    """Raise `Signalled` on each signal, so that `finally` clauses run."""
 
     def handle(number: Signals) -> None:
         raise Signalled(number)
@@ -74,10 +74,10 @@ def raising_signals() -> Iterator[None]:
 
 @contextmanager
 def deferred_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Let the work in this block find out by itself that it is to end. A second signal ends it at once.
+    """Let the work in this block poll whether it should end. A second signal ends it at once.
 
     Args:
-        say: told once that the first signal has come; called from another thread.
+        say: called once with a message when the first signal arrives, from another thread.
     """
     request = StopRequest()
     threading.Thread(target=request.announce, args=(say,), name="signals", daemon=True).start()
@@ -90,12 +90,12 @@ def deferred_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
 
 @contextmanager
 def shielding_children() -> Iterator[None]:
-    """Have processes that start in this block never see SIGTERM and SIGHUP; keep this process's own handlers.
+    """Start processes in this block with SIGTERM and SIGHUP blocked, and keep this process's own handlers.
 
-    `timeout`, systemd, Slurm and a terminal that is closed signal all processes together. Ray's would die at once, and
-    the driver could not reach the workers any more to have them write checkpoints. A process inherits the signals that
-    are blocked when it starts. What comes meanwhile is handled at the end of the block, by the handlers of before: Ray
-    sets its own of SIGTERM (2.60, `ray.init`).
+    `timeout`, systemd, Slurm and a closing terminal signal all processes together. Ray's processes would die at once,
+    and the driver could no longer reach its workers to have them write checkpoints. A new process inherits the set of
+    blocked signals. A signal that arrives during the block is handled at its end, by the handlers from before the
+    block: Ray sets its own handler for SIGTERM (2.60, `ray.init`).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -112,7 +112,7 @@ def shielding_children() -> Iterator[None]:
 
 @contextmanager
 def _handling(handler: _Handler) -> Iterator[None]:
-    """Set a handler for all signals but those that this process ignores; only the main thread may do that."""
+    """Set a handler for all signals that this process does not ignore. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -134,7 +134,7 @@ def _handling(handler: _Handler) -> Iterator[None]:
 
 
 def leave_dead_terminal() -> None:
-    """Point every descriptor of a terminal that is gone at nowhere; printing to it would raise EIO."""
+    """Redirect every descriptor of a closed terminal to /dev/null, because printing to it would raise EIO."""
     for each in list(Path("/dev/fd").iterdir()):
         descriptor = int(each.name)
         try:

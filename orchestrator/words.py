@@ -1,6 +1,12 @@
-"""Words of messages."""
+"""Helpers for the wording of messages."""
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """A number and what is counted: `1 trial`, `2 trials`; `many` where the plural is not `one` with an s."""
+    """Return a number with the noun that it counts, such as `1 trial` or `2 trials`.
+
+    Args:
+        number: the number.
+        one: the noun in the singular.
+        many: the plural; default `one` with an "s" appended.
+    """
     return f"{number} {one if number == 1 else many or f'{one}s'}"

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One GPU: a sweep of 4 trials at the 1.1B shape under ASHA, one trial at the 7B shape in the classic setting, the demo.
+# Check one GPU: a sweep of 4 trials at the 1.1B shape with ASHA, one trial at the 7B shape, and the demo twice.
 #
 #   scripts/gpu_check.sh GSM8K_FOLDER OUT
 #
-# GSM8K_FOLDER holds train.jsonl with question and answer. Bases have random weights (scripts/make_base.py): the
-# figures are of time, memory and plumbing. The summaries of docs/log.md are what this prints.
+# GSM8K_FOLDER contains train.jsonl with the fields question and answer. The bases have random weights
+# (scripts/make_base.py), so only time, memory use and the absence of errors are meaningful. The last lines are a summary
+# of all trials, as in docs/log.md.
 set -euo pipefail
 data=$(realpath "${1:?usage: gpu_check.sh GSM8K_FOLDER OUT}")/train.jsonl
 out=$(realpath -m "${2:?usage: gpu_check.sh GSM8K_FOLDER OUT}")
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-orchestrator() { python3 -m orchestrator.cli "$@"; }
+orchestrator() { python3 -m orchestrator "$@"; }
 bases=$(mktemp -d); trap 'rm -rf "$bases"' EXIT
 template='<s>[INST] {question} [/INST] {answer} </s>'
 
@@ -31,7 +32,7 @@ time orchestrator demo --output "$out" --name demo-4-a-gpu --set resources.trial
 
 python3 - "$out" <<'PYTHON'
 import sys
-from orchestrator.record import open_sweep
+from orchestrator import open_sweep
 for name in ("sweep-1.1b", "trial-7b", "demo", "demo-4-a-gpu"):
     for trial in open_sweep(name, sys.argv[1]).trials():
         print(name, trial.trial_id, trial.state, f"step {trial.step}", f"loss {trial.best.value:.4f}" if trial.best else "",

@@ -1,17 +1,17 @@
-"""The command line: verbs over the rooms below."""
+"""The command line. Each command is a thin layer over the packages below."""
 
 import sys
 
-from orchestrator.cli import train, use  # noqa: F401 (they hang their verbs on the application)
+from orchestrator.cli import train, use  # noqa: F401 (their import registers the commands)
 from orchestrator.cli.frame import app
 from orchestrator.errors import OrchestratorError
 from orchestrator.signals import leave_dead_terminal
 
 
 def main() -> None:
-    """Run a command and exit with one of the codes that `orchestrator.errors` lists."""
+    """Run a command and exit with one of the codes listed in `orchestrator.errors`."""
     try:
-        app()  # its own usage errors leave with 2, Ctrl-C with 130
+        app()  # exits with 2 on a usage error and with 130 on Ctrl-C
     except OrchestratorError as error:
         leave_dead_terminal()  # after SIGHUP
         print(f"error: {error}", file=sys.stderr)

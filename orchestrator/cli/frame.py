@@ -1,4 +1,4 @@
-"""What all verbs share: the application, options, and where lines are printed."""
+"""Shared by all commands: the application, its options, and printing."""
 
 import json
 import time
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+from orchestrator import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,35 +19,56 @@ app = typer.Typer(
     name="orchestrator",
     help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the request is wrong, nothing was started; "
-    "3 there is a best adapter, but some trials failed; interrupted: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, "
-    "74 by a disk that is full or fails.",
+    "3 there is a best adapter, but some trials failed; 130, 143, 129, 74 interrupted by Ctrl-C, SIGTERM, SIGHUP, "
+    "or a full or failing disk.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
 SweepOrAdapter = Annotated[
-    str, typer.Argument(help="A sweep, whose best is taken, or an adapter folder.", show_default=False)
+    str, typer.Argument(help="A sweep (its best adapter is used) or an adapter folder.", show_default=False)
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Set a field; a searched or tied one is then fixed.")
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=v", help="Set a field. A searched or tied field is then fixed. Repeatable."),
 ]
-Seed = Annotated[int | None, typer.Option(help="search.seed: the same one gives the same sequence of trials.")]
+Seed = Annotated[int | None, typer.Option(help="Set search.seed. The same seed gives the same sequence of trials.")]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
-Output = Annotated[str | None, typer.Option(help="Folder that holds sweeps; default the experiment's, runs.")]
-Where = Annotated[str, typer.Option("--output", help="Folder that holds sweeps.")]
+Output = Annotated[
+    str | None, typer.Option(help="Parent folder of sweeps. Default: output.folder of the experiment (runs).")
+]
+Where = Annotated[str, typer.Option("--output", help="Parent folder of sweeps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base of an adapter folder.")
+    bool, typer.Option("--trust-remote-code", help="Allow the base model of an adapter folder to run its Python code.")
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster (`auto`, or HOST:PORT); default a local Ray.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine.")
+]
 
 
 def console_on(file: TextIO | None = None) -> "Console":
-    """A console as wide as the terminal; a table in a pipe or a file is not cut to 80 columns."""
+    """Return a console that is as wide as the terminal. In a pipe or a file it has 160 columns instead of 80."""
     from rich.console import Console
 
     console = Console(file=file)
@@ -53,7 +76,10 @@ def console_on(file: TextIO | None = None) -> "Console":
 
 
 def now_and_then(say: Callable[[str], None], interval_s: float = 2.0) -> Callable[[str], None]:
-    """Pass on at most one line of progress in `interval_s` seconds, counted from the first line, which is not told."""
+    """Limit lines of progress to one per `interval_s` seconds.
+
+    The interval starts with the first line, which is not passed on to `say`.
+    """
     last: float | None = None
 
     def say_some(line: str) -> None:
@@ -72,25 +98,29 @@ def print_json(document: Any) -> None:
 
 
 def say_rows(console: "Console", record: "SweepRecord") -> None:
-    """What became of rows that did not stay as they were."""
+    """Print how many rows each source gave, and how many were left out, truncated or shared with training."""
     info, most = record.info, record.info.spec.data.max_length
     sources = info.sources if len(info.sources) > 1 else []
     for source in sources:
         weight = f", weight {source.weight:g}" if source.weight is not None else ""
-        line = f"rows: {source.num_taken} of the {source.num_read} of {source.source}{weight}"
+        line = f"rows: {source.num_taken} of {source.num_read} from {source.source}{weight}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     num_bad = sum(bad.num_rows for bad in info.bad_rows)
     used, cut = info.num_train + info.num_held_out, info.spec.data.truncate
     read = used + info.num_dropped
     lines = [f"  {bad}" for bad in info.bad_rows]
     if num_bad:
-        lines.insert(0, f"note: {num_bad} of {read + num_bad} rows cannot be read by the format, and were left out")
-    told = [
-        (info.num_truncated, read, f"rows were cut to data.max_length={most} tokens ({cut})"),
-        (info.num_dropped, read, "rows had no token to learn from after the cut, and were left out"),
-        (info.num_shared, info.num_held_out, "held-out rows are training rows too: their loss says little"),
+        lines.insert(0, f"note: {num_bad} of {read + num_bad} rows do not fit data.format and were left out")
+    notes = [
+        (info.num_truncated, read, f"rows were truncated to data.max_length={most} tokens ({cut})"),
+        (info.num_dropped, read, "rows had no token in the loss after truncation and were left out"),
+        (
+            info.num_shared,
+            info.num_held_out,
+            "held-out rows are also training rows; their loss says little about new data",
+        ),
     ]
-    lines += [f"note: {number} of {total} {what}" for number, total, what in told if number]
+    lines += [f"note: {number} of {total} {what}" for number, total, what in notes if number]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Verbs that train: look at an experiment, run it, go on with it, watch it."""
+"""Commands for experiments and sweeps: check, schema, data, trial, sweep, resume, status, board and demo."""
 
 import json
 import os
@@ -48,14 +48,16 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     try:
         require_scheduler_effect(spec)
     except SpecError as error:
-        raise SpecError(str(error), "This is of sweeps: orchestrator trial has no scheduler, and would run.") from error
+        raise SpecError(
+            str(error), "This concerns sweeps only; `orchestrator trial` has no scheduler and would run."
+        ) from error
     if spec.data.require_stop and spec.base.eos_token is None and spec.data.lacks_stop_token:
         raise SpecError(
-            "data.chat_template: no row ends with a stop token: behind an answer it puts nothing into the loss",
-            "Have it write one there, such as {{ eos_token }}; or set data.require_stop: false.",
+            "data.chat_template: no row ends with a stop token; nothing after an answer is in the loss",
+            "Write a stop token there, such as {{ eos_token }}; or set data.require_stop: false.",
         )
     document = spec.model_dump(mode="json")
-    if spec.search.algorithm != "grid":  # which has a number of its own, and refuses another
+    if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
         document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode
     if as_json:
@@ -80,21 +82,21 @@ def data(
     file: Annotated[
         Path,
         typer.Argument(
-            help="Experiment file (YAML); or rows, with the embedded base unless --set base.model says another.",
+            help="Experiment file (YAML), or a file or folder of rows (with the embedded base, or --set base.model).",
             show_default=False,
         ),
     ],
-    rows: Annotated[int, typer.Option(min=0, help="Show so many training rows, the first.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="Number of training rows to show.")] = 3,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show rows as the model sees them, what is trained on, lengths, and what is cut or dropped. Trains nothing."""
+    """Show rows as the model sees them: tokens in the loss, lengths, truncated and dropped rows. Trains nothing."""
     from orchestrator.data.infer_format import holds_rows, spec_of_rows
     from orchestrator.report.data import say_data
     from orchestrator.training.attempt.log_file import output_to
 
     spec = (spec_of_rows if holds_rows(file) else load_spec)(file, set_ or [])
-    # What libraries print meanwhile, such as a hub's progress, is no part of the answer.
+    # Output of libraries, such as download progress, does not belong into the answer.
     with (
         os.fdopen(os.dup(1), "w", encoding="utf-8") as own,
         os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as progress,
@@ -111,7 +113,7 @@ def data(
 
 @app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
-    """Run one trial here, without Ray: the experiment's own values, none searched."""
+    """Run one trial on this machine without Ray, with the experiment's own values and no search."""
     from orchestrator.record import read_sweep
     from orchestrator.record.new_sweep import claim_folder, source_of
     from orchestrator.report.live import TrialView
@@ -138,7 +140,7 @@ def sweep(
     address: Address = None,
     output: Output = None,
 ) -> None:
-    """Run a sweep, on a local Ray or on a cluster."""
+    """Run a sweep on this machine or on a Ray cluster."""
     from orchestrator.record.new_sweep import claim_folder, source_of
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
@@ -152,18 +154,18 @@ def sweep(
 def resume(
     sweep: Sweep,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Trials that the sweep is to have in all: more than it has.")
+        int | None, typer.Option("--trials", min=1, help="New total number of trials; larger than the present one.")
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, such as gpu_hours=20."),
+        typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
     ] = None,
     address: Address = None,
     output: Where = "runs",
 ) -> None:
-    """Go on after the driver died or was interrupted; finished trials do not run again.
+    """Continue a sweep after an interruption. Finished trials do not run again.
 
-    The recorded experiment is used, even if its file has changed. --trials and --budget change it, and are recorded.
+    The recorded experiment is used, even if its file has changed. Changes by --trials and --budget are recorded.
     """
     from orchestrator.record import read_sweep
     from orchestrator.record.extend import extend_sweep
@@ -175,12 +177,12 @@ def resume(
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
 
-            with TrialView(console, f"going on in {record.paths.root}") as trial_view:
+            with TrialView(console, f"resuming the trial in {record.paths.root}") as trial_view:
                 resume_local_trial(record, trial_view)
         else:
             from orchestrator.sweep import resume_sweep
 
-            title = f"going on with the sweep in {record.paths.root}"
+            title = f"resuming the sweep in {record.paths.root}"
             with SweepView(console, record.info.num_trials, title) as view:
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
@@ -213,7 +215,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     from orchestrator.report.warnings import distinct_warnings
 
     console = console_on()
-    console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} begun"))
+    console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"))
     if over:
         console.print(str(over), highlight=False)
     say_failures(console, trials)
@@ -224,15 +226,15 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
 def board(
     sweep: Sweep,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 6006,
     output: Where = "runs",
 ) -> None:
-    """Open TensorBoard on a sweep: curves, and its trials as one HParams table."""
+    """Open TensorBoard for a sweep: curves, and all trials in one HParams table."""
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
     if not record.paths.tensorboard.is_dir():
-        raise RequestError(f"{record.paths.root}: has no TensorBoard records", "tracking.tensorboard was off.")
+        raise RequestError(f"{record.paths.root}: there are no TensorBoard files", "tracking.tensorboard was false.")
     arguments = ["-m", "tensorboard.main", "--logdir", str(record.paths.tensorboard), "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *arguments])
 
@@ -243,7 +245,7 @@ def demo(
     output: Output = None,
     set_: Set = None,
 ) -> None:
-    """Run the embedded default: a sweep of 8 QLoRA trials, then base and best adapter side by side."""
+    """Run the embedded example: a sweep of 8 QLoRA trials, then the base and the best adapter side by side."""
     from orchestrator.deploy import FinishedSweep
     from orchestrator.embedded import EXPERIMENT
     from orchestrator.record.new_sweep import claim_folder, source_of
@@ -273,13 +275,13 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "E
 
 
 def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
-    """Say how the experiment file differs from the recorded experiment, which is the one that goes on."""
+    """Print how the experiment file differs from the recorded experiment, which is the one that continues."""
     from orchestrator.record.extend import changed_since
 
     if record.info.source is None or not (changes := changed_since(record.info)):
         return
     lines = [
-        f"note: {record.info.source.file} has changed since; the sweep goes on as it was recorded:",
+        f"note: {record.info.source.file} has changed since the start; the sweep continues as recorded:",
         *(f"  {change}" for change in changes),
         "  (--trials N and --budget LIMIT=V change a sweep; for anything else start a new one)",
     ]
@@ -287,7 +289,7 @@ def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
 
 
 def _show_trials(console: "Console", record: "SweepRecord") -> None:
-    """Print all trials, then those that failed with their reasons."""
+    """Print all trials, then the failed ones with their reasons."""
     from orchestrator.report.tables import say_failures, trials_table
 
     console.print(trials_table(record.trials()))
@@ -295,7 +297,7 @@ def _show_trials(console: "Console", record: "SweepRecord") -> None:
 
 
 def _require_no_failures(record: "SweepRecord") -> None:
-    """Let the command end with the exit code of a sweep that has a best adapter, but in which trials failed.
+    """End the command with exit code 3 if trials of the sweep failed.
 
     Raises:
         TrialsFailedError: a trial of the sweep has failed.
@@ -307,13 +309,13 @@ def _require_no_failures(record: "SweepRecord") -> None:
     if num_failed:
         raise TrialsFailedError(
             f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter comes from the others",
-            f"The reasons: orchestrator status {record.paths.root}",
+            f"See the reasons with: orchestrator status {record.paths.root}",
         )
 
 
 @contextmanager
 def _screen(root: Path) -> Iterator["Console"]:
-    """A console for our lines. What libraries print meanwhile goes to `driver.log` in the sweep's folder."""
+    """Yield a console for the command's own lines. Output of libraries goes to `driver.log` in the sweep's folder."""
     from orchestrator.training.attempt.log_file import output_to
 
     with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
@@ -322,27 +324,29 @@ def _screen(root: Path) -> Iterator["Console"]:
             with output_to(log):
                 yield console_on(own)
         finally:
-            if (root / "sweep.json").is_file():  # else nothing was begun, and nothing is written
-                # A folder that cannot be written, or a full disk, is an error of the command itself.
+            if (root / "sweep.json").is_file():  # otherwise nothing was started, and nothing is written
+                # The command itself reports a full disk or a folder that cannot be written.
                 with suppress(OSError), (root / "driver.log").open("ab") as kept:
                     kept.write(log.read_bytes())
 
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Say how to go on after a signal or a fault of the storage, with an exit code for each."""
+    """Turn a signal or a storage fault into an error that says how to resume, each with its own exit code."""
 
     def remedy() -> str:
-        return f"Go on with: orchestrator resume {folder}" if (folder / "sweep.json").is_file() else ""
+        return f"Continue with: orchestrator resume {folder}" if (folder / "sweep.json").is_file() else ""
 
     try:
         with raising_signals():
             yield
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
-        kept = "what was measured is kept" if remedy() else "nothing was begun"
+        kept = "all measurements are kept" if remedy() else "nothing was started"
         raise Interrupted(f"interrupted by {signal_name(number)}; {kept}", remedy(), 128 + number) from None
     except OSError as error:
         if fault := storage_fault(error):
-            raise StorageError(f"{folder}: its storage fails: {fault}", f"Make room or mend it. {remedy()}") from error
+            raise StorageError(
+                f"{folder}: its storage fails: {fault}", f"Free space or repair the storage. {remedy()}"
+            ) from error
         raise

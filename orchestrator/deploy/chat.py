@@ -192,7 +192,7 @@ def _streamer(tokenizer: Any, stops: Sequence[int]) -> Any:
     """Text of an answer as it grows, without its stop token, which need not be a special one."""
     from transformers import TextIteratorStreamer
 
-    class Streamer(TextIteratorStreamer):  # type: ignore[misc]  # transformers is untyped
+    class Streamer(TextIteratorStreamer):  # type: ignore[misc]  # mypy skips transformers
         def put(self, value: Any) -> None:
             if self.next_tokens_are_prompt or int(value) not in stops:
                 super().put(value)

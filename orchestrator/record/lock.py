@@ -1,8 +1,9 @@
 """Allow one driver for each sweep: a second one would write into the same trials."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from filelock import FileLock, Timeout
 
 from orchestrator.errors import RequestError
 from orchestrator.record.paths import SweepPaths
@@ -15,19 +16,20 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
     Raises:
         RequestError: another process holds the sweep, or its folder cannot be written to.
     """
+    lock = FileLock(paths.root / ".driver.lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        file = (paths.root / ".driver.lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RequestError(
+            f"{paths.root}: another process is running this sweep",
+            f"`orchestrator status {paths.root}` shows how far it is.",
+        ) from None
     except OSError as error:
         raise RequestError(
             f"{paths.root}: cannot be written: {error.strerror}",
             "A sweep that continues writes into its folder: make it writable, or copy it and resume the copy.",
         ) from error
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(
-                f"{paths.root}: another process is running this sweep",
-                f"`orchestrator status {paths.root}` shows how far it is.",
-            ) from None
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,1 +1,1 @@
-"""What a person sees: tables and live views of the records. No logic."""
+"""Tables and live views of the records, for the terminal. They only format; they decide nothing."""

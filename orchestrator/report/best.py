@@ -1,4 +1,4 @@
-"""Which adapter to take, and why, in a few lines."""
+"""Print the recommended adapter and the reason for it."""
 
 from rich.console import Console
 
@@ -9,7 +9,7 @@ _MOST_NAMED = 6
 
 
 def say_best(console: Console, best: ChosenTrial) -> None:
-    """Print the leader, those that cannot be told apart from it, and what was chosen."""
+    """Print the leader, the trials that cannot be distinguished from it, and the recommended trial."""
     choice = best.choice
     metric, leader, tied = choice.metric, choice.leader, choice.tied
     point = leader.trial.best
@@ -20,21 +20,22 @@ def say_best(console: Console, best: ChosenTrial) -> None:
     ]
     left_out = choice.num_compared - 1 - len(choice.rivals)
     if left_out and not choice.why_not_compared:
-        lines.append(f"not compared row by row, for want of scores of the same rows: {left_out} of them")
+        lines.append(f"not compared row by row, because there are no scores of the same rows: {left_out} of them")
     if choice.why_not_compared and choice.num_compared > 1:
         lines.append(f"not compared with the others row by row: {choice.why_not_compared}")
     if tied:
         named = [f"{each.candidate.trial.trial_id} ({each.difference:+.2g})" for each in tied[:_MOST_NAMED]]
         more = [f"{len(tied) - _MOST_NAMED} more"] if len(tied) > _MOST_NAMED else []
         lines.append(
-            f"held-out rows do not tell it apart from {', '.join(named + more)} (paired bootstrap, {CONFIDENCE:.0%})"
+            f"no significant difference to {', '.join(named + more)} on the held-out rows "
+            f"(paired bootstrap, {CONFIDENCE:.0%})"
         )
     if choice.recommended is not leader:
         value = choice.recommended.value(metric)
         lines.append(
             f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
         )
-    lines += [f"left out, for its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
+    lines += [f"left out, because its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
     lines.append(f"adapter: {best.adapter}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 

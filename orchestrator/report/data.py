@@ -1,4 +1,4 @@
-"""Rows as the model sees them, and what becomes of them."""
+"""Print rows as the model sees them: which tokens are in the loss, and which rows are truncated or dropped."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from orchestrator.words import counted
 _MOST_NAMED = 5
 _BAR = 40
 _OPEN, _CLOSE = "⟦", "⟧"
-"""Around what is trained, where there is no colour to tell."""
+"""Marks around the tokens in the loss, for output without colors."""
 
 
 def say_data(console: Console, shown: DataPreview) -> None:
-    """Print rows with what is trained in them, lengths, and what is cut or dropped."""
+    """Print example rows, the lengths of all rows, and which rows are truncated or dropped."""
     is_colored = console.color_system is not None and not console.no_color
     for row in shown.rows:
         console.print(_head(row), style="bold", soft_wrap=True, highlight=False)
@@ -23,37 +23,40 @@ def say_data(console: Console, shown: DataPreview) -> None:
         console.print()
     mark = "green" if is_colored else f"{_OPEN} {_CLOSE}"
     lines = [
-        f"format {shown.format}, tokens of base {shown.base}",
-        f"trained on ({shown.loss_on}): what is {mark}; the rest is read only",
+        f"format {shown.format}, tokenizer of base {shown.base}",
+        f"in the loss ({shown.loss_on}): tokens marked {mark}; the others are context only",
         *_source_lines(shown),
         f"{counted(shown.num_train, 'training row')}, {shown.num_held_out} held out; an epoch has "
-        f"{shown.num_tokens:,} tokens, {shown.num_trained:,} of them trained on",
+        f"{shown.num_tokens:,} tokens, {shown.num_trained:,} of them in the loss",
     ]
     if shown.packing is not None:
         packing = shown.packing
         lines.append(
-            f"packed into {counted(packing.num_sequences, 'sequence')}, {packing.filled:.1%} full, up to "
-            f"{counted(packing.most_rows, 'row')} in one; none sees another"
+            f"packed into {counted(packing.num_sequences, 'sequence')}, {packing.filled:.1%} full, with up to "
+            f"{counted(packing.most_rows, 'row')} in one; rows do not attend to each other"
         )
-    lines.append(f"tokens a row: median {shown.median}, longest {shown.longest}, max_length {shown.max_length}")
+    lines.append(f"tokens per row: median {shown.median}, longest {shown.longest}, max_length {shown.max_length}")
     lines += histogram(shown.lengths, shown.max_length)
-    lines += _named(shown.cut, f"cut ({shown.truncate})")
-    lines += _named(shown.dropped, "dropped, for nothing in the loss is left")
+    lines += _named(shown.cut, f"truncated ({shown.truncate})")
+    lines += _named(shown.dropped, "dropped, because no token in the loss is left")
     lines += _end_lines(shown)
     lines += _bad(shown)
     if shown.unread:
         named = ", ".join(f"{name} ({counted(number, 'row')})" for name, number in shown.unread.items())
-        lines.append(f"read by neither the format nor a template: {named}")
+        lines.append(f"columns that neither the format nor a template uses: {named}")
     if shown.num_shared:
         shared = counted(shown.num_shared, "held-out row is", "held-out rows are")
-        lines.append(f"{shared} among the training rows: that loss says little")
+        lines.append(f"{shared} also in the training data; that loss says little about new data")
     lines.append(f"fingerprint {shown.fingerprint}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def row_text(row: ShownRow, is_colored: bool) -> Text:
-    """A row with its trained tokens coloured, or marked; special tokens stand out, the rest is dim."""
+    """Return a row as text, with the tokens in the loss colored, or between marks if there are no colors.
+
+    With colors, special tokens are reversed and tokens outside the loss are dim.
+    """
     text, is_open = Text(), False
     for piece in row.pieces:
         if not is_colored and piece.is_trained != is_open:
@@ -67,7 +70,7 @@ def row_text(row: ShownRow, is_colored: bool) -> Text:
 
 
 def histogram(bins: Sequence[Bin], max_length: int) -> list[str]:
-    """A bar for each bin; a line where rows are longer than they may be."""
+    """Return a bar for each bin, and a line above the first bin whose rows are longer than `max_length`."""
     most, width = max(each.num_rows for each in bins), len(str(bins[-1].up_to))
     lines, is_past = [], False
     for each in bins:
@@ -81,35 +84,35 @@ def histogram(bins: Sequence[Bin], max_length: int) -> list[str]:
 
 def _head(row: ShownRow) -> Text:
     packed = f"sequence {row.sequence}: " if row.sequence is not None else ""
-    cut = f", {row.num_cut} cut off" if row.num_cut else ""
-    return Text(f"{packed}{row.where}: {row.num_tokens} tokens, {row.num_trained} trained on{cut}")
+    cut = f", {row.num_cut} truncated" if row.num_cut else ""
+    return Text(f"{packed}{row.where}: {row.num_tokens} tokens, {row.num_trained} in the loss{cut}")
 
 
 def _source_lines(shown: DataPreview) -> list[str]:
     if len(shown.sources) == 1:
         return []
     return [
-        f"{source.num_taken} of {source.num_read} rows of {source.source}"
+        f"{source.num_taken} of {source.num_read} rows from {source.source}"
         + (f", weight {source.weight:g}" if source.weight is not None else "")
         for source in shown.sources
     ]
 
 
 def _end_lines(shown: DataPreview) -> list[str]:
-    """Where answers stop, and which training rows do not learn to."""
+    """Return which tokens end an answer, and which training rows do not teach the model to stop."""
     ends = shown.ends
-    lines = [f"answers stop at {', '.join(ends.stop_tokens) or 'nothing'}"]
+    lines = [f"stop tokens: {', '.join(ends.stop_tokens) or 'none'}"]
     if not ends.num_ended and not ends.num_cut:
         lines.append("no row ends with a stop token" + (" that is in the loss" if ends.num_not_learned else ""))
     for count, what in (
-        (ends.num_without, "with none"),
+        (ends.num_without, "without a stop token"),
         (ends.num_not_learned, "with a stop token that is not in the loss"),
-        (ends.num_cut, "cut off before their stop token"),
+        (ends.num_cut, "truncated before their stop token"),
     ):
         if count:
             lines.append(f"{counted(count, 'training row ends', 'training rows end')} {what}")
     if shown.require_stop and not ends.num_ended and not ends.num_cut:
-        lines.append("such rows are not trained on unless data.require_stop is false")
+        lines.append("training refuses such rows unless data.require_stop is false")
     return lines
 
 

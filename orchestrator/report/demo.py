@@ -1,4 +1,4 @@
-"""The same held-out prompts, answered by the base and by the best adapter."""
+"""Compare the answers of the base and of the best adapter to the same held-out prompts."""
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ _NUM_PROMPTS = 6
 
 
 def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
-    """Print the best trial's row, then prompts with the wanted answer, the base's and the adapter's."""
+    """Print the best trial's row, then prompts with the expected answer, the base's and the adapter's."""
     winner = sweep.best()
     config = winner.trial.config
     chat = open_chat(AdapterRef.of_best(winner))
@@ -27,11 +27,11 @@ def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     after = answer(chat.model, chat.tokenizer, ids, new, batch)
     console.print(trials_table([winner.trial]))
     table = Table(title="held-out prompts", title_justify="left", header_style="bold")
-    for name in ("prompt", "wanted", "base", "best adapter"):
+    for name in ("prompt", "expected", "base", "best adapter"):
         table.add_column(name)
-    for prompt, base_said, adapter_said in zip(prompts, before, after, strict=True):
+    for prompt, base_answer, adapter_answer in zip(prompts, before, after, strict=True):
         question = chat.tokenizer.decode(prompt.ids, skip_special_tokens=True)
-        mark = "green" if adapter_said == prompt.answer else "red"
-        # Text, not markup: the template has square brackets.
-        table.add_row(*map(Text, (question, prompt.answer, base_said)), Text(adapter_said, style=mark))
+        color = "green" if adapter_answer == prompt.answer else "red"
+        # Text instead of a string, which rich would read as markup: the template has square brackets.
+        table.add_row(*map(Text, (question, prompt.answer, base_answer)), Text(adapter_answer, style=color))
     console.print(table)

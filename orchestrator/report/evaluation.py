@@ -1,4 +1,4 @@
-"""What each form of a finalist costs."""
+"""Print the scores of the best adapters in each form in which they can be exported."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -7,15 +7,15 @@ from orchestrator.deploy.scoring.evaluate import Evaluation, EvaluationReport
 from orchestrator.words import counted
 
 _OWN = ("loss", "cost", "perplexity", "token_accuracy")
-"""Values with a place of their own, or none in the table."""
+"""Values that have a column of their own or are not in the table."""
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
-    """One row a finalist and form: loss, what it costs against the adapter as it was trained, other metrics."""
+    """Return a table with a row per adapter and form: loss, difference to the adapter as trained, other metrics."""
     values = list(dict.fromkeys(name for each in report.evaluations for name in each.values))
     columns = [name for name in values if name == "perplexity" or name not in _OWN]
     table = Table(
-        title=f"{counted(report.num_rows, 'row')}: {report.rows}; on {report.device}",
+        title=f"{counted(report.num_rows, 'row')} ({report.rows}) on {report.device}",
         title_justify="left",
         box=SIMPLE_HEAD,
         header_style="bold",
@@ -41,7 +41,7 @@ def evaluation_table(report: EvaluationReport) -> Table:
 
 
 def _cost(evaluation: Evaluation) -> str:
-    """`+0.0123 (+8.3%)`; the adapter as it was trained is what the others are held against."""
+    """Return the loss minus the loss of the adapter as trained, such as `+0.0123 (+8.3%)`."""
     cost, loss = evaluation.values["cost"], evaluation.values["loss"]
     if evaluation.form == "adapter":
         return "as trained"

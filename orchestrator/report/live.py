@@ -1,4 +1,4 @@
-"""Live views of a running sweep and of a running trial."""
+"""Live views of a running sweep and of a running trial, for the terminal."""
 
 import time
 from types import TracebackType
@@ -16,25 +16,25 @@ from orchestrator.words import counted
 
 
 class SweepView:
-    """A live table on a terminal; elsewhere, a line for each change."""
+    """Shows a running sweep: a live table on a terminal, else a line for each change."""
 
     def __init__(self, console: Console, total_trials: int, title: str) -> None:
-        """Make a view; nothing is printed yet.
+        """Create a view. Nothing is printed yet.
 
         Args:
             console: where to print.
-            total_trials: how many trials the sweep is to have.
-            title: printed before the first sentence or table; until then, the sweep may still be refused.
+            total_trials: number of trials that the sweep will have.
+            title: printed before the first message or table, because the sweep may be refused before that.
         """
         self._console = console
-        # Decided once: a terminal that is closed while the sweep runs is no terminal any more, but its table has begun.
+        # Decided once: after the terminal is closed this would be False, while the live table still has to be stopped.
         self._is_live = console.is_terminal
         self._title: str | None = title
         self._total = total_trials
         self._trials: list[TrialResult] = []
         self._began = time.monotonic()
         self._first_seen: tuple[float, int] | None = None
-        """When steps were first seen, and how many: the pace counts from there, without start-up and earlier runs."""
+        """Time and number of steps at the first update with steps. The pace leaves out start-up and earlier runs."""
         self._said: set[str] = set()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
@@ -50,7 +50,7 @@ class SweepView:
             self._live.stop()
 
     def say(self, sentence: str) -> None:
-        """Print a sentence below the title."""
+        """Print a message below the title."""
         self._print_title()
         self._console.print(sentence, soft_wrap=True, highlight=False)
 
@@ -80,7 +80,7 @@ class SweepView:
         num_failed = sum(trial.state == TrialState.FAILED for trial in self._trials)
         parts = [
             f"{ended} of {counted(self._total, 'trial')} ended" + (f" ({num_failed} failed)" if num_failed else ""),
-            f"{duration(time.monotonic() - self._began)} gone",
+            f"{duration(time.monotonic() - self._began)} elapsed",
         ]
         left = self._seconds_left()
         if left is not None:
@@ -93,7 +93,7 @@ class SweepView:
         return Text(", ".join(parts))
 
     def _seconds_left(self) -> float | None:
-        """At the pace so far, if no further trial is stopped early."""
+        """Estimate the remaining time from the pace so far, as if no further trial were stopped early."""
         total_steps = max((trial.total_steps or 0 for trial in self._trials), default=0)
         if not total_steps or self._first_seen is None:
             return None
@@ -106,21 +106,21 @@ class SweepView:
         return (time.monotonic() - since) / done * to_do
 
     def _say_warnings(self) -> None:
-        """Print each warning once, whichever trials have it."""
+        """Print each warning once, even if several trials have it."""
         for key, (warning, _) in distinct_warnings(self._trials).items():
             if key not in self._said:
                 self._said.add(key)
                 self._console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
 
     def _say_failures(self) -> None:
-        """Print each failure once, above the live table, which may be too short for it and goes away at the end."""
+        """Print each failure once above the live table, which may have no place for it and disappears at the end."""
         for trial in self._trials:
             if trial.state == TrialState.FAILED and trial.trial_id not in self._said:
                 self._said.add(trial.trial_id)
                 self._console.print(failure_line(trial), soft_wrap=True, highlight=False, markup=False)
 
     def _say_changes(self) -> None:
-        """Print a line for each trial that has made a step or has failed since the last call."""
+        """Print a line for each trial that has made steps or has failed since the last call."""
         for trial in self._trials:
             if trial.state == TrialState.FAILED:
                 self._say_once(failure_line(trial))
@@ -140,10 +140,15 @@ class SweepView:
 
 
 class TrialView:
-    """A progress bar of one trial here; a `training.watcher.Watcher` that never ends it."""
+    """Shows a trial that runs in this process as a progress bar. A `Watcher` that never stops the trial."""
 
     def __init__(self, console: Console, title: str) -> None:
-        """`title` is printed at the first step: before that, the trial may yet be refused."""
+        """Create a view.
+
+        Args:
+            console: where to print.
+            title: printed at the first step, because the trial may be refused before that.
+        """
         self._title: str | None = title
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -166,7 +171,7 @@ class TrialView:
         self._progress.stop()
 
     def on_step(self, step: int, total_steps: int) -> bool:
-        """See `Watcher`."""
+        """Advance the progress bar."""
         if self._title:
             self._progress.console.print(self._title, soft_wrap=True, highlight=False)
             self._title = None
@@ -174,11 +179,11 @@ class TrialView:
         return True
 
     def on_report(self, point: MetricPoint) -> bool:
-        """See `Watcher`."""
+        """Print the values of an evaluation."""
         values = ", ".join(f"{name} {number(value)}" for name, value in point.values.items())
         self._progress.console.print(f"step {point.step}: {values}", highlight=False)
         return True
 
     def say(self, sentence: str) -> None:
-        """Print a sentence above the progress bar."""
+        """Print a message above the progress bar."""
         self._progress.console.print(sentence, soft_wrap=True, highlight=False, markup=False)

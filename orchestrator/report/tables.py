@@ -1,4 +1,4 @@
-"""Tables of trials."""
+"""Format trials as tables and lines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,13 @@ _COLORS = {
 
 
 def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes: bool = False) -> Table:
-    """One row a trial, in the order given: state, step, best evaluation, what was varied; the adapter's parameters."""
+    """Return a table with a row per trial, in the order given: state, step, best evaluation and searched values.
+
+    Args:
+        trials: the trials.
+        title: the table's title.
+        sizes: add a column with the number of the adapter's parameters.
+    """
     fields = list(dict.fromkeys(name for trial in trials for name in trial.config.varied))
     metrics = list(dict.fromkeys(name for trial in trials if trial.best for name in trial.best.values))
     metric = trials[0].metric if trials else "eval/loss"
@@ -56,14 +62,14 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes:
 
 
 def failure_line(trial: TrialResult) -> str:
-    """One line on a failed trial: its step, the kind of failure and the reason."""
+    """Return one line on a failed trial: its step, the kind of failure and the reason."""
     kind = f" ({trial.failure.replace('_', ' ')})" if trial.failure else ""
-    reason = "; ".join(line.strip() for line in (trial.error or "no reason is known").splitlines())
+    reason = "; ".join(line.strip() for line in (trial.error or "unknown reason").splitlines())
     return f"{trial.trial_id} {trial.state} at step {trial.step}{kind}: {reason}"
 
 
 def say_failures(console: Console, trials: Sequence[TrialResult]) -> None:
-    """Print which trials failed, or were canceled, and why; nothing where none was."""
+    """Print which trials failed or were canceled, and why. Print nothing if there are none."""
     failed = [trial for trial in trials if trial.state == TrialState.FAILED]
     lines = [f"{len(failed)} of {counted(len(trials), 'trial')} failed:"] if failed else []
     lines += [f"  {failure_line(trial)}" for trial in failed]
@@ -73,14 +79,14 @@ def say_failures(console: Console, trials: Sequence[TrialResult]) -> None:
 
 
 def number(value: Any) -> str:
-    """A value in a few characters."""
+    """Format a value in a few characters."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """`45s`, `3m20s`, `2h05m`."""
+    """Format seconds as `45s`, `3m20s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""Warnings of trials, each told once."""
+"""Collect the warnings of trials, each of them once."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from orchestrator.record import TrialResult
 
 
 def distinct_warnings(trials: Sequence[TrialResult]) -> dict[str, tuple[str, int]]:
-    """Warnings that differ in more than the trial's id.
+    """Group warnings that differ only in the trial's id.
 
     Returns:
-        The warning without the id -> the warning as its first trial has it, and the number of trials that have it.
+        The warning without the id -> the first trial's warning, and the number of trials that have it.
     """
     found: dict[str, tuple[str, int]] = {}
     for trial in trials:

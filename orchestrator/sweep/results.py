@@ -22,7 +22,7 @@ from orchestrator.sweep.tune_trial import plain_values
 _CLOSING_S = 60.0
 
 
-class ResultKeeper(tune.Callback):  # type: ignore[misc]  # ray is untyped
+class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
     """Writes result.json where the relay has not, and keeps the state of Tune and of the scheduler.
 
     A relay cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the

@@ -1,4 +1,4 @@
-"""Give trackers what they missed, from the records of trials that have ended."""
+"""Send to trackers what they missed, from the records of trials that have ended."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from orchestrator.words import counted
 
 
 def catch_up(record: SweepRecord, say: Callable[[str], None]) -> None:
-    """Send or write what trackers lack of a sweep whose trials have ended. One that was interrupted is left as it is.
+    """Complete the trackers of a sweep whose trials have all ended. An interrupted sweep is left unchanged.
 
-    A tracker that fails again is not asked for further trials. Trials that ended while they were paused, or whose
-    process was lost, are given to their trackers without a word.
+    A tracker that fails again is not tried for further trials. Nothing is said about trials whose trackers did not
+    fail, for example because the trial ended while it was paused, or because its process was lost.
 
     Args:
-        record: a sweep whose trials are not being written by any other process.
-        say: takes a sentence for whoever has started the sweep.
+        record: a sweep; no other process may be writing its trials.
+        say: prints a message to the user.
     """
     trials = record.trials()
     if any(trial.state in OPEN for trial in trials):
@@ -33,19 +33,29 @@ def catch_up(record: SweepRecord, say: Callable[[str], None]) -> None:
             paths = record.paths.trial(trial.trial_id)
             write_record(paths.result, trial.model_copy(update={"untracked": lacking}))
     for name, number in sent.items():
-        say(f"{name} has been given the rest of {counted(number, 'trial')}")
+        say(f"{name} has received the missing records of {counted(number, 'trial')}")
     for name, number in left.items():
         again = f"`orchestrator resume {record.paths.root}` tries again"
-        say(f"warning: {name} lacks {counted(number, 'trial')}: {failed[name]}; {again}")
+        say(f"warning: {name} is missing records of {counted(number, 'trial')}: {failed[name]}; {again}")
 
 
 def _send(record: SweepRecord, trial: TrialResult, name: str, failed: dict[str, str]) -> bool:
-    """Give one tracker the whole of one trial; False where it has failed, now or before, as `failed` then says."""
+    """Send all records of one trial to one tracker.
+
+    Args:
+        record: the sweep.
+        trial: the trial.
+        name: the tracker's name.
+        failed: tracker -> why it failed; a failure of this call is added.
+
+    Returns:
+        False if the tracker fails, or failed in an earlier call.
+    """
     if name in failed:
         return False
     identity = TrialIdentity(record.paths.trial(trial.trial_id), trial, record.info.spec)
     try:
         open_tracker(name, identity).finish(trial)
-    except Exception as error:  # whatever a third-party tracker raises: the results of the sweep stand without it
+    except Exception as error:  # a third-party tracker may raise anything; the sweep's results do not depend on it
         failed[name] = reason(error)
     return name not in failed

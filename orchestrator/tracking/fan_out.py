@@ -1,4 +1,7 @@
-"""All trackers of a trial behind one object. JSONL is the truth; the others may fail without stopping the trial."""
+"""All trackers of a trial behind one object.
+
+JSONL is the authoritative record. The other trackers ("views") may fail without stopping the trial.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,26 +16,27 @@ class Trackers:
     """Sends each point to every tracker."""
 
     def __init__(self, jsonl: JsonlTracker, views: list[Tracker]) -> None:
-        """
+        """Combine trackers.
+
         Args:
-            jsonl: the record itself; its faults are raised.
-            views: trackers that have begun.
+            jsonl: the authoritative record; its errors are raised.
+            views: trackers that have been opened.
         """
         self._jsonl = jsonl
         self._views: list[Tracker] = []
         self.untracked: list[str] = []
-        """Trackers that do not have all of the trial: those that failed, and until its end all of them."""
+        """Names of trackers without a complete record: those that failed and, until the trial ends, all of them."""
         self.warnings: list[str] = []
         for view in views:
             self.add(view)
 
     def log(self, point: MetricPoint) -> None:
-        """Record one point. A view that fails is dropped with a warning; JSONL's own fault is raised."""
+        """Record one point. A view that fails is dropped with a warning; an error of JSONL is raised."""
         self._jsonl.log(point)
         for view in list(self._views):
             try:
                 view.log(point)
-            except Exception as error:  # whatever a third-party tracker raises: it must never stop a trial
+            except Exception as error:  # a third-party tracker may raise anything, and must never stop a trial
                 self._drop(view, error)
 
     def finish(self, result: TrialResult) -> None:
@@ -48,12 +52,12 @@ class Trackers:
         self._views.clear()
 
     def add(self, view: Tracker) -> None:
-        """Take in a view that has begun."""
+        """Add a view that has been opened."""
         self._views.append(view)
         self.untracked.append(view.name)
 
     def add_failed(self, name: str, error: Exception) -> None:
-        """Note a view that could not begin."""
+        """Record a warning for a view that could not be opened."""
         self.untracked.append(name)
         self._warn(name, error)
 
@@ -63,12 +67,12 @@ class Trackers:
 
     def _warn(self, name: str, error: Exception) -> None:
         self.warnings.append(
-            f"{_failed(name)} {reason(error)}; training goes on, and the rest is sent when it has ended"
+            f"{_failed(name)} {reason(error)}; training continues, and missing records are sent after it ends"
         )
 
 
 def open_trackers(identity: TrialIdentity) -> Trackers:
-    """Start the trackers that the experiment asks for. One that cannot begin is a warning."""
+    """Open the trackers that the experiment requests. A tracker that cannot be opened becomes a warning."""
     jsonl = JsonlTracker(identity.paths, identity.start.step)
     trackers = Trackers(jsonl, [])
     for name in wanted(identity.tracking):
@@ -80,32 +84,32 @@ def open_trackers(identity: TrialIdentity) -> Trackers:
 
 
 def open_tracker(name: str, identity: TrialIdentity) -> Tracker:
-    """Start one tracker, and give it what it lacks of the points that are on disk."""
-    view = _KINDS[name]()(identity)
+    """Open one tracker, and send it the points on disk that it does not have yet."""
+    view = _TRACKERS[name]()(identity)
     if points := read_metrics(identity.paths):
         view.replay(points)
     return view
 
 
 def has_failed(name: str, warnings: Sequence[str]) -> bool:
-    """Whether a trial's warnings tell of a failure of this tracker."""
+    """Return whether a trial's warnings report a failure of this tracker."""
     return any(warning.startswith(_failed(name)) for warning in warnings)
 
 
 def _failed(name: str) -> str:
-    """How the warning of a failure begins."""
+    """Return the beginning of a failure's warning."""
     return f"{name} failed:"
 
 
 def wanted(tracking: TrackingSection) -> list[str]:
-    """Names of the trackers that the experiment asks for."""
-    asked = {
+    """Return the names of the trackers that the experiment requests."""
+    requested = {
         "TensorBoard": tracking.tensorboard,
         "W&B": tracking.wandb.mode != "disabled",
         "MLflow": tracking.mlflow,
         "trackio": tracking.trackio,
     }
-    return [name for name, is_asked in asked.items() if is_asked]
+    return [name for name, is_requested in requested.items() if is_requested]
 
 
 def _tensorboard() -> Callable[[TrialIdentity], Tracker]:
@@ -132,5 +136,5 @@ def _trackio() -> Callable[[TrialIdentity], Tracker]:
     return TrackioTracker
 
 
-_KINDS = {"TensorBoard": _tensorboard, "W&B": _wandb, "MLflow": _mlflow, "trackio": _trackio}
-"""Imports of each tracker's library wait until it is wanted."""
+_TRACKERS = {"TensorBoard": _tensorboard, "W&B": _wandb, "MLflow": _mlflow, "trackio": _trackio}
+"""Name -> function that imports the tracker's library, only when it is requested, and returns the tracker's class."""

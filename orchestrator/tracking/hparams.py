@@ -1,5 +1,4 @@
-"""The rows and columns of TensorBoard's HParams table of a sweep."""
-# mypy: disable-error-code="import-untyped"
+"""Rows and columns of a sweep's HParams table in TensorBoard."""
 
 from typing import Any
 
@@ -17,13 +16,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 from orchestrator.spec import SweepSpec, TrialConfig
 
 _SHOWN_ANYWAY = ("lora.rank", "training.learning_rate")
-"""Columns of a sweep that varies nothing."""
+"""Columns of a sweep that searches no field."""
 
 
 def experiment(spec: SweepSpec) -> Experiment:
-    """The table's columns: every searched and tied field, whichever trial has it, and the best evaluation.
+    """Return the table's columns: all searched and tied fields, and the metrics of the best evaluation.
 
-    Every trial of a sweep writes the same: TensorBoard takes the first that it finds.
+    Every trial of a sweep writes the same columns, because TensorBoard uses the first description that it finds.
     """
     names = dict.fromkeys(
         [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.metrics)]
@@ -35,7 +34,7 @@ def experiment(spec: SweepSpec) -> Experiment:
 
 
 def session_start(spec: SweepSpec, config: TrialConfig) -> SessionStartInfo:
-    """A trial's row. A field that does not exist in this trial, and None in a column of numbers, is an empty cell."""
+    """Return a trial's row. A field that the trial does not have, or None in a column of numbers, is an empty cell."""
     start = SessionStartInfo()
     columns, fields = _columns(spec), config.dotted()
     # A trial without search has the experiment's own values.
@@ -54,12 +53,12 @@ def session_start(spec: SweepSpec, config: TrialConfig) -> SessionStartInfo:
 
 
 def best_tag(metric: str) -> str:
-    """Scalar of a metric at the trial's best evaluation so far."""
+    """Return the tag of a metric's scalar at the trial's best evaluation so far."""
     return f"best/{metric}"
 
 
 def _columns(spec: SweepSpec) -> dict[str, int]:
-    """Field -> type of its column; a column with values of several types is one of text."""
+    """Return field -> type of its column. A column with values of several types is text."""
     columns = {path: _kind(axis.values) for path, axis in spec.search.space.items()}
     columns |= dict.fromkeys(spec.search.tied, DATA_TYPE_FLOAT64)  # a tie is arithmetic
     return columns or dict.fromkeys(_SHOWN_ANYWAY, DATA_TYPE_FLOAT64)

@@ -1,11 +1,11 @@
-"""metrics.jsonl: one MetricPoint a line."""
+"""Write `metrics.jsonl`, with one `MetricPoint` per line."""
 
 from orchestrator.record import MetricPoint, TrialPaths, read_metrics
 from orchestrator.record.files import append_line, write_atomic
 
 
 class JsonlTracker:
-    """Appends points; a resumed trial first drops those it will measure again."""
+    """Appends points. A resumed trial first drops the points that it will measure again."""
 
     name = "JSONL"
 

@@ -1,10 +1,9 @@
-"""MLflow: experiment = sweep, one run a trial, which a resumed trial goes on with.
+"""MLflow tracker. A sweep is an experiment, a trial is a run; a resumed trial continues its run.
 
-The store is SQLite in the sweep's folder (as MLflow has it; it no longer maintains plain files), or the server that
-MLFLOW_TRACKING_URI names.
+The store is an SQLite database in the sweep's folder (MLflow no longer maintains its file store), or the server given
+by MLFLOW_TRACKING_URI.
 """
 
-import fcntl
 import logging
 import os
 import time
@@ -13,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# MLflow sends no telemetry, and a server that is down does not hold a trial for its 7 attempts of minutes each.
+# No telemetry. A server that is down does not delay a trial: by default MLflow makes 7 attempts of minutes each.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
@@ -27,17 +27,17 @@ from orchestrator.record import MetricPoint, TrialResult, TrialState
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.secrets import hide_secrets, reason
 
-logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # it tells of each table that it makes
+logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # it logs each table that it creates
 
-_MOST_PARAMS = 100
-"""MLflow takes no more at a time."""
+_MAX_PARAMS = 100
+"""Maximum number of parameters in one request to MLflow."""
 
 _TOKENS = "progress/tokens"
-"""Every point has it."""
+"""A metric that every point has."""
 
 
 class MlflowTracker:
-    """One run a trial, by the trial's name."""
+    """Records a trial as a run with the trial's name."""
 
     name = "MLflow"
 
@@ -51,13 +51,13 @@ class MlflowTracker:
         self._client.update_run(self._run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         known, fields = run.data.params, identity.config.dotted()
         params = [Param(name, str(value)) for name, value in fields.items() if name not in known]
-        # MLflow refuses another value for a parameter that it knows: what PBT has changed is a tag of the same name.
+        # MLflow refuses to change a parameter. Values that PBT has changed become tags with the parameter's name.
         changed = {name: str(value) for name, value in identity.config.varied.items()}
         tags = [RunTag(name, value) for name, value in changed.items() if known.get(name, value) != value]
         if tags:
             self._client.log_batch(self._run_id, tags=tags)
-        for first in range(0, len(params), _MOST_PARAMS):
-            self._client.log_batch(self._run_id, params=params[first : first + _MOST_PARAMS])
+        for first in range(0, len(params), _MAX_PARAMS):
+            self._client.log_batch(self._run_id, params=params[first : first + _MAX_PARAMS])
 
     def replay(self, points: Sequence[MetricPoint]) -> None:
         known = Counter(each.step for each in self._client.get_metric_history(self._run_id, _TOKENS))
@@ -71,7 +71,7 @@ class MlflowTracker:
         self._log({**point.values, _TOKENS: point.tokens}, point.step)
 
     def finish(self, result: TrialResult) -> None:
-        """Close the run; that of a trial that goes on later stays open."""
+        """Close the run. It stays open if the trial will continue."""
         self._client.log_batch(self._run_id, tags=[RunTag("state", result.state)])
         if result.best:
             self._log({f"best/{name}": value for name, value in result.best.values.items()}, result.best.step)
@@ -90,10 +90,10 @@ class MlflowTracker:
 
 
 def mlflow_fault() -> RequestError | None:
-    """Why the server in MLFLOW_TRACKING_URI does not take runs of this process, or None; without it none is asked."""
+    """Return why the server in MLFLOW_TRACKING_URI cannot be used; None if it can, or if the variable is not set."""
     remedy = (
-        "Check MLFLOW_TRACKING_URI (name and password: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD); without "
-        "it, the store is in the sweep's folder."
+        "Check MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; or unset the first to use a "
+        "store in the sweep's folder."
     )
     try:
         uri = _server()
@@ -105,7 +105,7 @@ def mlflow_fault() -> RequestError | None:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow's own, a database's, or one about a package that is missing
+    except Exception as error:  # an error of MLflow, of a database driver, or of a missing package
         return RequestError(f"tracking.mlflow: {hide_secrets(uri)} cannot be used: {reason(error)}", remedy)
     finally:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = attempts
@@ -113,13 +113,13 @@ def mlflow_fault() -> RequestError | None:
 
 
 def _server() -> str | None:
-    """The address in MLFLOW_TRACKING_URI, or None.
+    """Return the address in MLFLOW_TRACKING_URI, or None.
 
-    The name and password of a server are taken out of it and go to the variables that MLflow has for them: else each
-    message of MLflow about a request shows them.
+    A user name and password are moved from the address to the variables that MLflow reads them from. Otherwise every
+    message of MLflow about a request would show them.
 
     Raises:
-        RequestError: it is no address.
+        RequestError: the variable is not a valid address.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith(("http://", "https://")):
@@ -128,8 +128,8 @@ def _server() -> str | None:
     user_info, at, host = parts.netloc.rpartition("@")
     if not at and "@" in uri:
         raise RequestError(
-            "tracking.mlflow: MLFLOW_TRACKING_URI is no address: its password holds one of / ? #",
-            "Percent-encode it, or give it in MLFLOW_TRACKING_PASSWORD, with MLFLOW_TRACKING_USERNAME.",
+            "tracking.mlflow: MLFLOW_TRACKING_URI is not a valid address; its password contains one of / ? #",
+            "Percent-encode the password, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
         )
     if at:
         name, _, password = user_info.partition(":")
@@ -139,11 +139,10 @@ def _server() -> str | None:
 
 
 def _local_store(folder: Path) -> str:
-    """Address of the sweep's own store, made by the first trial; MLflow's making of it takes no second process."""
+    """Return the address of the sweep's own store. The first trial creates it; two processes must not do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
     store, unfinished = folder / "mlflow.db", folder / "unfinished.db"
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock", fallback_to_soft=False):  # released by the system if the process is killed
         if not store.exists():
             unfinished.unlink(missing_ok=True)
             MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments()
@@ -152,7 +151,7 @@ def _local_store(folder: Path) -> str:
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    """Id of the sweep's experiment."""
+    """Return the id of the sweep's experiment, which is created if needed."""
     try:
         found = client.get_experiment_by_name(name)
         return str(found.experiment_id if found else client.create_experiment(name))
@@ -160,4 +159,4 @@ def _experiment(client: MlflowClient, name: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is None:
             raise
-        return str(found.experiment_id)  # another trial was sooner
+        return str(found.experiment_id)  # another trial has just created it

@@ -1,4 +1,4 @@
-"""What a tracker is."""
+"""The interface of trackers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ from orchestrator.spec.sections import TrackingSection
 
 @dataclass(frozen=True)
 class TrialIdentity:
-    """What a tracker needs to know of the trial it records."""
+    """Describes the trial that a tracker records."""
 
     paths: TrialPaths
     start: TrialResult
-    """The trial so far: it goes on from `start.step`, which is 0 for a fresh one."""
+    """The trial so far. It continues after `start.step`, which is 0 for a new trial."""
     spec: SweepSpec
     """The sweep's experiment."""
 
     @property
     def config(self) -> TrialConfig:
-        """The trial's configuration, for the steps that come now."""
+        """The trial's configuration for the next steps."""
         return self.start.config
 
     @property
     def tracking(self) -> TrackingSection:
-        """The trackers that are wanted."""
+        """The experiment's tracking section."""
         return self.spec.tracking
 
     @property
     def group(self) -> str:
-        """Name of the sweep."""
+        """The name of the sweep."""
         return self.paths.sweep.name
 
 
 class Tracker(Protocol):
-    """A sink for points. Its constructor and all methods may raise anything: that becomes a warning."""
+    """Records the points of one trial. The constructor and all methods may raise; an error becomes a warning."""
 
     name: str
 
     def replay(self, points: Sequence[MetricPoint]) -> None:
-        """Record those of these earlier points that the tracker does not have yet."""
+        """Record the earlier points that the tracker does not have yet."""
 
     def log(self, point: MetricPoint) -> None:
         """Record one point."""

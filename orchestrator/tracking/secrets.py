@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "WANDB_BASE_URL", "TRACKIO_SERVER_URL")
-"""Variables with an address, which may hold a name and a password."""
+"""Variables with an address, which may contain a user name and a password."""
 
 _SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "HF_TOKEN")
 
 _USER_INFO = re.compile(r"://[^\s'\"]*@")
-"""Up to the last @ of a word: a password that is not percent-encoded may hold any other sign."""
+"""Matches up to the last @ of a word, because a password that is not percent-encoded may contain other characters."""
 
 _SHORTEST = 4
-"""Characters. A shorter password may be a part of any word, and is hidden within addresses alone."""
+"""Length in characters. A shorter password may be part of any word, so it is hidden only in addresses."""
 
 _LONGEST_REASON = 300
 
 
 def hide_secrets(text: str) -> str:
-    """Replace what stands before the @ of addresses, and the passwords and keys of this process's environment."""
+    """Replace user names and passwords in addresses, and passwords and keys of this process's environment, by `***`."""
     text = _USER_INFO.sub("://***@", text)
     for secret in _known_secrets():
         if len(secret) >= _SHORTEST:
@@ -29,10 +29,10 @@ def hide_secrets(text: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Type and message of an error in one line, without secrets."""
-    words = " ".join(str(error).split())
-    told = hide_secrets(f"{type(error).__name__}: {words}" if words else type(error).__name__)
-    return told if len(told) <= _LONGEST_REASON else f"{told[:_LONGEST_REASON]} ..."
+    """Return an error's type and message in one line, without secrets."""
+    message = " ".join(str(error).split())
+    line = hide_secrets(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."
 
 
 def _known_secrets() -> Iterator[str]:

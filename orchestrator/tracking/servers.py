@@ -1,23 +1,23 @@
-"""Ask the trackers' servers, once and before the first trial, whether they answer and take the key."""
+"""Check before the first trial that the trackers' servers can be reached and accept the credentials."""
 
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import TrackingSection
 
 
 def require_servers(tracking: TrackingSection) -> None:
-    """Ask the servers of the wanted trackers.
+    """Check the servers of the requested trackers.
 
     Raises:
-        RequestError: one of them does not answer, or does not take the key.
+        RequestError: a server does not answer or rejects the credentials.
     """
     for fault in server_faults(tracking):
         raise fault
 
 
 def server_faults(tracking: TrackingSection) -> list[RequestError]:
-    """What keeps the wanted trackers' servers from taking this sweep, each fault with its remedy.
+    """Return why servers of the requested trackers cannot be used, as errors with a remedy each.
 
-    Takes a few seconds at most for each server. A tracker without a server is not asked.
+    The check takes at most a few seconds for each server. A tracker without a server is not checked.
     """
     faults: list[RequestError | None] = []
     if tracking.wandb.mode in ("auto", "online"):

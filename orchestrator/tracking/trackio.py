@@ -1,7 +1,7 @@
-"""trackio: group = sweep, one run a trial by its name, which a resumed trial goes on with.
+"""trackio tracker. A sweep is a group, a trial is a run with the trial's name; a resumed trial continues its run.
 
-Its files lie in the sweep's folder, or in that of TRACKIO_DIR; the library itself knows servers (TRACKIO_SERVER_URL)
-and Spaces (TRACKIO_SPACE_ID).
+Files are in the sweep's folder, or in TRACKIO_DIR. The library itself handles servers (TRACKIO_SERVER_URL) and Spaces
+(TRACKIO_SPACE_ID).
 """
 
 import os
@@ -21,11 +21,11 @@ from orchestrator.tracking.secrets import hide_secrets, reason
 _PROJECT = "orchestrator"
 
 _ANSWER_S = 10.0
-"""Seconds that a server has to answer before the first trial."""
+"""Seconds to wait for the server's answer before the first trial."""
 
 
 class TrackioTracker:
-    """One run a trial."""
+    """Records a trial as a run."""
 
     name = "trackio"
 
@@ -36,7 +36,7 @@ class TrackioTracker:
         if folder != trackio.utils.TRACKIO_DIR:
             raise RequestError(
                 f"tracking.trackio: the library writes to {trackio.utils.TRACKIO_DIR} in this process, not to {folder}",
-                "Set TRACKIO_DIR to one folder for all sweeps, or give each a process of its own.",
+                "Set TRACKIO_DIR to one folder for all sweeps, or run each sweep in its own process.",
             )
         self._storage = trackio.SQLiteStorage
         self._run = trackio.init(
@@ -52,7 +52,7 @@ class TrackioTracker:
 
     def replay(self, points: Sequence[MetricPoint]) -> None:
         if os.environ.get("TRACKIO_SERVER_URL") or os.environ.get("TRACKIO_SPACE_ID"):
-            return  # the library keeps what it could not send, and sends it with the next run
+            return  # the library keeps points that it could not send and sends them with the next run
         logs = self._storage.get_logs(_PROJECT, self._run.name, run_id=self._run.id)
         known = Counter(each["step"] for each in logs if "progress/tokens" in each)
         for point in points:
@@ -66,33 +66,33 @@ class TrackioTracker:
 
     def finish(self, result: TrialResult) -> None:
         best = {f"best/{name}": value for name, value in result.best.values.items()} if result.best else {}
-        with warnings.catch_warnings(record=True) as caught:  # in which the library turns its failures
+        with warnings.catch_warnings(record=True) as caught:  # the library reports failures as warnings
             warnings.simplefilter("always")
             self._run.log({"state": str(result.state), **best}, step=result.step)
             self._run.finish()
-        if told := [str(each.message) for each in caught if "trackio" in str(each.message).lower()]:
-            raise OSError(told[0])
+        if failures := [str(each.message) for each in caught if "trackio" in str(each.message).lower()]:
+            raise OSError(failures[0])
 
 
 def trackio_fault() -> RequestError | None:
-    """Why the server in TRACKIO_SERVER_URL cannot be reached, or None; without it none is asked."""
+    """Return why the server in TRACKIO_SERVER_URL cannot be reached; None if it can, or if the variable is not set."""
     server = os.environ.get("TRACKIO_SERVER_URL")
     if not server:
         return None
     try:
         urllib.request.urlopen(server, timeout=_ANSWER_S).close()
     except urllib.error.HTTPError:
-        return None  # it answers
+        return None  # the server answers
     except (OSError, ValueError) as error:
         return RequestError(
             f"tracking.trackio: {hide_secrets(server)} does not answer: {reason(error)}",
-            "Check TRACKIO_SERVER_URL; without it, the files are in the sweep's folder.",
+            "Check TRACKIO_SERVER_URL, or unset it to use files in the sweep's folder.",
         )
     return None
 
 
 def _import(folder: Path) -> Any:
-    """The library, which reads its folder once, at its import. What is started later inherits nothing of it."""
+    """Import the library, which reads TRACKIO_DIR once, at its import. Restore the variable for child processes."""
     given = os.environ.get("TRACKIO_DIR")
     os.environ["TRACKIO_DIR"] = str(folder)
     try:

@@ -1,4 +1,4 @@
-"""Weights & Biases: group = sweep, id = trial, so that a resumed trial goes on in its own run."""
+"""Weights & Biases tracker. A sweep is a group, and a run's id is the trial's id; a resumed trial continues its run."""
 
 import os
 import threading
@@ -14,18 +14,18 @@ from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.secrets import hide_secrets, reason
 
 _ANSWER_S = 10
-"""Seconds that the server has to answer before the first trial."""
+"""Seconds to wait for the server's answer before the first trial."""
 
 _INIT_S = 15.0
 _FINISH_S = 30.0
-"""Seconds that a run may take to begin and to be sent. By default W&B takes 90, and waits for ever at the end."""
+"""Seconds that a run may take to start and to be sent at its end. W&B's defaults are 90 and no limit."""
 
 _END_S = 5.0
-"""Seconds that W&B's service has to end, once nothing is left to be sent."""
+"""Seconds to wait for W&B's service to end once nothing is left to be sent."""
 
 
 class WandbTracker:
-    """One run a trial, online or offline. Never asks a question."""
+    """Records a trial as a run, online or offline. Never prompts the user."""
 
     name = "W&B"
 
@@ -58,10 +58,10 @@ class WandbTracker:
             )
 
     def replay(self, points: Sequence[MetricPoint]) -> None:
-        if not self._is_online and self._has_offline_runs:  # an earlier attempt has written them there
+        if not self._is_online and self._has_offline_runs:  # an earlier attempt has written these points
             return
         for point in points:
-            if point.step >= self._run.starting_step:  # the server has those before
+            if point.step >= self._run.starting_step:  # the server has the earlier points
                 self.log(point)
 
     def log(self, point: MetricPoint) -> None:
@@ -81,7 +81,7 @@ class WandbTracker:
 
 @contextmanager
 def _leaving_no_run() -> Iterator[None]:
-    """On a fault, end W&B's service in this process: it would call the run's id in use when the run is begun again."""
+    """End W&B's service in this process on an error. Otherwise it would refuse to start the same run id again."""
     try:
         yield
     except Exception:
@@ -92,50 +92,50 @@ def _leaving_no_run() -> Iterator[None]:
 def _end_service() -> None:
     """End W&B's service in this process.
 
-    `wandb.teardown` waits without a limit for the service, and the service waits for its last request: with
-    wandb 0.31.0 and a server that accepts connections and never answers, that is now and then for ever. The service
-    is then killed; no run needs it any more.
+    `wandb.teardown` waits without a limit for the service, and the service waits for its last request. With wandb
+    0.31.0 and a server that accepts connections but never answers, this sometimes never ends. The service is then
+    killed; no run needs it any more.
     """
     connection = wandb.setup()._connection
-    service = connection._proc if connection else None  # None too where another process has started it
+    service = connection._proc if connection else None  # also None if another process has started the service
     if service is None:
         wandb.teardown()
         return
     timer = threading.Timer(_END_S, service._process.kill)
     timer.start()
     try:
-        with suppress(SystemExit):  # raised where the service ended with an error
+        with suppress(SystemExit):  # raised if the service ended with an error
             wandb.teardown()
     finally:
         timer.cancel()
 
 
 def is_online(section: WandbSection) -> bool:
-    """Whether runs go to a server: `auto` needs a key for that."""
+    """Return whether runs are sent to a server. Mode `auto` sends them if there is a key."""
     return section.mode == "online" or (section.mode == "auto" and bool(os.environ.get("WANDB_API_KEY")))
 
 
 def wandb_fault() -> RequestError | None:
-    """Why W&B's server does not take runs of this process, or None."""
-    offline = "set tracking.wandb.mode: offline and send the runs later with `wandb sync`"
+    """Return why W&B's server cannot be used, or None if it can."""
+    offline = "set tracking.wandb.mode: offline and upload the runs later with `wandb sync`"
     server = hide_secrets(str(wandb.setup().settings.base_url))
     try:
         wandb.Api(timeout=_ANSWER_S)
     except wandb.errors.UsageError:
         return RequestError(
-            "tracking.wandb.mode: online needs a key, and there is none",
-            f"Give it in WANDB_API_KEY or by `wandb login`; or {offline}.",
+            "tracking.wandb.mode: online needs an API key, and there is none",
+            f"Set WANDB_API_KEY or run `wandb login`; or {offline}.",
         )
     except wandb.errors.Error as error:
-        if "did not respond in time" in str(error):  # what its service says of a server that it does not reach
+        if "did not respond in time" in str(error):  # the service's message for a server that it cannot reach
             return RequestError(
                 f"tracking.wandb: {server} does not answer within {_ANSWER_S} s",
-                f"Try again when it does; or {offline}.",
+                f"Try again later; or {offline}.",
             )
         return RequestError(
-            f"tracking.wandb: {server} refuses the key: {reason(error)}",
-            f"Give another in WANDB_API_KEY or by `wandb login --relogin`; or {offline}.",
+            f"tracking.wandb: {server} rejects the API key: {reason(error)}",
+            f"Set another one in WANDB_API_KEY or run `wandb login --relogin`; or {offline}.",
         )
     finally:
-        _end_service()  # else the processes of trials inherit this one's service, and runs that fail there stay in it
+        _end_service()  # otherwise processes of trials inherit this service, and failed runs would stay open in it
     return None

@@ -1,4 +1,4 @@
-"""Shared by the unit tests: an experiment, and sweeps as they lie on disk."""
+"""Fixtures of the unit tests: an experiment, and sweep folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ MakeSweep = Callable[..., SweepPaths]
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    """The smallest experiment there is."""
+    """The smallest valid experiment."""
     return {
         "base": {"model": "embedded"},
         "data": {"source": "embedded", "format": "template", "template": "{question} {answer}"},
@@ -24,8 +24,10 @@ def document() -> dict[str, Any]:
 
 @pytest.fixture
 def make_sweep(document: dict[str, Any]) -> MakeSweep:
-    """Writes a sweep folder: `make_sweep(folder, {"a": ("COMPLETE", 0.5)}, seed=3)`; a value of None is a trial
-    without an evaluation."""
+    """Return a function that writes a sweep folder.
+
+    Example: `make_sweep(folder, {"a": ("COMPLETE", 0.5)}, seed=3)`. A value of None is a trial without an evaluation.
+    """
 
     def make(folder: Path, trials: dict[str, tuple[str, float | None]], **search: Any) -> SweepPaths:
         spec = parse_spec(document | {"search": search})

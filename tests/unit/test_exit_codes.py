@@ -1,4 +1,4 @@
-"""What `resume` says at its begin and at its end: a changed file, and by its exit code whether trials failed."""
+"""Output of `resume`: a note on a changed experiment file at the start, an exit code for failed trials at the end."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_sweep_with_failed_trials_ends_with_3(
         assert errors.startswith("error: 1 of 2 trials failed; the best adapter comes from the others\n")
 
 
-def test_resume_says_how_the_experiment_file_has_changed(
+def test_resume_prints_how_the_experiment_file_has_changed(
     tmp_path: Path, make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.yaml"
@@ -58,7 +58,7 @@ def test_resume_says_how_the_experiment_file_has_changed(
     assert ended.value.code == 0
     printed, _ = capfd.readouterr()
     assert printed.startswith(
-        f"note: {file} has changed since; the sweep goes on as it was recorded:\n"
+        f"note: {file} has changed since the start; the sweep continues as recorded:\n"
         "  training.steps: 200 recorded, 300 in the file\n"
         "  (--trials N and --budget LIMIT=V change a sweep; for anything else start a new one)\n"
     )

@@ -1,4 +1,4 @@
-"""Heavy imports leave out what nobody calls, and the collector as it was."""
+"""Heavy imports skip unused packages and leave the garbage collector as it was."""
 
 import gc
 import os
@@ -49,7 +49,7 @@ while "trl" not in sys.modules:
     pass
 try:
     build_trainer(*[None] * 5)
-except AttributeError as error:  # it was imported, and has no configuration to go by
+except AttributeError as error:  # the import is complete, and there is no configuration
     print(error)
 thread.join()
 """
@@ -63,7 +63,7 @@ def collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("collector")
 @pytest.mark.parametrize("is_on", [True, False])
-def test_the_collector_rests_and_is_as_before(is_on: bool) -> None:
+def test_the_collector_is_off_during_imports_and_restored_after_them(is_on: bool) -> None:
     (gc.enable if is_on else gc.disable)()
     with importing():
         assert not gc.isenabled()
@@ -73,33 +73,33 @@ def test_the_collector_rests_and_is_as_before(is_on: bool) -> None:
     assert gc.isenabled() is is_on
 
 
-@pytest.mark.parametrize(("asked", "is_there"), [(None, False), ("0", True)])
-def test_a_worker_imports_no_compiler_unless_asked(asked: str | None, is_there: bool) -> None:
+@pytest.mark.parametrize(("setting", "is_imported"), [(None, False), ("0", True)])
+def test_a_worker_imports_the_compiler_only_if_the_environment_says_so(setting: str | None, is_imported: bool) -> None:
     without = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    environment = without if asked is None else without | {"TORCHDYNAMO_DISABLE": asked}
+    environment = without if setting is None else without | {"TORCHDYNAMO_DISABLE": setting}
     done = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == str(is_there)
+    assert done.stdout.split()[-1] == str(is_imported)
 
 
-def test_a_worker_has_trainers_without_wandb_and_knows_what_is_pefts() -> None:
+def test_a_worker_imports_trainers_without_wandb_and_recognizes_peft_models() -> None:
     pytest.importorskip("wandb")
     done = subprocess.run([sys.executable, "-c", TRAINER], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-6:] == ["False", "False", "False", "True", "True", "False"]
 
 
-def test_imports_that_have_begun_are_made_when_they_are_joined() -> None:
-    made: list[str] = []
-    thread = begin(lambda: made.append(threading.current_thread().name))
+def test_imports_run_in_their_own_thread() -> None:
+    names: list[str] = []
+    thread = begin(lambda: names.append(threading.current_thread().name))
     thread.join()
-    assert made == ["imports"]
+    assert names == ["imports"]
 
 
-def test_a_process_does_not_end_in_the_middle_of_imports() -> None:
+def test_a_process_does_not_end_during_its_imports() -> None:
     done = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, check=True)
     assert done.stdout == "done\n"
 
 
-def test_a_trainer_that_another_thread_imports_is_waited_for() -> None:
-    """The host's thread builds one for a trial that is alone, while the other still imports."""
+def test_building_a_trainer_waits_for_the_thread_that_imports_it() -> None:
+    """A worker's thread may build a trainer for a separate trial while another thread still imports it."""
     done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "'NoneType' object has no attribute 'training'"

@@ -1,4 +1,4 @@
-"""`sweep --seed` is search.seed."""
+"""`sweep --seed` sets search.seed."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import main, train
+
+DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
 
 
 @pytest.mark.parametrize(
@@ -15,7 +17,7 @@ def test_seed(options: list[str], seed: int, tmp_path: Path, monkeypatch: pytest
     swept: list[Any] = []
     monkeypatch.setattr(train, "_sweep", lambda spec, *_: swept.append(spec))
     monkeypatch.setattr(train, "_require_no_failures", lambda _: None)
-    command = ["orchestrator", "sweep", "experiments/demo.yaml", "--output", str(tmp_path), *options]
+    command = ["orchestrator", "sweep", str(DEMO), "--output", str(tmp_path), *options]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as done:
         main()

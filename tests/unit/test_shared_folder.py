@@ -1,4 +1,4 @@
-"""A full disk is told apart from a folder that nodes do not share, or that may not be written."""
+"""A full disk is distinguished from a folder that nodes do not share, and from one without write permission."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ def fault(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def test_a_node_whose_disk_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_of_a_node_is_a_storage_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def get(*_: object, **__: object) -> None:
         raise ray.exceptions.RayTaskError("probe", "traceback", fault(errno.ENOSPC)).as_instanceof_cause()
 
@@ -25,7 +25,7 @@ def test_a_node_whose_disk_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EROFS, StorageError), (errno.EACCES, RequestError)])
-def test_this_machines_own_disk(
+def test_a_fault_of_this_machines_disk_is_a_storage_error_and_a_missing_permission_a_request_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, kind: type[Exception]
 ) -> None:
     def write(*_: object, **__: object) -> None:

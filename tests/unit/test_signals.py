@@ -1,4 +1,4 @@
-"""How signals are taken: raised where nobody polls, deferred where somebody does."""
+"""Signals are raised if no work polls for them, and deferred if it does."""
 
 import os
 import pty
@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
-def test_a_signal_is_raised_as_an_interrupt_that_names_it(number: Signals) -> None:
+def test_a_signal_is_raised_as_an_interrupt_that_holds_its_number(number: Signals) -> None:
     with pytest.raises(KeyboardInterrupt) as raised, raising_signals():
         signal.raise_signal(number)
     assert isinstance(raised.value, Signalled)
@@ -54,7 +54,7 @@ def test_a_signal_is_raised_as_an_interrupt_that_names_it(number: Signals) -> No
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
-def test_the_first_is_deferred_and_said_once_and_the_second_is_raised(number: Signals) -> None:
+def test_the_first_signal_is_deferred_and_announced_once_and_the_second_is_raised(number: Signals) -> None:
     said: list[str] = []
     with deferred_signals(said.append) as stop:
         assert stop.signal is None
@@ -64,10 +64,10 @@ def test_the_first_is_deferred_and_said_once_and_the_second_is_raised(number: Si
         with pytest.raises(Signalled):
             signal.raise_signal(Signals.SIGTERM)
     name = "Ctrl-C" if number == Signals.SIGINT else number.name
-    assert said == [f"{name}: writing checkpoints; once more stops at once"]
+    assert said == [f"{name}: writing checkpoints; a second signal stops at once"]
 
 
-def test_it_is_raised_at_once_while_there_is_nothing_to_keep() -> None:
+def test_a_signal_is_raised_at_once_while_nothing_defers() -> None:
     with deferred_signals(lambda _: None) as stop:
         stop.defers = False
         with pytest.raises(Signalled):
@@ -75,7 +75,7 @@ def test_it_is_raised_at_once_while_there_is_nothing_to_keep() -> None:
     assert stop.signal is None
 
 
-def test_nothing_is_said_and_no_thread_stays_where_none_comes() -> None:
+def test_without_a_signal_nothing_is_announced_and_no_thread_stays() -> None:
     said: list[str] = []
     with deferred_signals(said.append):
         (waiting,) = [each for each in threading.enumerate() if each.name == "signals"]
@@ -84,8 +84,8 @@ def test_nothing_is_said_and_no_thread_stays_where_none_comes() -> None:
     assert said == []
 
 
-def test_a_signal_that_is_ignored_stays_so() -> None:
-    """As SIGHUP is under nohup."""
+def test_an_ignored_signal_stays_ignored() -> None:
+    """SIGHUP is ignored under nohup."""
     before = signal.signal(Signals.SIGHUP, signal.SIG_IGN)
     try:
         with raising_signals():
@@ -94,18 +94,18 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         signal.signal(Signals.SIGHUP, before)
 
 
-def test_children_never_see_what_their_parent_handles_later() -> None:
-    """Nor does a library that sets a handler of its own meanwhile take the parent's."""
-    took: list[int] = []
+def test_shielded_children_do_not_receive_signals_and_the_parent_handles_them_later() -> None:
+    """A library that sets its own handler in the block does not replace the parent's handler."""
+    handled: list[int] = []
 
     with raising_signals():
-        signal.signal(Signals.SIGTERM, lambda number, _: took.append(number))
+        signal.signal(Signals.SIGTERM, lambda number, _: handled.append(number))
         with shielding_children():
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             signal.signal(Signals.SIGTERM, lambda *_: sys.exit(15))
             signal.raise_signal(Signals.SIGTERM)
-            assert took == [], "it waits for the end of the block"
-        assert took == [Signals.SIGTERM]
+            assert handled == [], "the signal waits for the end of the block"
+        assert handled == [Signals.SIGTERM]
     child.send_signal(Signals.SIGTERM)
     child.send_signal(Signals.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -114,12 +114,12 @@ def test_children_never_see_what_their_parent_handles_later() -> None:
     assert child.wait() == -Signals.SIGKILL
 
 
-def test_a_terminal_that_is_gone_is_left_and_others_are_not() -> None:
+def test_descriptors_of_a_closed_terminal_are_redirected_and_others_are_not() -> None:
     ours, theirs = pty.openpty()
     copy = os.dup(theirs)
     reader, writer = os.pipe()
     leave_dead_terminal()
-    assert os.isatty(theirs), "it is there yet"
+    assert os.isatty(theirs), "the terminal is still open"
     os.close(ours)
     with pytest.raises(OSError, match="Input/output error"):
         os.write(theirs, b"x")
@@ -131,7 +131,7 @@ def test_a_terminal_that_is_gone_is_left_and_others_are_not() -> None:
         os.close(descriptor)
 
 
-def test_only_the_main_thread_may_set_handlers_and_others_do_without() -> None:
+def test_other_threads_run_without_handlers() -> None:
     faults: list[BaseException] = []
 
     def run() -> None:

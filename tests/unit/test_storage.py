@@ -1,4 +1,4 @@
-"""What counts as a fault of the storage, by whatever library it is told."""
+"""Storage faults are recognized, whichever library reports them."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from orchestrator.storage import storage_fault
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE])
-def test_an_error_of_the_operating_system_is_told_with_its_file(number: int) -> None:
+def test_an_error_of_the_operating_system_is_reported_with_its_file(number: int) -> None:
     error = OSError(number, os.strerror(number), "/runs/s/progress.json")
     assert storage_fault(error) == f"{os.strerror(number)}: /runs/s/progress.json"
     assert storage_fault(OSError(number, os.strerror(number))) == os.strerror(number)
@@ -29,22 +29,22 @@ def test_an_error_of_the_operating_system_is_told_with_its_file(number: int) -> 
         "capacity (95% by default).",  # Ray's OutOfDiskError
     ],
 )
-def test_libraries_have_errors_of_their_own(text: str) -> None:
+def test_errors_of_libraries_are_recognized_by_their_text(text: str) -> None:
     assert storage_fault(RuntimeError(text)) is not None
 
 
-def test_a_cause_counts_wherever_it_is_kept() -> None:
+def test_the_cause_of_an_error_is_recognized() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    told, passed_on = RuntimeError("cannot save"), RuntimeError("the task failed")
-    told.__cause__ = full
-    passed_on.cause = full  # type: ignore[attr-defined]  # as Ray keeps it
-    assert storage_fault(told) == storage_fault(passed_on) == "No space left on device"
-    loop = RuntimeError("of itself")
+    raised, passed_on = RuntimeError("cannot save"), RuntimeError("the task failed")
+    raised.__cause__ = full
+    passed_on.cause = full  # type: ignore[attr-defined]  # Ray stores the original error there
+    assert storage_fault(raised) == storage_fault(passed_on) == "No space left on device"
+    loop = RuntimeError("caused by itself")
     loop.__cause__ = loop
     assert storage_fault(loop) is None
 
 
-def test_other_faults_are_none() -> None:
+def test_other_errors_are_no_storage_faults() -> None:
     for error in (
         PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
         FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),
@@ -56,14 +56,14 @@ def test_other_faults_are_none() -> None:
         assert storage_fault(error) is None
 
 
-def test_a_real_full_disk() -> None:
-    """Linux gives every program a disk that is always full."""
+def test_a_real_full_disk_is_recognized() -> None:
+    """Linux has a device that is always full."""
     with pytest.raises(OSError, match="No space left") as raised, Path("/dev/full").open("wb", buffering=0) as full:
         full.write(b"x")
     assert storage_fault(raised.value) == "No space left on device"
 
 
-def test_what_torch_says_of_a_full_disk() -> None:
+def test_torchs_error_on_a_full_disk_is_recognized() -> None:
     import torch
 
     with pytest.raises(RuntimeError) as raised:

@@ -9,7 +9,7 @@ UNIT = "units"
 """Time in a report: multiples of the grace period, the resource of one in the papers."""
 
 
-class HyperBand(HyperBandScheduler):  # type: ignore[misc]  # ray is untyped
+class HyperBand(HyperBandScheduler):  # type: ignore[misc]  # mypy skips ray
     """See `_process` and `_rungs`."""
 
     def __init__(self, **settings: Any) -> None:
@@ -21,7 +21,7 @@ class HyperBand(HyperBandScheduler):  # type: ignore[misc]  # ray is untyped
         return _process(bracket, lambda: super(HyperBand, self)._process_bracket(tune_controller, bracket))
 
 
-class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # ray is untyped
+class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # mypy skips ray
     """Brackets of their own size, and all results for the searcher.
 
     Tune puts a new trial into a bracket whose trials have ended, where it would meet no rung any more; and the searcher

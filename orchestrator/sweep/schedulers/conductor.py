@@ -28,7 +28,7 @@ _STUCK_S = 60.0
 _TURNS = (Trial.RUNNING, Trial.PENDING)
 
 
-class Conductor(TrialScheduler):  # type: ignore[misc]  # ray is untyped
+class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     """Wraps one of Tune's schedulers: keeps its state for a resume, records its decisions, and watches the budget.
 
     Under schedulers with brackets or a population all trials must be there before the first has reported, or Tune's

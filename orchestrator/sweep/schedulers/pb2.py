@@ -22,7 +22,7 @@ class _Seen:
         return self._name
 
 
-class Pb2(Cloning, PB2):  # type: ignore[misc]  # ray is untyped
+class Pb2(Cloning, PB2):  # type: ignore[misc]  # mypy skips ray
     """Searches loguniform axes by the logarithm: Tune's own would hardly try a rate of the lower decades.
 
     Until a donor has reported twice with the same values there is no gain to learn from, and Tune's own would train a

@@ -60,7 +60,7 @@ class Cloning:
         self._clones.append(Clone(trial.trial_id, trial_to_clone.trial_id, step, dict(trial.config)))
 
 
-class Pbt(Cloning, PopulationBasedTraining):  # type: ignore[misc]  # ray is untyped
+class Pbt(Cloning, PopulationBasedTraining):  # type: ignore[misc]  # mypy skips ray
     """See Tune."""
 
 

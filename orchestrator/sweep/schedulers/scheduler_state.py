@@ -29,7 +29,7 @@ def thaw(frozen: bytes, trials: Mapping[str, Any]) -> Any:
     return _Unpickler(io.BytesIO(frozen), trials).load()
 
 
-class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # ray is untyped
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # mypy skips ray
     def persistent_id(self, thing: Any) -> tuple[str, str] | None:
         if isinstance(thing, Trial):
             return "trial", thing.trial_id

@@ -59,7 +59,7 @@ def make_search_algorithm(spec: SweepSpec, at_once: int, is_over: bool) -> Searc
     return Generator(searcher, spec.search.total_trials, is_over)
 
 
-class Generator(SearchGenerator):  # type: ignore[misc]  # ray is untyped
+class Generator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
     """Makes trials of a searcher's points, as many as there are to be now, whatever was said before a resume."""
 
     def __init__(self, searcher: Searcher, num_trials: int, is_over: bool) -> None:
@@ -82,7 +82,7 @@ def worst_value(mode: str) -> float:
     return math.inf if mode == "min" else -math.inf
 
 
-class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # ray is untyped
+class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray
     """Keeps to its own limit after a resume, not to that of the workers of then."""
 
     def report_failure(self, trial_id: str) -> None:
@@ -94,7 +94,7 @@ class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # ray is untyped
         super().set_state(state | {"max_concurrent": self.max_concurrent})
 
 
-class Variants(BasicVariantGenerator):  # type: ignore[misc]  # ray is untyped
+class Variants(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
     """Random draws, or a grid; before them the points to try first. Limited as `Limiter`.
 
     The points are put into Tune's trials: what Tune itself takes as points to try first knows no lists as values, and
@@ -167,7 +167,7 @@ def _optuna(search: SearchSection) -> "Optuna":
     )
 
 
-class Optuna(OptunaSearch):  # type: ignore[misc]  # ray is untyped
+class Optuna(OptunaSearch):  # type: ignore[misc]  # mypy skips ray
     """Suggests no point twice. A draw that is discarded is a failed trial to Optuna, from which it learns nothing."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:

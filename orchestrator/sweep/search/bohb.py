@@ -29,7 +29,7 @@ def make_bohb(search: SearchSection, at_once: int) -> "BohbSearch":
     )
 
 
-class BohbSearch(TuneBOHB):  # type: ignore[misc]  # ray is untyped
+class BohbSearch(TuneBOHB):  # type: ignore[misc]  # mypy skips ray
     """Suggests points of the space, with random numbers of its own: hpbandster draws from the process's."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:

@@ -30,7 +30,7 @@ def make_hyperopt(search: SearchSection) -> "HyperOpt":
     )
 
 
-class HyperOpt(HyperOptSearch):  # type: ignore[misc]  # ray is untyped
+class HyperOpt(HyperOptSearch):  # type: ignore[misc]  # mypy skips ray
     """Suggests points of the space: of fields that exist only with others, those that do."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:

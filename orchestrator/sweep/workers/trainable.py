@@ -28,7 +28,7 @@ from orchestrator.sweep.workers.worker_client import Workers
 _OFFERS_KEPT = 3
 
 
-class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # ray is untyped
+class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
     """One Tune step is one evaluation. The actor is reused from trial to trial.
 
     It takes a slot at the first step: what Tune does before, such as to load another trial's checkpoint, comes first.

@@ -128,10 +128,6 @@ class Worker:
         if self._host is not None:
             self._host.release(lease)
 
-    def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
-
 
 def _end_soon() -> None:
     """End the process, once relays have taken their trials' last events: Ray then makes a new one."""

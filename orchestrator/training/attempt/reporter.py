@@ -17,7 +17,7 @@ SAVE_EVERY_S = 60.0
 """Where no steps are given for it, a checkpoint is written at an evaluation, if the last is so old."""
 
 
-class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
     """Tells what happens, each thing after the files that belong to it are written."""
 
     def __init__(

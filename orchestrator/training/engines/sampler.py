@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):  # type: ignore[misc]  # torch is untyped
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):  # type: ignore[misc]  # mypy skips torch
     """Yields row numbers so that each optimizer step holds rows of similar length.
 
     transformers' sampler of the same purpose (5.23, `trainer_pt_utils.py`) draws from the process's random state. After

@@ -116,7 +116,7 @@ class _Collator:
         return (self._packed if "seq_lengths" in rows[0] else self._padded)(rows)  # type: ignore[no-any-return]
 
 
-class _OwnRate(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class _OwnRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
     """`set_rate` once the Trainer has loaded a checkpoint."""
 
     def __init__(self, trainer: Any, training: TrainingSection) -> None:

@@ -84,13 +84,13 @@ def printed(shown: DataPreview) -> list[str]:
 
 def test_printed_lines(section: DataSection) -> None:
     lines = printed(preview(section, BASE, 1))
-    assert lines[0].endswith("rows.jsonl:1: 4 tokens, 2 trained on")
+    assert lines[0].endswith("rows.jsonl:1: 4 tokens, 2 in the loss")
     assert lines[1] == "<s>1⟦2</s>⟧"
-    assert any(line.startswith("1 row is cut (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
+    assert any(line.startswith("1 row is truncated (right): ") and line.endswith(":2 (14 tokens)") for line in lines)
     assert any(line.startswith("1 row is dropped") and line.endswith(":4 (14 tokens)") for line in lines)
-    assert "1 held-out row is among the training rows: that loss says little" in lines
+    assert "1 held-out row is also in the training data; that loss says little about new data" in lines
     assert lines[-1].startswith("fingerprint ")
-    start = lines.index("tokens a row: median 4, longest 14, max_length 10") + 1
+    start = lines.index("tokens per row: median 4, longest 14, max_length 10") + 1
     bars = [f"  up to {length:2} {'#' * bar} {number}" for length, bar, number in BARS]
     assert lines[start : start + len(bars) + 1] == [*bars[:4], "  ----- max_length 10 -----", *bars[4:]]
 
@@ -115,7 +115,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     assert run(monkeypatch, *call) == 0
     out, err = capfd.readouterr()
     assert out.splitlines()[:2] == [
-        "embedded:1: 32 tokens, 6 trained on",
+        "embedded:1: 32 tokens, 6 in the loss",
         "<s>[INST] How does y n b read from the right? [/INST]⟦ # b n y </s>⟧",
     ]
     assert "36 training rows, 4 held out" in out
@@ -138,6 +138,6 @@ def test_the_command_shows_rows_without_an_experiment(
     row, shown, _, about, *_ = out.splitlines()
     assert row.startswith(f"{file}:1 row ")
     assert shown == "<s>[INST] 1 [/INST]⟦ 2 </s>⟧"
-    assert about == "format messages, tokens of base embedded"
+    assert about == "format messages, tokenizer of base embedded"
     assert "1 training row, 1 held out" in out
     assert err == ""

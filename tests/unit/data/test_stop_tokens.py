@@ -167,10 +167,10 @@ def test_rows_without_stop_tokens_are_refused_unless_allowed(tmp_path: Path) -> 
         prepare(data, BASE)
     shown = preview(data, BASE, 1)  # shows them anyway
     assert _end_lines(shown) == [
-        "answers stop at </s>",
+        "stop tokens: </s>",
         "no row ends with a stop token",
-        "2 training rows end with none",
-        "such rows are not trained on unless data.require_stop is false",
+        "2 training rows end without a stop token",
+        "training refuses such rows unless data.require_stop is false",
     ]
     prepared = prepare(data.model_copy(update={"require_stop": False}), BASE)
     save(prepared, tmp_path / "data")

@@ -27,7 +27,7 @@ def unread(file: Path, rows: list[dict[str, Any]], **fields: Any) -> dict[str, i
     shown = preview(data, BASE, 0)
     out = StringIO()
     say_data(Console(file=out, width=200), shown)
-    lines = [line for line in out.getvalue().splitlines() if line.startswith("read by neither")]
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("columns that neither")]
     assert len(lines) == bool(shown.unread)
     assert all(name in lines[0] for name in shown.unread)
     return shown.unread

@@ -191,7 +191,7 @@ def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
     assert [rival.candidate.trial.trial_id for rival in best.choice.rivals] == ["c"]
     assert best.damaged == {"a": f"{file}: has changed since it was saved (manifest.json holds another sha256)"}
     say_best(console_on(), best)
-    assert f"left out, for its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
+    assert f"left out, because its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
     with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may hang on it") as told:
         AdapterRef.of_best(best)  # nobody has asked for the next one yet
     assert str(best.adapter) in told.value.remedy

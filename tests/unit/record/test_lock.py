@@ -1,4 +1,6 @@
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,28 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with (
         pytest.raises(
             RequestError, match=f"{tmp_path}: cannot be written: Read-only file system\n  A sweep that continues"
         ),
         only_driver(SweepPaths(tmp_path)),
     ):
+        pass
+
+
+def test_the_lock_of_a_killed_driver_is_released(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from orchestrator.record import SweepPaths\nfrom orchestrator.record.lock import only_driver\n"
+        "with only_driver(SweepPaths(Path(sys.argv[1]))):\n    print('locked', flush=True)\n    time.sleep(60)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "locked\n"
+    with pytest.raises(RequestError, match="another process is running this sweep"), only_driver(SweepPaths(tmp_path)):
+        pass
+    driver.kill()
+    driver.wait()
+    with only_driver(SweepPaths(tmp_path)):
         pass

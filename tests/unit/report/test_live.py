@@ -1,4 +1,4 @@
-"""What a person sees of a running sweep."""
+"""The live view of a running sweep."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from orchestrator.report.tables import say_failures
 from orchestrator.spec import parse_spec
 
 ERROR = "train/loss is nan at step 1\n  Try a lower learning rate, or another precision."
-TOLD = "b FAILED at step 0 (diverged): train/loss is nan at step 1; Try a lower learning rate, or another precision."
+LINE = "b FAILED at step 0 (diverged): train/loss is nan at step 1; Try a lower learning rate, or another precision."
 
 
 @pytest.fixture
 def trials(document: dict[str, Any]) -> list[TrialResult]:
-    """One that trains and one that failed before its first report."""
+    """A trial that trains, and one that failed before its first report."""
     shared: dict[str, Any] = {"config": parse_spec(document).trial_config({}), "metric": "eval/loss", "mode": "min"}
     return [
         TrialResult(trial_id="a", state=TrialState.RUNNING, step=3, **shared),
@@ -29,7 +29,7 @@ def trials(document: dict[str, Any]) -> list[TrialResult]:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "pipe"])
-def test_a_trial_that_fails_at_step_0_is_shown_once_with_its_reason(
+def test_a_trial_that_fails_at_step_0_is_shown_once_with_the_reason(
     is_terminal: bool, trials: list[TrialResult]
 ) -> None:
     file = io.StringIO()
@@ -38,22 +38,22 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_its_reason(
         view.update(trials)
         view.update(trials)
         assert "1 of 2 trials ended (1 failed)" in view._summary().plain
-    assert file.getvalue().count(TOLD) == 1
+    assert file.getvalue().count(LINE) == 1
 
 
-def test_standard_streams_are_put_back_after_the_terminal_is_gone() -> None:
-    """A live table takes over both streams; what is printed after it must not go to its closed console."""
+def test_standard_streams_are_restored_after_the_terminal_is_closed() -> None:
+    """A live table replaces both streams. Later output must not go to its closed console."""
     before = sys.stdout, sys.stderr
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w", encoding="utf-8") as file:
         with SweepView(Console(file=file), 2, "sweep of 2 trials"):
             assert sys.stderr is not before[1]
-            # Does what `leave_dead_terminal` does with a terminal that is gone.
+            # The same as `leave_dead_terminal` does with a closed terminal.
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, theirs)
             os.close(nowhere)
         after = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = before  # also where the test fails
+        sys.stdout, sys.stderr = before  # even if the test fails
     os.close(ours)
     assert after == before
 
@@ -61,7 +61,7 @@ def test_standard_streams_are_put_back_after_the_terminal_is_gone() -> None:
 def test_failures_are_listed_at_the_end(trials: list[TrialResult]) -> None:
     file = io.StringIO()
     say_failures(Console(file=file, width=40), trials)
-    assert file.getvalue() == f"1 of 2 trials failed:\n  {TOLD}\n"
+    assert file.getvalue() == f"1 of 2 trials failed:\n  {LINE}\n"
     file = io.StringIO()
     say_failures(Console(file=file, width=40), trials[:1])
     assert file.getvalue() == ""

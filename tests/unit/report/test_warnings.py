@@ -1,4 +1,4 @@
-"""Warnings of trials in the live view and in `status`."""
+"""Trials' warnings in the live view and in `status`."""
 
 from collections.abc import Callable
 from io import StringIO
@@ -23,20 +23,20 @@ def trials(make_sweep: Callable[..., SweepPaths], tmp_path: Path) -> list[TrialR
     return warned
 
 
-def test_a_warning_of_many_trials_is_told_once_in_the_live_view(trials: list[TrialResult]) -> None:
+def test_a_warning_of_many_trials_is_printed_once_in_the_live_view(trials: list[TrialResult]) -> None:
     shown = StringIO()
     view = SweepView(Console(file=shown, width=80), 2, "a sweep")
     view.update(trials[:1])
     view.update(trials)
-    told = [line for line in shown.getvalue().splitlines() if line.startswith("warning: ")]
-    assert told == ["warning: W&B failed: no status of run t_1", "warning: MLflow failed: [gone]"]
+    printed = [line for line in shown.getvalue().splitlines() if line.startswith("warning: ")]
+    assert printed == ["warning: W&B failed: no status of run t_1", "warning: MLflow failed: [gone]"]
 
 
 @pytest.mark.usefixtures("trials")
-def test_status_tells_how_many_trials_have_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_prints_how_many_trials_have_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status(str(tmp_path / "s"), output="runs")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning ")]
-    assert told == [
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning ")]
+    assert printed == [
         "warning (2 trials): W&B failed: no status of run t_1",
         "warning (2 trials): MLflow failed: [gone]",
     ]

@@ -225,7 +225,7 @@ def test_check_refuses_it_but_a_single_trial_may_be_run() -> None:
     checked = CliRunner().invoke(app, ["check", str(DEMO), "--set", "training.steps=50"])
     assert isinstance(checked.exception, SpecError)
     assert "with training.eval_steps 50 no trial is evaluated before its last step (50)" in str(checked.exception)
-    assert "orchestrator trial has no scheduler, and would run" in str(checked.exception)
+    assert "`orchestrator trial` has no scheduler and would run" in str(checked.exception)
     assert load_spec(DEMO, ["training.steps=50"])
 
 

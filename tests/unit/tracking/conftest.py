@@ -1,4 +1,4 @@
-"""Shared by the trackers' tests: trials to record, and servers on the loopback."""
+"""Fixtures of the trackers' tests: trials to record, and servers on the loopback."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ Identify = Callable[..., TrialIdentity]
 
 @pytest.fixture
 def identify() -> Identify:
-    """`identify(paths, spec, step=20, config=...)`: a trial that goes on from a step."""
+    """Return a function that describes a trial which continues after a step: `identify(paths, spec, step=20)`."""
 
     def make(paths: TrialPaths, spec: SweepSpec, step: int = 0, config: TrialConfig | None = None) -> TrialIdentity:
         start = TrialResult(
@@ -32,20 +32,20 @@ def identify() -> Identify:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """See `serving`."""
+    """Return a function that starts a server of a given behavior and returns its address."""
     with serving() as start:
         yield start
 
 
 @pytest.fixture
 def mlflow_server() -> type[MlflowServer]:
-    """`mlflow_server("name", "password")`."""
+    """Return the class of a server for MLflow: `mlflow_server("name", "password")`."""
     return MlflowServer
 
 
 @pytest.fixture
 def wandb_server(serve: Serve) -> WandbServer:
-    """One that answers."""
+    """A running server for W&B that answers."""
     server = WandbServer()
     server.address = serve(server.answer)
     return server

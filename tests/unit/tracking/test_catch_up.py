@@ -1,4 +1,4 @@
-"""What trackers lack of trials that have ended."""
+"""Trackers receive the records that they missed after trials have ended."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ TRIALS = {"a": ("COMPLETE", 0.5), "b": ("FAILED", None), "c": ("STOPPED", 0.7)}
 LACKING = {"a": ["W&B", "MLflow"], "b": ["W&B"], "c": []}
 
 
-class Given:
-    """A tracker that remembers what each trial gave it."""
+class Recorder:
+    """A tracker that remembers the steps and the state of each trial."""
 
     name = "W&B"
     trials: dict[str, tuple[list[int], str]]
@@ -39,7 +39,7 @@ class Given:
         self._steps = [point.step for point in points]
 
     def log(self, point: MetricPoint) -> None:
-        raise AssertionError("nothing new comes")
+        raise AssertionError("there are no new points")
 
     def finish(self, result: TrialResult) -> None:
         self.trials[self._trial] = self._steps, str(result.state)
@@ -55,63 +55,66 @@ def record(make_sweep: Callable[..., SweepPaths], tmp_path: Path, monkeypatch: p
         jsonl = JsonlTracker(paths, 0)
         for step in (1, 2):
             jsonl.log(MetricPoint(step=step, tokens=step, time_s=step, values={"eval/loss": 1.0}))
-    Given.trials = {}
-    monkeypatch.setitem(fan_out._KINDS, "W&B", lambda: Given)
+    Recorder.trials = {}
+    monkeypatch.setitem(fan_out._TRACKERS, "W&B", lambda: Recorder)
     return sweep
 
 
-def test_a_sweep_that_was_interrupted_is_left_as_it_is(record: SweepRecord) -> None:
+def test_an_interrupted_sweep_is_left_unchanged(record: SweepRecord) -> None:
     paths = record.paths.trial("c")
     paths.result.rename(paths.progress)
     stopped = TrialResult.model_validate_json(paths.progress.read_text())
     write_record(paths.progress, stopped.model_copy(update={"state": TrialState.RUNNING}))
     catch_up(record, lambda sentence: pytest.fail(sentence))
-    assert Given.trials == {}
+    assert Recorder.trials == {}
 
 
-def test_ended_trials_are_given_whole_and_those_that_lack_nothing_are_left_alone(
+def test_missing_records_are_sent_and_complete_trials_are_left_unchanged(
     record: SweepRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fan_out._KINDS, "MLflow", lambda: Given)
+    monkeypatch.setitem(fan_out._TRACKERS, "MLflow", lambda: Recorder)
     before = _written(record.paths.trial("c"))
     said: list[str] = []
     catch_up(record, said.append)
-    assert Given.trials == {"a": ([1, 2], "COMPLETE"), "b": ([1, 2], "FAILED")}
+    assert Recorder.trials == {"a": ([1, 2], "COMPLETE"), "b": ([1, 2], "FAILED")}
     assert all(not read_result(record.paths.trial(name)).untracked for name in "abc")
     assert _written(record.paths.trial("c")) == before
-    assert sorted(said) == ["MLflow has been given the rest of 1 trial", "W&B has been given the rest of 2 trials"]
+    assert sorted(said) == [
+        "MLflow has received the missing records of 1 trial",
+        "W&B has received the missing records of 2 trials",
+    ]
     catch_up(record, said.append)
-    assert len(said) == 2, "done is done"
+    assert len(said) == 2, "the second call has nothing to send"
 
 
-def test_a_trial_that_ended_while_it_was_paused_is_given_without_a_word(record: SweepRecord) -> None:
+def test_nothing_is_said_about_a_trial_that_ended_while_it_was_paused(record: SweepRecord) -> None:
     for name in "ab":
         result = read_result(record.paths.trial(name))
         write_record(record.paths.trial(name).result, result.model_copy(update={"untracked": ["W&B"], "warnings": []}))
     catch_up(record, lambda sentence: pytest.fail(sentence))
-    assert Given.trials == {"a": ([1, 2], "COMPLETE"), "b": ([1, 2], "FAILED")}
+    assert Recorder.trials == {"a": ([1, 2], "COMPLETE"), "b": ([1, 2], "FAILED")}
 
 
-def test_a_tracker_that_fails_again_is_asked_once_and_told_once(
+def test_a_tracker_that_fails_again_is_tried_once_and_reported_once(
     record: SweepRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    tried: list[str] = []
 
-    def fail(identity: TrialIdentity) -> Given:
-        asked.append(identity.paths.trial_id)
+    def fail(identity: TrialIdentity) -> Recorder:
+        tried.append(identity.paths.trial_id)
         raise ConnectionError("http://alice:s3cret@host is down")
 
-    monkeypatch.setitem(fan_out._KINDS, "W&B", lambda: fail)
-    monkeypatch.setitem(fan_out._KINDS, "MLflow", lambda: Given)
+    monkeypatch.setitem(fan_out._TRACKERS, "W&B", lambda: fail)
+    monkeypatch.setitem(fan_out._TRACKERS, "MLflow", lambda: Recorder)
     said: list[str] = []
     catch_up(record, said.append)
-    assert len(asked) == 1
+    assert len(tried) == 1
     assert read_result(record.paths.trial("a")).untracked == ["W&B"]
     assert read_result(record.paths.trial("b")).untracked == ["W&B"]
     given, warning = said
-    assert given == "MLflow has been given the rest of 1 trial"
+    assert given == "MLflow has received the missing records of 1 trial"
     assert warning == (
-        "warning: W&B lacks 2 trials: ConnectionError: http://***@host is down; "
+        "warning: W&B is missing records of 2 trials: ConnectionError: http://***@host is down; "
         f"`orchestrator resume {record.paths.root}` tries again"
     )
 

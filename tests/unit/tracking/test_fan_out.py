@@ -12,7 +12,7 @@ from orchestrator.tracking.protocol import TrialIdentity
 
 
 class Memory:
-    """A view that remembers, and fails where it is told to."""
+    """A view that remembers its calls and fails in the given method."""
 
     def __init__(self, name: str, fails_in: str = "") -> None:
         self.name = name
@@ -44,7 +44,7 @@ def result(document: dict[str, Any]) -> TrialResult:
     return TrialResult(trial_id="a", state=TrialState.COMPLETE, config=config, metric="eval/loss", mode="min")
 
 
-def test_every_view_has_every_point(paths: TrialPaths, result: TrialResult) -> None:
+def test_every_view_receives_every_point(paths: TrialPaths, result: TrialResult) -> None:
     views = [Memory("one"), Memory("two")]
     trackers = Trackers(JsonlTracker(paths, 0), list(views))
     _log(trackers, 1, 2)
@@ -54,41 +54,41 @@ def test_every_view_has_every_point(paths: TrialPaths, result: TrialResult) -> N
     assert trackers.warnings == []
 
 
-def test_a_view_that_fails_is_one_warning_and_the_others_go_on(paths: TrialPaths, result: TrialResult) -> None:
+def test_a_failing_view_gives_one_warning_and_the_others_continue(paths: TrialPaths, result: TrialResult) -> None:
     views = [Memory("one", "log"), Memory("two"), Memory("three", "finish"), Memory("four")]
     trackers = Trackers(JsonlTracker(paths, 0), list(views))
     _log(trackers, 1, 2, 3)
     trackers.finish(result)
     assert [view.calls for view in views] == [[1], *[[1, 2, 3, "COMPLETE"]] * 3]
     assert _steps(paths) == [1, 2, 3]
-    gone = "failed: ConnectionError: nobody answers; training goes on, and the rest is sent when it has ended"
-    assert trackers.warnings == [f"{name} {gone}" for name in ("one", "three")]
+    fault = "failed: ConnectionError: nobody answers; training continues, and missing records are sent after it ends"
+    assert trackers.warnings == [f"{name} {fault}" for name in ("one", "three")]
     assert trackers.untracked == ["one", "three"]
     trackers.finish(result)
-    assert views[1].calls == [1, 2, 3, "COMPLETE"], "finished once"
+    assert views[1].calls == [1, 2, 3, "COMPLETE"], "a view is finished only once"
 
 
-def test_a_view_of_a_trial_that_goes_on_later_is_not_done(paths: TrialPaths, result: TrialResult) -> None:
+def test_a_view_of_a_trial_that_will_continue_is_incomplete(paths: TrialPaths, result: TrialResult) -> None:
     trackers = Trackers(JsonlTracker(paths, 0), [Memory("one")])
     trackers.finish(result.model_copy(update={"state": TrialState.RUNNING}))
     assert trackers.untracked == ["one"]
 
 
-def test_a_view_that_cannot_begin_is_a_warning_and_the_others_begin(
+def test_a_view_that_cannot_be_opened_gives_a_warning_and_the_others_are_opened(
     paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fresh trial's too: it would burn all its attempts."""
-    begun: list[Memory] = []
+    """The same holds for a new trial, which would otherwise use up all its attempts."""
+    opened: list[Memory] = []
 
     def fail(_: TrialIdentity) -> Memory:
         raise PermissionError("http://alice:s3cret@host\nsays no")
 
-    def begin(_: TrialIdentity) -> Memory:
-        begun.append(Memory("MLflow"))
-        return begun[-1]
+    def succeed(_: TrialIdentity) -> Memory:
+        opened.append(Memory("MLflow"))
+        return opened[-1]
 
-    monkeypatch.setitem(fan_out._KINDS, "TensorBoard", lambda: fail)
-    monkeypatch.setitem(fan_out._KINDS, "MLflow", lambda: begin)
+    monkeypatch.setitem(fan_out._TRACKERS, "TensorBoard", lambda: fail)
+    monkeypatch.setitem(fan_out._TRACKERS, "MLflow", lambda: succeed)
     spec = parse_spec(document | {"tracking": {"wandb": {"mode": "disabled"}, "mlflow": True}})
     _log(Trackers(JsonlTracker(paths, 0), []), 10, 20, 30)
     trackers = open_trackers(identify(paths, spec, step=20))
@@ -96,20 +96,20 @@ def test_a_view_that_cannot_begin_is_a_warning_and_the_others_begin(
     (warning,) = trackers.warnings
     assert warning.startswith("TensorBoard failed: PermissionError: http://***@host says no; ")
     assert trackers.untracked == ["TensorBoard", "MLflow"]
-    assert begun[0].calls == [[10, 20], 30], "what is on disk is offered to it first"
+    assert opened[0].calls == [[10, 20], 30], "it first receives the points on disk"
 
 
-def test_the_truths_own_fault_is_raised(paths: TrialPaths) -> None:
+def test_an_error_of_the_authoritative_record_is_raised(paths: TrialPaths) -> None:
     view = Memory("one")
     trackers = Trackers(JsonlTracker(paths, 0), [view])
     paths.metrics.unlink()
     paths.metrics.mkdir()
     with pytest.raises(IsADirectoryError):
         _log(trackers, 1)
-    assert view.calls == [], "a view never shows what is not on disk"
+    assert view.calls == [], "a view never shows a point that is not on disk"
 
 
-def test_a_resumed_trial_drops_what_it_will_measure_again(paths: TrialPaths) -> None:
+def test_a_resumed_trial_drops_points_that_it_will_measure_again(paths: TrialPaths) -> None:
     _log(Trackers(JsonlTracker(paths, 0), []), 10, 20, 30, 40)
     with paths.metrics.open("a") as file:
         file.write('{"step": 50, "tok')  # the worker died here
@@ -118,10 +118,10 @@ def test_a_resumed_trial_drops_what_it_will_measure_again(paths: TrialPaths) -> 
     _log(resumed, 30)
     assert _steps(paths) == [10, 20, 30]
     JsonlTracker(paths, 0)
-    assert _steps(paths) == [], "a fresh start"
+    assert _steps(paths) == [], "a new trial starts without points"
 
 
-def test_what_is_switched_off_is_not_opened(
+def test_a_tracker_that_is_switched_off_is_not_opened(
     paths: TrialPaths, result: TrialResult, document: dict[str, Any], identify: Callable[..., TrialIdentity]
 ) -> None:
     spec = parse_spec(document | {"tracking": {"tensorboard": False, "wandb": {"mode": "disabled"}}})
@@ -131,7 +131,7 @@ def test_what_is_switched_off_is_not_opened(
     assert [path.name for path in paths.sweep.rglob("*") if path.is_file()] == ["metrics.jsonl"]
 
 
-def test_an_identity_is_flat_for_trackers_that_know_no_nesting(
+def test_an_identity_has_a_flat_configuration_for_trackers_without_nesting(
     paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity]
 ) -> None:
     identity = identify(paths, parse_spec(document))

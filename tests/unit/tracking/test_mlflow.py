@@ -1,4 +1,4 @@
-"""What MLflow's own client finds in the store."""
+"""Records of the MLflow tracker, read back with MLflow's own client."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ ONLY_MLFLOW = {"tensorboard": False, "wandb": {"mode": "disabled"}, "mlflow": Tr
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # so that what the tracker sets is taken back
+        monkeypatch.setenv(name, "")  # so that variables set by the tracker are removed after the test
         monkeypatch.delenv(name)
 
 
@@ -60,20 +60,20 @@ def test_a_trial_is_read_back(paths: TrialPaths, spec: SweepSpec) -> None:
     ("state", "status"),
     [("COMPLETE", "FINISHED"), ("STOPPED", "FINISHED"), ("CANCELLED", "KILLED"), ("FAILED", "FAILED")],
 )
-def test_stopped_is_not_failed(paths: TrialPaths, spec: SweepSpec, state: str, status: str) -> None:
+def test_a_run_has_the_status_of_its_trial(paths: TrialPaths, spec: SweepSpec, state: str, status: str) -> None:
     MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState(state)))
     (run,) = _runs(paths)
     assert (run.info.status, run.data.tags["state"]) == (status, state)
 
 
-def test_a_resumed_trial_goes_on_in_its_run(paths: TrialPaths, spec: SweepSpec) -> None:
+def test_a_resumed_trial_continues_its_run(paths: TrialPaths, spec: SweepSpec) -> None:
     first = MlflowTracker(_identity(paths, spec))
     first.log(_point(1))
     first.finish(_result(paths, spec, TrialState.RUNNING))
     (run,) = _runs(paths)
-    assert run.info.status == "RUNNING", "it goes on later"
+    assert run.info.status == "RUNNING", "the trial will continue"
     MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.FAILED))
-    changed = parse_spec(spec.model_dump() | {"lora": {"rank": 4}})  # as PBT does
+    changed = parse_spec(spec.model_dump() | {"lora": {"rank": 4}})  # PBT changes values like this
     identity = _identity(paths, changed, resumed_step=1)
     config = identity.config.model_copy(update={"varied": {"lora.rank": 4, "lora.dropout": 0.05}})
     start = identity.start.model_copy(update={"config": config})
@@ -84,11 +84,11 @@ def test_a_resumed_trial_goes_on_in_its_run(paths: TrialPaths, spec: SweepSpec) 
     (now,) = _runs(paths)
     assert now.info.run_id == run.info.run_id
     assert (now.info.status, now.data.params["lora.rank"], now.data.tags["lora.rank"]) == ("FINISHED", "16", "4")
-    assert "lora.dropout" not in now.data.tags, "it is as it was"
+    assert "lora.dropout" not in now.data.tags, "the value has not changed"
     assert _history(paths, "eval/loss") == [(1, 1.0), (2, 0.5)]
 
 
-def test_trials_that_begin_at_once_share_an_experiment(tmp_path: Path) -> None:
+def test_trials_that_start_at_the_same_time_share_an_experiment(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
@@ -121,7 +121,7 @@ MlflowTracker(TrialIdentity(paths, start, spec))
     assert sorted(run.info.run_name for run in _runs(SweepPaths(tmp_path / "first").trial("a"))) == names
 
 
-def test_an_address_in_the_environment_is_taken(
+def test_an_address_in_the_environment_is_used(
     paths: TrialPaths, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
@@ -135,10 +135,10 @@ def test_an_address_in_the_environment_is_taken(
 
 
 @pytest.mark.parametrize("kind", [401, "hang", "close", "refuse"])
-def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
+def test_a_server_that_cannot_be_used_is_reported_before_the_first_trial(
     serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: int | str
 ) -> None:
-    assert mlflow_fault() is None, "without an address there is none to ask"
+    assert mlflow_fault() is None, "without an address there is no server to check"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", serve(kind).replace("http://", "http://alice:s3cret%20pw@"))
     began = time.monotonic()
@@ -151,11 +151,11 @@ def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
     assert "s3cret" not in f"{fault.message} {fault.remedy}"
 
 
-def test_a_password_that_breaks_its_address_is_told_and_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_that_makes_the_address_invalid_is_reported_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:pa/ss#word@127.0.0.1:9")
     fault = mlflow_fault()
     assert fault is not None
-    assert "its password holds one of / ? #" in fault.message
+    assert "its password contains one of / ? #" in fault.message
     assert "ss" not in fault.message.replace("address", "").replace("password", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nodriver://alice:s3cret@127.0.0.1:9/runs")
     fault = mlflow_fault()
@@ -163,7 +163,7 @@ def test_a_password_that_breaks_its_address_is_told_and_goes_nowhere(monkeypatch
     assert "s3cret" not in str(fault)
 
 
-def test_a_server_that_is_down_stops_no_trial_and_tells_no_password(
+def test_a_server_that_is_down_stops_no_trial_and_shows_no_password(
     paths: TrialPaths, spec: SweepSpec, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", serve("refuse").replace("http://", "http://alice:s3cret@"))
@@ -177,14 +177,14 @@ def test_a_server_that_is_down_stops_no_trial_and_tells_no_password(
     assert trackers.untracked == ["MLflow"]
 
 
-def test_behind_a_login_a_trial_is_recorded_and_what_was_missed_is_sent(
+def test_a_server_with_a_login_records_a_trial_and_receives_missing_points_later(
     paths: TrialPaths,
     spec: SweepSpec,
     serve: Callable[..., str],
     mlflow_server: Callable[[str, str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Name and password in the address, with signs that mean something there."""
+    """The address contains a user name and a password with percent-encoded characters."""
     server = mlflow_server("alice", "s3c@r:et/")
     address = serve(server.answer).replace("http://", "http://alice:s3c%40r%3Aet%2F@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -208,15 +208,15 @@ def test_behind_a_login_a_trial_is_recorded_and_what_was_missed_is_sent(
     assert again.untracked == []
 
 
-def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_when_the_experiment_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Path(__file__).parents[3] / "experiments" / "demo.yaml"
-    asked = ["tracking.mlflow=true"]
-    assert load_spec(demo, asked).tracking.mlflow
+    overrides = ["tracking.mlflow=true"]
+    assert load_spec(demo, overrides).tracking.mlflow
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if the extra were not installed
     load_spec(demo)
-    with pytest.raises(Exception, match=r"tracking.mlflow needs the package mlflow") as told:
-        load_spec(demo, asked)
-    assert "pip install 'qlora-orchestrator[mlflow]'" in str(told.value)
+    with pytest.raises(Exception, match=r"tracking.mlflow needs the package mlflow") as refused:
+        load_spec(demo, overrides)
+    assert "pip install 'qlora-orchestrator[mlflow]'" in str(refused.value)
 
 
 def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:

@@ -12,12 +12,12 @@ from orchestrator.tracking.secrets import hide_secrets, reason
         ("'postgresql://u:secret@db/x' and http://b", "'postgresql://***@db/x' and http://b"),
     ],
 )
-def test_what_stands_before_the_at_of_an_address_is_hidden(text: str, shown: str) -> None:
+def test_user_names_and_passwords_in_addresses_are_hidden(text: str, shown: str) -> None:
     assert hide_secrets(text) == shown
 
 
-def test_a_password_of_the_environment_is_hidden_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a library takes the address apart at a sign that belongs to the password."""
+def test_a_password_of_the_environment_is_hidden_in_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may split an address at a character that belongs to the password, and show the parts."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:correct%20horse@host")
     monkeypatch.setenv("WANDB_API_KEY", "a1b2c3d4e5")
     shown = hide_secrets("user alice, correct%20horse or 'correct horse', key a1b2c3d4e5")

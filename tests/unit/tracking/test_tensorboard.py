@@ -1,4 +1,4 @@
-"""What TensorBoard's own readers find in the files."""
+"""Records of the TensorBoard tracker, read back with TensorBoard's own readers."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def paths(tmp_path: Path) -> TrialPaths:
 
 @pytest.fixture
 def spec(document: dict[str, Any]) -> SweepSpec:
-    """Axes of every kind: numbers, one that only some trials have, None among numbers, flags, text, lists."""
+    """A search with axes of every kind: numbers, a conditional axis, None among numbers, booleans, text, lists."""
     space = {
         "training.schedule": {"choice": ["cosine", "polynomial"]},
         "training.final_rate": {"uniform": [0.1, 0.5], "when": {"training.schedule": ["polynomial"]}},
@@ -65,7 +65,7 @@ SECOND = FIRST | {
 }
 
 
-def test_a_point_can_be_read_once_it_is_logged(paths: TrialPaths, spec: SweepSpec, identify: Identify) -> None:
+def test_a_point_can_be_read_as_soon_as_it_is_logged(paths: TrialPaths, spec: SweepSpec, identify: Identify) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     _log(tracker, (10, 0.5), (20, 0.25))
     scalars = _scalars(paths)["a"]
@@ -74,7 +74,7 @@ def test_a_point_can_be_read_once_it_is_logged(paths: TrialPaths, spec: SweepSpe
     assert scalars["best/eval/loss"] == [(10, 0.5), (20, 0.25)]
 
 
-def test_a_resumed_trial_hides_what_a_lost_worker_wrote_past_the_checkpoint(
+def test_a_resumed_trial_hides_points_that_a_lost_worker_wrote_after_the_checkpoint(
     paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
     lost = open_trackers(identify(paths, spec))
@@ -84,14 +84,14 @@ def test_a_resumed_trial_hides_what_a_lost_worker_wrote_past_the_checkpoint(
     _log(resumed, (25, 0.2))
     assert _scalars(paths)["a"]["eval/loss"] == [(10, 0.5), (20, 0.25), (25, pytest.approx(0.2))]
     open_trackers(identify(paths, spec))
-    assert not any(_scalars(paths)["a"].values()), "a fresh start"
+    assert not any(_scalars(paths)["a"].values()), "a new trial starts without points"
 
 
-def test_a_trial_whose_folder_could_not_be_written_is_written_when_it_goes_on(
+def test_a_trial_whose_folder_could_not_be_written_is_recorded_when_it_is_resumed(
     paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
     paths.tensorboard.parent.mkdir(parents=True)
-    paths.tensorboard.touch()  # in the place of the folder
+    paths.tensorboard.touch()  # a file where the folder should be
     failed = open_trackers(identify(paths, spec))
     (warning,) = failed.warnings
     assert warning.startswith("TensorBoard failed: FileExistsError: ")
@@ -102,10 +102,10 @@ def test_a_trial_whose_folder_could_not_be_written_is_written_when_it_goes_on(
     assert _scalars(paths)["a"]["eval/loss"] == [(10, 0.5), (20, 0.25)]
 
 
-def test_trials_are_rows_of_one_table_whose_columns_are_those_of_the_sweep(
+def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(
     paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
-    """The first trial lacks an axis, and None is no text in a column of numbers."""
+    """The first trial lacks an axis. None in a column of numbers is an empty cell."""
     for name, point in (("a", FIRST), ("b", SECOND)):
         TensorBoardTracker(identify(paths.__class__(paths.sweep, name), spec, config=spec.trial_config(point)))
     columns = {info.name: api_pb2.DataType.Name(info.type)[10:] for info in _experiment(paths).hparam_infos}
@@ -140,19 +140,21 @@ def test_trials_are_rows_of_one_table_whose_columns_are_those_of_the_sweep(
     }
 
 
-def test_the_table_has_the_best_evaluation_and_not_the_last(
+def test_the_table_shows_the_best_evaluation_instead_of_the_last(
     paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     _log(tracker, (10, 0.5), (20, 0.25), (30, 0.75))
     assert [info.name.tag for info in _experiment(paths).metric_infos] == ["best/eval/loss", "best/eval/token_accuracy"]
-    assert _metrics(paths) == {"best/eval/loss": (20, 0.25)}, "while it runs"
+    assert _metrics(paths) == {"best/eval/loss": (20, 0.25)}, "also while the trial runs"
     best = BestPoint(value=0.25, step=20, values={"eval/loss": 0.25, "eval/token_accuracy": 0.5}, adapter="x")
     tracker.finish(_result(spec, TrialState.COMPLETE, best))
     assert _metrics(paths) == {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
 
 
-def test_the_largest_is_the_best_where_the_search_says_so(paths: TrialPaths, document: Any, identify: Identify) -> None:
+def test_the_largest_value_is_the_best_if_the_search_maximizes(
+    paths: TrialPaths, document: Any, identify: Identify
+) -> None:
     spec, metric = parse_spec(document | {"search": {"metric": "eval/token_accuracy"}}), "eval/token_accuracy"
     _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.625), metric=metric)
     assert _metrics(paths) == {"best/eval/token_accuracy": (30, 0.75)}
@@ -173,7 +175,7 @@ def test_a_row_has_the_status_of_its_trial(
     assert api_pb2.Status.Name(ended.sessions[0].status) == f"STATUS_{status}"
 
 
-def test_a_trial_that_a_population_has_changed_shows_the_values_that_it_has_now(
+def test_a_trial_that_pbt_has_changed_shows_its_present_values(
     paths: TrialPaths, spec: SweepSpec, identify: Identify
 ) -> None:
     TensorBoardTracker(identify(paths, spec, config=spec.trial_config(FIRST)))
@@ -183,13 +185,13 @@ def test_a_trial_that_a_population_has_changed_shows_the_values_that_it_has_now(
     assert _cells(row)["training.final_rate"] == 0.2
 
 
-def test_what_does_not_vary_still_makes_a_row(paths: TrialPaths, document: Any, identify: Identify) -> None:
+def test_a_sweep_without_searched_fields_still_has_a_row(paths: TrialPaths, document: Any, identify: Identify) -> None:
     TensorBoardTracker(identify(paths, parse_spec(document)))
     (row,) = _table(paths)
     assert _cells(row) == {"lora.rank": 16, "training.learning_rate": 2e-4}
 
 
-def test_a_single_trial_of_a_search_shows_the_experiments_own_values(
+def test_a_single_trial_of_a_search_experiment_shows_the_experiments_own_values(
     paths: TrialPaths, document: Any, identify: Identify
 ) -> None:
     search = {"num_trials": 4, "space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}}
@@ -199,7 +201,7 @@ def test_a_single_trial_of_a_search_shows_the_experiments_own_values(
 
 
 def test_neither_torch_nor_tensorflow_is_loaded(tmp_path: Path) -> None:
-    """They would cost a process that only keeps records seconds and memory."""
+    """A process that only writes records would need seconds and memory for them."""
     for name in ("torch", "tensorflow"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} is loaded')")
     script = """
@@ -252,7 +254,7 @@ def _read(paths: TrialPaths) -> EventMultiplexer:
 
 
 def _scalars(paths: TrialPaths) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Run -> scalar -> its steps and values."""
+    """Return run -> scalar -> its steps and values."""
     multiplexer, found = _read(paths), {}
     for run in multiplexer.Runs():
         tags = multiplexer.PluginRunToTagToContent("scalars").get(run, {})
@@ -269,14 +271,14 @@ def _context(paths: TrialPaths) -> Context:
 
 
 def _experiment(paths: TrialPaths) -> Any:
-    """Columns of the HParams dashboard."""
+    """Return the columns of the HParams dashboard."""
     return get_experiment.Handler(
         RequestContext(), _context(paths), "", api_pb2.GetExperimentRequest(include_metrics=True)
     ).run()
 
 
 def _table(paths: TrialPaths) -> list[Any]:
-    """Rows of the HParams dashboard."""
+    """Return the rows of the HParams dashboard."""
     question = api_pb2.ListSessionGroupsRequest(
         allowed_statuses=list(api_pb2.Status.values()), include_metrics=True, slice_size=100
     )
@@ -288,6 +290,6 @@ def _cells(row: Any) -> dict[str, Any]:
 
 
 def _metrics(paths: TrialPaths) -> dict[str, tuple[int, float]]:
-    """Step and value of each metric of the only row."""
+    """Return the step and the value of each metric of the only row."""
     (row,) = _table(paths)
     return {value.name.tag: (value.training_step, value.value) for value in row.metric_values}

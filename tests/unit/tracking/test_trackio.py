@@ -1,4 +1,4 @@
-"""What trackio's own readers find in its files."""
+"""Records of the trackio tracker, read back with trackio's own readers."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ from orchestrator.tracking.trackio import TrackioTracker, trackio_fault
 
 
 @pytest.fixture(scope="module")
-def of_sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrialPaths]:
-    """Trials of the one sweep of this process: the library reads its folder once."""
-    if find_spec("trackio") is None:  # and not an import: the tracker's is the one that counts
+def trial_paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrialPaths]:
+    """Return a function for the trials of this process's only sweep: the library reads its folder once."""
+    if find_spec("trackio") is None:  # not `import trackio`, because the tracker must import it first
         pytest.skip("trackio is not installed")
     patch = pytest.MonkeyPatch()
     for name in ("HF_TOKEN", "TRACKIO_DIR", "TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID"):
-        patch.delenv(name, raising=False)  # with a token it would ask the hub for its owner
+        patch.delenv(name, raising=False)  # with a token the library would ask the Hub for its owner
     paths = SweepPaths(tmp_path_factory.mktemp("trackio") / "first")
     yield paths.trial
     patch.undo()
@@ -35,8 +35,8 @@ def spec(document: dict[str, Any]) -> SweepSpec:
     return parse_spec(document)
 
 
-def test_a_trial_is_read_back(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
-    paths = of_sweep("a_00001")
+def test_a_trial_is_read_back(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    paths = trial_paths("a_00001")
     tracker = TrackioTracker(_identity(paths, spec))
     for step in (1, 2, 3):
         tracker.log(_point(step))
@@ -55,17 +55,17 @@ def test_a_trial_is_read_back(of_sweep: Callable[[str], TrialPaths], spec: Sweep
         (3, "STOPPED", 0.5)
     ]
     assert [path.name for path in paths.sweep.iterdir()] == ["trackio"]
-    assert "TRACKIO_DIR" not in os.environ, "what is started later has a folder of its own"
+    assert "TRACKIO_DIR" not in os.environ, "child processes do not inherit the folder"
 
 
-def test_a_resumed_trial_goes_on_in_its_run(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
-    paths = of_sweep("a_00002")
+def test_a_resumed_trial_continues_its_run(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    paths = trial_paths("a_00002")
     first = TrackioTracker(_identity(paths, spec))
     first.log(_point(1))
     first.finish(_result(paths, spec, TrialState.RUNNING, step=1))
     (run,) = _runs("a_00002")
     again = TrackioTracker(_identity(paths, spec))
-    again.replay([_point(1)])  # it has that one
+    again.replay([_point(1)])  # the run already has this point
     again.log(_point(2))
     again.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
     (now,) = _runs("a_00002")
@@ -74,8 +74,8 @@ def test_a_resumed_trial_goes_on_in_its_run(of_sweep: Callable[[str], TrialPaths
     assert [log["state"] for log in _logs(now) if "state" in log] == ["RUNNING", "COMPLETE"]
 
 
-def test_what_it_lacks_is_given_to_it_later(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
-    paths = of_sweep("a_00005")
+def test_missing_points_are_recorded_later(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    paths = trial_paths("a_00005")
     tracker = TrackioTracker(_identity(paths, spec))
     tracker.replay([_point(1), _point(2)])
     tracker.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
@@ -83,7 +83,7 @@ def test_what_it_lacks_is_given_to_it_later(of_sweep: Callable[[str], TrialPaths
     assert [log["eval/loss"] for log in _logs(run) if "eval/loss" in log] == [1.0, 0.5]
 
 
-def test_a_server_that_does_not_answer_is_told_before_the_first_trial(
+def test_a_server_that_does_not_answer_is_reported_before_the_first_trial(
     serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRACKIO_SERVER_URL", raising=False)
@@ -94,20 +94,20 @@ def test_a_server_that_does_not_answer_is_told_before_the_first_trial(
     assert "tracking.trackio: http://***@127.0.0.1:" in fault.message
     assert "does not answer" in fault.message
     monkeypatch.setenv("TRACKIO_SERVER_URL", serve(404))
-    assert trackio_fault() is None, "it answers"
+    assert trackio_fault() is None, "the server answers"
 
 
-def test_a_second_folder_in_a_process_is_refused(
-    of_sweep: Callable[[str], TrialPaths], spec: SweepSpec, tmp_path: Path
+def test_a_second_folder_in_the_same_process_is_refused(
+    trial_paths: Callable[[str], TrialPaths], spec: SweepSpec, tmp_path: Path
 ) -> None:
-    paths = of_sweep("a_00003")
+    paths = trial_paths("a_00003")
     TrackioTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.COMPLETE, step=1))
     with pytest.raises(RequestError, match=r"writes to .*first/trackio in this process, not to .*other/trackio"):
         TrackioTracker(_identity(SweepPaths(tmp_path / "other").trial("b"), spec))
 
 
-def test_files_that_cannot_be_written_are_told(of_sweep: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
-    paths = of_sweep("a_00004")
+def test_files_that_cannot_be_written_are_reported(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
+    paths = trial_paths("a_00004")
     tracker = TrackioTracker(_identity(paths, spec))
     shutil.rmtree(paths.trackio)
     paths.trackio.touch()
@@ -117,11 +117,11 @@ def test_files_that_cannot_be_written_are_told(of_sweep: Callable[[str], TrialPa
     paths.trackio.unlink()
 
 
-def test_what_is_not_installed_is_told_at_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_when_the_experiment_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if the extra were not installed
-    with pytest.raises(RequestError, match=r"tracking.trackio needs the package trackio") as told:
+    with pytest.raises(RequestError, match=r"tracking.trackio needs the package trackio") as refused:
         load_spec(Path(__file__).parents[3] / "experiments" / "demo.yaml", ["tracking.trackio=true"])
-    assert told.value.remedy == "pip install 'qlora-orchestrator[trackio]'"
+    assert refused.value.remedy == "pip install 'qlora-orchestrator[trackio]'"
 
 
 def _identity(paths: TrialPaths, spec: SweepSpec) -> TrialIdentity:

@@ -1,4 +1,4 @@
-"""W&B's own client, against servers on the loopback."""
+"""The W&B tracker with W&B's own client, against servers on the loopback."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, 
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.spec.sections.records import WandbSection
 from orchestrator.tracking import open_trackers
-from orchestrator.tracking import wandb as room
+from orchestrator.tracking import wandb as wandb_tracker
 from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.wandb import is_online, wandb_fault
 
@@ -23,16 +23,16 @@ Identify = Callable[..., TrialIdentity]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings or keys of whoever runs the tests; the client reads its own once a process."""
-    room._end_service()
+    """Hide the settings and keys of the user who runs the tests. The client reads its settings once per process."""
+    wandb_tracker._end_service()
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name in ("_ANSWER_S", "_INIT_S", "_FINISH_S", "_END_S"):
-        monkeypatch.setattr(room, name, 3)
+        monkeypatch.setattr(wandb_tracker, name, 3)
     yield
-    room._end_service()
+    wandb_tracker._end_service()
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def spec(document: dict[str, Any]) -> SweepSpec:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (401, "refuses the key: AuthenticationError: "),
+        (401, "rejects the API key: AuthenticationError: "),
         ("hang", "does not answer within 3 s"),
         ("close", "does not answer within 3 s"),
         ("refuse", "does not answer within 3 s"),
     ],
 )
-def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
+def test_a_server_that_cannot_be_used_is_reported_before_the_first_trial(
     serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: int | str, said: str
 ) -> None:
     address = serve(kind)
@@ -72,22 +72,22 @@ def test_a_server_that_does_not_take_runs_is_told_before_the_first_trial(
 
 def test_a_service_that_does_not_end_is_killed(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", serve(401))
-    service = room.wandb.setup().ensure_service()._proc._process
+    service = wandb_tracker.wandb.setup().ensure_service()._proc._process
     os.kill(service.pid, signal.SIGSTOP)
     began = time.monotonic()
-    room._end_service()
+    wandb_tracker._end_service()
     assert 3 <= time.monotonic() - began < 6
     assert service.returncode == -signal.SIGKILL
 
 
-def test_a_key_that_is_missing_is_told_and_asked_of_nobody(serve: Callable[..., str], monkeypatch: Any) -> None:
+def test_a_missing_key_is_reported_without_a_prompt(serve: Callable[..., str], monkeypatch: Any) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", serve(401))
     fault = wandb_fault()
     assert fault is not None
-    assert fault.message == "tracking.wandb.mode: online needs a key, and there is none"
+    assert fault.message == "tracking.wandb.mode: online needs an API key, and there is none"
 
 
-def test_auto_is_online_where_there_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_online_if_there_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = ("auto", "online", "offline")
     assert [is_online(WandbSection(mode=mode)) for mode in modes] == [False, True, False]
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -95,7 +95,7 @@ def test_auto_is_online_where_there_is_a_key(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("kind", [401, "hang", "refuse"])
-def test_a_server_that_fails_at_a_trials_start_stops_no_trial(
+def test_a_server_that_fails_at_the_start_of_a_trial_does_not_stop_it(
     paths: TrialPaths,
     spec: SweepSpec,
     identify: Identify,
@@ -114,13 +114,13 @@ def test_a_server_that_fails_at_a_trials_start_stops_no_trial(
     assert trackers.untracked == ["W&B"]
 
 
-def test_what_a_server_missed_is_sent_to_it_later(
+def test_points_that_a_server_missed_are_sent_later(
     paths: TrialPaths, spec: SweepSpec, identify: Identify, wandb_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", wandb_server.address)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_fault() is None
-    assert "WANDB_SERVICE" not in os.environ, "what is started now has a service of its own"
+    assert "WANDB_SERVICE" not in os.environ, "child processes start their own service"
     first = open_trackers(identify(paths, spec))
     first.log(_point(1))
     first.log(_point(2))
@@ -141,7 +141,7 @@ def test_what_a_server_missed_is_sent_to_it_later(
     again = open_trackers(identify(paths, spec, step=3))
     again.finish(_result(spec, TrialState.FAILED))
     assert (again.warnings, again.untracked) == ([], [])
-    assert wandb_server.steps == [1, 2, 3], "and none twice"
+    assert wandb_server.steps == [1, 2, 3], "no point is sent twice"
     assert wandb_server.history[-1]["eval/loss"] == pytest.approx(1 / 3)
     assert wandb_server.exit_codes == [0, 1]
 

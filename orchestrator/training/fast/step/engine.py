@@ -1,6 +1,5 @@
 """Slots on one base: a step for all that have a batch, as one CUDA graph a bucket where there is a GPU."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from orchestrator.imports import use_expandable_segments
 from orchestrator.record import RowScores
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, Recompute
@@ -17,10 +17,7 @@ from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, PassInputs
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
-# The graphs of all buckets share a pool. Segments of fixed size serve one bucket and not the next, somewhat larger one:
-# after 13 buckets of 16 trials at 1.1B they held 55 GiB, where the largest step takes 27. Read when CUDA starts.
-if "PYTORCH_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+use_expandable_segments()
 
 AHEAD = 4
 """Steps that the host may be ahead of the GPU."""

@@ -5,7 +5,6 @@
 Neither transformers' models nor bitsandbytes are imported: they take longer than most kernels.
 """
 
-import fcntl
 import hashlib
 import json
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -63,7 +63,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
-class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
+class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
     """Matrix products have their shape and no values: on a CPU those of a large base take longer than the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -107,18 +107,21 @@ def once(task: str, do: Callable[[], None]) -> None:
     """Of the processes of a machine that have the same task for Triton's cache, one does it, and the others wait."""
     folder, name = Path(triton.knobs.cache.dir), hashlib.sha256(task.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"orchestrator-{name}.lock").open("a+") as file:
+    file = folder / f"orchestrator-{name}.lock"
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
         with suppress(OSError):  # on storage without locks all do it
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            except BlockingIOError:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                if file.read() == _DONE:
+                lock.acquire(blocking=False)
+            except Timeout:
+                lock.acquire()
+                if file.read_text() == _DONE:
                     return
-        file.truncate(0)
+        file.write_text("")
         do()
-        file.write(_DONE)
+        file.write_text(_DONE)
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":
