@@ -107,7 +107,9 @@ def test_padded_sequences_contain_no_token_of_another() -> None:
 
 def test_a_table_keeps_every_bit_of_a_number() -> None:
     shape = BucketShape(num_tokens=8, num_sequences=8, num_slots=2, tile=8, max_seqlen=8)
-    values = dict(table(0.0), key=-1234567891, threshold=2**31 - 1, applies=1, learning_rate=2e-4, gain2=1 - 0.999)
+    values = dict(
+        table(0.0), key=-1234567891, threshold=2**31 - 1, applies=1, learning_rate=2e-4, one_minus_beta2=1 - 0.999
+    )
     values["max_norm"] = float("inf")
     batch = fill(shape, [Span(1, rows_of(4), [0], values)])
     for name, value in values.items():

@@ -134,7 +134,7 @@ def dropout(probability: float) -> tuple[int, float]:
 
 
 def several_slots(num_slots: int = NUM_SLOTS) -> FlatBatch:
-    """Slots out of order, one idle, one without dropout, and a tile of padding that has the number of slot 0."""
+    """Make a batch of slots out of order: one idle, one without dropout; a tile of padding counts as slot 0."""
     drops = {0: dropout(0.5), 2: dropout(0.1), 3: dropout(0.0)}
     return make_batch(
         {2: [5, 61, 30], 0: [50], 3: [64]},
