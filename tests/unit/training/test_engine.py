@@ -42,7 +42,7 @@ def model() -> Any:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a slot trains on, and how."""
+    """Batches and hyperparameters of one slot."""
 
     rank: int
     batch: int
@@ -141,8 +141,10 @@ def test_a_slot_has_the_same_numbers_as_alone(
         update = weights(alone, 0, trial.rank) - starts[slot]
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
-        asked = EvaluationBatch(together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
-        (scores,) = together.evaluate([asked])
+        evaluation = EvaluationBatch(
+            together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank)
+        )
+        (scores,) = together.evaluate([evaluation])
         (expected_scores,) = alone.evaluate(
             [EvaluationBatch(alone, 0, held_out, make_table(scale=trial.alpha / trial.rank))]
         )
@@ -241,18 +243,18 @@ def test_an_evaluation_of_several_slots_measures_each_as_if_alone(
     monkeypatch.setattr("orchestrator.training.fast.step.engine.CPU_TOKENS", most)
     together = make_engine(model, 4, 16)
     together.adapters.weights[1] = math.nan
-    held = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}
-    asked, expected = [], []
-    for slot, rows in held.items():
+    rows_of_slot = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}
+    evaluations, expected = [], []
+    for slot, rows in rows_of_slot.items():
         trial = TRIALS[slot]
         start(together, slot, trial)
         table = make_table(trial.dropout, scale=trial.alpha / trial.rank)
-        asked.append(EvaluationBatch(together, slot, rows, table))
+        evaluations.append(EvaluationBatch(together, slot, rows, table))
         alone = make_engine(model, 1, trial.rank)
         start(alone, 0, trial)
         expected.extend(alone.evaluate([EvaluationBatch(alone, 0, rows, table)]))
     before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
-    measured = together.evaluate(asked)
+    measured = together.evaluate(evaluations)
     for scores, expected_scores in zip(measured, expected, strict=True):
         assert_same(scores, expected_scores)
     assert len({scores.loss for scores in measured}) == 3

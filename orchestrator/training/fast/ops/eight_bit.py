@@ -42,7 +42,7 @@ def dynamic_code(signed: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Where one matrix of an adapter lies in a slot's flat weights."""
+    """Place of one matrix of an adapter in a slot's flat weights."""
 
     offset: int
     """Its first element."""
@@ -53,7 +53,7 @@ class MatrixLayout:
 
 
 class EightBitMoments:
-    """What the moments of all slots have besides their bytes: scales, tables, and where each matrix lies."""
+    """Scales and tables of the moments of all slots, and the place of each matrix among their bytes."""
 
     def __init__(self, matrices: Sequence[MatrixLayout], rank: int, num_slots: int, device: torch.device) -> None:
         """Plan the layout for matrices of the full stack rank.

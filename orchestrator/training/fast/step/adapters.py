@@ -103,7 +103,7 @@ class Adapters:
             rank_layout += [(b_offset, 1)] * ((at - b_offset) // BLOCK)
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
         self._matrices = dict(self._matrix_layouts())
-        """By the names of PEFT."""
+        """Layouts by PEFT's names."""
         self.eight_bit = EightBitMoments(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
         """Scales and tables of moments in eight bits; None where the moments have another dtype."""
         if self.eight_bit is None:

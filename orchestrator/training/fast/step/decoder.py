@@ -154,7 +154,7 @@ def _dequantized(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
 
 @dataclass
 class SavedActivations:
-    """What the forward of a layer leaves for its backward. A tensor that is None is computed again."""
+    """Activations that the forward of a layer leaves for its backward. One that is None is computed again."""
 
     residual1: torch.Tensor
     """(T, H) residual sum that the layer reads."""
@@ -163,7 +163,7 @@ class SavedActivations:
     normed1: torch.Tensor | None
     """(T, H)."""
     saved_attention: tuple[torch.Tensor, ...]
-    """What `Ops.attention` returned for `Ops.attention_backward`."""
+    """Tensors from `Ops.attention` for `Ops.attention_backward`."""
     attention: torch.Tensor
     """(T, num_heads * D)."""
     residual2: torch.Tensor
@@ -282,7 +282,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PassInputs:
-    """What all layers of one pass share."""
+    """Inputs that all layers of one pass share."""
 
     ops: Ops
     batch: FlatBatch

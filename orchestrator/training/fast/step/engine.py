@@ -84,7 +84,7 @@ class Pending:
 
     @property
     def is_ready(self) -> bool:
-        """Whether reading would return without waiting."""
+        """True where reading would not wait."""
         return self._arrived is None or bool(self._arrived.query())
 
     def read(self) -> StepMetrics:

@@ -3,8 +3,9 @@
 Sequences follow each other without padding. Only the end of a slot's span is padded, to whole tiles, and the end of the
 flat batch, to the size of its bucket:
 
-    slot 2 (tile 4)                     slot 0            rest of the bucket
-    | a a | b b b | pad pad pad |       | c c c c |       | pad pad pad ... |
+    token      0  1  2  3 | 4  5  6  7 | 8  9 10 11 |12 13 14 15 |16 17 18 19
+    sequence   a  a  b  b | b  -  -  - | c  c  c  c | -  -  -  - | -  -  -  -
+    tile         slot 2   |   slot 2   |   slot 0   |  padding of the bucket
 """
 
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ class FlatBatch:
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Whether any slot has dropout. Reads the table: on a GPU this waits for the device."""
+        """True where any slot has dropout. Reads the table: on a GPU this waits for the device."""
         return bool(self.table["threshold"].any())
 
     @cached_property
@@ -288,7 +289,7 @@ class BucketShape:
 
     @cached_property
     def _slices(self) -> list[slice]:
-        """Where each field lies in the buffer, in int32 elements."""
+        """Slice of the buffer for each field, in int32 elements."""
         tokens = self.num_tokens
         sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE + TILE_RANGE) * self.num_slots]
         slices, at = [], 0

@@ -18,11 +18,13 @@ norm in each:
 speed of `_update_eight_bit` is not known (same page).
 """
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.ops.eight_bit import CHUNK
+from orchestrator.training.fast.ops.eight_bit import CHUNK, EightBitMoments
 from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
 from orchestrator.training.fast.plan.memory import SHARED, SMALL
 from orchestrator.training.fast.step.adapters import BLOCK, Adapters
@@ -69,32 +71,9 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         BLOCK=BLOCK,
         **ranks,
     )
-    values = [table[name] for name in _TABLE_FIELDS]
     if eight_bit is not None:
         launch(_norms, (adapters.num_slots,), block_squares, norms, table["applies"], blocks, BLOCK=BLOCK)
-        launch(
-            _update_eight_bit,
-            (len(eight_bit.programs), adapters.num_slots),
-            adapters.weights,
-            adapters.moment1,
-            adapters.moment2,
-            *eight_bit.absmax,
-            *eight_bit.code,
-            *eight_bit.midpoints,
-            adapters.gradients,
-            eight_bit.programs,
-            table["rank"],
-            norms,
-            *values,
-            size,
-            eight_bit.bytes_per_slot,
-            eight_bit.absmax.shape[2],
-            ELEMENTS=CHUNK,
-            SHARED=SHARED,
-            SMALL=SMALL,
-            RANK=adapters.rank,
-            num_warps=8,
-        )
+        _step_eight_bit(adapters, eight_bit, table, norms)
         return norms
     launch(
         _update,
@@ -107,7 +86,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         table["rank"],
         block_squares,
         norms,
-        *values,
+        *(table[name] for name in _TABLE_FIELDS),
         size,
         blocks,
         ELEMENTS=_ELEMENTS,
@@ -116,6 +95,35 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         **ranks,
     )
     return norms
+
+
+def _step_eight_bit(
+    adapters: Adapters, eight_bit: EightBitMoments, table: Mapping[str, torch.Tensor], norms: torch.Tensor
+) -> None:
+    """Clip, step and clear the gradients of slots whose moments are in eight bits."""
+    launch(
+        _update_eight_bit,
+        (len(eight_bit.programs), adapters.num_slots),
+        adapters.weights,
+        adapters.moment1,
+        adapters.moment2,
+        *eight_bit.absmax,
+        *eight_bit.code,
+        *eight_bit.midpoints,
+        adapters.gradients,
+        eight_bit.programs,
+        table["rank"],
+        norms,
+        *(table[name] for name in _TABLE_FIELDS),
+        adapters.weights.shape[1],
+        eight_bit.bytes_per_slot,
+        eight_bit.absmax.shape[2],
+        ELEMENTS=CHUNK,
+        SHARED=SHARED,
+        SMALL=SMALL,
+        RANK=adapters.rank,
+        num_warps=8,
+    )
 
 
 @triton.jit

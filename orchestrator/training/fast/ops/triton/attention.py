@@ -21,7 +21,8 @@ ROWS is the number of query heads that share a key head, rounded up to a power o
 The backward is one launch of two kinds of programs. `_dkv` has a block of keys and goes over the tokens that see them;
 `_dq` has a block of queries and goes over the keys that they see. With few slots, `_dkv` has a program for each query
 head, whose parts `_sum_dkv` adds up, so that the device is full. With many slots one program sums all query heads of a
-key head, which saves these parts: 10.1 -> 7.6 ms a step (docs/log.md, 2026-11-26). Other block sizes made 3% (same).
+key head, which saves these parts: 10.1 -> 7.6 ms a step (docs/log.md, 2026-11-26). Other block sizes
+gained 3% and were not kept.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How kernels are launched: each is brought onto the device while the one before it still runs, and waits there.
+"""Launch of kernels: each is brought onto the device while the one before it still runs, and waits there.
 
     kernel n      |======== runs ========|
     kernel n + 1            |bring in| . . wait . . |======== runs ========|
@@ -34,7 +34,8 @@ MANY_SLOTS = 8
 """From this many slots on, their tokens alone keep the device busy, and sums are split among fewer programs."""
 
 _MAX_THREADS = 64
-"""As many as there are kernels: the one that takes longest is requested last, and must not wait for a free thread."""
+"""Threads that compile: as many as there are kernels. The kernel that takes longest is requested last, and must not
+wait for a free thread."""
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 """Collects kernels that are compiled instead of launched; None where kernels are launched."""

@@ -1,4 +1,4 @@
-"""What the kernels of stacked adapters share: split-K sums, rank variants, a group's layers, dropout.
+"""Parts that the kernels of stacked adapters share: split-K sums, rank variants, a group's layers, dropout.
 
 Split K. A sum over features is split among SPLITS programs, so that the device is full:
 
