@@ -1,10 +1,11 @@
-"""Each kernel of the fast step by itself, and the step that they make, on random weights of a well-known shape.
+"""Time each kernel of a step by itself, and a whole step, on random weights of a well-known shape.
 
     python -m benchmarks.parts 1.1B 7B --tokens 704 4096 --slots 1
 
-Times are medians of CUDA graph replays in which every call has inputs of its own, more in all than the L2 holds. The
-floor is what the call's bytes or operations take at the rates that a copy and a matrix product reached on an H200. The
-step is `Decoder.train` and `update` as one graph, the dequantised base kept. Needs a GPU, torch and Triton, no more.
+Times are medians of CUDA graph replays. Every call of a graph has its own inputs, together more than the L2 cache
+holds. The floor is the time for the call's bytes or operations at the rates that a copy and a matrix product reached on
+an H200. The step is `Decoder.train` and `update` as one graph, with the dequantized base kept. Needs a GPU, torch and
+Triton only.
 """
 
 import argparse
@@ -19,20 +20,22 @@ import numpy as np
 import torch
 
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.triton import norm_swiglu_ce
+from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.triton import kernels
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
 from orchestrator.training.fast.step.decoder import GROUPS, Decoder, PassInputs, adapted_layers
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
 SHAPES = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}
-"""Hidden, inner, layers, heads, key heads."""
+"""Hidden size, inner size of the MLP, layers, query heads, key heads."""
 
 VOCABULARY, LONGEST, RANK = 32_000, 512, 16
 BYTES_PER_S, FLOPS_PER_S = 4.3e12, 790e12
+"""Rates of a copy and of a matrix product, measured on an H200."""
 UNCACHED = 200e6
-"""Bytes of inputs that no cache holds."""
+"""Bytes of inputs that exceed every cache."""
 
-if "bitsandbytes" not in sys.modules:  # which the decoder imports, though nothing here is quantised
+if "bitsandbytes" not in sys.modules:  # which the decoder imports, although nothing here is quantized
     sys.modules["bitsandbytes.functional"] = ModuleType("bitsandbytes.functional")
     sys.modules["bitsandbytes.functional"].dequantize_4bit = None  # type: ignore[attr-defined]
 
@@ -52,7 +55,7 @@ def main() -> None:
         for tokens in args.tokens:
             for slots in args.slots:
                 print(f"\n{shape}, {tokens} tokens, {slots} slots, dropout {args.dropout}")
-                bench = Bench(model, make_row(tokens, slots, args.dropout), slots)
+                bench = Bench(model, make_batch(tokens, slots, args.dropout), slots)
                 if not args.step_only:
                     bench.time_parts()
                 bench.time_step(args.profile)
@@ -62,27 +65,27 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """A function of `kernels`."""
+    """One operation of `protocol.Ops`, with its inputs and its floor."""
 
     name: str
     calls: int
-    """A step's."""
+    """Calls in a step."""
     num_bytes: float
     flops: float
     inputs: Callable[[int], Sequence[Any]]
-    """Of the n-th call."""
+    """Makes the inputs of the n-th call."""
     run: Callable[..., Any]
     compare: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    """What it gives, and what `plain` gives."""
+    """Returns the result of the kernel and that of `reference`."""
 
 
 class Bench:
-    """One model, one row."""
+    """Measurements of one model and one flat batch."""
 
-    def __init__(self, model: Any, row: FlatBatch, slots: int) -> None:
-        self.row, self.slots = row, slots
-        self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps=True)
-        self.heads: reference.Heads = self.decoder._layers[0]._heads
+    def __init__(self, model: Any, batch: FlatBatch, slots: int) -> None:
+        self.batch, self.slots = batch, slots
+        self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps_base=True)
+        self.config: AttentionConfig = self.decoder._layers[0]._config
         self.layers: Any = model.model.layers
         self.head: torch.Tensor = model.get_output_embeddings().weight
         names = [
@@ -100,7 +103,7 @@ class Bench:
         self.exact.weights.copy_(self.adapters.weights)
 
     def time_parts(self) -> None:
-        """A line for each part: microseconds, floor, calls and milliseconds a step, difference from `plain`."""
+        """Print for each part microseconds, floor, calls, milliseconds a step, and the difference from `reference`."""
         print(f"{'part':24}{'us':>8}{'floor':>8}{'calls':>7}{'ms/step':>9}{'error':>10}")
         total = 0.0
         for part in (*self._elementwise(), *self._attention(), *self._lora(), *self._ends()):
@@ -116,19 +119,23 @@ class Bench:
         print(f"{'sum':24}{'':23}{total:9.3f}")
 
     def time_step(self, profile: bool) -> None:
-        """The whole step as one graph."""
-        step = PassInputs(norm_swiglu_ce, self.row, self.adapters, "nothing")
+        """Time the whole step as one graph.
+
+        Args:
+            profile: whether to print the GPU time by kernel.
+        """
+        inputs = PassInputs(kernels, self.batch, self.adapters, "nothing")
 
         def run() -> None:
-            losses, hits = self.decoder.train(step)
-            norms = norm_swiglu_ce.update(self.adapters, self.row)
-            sums = (norm_swiglu_ce.sum_by_slot(values, self.row, self.slots) for values in (losses, hits))
+            losses, hits = self.decoder.train(inputs)
+            norms = kernels.update(self.adapters, self.batch)
+            sums = (kernels.sum_by_slot(values, self.batch, self.slots) for values in (losses, hits))
             torch.stack((*sums, norms))
 
         graph = capture(run)
         time_ms = time_graph(graph, 20)
-        real = int((self.row.counters > 0).sum())
-        print(f"step: {time_ms:.3f} ms, {self.row.num_tokens / time_ms * 1e3:,.0f} tokens/s ({real} of them real)")
+        real = int((self.batch.dropout_positions > 0).sum())
+        print(f"step: {time_ms:.3f} ms, {self.batch.num_tokens / time_ms * 1e3:,.0f} tokens/s ({real} of them real)")
         if profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                 graph.replay()
@@ -137,11 +144,11 @@ class Bench:
                 print(f"{each.self_device_time_total / 1e3:9.3f} ms {each.count:5} x  {each.key[:100]}")
 
     def _elementwise(self) -> Iterator[Part]:
-        tokens, hidden = self.row.num_tokens, self.head.shape[1]
+        tokens, hidden = self.batch.num_tokens, self.head.shape[1]
         inner, layers, weight = self.layers[0].mlp.up_proj.out_features, len(self.layers), random(hidden)
 
         def part(name: str, calls: int, num_bytes: float, pick: int | None, *make: Callable[[], Any]) -> Part:
-            ours, exact = getattr(norm_swiglu_ce, name), getattr(reference, name)
+            ours, exact = getattr(kernels, name), getattr(reference, name)
 
             def compare(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 values = ours(*inputs), exact(*inputs)
@@ -164,105 +171,112 @@ class Bench:
         yield part("swiglu_backward", layers, 10 * tokens * inner, None, product, gate_up)
 
     def _attention(self) -> Iterator[Part]:
-        row, heads, tokens, layers = self.row, self.heads, self.row.num_tokens, len(self.layers)
-        narrow, width = heads.queries * heads.size, (heads.queries + 2 * heads.keys) * heads.size
-        wide = reference.Heads(heads.queries, heads.keys, heads.size, heads.cos.float(), heads.sin.float())
+        batch, config, tokens, layers = self.batch, self.config, self.batch.num_tokens, len(self.layers)
+        narrow, width = (
+            config.num_heads * config.head_dim,
+            (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
+        )
+        wide = AttentionConfig(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.cos.float(), config.sin.float()
+        )
 
         def compare(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            expected = reference.attention(qkv.float(), row, wide)[0]
-            return norm_swiglu_ce.attention(qkv, row, heads)[0], expected
+            expected = reference.attention(qkv.float(), batch, wide)[0]
+            return kernels.attention(qkv, batch, config)[0], expected
 
         def compare_backward(gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
             qkv = random(tokens, width)
             expected = reference.attention_backward(
-                gradient.float(), reference.attention(qkv.float(), row, wide)[1], row, wide
+                gradient.float(), reference.attention(qkv.float(), batch, wide)[1], batch, wide
             )
-            return norm_swiglu_ce.attention_backward(
-                gradient, norm_swiglu_ce.attention(qkv, row, heads)[1], row, heads
+            return kernels.attention_backward(
+                gradient, kernels.attention(qkv, batch, config)[1], batch, config
             ), expected
 
         yield Part(
             "attention", layers, 2 * tokens * (width + narrow), 0,
             lambda _: [random(tokens, width)],
-            lambda qkv: norm_swiglu_ce.attention(qkv, row, heads),
+            lambda qkv: kernels.attention(qkv, batch, config),
             compare,
         )  # fmt: skip
         yield Part(
             "attention_backward", layers, 4 * tokens * (width + narrow), 0,
-            lambda _: [random(tokens, narrow), norm_swiglu_ce.attention(random(tokens, width), row, heads)[1]],
-            lambda gradient, attended: norm_swiglu_ce.attention_backward(gradient, attended, row, heads),
+            lambda _: [random(tokens, narrow), kernels.attention(random(tokens, width), batch, config)[1]],
+            lambda do, saved: kernels.attention_backward(do, saved, batch, config),
             compare_backward,
         )  # fmt: skip
 
     def _lora(self) -> Iterator[Part]:
-        row, ours, exact = self.row, self.adapters, self.exact
-        tokens, layers = row.num_tokens, len(self.layers)
+        batch, ours, exact = self.batch, self.adapters, self.exact
+        tokens, layers = batch.num_tokens, len(self.layers)
 
         def compare_down(group: LayerGroup, x: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return norm_swiglu_ce.lora_down(x, ours, group, row), reference.lora_down(x.float(), exact, group, row)
+            return kernels.lora_down(x, ours, group, batch), reference.lora_down(x.float(), exact, group, batch)
 
-        def compare_up(group: LayerGroup, _: Any, low: Any, y: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare_up(
+            group: LayerGroup, _: Any, lora_hidden: Any, y: Any, __: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             expected = y.float()
-            norm_swiglu_ce.lora_up_(y, low, ours, group, row)
-            reference.lora_up_(expected, low.float(), exact, group, row)
+            kernels.lora_up_(y, lora_hidden, ours, group, batch)
+            reference.lora_up_(expected, lora_hidden.float(), exact, group, batch)
             return y, expected
 
         def compare_backward(
-            group: LayerGroup, x: Any, low: Any, y: Any, by_x: Any
+            group: LayerGroup, x: Any, lora_hidden: Any, y: Any, dx: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            expected, y = by_x.float(), y * (row.counters > 0)[:, None]
+            expected, y = dx.float(), y * (batch.dropout_positions > 0)[:, None]
             for adapters in (ours, exact):
                 adapters.gradients.zero_()
-            norm_swiglu_ce.lora_backward(y, x, low, by_x, ours, group, row)
-            reference.lora_backward(y.float(), x.float(), low.float(), expected, exact, group, row)
+            kernels.lora_backward(y, x, lora_hidden, dx, ours, group, batch)
+            reference.lora_backward(y.float(), x.float(), lora_hidden.float(), expected, exact, group, batch)
             values = [
-                [x_gradient.flatten().float(), *(view(group, each.gradients).flatten() for view in (each.a, each.b))]
-                for each, x_gradient in ((ours, by_x), (exact, expected))
+                [each_dx.flatten().float(), *(view(group, each.gradients).flatten() for view in (each.a, each.b))]
+                for each, each_dx in ((ours, dx), (exact, expected))
             ]
-            scales = [value.norm() for value in values[1]]  # so that each of the three counts
+            scales = [value.norm() for value in values[1]]  # so that each of the three has the same weight
             first, second = (
                 torch.cat([value / scale for value, scale in zip(each, scales, strict=True)]) for each in values
             )
             return first, second
 
         for index, leaves in enumerate(GROUPS):
-            group = ours.places[index]
+            group = ours.groups[index]
             assert group is not None
-            features, width, name = group.in_features, group.width, " ".join(leaf[:-5] for leaf in leaves)
+            features, width, name = group.in_features, group.out_features, " ".join(leaf[:-5] for leaf in leaves)
 
             def inputs(at: int, index: int = index, features: int = features, width: int = width) -> Sequence[Any]:
-                group = ours.places[len(GROUPS) * (at % layers) + index]
+                group = ours.groups[len(GROUPS) * (at % layers) + index]
                 assert group is not None
                 x = random(tokens, features)
-                low = norm_swiglu_ce.lora_down(x, ours, group, row)
-                return group, x, low, random(tokens, width), random(tokens, features)
+                lora_hidden = kernels.lora_down(x, ours, group, batch)
+                return group, x, lora_hidden, random(tokens, width), random(tokens, features)
 
             a, b = (4 * RANK * size * self.slots for size in (len(group.layers) * features, width))
             flops = 2 * tokens * RANK * (len(group.layers) * features + width)
             yield Part(
                 f"down: {name}", layers, 2 * tokens * features + a, flops, inputs,
-                lambda group, x, *_: norm_swiglu_ce.lora_down(x, ours, group, row), compare_down,
+                lambda group, x, *_: kernels.lora_down(x, ours, group, batch), compare_down,
             )  # fmt: skip
             yield Part(
                 f"up: {name}", layers, 4 * tokens * width + b, flops, inputs,
-                lambda group, _, low, y, __: norm_swiglu_ce.lora_up_(y, low, ours, group, row), compare_up,
+                lambda group, _, lora_hidden, y, __: kernels.lora_up_(y, lora_hidden, ours, group, batch), compare_up,
             )  # fmt: skip
             yield Part(
                 f"backward: {name}", layers, 2 * tokens * (width + 3 * features) + 3 * (a + b), 2 * flops, inputs,
-                lambda group, x, low, y, by_x: norm_swiglu_ce.lora_backward(y, x, low, by_x, ours, group, row),
+                lambda group, x, lora_hidden, y, dx: kernels.lora_backward(y, x, lora_hidden, dx, ours, group, batch),
                 compare_backward,
             )  # fmt: skip
 
     def _ends(self) -> Iterator[Part]:
-        row, slots, tokens, (vocabulary, hidden) = self.row, self.slots, self.row.num_tokens, self.head.shape
+        batch, slots, tokens, (vocabulary, hidden) = self.batch, self.slots, self.batch.num_tokens, self.head.shape
 
         def compare_update() -> tuple[torch.Tensor, torch.Tensor]:
-            for adapters, ops in ((self.adapters, norm_swiglu_ce), (self.exact, reference)):
+            for adapters, ops in ((self.adapters, kernels), (self.exact, reference)):
                 torch.manual_seed(0)
                 adapters.gradients.normal_()
                 for flat in (adapters.weights, adapters.moment1, adapters.moment2):
                     flat.zero_()
-                ops.update(adapters, row)
+                ops.update(adapters, batch)
             updates = self.adapters.weights.clone(), self.exact.weights.clone()
             self.adapters.weights.normal_().mul_(0.02)
             return updates
@@ -270,30 +284,30 @@ class Bench:
         yield Part(
             "cross_entropy", 1, 8 * tokens * vocabulary + 4 * vocabulary * hidden, 4 * tokens * vocabulary * hidden,
             lambda _: [random(tokens, hidden)],
-            lambda states: norm_swiglu_ce.cross_entropy(states, self.head, row, True),
+            lambda states: kernels.cross_entropy(states, self.head, batch, True),
             lambda states: tuple(
-                ops.cross_entropy(states, self.head, row, True)[2] for ops in (norm_swiglu_ce, reference)
+                ops.cross_entropy(states, self.head, batch, True)[2] for ops in (kernels, reference)
             ),
         )  # fmt: skip
         yield Part(
             "sum_by_slot", 2, 4 * tokens, 0,
             lambda _: [torch.rand(tokens, device="cuda")],
-            lambda values: norm_swiglu_ce.sum_by_slot(values, row, slots),
-            lambda values: tuple(ops.sum_by_slot(values, row, slots) for ops in (norm_swiglu_ce, reference)),
+            lambda values: kernels.sum_by_slot(values, batch, slots),
+            lambda values: tuple(ops.sum_by_slot(values, batch, slots) for ops in (kernels, reference)),
         )  # fmt: skip
         yield Part(
             "update", 1, self.adapters.weights.numel() * 4 * 9, 0,
             lambda _: [],
-            lambda: norm_swiglu_ce.update(self.adapters, row),
+            lambda: kernels.update(self.adapters, batch),
             compare_update,
         )  # fmt: skip
 
 
-def make_row(tokens: int, slots: int, dropout: float) -> FlatBatch:
-    """Sequences as long as GSM8K's, an equal part of the row for each slot, its last tokens fillers."""
+def make_batch(tokens: int, slots: int, dropout: float) -> FlatBatch:
+    """Make sequences as long as those of GSM8K, an equal part of the batch for each slot, padded at its end."""
     generator, spans = np.random.default_rng(0), []
     for slot in range(slots):
-        lengths, left = [], tokens // slots // norm_swiglu_ce.TILE * norm_swiglu_ce.TILE
+        lengths, left = [], tokens // slots // kernels.TILE * kernels.TILE
         while left > 100:
             lengths.append(int(np.clip(generator.normal(153, 50), 40, min(left, LONGEST))))
             left -= lengths[-1]
@@ -308,24 +322,24 @@ def make_row(tokens: int, slots: int, dropout: float) -> FlatBatch:
             "loss_weight": 1 / sum(lengths),
             "applies": 1,
             "learning_rate": 2e-4,
-            "decay": 0.01,
-            "gain1": 0.1,
-            "gain2": 0.001,
+            "weight_decay": 0.01,
+            "one_minus_beta1": 0.1,
+            "one_minus_beta2": 0.001,
             "epsilon": 1e-8,
-            "correction1": 0.1,
-            "correction2": 0.001,
+            "bias_correction1": 0.1,
+            "bias_correction2": 0.001,
             "max_norm": 1.0,
         }
         spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), table))
     sequences = sum(len(span.indices) + 2 for span in spans)
-    layout = BucketShape(tokens, sequences + -sequences % 8, slots, norm_swiglu_ce.TILE, LONGEST)
-    buffer = layout.buffer("cpu")
-    layout.fill(buffer.numpy(), spans)
-    return layout.row(buffer.cuda())
+    shape = BucketShape(tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
+    buffer = shape.buffer("cpu")
+    shape.fill(buffer.numpy(), spans)
+    return shape.view(buffer.cuda())
 
 
 def make_model(hidden: int, inner: int, num_layers: int, heads: int, keys: int) -> Any:
-    """What `Decoder` reads of a Hugging Face model."""
+    """Make an object with what `Decoder` reads of a Hugging Face model."""
     size = hidden // heads
     narrow = keys * size
 
@@ -377,7 +391,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of the call, after one to warm up."""
+    """Capture a call as a graph, after one call to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -390,7 +404,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def time_graph(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Median milliseconds of a replay, after three."""
+    """Return the median milliseconds of a replay, after three to warm up."""
     times = []
     for _ in range(3 + repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -403,7 +417,7 @@ def time_graph(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
 
 
 def time_calls(calls: Sequence[Callable[[], object]]) -> float:
-    """Median microseconds of a call, in a graph of at least 20."""
+    """Return the median microseconds of a call, in a graph of at least 20."""
     calls = [*calls] * -(-20 // len(calls))
 
     def run() -> None:

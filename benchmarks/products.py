@@ -1,10 +1,12 @@
-"""Ways to multiply each slot's tokens by its own LoRA matrices: `bmm` over padded spans, `grouped_mm`, and ours.
+"""Compare ways to multiply each slot's tokens by its own LoRA matrices: by slot, `grouped_mm`, and ours.
 
     python -m benchmarks.products --slots 16 --tokens 12800
 
-Of gate and up at the shape of 1.1B: x A^T, and low B^T added to y. Slots have unequal spans and ranks; A and B have the
-stack's rank, zeros beyond a slot's own. Ours are the kernels on a GPU, each way a CUDA graph, and on a CPU `plain`.
-Milliseconds, medians; `rest` is how far a way is from ours, to the norm.
+The products are those of gate and up at the shape of 1.1B: x A^T, and lora_hidden B^T added to y. Slots have unequal
+spans and ranks. A and B have the stack rank, with zeros beyond a slot's own. "ours" are the Triton kernels on a GPU,
+where each way is timed as a CUDA graph, and `reference` on a CPU.
+
+Prints the median in milliseconds, and as `rest` the norm of the difference from ours, relative to the norm of ours.
 """
 
 import argparse
@@ -18,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast.ops import reference
+from orchestrator.training.fast.ops.protocol import Ops, ops_for
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
-from orchestrator.training.fast.step.engine import _kernels
 from orchestrator.training.fast.step.flat_batch import TABLE, BucketShape, FlatBatch, Span, TokenizedRows
 
 HIDDEN, INNER, RANKS, LONGEST = 2048, 5632, (8, 16, 32, 64), 512
@@ -31,37 +33,37 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=12800, help="of all slots")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as a trial on a CPU has them
+    torch.set_num_threads(1)  # as a trial on a CPU does
     on_gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
-    ops = _kernels() if on_gpu else reference
-    row = make_row(arguments.slots, arguments.tokens, int(ops.TILE), device)
+    ops = ops_for(on_gpu)
+    batch = make_batch(arguments.slots, arguments.tokens, ops.TILE, device)
     layers = [AdaptedLayer("gate", 0, HIDDEN, 0, INNER), AdaptedLayer("up", 1, HIDDEN, INNER, INNER)]
     adapters = Adapters([layers], arguments.slots, max(RANKS), torch.float32, dtype, device)
-    for slot, rank in enumerate(row.table["rank"].tolist()):
+    for slot, rank in enumerate(batch.table["rank"].tolist()):
         for _, matrix in adapters.matrices(slot, rank, adapters.weights):
             matrix.normal_(std=0.02)
-    group = adapters.places[0]
+    group = adapters.groups[0]
     assert group is not None
-    x = torch.randn(row.num_tokens, HIDDEN, device=device, dtype=dtype)
-    low = torch.randn(row.num_tokens, 2 * max(RANKS), device=device, dtype=dtype)
-    y = torch.zeros(row.num_tokens, 2 * INNER, device=device, dtype=dtype)
-    print(torch.cuda.get_device_name() if on_gpu else "CPU", torch.__version__, row.num_tokens, "tokens")
-    ways = {"ours": (lambda x: ops.lora_down(x, adapters, group, row), _ours_up(ops, adapters, group, row))}
-    ways |= {name: _by(product, adapters, group) for name, product in products(row).items()}
+    x = torch.randn(batch.num_tokens, HIDDEN, device=device, dtype=dtype)
+    lora_hidden = torch.randn(batch.num_tokens, 2 * max(RANKS), device=device, dtype=dtype)
+    y = torch.zeros(batch.num_tokens, 2 * INNER, device=device, dtype=dtype)
+    print(torch.cuda.get_device_name() if on_gpu else "CPU", torch.__version__, batch.num_tokens, "tokens")
+    ways = {"ours": (lambda x: ops.lora_down(x, adapters, group, batch), _ours_up(ops, adapters, group, batch))}
+    ways |= {name: _by(product, adapters, group) for name, product in products(batch).items()}
     first: dict[str, torch.Tensor] = {}
     for name, (down, up) in ways.items():
-        for part, run in {"down": lambda down=down: down(x), "up": lambda up=up: up(y, low)}.items():
+        for part, run in {"down": lambda down=down: down(x), "up": lambda up=up: up(y, lora_hidden)}.items():
             y.zero_()
-            result = run().float().clone()  # of float32 it is y itself, which the next way clears
+            result = run().float().clone()  # a copy: `float` of float32 returns y itself, which the next way clears
             exact = first.setdefault(part, result)
             rest = float((result - exact).norm() / exact.norm())
             print(f"{name:12}{part:6}{milliseconds(run, on_gpu):10.3f}   rest {rest:.1e}", flush=True)
 
 
-def _ours_up(ops: Any, adapters: Adapters, group: LayerGroup, row: FlatBatch) -> Callable[..., Any]:
-    def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        ops.lora_up_(y, low, adapters, group, row)
+def _ours_up(ops: Ops, adapters: Adapters, group: LayerGroup, batch: FlatBatch) -> Callable[..., Any]:
+    def up(y: torch.Tensor, lora_hidden: torch.Tensor) -> torch.Tensor:
+        ops.lora_up_(y, lora_hidden, adapters, group, batch)
         return y
 
     return up
@@ -70,38 +72,38 @@ def _ours_up(ops: Any, adapters: Adapters, group: LayerGroup, row: FlatBatch) ->
 def _by(
     product: Callable[..., Any], adapters: Adapters, group: LayerGroup
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both parts by a product (T, k), (slots, k, n) -> (T, n). The scales are 1."""
+    """Build both parts from a product (T, k), (S, k, n) -> (T, n). The scales are 1."""
     a, b = adapters.a(group, adapters.weights), adapters.b(group, adapters.weights)
     rank = adapters.rank
 
     def down(x: torch.Tensor) -> torch.Tensor:
         return product(x, a.mT.to(x.dtype))
 
-    def up(y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def up(y: torch.Tensor, lora_hidden: torch.Tensor) -> torch.Tensor:
         for index in range(2):
             columns = slice(index * INNER, (index + 1) * INNER)
-            part = low[:, index * rank : (index + 1) * rank].contiguous()
-            y[:, columns] += product(part, b[:, columns].mT.to(low.dtype))
+            part = lora_hidden[:, index * rank : (index + 1) * rank].contiguous()
+            y[:, columns] += product(part, b[:, columns].mT.to(lora_hidden.dtype))
         return y
 
     return down, up
 
 
-def products(row: FlatBatch) -> dict[str, Callable[..., Any]]:
-    """The other ways, by their names."""
-    ends = row.table["end_tile"] * row.tile
+def products(batch: FlatBatch) -> dict[str, Callable[..., Any]]:
+    """Return the other ways by name."""
+    ends = batch.table["end_tile"] * batch.tile
 
-    def padded(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return reference._by_slot(x, weights, row)
+    def by_slot(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return reference._matmul_by_slot(x, weights, batch)
 
     def grouped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x, weights, offs=ends)
 
-    return {"padded bmm": padded, "grouped_mm": grouped}
+    return {"by slot": by_slot, "grouped_mm": grouped}
 
 
-def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> FlatBatch:
-    """Spans between half and one and a half of their mean, in whole tiles."""
+def make_batch(slots: int, tokens: int, tile: int, device: torch.device) -> FlatBatch:
+    """Make spans between 0.5 and 1.5 times their mean, in whole tiles."""
     generator, spans = np.random.default_rng(0), []
     shares = generator.uniform(0.5, 1.5, slots)
     for slot, share in enumerate(shares / shares.sum()):
@@ -117,14 +119,14 @@ def make_row(slots: int, tokens: int, tile: int, device: torch.device) -> FlatBa
         }
         spans.append(Span(slot, TokenizedRows(ids, ids), range(len(ids)), table))
     sequences, real = sum(len(span.indices) for span in spans), sum(span.num_tokens for span in spans)
-    layout = BucketShape(real, sequences + -sequences % 8, slots, tile, LONGEST)
-    buffer = layout.buffer("cpu")
-    layout.fill(buffer.numpy(), spans)
-    return layout.row(buffer.to(device))
+    shape = BucketShape(real, sequences + -sequences % 8, slots, tile, LONGEST)
+    buffer = shape.buffer("cpu")
+    shape.fill(buffer.numpy(), spans)
+    return shape.view(buffer.to(device))
 
 
 def milliseconds(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Median of a call."""
+    """Return the median of a call."""
     if on_gpu:
         from benchmarks.parts import capture, time_graph
 

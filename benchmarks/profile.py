@@ -1,4 +1,4 @@
-"""Where a fast step's time goes on the GPU, by kernel.
+"""Measure how a step of the fast engine spends its time on the GPU, by kernel.
 
 python -m benchmarks.profile 1.1b --rows train.jsonl
 """
@@ -19,32 +19,33 @@ STEPS = 20
 
 
 def measure(setting: Setting) -> dict[str, Any]:
+    """Send the same steps to capture their graphs, to time them, to time the host alone, and under the profiler."""
     with opened(setting, {"engine": "fast", "steps": 500, "eval_steps": 500}) as (slot, _, _):
         assert isinstance(slot, Slot)
         batches = slot.begin(None)
-        some = [next(batches)[1] for _ in range(STEPS)]
+        sample = [next(batches)[1] for _ in range(STEPS)]
 
         def send(batch: Batch) -> None:
             span = Span(batch.slot, batch.rows, batch.indices, batch.table)
             slot.sent(batch, [batch.engine.step([span])])
 
         captured = time.perf_counter()
-        for batch in some:
+        for batch in sample:
             send(batch)
         slot.collect()
         captured = time.perf_counter() - captured
         start = time.perf_counter()
-        for batch in some:
+        for batch in sample:
             send(batch)
         slot.collect()
         seconds = time.perf_counter() - start
         host = time.perf_counter()
-        for batch in some[:4]:
+        for batch in sample[:4]:
             send(batch)
         host = (time.perf_counter() - host) / 4
         slot.collect()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for batch in some:
+            for batch in sample:
                 send(batch)
             slot.collect()
     times: dict[str, float] = defaultdict(float)

@@ -41,7 +41,9 @@ def measure(setting: Setting) -> dict[str, Any]:
         turns.append((kind, members, began, time.perf_counter()))
 
     def counted_step(engine: Engine, spans: Any) -> Any:
-        tokens.append((time.perf_counter(), sum(span.num_tokens for span in spans), engine._layout([spans]).num_tokens))
+        tokens.append(
+            (time.perf_counter(), sum(span.num_tokens for span in spans), engine._bucket_shape([spans]).num_tokens)
+        )
         return step(engine, spans)
 
     def timed_replay(graph: Any) -> None:

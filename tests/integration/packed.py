@@ -120,7 +120,7 @@ class Bench:
     def flats(self) -> list[torch.Tensor]:
         """Weights and moments, (slots, size) each; moments in eight bits, which are laid in another way, not."""
         adapters = self.engine.adapters
-        return [adapters.weights, *([adapters.moment1, adapters.moment2] if adapters.eight is None else [])]
+        return [adapters.weights, *([adapters.moment1, adapters.moment2] if adapters.eight_bit is None else [])]
 
     def row(self, slot: int) -> list[torch.Tensor]:
         """Weights and moments of a slot, copied."""

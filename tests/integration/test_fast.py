@@ -310,7 +310,7 @@ def test_with_a_base_in_bfloat16_they_differ_by_its_rounding(tmp_path: Path) -> 
 class Late:
     """Figures that come as late as they may."""
 
-    is_there = False
+    is_ready = False
 
     def __init__(self, pending: Any) -> None:
         self._pending = pending

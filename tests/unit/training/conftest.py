@@ -49,12 +49,12 @@ def make_table() -> MakeTable:
             "loss_weight": 0.1,
             "applies": 1,
             "learning_rate": 1e-3,
-            "decay": 0.0,
-            "gain1": 1 - 0.9,
-            "gain2": 1 - 0.999,
+            "weight_decay": 0.0,
+            "one_minus_beta1": 1 - 0.9,
+            "one_minus_beta2": 1 - 0.999,
             "epsilon": 1e-8,
-            "correction1": 1 - 0.9**step,
-            "correction2": 1 - 0.999**step,
+            "bias_correction1": 1 - 0.9**step,
+            "bias_correction2": 1 - 0.999**step,
             "max_norm": float("inf"),
         } | values
 
@@ -71,7 +71,7 @@ def make_row() -> MakeRow:
         layout = BucketShape(max(used, num_tokens), num_sequences, num_slots, TILE, longest)
         buffer = layout.buffer("cpu")
         layout.fill(buffer.numpy(), spans)
-        return layout.row(buffer)
+        return layout.view(buffer)
 
     return make
 

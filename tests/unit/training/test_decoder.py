@@ -1,4 +1,4 @@
-"""The decoder against the Hugging Face model of the same weights, with PEFT's adapters and autograd."""
+"""The decoder against the Hugging Face model with the same weights, with PEFT's adapters and autograd."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,14 +59,14 @@ def open_model(name: str, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # a new model has biases of 0 and norms of 1
+    for parameter in model.parameters():  # because a new model has biases of 0 and norms of 1
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return load_base(BaseSection(model=str(folder), quantization=quantization, compute_dtype="float32"))
 
 
 class Masked(torch.nn.Module):
-    """Dropout with masks that are given."""
+    """Dropout with a given mask."""
 
     def __init__(self, kept: torch.Tensor) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Masked(torch.nn.Module):
 
 
 def padded(rows: TokenizedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows, longest) ids, targets and mask, as a collator makes them."""
+    """Return (rows, longest) ids, targets and mask, as a collator makes them."""
     ids, targets = (
         [torch.from_numpy(part(index)).long() for index in range(len(rows))] for part in (rows.ids, rows.targets)
     )
@@ -100,9 +100,9 @@ def test_losses_and_gradients_are_those_of_peft(
     model = open_model(name, tmp_path)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets, init_lora_weights=False)
     modules = expected_modules(model, LoraSection(target_modules=targets))
-    decoder = Decoder(model, torch.float32, max(LENGTHS), keeps=True)
-    places = adapted_layers(model, modules)
-    adapters = Adapters(places, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))
+    decoder = Decoder(model, torch.float32, max(LENGTHS), keeps_base=True)
+    groups = adapted_layers(model, modules)
+    adapters = Adapters(groups, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))
     engine = Engine(decoder, adapters, "nothing", None, on_gpu=False)
     peft = get_peft_model(model, lora)
     parameters = lora_parameters(peft)
@@ -115,10 +115,10 @@ def test_losses_and_gradients_are_those_of_peft(
     num_targets = rows.num_targets(range(len(rows)))
     table = make_table(DROPOUT, scale=ALPHA / RANK, applies=0, loss_weight=1 / num_targets)
     span = Span(0, rows, range(len(rows)), table)
-    row = make_row(span)
-    for layers in places:
+    batch = make_row(span)
+    for layers in groups:
         for layer in layers:
-            kept = reference.dropout_mask(row, layer.number, layer.in_features)[: span.num_tokens]
+            kept = reference.dropout_mask(batch, layer.module_id, layer.in_features)[: span.num_tokens]
             drop = peft.get_submodule(f"base_model.model.{layer.name}").lora_dropout
             drop["default"] = Masked(pad_sequence(list(kept.split(LENGTHS)), batch_first=True))
 
@@ -126,8 +126,8 @@ def test_losses_and_gradients_are_those_of_peft(
     exact = loss_of(peft, rows)
     exact.backward()
     exact = exact.detach()
-    figures = engine.step([span]).read()
-    assert figures.losses[0] == pytest.approx(float(exact), abs=1e-5)
+    metrics = engine.step([span]).read()
+    assert metrics.losses[0] == pytest.approx(float(exact), abs=1e-5)
     gradients = dict(adapters.matrices(0, RANK, adapters.gradients))
     for key, gradient in gradients.items():
         expected = parameters[key].grad
@@ -138,7 +138,7 @@ def test_losses_and_gradients_are_those_of_peft(
         for parts in (gradients.values(), [parameters[key].grad for key in gradients])
     )
     assert (whole - expected).norm() <= 2e-5 * expected.norm()
-    assert figures.norms[0] == pytest.approx(float(expected.norm()), rel=2e-5)
+    assert metrics.norms[0] == pytest.approx(float(expected.norm()), rel=2e-5)
 
     peft.eval()
     with torch.no_grad():
@@ -146,46 +146,46 @@ def test_losses_and_gradients_are_those_of_peft(
     (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, table)])
     loss, accuracy = scores.loss, scores.token_accuracy
     assert loss == pytest.approx(float(exact), abs=1e-5)
-    assert loss != pytest.approx(figures.losses[0], abs=1e-3), "there is no dropout in an evaluation"
+    assert loss != pytest.approx(metrics.losses[0], abs=1e-3), "an evaluation has no dropout"
     ids, wanted, mask = padded(rows)
     hits = (peft(input_ids=ids, attention_mask=mask).logits.argmax(-1) == wanted).sum()
     assert accuracy == pytest.approx(int(hits) / num_targets)
 
 
-def test_a_module_has_the_same_masks_whatever_else_is_adapted(base: Any) -> None:
+def test_the_mask_of_a_module_does_not_depend_on_other_adapted_modules(base: Any) -> None:
     everything = {layer.name: layer for layers in adapted_layers(base, names(base)) for layer in layers}
     some = [layer for layers in adapted_layers(base, names(base, "v_proj", "down_proj")) for layer in layers]
     assert len(everything) == 4 * 7
-    assert len({layer.number for layer in everything.values()}) == len(everything)
+    assert len({layer.module_id for layer in everything.values()}) == len(everything)
     assert [layer.name.rpartition(".")[2] for layer in some] == ["v_proj", "down_proj"] * 4
     assert all(layer == everything[layer.name] for layer in some)
 
 
 def names(model: Any, *leaves: str) -> list[str]:
-    """Linear layers of the decoder, or those of these names."""
+    """Return the linear layers of the decoder, or those whose names end in `leaves`."""
     return [name for name in expected_modules(model, LoraSection()) if not leaves or name.endswith(leaves)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_given_up_for_memory_changes_no_bit(
+def test_memory_options_change_no_bit(
     base: Any, make_rows: MakeRows, make_table: MakeTable, dtype: torch.dtype
 ) -> None:
     rows, results = make_rows(*LENGTHS, vocabulary=500), []
     table = make_table(DROPOUT, learning_rate=1e-3, max_norm=0.1)
-    choices: list[tuple[bool, Recompute]] = [
+    options: list[tuple[bool, Recompute]] = [
         (keeps, recompute) for keeps in (True, False) for recompute in ("nothing", "elementwise", "layers")
     ]
     model = base if dtype == torch.float32 else load_base(BaseSection(model="embedded"))
-    for keeps, recompute in choices:
+    for keeps, recompute in options:
         torch.manual_seed(1)
         adapters = Adapters(adapted_layers(model, names(model)), 1, 8, torch.float32, dtype, torch.device("cpu"))
         adapters.weights.normal_(std=0.02)
         engine = Engine(Decoder(model, dtype, 19, keeps), adapters, recompute, None, on_gpu=False)
-        figures = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
-        results.append((choices, figures, engine.evaluate([EvaluationBatch(engine, 0, rows, table)]), adapters.weights))
-    _, figures, evaluated, weights = results[0]
-    assert figures[0].losses != figures[2].losses, "it trains"
-    for _, other_figures, other_evaluated, other_weights in results[1:]:
-        assert other_figures == figures
+        metrics = [engine.step([Span(0, rows, range(4), table)]).read() for _ in range(3)]
+        results.append((metrics, engine.evaluate([EvaluationBatch(engine, 0, rows, table)]), adapters.weights))
+    metrics, evaluated, weights = results[0]
+    assert metrics[0].losses != metrics[2].losses, "the weights must change from step to step"
+    for other_metrics, other_evaluated, other_weights in results[1:]:
+        assert other_metrics == metrics
         assert other_evaluated == evaluated
         assert torch.equal(other_weights, weights)

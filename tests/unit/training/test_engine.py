@@ -1,4 +1,4 @@
-"""Several slots in one step, and one batch in several: each slot's numbers are those that it has alone."""
+"""Several slots in one step, and one batch in several passes: each slot has the same numbers as alone."""
 
 import math
 import weakref
@@ -42,12 +42,12 @@ def model() -> Any:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a slot trains."""
+    """Batches and hyperparameters of one slot."""
 
     rank: int
     batch: int
     steps: Sequence[int]
-    """Of all slots' steps, those in which it has a batch."""
+    """Steps of the engine in which it has a batch."""
     learning_rate: float = 1e-3
     dropout: float = 0.0
     alpha: float = 16.0
@@ -68,7 +68,7 @@ def make_engine(model: Any, num_slots: int, rank: int, longest: int = max(LENGTH
     adapters = Adapters(
         adapted_layers(model, modules), num_slots, rank, torch.float32, torch.float32, torch.device("cpu")
     )
-    return Engine(Decoder(model, torch.float32, longest, keeps=True), adapters, "nothing", None, on_gpu=False)
+    return Engine(Decoder(model, torch.float32, longest, keeps_base=True), adapters, "nothing", None, on_gpu=False)
 
 
 def assert_same(scores: RowScores, expected: RowScores) -> None:
@@ -89,7 +89,7 @@ def weights(engine: Engine, slot: int, rank: int) -> torch.Tensor:
 
 @pytest.fixture
 def span(make_rows: MakeRows, make_table: MakeTable) -> Callable[[int, Trial, int], Span]:
-    """A trial's batch at a step, in this slot."""
+    """`span(slot, trial, step)` returns the trial's batch at a step."""
 
     def make(slot: int, trial: Trial, step: int) -> Span:
         rows = make_rows(*LENGTHS, seed=trial.seed)
@@ -102,7 +102,7 @@ def span(make_rows: MakeRows, make_table: MakeTable) -> Callable[[int, Trial, in
             scale=trial.alpha / trial.rank,
             loss_weight=1 / max(1, rows.num_targets(indices)),
             learning_rate=trial.learning_rate,
-            decay=trial.decay,
+            weight_decay=trial.decay,
             max_norm=trial.max_norm,
         )
         return Span(slot, rows, indices, table)
@@ -110,10 +110,10 @@ def span(make_rows: MakeRows, make_table: MakeTable) -> Callable[[int, Trial, in
     return make
 
 
-def test_each_slot_has_the_numbers_that_it_has_alone(
+def test_a_slot_has_the_same_numbers_as_alone(
     model: Any, span: Callable[[int, Trial, int], Span], make_rows: MakeRows, make_table: MakeTable
 ) -> None:
-    """Ranks, rates, dropouts, batches differ; one slot is idle throughout, one now and then."""
+    """Train slots of different ranks, rates, dropouts and batches; one is idle throughout, one now and then."""
     idle, held_out = 1, make_rows(*LENGTHS, seed=9)
     together = make_engine(model, 4, 16)
     for slot, trial in TRIALS.items():
@@ -122,48 +122,52 @@ def test_each_slot_has_the_numbers_that_it_has_alone(
     for flat in flats:
         flat[idle].uniform_(0.1, 1.0)
     before = [flat[idle].clone() for flat in flats]
-    figures: list[StepMetrics] = []
+    metrics: list[StepMetrics] = []
     starts = {slot: weights(together, slot, trial.rank).clone() for slot, trial in TRIALS.items()}
     for step in range(STEPS):
         spans = [span(slot, trial, step) for slot, trial in TRIALS.items() if step in trial.steps]
-        figures.append(together.step(spans).read())
+        metrics.append(together.step(spans).read())
     for flat, was in zip(flats, before, strict=True):
-        assert torch.equal(flat[idle], was), "an idle slot changes"
+        assert torch.equal(flat[idle], was), "an idle slot has changed"
 
     for slot, trial in TRIALS.items():
         alone = make_engine(model, 1, trial.rank)
         start(alone, 0, trial)
         for step in trial.steps:
-            expected, found = alone.step([span(0, trial, step)]).read(), figures[step]
+            expected, found = alone.step([span(0, trial, step)]).read(), metrics[step]
             assert found.losses[slot] == pytest.approx(expected.losses[0], abs=2e-6)
             assert found.norms[slot] == pytest.approx(expected.norms[0], rel=1e-5)
             assert found.hits[slot] == expected.hits[0]
         update = weights(alone, 0, trial.rank) - starts[slot]
         difference = weights(together, slot, trial.rank) - weights(alone, 0, trial.rank)
         assert difference.norm() <= 1e-4 * update.norm(), f"slot {slot}"
-        asked = EvaluationBatch(together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank))
-        (scores,) = together.evaluate([asked])
+        evaluation = EvaluationBatch(
+            together, slot, held_out, make_table(trial.dropout, scale=trial.alpha / trial.rank)
+        )
+        (scores,) = together.evaluate([evaluation])
         (expected_scores,) = alone.evaluate(
             [EvaluationBatch(alone, 0, held_out, make_table(scale=trial.alpha / trial.rank))]
         )
         assert_same(scores, expected_scores)
 
 
-def test_a_slot_that_diverges_takes_no_other_along(model: Any, span: Callable[[int, Trial, int], Span]) -> None:
+def test_a_slot_that_diverges_does_not_change_other_slots(model: Any, span: Callable[[int, Trial, int], Span]) -> None:
     sick = Trial(rank=8, batch=2, steps=range(STEPS), learning_rate=1e30, seed=4)
     results = []
     for trials in (TRIALS, TRIALS | {1: sick}):
         engine = make_engine(model, 4, 16)
         for slot, trial in trials.items():
             start(engine, slot, trial)
-        figures = []
+        metrics = []
         for step in range(STEPS):
             spans = [span(slot, trial, step) for slot, trial in reversed(trials.items()) if step in trial.steps]
-            figures.append(engine.step(spans).read())
-        results.append((engine, figures))
+            metrics.append(engine.step(spans).read())
+        results.append((engine, metrics))
     (healthy, expected), (mixed, found) = results
     assert math.isfinite(found[0].losses[1])
-    assert not any(math.isfinite(each.losses[1]) and math.isfinite(each.norms[1]) for each in found[1:]), "it diverges"
+    assert not any(math.isfinite(each.losses[1]) and math.isfinite(each.norms[1]) for each in found[1:]), (
+        "the trial must diverge for this test"
+    )
     for slot in TRIALS:
         for step in TRIALS[slot].steps:
             assert found[step].losses[slot] == pytest.approx(expected[step].losses[slot], abs=2e-6)
@@ -175,9 +179,9 @@ def test_a_slot_that_diverges_takes_no_other_along(model: Any, span: Callable[[i
 def test_a_batch_in_several_passes_is_one_step(
     model: Any, make_rows: MakeRows, make_table: MakeTable, max_tokens: int
 ) -> None:
-    """Split by a pack: losses and gradients add up, dropout's masks go on, and the weights move once, at the end."""
+    """Split a batch by `MultiLora`: losses and gradients add up, masks continue, the weights change once at the end."""
     rows, trial = make_rows(*LENGTHS), Trial(rank=8, batch=8, steps=())
-    table = make_table(0.3, loss_weight=1 / rows.num_targets(range(8)), decay=0.1, max_norm=0.1)
+    table = make_table(0.3, loss_weight=1 / rows.num_targets(range(8)), weight_decay=0.1, max_norm=0.1)
     order = [3, 0, 7, 4, 1, 5, 2, 6]
     whole, parts = make_engine(model, 1, 8), make_engine(model, 1, 8)
     for engine in (whole, parts):
@@ -185,16 +189,16 @@ def test_a_batch_in_several_passes_is_one_step(
     began = weights(whole, 0, 8).clone()
     expected = whole.step([Span(0, rows, order, table)]).read()
     parts.max_tokens = max_tokens
-    pack, found = MultiLora(), []
+    multi_lora, found = MultiLora(), []
 
     def work() -> TrialSteps:
         found.extend(pending.read() for pending in (yield Batch(parts, 0, rows, order, table)))
 
-    pack.join(work())
+    multi_lora.join(work())
     passes = 0
-    while len(pack):
+    while len(multi_lora):
         assert torch.equal(weights(parts, 0, 8), began)
-        pack.turn()
+        multi_lora.turn()
         passes += 1
     assert len(found) == passes > 2
     assert sum(each.losses[0] for each in found) == pytest.approx(expected.losses[0], abs=2e-6)
@@ -204,7 +208,7 @@ def test_a_batch_in_several_passes_is_one_step(
     assert difference.norm() <= 1e-4 * update.norm()
 
 
-def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
+def test_an_evaluation_does_not_depend_on_how_it_is_split(
     model: Any, make_rows: MakeRows, make_table: MakeTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, engine = make_rows(*LENGTHS), make_engine(model, 1, 8)
@@ -228,56 +232,56 @@ def test_an_evaluation_is_the_mean_over_tokens_however_it_is_split(
     for scores in values:
         assert_same(scores, one_by_one)
     after = engine.adapters.weights, engine.adapters.gradients, engine.adapters.moment1
-    assert all(map(torch.equal, after, before)), "an evaluation trains nothing"
+    assert all(map(torch.equal, after, before)), "an evaluation must not train"
 
 
 @pytest.mark.parametrize("most", [2048, 100, 33, 1])
-def test_an_evaluation_of_several_slots_measures_each_as_alone(
+def test_an_evaluation_of_several_slots_measures_each_as_if_alone(
     model: Any, make_rows: MakeRows, make_table: MakeTable, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """Other rows, scales and ranks in slots that share passes; another slot holds NaN; nothing trains."""
+    """Evaluate slots with different rows, scales and ranks in shared passes, beside a slot of NaN; nothing trains."""
     monkeypatch.setattr("orchestrator.training.fast.step.engine.CPU_TOKENS", most)
     together = make_engine(model, 4, 16)
     together.adapters.weights[1] = math.nan
-    held = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}
-    asked, expected = [], []
-    for slot, rows in held.items():
+    rows_of_slot = {3: make_rows(*LENGTHS, seed=1), 0: make_rows(*LENGTHS[3:], seed=2), 2: make_rows(5, 16, 2, seed=3)}
+    evaluations, expected = [], []
+    for slot, rows in rows_of_slot.items():
         trial = TRIALS[slot]
         start(together, slot, trial)
         table = make_table(trial.dropout, scale=trial.alpha / trial.rank)
-        asked.append(EvaluationBatch(together, slot, rows, table))
+        evaluations.append(EvaluationBatch(together, slot, rows, table))
         alone = make_engine(model, 1, trial.rank)
         start(alone, 0, trial)
         expected.extend(alone.evaluate([EvaluationBatch(alone, 0, rows, table)]))
     before = [flat.clone() for flat in (together.adapters.weights[[0, 2, 3]], together.adapters.gradients)]
-    measured = together.evaluate(asked)
+    measured = together.evaluate(evaluations)
     for scores, expected_scores in zip(measured, expected, strict=True):
         assert_same(scores, expected_scores)
     assert len({scores.loss for scores in measured}) == 3
     assert all(map(torch.equal, (together.adapters.weights[[0, 2, 3]], together.adapters.gradients), before))
 
 
-def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
+def test_packed_sequences_have_the_same_losses_as_separate_rows(
     model: Any, make_rows: MakeRows, make_table: MakeTable
 ) -> None:
-    """Token for token; and a step on them is the step on the rows themselves."""
+    """Compare each token's loss; and a step on packed rows with a step on the rows themselves."""
     rows, engine = make_rows(*LENGTHS), make_engine(model, 1, 8, longest=40)
     parts = [[0, 3], [1, 4, 5, 6], [2], [7]]
     ids = [[int(i) for part in row for i in rows.ids(part)] for row in parts]
     labels = [[int(i) for part in row for i in (-100, *rows.targets(part)[:-1])] for row in parts]
     packed = TokenizedRows(ids, labels, [[LENGTHS[part] for part in row] for row in parts])
-    torn = TokenizedRows(ids, labels)
+    joined = TokenizedRows(ids, labels)
     start(engine, 0, Trial(rank=8, batch=1, steps=()))
 
     def losses(rows: TokenizedRows) -> Any:
         span = Span(0, rows, range(len(rows)), make_table(0.0, applies=0, loss_weight=1.0))
-        values = engine._run([span], engine._layout([[span]]), trains=False).values()[0, : span.num_tokens]
+        values = engine._run([span], engine._bucket_shape([[span]]), trains=False).values()[0, : span.num_tokens]
         return values.numpy()
 
     alone = np.split(losses(rows), np.cumsum(LENGTHS)[:-1])
     expected = np.concatenate([alone[part] for row in parts for part in row])
     np.testing.assert_allclose(losses(packed), expected, atol=2e-6)
-    assert np.abs(losses(torn) - expected).max() > 1e-2, "the test would see rows that see each other"
+    assert np.abs(losses(joined) - expected).max() > 1e-2, "the test must notice sequences that attend to each other"
     (scores,) = engine.evaluate([EvaluationBatch(engine, 0, packed, make_table())])
     assert scores.tokens == [sum(rows.num_targets([part]) for part in row) for row in parts]
     assert scores.losses == pytest.approx([sum(float(alone[part].sum()) for part in row) for row in parts], abs=1e-4)
@@ -286,29 +290,29 @@ def test_rows_that_are_packed_have_the_losses_that_they_have_alone(
     for given in (rows, packed):
         engine.adapters.clear(0)
         start(engine, 0, Trial(rank=8, batch=1, steps=()))
-        number = rows.num_targets(range(len(rows)))
-        span = Span(0, given, range(len(given)), make_table(0.0, loss_weight=1 / number, scale=2.0, rank=8))
-        figures = engine.step([span]).read()
-        after.append((figures.losses[0], figures.norms[0], weights(engine, 0, 8)))
+        num_targets = rows.num_targets(range(len(rows)))
+        span = Span(0, given, range(len(given)), make_table(0.0, loss_weight=1 / num_targets, scale=2.0, rank=8))
+        metrics = engine.step([span]).read()
+        after.append((metrics.losses[0], metrics.norms[0], weights(engine, 0, 8)))
     assert after[1][:2] == pytest.approx(after[0][:2], rel=1e-5)
-    # Adam's first step moves each weight by about its rate.
+    # Adam's first step changes each weight by about the learning rate.
     torch.testing.assert_close(after[1][2], after[0][2], atol=2e-5, rtol=0)
 
 
 class FakeBucket:
-    """One that needs no GPU."""
+    """Replaces `_Bucket`, without a GPU."""
 
-    def __init__(self, layout: Any, device: Any) -> None:
-        self.row, self.graph, self.values = None, None, None
+    def __init__(self, shape: Any, device: Any) -> None:
+        self.batch, self.graph, self.values = None, None, None
 
-    def bring(self, spans: Any) -> None:
+    def upload(self, spans: Any) -> None:
         pass
 
-    def send(self, values: Any) -> Any:
+    def download(self, values: Any) -> Any:
         return values
 
 
-def test_a_capture_that_runs_out_of_memory_is_made_again_with_what_it_held_free(
+def test_a_capture_that_runs_out_of_memory_is_repeated_after_its_memory_is_freed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held: list[Any] = []
@@ -332,5 +336,5 @@ def test_a_capture_that_runs_out_of_memory_is_made_again_with_what_it_held_free(
     fake: Any = object.__new__(Engine)
     fake._on_gpu, fake._buckets, fake._pool, fake._capture = True, {}, "pool", capture
     fake.adapters = SimpleNamespace(weights=torch.zeros(1))
-    assert fake._run([], "layout", True) == "values"
+    assert fake._run([], "shape", True) == "values"
     assert steps == ["empty", "replay"]

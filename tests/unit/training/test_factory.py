@@ -47,7 +47,7 @@ def model_of(config: PreTrainedConfig) -> Any:
         (LlamaConfig(**SIZES), None),
         (Qwen2Config(**SIZES), None),
         (MistralConfig(**SIZES, sliding_window=LONGEST), None),
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' (it knows llama, mistral, qwen2)"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' (supported: llama, mistral, qwen2)"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "activation 'gelu'"),
         (
             MistralConfig(**SIZES, sliding_window=LONGEST - 1),
@@ -60,10 +60,10 @@ def model_of(config: PreTrainedConfig) -> Any:
         (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=8), None),
         (
             LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "positions of type 'dynamic'",
+            "RoPE type 'dynamic'",
         ),
-        (LlamaConfig(**SIZES, attention_dropout=0.1), "dropout in attention"),
-        (LlamaConfig(**SIZES, logit_scale=0.5), "logits that are changed (logit_scale)"),
+        (LlamaConfig(**SIZES, attention_dropout=0.1), "attention dropout"),
+        (LlamaConfig(**SIZES, logit_scale=0.5), "logits changed by logit_scale"),
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
@@ -133,7 +133,7 @@ def test_a_cpu_gives_nothing_up_unless_told(
     assert found.record() == {
         "keeps_base": plan[0], "recompute": plan[1], "max_tokens": CPU_TOKENS,
     }  # fmt: skip
-    assert engine._decoder.keeps == plan[0]
+    assert engine._decoder.keeps_base == plan[0]
     assert engine._recompute == plan[1]
 
 

@@ -69,13 +69,13 @@ def test_the_base(section: dict[str, Any]) -> None:
 def test_the_kept_base(quantization: str, num_copies: int) -> None:
     model = load_base(BaseSection(model="embedded", quantization=quantization))
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    decoder = Decoder(model, torch.bfloat16, 8, keeps=True)
+    decoder = Decoder(model, torch.bfloat16, 8, keeps_base=True)
     parts = [part for layer in decoder._layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     copies = [weight.nbytes for weight in (part._weight() for part in parts) if weight.data_ptr() not in own]
     assert len(copies) == num_copies
     assert foreseen(model, quantised=quantization == "nf4").kept == sum(copies)
     assert foreseen(model, keeps=False, quantised=quantization == "nf4").kept == 0
-    assert Decoder(model, torch.bfloat16, 8, keeps=False)._layers[0].qkv._kept is None
+    assert Decoder(model, torch.bfloat16, 8, keeps_base=False)._layers[0].qkv._kept is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,8 +92,8 @@ def test_adapters(half: Any, targets: tuple[str, ...], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
 def test_moments_in_eight_bits(half: Any, targets: tuple[str, ...]) -> None:
     adapters = make_adapters(half, targets, 3, torch.float32, eight_bit=True)
-    assert adapters.eight is not None
-    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight.magnitudes.nbytes
+    assert adapters.eight_bit is not None
+    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight_bit.absmax.nbytes
     assert foreseen(half, targets=targets, num_slots=3, eight_bit=True).optimizer == kept
 
 
@@ -128,7 +128,7 @@ def test_activations(
     monkeypatch.setattr(Layer, "forward", watched)
     rows = make_rows(32, 32, vocabulary=500)  # of one length: on a CPU, attention pads
     adapters = make_adapters(half, targets, 1, torch.float32)
-    engine = Engine(Decoder(half, torch.bfloat16, 32, keeps=True), adapters, recompute, None, on_gpu=False)
+    engine = Engine(Decoder(half, torch.bfloat16, 32, keeps_base=True), adapters, recompute, None, on_gpu=False)
     engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
 
     layers, whole = half.config.num_hidden_layers, [bytes_of(each, half.config) for each in kept if each is not None]
@@ -145,11 +145,11 @@ def test_activations(
 def bytes_of(kept: SavedActivations, config: Any) -> int:
     """As on a GPU: attention's output lies there once, with one float32 a token and head for its backward."""
     parts = [
-        *(value for name, value in vars(kept).items() if name not in ("attended", "lows")),
-        *kept.lows,
-        *kept.attended.inputs,
+        *(value for name, value in vars(kept).items() if name not in ("saved_attention", "lora_hidden")),
+        *kept.lora_hidden,
+        *kept.saved_attention[:3],
     ]
-    logs = len(kept.states) * config.num_attention_heads * 4
+    logs = len(kept.residual1) * config.num_attention_heads * 4
     return logs + sum(part.nbytes for part in parts if part is not None)
 
 

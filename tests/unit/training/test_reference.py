@@ -1,4 +1,4 @@
-"""The parts of a fast step against PyTorch's own operations and its autograd."""
+"""The operations of `reference` against PyTorch's own operations and its autograd."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from bitsandbytes.optim import AdamW8bit
 from orchestrator.training.fast.drive.slot import dropout_key
 from orchestrator.training.fast.drive.slot_view import copied
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.eight_bit import values_of_bytes
+from orchestrator.training.fast.ops.eight_bit import dynamic_code
+from orchestrator.training.fast.ops.protocol import AttentionConfig
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters
 from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch, Span, TokenizedRows
 
@@ -25,8 +26,9 @@ MakeTable = Callable[..., dict[str, float]]
 MakeRow = Callable[..., FlatBatch]
 
 FLOAT = 1e-6
-"""Of the reference's norm: what float32 keeps."""
+"""Largest difference relative to the norm, where a part is computed in float32."""
 DOUBLE = 1e-12
+"""The same where all is computed in float64."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +44,13 @@ def assert_close(value: torch.Tensor, exact: torch.Tensor, tolerance: float = FL
     assert value.shape == exact.shape
     value, exact = value.detach().double(), exact.detach().double()
     error = float((value - exact).norm() / exact.norm())
-    assert error <= tolerance, f"differs by {error:.2e} of the norm"
+    assert error <= tolerance, f"the difference is {error:.2e} of the norm"
 
 
-# Norm, gated product
+# Norm, SwiGLU
 
 
-def reference_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def exact_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     return F.rms_norm(states, states.shape[-1:], weight, epsilon)
 
 
@@ -58,12 +60,12 @@ def test_add_norm_and_its_backward(has_delta: bool) -> None:
     delta = random(7, 40) if has_delta else None
     total, normed, root = reference.add_norm(states, delta, weight, 1e-3)
     leaf = (states if delta is None else states + delta).requires_grad_()
-    exact = reference_norm(leaf, weight, 1e-3)
+    exact = exact_norm(leaf, weight, 1e-3)
     assert_close(total, leaf, DOUBLE)
     assert_close(normed, exact)
-    by_total, by_normed = random(7, 40), random(7, 40)
-    (by_leaf,) = torch.autograd.grad([leaf * 1.0, exact], leaf, [by_total, by_normed])
-    assert_close(reference.add_norm_backward(by_total, by_normed, total, root, weight), by_leaf)
+    dtotal, dnormed = random(7, 40), random(7, 40)
+    (dleaf,) = torch.autograd.grad([leaf * 1.0, exact], leaf, [dtotal, dnormed])
+    assert_close(reference.add_norm_backward(dtotal, dnormed, total, root, weight), dleaf)
 
 
 def test_swiglu_and_its_backward() -> None:
@@ -71,29 +73,31 @@ def test_swiglu_and_its_backward() -> None:
     gate, up = gate_up[:, :20], gate_up[:, 20:]
     exact = gate / (1 + torch.exp(-gate)) * up
     assert_close(reference.swiglu(gate_up.detach()), exact)
-    (by_gate_up,) = torch.autograd.grad(exact, gate_up, gradient)
-    assert_close(reference.swiglu_backward(gradient, gate_up.detach()), by_gate_up)
+    (dgate_up,) = torch.autograd.grad(exact, gate_up, gradient)
+    assert_close(reference.swiglu_backward(gradient, gate_up.detach()), dgate_up)
 
 
 # Attention
 
 
-def make_heads(queries: int, keys: int, size: int) -> reference.Heads:
+def make_config(queries: int, keys: int, size: int) -> AttentionConfig:
     angles = torch.arange(40)[:, None] / 10 ** torch.linspace(0, 2, size // 2, dtype=torch.float64)
     angles = torch.cat((angles, angles), 1)
-    return reference.Heads(queries, keys, size, angles.cos(), angles.sin())
+    return AttentionConfig(queries, keys, size, angles.cos(), angles.sin())
 
 
-def reference_attention(qkv: torch.Tensor, lengths: list[int], heads: reference.Heads) -> torch.Tensor:
-    """One sequence after another, rotation as a product of complex numbers (arXiv 2104.09864, section 3.2.1)."""
+def exact_attention(qkv: torch.Tensor, lengths: list[int], config: AttentionConfig) -> torch.Tensor:
+    """Attend one sequence after another, with rotation as a product of complex numbers (arXiv 2104.09864, 3.2.1)."""
     outputs = []
     for sequence in qkv.split(lengths):
-        parts = sequence.unflatten(1, (-1, heads.size)).split((heads.queries, heads.keys, heads.keys), 1)
-        angle = torch.complex(heads.cos, heads.sin)[: len(sequence), None, : heads.size // 2]
+        parts = sequence.unflatten(1, (-1, config.head_dim)).split(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), 1
+        )
+        angle = torch.complex(config.cos, config.sin)[: len(sequence), None, : config.head_dim // 2]
         rotated = [torch.complex(*part.chunk(2, -1)) * angle for part in parts[:2]]
         query, key = (torch.cat((part.real, part.imag), -1) for part in rotated)
-        key, value = (part.repeat_interleave(heads.queries // heads.keys, 1) for part in (key, parts[2]))
-        scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(heads.size)
+        key, value = (part.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for part in (key, parts[2]))
+        scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(config.head_dim)
         scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
         outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), value).flatten(1))
     return torch.cat(outputs)
@@ -103,28 +107,28 @@ def reference_attention(qkv: torch.Tensor, lengths: list[int], heads: reference.
 def test_attention_and_its_backward(
     make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow, queries: int, keys: int
 ) -> None:
-    rows, heads = make_rows(5, 1, 13, 9), make_heads(queries, keys, 8)
-    row = make_row(Span(0, rows, [2, 0, 1], make_table()), Span(1, rows, [3], make_table()), num_slots=2, num_tokens=48)
-    lengths = [13, 5, 1, 5, 9, 7, 8]  # with the rest of each slot's tiles and of the bucket
+    rows, config = make_rows(5, 1, 13, 9), make_config(queries, keys, 8)
+    batch = make_row(
+        Span(0, rows, [2, 0, 1], make_table()), Span(1, rows, [3], make_table()), num_slots=2, num_tokens=48
+    )
+    lengths = [13, 5, 1, 5, 9, 7, 8]  # with the padding of each slot's tiles and of the bucket
     qkv, gradient = random(48, (queries + 2 * keys) * 8).requires_grad_(), random(48, queries * 8)
-    exact = reference_attention(qkv, lengths, heads)
-    output, attended = reference.attention(qkv.detach(), row, heads)
+    exact = exact_attention(qkv, lengths, config)
+    output, saved = reference.attention(qkv.detach(), batch, config)
     assert_close(output, exact, DOUBLE)
-    (by_qkv,) = torch.autograd.grad(exact, qkv, gradient)
-    assert_close(reference.attention_backward(gradient, attended, row, heads), by_qkv, DOUBLE)
+    (dqkv,) = torch.autograd.grad(exact, qkv, gradient)
+    assert_close(reference.attention_backward(gradient, saved, batch, config), dqkv, DOUBLE)
 
 
-def test_what_is_not_finite_stays_in_its_sequence(
-    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
-) -> None:
-    rows, heads = make_rows(5, 13, 9), make_heads(2, 2, 8)
-    row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in range(3)), num_slots=3)
-    qkv, gradient = random(row.num_tokens, 6 * 8), random(row.num_tokens, 2 * 8)
-    sick = (row.tiles == 1).repeat_interleave(reference.TILE)
+def test_nan_stays_in_its_sequence(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
+    rows, config = make_rows(5, 13, 9), make_config(2, 2, 8)
+    batch = make_row(*(Span(slot, rows, [slot], make_table()) for slot in range(3)), num_slots=3)
+    qkv, gradient = random(batch.num_tokens, 6 * 8), random(batch.num_tokens, 2 * 8)
+    sick = (batch.tile_slots == 1).repeat_interleave(reference.TILE)
     qkv[sick], gradient[sick] = math.nan, math.nan
-    output, attended = reference.attention(qkv, row, heads)
+    output, saved = reference.attention(qkv, batch, config)
     assert output[~sick].isfinite().all()
-    assert reference.attention_backward(gradient, attended, row, heads)[~sick].isfinite().all()
+    assert reference.attention_backward(gradient, saved, batch, config)[~sick].isfinite().all()
 
 
 # Adapters
@@ -149,7 +153,7 @@ def make_adapters(num_slots: int, layers: list[AdaptedLayer], rank: int = 4) -> 
 def test_adapters_and_their_backward(
     make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow, group: str, slots: list[int]
 ) -> None:
-    """Each token through its slot's A and B, with the masks of `keep` in both directions."""
+    """Send each token through its slot's A and B, with the masks of `dropout_mask` in both directions."""
     layers, rank = GROUPS[group], 4
     spans = [
         Span(
@@ -161,42 +165,42 @@ def test_adapters_and_their_backward(
         )
         for slot in slots
     ]
-    row = make_row(*spans, num_slots=len(slots), num_tokens=80)
-    slot_of = row.tiles.repeat_interleave(reference.TILE).long()
+    batch = make_row(*spans, num_slots=len(slots), num_tokens=80)
+    slot_of = batch.tile_slots.repeat_interleave(reference.TILE).long()
     adapters = make_adapters(len(slots), layers)
-    place = adapters.places[0]
-    assert place is not None
-    a, b = (part(place, adapters.weights).clone().requires_grad_() for part in (adapters.a, adapters.b))
+    stacked = adapters.groups[0]
+    assert stacked is not None
+    a, b = (part(stacked, adapters.weights).clone().requires_grad_() for part in (adapters.a, adapters.b))
     x, y, gradient = random(80, 24).requires_grad_(), random(80, 28), random(80, 28)
-    # A slot's tokens have no gradient at fillers.
-    gradient[row.targets == IGNORED] = 0
+    # Padding has no gradient in a step.
+    gradient[batch.targets == IGNORED] = 0
 
     rates = torch.tensor([DROPOUTS[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
     scales = torch.tensor([SCALES[slot] for slot in range(len(slots))], dtype=torch.float64)[slot_of]
     exact, at = y.clone(), 0
     for index, layer in enumerate(layers):
-        dropped = x * reference.dropout_mask(row, layer.number, 24) / (1 - rates)[:, None]
-        low = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
-        up = torch.einsum("tr,tor->to", low, b[slot_of, at : at + layer.width]) * scales[:, None]
-        exact = exact + F.pad(up, (layer.column, 28 - layer.column - layer.width))
-        at += layer.width
-    by_a, by_b, by_x = torch.autograd.grad(exact, [a, b, x], gradient)
+        dropped = x * reference.dropout_mask(batch, layer.module_id, 24) / (1 - rates)[:, None]
+        lora_hidden = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
+        up = torch.einsum("tr,tor->to", lora_hidden, b[slot_of, at : at + layer.out_features]) * scales[:, None]
+        exact = exact + F.pad(up, (layer.column, 28 - layer.column - layer.out_features))
+        at += layer.out_features
+    da, db, dx = torch.autograd.grad(exact, [a, b, x], gradient)
 
     output = y.clone()
-    low = reference.lora_down(x.detach(), adapters, place, row)
-    reference.lora_up_(output, low, adapters, place, row)
+    lora_hidden = reference.lora_down(x.detach(), adapters, stacked, batch)
+    reference.lora_up_(output, lora_hidden, adapters, stacked, batch)
     assert_close(output, exact)
     through_base = random(80, 24)
     for times in (1, 2):  # gradients add up
         x_gradient = through_base.clone()
-        reference.lora_backward(gradient, x.detach(), low, x_gradient, adapters, place, row)
-        assert_close(x_gradient - through_base, by_x)
-        assert_close(adapters.a(place, adapters.gradients), times * by_a)
-        assert_close(adapters.b(place, adapters.gradients), times * by_b)
+        reference.lora_backward(gradient, x.detach(), lora_hidden, x_gradient, adapters, stacked, batch)
+        assert_close(x_gradient - through_base, dx)
+        assert_close(adapters.a(stacked, adapters.gradients), times * da)
+        assert_close(adapters.b(stacked, adapters.gradients), times * db)
 
 
-def test_matrices_lie_where_products_read_them() -> None:
-    """PEFT's A and B of a rank below the stack's, written by name."""
+def test_matrices_by_name_are_what_the_products_read() -> None:
+    """Write A and B of a rank below the stack rank by PEFT's names, and read them as the products do."""
     layers = GROUPS["two of three"]
     adapters = make_adapters(2, layers, rank=8)
     adapters.weights.zero_()
@@ -205,15 +209,15 @@ def test_matrices_lie_where_products_read_them() -> None:
         "q.lora_A": (3, 24), "q.lora_B": (12, 3), "v.lora_A": (3, 24), "v.lora_B": (8, 3),
     }  # fmt: skip
     assert not adapters.weights[0].any()
-    place = adapters.places[0]
-    assert place is not None
-    a, b = adapters.a(place, adapters.weights)[1], adapters.b(place, adapters.weights)[1]
+    stacked = adapters.groups[0]
+    assert stacked is not None
+    a, b = adapters.a(stacked, adapters.weights)[1], adapters.b(stacked, adapters.weights)[1]
     for at, column, name in ((0, slice(0, 12), "q"), (8, slice(12, 20), "v")):
         assert_close(b[column] @ a[at : at + 8], written[f"{name}.lora_B"] @ written[f"{name}.lora_A"], DOUBLE)
 
 
 def test_sixteen_adapters_of_a_7b_base_take_sixteen_bytes_a_parameter() -> None:
-    """Weights, gradients and both moments in float32, at rank 16 on all linear layers."""
+    """Count weights, gradients and both moments in float32, at rank 16 on all linear layers."""
     hidden, inner, groups = 4096, 11008, []
     for index in range(32):
         for features, widths in (
@@ -227,7 +231,7 @@ def test_sixteen_adapters_of_a_7b_base_take_sixteen_bytes_a_parameter() -> None:
                 ]
             )
     adapters = Adapters(groups, 16, 16, torch.float32, torch.bfloat16, torch.device("meta"))
-    parameters = 16 * sum(16 * (layer.in_features + layer.width) for group in groups for layer in group)
+    parameters = 16 * sum(16 * (layer.in_features + layer.out_features) for group in groups for layer in group)
     assert parameters == 639_631_360
     held = [value for value in vars(adapters).values() if isinstance(value, torch.Tensor)]
     assert 16 <= sum(tensor.nbytes for tensor in held) / parameters < 16.05
@@ -246,31 +250,31 @@ def test_cross_entropy(
 ) -> None:
     monkeypatch.setattr(reference, "MAX_LOGITS", tokens_at_a_time * 90 + 1)
     spans = [Span(1, make_rows(9, 4), [0, 1], make_table(loss_weight=0.3)), Span(0, make_rows(6), [0], make_table())]
-    row = make_row(*spans, num_slots=2, num_tokens=32)
+    batch = make_row(*spans, num_slots=2, num_tokens=32)
     states, head = random(32, 16).requires_grad_(), random(90, 16)
-    head[row.targets[2].long()] = states[2].detach()  # likeliest
-    weights = torch.tensor([0.1, 0.3])[row.tiles.repeat_interleave(reference.TILE).long()]
+    head[batch.targets[2].long()] = states[2].detach()  # so that this target is the likeliest
+    weights = torch.tensor([0.1, 0.3])[batch.tile_slots.repeat_interleave(reference.TILE).long()]
     logits = states @ head.T
-    exact = F.cross_entropy(logits, row.targets.long(), reduction="none", ignore_index=IGNORED)
-    (by_states,) = torch.autograd.grad(exact, states, weights.double())
-    losses, hits, gradient = reference.cross_entropy(states.detach(), head, row, trains=True)
+    exact = F.cross_entropy(logits, batch.targets.long(), reduction="none", ignore_index=IGNORED)
+    (dhidden,) = torch.autograd.grad(exact, states, weights.double())
+    losses, hits, gradient = reference.cross_entropy(states.detach(), head, batch, with_gradient=True)
     assert_close(losses, exact)
-    assert torch.equal(losses == 0, row.targets == IGNORED)
+    assert torch.equal(losses == 0, batch.targets == IGNORED)
     assert gradient is not None
-    assert_close(gradient, by_states)
-    assert torch.equal(hits.bool(), logits.argmax(-1) == row.targets)
+    assert_close(gradient, dhidden)
+    assert torch.equal(hits.bool(), logits.argmax(-1) == batch.targets)
     assert hits[2]
-    evaluated = reference.cross_entropy(states.detach(), head, row, trains=False)
+    evaluated = reference.cross_entropy(states.detach(), head, batch, with_gradient=False)
     assert torch.equal(evaluated[0], losses)
     assert torch.equal(evaluated[1], hits)
     assert evaluated[2] is None
 
 
-def test_sums_by_slot(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
+def test_sum_by_slot(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
     rows = make_rows(9, 4, 20)
-    row = make_row(*(Span(slot, rows, [slot], make_table()) for slot in (2, 0)), num_slots=3)
-    values = random(row.num_tokens)
-    sums = reference.sum_by_slot(values, row, 3)
+    batch = make_row(*(Span(slot, rows, [slot], make_table()) for slot in (2, 0)), num_slots=3)
+    values = random(batch.num_tokens)
+    sums = reference.sum_by_slot(values, batch, 3)
     assert sums.tolist() == pytest.approx([values[24:].sum().item(), 0, values[:24].sum().item()])
 
 
@@ -278,11 +282,17 @@ def test_sums_by_slot(make_rows: MakeRows, make_table: MakeTable, make_row: Make
 
 
 def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> None:
-    """Slot 0 is clipped and decays, slot 1 neither; the last waits for the rest of its batch."""
+    """Compare with PyTorch: slot 0 is clipped and decays, slot 1 neither; the batch of slot 2 goes on."""
     settings = {
-        0: {"learning_rate": 1e-2, "decay": 0.1, "max_norm": 0.5},
-        1: {"learning_rate": 1e-3, "decay": 0.0, "max_norm": math.inf, "gain1": 1 - 0.8, "gain2": 1 - 0.95},
-        2: {"learning_rate": 1e-2, "decay": 0.1, "max_norm": 0.5, "applies": 0},
+        0: {"learning_rate": 1e-2, "weight_decay": 0.1, "max_norm": 0.5},
+        1: {
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "max_norm": math.inf,
+            "one_minus_beta1": 1 - 0.8,
+            "one_minus_beta2": 1 - 0.95,
+        },
+        2: {"learning_rate": 1e-2, "weight_decay": 0.1, "max_norm": 0.5, "applies": 0},
     }
     betas = {0: (0.9, 0.999), 1: (0.8, 0.95)}
     adapters = Adapters([GROUPS["all of three"]], 3, 4, torch.float32, torch.float32, torch.device("cpu"))
@@ -292,24 +302,25 @@ def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable
         slot: torch.optim.AdamW(
             [parameter],
             lr=settings[slot]["learning_rate"],
-            weight_decay=settings[slot]["decay"],
+            weight_decay=settings[slot]["weight_decay"],
             betas=betas[slot],
             eps=1e-8,
         )
         for slot, parameter in parameters.items()
     }
     before = [flat[2].clone() for flat in (adapters.weights, adapters.moment1, adapters.moment2)]
-    waiting = torch.zeros_like(adapters.gradients[2])
+    going_on = torch.zeros_like(adapters.gradients[2])
     for step in range(1, 6):
         corrections = {
-            slot: {"correction1": 1 - one**step, "correction2": 1 - two**step} for slot, (one, two) in betas.items()
+            slot: {"bias_correction1": 1 - one**step, "bias_correction2": 1 - two**step}
+            for slot, (one, two) in betas.items()
         }
         tables = [make_table(step=step, **settings[slot] | corrections.get(slot, {})) for slot in range(3)]
-        row = make_row(*(Span(slot, make_rows(9), [0], table) for slot, table in enumerate(tables)), num_slots=3)
+        batch = make_row(*(Span(slot, make_rows(9), [0], table) for slot, table in enumerate(tables)), num_slots=3)
         gradients = torch.randn_like(adapters.gradients)
         adapters.gradients += gradients
-        waiting += gradients[2]
-        norms = reference.update(adapters, row)
+        going_on += gradients[2]
+        norms = reference.update(adapters, batch)
         for slot, parameter in parameters.items():
             parameter.grad = gradients[slot].clone()
             norm = torch.nn.utils.clip_grad_norm_([parameter], settings[slot]["max_norm"])
@@ -322,21 +333,21 @@ def test_update_is_clipping_and_adamw(make_rows: MakeRows, make_table: MakeTable
             assert not adapters.gradients[slot].any()
     for flat, was in zip((adapters.weights, adapters.moment1, adapters.moment2), before, strict=True):
         assert torch.equal(flat[2], was)
-    assert_close(adapters.gradients[2], waiting)
+    assert_close(adapters.gradients[2], going_on)
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_bytes_stand_for_what_they_do_in_bitsandbytes(signed: bool) -> None:
-    assert torch.equal(values_of_bytes(signed), create_dynamic_map(signed))
+def test_dynamic_code_is_that_of_bitsandbytes(signed: bool) -> None:
+    assert torch.equal(dynamic_code(signed), create_dynamic_map(signed))
 
 
-def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
-    """Of a slot whose rank is below the stack's: a matrix of 4,096 elements and more, and smaller ones."""
+def test_update_with_eight_bit_moments_is_that_of_bitsandbytes() -> None:
+    """Step a slot whose rank is below the stack rank, with matrices above and below 4,096 elements."""
     rank, betas = 12, (0.9, 0.99)
     layers = [AdaptedLayer("m.q", 0, 512, 0, 320), AdaptedLayer("m.k", 1, 512, 320, 96)]
     cpu = torch.device("cpu")
     adapters = Adapters([layers], 2, 16, torch.float32, torch.float32, cpu, eight_bit=True)
-    assert adapters.eight is not None
+    assert adapters.eight_bit is not None
     own = dict(adapters.matrices(1, rank, adapters.weights))
     for matrix in own.values():
         matrix.normal_()
@@ -351,17 +362,17 @@ def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
             "applies": 1,
             "max_norm": math.inf,
             "learning_rate": 1e-2,
-            "decay": 0.1,
+            "weight_decay": 0.1,
             "epsilon": 1e-8,
         }
-        values |= {f"gain{at}": 1 - beta for at, beta in enumerate(betas, 1)}
-        values |= {f"correction{at}": 1 - beta**step for at, beta in enumerate(betas, 1)}
-        row: Any = SimpleNamespace(table={name: torch.tensor([0, value]) for name, value in values.items()})
-        reference.update(adapters, row)
+        values |= {f"one_minus_beta{at}": 1 - beta for at, beta in enumerate(betas, 1)}
+        values |= {f"bias_correction{at}": 1 - beta**step for at, beta in enumerate(betas, 1)}
+        batch: Any = SimpleNamespace(table={name: torch.tensor([0, value]) for name, value in values.items()})
+        reference.update(adapters, batch)
         optimizer.step()
-    in_place = dict(adapters.in_eight_bits(1, rank))
+    in_place = dict(adapters.eight_bit_moments(1, rank))
     kept = dict(zip(in_place, copied(list(in_place.values())), strict=True))
-    assert {name: moments[0].magnitudes is None for name, moments in kept.items()} == {
+    assert {name: moments[0].absmax is None for name, moments in kept.items()} == {
         "m.q.lora_A": False, "m.q.lora_B": True, "m.k.lora_A": False, "m.k.lora_B": True
     }  # fmt: skip
     for name, parameter in parameters.items():
@@ -373,53 +384,53 @@ def test_update_in_eight_bits_is_that_of_bitsandbytes() -> None:
             for key, value in given.items():
                 assert (value.shape, value.dtype) == (state[key].shape, state[key].dtype)
             others = given[f"state{number}"] != state[f"state{number}"]
-            # Where a block's largest rounds to a neighbour, all others of it may.
-            assert moment.magnitudes is None or others.float().mean() < 0.03
+            # Where the largest element of a block rounds to a neighbor, all others of the block may.
+            assert moment.absmax is None or others.float().mean() < 0.03
     assert not adapters.weights[0].any()
     assert not adapters.moment1[0].any()
 
     states = {name: moments[0].state(1, parameters[name].shape) for name, moments in kept.items()}
-    before = adapters.moment1[1].clone(), adapters.eight.magnitudes[0, 1].clone()
+    before = adapters.moment1[1].clone(), adapters.eight_bit.absmax[0, 1].clone()
     adapters.clear(1)
-    assert not adapters.eight.magnitudes.any()
-    for name, (moment, _) in adapters.in_eight_bits(1, rank):
+    assert not adapters.eight_bit.absmax.any()
+    for name, (moment, _) in adapters.eight_bit_moments(1, rank):
         assert not moment.read().any()
-        moment.lay(1, states[name])
-    assert all(map(torch.equal, (adapters.moment1[1], adapters.eight.magnitudes[0, 1]), before))
+        moment.load(1, states[name])
+    assert all(map(torch.equal, (adapters.moment1[1], adapters.eight_bit.absmax[0, 1]), before))
 
 
-def test_a_gradient_that_is_not_finite_steps_no_slot_but_is_told(
+def test_a_slot_with_a_nan_in_its_gradient_does_not_step_and_reports_it(
     make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
 ) -> None:
     adapters = make_adapters(3, GROUPS["one"])
     before = adapters.weights.clone()
     adapters.gradients.normal_()
     adapters.gradients[1, 5] = math.nan
-    row = make_row(*(Span(slot, make_rows(9), [0], make_table()) for slot in range(3)), num_slots=3)
-    norms = reference.update(adapters, row)
+    batch = make_row(*(Span(slot, make_rows(9), [0], make_table()) for slot in range(3)), num_slots=3)
+    norms = reference.update(adapters, batch)
     assert norms.isfinite().tolist() == [True, False, True]
     assert torch.equal(adapters.weights[1], before[1])
     assert not adapters.moment1[1].any()
     assert not adapters.moment2[1].any()
-    assert not adapters.gradients.any(), "the next batch begins at zero"
+    assert not adapters.gradients.any(), "the gradient of the next batch must begin at zero"
     assert not torch.isclose(adapters.weights[[0, 2]], before[[0, 2]]).all(1).any()
 
 
-def test_where_the_rank_is_below_the_stacks_nothing_trains(
+def test_nothing_trains_beyond_the_rank_of_an_adapter(
     make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
 ) -> None:
     adapters = make_adapters(1, GROUPS["all of three"], rank=8)
-    place = adapters.places[0]
-    assert place is not None
-    adapters.a(place, adapters.weights)[0].unflatten(0, (3, 8))[:, 5:] = 0
-    adapters.b(place, adapters.weights)[0][:, 5:] = 0
-    row = make_row(Span(0, make_rows(20), [0], make_table(0.1, decay=0.1)))
-    x, gradient = random(row.num_tokens, 24), random(row.num_tokens, 28)
-    low = reference.lora_down(x, adapters, place, row)
-    reference.lora_backward(gradient, x, low, torch.zeros_like(x), adapters, place, row)
-    reference.update(adapters, row)
+    stacked = adapters.groups[0]
+    assert stacked is not None
+    adapters.a(stacked, adapters.weights)[0].unflatten(0, (3, 8))[:, 5:] = 0
+    adapters.b(stacked, adapters.weights)[0][:, 5:] = 0
+    batch = make_row(Span(0, make_rows(20), [0], make_table(0.1, weight_decay=0.1)))
+    x, gradient = random(batch.num_tokens, 24), random(batch.num_tokens, 28)
+    lora_hidden = reference.lora_down(x, adapters, stacked, batch)
+    reference.lora_backward(gradient, x, lora_hidden, torch.zeros_like(x), adapters, stacked, batch)
+    reference.update(adapters, batch)
     for flat in (adapters.weights, adapters.moment1, adapters.moment2):
-        a, b = adapters.a(place, flat)[0].unflatten(0, (3, 8)), adapters.b(place, flat)[0]
+        a, b = adapters.a(stacked, flat)[0].unflatten(0, (3, 8)), adapters.b(stacked, flat)[0]
         assert a[:, :5].any()
         assert b[:, :5].any()
         assert not a[:, 5:].any()
@@ -431,7 +442,7 @@ def test_where_the_rank_is_below_the_stacks_nothing_trains(
 
 @pytest.fixture
 def mask(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> Callable[..., Any]:
-    """`mask(seed=1, step=2, module=3, dropout=0.5)`: (tokens, features) bool."""
+    """`mask(seed=1, step=2, module=3, dropout=0.5)` returns a (tokens, features) bool mask."""
 
     def make(
         seed: int = 0, step: int = 0, module: int = 0, dropout: float = 0.3, tokens: int = 256, features: int = 256
@@ -443,12 +454,12 @@ def mask(make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow) -> Calla
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.05, 0.1, 0.5, 0.9])
-def test_masks_keep_as_many_as_they_should(mask: Callable[..., Any], dropout: float) -> None:
+def test_masks_keep_the_expected_share(mask: Callable[..., Any], dropout: float) -> None:
     for module in range(3):
         kept = mask(module=module, dropout=dropout, tokens=512, features=512).double()
         variance = dropout * (1 - dropout)
         assert abs(kept.mean() - (1 - dropout)) < 4 * math.sqrt(variance / kept.numel())
-        for dimension in (0, 1):  # no token and no feature is dropped more often than chance has it
+        for dimension in (0, 1):  # no token and no feature is dropped more often than chance explains
             spread = kept.mean(dimension).var() / (variance / 512)
             assert abs(spread - 1) < 4 * math.sqrt(2 / 512)
 
@@ -458,32 +469,35 @@ OTHERS = [{"step": 1}, {"step": 2}, {"step": 1000}, {"seed": 1}, {"seed": 2**32}
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
-def test_masks_of_another_step_module_or_seed_are_unlike(mask: Callable[..., Any], other: dict[str, int]) -> None:
-    """Correlations at all shifts at once: none is a moved copy of the other."""
+def test_masks_of_another_step_module_or_seed_are_independent(mask: Callable[..., Any], other: dict[str, int]) -> None:
+    """Correlate the masks at all shifts at once: neither is a shifted copy of the other."""
     correlation = correlations(mask(), mask(**other))
-    assert correlation.abs().max() < 6  # of 65,536 standard normal values 4.3 is the largest to be expected
+    assert correlation.abs().max() < 6  # the largest of 65,536 standard normal values is expected at 4.3
 
 
-def test_a_mask_repeats_nothing_of_itself(mask: Callable[..., Any]) -> None:
+def test_a_mask_does_not_repeat_itself(mask: Callable[..., Any]) -> None:
     correlation = correlations(mask(), mask())
     assert correlation[0] > 200
     assert correlation[1:].abs().max() < 6
 
 
 def correlations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Of two masks in a row, the second moved by each number of places in turn; in standard deviations."""
+    """Correlate two flattened masks, the second shifted by each number of places; in standard deviations."""
     first, second = ((each.double() - each.double().mean()).flatten() / each.double().std() for each in (one, other))
     spectrum = torch.fft.rfft(first).conj() * torch.fft.rfft(second)
     return torch.fft.irfft(spectrum, len(first)) / math.sqrt(len(first))
 
 
-def test_masks_whose_keys_are_alike_are_unlike() -> None:
-    """Keys that differ in their lowest bits: mixed in once, each mask would be the other's with tokens changed."""
+def test_masks_with_similar_keys_are_independent() -> None:
+    """Take keys whose hashes differ in the lowest bits only.
+
+    If a key entered the hash once, the mask of one would be that of the other with its tokens in another order.
+    """
     keys = torch.tensor([dropout_key(seed, step) for seed in range(8) for step in range(1000)], dtype=torch.int32)
-    mixed = torch.from_numpy(reference._mixed(keys.numpy().view(np.uint32)).view(np.int32))
+    mixed = torch.from_numpy(reference._lowbias32(keys.numpy().view(np.uint32)).view(np.int32))
     order = mixed.sort().indices.tolist()
     close = [(i, j) for i, j in pairwise(order) if int(mixed[i] ^ mixed[j]) in range(1, 1 << 12)]
-    assert len(close) >= 5, "there are such pairs"
+    assert len(close) >= 5, "the test needs such pairs"
     for i, j in close:
         one, other = (halved(int(keys[k]), 1 << 12) for k in (i, j))
         moved = other[torch.arange(1 << 12) ^ int(mixed[i] ^ mixed[j])]
@@ -491,15 +505,15 @@ def test_masks_whose_keys_are_alike_are_unlike() -> None:
 
 
 def halved(key: int, tokens: int) -> torch.Tensor:
-    """(tokens,) bool of the first feature, half of them kept."""
+    """Return the mask of the first feature at dropout 0.5: (tokens,) bool."""
     table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
-    nothing, counters = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
-    row = FlatBatch(nothing, nothing, nothing, counters, nothing[:1], nothing, table, tokens)
-    return reference.dropout_mask(row, 0, 1)[:, 0]
+    nothing, positions = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
+    batch = FlatBatch(nothing, nothing, nothing, positions, nothing[:1], nothing, table, tokens)
+    return reference.dropout_mask(batch, 0, 1)[:, 0]
 
 
-def test_two_tokens_and_two_features_have_four_masks(mask: Callable[..., Any]) -> None:
-    """Made from words of tokens and of features, yet three corners of a rectangle tell nothing of the fourth."""
+def test_the_corners_of_a_rectangle_in_a_mask_are_independent(mask: Callable[..., Any]) -> None:
+    """Three corners of a rectangle do not predict the fourth, although tokens and features have one word each."""
     kept = mask(dropout=0.5, tokens=512, features=512).double() * 2 - 1
     for token in (1, 2, 3, 7, 64, 100):
         for feature in (1, 2, 3, 5, 8, 21, 34, 64, 89, 256):
@@ -509,7 +523,7 @@ def test_two_tokens_and_two_features_have_four_masks(mask: Callable[..., Any]) -
             assert abs(corners.mean()) < 5 / math.sqrt(corners.numel())
 
 
-def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
+def test_a_mask_does_not_depend_on_position_bucket_or_neighbors(
     make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow
 ) -> None:
     rows, table = make_rows(7, 12, 5, 9), make_table(0.4, key=99)
@@ -521,12 +535,12 @@ def test_a_mask_does_not_depend_on_place_bucket_or_neighbours(
     whole = reference.dropout_mask(make_row(span(0, [1, 0, 2])), 3, 20)[:24]
     arrangements = [
         (0, make_row(span(0, [1, 0, 2]), num_tokens=200)),
-        (0, make_row(span(0, [2, 1, 0]))),  # other lengths in the same batch
+        (0, make_row(span(0, [2, 1, 0]))),  # the rows in another order
         (16, make_row(Span(2, rows, [3], other), span(1, [1, 0, 2]), num_slots=3)),
         (40, make_row(Span(0, rows, [1, 3], other), Span(1, rows, [0, 3], other), span(4, [1, 0, 2]), num_slots=5)),
     ]
-    for at, row in arrangements:
-        assert torch.equal(reference.dropout_mask(row, 3, 20)[at : at + 24], whole)
-    # The second pass of a batch goes on where the first ended.
+    for at, batch in arrangements:
+        assert torch.equal(reference.dropout_mask(batch, 3, 20)[at : at + 24], whole)
+    # In the second pass of a batch the mask continues where it ended in the first.
     assert torch.equal(reference.dropout_mask(make_row(span(0, [0, 2], first_token=12)), 3, 20)[:12], whole[12:])
     assert not torch.equal(reference.dropout_mask(make_row(span(0, [0, 2])), 3, 20)[:12], whole[12:])

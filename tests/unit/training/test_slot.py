@@ -21,7 +21,7 @@ from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
 class Late:
     """Figures that are not there until they are waited for."""
 
-    is_there = False
+    is_ready = False
 
     def __init__(self, loss: float) -> None:
         self._loss = loss
@@ -123,15 +123,15 @@ def test_the_table_says_what_the_trial_is(slot: Any, pack: FakePack) -> None:
         "loss_weight": pytest.approx(1 / 10),
         "applies": 1,
         "learning_rate": 3e-4,
-        "decay": 0.1,
-        "gain1": pytest.approx(0.2),
-        "gain2": pytest.approx(0.01),
+        "weight_decay": 0.1,
+        "one_minus_beta1": pytest.approx(0.2),
+        "one_minus_beta2": pytest.approx(0.01),
         "epsilon": 1e-7,
-        "correction1": pytest.approx(1 - 0.8**2),
-        "correction2": pytest.approx(1 - 0.99**2),
+        "bias_correction1": pytest.approx(1 - 0.8**2),
+        "bias_correction2": pytest.approx(1 - 0.99**2),
         "max_norm": math.inf,
     }
-    assert (first["correction1"], first["correction2"]) == (pytest.approx(0.2), pytest.approx(0.01))
+    assert (first["bias_correction1"], first["bias_correction2"]) == (pytest.approx(0.2), pytest.approx(0.01))
 
 
 def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, pack: FakePack) -> None:

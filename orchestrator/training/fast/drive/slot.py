@@ -136,13 +136,15 @@ class Slot:
             "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
             "lora.num_modules": len(names),
-            "training.weight_decay": table["decay"],
+            "training.weight_decay": table["weight_decay"],
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
         }
         live = read_back(self.trainer)
         kind, moments = live["training.optimizer"], adapters.moment1.dtype
-        held["training.optimizer"] = kind if ("8-bit" in kind) == (adapters.eight is not None) else f"{moments} moments"
+        held["training.optimizer"] = (
+            kind if ("8-bit" in kind) == (adapters.eight_bit is not None) else f"{moments} moments"
+        )
         # Where model and slot differ both are told, and `applied.compare` refuses them.
         return {
             name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
@@ -238,12 +240,12 @@ class Slot:
             "loss_weight": 1 / max(1, num_targets),
             "applies": 1,
             "learning_rate": group["lr"],
-            "decay": group["weight_decay"],
-            "gain1": 1 - beta1,
-            "gain2": 1 - beta2,
+            "weight_decay": group["weight_decay"],
+            "one_minus_beta1": 1 - beta1,
+            "one_minus_beta2": 1 - beta2,
             "epsilon": group["eps"],
-            "correction1": 1 - beta1**steps,
-            "correction2": 1 - beta2**steps,
+            "bias_correction1": 1 - beta1**steps,
+            "bias_correction2": 1 - beta2**steps,
             "max_norm": args.max_grad_norm or math.inf,
         }
 
@@ -251,7 +253,7 @@ class Slot:
         """Read the figures that have come, at the latest when the host is as far ahead as it may be."""
         while self._pending:
             step, parts = self._pending[0]
-            if not wait and len(self._pending) <= AHEAD and not all(part.is_there for part in parts):
+            if not wait and len(self._pending) <= AHEAD and not all(part.is_ready for part in parts):
                 return
             self._pending.popleft()
             figures = [part.read() for part in parts]

@@ -54,7 +54,7 @@ class SlotView:
         """
         adapters = self._adapters
         states: dict[str, dict[str, Any]]
-        if adapters.eight is not None:
+        if adapters.eight_bit is not None:
             moments = {name: pair for name, pair in self._in_eight_bits() if name in self._parameters}
             states = {
                 name: pair[0].state(1, self._parameters[name].shape) | pair[1].state(2, self._parameters[name].shape)
@@ -76,11 +76,11 @@ class SlotView:
         """
         adapters = self._adapters
         found = {name: states[parameter] for name, parameter in self._parameters.items() if parameter in states}
-        if adapters.eight is not None:
+        if adapters.eight_bit is not None:
             for name, pair in self._in_eight_bits():
                 if name in found:
                     for number, moment in enumerate(pair, 1):
-                        moment.lay(number, found[name])
+                        moment.load(number, found[name])
         else:
             for name, state in found.items():
                 for flat, key in zip((adapters.moment1, adapters.moment2), _names("state1" in state), strict=True):
@@ -88,7 +88,7 @@ class SlotView:
         return max((int(state["step"]) for state in found.values()), default=0)
 
     def _in_eight_bits(self) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
-        return self._adapters.in_eight_bits(self._slot, self._rank)
+        return self._adapters.eight_bit_moments(self._slot, self._rank)
 
 
 def _names(of_bitsandbytes: bool) -> Sequence[str]:
@@ -100,11 +100,11 @@ def copied(pairs: Sequence[tuple[Moment, Moment]]) -> Iterator[tuple[Moment, Mom
     """Moments on the host, as they are now, in tensors that nothing changes later."""
     every = [moment for pair in pairs for moment in pair]
     parts = _at_home([moment.bytes for moment in every])
-    magnitudes = _at_home([moment.magnitudes for moment in every if moment.magnitudes is not None])
-    maps = [moment.map.cpu() for moment in pairs[0]]
+    magnitudes = _at_home([moment.absmax for moment in every if moment.absmax is not None])
+    maps = [moment.code.cpu() for moment in pairs[0]]
     for pair in pairs:
         first, second = (
-            Moment(next(parts), None if moment.magnitudes is None else next(magnitudes), values)
+            Moment(next(parts), None if moment.absmax is None else next(magnitudes), values)
             for moment, values in zip(pair, maps, strict=True)
         )
         yield first, second

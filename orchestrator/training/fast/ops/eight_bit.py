@@ -1,10 +1,12 @@
-"""AdamW's moments in eight bits, as bitsandbytes has them: a quarter of their memory (arXiv 2110.02861).
+"""AdamW's moments in eight bits, as bitsandbytes keeps them: a quarter of the memory (arXiv 2110.02861).
 
-Each matrix of an adapter is a tensor of its own, whose elements follow each other as in PEFT's file. Each 256 of them
-share their largest magnitude; a byte is the nearest of 256 values between -1 and 1 (second moment: 0 and 1). Matrices
-of fewer than 4,096 elements stay in 32 bits (bitsandbytes 0.50, `optim/optimizer.py`, `Optimizer2State.init_state`).
-A step is that of its CPU backend. Its CUDA kernels decay weights after the step, and give a negative first moment whose
-nearest value is zero the next one below.
+Each matrix of an adapter is quantized by itself, its elements in the order of PEFT's file. Each block of 256 elements
+shares its largest magnitude (`absmax`). A byte is an index into a table of 256 values (`code`): between -1 and 1 for
+the first moment, between 0 and 1 for the second. Matrices of fewer than 4,096 elements stay in 32 bits (bitsandbytes
+0.50, `optim/optimizer.py`, `Optimizer2State.init_state`).
+
+A step is that of bitsandbytes' CPU backend. Its CUDA kernels differ in two points: they decay the weights after the
+step, and they give a negative first moment whose nearest value is zero the next value below zero.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,143 +19,159 @@ import torch
 from orchestrator.training.fast.plan.memory import FLOAT, SHARED, SMALL, num_absmax, num_bytes
 
 CHUNK = 512
-"""Of a matrix, that one program of a kernel updates: whole blocks."""
+"""Elements of a matrix that one program of the Triton kernel updates: whole blocks of 256."""
 
 
-def values_of_bytes(signed: bool) -> torch.Tensor:
-    """(256,) ascending: of each decade down to 1e-6 the centres of even parts, half as many as of the next; 0 and 1.
+def dynamic_code(signed: bool) -> torch.Tensor:
+    """Build the table that a byte is an index into: (256,) float32, ascending.
 
-    bitsandbytes' `create_dynamic_map` (arXiv 1511.04561), whose import takes longer than a kernel.
+    Each of the seven decades up to 1 is cut into equal parts, and their centers are the values. A decade has half as
+    many parts as the next one. 0 and 1 are added. This is `create_dynamic_map` of bitsandbytes (arXiv 1511.04561),
+    whose import takes longer than a kernel.
+
+    Args:
+        signed: whether the table has negative values too.
     """
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
-        centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [centres, -centres] if signed else [centres]
+        centers = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [centers, -centers] if signed else [centers]
     return torch.cat(values).sort().values
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One of an adapter's: where it lies in a slot's flat weights."""
+class MatrixLayout:
+    """Place of one matrix of an adapter in a slot's flat weights."""
 
-    at: int
+    offset: int
+    """Its first element."""
     features: int
-    """Elements a rank."""
+    """Elements of one rank: in_features of A, out_features of B."""
     is_b: bool
-    """(features, rank of the stack), of which the first columns are its own; else A, (rank, features)."""
+    """True for B, (features, R), of which an adapter of rank r uses the first r columns; False for A, (R, features)."""
 
 
-class EightBit:
-    """What the moments of all slots have besides their bytes."""
+class EightBitMoments:
+    """Scales and tables of the moments of all slots, and the place of each matrix among their bytes."""
 
-    def __init__(self, matrices: Sequence[Matrix], rank: int, num_slots: int, device: torch.device) -> None:
-        """
+    def __init__(self, matrices: Sequence[MatrixLayout], rank: int, num_slots: int, device: torch.device) -> None:
+        """Plan the layout for matrices of the full stack rank.
+
         Args:
             matrices: in the order of `Adapters.matrices`.
-            rank: of the stack.
+            rank: stack rank R.
             num_slots: adapters that train together.
-            device: of all of it.
+            device: of all tensors.
         """
         self._features = [matrix.features for matrix in matrices]
-        self._places: list[tuple[int, int]] = []
-        """Of each matrix, its first byte in a slot's moment, and its first magnitude."""
-        self.size = blocks = 0
-        """Bytes of a slot's moment."""
+        self._offsets: list[tuple[int, int]] = []
+        """For each matrix: its first byte in a slot's moment, and its first `absmax`."""
+        self.bytes_per_slot = blocks = 0
+        """Bytes of one moment of a slot."""
         programs = []
         for matrix in matrices:
-            most = matrix.features * rank
-            self._places.append((self.size, blocks))
+            max_elements = matrix.features * rank
+            self._offsets.append((self.bytes_per_slot, blocks))
             programs += [
-                (matrix.at, matrix.features, matrix.is_b, self.size, blocks, first) for first in range(0, most, CHUNK)
+                (matrix.offset, matrix.features, matrix.is_b, self.bytes_per_slot, blocks, first)
+                for first in range(0, max_elements, CHUNK)
             ]
-            self.size += num_bytes(most)
-            blocks += num_absmax(most)
+            self.bytes_per_slot += num_bytes(max_elements)
+            blocks += num_absmax(max_elements)
         self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
-        """(programs, 6): a `Matrix`, its first byte and magnitude, and which of its elements is the program's first."""
-        self.magnitudes = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
-        """(moment, slot, block)."""
-        self.maps = torch.stack([values_of_bytes(signed=True), values_of_bytes(signed=False)]).to(device)
-        """(moment, 256) what a byte stands for, ascending."""
-        self.bounds = (self.maps[:, 1:] + self.maps[:, :-1]) / 2
-        """(moment, 255) half way between them."""
+        """(programs, 6) for each program of the kernel: the three fields of `MatrixLayout`, the matrix's first byte and
+        first `absmax`, and the first element of the matrix that the program updates."""
+        self.absmax = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
+        """(moment, slot, block) largest magnitude of a block."""
+        self.code = torch.stack([dynamic_code(signed=True), dynamic_code(signed=False)]).to(device)
+        """(moment, 256) values that a byte is an index into, ascending."""
+        self.midpoints = (self.code[:, 1:] + self.code[:, :-1]) / 2
+        """(moment, 255) bounds half way between these values."""
 
-    def moments(self, slot: int, rank: int, rows: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
-        """Both moments of each matrix of a slot, in place.
+    def moments(self, slot: int, rank: int, flat: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
+        """Yield both moments of each matrix of a slot. Writing to them changes the slot.
 
         Args:
-            slot: whose.
+            slot: the slot.
             rank: of its adapter.
-            rows: its first and its second moment, all bytes of each.
+            flat: all bytes of its first moment, and of its second.
         """
-        for features, (byte, block) in zip(self._features, self._places, strict=True):
+        for features, (byte, block) in zip(self._features, self._offsets, strict=True):
             length = features * rank
             if length < SMALL:
                 whole = slice(byte, byte + FLOAT * length)
-                yield Moment(rows[0][whole], None, self.maps[0]), Moment(rows[1][whole], None, self.maps[1])
+                yield Moment(flat[0][whole], None, self.code[0]), Moment(flat[1][whole], None, self.code[1])
             else:
                 whole, blocks = slice(byte, byte + length), slice(block, block + num_absmax(length))
                 first, second = (
-                    Moment(row[whole], magnitudes[slot, blocks], values)
-                    for row, magnitudes, values in zip(rows, self.magnitudes, self.maps, strict=True)
+                    Moment(bytes_of_slot[whole], absmax[slot, blocks], code)
+                    for bytes_of_slot, absmax, code in zip(flat, self.absmax, self.code, strict=True)
                 )
                 yield first, second
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One moment of one matrix, as it is kept."""
+    """One moment of one matrix, as it is stored."""
 
     bytes: torch.Tensor
-    magnitudes: torch.Tensor | None
-    """(blocks,) float32; None where the bytes are of 32-bit values."""
-    map: torch.Tensor
+    """(elements,) uint8 indices into `code`, or the bytes of (elements,) float32 values."""
+    absmax: torch.Tensor | None
+    """(blocks,) float32; None where the bytes are those of float32 values."""
+    code: torch.Tensor
+    """(256,) float32."""
 
     def read(self) -> torch.Tensor:
-        """(elements,) float32."""
-        if self.magnitudes is None:
-            return self.bytes.clone().view(torch.float32)  # a part of a copy may begin anywhere
+        """Dequantize: (elements,) float32."""
+        if self.absmax is None:
+            return self.bytes.clone().view(torch.float32)  # a slice of a copy may not be aligned to 4 bytes
         values: torch.Tensor = _operators().dequantize_blockwise(
-            self.bytes, self.magnitudes, self.map, SHARED, torch.float32
+            self.bytes, self.absmax, self.code, SHARED, torch.float32
         )
         return values
 
     def write(self, values: torch.Tensor) -> None:
-        """(elements,) float32."""
-        if self.magnitudes is None:
+        """Quantize (elements,) float32 values and store them."""
+        if self.absmax is None:
             self.bytes.view(torch.float32).copy_(values)
             return
-        codes, magnitudes = _operators().quantize_blockwise(values, self.map, SHARED)
-        self.bytes.copy_(codes)
-        self.magnitudes.copy_(magnitudes)
+        quantized, absmax = _operators().quantize_blockwise(values, self.code, SHARED)
+        self.bytes.copy_(quantized)
+        self.absmax.copy_(absmax)
 
     def state(self, number: int, shape: torch.Size) -> dict[str, torch.Tensor]:
-        """As bitsandbytes' optimizer has it, in tensors that share nothing but the map.
+        """Return the state that bitsandbytes' optimizer has for this moment, in copies; only `code` is shared.
 
         Args:
             number: of the moment, 1 or 2.
             shape: of the matrix.
         """
-        if self.magnitudes is None:
+        if self.absmax is None:
             return {f"state{number}": self.read().view(shape)}
         return {
             f"state{number}": self.bytes.clone().view(shape),
-            f"absmax{number}": self.magnitudes.clone(),
-            f"qmap{number}": self.map,
+            f"absmax{number}": self.absmax.clone(),
+            f"qmap{number}": self.code,
         }
 
-    def lay(self, number: int, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave, or bitsandbytes itself."""
+    def load(self, number: int, state: Mapping[str, Any]) -> None:
+        """Store a state that came from `state`, or from bitsandbytes' own optimizer.
+
+        Args:
+            number: of the moment, 1 or 2.
+            state: of the parameter.
+        """
         values = state[f"state{number}"].flatten()
-        if self.magnitudes is None:
+        if self.absmax is None:
             self.bytes.view(torch.float32).copy_(values)
         else:
             self.bytes.copy_(values)
-            self.magnitudes.copy_(state[f"absmax{number}"])
+            self.absmax.copy_(state[f"absmax{number}"])
 
 
 @cache
 def _operators() -> Any:
-    import bitsandbytes  # noqa: F401  # it registers them
+    import bitsandbytes  # noqa: F401  # registers the operators
 
     return torch.ops.bitsandbytes

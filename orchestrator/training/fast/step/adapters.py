@@ -1,4 +1,13 @@
-"""Stacked adapters: the LoRA matrices of all slots in one flat tensor, a row a slot."""
+"""Stacked adapters: the LoRA matrices of all slots in one flat tensor, one row for each slot.
+
+The row of a slot, for each group of layers that share an input:
+
+    | A of layer 0 (R, in) | A of layer 1 | ... | pad | B of layer 0 (out, R) | B of layer 1 | ... | pad |
+    ^ a_offset                                        ^ b_offset
+
+R is the stack rank. An adapter of rank r < R uses the first r rows of each A and the first r columns of each B. Padding
+makes each part a whole number of `BLOCK`s.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,53 +15,53 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.ops.eight_bit import EightBit, Matrix, Moment
+from orchestrator.training.fast.ops.eight_bit import EightBitMoments, MatrixLayout, Moment
 
 BLOCK = 1024
-"""Elements of a slot's flat weights that are all of one group's A, or of its B."""
+"""Elements of a slot's row that all belong to the A part of one group, or all to its B part."""
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A linear layer that an adapter changes."""
+    """A linear layer that has an adapter."""
 
     name: str
-    number: int
-    """In the model, counting all that could be adapted: dropout masks count by it, whatever else is adapted."""
+    module_id: int
+    """Number of the layer among all layers of the model that could have an adapter. Its dropout mask is derived from
+    it, so that the mask does not depend on which other layers have one."""
     in_features: int
     column: int
-    """Where its output begins in that of its group."""
-    width: int
-    """Its output features."""
+    """First column of its output within the output of its group."""
+    out_features: int
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Adapted layers that read the same input: their adapters lie together."""
+    """Adapted layers that read the same input. Their matrices lie side by side."""
 
     layers: tuple[AdaptedLayer, ...]
-    a: int
-    """Where A lies in a slot's flat weights: (layers * rank, in_features)."""
-    b: int
-    """Where B lies: (sum of widths, rank)."""
+    a_offset: int
+    """First element of the A part in a slot's row: (layers * R, in_features)."""
+    b_offset: int
+    """First element of the B part: (sum of out_features, R)."""
 
     @property
     def in_features(self) -> int:
         return self.layers[0].in_features
 
     @property
-    def width(self) -> int:
-        """Adapted output features of all layers."""
-        return sum(layer.width for layer in self.layers)
+    def out_features(self) -> int:
+        """Output features of all adapted layers together."""
+        return sum(layer.out_features for layer in self.layers)
 
 
 class Adapters:
-    """LoRA weights, gradients and optimizer moments of `num_slots` adapters, each flat: (slots, size).
+    """LoRA weights, gradients and AdamW moments of `num_slots` adapters, each a tensor (S, size).
 
-    Moments in eight bits are laid in another way: `eight_bit`.
+    Moments in eight bits have another layout: see `eight_bit`.
 
-    Ranks below `rank` are filled with zeros, which stay: where B's column is zero so is the gradient of A's row, and
-    the other way round; AdamW then moves neither.
+    What lies beyond an adapter's own rank is zero, and stays zero: where a column of B is zero, so is the gradient of
+    the row of A, and the other way round. AdamW then moves neither.
     """
 
     def __init__(
@@ -61,48 +70,51 @@ class Adapters:
         num_slots: int,
         rank: int,
         dtype: torch.dtype,
-        compute: torch.dtype,
+        compute_dtype: torch.dtype,
         device: torch.device,
         eight_bit: bool = False,
     ) -> None:
-        """
+        """Allocate everything, filled with zeros.
+
         Args:
-            adapted: layers by the input that they share, from `adapted_layers`.
+            adapted: layers by the input that they share, from `decoder.adapted_layers`.
             num_slots: adapters that train together.
-            rank: of the stack.
-            dtype: of weights, and of moments that are not in eight bits.
-            compute: of the adapters' products.
-            device: of all of it.
-            eight_bit: keep the moments in eight bits.
+            rank: stack rank R.
+            dtype: of the weights, and of moments that are not in eight bits.
+            compute_dtype: of the products with A and B.
+            device: of all tensors.
+            eight_bit: whether to keep the moments in eight bits.
         """
         self.num_slots = num_slots
         self.rank = rank
-        self.compute = compute
-        self.places: list[LayerGroup | None] = []
-        at, strides = 0, []
+        self.compute_dtype = compute_dtype
+        self.groups: list[LayerGroup | None] = []
+        """In the order of `adapted`; None where no layer is adapted."""
+        at, rank_layout = 0, []
         for layers in adapted:
             if not layers:
-                self.places.append(None)
+                self.groups.append(None)
                 continue
-            b = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
-            group = LayerGroup(tuple(layers), at, b)
-            self.places.append(group)
-            at = b + _whole_blocks(group.width * rank)
-            strides += [(group.a, layers[0].in_features)] * ((b - group.a) // BLOCK)
-            strides += [(b, 1)] * ((at - b) // BLOCK)
+            b_offset = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
+            group = LayerGroup(tuple(layers), at, b_offset)
+            self.groups.append(group)
+            at = b_offset + _whole_blocks(group.out_features * rank)
+            rank_layout += [(group.a_offset, layers[0].in_features)] * ((b_offset - group.a_offset) // BLOCK)
+            rank_layout += [(b_offset, 1)] * ((at - b_offset) // BLOCK)
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
-        self._matrices = dict(self._lay_out())
-        """By PEFT's names."""
-        self.eight = EightBit(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
-        """Where moments are kept so, what they have besides their bytes."""
-        if self.eight is None:
+        self._matrices = dict(self._matrix_layouts())
+        """Layouts by PEFT's names."""
+        self.eight_bit = EightBitMoments(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
+        """Scales and tables of moments in eight bits; None where the moments have another dtype."""
+        if self.eight_bit is None:
             self.moment1, self.moment2 = (torch.zeros_like(self.weights) for _ in range(2))
         else:
-            shape = num_slots, self.eight.size
+            shape = num_slots, self.eight_bit.bytes_per_slot
             self.moment1, self.moment2 = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
         self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
-        self.strides = torch.tensor(strides, dtype=torch.int32, device=device)
-        """(size / BLOCK, 2) of each block, where its matrix begins, and how many elements on is the next rank."""
+        self.rank_layout = torch.tensor(rank_layout, dtype=torch.int32, device=device)
+        """(size / BLOCK, 2) for each block: the first element of its part, and the distance in elements from a rank to
+        the next. The rank of element i is thus (i - first) // distance % R."""
 
     @property
     def num_bytes(self) -> int:
@@ -110,50 +122,57 @@ class Adapters:
         return sum(flat.nbytes for flat in (self.weights, self.moment1, self.moment2, self.gradients))
 
     def a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
-        """A view of one of the flat tensors: (slots, layers * rank, in_features)."""
+        """View the A part of a group in one of the flat tensors: (S, layers * R, in_features)."""
         rows = len(group.layers) * self.rank
-        return flat[:, group.a : group.a + rows * group.in_features].unflatten(1, (rows, group.in_features))
+        part = flat[:, group.a_offset : group.a_offset + rows * group.in_features]
+        return part.unflatten(1, (rows, group.in_features))
 
     def b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
-        """A view of one of the flat tensors: (slots, width, rank)."""
-        return flat[:, group.b : group.b + group.width * self.rank].unflatten(1, (group.width, self.rank))
+        """View the B part of a group in one of the flat tensors: (S, out_features, R)."""
+        part = flat[:, group.b_offset : group.b_offset + group.out_features * self.rank]
+        return part.unflatten(1, (group.out_features, self.rank))
 
     def matrices(self, slot: int, rank: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Views of a slot's A (rank, in) and B (out, rank) by PEFT's names, without the adapter's.
+        """Yield views of a slot's A (rank, in) and B (out, rank) by PEFT's names, without the adapter's name.
 
         Args:
-            slot: whose.
+            slot: the slot.
             rank: of its adapter.
-            flat: weights, gradients, or moments that are laid as they are.
+            flat: weights, gradients, or moments that are not in eight bits.
         """
         for name, matrix in self._matrices.items():
-            stack = flat[slot, matrix.at : matrix.at + matrix.features * self.rank]
+            stack = flat[slot, matrix.offset : matrix.offset + matrix.features * self.rank]
             if matrix.is_b:
                 yield name, stack.unflatten(0, (matrix.features, self.rank))[:, :rank]
             else:
                 yield name, stack.unflatten(0, (self.rank, matrix.features))[:rank]
 
-    def in_eight_bits(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
-        """Both moments of each of a slot's matrices, in place, by the names of `matrices`."""
-        assert self.eight is not None
-        moments = self.eight.moments(slot, rank, (self.moment1[slot], self.moment2[slot]))
+    def eight_bit_moments(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
+        """Yield both moments of each of a slot's matrices by the names of `matrices`. Writing to them changes the slot.
+
+        Args:
+            slot: the slot.
+            rank: of its adapter.
+        """
+        assert self.eight_bit is not None
+        moments = self.eight_bit.moments(slot, rank, (self.moment1[slot], self.moment2[slot]))
         return zip(self._matrices, moments, strict=True)
 
-    def _lay_out(self) -> Iterator[tuple[str, Matrix]]:
-        for group in filter(None, self.places):
-            b = group.b
+    def _matrix_layouts(self) -> Iterator[tuple[str, MatrixLayout]]:
+        for group in filter(None, self.groups):
+            b_offset = group.b_offset
             for index, layer in enumerate(group.layers):
-                a = group.a + index * self.rank * group.in_features
-                yield f"{layer.name}.lora_A", Matrix(a, group.in_features, is_b=False)
-                yield f"{layer.name}.lora_B", Matrix(b, layer.width, is_b=True)
-                b += layer.width * self.rank
+                a_offset = group.a_offset + index * self.rank * group.in_features
+                yield f"{layer.name}.lora_A", MatrixLayout(a_offset, group.in_features, is_b=False)
+                yield f"{layer.name}.lora_B", MatrixLayout(b_offset, layer.out_features, is_b=True)
+                b_offset += layer.out_features * self.rank
 
     def clear(self, slot: int) -> None:
-        """Make a slot as if it had never been used."""
+        """Reset a slot to the state before its first use."""
         for flat in (self.weights, self.moment1, self.moment2, self.gradients):
             flat[slot].zero_()
-        if self.eight is not None:
-            self.eight.magnitudes[:, slot].zero_()
+        if self.eight_bit is not None:
+            self.eight_bit.absmax[:, slot].zero_()
 
 
 def _whole_blocks(size: int) -> int:
@@ -161,12 +180,12 @@ def _whole_blocks(size: int) -> int:
 
 
 def padded_rank(rank: int) -> int:
-    """The stack's rank for an adapter of this one: a power of two from 16 on, so that few graphs serve all ranks."""
+    """Return the stack rank for an adapter: the next power of two from 16 on, so that few graphs serve all ranks."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Parameters of a PEFT model by the names of `Adapters.matrices`."""
+    """Return the LoRA parameters of a PEFT model by the names of `Adapters.matrices`."""
     return {
         name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
         for name, parameter in model.named_parameters()

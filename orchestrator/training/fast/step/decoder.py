@@ -1,44 +1,50 @@
-"""A Llama-like decoder over a flat row, forward and backward, on the weights of a Hugging Face model.
+"""A Llama-like decoder on a flat batch, forward and backward, with the weights of a Hugging Face model.
 
-The base is frozen, so that its backward is one product a layer; what the backward needs is kept, or computed again, as
-the memory plan says. Each step of the forward stands in the backward in the opposite order.
+The base is frozen, so that its backward is one matrix product for each layer and no gradient of a weight. What the
+backward needs is either saved by the forward or computed again, as the memory plan says (`plan.memory.Recompute`).
+
+    residual1 -> norm1 -> qkv -> attention -> out -> + -> residual2 -> norm2 -> gate_up -> swiglu -> down -> +
+        |                                            ^        |                                              ^
+        +--------------------------------------------+        +----------------------------------------------+
+
+qkv, out, gate_up and down are products with the base's weights, each with the adapters of its group on top. The
+backward goes through the same operations in the opposite order.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from orchestrator.training.fast.ops.reference import Attended, Heads
+from orchestrator.training.fast.ops.protocol import AttentionConfig, Ops
 from orchestrator.training.fast.plan.memory import BaseShape, Recompute
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Whose layers are those of `Layer`."""
+"""Model types (`config.model_type` in transformers) whose decoder layers are computed as in `Layer`."""
 
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-"""What trl's LM head applies if a configuration has it (trl 1.16, `add_fused_lm_head`)."""
+"""Configuration fields by which trl's LM head changes the logits (trl 1.16, `add_fused_lm_head`)."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linear layers of a decoder layer by the input that they share."""
+"""Linear layers of a decoder layer, grouped by the input that they share."""
 
 
 def unsupported_shape(model: Any, longest: int) -> str | None:
-    """Why this base cannot be computed here, or None.
+    """Return why the decoder cannot compute this base, or None where it can.
 
     Args:
-        model: the bare base.
+        model: the base, without adapters.
         longest: tokens of the longest row.
     """
     config = model.config
     if not type(model).__module__.startswith("transformers.models."):
-        return "a model with code of its own"
+        return "a model with custom code"
     if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} (it knows {', '.join(MODEL_TYPES)})"
+        return f"model type {config.model_type!r} (supported: {', '.join(MODEL_TYPES)})"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act!r}"
     window = getattr(config, "sliding_window", None)
@@ -46,22 +52,22 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
         return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
     rope = config.rope_parameters.get("rope_type", "default")
     if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"positions of type {rope!r}"
+        return f"RoPE type {rope!r}"
     if config.attention_dropout:
-        return "dropout in attention"
+        return "attention dropout"
     if model.get_output_embeddings().bias is not None:
         return "a bias on the LM head"
     if scales := [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]:
-        return f"logits that are changed ({scales[0]})"
+        return f"logits changed by {scales[0]}"
     for layer in model.model.layers:
         for name, linear in layer.named_modules():
-            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, model.dtype):
+            if isinstance(linear, torch.nn.Linear) and not _is_supported(linear, model.dtype):
                 return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
     return None
 
 
-def _is_known(linear: Any, dtype: torch.dtype) -> bool:
-    """Whether a layer's weight is what it seems: floats of the base's dtype, or NF4 and FP4 computed in it."""
+def _is_supported(linear: Any, dtype: torch.dtype) -> bool:
+    """Return whether a layer's weight is in the base's dtype, or in NF4 or FP4 and computed in that dtype."""
     from bitsandbytes.nn import Linear4bit
 
     if isinstance(linear, Linear4bit):
@@ -70,13 +76,13 @@ def _is_known(linear: Any, dtype: torch.dtype) -> bool:
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:
-    """Layers to adapt by the input that they share: `GROUPS` of the first decoder layer, of the second, and so on.
+    """List the layers to adapt by the input that they share: `GROUPS` of the first decoder layer, then of the second.
 
     Args:
-        model: the bare base.
-        names: modules to adapt.
+        model: the base, without adapters.
+        names: modules to adapt, by their full names.
     """
-    places, number = [], 0
+    groups, module_id = [], 0
     for index, layer in enumerate(model.model.layers):
         children = {name.rpartition(".")[2]: (name, module) for name, module in layer.named_modules()}
         for group in GROUPS:
@@ -84,22 +90,23 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer
             for leaf in group:
                 name, linear = children[leaf]
                 if (path := f"model.layers.{index}.{name}") in names:
-                    adapted.append(AdaptedLayer(path, number, linear.in_features, column, linear.out_features))
+                    adapted.append(AdaptedLayer(path, module_id, linear.in_features, column, linear.out_features))
                 column += linear.out_features
-                number += 1
-            places.append(adapted)
-    return places
+                module_id += 1
+            groups.append(adapted)
+    return groups
 
 
-class Linears:
-    """Linear layers that read one input, as one product: (T, in) -> (T, sum of outs)."""
+class FusedLinear:
+    """Frozen linear layers that read the same input, as one product: (T, in) -> (T, sum of outs)."""
 
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, keeps: bool) -> None:
-        """
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, keeps_base: bool) -> None:
+        """Read the layers' weights and biases.
+
         Args:
-            layers: `Linear` or bitsandbytes' `Linear4bit`.
+            layers: `Linear`, or `Linear4bit` of bitsandbytes.
             dtype: of the products.
-            keeps: dequantise once and keep, instead of at each product.
+            keeps_base: whether to dequantize once and keep the result, instead of at each product.
         """
         self._layers = layers
         self._dtype = dtype
@@ -114,226 +121,271 @@ class Linears:
                     for layer in layers
                 ]
             )
-        if keeps:
-            self._kept = self._dequantised()
+        if keeps_base:
+            self._kept = self._dequantized()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight(), self.bias)
 
-    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        """(T, sum of outs) -> (T, in)."""
-        return gradient @ self._weight()
+    def backward(self, dy: torch.Tensor) -> torch.Tensor:
+        """Compute dx: (T, sum of outs) -> (T, in)."""
+        return dy @ self._weight()
 
     def _weight(self) -> torch.Tensor:
-        return self._dequantised() if self._kept is None else self._kept
+        return self._dequantized() if self._kept is None else self._kept
 
-    def _dequantised(self) -> torch.Tensor:
-        """(sum of outs, in), the very numbers that QLoRA multiplies by."""
+    def _dequantized(self) -> torch.Tensor:
+        """Return (sum of outs, in), exactly the numbers that QLoRA multiplies by."""
         weights = [
-            _dequantised(layer.weight.detach(), getattr(layer.weight, "quant_state", None)) for layer in self._layers
+            _dequantized(layer.weight.detach(), getattr(layer.weight, "quant_state", None)) for layer in self._layers
         ]
         return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(self._dtype)
 
 
-def _dequantised(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """As floats what bitsandbytes holds in 4 bits; without a `state` it is floats already."""
-    if state is None:
+def _dequantized(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
+    """Return a 4-bit weight of bitsandbytes as floats; without a `quant_state` it already is."""
+    if quant_state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    dequantised: torch.Tensor = dequantize_4bit(weight, state)
-    return dequantised
+    dequantized: torch.Tensor = dequantize_4bit(weight, quant_state)
+    return dequantized
 
 
 @dataclass
 class SavedActivations:
-    """What a layer's forward leaves for its backward; None is computed again."""
+    """Activations that the forward of a layer leaves for its backward. One that is None is computed again."""
 
-    states: torch.Tensor
-    """(T, H) residual sum that the layer read."""
-    root1: torch.Tensor
+    residual1: torch.Tensor
+    """(T, H) residual sum that the layer reads."""
+    rstd1: torch.Tensor
+    """(T,) float32."""
     normed1: torch.Tensor | None
-    attended: Attended
+    """(T, H)."""
+    saved_attention: tuple[torch.Tensor, ...]
+    """Tensors from `Ops.attention` for `Ops.attention_backward`."""
     attention: torch.Tensor
-    middle: torch.Tensor
+    """(T, num_heads * D)."""
+    residual2: torch.Tensor
     """(T, H) residual sum after attention."""
-    root2: torch.Tensor
+    rstd2: torch.Tensor
+    """(T,) float32."""
     normed2: torch.Tensor | None
+    """(T, H)."""
     gate_up: torch.Tensor
-    product: torch.Tensor | None
-    lows: list[torch.Tensor | None]
-    """Of each group, the (T, layers * rank) between A and B."""
+    """(T, 2 I)."""
+    mlp_hidden: torch.Tensor | None
+    """(T, I) silu(gate) * up."""
+    lora_hidden: list[torch.Tensor | None]
+    """For each of `GROUPS` the (T, layers * R) between A and B; None where no layer is adapted."""
 
 
 class Layer:
     """One decoder layer."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype, keeps: bool, heads: Heads, epsilon: float) -> None:
+    def __init__(
+        self, layer: Any, dtype: torch.dtype, keeps_base: bool, config: AttentionConfig, epsilon: float
+    ) -> None:
+        """Take the weights of a transformers decoder layer.
+
+        Args:
+            layer: the decoder layer.
+            dtype: of the products.
+            keeps_base: as in `Decoder`.
+            config: of its attention.
+            epsilon: of its norms.
+        """
         attention, mlp = layer.self_attn, layer.mlp
         qkv, out, gate_up, down = (
             [getattr(attention if hasattr(attention, name) else mlp, name) for name in names] for names in GROUPS
         )
         self.qkv, self.out, self.gate_up, self.down = (
-            Linears(layers, dtype, keeps) for layers in (qkv, out, gate_up, down)
+            FusedLinear(layers, dtype, keeps_base) for layers in (qkv, out, gate_up, down)
         )
         self.norm1 = layer.input_layernorm.weight.detach()
         self.norm2 = layer.post_attention_layernorm.weight.detach()
-        self._heads = heads
+        self._config = config
         self._epsilon = epsilon
 
     def forward(
         self,
-        states: torch.Tensor,
+        residual: torch.Tensor,
         delta: torch.Tensor | None,
-        step: "PassInputs",
+        inputs: "PassInputs",
         groups: Sequence[LayerGroup | None],
-        keeps: bool,
+        saves: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, SavedActivations | None]:
-        """Residual sum after attention and what the MLP adds to it, which the next norm sums: (T, H), (T, H)."""
-        ops, (for_qkv, for_out, for_gate_up, for_down) = step.ops, groups
-        states, normed1, root1 = ops.add_norm(states, delta, self.norm1, self._epsilon)
-        qkv, low_qkv = step.adapted(self.qkv, normed1, for_qkv)
-        attention, attended = ops.attention(qkv, step.row, self._heads)
-        out, low_out = step.adapted(self.out, attention, for_out)
-        middle, normed2, root2 = ops.add_norm(states, out, self.norm2, self._epsilon)
-        gate_up, low_gate_up = step.adapted(self.gate_up, normed2, for_gate_up)
-        product = ops.swiglu(gate_up)
-        down, low_down = step.adapted(self.down, product, for_down)
-        if not keeps:
-            return middle, down, None
-        everything = step.recompute != "elementwise"
-        kept = SavedActivations(
-            states,
-            root1,
-            normed1 if everything else None,
-            attended,
+        """Compute the layer up to the last addition, which the next norm does.
+
+        Args:
+            residual: (T, H) residual sum before the previous layer's MLP was added.
+            delta: (T, H) output of that MLP; None for the first layer.
+            inputs: of the pass.
+            groups: adapters of the layer, in the order of `GROUPS`.
+            saves: whether a backward will need the activations.
+
+        Returns:
+            The residual sum after attention (T, H), the output of the MLP (T, H), and the saved activations.
+        """
+        ops, (qkv_group, out_group, gate_up_group, down_group) = inputs.ops, groups
+        residual1, normed1, rstd1 = ops.add_norm(residual, delta, self.norm1, self._epsilon)
+        qkv, qkv_hidden = inputs.linear(self.qkv, normed1, qkv_group)
+        attention, saved_attention = ops.attention(qkv, inputs.batch, self._config)
+        out, out_hidden = inputs.linear(self.out, attention, out_group)
+        residual2, normed2, rstd2 = ops.add_norm(residual1, out, self.norm2, self._epsilon)
+        gate_up, gate_up_hidden = inputs.linear(self.gate_up, normed2, gate_up_group)
+        mlp_hidden = ops.swiglu(gate_up)
+        down, down_hidden = inputs.linear(self.down, mlp_hidden, down_group)
+        if not saves:
+            return residual2, down, None
+        saves_elementwise = inputs.recompute != "elementwise"
+        saved = SavedActivations(
+            residual1,
+            rstd1,
+            normed1 if saves_elementwise else None,
+            saved_attention,
             attention,
-            middle,
-            root2,
-            normed2 if everything else None,
+            residual2,
+            rstd2,
+            normed2 if saves_elementwise else None,
             gate_up,
-            product if everything else None,
-            [low_qkv, low_out, low_gate_up, low_down],
+            mlp_hidden if saves_elementwise else None,
+            [qkv_hidden, out_hidden, gate_up_hidden, down_hidden],
         )
-        return middle, down, kept
+        return residual2, down, saved
 
     def backward(
-        self, gradient: torch.Tensor, kept: SavedActivations, step: "PassInputs", groups: Sequence[LayerGroup | None]
+        self,
+        dresidual: torch.Tensor,
+        saved: SavedActivations,
+        inputs: "PassInputs",
+        groups: Sequence[LayerGroup | None],
     ) -> torch.Tensor:
-        """From the gradient of the residual sum after the layer to that of the sum before it, (T, H)."""
-        ops, (for_qkv, for_out, for_gate_up, for_down) = step.ops, groups
-        low_qkv, low_out, low_gate_up, low_down = kept.lows
-        product = ops.swiglu(kept.gate_up) if kept.product is None else kept.product
-        by_product = step.adapted_backward(self.down, gradient, product, low_down, for_down)
-        by_gate_up = ops.swiglu_backward(by_product, kept.gate_up)
-        normed2 = self._normed(kept.middle, self.norm2, step) if kept.normed2 is None else kept.normed2
-        by_normed2 = step.adapted_backward(self.gate_up, by_gate_up, normed2, low_gate_up, for_gate_up)
-        gradient = ops.add_norm_backward(gradient, by_normed2, kept.middle, kept.root2, self.norm2)
-        by_attention = step.adapted_backward(self.out, gradient, kept.attention, low_out, for_out)
-        by_qkv = ops.attention_backward(by_attention, kept.attended, step.row, self._heads)
-        normed1 = self._normed(kept.states, self.norm1, step) if kept.normed1 is None else kept.normed1
-        by_normed1 = step.adapted_backward(self.qkv, by_qkv, normed1, low_qkv, for_qkv)
-        return ops.add_norm_backward(gradient, by_normed1, kept.states, kept.root1, self.norm1)
+        """Compute the gradient of the residual sum before the layer from that after it: (T, H) -> (T, H)."""
+        ops, (qkv_group, out_group, gate_up_group, down_group) = inputs.ops, groups
+        qkv_hidden, out_hidden, gate_up_hidden, down_hidden = saved.lora_hidden
+        mlp_hidden = ops.swiglu(saved.gate_up) if saved.mlp_hidden is None else saved.mlp_hidden
+        dmlp_hidden = inputs.linear_backward(self.down, dresidual, mlp_hidden, down_hidden, down_group)
+        dgate_up = ops.swiglu_backward(dmlp_hidden, saved.gate_up)
+        normed2 = self._normed(saved.residual2, self.norm2, inputs) if saved.normed2 is None else saved.normed2
+        dnormed2 = inputs.linear_backward(self.gate_up, dgate_up, normed2, gate_up_hidden, gate_up_group)
+        dresidual = ops.add_norm_backward(dresidual, dnormed2, saved.residual2, saved.rstd2, self.norm2)
+        dattention = inputs.linear_backward(self.out, dresidual, saved.attention, out_hidden, out_group)
+        dqkv = ops.attention_backward(dattention, saved.saved_attention, inputs.batch, self._config)
+        normed1 = self._normed(saved.residual1, self.norm1, inputs) if saved.normed1 is None else saved.normed1
+        dnormed1 = inputs.linear_backward(self.qkv, dqkv, normed1, qkv_hidden, qkv_group)
+        return ops.add_norm_backward(dresidual, dnormed1, saved.residual1, saved.rstd1, self.norm1)
 
-    def _normed(self, states: torch.Tensor, weight: torch.Tensor, step: "PassInputs") -> torch.Tensor:
-        normed: torch.Tensor = step.ops.add_norm(states, None, weight, self._epsilon)[1]
-        return normed
+    def _normed(self, residual: torch.Tensor, weight: torch.Tensor, inputs: "PassInputs") -> torch.Tensor:
+        return inputs.ops.add_norm(residual, None, weight, self._epsilon)[1]
 
 
 @dataclass(frozen=True)
 class PassInputs:
-    """What all layers of one pass share."""
+    """Inputs that all layers of one pass share."""
 
-    ops: ModuleType
-    """`plain` or `kernels`."""
-    row: FlatBatch
+    ops: Ops
+    batch: FlatBatch
     adapters: Adapters
     recompute: Recompute
 
-    def adapted(
-        self, base: Linears, x: torch.Tensor, group: LayerGroup | None
+    def linear(
+        self, base: FusedLinear, x: torch.Tensor, group: LayerGroup | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Base and adapters of a group: (T, outs), and (T, layers * rank) for the backward."""
+        """Apply layers of the base and their adapters: (T, outs), and (T, layers * R) for the backward."""
         y = base.forward(x)
         if group is None:
             return y, None
-        low = self.ops.lora_down(x, self.adapters, group, self.row)
-        self.ops.lora_up_(y, low, self.adapters, group, self.row)
-        return y, low
+        lora_hidden = self.ops.lora_down(x, self.adapters, group, self.batch)
+        self.ops.lora_up_(y, lora_hidden, self.adapters, group, self.batch)
+        return y, lora_hidden
 
-    def adapted_backward(
-        self, base: Linears, gradient: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None, group: LayerGroup | None
+    def linear_backward(
+        self,
+        base: FusedLinear,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        lora_hidden: torch.Tensor | None,
+        group: LayerGroup | None,
     ) -> torch.Tensor:
-        """(T, outs) -> (T, in); the adapters' own gradients are added up where they lie."""
-        by_x = base.backward(gradient)
+        """Compute dx (T, in) from dy (T, outs), and add to the gradients of the adapters."""
+        dx = base.backward(dy)
         if group is not None:
-            self.ops.lora_backward(gradient, x, low, by_x, self.adapters, group, self.row)
-        return by_x
+            assert lora_hidden is not None
+            self.ops.lora_backward(dy, x, lora_hidden, dx, self.adapters, group, self.batch)
+        return dx
 
 
 class Decoder:
-    """The frozen base in the form that the fast step computes with."""
+    """The frozen base, ready for passes over flat batches."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, longest: int, keeps: bool) -> None:
-        """
+    def __init__(self, model: Any, dtype: torch.dtype, longest: int, keeps_base: bool) -> None:
+        """Take the weights of a transformers model, and compute the rotary tables.
+
         Args:
-            model: the bare base.
+            model: the base, without adapters.
             dtype: of hidden states and products.
-            longest: no sequence is longer.
-            keeps: whether the dequantised weights stay.
+            longest: upper bound of a sequence's length in tokens.
+            keeps_base: whether to keep the dequantized weights, instead of dequantizing at each use.
         """
         inner, config = model.model, model.config
         device = inner.embed_tokens.weight.device
         self.longest = longest
-        self.keeps = keeps
+        self.keeps_base = keeps_base
         positions = torch.arange(longest, device=device)[None]
         cos, sin = inner.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions)
         shape = BaseShape.of(config)
-        heads = Heads(shape.queries, shape.keys, shape.head_size, cos[0], sin[0])
+        attention = AttentionConfig(shape.queries, shape.keys, shape.head_size, cos[0], sin[0])
         self._epsilon = config.rms_norm_eps
         self._embedding = inner.embed_tokens.weight.detach()
         self._norm = inner.norm.weight.detach()
-        self._head = model.get_output_embeddings().weight.detach()
-        self._layers = [Layer(layer, dtype, keeps, heads, self._epsilon) for layer in inner.layers]
+        self._lm_head = model.get_output_embeddings().weight.detach()
+        self._layers = [Layer(layer, dtype, keeps_base, attention, self._epsilon) for layer in inner.layers]
 
-    def train(self, step: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward of a row; the adapters' gradients are added up where they lie.
+    def train(self, inputs: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make a forward and a backward pass, and add to the gradients of the adapters.
 
         Returns:
-            (T,) losses and (T,) hits, as from `cross_entropy`.
+            (T,) losses and (T,) hits, as from `Ops.cross_entropy`.
         """
-        layers = list(zip(self._layers, self._groups(step.adapters), strict=True))
-        states, delta = F.embedding(step.row.ids, self._embedding), None
-        passes: list[Any] = []  # what each layer's forward has left, or its input alone
+        ops, layers = inputs.ops, list(zip(self._layers, self._groups(inputs.adapters), strict=True))
+        residual, delta = F.embedding(inputs.batch.ids, self._embedding), None
+        passes: list[Any] = []  # for each layer its saved activations, or its input where it is computed again
         for layer, groups in layers:
-            inputs = (states, delta)
-            keeps = step.recompute != "layers"
-            states, delta, kept = layer.forward(*inputs, step, groups, keeps)
-            passes.append(inputs if kept is None else kept)
-        states, normed, root = step.ops.add_norm(states, delta, self._norm, self._epsilon)
-        losses, hits, by_normed = step.ops.cross_entropy(normed, self._head, step.row, trains=True)
-        gradient = step.ops.add_norm_backward(torch.zeros_like(states), by_normed, states, root, self._norm)
-        del states, delta, inputs, kept, normed, by_normed
+            layer_input = (residual, delta)
+            saves = inputs.recompute != "layers"
+            residual, delta, saved = layer.forward(*layer_input, inputs, groups, saves)
+            passes.append(layer_input if saved is None else saved)
+        residual, normed, rstd = ops.add_norm(residual, delta, self._norm, self._epsilon)
+        losses, hits, dnormed = ops.cross_entropy(normed, self._lm_head, inputs.batch, with_gradient=True)
+        assert dnormed is not None
+        dresidual = ops.add_norm_backward(torch.zeros_like(residual), dnormed, residual, rstd, self._norm)
+        del residual, delta, layer_input, saved, normed, dnormed  # what the backward does not need
         for layer, groups in reversed(layers):
             left = passes.pop()
-            kept = (
-                left if isinstance(left, SavedActivations) else layer.forward(left[0], left[1], step, groups, True)[2]
+            saved = (
+                left if isinstance(left, SavedActivations) else layer.forward(left[0], left[1], inputs, groups, True)[2]
             )
-            assert kept is not None
-            gradient = layer.backward(gradient, kept, step, groups)
+            assert saved is not None
+            dresidual = layer.backward(dresidual, saved, inputs, groups)
         return losses, hits
 
-    def evaluate(self, step: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward of a row: (T,) losses and (T,) hits."""
-        states, delta = F.embedding(step.row.ids, self._embedding), None
-        for layer, groups in zip(self._layers, self._groups(step.adapters), strict=True):
-            states, delta, _ = layer.forward(states, delta, step, groups, False)
-        normed = step.ops.add_norm(states, delta, self._norm, self._epsilon)[1]
-        losses, hits, _ = step.ops.cross_entropy(normed, self._head, step.row, trains=False)
+    def evaluate(self, inputs: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make a forward pass.
+
+        Returns:
+            (T,) losses and (T,) hits, as from `Ops.cross_entropy`.
+        """
+        ops = inputs.ops
+        residual, delta = F.embedding(inputs.batch.ids, self._embedding), None
+        for layer, groups in zip(self._layers, self._groups(inputs.adapters), strict=True):
+            residual, delta, _ = layer.forward(residual, delta, inputs, groups, False)
+        normed = ops.add_norm(residual, delta, self._norm, self._epsilon)[1]
+        losses, hits, _ = ops.cross_entropy(normed, self._lm_head, inputs.batch, with_gradient=False)
         return losses, hits
 
     @staticmethod
     def _groups(adapters: Adapters) -> list[Sequence[LayerGroup | None]]:
-        """Of each layer, its groups in the order of `GROUPS`; None where nothing is adapted."""
-        places = adapters.places
-        return [places[at : at + len(GROUPS)] for at in range(0, len(places), len(GROUPS))]
+        """Return for each decoder layer its groups in the order of `GROUPS`; None where nothing is adapted."""
+        groups = adapters.groups
+        return [groups[at : at + len(GROUPS)] for at in range(0, len(groups), len(GROUPS))]

@@ -1,4 +1,12 @@
-"""A step's tokens, laid end to end: no padding between sequences, and each slot's span a whole number of tiles."""
+"""The input of a step: the tokens of all slots end to end, in one buffer.
+
+Sequences follow each other without padding. Only the end of a slot's span is padded, to whole tiles, and the end of the
+flat batch, to the size of its bucket:
+
+    token      0  1  2  3 | 4  5  6  7 | 8  9 10 11 |12 13 14 15 |16 17 18 19
+    sequence   a  a  b  b | b  -  -  - | c  c  c  c | -  -  -  - | -  -  -  -
+    tile         slot 2   |   slot 2   |   slot 0   |  padding of the bucket
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,65 +20,72 @@ IGNORED = -100
 """Target of a token that has no loss."""
 
 TABLE = (
-    "key",  # of the dropout masks of this trial and step
-    "threshold",  # a token's feature is dropped where its 31 random bits are below
+    "key",  # of this trial's and this step's dropout masks
+    "threshold",  # a feature of a token is dropped where its 31 random bits are below this
     "keep_scale",  # 1 / (1 - dropout)
     "scale",  # alpha / rank
-    "rank",  # of its adapter: kernels leave out what the stack has beyond
-    "loss_weight",  # 1 / tokens with a loss in the whole batch
-    "applies",  # 1 where the batch ends with this row: the slot's optimizer steps
+    "rank",  # of the slot's adapter: kernels leave out what the stack has beyond it
+    "loss_weight",  # 1 / number of tokens with a loss in the whole batch
+    "applies",  # 1 where the batch ends with this pass: the slot's optimizer steps
     "learning_rate",
-    "decay",  # weight decay
-    "gain1",  # 1 - beta1, and not beta1: 4 bytes hold 0.001 to 8 digits, but 1 - 0.999 only to 4
-    "gain2",  # 1 - beta2
+    "weight_decay",
+    "one_minus_beta1",  # and not beta1: float32 holds 0.001 to 8 digits, but 1 - 0.999 to 4 only
+    "one_minus_beta2",
     "epsilon",
-    "correction1",  # 1 - beta1 ** steps
-    "correction2",  # 1 - beta2 ** steps
-    "max_norm",  # infinite where nothing is clipped
+    "bias_correction1",  # 1 - beta1 ** steps
+    "bias_correction2",  # 1 - beta2 ** steps
+    "max_norm",  # of the gradient; infinite where nothing is clipped
 )
-"""What a slot's row of the table says, each in 4 bytes."""
+"""Fields that a trial gives for its slot, 4 bytes each."""
 
-PLACES = ("first_tile", "end_tile")
-"""What the layout adds to it: the slot's first tile and the one after its last; alike where it has none."""
+TILE_RANGE = ("first_tile", "end_tile")
+"""Fields that `BucketShape.fill` adds: the slot's first tile, and the tile after its last; 0 and 0 without tokens."""
 
-INTEGERS = ("key", "threshold", "rank", "applies", *PLACES)
+INTEGERS = ("key", "threshold", "rank", "applies", *TILE_RANGE)
+"""Fields that are int32; the others are float32."""
 
 
 def as_int32(value: int) -> int:
-    """The int32 with the lowest 32 bits of this."""
+    """Return the int32 that has the lowest 32 bits of a value."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >> 31 else value
 
 
 class TokenizedRows:
-    """Tokenised rows of one data set, in flat arrays: a batch is a few slices, whatever the rows' lengths.
+    """The tokenized rows of a data set in flat arrays, so that a batch is a few slices whatever the lengths.
 
-    A row that is packed has several sequences, which see nothing of each other.
+    A packed row holds several sequences, which do not attend to each other.
     """
 
-    def __init__(self, input_ids: Sequence[Any], labels: Sequence[Any], parts: Sequence[Any] | None = None) -> None:
-        """
+    def __init__(
+        self, input_ids: Sequence[Any], labels: Sequence[Any], sequence_lengths: Sequence[Any] | None = None
+    ) -> None:
+        """Lay the rows end to end.
+
         Args:
             input_ids: tokens of each row.
-            labels: the same, with -100 where there is no loss.
-            parts: lengths of each row's sequences; None where each row is one. Their first tokens have no loss.
+            labels: the same tokens, with -100 where a token has no loss.
+            sequence_lengths: lengths of the sequences in each row; None where each row is one sequence. The labels of
+                their first tokens must be -100.
         """
         self.lengths = np.array([len(row) for row in input_ids], dtype=np.int64)
-        self._parts = None if parts is None else [np.cumsum(row, dtype=np.int64) for row in parts]
-        self.most_parts = 1 if parts is None else max(len(row) for row in parts)
-        """Sequences of the row that has most."""
+        self._sequence_ends = (
+            None if sequence_lengths is None else [np.cumsum(row, dtype=np.int64) for row in sequence_lengths]
+        )
+        self.max_sequences = 1 if sequence_lengths is None else max(len(row) for row in sequence_lengths)
+        """Largest number of sequences in a row."""
         self._ends = np.cumsum(self.lengths)
         self._ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in input_ids])
         targets = np.concatenate([np.asarray(row, dtype=np.int32) for row in labels])
-        # A token's target is the next token of its own row.
+        # The target of a token is the next token of its own row.
         self._targets = np.append(targets[1:], np.int32(IGNORED))
         self._targets[self._ends - 1] = IGNORED
-        self.num_targets_of_each = np.add.reduceat(self._targets != IGNORED, self._ends - self.lengths, dtype=np.int64)
-        """(rows,) tokens with a loss."""
+        self.num_targets_per_row = np.add.reduceat(self._targets != IGNORED, self._ends - self.lengths, dtype=np.int64)
+        """(rows,) number of tokens with a loss."""
 
     @classmethod
     def of(cls, dataset: Any) -> "TokenizedRows":
-        """From a `datasets.Dataset` with input_ids and labels."""
+        """Read a `datasets.Dataset` with the columns input_ids, labels and, where rows are packed, seq_lengths."""
         table = dataset.with_format("arrow")[:]
 
         def split(name: str) -> list[Any]:
@@ -89,73 +104,77 @@ class TokenizedRows:
         return int(self.lengths.max())
 
     def ids(self, row: int) -> Any:
-        """(length,) int32 tokens."""
+        """Return the (length,) int32 tokens of a row."""
         return self._ids[self._ends[row] - self.lengths[row] : self._ends[row]]
 
     def targets(self, row: int) -> Any:
-        """(length,) int32 next tokens, -100 where there is no loss."""
+        """Return the (length,) int32 next tokens of a row, -100 where there is no loss."""
         return self._targets[self._ends[row] - self.lengths[row] : self._ends[row]]
 
-    def ends(self, row: int) -> Any:
-        """(sequences,) where those of a row end within it."""
-        return self.lengths[row : row + 1] if self._parts is None else self._parts[row]
+    def sequence_ends(self, row: int) -> Any:
+        """Return (sequences,) the ends of a row's sequences, counted from the start of the row."""
+        return self.lengths[row : row + 1] if self._sequence_ends is None else self._sequence_ends[row]
 
     def fitting(self, indices: Sequence[int], max_tokens: int) -> int:
-        """How many of these rows, in their order, have at most so many tokens together."""
+        """Count how many of these rows, taken in order, have at most `max_tokens` tokens together."""
         return int(np.searchsorted(np.cumsum(self.lengths[list(indices)]), max_tokens, side="right"))
 
     def num_targets(self, indices: Sequence[int]) -> int:
-        """Tokens with a loss in these rows."""
-        return int(self.num_targets_of_each[list(indices)].sum())
+        """Count the tokens with a loss in these rows."""
+        return int(self.num_targets_per_row[list(indices)].sum())
 
 
 @dataclass(frozen=True)
 class Span:
-    """One slot's part of a step."""
+    """The part of a flat batch that belongs to one slot."""
 
     slot: int
     rows: TokenizedRows
     indices: Sequence[int]
-    """Rows, in the order of the batch."""
+    """Rows of the data set, in the order of the batch."""
     table: dict[str, float]
-    """This slot's values of `TABLE`."""
+    """The slot's values of `TABLE`."""
     first_token: int = 0
-    """Tokens of the same batch in earlier rows: dropout counts on."""
+    """Tokens of the same batch in earlier passes. Dropout positions count on from here."""
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens."""
+        """Tokens without padding."""
         return int(self.rows.lengths[list(self.indices)].sum())
 
     @property
-    def most_sequences(self) -> int:
-        """That so many rows can have, and the filler behind them: the same whichever rows they are."""
-        return len(self.indices) * self.rows.most_parts + 1
+    def max_sequences(self) -> int:
+        """Upper bound of sequences, padding included. It depends on the number of rows, not on which rows they are."""
+        return len(self.indices) * self.rows.max_sequences + 1
 
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """A step's input on the device: views of one buffer, so that one copy brings all of it."""
+    """The input of a step on the device: views of one buffer, so that one copy brings all of it.
+
+    Padding forms sequences of its own.
+    """
 
     ids: torch.Tensor
-    """(tokens,) int32."""
+    """(T,) int32 tokens."""
     targets: torch.Tensor
-    """(tokens,) int32 next tokens; -100 where there is no loss, fillers included."""
+    """(T,) int32 next tokens; -100 where there is no loss, padding included."""
     positions: torch.Tensor
-    """(tokens,) int32 within the sequence."""
-    counters: torch.Tensor
-    """(tokens,) int32 within the slot's batch: what dropout counts by."""
-    tiles: torch.Tensor
-    """(tokens / tile,) int32 slot of each tile."""
-    bounds: torch.Tensor
-    """(sequences + 1,) int32 ends of the sequences, fillers included; the last ones may be empty."""
+    """(T,) int32 position within the sequence."""
+    dropout_positions: torch.Tensor
+    """(T,) int32 position within the slot's batch, from which its dropout mask is computed."""
+    tile_slots: torch.Tensor
+    """(T / tile,) int32 slot of each tile."""
+    cu_seqlens: torch.Tensor
+    """(sequences + 1,) int32 cumulative lengths of the sequences, padding included; the last ones may be empty."""
     table: dict[str, torch.Tensor]
-    """`TABLE` and `PLACES`, each (slots,)."""
-    longest: int
-    """No sequence is longer."""
+    """Each field of `TABLE` and `TILE_RANGE` for all slots, (S,)."""
+    max_seqlen: int
+    """Upper bound of a sequence's length in tokens."""
 
     @property
     def num_tokens(self) -> int:
+        """T, padding included."""
         return len(self.ids)
 
     @property
@@ -164,111 +183,117 @@ class FlatBatch:
 
     @property
     def tile(self) -> int:
-        """Tokens of one tile."""
-        return len(self.ids) // len(self.tiles)
+        """Tokens of a tile."""
+        return len(self.ids) // len(self.tile_slots)
 
     @cached_property
-    def owners(self) -> torch.Tensor:
-        """(tokens,) slot of each token."""
-        return self.tiles.long().repeat_interleave(self.tile)
+    def slot_ids(self) -> torch.Tensor:
+        """(T,) int64 slot of each token."""
+        return self.tile_slots.long().repeat_interleave(self.tile)
 
     @cached_property
-    def drops(self) -> bool:
-        """Whether any slot has dropout. Reads the table: on a GPU it would wait."""
+    def has_dropout(self) -> bool:
+        """True where any slot has dropout. Reads the table: on a GPU this waits for the device."""
         return bool(self.table["threshold"].any())
 
     @cached_property
-    def masks(self) -> dict[tuple[int, int], torch.Tensor]:
-        """Dropout's masks that `plain` has made: (module, features) -> (tokens, features)."""
+    def dropout_masks(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Masks that `reference` has computed, which its backward needs again: (module, features) -> (T, features)."""
         return {}
 
     @cached_property
-    def tokens_of_slots(self) -> list[tuple[int, torch.Tensor]]:
-        """Each slot that has tokens, and their places in the row. Reads the tiles: on a GPU it would wait."""
-        return [(slot, torch.nonzero(self.owners == slot)[:, 0]) for slot in self.owners.unique().tolist()]
+    def tokens_by_slot(self) -> list[tuple[int, torch.Tensor]]:
+        """Each slot that has tokens, and their indices. Reads the slots: on a GPU this waits for the device."""
+        return [(slot, torch.nonzero(self.slot_ids == slot)[:, 0]) for slot in self.slot_ids.unique().tolist()]
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequences side by side: (sequences, longest) tokens' places in the row, and which of them are real.
+        """The sequences as a rectangle: (sequences, longest) token indices, and a bool mask of the real ones.
 
-        The others repeat their own sequence's last token: nothing of another sequence, not even a NaN, is near.
+        The other entries repeat the last token of their own sequence. Values of another sequence, NaN included, thus
+        never come near.
         """
-        starts, ends = self.bounds[:-1].long(), self.bounds[1:].long()
+        starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
         starts, ends = starts[ends > starts], ends[ends > starts]
-        places = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
-        return places.minimum(ends[:, None] - 1), places < ends[:, None]
+        indices = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
+        return indices.minimum(ends[:, None] - 1), indices < ends[:, None]
 
 
 @dataclass(frozen=True)
 class BucketShape:
-    """Sizes of a bucket: all that a captured graph depends on."""
+    """The sizes of a bucket: all that a captured graph depends on."""
 
     num_tokens: int
     num_sequences: int
     num_slots: int
     tile: int
-    longest: int
+    max_seqlen: int
 
     def buffer(self, device: str | torch.device, pinned: bool = False) -> torch.Tensor:
-        """(size,) int32 for one row."""
+        """Allocate the (size,) int32 buffer of one flat batch, filled with zeros."""
         return torch.zeros(self._slices[-1].stop, dtype=torch.int32, device=device, pin_memory=pinned)
 
-    def row(self, buffer: torch.Tensor) -> FlatBatch:
-        """Views of a buffer."""
-        ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
-        values = table.view(len(TABLE + PLACES), self.num_slots)
+    def view(self, buffer: torch.Tensor) -> FlatBatch:
+        """View a buffer as a flat batch."""
+        ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, table = (
+            buffer[part] for part in self._slices
+        )
+        values = table.view(len(TABLE + TILE_RANGE), self.num_slots)
         named = {
             name: column if name in INTEGERS else column.view(torch.float32)
-            for name, column in zip(TABLE + PLACES, values, strict=True)
+            for name, column in zip(TABLE + TILE_RANGE, values, strict=True)
         }
-        return FlatBatch(ids, targets, positions, counters, tiles, bounds, named, self.longest)
+        return FlatBatch(ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, named, self.max_seqlen)
 
     def fill(self, buffer: Any, spans: Sequence[Span]) -> None:
-        """Write a step into a buffer on the host.
+        """Write the input of a step into a buffer on the host.
 
         Args:
-            buffer: (size,) int32 numpy array.
-            spans: at most one a slot. Slots without one keep a table of zeros: their weights do not change.
+            buffer: (size,) int32 NumPy array.
+            spans: at most one for each slot. Slots without a span keep a table of zeros: their weights do not change.
         """
-        ids, targets, positions, counters, tiles, bounds, table = (buffer[part] for part in self._slices)
+        ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, table = (
+            buffer[part] for part in self._slices
+        )
         ids.fill(0)
         targets.fill(IGNORED)
-        counters.fill(0)
-        tiles.fill(0)
+        dropout_positions.fill(0)
+        tile_slots.fill(0)
         table.fill(0)
-        table = table.reshape(len(TABLE + PLACES), self.num_slots)
+        table = table.reshape(len(TABLE + TILE_RANGE), self.num_slots)
         at, ends = 0, [0]
         for span in spans:
-            counter, first_tile = span.first_token, at // self.tile
+            position, first_tile = span.first_token, at // self.tile
             for index in span.indices:
                 end = at + int(span.rows.lengths[index])
                 ids[at:end] = span.rows.ids(index)
                 targets[at:end] = span.rows.targets(index)
-                counters[at:end] = np.arange(counter, counter + end - at, dtype=np.int32)
-                counter += end - at
-                ends.extend((at + span.rows.ends(index)).tolist())
+                dropout_positions[at:end] = np.arange(position, position + end - at, dtype=np.int32)
+                position += end - at
+                ends.extend((at + span.rows.sequence_ends(index)).tolist())
                 at = end
             if at % self.tile:
                 at += self.tile - at % self.tile
                 ends.append(at)
-            tiles[first_tile : at // self.tile] = span.slot
-            values = span.table | dict(zip(PLACES, (first_tile, at // self.tile), strict=True))
-            for column, name in zip(table, TABLE + PLACES, strict=True):
+            tile_slots[first_tile : at // self.tile] = span.slot
+            values = span.table | dict(zip(TILE_RANGE, (first_tile, at // self.tile), strict=True))
+            for column, name in zip(table, TABLE + TILE_RANGE, strict=True):
                 value = np.int32(values[name]) if name in INTEGERS else np.float32(values[name]).view(np.int32)
                 column[span.slot] = value
-        while ends[-1] < self.num_tokens:  # the rest of the bucket, in sequences that are not too long
-            ends.append(min(ends[-1] + self.longest, self.num_tokens))
-        bounds.fill(self.num_tokens)
-        bounds[: len(ends)] = ends
+        while ends[-1] < self.num_tokens:  # the rest of the bucket, in sequences of at most `max_seqlen`
+            ends.append(min(ends[-1] + self.max_seqlen, self.num_tokens))
+        cu_seqlens.fill(self.num_tokens)
+        cu_seqlens[: len(ends)] = ends
         starts = np.repeat(ends[:-1], np.diff(ends))
         positions[:] = np.arange(self.num_tokens) - starts
 
     @cached_property
     def _slices(self) -> list[slice]:
+        """Slice of the buffer for each field, in int32 elements."""
         tokens = self.num_tokens
-        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE + PLACES) * self.num_slots]
+        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE + TILE_RANGE) * self.num_slots]
         slices, at = [], 0
         for size in sizes:
             slices.append(slice(at, at + size))
-            at += size + -size % 4  # 16 bytes: what kernels like to read
+            at += size + -size % 4  # fields begin at multiples of 16 bytes, which kernels read fastest
         return slices

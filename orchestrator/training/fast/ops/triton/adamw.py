@@ -1,90 +1,79 @@
-"""AdamW for all slots in two Triton kernels: squares of gradients by blocks; then norm, clipping and step at once.
+"""AdamW for all slots in two Triton kernels: squares of the gradient by block; then norm, clipping and step at once.
 
-With moments in eight bits in three, for there the second has many more programs, too many to sum the norm in each.
+    weights, moments, gradients of a slot: one row of `size` elements
+
+    _sum_squares   grid (row blocks, S)   | 8,192 | 8,192 | ... |  ->  block_squares (S, row blocks)
+    _update        grid (row blocks, S)   each program adds up all of its slot's block_squares again, then steps 8,192
+                                          elements
+
+With moments in eight bits there are three, because a matrix has many more programs of 512 elements, too many to sum the
+norm in each:
+
+    _sum_squares -> _norms (grid S) -> _update_eight_bit   grid (EightBitMoments.programs, S)
+
+        512 elements of one matrix: | block of 256, one absmax | block of 256, one absmax |
+
+8,192 elements and 8 warps made AdamW 5.6 -> 4.9 ms a step with 16 slots at 1.1B (the bytes alone take 3.2 ms; with
+1,024 elements it took 9.6). `_sum_squares` kept 4 warps, which was not timed alone (docs/log.md, 2026-11-26, H200). The
+speed of `_update_eight_bit` is not known (same page).
 """
+
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.ops.eight_bit import CHUNK
-from orchestrator.training.fast.ops.triton.launch import after_previous, launch
+from orchestrator.training.fast.ops.eight_bit import CHUNK, EightBitMoments
+from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
 from orchestrator.training.fast.plan.memory import SHARED, SMALL
 from orchestrator.training.fast.step.adapters import BLOCK, Adapters
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 _ELEMENTS = 8192
-# Weights that one program updates.
+"""Weights that one program updates."""
+
+_TABLE_FIELDS = (
+    "applies",
+    "learning_rate",
+    "weight_decay",
+    "one_minus_beta1",
+    "one_minus_beta2",
+    "epsilon",
+    "bias_correction1",
+    "bias_correction2",
+    "max_norm",
+)
+"""Fields of `flat_batch.TABLE` in the order of the kernels' arguments."""
 
 
-def update(adapters: Adapters, row: FlatBatch) -> torch.Tensor:
-    """Clip, make the AdamW step (arXiv 1711.05101) and clear the gradient of each slot whose batch is complete.
-
-    A slot whose gradient is not finite does not step; its norm tells.
-
-    Returns:
-        (slots,) float32 norms of the gradients before clipping; 0 where the batch goes on.
-    """
-    size, table = adapters.weights.shape[1], row.table
+def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
+    """Implement `Ops.update`. The norm of a slot whose batch goes on is 0."""
+    size, table = adapters.weights.shape[1], batch.table
     blocks = triton.cdiv(size, _ELEMENTS)
-    squares = torch.empty(adapters.num_slots, blocks, dtype=torch.float32, device=adapters.weights.device)
+    block_squares = torch.empty(adapters.num_slots, blocks, dtype=torch.float32, device=adapters.weights.device)
     norms = torch.empty(adapters.num_slots, dtype=torch.float32, device=adapters.weights.device)
     grid = (blocks, adapters.num_slots)
-    eight = adapters.eight  # there nothing beyond a slot's own rank is cleared, and so nothing of it may count
-    ranks = {"RANK": adapters.rank, "MIXED": adapters.num_slots > 1 or eight is not None}
+    # The step in eight bits clears the gradient within a slot's own rank only: what lies beyond must not count.
+    eight_bit = adapters.eight_bit
+    ranks = {"RANK": adapters.rank, "MIXED_RANKS": adapters.num_slots > 1 or eight_bit is not None}
     launch(
-        _squares,
+        _sum_squares,
         grid,
         adapters.gradients,
-        adapters.strides,
+        adapters.rank_layout,
         table["rank"],
         table["applies"],
-        squares,
+        block_squares,
         size,
         blocks,
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
         **ranks,
     )
-    values = [
-        table[name]
-        for name in (
-            "applies",
-            "learning_rate",
-            "decay",
-            "gain1",
-            "gain2",
-            "epsilon",
-            "correction1",
-            "correction2",
-            "max_norm",
-        )
-    ]
-    if eight is not None:
-        launch(_norms, (adapters.num_slots,), squares, norms, table["applies"], blocks, BLOCK=BLOCK)
-        launch(
-            _update_eight_bit,
-            (len(eight.programs), adapters.num_slots),
-            adapters.weights,
-            adapters.moment1,
-            adapters.moment2,
-            *eight.magnitudes,
-            *eight.maps,
-            *eight.bounds,
-            adapters.gradients,
-            eight.programs,
-            table["rank"],
-            norms,
-            *values,
-            size,
-            eight.size,
-            eight.magnitudes.shape[2],
-            ELEMENTS=CHUNK,
-            SHARED=SHARED,
-            SMALL=SMALL,
-            RANK=adapters.rank,
-            num_warps=8,
-        )
+    if eight_bit is not None:
+        launch(_norms, (adapters.num_slots,), block_squares, norms, table["applies"], blocks, BLOCK=BLOCK)
+        _step_eight_bit(adapters, eight_bit, table, norms)
         return norms
     launch(
         _update,
@@ -93,11 +82,11 @@ def update(adapters: Adapters, row: FlatBatch) -> torch.Tensor:
         adapters.moment1,
         adapters.moment2,
         adapters.gradients,
-        adapters.strides,
+        adapters.rank_layout,
         table["rank"],
-        squares,
+        block_squares,
         norms,
-        *values,
+        *(table[name] for name in _TABLE_FIELDS),
         size,
         blocks,
         ELEMENTS=_ELEMENTS,
@@ -108,32 +97,63 @@ def update(adapters: Adapters, row: FlatBatch) -> torch.Tensor:
     return norms
 
 
+def _step_eight_bit(
+    adapters: Adapters, eight_bit: EightBitMoments, table: Mapping[str, torch.Tensor], norms: torch.Tensor
+) -> None:
+    """Clip, step and clear the gradients of slots whose moments are in eight bits."""
+    launch(
+        _update_eight_bit,
+        (len(eight_bit.programs), adapters.num_slots),
+        adapters.weights,
+        adapters.moment1,
+        adapters.moment2,
+        *eight_bit.absmax,
+        *eight_bit.code,
+        *eight_bit.midpoints,
+        adapters.gradients,
+        eight_bit.programs,
+        table["rank"],
+        norms,
+        *(table[name] for name in _TABLE_FIELDS),
+        adapters.weights.shape[1],
+        eight_bit.bytes_per_slot,
+        eight_bit.absmax.shape[2],
+        ELEMENTS=CHUNK,
+        SHARED=SHARED,
+        SMALL=SMALL,
+        RANK=adapters.rank,
+        num_warps=8,
+    )
+
+
 @triton.jit
-def _is_own(start, index, size, strides, rank, RANK: tl.constexpr, BLOCK: tl.constexpr, MIXED: tl.constexpr):
-    """Whether elements of one block are of the slot's own rank: what the stack has beyond is zero, and stays."""
+def _is_within_rank(
+    start, index, size, rank_layout, rank, RANK: tl.constexpr, BLOCK: tl.constexpr, MIXED_RANKS: tl.constexpr
+):  # fmt: skip
+    """Return whether elements of one block are of the slot's own rank. Those beyond are zero, and stay zero."""
     inside = index < size
-    if MIXED:
-        entry = strides + start // BLOCK * 2
-        first, apart = tl.load(entry, mask=start < size, other=0), tl.load(entry + 1, mask=start < size, other=1)
-        inside &= (index - first) // apart % RANK < rank
+    if MIXED_RANKS:
+        entry = rank_layout + start // BLOCK * 2
+        first, distance = tl.load(entry, mask=start < size, other=0), tl.load(entry + 1, mask=start < size, other=1)
+        inside &= (index - first) // distance % RANK < rank
     return inside
 
 
 @triton.jit(do_not_specialize=["slot_ranks", "applies", "blocks"])
-def _squares(
-    gradients,
-    strides,
-    slot_ranks,
-    applies,
-    squares,
+def _sum_squares(
+    gradients,  # (S, size) float32
+    rank_layout,  # (size / BLOCK, 2) int32
+    slot_ranks,  # (S,) int32
+    applies,  # (S,) int32
+    block_squares,  # out: (S, blocks) float32, where the slot steps
     size,
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
-    MIXED: tl.constexpr,
+    MIXED_RANKS: tl.constexpr,
 ):
-    after_previous()
+    wait_for_previous()
     block, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         gradients += slot.to(tl.int64) * size
@@ -141,111 +161,126 @@ def _squares(
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            own = _is_own(start, at, size, strides, rank, RANK, BLOCK, MIXED)
+            own = _is_within_rank(start, at, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS)
             gradient = tl.load(gradients + at, mask=own, other=0.0)
             total += gradient * gradient
-        tl.store(squares + slot * blocks + block, tl.sum(total))
+        tl.store(block_squares + slot * blocks + block, tl.sum(total))
 
 
 @triton.jit
-def _norm_of(squares, blocks, BLOCK: tl.constexpr):
-    """Norm of a slot's gradient, by the sums of its blocks."""
+def _norm_of(block_squares, blocks, BLOCK: tl.constexpr):
+    """Return the norm of a slot's gradient from the squares of its blocks."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, blocks, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        total += tl.load(squares + index, mask=index < blocks, other=0.0)
+        total += tl.load(block_squares + index, mask=index < blocks, other=0.0)
     return tl.sqrt(tl.sum(total))
 
 
 @triton.jit
-def _values(slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2):
-    """What `_adamw` takes, of this slot."""
+def _load_hyperparameters(
+    slot, learning_rates, weight_decays, one_minus_betas1, one_minus_betas2, epsilons, bias_corrections1,
+    bias_corrections2,
+):  # fmt: skip
+    """Return what `_adamw` takes beside the tensors, for this slot."""
     learning_rate = tl.load(learning_rates + slot)
-    fade = 1 - learning_rate * tl.load(decays + slot)
-    rate = learning_rate / tl.load(corrections1 + slot)
-    gain1, gain2 = tl.load(gains1 + slot), tl.load(gains2 + slot)
-    return gain1, gain2, fade, rate, tl.load(corrections2 + slot), tl.load(epsilons + slot)
+    decay = 1 - learning_rate * tl.load(weight_decays + slot)
+    step_size = learning_rate / tl.load(bias_corrections1 + slot)
+    one_minus_beta1, one_minus_beta2 = tl.load(one_minus_betas1 + slot), tl.load(one_minus_betas2 + slot)
+    return (
+        one_minus_beta1,
+        one_minus_beta2,
+        decay,
+        step_size,
+        tl.load(bias_corrections2 + slot),
+        tl.load(epsilons + slot),
+    )
 
 
 @triton.jit
-def _adamw(weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon):
-    """The three after a step."""
-    moment1 += (gradient - moment1) * gain1
-    moment2 += (gradient * gradient - moment2) * gain2
-    return weight * fade - rate * moment1 / (tl.sqrt(moment2 / correction2) + epsilon), moment1, moment2
+def _adamw(
+    weight, moment1, moment2, gradient, one_minus_beta1, one_minus_beta2, decay, step_size, bias_correction2, epsilon
+):  # fmt: skip
+    """Return weight and moments after a step (arXiv 1711.05101)."""
+    moment1 += (gradient - moment1) * one_minus_beta1
+    moment2 += (gradient * gradient - moment2) * one_minus_beta2
+    return weight * decay - step_size * moment1 / (tl.sqrt(moment2 / bias_correction2) + epsilon), moment1, moment2
 
 
-_OF_THE_TABLE = [
+_TABLE_ARGUMENTS = [
     "slot_ranks",
     "applies",
     "learning_rates",
-    "decays",
-    "gains1",
-    "gains2",
+    "weight_decays",
+    "one_minus_betas1",
+    "one_minus_betas2",
     "epsilons",
-    "corrections1",
-    "corrections2",
+    "bias_corrections1",
+    "bias_corrections2",
     "max_norms",
 ]
 
 
 @triton.jit(do_not_specialize=["applies", "blocks"])
-def _norms(squares, norms, applies, blocks, BLOCK: tl.constexpr):
-    after_previous()
+def _norms(block_squares, norms, applies, blocks, BLOCK: tl.constexpr):
+    """Write the norm of each slot, (S,) float32; 0 where the batch goes on."""
+    wait_for_previous()
     slot = tl.program_id(0)
     norm = 0.0
     if tl.load(applies + slot) != 0:
-        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
+        norm = _norm_of(block_squares + slot * blocks, blocks, BLOCK)
     tl.store(norms + slot, norm)
 
 
-@triton.jit(do_not_specialize=[*_OF_THE_TABLE, "blocks"])
+@triton.jit(do_not_specialize=[*_TABLE_ARGUMENTS, "blocks"])
 def _update(
-    weights,
-    moments1,
-    moments2,
-    gradients,
-    strides,
-    slot_ranks,
-    squares,
-    norms,
-    applies,
+    weights,  # (S, size)
+    moments1,  # (S, size)
+    moments2,  # (S, size)
+    gradients,  # (S, size) float32
+    rank_layout,  # (size / BLOCK, 2) int32
+    slot_ranks,  # (S,) int32
+    block_squares,  # (S, blocks) float32
+    norms,  # out: (S,) float32
+    applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
     learning_rates,
-    decays,
-    gains1,
-    gains2,
+    weight_decays,
+    one_minus_betas1,
+    one_minus_betas2,
     epsilons,
-    corrections1,
-    corrections2,
+    bias_corrections1,
+    bias_corrections2,
     max_norms,
     size,
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
-    MIXED: tl.constexpr,
+    MIXED_RANKS: tl.constexpr,
 ):
-    after_previous()
+    wait_for_previous()
     block, slot = tl.program_id(0), tl.program_id(1)
     norm = 0.0
     if tl.load(applies + slot) != 0:
-        norm = _norm_of(squares + slot * blocks, blocks, BLOCK)
+        norm = _norm_of(block_squares + slot * blocks, blocks, BLOCK)
         clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
-        gain1, gain2, fade, rate, correction2, epsilon = _values(
-            slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2
-        )
+        one_minus_beta1, one_minus_beta2, decay, step_size, bias_correction2, epsilon = _load_hyperparameters(
+            slot, learning_rates, weight_decays, one_minus_betas1, one_minus_betas2, epsilons, bias_corrections1,
+            bias_corrections2,
+        )  # fmt: skip
         offset, rank = slot.to(tl.int64) * size, tl.load(slot_ranks + slot)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            own, at = _is_own(start, index, size, strides, rank, RANK, BLOCK, MIXED), offset + index
+            own, at = _is_within_rank(start, index, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS), offset + index
             if norm < float("inf"):
                 gradient = tl.load(gradients + at, mask=own) * clip
                 moment1 = tl.load(moments1 + at, mask=own).to(tl.float32)
                 moment2 = tl.load(moments2 + at, mask=own).to(tl.float32)
                 weight = tl.load(weights + at, mask=own).to(tl.float32)
                 weight, moment1, moment2 = _adamw(
-                    weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon
-                )
+                    weight, moment1, moment2, gradient, one_minus_beta1, one_minus_beta2, decay, step_size,
+                    bias_correction2, epsilon,
+                )  # fmt: skip
                 tl.store(moments1 + at, moment1.to(moments1.dtype.element_ty), mask=own)
                 tl.store(moments2 + at, moment2.to(moments2.dtype.element_ty), mask=own)
                 tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=own)
@@ -255,95 +290,103 @@ def _update(
 
 
 @triton.jit
-def _nearest(bounds, values):
-    """Of 256 ascending values the place of the nearest, by the 255 `bounds` half way between them."""
-    place = tl.zeros(values.shape, tl.int32)
+def _nearest(midpoints, values):
+    """Return the index of the nearest of 256 ascending values, by binary search in the 255 midpoints between them."""
+    index = tl.zeros(values.shape, tl.int32)
     for power in tl.static_range(8):
-        place += tl.where(tl.load(bounds + place + (128 >> power) - 1) < values, 128 >> power, 0)
-    return place
+        index += tl.where(tl.load(midpoints + index + (128 >> power) - 1) < values, 128 >> power, 0)
+    return index
 
 
-@triton.jit(do_not_specialize=[*_OF_THE_TABLE, "magnitudes1", "magnitudes2", "size", "num_bytes", "num_magnitudes"])
+@triton.jit(do_not_specialize=[*_TABLE_ARGUMENTS, "absmax1", "absmax2", "size", "num_bytes", "num_absmax"])
 def _update_eight_bit(
-    weights,
-    moments1,
-    moments2,
-    magnitudes1,
-    magnitudes2,
-    map1,
-    map2,
-    bounds1,
-    bounds2,
-    gradients,
-    programs,
-    slot_ranks,
-    norms,
-    applies,
+    weights,  # (S, size)
+    moments1,  # (S, num_bytes) uint8
+    moments2,  # (S, num_bytes) uint8
+    absmax1,  # (S, num_absmax) float32
+    absmax2,  # (S, num_absmax) float32
+    code1,  # (256,) float32
+    code2,  # (256,) float32
+    midpoints1,  # (255,) float32
+    midpoints2,  # (255,) float32
+    gradients,  # (S, size) float32
+    programs,  # (programs, 6) int32, see `EightBitMoments.programs`
+    slot_ranks,  # (S,) int32
+    norms,  # (S,) float32
+    applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
     learning_rates,
-    decays,
-    gains1,
-    gains2,
+    weight_decays,
+    one_minus_betas1,
+    one_minus_betas2,
     epsilons,
-    corrections1,
-    corrections2,
+    bias_corrections1,
+    bias_corrections2,
     max_norms,
     size,
     num_bytes,
-    num_magnitudes,
+    num_absmax,
     ELEMENTS: tl.constexpr,
     SHARED: tl.constexpr,
     SMALL: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    after_previous()
+    """Step ELEMENTS elements of one matrix: dequantize both moments, step, quantize them, clear the gradient.
+
+    A matrix below SMALL elements has its moments in float32, in the same bytes. Both forms take the same instructions:
+    masks choose which loads and stores take place.
+    """
+    wait_for_previous()
     program, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         norm = tl.load(norms + slot)
         entry = programs + program * 6
-        at, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        byte, magnitude, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+        offset, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        first_byte, first_absmax, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
         rank = tl.load(slot_ranks + slot)
         length = features * rank
         if first < length:
-            shared = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
-            element = shared[:, None] + tl.arange(0, SHARED)[None, :]
+            block_start = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
+            element = block_start[:, None] + tl.arange(0, SHARED)[None, :]
             own = element < length
-            place = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
-            place += slot.to(tl.int64) * size + at
+            at = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
+            at += slot.to(tl.int64) * size + offset
             if norm < float("inf"):
-                gain1, gain2, fade, rate, correction2, epsilon = _values(
-                    slot, learning_rates, decays, gains1, gains2, epsilons, corrections1, corrections2
-                )
+                one_minus_beta1, one_minus_beta2, decay, step_size, bias_correction2, epsilon = _load_hyperparameters(
+                    slot, learning_rates, weight_decays, one_minus_betas1, one_minus_betas2, epsilons,
+                    bias_corrections1, bias_corrections2,
+                )  # fmt: skip
                 clip = tl.minimum(tl.load(max_norms + slot) / (norm + 1e-6), 1.0)
-                gradient = tl.load(gradients + place, mask=own, other=0.0) * clip
-                bytes1 = moments1 + slot.to(tl.int64) * num_bytes + byte
-                bytes2 = moments2 + slot.to(tl.int64) * num_bytes + byte
+                gradient = tl.load(gradients + at, mask=own, other=0.0) * clip
+                bytes1 = moments1 + slot.to(tl.int64) * num_bytes + first_byte
+                bytes2 = moments2 + slot.to(tl.int64) * num_bytes + first_byte
                 floats1 = bytes1.to(tl.pointer_type(tl.float32)) + element
                 floats2 = bytes2.to(tl.pointer_type(tl.float32)) + element
-                shared1 = magnitudes1 + slot * num_magnitudes + magnitude + shared // SHARED
-                shared2 = magnitudes2 + slot * num_magnitudes + magnitude + shared // SHARED
-                in_bytes = tl.where(length < SMALL, 0, length)
-                wide, narrow, in_use = element < length - in_bytes, element < in_bytes, shared < in_bytes
-                moment1 = tl.load(floats1, mask=wide, other=0.0)
-                moment2 = tl.load(floats2, mask=wide, other=0.0)
-                code1 = tl.load(bytes1 + element, mask=narrow, other=0).to(tl.int32)
-                code2 = tl.load(bytes2 + element, mask=narrow, other=0).to(tl.int32)
-                moment1 += tl.load(map1 + code1) * tl.load(shared1, mask=in_use, other=0.0)[:, None]
-                moment2 += tl.load(map2 + code2) * tl.load(shared2, mask=in_use, other=0.0)[:, None]
-                weight = tl.load(weights + place, mask=own, other=0.0).to(tl.float32)
+                absmax1_at = absmax1 + slot * num_absmax + first_absmax + block_start // SHARED
+                absmax2_at = absmax2 + slot * num_absmax + first_absmax + block_start // SHARED
+                num_quantized = tl.where(length < SMALL, 0, length)
+                in_floats, in_bytes = element < length - num_quantized, element < num_quantized
+                has_absmax = block_start < num_quantized
+                moment1 = tl.load(floats1, mask=in_floats, other=0.0)
+                moment2 = tl.load(floats2, mask=in_floats, other=0.0)
+                index1 = tl.load(bytes1 + element, mask=in_bytes, other=0).to(tl.int32)
+                index2 = tl.load(bytes2 + element, mask=in_bytes, other=0).to(tl.int32)
+                moment1 += tl.load(code1 + index1) * tl.load(absmax1_at, mask=has_absmax, other=0.0)[:, None]
+                moment2 += tl.load(code2 + index2) * tl.load(absmax2_at, mask=has_absmax, other=0.0)[:, None]
+                weight = tl.load(weights + at, mask=own, other=0.0).to(tl.float32)
                 weight, moment1, moment2 = _adamw(
-                    weight, moment1, moment2, gradient, gain1, gain2, fade, rate, correction2, epsilon
-                )
-                tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=own)
-                tl.store(floats1, moment1, mask=wide)
-                tl.store(floats2, moment2, mask=wide)
-                moment1, moment2 = tl.where(narrow, moment1, 0.0), tl.where(narrow, moment2, 0.0)
+                    weight, moment1, moment2, gradient, one_minus_beta1, one_minus_beta2, decay, step_size,
+                    bias_correction2, epsilon,
+                )  # fmt: skip
+                tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=own)
+                tl.store(floats1, moment1, mask=in_floats)
+                tl.store(floats2, moment2, mask=in_floats)
+                moment1, moment2 = tl.where(in_bytes, moment1, 0.0), tl.where(in_bytes, moment2, 0.0)
                 largest1, largest2 = tl.max(tl.abs(moment1), 1), tl.max(moment2, 1)
-                tl.store(shared1, largest1, mask=in_use)
-                tl.store(shared2, largest2, mask=in_use)
-                # No tiny constant instead of 1: of one that float32 has not, Triton 3.6 makes all of it float64.
-                code1 = _nearest(bounds1, moment1 / tl.where(largest1 > 0, largest1, 1.0)[:, None])
-                code2 = _nearest(bounds2, moment2 / tl.where(largest2 > 0, largest2, 1.0)[:, None])
-                tl.store(bytes1 + element, code1.to(tl.uint8), mask=narrow)
-                tl.store(bytes2 + element, code2.to(tl.uint8), mask=narrow)
-            tl.store(gradients + place, tl.zeros((ELEMENTS // SHARED, SHARED), tl.float32), mask=own)
+                tl.store(absmax1_at, largest1, mask=has_absmax)
+                tl.store(absmax2_at, largest2, mask=has_absmax)
+                # 1 and not a tiny constant: one that float32 cannot hold makes Triton 3.6 compute in float64 from here.
+                index1 = _nearest(midpoints1, moment1 / tl.where(largest1 > 0, largest1, 1.0)[:, None])
+                index2 = _nearest(midpoints2, moment2 / tl.where(largest2 > 0, largest2, 1.0)[:, None])
+                tl.store(bytes1 + element, index1.to(tl.uint8), mask=in_bytes)
+                tl.store(bytes2 + element, index2.to(tl.uint8), mask=in_bytes)
+            tl.store(gradients + at, tl.zeros((ELEMENTS // SHARED, SHARED), tl.float32), mask=own)

@@ -1,330 +1,363 @@
-"""Attention over a flat row in Triton.
+"""Attention over a flat batch in Triton, in the manner of FlashAttention-2 (arXiv 2307.08691).
 
-Sequences here are short (some hundred tokens), where an attention made for long ones spends its time on launches, and
-on copies of keys for the heads that share them. A token sees the keys from its sequence's start to itself, which its
-position tells: no padding, no mask in memory. Of the query heads that share a key head, those of a few tokens are the
-rows of one product.
+Sequences are short here, some hundred tokens. An attention made for long ones spends its time on launches, and on
+copies of keys for the query heads that share them. FlashAttention-2 itself (`varlen_attn`) took 19.4 us forward and
+53.6 us backward at 1.1B on an H200, these kernels 11.3 and 22.8 (docs/log.md, 2026-11-23).
+
+A token sees the keys from the start of its sequence to itself. The start is known from its position: no padding, and no
+mask in memory. The query heads that share a key head are rows of the same product:
+
+    one program of _forward, for a key head        keys of BLOCK_KV tokens per iteration
+                                                   t0 ... t63 | t64 ... t127 | ...
+      rows: BLOCK_Q tokens x ROWS query heads    +------------+--------------+
+        token 64, head 0                         |  visible   | visible to   |
+        token 64, head 1                         |  if of the | the diagonal |
+        token 65, head 0                         |  same      |              |
+        ...                                      |  sequence  |              |
+                                                 +------------+--------------+
+
+ROWS is the number of query heads that share a key head, rounded up to a power of two; rows beyond it are masked.
+
+The backward is one launch of two kinds of programs. `_dkv` has a block of keys and goes over the tokens that see them;
+`_dq` has a block of queries and goes over the keys that they see. With few slots, `_dkv` has a program for each query
+head, whose parts `_sum_dkv` adds up, so that the device is full. With many slots one program sums all query heads of a
+key head, which saves these parts: 10.1 -> 7.6 ms a step (docs/log.md, 2026-11-26). Other block sizes
+gained 3% and were not kept.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.ops.reference import Heads
-from orchestrator.training.fast.ops.triton.launch import FULL, after_previous, launch
+from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.triton.launch import MANY_SLOTS, launch, wait_for_previous
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
-@dataclass(frozen=True)
-class Attended:
-    """What attention's backward needs."""
+def attention(
+    qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Implement `Ops.attention`. Queries and keys are rotated in place.
 
-    qkv: torch.Tensor
-    """After rotation."""
-    output: torch.Tensor
-    logs: torch.Tensor
-    """(T, queries) float32 logarithms to base 2 of the softmax's sums."""
-
-
-def attention(qkv: torch.Tensor, row: FlatBatch, heads: Heads) -> tuple[torch.Tensor, Attended]:
-    """Rotary positions (arXiv 2104.09864), then causal attention within each sequence (arXiv 2307.08691).
-
-    Args:
-        qkv: (T, (queries + 2 keys) * D), rotated in place and kept for the backward.
-
-    Returns:
-        (T, queries * D), and what the backward needs.
+    The saved tensors are `qkv` after rotation; the output; and `lse` (T, num_heads) float32, the base-2 logarithm of
+    the softmax's denominator.
     """
-    num_tokens, turned = len(qkv), heads.queries + heads.keys
+    num_tokens, rotated_heads = len(qkv), config.num_heads + config.num_kv_heads
     launch(
-        _turn,
+        _rotate,
         (num_tokens,),
         qkv,
-        row.positions,
-        heads.cos,
-        heads.sin,
-        HEADS=turned,
+        batch.positions,
+        config.cos,
+        config.sin,
+        HEADS=rotated_heads,
         WIDTH=qkv.shape[1],
-        SIZE=heads.size,
-        BLOCK=triton.next_power_of_2(turned),
-        num_warps=4 if turned * heads.size <= 4096 else 8,
+        HEAD_DIM=config.head_dim,
+        BLOCK=triton.next_power_of_2(rotated_heads),
+        num_warps=4 if rotated_heads * config.head_dim <= 4096 else 8,
     )
-    output = qkv.new_empty(num_tokens, heads.queries * heads.size)
-    logs = torch.empty(num_tokens, heads.queries, dtype=torch.float32, device=qkv.device)
-    shape = _shape(heads)
+    output = qkv.new_empty(num_tokens, config.num_heads * config.head_dim)
+    lse = torch.empty(num_tokens, config.num_heads, dtype=torch.float32, device=qkv.device)
+    shape = _shape(config)
     launch(
-        _attend,
-        (num_tokens // shape["BLOCK_T"], heads.keys),
+        _forward,
+        (num_tokens // shape["BLOCK_Q"], config.num_kv_heads),
         qkv,
-        row.positions,
+        batch.positions,
         output,
-        logs,
-        heads.size**-0.5,
+        lse,
+        config.head_dim**-0.5,
         **shape,
-        **_options(heads.size),
+        **_options(config.head_dim),
     )
-    return output, Attended(qkv, output, logs)
+    return output, (qkv, output, lse)
 
 
-def attention_backward(gradient: torch.Tensor, attended: Attended, row: FlatBatch, heads: Heads) -> torch.Tensor:
-    """(T, queries * D) -> (T, (queries + 2 keys) * D)."""
-    num_tokens, by_qkv, shape = len(gradient), torch.empty_like(attended.qkv), _shape(heads)
-    group, options = shape["GROUP"], _backward_options(heads.size)
-    each = group if row.num_slots >= FULL else 1
-    parts = gradient.new_empty((2, *gradient.shape) if each < group else 1)
-    num_key_blocks = num_tokens // options["BLOCK_S"] * heads.queries // each
+def attention_backward(
+    do: torch.Tensor, saved: tuple[torch.Tensor, ...], batch: FlatBatch, config: AttentionConfig
+) -> torch.Tensor:
+    qkv, output, lse = saved
+    num_tokens, dqkv, shape = len(do), torch.empty_like(qkv), _shape(config)
+    group, options = shape["GROUP"], _backward_options(config.head_dim)
+    heads_per_program = group if batch.num_slots >= MANY_SLOTS else 1
+    dkv_parts = do.new_empty((2, *do.shape) if heads_per_program < group else 1)
+    num_key_blocks = num_tokens // options["BLOCK_KV"] * config.num_heads // heads_per_program
     launch(
-        _attend_backward,
-        (num_key_blocks + num_tokens // shape["BLOCK_T"] * heads.keys,),
-        gradient,
-        attended.qkv,
-        attended.output,
-        attended.logs,
-        by_qkv,
-        parts,
-        row.positions,
-        row.bounds,
-        heads.cos,
-        heads.sin,
-        heads.size**-0.5,
+        _backward,
+        (num_key_blocks + num_tokens // shape["BLOCK_Q"] * config.num_kv_heads,),
+        do,
+        qkv,
+        output,
+        lse,
+        dqkv,
+        dkv_parts,
+        batch.positions,
+        batch.cu_seqlens,
+        config.cos,
+        config.sin,
+        config.head_dim**-0.5,
         num_tokens,
-        len(row.bounds),
-        EACH=each,
+        len(batch.cu_seqlens),
+        HEADS_PER_PROGRAM=heads_per_program,
         **shape,
         **options,
     )
-    if each < group:
-        launch(_sum_heads, (num_tokens // 16, heads.keys),
-            parts, by_qkv, row.positions, heads.cos, heads.sin, num_tokens,
-            GROUP=group, KEYS=heads.keys, SIZE=heads.size, BLOCK_T=16,
+    if heads_per_program < group:
+        launch(_sum_dkv, (num_tokens // 16, config.num_kv_heads),
+            dkv_parts, dqkv, batch.positions, config.cos, config.sin, num_tokens,
+            GROUP=group, KV_HEADS=config.num_kv_heads, HEAD_DIM=config.head_dim, BLOCK_Q=16,
         )  # fmt: skip
-    return by_qkv
+    return dqkv
 
 
-def _shape(heads: Heads) -> dict[str, int]:
-    """Query heads of a key head, the same as a power of two, key heads, head size, tokens of a block of queries."""
-    group = heads.queries // heads.keys
+def _shape(config: AttentionConfig) -> dict[str, int]:
+    """Return the sizes that the kernels are compiled for.
+
+    GROUP query heads share a key head; ROWS is the same rounded up to a power of two; BLOCK_Q is the tokens of a block
+    of queries, such that a block has 64 rows.
+    """
+    group = config.num_heads // config.num_kv_heads
     rows = triton.next_power_of_2(group)
-    return {"GROUP": group, "ROWS": rows, "KEYS": heads.keys, "SIZE": heads.size, "BLOCK_T": max(1, 64 // rows)}
+    return {
+        "GROUP": group,
+        "ROWS": rows,
+        "KV_HEADS": config.num_kv_heads,
+        "HEAD_DIM": config.head_dim,
+        "BLOCK_Q": max(1, 64 // rows),
+    }
 
 
-def _options(size: int) -> dict[str, int]:
-    return {"BLOCK_S": 64 if size <= 64 else 32, "num_warps": 4, "num_stages": 2 if size <= 64 else 3}
+def _options(head_dim: int) -> dict[str, int]:
+    return {"BLOCK_KV": 64 if head_dim <= 64 else 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 3}
 
 
-def _backward_options(size: int) -> dict[str, int]:
-    return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1 if size <= 64 else 2}
+def _backward_options(head_dim: int) -> dict[str, int]:
+    return {"BLOCK_KV": 64, "num_warps": 4, "num_stages": 1 if head_dim <= 64 else 2}
+
+
+# Pointers of the kernels below, with their shapes (heads = GROUP * KV_HEADS, D = HEAD_DIM):
+#   qkv, dqkv       (T, (heads + 2 KV_HEADS) * D)
+#   output, doutput (T, heads * D)
+#   lse             (T, heads) float32
+#   dkv_parts       (2, T, heads * D): dk and dv of each query head
+#   positions       (T,) int32
+#   cu_seqlens      (num_cu_seqlens,) int32
+#   cos, sin        (positions, D)
+# Names in the programs are the paper's: s = q k^T, p = softmax(s), delta = rowsum(do * o), ds = p * (dp - delta).
 
 
 @triton.jit
-def _turn(
+def _rotate(
     qkv, positions, cos, sin,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    after_previous()
-    token, half = tl.program_id(0), tl.arange(0, SIZE // 2)
+    """Rotate the query and key heads of one token in place (arXiv 2104.09864)."""
+    wait_for_previous()
+    token, half = tl.program_id(0), tl.arange(0, HEAD_DIM // 2)
     heads = tl.arange(0, BLOCK)[:, None]
-    at = qkv + token * WIDTH + heads * SIZE + half[None, :]
-    angle = tl.load(positions + token) * SIZE + half  # the tables' second half repeats the first
+    at = qkv + token * WIDTH + heads * HEAD_DIM + half[None, :]
+    angle = tl.load(positions + token) * HEAD_DIM + half  # the second half of the tables repeats the first
     cosine, sine = tl.load(cos + angle).to(tl.float32)[None, :], tl.load(sin + angle).to(tl.float32)[None, :]
     first = tl.load(at, mask=heads < HEADS, other=0.0)
-    second = tl.load(at + SIZE // 2, mask=heads < HEADS, other=0.0)
+    second = tl.load(at + HEAD_DIM // 2, mask=heads < HEADS, other=0.0)
     tl.store(at, (first * cosine - second * sine).to(first.dtype), mask=heads < HEADS)
-    tl.store(at + SIZE // 2, (second * cosine + first * sine).to(first.dtype), mask=heads < HEADS)
+    tl.store(at + HEAD_DIM // 2, (second * cosine + first * sine).to(first.dtype), mask=heads < HEADS)
 
 
 @triton.jit
-def _attend(
-    qkv, positions, output, logs, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+def _forward(
+    qkv, positions, output, lse, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    after_previous()
-    first_token, head = tl.program_id(0) * BLOCK_T, tl.program_id(1)
-    heads: tl.constexpr = GROUP * KEYS
-    width: tl.constexpr = (GROUP + 2) * KEYS * SIZE
-    token, query_head, real = _rows(first_token, head, GROUP, ROWS, BLOCK_T)
-    wide = tl.arange(0, SIZE)[None, :]
-    query = tl.load(qkv + (token * width + query_head * SIZE)[:, None] + wide, mask=real[:, None], other=0.0)
-    first_seen = token - tl.load(positions + token)
-    highest = tl.full((ROWS * BLOCK_T,), -1e30, tl.float32)
-    norm = tl.zeros((ROWS * BLOCK_T,), tl.float32)
-    total = tl.zeros((ROWS * BLOCK_T, SIZE), tl.float32)
-    end = first_token + BLOCK_T
-    for start in range(first_token - tl.load(positions + first_token), end, BLOCK_S):
-        seen = start + tl.arange(0, BLOCK_S)
-        at = qkv + (seen * width + (heads + head) * SIZE)[:, None] + wide
-        key = tl.load(at, mask=seen[:, None] < end, other=0.0)
-        value = tl.load(at + KEYS * SIZE, mask=seen[:, None] < end, other=0.0)
-        score = tl.dot(query, key.T, input_precision="ieee") * (scale * LOG2_E)
-        visible = (seen[None, :] <= token[:, None]) & (seen[None, :] >= first_seen[:, None])
-        score = tl.where(visible, score, float("-inf"))
-        before, highest = highest, tl.maximum(highest, tl.max(score, 1))
-        share = tl.exp2(score - highest[:, None])
-        fade = tl.exp2(before - highest)
-        norm = norm * fade + tl.sum(share, 1)
-        total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
-    tl.store(logs + token * heads + query_head, highest + tl.log2(norm), mask=real)
-    at_output = output + ((token * heads + query_head) * SIZE)[:, None] + wide
-    tl.store(at_output, (total / norm[:, None]).to(output.dtype.element_ty), mask=real[:, None])
+    """Compute the output of BLOCK_Q tokens, for the query heads of one key head. Grid (T / BLOCK_Q, KV_HEADS)."""
+    wait_for_previous()
+    first_token, kv_head = tl.program_id(0) * BLOCK_Q, tl.program_id(1)
+    heads: tl.constexpr = GROUP * KV_HEADS
+    width: tl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
+    token, head, is_real = _query_rows(first_token, kv_head, GROUP, ROWS, BLOCK_Q)
+    features = tl.arange(0, HEAD_DIM)[None, :]
+    q = tl.load(qkv + (token * width + head * HEAD_DIM)[:, None] + features, mask=is_real[:, None], other=0.0)
+    sequence_start = token - tl.load(positions + token)
+    row_max = tl.full((ROWS * BLOCK_Q,), -1e30, tl.float32)
+    row_sum = tl.zeros((ROWS * BLOCK_Q,), tl.float32)
+    o = tl.zeros((ROWS * BLOCK_Q, HEAD_DIM), tl.float32)
+    end = first_token + BLOCK_Q
+    for start in range(first_token - tl.load(positions + first_token), end, BLOCK_KV):
+        key = start + tl.arange(0, BLOCK_KV)
+        at = qkv + (key * width + (heads + kv_head) * HEAD_DIM)[:, None] + features
+        k = tl.load(at, mask=key[:, None] < end, other=0.0)
+        v = tl.load(at + KV_HEADS * HEAD_DIM, mask=key[:, None] < end, other=0.0)
+        s = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E)
+        visible = (key[None, :] <= token[:, None]) & (key[None, :] >= sequence_start[:, None])
+        s = tl.where(visible, s, float("-inf"))
+        before, row_max = row_max, tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - row_max[:, None])
+        rescale = tl.exp2(before - row_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
+    tl.store(lse + token * heads + head, row_max + tl.log2(row_sum), mask=is_real)
+    at_output = output + ((token * heads + head) * HEAD_DIM)[:, None] + features
+    tl.store(at_output, (o / row_sum[:, None]).to(output.dtype.element_ty), mask=is_real[:, None])
 
 
-@triton.jit(do_not_specialize=["num_bounds"])
-def _attend_backward(
-    gradient, qkv, output, logs, by_qkv, parts, positions, bounds, cos, sin, scale, num_tokens, num_bounds,
-    EACH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+@triton.jit(do_not_specialize=["num_cu_seqlens"])
+def _backward(
+    doutput, qkv, output, lse, dqkv, dkv_parts, positions, cu_seqlens, cos, sin, scale, num_tokens, num_cu_seqlens,
+    HEADS_PER_PROGRAM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    after_previous()
-    per_block: tl.constexpr = GROUP * KEYS // EACH
-    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_S * per_block
+    """Share the grid: first the programs of `_dkv`, then those of `_dq`."""
+    wait_for_previous()
+    per_block: tl.constexpr = GROUP * KV_HEADS // HEADS_PER_PROGRAM
+    program, num_key_blocks = tl.program_id(0), num_tokens // BLOCK_KV * per_block
     if program < num_key_blocks:
-        block, head = program // per_block, program % per_block * EACH
-        end = _end_after((block + 1) * BLOCK_S - 1, bounds, num_bounds, num_tokens)
-        _keys_backward(
-            block * BLOCK_S, end, head, gradient, qkv, output, logs, by_qkv, parts, positions, cos, sin, scale,
-            num_tokens, EACH, GROUP, KEYS, SIZE, BLOCK_S,
+        block, head = program // per_block, program % per_block * HEADS_PER_PROGRAM
+        end = _sequence_end((block + 1) * BLOCK_KV - 1, cu_seqlens, num_cu_seqlens, num_tokens)
+        _dkv(
+            block * BLOCK_KV, end, head, doutput, qkv, output, lse, dqkv, dkv_parts, positions, cos, sin, scale,
+            num_tokens, HEADS_PER_PROGRAM, GROUP, KV_HEADS, HEAD_DIM, BLOCK_KV,
         )  # fmt: skip
     else:
-        block, head = (program - num_key_blocks) // KEYS, (program - num_key_blocks) % KEYS
-        _queries_backward(
-            block * BLOCK_T, head, gradient, qkv, output, logs, by_qkv, positions, cos, sin, scale,
-            GROUP, ROWS, KEYS, SIZE, BLOCK_T, BLOCK_S,
+        block, head = (program - num_key_blocks) // KV_HEADS, (program - num_key_blocks) % KV_HEADS  # a key head
+        _dq(
+            block * BLOCK_Q, head, doutput, qkv, output, lse, dqkv, positions, cos, sin, scale,
+            GROUP, ROWS, KV_HEADS, HEAD_DIM, BLOCK_Q, BLOCK_KV,
         )  # fmt: skip
 
 
 @triton.jit
-def _keys_backward(
-    first_token, end, head, gradient, qkv, output, logs, by_qkv, parts, positions, cos, sin, scale, num_tokens,
-    EACH: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _dkv(
+    first_token, end, first_head, doutput, qkv, output, lse, dqkv, dkv_parts, positions, cos, sin, scale, num_tokens,
+    HEADS_PER_PROGRAM: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values by EACH query heads: over the tokens that see them."""
-    heads: tl.constexpr = GROUP * KEYS
-    width: tl.constexpr = (GROUP + 2) * KEYS * SIZE
-    wide = tl.arange(0, SIZE)[None, :]
-    seen = first_token + tl.arange(0, BLOCK)
-    at_key = (seen * width + (heads + head // GROUP) * SIZE)[:, None] + wide
-    key, value = tl.load(qkv + at_key), tl.load(qkv + at_key + KEYS * SIZE)
-    by_key = tl.zeros((BLOCK, SIZE), tl.float32)
-    by_value = tl.zeros((BLOCK, SIZE), tl.float32)
-    for each in range(EACH):
+    """Compute dk and dv of BLOCK keys from HEADS_PER_PROGRAM query heads: sums over the tokens that see the keys."""
+    heads: tl.constexpr = GROUP * KV_HEADS
+    width: tl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
+    features = tl.arange(0, HEAD_DIM)[None, :]
+    key = first_token + tl.arange(0, BLOCK)
+    at_key = (key * width + (heads + first_head // GROUP) * HEAD_DIM)[:, None] + features
+    k, v = tl.load(qkv + at_key), tl.load(qkv + at_key + KV_HEADS * HEAD_DIM)
+    dk = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for each in range(HEADS_PER_PROGRAM):
         for start in range(first_token, end, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            real = token < end
-            at_query = token * width + (head + each) * SIZE
-            query = tl.load(qkv + at_query[:, None] + wide, mask=real[:, None], other=0.0)
-            by_output, delta, log = _arrived(gradient, output, logs, token * heads + head + each, real, SIZE)
-            score = tl.dot(key, query.T, input_precision="ieee") * (scale * LOG2_E)
-            first_seen = token - tl.load(positions + token, mask=real, other=0)
-            visible = (seen[:, None] <= token[None, :]) & (seen[:, None] >= first_seen[None, :]) & real[None, :]
-            share = tl.where(visible, tl.exp2(score - log[None, :]), 0.0)
-            by_value = tl.dot(share.to(by_output.dtype), by_output, by_value, input_precision="ieee")
-            by_share = tl.dot(value, by_output.T, input_precision="ieee")
-            by_score = (share * (by_share - delta[None, :])).to(query.dtype)
-            by_key = tl.dot(by_score, query, by_key, input_precision="ieee")
-    by_key *= scale
-    if EACH == GROUP:
-        key_head = heads + head // GROUP
-        _turn_back(by_key, by_qkv + seen * width + key_head * SIZE, seen, positions, cos, sin, seen < end, SIZE)
-        tl.store(by_qkv + at_key + KEYS * SIZE, by_value.to(by_qkv.dtype.element_ty))
+            is_real = token < end
+            at_query = token * width + (first_head + each) * HEAD_DIM
+            q = tl.load(qkv + at_query[:, None] + features, mask=is_real[:, None], other=0.0)
+            do, delta, row_lse = _load_do(doutput, output, lse, token * heads + first_head + each, is_real, HEAD_DIM)
+            s = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2_E)
+            sequence_start = token - tl.load(positions + token, mask=is_real, other=0)
+            visible = (key[:, None] <= token[None, :]) & (key[:, None] >= sequence_start[None, :]) & is_real[None, :]
+            p = tl.where(visible, tl.exp2(s - row_lse[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, do.T, input_precision="ieee")
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision="ieee")
+    dk *= scale
+    if HEADS_PER_PROGRAM == GROUP:
+        key_head = heads + first_head // GROUP
+        _store_unrotated(dk, dqkv + key * width + key_head * HEAD_DIM, key, positions, cos, sin, key < end, HEAD_DIM)
+        tl.store(dqkv + at_key + KV_HEADS * HEAD_DIM, dv.to(dqkv.dtype.element_ty))
     else:
-        at = parts + ((seen * heads + head) * SIZE)[:, None] + wide
-        tl.store(at, by_key.to(parts.dtype.element_ty))
-        tl.store(at + num_tokens * heads * SIZE, by_value.to(parts.dtype.element_ty))
+        at = dkv_parts + ((key * heads + first_head) * HEAD_DIM)[:, None] + features
+        tl.store(at, dk.to(dkv_parts.dtype.element_ty))
+        tl.store(at + num_tokens * heads * HEAD_DIM, dv.to(dkv_parts.dtype.element_ty))
 
 
 @triton.jit
-def _queries_backward(
-    first_token, head, gradient, qkv, output, logs, by_qkv, positions, cos, sin, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+def _dq(
+    first_token, kv_head, doutput, qkv, output, lse, dqkv, positions, cos, sin, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries: over the keys that they see."""
-    heads: tl.constexpr = GROUP * KEYS
-    width: tl.constexpr = (GROUP + 2) * KEYS * SIZE
-    wide = tl.arange(0, SIZE)[None, :]
-    token, query_head, real = _rows(first_token, head, GROUP, ROWS, BLOCK_T)
-    at_query = token * width + query_head * SIZE
-    query = tl.load(qkv + at_query[:, None] + wide, mask=real[:, None], other=0.0)
-    first_seen = token - tl.load(positions + token)
-    by_output, delta, log = _arrived(gradient, output, logs, token * heads + query_head, real, SIZE)
-    by_query = tl.zeros((ROWS * BLOCK_T, SIZE), tl.float32)
-    end = first_token + BLOCK_T
-    for start in range(first_token - tl.load(positions + first_token), end, BLOCK_S):
-        seen = start + tl.arange(0, BLOCK_S)
-        at = qkv + (seen * width + (heads + head) * SIZE)[:, None] + wide
-        key = tl.load(at, mask=seen[:, None] < end, other=0.0)
-        value = tl.load(at + KEYS * SIZE, mask=seen[:, None] < end, other=0.0)
-        score = tl.dot(query, key.T, input_precision="ieee") * (scale * LOG2_E)
-        visible = (seen[None, :] <= token[:, None]) & (seen[None, :] >= first_seen[:, None])
-        share = tl.where(visible, tl.exp2(score - log[:, None]), 0.0)
-        by_share = tl.dot(by_output, value.T, input_precision="ieee")
-        by_score = (share * (by_share - delta[:, None])).to(key.dtype)
-        by_query = tl.dot(by_score, key, by_query, input_precision="ieee")
-    _turn_back(by_query * scale, by_qkv + at_query, token, positions, cos, sin, real, SIZE)
+    """Compute dq of BLOCK_Q tokens, for the query heads of one key head: sums over the keys that they see."""
+    heads: tl.constexpr = GROUP * KV_HEADS
+    width: tl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
+    features = tl.arange(0, HEAD_DIM)[None, :]
+    token, head, is_real = _query_rows(first_token, kv_head, GROUP, ROWS, BLOCK_Q)
+    at_query = token * width + head * HEAD_DIM
+    q = tl.load(qkv + at_query[:, None] + features, mask=is_real[:, None], other=0.0)
+    sequence_start = token - tl.load(positions + token)
+    do, delta, row_lse = _load_do(doutput, output, lse, token * heads + head, is_real, HEAD_DIM)
+    dq = tl.zeros((ROWS * BLOCK_Q, HEAD_DIM), tl.float32)
+    end = first_token + BLOCK_Q
+    for start in range(first_token - tl.load(positions + first_token), end, BLOCK_KV):
+        key = start + tl.arange(0, BLOCK_KV)
+        at = qkv + (key * width + (heads + kv_head) * HEAD_DIM)[:, None] + features
+        k = tl.load(at, mask=key[:, None] < end, other=0.0)
+        v = tl.load(at + KV_HEADS * HEAD_DIM, mask=key[:, None] < end, other=0.0)
+        s = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E)
+        visible = (key[None, :] <= token[:, None]) & (key[None, :] >= sequence_start[:, None])
+        p = tl.where(visible, tl.exp2(s - row_lse[:, None]), 0.0)
+        dp = tl.dot(do, v.T, input_precision="ieee")
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+    _store_unrotated(dq * scale, dqkv + at_query, token, positions, cos, sin, is_real, HEAD_DIM)
 
 
 @triton.jit
-def _sum_heads(
-    parts, by_qkv, positions, cos, sin, num_tokens,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+def _sum_dkv(
+    dkv_parts, dqkv, positions, cos, sin, num_tokens,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values: sums over the query heads that share them."""
-    after_previous()
-    heads: tl.constexpr = GROUP * KEYS
-    width: tl.constexpr = (GROUP + 2) * KEYS * SIZE
-    token, head = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1)
-    wide = tl.arange(0, SIZE)[None, :]
-    by_key = tl.zeros((BLOCK_T, SIZE), tl.float32)
-    by_value = tl.zeros((BLOCK_T, SIZE), tl.float32)
+    """Sum dk and dv over the query heads that share a key head. Grid (T / BLOCK_Q, KV_HEADS)."""
+    wait_for_previous()
+    heads: tl.constexpr = GROUP * KV_HEADS
+    width: tl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
+    token, kv_head = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.program_id(1)
+    features = tl.arange(0, HEAD_DIM)[None, :]
+    dk = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     for each in tl.static_range(GROUP):
-        at = parts + ((token * heads + head * GROUP + each) * SIZE)[:, None] + wide
-        by_key += tl.load(at).to(tl.float32)
-        by_value += tl.load(at + num_tokens * heads * SIZE).to(tl.float32)
-    at_key = by_qkv + token * width + (heads + head) * SIZE
-    _turn_back(by_key, at_key, token, positions, cos, sin, token < num_tokens, SIZE)
-    tl.store((at_key + KEYS * SIZE)[:, None] + wide, by_value.to(by_qkv.dtype.element_ty))
+        at = dkv_parts + ((token * heads + kv_head * GROUP + each) * HEAD_DIM)[:, None] + features
+        dk += tl.load(at).to(tl.float32)
+        dv += tl.load(at + num_tokens * heads * HEAD_DIM).to(tl.float32)
+    at_key = dqkv + token * width + (heads + kv_head) * HEAD_DIM
+    _store_unrotated(dk, at_key, token, positions, cos, sin, token < num_tokens, HEAD_DIM)
+    tl.store((at_key + KV_HEADS * HEAD_DIM)[:, None] + features, dv.to(dqkv.dtype.element_ty))
 
 
 @triton.jit
-def _rows(first_token, head, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Of each row of a block of queries: its token, its query head, and whether there is such a one."""
-    row = tl.arange(0, ROWS * BLOCK_T)
-    return first_token + row // ROWS, head * GROUP + row % ROWS, row % ROWS < GROUP
+def _query_rows(first_token, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Return for each row of a block of queries its token, its query head, and whether that head exists."""
+    row = tl.arange(0, ROWS * BLOCK_Q)
+    return first_token + row // ROWS, kv_head * GROUP + row % ROWS, row % ROWS < GROUP
 
 
 @triton.jit
-def _end_after(token, bounds, num_bounds, num_tokens):
-    """End of this token's sequence."""
+def _sequence_end(token, cu_seqlens, num_cu_seqlens, num_tokens):
+    """Return the end of the sequence of a token: the smallest bound beyond it."""
     end = num_tokens
-    for start in range(0, num_bounds, 128):
+    for start in range(0, num_cu_seqlens, 128):
         index = start + tl.arange(0, 128)
-        bound = tl.load(bounds + index, mask=index < num_bounds, other=0)
+        bound = tl.load(cu_seqlens + index, mask=index < num_cu_seqlens, other=0)
         end = tl.minimum(end, tl.min(tl.where(bound > token, bound, num_tokens)))
     return end
 
 
 @triton.jit
-def _arrived(gradient, output, logs, head, real, SIZE: tl.constexpr):
-    """The output's gradient (rows, D), its product with the output, and the softmax's logarithm, (rows,) each."""
-    at = head[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    by_output = tl.load(gradient + at, mask=real[:, None], other=0.0)
-    delta = tl.sum(by_output.to(tl.float32) * tl.load(output + at, mask=real[:, None], other=0.0).to(tl.float32), 1)
-    return by_output, delta, tl.load(logs + head, mask=real, other=0.0)
+def _load_do(doutput, output, lse, head, is_real, HEAD_DIM: tl.constexpr):
+    """Return do (rows, D), delta (rows,) and lse (rows,); `head` is token * heads + head for each row."""
+    at = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    do = tl.load(doutput + at, mask=is_real[:, None], other=0.0)
+    delta = tl.sum(do.to(tl.float32) * tl.load(output + at, mask=is_real[:, None], other=0.0).to(tl.float32), 1)
+    return do, delta, tl.load(lse + head, mask=is_real, other=0.0)
 
 
 @triton.jit
-def _turn_back(states, pointer, token, positions, cos, sin, real, SIZE: tl.constexpr):
-    """Write (rows, D) gradients as they were before rotation."""
-    half = tl.arange(0, SIZE // 2)[None, :]
-    first, second = tl.split(tl.permute(tl.reshape(states, (states.shape[0], 2, SIZE // 2)), (0, 2, 1)))
-    angle = tl.load(positions + token)[:, None] * SIZE + half
+def _store_unrotated(gradient, pointer, token, positions, cos, sin, is_real, HEAD_DIM: tl.constexpr):
+    """Store the gradient (rows, D) of rotated heads as that of the heads before rotation."""
+    half = tl.arange(0, HEAD_DIM // 2)[None, :]
+    first, second = tl.split(tl.permute(tl.reshape(gradient, (gradient.shape[0], 2, HEAD_DIM // 2)), (0, 2, 1)))
+    angle = tl.load(positions + token)[:, None] * HEAD_DIM + half
     cosine, sine = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
     at = pointer[:, None] + half
-    tl.store(at, (first * cosine + second * sine).to(pointer.dtype.element_ty), mask=real[:, None])
-    tl.store(at + SIZE // 2, (second * cosine - first * sine).to(pointer.dtype.element_ty), mask=real[:, None])
+    tl.store(at, (first * cosine + second * sine).to(pointer.dtype.element_ty), mask=is_real[:, None])
+    tl.store(at + HEAD_DIM // 2, (second * cosine - first * sine).to(pointer.dtype.element_ty), mask=is_real[:, None])

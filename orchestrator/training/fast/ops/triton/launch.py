@@ -1,7 +1,12 @@
-"""How kernels are launched: each is brought onto the device while the one before it still runs, and waits there.
+"""Launch of kernels: each is brought onto the device while the one before it still runs, and waits there.
 
-That saves some tenths of a microsecond at each of a step's hundreds of launches. Programmatic dependent launch (CUDA
-C++ programming guide) is of Hopper and later; elsewhere a launch is an ordinary one.
+    kernel n      |======== runs ========|
+    kernel n + 1            |bring in| . . wait . . |======== runs ========|
+                                                    ^ gdc_wait returns in `wait_for_previous`
+
+This saves some tenths of a microsecond at each of the hundreds of launches of a step: 0.2 ms of 9.7 at 1.1B on an H200
+(docs/log.md, 2026-11-23). Programmatic dependent launch (CUDA C++ programming guide) exists on Hopper and later GPUs;
+elsewhere a launch is an ordinary one.
 """
 
 from collections.abc import Iterator
@@ -15,23 +20,37 @@ import triton
 import triton.language as tl
 from triton.runtime._async_compile import FutureKernel
 
-_HAS_CUDA = torch.cuda.is_available() and torch.version.hip is None
 
-EARLY = tl.constexpr(_HAS_CUDA and torch.cuda.get_device_capability() >= (9, 0))
+def has_dependent_launch() -> bool:
+    """Ask the GPU whether it has programmatic dependent launch: compute capability 9.0 and later, CUDA only."""
+    has_cuda = torch.cuda.is_available() and torch.version.hip is None
+    return has_cuda and torch.cuda.get_device_capability() >= (9, 0)
 
-FULL = 8
-"""Slots of a pack whose tokens alone keep the device busy: its sums are split among fewer programs."""
 
-_MOST_THREADS = 64
-"""As many as there are kernels: the one that takes longest is asked for last, and must not wait for its turn."""
+# Asked at import, because kernels read it as a global constant when they are compiled.
+DEPENDENT_LAUNCH = tl.constexpr(has_dependent_launch())
+
+MANY_SLOTS = 8
+"""From this many slots on, their tokens alone keep the device busy, and sums are split among fewer programs."""
+
+_MAX_THREADS = 64
+"""Threads that compile: as many as there are kernels. The kernel that takes longest is requested last, and must not
+wait for a free thread."""
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
-"""Kernels that are compiled instead of launched."""
+"""Collects kernels that are compiled instead of launched; None where kernels are launched."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel that begins with `after_previous`; within `compiled_together`, have it compiled instead."""
-    options["launch_pdl"] = bool(EARLY.value)
+    """Launch a kernel that begins with `wait_for_previous`. Within `compiled_together`, compile it instead.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: number of programs along each axis.
+        arguments: of the kernel.
+        options: its `constexpr` arguments and Triton's launch options.
+    """
+    options["launch_pdl"] = bool(DEPENDENT_LAUNCH.value)
     compiled = _compiled.get()
     if compiled is None:
         kernel[grid](*arguments, **options)
@@ -41,19 +60,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextmanager
 def compiled_together() -> Iterator[None]:
-    """Kernels launched within are not launched but compiled, all at once: their compiler leaves Python to others.
+    """Compile the kernels that are launched within, all at once, and launch none of them.
 
-    At the end all are in Triton's cache, and so is what their launches take (up to Triton 3.6 a module of C for each:
-    `backends/nvidia/driver.py`, `CudaLauncher`). What kernels would have written is left as it was.
+    Threads help, because Triton's compiler releases Python's lock. At the end all kernels are in Triton's cache, and so
+    are their launchers (up to Triton 3.6 a C module for each: `backends/nvidia/driver.py`, `CudaLauncher`). Tensors
+    that kernels would have written are left as they were.
     """
     compiled: list[Any] = []
     token = _compiled.set(compiled)
     try:
-        with ThreadPoolExecutor(_MOST_THREADS) as threads:
+        with ThreadPoolExecutor(_MAX_THREADS) as threads:
             with triton.AsyncCompileMode(threads):
                 yield
-            found = filter(None, compiled)  # none where a hook of Triton's has said that it is there
-            # A promise of a kernel, or a kernel where it was there before.
+            found = filter(None, compiled)  # None where a hook of Triton has reported the kernel as cached
+            # A future of a kernel, or the kernel itself where it was compiled before.
             kernels = (each.result() if isinstance(each, FutureKernel) else each for each in found)
             list(threads.map(_make_launcher, {kernel.hash: kernel for kernel in kernels}.values()))
     finally:
@@ -65,8 +85,8 @@ def _make_launcher(kernel: Any) -> None:
 
 
 @triton.jit
-def after_previous():
-    """Nothing is read or written before this: here the kernel before has ended, and the next may be brought in."""
-    if EARLY:
+def wait_for_previous():
+    """Wait until the previous kernel has ended, and let the next one be brought in. Comes before any read or write."""
+    if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,7 +1,12 @@
-"""The parts of a fast step in Triton: what `plain` says, for CUDA and bfloat16 (arXiv 2410.10989 fuses in like places).
+"""Norm, SwiGLU, cross entropy and sums by slot in Triton. Liger Kernel (arXiv 2410.10989) fuses the same places.
 
-Nothing here waits for the device or depends on its data, all sums have one order, and launch shapes are fixed: a step
-can be captured as it stands. The first call of a kernel compiles it, or finds it in Triton's cache: before a capture.
+    _add_norm, _add_norm_backward   grid (T,)             one program for each token: its H features in one block
+    _swiglu, _swiglu_backward       grid (T, I / 1024)    one program for 1,024 features of a token
+    _cross_entropy                  grid (tokens,)        one program for each token: V logits in blocks of 4,096
+    _sum_by_slot                    grid (S,)             one program for each slot: T values in blocks of 1,024
+
+By the measurements in docs/log.md (2026-11-26, H200), norms and SwiGLU move their bytes as fast as memory allows, and
+other numbers of warps change nothing.
 """
 
 import torch
@@ -9,83 +14,54 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from orchestrator.training.fast.ops.reference import Heads
-from orchestrator.training.fast.ops.triton.adamw import update
-from orchestrator.training.fast.ops.triton.attention import Attended, attention, attention_backward
-from orchestrator.training.fast.ops.triton.launch import after_previous, compiled_together, launch
-from orchestrator.training.fast.ops.triton.lora_backward import lora_backward
-from orchestrator.training.fast.ops.triton.lora_forward import lora_down, lora_up_
+from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
 from orchestrator.training.fast.plan.memory import MAX_LOGITS
 from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
-
-__all__ = [
-    "TILE",
-    "Attended",
-    "Heads",
-    "add_norm",
-    "add_norm_backward",
-    "attention",
-    "attention_backward",
-    "compiled_together",
-    "cross_entropy",
-    "lora_backward",
-    "lora_down",
-    "lora_up_",
-    "sum_by_slot",
-    "swiglu",
-    "swiglu_backward",
-    "update",
-]
-
-TILE = 64
-"""Tokens that surely belong to one slot."""
 
 _IGNORED = tl.constexpr(IGNORED)
 
 
 def add_norm(
-    states: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual sum, its RMS norm (arXiv 1910.07467), and the reciprocal root: (T, H), (T, H), (T,) float32."""
-    num_tokens, features = states.shape
-    total = states if delta is None else torch.empty_like(states)
-    normed = torch.empty_like(states)
-    root = torch.empty(num_tokens, dtype=torch.float32, device=states.device)
+    num_tokens, features = residual.shape
+    total = residual if delta is None else torch.empty_like(residual)
+    normed = torch.empty_like(residual)
+    rstd = torch.empty(num_tokens, dtype=torch.float32, device=residual.device)
     launch(
         _add_norm,
         (num_tokens,),
-        states,
-        states if delta is None else delta,
+        residual,
+        residual if delta is None else delta,
         weight,
         total,
         normed,
-        root,
+        rstd,
         epsilon,
         features,
-        ADDS=delta is not None,
+        HAS_DELTA=delta is not None,
         BLOCK=triton.next_power_of_2(features),
         num_warps=4 if features <= 2048 else 16,
     )
-    return total, normed, root
+    return total, normed, rstd
 
 
 def add_norm_backward(
-    gradient: torch.Tensor,
-    normed_gradient: torch.Tensor,
-    states: torch.Tensor,
-    root: torch.Tensor,
+    dresidual: torch.Tensor,
+    dnormed: torch.Tensor,
+    residual: torch.Tensor,
+    rstd: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of the residual sum (so of both its terms): what came by the residual, plus through the norm. (T, H)."""
-    num_tokens, features = states.shape
-    result = torch.empty_like(gradient)
+    num_tokens, features = residual.shape
+    result = torch.empty_like(dresidual)
     launch(
         _add_norm_backward,
         (num_tokens,),
-        gradient,
-        normed_gradient,
-        states,
-        root,
+        dresidual,
+        dnormed,
+        residual,
+        rstd,
         weight,
         result,
         features,
@@ -96,145 +72,162 @@ def add_norm_backward(
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up: (T, 2 I) -> (T, I)."""
     num_tokens, features = len(gate_up), gate_up.shape[1] // 2
-    product = gate_up.new_empty(num_tokens, features)
-    launch(_swiglu, (num_tokens, triton.cdiv(features, 1024)), gate_up, product, features, BLOCK=1024)
-    return product
+    y = gate_up.new_empty(num_tokens, features)
+    launch(_swiglu, (num_tokens, triton.cdiv(features, 1024)), gate_up, y, features, BLOCK=1024)
+    return y
 
 
-def swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """(T, I) -> (T, 2 I)."""
-    num_tokens, features = gradient.shape
-    result = torch.empty_like(gate_up)
-    launch(_swiglu_backward, (num_tokens, triton.cdiv(features, 1024)), gradient, gate_up, result, features, BLOCK=1024)
-    return result
+def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    num_tokens, features = dy.shape
+    dgate_up = torch.empty_like(gate_up)
+    launch(_swiglu_backward, (num_tokens, triton.cdiv(features, 1024)), dy, gate_up, dgate_up, features, BLOCK=1024)
+    return dgate_up
 
 
 def cross_entropy(
-    states: torch.Tensor, head: torch.Tensor, row: FlatBatch, trains: bool
+    hidden: torch.Tensor, lm_head: torch.Tensor, batch: FlatBatch, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss and gradient of the LM head in one pass; logits of `MAX_LOGITS` at a time become their own gradient.
-
-    Args:
-        states: (T, H) after the last norm.
-        head: (vocabulary, H).
-        trains: whether the gradient is wanted.
-
-    Returns:
-        (T,) float32 losses and (T,) float32 whether the target was likeliest, both 0 where there is no target; and the
-        gradient of the weighted losses' sum for the states, (T, H).
-    """
-    num_tokens, vocabulary = len(states), len(head)
-    losses = torch.empty(num_tokens, dtype=torch.float32, device=states.device)
+    """Implement `Ops.cross_entropy`. The gradient of the logits overwrites the logits, `MAX_LOGITS` at a time."""
+    num_tokens, vocabulary = len(hidden), len(lm_head)
+    losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
     hits = torch.empty_like(losses)
-    result = torch.empty_like(states) if trains else None
+    dhidden = torch.empty_like(hidden) if with_gradient else None
     chunk = min(num_tokens, max(1, MAX_LOGITS // vocabulary))
     for start in range(0, num_tokens, chunk):
         part = slice(start, min(start + chunk, num_tokens))
-        logits = F.linear(states[part], head)
+        logits = F.linear(hidden[part], lm_head)
         launch(
             _cross_entropy,
             (len(logits),),
             logits,
-            row.targets,
-            row.tiles,
-            row.table["loss_weight"],
+            batch.targets,
+            batch.tile_slots,
+            batch.table["loss_weight"],
             losses,
             hits,
             start,
             vocabulary,
-            TRAINS=trains,
-            TILE=row.tile,
+            WITH_GRADIENT=with_gradient,
+            TILE=batch.tile,
             BLOCK=4096,
             num_warps=8,
         )
-        if result is not None:
-            torch.mm(logits, head, out=result[part])
-    return losses, hits, result
+        if dhidden is not None:
+            torch.mm(logits, lm_head, out=dhidden[part])
+    return losses, hits, dhidden
 
 
-def sum_by_slot(values: torch.Tensor, row: FlatBatch, num_slots: int) -> torch.Tensor:
-    """(T,) float32 -> (slots,). The same order of sums each time."""
+def sum_by_slot(values: torch.Tensor, batch: FlatBatch, num_slots: int) -> torch.Tensor:
     sums = torch.empty(num_slots, dtype=torch.float32, device=values.device)
-    launch(_sum_by_slot, (num_slots,), values, row.tiles, sums, len(values), TILE=row.tile, BLOCK=1024)
+    launch(_sum_by_slot, (num_slots,), values, batch.tile_slots, sums, len(values), TILE=batch.tile, BLOCK=1024)
     return sums
 
 
 @triton.jit
 def _add_norm(
-    states, delta, weight, total, normed, root, epsilon, features, ADDS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    after_previous()
+    residual,  # (T, H)
+    delta,  # (T, H); not read without HAS_DELTA
+    weight,  # (H,)
+    total,  # out: (T, H) residual + delta; not written without HAS_DELTA
+    normed,  # out: (T, H)
+    rstd,  # out: (T,) float32
+    epsilon,
+    features,  # H
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wait_for_previous()
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside, at = columns < features, token * features + columns
-    state = tl.load(states + at, mask=inside, other=0.0)
-    if ADDS:
+    state = tl.load(residual + at, mask=inside, other=0.0)
+    if HAS_DELTA:
         state += tl.load(delta + at, mask=inside, other=0.0)
         tl.store(total + at, state, mask=inside)
     wide = state.to(tl.float32)
     reciprocal = tl.rsqrt(tl.sum(wide * wide) / features + epsilon)
-    tl.store(root + token, reciprocal)
+    tl.store(rstd + token, reciprocal)
     unit = (wide * reciprocal).to(state.dtype)
     tl.store(normed + at, tl.load(weight + columns, mask=inside) * unit, mask=inside)
 
 
 @triton.jit
-def _add_norm_backward(gradient, normed_gradient, states, root, weight, result, features, BLOCK: tl.constexpr):
-    after_previous()
+def _add_norm_backward(
+    dresidual,  # (T, H)
+    dnormed,  # (T, H)
+    residual,  # (T, H)
+    rstd,  # (T,) float32
+    weight,  # (H,)
+    result,  # out: (T, H)
+    features,  # H
+    BLOCK: tl.constexpr,
+):
+    wait_for_previous()
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside, at = columns < features, token * features + columns
-    reciprocal = tl.load(root + token)
-    unit = tl.load(states + at, mask=inside, other=0.0).to(tl.float32) * reciprocal
-    scaled = tl.load(normed_gradient + at, mask=inside, other=0.0) * tl.load(weight + columns, mask=inside, other=0.0)
-    scaled = scaled.to(tl.float32)
-    through = (scaled - unit * (tl.sum(scaled * unit) / features)) * reciprocal
-    residual = tl.load(gradient + at, mask=inside)
-    tl.store(result + at, residual + through.to(residual.dtype), mask=inside)
+    reciprocal = tl.load(rstd + token)
+    unit = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32) * reciprocal
+    dunit = tl.load(dnormed + at, mask=inside, other=0.0) * tl.load(weight + columns, mask=inside, other=0.0)
+    dunit = dunit.to(tl.float32)
+    through_norm = (dunit - unit * (tl.sum(dunit * unit) / features)) * reciprocal
+    through_residual = tl.load(dresidual + at, mask=inside)
+    tl.store(result + at, through_residual + through_norm.to(through_residual.dtype), mask=inside)
 
 
 @triton.jit
-def _swiglu(gate_up, product, features, BLOCK: tl.constexpr):
-    after_previous()
+def _swiglu(
+    gate_up,  # (T, 2 I)
+    y,  # out: (T, I)
+    features,  # I
+    BLOCK: tl.constexpr,
+):
+    wait_for_previous()
     token, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = columns < features, token * 2 * features + columns
     gate = tl.load(gate_up + at, mask=inside, other=0.0)
     up = tl.load(gate_up + features + at, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    tl.store(product + token * features + columns, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, mask=inside)
+    tl.store(y + token * features + columns, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(gradient, gate_up, result, features, BLOCK: tl.constexpr):
-    after_previous()
+def _swiglu_backward(
+    dy,  # (T, I)
+    gate_up,  # (T, 2 I)
+    dgate_up,  # out: (T, 2 I)
+    features,  # I
+    BLOCK: tl.constexpr,
+):
+    wait_for_previous()
     token, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = columns < features, token * 2 * features + columns
-    by_product = tl.load(gradient + token * features + columns, mask=inside, other=0.0).to(tl.float32)
+    dproduct = tl.load(dy + token * features + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + features + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    by_gate = by_product * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(result + at, by_gate.to(result.dtype.element_ty), mask=inside)
-    tl.store(result + features + at, (by_product * gate * sigmoid).to(result.dtype.element_ty), mask=inside)
+    dgate = dproduct * up * sigmoid * (1 + gate * (1 - sigmoid))
+    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=inside)
+    tl.store(dgate_up + features + at, (dproduct * gate * sigmoid).to(dgate_up.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["weights", "start"])
+@triton.jit(do_not_specialize=["loss_weights", "start"])
 def _cross_entropy(
-    logits,
-    targets,
-    tiles,
-    weights,
-    losses,
-    hits,
-    start,
-    vocabulary,
-    TRAINS: tl.constexpr,
+    logits,  # (tokens, V); with WITH_GRADIENT overwritten by their weighted gradient
+    targets,  # (T,) int32
+    tile_slots,  # (T / TILE,) int32
+    loss_weights,  # (S,) float32
+    losses,  # out: (T,) float32
+    hits,  # out: (T,) float32
+    start,  # token of the first row of `logits`
+    vocabulary,  # V
+    WITH_GRADIENT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    after_previous()
+    """Compute the softmax in one pass over the logits ("online", arXiv 1805.02867), and its gradient in a second."""
+    wait_for_previous()
     token = start + tl.program_id(0)
     logits += tl.program_id(0).to(tl.int64) * vocabulary
     target = tl.load(targets + token)
@@ -242,40 +235,48 @@ def _cross_entropy(
     if target == _IGNORED:
         tl.store(losses + token, 0.0)
         tl.store(hits + token, 0.0)
-        if TRAINS:
+        if WITH_GRADIENT:
             for first in range(0, vocabulary, BLOCK):
                 tl.store(logits + first + each, tl.zeros((BLOCK,), logits.dtype.element_ty), first + each < vocabulary)
     else:
-        wanted = tl.load(logits + target).to(tl.float32)
-        highest = wanted
+        target_logit = tl.load(logits + target).to(tl.float32)
+        row_max = target_logit
         sums = tl.zeros((BLOCK,), tl.float32)
         beaten = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, vocabulary, BLOCK):
             columns = first + each
             logit = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
-            beaten |= ((logit > wanted) | ((logit == wanted) & (columns < target))).to(tl.int32)
-            before, highest = highest, tl.maximum(highest, tl.max(logit))
-            sums = sums * tl.exp(before - highest) + tl.exp(logit - highest)
-        norm = tl.sum(sums)
-        tl.store(losses + token, tl.log(norm) + highest - wanted)
-        tl.store(hits + token, ((tl.max(beaten) == 0) & (wanted == wanted)).to(tl.float32))
-        if TRAINS:
-            weight = tl.load(weights + tl.load(tiles + token // TILE))
+            beaten |= ((logit > target_logit) | ((logit == target_logit) & (columns < target))).to(tl.int32)
+            before, row_max = row_max, tl.maximum(row_max, tl.max(logit))
+            sums = sums * tl.exp(before - row_max) + tl.exp(logit - row_max)
+        row_sum = tl.sum(sums)
+        tl.store(losses + token, tl.log(row_sum) + row_max - target_logit)
+        # A NaN is no hit, although no logit is larger.
+        tl.store(hits + token, ((tl.max(beaten) == 0) & (target_logit == target_logit)).to(tl.float32))
+        if WITH_GRADIENT:
+            weight = tl.load(loss_weights + tl.load(tile_slots + token // TILE))
             for first in range(0, vocabulary, BLOCK):
                 columns = first + each
                 logit = tl.load(logits + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-                share = tl.exp(logit - highest) / norm - (columns == target).to(tl.float32)
-                tl.store(logits + columns, (share * weight).to(logits.dtype.element_ty), mask=columns < vocabulary)
+                dlogit = tl.exp(logit - row_max) / row_sum - (columns == target).to(tl.float32)
+                tl.store(logits + columns, (dlogit * weight).to(logits.dtype.element_ty), mask=columns < vocabulary)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _sum_by_slot(values, tiles, sums, num_tokens, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    after_previous()
+def _sum_by_slot(
+    values,  # (T,) float32
+    tile_slots,  # (T / TILE,) int32
+    sums,  # out: (S,) float32
+    num_tokens,  # T
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wait_for_previous()
     slot = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_tokens, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         inside = tokens < num_tokens
-        owner = tl.load(tiles + tokens // TILE, mask=inside, other=-1)
-        total += tl.load(values + tokens, mask=inside & (owner == slot), other=0.0)
+        token_slots = tl.load(tile_slots + tokens // TILE, mask=inside, other=-1)
+        total += tl.load(values + tokens, mask=inside & (token_slots == slot), other=0.0)
     tl.store(sums + slot, tl.sum(total))

@@ -1,0 +1,33 @@
+"""All operations in Triton: this module satisfies `protocol.Ops`."""
+
+from orchestrator.training.fast.ops.triton.adamw import update
+from orchestrator.training.fast.ops.triton.attention import attention, attention_backward
+from orchestrator.training.fast.ops.triton.lora_backward import lora_backward
+from orchestrator.training.fast.ops.triton.lora_forward import lora_down, lora_up_
+from orchestrator.training.fast.ops.triton.norm_swiglu_ce import (
+    add_norm,
+    add_norm_backward,
+    cross_entropy,
+    sum_by_slot,
+    swiglu,
+    swiglu_backward,
+)
+
+__all__ = [
+    "TILE",
+    "add_norm",
+    "add_norm_backward",
+    "attention",
+    "attention_backward",
+    "cross_entropy",
+    "lora_backward",
+    "lora_down",
+    "lora_up_",
+    "sum_by_slot",
+    "swiglu",
+    "swiglu_backward",
+    "update",
+]
+
+TILE = 64
+"""Tokens of a tile."""
