@@ -26,8 +26,8 @@ from orchestrator.sweep.results import ResultKeeper
 from orchestrator.training.attempt.events import WriteNow
 from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import build_trainer
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.slot import Slot
-from orchestrator.training.fast.plan.factory import engine_for
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.device import use_device
 from orchestrator.training.model.peft_model import adapted

@@ -9,7 +9,8 @@ from tiny import DEMO, TINY
 from orchestrator.data import prepare
 from orchestrator.spec import load_spec
 from orchestrator.training.engines.loop import TrialInputs
-from orchestrator.training.fast.plan.factory import engine_for, release
+from orchestrator.training.fast.drive.joint import engine_for
+from orchestrator.training.fast.plan.factory import release
 from orchestrator.training.fast.warmup import precompile
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.plan.memory import FLOAT, SHARED, SMALL, num_absmax, num_bytes
+from orchestrator.training.fast.sizes import FLOAT, SHARED, SMALL, num_absmax, num_bytes
 
 CHUNK = 512
 """Of a matrix, that one program of a kernel updates: whole blocks."""

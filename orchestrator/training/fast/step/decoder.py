@@ -12,61 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.ops.reference import Attended, Heads
-from orchestrator.training.fast.plan.memory import BaseShape, Recompute
+from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Whose layers are those of `Layer`."""
-
-LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-"""What trl's LM head applies if a configuration has it (trl 1.16, `add_fused_lm_head`)."""
-
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linear layers of a decoder layer by the input that they share."""
-
-
-def unsupported_shape(model: Any, longest: int) -> str | None:
-    """Why this base cannot be computed here, or None.
-
-    Args:
-        model: the bare base.
-        longest: tokens of the longest row.
-    """
-    config = model.config
-    if not type(model).__module__.startswith("transformers.models."):
-        return "a model with code of its own"
-    if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} (it knows {', '.join(MODEL_TYPES)})"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act!r}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
-        return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"positions of type {rope!r}"
-    if config.attention_dropout:
-        return "dropout in attention"
-    if model.get_output_embeddings().bias is not None:
-        return "a bias on the LM head"
-    if scales := [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]:
-        return f"logits that are changed ({scales[0]})"
-    for layer in model.model.layers:
-        for name, linear in layer.named_modules():
-            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, model.dtype):
-                return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
-    return None
-
-
-def _is_known(linear: Any, dtype: torch.dtype) -> bool:
-    """Whether a layer's weight is what it seems: floats of the base's dtype, or NF4 and FP4 computed in it."""
-    from bitsandbytes.nn import Linear4bit
-
-    if isinstance(linear, Linear4bit):
-        return linear.compute_dtype in (None, dtype)
-    return type(linear) is torch.nn.Linear and linear.weight.dtype == dtype
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from orchestrator.training.fast.ops.eight_bit import CHUNK
 from orchestrator.training.fast.ops.triton.launch import after_previous, launch
-from orchestrator.training.fast.plan.memory import SHARED, SMALL
+from orchestrator.training.fast.sizes import SHARED, SMALL
 from orchestrator.training.fast.step.adapters import BLOCK, Adapters
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 

@@ -15,7 +15,7 @@ from orchestrator.training.fast.ops.triton.attention import Attended, attention,
 from orchestrator.training.fast.ops.triton.launch import after_previous, compiled_together, launch
 from orchestrator.training.fast.ops.triton.lora_backward import lora_backward
 from orchestrator.training.fast.ops.triton.lora_forward import lora_down, lora_up_
-from orchestrator.training.fast.plan.memory import MAX_LOGITS
+from orchestrator.training.fast.sizes import MAX_LOGITS
 from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
 
 __all__ = [
