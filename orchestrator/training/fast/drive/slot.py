@@ -358,7 +358,7 @@ class Slot:
 
 
 _names_in_files: dict[tuple[str, ...], list[str]] = {}
-"""Names of parameters -> their names in PEFT's files. PEFT finds them by a walk over the model: 20 ms a trial."""
+"""Names of parameters -> their names in PEFT's files. PEFT's own lookup takes a third of a second for 16 trials."""
 
 DROPOUT_STEPS = 1 << 31
 """Steps of the dropout rate: 31 random bits decide whether a feature is dropped."""
