@@ -2,7 +2,7 @@
 
     python -m benchmarks.pack_fidelity 1.1b --rows train.jsonl
 
-Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 to 5e-4; each trial has its own seed and two evaluations of 100
+Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 to 5e-4. A trial has its own seed and two evaluations of 100
 rows. Each engine draws its own dropout masks. No recorded gradient norm may be zero.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.sweep 1.1b --rows train.jsonl
     python -m benchmarks.sweep 1.1b --rows train.jsonl --forms A --earlier benchmarks/out/sweep-1.1b.json
 
-Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 and 5e-4, with 200 steps, batch 4 and 4 evaluations of 100 rows.
+Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 and 5e-4, 200 steps, batch 4, 4 evaluations of 100 rows.
 "ours" is the whole command `orchestrator sweep` with a cold kernel cache. Of each baseline, two trials are run in full
 and their time is multiplied by 8; what precedes them (imports, Ray, tokenization) is counted once.
 
@@ -47,7 +47,7 @@ def measure(setting: Setting, forms: list[str], earlier: list[Path], steps: int)
     for form, each in figures.items():
         if (each["steps"], each["device"]) != (steps, here["device"]):
             raise SystemExit(
-                f"--earlier: {form} has {each['steps']} steps on {each['device']}; give runs with {steps} steps on {here['device']}"
+                f"--earlier: {form} has {each['steps']} steps on {each['device']}; give runs of {steps} steps on this device"
             )
     with tempfile.TemporaryDirectory() as scratch:
         for form in forms:
