@@ -4,8 +4,8 @@
     python -m benchmarks.pack 1.1b --rows train.jsonl --optimizer paged_adamw_8bit --out benchmarks/out/8bit
 
 Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 and 5e-4. There are 16 slots, and 8 at 7B. The time counts in
-which all trials train: from the 60th step of the last one, by which the common buckets are captured, to the last step of
-the first one that ends.
+which all trials train: from the 60th step of the last one, by which the common buckets are captured, to the last step
+of the first one that ends.
 """
 
 from concurrent.futures import ProcessPoolExecutor

@@ -46,9 +46,8 @@ def measure(setting: Setting, forms: list[str], earlier: list[Path], steps: int)
         figures |= json.loads(file.read_text())["figures"]
     for form, each in figures.items():
         if (each["steps"], each["device"]) != (steps, here["device"]):
-            raise SystemExit(
-                f"--earlier: {form} has {each['steps']} steps on {each['device']}; give runs of {steps} steps on this device"
-            )
+            found = f"{form} has {each['steps']} steps on {each['device']}"
+            raise SystemExit(f"--earlier: {found}; give runs of {steps} steps on this device")
     with tempfile.TemporaryDirectory() as scratch:
         for form in forms:
             run = _baseline if form in BASELINES else _ours
