@@ -56,11 +56,11 @@ def tensors_of(model: Any) -> Iterator[torch.Tensor]:
 )
 def test_the_loaded_base(section: dict[str, Any]) -> None:
     model = load_base(BaseSection(model="embedded", **section))
-    held = sum(tensor.nbytes for tensor in tensors_of(model))
+    loaded = sum(tensor.nbytes for tensor in tensors_of(model))
     predicted = predicted_for(
         model, quantized=section.get("quantization") != "none", double_quant=section.get("double_quant", True)
     )
-    assert predicted.base == pytest.approx(held, rel=0.005)
+    assert predicted.base == pytest.approx(loaded, rel=0.005)
     shapes = expected_modules(model, LoraSection())
     linears = shapes.values()
     assert BaseShape.of(model.config).num_linear_weights == sum(i * o for i, o in linears)

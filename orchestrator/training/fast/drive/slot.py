@@ -131,7 +131,7 @@ class Slot:
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
         matrices = self._view.matrices(adapters.weights)
         names = {name.rpartition(".")[0] for name in matrices}
-        held = {
+        in_slot = {
             "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
             "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
@@ -141,11 +141,13 @@ class Slot:
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
         }
         live = read_back(self.trainer)
-        kind, moments = live["training.optimizer"], adapters.moment1.dtype
-        held["training.optimizer"] = kind if ("8-bit" in kind) == (adapters.eight is not None) else f"{moments} moments"
+        optimizer, moments = live["training.optimizer"], adapters.moment1.dtype
+        is_right = ("8-bit" in optimizer) == (adapters.eight is not None)
+        in_slot["training.optimizer"] = optimizer if is_right else f"{moments} moments"
         # Where model and slot differ, both values are returned, and the read-back check refuses the trial.
         return {
-            name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
+            name: value if same(value, in_slot.get(name, value)) else [value, in_slot[name]]
+            for name, value in live.items()
         }
 
     def begin(self, checkpoint: str | None) -> Iterator[tuple[float, Batch]]:

@@ -13,7 +13,7 @@ class Family:
     """Lists what the fast engine understands of a model family. Everything else is refused."""
 
     model_type: str
-    """As in a transformers configuration."""
+    """`model_type` of a transformers configuration."""
     model_modules: frozenset[str]
     """Modules outside the decoder layers, by their names in the model."""
     layer_modules: frozenset[str]

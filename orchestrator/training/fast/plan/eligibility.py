@@ -95,9 +95,10 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
 
 
 def unknown_field(config: Any, family: Family) -> str | None:
-    """Return the configuration field that the family does not list or whose value it does not allow; None without any.
+    """Return why a configuration field is refused, or None where all fields are understood.
 
-    A field that is None is not set. Names that begin with an underscore are transformers' own state.
+    A field is refused if the family does not list it, or lists it as fixed and it has another value. A field that is
+    None is not set. Names that begin with an underscore are transformers' own state.
     """
     listed = family.used_fields | family.harmless_fields
     for name, value in vars(config).items():
@@ -112,7 +113,7 @@ def unknown_field(config: Any, family: Family) -> str | None:
 
 
 def unknown_module(model: Any, family: Family) -> str | None:
-    """Return the module or parameter that the family does not list, or the one that is missing; None without any."""
+    """Return which module or parameter is refused or missing, or None where the family lists all of them."""
     layers = model.model.layers
     in_layers = {id(module) for layer in layers for module in layer.modules()}
     outside = {name for name, module in model.named_modules() if name and id(module) not in in_layers}
