@@ -1,1 +1,1 @@
-"""One command a figure, its baseline in the same run: see docs/benchmarks.md."""
+"""Benchmarks: one command for each number, with its baseline in the same run. See docs/benchmarks.md."""

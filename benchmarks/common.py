@@ -1,4 +1,4 @@
-"""What all benchmarks share: the setting, a trial's run, and where figures go."""
+"""Parts that the benchmarks share: the setting, ways to run trials, and the output."""
 
 import argparse
 import gc
@@ -35,7 +35,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "A": {"engine": "trl", "recompute": True, "optimizer": "paged_adamw_32bit"},
     "B": {"engine": "trl", "recompute": False, "optimizer": "adamw_torch_fused"},
 }
-"""A: trl's defaults. B: the same, tuned. Both with the adapter in float32, as ours."""
+"""Baselines: A has trl's defaults, B is tuned. Both have the adapter in float32, as the fast engine does."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Setting:
     out: Path
 
     def spec(self, training: dict[str, Any], **sections: dict[str, Any]) -> SweepSpec:
-        """Batch 4, rank 16 on all linear layers, dropout 0.1, rows of at most 512 tokens; the rest as asked."""
+        """Make a spec: batch 4, rank 16 on all linear layers, dropout 0.1, rows of at most 512 tokens.
+
+        Args:
+            training: fields of `training:` that are added or replaced.
+            sections: fields of other sections, likewise.
+        """
         document: dict[str, Any] = {
             "base": {"model": str(self.base)},
             "data": {
@@ -71,20 +76,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One trial's result, its points, and the seconds of the whole call."""
+    """One trial's result, its metrics, and the seconds of the whole call."""
 
     result: TrialResult
     points: list[MetricPoint]
     seconds: float
 
     def tokens_per_second(self, after: int) -> float:
-        """Real tokens a second from the first training point at or after a step to the last before evaluation."""
+        """Return real tokens a second, from the first training point at or after a step to the last training point."""
         points = [point for point in self.points if "train/loss" in point.values and point.step >= after]
         return (points[-1].tokens - points[0].tokens) / (points[-1].time_s - points[0].time_s)
 
 
 class Silent:
-    """A watcher that lets everything pass, and notes when the first step was made."""
+    """A watcher that stops nothing, and notes the time of the first step."""
 
     first_step: float | None = None
 
@@ -100,7 +105,7 @@ class Silent:
 
 
 def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
-    """Train one trial as `orchestrator trial` does, in this process, base and engine kept."""
+    """Train one trial as `orchestrator trial` does, in this process. Base and engine stay cached."""
     with tempfile.TemporaryDirectory() as folder:
         paths, start = SweepPaths(Path(folder) / "trial"), time.monotonic()
         result = run_local_trial(spec, paths, watcher or Silent())
@@ -109,47 +114,50 @@ def run(spec: SweepSpec, watcher: Silent | None = None) -> Run:
         return Run(result, read_metrics(paths.trial(result.trial_id)), seconds)
 
 
-Told = list[list[tuple[float, Event]]]
-"""The events of each trial, and when they were heard (perf_counter)."""
+Heard = list[list[tuple[float, Event]]]
+"""For each trial, its events, each with the time at which it was received (perf_counter)."""
 
 
-def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Told:
-    """Train trials beside each other, as a worker does."""
-    told: Told = [[] for _ in points]
+def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Heard:
+    """Train trials together in this process, as a worker does."""
+    heard: Heard = [[] for _ in points]
     with tempfile.TemporaryDirectory() as folder:
-        paths, host = SweepPaths(Path(folder)), WorkerRuntime(spec, prepare(spec.data, spec.base), len(points), 1)
+        paths, runtime = SweepPaths(Path(folder)), WorkerRuntime(spec, prepare(spec.data, spec.base), len(points), 1)
         for index, point in enumerate(points):
             trial = paths.trial(f"trial-{index}")
-            assert host.start(trial.trial_id, start_of(spec.trial_config(point), spec, trial), trial)
+            assert runtime.start(trial.trial_id, start_of(spec.trial_config(point), spec, trial), trial)
         wait_s = 0.0 if len(points) > 1 else 1.0
-        while training := [index for index, each in enumerate(told) if not (each and isinstance(each[-1][1], END))]:
+        while training := [index for index, each in enumerate(heard) if not (each and isinstance(each[-1][1], END))]:
             for index in training:
-                told[index] += [(time.perf_counter(), event) for event in host.events(f"trial-{index}", wait_s)]
+                heard[index] += [(time.perf_counter(), event) for event in runtime.events(f"trial-{index}", wait_s)]
             time.sleep(0.002)
-    for each in told:
+    for each in heard:
         assert isinstance(each[-1][1], Completed), each[-1]
-    return told
+    return heard
 
 
 @contextmanager
 def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, MultiLora, int]]:
-    """A trial's loop, not yet run, what serves its tasks, and the tokens of its held-out rows."""
+    """Yield a trial's loop before it runs, the `MultiLora` that steps it, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
-    ground = TrialInputs.of(config.base, prepare(config.data, config.base))
+    inputs = TrialInputs.of(config.base, prepare(config.data, config.base))
     with guarded(config.base), tempfile.TemporaryDirectory() as folder:
-        seat = find_slot(config, ground)
-        pack = MultiLora()
-        yield open_loop(config, ground, seat, Path(folder), WriteNow()), pack, int(ground.held_out.lengths.sum())
+        engine_slot = find_slot(config, inputs)
+        yield (
+            open_loop(config, inputs, engine_slot, Path(folder), WriteNow()),
+            MultiLora(),
+            int(inputs.held_out.lengths.sum()),
+        )
 
 
-def foreseen(result: TrialResult) -> float | None:
-    """Predicted peak over the measured one, of a fast trial on a GPU."""
+def predicted_over_measured(result: TrialResult) -> float | None:
+    """Return predicted peak memory over measured peak memory; None unless a fast trial ran on a GPU."""
     plan = result.memory_plan or {}
     return round(plan["predicted_gib"] / plan["measured_gib"], 3) if "predicted_gib" in plan else None
 
 
 def forget() -> None:
-    """Free what earlier runs kept on the GPU, so that each engine's memory is its own."""
+    """Free the GPU memory that earlier runs keep, so that the next measurement does not include it."""
     import torch
 
     evict()
@@ -162,15 +170,15 @@ def main(about: str, measure: Callable[..., dict[str, Any]], **options: dict[str
     """Parse the command line, measure, write `OUT/<name>-<shape>.json`, print a table row.
 
     Args:
-        about: what is measured.
-        measure: is given the setting, and by its name each further option.
-        options: name -> what argparse is to know of it.
+        about: description of the benchmark.
+        measure: gets the setting, and each further option by its name; returns the numbers to write.
+        options: name of an option -> keyword arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("shape", choices=["1.1b", "7b", "tiny", "thin"], help="the last two are for a CPU")
-    parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
-    parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="kept between runs")
+    parser.add_argument("shape", choices=["1.1b", "7b", "tiny", "thin"], help="the base; tiny, thin: for a CPU")
+    parser.add_argument("--rows", type=Path, required=True, help="path of GSM8K's train.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
+    parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="folder of bases")
     for name, option in options.items():
         parser.add_argument(f"--{name}", **option)
     arguments = parser.parse_args()
@@ -186,13 +194,13 @@ def main(about: str, measure: Callable[..., dict[str, Any]], **options: dict[str
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Figures with hardware, versions, commit and date, as JSON."""
+    """Write numbers with hardware, versions, commit and date, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures | environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
+    """Return hardware, versions, commit and date."""
     import torch
 
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)

@@ -1,11 +1,11 @@
-"""The demo's sweep on this machine's CPU: ours over one process a trial under Ray Tune, as a ratio.
+"""The demo's sweep on this machine's CPU, against one process for each trial under Ray Tune: ratio of times.
 
     python -m benchmarks.demo_sweep
     python -m benchmarks.demo_sweep --scheduler none
 
-Ours is the whole command `orchestrator sweep`, which trains two trials at a time in each of its workers. The baseline
-trains the same trials by SFTTrainer, each in a process that imports and loads by itself, as many at a time as there are
-cores, under the same scheduler; its rows are tokenised once, as ours are.
+"ours" is the whole command `orchestrator sweep`, which trains two trials at a time in each worker. The baseline trains
+the same trials with SFTTrainer under the same scheduler. Each of its trials is a process that imports and loads by
+itself; as many run at a time as there are cores. The rows of both are tokenized once.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from orchestrator.spec.load import load_spec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scheduler", choices=["asha", "none"], default="asha", help="the demo's, or all trials whole")
-    parser.add_argument("--set", nargs="+", default=[], help="fields, such as training.steps=100 for a try")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
+    parser.add_argument("--scheduler", choices=["asha", "none"], default="asha", help="asha as in the demo, or none")
+    parser.add_argument("--set", nargs="+", default=[], help="overrides, such as training.steps=100")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     arguments = parser.parse_args()
     spec = load_spec(
         "experiments/demo.yaml",
@@ -40,7 +40,7 @@ def main() -> None:
             "benchmark": "demo_sweep",
             "scheduler": arguments.scheduler,
             "ratio": round(baseline.seconds / ours.seconds, 2),
-            "workers": next(line.strip() for line in ours.said.splitlines() if "at a time in each" in line),
+            "workers": next(line.strip() for line in ours.output.splitlines() if "at a time in each" in line),
             "ours": _about(ours),
             "one_process": _about(baseline),
         }

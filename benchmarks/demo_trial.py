@@ -1,8 +1,8 @@
-"""The demo's trial on this machine's CPU: fast over trl, in turns, as a ratio.
+"""The demo's trial on this machine's CPU: speed of the fast engine over trl. The engines run in turns.
 
     python -m benchmarks.demo_trial
 
-Whole trials: training, four evaluations with their checkpoints, and the answers at the end.
+The trials are complete: training, four evaluations with their checkpoints, and the answers at the end.
 """
 
 import argparse
@@ -17,7 +17,7 @@ TURNS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where the JSON goes")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     arguments = parser.parse_args()
     speeds: dict[str, list[float]] = {"trl": [], "fast": []}
     seconds: dict[str, list[float]] = {"trl": [], "fast": []}
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _typical(values: list[float]) -> float:
-    """Median, without the first, which loads the base."""
+    """Return the median without the first value, whose run loads the base."""
     return median(values[1:])
 
 

@@ -1,4 +1,4 @@
-"""Real tokens a second of an evaluation of 100 rows: fast, against trl's `evaluate` (batch 4 and 16).
+"""Real tokens a second of an evaluation of 100 rows: the fast engine against trl's `evaluate` (batch 4 and 16).
 
 python -m benchmarks.evaluation 1.1b --rows train.jsonl
 """
@@ -23,13 +23,13 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
     for name, training in forms.items():
         forget()
-        with opened(setting, training | {"steps": 1, "eval_steps": 1}) as (loop, pack, tokens):
-            pack.join(loop.train(None))
-            while len(pack):
-                pack.turn()
+        with opened(setting, training | {"steps": 1, "eval_steps": 1}) as (loop, multi_lora, tokens):
+            multi_lora.join(loop.train(None))
+            while len(multi_lora):
+                multi_lora.turn()
             if isinstance(loop, Slot):
-                held = loop.held_out()
-                seconds[name] = _best(lambda held=held: held.engine.evaluate([held]))
+                batch = loop.evaluation()
+                seconds[name] = _best(lambda batch=batch: batch.engine.evaluate([batch]))
             else:
                 seconds[name] = _best(loop.trainer.evaluate)
             losses[name] = loop.scores().loss
@@ -42,7 +42,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def _best(evaluate: Callable[[], Any]) -> float:
-    """Seconds of the quickest of some, after one that warms up."""
+    """Return the seconds of the fastest evaluation of several, after one that warms up."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Eight trials by both engines on a GPU: evaluation losses within 0.5%, in the same order; graphs on and off.
+"""Eight trials in both engines on a GPU: are losses within 0.5% and in the same order? Also CUDA graphs on and off.
 
     python -m benchmarks.fidelity 1.1b --rows train.jsonl
 
-Ranks, alphas, rates and dropout vary; both engines draw their own dropout masks.
+Ranks, alphas, learning rates and dropout vary. Each engine draws its own dropout masks.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TRIALS = [
 ]
 STEPS = {"steps": 40, "eval_steps": 40, "eval_batch_size": 16}
 APART = 0.005
-"""Of a loss: what the engines may differ by."""
+"""Relative difference of the losses that is allowed between the engines."""
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def run_alone(setting: Setting, point: dict[str, Any], training: dict[str, Any]) -> Run:
-    """One trial by itself; `point` holds fields of lora and training."""
+    """Train one trial by itself. `point` holds fields of `lora:` and `training:`."""
     sections: dict[str, dict[str, Any]] = {"lora": {}, "training": dict(training)}
     for path, value in point.items():
         section, _, name = path.partition(".")
@@ -55,12 +55,12 @@ def run_alone(setting: Setting, point: dict[str, Any], training: dict[str, Any])
 
 
 def last_loss(done: Run) -> float:
-    """Of the last evaluation."""
+    """Return the loss of the last evaluation."""
     return [point.values["eval/loss"] for point in done.points if "eval/loss" in point.values][-1]
 
 
 def compare(trl: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """How far losses of the same trials are apart, and whether those that are not near each other lie in one order."""
+    """Compare the losses of the same trials: the largest difference, and the order of trials that are clearly apart."""
     pairs = [(i, j) for i in range(len(trl)) for j in range(i) if abs(trl[i] / trl[j] - 1) > APART]
     swapped = [(i, j) for i, j in pairs if (trl[i] < trl[j]) != (ours[i] < ours[j])]
     return {

@@ -1,10 +1,10 @@
-"""Makespan of a sweep of 32 mixed trials on one GPU and on several of one host, start-up and compile included.
+"""Makespan of a sweep of 32 mixed trials on one GPU and on several GPUs of a host, with start-up and compilation.
 
     python -m benchmarks.gpus 1.1b --rows train.jsonl
     python -m benchmarks.gpus 1.1b --rows train.jsonl --gpus 2
 
-The 16 trials of `benchmarks.sweep`, each with two seeds. Beside the whole command's seconds, those from the first point
-that any trial logged to the last one: what is left of them without the start.
+The trials are the 16 of `benchmarks.sweep`, each with two seeds. `makespan_s` is the time of the whole command;
+`training_s` is the time from the first point that any trial logged to the last one, and so excludes the start.
 """
 
 import os
@@ -38,7 +38,7 @@ def measure(setting: Setting, gpus: list[int], steps: int) -> dict[str, Any]:
 def _on(count: int, document: dict[str, Any], folder: Path) -> dict[str, float]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     devices = visible.split(",")[:count]
-    assert len(devices) == count, f"{count} GPUs asked for, and CUDA_VISIBLE_DEVICES is {visible}"
+    assert len(devices) == count, f"--gpus {count}: CUDA_VISIBLE_DEVICES has fewer ({visible}); list {count}"
     swept = sweep_ours(document, folder, f"on-{count}", CUDA_VISIBLE_DEVICES=",".join(devices))
     trials = swept.trials()
     paths = [swept.record.paths.trial(trial.trial_id) for trial in trials]
@@ -54,7 +54,7 @@ def _on(count: int, document: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def _times(folder: Path) -> list[float]:
-    """When (time.time) a trial's losses were written to TensorBoard."""
+    """Return the times (time.time) at which a trial's losses were written to TensorBoard."""
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return [scalar.wall_time for scalar in accumulator.Scalars("train/loss")]
@@ -64,6 +64,6 @@ if __name__ == "__main__":
     main(
         __doc__.splitlines()[0],
         measure,
-        gpus={"nargs": "+", "type": int, "default": [1, 2], "help": "how many of the host's GPUs, each in turn"},
-        steps={"type": int, "default": 200, "help": "of a trial; fewer for a try"},
+        gpus={"nargs": "+", "type": int, "default": [1, 2], "help": "numbers of GPUs to measure, one after another"},
+        steps={"type": int, "default": 200, "help": "steps of a trial; fewer for a quick try"},
     )

@@ -1,11 +1,11 @@
-"""Peak GPU memory of one trial, foreseen and measured: base kept, base dequantised at each use, and trl's (B).
+"""Peak GPU memory of one trial, predicted and measured: base kept or dequantized at each use, against trl (B).
 
 python -m benchmarks.memory 7b --rows train.jsonl
 """
 
 from typing import Any
 
-from benchmarks.common import BASELINES, Setting, foreseen, forget, main, run
+from benchmarks.common import BASELINES, Setting, forget, main, predicted_over_measured, run
 
 FORMS: dict[str, dict[str, Any]] = {
     "kept": {"engine": "fast", "dequantize": "once"},
@@ -22,7 +22,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         done = run(setting.spec(training | {"steps": 30, "eval_steps": 30}))
         figures[name] = {
             "measured_gib": done.result.peak_memory_gib,
-            "predicted_over_measured": foreseen(done.result),
+            "predicted_over_measured": predicted_over_measured(done.result),
             "tokens_per_second": round(done.tokens_per_second(after=10)),
             "eval_loss": done.result.best.value if done.result.best else None,
         }

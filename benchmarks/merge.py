@@ -1,11 +1,11 @@
-"""A merge beside PEFT's `merge_and_unload`: time, peak host memory and parity, each way in a process of its own.
+"""A merge against PEFT's `merge_and_unload`: time, peak host memory and parity, each in a process of its own.
 
     python -m benchmarks.merge 7b --rows train.jsonl
     python -m benchmarks.merge 7b --rows train.jsonl --onto dequantised
 
-Onto the original weights and onto the dequantised ones, minutes each at 7B; for the latter PEFT is given the base that
-transformers has dequantised, for on the 4-bit base it would quantise again. Needs room on the disk for the base and two
-merged models.
+The adapter is merged onto the original weights and onto the dequantized ones, which takes minutes each at 7B. For the
+latter, PEFT gets the base that transformers has dequantized: on the 4-bit base it would quantize the result again.
+The disk must have space for the base and two merged models.
 """
 
 import json
@@ -49,8 +49,8 @@ def measure(setting: Setting, onto: list[Onto]) -> dict[str, Any]:
 
 
 def child(way: str, onto: str, base: Path, work: Path) -> dict[str, Any]:
-    """Run one way in a new process: its seconds from the start of Python to the last byte, and its peak."""
-    os.sync()  # what was written before is not this one's to wait for
+    """Run one way in a new process. Return its seconds, from the start of Python to the last byte, and its peak."""
+    os.sync()  # this process must not wait for earlier writes
     call = f"from benchmarks.merge import {way}; {way}({onto!r}, {str(base)!r}, {str(work)!r})"
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", call], cwd=ROOT, check=True)
@@ -71,7 +71,7 @@ def ours(onto: Onto, base: str, work: str) -> None:
 
 
 def peft(onto: Onto, base: str, work: str) -> None:
-    """As PEFT's documentation has it."""
+    """Merge as PEFT's documentation shows."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -87,7 +87,7 @@ def peft(onto: Onto, base: str, work: str) -> None:
 
 
 def parity(onto: Onto, base: str, work: str) -> None:
-    """Hold the merged model against the adapter on the base that it was merged onto."""
+    """Compare the merged model with the adapter on the base that it was merged onto."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -111,14 +111,14 @@ def subject_of(base: str, work: str) -> AdapterRef:
 
 
 def note_peak(work: str) -> None:
-    """Most memory that this process ever held, pages of mapped files included (Linux)."""
+    """Write the peak memory of this process, including pages of mapped files (Linux)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     figures = {"peak_host_gib": round(int(line.split()[1]) / 2**20, 2)}
     (Path(work) / "peak.json").write_text(json.dumps(figures))
 
 
 def make_adapter(base: Path, folder: Path) -> None:
-    """A random adapter on all linear layers but the head, whose update is some hundredths of the weights."""
+    """Write a random adapter on all linear layers except the head. Its update is a few hundredths of the weights."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -141,5 +141,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 if __name__ == "__main__":
     both = ["original", "dequantised"]
     main(
-        __doc__.splitlines()[0], measure, onto={"nargs": "+", "choices": both, "default": both, "help": "which weights"}
+        __doc__.splitlines()[0],
+        measure,
+        onto={"nargs": "+", "choices": both, "default": both, "help": "weights to merge onto"},
     )

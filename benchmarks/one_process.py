@@ -1,9 +1,9 @@
-"""A sweep as it is commonly run: Ray Tune, a function for each trial, a process for each function.
+"""A sweep as it is commonly run: Ray Tune with one function and one process for each trial.
 
     python -m benchmarks.one_process SPEC.json FOLDER POINTS.json
 
-The trials are those of the points, in their order; scheduler and resources are the experiment's. What it leaves in the
-folder is read as any sweep's, but a stopped trial has no result there. Prints the seconds that the trials took.
+The trials are the given points, in their order; scheduler and resources are those of the experiment. The output folder
+can be read like that of any sweep, except that a stopped trial has no result. Prints the seconds that the trials took.
 """
 
 import json
@@ -22,8 +22,8 @@ from orchestrator.sweep.schedulers.factory import make_scheduler
 from orchestrator.training.start import start_sweep
 
 
-class Teller:
-    """A watcher that reports each evaluation but the last, which comes with the result."""
+class TuneReporter:
+    """A watcher that reports each evaluation to Tune, except the last one, which comes with the result."""
 
     _total_steps = 0
 
@@ -45,7 +45,7 @@ def train(point: dict[str, Any], spec_file: str, folder: str) -> None:
 
     spec, paths = parse_spec(json.loads(Path(spec_file).read_text())), SweepPaths(Path(folder))
     trial = paths.trial(tune.get_context().get_trial_id())
-    result = run_trial(spec.trial_config(point["point"]), spec, trial, paths.data, Teller())
+    result = run_trial(spec.trial_config(point["point"]), spec, trial, paths.data, TuneReporter())
     assert result is not None
     assert result.best is not None
     tune.report({**result.best.values, "step": result.step})

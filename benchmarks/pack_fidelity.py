@@ -1,9 +1,9 @@
-"""16 mixed trials in one pack against each alone by trl (B): evaluation losses within 0.5%, in the same order.
+"""16 mixed trials that train together, against each alone in trl (B): losses within 0.5%, in the same order.
 
     python -m benchmarks.pack_fidelity 1.1b --rows train.jsonl
 
-Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 to 5e-4, each trial with a seed of its own; two evaluations of 100 rows.
-Both draw their own dropout masks. No gradient norm that was recorded may be zero.
+Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 to 5e-4. A trial has its own seed and two evaluations of 100
+rows. Each engine draws its own dropout masks. No recorded gradient norm may be zero.
 """
 
 import time
@@ -33,9 +33,9 @@ def measure(setting: Setting, trials: int, steps: int) -> dict[str, Any]:
     began = time.monotonic()
     for point in points:
         alone = {**point, "lora.alpha": 2 * point["lora.rank"]}
-        told = [each.values for each in run_alone(setting, alone, training | BASELINES["B"]).points]
-        losses["trl"].append([values["eval/loss"] for values in told if "eval/loss" in values])
-        norms["trl"].append(min(values["train/grad_norm"] for values in told if "train/grad_norm" in values))
+        heard = [each.values for each in run_alone(setting, alone, training | BASELINES["B"]).points]
+        losses["trl"].append([values["eval/loss"] for values in heard if "eval/loss" in values])
+        norms["trl"].append(min(values["train/grad_norm"] for values in heard if "train/grad_norm" in values))
         print("trl", point, losses["trl"][-1], f"{time.monotonic() - began:.0f} s", flush=True)
     forget()
     for events in together(spec_of(setting, **training, engine="fast"), points):
@@ -54,6 +54,6 @@ if __name__ == "__main__":
     main(
         __doc__.splitlines()[0],
         measure,
-        trials={"type": int, "default": len(TRIALS), "help": "how many of them"},
-        steps={"type": int, "default": 60, "help": "of each trial"},
+        trials={"type": int, "default": len(TRIALS), "help": "number of trials"},
+        steps={"type": int, "default": 60, "help": "steps of each trial"},
     )

@@ -1,8 +1,8 @@
-"""What `training.reproducible` costs, and whether its bits are the same alone, beside others, and in a second run.
+"""Cost of `training.reproducible`, and whether bits are the same alone, with other trials and in a second run.
 
     python -m benchmarks.reproducible 1.1b --rows train.jsonl
 
-The mixed trials of `benchmarks.pack` (16, 8 at 7B; batch 4): stepping jointly, separately twice, and two of them alone.
+The mixed trials of `benchmarks.pack` (16, and 8 at 7B; batch 4) step jointly, then separately twice; two run alone.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -13,8 +13,8 @@ from benchmarks.common import Setting, main, together
 from benchmarks.pack import SLOTS, points, spec_of, speed
 from orchestrator.training.attempt.events import Evaluated, Logged
 
-Figures = list[tuple[int, dict[str, float]]]
-"""What one trial reported: steps, and losses and norms at them."""
+Reports = list[tuple[int, dict[str, float]]]
+"""What one trial reported: steps, each with its losses and norms."""
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     forms |= {f"alone_{index}": (range(index, index + 1), True) for index in (0, 3)}  # of rank 8, of rank 64
     speeds, reported = {}, {}
     for name, (which, reproducible) in forms.items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a host keeps its memory as long as its process
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # memory lasts as long as the process
             speeds[name], reported[name] = process.submit(_run, setting, list(which), reproducible).result()
         print(name, speeds[name], flush=True)
     alone = {index: reported[f"alone_{index}"][0] for index in (0, 3)}
@@ -43,12 +43,12 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _run(setting: Setting, which: list[int], reproducible: bool) -> tuple[dict[str, Any], list[Figures]]:
-    told = together(spec_of(setting, reproducible=reproducible), [points()[index] for index in which])
+def _run(setting: Setting, which: list[int], reproducible: bool) -> tuple[dict[str, Any], list[Reports]]:
+    heard = together(spec_of(setting, reproducible=reproducible), [points()[index] for index in which])
     reported = [
-        [(event.step, event.values) for _, event in each if isinstance(event, Logged | Evaluated)] for each in told
+        [(event.step, event.values) for _, event in each if isinstance(event, Logged | Evaluated)] for each in heard
     ]
-    return speed(told), reported
+    return speed(heard), reported
 
 
 if __name__ == "__main__":

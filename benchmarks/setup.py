@@ -1,11 +1,11 @@
-"""Seconds to set a trial up, by part, and in a sweep from Tune's start of a trial on a warm worker to its first step.
+"""Seconds to set a trial up, by part; and in a sweep, from Tune's start of a trial on a warm worker to its first step.
 
     python -m benchmarks.setup 1.1b --rows train.jsonl
     python -m benchmarks.setup thin --rows train.jsonl
 
-`thin` is for a CPU: as many layers as 1.1b, and little in them. The first trial's set-up, which has PEFT adapt the base
-once, is told apart; of the others it is the median. The first step in a sweep is that of which the relay is told: it
-includes the wait for the step that the others are in.
+`thin` is for a CPU: it has as many layers as 1.1b, but narrow ones. The set-up of the first trial, in which PEFT adapts
+the base once, is reported apart (`first_s`); the other numbers are medians of the later trials. In a sweep, the time of
+the first step is that of the trial's first point on disk. It includes the wait for the step that other trials are in.
 """
 
 import gc
@@ -26,15 +26,15 @@ from orchestrator.sweep.results import ResultKeeper
 from orchestrator.training.attempt.events import WriteNow
 from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import build_trainer
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.slot import Slot
-from orchestrator.training.fast.plan.factory import engine_for
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.device import use_device
 from orchestrator.training.model.peft_model import adapted
 
 TRIALS, SLOTS = 8, 2
 PARTS = ("model", "trainer", "begin")
-"""The base with an adapter on it; the SFTTrainer; loader, optimizer, schedule, and the adapter into its slot."""
+"""The base with an adapter; the SFTTrainer; loader, optimizer, schedule and the copy of the adapter into its slot."""
 
 
 def measure(setting: Setting, rank: int) -> dict[str, Any]:
@@ -44,15 +44,15 @@ def measure(setting: Setting, rank: int) -> dict[str, Any]:
 
 
 def parts(setting: Setting, rank: int) -> dict[str, Any]:
-    """Of one trial after another in this process."""
+    """Measure the parts of one set-up after another in this process."""
     use_device(1)
     config = setting.spec({"steps": 100, "eval_steps": 50}, lora={"rank": rank}).trial_config({})
-    ground = TrialInputs.of(config.base, prepare(config.data, config.base))
-    engine, _ = engine_for(ground.base, [config], ground.train, ground.held_out, SLOTS)
+    inputs = TrialInputs.of(config.base, prepare(config.data, config.base))
+    engine, _ = engine_for(inputs.base, [config], inputs.train, inputs.held_out, SLOTS)
     gc.collect()
-    gc.freeze()  # as the host does
+    gc.freeze()  # as a worker does
     with tempfile.TemporaryDirectory() as folder:
-        times = [set_up(config, ground, engine, Path(folder)) for _ in range(TRIALS)]
+        times = [set_up(config, inputs, engine, Path(folder)) for _ in range(TRIALS)]
     typical = {f"{part}_s": round(median(each[part] for each in times[1:]), 4) for part in PARTS}
     return {
         "rank": rank,
@@ -62,14 +62,14 @@ def parts(setting: Setting, rank: int) -> dict[str, Any]:
     }
 
 
-def set_up(config: Any, ground: TrialInputs, engine: Engine, folder: Path) -> dict[str, float]:
-    """Seconds of each part, up to the first batch."""
+def set_up(config: Any, inputs: TrialInputs, engine: Engine, folder: Path) -> dict[str, float]:
+    """Return the seconds of each part, up to the first batch."""
     at = [time.perf_counter()]
-    model = adapted(ground.base, config)
+    model = adapted(inputs.base, config)
     at.append(time.perf_counter())
-    trainer = build_trainer(config, model, ground.tokenizer, ground.data, folder)
+    trainer = build_trainer(config, model, inputs.tokenizer, inputs.data, folder)
     at.append(time.perf_counter())
-    work = Slot(0, trainer, engine, config, ground.train, ground.held_out, WriteNow()).train(None)
+    work = Slot(0, trainer, engine, config, inputs.train, inputs.held_out, WriteNow()).train(None)
     next(work)
     at.append(time.perf_counter())
     work.close()
@@ -78,7 +78,7 @@ def set_up(config: Any, ground: TrialInputs, engine: Engine, folder: Path) -> di
 
 
 class Starts(ResultKeeper):
-    """Notes when Tune has started each trial. Tune pickles it: the times are the class's."""
+    """Notes when Tune starts each trial. Tune pickles the callback, so the times are in a class attribute."""
 
     at: dict[str, float] = {}
 
@@ -87,7 +87,7 @@ class Starts(ResultKeeper):
 
 
 def in_a_sweep(setting: Setting, rank: int) -> float:
-    """Median of the trials whose worker and relay are warm."""
+    """Return the median over the trials whose worker and trainable are warm."""
     rates = [1e-4 * (1 + index) for index in range(3 * SLOTS)]
     spec = setting.spec(
         {"steps": 30, "eval_steps": 30, "logging_steps": 1},
@@ -108,7 +108,7 @@ def in_a_sweep(setting: Setting, rank: int) -> float:
 
 @contextmanager
 def first_points(paths: SweepPaths) -> Iterator[dict[str, float]]:
-    """When each trial's first point came to the disk, to some milliseconds."""
+    """Yield trial -> time at which its first point was on disk, to a few milliseconds. Filled by a thread."""
     seen: dict[str, float] = {}
     done = threading.Event()
 

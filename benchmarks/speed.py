@@ -1,13 +1,13 @@
-"""Real tokens a second of one trial: fast, against trl's SFTTrainer with its defaults (A) and tuned (B).
+"""Real tokens a second of one trial: the fast engine against trl's SFTTrainer with its defaults (A) and tuned (B).
 
     python -m benchmarks.speed 1.1b --rows train.jsonl
 
-`fast_first` captures its graphs on the way, as the first trial of a worker does; `fast` finds them there.
+`fast_first` captures its CUDA graphs as it trains, like the first trial of a worker; `fast` reuses them.
 """
 
 from typing import Any
 
-from benchmarks.common import BASELINES, Run, Setting, foreseen, forget, main, run
+from benchmarks.common import BASELINES, Run, Setting, forget, main, predicted_over_measured, run
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "peak_gib": {name: each.result.peak_memory_gib for name, each in runs.items()},
         "eval_loss": {name: each.result.best.value if each.result.best else None for name, each in runs.items()},
         "memory_plan": fast.memory_plan,
-        "predicted_over_measured": foreseen(fast),
+        "predicted_over_measured": predicted_over_measured(fast),
     }
 
 

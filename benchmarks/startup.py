@@ -1,8 +1,8 @@
-"""Seconds from the start of a process to its first step, kernels' cache cold and warm, against trl's (B).
+"""Seconds from the start of a process to its first step, with a cold and a warm kernel cache, against trl (B).
 
     python -m benchmarks.startup 1.1b --rows train.jsonl
 
-Each start is a process of its own: imports, tokenising, loading, quantising, kernels, one step.
+Each start is a process of its own: imports, tokenization, loading, quantization, kernels and one step.
 """
 
 import json
@@ -31,7 +31,7 @@ print("MARKS", json.dumps(marks), flush=True)
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    # The first start of all reads libraries and base from the disk: it is not counted.
+    # The very first start reads libraries and base from the disk and is not counted.
     trl, fast = BASELINES["B"], {"engine": "fast"}
     forms = {"disk_cold": trl, "B": trl, "fast_cold": fast, "fast": fast}
     figures = {}

@@ -1,15 +1,16 @@
-"""Makespan of a sweep of 16 mixed trials, start-up and compile included, against one process a trial under Ray Tune.
+"""Makespan of a sweep of 16 mixed trials, with start-up and compilation, against one process a trial in Ray Tune.
 
     python -m benchmarks.sweep 1.1b --rows train.jsonl
     python -m benchmarks.sweep 1.1b --rows train.jsonl --forms A --earlier benchmarks/out/sweep-1.1b.json
 
-Ranks 8 to 64, dropout 0 and 0.1, rates 5e-5 and 5e-4, 200 steps, batch 4, 4 evaluations of 100 rows. Ours is the whole
-command `orchestrator sweep`, kernels' cache cold. Of each baseline two trials are run whole, and their time is
-multiplied by 8; what comes before them (imports, Ray, tokenising) is counted once.
+Ranks are 8 to 64, dropout 0 and 0.1, learning rates 5e-5 and 5e-4, 200 steps, batch 4, 4 evaluations of 100 rows.
+"ours" is the whole command `orchestrator sweep` with a cold kernel cache. Of each baseline, two trials are run in full
+and their time is multiplied by 8; what precedes them (imports, Ray, tokenization) is counted once.
 
-Under ASHA (rungs at 50 and 150) the time of a sweep is that to its winner: who wins is known at the end. A baseline's
-is composed, not measured: its trials one after another, each stopped where the project's scheduler stops it by the
-losses of `ours`, and as long as the trials that were run whole took to that evaluation; the mean of 100 random orders.
+Under ASHA (rungs at 50 and 150) the time of a sweep is the time until the end, when the winner is known. A baseline's
+time under ASHA is computed, not measured: its trials run one after another, and each stops where the project's
+scheduler stops it, given the losses of `ours`. A trial takes as long as the fully run trials took to that evaluation.
+The result is the mean of 100 random orders.
 """
 
 import json
@@ -45,7 +46,8 @@ def measure(setting: Setting, forms: list[str], earlier: list[Path], steps: int)
         figures |= json.loads(file.read_text())["figures"]
     for form, each in figures.items():
         if (each["steps"], each["device"]) != (steps, here["device"]):
-            raise SystemExit(f"{form} has {each['steps']} steps on {each['device']}: not to be compared")
+            found = f"{form} has {each['steps']} steps on {each['device']}"
+            raise SystemExit(f"--earlier: {found}; give runs of {steps} steps on this device")
     with tempfile.TemporaryDirectory() as scratch:
         for form in forms:
             run = _baseline if form in BASELINES else _ours
@@ -56,7 +58,7 @@ def measure(setting: Setting, forms: list[str], earlier: list[Path], steps: int)
 
 
 def document_of(setting: Setting, form: str, steps: int) -> dict[str, Any]:
-    """The experiment in one of the forms."""
+    """Return the experiment in one of the forms."""
     spec = spec_of(setting, steps=steps, eval_steps=steps // 4, **BASELINES.get(form, {}))
     document: dict[str, Any] = spec.model_dump(mode="json")
     if form == "ours_asha":
@@ -88,7 +90,7 @@ def summary(figures: dict[str, Any], asha: dict[str, Any]) -> dict[str, Any]:
 def time_under_asha(
     asha: dict[str, Any], losses: list[dict[str, float]], before_s: float, to_evaluation_s: dict[str, float]
 ) -> float:
-    """Seconds of trials that come one after another, each stopped where its losses have it stopped."""
+    """Return the seconds of trials that run one after another, each stopped where ASHA stops it by its losses."""
     scheduler = make_scheduler(parse_spec(asha))
     scheduler.set_search_properties("eval/loss", "min")
     seconds = before_s
@@ -106,26 +108,26 @@ def time_under_asha(
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep that has been run by a command."""
+    """A sweep that a command has run."""
 
     seconds: float
-    """Of the whole command."""
+    """Time of the whole command."""
     record: SweepRecord
-    said: str
-    """Its output."""
+    output: str
+    """What the command printed."""
 
     def trials(self) -> list[TrialResult]:
-        """In the order in which they began."""
+        """Return the trials in the order in which they began."""
         return sorted(self.record.trials(), key=lambda trial: trial.trial_id)
 
     def evaluations(self) -> list[list[MetricPoint]]:
-        """Of each trial, in that order."""
+        """Return the evaluations of each trial, in that order."""
         paths = [self.record.paths.trial(trial.trial_id) for trial in self.trials()]
         return [[point for point in read_metrics(each) if "eval/loss" in point.values] for each in paths]
 
 
 def sweep_ours(document: dict[str, Any], folder: Path, name: str, **variables: str) -> Swept:
-    """`orchestrator sweep`, from its start to its end, with nothing compiled before."""
+    """Run `orchestrator sweep` from its start to its end, with no kernel compiled before."""
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(document))
     command = ["-c", OURS, "sweep", str(file), "--name", name, "--output", str(folder)]
@@ -135,7 +137,7 @@ def sweep_ours(document: dict[str, Any], folder: Path, name: str, **variables: s
 
 
 def sweep_one_process(document: dict[str, Any], points: list[dict[str, Any]], folder: Path, name: str) -> Swept:
-    """These trials, a process each, from the start of the driver to its end."""
+    """Run trials in a process each, from the start of the driver to its end."""
     spec_file, points_file = folder / f"{name}.json", folder / f"{name}-points.json"
     spec_file.write_text(json.dumps(document))
     points_file.write_text(json.dumps(points))
@@ -159,9 +161,9 @@ def _ours(document: dict[str, Any], folder: Path, form: str) -> dict[str, Any]:
 
 def _baseline(document: dict[str, Any], folder: Path, form: str) -> dict[str, Any]:
     swept = sweep_one_process(document, points()[:NUM_MEASURED], folder, form)
-    trials_s = float(swept.said.split("TRIALS_S", 1)[1].split()[0])
+    trials_s = float(swept.output.split("TRIALS_S", 1)[1].split()[0])
     before_s, a_trial_s = swept.seconds - trials_s, trials_s / NUM_MEASURED
-    after_s = [  # of each trial, from each of its evaluations to the last
+    after_s = [  # for each trial, from each of its evaluations to the last
         {str(point.step): of_trial[-1].time_s - point.time_s for point in of_trial} for of_trial in swept.evaluations()
     ]
     to_evaluation_s = {step: a_trial_s - mean(each[step] for each in after_s) for step in after_s[0]}
@@ -189,12 +191,12 @@ if __name__ == "__main__":
     main(
         __doc__.splitlines()[0],
         measure,
-        forms={"nargs": "+", "choices": FORMS, "default": FORMS, "help": "what to run now"},
+        forms={"nargs": "+", "choices": FORMS, "default": FORMS, "help": "forms to run now"},
         earlier={
             "nargs": "+",
             "type": Path,
             "default": [],
-            "help": "JSONs of earlier runs, whose forms are taken over",
+            "help": "JSON files of earlier runs, whose forms are reused",
         },
-        steps={"type": int, "default": 200, "help": "of a trial; fewer for a try"},
+        steps={"type": int, "default": 200, "help": "steps of a trial; fewer for a quick try"},
     )

@@ -1,10 +1,10 @@
-"""How busy the GPU is while a pack trains and evaluates, and where it waits.
+"""How busy the GPU is while trials train and evaluate together, and where it waits.
 
     python -m benchmarks.turns 1.1b --rows train.jsonl
 
-The mixed trials of `benchmarks.pack`, 100 steps, evaluated every 25. Counted are the turns in which all members are
-there, the first quarter of them left out. `train_tokens_per_second` is of the turns that train: captures and what is
-logged are in it, evaluations are not. On a CPU it tells the turns alone.
+The trials are the mixed ones of `benchmarks.pack`, with 100 steps and an evaluation every 25. Turns count in which all
+trials take part, without the first quarter of them. `train_tokens_per_second` covers the turns that train, including
+graph captures and logging, but no evaluations. On a CPU only the turns are reported.
 """
 
 import time
@@ -21,23 +21,23 @@ from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
 
 STEPS, EVAL_STEPS = 100, 25
 LONG_MS = 5.0
-"""Of the gaps that are listed."""
+"""Shortest gap that is listed, in milliseconds."""
 
 
 def measure(setting: Setting) -> dict[str, Any]:
     slots = SLOTS[setting.shape]
     turns: list[tuple[str, int, float, float]] = []
-    """Of each: its kind, members, begin and end."""
+    """For each turn: kind, number of members, begin and end."""
     replays: list[tuple[float, Any, Any]] = []
-    """Of each graph's replay: when it was sent, and events of its begin and end."""
+    """For each replay of a graph: when it was sent, and the CUDA events of its begin and end."""
     tokens: list[tuple[float, int, int]] = []
-    """Of each step: when it was sent, its real tokens and its bucket's."""
+    """For each step: when it was sent, its real tokens and the tokens of its bucket."""
     turn, step, replay = MultiLora.turn, Engine.step, torch.cuda.CUDAGraph.replay
 
-    def timed_turn(pack: MultiLora) -> None:
-        evaluates = any(isinstance(member.task, EvaluationBatch) for member in pack._members)
-        kind, members, began = "evaluation" if evaluates else "train", len(pack), time.perf_counter()
-        turn(pack)
+    def timed_turn(multi_lora: MultiLora) -> None:
+        evaluates = any(isinstance(member.task, EvaluationBatch) for member in multi_lora._members)
+        kind, members, began = "evaluation" if evaluates else "train", len(multi_lora), time.perf_counter()
+        turn(multi_lora)
         turns.append((kind, members, began, time.perf_counter()))
 
     def counted_step(engine: Engine, spans: Any) -> Any:
@@ -76,7 +76,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def _of_gpu(replays: list[tuple[float, Any, Any]], window_s: float) -> dict[str, Any]:
-    """The part of the time in which a graph runs, and the gaps between one's end and the next one's begin."""
+    """Return the fraction of the time in which a graph runs, and the gaps between consecutive graphs."""
     if not replays:
         return {}
     torch.cuda.synchronize()

@@ -1,13 +1,13 @@
-"""LoRA variants and base forms at one shape: real tokens a second, peak memory, losses.
+"""LoRA variants and forms of the base at one shape: real tokens a second, peak memory, losses.
 
     python -m benchmarks.variants 1.1b --rows train.jsonl
 
-Each trains 20 steps by the engine that holds it: `auto`. Steps before the tenth are left out of the speed.
+Each trains 20 steps in the engine that `auto` chooses. The speed leaves out the steps before the tenth.
 """
 
 from typing import Any
 
-from benchmarks.common import Setting, foreseen, forget, main, run
+from benchmarks.common import Setting, forget, main, predicted_over_measured, run
 from orchestrator.errors import TrialError
 
 FORMS: dict[str, dict[str, dict[str, Any]]] = {
@@ -31,7 +31,7 @@ def measure(setting: Setting, forms: list[str] | None) -> dict[str, Any]:
         sections = dict(FORMS[name])
         try:
             done = run(setting.spec(TRAINING | sections.pop("training", {}), **sections))
-        except TrialError as error:  # a CPU cannot hold all
+        except TrialError as error:  # a CPU cannot train all of them
             figures[name] = {"refused": error.message}
             continue
         losses = [round(point.values["eval/loss"], 5) for point in done.points if "eval/loss" in point.values]
@@ -40,7 +40,7 @@ def measure(setting: Setting, forms: list[str] | None) -> dict[str, Any]:
             "engine_reason": done.result.engine_reason,
             "tokens_per_second": round(done.tokens_per_second(after=10)),
             "peak_gib": done.result.peak_memory_gib,
-            "predicted_over_measured": foreseen(done.result),
+            "predicted_over_measured": predicted_over_measured(done.result),
             "eval_losses": losses,
             "seconds": round(done.seconds, 1),
         }
@@ -52,4 +52,8 @@ def measure(setting: Setting, forms: list[str] | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], measure, forms={"nargs": "*", "choices": list(FORMS), "help": "default all"})
+    main(
+        __doc__.splitlines()[0],
+        measure,
+        forms={"nargs": "*", "choices": list(FORMS), "help": "forms to run; all by default"},
+    )

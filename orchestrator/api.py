@@ -47,7 +47,7 @@ def run(
         Interrupted: a signal ended the sweep; `resume` continues it.
         StorageError: the disk is full or fails; `resume` continues the sweep.
     """
-    from orchestrator.record.start import claim_folder
+    from orchestrator.record.new_sweep import claim_folder
 
     with claim_folder(spec, "sweep", name, None if output is None else str(output)) as paths:
         if without_search:

@@ -1,4 +1,4 @@
-"""Tests on one GPU, as a worker has it. Commands choose theirs before CUDA starts, which it does once a process."""
+"""Tests see one GPU, as a worker does. The choice must precede the start of CUDA, which happens once in a process."""
 
 import os
 

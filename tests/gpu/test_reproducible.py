@@ -1,4 +1,4 @@
-"""With `training.reproducible` a trial on a GPU has the same bits alone, beside any others, and resumed."""
+"""With `training.reproducible`, a trial on a GPU has the same bits alone, with other trials, and after a resume."""
 
 from pathlib import Path
 
@@ -23,14 +23,12 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Setting(open_ground(*REPRODUCIBLE), folder, *REPRODUCIBLE, optimizer, gpus=1)
 
 
-def test_a_trial_beside_others_has_the_bits_that_it_has_alone(setting: Setting, tmp_path: Path) -> None:
+def test_a_trial_with_others_has_the_same_bits_as_alone(setting: Setting, tmp_path: Path) -> None:
     setting.assert_same_beside_others(tmp_path)
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_a_resumed_trial_has_the_bits_of_one_that_was_never_interrupted(
-    setting: Setting, tmp_path: Path, name: str
-) -> None:
+def test_a_resumed_trial_has_the_same_bits_as_an_uninterrupted_one(setting: Setting, tmp_path: Path, name: str) -> None:
     setting.assert_same_resumed(tmp_path, name)
 
 
@@ -41,7 +39,7 @@ def test_a_resumed_trial_has_the_bits_of_one_that_was_never_interrupted(
         ("lora.dora=true", "which cannot hold lora.dora"),
     ],
 )
-def test_a_trial_for_which_it_cannot_be_had_is_refused(tmp_path: Path, override: str, reason: str) -> None:
+def test_a_trial_that_cannot_be_reproducible_is_refused(tmp_path: Path, override: str, reason: str) -> None:
     spec = load_spec(DEMO, [*TINY, *REPRODUCIBLE, override])
     with pytest.raises(TrialError, match=reason):
         run_local_trial(spec, SweepPaths(tmp_path / "sweep"), Witness())

@@ -1,4 +1,4 @@
-"""What a CPU cannot show: the GPU is used, its figures are recorded, precisions and paged optimizers train."""
+"""Trials on a GPU: the GPU is used, its metrics are recorded, and precisions and paged optimizers train."""
 
 from pathlib import Path
 

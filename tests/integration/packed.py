@@ -16,8 +16,8 @@ from orchestrator.training.attempt.events import (
     WriteQueue,
 )
 from orchestrator.training.engines.loop import EngineSlot, TrialInputs, open_loop
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
-from orchestrator.training.fast.plan.factory import engine_for
 from orchestrator.training.model.device import use_device
 
 LOSS, UPDATE = 1e-5, 1e-3
@@ -128,7 +128,7 @@ class Bench:
 
     def matrices(self, loop: Any) -> list[torch.Tensor]:
         """The trial's own weights and moments in its slot, copied."""
-        return [matrix.clone() for flat in self.flats for matrix in loop._own.matrices(flat).values()]
+        return [matrix.clone() for flat in self.flats for matrix in loop._view.matrices(flat).values()]
 
     def join(
         self,

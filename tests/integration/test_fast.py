@@ -20,7 +20,7 @@ from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training.attempt.events import WriteNow
 from orchestrator.training.engines.loop import Loop, TrialInputs, about, find_slot, open_loop
 from orchestrator.training.fast.drive.multi_lora import MultiLora
-from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.plan import memory_plan
 from orchestrator.training.fast.step.engine import AHEAD, Engine, StepMetrics
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.model.device import use_device
@@ -273,7 +273,7 @@ SETTINGS = {
 def test_a_few_steps_are_those_of_sfttrainer(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
     if setting.endswith("passes"):
-        monkeypatch.setattr(factory, "CPU_TOKENS", 150)
+        monkeypatch.setattr(memory_plan, "CPU_TOKENS", 150)
         run = Engine._compute
 
         def counted(*arguments: Any) -> Any:

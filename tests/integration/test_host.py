@@ -368,10 +368,10 @@ ALONE = {
     "biases": (["lora.bias=all"], "lora.bias all", "trl"),
     "trl": (["training.engine=trl"], "training.engine is trl", "trl"),
     "another base": (["base.quantization=none"], "its base is another than that of the trials beside it", "fast"),
-    "a larger rank": (["lora.rank=32"], "its rank or its layers are more than the slots were made for", "fast"),
+    "a larger rank": (["lora.rank=32"], "its rank or its adapted layers exceed what the slots were built for", "fast"),
     "per layer": (
         ["training.dequantize=per_layer"],
-        "training.dequantize is another than that of the trials beside it",
+        "training.dequantize differs from that of the trials that share the engine",
         "fast",
     ),
 }

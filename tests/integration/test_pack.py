@@ -193,7 +193,7 @@ def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: TrialInputs, tmp_pa
     assert saved.weights.keys() == asked.weights.keys(), "PEFT names what it saves"
     assert all(torch.equal(saved.weights[name], matrix) for name, matrix in asked.weights.items())
     for flat in bench.flats:
-        for matrix in last.loop._own.matrices(flat).values():
+        for matrix in last.loop._view.matrices(flat).values():
             assert matrix.any()
             matrix.zero_()
         assert not flat[long].any(), "what is not the trial's own stays zero"

@@ -10,7 +10,9 @@ import pytest
 from orchestrator.embedded import EXPERIMENT
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.axes import Axis
-from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, GIB, BaseShape, MemoryOption, predict
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.plan.memory import GIB, MemoryOption, predict
+from orchestrator.training.fast.sizes import EVALUATION_TOKENS
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))

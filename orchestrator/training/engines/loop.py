@@ -16,10 +16,12 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.attempt.events import WriteQueue
 from orchestrator.training.engines.sft import TrlLoop, build_trainer, require_apart
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.multi_lora import TrialSteps
 from orchestrator.training.fast.drive.slot import Slot
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
-from orchestrator.training.fast.plan.factory import MemoryPlan, engine_for, release
+from orchestrator.training.fast.plan.factory import release
+from orchestrator.training.fast.plan.memory_plan import MemoryPlan
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.adapter_init import eva_components

@@ -7,11 +7,13 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.training.engines.loop import EngineSlot, TrialInputs
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.separate import SeparateEngines
-from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.plan import memory_plan
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
-from orchestrator.training.fast.plan.factory import EngineSpec, MemoryPlan, engine_for, steps_separately
+from orchestrator.training.fast.plan.engine_spec import EngineSpec
 from orchestrator.training.fast.plan.memory import MemoryOption
+from orchestrator.training.fast.plan.memory_plan import MemoryPlan, steps_separately
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.peft_model import peft_template
 
@@ -24,7 +26,7 @@ def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, s
     configs = holdable(spec, ground)
     if not configs:
         return 1, "the fast engine cannot hold these trials"
-    return factory.plan_slots(ground.base, configs, ground.train, ground.held_out, wanted)
+    return memory_plan.plan_slots(ground.base, configs, ground.train, ground.held_out, wanted)
 
 
 def holdable(spec: SweepSpec, ground: TrialInputs) -> list[TrialConfig]:

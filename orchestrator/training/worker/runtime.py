@@ -326,7 +326,7 @@ class WorkerRuntime:
         self._pack.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
         self._together.clear()
         self._has_begun = False
-        self._too_large, base = self._shared.plan.choice, self._shared.ground.base
+        self._too_large, base = self._shared.plan.option, self._shared.ground.base
         self._pack.ran_out = False
         self._unshare()
         factory.release(base)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.plan.memory import Recompute
+from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters, lora_parameters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine, EvaluationBatch

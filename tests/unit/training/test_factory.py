@@ -1,4 +1,4 @@
-"""Which trials the fast engine holds, and what stands on a base from one trial to the next."""
+"""Engines: how trials are held, what is cached on a base from one trial to the next, and who can share an engine."""
 
 import gc
 import weakref
@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
+from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.plan import factory
-from orchestrator.training.fast.plan.eligibility import unsupported_reason
-from orchestrator.training.fast.plan.factory import CPU_FULL, EngineSpec, engine_for, pass_tokens, plan_slots
+from orchestrator.training.fast.plan.engine_spec import EngineSpec, pass_tokens
+from orchestrator.training.fast.plan.memory_plan import CPU_FULL, plan_slots
 from orchestrator.training.fast.step.engine import CPU_TOKENS, EvaluationBatch
 from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-LONGEST = 12
-SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+DIFFERS = "differs from that of the trials that share the engine"
 MakeConfig = Callable[..., TrialConfig]
 
 
@@ -36,84 +35,6 @@ def trial(document: dict[str, Any]) -> MakeConfig:
     return make
 
 
-def model_of(config: PreTrainedConfig) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (LlamaConfig(**SIZES), None),
-        (Qwen2Config(**SIZES), None),
-        (MistralConfig(**SIZES, sliding_window=LONGEST), None),
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' (supported: llama, mistral, qwen2)"),
-        (LlamaConfig(**SIZES, hidden_act="gelu"), "activation 'gelu'"),
-        (
-            MistralConfig(**SIZES, sliding_window=LONGEST - 1),
-            "a sliding window of 11 tokens, shorter than the longest row (12)",
-        ),
-        (
-            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-            "a sliding window of 8 tokens, shorter than the longest row (12)",
-        ),
-        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=8), None),
-        (
-            LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "RoPE type 'dynamic'",
-        ),
-        (LlamaConfig(**SIZES, attention_dropout=0.1), "attention dropout"),
-        (LlamaConfig(**SIZES, logit_scale=0.5), "logits changed by logit_scale"),
-    ],
-    ids=lambda value: getattr(value, "model_type", value),
-)
-def test_what_the_base_must_be(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
-    model = model_of(config)
-    assert unsupported_reason(trial(), model, LONGEST) == reason
-
-
-def test_a_head_with_a_bias_is_not_held(trial: MakeConfig) -> None:
-    model = model_of(LlamaConfig(**SIZES))
-    model.lm_head = torch.nn.Linear(32, 90, device="meta")
-    assert unsupported_reason(trial(), model, LONGEST) == "a bias on the LM head"
-
-
-def test_a_layer_of_another_type_is_not_held(trial: MakeConfig) -> None:
-    model = model_of(LlamaConfig(**SIZES))
-    model.model.layers[0].mlp.up_proj.half()
-    assert unsupported_reason(trial(), model, LONGEST) == "mlp.up_proj as a Linear of torch.float16"
-
-
-def test_a_base_on_two_devices_is_not_held(trial: MakeConfig) -> None:
-    model = model_of(LlamaConfig(**SIZES))
-    model.model.norm = torch.nn.RMSNorm(32)
-    assert unsupported_reason(trial(), model, LONGEST) == "a base on 2 devices"
-
-
-def test_an_adapter_elsewhere_is_not_held(trial: MakeConfig) -> None:
-    model = model_of(LlamaConfig(**SIZES))
-    model.model.layers[0].mlp.router = torch.nn.Linear(32, 4, bias=False, device="meta")
-    assert unsupported_reason(trial(), model, LONGEST) == "an adapter on router"
-    assert unsupported_reason(trial(lora={"target_modules": ["q_proj", "mlp.up_proj"]}), model, LONGEST) is None
-
-
-@pytest.mark.parametrize(
-    ("sections", "reason"),
-    [
-        ({"base": {"compute_dtype": "bfloat16"}}, None),
-        ({"base": {"compute_dtype": "bfloat16"}, "training": {"precision": "bf16"}}, None),
-        ({"training": {"precision": "bf16"}}, "base.compute_dtype float32 under precision bf16"),
-        ({"base": {"compute_dtype": "float16"}}, "base.compute_dtype float16 under precision none"),
-        ({"lora": {"bias": "all"}}, "lora.bias all"),
-        ({"training": {"optimizer": "sgd"}}, "training.optimizer sgd"),
-    ],
-    ids=str,
-)
-def test_what_the_trial_must_be(trial: MakeConfig, sections: dict[str, Any], reason: str | None) -> None:
-    model = model_of(LlamaConfig(**SIZES))
-    assert unsupported_reason(trial(**sections), model, LONGEST) == reason
-
-
 @pytest.mark.parametrize(
     ("training", "plan"),
     [
@@ -124,20 +45,20 @@ def test_what_the_trial_must_be(trial: MakeConfig, sections: dict[str, Any], rea
     ],
     ids=str,
 )
-def test_a_cpu_gives_nothing_up_unless_told(
+def test_a_cpu_saves_no_memory_unless_asked(
     trial: MakeConfig, base: Any, training: dict[str, Any], plan: tuple[bool, str]
 ) -> None:
     config = trial(training=training)
     rows = TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
-    engine, found = engine_for(base, [config], rows, rows)
-    assert found.record() == {
+    engine, memory_plan = engine_for(base, [config], rows, rows)
+    assert memory_plan.record() == {
         "keeps_base": plan[0], "recompute": plan[1], "max_tokens": CPU_TOKENS,
     }  # fmt: skip
     assert engine._decoder.keeps_base == plan[0]
     assert engine._recompute == plan[1]
 
 
-def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: MakeConfig) -> None:
+def test_an_engine_is_reused_by_later_trials_and_dies_with_its_base(trial: MakeConfig) -> None:
     bases = [load_base(BaseSection(model="embedded", compute_dtype="float32"))]
 
     def engine(longest: int = 3, **sections: dict[str, Any]) -> Any:
@@ -157,14 +78,14 @@ def test_an_engine_serves_one_trial_after_another_and_goes_with_its_base(trial: 
     longer = engine(lora={"rank": 4}, longest=200)._decoder
     assert longer.longest >= 200 > first._decoder.longest
 
-    standing, gone = len(factory._engines), weakref.ref(bases[0])
+    num_cached, gone = len(factory._engines), weakref.ref(bases[0])
     del bases[:], first, second, longer
     gc.collect()
     assert gone() is None, "an engine keeps the base alive"
-    assert len(factory._engines) == standing - 1
+    assert len(factory._engines) == num_cached - 1
 
 
-def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, base: Any) -> None:
+def test_the_filler_of_a_tile_has_rotary_angles_when_all_rows_are_shorter(trial: MakeConfig, base: Any) -> None:
     config, rows = trial(), TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     engine, _ = engine_for(base, [config], rows, rows)
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
@@ -172,10 +93,10 @@ def test_rows_shorter_than_a_tile_have_angles_for_its_filler(trial: MakeConfig, 
     assert scores.loss > 0
 
 
-# Many at a time
+# Several trials at a time
 
 
-def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfig, base: Any) -> None:
+def test_a_joint_engine_has_the_largest_rank_and_all_layers(trial: MakeConfig, base: Any) -> None:
     rows = TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     configs = [
         trial(lora={"rank": 4, "target_modules": ["q_proj"]}),
@@ -195,35 +116,41 @@ def test_an_engine_for_many_has_the_largest_rank_and_all_layers(trial: MakeConfi
         ({}, None),
         ({"lora": {"rank": 2, "target_modules": ["v_proj"]}}, None),
         ({"training": {"learning_rate": 0.5, "batch_size": 64, "seed": 3, "weight_decay": 0.1}}, None),
-        ({"lora": {"rank": 9}}, "its rank or its layers are more than the slots were made for"),
+        ({"lora": {"rank": 9}}, "its rank or its adapted layers exceed what the slots were built for"),
         (
             {"lora": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}},
-            "its rank or its layers are more than the slots were made for",
+            "its rank or its adapted layers exceed what the slots were built for",
         ),
         (
             {"training": {"adapter_dtype": "bfloat16"}},
-            "training.adapter_dtype is another than that of the trials beside it",
+            f"training.adapter_dtype {DIFFERS}",
         ),
         (
             {"training": {"optimizer": "paged_adamw_8bit"}},
-            "the precision of training.optimizer's moments is another than that of the trials beside it",
+            f"the precision of training.optimizer's moments {DIFFERS}",
         ),
         ({"training": {"optimizer": "paged_adamw_32bit"}}, None),
-        ({"training": {"recompute": True}}, "training.recompute is another than that of the trials beside it"),
-        ({"training": {"dequantize": "once"}}, "training.dequantize is another than that of the trials beside it"),
-        ({"training": {"precision": "bf16"}}, "training.precision is another than that of the trials beside it"),
+        ({"training": {"recompute": True}}, f"training.recompute {DIFFERS}"),
+        (
+            {"training": {"dequantize": "once"}},
+            "training.dequantize differs from that of the trials that share the engine",
+        ),
+        (
+            {"training": {"precision": "bf16"}},
+            "training.precision differs from that of the trials that share the engine",
+        ),
     ],
     ids=str,
 )
-def test_what_cannot_be_beside_others(
+def test_which_trials_cannot_share_an_engine(
     trial: MakeConfig, base: Any, sections: dict[str, Any], reason: str | None
 ) -> None:
     lora = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
-    kind = EngineSpec.of(base, [trial(lora=lora), trial(lora=lora | {"rank": 4})], 4)
-    assert kind.refuses(base, trial(**{"lora": lora} | sections)) == reason
+    spec = EngineSpec.of(base, [trial(lora=lora), trial(lora=lora | {"rank": 4})], 4)
+    assert spec.refuses(base, trial(**{"lora": lora} | sections)) == reason
 
 
-def test_a_pass_holds_the_largest_batch_of_one_and_the_usual_ones_of_many(trial: MakeConfig, base: Any) -> None:
+def test_a_pass_holds_the_largest_batch_of_one_slot_or_average_batches_of_all(trial: MakeConfig, base: Any) -> None:
     rows = TokenizedRows(
         [[1] * length for length in (2, 2, 2, 2, 2, 50)], [[1] * length for length in (2, 2, 2, 2, 2, 50)]
     )
@@ -234,10 +161,10 @@ def test_a_pass_holds_the_largest_batch_of_one_and_the_usual_ones_of_many(trial:
 
 
 @pytest.mark.parametrize(("wanted", "batch_size", "slots"), [(8, 1, 8), (8, 4, 2), (1, 4, 1), (8, 16, 1)])
-def test_a_cpu_takes_as_many_as_keep_it_busy(
+def test_a_cpu_takes_as_many_trials_as_keep_it_busy(
     trial: MakeConfig, base: Any, wanted: int, batch_size: int, slots: int
 ) -> None:
     rows = TokenizedRows([[1] * 64] * 100, [[1] * 64] * 100)
     count, reason = plan_slots(base, [trial(training={"batch_size": batch_size})], rows, rows, wanted)
     assert count == slots
-    assert reason == f"a batch has up to {64 * batch_size} tokens, and a core is busy with {CPU_FULL}"
+    assert reason == f"a batch has up to {64 * batch_size} tokens, and {CPU_FULL} tokens keep a core busy"

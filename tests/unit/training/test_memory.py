@@ -1,4 +1,4 @@
-"""The arithmetic of memory against what is really held, byte for byte, on the embedded base."""
+"""Predicted memory equals the bytes of the tensors that really exist, on the embedded base."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +9,9 @@ import torch
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
-from orchestrator.training.fast.plan.memory import BaseShape, MemoryOption, Recompute, memory_options, predict
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.plan.memory import MemoryOption, memory_options, predict
+from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, Layer, SavedActivations, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
@@ -26,13 +28,15 @@ LLAMA_7B = BaseShape(4096, 11008, 32, 32, 32, 128, 32000, tied=False)
 
 @pytest.fixture(scope="module")
 def half() -> Any:
-    """The embedded base as a GPU would hold it: bfloat16 beside NF4."""
+    """The embedded base as a GPU holds it: bfloat16 and NF4."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 0)
         return load_base(BaseSection(model="embedded"))
 
 
-def foreseen(model: Any, recompute: Recompute = "nothing", keeps: bool = True, tokens: int = 64, **options: Any) -> Any:
+def predicted_for(
+    model: Any, recompute: Recompute = "nothing", keeps: bool = True, tokens: int = 64, **options: Any
+) -> Any:
     targets = options.pop("targets", TARGETS)
     return predict(
         BaseShape.of(model.config), MemoryOption(keeps, recompute, 64), tokens, tokens, RANK, targets, **options
@@ -40,7 +44,7 @@ def foreseen(model: Any, recompute: Recompute = "nothing", keeps: bool = True, t
 
 
 def tensors_of(model: Any) -> Iterator[torch.Tensor]:
-    """Weights and scales; not the tables of levels, a kilobyte a layer whatever its size."""
+    """Yield weights and scales, without the tables of quantization levels: a kilobyte for each linear layer."""
     for parameter in model.parameters():
         yield parameter.data
         if state := getattr(parameter, "quant_state", None):
@@ -50,51 +54,51 @@ def tensors_of(model: Any) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize(
     "section", [{}, {"double_quant": False}, {"quantization": "none"}], ids=["double", "single", "none"]
 )
-def test_the_base(section: dict[str, Any]) -> None:
+def test_the_loaded_base(section: dict[str, Any]) -> None:
     model = load_base(BaseSection(model="embedded", **section))
-    held = sum(tensor.nbytes for tensor in tensors_of(model))
-    told = foreseen(
-        model, quantised=section.get("quantization") != "none", double_quant=section.get("double_quant", True)
+    loaded = sum(tensor.nbytes for tensor in tensors_of(model))
+    predicted = predicted_for(
+        model, quantized=section.get("quantization") != "none", double_quant=section.get("double_quant", True)
     )
-    assert told.base == pytest.approx(held, rel=0.005)
+    assert predicted.base == pytest.approx(loaded, rel=0.005)
     shapes = expected_modules(model, LoraSection())
     linears = shapes.values()
     assert BaseShape.of(model.config).num_linear_weights == sum(i * o for i, o in linears)
-    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # only there are 16-bit weights copied
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # the only 16-bit weights that are copied
     copied = sum(i * o for name, (i, o) in shapes.items() if "quantization" not in section or name.endswith(joined))
-    assert told.kept == 2 * copied
+    assert predicted.dequantized == 2 * copied
 
 
 @pytest.mark.parametrize(("quantization", "num_copies"), [("nf4", 4 * 4), ("none", 4 * 2)])
-def test_the_kept_base(quantization: str, num_copies: int) -> None:
+def test_the_dequantized_base(quantization: str, num_copies: int) -> None:
     model = load_base(BaseSection(model="embedded", quantization=quantization))
     own = {parameter.data_ptr() for parameter in model.parameters()}
     decoder = Decoder(model, torch.bfloat16, 8, keeps_base=True)
     parts = [part for layer in decoder._layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     copies = [weight.nbytes for weight in (part._weight() for part in parts) if weight.data_ptr() not in own]
     assert len(copies) == num_copies
-    assert foreseen(model, quantised=quantization == "nf4").kept == sum(copies)
-    assert foreseen(model, keeps=False, quantised=quantization == "nf4").kept == 0
-    assert Decoder(model, torch.bfloat16, 8, keeps_base=False)._layers[0].qkv._kept is None
+    assert predicted_for(model, quantized=quantization == "nf4").dequantized == sum(copies)
+    assert predicted_for(model, keeps=False, quantized=quantization == "nf4").dequantized == 0
+    assert Decoder(model, torch.bfloat16, 8, keeps=False)._layers[0].qkv._kept is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
 def test_adapters(half: Any, targets: tuple[str, ...], dtype: torch.dtype) -> None:
     adapters = make_adapters(half, targets, 3, dtype)
-    told = foreseen(half, targets=targets, num_slots=3, adapter_bytes=dtype.itemsize)
+    predicted = predicted_for(half, targets=targets, num_slots=3, adapter_bytes=dtype.itemsize)
     one = adapters.weights[0].nbytes
-    assert told.adapters == adapters.weights.nbytes + one  # the trainer's own
-    assert told.gradients == adapters.gradients.nbytes
-    assert told.optimizer == adapters.moment1.nbytes + adapters.moment2.nbytes
+    assert predicted.adapters == adapters.weights.nbytes + one  # the trainer's own copy
+    assert predicted.gradients == adapters.gradients.nbytes
+    assert predicted.optimizer == adapters.moment1.nbytes + adapters.moment2.nbytes
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
 def test_moments_in_eight_bits(half: Any, targets: tuple[str, ...]) -> None:
     adapters = make_adapters(half, targets, 3, torch.float32, eight_bit=True)
-    assert adapters.eight_bit is not None
-    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight_bit.absmax.nbytes
-    assert foreseen(half, targets=targets, num_slots=3, eight_bit=True).optimizer == kept
+    assert adapters.eight is not None
+    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight.magnitudes.nbytes
+    assert predicted_for(half, targets=targets, num_slots=3, eight_bit=True).optimizer == kept
 
 
 def make_adapters(
@@ -115,7 +119,7 @@ def test_activations(
     recompute: Recompute,
     targets: tuple[str, ...],
 ) -> None:
-    """What the forward of one step leaves for its backward."""
+    """Activations that the forward of a step keeps for its backward."""
     inputs, kept = [], []
     forward = Layer.forward
 
@@ -126,24 +130,24 @@ def test_activations(
         return result
 
     monkeypatch.setattr(Layer, "forward", watched)
-    rows = make_rows(32, 32, vocabulary=500)  # of one length: on a CPU, attention pads
+    rows = make_rows(32, 32, vocabulary=500)  # of equal length: on a CPU, attention pads
     adapters = make_adapters(half, targets, 1, torch.float32)
     engine = Engine(Decoder(half, torch.bfloat16, 32, keeps_base=True), adapters, recompute, None, on_gpu=False)
     engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
 
     layers, whole = half.config.num_hidden_layers, [bytes_of(each, half.config) for each in kept if each is not None]
     assert len(whole) == layers
-    told = foreseen(half, recompute, targets=targets).activations
+    predicted = predicted_for(half, recompute, targets=targets).activations
     if recompute == "layers":
-        # All layers' inputs, and one layer computed again. The first layer reads no sum of two.
+        # The inputs of all layers, and one recomputed layer. The first layer reads no residual sum.
         assert kept[:layers] == [None] * layers
-        assert told == sum(inputs[:layers]) + inputs[0] + whole[0]
+        assert predicted == sum(inputs[:layers]) + inputs[0] + whole[0]
     else:
-        assert told == sum(whole)
+        assert predicted == sum(whole)
 
 
 def bytes_of(kept: SavedActivations, config: Any) -> int:
-    """As on a GPU: attention's output lies there once, with one float32 a token and head for its backward."""
+    """Return the bytes on a GPU: attention keeps its output once, and a float32 for each token and head."""
     parts = [
         *(value for name, value in vars(kept).items() if name not in ("saved_attention", "lora_hidden")),
         *kept.lora_hidden,
@@ -153,44 +157,44 @@ def bytes_of(kept: SavedActivations, config: Any) -> int:
     return logs + sum(part.nbytes for part in parts if part is not None)
 
 
-def test_choices_are_ordered_by_their_cost_in_time() -> None:
-    found = list(memory_options(500, 6000, keeps_base=None, recompute=None, most_tokens=8192))
+def test_options_are_ordered_by_time() -> None:
+    found = list(memory_options(500, 6000, keeps_base=None, recompute=None, max_pass_tokens=8192))
     assert found[0] == MemoryOption(True, "nothing", 6000)
-    times = [choice.relative_time() for choice in found]
+    times = [option.relative_time() for option in found]
     assert times == sorted(times)
-    assert {choice.max_tokens for choice in found} == {6000, 4096, 2048, 1024, 512, 500}
-    assert set(Counter((choice.keeps_base, choice.recompute) for choice in found).values()) == {6}
-    assert len({(choice.keeps_base, choice.recompute) for choice in found}) == 6
+    assert {option.max_tokens for option in found} == {6000, 4096, 2048, 1024, 512, 500}
+    assert set(Counter((option.keeps_base, option.recompute) for option in found).values()) == {6}
+    assert len({(option.keeps_base, option.recompute) for option in found}) == 6
     assert found[-1] == MemoryOption(False, "layers", 500)
 
 
 @pytest.mark.parametrize("keeps", [None, True, False])
 @pytest.mark.parametrize("recompute", [None, True, False])
-def test_choices_respect_what_is_forced(keeps: bool | None, recompute: bool | None) -> None:
-    found = list(memory_options(100, 300, keeps_base=keeps, recompute=recompute, most_tokens=8192))
-    assert {choice.keeps_base for choice in found} == ({True, False} if keeps is None else {keeps})
+def test_options_respect_explicit_settings(keeps: bool | None, recompute: bool | None) -> None:
+    found = list(memory_options(100, 300, keeps_base=keeps, recompute=recompute, max_pass_tokens=8192))
+    assert {option.keeps_base for option in found} == ({True, False} if keeps is None else {keeps})
     levels = {None: set(LEVELS), True: {"layers"}, False: {"nothing"}}[recompute]
-    assert {choice.recompute for choice in found} == levels
+    assert {option.recompute for option in found} == levels
 
 
 @pytest.mark.parametrize(
     ("longest", "largest", "tokens"), [(700, 300, {700}), (700, 9000, {8192, 4096, 2048, 1024, 700})]
 )
 def test_no_pass_is_shorter_than_a_row_nor_longer_than_a_batch(longest: int, largest: int, tokens: set[int]) -> None:
-    found = memory_options(longest, largest, keeps_base=None, recompute=None, most_tokens=8192)
-    assert {choice.max_tokens for choice in found} == tokens
+    found = memory_options(longest, largest, keeps_base=None, recompute=None, max_pass_tokens=8192)
+    assert {option.max_tokens for option in found} == tokens
 
 
-def test_what_is_given_up_takes_less() -> None:
+def test_options_that_save_memory_need_less() -> None:
     def total(keeps: bool, recompute: Recompute, tokens: int, **options: Any) -> int:
         return predict(LLAMA_7B, MemoryOption(keeps, recompute, tokens), tokens, 4096, RANK, TARGETS, **options).total
 
-    kept = [total(True, level, 4096) for level in LEVELS]
-    assert kept == sorted(kept, reverse=True)
-    assert total(False, "nothing", 4096) < kept[0] - 12e9  # of 13.0 GB, less what passes
-    assert total(True, "nothing", 2048) < kept[0]
-    assert total(True, "nothing", 4096, num_slots=2) > kept[0]
-    assert total(True, "nothing", 4096, adapter_bytes=2) < kept[0]
-    told = predict(LLAMA_7B, MemoryOption(True, "nothing", 4096), 4096, 4096, RANK, TARGETS)
-    assert told.total == sum(told.parts().values())
-    assert 3.5e9 < told.base < 4e9
+    totals = [total(True, level, 4096) for level in LEVELS]
+    assert totals == sorted(totals, reverse=True)
+    assert total(False, "nothing", 4096) < totals[0] - 12e9  # 13.0 GB of weights, less the transient copies
+    assert total(True, "nothing", 2048) < totals[0]
+    assert total(True, "nothing", 4096, num_slots=2) > totals[0]
+    assert total(True, "nothing", 4096, adapter_bytes=2) < totals[0]
+    predicted = predict(LLAMA_7B, MemoryOption(True, "nothing", 4096), 4096, 4096, RANK, TARGETS)
+    assert predicted.total == sum(predicted.parts().values())
+    assert 3.5e9 < predicted.base < 4e9

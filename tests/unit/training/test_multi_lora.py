@@ -1,4 +1,4 @@
-"""Who steps with whom, and what becomes of a member that ends or breaks."""
+"""Which members step together, and what happens to members that end or fail."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,63 +12,63 @@ from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 
 TILE = 8
 NO_ENGINE: Any = None
-"""A member names the engine when it asks."""
+"""Placeholder: `Trial.steps` sets the engine."""
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a pass answers: its number."""
+    """The answer of a pass: its number."""
 
     number: int
 
 
 class FakeEngine:
-    """Keeps what it is asked for, in order."""
+    """Records the calls that it gets."""
 
     def __init__(self, max_tokens: int = 20) -> None:
         self.max_tokens = max_tokens
         self.passes: list[list[Span]] = []
-        self.asked: list[list[EvaluationBatch]] = []
-        self.told: list[str] = []
-        self.fault: Exception | None = None
+        self.evaluations: list[list[EvaluationBatch]] = []
+        self.calls: list[str] = []
+        self.error: Exception | None = None
 
     def whole_tiles(self, tokens: int) -> int:
         return tokens + -tokens % TILE
 
     def step(self, spans: Sequence[Span]) -> Any:
-        self.told.append("step")
-        if self.fault:
-            raise self.fault
+        self.calls.append("step")
+        if self.error:
+            raise self.error
         self.passes.append(list(spans))
         return Passed(len(self.passes) - 1)
 
-    def evaluate(self, asked: Sequence[EvaluationBatch]) -> list[tuple[float, float]]:
-        self.told.append("evaluate")
-        if self.fault:
-            raise self.fault
-        self.asked.append(list(asked))
-        return [(float(held.slot), len(held.rows) / 10) for held in asked]
+    def evaluate(self, evaluations: Sequence[EvaluationBatch]) -> list[tuple[float, float]]:
+        self.calls.append("evaluate")
+        if self.error:
+            raise self.error
+        self.evaluations.append(list(evaluations))
+        return [(float(each.slot), len(each.rows) / 10) for each in evaluations]
 
     @property
     def indices(self) -> list[dict[int, list[int]]]:
-        """Of each pass: slot -> rows."""
+        """For each pass, slot -> numbers of its rows."""
         return [{span.slot: list(span.indices) for span in spans} for spans in self.passes]
 
 
-class Member:
-    """A trial of given tasks, and what it saw."""
+class Trial:
+    """A trial with given tasks that records their answers."""
 
-    def __init__(self, *tasks: Task, breaks_after: int | None = None) -> None:
+    def __init__(self, *tasks: Task, fails_after: int | None = None) -> None:
         self.answers: list[Any] = []
         self.ended_by: str | BaseException | None = None
         self._tasks = tasks
-        self._breaks_after = breaks_after
+        self._fails_after = fails_after
 
-    def work(self, engine: Any) -> TrialSteps:
-        """Ask this engine for the tasks. A fault is kept and not raised, as in `Attempt.run`."""
+    def steps(self, engine: Any) -> TrialSteps:
+        """Yield the tasks for this engine. Errors are recorded and not raised, as in `Attempt.run`."""
         try:
             for number, task in enumerate(self._tasks):
-                if number == self._breaks_after:
+                if number == self._fails_after:
                     raise ValueError("its own")
                 self.answers.append((yield replace(task, engine=engine)))
         except Exception as error:
@@ -85,7 +85,7 @@ MakeRows = Callable[..., TokenizedRows]
 
 @pytest.fixture
 def batch(make_rows: MakeRows) -> Callable[..., Batch]:
-    """`batch(slot, 5, 12)`: a batch of rows of these lengths; `order` gives another order of them."""
+    """Make a batch of rows of given lengths: `batch(slot, 5, 12)`. `order` lists the rows in another order."""
 
     def make(slot: int, *lengths: int, order: Sequence[int] = ()) -> Batch:
         rows, indices = make_rows(*lengths), list(order or range(len(lengths)))
@@ -94,13 +94,13 @@ def batch(make_rows: MakeRows) -> Callable[..., Batch]:
     return make
 
 
-def run(pack: MultiLora, most: int = 100) -> int:
-    """Turns until all have ended."""
+def run(multi_lora: MultiLora, max_turns: int = 100) -> int:
+    """Run turns until all members have ended, and return their number."""
     turns = 0
-    while len(pack):
-        pack.turn()
+    while len(multi_lora):
+        multi_lora.turn()
         turns += 1
-        assert turns < most
+        assert turns < max_turns
     return turns
 
 
@@ -119,33 +119,33 @@ def run(pack: MultiLora, most: int = 100) -> int:
 def test_passes_keep_the_order_and_the_limit(
     batch: Callable[..., Batch], max_tokens: int, batches: list[list[int]]
 ) -> None:
-    engine, member = FakeEngine(max_tokens), Member(batch(0, 3, 9, 2, 7, 6, order=[3, 0, 1, 2, 4]))
-    pack = MultiLora()
-    pack.join(member.work(engine))
-    run(pack)
+    engine, member = FakeEngine(max_tokens), Trial(batch(0, 3, 9, 2, 7, 6, order=[3, 0, 1, 2, 4]))
+    multi_lora = MultiLora()
+    multi_lora.join(member.steps(engine))
+    run(multi_lora)
     assert [each[0] for each in engine.indices] == batches
     assert member.answers == [[Passed(number) for number in range(len(batches))]]
 
 
-def test_a_row_that_is_longer_than_the_limit_stands_alone(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(10), MultiLora()
-    pack.join(Member(batch(0, 1, 50, 1, 1)).work(engine))
-    run(pack)
+def test_a_row_longer_than_the_limit_has_a_pass_of_its_own(batch: Callable[..., Batch]) -> None:
+    engine, multi_lora = FakeEngine(10), MultiLora()
+    multi_lora.join(Trial(batch(0, 1, 50, 1, 1)).steps(engine))
+    run(multi_lora)
     assert engine.indices == [{0: [0]}, {0: [1]}, {0: [2, 3]}]
 
 
-def test_a_batch_that_is_too_long_goes_over_passes_of_which_the_last_applies(batch: Callable[..., Batch]) -> None:
+def test_a_long_batch_takes_several_passes_and_the_last_one_applies(batch: Callable[..., Batch]) -> None:
     engine = FakeEngine()
     task = batch(1, 7, 12, 5, 9, 30, order=[2, 1, 4, 0, 3])
-    pack = MultiLora()
-    pack.join(Member(task, batch(1, 4)).work(engine))
-    run(pack)
+    multi_lora = MultiLora()
+    multi_lora.join(Trial(task, batch(1, 4)).steps(engine))
+    run(multi_lora)
     spans = [span for spans in engine.passes for span in spans]
     assert [list(span.indices) for span in spans] == [[2, 1], [4], [0, 3], [0]]
     assert [span.first_token for span in spans] == [0, 17, 47, 0], "the next batch counts from 0"
     assert [span.table["applies"] for span in spans] == [0, 0, 1, 1]
-    assert {span.table["scale"] for span in spans} == {1.5}, "the rest of the table is the batch's"
-    assert task.table["applies"] == 1, "the batch itself is left as it was"
+    assert {span.table["scale"] for span in spans} == {1.5}, "the rest of the table is that of the batch"
+    assert task.table["applies"] == 1, "the batch itself does not change"
     assert {span.slot for span in spans} == {1}
 
 
@@ -153,13 +153,13 @@ def test_a_batch_that_is_too_long_goes_over_passes_of_which_the_last_applies(bat
 
 
 def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch]) -> None:
-    """Slot 0 takes two passes a batch, slot 1 one: it makes two steps meanwhile."""
+    """A batch takes two passes in slot 0 and one in slot 1, which makes two steps in that time."""
     engine = FakeEngine(max_tokens=32)
-    large, small = Member(batch(0, 16, 16), batch(0, 16, 16)), Member(*[batch(1, 8)] * 4)
-    pack = MultiLora()
-    pack.join(small.work(engine))
-    pack.join(large.work(engine))
-    assert run(pack) == 4
+    large, small = Trial(batch(0, 16, 16), batch(0, 16, 16)), Trial(*[batch(1, 8)] * 4)
+    multi_lora = MultiLora()
+    multi_lora.join(small.steps(engine))
+    multi_lora.join(large.steps(engine))
+    assert run(multi_lora) == 4
     assert engine.indices == [{1: [0], 0: [0]}, {1: [0], 0: [1]}, {1: [0], 0: [0]}, {1: [0], 0: [1]}]
     assert small.answers == [[Passed(number)] for number in range(4)]
     assert large.answers == [[Passed(0), Passed(1)], [Passed(2), Passed(3)]]
@@ -168,80 +168,80 @@ def test_unequal_batches_share_passes_without_waiting(batch: Callable[..., Batch
 
 
 def test_a_pass_counts_whole_tiles(batch: Callable[..., Batch]) -> None:
-    """Three batches of one token take three tiles: the fourth finds no room."""
-    engine, pack = FakeEngine(max_tokens=3 * TILE), MultiLora()
+    """Three batches of one token fill three tiles, so that the fourth has to wait."""
+    engine, multi_lora = FakeEngine(max_tokens=3 * TILE), MultiLora()
     for slot in range(4):
-        pack.join(Member(batch(slot, 1)).work(engine))
-    run(pack)
+        multi_lora.join(Trial(batch(slot, 1)).steps(engine))
+    run(multi_lora)
     assert [sorted(each) for each in engine.indices] == [[0, 1, 2], [3]]
 
 
-def test_who_had_none_goes_first(batch: Callable[..., Batch]) -> None:
-    """Five members, room for two: no one waits for more than two passes, none has two before all have one."""
-    engine, pack = FakeEngine(max_tokens=2 * TILE), MultiLora()
-    members = [Member(*[batch(slot, TILE)] * 6) for slot in range(5)]
+def test_members_without_rows_in_the_last_pass_go_first(batch: Callable[..., Batch]) -> None:
+    """Two of five members fit: each waits for two passes at most, and none gets two before all have one."""
+    engine, multi_lora = FakeEngine(max_tokens=2 * TILE), MultiLora()
+    members = [Trial(*[batch(slot, TILE)] * 6) for slot in range(5)]
     for member in members:
-        pack.join(member.work(engine))
+        multi_lora.join(member.steps(engine))
     for turn in range(1, 15):
-        pack.turn()
+        multi_lora.turn()
         counts = [len(member.answers) for member in members]
         assert sum(counts) == 2 * turn
         assert max(counts) - min(counts) <= 1
-    run(pack)
+    run(multi_lora)
     assert {len(member.answers) for member in members} == {6}
 
 
-def test_a_member_too_large_for_what_is_left_is_first_the_next_time(batch: Callable[..., Batch]) -> None:
-    """A smaller one behind it may fill the pass, but cannot hold it back."""
-    engine, pack = FakeEngine(max_tokens=32), MultiLora()
+def test_a_batch_that_does_not_fit_is_first_in_the_next_pass(batch: Callable[..., Batch]) -> None:
+    """A smaller batch behind it may fill the pass, but cannot delay it further."""
+    engine, multi_lora = FakeEngine(max_tokens=32), MultiLora()
     for slot, tokens in ((0, 16), (1, 24), (2, 8)):
-        pack.join(Member(*[batch(slot, tokens)] * 3).work(engine))
-    pack.turn()
-    pack.turn()
+        multi_lora.join(Trial(*[batch(slot, tokens)] * 3).steps(engine))
+    multi_lora.turn()
+    multi_lora.turn()
     assert [list(each) for each in engine.indices] == [[0, 2], [1, 2]]
-    run(pack)
+    run(multi_lora)
     assert [list(each) for each in engine.indices] == [[0, 2], [1, 2], [0, 2], [1], [0], [1]]
 
 
-def test_one_that_joins_is_in_the_next_pass_and_one_that_ends_leaves_its_room(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), MultiLora()
-    first, second, third = Member(batch(0, 8)), Member(*[batch(1, 8)] * 3), Member(*[batch(2, 8)] * 2)
-    pack.join(first.work(engine))
-    pack.join(second.work(engine))
-    pack.turn()
+def test_a_new_member_is_in_the_next_pass_and_a_finished_one_frees_its_tokens(batch: Callable[..., Batch]) -> None:
+    engine, multi_lora = FakeEngine(max_tokens=64), MultiLora()
+    first, second, third = Trial(batch(0, 8)), Trial(*[batch(1, 8)] * 3), Trial(*[batch(2, 8)] * 2)
+    multi_lora.join(first.steps(engine))
+    multi_lora.join(second.steps(engine))
+    multi_lora.turn()
     assert first.ended_by == "done"
     assert second.ended_by is None
-    pack.join(third.work(engine))
-    assert len(pack) == 2
-    run(pack)
+    multi_lora.join(third.steps(engine))
+    assert len(multi_lora) == 2
+    run(multi_lora)
     assert [sorted(each) for each in engine.indices] == [[0, 1], [1, 2], [1, 2]]
 
 
-def test_one_that_has_nothing_to_do_ends_at_once() -> None:
-    engine, pack, member = FakeEngine(), MultiLora(), Member()
-    pack.join(member.work(engine))
+def test_a_trial_without_tasks_ends_at_once() -> None:
+    engine, multi_lora, member = FakeEngine(), MultiLora(), Trial()
+    multi_lora.join(member.steps(engine))
     assert member.ended_by == "done"
-    assert len(pack) == 0
+    assert len(multi_lora) == 0
 
 
 # Several engines
 
 
-def test_members_with_an_engine_each_step_by_themselves_in_every_turn(
+def test_members_with_their_own_engines_step_separately_in_every_turn(
     batch: Callable[..., Batch], make_rows: MakeRows
 ) -> None:
-    """One evaluates while the other trains; a fault of one engine ends its own member alone."""
-    engines, pack = [FakeEngine(max_tokens=16) for _ in range(3)], MultiLora()
-    held = EvaluationBatch(NO_ENGINE, 0, make_rows(5), {})
-    members = [Member(batch(0, 8, 8, 8), batch(0, 8)), Member(batch(0, 8), held, batch(0, 8)), Member(batch(0, 8))]
+    """One evaluates while another trains. An error of one engine ends only its own member."""
+    engines, multi_lora = [FakeEngine(max_tokens=16) for _ in range(3)], MultiLora()
+    evaluation = EvaluationBatch(NO_ENGINE, 0, make_rows(5), {})
+    members = [Trial(batch(0, 8, 8, 8), batch(0, 8)), Trial(batch(0, 8), evaluation, batch(0, 8)), Trial(batch(0, 8))]
     for member, engine in zip(members, engines, strict=True):
-        pack.join(member.work(engine))
-    engines[2].fault = RuntimeError("CUDA")
-    pack.turn()
-    assert members[2].ended_by is engines[2].fault
-    run(pack)
-    assert [engine.told for engine in engines] == [["step"] * 3, ["step", "evaluate", "step"], ["step"]]
-    assert engines[0].indices == [{0: [0, 1]}, {0: [2]}, {0: [0]}], "a batch is split as it is alone"
+        multi_lora.join(member.steps(engine))
+    engines[2].error = RuntimeError("CUDA")
+    multi_lora.turn()
+    assert members[2].ended_by is engines[2].error
+    run(multi_lora)
+    assert [engine.calls for engine in engines] == [["step"] * 3, ["step", "evaluate", "step"], ["step"]]
+    assert engines[0].indices == [{0: [0, 1]}, {0: [2]}, {0: [0]}], "a batch is split as when it trains alone"
     assert [member.ended_by for member in members[:2]] == ["done"] * 2
 
 
@@ -249,16 +249,16 @@ def test_members_with_an_engine_each_step_by_themselves_in_every_turn(
 
 
 def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
-    """Before the next pass; a member in the middle of its batch goes on with it afterwards."""
-    engine, pack = FakeEngine(max_tokens=16), MultiLora()
-    held = {slot: EvaluationBatch(NO_ENGINE, slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
-    one, other = (Member(batch(slot, TILE), held[slot], batch(slot, TILE)) for slot in (0, 1))
-    third = Member(batch(2, 8, 8, 8))
+    """They precede the next pass. A member in the middle of its batch continues afterwards."""
+    engine, multi_lora = FakeEngine(max_tokens=16), MultiLora()
+    evaluations = {slot: EvaluationBatch(NO_ENGINE, slot, make_rows(*[5] * (slot + 1)), {}) for slot in (0, 1)}
+    one, other = (Trial(batch(slot, TILE), evaluations[slot], batch(slot, TILE)) for slot in (0, 1))
+    third = Trial(batch(2, 8, 8, 8))
     for member in (one, other, third):
-        pack.join(member.work(engine))
-    run(pack)
-    assert engine.told[:2] == ["step", "evaluate"]
-    assert [[each.rows for each in asked] for asked in engine.asked] == [[held[0].rows, held[1].rows]]
+        multi_lora.join(member.steps(engine))
+    run(multi_lora)
+    assert engine.calls[:2] == ["step", "evaluate"]
+    assert [[each.rows for each in call] for call in engine.evaluations] == [[evaluations[0].rows, evaluations[1].rows]]
     assert one.answers[1] == (0.0, 0.1)
     assert other.answers[1] == (1.0, 0.2)
     spans = [span for spans in engine.passes for span in spans if span.slot == 2]
@@ -267,76 +267,76 @@ def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch]
     assert [span.table["applies"] for span in spans] == [0] * (len(spans) - 1) + [1]
 
 
-def test_one_evaluation_keeps_no_other_from_its_step_for_long(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
-    engine, pack = FakeEngine(max_tokens=64), MultiLora()
-    evaluating = Member(batch(0, 8), EvaluationBatch(NO_ENGINE, 0, make_rows(5), {}), batch(0, 8))
-    steady = Member(*[batch(1, 8)] * 3)
-    pack.join(evaluating.work(engine))
-    pack.join(steady.work(engine))
-    assert run(pack) == 4
-    assert engine.told == ["step", "evaluate", "step", "step"]
+def test_an_evaluation_delays_other_members_by_one_turn(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
+    engine, multi_lora = FakeEngine(max_tokens=64), MultiLora()
+    evaluating = Trial(batch(0, 8), EvaluationBatch(NO_ENGINE, 0, make_rows(5), {}), batch(0, 8))
+    steady = Trial(*[batch(1, 8)] * 3)
+    multi_lora.join(evaluating.steps(engine))
+    multi_lora.join(steady.steps(engine))
+    assert run(multi_lora) == 4
+    assert engine.calls == ["step", "evaluate", "step", "step"]
     assert [sorted(each) for each in engine.indices] == [[0, 1], [0, 1], [1]]
 
 
-# Faults
+# Errors
 
 
-def test_a_members_own_fault_stays_its_own(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), MultiLora()
-    broken, sound = Member(*[batch(0, 8)] * 3, breaks_after=2), Member(*[batch(1, 8)] * 4)
-    pack.join(broken.work(engine))
-    pack.join(sound.work(engine))
-    run(pack)
+def test_an_error_of_a_trial_ends_no_other(batch: Callable[..., Batch]) -> None:
+    engine, multi_lora = FakeEngine(max_tokens=64), MultiLora()
+    broken, sound = Trial(*[batch(0, 8)] * 3, fails_after=2), Trial(*[batch(1, 8)] * 4)
+    multi_lora.join(broken.steps(engine))
+    multi_lora.join(sound.steps(engine))
+    run(multi_lora)
     assert isinstance(broken.ended_by, ValueError)
     assert sound.ended_by == "done"
     assert [sorted(each) for each in engine.indices] == [[0, 1], [0, 1], [1], [1]]
 
 
-def test_one_that_breaks_before_its_first_task_is_no_member(batch: Callable[..., Batch]) -> None:
-    engine, pack, member = FakeEngine(), MultiLora(), Member(batch(0, 8), breaks_after=0)
-    pack.join(member.work(engine))
+def test_a_trial_that_fails_before_its_first_task_is_not_added(batch: Callable[..., Batch]) -> None:
+    engine, multi_lora, member = FakeEngine(), MultiLora(), Trial(batch(0, 8), fails_after=0)
+    multi_lora.join(member.steps(engine))
     assert isinstance(member.ended_by, ValueError)
-    assert len(pack) == 0
+    assert len(multi_lora) == 0
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_a_fault_of_the_engine_is_a_fault_of_all(
+def test_an_error_of_the_engine_ends_all_of_its_members(
     batch: Callable[..., Batch], make_rows: MakeRows, evaluates: bool
 ) -> None:
-    engine, pack = FakeEngine(max_tokens=8), MultiLora()
+    engine, multi_lora = FakeEngine(max_tokens=8), MultiLora()
     first: Task = EvaluationBatch(NO_ENGINE, 0, make_rows(5), {}) if evaluates else batch(0, 8)
-    members = [Member(first, batch(0, 8)), Member(batch(1, 8)), Member(batch(2, 8, 8))]
+    members = [Trial(first, batch(0, 8)), Trial(batch(1, 8)), Trial(batch(2, 8, 8))]
     for member in members:
-        pack.join(member.work(engine))
-    engine.fault = RuntimeError("CUDA")
-    pack.turn()
-    assert [member.ended_by for member in members] == [engine.fault] * 3
-    assert len(pack) == 0
-    engine.fault, after = None, Member(batch(1, 8))
-    pack.join(after.work(engine))
-    run(pack)
+        multi_lora.join(member.steps(engine))
+    engine.error = RuntimeError("CUDA")
+    multi_lora.turn()
+    assert [member.ended_by for member in members] == [engine.error] * 3
+    assert len(multi_lora) == 0
+    engine.error, after = None, Trial(batch(1, 8))
+    multi_lora.join(after.steps(engine))
+    run(multi_lora)
     assert after.ended_by == "done"
 
 
-def test_what_ends_the_process_is_not_taken_for_a_fault(batch: Callable[..., Batch]) -> None:
-    pack = MultiLora()
+def test_a_keyboard_interrupt_is_not_caught(batch: Callable[..., Batch]) -> None:
+    multi_lora = MultiLora()
 
     def interrupted() -> TrialSteps:
         yield replace(batch(0, 8), engine=FakeEngine())  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    pack.join(interrupted())
+    multi_lora.join(interrupted())
     with pytest.raises(KeyboardInterrupt):
-        pack.turn()
+        multi_lora.turn()
 
 
-def test_closing_ends_all_where_they_stand(batch: Callable[..., Batch]) -> None:
-    engine, pack = FakeEngine(max_tokens=64), MultiLora()
-    members = [Member(*[batch(slot, 8)] * 3) for slot in range(2)]
+def test_closing_ends_all_members_wherever_they_are(batch: Callable[..., Batch]) -> None:
+    engine, multi_lora = FakeEngine(max_tokens=64), MultiLora()
+    members = [Trial(*[batch(slot, 8)] * 3) for slot in range(2)]
     for member in members:
-        pack.join(member.work(engine))
-    pack.turn()
-    pack.close()
+        multi_lora.join(member.steps(engine))
+    multi_lora.turn()
+    multi_lora.close()
     assert [member.ended_by for member in members] == ["closed"] * 2
     assert [len(member.answers) for member in members] == [1, 1]
-    assert len(pack) == 0
+    assert len(multi_lora) == 0

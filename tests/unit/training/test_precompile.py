@@ -1,4 +1,4 @@
-"""Another process compiles; what it cannot do is told, and harms nobody."""
+"""Another process compiles the kernels. Its failures are logged and stop no trial."""
 
 import logging
 import signal
@@ -24,14 +24,14 @@ def started(*settings: str) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.parametrize("setting", ["training.engine=trl", "lora.dora=true", "training.optimizer=sgd"])
-def test_nothing_is_started_for_trials_of_the_classic_engine(setting: str) -> None:
+def test_no_process_starts_for_trials_of_the_trl_engine(setting: str) -> None:
     precompile.start(load_spec(DEMO, [setting]).corners(), 2)
     assert precompile._running is None
     precompile.join()
 
 
 @pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
-def test_what_no_gpu_holds_is_not_compiled(setting: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_trials_that_no_gpu_can_hold_are_skipped(setting: str, caplog: pytest.LogCaptureFixture) -> None:
     process = started(*BF16, setting)
     precompile.join()
     assert process.returncode == 0
@@ -39,7 +39,7 @@ def test_what_no_gpu_holds_is_not_compiled(setting: str, caplog: pytest.LogCaptu
     assert not caplog.records
 
 
-def test_it_looks_for_packages_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_has_the_same_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "imported"
     (tmp_path / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,22 +48,22 @@ def test_it_looks_for_packages_where_this_process_does(tmp_path: Path, monkeypat
     assert marker.exists()
 
 
-def test_a_fault_there_is_told_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_process_is_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     started(*BF16, f"base.model={tmp_path}")
     with caplog.at_level(logging.WARNING):
         precompile.join()
     assert "config.json" in caplog.text
 
 
-def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(precompile, "_PATIENCE_S", 0.01)
+def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(precompile, "_TIMEOUT_S", 0.01)
     process = started(*BF16)
     precompile.join()
     assert process.returncode == -signal.SIGKILL
     assert "longer than 0.01 s" in caplog.text
 
 
-def test_another_start_ends_the_first() -> None:
+def test_a_second_start_kills_the_first_process() -> None:
     first = started(*BF16)
     second = started(*BF16, "base.compute_dtype=float32")
     assert first.returncode == -signal.SIGKILL
@@ -72,7 +72,7 @@ def test_another_start_ends_the_first() -> None:
     assert second.returncode == -signal.SIGKILL
 
 
-def test_a_machine_that_starts_no_process_trains_all_the_same(
+def test_a_machine_that_cannot_start_a_process_still_trains(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(command: Sequence[str], **_: Any) -> None:

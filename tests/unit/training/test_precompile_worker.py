@@ -1,4 +1,4 @@
-"""What is compiled ahead is what is needed: the kernels of a base's configuration are those of the base."""
+"""The kernels that are compiled from a base's configuration are those that the base itself needs."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,13 +22,15 @@ from orchestrator.embedded import BASE_DIR
 from orchestrator.spec import TrialConfig, load_spec
 from orchestrator.training.fast.ops.triton import kernels, launch
 from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.plan.engine_spec import EngineSpec, separate_specs
+from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.warmup import precompile_worker
 
 SLOTS = 3
 
 
 class Hopper:
-    """A driver of a GPU that is not there."""
+    """Triton's driver of an imaginary Hopper GPU."""
 
     def __init__(self) -> None:
         self.launched: list[str] = []
@@ -56,30 +58,30 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
 
 
 @pytest.fixture
-def compiled(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: ARG001  there for its time
-    """Kernels that would be compiled, each by its name and key."""
-    asked: list[str] = []
+def compiled(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: ARG001  active during the test
+    """List the kernels that would be compiled, each by its name and key."""
+    requested: list[str] = []
 
     def note(*, fn: Any, key: str, **_: Any) -> bool:
-        asked.append(f"{fn.name} {key}")
-        return True  # it is there already
+        requested.append(f"{fn.name} {key}")
+        return True  # pretend that it is compiled
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    return asked
+    return requested
 
 
 def configs(*settings: str) -> list[TrialConfig]:
-    set_for_gpus = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
-    return load_spec(DEMO, [*set_for_gpus, *settings]).corners()
+    for_gpus = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
+    return load_spec(DEMO, [*for_gpus, *settings]).corners()
 
 
-def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
-    """What the engine of the base itself would have compiled, at another size."""
+def compile_with_real_base(trials: list[TrialConfig], longest: int, tokens: int) -> None:
+    """Compile what the engines of the base itself need, for other numbers of tokens."""
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
-    choice = factory.Choice(True, "nothing", tokens)
-    separate = held[0].training.reproducible
-    for kind in factory.separate_specs(base, held) if separate else [factory.EngineSpec.of(base, held, SLOTS)]:
-        engine = factory.cached_engine(base, kind, torch.bfloat16, longest, choice, on_gpu=True)
+    option = MemoryOption(True, "nothing", tokens)
+    separate = trials[0].training.reproducible
+    for spec in separate_specs(base, trials) if separate else [EngineSpec.of(base, trials, SLOTS)]:
+        engine = factory.cached_engine(base, spec, torch.bfloat16, longest, option, on_gpu=True)
         engine.compile(tokens, tokens // 2)
 
 
@@ -93,14 +95,16 @@ def real(held: list[TrialConfig], longest: int, tokens: int) -> None:
     ],
 )
 @pytest.mark.parametrize(("longest", "tiles"), [(64, 1), (448, 64)])
-def test_kernels_are_those_of_the_base(compiled: list[str], settings: tuple[str], longest: int, tiles: int) -> None:
-    held = configs(*settings)
-    precompile_worker.compile_for(held, SLOTS)
-    ahead = set(compiled)
+def test_kernels_are_those_of_the_real_base(
+    compiled: list[str], settings: tuple[str], longest: int, tiles: int
+) -> None:
+    trials = configs(*settings)
+    precompile_worker.compile_for(trials, SLOTS)
+    precompiled = set(compiled)
     compiled.clear()
-    real(held, longest, tiles * kernels.TILE)
-    assert set(compiled) == ahead
-    assert len(ahead) > 10
+    compile_with_real_base(trials, longest, tiles * kernels.TILE)
+    assert set(compiled) == precompiled
+    assert len(precompiled) > 10
 
 
 @triton.jit
@@ -111,29 +115,27 @@ def filled(out, value):  # type: ignore[no-untyped-def]
 def test_each_kernel_is_compiled_and_has_its_launcher(
     hopper: Hopper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The promise of a kernel is none yet: in Triton 3.6 it has nothing of it but `result`."""
+    """Triton returns a future that is not a kernel yet: in Triton 3.6 its only attribute is `result`."""
     monkeypatch.delattr(FutureKernel, "__getattr__", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for _ in range(2):  # at first promised, then there
+    for _ in range(2):  # at first a future, then a kernel
         with launch.compiled_together():
             for value in (2, 3, 0.5):
                 launch.launch(filled, (1,), torch.zeros(1), value)
-        assert hopper.launched == ["filled", "filled"], "whole numbers have one, reals another"
+        assert hopper.launched == ["filled", "filled"], "integers share a launcher, floats have another"
         hopper.launched.clear()
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
 
 
 @pytest.mark.parametrize("setting", ["base.compute_dtype=float32", "lora.rank=512"])
-def test_what_no_gpu_holds_has_none(compiled: list[str], setting: str) -> None:
+def test_trials_that_no_gpu_can_hold_have_no_kernels(compiled: list[str], setting: str) -> None:
     precompile_worker.compile_for(configs(setting), SLOTS)
     assert not compiled
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_of_two_that_would_compile_the_same_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    """The other waits, and does it after all if the first has not got through."""
+def test_one_of_two_processes_runs_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The other one waits, and runs the task itself if the first one fails."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     order: list[str] = []
     others: list[Thread] = []
@@ -157,4 +159,4 @@ def test_of_two_that_would_compile_the_same_one_does(
     others[1].join(10)
     assert order == ["another"] + fails * ["the same"]
     precompile_worker.once("the same", lambda: order.append("later"))
-    assert order[-1] == "later", "what was done at another time may be of other kernels"
+    assert order[-1] == "later", "a task that was done earlier may have compiled other kernels"

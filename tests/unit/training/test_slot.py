@@ -1,4 +1,4 @@
-"""What a slot sends to the engine, and when it reads what comes back."""
+"""What a slot sends to the engine, and when it reads the metrics that come back."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from orchestrator.training.fast.step.engine import AHEAD, StepMetrics
 from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
 
 
-class Late:
-    """Figures that are not there until they are waited for."""
+class LateMetrics:
+    """Metrics that never arrive before they are waited for."""
 
     is_ready = False
 
@@ -32,23 +32,23 @@ class Late:
         return StepMetrics([0.0, self._loss], [0.0, 1.0], [0.0, 2.0])
 
 
-class FakePack:
-    """Keeps what it is given, and answers with figures that come late."""
+class FakeMultiLora:
+    """Keeps the batches that it receives, and answers with metrics that arrive late."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.pending: list[Late] = []
-        self.sick_from: float = math.inf
+        self.pending: list[LateMetrics] = []
+        self.nan_from: float = math.inf
 
     def answer(self, batch: Batch) -> list[Any]:
         self.batches.append(batch)
-        self.pending.append(Late(math.nan if len(self.pending) + 1 >= self.sick_from else 0.5))
+        self.pending.append(LateMetrics(math.nan if len(self.pending) + 1 >= self.nan_from else 0.5))
         return [self.pending[-1]]
 
 
 @pytest.fixture
-def pack() -> FakePack:
-    return FakePack()
+def multi_lora() -> FakeMultiLora:
+    return FakeMultiLora()
 
 
 @pytest.fixture
@@ -67,16 +67,18 @@ def slot(document: dict[str, Any], make_rows: Callable[..., TokenizedRows]) -> A
     return Slot(1, trainer, engine, spec.trial_config({}), rows, rows, WriteNow())  # type: ignore[arg-type]
 
 
-def send(slot: Any, pack: FakePack, *batches: Sequence[int]) -> None:
+def send(slot: Any, multi_lora: FakeMultiLora, *batches: Sequence[int]) -> None:
     for indices in batches:
         batch = slot.batch(list(indices))
-        slot.sent(batch, pack.answer(batch))
+        slot.sent(batch, multi_lora.answer(batch))
         slot.trainer.state.global_step += 1
 
 
-def test_a_batch_is_whole_and_weighs_all_of_its_tokens_however_long_it_is(slot: Any, pack: FakePack) -> None:
-    send(slot, pack, [2, 1, 4, 0, 3])
-    (batch,) = pack.batches
+def test_a_batch_is_sent_whole_and_its_loss_is_averaged_over_all_of_its_tokens(
+    slot: Any, multi_lora: FakeMultiLora
+) -> None:
+    send(slot, multi_lora, [2, 1, 4, 0, 3])
+    (batch,) = multi_lora.batches
     assert list(batch.indices) == [2, 1, 4, 0, 3]
     assert batch.table["applies"] == 1
     assert batch.table["loss_weight"] == 1 / (63 - 5 * 2)
@@ -84,15 +86,15 @@ def test_a_batch_is_whole_and_weighs_all_of_its_tokens_however_long_it_is(slot: 
     assert batch.rows.longest == 30
 
 
-def test_an_evaluation_asks_for_this_slot_and_its_scale(slot: Any, pack: FakePack) -> None:
-    send(slot, pack, [0])
-    held = slot.held_out()
-    assert (held.slot, held.table["scale"], len(held.rows)) == (1, 0.5, 5)
-    assert held.table.keys() == set(TABLE)
+def test_an_evaluation_has_this_slot_and_its_scale(slot: Any, multi_lora: FakeMultiLora) -> None:
+    send(slot, multi_lora, [0])
+    evaluation = slot.evaluation()
+    assert (evaluation.slot, evaluation.table["scale"], len(evaluation.rows)) == (1, 0.5, 5)
+    assert evaluation.table.keys() == set(TABLE)
 
 
-def test_figures_of_a_batchs_passes_add_up(slot: Any) -> None:
-    slot.sent(slot.batch([2, 1, 4]), [Late(0.5), Late(0.25), Late(0.125)])
+def test_metrics_of_the_passes_of_a_batch_add_up(slot: Any) -> None:
+    slot.sent(slot.batch([2, 1, 4]), [LateMetrics(0.5), LateMetrics(0.25), LateMetrics(0.125)])
     logs: list[dict[str, float]] = []
     slot.trainer.log = logs.append
     slot._rate_to_log = 1e-3
@@ -109,9 +111,9 @@ def test_figures_of_a_batchs_passes_add_up(slot: Any) -> None:
     ]
 
 
-def test_the_table_says_what_the_trial_is(slot: Any, pack: FakePack) -> None:
-    send(slot, pack, [0], [1])
-    first, second = (batch.table for batch in pack.batches)
+def test_the_table_holds_the_trials_hyperparameters(slot: Any, multi_lora: FakeMultiLora) -> None:
+    send(slot, multi_lora, [0], [1])
+    first, second = (batch.table for batch in multi_lora.batches)
     assert first.keys() == set(TABLE)
     assert (first["key"], second["key"]) == (dropout_key(5, 0), dropout_key(5, 1))
     assert second | {"key": 0} == {
@@ -134,47 +136,51 @@ def test_the_table_says_what_the_trial_is(slot: Any, pack: FakePack) -> None:
     assert (first["bias_correction1"], first["bias_correction2"]) == (pytest.approx(0.2), pytest.approx(0.01))
 
 
-def test_figures_are_read_late_but_never_more_than_a_few_steps(slot: Any, pack: FakePack) -> None:
+def test_metrics_are_read_at_most_a_few_steps_late(slot: Any, multi_lora: FakeMultiLora) -> None:
     for step in range(10):
-        send(slot, pack, [step % 4])
-        assert [pending.was_read for pending in pack.pending] == [s < step + 1 - AHEAD for s in range(step + 1)]
+        send(slot, multi_lora, [step % 4])
+        assert [pending.was_read for pending in multi_lora.pending] == [s < step + 1 - AHEAD for s in range(step + 1)]
     slot.collect()
-    assert all(pending.was_read for pending in pack.pending)
+    assert all(pending.was_read for pending in multi_lora.pending)
 
 
-def test_the_next_batch_is_sent_before_the_last_ones_figures_are_waited_for(slot: Any, pack: FakePack) -> None:
-    """The device works while the host tells of them; they are still those of their own step, at its own rate."""
-    trainer, told = slot.trainer, []
+def test_the_next_batch_is_sent_before_the_last_ones_metrics_are_awaited(slot: Any, multi_lora: FakeMultiLora) -> None:
+    """The device works while the host logs them. They are logged with their own step and learning rate."""
+    trainer, logged = slot.trainer, []
 
-    def tell(_: Any, state: Any, control: Any) -> Any:
+    def call(_: Any, state: Any, control: Any) -> Any:
         return SimpleNamespace(**vars(control) | {"should_log": state.global_step in (2, 5)})
 
     trainer.control = SimpleNamespace(
         should_log=False, should_evaluate=False, should_save=False, should_epoch_stop=False, should_training_stop=False
     )
     events = ("train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "train_end")
-    trainer.callback_handler = SimpleNamespace(**dict.fromkeys((f"on_{event}" for event in events), tell))
+    trainer.callback_handler = SimpleNamespace(**dict.fromkeys((f"on_{event}" for event in events), call))
     trainer.lr_scheduler = SimpleNamespace(
         step=lambda: trainer.optimizer.param_groups[0].update(lr=trainer.state.global_step)
     )
     trainer.args.gradient_accumulation_steps = 1
-    trainer.log = lambda logs: told.append((trainer.state.global_step, len(pack.batches), logs.get("learning_rate")))
-    slot._store = lambda: None
+    trainer.log = lambda logs: logged.append(
+        (trainer.state.global_step, len(multi_lora.batches), logs.get("learning_rate"))
+    )
+    slot._copy_to_model = lambda: None
     loader = SimpleNamespace(set_epoch=lambda _: None, batch_sampler=[[index] for index in range(5)])
     slot.begin = lambda _: slot._batches(loader, range(1), 0, 5)
     work = slot.train(None)
     with suppress(StopIteration):
         batch = next(work)
         while True:
-            batch = work.send(pack.answer(batch))
-    assert told == [(2, 3, 0), (5, 5, 3), (5, 5, None)], "step, batches sent by then, rate"
+            batch = work.send(multi_lora.answer(batch))
+    assert logged == [(2, 3, 0), (5, 5, 3), (5, 5, None)], "step, batches sent by then, rate"
 
 
-def test_a_loss_that_is_not_finite_is_told_within_a_few_steps_with_its_step(slot: Any, pack: FakePack) -> None:
-    pack.sick_from = 3
+def test_a_loss_that_is_not_finite_raises_within_a_few_steps_and_names_its_step(
+    slot: Any, multi_lora: FakeMultiLora
+) -> None:
+    multi_lora.nan_from = 3
     with pytest.raises(TrialError, match="loss is nan at step 3"):
-        send(slot, pack, *[[0]] * 20)
-    assert len(pack.pending) <= 3 + AHEAD
+        send(slot, multi_lora, *[[0]] * 20)
+    assert len(multi_lora.pending) <= 3 + AHEAD
 
 
 def test_no_two_steps_of_any_seed_share_a_key() -> None:

@@ -1,1 +1,8 @@
-""""""
+"""Runs trials in engines.
+
+- `joint`: one engine for all slots, probed before it trains.
+- `separate`: one engine a slot.
+- `multi_lora`: steps many trials in turn.
+- `slot`: drives one trial in its slot.
+- `slot_view`: a trial's LoRA matrices and optimizer state in its slot.
+"""

@@ -1,7 +1,7 @@
-"""Steps of many trials: each trial says what it needs next, and the engines do it for all of them in turn.
+"""Steps many trials (multi-LoRA): each trial yields what it needs next, and the engines do it for all of them.
 
-Trials on one engine step jointly: one pass holds rows of all of them. Trials with an engine each step separately, which
-makes every figure of a trial the same bits whatever runs beside it.
+Trials on one engine step jointly: a pass holds rows of all of them. Trials with an engine each step separately, so that
+every metric of a trial has the same bits whatever else runs.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -17,67 +17,68 @@ from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step of a slot. Its answer is the list of `Pending`s of the passes that it took."""
+    """One optimizer step of a slot. Its answer is the list of `Pending` metrics, one for each pass it took."""
 
     engine: Engine
     slot: int
-    """Of the engine."""
+    """Number of the slot in the engine."""
     rows: TokenizedRows
     indices: Sequence[int]
+    """Numbers of the batch's rows, in order."""
     table: dict[str, float]
-    """The slot's values of `row.TABLE`, for the pass that ends the batch."""
+    """The slot's values of `flat_batch.TABLE`, for the pass that ends the batch."""
 
 
 Task = Batch | EvaluationBatch
-"""What a trial needs next. The answer to `EvaluationBatch` is what `Engine.evaluate` measured."""
+"""What a trial needs next. The answer to an `EvaluationBatch` is its element of what `Engine.evaluate` returns."""
 
 TrialSteps = Generator[Task, Any, None]
-"""A trial: yields its tasks, is sent their answers, and ends by itself. Its own faults stay within it."""
+"""A trial: yields its tasks, receives their answers, and ends by itself. It catches its own errors."""
 
 
 class MultiLora:
-    """Members that step in turn; each goes on as soon as its own task is done."""
+    """Steps its members in turns. Each goes on as soon as its own task is done."""
 
     def __init__(self) -> None:
         self.ran_out = False
-        """Whether an engine has run out of memory; whoever handles that sets it back."""
+        """Whether an engine has run out of memory. The code that handles it resets it."""
         self._members: list[Member] = []
 
     def __len__(self) -> int:
         return len(self._members)
 
     def join(self, work: TrialSteps) -> None:
-        """Take a trial in: it begins here, up to its first task."""
+        """Add a trial, which runs up to its first task here."""
         self.add(Member(work))
 
     def add(self, member: "Member") -> None:
-        """Take a trial in that has begun, unless it has ended before its first task."""
+        """Add a trial that has begun, unless it has ended before its first task."""
         if member.task is not None:
             self._members.append(member)
 
     def turn(self) -> None:
-        """On each engine: evaluate for all members that ask for it, or else make one pass of training.
+        """Run one pass on each engine: the evaluations that its members wait for, or else one training pass.
 
-        An error that an engine raises ends all of its members.
+        An error that an engine raises ends all members of that engine.
         """
         for engine, members in list(self._by_engine()):
             self._turn(engine, members)
         self._members = [member for member in self._members if member.task is not None]
 
     def end(self, error: Exception) -> None:
-        """End all members by this error."""
+        """End all members with this error."""
         for member in self._members:
             member.fail(error)
         self._members.clear()
 
     def close(self) -> None:
-        """End all members where they stand."""
+        """Close all members wherever they are."""
         for member in self._members:
             member.work.close()
         self._members.clear()
 
     def _by_engine(self) -> Iterator[tuple[Engine, list["Member"]]]:
-        """Each engine and its members, in the order of the members."""
+        """Yield each engine with its members, in the order of the members."""
         found: dict[int, tuple[Engine, list[Member]]] = {}
         for member in self._members:
             assert member.task is not None
@@ -85,27 +86,29 @@ class MultiLora:
         return iter(found.values())
 
     def _turn(self, engine: Engine, members: Sequence["Member"]) -> None:
-        asking = [member for member in members if isinstance(member.task, EvaluationBatch)]
+        done = [member for member in members if isinstance(member.task, EvaluationBatch)]
         try:
-            if asking:
-                held = [member.task for member in asking if isinstance(member.task, EvaluationBatch)]
-                answers: Sequence[Any] = engine.evaluate(held)
+            if done:
+                batches = [member.task for member in done if isinstance(member.task, EvaluationBatch)]
+                answers: Sequence[Any] = engine.evaluate(batches)
             else:
-                asking = self._train(engine, members)
-                answers = [member.parts for member in asking]
+                done = self._train(engine, members)
+                answers = [member.pending for member in done]
         except Exception as error:
             self.ran_out = self.ran_out or isinstance(error, torch.OutOfMemoryError)
             for member in members:
                 member.fail(error)
         else:
-            for member, answer in zip(asking, answers, strict=True):
+            for member, answer in zip(done, answers, strict=True):
                 member.go_on(answer)
 
     def _train(self, engine: Engine, members: Sequence["Member"]) -> list["Member"]:
-        """One pass: whole rows of each member's batch, as many as fit, those first that had none the last time.
+        """Run one training pass on whole rows of each member's batch, as many as fit.
+
+        Members that had no rows in the last pass come first.
 
         Returns:
-            The members whose batches are done with it.
+            The members whose batches end with this pass.
         """
         left = engine.max_tokens
         spans: list[Span] = []
@@ -118,34 +121,42 @@ class MultiLora:
                 left -= engine.whole_tiles(span.num_tokens)
         pending = engine.step(spans)
         for member in taken:
-            member.parts.append(pending)
+            member.pending.append(pending)
         self._members = [member for member in self._members if member not in taken] + taken
         return [member for member in taken if not member.left]
 
 
 class Member:
-    """A trial and how far its task is done."""
+    """A trial and the progress of its present task."""
 
     def __init__(self, work: TrialSteps) -> None:
-        """It begins here, up to its first task: that may take a second, in any thread."""
+        """Run the trial up to its first task. This may take a second, and may happen in any thread."""
         self.task: Task | None = None
+        """None once the trial has ended."""
         self.left: list[int] = []
-        self.parts: list[Pending] = []
+        """Rows of the batch that no pass has held yet."""
+        self.pending: list[Pending] = []
+        """Metrics of the passes so far that belong to the batch."""
         self.work = work
         self._first_token = 0
         self.go_on(None)
 
     def go_on(self, answer: Any) -> None:
-        """Give the answer to its task, and take the next one: None where the trial has ended."""
+        """Send the answer to the trial's task, and take its next task: None where the trial has ended."""
         try:
             self.task = self.work.send(answer)
         except StopIteration:
             self.task = None
         if isinstance(self.task, Batch):
-            self.left, self.parts, self._first_token = list(self.task.indices), [], 0
+            self.left, self.pending, self._first_token = list(self.task.indices), [], 0
 
     def take(self, max_tokens: int, first: bool) -> Span | None:
-        """The next rows of its batch that fit; the first of a pass takes one row at least."""
+        """Take the next rows of the batch that fit into a pass; None where none does.
+
+        Args:
+            max_tokens: tokens that are left in the pass.
+            first: whether the pass is empty so far. If it is, at least one row is taken.
+        """
         task = self.task
         assert isinstance(task, Batch)
         fits = task.rows.fitting(self.left, max_tokens)
@@ -158,7 +169,7 @@ class Member:
         return span
 
     def fail(self, error: Exception) -> None:
-        """Have the trial end by this error."""
+        """End the trial with this error."""
         self.task = None
         with suppress(StopIteration):
             self.work.throw(error)

@@ -1,8 +1,8 @@
-"""A trial in a slot: it holds an SFTTrainer, built but not run, whose steps are made in the engine.
+"""Drives a trial in a slot: holds an SFTTrainer, which is built but not run, and makes its steps in the engine.
 
-The trainer gives the order of batches, the schedule, callbacks, arguments and state. Its own loop never runs, and its
-model is a place on the host where the adapter is laid for those who save it. The events are those of transformers'
-`Trainer._inner_training_loop` (5.23), in the same order, but for those within a step: its gradients and update are
+The trainer provides the order of batches, the schedule, callbacks, arguments and state. Its own loop never runs; its
+model on the host holds a copy of the adapter for code that saves it. Callbacks get the events of transformers'
+`Trainer._inner_training_loop` (5.23) in the same order, except those within a step: gradients and update of a step are
 one graph.
 """
 
@@ -33,7 +33,7 @@ from orchestrator.training.model.readback import read_back, same, set_rate
 
 
 class Slot:
-    """Drives one trial. The trainer's model holds the adapter, on the host, at evaluations and saves and at the end."""
+    """Drives one trial. At evaluations, at saves and at the end, the trainer's model on the host holds the adapter."""
 
     def __init__(
         self,
@@ -43,17 +43,17 @@ class Slot:
         config: TrialConfig,
         train: TokenizedRows,
         held_out: TokenizedRows,
-        aside: WriteQueue,
+        write_queue: WriteQueue,
     ) -> None:
         """
         Args:
-            index: of the slot.
+            index: number of the slot in the engine.
             trainer: an SFTTrainer for this trial, whose optimizer is AdamW.
-            engine: where it steps.
+            engine: makes the steps.
             config: the trial.
             train: rows of the trainer's data set.
             held_out: rows to evaluate on.
-            aside: writes checkpoints.
+            write_queue: writes checkpoints.
         """
         self._index = index
         self.trainer = trainer
@@ -61,59 +61,59 @@ class Slot:
         self._config = config
         self._rows = train
         self._held_out = held_out
-        self._aside = aside
+        self._write_queue = write_queue
         self._parameters = lora_parameters(trainer.model)
-        self._own = SlotView(engine.adapters, index, config.lora.rank, self._parameters)
+        self._view = SlotView(engine.adapters, index, config.lora.rank, self._parameters)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
         self._rate_to_log: float | None = None
-        """The learning rate of the last step, of which the callbacks are yet to be told."""
+        """Learning rate of the last step, where that step is still to be logged."""
         self._hits = 0.0
         self._norm = math.nan
         self._num_tokens = 0
         self._num_targets = 0
         self._scores = RowScores(losses=[], hits=[], tokens=[])
-        self._stored_at: int | None = None
+        self._copied_at: int | None = None
         self._optimizer_steps = 0
 
     def train(self, checkpoint: str | None) -> TrialSteps:
-        """From the start, or from a checkpoint, to the last step, or until a callback stops it."""
+        """Train from the start, or from a checkpoint, to the last step or until a callback stops the trial."""
         batches, start = self.begin(checkpoint), time.time()
         trainer, first = self.trainer, self.trainer.state.global_step
         for epoch, batch in batches:
             if self._rate_to_log is None:
-                self._tell("on_step_begin")  # before it is sent: a clock that has stopped goes on here
+                self._call("on_step_begin")  # before the batch is sent: a clock that was stopped restarts here
                 parts = yield batch
             else:
-                # The host waits for the last step's figures, and tells of them, while the device is at this one; where
-                # this one fails, they are not told: the next attempt begins at a checkpoint before them.
+                # The host waits for the last step's metrics and logs them while the device computes this step. If this
+                # step fails, they are not logged: the next attempt begins at a checkpoint before them.
                 parts = yield batch
                 self._log()
-                self._tell("on_step_begin")
+                self._call("on_step_begin")
             self.sent(batch, parts)
             rate = trainer.optimizer.param_groups[0]["lr"]
             trainer.lr_scheduler.step()
             trainer.state.global_step += 1
             trainer.state.epoch = epoch
-            self._tell("on_step_end")
+            self._call("on_step_end")
             if trainer.control.should_log:
                 self._rate_to_log = rate
             if trainer.control.should_evaluate or trainer.control.should_save:
                 self._log()
             if trainer.control.should_evaluate:
                 began = time.monotonic()
-                self._scores = yield self.held_out()
+                self._scores = yield self.evaluation()
                 self._evaluated(time.monotonic() - began)
             if trainer.control.should_save:
                 self._save()
         self.collect()
-        self._store()
+        self._copy_to_model()
         steps, seconds = trainer.state.global_step - first, time.time() - start
         trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
-        self._tell("on_train_end")
+        self._call("on_train_end")
 
     def adapter(self) -> Adapter:
-        """As `_store` has laid it."""
+        """Return the adapter that the trainer's model holds, with PEFT's file names."""
         model, parameters = self.trainer.model, self._parameters
         if (names := _names_in_files.get(tuple(parameters))) is None:
             saved = {tensor.data_ptr(): name for name, tensor in Adapter.of(model).weights.items()}
@@ -123,15 +123,15 @@ class Slot:
         return Adapter.with_config(weights, model.peft_config["default"])
 
     def scores(self) -> RowScores:
-        """Of the last evaluation."""
+        """Return the last evaluation's scores of each held-out row."""
         return self._scores
 
     def read_back(self) -> dict[str, Any]:
-        """What the slot and its optimizer hold, by the names of `expected.expected`."""
+        """Return the settings that the slot and its optimizer really hold, by the names of `readback`."""
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
-        matrices = self._own.matrices(adapters.weights)
+        matrices = self._view.matrices(adapters.weights)
         names = {name.rpartition(".")[0] for name in matrices}
-        held = {
+        in_slot = {
             "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
             "lora.dropout": 1 - 1 / table["keep_scale"],
             "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
@@ -141,20 +141,23 @@ class Slot:
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
         }
         live = read_back(self.trainer)
-        kind, moments = live["training.optimizer"], adapters.moment1.dtype
-        held["training.optimizer"] = (
-            kind if ("8-bit" in kind) == (adapters.eight_bit is not None) else f"{moments} moments"
-        )
-        # Where model and slot differ both are told, and `applied.compare` refuses them.
+        optimizer, moments = live["training.optimizer"], adapters.moment1.dtype
+        is_right = ("8-bit" in optimizer) == (adapters.eight_bit is not None)
+        in_slot["training.optimizer"] = optimizer if is_right else f"{moments} moments"
+        # Where model and slot differ, both values are returned, and the read-back check refuses the trial.
         return {
-            name: value if same(value, held.get(name, value)) else [value, held[name]] for name, value in live.items()
+            name: value if same(value, in_slot.get(name, value)) else [value, in_slot[name]]
+            for name, value in live.items()
         }
 
     def begin(self, checkpoint: str | None) -> Iterator[tuple[float, Batch]]:
-        """Loader, state, optimizer and schedule, as `Trainer.train` would have them, and the adapter into its slot.
+        """Build loader, state, optimizer and schedule as `Trainer.train` does, and copy the adapter into its slot.
+
+        Args:
+            checkpoint: folder to resume from; None begins anew.
 
         Returns:
-            The batches to come, and the epochs that are done after each.
+            Iterator of (epochs done after the batch, batch).
         """
         trainer, adapters = self.trainer, self._engine.adapters
         loader = trainer.get_train_dataloader()
@@ -164,7 +167,7 @@ class Slot:
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
         first, skipped = trainer._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, None)
-        # Of `Trainer._prepare_for_training` what a model that makes no step needs: the rest walks over it ten times.
+        # The part of `Trainer._prepare_for_training` that this model needs. The rest walks over the model ten times.
         trainer.create_optimizer(torch.nn.ParameterList(self._parameters.values()))
         trainer.create_scheduler(max_steps)
         if checkpoint is not None:
@@ -172,30 +175,32 @@ class Slot:
         handler = trainer.callback_handler
         handler.optimizer, handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
         handler.train_dataloader = loader
-        trainer.optimizer._opt_called = True  # the engine steps: a schedule warns unless its optimizer has
+        trainer.optimizer._opt_called = True  # the engine steps, and a schedule warns unless its optimizer has stepped
         if checkpoint is not None:
             set_rate(trainer, self._config.training)
         adapters.clear(self._index)
-        weights = self._own.matrices(adapters.weights)
+        weights = self._view.matrices(adapters.weights)
         if weights.keys() != self._parameters.keys():
-            raise RuntimeError(f"the slot lacks layers that PEFT adapts: {self._parameters.keys() - weights.keys()}")
+            raise RuntimeError(
+                f"the slot has no place for layers that PEFT adapts: {self._parameters.keys() - weights.keys()}"
+            )
         for name, matrix in weights.items():
             matrix.copy_(self._parameters[name].detach())
-        self._optimizer_steps = self._own.lay_states(trainer.optimizer.state)
+        self._optimizer_steps = self._view.load_optimizer_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
-            self._store()  # the Trainer has moved them
+            self._copy_to_model()  # the trainer has moved the parameters to the GPU
         else:
-            self._stored_at = self._optimizer_steps
+            self._copied_at = self._optimizer_steps
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int
     ) -> Iterator[tuple[float, Batch]]:
         accumulation = self.trainer.args.gradient_accumulation_steps
-        self._tell("on_train_begin")
+        self._call("on_train_begin")
         for epoch in epochs:
-            self._tell("on_epoch_begin")
+            self._call("on_epoch_begin")
             loader.set_epoch(epoch)
             order = list(loader.batch_sampler)
             for at in range(skipped, len(order), accumulation):
@@ -206,21 +211,26 @@ class Slot:
                     break
             skipped = 0
             self._log()
-            self._tell("on_epoch_end")
+            self._call("on_epoch_end")
             if self.trainer.control.should_training_stop:
                 return
 
     def batch(self, indices: list[int]) -> Batch:
-        """The next optimizer step, on these rows."""
+        """Return the next optimizer step, on the rows of these numbers."""
         table = self._table(self.trainer.state.global_step, self._rows.num_targets(indices))
         return Batch(self._engine, self._index, self._rows, indices, table)
 
-    def held_out(self) -> EvaluationBatch:
-        """An evaluation."""
+    def evaluation(self) -> EvaluationBatch:
+        """Return an evaluation of all held-out rows."""
         return EvaluationBatch(self._engine, self._index, self._held_out, self._table(0, 1))
 
     def sent(self, batch: Batch, parts: list[Pending]) -> None:
-        """A batch is on its way."""
+        """Note that a batch is on its way, and read the metrics that have arrived.
+
+        Args:
+            batch: the batch.
+            parts: metrics of its passes.
+        """
         self._optimizer_steps += 1
         self._num_tokens += int(self._rows.lengths[list(batch.indices)].sum())
         self._num_targets += self._rows.num_targets(batch.indices)
@@ -228,7 +238,12 @@ class Slot:
         self.collect(wait=False)
 
     def _table(self, step: int, num_targets: int) -> dict[str, float]:
-        """This trial's values of `row.TABLE` at a step."""
+        """Return the trial's values of `flat_batch.TABLE` at a step.
+
+        Args:
+            step: number of earlier steps.
+            num_targets: tokens with a loss in the whole batch.
+        """
         lora, args, group = self._config.lora, self.trainer.args, self.trainer.optimizer.param_groups[0]
         (beta1, beta2), steps = group["betas"], self._optimizer_steps + 1
         return {
@@ -250,21 +265,25 @@ class Slot:
         }
 
     def collect(self, wait: bool = True) -> None:
-        """Read the figures that have come, at the latest when the host is as far ahead as it may be."""
+        """Read the metrics that have arrived, in the order of the steps.
+
+        Args:
+            wait: wait for all metrics. Otherwise wait only where the host is more than `AHEAD` steps ahead.
+        """
         while self._pending:
             step, parts = self._pending[0]
             if not wait and len(self._pending) <= AHEAD and not all(part.is_ready for part in parts):
                 return
             self._pending.popleft()
-            figures = [part.read() for part in parts]
-            loss, norm = sum(each.losses[self._index] for each in figures), figures[-1].norms[self._index]
+            metrics = [part.read() for part in parts]
+            loss, norm = sum(each.losses[self._index] for each in metrics), metrics[-1].norms[self._index]
             require_finite({"loss": loss, "grad_norm": norm}, step)
             self._losses.append(loss)
             self._norm = norm
-            self._hits += sum(each.hits[self._index] for each in figures)
+            self._hits += sum(each.hits[self._index] for each in metrics)
 
     def _log(self) -> None:
-        """Tell of the steps up to the last that was sent, if that is still to be done."""
+        """Log the steps up to the last one that was sent, if that is still to be done."""
         learning_rate, self._rate_to_log = self._rate_to_log, None
         if learning_rate is None:
             return
@@ -283,23 +302,27 @@ class Slot:
         self._losses, self._hits, self._num_targets = [], 0.0, 0
 
     def _evaluated(self, seconds: float) -> None:
-        """Tell the callbacks of an evaluation."""
+        """Log an evaluation, and call the callbacks.
+
+        Args:
+            seconds: duration of the evaluation.
+        """
         metrics = {
             "eval_loss": self._scores.loss,
             "eval_mean_token_accuracy": self._scores.token_accuracy,
             "eval_num_tokens": self._num_tokens,
             "eval_runtime": seconds,
         }
-        self._store()
+        self._copy_to_model()
         self.trainer.log(dict(metrics))
-        self._tell("on_evaluate", metrics)
+        self._call("on_evaluate", metrics)
 
     def _save(self) -> None:
-        """Have a checkpoint written as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
+        """Queue the write of a checkpoint as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""
         trainer = self.trainer
-        self._store()
+        self._copy_to_model()
         of_bitsandbytes = type(trainer.optimizer).__module__.startswith("bitsandbytes.")
-        trainer.optimizer.state.update(self._own.states(self._optimizer_steps, of_bitsandbytes))
+        trainer.optimizer.state.update(self._view.optimizer_states(self._optimizer_steps, of_bitsandbytes))
         optimizer = trainer.optimizer.state_dict()
         trainer.optimizer.state.clear()
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
@@ -319,32 +342,37 @@ class Slot:
                 shutil.rmtree(folder, ignore_errors=True)
                 building.rename(folder)
 
-        self._aside.do(write)
-        self._tell("on_save")
+        self._write_queue.do(write)
+        self._call("on_save")
 
-    def _store(self) -> None:
-        """Lay the adapter into the trainer's model: in tensors of their own, which nothing changes later."""
-        if self._stored_at == self._optimizer_steps:
+    def _copy_to_model(self) -> None:
+        """Copy the adapter into the trainer's model, as new tensors that later steps do not change."""
+        if self._copied_at == self._optimizer_steps:
             return
-        for name, matrix in self._own.at_home(self._engine.adapters.weights).items():
+        for name, matrix in self._view.on_host(self._engine.adapters.weights).items():
             self._parameters[name].data = matrix
-        self._stored_at = self._optimizer_steps
+        self._copied_at = self._optimizer_steps
 
-    def _tell(self, event: str, *values: Any) -> None:
+    def _call(self, event: str, *values: Any) -> None:
         trainer = self.trainer
         handler = getattr(trainer.callback_handler, event)
         trainer.control = handler(trainer.args, trainer.state, trainer.control, *values)
 
 
 _names_in_files: dict[tuple[str, ...], list[str]] = {}
-"""How PEFT's files name these parameters. PEFT walks over a model to tell it: of 16 trials a third of a second."""
+"""Names of parameters -> their names in PEFT's files. PEFT's own lookup takes a third of a second for 16 trials."""
 
 DROPOUT_STEPS = 1 << 31
-"""Dropout's rate in this many parts: 31 random bits decide."""
+"""Steps of the dropout rate: 31 random bits decide whether a feature is dropped."""
 
 
 def dropout_key(seed: int, step: int) -> int:
-    """Key of a trial's dropout masks at a step, an int32: all that the masks know of the trial."""
+    """Return the key of a trial's dropout masks at a step, an int32. The masks depend on nothing else of the trial.
+
+    Args:
+        seed: `training.seed`.
+        step: number of earlier steps.
+    """
     mask = 0xFFFFFFFF
     x = (seed * 0x9E3779B9 + 0x7F4A7C15) & mask
     for value in (step, seed >> 32):

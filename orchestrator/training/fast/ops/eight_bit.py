@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.plan.memory import FLOAT, SHARED, SMALL, num_absmax, num_bytes
+from orchestrator.training.fast.sizes import FLOAT, SHARED, SMALL, num_absmax, num_bytes
 
 CHUNK = 512
 """Elements of a matrix that one program of the Triton kernel updates: whole blocks of 256."""

@@ -1,14 +1,17 @@
-"""Which trials the fast engine holds: by their configuration, their base, and what its kernels are made for."""
+"""Decides which trials the fast engine can hold: by their configuration, their base and the limits of the kernels."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
 from orchestrator.spec import TrialConfig
-from orchestrator.training.fast.plan.memory import MOST_TOKENS, BaseShape
+from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.step.adapters import padded_rank
-from orchestrator.training.fast.step.decoder import GROUPS, unsupported_shape
+from orchestrator.training.fast.step.decoder import GROUPS
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import expected_modules
 
@@ -20,11 +23,11 @@ MAX_ELEMENTS = 2**31
 
 
 def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | None:
-    """Why the fast engine cannot hold this trial, or None where it can.
+    """Return why the fast engine cannot hold a trial, or None where it can.
 
     Args:
         config: the trial.
-        base: the bare base.
+        base: the base without adapters.
         longest: tokens of the longest row.
     """
     if reason := config.fast_unsupported_reason():
@@ -44,14 +47,14 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
 def unsupported_reason_by_shape(
     config: TrialConfig, shape: BaseShape, modules: Collection[str], longest: int, on_gpu: bool
 ) -> str | None:
-    """The part of `unsupported_reason` for which the base need not be there.
+    """Check the part of `unsupported_reason` that needs no loaded base.
 
     Args:
         config: the trial.
-        shape: of the base.
-        modules: that it adapts.
+        shape: sizes of the base.
+        modules: names of the modules that the trial adapts.
         longest: tokens of the longest row.
-        on_gpu: whether it is to be on one.
+        on_gpu: whether the trial is to run on a GPU.
     """
     precision, dtype = resolve_precision(config.training), config.base.compute_dtype
     if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
@@ -64,6 +67,108 @@ def unsupported_reason_by_shape(
         if config.lora.rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
         adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
-        if max(adapter, max(longest, MOST_TOKENS) * 2 * shape.inner) >= MAX_ELEMENTS:
+        if max(adapter, max(longest, MAX_PASS_TOKENS) * 2 * shape.inner) >= MAX_ELEMENTS:
             return "tensors of 2**31 elements and more"
     return None
+
+
+def unsupported_shape(model: Any, longest: int) -> str | None:
+    """Return why the decoder cannot compute this base, or None where it can.
+
+    Args:
+        model: the base without adapters.
+        longest: tokens of the longest row.
+    """
+    if not type(model).__module__.startswith("transformers.models."):
+        return "a model with custom code"
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return f"model type {model.config.model_type!r} (supported: {', '.join(FAMILIES)})"
+    reasons = (
+        unknown_field(model.config, family),
+        _unsupported_positions(model.config, family, longest),
+        "a bias on the LM head" if model.get_output_embeddings().bias is not None else None,
+        unknown_module(model, family),
+        _unknown_linear(model),
+    )
+    return next((reason for reason in reasons if reason), None)
+
+
+def unknown_field(config: Any, family: Family) -> str | None:
+    """Return why a configuration field is refused, or None where all fields are understood.
+
+    A field is refused if the family does not list it, or lists it as fixed and it has another value. A field that is
+    None is not set. Names that begin with an underscore are transformers' own state.
+    """
+    listed = family.used_fields | family.harmless_fields
+    for name, value in vars(config).items():
+        if name.startswith("_") or value is None or name in listed:
+            continue
+        if name not in family.fixed_fields:
+            return f"configuration field {name}, which is not listed for model type {family.model_type!r}"
+        if value not in family.fixed_fields[name]:
+            allowed = " or ".join(map(repr, family.fixed_fields[name]))
+            return f"{name} {value!r} (supported: {allowed})"
+    return None
+
+
+def unknown_module(model: Any, family: Family) -> str | None:
+    """Return which module or parameter is refused or missing, or None where the family lists all of them."""
+    layers = model.model.layers
+    in_layers = {id(module) for layer in layers for module in layer.modules()}
+    outside = {name for name, module in model.named_modules() if name and id(module) not in in_layers}
+    if reason := _difference(outside, family.model_modules, "the model", family):
+        return reason
+    for index, layer in enumerate(layers):
+        names = {name for name, _ in layer.named_modules() if name}
+        place = f"layer {index}"
+        if reason := _difference(names, family.layer_modules, place, family):
+            return reason
+        if extra := sorted(set(_unread_parameters(layer))):
+            return f"parameter {extra[0]} in {place}, which its decoder does not read"
+    return None
+
+
+def _difference(found: set[str], listed: frozenset[str], place: str, family: Family) -> str | None:
+    if extra := sorted(found - listed):
+        return f"module {extra[0]} in {place}, which is not listed for model type {family.model_type!r}"
+    if missing := sorted(listed - found):
+        return f"{place} without module {missing[0]}"
+    return None
+
+
+def _unread_parameters(layer: Any) -> Iterator[str]:
+    """Yield the names of parameters other than the weights of modules and the biases of linear layers."""
+    for owner, module in layer.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if name != "weight" and not (name == "bias" and isinstance(module, torch.nn.Linear)):
+                yield f"{owner}.{name}".lstrip(".")
+
+
+def _unsupported_positions(config: Any, family: Family, longest: int) -> str | None:
+    """Return why rotary embeddings or attention windows are not those of the decoder, or None."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
+        return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {min(kinds)!r}"
+    rope = config.rope_parameters.get("rope_type", "default")
+    return None if rope in family.rope_types else f"RoPE type {rope!r}"
+
+
+def _unknown_linear(model: Any) -> str | None:
+    for layer in model.model.layers:
+        for name, linear in layer.named_modules():
+            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, model.dtype):
+                return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
+    return None
+
+
+def _is_known(linear: Any, dtype: torch.dtype) -> bool:
+    """Return whether a layer holds floats of the base's dtype, or NF4 or FP4 weights that compute in it."""
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(linear, Linear4bit):
+        return linear.compute_dtype in (None, dtype)
+    return type(linear) is torch.nn.Linear and linear.weight.dtype == dtype

@@ -1,101 +1,44 @@
-"""GPU memory of the fast engine, told beforehand: arithmetic alone, from the shapes of base, adapters and batch.
+"""Predicts the GPU memory of the fast engine from the shapes of base, adapters and batch: arithmetic alone.
 
-Formulas follow `fast/decoder.py` (what a layer keeps), `fast/lora.py` (what a slot holds) and bitsandbytes' NF4 layout
-(one scale for 64 weights; quantised once more, a byte each and one float32 for 256: arXiv 2305.14314, section 3).
+The formulas follow `step/decoder.py` (what a layer keeps), `step/adapters.py` (what a slot holds) and bitsandbytes' NF4
+layout: one scale for 64 weights; quantized again, the scales take a byte each and one float32 for 256 of them
+(arXiv 2305.14314, section 3).
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.sizes import FLOAT, MAX_LOGITS, Recompute, num_absmax, num_bytes
 
 GIB = 2**30
 
-Recompute = Literal["nothing", "elementwise", "layers"]
-"""What the backward computes again: nothing; norms and gated products; all but each layer's input."""
+MAX_PASS_TOKENS = 16384
+"""Most tokens of one training pass. Longer passes are no faster."""
 
-MOST_TOKENS = 16384
-"""Of one pass of training: longer ones are no faster."""
-
-EVALUATION_TOKENS = 8192
-"""Of one pass of an evaluation, which keeps nothing for a backward."""
-
-MAX_LOGITS = 1 << 26
-"""Elements of the logits that exist at a time."""
-
-BF16, FLOAT = 2, 4
-SHARED, SMALL = 256, 4096
-"""Of moments in eight bits: elements that share a magnitude; elements of a matrix from which on it is in eight bits."""
+BF16 = 2
+"""Bytes of a bfloat16."""
 
 WORKSPACE = 64 * 2**20
-"""cuBLAS's buffers on a Hopper GPU: 32 MiB for each stream that it is used on, here two."""
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    """A Llama-like base."""
-
-    hidden: int
-    inner: int
-    layers: int
-    queries: int
-    """Query heads."""
-    keys: int
-    """Key (and value) heads."""
-    head_size: int
-    vocabulary: int
-    tied: bool
-    """Whether the LM head is the embedding."""
-
-    @classmethod
-    def of(cls, config: Any) -> "BaseShape":
-        """From a transformers configuration."""
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            size,
-            config.vocab_size,
-            config.tie_word_embeddings,
-        )
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer: name -> (in, out)."""
-        attended = self.queries * self.head_size
-        return {
-            "q_proj": (self.hidden, attended),
-            "k_proj": (self.hidden, self.keys * self.head_size),
-            "v_proj": (self.hidden, self.keys * self.head_size),
-            "o_proj": (attended, self.hidden),
-            "gate_proj": (self.hidden, self.inner),
-            "up_proj": (self.hidden, self.inner),
-            "down_proj": (self.inner, self.hidden),
-        }
-
-    @property
-    def num_linear_weights(self) -> int:
-        """Weights of all decoder layers' linear layers."""
-        return self.layers * sum(i * o for i, o in self.linears.values())
+"""Bytes of cuBLAS's workspaces on a Hopper GPU: 32 MiB for each of the two streams."""
 
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """How a trial is held: what is given up for memory."""
+    """One way to hold a trial on its device: what is given up for memory."""
 
     keeps_base: bool
-    """Dequantised once and kept, instead of at each use."""
+    """Whether the base is dequantized once and kept, rather than at each use."""
     recompute: Recompute
     max_tokens: int
-    """Of one pass."""
+    """Most tokens of one pass."""
 
     def relative_time(self) -> float:
-        """Of a token, against keeping everything: what choices are ordered by.
+        """Estimate the time of a token, relative to keeping everything. Options are ordered by it.
 
-        A layer computed again adds its forward: half of the work with a frozen base. Dequantising costs about 237 / T
-        of a product at T tokens on an H200, for it moves the same bytes at any T. Short passes do not fill the GPU.
+        Recomputing a layer repeats its forward, which is half of the work with a frozen base. Dequantizing moves the
+        same bytes whatever the number of tokens: on an H200 it costs about 237 / T of a product of T tokens. Short
+        passes do not fill the GPU.
         """
         time = {"nothing": 1.0, "elementwise": 1.03, "layers": 1.5}[self.recompute]
         time *= 1.0 if self.keeps_base else 1 + 237 / self.max_tokens
@@ -104,37 +47,37 @@ class MemoryOption:
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes on the GPU at the peak of a step or an evaluation, whichever is larger."""
+    """Bytes on the GPU at the peak of a step or of an evaluation, whichever is larger."""
 
     base: int
-    """The model as loaded, quantised."""
-    kept: int
-    """Its dequantised weights, where they are kept."""
+    """The model as loaded, quantized."""
+    dequantized: int
+    """The base's dequantized weights, where they are kept."""
     adapters: int
-    """Weights of the slots, and the trainer's own copy."""
+    """LoRA weights of all slots, and the trainer's own copy of one adapter."""
     gradients: int
     optimizer: int
-    """Moments."""
+    """Moments of the optimizer."""
     activations: int
-    """What the forward keeps for the backward; with graphs, what their pool holds."""
+    """What the forward keeps for the backward; with CUDA graphs, what their memory pool holds."""
     head: int
     """Logits and their gradient."""
-    passing: int
-    """The largest of what lives only within a layer's pass; cuBLAS's workspaces."""
+    transient: int
+    """The largest of the tensors that live only within a layer's pass, and cuBLAS's workspaces."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Name -> bytes."""
+        """Return name -> bytes."""
         return dict(vars(self))
 
 
 def predict(
     shape: BaseShape,
-    choice: MemoryOption,
+    option: MemoryOption,
     tokens: int,
     evaluation_tokens: int,
     rank: int,
@@ -143,29 +86,25 @@ def predict(
     num_slots: int = 1,
     adapter_bytes: int = FLOAT,
     eight_bit: bool = False,
-    quantised: bool = True,
+    quantized: bool = True,
     double_quant: bool = True,
 ) -> MemoryPrediction:
-    """Peak memory of the fast engine on one GPU.
+    """Predict the peak memory of the fast engine on one GPU.
 
     Args:
-        shape: of the base.
-        choice: how it is held.
-        tokens: of the largest bucket that trains.
-        evaluation_tokens: of the largest bucket that evaluates.
-        rank: of the stack, padded.
-        targets: adapted linear layers, by their last name.
-        num_slots: adapters that train together.
-        adapter_bytes: of one of the adapters' weights.
-        eight_bit: whether the optimizer's moments are.
-        quantised: 4-bit weights, or 16-bit ones.
-        double_quant: whether the scales are quantised too.
+        shape: sizes of the base.
+        option: how the trial is held.
+        tokens: tokens of the largest training bucket.
+        evaluation_tokens: tokens of the largest evaluation bucket.
+        rank: stack rank, padded.
+        targets: adapted linear layers, by the last part of their names.
+        num_slots: number of adapters that train together.
+        adapter_bytes: bytes of one LoRA weight.
+        eight_bit: whether the optimizer's moments are in eight bits.
+        quantized: whether the base's weights are in 4 bits rather than 16.
+        double_quant: whether the base's scales are quantized too.
     """
     linears, width = shape.num_linear_weights, shape.queries * shape.head_size
-    scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
-    embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    norms = (2 * shape.layers + 1) * shape.hidden
-    base = BF16 * (embedded + norms) + int(linears * (0.5 + scales) if quantised else linears * BF16)
     adapted = {name: sizes for name, sizes in shape.linears.items() if name in targets}
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
@@ -177,12 +116,12 @@ def predict(
     elementwise = 2 * shape.hidden + shape.inner  # two normed inputs, the gated product
     kept = BF16 * (2 * shape.hidden + qkv + width + 2 * shape.inner + rank * len(adapted)) + FLOAT * (2 + shape.queries)
     whole = kept + BF16 * elementwise
-    a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[choice.recompute]
-    activations = tokens * (shape.layers * a_layer + (whole if choice.recompute == "layers" else 0))
+    a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[option.recompute]
+    activations = tokens * (shape.layers * a_layer + (whole if option.recompute == "layers" else 0))
 
     weights = {"qkv": shape.hidden * qkv, "gate_up": 2 * shape.hidden * shape.inner}
-    # Dequantised one by one, then laid together.
-    dequantised = 0 if choice.keeps_base else (2 if quantised else 1) * BF16 * max(weights.values())
+    # Layers that read the same input are dequantized one by one, then concatenated.
+    dequantized = 0 if option.keeps_base else (2 if quantized else 1) * BF16 * max(weights.values())
     in_backward = tokens * BF16 * (3 * shape.inner + 2 * shape.hidden)
     in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
 
@@ -190,47 +129,46 @@ def predict(
         return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + 2 * count * shape.hidden)
 
     head = logits(tokens)
-    # The step's peak is at the head, where all layers' activations stand, or in the last layer's backward.
-    passing = max(head, in_backward + dequantised) - head
-    evaluating = max(logits(evaluation_tokens), in_evaluation + dequantised)
-    passing = max(passing, evaluating - activations - head)
+    # A step peaks either at the head, where the activations of all layers exist, or in the last layer's backward.
+    transient = max(head, in_backward + dequantized) - head
+    evaluating = max(logits(evaluation_tokens), in_evaluation + dequantized)
+    transient = max(transient, evaluating - activations - head)
+    # Of 16-bit weights, only those that are concatenated are copied.
+    copied = linears if quantized else shape.layers * sum(weights.values())
     return MemoryPrediction(
-        base=base,
-        # Of 16-bit weights only those are copied that are laid together.
-        kept=BF16 * (linears if quantised else shape.layers * sum(weights.values())) if choice.keeps_base else 0,
+        base=_loaded_base(shape, quantized, double_quant),
+        dequantized=BF16 * copied if option.keeps_base else 0,
         adapters=slots * adapter_bytes + adapter * adapter_bytes,
         gradients=slots * FLOAT,
         optimizer=2 * num_slots * moment,
         activations=activations,
         head=head,
-        passing=passing + WORKSPACE,
+        transient=transient + WORKSPACE,
     )
 
 
-def num_bytes(most: int) -> int:
-    """Of a matrix of at most so many elements, of a moment in eight bits: of fewer, kept in 32, it may be more."""
-    size = max(most, FLOAT * min(most, SMALL - 1))
-    return size + -size % 16
-
-
-def num_absmax(elements: int) -> int:
-    """Of a moment in eight bits."""
-    return -(-elements // SHARED)
+def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
+    """Return the bytes of the model as loaded."""
+    linears = shape.num_linear_weights
+    scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
+    embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    norms = (2 * shape.layers + 1) * shape.hidden
+    return BF16 * (embedded + norms) + int(linears * (0.5 + scales) if quantized else linears * BF16)
 
 
 def memory_options(
-    longest: int, largest_batch: int, *, keeps_base: bool | None, recompute: bool | None, most_tokens: int
+    longest: int, largest_batch: int, *, keeps_base: bool | None, recompute: bool | None, max_pass_tokens: int
 ) -> list[MemoryOption]:
-    """What can be given up, the fastest first.
+    """List the ways to hold a trial, the fastest first.
 
     Args:
-        longest: tokens of the longest row: no pass is shorter.
-        largest_batch: tokens of the largest batch: no pass need be longer.
-        keeps_base: forced, or None.
-        recompute: forced (True is whole layers), or None.
-        most_tokens: of one pass.
+        longest: tokens of the longest row. No pass is shorter.
+        largest_batch: tokens of the largest batch. No pass needs to be longer.
+        keeps_base: whether the dequantized base is kept; None leaves it open.
+        recompute: whether whole layers are recomputed; None leaves it open.
+        max_pass_tokens: most tokens of one pass.
     """
-    tokens = {max(longest, min(largest_batch, most_tokens >> halvings)) for halvings in range(8)}
+    tokens = {max(longest, min(largest_batch, max_pass_tokens >> halvings)) for halvings in range(8)}
     levels: list[Recompute] = ["nothing", "elementwise", "layers"]
     if recompute is not None:
         levels = ["layers"] if recompute else ["nothing"]

@@ -18,61 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.ops.protocol import AttentionConfig, Ops
-from orchestrator.training.fast.plan.memory import BaseShape, Recompute
+from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Model types (`config.model_type` in transformers) whose decoder layers are computed as in `Layer`."""
-
-LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-"""Configuration fields by which trl's LM head changes the logits (trl 1.16, `add_fused_lm_head`)."""
-
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linear layers of a decoder layer, grouped by the input that they share."""
-
-
-def unsupported_shape(model: Any, longest: int) -> str | None:
-    """Return why the decoder cannot compute this base, or None where it can.
-
-    Args:
-        model: the base, without adapters.
-        longest: tokens of the longest row.
-    """
-    config = model.config
-    if not type(model).__module__.startswith("transformers.models."):
-        return "a model with custom code"
-    if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} (supported: {', '.join(MODEL_TYPES)})"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act!r}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
-        return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"RoPE type {rope!r}"
-    if config.attention_dropout:
-        return "attention dropout"
-    if model.get_output_embeddings().bias is not None:
-        return "a bias on the LM head"
-    if scales := [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]:
-        return f"logits changed by {scales[0]}"
-    for layer in model.model.layers:
-        for name, linear in layer.named_modules():
-            if isinstance(linear, torch.nn.Linear) and not _is_supported(linear, model.dtype):
-                return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
-    return None
-
-
-def _is_supported(linear: Any, dtype: torch.dtype) -> bool:
-    """Return whether a layer's weight is in the base's dtype, or in NF4 or FP4 and computed in that dtype."""
-    from bitsandbytes.nn import Linear4bit
-
-    if isinstance(linear, Linear4bit):
-        return linear.compute_dtype in (None, dtype)
-    return type(linear) is torch.nn.Linear and linear.weight.dtype == dtype
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:

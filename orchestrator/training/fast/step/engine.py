@@ -17,7 +17,7 @@ import torch
 from orchestrator.imports import use_expandable_segments
 from orchestrator.record import RowScores
 from orchestrator.training.fast.ops.protocol import ops_for
-from orchestrator.training.fast.plan.memory import EVALUATION_TOKENS, Recompute
+from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, PassInputs
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows

@@ -1,8 +1,8 @@
-"""Kernels compiled ahead: while a process imports and loads its base, another fills Triton's cache for it.
+"""Compiles kernels ahead: another process fills Triton's cache while this one imports libraries and loads its base.
 
-On a cold cache that takes as long as the imports, and neither needs the other. Where the shapes that are guessed there
-are not the real ones, the probe compiles what is missing, as it would without this. Several processes of a machine may
-begin the same, a driver and its workers: one does it, the others then find it done.
+On a cold cache, compiling takes as long as the imports, and neither needs the other. If the guessed shapes are wrong,
+the probe compiles the missing kernels itself. Several processes of a machine, such as a driver and its workers, may
+start the same task: one does it, and the others wait for it.
 """
 
 import atexit
@@ -18,64 +18,64 @@ from typing import IO
 
 from orchestrator.spec import TrialConfig
 
-_PATIENCE_S = 90.0
-"""That the probe waits; then it compiles by itself."""
+_TIMEOUT_S = 90.0
+"""How long the probe waits before it compiles by itself."""
 
 _log = logging.getLogger(__name__)
 
 _running: tuple[subprocess.Popen[bytes], IO[bytes]] | None = None
-"""The other process, and what it prints."""
+"""The other process, and its output."""
 
 
 def start(configs: Sequence[TrialConfig], num_slots: int) -> None:
-    """Begin to compile for the GPU that this process sees, if the fast engine may hold any of these trials.
+    """Start to compile for the GPU that this process sees, if the fast engine may hold any of the trials.
 
     Args:
-        configs: the trials on the base, or some that stand for them.
+        configs: the trials on the base, or trials that represent them.
         num_slots: trials at a time.
     """
     global _running
     stop()
-    held = [each for each in configs if each.training.engine != "trl" and each.fast_unsupported_reason() is None]
-    if not held:
+    eligible = [each for each in configs if each.training.engine != "trl" and each.fast_unsupported_reason() is None]
+    if not eligible:
         return
     command = [sys.executable, "-P", "-m", "orchestrator.training.fast.warmup.precompile_worker", str(num_slots)]
     try:
-        said = TemporaryFile()  # noqa: SIM115  `stop` closes it
-        with TemporaryFile() as asked:
-            asked.write(json.dumps([config.model_dump(mode="json") for config in held]).encode())
-            asked.seek(0)
-            # It finds packages where this process does, such as where Ray has told a worker to look.
+        output = TemporaryFile()  # noqa: SIM115  `stop` closes it
+        with TemporaryFile() as request:
+            request.write(json.dumps([config.model_dump(mode="json") for config in eligible]).encode())
+            request.seek(0)
+            # The process finds packages where this one does, for example where Ray has told a worker to look.
             paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
             environment = os.environ | {"PYTHONPATH": paths}
-            _running = subprocess.Popen(command, stdin=asked, stdout=said, stderr=said, env=environment), said
-    except OSError as error:  # no room, no process: the probe compiles
-        _log.warning("kernels are not compiled ahead: %s", error)
+            _running = subprocess.Popen(command, stdin=request, stdout=output, stderr=output, env=environment), output
+    except OSError as error:  # a full disk, or no process left: the probe compiles
+        _log.warning("kernels are not compiled ahead: %s; the first trial compiles them", error)
 
 
 def join() -> None:
-    """Wait until what was started has done what it can; at once where nothing was. For one thread."""
+    """Wait until the other process has ended; return at once where none was started. For one thread only."""
     if _running is None:
         return
-    process, said = _running
+    process, output = _running
     try:
-        if process.wait(_PATIENCE_S):
-            said.seek(0)
-            text = said.read().decode(errors="replace").strip()
-            _log.warning("kernels were not compiled ahead (%d): %s", process.returncode, text[-2000:])
+        if process.wait(_TIMEOUT_S):
+            output.seek(0)
+            text = output.read().decode(errors="replace").strip()
+            _log.warning("kernels were not compiled ahead (exit code %d): %s", process.returncode, text[-2000:])
     except subprocess.TimeoutExpired:
-        _log.warning("kernels were not compiled ahead: it took longer than %g s", _PATIENCE_S)
+        _log.warning("kernels were not compiled ahead: it took longer than %g s", _TIMEOUT_S)
     finally:
         stop()
 
 
 @atexit.register
 def stop() -> None:
-    """End what was started, where it still runs."""
+    """End the other process, if it still runs."""
     global _running
     if _running is None:
         return
-    (process, said), _running = _running, None
-    with said:
+    (process, output), _running = _running, None
+    with output:
         process.kill()
         process.wait()

@@ -1,8 +1,9 @@
-"""A base as its configuration tells it: a layer without its weights, enough to compile the kernels of its trials.
+"""Compiles the kernels of trials from their base's configuration alone, with a one-layer model without weights.
 
-    python -m orchestrator.training.fast.warmup.precompile_worker SLOTS < JSON of a list of trials' configurations
+    python -m orchestrator.training.fast.warmup.precompile_worker NUM_SLOTS < configs.json
 
-Neither transformers' models nor bitsandbytes are imported: they take longer than most kernels.
+`configs.json` is the JSON of a list of trial configurations. Neither transformers' models nor bitsandbytes are
+imported: they take longer than most kernels.
 """
 
 import hashlib
@@ -23,34 +24,35 @@ from torch.overrides import TorchFunctionMode
 from orchestrator.base import config_file
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
+from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import LONGEST_STEP, compile_kernels
-from orchestrator.training.fast.plan.memory import BaseShape
-from orchestrator.training.fast.step.decoder import GROUPS, MODEL_TYPES
+from orchestrator.training.fast.step.decoder import GROUPS
 from orchestrator.training.model.targets import expected_modules
 
 _DONE = "done"
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """A Llama-like base of one layer: its modules by their names in transformers, its weights not set.
+def one_layer_base(config: Any, dtype: torch.dtype) -> Any:
+    """Build a Llama-like base of one layer, with module names as in transformers and uninitialized weights.
 
-    It lies on the CPU, for many an operation on the meta device imports torch's compiler: seconds.
+    It is on the CPU: many operations on the meta device import torch's compiler, which takes seconds.
 
     Args:
-        config: with the fields that `BaseShape.of` reads.
-        dtype: of the weights.
+        config: has the fields that `BaseShape.of` reads.
+        dtype: dtype of the weights.
     """
     shape = BaseShape.of(config)
-    with torch.device("meta"):  # where nothing is drawn
+    with torch.device("meta"):  # no random initialization
         linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
-        parts: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
+        children: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
         for name, linear in linears.items():
-            parts["self_attn" if name in (*GROUPS[0], *GROUPS[1]) else "mlp"][name] = linear
+            children["self_attn" if name in (*GROUPS[0], *GROUPS[1]) else "mlp"][name] = linear
         norms = {
             name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")
         }
-        layer = nn.ModuleDict({name: nn.ModuleDict(modules) for name, modules in parts.items()} | norms)
+        layer = nn.ModuleDict({name: nn.ModuleDict(modules) for name, modules in children.items()} | norms)
         embedding = nn.Embedding.from_pretrained(torch.empty(shape.vocabulary, shape.hidden, dtype=dtype))
         norm = nn.RMSNorm(shape.hidden, dtype=dtype)
         head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=dtype)
@@ -63,8 +65,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
-class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
-    """Matrix products have their shape and no values: on a CPU those of a large base take longer than the compiler."""
+class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
+    """Replaces matrix products by uninitialized tensors: on a CPU, a large base's products outlast the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is nn.functional.linear:
@@ -77,40 +79,48 @@ class _NoProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
 
 
 def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
-    """Fill Triton's cache for such trials; nothing where the engine does not hold them on a GPU.
+    """Fill Triton's cache for trials. Trials that the engine cannot hold on a GPU are skipped.
 
     Args:
-        configs: trials on one base, as far as their own fields say that the fast engine holds them.
+        configs: trials on one base whose own fields allow the fast engine.
         num_slots: trials at a time.
     """
     base, file = configs[0].base, config_file(configs[0].base)
     if file is None:
         return
-    known = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text(encoding="utf-8"))
-    known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
-    if known["model_type"] not in MODEL_TYPES:
+    fields = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text(encoding="utf-8"))
+    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    if fields["model_type"] not in FAMILIES:
         return
-    layer = skeleton(SimpleNamespace(**known), getattr(torch, base.compute_dtype))
-    held, shape = [], BaseShape.of(layer.config)
-    with suppress(TrialError):  # such as targets in other layers than the first
+    base_model = one_layer_base(SimpleNamespace(**fields), getattr(torch, base.compute_dtype))
+    eligible, shape = [], BaseShape.of(base_model.config)
+    with suppress(TrialError):  # for example targets in layers other than the first
         for config in configs:
-            in_it = config.model_copy(update={"lora": config.lora.model_copy(update={"layers_to_transform": None})})
-            modules = expected_modules(layer, in_it.lora)
-            if unsupported_reason_by_shape(in_it, shape, modules, LONGEST_STEP, on_gpu=True) is None:
-                held.append(in_it)
-        if held:
-            with _NoProducts():
-                compile_kernels(layer, held, num_slots)
+            every_layer = config.lora.model_copy(update={"layers_to_transform": None})
+            one_layer = config.model_copy(update={"lora": every_layer})
+            modules = expected_modules(base_model, one_layer.lora)
+            if unsupported_reason_by_shape(one_layer, shape, modules, LONGEST_STEP, on_gpu=True) is None:
+                eligible.append(one_layer)
+        if eligible:
+            with _EmptyProducts():
+                compile_kernels(base_model, eligible, num_slots)
 
 
 def once(task: str, do: Callable[[], None]) -> None:
-    """Of the processes of a machine that have the same task for Triton's cache, one does it, and the others wait."""
+    """Run a task in one of the machine's processes that start it at the same time; the others wait for that one.
+
+    If the process that runs the task fails, the next one runs it.
+
+    Args:
+        task: identifies the task within Triton's cache folder.
+        do: fills the cache.
+    """
     folder, name = Path(triton.knobs.cache.dir), hashlib.sha256(task.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"orchestrator-{name}.lock"
     lock = FileLock(file, fallback_to_soft=False)
     try:
-        with suppress(OSError):  # on storage without locks all do it
+        with suppress(OSError):  # storage without locks: every process runs it
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -125,7 +135,7 @@ def once(task: str, do: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    asked = sys.stdin.read()
-    configs = [TrialConfig.model_validate(each) for each in json.loads(asked)]
+    request = sys.stdin.read()
+    configs = [TrialConfig.model_validate(each) for each in json.loads(request)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    once(f"{device} {sys.argv[1]} {asked}", lambda: compile_for(configs, int(sys.argv[1])))
+    once(f"{device} {sys.argv[1]} {request}", lambda: compile_for(configs, int(sys.argv[1])))

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from orchestrator.training.fast.ops.eight_bit import CHUNK, EightBitMoments
 from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
-from orchestrator.training.fast.plan.memory import SHARED, SMALL
+from orchestrator.training.fast.sizes import SHARED, SMALL
 from orchestrator.training.fast.step.adapters import BLOCK, Adapters
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
-from orchestrator.training.fast.plan.memory import MAX_LOGITS
+from orchestrator.training.fast.sizes import MAX_LOGITS
 from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
 
 _IGNORED = tl.constexpr(IGNORED)

@@ -1,0 +1,64 @@
+"""One engine for all slots: trials step jointly, in passes that hold rows of all of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from orchestrator.spec import TrialConfig
+from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens
+from orchestrator.training.fast.plan.factory import cached_engine, is_cached, release
+from orchestrator.training.fast.plan.memory import MemoryOption
+from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, too_large_error
+from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
+from orchestrator.training.fast.warmup import precompile
+
+
+def engine_for(
+    base: Any,
+    configs: Sequence[TrialConfig],
+    train: TokenizedRows,
+    held_out: TokenizedRows,
+    num_slots: int = 1,
+    too_large: MemoryOption | None = None,
+) -> tuple[Engine, MemoryPlan]:
+    """Return the engine for these trials, cached or new, and how it is held. On a GPU it has run its largest step.
+
+    Args:
+        base: the base without adapters.
+        configs: the trials, or trials that represent them: the largest of each kind.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        num_slots: trials at a time.
+        too_large: an option that ran out of memory although its probe had succeeded. The new plan needs less.
+
+    Raises:
+        TooLargeError: the trials do not fit with any option.
+    """
+    spec, longest = EngineSpec.of(base, configs, num_slots), max(train.longest, held_out.longest)
+    compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
+    for plan in feasible_plans(base, spec, configs[0], train, held_out, too_large):
+        if not on_gpu:
+            return cached_engine(base, spec, compute, longest, plan.option, on_gpu), plan
+        # Try again where other engines of the base were cached: they may have taken the memory.
+        for _ in range(1 + is_cached(base)):
+            sizes = pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out)
+            if engine := _probed(base, spec, compute, longest, plan.option, *sizes):
+                return engine, replace(plan, measured=engine.peak_bytes)
+            release(base)
+    raise too_large_error(spec, longest)
+
+
+def _probed(
+    base: Any, spec: EngineSpec, compute: torch.dtype, longest: int, option: MemoryOption, tokens: int, evaluated: int
+) -> Engine | None:
+    """Return an engine that has run its largest step, or None where that ran out of memory."""
+    try:
+        engine = cached_engine(base, spec, compute, longest, option, on_gpu=True)
+        precompile.join()
+        engine.probe(tokens, evaluated)
+    except torch.OutOfMemoryError:
+        return None
+    return engine

@@ -1,0 +1,121 @@
+"""What all trials of one engine share, and how many tokens its passes hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.spec import TrialConfig
+from orchestrator.training.fast.plan.memory import MemoryOption
+from orchestrator.training.fast.sizes import EVALUATION_TOKENS
+from orchestrator.training.fast.step.adapters import padded_rank
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
+from orchestrator.training.model.precision import resolve_precision
+from orchestrator.training.model.targets import expected_modules
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Describes an engine by what all of its trials share."""
+
+    num_slots: int
+    rank: int
+    """Stack rank: the largest rank of the trials; on a GPU, padded."""
+    modules: frozenset[str]
+    """Names of all linear layers that any of the trials adapts."""
+    precision: str
+    adapter_dtype: str
+    eight_bit: bool
+    """Whether the optimizer's moments are in eight bits."""
+    keeps_base: bool | None
+    """Whether the dequantized base is kept; None where the available memory decides."""
+    recompute: bool | None
+    """Whether whole layers are recomputed; None where the available memory decides."""
+    max_rows: int
+    """Rows of the largest batch."""
+    reproducible: bool
+    """Whether a trial's metrics must not depend on memory or on neighboring trials. Always so on a CPU, hence False."""
+    separate: bool = False
+    """Whether each slot has an engine of its own, which steps by itself."""
+
+    @classmethod
+    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
+        """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
+        training = configs[0].training
+        rank = max(config.lora.rank for config in configs)
+        return cls(
+            num_slots,
+            padded_rank(rank) if torch.cuda.is_available() else rank,
+            frozenset(name for config in configs for name in expected_modules(base, config.lora)),
+            resolve_precision(training),
+            training.adapter_dtype,
+            "8bit" in training.optimizer,
+            None if training.dequantize == "auto" else training.dequantize == "once",
+            None if training.recompute == "auto" else training.recompute,
+            max(config.training.batch_size * config.training.accumulation for config in configs),
+            training.reproducible and torch.cuda.is_available(),
+            separate,
+        )
+
+    def refuses(self, base: Any, config: TrialConfig) -> str | None:
+        """Return why a trial, which the fast engine can hold, cannot train in this engine; None where it can."""
+        own = EngineSpec.of(base, [config], self.num_slots)
+        for name, field in _SHARED_FIELDS.items():
+            if getattr(own, name) != getattr(self, name):
+                return f"{field} differs from that of the trials that share the engine"
+        if own.rank > self.rank or not own.modules <= self.modules:
+            return "its rank or its adapted layers exceed what the slots were built for"
+        return None
+
+
+_SHARED_FIELDS = {
+    "precision": "training.precision",
+    "adapter_dtype": "training.adapter_dtype",
+    "eight_bit": "the precision of training.optimizer's moments",
+    "keeps_base": "training.dequantize",
+    "recompute": "training.recompute",
+    "reproducible": "training.reproducible",
+}
+"""Fields of `EngineSpec` in which the trials of an engine must agree -> their names for the user."""
+
+
+def separate_specs(base: Any, configs: Sequence[TrialConfig]) -> list[EngineSpec]:
+    """List the one-slot engines that trials may need, the largest first.
+
+    Args:
+        base: the base without adapters.
+        configs: trials that represent all others: their ranks are the ends of the range, or all ranks.
+    """
+    specs = [EngineSpec.of(base, [config], 1) for config in configs]
+    ranks = {spec.rank for spec in specs}
+    if torch.cuda.is_available():
+        ranks = {1 << power for power in range(min(ranks).bit_length() - 1, max(ranks).bit_length())}
+    # Kernels are compiled for modules, moments and rank: keep one spec for each combination.
+    distinct = {(spec.modules, spec.eight_bit, rank): replace(spec, rank=rank) for spec in specs for rank in ranks}
+    return sorted(distinct.values(), key=lambda spec: (spec.rank, len(spec.modules)), reverse=True)
+
+
+def pass_tokens(spec: EngineSpec, train: TokenizedRows, option: MemoryOption | None = None) -> int:
+    """Return how many tokens a training pass should hold.
+
+    It holds the largest batch of one slot, or 1.1 times the average batches of all slots, whichever is more. A batch
+    that does not fit into a pass waits for the next one.
+
+    Args:
+        spec: the engine.
+        train: rows to train on.
+        option: limits the number of tokens.
+    """
+    largest = int(np.sort(train.lengths)[-spec.max_rows :].sum())
+    if spec.num_slots > 1 and not spec.separate:
+        typical = 1.1 * spec.num_slots * spec.max_rows * float(train.lengths.mean())
+        largest = max(largest, int(typical))
+    return largest if option is None else min(largest, option.max_tokens)
+
+
+def evaluation_tokens(spec: EngineSpec, held_out: TokenizedRows) -> int:
+    """Return the tokens of the largest evaluation pass."""
+    slots_in_pass = 1 if spec.separate else spec.num_slots
+    return min(int(held_out.lengths.sum()) * slots_in_pass, max(EVALUATION_TOKENS, held_out.longest))

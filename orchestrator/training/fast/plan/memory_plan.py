@@ -1,0 +1,177 @@
+"""Chooses how trials are held in the memory of this process, and how many train together."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.errors import TooLargeError
+from orchestrator.spec import TrialConfig
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens
+from orchestrator.training.fast.plan.memory import (
+    GIB,
+    MAX_PASS_TOKENS,
+    MemoryOption,
+    MemoryPrediction,
+    memory_options,
+    predict,
+)
+from orchestrator.training.fast.step.engine import CPU_TOKENS
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
+
+CPU_FULL = 512
+"""Tokens of a pass beyond which a token takes no less time on a CPU: measured with the demo, docs/log.md."""
+
+MARGIN = 0.04
+"""Fraction of the GPU's memory that is left for fragmentation and for other libraries."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a trial is held on its device."""
+
+    option: MemoryOption
+    predicted: MemoryPrediction | None = None
+    """Peak on a GPU; None on a CPU."""
+    measured: int | None = None
+    """Peak in bytes, measured in a step of the largest batch; None on a CPU."""
+
+    @property
+    def measured_gib(self) -> float:
+        """Measured peak in GiB; 0 on a CPU."""
+        return round((self.measured or 0) / GIB, 3)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the trial's result records."""
+        record = asdict(self.option)
+        if self.predicted is not None:
+            record |= {"predicted_gib": round(self.predicted.total / GIB, 3), "measured_gib": self.measured_gib}
+        return record
+
+
+def feasible_plans(
+    base: Any,
+    spec: EngineSpec,
+    config: TrialConfig,
+    train: TokenizedRows,
+    held_out: TokenizedRows,
+    too_large: MemoryOption | None = None,
+) -> list[MemoryPlan]:
+    """List the ways to hold an engine that should fit into the memory of this process, the fastest first.
+
+    Args:
+        base: the base without adapters.
+        spec: the engine.
+        config: one of its trials.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        too_large: an option that ran out of memory although its probe had succeeded. All plans need less.
+    """
+    longest, on_gpu = max(train.longest, held_out.longest), torch.cuda.is_available()
+    options = memory_options(
+        longest,
+        pass_tokens(spec, train) if on_gpu else CPU_TOKENS,
+        keeps_base=spec.keeps_base,
+        recompute=spec.recompute,
+        max_pass_tokens=MAX_PASS_TOKENS if on_gpu else CPU_TOKENS,
+    )
+    if spec.reproducible:  # how a batch is split into passes changes its sums
+        whole = max(option.max_tokens for option in options)
+        options = [option for option in options if option.max_tokens == whole]
+
+    def predicted(option: MemoryOption) -> MemoryPrediction:
+        tokens = pass_tokens(spec, train, option)
+        return _predicted(BaseShape.of(base.config), spec, config, option, tokens, evaluation_tokens(spec, held_out))
+
+    if too_large is not None:
+        limit = predicted(too_large).total
+        options = [option for option in options if predicted(option).total < limit]
+    if not on_gpu:
+        return [MemoryPlan(option) for option in options]
+    budget = memory_budget()
+    return [MemoryPlan(option, memory) for option in options if (memory := predicted(option)).total <= budget]
+
+
+def too_large_error(spec: EngineSpec, longest: int) -> TooLargeError:
+    """Return the error for trials that do not fit into memory with any option.
+
+    Args:
+        spec: the engine.
+        longest: tokens of the longest row.
+    """
+    memory = f"{memory_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
+    hint = " training.reproducible keeps batches whole: lower training.batch_size too." if spec.reproducible else ""
+    return TooLargeError(
+        f"{spec.num_slots} trials of rank {spec.rank} do not fit into {memory}: their longest row has {longest} tokens",
+        f"Lower data.max_length or lora.rank, or set training.dequantize and training.recompute to auto.{hint}",
+    )
+
+
+def plan_slots(
+    base: Any, configs: Sequence[TrialConfig], train: TokenizedRows, held_out: TokenizedRows, wanted: int
+) -> tuple[int, str]:
+    """Choose how many trials train together, and say why.
+
+    On a GPU it is the number with the least predicted time a token among those that fit into memory; the largest such
+    number where several take the same time.
+
+    Args:
+        base: the base without adapters.
+        configs: trials that represent all others.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        wanted: upper bound.
+
+    Returns:
+        The number, and the reason for it.
+    """
+    separate = steps_separately(configs[0])
+    specs = [EngineSpec.of(base, configs, count, separate) for count in range(1, wanted + 1)]
+    if not torch.cuda.is_available():
+        one = pass_tokens(specs[0], train)
+        count = min(wanted, -(-CPU_FULL // one))
+        return count, f"a batch has up to {one} tokens, and {CPU_FULL} tokens keep a core busy"
+    times: dict[int, float] = {}
+    for spec in specs:
+        if plans := feasible_plans(base, spec, configs[0], train, held_out):
+            times[spec.num_slots] = plans[0].option.relative_time()
+    gib = memory_budget() / GIB
+    if not times:
+        return 1, f"not even one fits into {gib:.0f} GiB of GPU memory"
+    count = max(times, key=lambda slots: (-round(times[slots], 3), slots))
+    limit = "more do not fit, or are no faster" if count < wanted else f"up to {MAX_PASS_TOKENS} tokens a pass"
+    return count, f"{gib:.0f} GiB of GPU memory, {limit}"
+
+
+def steps_separately(config: TrialConfig) -> bool:
+    """Return whether trials of one process step one after another, each with the same bits as when it trains alone.
+
+    On a CPU they always do: a joint pass of the demo's trials saves no time there (docs/log.md).
+    """
+    return config.training.reproducible or not torch.cuda.is_available()
+
+
+def memory_budget() -> int:
+    """Return the bytes of GPU memory that this process may use, apart from what other processes hold."""
+    free, total = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - MARGIN * total)
+
+
+def _predicted(
+    shape: BaseShape, spec: EngineSpec, config: TrialConfig, option: MemoryOption, tokens: int, evaluated: int
+) -> MemoryPrediction:
+    return predict(
+        shape,
+        option,
+        tokens,
+        evaluated,
+        spec.rank,
+        {name.rpartition(".")[2] for name in spec.modules},
+        num_slots=spec.num_slots,
+        adapter_bytes=4 if spec.adapter_dtype == "float32" else 2,
+        eight_bit=spec.eight_bit,
+        quantized=config.base.quantization != "none",
+        double_quant=config.base.double_quant,
+    )

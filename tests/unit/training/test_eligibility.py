@@ -1,0 +1,245 @@
+"""Which trials the fast engine can hold: by their configuration, their base and the kernels' limits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from orchestrator.spec import TrialConfig, parse_spec
+from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.plan.eligibility import (
+    unknown_field,
+    unknown_module,
+    unsupported_reason,
+    unsupported_shape,
+)
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+LONGEST = 12
+SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+MakeConfig = Callable[..., TrialConfig]
+
+
+@pytest.fixture
+def trial(document: dict[str, Any]) -> MakeConfig:
+    """`trial(lora={"rank": 4}, training={...})`."""
+
+    def make(**sections: dict[str, Any]) -> TrialConfig:
+        base = {"model": "embedded", "compute_dtype": "float32"} | sections.pop("base", {})
+        return parse_spec(document | {"base": base} | sections).trial_config({})
+
+    return make
+
+
+def model_of(config: PreTrainedConfig) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(**SIZES), None),
+        (Qwen2Config(**SIZES), None),
+        (MistralConfig(**SIZES, sliding_window=LONGEST), None),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' (supported: llama, mistral, qwen2)"),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act 'gelu' (supported: 'silu')"),
+        (
+            MistralConfig(**SIZES, sliding_window=LONGEST - 1),
+            "a sliding window of 11 tokens, shorter than the longest row (12)",
+        ),
+        (
+            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0),
+            "a sliding window of 8 tokens, shorter than the longest row (12)",
+        ),
+        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=8), None),
+        (
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "RoPE type 'dynamic'",
+        ),
+        (LlamaConfig(**SIZES, attention_dropout=0.1), "attention_dropout 0.1 (supported: 0.0)"),
+        (
+            LlamaConfig(**SIZES, logit_scale=0.5),
+            "configuration field logit_scale, which is not listed for model type 'llama'",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_requirements_on_the_base(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
+    model = model_of(config)
+    assert unsupported_reason(trial(), model, LONGEST) == reason
+
+
+def test_a_head_with_a_bias_is_refused(trial: MakeConfig) -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    model.lm_head = torch.nn.Linear(32, 90, device="meta")
+    assert unsupported_reason(trial(), model, LONGEST) == "a bias on the LM head"
+
+
+def test_a_layer_of_another_dtype_is_refused(trial: MakeConfig) -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    model.model.layers[0].mlp.up_proj.half()
+    assert unsupported_reason(trial(), model, LONGEST) == "mlp.up_proj as a Linear of torch.float16"
+
+
+def test_a_base_on_two_devices_is_refused(trial: MakeConfig) -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    model.model.norm = torch.nn.RMSNorm(32)
+    assert unsupported_reason(trial(), model, LONGEST) == "a base on 2 devices"
+
+
+def test_an_adapter_on_another_module_is_refused(trial: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FAMILIES["llama"]
+    with_router = replace(llama, layer_modules=llama.layer_modules | {"mlp.router"})
+    monkeypatch.setitem(FAMILIES, "llama", with_router)  # type: ignore[arg-type]
+    model = model_of(LlamaConfig(**SIZES))
+    model.model.layers[0].mlp.router = torch.nn.Linear(32, 4, bias=False, device="meta")
+    assert unsupported_reason(trial(), model, LONGEST) == "an adapter on router"
+    assert unsupported_reason(trial(lora={"target_modules": ["q_proj", "mlp.up_proj"]}), model, LONGEST) is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"base": {"compute_dtype": "bfloat16"}}, None),
+        ({"base": {"compute_dtype": "bfloat16"}, "training": {"precision": "bf16"}}, None),
+        ({"training": {"precision": "bf16"}}, "base.compute_dtype float32 under precision bf16"),
+        ({"base": {"compute_dtype": "float16"}}, "base.compute_dtype float16 under precision none"),
+        ({"lora": {"bias": "all"}}, "lora.bias all"),
+        ({"training": {"optimizer": "sgd"}}, "training.optimizer sgd"),
+    ],
+    ids=str,
+)
+def test_requirements_on_the_trial(trial: MakeConfig, sections: dict[str, Any], reason: str | None) -> None:
+    model = model_of(LlamaConfig(**SIZES))
+    assert unsupported_reason(trial(**sections), model, LONGEST) == reason
+
+
+# Families
+
+
+def small_model(model_type: str, num_layers: int = 2) -> Any:
+    return model_of(AutoConfig.for_model(model_type, **SIZES | {"num_hidden_layers": num_layers}))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_of_transformers_are_accepted(model_type: str) -> None:
+    """All fields and modules of the installed transformers release are listed."""
+    assert FAMILIES[model_type].model_type == model_type
+    assert unknown_field(AutoConfig.for_model(model_type), FAMILIES[model_type]) is None
+    assert unsupported_shape(small_model(model_type), LONGEST) is None
+
+
+def test_the_embedded_base_is_accepted(base: Any) -> None:
+    assert unsupported_shape(base, LONGEST) is None
+
+
+def test_leftovers_in_config_files_are_accepted() -> None:
+    """Published configurations hold fields of earlier releases and of other tools."""
+    leftovers = {"is_llama_config": True, "rope_interleaved": False, "torchscript": False, "unsloth_fixed": True}
+    config = LlamaConfig(**SIZES, **leftovers, not_set=None)
+    assert unsupported_shape(model_of(config), LONGEST) is None
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_listed_module_is_needed(model_type: str) -> None:
+    """Without its entry in the family, a module is unknown; without the module, the model is incomplete."""
+    family, model = FAMILIES[model_type], small_model(model_type)
+    for name in family.layer_modules:
+        shorter = replace(family, layer_modules=family.layer_modules - {name})
+        assert unknown_module(model, shorter) == (
+            f"module {name} in layer 0, which is not listed for model type {model_type!r}"
+        )
+        longer = replace(family, layer_modules=family.layer_modules | {f"{name}_more"})
+        assert unknown_module(model, longer) == f"layer 0 without module {name}_more"
+    for name in family.model_modules:
+        shorter = replace(family, model_modules=family.model_modules - {name})
+        assert unknown_module(model, shorter) == (
+            f"module {name} in the model, which is not listed for model type {model_type!r}"
+        )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_module_that_no_list_has_is_refused(model_type: str) -> None:
+    """In any place of any layer, and outside the layers."""
+    for path in ("", ".self_attn", ".mlp"):
+        model = small_model(model_type)
+        model.get_submodule(f"model.layers.1{path}").q_norm = torch.nn.RMSNorm(4)
+        name = f"{path}.q_norm".lstrip(".")
+        reason = f"module {name} in layer 1, which is not listed for model type {model_type!r}"
+        assert unsupported_shape(model, LONGEST) == reason
+    model = small_model(model_type)
+    model.model.embed_norm = torch.nn.RMSNorm(4)
+    reason = f"module model.embed_norm in the model, which is not listed for model type {model_type!r}"
+    assert unsupported_shape(model, LONGEST) == reason
+
+
+def test_a_parameter_that_the_decoder_does_not_read_is_refused() -> None:
+    model = small_model("llama")
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(2))
+    assert unsupported_shape(model, LONGEST) == "parameter self_attn.sinks in layer 1, which its decoder does not read"
+    model = small_model("llama")
+    model.model.layers[1].input_layernorm.bias = torch.nn.Parameter(torch.zeros(32))
+    reason = "parameter input_layernorm.bias in layer 1, which its decoder does not read"
+    assert unsupported_shape(model, LONGEST) == reason
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_that_no_list_has_is_refused(model_type: str) -> None:
+    family, config = FAMILIES[model_type], AutoConfig.for_model(model_type)
+    for name in [name for name, value in vars(config).items() if value is not None and not name.startswith("_")]:
+        shorter = replace(
+            family,
+            used_fields=family.used_fields - {name},
+            fixed_fields={each: values for each, values in family.fixed_fields.items() if each != name},
+            harmless_fields=family.harmless_fields - {name},
+        )
+        reason = f"configuration field {name}, which is not listed for model type {model_type!r}"
+        assert unknown_field(config, shorter) == reason
+    config.residual_scale = 0.5
+    reason = f"configuration field residual_scale, which is not listed for model type {model_type!r}"
+    assert unknown_field(config, family) == reason
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_fixed_field_allows_its_values_alone(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    for name, values in family.fixed_fields.items():
+        config = AutoConfig.for_model(model_type)
+        for value in values:
+            vars(config)[name] = value  # transformers validates assignments
+            assert unknown_field(config, family) is None
+        vars(config)[name] = "other"
+        assert unknown_field(config, family) == f"{name} 'other' (supported: {' or '.join(map(repr, values))})"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_lists_do_not_overlap(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    lists = [family.used_fields, frozenset(family.fixed_fields), family.harmless_fields]
+    assert sum(map(len, lists)) == len(frozenset.union(*lists))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_shapes_are_those_of_the_model(model_type: str) -> None:
+    model = small_model(model_type, num_layers=1)
+    layer = {name.rpartition(".")[2]: module for name, module in model.model.layers[0].named_modules()}
+    linears = {
+        name: (each.in_features, each.out_features)
+        for name, each in layer.items()
+        if hasattr(each, "weight") and isinstance(each, torch.nn.Linear)
+    }
+    assert BaseShape.of(model.config).linears == linears
