@@ -8,7 +8,7 @@ from tiny import DEMO, TINY
 
 from orchestrator.data import prepare
 from orchestrator.spec import load_spec
-from orchestrator.training.engines.loop import TrialInputs
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.plan.factory import engine_for, release
 from orchestrator.training.fast.warmup import precompile
 
@@ -23,7 +23,7 @@ def test_what_is_compiled_ahead_is_all_that_is_needed(tmp_path: Path, monkeypatc
     precompile.join()
     made = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
     assert len([path for path in made if path.suffix == ".cubin"]) > 10
-    ground = TrialInputs.of(spec.base, prepare(spec.data, spec.base))
+    ground = TrialInputs.load(spec.base, prepare(spec.data, spec.base))
     engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
     assert {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")} == made
     release(ground.base)
@@ -41,7 +41,7 @@ def test_the_probe_finds_every_kernel_compiled(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
     # No other test has kernels for this rank.
     spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=128"])
-    ground = TrialInputs.of(spec.base, prepare(spec.data, spec.base))
+    ground = TrialInputs.load(spec.base, prepare(spec.data, spec.base))
     engine_for(ground.base, spec.corners(), ground.train, ground.held_out, 3)
     assert len(seen) >= 6
     assert all(seen)

@@ -11,7 +11,7 @@ from tiny import DEMO
 from orchestrator.spec import TrialConfig, load_spec
 from orchestrator.training.attempt.events import Completed, Evaluated, Logged, Saved
 from orchestrator.training.attempt.recorder import TrialRecorder
-from orchestrator.training.engines.loop import TrialInputs
+from orchestrator.training.engines.trial_inputs import TrialInputs
 
 # High rates, so that a last bit that differs is soon a digit that differs.
 _HIGH = ["training.learning_rate=1e-2", "training.max_grad_norm=1.0", "training.save_steps=5"]
@@ -32,11 +32,11 @@ _BESIDE = {
 class Setting:
     """The watched trials under some more overrides, and each of them alone."""
 
-    def __init__(self, ground: TrialInputs, folder: Path, *overrides: str, gpus: float = 0) -> None:
-        self.ground = ground
+    def __init__(self, inputs: TrialInputs, folder: Path, *overrides: str, gpus: float = 0) -> None:
+        self.inputs = inputs
         self._overrides = overrides
         self._gpus = gpus
-        self.solos = {name: alone(ground, folder / name, self.trial(*of)) for name, of in WATCHED.items()}
+        self.solos = {name: alone(inputs, folder / name, self.trial(*of)) for name, of in WATCHED.items()}
 
     def trial(self, *overrides: str) -> TrialConfig:
         return trial(*overrides, *self._overrides)
@@ -45,7 +45,7 @@ class Setting:
         """A host of four slots."""
         space = "search.space={lora.rank: {choice: [1, 16]}, training.batch_size: {choice: [1, 8]}}"
         spec = load_spec(DEMO, [*COMMON, space, "search.num_trials=4", *self._overrides])
-        return Hosted(folder, spec, self.ground.data, slots=4, gpus=self._gpus)
+        return Hosted(folder, spec, self.inputs.data, slots=4, gpus=self._gpus)
 
     def assert_same_beside_others(self, folder: Path) -> None:
         """Others begin before and after, evaluate at other steps, end, and diverge; one takes another's slot."""
@@ -67,13 +67,13 @@ class Setting:
         hosted = self.host(folder)
         self._start(hosted, "single", _BESIDE["single"])
         first = self._start(hosted, name, WATCHED[name])
-        books = TrialRecorder(first.start, first.paths, hosted.spec)
+        recorder = TrialRecorder(first.start, first.paths, hosted.spec)
         hosted.follow(lambda: first.end or any(event.step == 10 for event in first.of(Saved)))
         assert not first.end
         hosted.host.release(first.lease)
         hosted.follow(lambda: first.end)
         for event in first.events:
-            books.enter(event)
+            recorder.record(event)
             if isinstance(event, Saved) and event.step == 10:
                 break
         self._start(hosted, "short", _BESIDE["short"])

@@ -11,7 +11,7 @@ from orchestrator.data import PreparedData
 from orchestrator.record import SweepPaths, TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.training.attempt.events import END, Event, Noted
-from orchestrator.training.trial import start_of
+from orchestrator.training.trial import trial_so_far
 from orchestrator.training.worker.runtime import WorkerRuntime
 
 HOSTED = ["lora.rank=8", "training.steps=6", "training.eval_steps=3", "training.save_steps=3"]
@@ -61,7 +61,7 @@ class Hosted:
         lease = f"lease-{name}-{len(self.all)}"
         if not again:
             paths.root.mkdir(parents=True, exist_ok=True)
-        start = start_of(config or self.spec.trial_config({}), self.spec, paths)
+        start = trial_so_far(config or self.spec.trial_config({}), self.spec, paths)
         deadline = time.monotonic() + 20 * waits
         while not self.host.start(lease, start, paths):
             if time.monotonic() >= deadline:

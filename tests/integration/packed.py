@@ -11,14 +11,12 @@ from transformers import TrainerCallback
 
 from orchestrator.data import prepare
 from orchestrator.spec import TrialConfig, load_spec
-from orchestrator.training.attempt.events import (
-    WriteNow,
-    WriteQueue,
-)
-from orchestrator.training.engines.loop import EngineSlot, TrialInputs, open_loop
+from orchestrator.training.engines.choose import EngineSlot, open_loop
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.fast.plan.factory import engine_for
 from orchestrator.training.model.device import use_device
+from orchestrator.training.write_queue import WriteNow, WriteQueue
 
 LOSS, UPDATE = 1e-5, 1e-3
 """What a trial beside others may differ by from itself alone: a loss, and an update to its norm."""
@@ -53,11 +51,11 @@ def trial(*overrides: str) -> TrialConfig:
     return load_spec(DEMO, [*COMMON, *overrides]).trial_config({})
 
 
-def open_ground(*overrides: str) -> TrialInputs:
+def open_inputs(*overrides: str) -> TrialInputs:
     """The demo's base and rows, in this process."""
     use_device(1)
     config = trial(*overrides)
-    return TrialInputs.of(config.base, prepare(config.data, config.base))
+    return TrialInputs.load(config.base, prepare(config.data, config.base))
 
 
 @dataclass
@@ -110,10 +108,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 class Bench:
     """A pack whose members are watched."""
 
-    def __init__(self, ground: TrialInputs, folder: Path, num_slots: int, configs: Sequence[TrialConfig]) -> None:
-        self._ground = ground
+    def __init__(self, inputs: TrialInputs, folder: Path, num_slots: int, configs: Sequence[TrialConfig]) -> None:
+        self._inputs = inputs
         self._folder = folder
-        self.engine, self.plan = engine_for(ground.base, configs, ground.train, ground.held_out, num_slots)
+        self.engine, self.plan = engine_for(inputs.base, configs, inputs.train, inputs.held_out, num_slots)
         self.pack = MultiLora()
 
     @property
@@ -136,13 +134,13 @@ class Bench:
         config: TrialConfig,
         checkpoint: Path | None = None,
         stop_at: int | None = None,
-        aside: WriteQueue | None = None,
+        write_queue: WriteQueue | None = None,
         name: str = "",
     ) -> Trained:
         """Have a trial begin in a slot."""
         checkpoints = self._folder / (name or str(slot))
-        seat = EngineSlot(slot, self.engine, self.plan)
-        loop = open_loop(config, self._ground, seat, checkpoints, aside or WriteNow())
+        engine_slot = EngineSlot(slot, self.engine, self.plan)
+        loop = open_loop(config, self._inputs, engine_slot, checkpoints, write_queue or WriteNow())
         seen = Trained(loop, adapter(loop))
         loop.trainer.add_callback(Watch(seen, stop_at, lambda: self.matrices(loop)))
         self.pack.join(watched(seen, None if checkpoint is None else str(checkpoint)))
@@ -172,9 +170,9 @@ def adapter(loop: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in loop.trainer.model.named_parameters() if p.requires_grad}
 
 
-def alone(ground: TrialInputs, folder: Path, config: TrialConfig, checkpoint: Path | None = None) -> Trained:
+def alone(inputs: TrialInputs, folder: Path, config: TrialConfig, checkpoint: Path | None = None) -> Trained:
     """A trial in an engine of one slot."""
-    bench = Bench(ground, folder, 1, [config])
+    bench = Bench(inputs, folder, 1, [config])
     seen = bench.join(0, config, checkpoint)
     bench.run()
     return seen

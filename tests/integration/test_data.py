@@ -23,10 +23,10 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.engines.sft import build_trainer, require_apart
+from orchestrator.training.engines.sft import build_trainer, require_independent_sequences
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.model.peft_model import adapted_by_peft
-from orchestrator.training.model.targets import expected_beside, expected_modules
+from orchestrator.training.model.peft_model import model_from_peft
+from orchestrator.training.model.targets import expected_extra_trainables, expected_modules
 from orchestrator.training.worker.runtime import WorkerRuntime
 
 pytestmark = pytest.mark.slow
@@ -213,8 +213,8 @@ def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
         "data.held_out={count: 8}",
     ]
     spec = load_spec(DEMO, [*TINY, *source, f"data.chat_template={ASKING!r}"])
-    host = WorkerRuntime(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
-    assert host._ground(spec.base).tokenizer.chat_template == ASKING
+    runtime = WorkerRuntime(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
+    assert runtime._inputs.get(spec.base).tokenizer.chat_template == ASKING
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def _packed_trainer(folder: Path, *more: str) -> Any:
     data = prepare(config.data, config.base)
     base, tokenizer = shared_base(config.base), load_tokenizer(config.base)
     modules = expected_modules(base, config.lora)
-    model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
+    model = model_from_peft(base, config, modules, expected_extra_trainables(base, config, modules, tokenizer))
     return build_trainer(config, model, tokenizer, data, folder)
 
 
@@ -254,12 +254,12 @@ def test_a_packed_row_of_trl_has_the_losses_of_its_parts_alone(packed_trainer: A
 def test_a_base_whose_packed_rows_see_each_other_is_refused(
     packed_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    require_apart(packed_trainer)
+    require_independent_sequences(packed_trainer)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     with pytest.raises(TrialError, match=r"data\.packing: on this base packed rows see each other"):
-        require_apart(packed_trainer)
+        require_independent_sequences(packed_trainer)
 
 
 def test_packed_rows_of_trl_are_apart_where_bf16_weights_meet_float32_ones(tmp_path: Path) -> None:
     bf16 = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
-    require_apart(_packed_trainer(tmp_path, *bf16, "lora.modules_to_save=[norm]"))
+    require_independent_sequences(_packed_trainer(tmp_path, *bf16, "lora.modules_to_save=[norm]"))

@@ -17,13 +17,15 @@ from orchestrator.data import prepare
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.attempt.events import WriteNow
-from orchestrator.training.engines.loop import Loop, TrialInputs, about, find_slot, open_loop
+from orchestrator.training.engines.choose import engine_fields, find_slot, open_loop
+from orchestrator.training.engines.loop import Loop
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora
 from orchestrator.training.fast.plan import factory
 from orchestrator.training.fast.step.engine import AHEAD, Engine, StepMetrics
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.model.device import use_device
+from orchestrator.training.write_queue import WriteNow
 
 pytestmark = pytest.mark.slow
 
@@ -58,12 +60,12 @@ class Trained:
 def train(engine: str, folder: Path, *overrides: str, checkpoint: str | None = None) -> Trained:
     """Train on the demo by one of the engines, without the trial's records."""
     config = load_spec(DEMO, [*TINY, *PLAIN, f"training.engine={engine}", *overrides]).trial_config({})
-    ground, seen = TrialInputs.of(config.base, prepare(config.data, config.base)), Trained(folder)
+    inputs, seen = TrialInputs.load(config.base, prepare(config.data, config.base)), Trained(folder)
     use_device(1)  # threads as a trial has them
     with guarded(config.base), pytest.MonkeyPatch.context() as patched:
-        seat = find_slot(config, ground)
-        assert about(seat)["engine"] == engine
-        loop = open_loop(config, ground, seat, folder, WriteNow())
+        slot = find_slot(config, inputs)
+        assert engine_fields(slot)["engine"] == engine
+        loop = open_loop(config, inputs, slot, folder, WriteNow())
         watch_events(loop, seen)
         watch_rows(loop.trainer, seen.batches, patched)
         seen.start = weights(loop)

@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 from hosts import HOSTED, Followed, Hosted
-from packed import COMMON, LOSS, alone, open_ground, trial
+from packed import COMMON, LOSS, alone, open_inputs, trial
 from safetensors.torch import load_file
 from tiny import DEMO
 
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.attempt.attempt import reporter as reporter_room
+from orchestrator.training.attempt import reporter as reporter_module
 from orchestrator.training.attempt.events import (
     Answered,
     Completed,
     Evaluated,
     Event,
     Failed,
+    LeaseLost,
     Left,
     Logged,
     Noted,
@@ -29,20 +30,20 @@ from orchestrator.training.attempt.events import (
     Warned,
 )
 from orchestrator.training.attempt.recorder import TrialRecorder
-from orchestrator.training.engines.loop import TrialInputs
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.step.engine import CPU_TOKENS, Engine
-from orchestrator.training.worker import compatibility
-from orchestrator.training.worker import runtime as host_room
-from orchestrator.training.worker import slots as hosted_room
-from orchestrator.training.worker.runtime import LeaseLost
-from orchestrator.training.worker.slots import FileWriter, SlotLease
+from orchestrator.training.worker import compatibility, file_writers
+from orchestrator.training.worker import runtime as runtime_module
+from orchestrator.training.worker import slots as slots_module
+from orchestrator.training.worker.file_writers import FileWriter
+from orchestrator.training.worker.slots import SlotLease
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ground() -> TrialInputs:
-    return open_ground()
+def inputs() -> TrialInputs:
+    return open_inputs()
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,13 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hosted(hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path) -> Iterator[Hosted]:
-    made = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
+def hosted(hosted_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path) -> Iterator[Hosted]:
+    made = Hosted(tmp_path / "sweep", hosted_spec, inputs.data)
     yield made
     made.close()
 
 
-def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: TrialInputs, tmp_path: Path) -> None:
+def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, inputs: TrialInputs, tmp_path: Path) -> None:
     one = hosted.start("one")
     other = hosted.start("other", trial("lora.rank=4", "training.steps=4", "training.eval_steps=2", "training.seed=9"))
     assert one
@@ -92,7 +93,7 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: TrialI
         best = followed.of(Evaluated)[-1].adapter
         assert (followed.paths.root / best / "adapter_model.safetensors").is_file()
     for followed in (one, third):
-        solo = alone(ground, tmp_path / "alone", followed.start.config)
+        solo = alone(inputs, tmp_path / "alone", followed.start.config)
         losses = {event.step: event.values["train/loss"] for event in followed.of(Logged)}
         assert losses == pytest.approx(solo.losses, abs=LOSS)
         for event in followed.of(Evaluated):
@@ -101,10 +102,10 @@ def test_a_third_trial_waits_for_one_of_two_slots(hosted: Hosted, ground: TrialI
 
 @pytest.mark.usefixtures("joint")
 def test_trials_that_come_at_the_start_begin_together(
-    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each size of a pack is a graph to capture."""
-    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, inputs.data, slots=3)
     step, sizes = Engine.step, []
 
     def noted(engine: Engine, spans: Any) -> Any:
@@ -120,7 +121,7 @@ def test_trials_that_come_at_the_start_begin_together(
 
 
 def test_a_fault_as_a_trainer_is_imported_is_told(
-    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_started = threading.Event()
 
@@ -128,8 +129,8 @@ def test_a_fault_as_a_trainer_is_imported_is_told(
         assert has_started.wait(60)
         raise ImportError("no trainer")
 
-    monkeypatch.setattr(host_room, "import_trainer", fails)  # before the host stands: it imports at once
-    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data)
+    monkeypatch.setattr(runtime_module, "import_trainer", fails)  # before the host stands: it imports at once
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, inputs.data)
     one = hosted.start("one")
     assert one
     has_started.set()
@@ -163,13 +164,13 @@ def hold_writers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             super().__init__(lease, earlier)
             self.do(lambda: (gate.wait(300), None)[1])
 
-    monkeypatch.setattr(hosted_room, "Writer", Held)
+    monkeypatch.setattr(file_writers, "FileWriter", Held)
     return gate
 
 
 @pytest.mark.parametrize("runs_alone", [False, True])
 def test_what_is_written_late_is_whole(
-    hosted: Hosted, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_alone: bool
+    hosted: Hosted, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_alone: bool
 ) -> None:
     """Files are written, and told of, after the trial has left its slot; and another attempt goes on from them."""
     gate = hold_writers(monkeypatch)
@@ -191,7 +192,7 @@ def test_what_is_written_late_is_whole(
         assert (one.paths.checkpoints / f"checkpoint-{step}" / "optimizer.pt").is_file()
     for folder in (one.paths.adapter(6), one.paths.checkpoints / "checkpoint-6"):
         assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 7 * 4, "a matrix is missing"
-    solo = alone(ground, tmp_path / "alone", one.start.config, one.paths.checkpoints / "checkpoint-3")
+    solo = alone(inputs, tmp_path / "alone", one.start.config, one.paths.checkpoints / "checkpoint-3")
     losses = {event.step: event.values["train/loss"] for event in one.of(Logged) if event.step > 3}
     assert losses == pytest.approx(solo.losses, abs=2e-6)
 
@@ -223,7 +224,7 @@ def test_an_adapter_that_is_written_late_has_the_weights_of_its_step(
 def test_checkpoints_are_some_time_apart_unless_asked_for_by_steps(
     hosted: Hosted, monkeypatch: pytest.MonkeyPatch, apart_s: float, steps: list[int]
 ) -> None:
-    monkeypatch.setattr(reporter_room, "SAVE_EVERY_S", apart_s)
+    monkeypatch.setattr(reporter_module, "SAVE_EVERY_S", apart_s)
     one = hosted.start("one", hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, save_steps=None)))
     assert one
     hosted.follow(lambda: one.end)
@@ -232,7 +233,7 @@ def test_checkpoints_are_some_time_apart_unless_asked_for_by_steps(
     assert [event.saves for event in one.of(Evaluated)] == [bool(steps)] * 2
 
 
-def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: TrialInputs, tmp_path: Path) -> None:
+def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, inputs: TrialInputs, tmp_path: Path) -> None:
     """With the best adapter, read back from disk once it is written."""
     asks = ["evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 3}", "training.learning_rate=3e-2"]
     answering = hosted.start("answering", trial(*HOSTED, *asks))
@@ -243,7 +244,7 @@ def test_the_best_adapter_answers_while_others_wait(hosted: Hosted, ground: Tria
     told = [type(event) for event in answering.of(Saved, Answered, Completed)]
     assert told == [Saved, Saved, Answered, Completed]
     assert answering.of(Answered)[0].values.keys() == {"eval/exact_match"}
-    solo = alone(ground, tmp_path / "alone", other.start.config)
+    solo = alone(inputs, tmp_path / "alone", other.start.config)
     losses = {event.step: event.values["train/loss"] for event in other.of(Logged)}
     assert losses == pytest.approx(solo.losses, abs=LOSS)
 
@@ -267,12 +268,12 @@ def test_a_trial_that_was_left_goes_on_from_its_checkpoint(hosted: Hosted) -> No
     whole, left = hosted.start("whole"), hosted.start("left")
     assert whole
     assert left
-    books = TrialRecorder(left.start, left.paths, hosted.spec)
+    recorder = TrialRecorder(left.start, left.paths, hosted.spec)
     hosted.follow(lambda: left.of(Saved))
     hosted.host.release(left.lease)
     hosted.follow(lambda: left.end and whole.end)
     for event in left.events:
-        books.enter(event)
+        recorder.record(event)
         if isinstance(event, Saved):
             break
     again = hosted.start("left", again=True)
@@ -297,12 +298,12 @@ def test_a_trial_whose_steps_are_all_done_ends_at_once(hosted: Hosted, monkeypat
     one = hosted.start("one")
     assert one
     hosted.follow(lambda: one.end)
-    books = TrialRecorder(one.start, one.paths, hosted.spec)
+    recorder = TrialRecorder(one.start, one.paths, hosted.spec)
     for event in one.events[:-1]:
-        books.enter(event)
+        recorder.record(event)
     last = {"seconds": 1.0, "gpu_seconds": 0.0, "peak_memory_gib": 0.0}
-    books.enter(Warned(**last, warning="before the checkpoint from which it goes on"))
-    books.enter(Left(**last, step=6, lost=None))
+    recorder.record(Warned(**last, warning="before the checkpoint from which it goes on"))
+    recorder.record(Left(**last, step=6, lost=None))
     again = hosted.start("one", again=True)
     assert again
     assert again.start.step == again.start.total_steps == 6
@@ -340,7 +341,7 @@ def test_a_lease_of_which_nobody_hears_is_given_up(hosted: Hosted, monkeypatch: 
     hosted.follow(lambda: heard.end, unheard)
     renewed = hosted.start("renewed", forever)
     assert renewed
-    monkeypatch.setattr(hosted_room, "LEASE_S", 5.0)
+    monkeypatch.setattr(slots_module, "LEASE_TIMEOUT_S", 5.0)
     deadline = time.monotonic() + 200
     while not hosted.has_free():
         hosted.host.renew(renewed.lease)
@@ -367,7 +368,7 @@ def training(spec: SweepSpec, **values: Any) -> dict[str, Any]:
 ALONE = {
     "biases": (["lora.bias=all"], "lora.bias all", "trl"),
     "trl": (["training.engine=trl"], "training.engine is trl", "trl"),
-    "another base": (["base.quantization=none"], "its base is another than that of the trials beside it", "fast"),
+    "another base": (["base.quantization=none"], "its base differs from that of the other trials", "fast"),
     "a larger rank": (["lora.rank=32"], "its rank or its layers are more than the slots were made for", "fast"),
     "per layer": (
         ["training.dequantise=per_layer"],
@@ -401,9 +402,9 @@ def test_a_trial_that_cannot_share_runs_alone_and_others_go_on_afterwards(hosted
 
 
 def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_then_next(
-    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, inputs.data, slots=3)
     endless = hosted.spec.trial_config({}).model_copy(update=training(hosted.spec, steps=5000))
     odd_one = trial("training.steps=2", "training.eval_steps=2", "lora.rank=32")
     long = hosted.start("long", endless)
@@ -416,7 +417,7 @@ def test_a_trial_that_must_be_alone_lets_others_before_it_for_a_while_and_is_the
     assert early
     hosted.follow(lambda: early.end)
     assert isinstance(early.end, Completed)
-    monkeypatch.setattr(host_room, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(runtime_module, "MAX_ALONE_WAIT_S", 0.0)
     go_on(hosted, long)
     late = hosted.start("late")
     assert late
@@ -525,10 +526,10 @@ def test_a_fault_of_the_engine_ends_the_attempts_of_all_and_others_may_come(
 
 @pytest.mark.usefixtures("joint")
 def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
-    hosted_spec: SweepSpec, ground: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosted_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those in the pass, and one that was being set up for the same engine."""
-    hosted = Hosted(tmp_path / "sweep", hosted_spec, ground.data, slots=3)
+    hosted = Hosted(tmp_path / "sweep", hosted_spec, inputs.data, slots=3)
     step, is_asked, is_in, raised = Engine.step, threading.Event(), threading.Event(), 0
 
     def faulty(engine: Engine, spans: Any) -> Any:
@@ -557,9 +558,9 @@ def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
         assert isinstance(followed.end, Left)
         assert followed.end.lost
         assert followed.end.lost.startswith("OutOfMemoryError")
-        books = TrialRecorder(followed.start, followed.paths, hosted.spec)
+        recorder = TrialRecorder(followed.start, followed.paths, hosted.spec)
         for event in followed.events:
-            books.enter(event)
+            recorder.record(event)
     plan = {"keeps_base": True, "recompute": "nothing", "max_tokens": CPU_TOKENS}
     assert [followed.fields["memory_plan"] for followed in hosted.all] == [plan] * 3
     before = [hosted.all.pop() for _ in names][::-1]
@@ -567,7 +568,7 @@ def test_trials_that_ran_out_of_memory_together_go_on_in_a_form_that_takes_less(
         assert hosted.start(name, config, again=True)
     assert [followed.start.step > 0 for followed in hosted.all] == [True, True, False]
     hosted.follow(lambda: all(followed.end for followed in hosted.all))
-    solo = alone(ground, tmp_path / "alone", config)
+    solo = alone(inputs, tmp_path / "alone", config)
     for followed, earlier in zip(hosted.all, before, strict=True):
         assert isinstance(followed.end, Completed)
         assert followed.fields["memory_plan"] == plan | {"recompute": "elementwise"}

@@ -7,25 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained, alone, open_ground, trial
+from packed import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, Trained, alone, open_inputs, trial
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores
-from orchestrator.training.attempt.events import (
-    WriteQueue,
-)
-from orchestrator.training.engines.loop import TrialInputs
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.plan.factory import release
 from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
-from orchestrator.training.worker.slots import FileWriter, SlotLease
+from orchestrator.training.worker.file_writers import FileWriter
+from orchestrator.training.worker.slots import SlotLease
+from orchestrator.training.write_queue import WriteQueue
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ground() -> TrialInputs:
-    return open_ground()
+def inputs() -> TrialInputs:
+    return open_inputs()
 
 
 def assert_same(seen: Trained, solo: Trained, loss: float = LOSS, update: float = UPDATE) -> None:
@@ -61,16 +60,16 @@ def assert_to_the_digit(seen: Trained, other: Trained) -> None:
 # One slot among others, against the same trial alone
 
 
-def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: TrialInputs, tmp_path: Path) -> None:
+def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(inputs: TrialInputs, tmp_path: Path) -> None:
     """Of a rank that is the stack's, and of one that is below it; a slot that was another's, and a checkpoint."""
     eight = ["training.optimizer=adamw_8bit"]
     high, low = trial(*A, *eight, "lora.rank=64"), trial(*B, *eight, "lora.rank=48", "training.save_steps=7")
-    bench = Bench(ground, tmp_path, 3, [high, low])
+    bench = Bench(inputs, tmp_path, 3, [high, low])
     assert bench.engine.adapters.rank == 64
     assert bench.engine.adapters.moment1.dtype == torch.uint8
     early = bench.join(0, trial(*OTHER, *eight), stop_at=3, name="early")
     assert early.loop.read_back()["training.optimizer"] == "bitsandbytes.AdamW 8-bit"
-    wrong = Bench(ground, tmp_path / "wrong", 2, [trial(*A)]).join(0, trial(*A, *eight))
+    wrong = Bench(inputs, tmp_path / "wrong", 2, [trial(*A)]).join(0, trial(*A, *eight))
     assert wrong.loop.read_back()["training.optimizer"] == ["bitsandbytes.AdamW 8-bit", "torch.float32 moments"]
     seen = {"low": bench.join(2, low, name="low")}
     while not early.end:
@@ -78,14 +77,14 @@ def test_moments_in_eight_bits_are_those_that_a_trial_has_alone(ground: TrialInp
     seen["high"] = bench.join(0, high, name="high")
     bench.run()
     for name, config in {"low": low, "high": high}.items():
-        assert_same(seen[name], alone(ground, tmp_path / "alone" / name, config), update=0.01)
-    resumed = alone(ground, tmp_path / "resumed", low, tmp_path / "low" / "checkpoint-7")
+        assert_same(seen[name], alone(inputs, tmp_path / "alone" / name, config), update=0.01)
+    resumed = alone(inputs, tmp_path / "resumed", low, tmp_path / "low" / "checkpoint-7")
     assert resumed.losses == pytest.approx({at: loss for at, loss in seen["low"].losses.items() if at > 7}, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
-def solos(ground: TrialInputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    return {name: alone(ground, tmp_path_factory.mktemp(name), trial(*of)) for name, of in (("A", A), ("B", B))}
+def solos(inputs: TrialInputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    return {name: alone(inputs, tmp_path_factory.mktemp(name), trial(*of)) for name, of in (("A", A), ("B", B))}
 
 
 ALL = [trial(*each) for each in (A, B, OTHER, SINGLE, WILD, LATE)]
@@ -96,7 +95,7 @@ ALL = [trial(*each) for each in (A, B, OTHER, SINGLE, WILD, LATE)]
     ids=["A first", "A last", "several passes a batch"],
 )  # fmt: skip
 def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
-    ground: TrialInputs,
+    inputs: TrialInputs,
     solos: dict[str, Trained],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +111,7 @@ def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
         return evaluate(engine, held)
 
     monkeypatch.setattr(Engine, "evaluate", watched_evaluate)
-    bench = Bench(ground, tmp_path, 8, ALL)
+    bench = Bench(inputs, tmp_path, 8, ALL)
     if max_tokens is not None:
         monkeypatch.setattr(bench.engine, "max_tokens", max_tokens)
     configs = {"A": trial(*A), "B": trial(*B)}
@@ -141,10 +140,10 @@ def test_first_and_last_slot_have_the_numbers_that_they_have_alone(
 
 
 def test_beside_a_first_slot_that_diverged_all_go_on_as_alone(
-    ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path
+    inputs: TrialInputs, solos: dict[str, Trained], tmp_path: Path
 ) -> None:
     """The rest of a row is computed as the first slot's."""
-    bench = Bench(ground, tmp_path, 3, ALL)
+    bench = Bench(inputs, tmp_path, 3, ALL)
     sick = bench.join(0, trial(*WILD))
     seen = {"A": bench.join(1, trial(*A)), "B": bench.join(2, trial(*B))}
     bench.run()
@@ -155,9 +154,9 @@ def test_beside_a_first_slot_that_diverged_all_go_on_as_alone(
 
 
 def test_the_same_trial_in_all_slots_is_the_same_trial(
-    ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path
+    inputs: TrialInputs, solos: dict[str, Trained], tmp_path: Path
 ) -> None:
-    bench = Bench(ground, tmp_path, 3, ALL)
+    bench = Bench(inputs, tmp_path, 3, ALL)
     seen = [bench.join(slot, trial(*B)) for slot in range(3)]
     bench.run()
     for each in seen:
@@ -167,10 +166,10 @@ def test_the_same_trial_in_all_slots_is_the_same_trial(
 # What is idle, freed, and used again
 
 
-def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: TrialInputs, tmp_path: Path) -> None:
+def test_idle_and_freed_slots_do_not_change_by_a_bit(inputs: TrialInputs, tmp_path: Path) -> None:
     """Nor does the filler of ranks and layers that a trial has not."""
-    release(ground.base)
-    bench = Bench(ground, tmp_path, 5, ALL)
+    release(inputs.base)
+    bench = Bench(inputs, tmp_path, 5, ALL)
     idle, short, sick, long, late = range(5)
     for flat in bench.flats:
         flat[idle].uniform_(0.1, 1.0)
@@ -199,15 +198,15 @@ def test_idle_and_freed_slots_do_not_change_by_a_bit(ground: TrialInputs, tmp_pa
         assert not flat[long].any(), "what is not the trial's own stays zero"
 
 
-def test_a_slot_used_again_carries_nothing_over(ground: TrialInputs, tmp_path: Path) -> None:
+def test_a_slot_used_again_carries_nothing_over(inputs: TrialInputs, tmp_path: Path) -> None:
     """To the digit: after a trial of another rank with NaN everywhere, and after one that broke off within a batch."""
-    release(ground.base)
-    fresh = Bench(ground, tmp_path, 3, ALL)
+    release(inputs.base)
+    fresh = Bench(inputs, tmp_path, 3, ALL)
     expected = fresh.join(1, trial(*A))
     fresh.run()
 
-    release(ground.base)
-    bench = Bench(ground, tmp_path, 3, ALL)
+    release(inputs.base)
+    bench = Bench(inputs, tmp_path, 3, ALL)
     assert bench.engine is not fresh.engine
     bench.join(1, trial(*OTHER, "training.learning_rate=1e-2"), stop_at=6)
     sick = bench.join(1, trial(*WILD))
@@ -246,12 +245,12 @@ def host_aside() -> tuple[WriteQueue, threading.Event, Callable[[], None]]:
     return writer, gate, finish
 
 
-def test_a_checkpoint_from_a_pack_goes_on_alone(ground: TrialInputs, solos: dict[str, Trained], tmp_path: Path) -> None:
+def test_a_checkpoint_from_a_pack_goes_on_alone(inputs: TrialInputs, solos: dict[str, Trained], tmp_path: Path) -> None:
     """It is written when the trial has long gone on."""
-    aside, gate, written = host_aside()
-    bench = Bench(ground, tmp_path / "pack", 3, ALL)
+    write_queue, gate, written = host_aside()
+    bench = Bench(inputs, tmp_path / "pack", 3, ALL)
     bench.join(0, trial(*OTHER))
-    whole = bench.join(2, trial(*A, "training.save_steps=9"), aside=aside, name="A")
+    whole = bench.join(2, trial(*A, "training.save_steps=9"), write_queue=write_queue, name="A")
     bench.run()
     checkpoint = tmp_path / "pack" / "A" / "checkpoint-9"
     assert not checkpoint.exists()
@@ -259,7 +258,7 @@ def test_a_checkpoint_from_a_pack_goes_on_alone(ground: TrialInputs, solos: dict
     written()
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint-14", "checkpoint-9"]
 
-    single = Bench(ground, tmp_path / "alone", 1, [trial(*A)])
+    single = Bench(inputs, tmp_path / "alone", 1, [trial(*A)])
     resumed = single.join(0, trial(*A), checkpoint)
     assert all(map(torch.equal, single.matrices(resumed.loop), whole.saved[9])), "weights or moments are others"
     single.run()
@@ -267,11 +266,11 @@ def test_a_checkpoint_from_a_pack_goes_on_alone(ground: TrialInputs, solos: dict
         assert_goes_on(resumed, other, 9)
 
 
-def test_a_checkpoint_from_alone_goes_on_in_a_pack(ground: TrialInputs, tmp_path: Path) -> None:
-    single = Bench(ground, tmp_path / "alone", 1, [trial(*B)])
+def test_a_checkpoint_from_alone_goes_on_in_a_pack(inputs: TrialInputs, tmp_path: Path) -> None:
+    single = Bench(inputs, tmp_path / "alone", 1, [trial(*B)])
     whole = single.join(0, trial(*B, "training.save_steps=7"))
     single.run()
-    bench = Bench(ground, tmp_path / "pack", 4, ALL)
+    bench = Bench(inputs, tmp_path / "pack", 4, ALL)
     bench.join(0, trial(*OTHER))
     bench.turn(3)
     resumed = bench.join(3, trial(*B), tmp_path / "alone" / "0" / "checkpoint-7")
@@ -293,14 +292,14 @@ def assert_goes_on(resumed: Trained, whole: Trained, step: int) -> None:
         assert (resumed.end[name] - end).norm() <= 1e-4 * end.norm()
 
 
-def test_a_trial_goes_on_in_the_same_place_to_the_digit(ground: TrialInputs, tmp_path: Path) -> None:
-    aside, gate, written = host_aside()
-    bench = Bench(ground, tmp_path, 3, ALL)
-    whole = bench.join(1, trial(*A, "training.save_steps=7"), aside=aside)
+def test_a_trial_goes_on_in_the_same_place_to_the_digit(inputs: TrialInputs, tmp_path: Path) -> None:
+    write_queue, gate, written = host_aside()
+    bench = Bench(inputs, tmp_path, 3, ALL)
+    whole = bench.join(1, trial(*A, "training.save_steps=7"), write_queue=write_queue)
     bench.run()
     gate.set()
     written()
-    bench = Bench(ground, tmp_path, 3, ALL)
+    bench = Bench(inputs, tmp_path, 3, ALL)
     resumed = bench.join(1, trial(*A), tmp_path / "1" / "checkpoint-7")
     bench.run()
     assert resumed.losses == {at: loss for at, loss in whole.losses.items() if at > 7}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from bits import WATCHED, Setting
-from packed import open_ground
+from packed import open_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     layers = "lora.layers_to_transform=[0, 1, 3]"
-    return Setting(open_ground(), tmp_path_factory.mktemp("alone"), layers)
+    return Setting(open_inputs(), tmp_path_factory.mktemp("alone"), layers)
 
 
 def test_a_trial_beside_others_has_the_bits_that_it_has_alone(setting: Setting, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import Witness
 
-from orchestrator import base as base_room
+from orchestrator import base as base_module
 from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.base import load_base, shared_base
 from orchestrator.embedded import BASE_DIR
@@ -21,8 +21,8 @@ from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.search import SearchSection
-from orchestrator.training.attempt import attempt as attempt_room
-from orchestrator.training.engines import loop as loop_room
+from orchestrator.training.attempt import attempt as attempt_module
+from orchestrator.training.engines import choose as choose_module
 from orchestrator.training.fast.step.engine import CPU_TOKENS
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.trial import run_trial
@@ -146,8 +146,8 @@ def test_a_setting_that_is_not_applied_fails_the_trial(
 
         return built
 
-    for name in ("build_trainer", "adapted", "adapted_by_peft"):
-        monkeypatch.setattr(loop_room, name, with_another_value(getattr(loop_room, name)))
+    for name in ("build_trainer", "model_from_template", "model_from_peft"):
+        monkeypatch.setattr(choose_module, name, with_another_value(getattr(choose_module, name)))
     with pytest.raises(TrialError, match=re.escape(message)):
         run(tiny(f"training.engine={engine}"), folder)
     (trial,) = read_sweep(folder.root).trials()
@@ -226,13 +226,13 @@ def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path, fir
         run(tiny(f"training.engine={then}", *settings), folder)
         return curve(folder)
 
-    base_room.evict()
+    base_module.evict()
     base = shared_base(tiny().base)
     settings = ["training.seed=1", "lora.rank=32", "training.recompute=true", "training.steps=4"]
     run(tiny(f"training.engine={first}", *settings), SweepPaths(tmp_path / "first"))
     after_another = second("after_another")
     assert shared_base(tiny().base) is base, "the base was loaded again"
-    base_room.evict()
+    base_module.evict()
     assert second("fresh") == after_another
 
 
@@ -240,16 +240,16 @@ def test_a_reused_base_is_as_good_as_a_fresh_one(tiny: Tiny, tmp_path: Path, fir
 def test_lease_leaves_nothing_on_the_base(
     tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    build, trained = loop_room.build_trainer, []
+    build, trained = choose_module.build_trainer, []
 
     def build_and_watch(*arguments: Any) -> Any:
         trainer = build(*arguments)
         trained.append(weakref.ref(trainer.model))
         return trainer
 
-    monkeypatch.setattr(loop_room, "build_trainer", build_and_watch)
+    monkeypatch.setattr(choose_module, "build_trainer", build_and_watch)
     spec = tiny(f"training.engine={engine}", "training.recompute=true", "training.steps=4")
-    base_room.evict()
+    base_module.evict()
     base = shared_base(spec.base)
     modules = dict(base.named_modules())
     run(spec, folder)
@@ -267,7 +267,7 @@ def test_lease_leaves_nothing_on_the_base(
 def test_who_still_names_a_trials_model_holds_no_adapter(
     tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    build, named, adapters = loop_room.build_trainer, [], []
+    build, named, adapters = choose_module.build_trainer, [], []
 
     def build_and_name(*arguments: Any) -> Any:
         trainer = build(*arguments)
@@ -275,7 +275,7 @@ def test_who_still_names_a_trials_model_holds_no_adapter(
         adapters.extend(weakref.ref(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
         return trainer
 
-    monkeypatch.setattr(loop_room, "build_trainer", build_and_name)
+    monkeypatch.setattr(choose_module, "build_trainer", build_and_name)
     run(tiny(f"training.engine={engine}", "training.steps=4"), folder)
     gc.collect()
     assert len(named) == 1
@@ -404,7 +404,7 @@ def test_interrupted_while_it_answers_trains_no_step_more(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempt_room, "exact_matches", interrupt)
+        patched.setattr(attempt_module, "exact_matches", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_local_trial(spec, broken, Witness())
     resumed = resume_local_trial(read_sweep(broken.root), Witness())
@@ -504,7 +504,7 @@ def test_settings_train(
 
 
 def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
-    with pytest.raises(TrialError, match=r"'w_proj' is no linear layer of this base; it has down_proj, "):
+    with pytest.raises(TrialError, match=r"'w_proj' is not a linear layer of this base; it has down_proj, "):
         run(tiny("lora.target_modules=[q_proj, w_proj]"), folder)
 
 
@@ -513,7 +513,7 @@ def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
     [
         (
             ["base.quantization=none", "lora.target_modules=[up_proj]", "lora.modules_to_save=[mlp]"],
-            "nothing is left to adapt; all of it is in lora.modules_to_save",
+            "nothing is left to adapt; all layers are in lora.modules_to_save",
         ),
         (
             ["training.steps=null", "training.epochs=0.2", "training.schedule=linear", "training.warmup=50"],

@@ -15,8 +15,8 @@ from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.model import adapter_init
 from orchestrator.training.model.adapter_init import eva_components, init_adapter
-from orchestrator.training.model.peft_model import adapted_by_peft, load_adapter_weights, lora_layers
-from orchestrator.training.model.targets import TrainableBeside, expected_modules
+from orchestrator.training.model.peft_model import load_adapter_weights, lora_layers, model_from_peft
+from orchestrator.training.model.targets import ExtraTrainables, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -41,10 +41,10 @@ def bases() -> dict[str, Any]:
     return {section["quantization"]: load_base(BaseSection.model_validate(section)) for section in sections}
 
 
-def drawn(base: Any, config: TrialConfig, seed: int = 3, read: Any = None) -> Any:
+def drawn(base: Any, config: TrialConfig, seed: int = 3, components: Any = None) -> Any:
     """A model with the trial's first weights."""
-    model = adapted_by_peft(base, config, expected_modules(base, config.lora), TrainableBeside({}, 0, {}, 0))
-    init_adapter(model, config.lora, seed, torch.float32, read)
+    model = model_from_peft(base, config, expected_modules(base, config.lora), ExtraTrainables({}, 0, {}, 0))
+    init_adapter(model, config.lora, seed, torch.float32, components)
     return model.eval()
 
 
@@ -124,7 +124,7 @@ def test_gaussian_has_the_deviation_of_peft_and_depends_on_the_seed_alone(
 
 
 def test_a_rank_that_the_weight_has_not_is_told(bases: dict[str, Any], trial: MakeConfig) -> None:
-    with pytest.raises(TrialError, match=r"lora\.init olora takes rank 200 of model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(TrialError, match=r"lora\.init olora needs rank 200 for model\.layers\.0\.self_attn\.q_proj"):
         drawn(bases["nf4"], trial(init="olora", rank=200))
 
 
@@ -161,7 +161,7 @@ def test_eva_reads_the_training_rows_in_the_order_of_the_seed(
     for components in one.values():
         assert torch.allclose(components @ components.T, torch.eye(3), atol=1e-4), "orthonormal"
     assert torch.equal(one["model.layers.0.self_attn.q_proj"], one["model.layers.0.self_attn.v_proj"]), "one input"
-    model = drawn(base, config, read=one)
+    model = drawn(base, config, components=one)
     for name, layer in lora_layers(model).items():
         assert torch.equal(layer.lora_A["default"].weight, one[name])
         assert not layer.lora_B["default"].weight.any()
@@ -171,7 +171,7 @@ def test_eva_of_a_rank_that_a_layer_does_not_read_is_told(
     bases: dict[str, Any], trial: MakeConfig, data: PreparedData
 ) -> None:
     config = trial(init="eva", rank=4, rank_pattern={"q_proj": 193})
-    with pytest.raises(TrialError, match=r"eva takes rank 193 of what .*q_proj reads, which has 192 features"):
+    with pytest.raises(TrialError, match=r"eva needs rank 193 for .*q_proj, whose input has only 192 features"):
         eva_components(share_modules(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))
 
 
@@ -180,5 +180,5 @@ def test_eva_that_does_not_settle_is_told(
 ) -> None:
     monkeypatch.setattr(adapter_init, "EVA_PASSES", 2)
     config = trial(init="eva", rank=3, target_modules=["q_proj"])
-    with pytest.raises(TrialError, match="has not settled in 2 passes"):
+    with pytest.raises(TrialError, match="have not converged in 2 passes"):
         eva_components(share_modules(bases["nf4"]), config, data, list(expected_modules(bases["nf4"], config.lora)))

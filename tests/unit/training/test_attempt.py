@@ -11,7 +11,8 @@ from orchestrator.errors import DivergedError, FailureCause, HubError, TooLargeE
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.training.attempt.attempt import Attempt
-from orchestrator.training.attempt.events import Event, Failed, Left, WriteNow
+from orchestrator.training.attempt.events import Event, Failed, Left
+from orchestrator.training.write_queue import WriteNow
 
 
 class Heard:
@@ -39,8 +40,8 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
     data = SimpleNamespace(fingerprint="f")
-    ground: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
-    attempt = Attempt(start, SweepPaths(folder).trial("a"), ground, heard, WriteNow(), lambda _: 0.0, is_alone=True)
+    inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
+    attempt = Attempt(start, SweepPaths(folder).trial("a"), inputs, heard, WriteNow(), lambda _: 0.0, is_alone=True)
     assert list(attempt.run(fail)) == []
     return heard.events[-1]
 

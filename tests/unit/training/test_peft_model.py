@@ -14,7 +14,7 @@ from orchestrator.base import load_base, share_modules
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.model.adapter_init import init_adapter
-from orchestrator.training.model.peft_model import adapted, lora_config, peft_template
+from orchestrator.training.model.peft_model import lora_config, model_from_template, peft_template
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -39,9 +39,9 @@ def trial(document: dict[str, Any]) -> MakeConfig:
 )
 def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, lora: dict[str, Any]) -> None:
     config = trial(**lora)
-    adapted(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
+    model_from_template(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
     made, wanted = (
-        adapted(base, config),
+        model_from_template(base, config),
         get_peft_model(share_modules(base), lora_config(config, expected_modules(base, config.lora))),
     )
     for model in (made, wanted):
@@ -63,7 +63,7 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
 
 
 def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial: MakeConfig) -> None:
-    one, other = adapted(base, trial(rank=4)), adapted(base, trial(rank=4))
+    one, other = model_from_template(base, trial(rank=4)), model_from_template(base, trial(rank=4))
     init_adapter(one, trial(rank=4).lora, seed=1, dtype=torch.float32)
     init_adapter(other, trial(rank=4).lora, seed=1, dtype=torch.float32)
     of_base = {id(parameter) for parameter in base.parameters()}
@@ -87,7 +87,7 @@ def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> No
     """Whatever else draws in this process, and whatever the dtype."""
 
     def drawn(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        model = adapted(base, trial(rank=8))
+        model = model_from_template(base, trial(rank=8))
         init_adapter(model, trial(rank=8).lora, seed, dtype)
         return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -109,7 +109,7 @@ def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> No
 
 def test_a_pattern_goes_with_its_base(trial: MakeConfig) -> None:
     base = load_base(BaseSection(model="embedded", compute_dtype="float32"))
-    adapted(base, trial(rank=4))
+    model_from_template(base, trial(rank=4))
     weight = weakref.ref(base.get_input_embeddings().weight)
     del base
     gc.collect()

@@ -8,8 +8,9 @@ import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import Event, Saved, WriteNow
+from orchestrator.training.attempt.events import Event, Saved
 from orchestrator.training.attempt.reporter import Reporter
+from orchestrator.training.write_queue import WriteNow
 
 
 class Listener:
