@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from bits import WATCHED, Setting
-from packed import open_inputs
+from shared_engine import open_inputs
 from tiny import DEMO, TINY, Witness
 
 from orchestrator.errors import TrialError
