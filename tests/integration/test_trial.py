@@ -279,9 +279,7 @@ def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
     ],
     ids=["nothing to adapt", "epochs shorter than the warmup"],
 )
-def test_errors_that_base_and_rows_reveal(
-    tiny: Tiny, folder: SweepPaths, overrides: list[str], message: str
-) -> None:
+def test_errors_that_base_and_rows_reveal(tiny: Tiny, folder: SweepPaths, overrides: list[str], message: str) -> None:
     with pytest.raises(TrialError) as caught:
         run(tiny(*overrides), folder)
     assert message in str(caught.value)
