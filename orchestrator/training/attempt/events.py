@@ -1,4 +1,4 @@
-"""What happens to a trial, as plain data. The training process sends these events to the process that records them."""
+"""The events of a trial, as plain data. The training process sends them to the process that records them."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol

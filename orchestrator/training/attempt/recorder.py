@@ -64,7 +64,7 @@ class TrialRecorder:
 
     @property
     def warnings(self) -> list[str]:
-        """What has gone wrong so far without stopping the trial."""
+        """Everything that has gone wrong so far without stopping the trial."""
         return list(dict.fromkeys([*self._warnings, *self._trackers.warnings]))
 
     def record(self, event: Event) -> MetricPoint | None:

@@ -1,4 +1,4 @@
-"""What the trials of a process train on: the base, its tokenizer, and the rows."""
+"""The inputs of all trials in a process: the base, its tokenizer, and the rows."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -81,7 +81,7 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
 
 @dataclass(frozen=True)
 class ExtraTrainables:
-    """What trains on a base in addition to the adapter's matrices."""
+    """The parameters of a base that train in addition to the adapter's matrices."""
 
     saved: dict[str, int]
     """Name of a module that trains in full (`lora.modules_to_save`) -> its number of parameters."""

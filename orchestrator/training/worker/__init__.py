@@ -1,4 +1,4 @@
-"""What a worker process does: it holds one base in memory and trains the trials that are given its slots.
+"""The worker process: it holds one base in memory, and trains the trials that are given its slots.
 
 Reading order:
 
@@ -15,5 +15,5 @@ Threads of a worker process:
     set-up      imports trl, then builds the trainers of new trials while others train
     writer      one for each attempt: writes its adapters and checkpoints, then emits the events that report them
 
-The records of a trial are kept by another process, which polls `WorkerRuntime.events`.
+Another process, which polls `WorkerRuntime.events`, writes the records of a trial.
 """
