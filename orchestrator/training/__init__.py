@@ -18,7 +18,12 @@ the records (`attempt.recorder`, driven by `sweep.workers`), and a worker proces
 `attempt.events` are all that passes between the two.
 
 Imports inside functions. torch, transformers, trl, peft and bitsandbytes take seconds to import. A module that the
-command line, the driver or a recording process needs imports them inside the functions that use them: `start`, `local`,
-`attempt.events`, `attempt.recorder` and `model.device`, for example. Bad input is then reported before the seconds of
-importing. Modules that only run where a trial trains import them at the top.
+command line, the driver or a recording process needs imports them inside the functions that use them, as `local` and
+`model.device` do, or not at all, as `attempt.events` and `attempt.recorder`. Bad input is then reported before the
+seconds of importing. Modules that only run where a trial trains import them at the top. trl is imported inside
+functions there too, because a worker imports it in a thread while kernels compile (`engines.sft.import_trainer`).
+
+Side effects on the process. Each is in one function: `local.take_gpus` hides GPUs, `model.device.use_device` sets the
+number of CPU threads, `attempt.log_file.output_to` redirects the standard output, `engines.sft.import_trainer` replaces
+two functions of accelerate, and `worker.runtime.freeze_garbage_collector` excludes long-lived objects from collections.
 """

@@ -30,7 +30,7 @@ FEW_ROWS = ["data.max_rows=80", "data.held_out={count: 40}"]
 
 @dataclass
 class Trained:
-    """What was observed of one training."""
+    """The observations of one training."""
 
     folder: Path
     logs: list[dict[str, float]] = field(default_factory=list)

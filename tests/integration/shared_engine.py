@@ -60,7 +60,7 @@ def open_inputs(*overrides: str) -> TrialInputs:
 
 @dataclass
 class Trained:
-    """What was observed of one trial."""
+    """The observations of one trial."""
 
     loop: Any
     start: dict[str, torch.Tensor]

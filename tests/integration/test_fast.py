@@ -1,4 +1,4 @@
-"""What the fast engine does by itself: late metrics, NaN, resumes, refusals."""
+"""The fast engine without comparison to trl: late metrics, NaN, resumes, refusals."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

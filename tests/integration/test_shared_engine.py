@@ -243,7 +243,7 @@ def held_write_queue() -> tuple[WriteQueue, threading.Event, Callable[[], None]]
 def test_checkpoint_from_a_shared_engine_continues_alone(
     inputs: TrialInputs, solos: dict[str, Trained], tmp_path: Path
 ) -> None:
-    """It is written long after its step."""
+    """The checkpoint is written long after its step."""
     write_queue, gate, written = held_write_queue()
     bench = Bench(inputs, tmp_path / "shared", 3, ALL)
     bench.join(0, trial(*OTHER))

@@ -119,7 +119,7 @@ def test_files_left_incomplete_by_a_kill_are_repaired(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_new_learning_rate_applies_from_the_checkpoint_on(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
-    """As under PBT, the checkpoint has the earlier learning rate, weight decay and schedule."""
+    """The checkpoint has the earlier learning rate, weight decay and schedule, as under PBT."""
     settings = ["training.schedule=linear", "training.warmup=0", "training.save_steps=4", "training.logging_steps=1"]
     spec = tiny(f"training.engine={engine}", *settings)
     with pytest.raises(KeyboardInterrupt):

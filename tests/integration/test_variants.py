@@ -89,7 +89,7 @@ def test_adapter_trains_and_plain_peft_reproduces_its_loss(
 
 @pytest.mark.parametrize("base", ["nf4", "none"])
 def test_code_in_the_model_card_reproduces_the_loss(tiny: Tiny, folder: SweepPaths, base: str) -> None:
-    """Where bitsandbytes repacks 4-bit weights for a CPU, DoRA's norms would be computed from packed bytes."""
+    """The code must keep bitsandbytes from repacking 4-bit weights; DoRA's norms would come from packed bytes."""
     result, _ = trained(tiny(*SHORT, "lora.dora=true", f"base.quantization={base}"), folder)
     assert result.best is not None
     adapter = read_sweep(folder.root).adapter(result)

@@ -138,7 +138,7 @@ def test_trial_continues_from_its_checkpoint(worker: FollowedWorker) -> None:
 
 
 def test_trial_without_remaining_steps_ends_at_once(worker: FollowedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no task for the engine, and the worker continues."""
+    """The engine gets no task from it, and the worker continues."""
     step, sent = Engine.step, []
 
     def counted_step(engine: Engine, spans: Any) -> Any:

@@ -117,7 +117,7 @@ def test_new_token_that_the_tokenizer_lacks_is_refused(trial: MakeConfig) -> Non
 
 
 def test_module_name_matches_only_as_a_whole(trial: MakeConfig) -> None:
-    """By PEFT's own rule, `norm` would also match `post_attention_layernorm`."""
+    """PEFT's own rule would also match `norm` with `post_attention_layernorm`."""
     base, config = model(), trial(modules_to_save=["norm"])
     extra = expected_extra_trainables(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
     assert extra.saved == {"model.norm": 32}
