@@ -99,7 +99,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._listener.emit(Warned(0.0, 0.0, 0.0, warning))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if reason := self._start.config.training.does_not_fit(state.max_steps):  # with epochs, first known here
+        if reason := self._start.config.training.does_not_fit(state.max_steps):  # of epochs it is known only here
             raise TrialError(f"training.schedule: {reason}")
         self.report(Noted, fields={"total_steps": state.max_steps})
 
