@@ -75,7 +75,7 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
     for field in ("rank_pattern", "alpha_pattern"):
         for each in getattr(lora, field):
             if not any(_matches_pattern(name, each) for name in found):
-                raise TrialError(f"lora.{field}: {each!r} matches no adapted layer, such as {next(iter(found))}")
+                raise TrialError(f"lora.{field}: {each!r} matches no adapted layer; one is named {next(iter(found))}")
     return found
 
 

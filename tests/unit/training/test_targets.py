@@ -80,11 +80,11 @@ def test_parameters_ranks_and_layers_equal_peft(trial: MakeConfig, lora: dict[st
         ({"layers_to_transform": [1, 3]}, "there is no layer 3 to adapt; this base has [0, 1, 2]"),
         (
             {"rank_pattern": {"query": 3}},
-            "lora.rank_pattern: 'query' matches no adapted layer, such as model",
+            "lora.rank_pattern: 'query' matches no adapted layer; one is named model",
         ),
         (
             {"alpha_pattern": {"q_proj": 3}, "target_modules": ["v_proj"]},
-            "lora.alpha_pattern: 'q_proj' matches no adapted layer, such as model.layers.0.self_attn.v_proj",
+            "lora.alpha_pattern: 'q_proj' matches no adapted layer; one is named model.layers.0.self_attn.v_proj",
         ),
         ({"modules_to_save": ["head"]}, "lora.modules_to_save: this base has no 'head'; it has act_fn, down_proj,"),
     ],
