@@ -21,12 +21,15 @@ from orchestrator.data import prepare
 from orchestrator.record import MetricPoint, SweepPaths, TrialResult, read_metrics
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import parse_spec
-from orchestrator.training.attempt.events import END, Completed, Event, WriteNow
-from orchestrator.training.engines.loop import Loop, TrialInputs, find_slot, open_loop
+from orchestrator.training.attempt.events import END, Completed, Event
+from orchestrator.training.engines.choose import find_slot, open_loop
+from orchestrator.training.engines.loop import Loop
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.trial import start_of
+from orchestrator.training.trial import trial_so_far
 from orchestrator.training.worker.runtime import WorkerRuntime
+from orchestrator.training.write_queue import WriteNow
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -125,7 +128,7 @@ def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Heard:
         paths, runtime = SweepPaths(Path(folder)), WorkerRuntime(spec, prepare(spec.data, spec.base), len(points), 1)
         for index, point in enumerate(points):
             trial = paths.trial(f"trial-{index}")
-            assert runtime.start(trial.trial_id, start_of(spec.trial_config(point), spec, trial), trial)
+            assert runtime.start(trial.trial_id, trial_so_far(spec.trial_config(point), spec, trial), trial)
         wait_s = 0.0 if len(points) > 1 else 1.0
         while training := [index for index, each in enumerate(heard) if not (each and isinstance(each[-1][1], END))]:
             for index in training:
@@ -140,7 +143,7 @@ def together(spec: SweepSpec, points: Sequence[dict[str, Any]]) -> Heard:
 def opened(setting: Setting, training: dict[str, Any]) -> Iterator[tuple[Loop, MultiLora, int]]:
     """Yield a trial's loop before it runs, the `MultiLora` that steps it, and the tokens of its held-out rows."""
     config = setting.spec(training).trial_config({})
-    inputs = TrialInputs.of(config.base, prepare(config.data, config.base))
+    inputs = TrialInputs.load(config.base, prepare(config.data, config.base))
     with guarded(config.base), tempfile.TemporaryDirectory() as folder:
         engine_slot = find_slot(config, inputs)
         yield (

@@ -23,14 +23,14 @@ from orchestrator.data import prepare
 from orchestrator.record import SweepPaths
 from orchestrator.sweep import results, run
 from orchestrator.sweep.results import ResultKeeper
-from orchestrator.training.attempt.events import WriteNow
-from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import build_trainer
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.slot import Slot
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.device import use_device
-from orchestrator.training.model.peft_model import adapted
+from orchestrator.training.model.peft_model import model_from_template
+from orchestrator.training.write_queue import WriteNow
 
 TRIALS, SLOTS = 8, 2
 PARTS = ("model", "trainer", "begin")
@@ -47,7 +47,7 @@ def parts(setting: Setting, rank: int) -> dict[str, Any]:
     """Measure the parts of one set-up after another in this process."""
     use_device(1)
     config = setting.spec({"steps": 100, "eval_steps": 50}, lora={"rank": rank}).trial_config({})
-    inputs = TrialInputs.of(config.base, prepare(config.data, config.base))
+    inputs = TrialInputs.load(config.base, prepare(config.data, config.base))
     engine, _ = engine_for(inputs.base, [config], inputs.train, inputs.held_out, SLOTS)
     gc.collect()
     gc.freeze()  # as a worker does
@@ -65,7 +65,7 @@ def parts(setting: Setting, rank: int) -> dict[str, Any]:
 def set_up(config: Any, inputs: TrialInputs, engine: Engine, folder: Path) -> dict[str, float]:
     """Return the seconds of each part, up to the first batch."""
     at = [time.perf_counter()]
-    model = adapted(inputs.base, config)
+    model = model_from_template(inputs.base, config)
     at.append(time.perf_counter())
     trainer = build_trainer(config, model, inputs.tokenizer, inputs.data, folder)
     at.append(time.perf_counter())

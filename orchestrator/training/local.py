@@ -1,4 +1,4 @@
-"""One trial here, without Ray: a sweep of one, with the same records."""
+"""Run one trial in this process, without Ray. It is a sweep of one trial, with the same records."""
 
 import os
 import uuid
@@ -24,45 +24,52 @@ def run_local_trial(
     watcher: Watcher,
     source: ExperimentSource | None = None,
 ) -> TrialResult | None:
-    """Run the experiment's own values (no search) as one trial.
+    """Run the experiment's own values, without a search, as one trial.
 
     Args:
         spec: the experiment.
         paths: a folder that does not exist yet.
-        watcher: follows, and may end the trial.
+        watcher: follows the trial, and may end it.
         source: where the experiment was read from.
 
+    Returns:
+        The result, or None if the watcher ended the trial.
+
     Raises:
-        RequestError: base, data or GPUs are not what the experiment says, or a tracker's server refuses; nothing is
-            written.
+        RequestError: base, data or GPUs do not match the experiment, or a tracker's server refuses. Nothing is written.
         TrialError: the trial failed; its record says why.
-        StorageError: the disk is full or fails; `resume_local_trial` goes on.
-        Signalled: a signal ended it; `resume_local_trial` goes on.
+        StorageError: the disk is full or fails; `resume_local_trial` continues.
+        Signalled: a signal ended the trial; `resume_local_trial` continues.
     """
     require_servers(spec.tracking)
-    _begin(spec)
+    _take_device(spec)
     info = start_sweep(spec, paths, source, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
 
 def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | None:
-    """Go on with a trial that was interrupted; a finished one is returned as it is. It raises as `run_local_trial`."""
+    """Continue a trial that was interrupted. A finished one is returned as it is.
+
+    Raises:
+        RequestError, TrialError, StorageError, Signalled: as `run_local_trial` does.
+    """
     require_extras(record.info.spec)
     for fault in server_faults(record.info.spec.tracking):
         watcher.say(f"warning: {fault.message}")
-    _begin(record.info.spec)
-    known = record.paths.trial_ids()
-    return _run(record, known[0] if known else uuid.uuid4().hex[:8], watcher)
+    _take_device(record.info.spec)
+    trial_ids = record.paths.trial_ids()
+    return _run(record, trial_ids[0] if trial_ids else uuid.uuid4().hex[:8], watcher)
 
 
-def _begin(spec: SweepSpec) -> None:
+def _take_device(spec: SweepSpec) -> None:
+    """Restrict this process to the trial's GPUs; if there are any, start to compile the kernels in the background."""
     if take_gpus(spec.resources):
         precompile.start([spec.trial_config({})], num_slots=1)
 
 
 def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | None:
     leave_out_compiler()
-    with importing():  # for seconds: a bad row is told before them
+    with importing():  # takes seconds; bad rows have been reported by now
         from orchestrator.training.trial import run_trial
 
     spec, paths = record.info.spec, record.paths
@@ -70,7 +77,7 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
         try:
             result = run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
         except TrialError:
-            with suppress(OSError):  # it must not hide why the trial failed
+            with suppress(OSError):  # must not hide why the trial failed
                 catch_up(record, watcher.say)
             raise
         catch_up(record, watcher.say)
@@ -78,13 +85,13 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
 
 
 def take_gpus(resources: ResourcesSection) -> bool:
-    """Show this process only the GPUs that its trial takes (the Trainer would otherwise spread over all of them).
+    """Restrict this process to the GPUs that its trial takes. Otherwise the Trainer would use all of them.
 
     Returns:
         Whether there are any.
 
     Raises:
-        RequestError: there are fewer.
+        RequestError: this machine has fewer than the experiment asks for.
     """
     import torch
 
@@ -94,7 +101,7 @@ def take_gpus(resources: ResourcesSection) -> bool:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:wanted])  # read when CUDA starts, not at import
     if resources.gpus_per_trial != "auto" and torch.cuda.device_count() < wanted:
         raise RequestError(
-            f"resources.gpus_per_trial={wanted}, but this machine has {torch.cuda.device_count()} GPUs to take",
-            "Set it to what there is; auto takes one, or none where there is none.",
+            f"resources.gpus_per_trial={wanted}, but this machine has {torch.cuda.device_count()} GPUs",
+            "Set it to the number that this machine has; auto takes one GPU, or none where there is none.",
         )
     return bool(torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""Put a new sweep on disk: its data first, so that a bad row is told before anything is written."""
+"""Write a new sweep to disk. Its data is prepared first, so that a bad row is reported before anything is written."""
 
 import errno
 
@@ -14,17 +14,17 @@ from orchestrator.spec.scheduler_effect import require_scheduler_effect
 def start_sweep(
     spec: SweepSpec, paths: SweepPaths, source: ExperimentSource | None = None, is_single_trial: bool = False
 ) -> SweepInfo:
-    """Tokenize, then write the sweep's data and record: its folder appears with both, or not at all.
+    """Tokenize the data, then write the data and the sweep's record. The folder appears with both, or not at all.
 
     Args:
         spec: the experiment.
         paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
-        source: where the experiment was read from, which a resume compares it with.
-        is_single_trial: whether it is one trial of the experiment's own values, without Ray.
+        source: where the experiment was read from. A resume compares itself with it.
+        is_single_trial: whether the sweep is one trial of the experiment's own values, without Ray.
 
     Raises:
-        RequestError: the base's tokenizer or the data are not what the experiment says, the scheduler would change
-            nothing with so many rows, another sweep has taken the folder, or it cannot be written; nothing is left.
+        RequestError: the base's tokenizer or the data do not match the experiment, the scheduler would change nothing
+            with so many rows, another sweep has taken the folder, or it cannot be written. Nothing is left behind.
     """
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
@@ -49,7 +49,7 @@ def start_sweep(
             inside = SweepPaths(building)
             save(prepared, inside.data)
             write_record(inside.sweep, info)
-            building.rename(paths.root)  # over an empty folder too, but over no other
+            building.rename(paths.root)  # replaces an empty folder, but no other
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise already_exists(paths.root) from error

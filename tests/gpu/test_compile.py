@@ -8,7 +8,7 @@ from tiny import DEMO, TINY
 
 from orchestrator.data import prepare
 from orchestrator.spec import load_spec
-from orchestrator.training.engines.loop import TrialInputs
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.plan.factory import release
 from orchestrator.training.fast.warmup import precompile
@@ -24,7 +24,7 @@ def test_another_process_compiles_all_kernels_that_are_needed(tmp_path: Path, mo
     precompile.join()
     compiled = {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")}
     assert len([path for path in compiled if path.suffix == ".cubin"]) > 10
-    inputs = TrialInputs.of(spec.base, prepare(spec.data, spec.base))
+    inputs = TrialInputs.load(spec.base, prepare(spec.data, spec.base))
     engine_for(inputs.base, spec.corners(), inputs.train, inputs.held_out, 3)
     assert {path for path in tmp_path.rglob("*") if path.suffix in (".cubin", ".so")} == compiled
     release(inputs.base)
@@ -42,7 +42,7 @@ def test_the_probe_finds_every_kernel_compiled(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
     # No other test compiles kernels for this rank.
     spec = load_spec(DEMO, [*TINY, "base.compute_dtype=bfloat16", "lora.rank=128"])
-    inputs = TrialInputs.of(spec.base, prepare(spec.data, spec.base))
+    inputs = TrialInputs.load(spec.base, prepare(spec.data, spec.base))
     engine_for(inputs.base, spec.corners(), inputs.train, inputs.held_out, 3)
     assert len(are_warmups) >= 6
     assert all(are_warmups)

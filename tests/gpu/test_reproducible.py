@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from bits import WATCHED, Setting
-from packed import open_ground
+from shared_engine import open_inputs
 from tiny import DEMO, TINY, Witness
 
 from orchestrator.errors import TrialError
@@ -20,7 +20,7 @@ REPRODUCIBLE = ["base.compute_dtype=bfloat16", "training.reproducible=true"]
 @pytest.fixture(scope="module", params=["adamw_torch_fused", "adamw_8bit"])
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder, optimizer = tmp_path_factory.mktemp("alone"), f"training.optimizer={request.param}"
-    return Setting(open_ground(*REPRODUCIBLE), folder, *REPRODUCIBLE, optimizer, gpus=1)
+    return Setting(open_inputs(*REPRODUCIBLE), folder, *REPRODUCIBLE, optimizer, gpus=1)
 
 
 def test_a_trial_with_others_has_the_same_bits_as_alone(setting: Setting, tmp_path: Path) -> None:

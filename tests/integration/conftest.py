@@ -1,8 +1,9 @@
 """Fixtures of the integration tests."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import DEMO, TINY
@@ -24,3 +25,42 @@ def tiny() -> Callable[..., SweepSpec]:
 def folder(tmp_path: Path) -> SweepPaths:
     """The paths of a sweep folder that does not exist yet."""
     return SweepPaths(tmp_path / "runs" / "tiny")
+
+
+# For tests of the worker and of engines that trials share
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Any:
+    """The `TrialInputs` of the demo's base and rows."""
+    from shared_engine import open_inputs
+
+    return open_inputs()
+
+
+@pytest.fixture(scope="module")
+def worker_spec() -> SweepSpec:
+    """A sweep of trials with six steps each, which can share an engine."""
+    from followed_worker import SIX_STEPS
+    from shared_engine import COMMON
+
+    space = "search.space={lora.rank: {choice: [4, 8]}, lora.dropout: {choice: [0.1, 0.3]}}"
+    return load_spec(DEMO, [*COMMON, *SIX_STEPS, space, "search.num_trials=4"])
+
+
+@pytest.fixture
+def worker(worker_spec: SweepSpec, inputs: Any, tmp_path: Path) -> Iterator[Any]:
+    """A `FollowedWorker` of two slots."""
+    from followed_worker import FollowedWorker
+
+    made = FollowedWorker(tmp_path / "sweep", worker_spec, inputs.data)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def joint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have trials step jointly, as they do on a GPU."""
+    from orchestrator.training.worker import compatibility
+
+    monkeypatch.setattr(compatibility, "steps_separately", lambda _: False)

@@ -1,4 +1,4 @@
-"""What others make of ours: adapters loaded by transformers and PEFT alone, and bases that are not the embedded one."""
+"""Load our adapters with transformers and PEFT alone, and make bases that differ from the embedded one."""
 
 import shutil
 from pathlib import Path
@@ -16,19 +16,20 @@ INT8 = {"load_in_8bit": True}
 
 
 def reloaded_loss(adapter: Path, rows: Any, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> float:
-    """Loss per token of the held-out rows, by transformers and PEFT alone; `dtype` is of what is not quantised."""
+    """Return the loss per token of the rows, by transformers and PEFT alone; `dtype` is that of unquantized weights."""
     return loss_of(reloaded(adapter, form, dtype), rows)
 
 
 def reloaded(adapter: Path, form: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> Any:
-    """An adapter on its base, by transformers and PEFT alone.
+    """Load an adapter on its base, by transformers and PEFT alone.
 
-    On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in evaluation: products are then of bfloat16, and PEFT
-    takes DoRA's norms of the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). It is kept from it here.
+    On a CPU with avx512_bf16, bitsandbytes repacks 4-bit weights for evaluation. It then multiplies in bfloat16, and
+    PEFT computes DoRA's norms from the packed bytes, which is wrong (peft 0.21.2, bitsandbytes 0.50.2). The repacking
+    is turned off here.
     """
-    quantised = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.float32) if form else None
+    quantized = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.float32) if form else None
     model = AutoPeftModelForCausalLM.from_pretrained(
-        str(adapter), quantization_config=quantised, dtype=dtype, device_map="cpu"
+        str(adapter), quantization_config=quantized, dtype=dtype, device_map="cpu"
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -37,8 +38,8 @@ def reloaded(adapter: Path, form: dict[str, Any] | None, dtype: torch.dtype = to
 
 
 def loss_of(model: Any, rows: Any) -> float:
-    """Loss per token of these rows."""
-    # All rows at once, as the trial evaluates: LLM.int8() holds columns apart by what any row of a batch has in them.
+    """Return the loss per token of these rows."""
+    # All rows in one batch, as the trial evaluates: LLM.int8() picks its outlier columns from all rows of a batch.
     longest = max(len(row["input_ids"]) for row in rows)
     ids, labels = torch.full((len(rows), longest), 3), torch.full((len(rows), longest), -100)
     for i, row in enumerate(rows):
@@ -50,7 +51,7 @@ def loss_of(model: Any, rows: Any) -> float:
 
 
 def another_base(folder: Path, **config: Any) -> Path:
-    """The embedded base with another configuration: a head of its own, or biases (small ones), or both."""
+    """Save the embedded base with another configuration: with an untied head, or with small biases, or both."""
     shutil.copytree(BASE_DIR, folder)
     asked = AutoConfig.from_pretrained(BASE_DIR, **config)
     model = AutoModelForCausalLM.from_pretrained(BASE_DIR, config=asked, dtype=torch.float32)

@@ -78,7 +78,7 @@ def test_a_trial_whose_answers_cannot_be_kept_is_complete_all_the_same(
     (trial,) = read_sweep(folder.root).trials()
     assert (trial.state, trial.error) == ("COMPLETE", None)
     (warning,) = trial.warnings
-    assert "cannot be written anew: [Errno 1] Operation not permitted" in warning
+    assert "cannot be rewritten: [Errno 1] Operation not permitted" in warning
     assert trial.best is not None
     assert "eval/exact_match" in trial.best.values
     assert verify(folder.trial(trial.trial_id).root / trial.best.adapter).facts.metrics.keys() == {

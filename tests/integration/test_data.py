@@ -1,4 +1,4 @@
-"""Every format and every source trains an adapter for real; packed rows know nothing of each other."""
+"""Train an adapter from every format and every source; the sequences of a packed row do not see each other."""
 
 import json
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.training.engines.sft import build_trainer, require_apart
+from orchestrator.training.engines.sft import build_trainer, require_independent_sequences
 from orchestrator.training.local import run_local_trial
-from orchestrator.training.model.peft_model import adapted_by_peft
-from orchestrator.training.model.targets import expected_beside, expected_modules
+from orchestrator.training.model.peft_model import model_from_peft
+from orchestrator.training.model.targets import expected_extra_trainables, expected_modules
 from orchestrator.training.worker.runtime import WorkerRuntime
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def parquet(path: Path, rows: list[Row]) -> None:
 
 
 def written(name: str, write: Callable[[Path, list[Row]], Any], rows: list[Row]) -> Callable[[Path], str]:
-    """A source: rows written under a name; its path in the experiment file."""
+    """Return a function that writes the rows to a file of this name and returns the experiment's line for it."""
 
     def make(folder: Path) -> str:
         path = folder / name
@@ -97,7 +97,7 @@ def written(name: str, write: Callable[[Path, list[Row]], Any], rows: list[Row])
 
 
 def several(folder: Path) -> str:
-    """Half of the rows in each of two files."""
+    """Write half of the rows to each of two files."""
     for i, part in enumerate((PROMPT[:60], PROMPT[60:])):
         (folder / "parts").mkdir(exist_ok=True)
         jsonl(folder / "parts" / f"{i}.jsonl", part)
@@ -111,7 +111,7 @@ def mix(folder: Path) -> str:
 
 
 def hub(folder: Path) -> str:
-    """A data set of the hub: `datasets` takes a folder of that name in the working directory for it."""
+    """Write a dataset of the hub: `datasets` accepts a folder of its name in the working directory."""
     for i, part in enumerate((PROMPT[:60], PROMPT[60:])):
         written(f"hub/owner/rows/data/train-{i}.parquet", parquet, part)(folder)
     return "source: owner/rows"
@@ -153,13 +153,13 @@ FORMATS: dict[str, tuple[Callable[[Path], str], str]] = {
 }  # fmt: skip
 
 BY_TRL = ("text", "messages", "tools", "packed", "cut on the left")
-"""Of these SFTTrainer's own loop makes something else than the fast engine: padding, masks, packed rows."""
+"""Formats for which SFTTrainer's own loop lays out batches differently: padding, masks, packed rows."""
 
 
 @pytest.mark.parametrize(
     ("name", "engine"), [*((name, "fast") for name in FORMATS), *((name, "trl") for name in BY_TRL)]
 )
-def test_a_trial_learns_and_plain_peft_reloads_its_adapter(
+def test_trial_learns_and_plain_peft_reloads_its_adapter(
     name: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, form = FORMATS[name]
@@ -182,18 +182,18 @@ def test_a_trial_learns_and_plain_peft_reloads_its_adapter(
     points = read_metrics(folder.trial(result.trial_id))
     losses = [point.values["eval/loss"] for point in points if "eval/loss" in point.values]
     assert len(losses) == 2
-    assert losses[-1] < 0.97 * losses[0], "it falls"
+    assert losses[-1] < 0.97 * losses[0], "the loss falls"
     adapter = read_sweep(folder.root).adapter_path(result)
     assert result.best is not None
     assert reloaded_loss(adapter, load(folder.data).held_out, NF4) == pytest.approx(result.best.value, rel=1e-4)
-    asks_as_trained(spec, adapter)
+    assert_asks_as_trained(spec, adapter)
 
 
 FEW_STEPS = ["training.steps=8", "training.eval_steps=4", "training.batch_size=4", "training.learning_rate=5e-3"]
 
 
-def asks_as_trained(spec: SweepSpec, adapter: Path) -> None:
-    """The template of the rows goes with the adapter: for whoever loads its tokenizer, and for our own chat."""
+def assert_asks_as_trained(spec: SweepSpec, adapter: Path) -> None:
+    """Check that the rows' chat template is saved with the adapter, and is used by our own chat."""
     if spec.data.chat_template is None:
         return
     turn = [{"role": "user", "content": "How?"}]
@@ -213,13 +213,13 @@ def test_trials_of_a_sweep_save_the_template_too(tmp_path: Path) -> None:
         "data.held_out={count: 8}",
     ]
     spec = load_spec(DEMO, [*TINY, *source, f"data.chat_template={ASKING!r}"])
-    host = WorkerRuntime(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
-    assert host._ground(spec.base).tokenizer.chat_template == ASKING
+    runtime = WorkerRuntime(spec, prepare(spec.data, spec.base), slots=1, gpus=0)
+    assert runtime._inputs.get(spec.base).tokenizer.chat_template == ASKING
 
 
 @pytest.fixture(scope="module")
 def packed_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """SFTTrainer on packed rows."""
+    """An SFTTrainer on packed rows."""
     return _packed_trainer(tmp_path_factory.mktemp("trl"))
 
 
@@ -230,36 +230,34 @@ def _packed_trainer(folder: Path, *more: str) -> Any:
     data = prepare(config.data, config.base)
     base, tokenizer = shared_base(config.base), load_tokenizer(config.base)
     modules = expected_modules(base, config.lora)
-    model = adapted_by_peft(base, config, modules, expected_beside(base, config, modules, tokenizer))
+    model = model_from_peft(base, config, modules, expected_extra_trainables(base, config, modules, tokenizer))
     return build_trainer(config, model, tokenizer, data, folder)
 
 
-def test_a_packed_row_of_trl_has_the_losses_of_its_parts_alone(packed_trainer: Any) -> None:
+def test_packed_row_of_trl_has_the_losses_of_its_sequences_alone(packed_trainer: Any) -> None:
     model, batch = packed_trainer.model, next(iter(packed_trainer.get_train_dataloader()))
     model.eval()
     ids, labels, places = (batch[name][0] for name in ("input_ids", "labels", "position_ids"))
-    bounds = [*(places == 0).nonzero().flatten().tolist(), len(ids)]
-    assert len(bounds) > 5
+    cu_seqlens = [*(places == 0).nonzero().flatten().tolist(), len(ids)]
+    assert len(cu_seqlens) > 5
     with torch.no_grad():
         packed = model(**batch, fused_lm_head=True, use_cache=False).log_probs[0]
-        for start, end in pairwise(bounds):
+        for start, end in pairwise(cu_seqlens):
             alone = model(
                 input_ids=ids[None, start:end], labels=labels[None, start:end], fused_lm_head=True, use_cache=False
             ).log_probs[0]
             torch.testing.assert_close(packed[start : end - 1], alone, atol=2e-5, rtol=0)
             assert alone.abs().max() > 0.1
-    assert not packed[[end - 1 for end in bounds[1:-1]]].any(), "no row's first token is foretold by the row before"
+    assert not packed[[end - 1 for end in cu_seqlens[1:-1]]].any(), "across sequences nothing is predicted"
 
 
-def test_a_base_whose_packed_rows_see_each_other_is_refused(
-    packed_trainer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_apart(packed_trainer)
+def test_base_whose_packed_rows_see_each_other_is_refused(packed_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_independent_sequences(packed_trainer)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     with pytest.raises(TrialError, match=r"data\.packing: on this base packed rows see each other"):
-        require_apart(packed_trainer)
+        require_independent_sequences(packed_trainer)
 
 
-def test_packed_rows_of_trl_are_apart_where_bf16_weights_meet_float32_ones(tmp_path: Path) -> None:
+def test_packed_rows_of_trl_are_independent_with_mixed_bf16_and_float32_weights(tmp_path: Path) -> None:
     bf16 = ["base.compute_dtype=bfloat16", "training.precision=bf16"]
-    require_apart(_packed_trainer(tmp_path, *bf16, "lora.modules_to_save=[norm]"))
+    require_independent_sequences(_packed_trainer(tmp_path, *bf16, "lora.modules_to_save=[norm]"))

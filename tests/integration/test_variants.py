@@ -1,4 +1,4 @@
-"""LoRA variants, base forms, optimizers and losses: each trains, and plain PEFT finds its held-out loss again."""
+"""Train each LoRA variant, base form, optimizer and loss, and reproduce its held-out loss with plain PEFT."""
 
 import re
 from collections.abc import Callable
@@ -32,7 +32,7 @@ SHORT = [
 
 
 def trained(spec: SweepSpec, folder: SweepPaths) -> tuple[TrialResult, list[float]]:
-    """Its result, and the held-out losses in their order."""
+    """Train, and return the result and the held-out losses in their order."""
     result = run_local_trial(spec, folder, Witness())
     assert result is not None
     assert result.state == TrialState.COMPLETE
@@ -41,14 +41,14 @@ def trained(spec: SweepSpec, folder: SweepPaths) -> tuple[TrialResult, list[floa
 
 
 FAST = None
-"""No reason against the fast engine."""
+"""The fast engine trains it: there is no reason against that."""
 
 ADAPTERS = {
     "rsLoRA": (["lora.rslora=true", "lora.alpha=8"], NF4, FAST),
     "gaussian": (["lora.init=gaussian"], NF4, FAST),
     "layers": (["lora.layers_to_transform=[1, 3]"], NF4, FAST),
     "DoRA": (["lora.dora=true"], NF4, "lora.dora"),
-    "DoRA rsLoRA unquantised": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
+    "DoRA rsLoRA unquantized": (["lora.dora=true", "lora.rslora=true", "base.quantization=none"], None, "lora.dora"),
     "patterns": (
         ["lora.rank_pattern={down_proj: 4, 'layers.0.self_attn.q_proj': 2}", "lora.alpha_pattern={'.*mlp.*': 3}"],
         NF4,
@@ -61,20 +61,20 @@ ADAPTERS = {
         NF4,
         "lora.rank_pattern (a slot has one scale)",
     ),
-    "PiSSA unquantised": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
+    "PiSSA unquantized": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
     "norms": (["lora.modules_to_save=[norm, input_layernorm]"], NF4, "lora.modules_to_save"),
     "new tokens": (["base.new_tokens=['<|reply|>', '~']"], NF4, "base.new_tokens"),
     "8-bit": (["base.quantization=int8"], INT8, "base.quantization int8"),
     "8-bit OLoRA": (["base.quantization=int8", "lora.init=olora"], INT8, "base.quantization int8"),
-    "unquantised": (["base.quantization=none"], None, FAST),
+    "unquantized": (["base.quantization=none"], None, FAST),
     "fp4": (["base.quantization=fp4"], NF4 | {"bnb_4bit_quant_type": "fp4"}, FAST),
-    "scales not quantised": (["base.double_quant=false"], NF4 | {"bnb_4bit_use_double_quant": False}, FAST),
+    "scales not quantized": (["base.double_quant=false"], NF4 | {"bnb_4bit_use_double_quant": False}, FAST),
     "some layers": (["lora.target_modules=[q_proj, v_proj]"], NF4, FAST),
 }
 
 
 @pytest.mark.parametrize(("overrides", "form", "reason"), ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_trains_and_plain_peft_finds_its_loss_again(
+def test_adapter_trains_and_plain_peft_reproduces_its_loss(
     tiny: Tiny, folder: SweepPaths, overrides: list[str], form: dict[str, Any] | None, reason: str | None
 ) -> None:
     result, losses = trained(tiny(*SHORT, *overrides), folder)
@@ -83,13 +83,13 @@ def test_an_adapter_trains_and_plain_peft_finds_its_loss_again(
     assert result.best is not None
     record = read_sweep(folder.root)
     found = reloaded_loss(record.adapter(result), load(folder.data).held_out, form)
-    # 8-bit activations: a rounding of what they are of may move them by a step.
+    # Activations have 8 bits: a small change before their rounding may move them by a whole step.
     assert found == pytest.approx(result.best.value, rel=1e-3 if form is INT8 else 1e-4)
 
 
 @pytest.mark.parametrize("base", ["nf4", "none"])
-def test_the_lines_of_its_card_find_the_loss_of_an_adapter_again(tiny: Tiny, folder: SweepPaths, base: str) -> None:
-    """On CPUs for which bitsandbytes repacks 4-bit weights, DoRA's norms would be those of packed bytes."""
+def test_code_in_the_model_card_reproduces_the_loss(tiny: Tiny, folder: SweepPaths, base: str) -> None:
+    """The code must keep bitsandbytes from repacking 4-bit weights; DoRA's norms would come from packed bytes."""
     result, _ = trained(tiny(*SHORT, "lora.dora=true", f"base.quantization={base}"), folder)
     assert result.best is not None
     adapter = read_sweep(folder.root).adapter(result)
@@ -114,7 +114,7 @@ SIXTEEN_BITS = {
 
 
 @pytest.mark.parametrize(("overrides", "reason"), SIXTEEN_BITS.values(), ids=SIXTEEN_BITS)
-def test_an_adapter_on_a_base_of_16_bits_is_found_again_within_their_rounding(
+def test_loss_on_a_16_bit_base_is_reproduced_within_its_rounding(
     tiny: Tiny, folder: SweepPaths, overrides: list[str], reason: str | None
 ) -> None:
     spec = tiny(*SHORT, "base.quantization=none", *overrides)
@@ -153,11 +153,11 @@ OTHER_BASES: dict[str, tuple[dict[str, bool], list[str], list[str]]] = {
         ["lm_head.token_adapter.trainable_tokens_delta", "embed_tokens.token_adapter.trainable_tokens_delta"],
     ),
 }
-"""What the embedded base has not: biases, a head of its own. With the weights that must have been trained and saved."""
+"""Changes of the base (it has no biases, and a tied head), overrides, and the weights that must be saved."""
 
 
 @pytest.mark.parametrize(("form", "overrides", "saved"), OTHER_BASES.values(), ids=OTHER_BASES)
-def test_what_trains_beside_the_adapter_is_saved_with_it(
+def test_other_trained_weights_are_saved_with_the_adapter(
     tiny: Tiny, tmp_path: Path, form: dict[str, bool], overrides: list[str], saved: list[str]
 ) -> None:
     base, folder = another_base(tmp_path / "base", **form), SweepPaths(tmp_path / "sweep")
@@ -166,9 +166,9 @@ def test_what_trains_beside_the_adapter_is_saved_with_it(
     assert result.best is not None
     adapter = read_sweep(folder.root).adapter(result)
     assert reloaded_loss(adapter, load(folder.data).held_out, NF4) == pytest.approx(result.best.value, rel=1e-4)
-    kept = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(adapter / "adapter_model.safetensors")
     for name in saved:
-        assert any(key.endswith(name) for key in kept), f"{name} is not among {sorted(kept)}"
+        assert any(key.endswith(name) for key in weights), f"{name} is not among {sorted(weights)}"
 
 
 OPTIMIZERS = {
@@ -181,9 +181,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), OPTIMIZERS.items())
-def test_an_optimizer_trains_as_the_one_that_was_asked_for(
-    tiny: Tiny, folder: SweepPaths, optimizer: str, rate: float
-) -> None:
+def test_optimizer_trains_as_configured(tiny: Tiny, folder: SweepPaths, optimizer: str, rate: float) -> None:
     """The trial itself compares the live optimizer with its configuration."""
     extra = ["training.momentum=0.5"] if optimizer in ("sgd", "rmsprop") else []
     extra += ["training.beta2=0.98"] if re.search("adam|adema|lion", optimizer) else []
@@ -199,7 +197,7 @@ def test_an_optimizer_trains_as_the_one_that_was_asked_for(
     assert found == pytest.approx(result.best.value, rel=1e-4)
 
 
-def test_every_optimizer_of_the_specification_is_tried() -> None:
+def test_every_optimizer_of_the_specification_is_tested() -> None:
     assert set(OPTIMIZERS) == set(get_args(Optimizer))
 
 
@@ -211,10 +209,10 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("overrides", "reason"), LOSSES.values(), ids=LOSSES)
-def test_a_loss_trains_and_evaluations_stay_comparable(
+def test_loss_trains_and_evaluations_stay_comparable(
     tiny: Tiny, tmp_path: Path, overrides: list[str], reason: str
 ) -> None:
-    """Before the first update, an evaluation is that of any other trial."""
+    """Evaluations measure the plain loss, whatever loss is trained."""
     folder = SweepPaths(tmp_path / "one")
     result, losses = trained(tiny(*SHORT, *overrides), folder)
     assert losses[-1] < losses[0]
@@ -234,7 +232,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_is_followed(tiny: Tiny, folder: SweepPaths, schedule: str, engine: str) -> None:
+def test_schedule_is_followed(tiny: Tiny, folder: SweepPaths, schedule: str, engine: str) -> None:
     options, shares = SCHEDULES[schedule]
     spec = tiny(
         *SHORT, f"training.schedule={schedule}", *options, "training.warmup=0", "training.steps=4",
@@ -257,22 +255,22 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED)
-def test_a_variant_goes_on_from_its_checkpoint_to_the_digit(tiny: Tiny, tmp_path: Path, overrides: list[str]) -> None:
+def test_variant_resumed_from_its_checkpoint_is_identical(tiny: Tiny, tmp_path: Path, overrides: list[str]) -> None:
     spec = tiny(*SHORT, *overrides, "evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 4}")
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
-    undisturbed, losses = trained(spec, whole)
+    uninterrupted, losses = trained(spec, whole)
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, broken, Witness(die_at=6))
     resumed = resume_local_trial(read_sweep(broken.root), Witness())
     assert resumed is not None
-    assert resumed.best == undisturbed.best
+    assert resumed.best == uninterrupted.best
     points = read_metrics(broken.trial(resumed.trial_id))
     assert [point.values["eval/loss"] for point in points if "eval/loss" in point.values] == losses
 
 
 @pytest.mark.parametrize("engine", ["auto", "trl"])
-def test_what_this_machine_cannot_is_told_at_the_start(tiny: Tiny, tmp_path: Path, engine: str) -> None:
-    for index, (overrides, told) in enumerate(
+def test_what_this_machine_does_not_support_is_refused_at_the_start(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    for index, (overrides, message) in enumerate(
         [
             (
                 ["training.precision=fp16"],
@@ -290,7 +288,7 @@ def test_what_this_machine_cannot_is_told_at_the_start(tiny: Tiny, tmp_path: Pat
             ),
         ]
     ):
-        with pytest.raises(TrialError, match=told):
+        with pytest.raises(TrialError, match=message):
             run_local_trial(tiny(*overrides, f"training.engine={engine}"), SweepPaths(tmp_path / str(index)), Witness())
 
 
@@ -303,8 +301,8 @@ def test_what_this_machine_cannot_is_told_at_the_start(tiny: Tiny, tmp_path: Pat
     ],
     ids=["DoRA, new token", "8-bit OLoRA"],
 )
-def test_a_variant_ships(tiny: Tiny, tmp_path: Path, overrides: list[str], format: Format) -> None:
-    """Held against its source by the export itself; a wrong merge is refused there."""
+def test_variant_is_exported(tiny: Tiny, tmp_path: Path, overrides: list[str], format: Format) -> None:
+    """The export itself compares its logits with the source, and refuses a wrong merge."""
     folder = SweepPaths(tmp_path / "sweep")
     result, _ = trained(tiny(*SHORT, *overrides), folder)
     subject = AdapterRef.of_trial(read_sweep(folder.root), result)

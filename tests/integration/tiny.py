@@ -1,4 +1,4 @@
-"""Small real experiments: the embedded base, few rows, few steps."""
+"""Overrides that make the demo experiment small: few rows and few steps."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ TINY = [
 
 
 class Witness:
-    """A watcher that keeps what it sees, and ends the trial at `stop_at`."""
+    """A watcher that stores what it receives. It ends the trial at `stop_at`, or interrupts the process at `die_at`."""
 
     def __init__(self, stop_at: int | None = None, die_at: int | None = None) -> None:
         self.points: list[MetricPoint] = []

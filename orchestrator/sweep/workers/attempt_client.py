@@ -88,7 +88,7 @@ class RemoteTrial:
                     raise AttemptLost(event.lost or "it was stopped: by another attempt, or with the whole sweep")
                 if isinstance(event, Noted) and "applied" in event.fields:  # told after its first step
                     SweepPaths(self._paths.sweep).first_step.touch()
-                point = self._books.enter(event)
+                point = self._books.record(event)
                 result = self._books.result
                 if isinstance(event, Completed):
                     self._end()
@@ -158,7 +158,7 @@ class RemoteTrial:
         """
         for event in untold:
             if not isinstance(event, Left):
-                self._books.enter(event)
+                self._books.record(event)
 
     def _settle(self, untold: list[Event]) -> None:
         """What the worker has made past the end of a stopped trial: count its steps, and take its files away."""

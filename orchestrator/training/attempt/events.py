@@ -1,6 +1,5 @@
-"""What happens to a trial, told by the process that trains it to the one that keeps its books. Plain data."""
+"""The events of a trial, as plain data. The training process sends them to the process that records them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,45 +9,46 @@ from orchestrator.storage import storage_fault
 
 @dataclass(frozen=True)
 class Event:
-    """Something that has happened, and is on disk as far as files belong to it."""
+    """Something that has happened. Files that belong to it are on disk."""
 
     seconds: float
-    """Of this attempt so far."""
+    """Seconds of this attempt so far."""
     gpu_seconds: float
     """GPU time of this attempt so far, as `TrialResult.gpu_seconds` counts it; 0 on a CPU."""
     peak_memory_gib: float
-    """Most memory that the process has held."""
+    """Most memory that the process has held, in GiB."""
 
 
 @dataclass(frozen=True)
 class Noted(Event):
-    """Something is known now: fields of `TrialResult` and their values."""
+    """Some fields of `TrialResult` are known now."""
 
     fields: dict[str, Any]
+    """The values by the names of the fields."""
 
 
 @dataclass(frozen=True)
 class Logged(Event):
-    """Training figures of some steps."""
+    """Training metrics of one or more steps."""
 
     step: int
     tokens: int
-    """Real tokens trained on in this attempt."""
+    """Tokens trained on in this attempt, without padding."""
     training_s: float
-    """Seconds of training in this attempt; evaluations and saving left out."""
+    """Seconds of training in this attempt, without evaluations and saving."""
     values: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """An evaluation."""
+    """An evaluation on the held-out rows."""
 
     step: int
     tokens: int
     """As in `Logged`."""
     values: dict[str, float]
     adapter: str | None
-    """The adapter's folder, relative to the trial's, where this is the best evaluation so far."""
+    """The adapter's folder, relative to the trial's, if this is the best evaluation so far."""
     saves: bool
     """Whether a checkpoint of the same step follows."""
 
@@ -59,12 +59,12 @@ class Saved(Event):
 
     step: int
     checkpoint: str
-    """Relative to the trial's folder."""
+    """Its folder, relative to the trial's."""
 
 
 @dataclass(frozen=True)
 class Answered(Event):
-    """Metrics by generation with the best adapter, after training."""
+    """Metrics of generated answers, by the best adapter, after training."""
 
     values: dict[str, float]
 
@@ -78,79 +78,59 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class Completed(Event):
-    """All steps are done; nothing more comes."""
+    """All steps are done. This is the last event."""
 
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The trial has failed for good; nothing more comes."""
+    """The trial has failed for good. This is the last event."""
 
     error: str
     remedy: str
     traceback: str | None
-    """For the trial's log, where the fault is not one of those that are raised on purpose."""
+    """For the trial's log; None for errors that are raised on purpose."""
     cause: FailureCause
     """Whether the trial's own values made it fail, and how."""
 
 
 @dataclass(frozen=True)
 class Left(Event):
-    """This attempt has ended without a result, and another may go on; nothing more comes."""
+    """This attempt has ended without a result, and another may continue the trial. This is the last event."""
 
     step: int
-    """Steps that were made."""
+    """Steps that were done."""
     lost: str | None
-    """The fault from outside that ended it, such as CUDA's or the disk's; None where it was asked to stop."""
+    """The outside fault that ended it, such as an error of CUDA or of the disk; None if it was asked to stop."""
     is_storage: bool = False
-    """Whether `lost` is a fault of the storage, which every other attempt would meet too until it is mended."""
+    """Whether `lost` is a fault of the storage. Every other attempt would meet it too until it is repaired."""
 
 
 END = (Completed, Failed, Left)
+"""The events that can be an attempt's last one."""
 
 
-def lost_by(error: Exception) -> dict[str, Any]:
-    """What `Left` says of a fault from outside."""
+def fault_fields(error: Exception) -> dict[str, Any]:
+    """Return the fields `lost` and `is_storage` of `Left` for an outside fault."""
     return {"lost": f"{type(error).__name__}: {error}", "is_storage": storage_fault(error) is not None}
 
 
 class LeaseLost(Exception):
-    """There is no such lease: it was given up, or is of an earlier process."""
+    """The lease is unknown here: it was given up, or belongs to an earlier process."""
 
 
 class Listener(Protocol):
-    """Whoever hears of a trial, and may end it."""
+    """Receives a trial's events, and may end the trial."""
 
     @property
     def stopping(self) -> bool:
-        """Whether the trial is to end; asked after each step and each event."""
+        """Whether the trial should end; asked after each step and each event."""
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether a trial that is to end is to write a checkpoint first, for it will go on later."""
+        """Whether a trial that should end must write a checkpoint first, because it will continue later."""
 
     def on_step(self, step: int, total_steps: int) -> None:
-        """Called after each optimizer step."""
+        """Handle the end of an optimizer step."""
 
     def emit(self, event: Event) -> None:
-        """Take an event; they come in order."""
-
-
-class WriteQueue(Protocol):
-    """Has jobs done in their order, at once or while training goes on: what writes files, and tells of them."""
-
-    def do(self, job: Callable[[], None]) -> None:
-        """Have a job done."""
-
-    def wait(self) -> None:
-        """Until all jobs are done."""
-
-
-class WriteNow:
-    """Does each job when it comes."""
-
-    def do(self, job: Callable[[], None]) -> None:
-        """Do it now."""
-        job()
-
-    def wait(self) -> None:
-        """Return: no job waits."""
+        """Receive an event. Events come in order."""

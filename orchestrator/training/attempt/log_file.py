@@ -1,4 +1,4 @@
-"""A person sees our lines; what libraries say goes to the trial's log file."""
+"""Send what libraries print to the trial's log file, so that the terminal shows only our own lines."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from typing import TextIO
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Send this process's standard output and error, at the level of file descriptors, to the end of `log`."""
+    """Append this process's standard output and error to `log`. File descriptors 1 and 2 are redirected."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -30,7 +30,7 @@ def output_to(log: Path) -> Iterator[None]:
 
 
 def _flush(stream: TextIO, number: int) -> None:
-    """Write out what a stream holds back. What a full disk does not take is dropped: it belongs to nobody else."""
+    """Flush a stream. Output that a full disk refuses is dropped, for it must not appear on the terminal later."""
     try:
         stream.flush()
     except OSError:
@@ -41,6 +41,6 @@ def _flush(stream: TextIO, number: int) -> None:
 
 
 def log_traceback() -> None:
-    """Print the error that is being handled. A log on a full disk goes without it."""
+    """Print the traceback of the error that is being handled. On a full disk nothing is printed."""
     with suppress(OSError):
         traceback.print_exc()

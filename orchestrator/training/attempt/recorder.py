@@ -1,4 +1,7 @@
-"""A trial's records: what its events leave on disk. Needs no ML library: who keeps books need not train."""
+"""Turn a trial's events into files on disk.
+
+This module imports no ML library, because the process that records a trial need not be the one that trains it.
+"""
 
 import re
 import shutil
@@ -30,22 +33,22 @@ from orchestrator.training.attempt.events import (
 )
 
 CHECKPOINTS_KEPT = 2
-"""The last complete one stays while the next is written."""
+"""Checkpoints that stay on disk: the last complete one must outlive the writing of the next."""
 
 
 class TrialRecorder:
-    """Of one attempt at a trial: its points, progress and trackers, and at the end its result.
+    """Records one attempt at a trial: metric points, progress and trackers, and at the end the result.
 
-    The trial's folder is theirs: who trains puts adapters and checkpoints there; here they are taken away, once the
-    progress on disk names others.
+    The training process writes adapters and checkpoints into the trial's folder. The recorder deletes outdated ones,
+    once the progress on disk names their successors.
     """
 
     def __init__(self, start: TrialResult, paths: TrialPaths, spec: SweepSpec) -> None:
         """
         Args:
-            start: the trial so far; step, tokens and seconds are those of the checkpoint it goes on from.
-            paths: of the trial.
-            spec: the experiment, which names the trackers that are wanted.
+            start: the trial so far; step, tokens and seconds are those of the checkpoint to continue from.
+            paths: the trial's files.
+            spec: the experiment, which names the trackers to use.
         """
         start = start.model_copy(update={"untracked": wanted(spec.tracking)})
         self.result = start
@@ -57,22 +60,23 @@ class TrialRecorder:
         write_record(paths.progress, start)
         self._trackers = open_trackers(TrialIdentity(paths, start, spec))
         if self._trackers.warnings:
-            self._write_progress()  # so that whoever follows is told now
+            self._write_progress()  # so that the driver sees the warnings now
 
     @property
     def warnings(self) -> list[str]:
-        """What went wrong so far without stopping the trial."""
+        """Everything that has gone wrong so far without stopping the trial."""
         return list(dict.fromkeys([*self._warnings, *self._trackers.warnings]))
 
-    def enter(self, event: Event) -> MetricPoint | None:
-        """Record an event; the last one closes the books.
+    def record(self, event: Event) -> MetricPoint | None:
+        """Record an event. The last one closes the record.
 
         Returns:
-            The point of an evaluation, once its checkpoint, if one belongs to it, is complete.
+            The point of an evaluation. If a checkpoint belongs to the evaluation, the point is returned once that is
+            complete.
         """
         start = self._start
         self._update(
-            # What ends a trial from outside knows no times.
+            # An event from outside that ends the trial has no times: it must not lower them.
             seconds=max(self.result.seconds, round(start.seconds + event.seconds, 3)),
             gpu_seconds=max(self.result.gpu_seconds, round(start.gpu_seconds + event.gpu_seconds, 3)),
             peak_memory_gib=max(self.result.peak_memory_gib or 0.0, event.peak_memory_gib),
@@ -81,9 +85,9 @@ class TrialRecorder:
             case Noted(fields=fields):
                 self._update(**fields)
             case Logged():
-                self._enter_logged(event)
+                self._record_metrics(event)
             case Evaluated():
-                measured = self._enter_evaluated(event)
+                measured = self._record_evaluation(event)
                 if not event.saves:
                     return measured
                 self._unreported = measured
@@ -95,7 +99,7 @@ class TrialRecorder:
                 return point
             case Answered(values=values):
                 assert self.result.best is not None
-                self._point(self.result.step, values)
+                self._log_point(self.result.step, values)
                 self._update(best=self.result.best.model_copy(update={"values": self.result.best.values | values}))
             case Warned(warning=warning):
                 self._warnings.append(warning)
@@ -110,12 +114,12 @@ class TrialRecorder:
             case Left(step=step):
                 saved = self.result.checkpoint
                 if saved is None or _step_of(saved) < step:
-                    self._warnings = list(self._start.warnings)  # what this attempt warned of is done again
+                    self._warnings = list(self._start.warnings)  # its steps are done again, with their warnings
                 self.close()
         return None
 
     def close(self) -> None:
-        """Leave the trial as it is: stopped, in which case the driver says so, or to go on later."""
+        """Close the record of a trial that will continue later, or that the driver has ended by writing its result."""
         if self._paths.result.is_file():
             ended = read_result(self._paths)
             self._trackers.finish(ended)
@@ -128,22 +132,22 @@ class TrialRecorder:
             self._trackers.finish(self.result)
             self._write_progress()
 
-    def _enter_logged(self, event: Logged) -> None:
+    def _record_metrics(self, event: Logged) -> None:
         self._count_tokens(event.tokens)
         if event.training_s:
             start = self._start
             before = start.tokens / start.tokens_per_second if start.tokens_per_second else 0.0
             self._update(tokens_per_second=round(self.result.tokens / (before + event.training_s), 1))
         self._update(step=event.step)
-        self._point(event.step, event.values)
+        self._log_point(event.step, event.values)
         norm = event.values["train/grad_norm"]
         if norm < float("inf"):
             self._update(grad_norm=max(norm, self.result.grad_norm or 0.0))
 
-    def _enter_evaluated(self, event: Evaluated) -> MetricPoint:
+    def _record_evaluation(self, event: Evaluated) -> MetricPoint:
         self._count_tokens(event.tokens)
         self._update(step=event.step)
-        point = self._point(event.step, event.values)
+        point = self._log_point(event.step, event.values)
         if event.adapter is not None:
             value = event.values[self.result.metric]
             self._update(best=BestPoint(value=value, step=event.step, values=event.values, adapter=event.adapter))
@@ -151,16 +155,16 @@ class TrialRecorder:
         self._drop_adapters()
         return point
 
-    def _count_tokens(self, of_attempt: int) -> None:
-        self._update(tokens=self._start.tokens + of_attempt)
+    def _count_tokens(self, attempt_tokens: int) -> None:
+        self._update(tokens=self._start.tokens + attempt_tokens)
 
-    def _point(self, step: int, values: dict[str, float]) -> MetricPoint:
+    def _log_point(self, step: int, values: dict[str, float]) -> MetricPoint:
         point = MetricPoint(step=step, tokens=self.result.tokens, time_s=self.result.seconds, values=values)
         self._trackers.log(point)
         return point
 
     def _finish(self, state: TrialState, error: str | None = None) -> None:
-        """Close the trackers, then put the result down: once it exists, nothing of the trial is still to come."""
+        """Close the trackers, then write the result. Once that exists, nothing more of the trial comes."""
         self._update(state=state, error=error)
         self._trackers.finish(self.result)
         self._note_trackers()
@@ -178,10 +182,10 @@ class TrialRecorder:
         )
 
     def _drop_adapters(self) -> None:
-        """Delete all but the best, which the record on disk names by now."""
+        """Delete all adapters but the best, which the record on disk already names."""
         best, step = self.result.best, self.result.step
         for folder in self._paths.root.glob("adapters/step-*"):
-            # One of a later step is on its way here.
+            # An adapter of a later step has been written, but its event has not arrived yet.
             if _step_of(folder.name) <= step and (best is None or folder != self._paths.root / best.adapter):
                 shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""From a trainer's events to the trial's: figures, the best adapter, checkpoints."""
+"""Turn a trainer's callbacks into the trial's events: metrics, the best adapter, checkpoints."""
 
 import math
 import time
@@ -10,22 +10,23 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Warned, WriteQueue
-from orchestrator.training.attempt.finite import require_finite
+from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Warned
+from orchestrator.training.finite import require_finite
+from orchestrator.training.write_queue import WriteQueue
 
 SAVE_EVERY_S = 60.0
-"""Where no steps are given for it, a checkpoint is written at an evaluation, if the last is so old."""
+"""Seconds between checkpoints if `training.save_steps` is not set. They are written at evaluations only."""
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
-    """Tells what happens, each thing after the files that belong to it are written."""
+    """Reports what happens in a trainer. Each event is emitted after the files that belong to it are written."""
 
     def __init__(
         self,
         start: TrialResult,
         paths: TrialPaths,
         listener: Listener,
-        aside: WriteQueue,
+        write_queue: WriteQueue,
         usage: Callable[[float], tuple[float, float]],
         tokenizer: Any,
         data_fingerprint: str,
@@ -33,14 +34,14 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
     ) -> None:
         """
         Args:
-            start: the trial so far; its step is that of the checkpoint it goes on from.
+            start: the trial so far; its step is that of the checkpoint to continue from.
             paths: where adapters go.
-            listener: hears of it.
-            aside: has files written, and the listener told of them afterwards.
-            usage: given the seconds of this attempt, its GPU seconds, and the most memory held, in GiB.
+            listener: receives the events.
+            write_queue: writes the files, then emits the events.
+            usage: maps the seconds of this attempt to its GPU seconds and the most memory held, in GiB.
             tokenizer: saved with each adapter.
-            data_fingerprint: told with each adapter.
-            stop_tokens: ids at which answers are over, told with each adapter.
+            data_fingerprint: saved with each adapter.
+            stop_tokens: ids that end an answer; saved with each adapter.
         """
         self.step = start.step
         """Steps done."""
@@ -51,7 +52,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._start = start
         self._paths = paths
         self._listener = listener
-        self._aside = aside
+        self._write_queue = write_queue
         self._usage = usage
         self._tokenizer = tokenizer
         self._data_fingerprint = data_fingerprint
@@ -69,34 +70,39 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         read_applied: Callable[[], dict[str, Any]],
         adapter: Callable[[], Adapter],
     ) -> None:
-        """Hear of this trainer's events.
+        """Add this callback to a trainer.
 
         Args:
-            trainer: takes this as a callback.
-            scores: of the evaluation that has just run.
-            read_applied: live values of the configured fields; raises TrialError if they differ.
-            adapter: what has been trained up to an evaluation.
+            trainer: the trainer to report on.
+            scores: returns the scores of the evaluation that has just run.
+            read_applied: returns the live values of the configured fields; raises TrialError if they differ.
+            adapter: returns the adapter as trained up to an evaluation.
         """
         self._adapter = adapter
         self._scores = scores
         self._read_applied = read_applied
         trainer.add_callback(self)
 
-    def tell(self, kind: type[Event], **values: Any) -> None:
-        """An event, after what was written before it."""
+    def report(self, kind: type[Event], **values: Any) -> None:
+        """Queue an event behind the files that were queued before it.
+
+        Args:
+            kind: the class of the event.
+            values: its fields, except those that all events have.
+        """
         seconds = time.monotonic() - self._began
         event = kind(seconds, *self._usage(seconds), **values)
-        self._aside.do(lambda: self._listener.emit(event))
+        self._write_queue.do(lambda: self._listener.emit(event))
 
     def warn(self, warning: str) -> None:
-        """Tell of what went wrong in a job that is done aside, before what is told of after it."""
+        """Emit a warning at once. A job of the write queue calls this, before the events queued behind it."""
         self._listener.emit(Warned(0.0, 0.0, 0.0, warning))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # If the experiment gives epochs, the number of steps is known only here.
         if reason := self._start.config.training.schedule_overflow_reason(state.max_steps):
             raise TrialError(f"training.schedule: {reason}")
-        self.tell(Noted, fields={"total_steps": state.max_steps})
+        self.report(Noted, fields={"total_steps": state.max_steps})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._training_since is None:
@@ -105,28 +111,28 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step = state.global_step
         if self.step == self._start.step + 1:
-            self.tell(Noted, fields={"applied": self._read_applied()})
+            self.report(Noted, fields={"applied": self._read_applied()})
         if self.step == state.max_steps:
             control.should_evaluate = True
         if self._start.config.training.save_steps is None and time.monotonic() < self._saved_at + SAVE_EVERY_S:
             control.should_save = False
-        if control.should_save or control.should_evaluate:  # a checkpoint's figures are those of its step
+        if control.should_save or control.should_evaluate:  # so that a checkpoint's metrics are those of its step
             control.should_log = True
         self._listener.on_step(self.step, state.max_steps)
-        self._heed(control)
+        self._stop_if_asked(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" not in logs:  # evaluations are told of in on_evaluate; the rest is a summary
+        if "loss" not in logs:  # evaluations are reported in on_evaluate; what remains is the final summary
             return
-        # Steps may still be on their way at their end; when the loss is there, they are done.
+        # A step may still run on the device at its end. Once the loss has been read, the step is done.
         assert self._training_since is not None
         now = time.monotonic()
         self._training_s += now - self._training_since
         self._training_since = now
         values = {f"train/{name}": logs[name] for name in ("loss", "grad_norm", "learning_rate")}
         tokens = int(logs["num_tokens"])
-        self.tell(Logged, step=state.global_step, tokens=tokens, training_s=self._training_s, values=values)
-        # fp16's scaler meets infinite gradients while it looks for its scale, and skips those steps.
+        self.report(Logged, step=state.global_step, tokens=tokens, training_s=self._training_s, values=values)
+        # While fp16's scaler searches for its scale, gradients can be infinite; it skips those steps.
         checked = ("loss",) if args.fp16 else ("loss", "grad_norm")
         require_finite({name: logs[name] for name in checked}, state.global_step)
         if math.isfinite(logs["grad_norm"]):
@@ -143,20 +149,20 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         if self._is_better(value):
             self.best = value, step
             adapter = str(self._paths.adapter(step).relative_to(self._paths.root))
-            self._keep_adapter(step, values, scores)
+            self._save_adapter(step, values, scores)
         tokens = int(metrics["eval_num_tokens"])
-        self.tell(Evaluated, step=step, tokens=tokens, values=values, adapter=adapter, saves=control.should_save)
+        self.report(Evaluated, step=step, tokens=tokens, values=values, adapter=adapter, saves=control.should_save)
         require_finite({self._start.metric: value}, step)
-        self._heed(control)
+        self._stop_if_asked(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._training_since = None
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
-        self.tell(Saved, step=state.global_step, checkpoint=f"checkpoints/checkpoint-{state.global_step}")
-        self._heed(control)
+        self.report(Saved, step=state.global_step, checkpoint=f"checkpoints/checkpoint-{state.global_step}")
+        self._stop_if_asked(control)
 
-    def _heed(self, control: Any) -> None:
-        """Have the trainer stop if the listener says so; a trial that goes on later first writes a checkpoint."""
+    def _stop_if_asked(self, control: Any) -> None:
+        """Stop the trainer if the listener asks for it. A trial that continues later first writes a checkpoint."""
         if self._listener.stopping:
             self.stopped = True
             control.should_training_stop = True
@@ -170,10 +176,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             return True
         return value < self.best[0] if self._start.mode == "min" else value > self.best[0]
 
-    def _keep_adapter(self, step: int, values: dict[str, float], scores: RowScores) -> None:
+    def _save_adapter(self, step: int, values: dict[str, float], scores: RowScores) -> None:
         start, adapter, tokenizer = self._start, self._adapter(), self._tokenizer
         folder = self._paths.adapter(step)
         origin = Origin(
             start.config, start.trial_id, step, start.metric, values, self._data_fingerprint, self._stop_tokens
         )
-        self._aside.do(lambda: save_adapter(adapter, tokenizer, folder, origin, scores))
+        self._write_queue.do(lambda: save_adapter(adapter, tokenizer, folder, origin, scores))

@@ -1,4 +1,4 @@
-"""Whoever follows a trial and may end it."""
+"""The interface of whoever follows a local trial and may end it."""
 
 from typing import Protocol
 
@@ -6,13 +6,13 @@ from orchestrator.record import MetricPoint
 
 
 class Watcher(Protocol):
-    """Called from the training loop; what it returns decides whether the trial goes on."""
+    """Receives the progress of a trial. Its return values decide whether the trial continues."""
 
     def on_step(self, step: int, total_steps: int) -> bool:
-        """Called after each optimizer step; False ends the trial."""
+        """Handle the end of an optimizer step; return False to end the trial."""
 
     def on_report(self, point: MetricPoint) -> bool:
-        """Called after each evaluation, when all of it is on disk; False ends the trial."""
+        """Handle an evaluation, once all of it is on disk; return False to end the trial."""
 
     def say(self, sentence: str) -> None:
-        """Called with each warning once, and with what is done about it."""
+        """Receive a warning, once each, or what is done about it."""

@@ -1,4 +1,4 @@
-"""Loss and hits of each held-out row, as SFTTrainer's own evaluation passes compute them."""
+"""Loss and hits of each held-out row, collected from SFTTrainer's own evaluation passes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,19 @@ from orchestrator.record import RowScores
 
 
 class LossMeter:
-    """A forward hook that keeps what the model's own evaluation passes return.
+    """A forward hook that collects per-row sums from the model's evaluation passes.
 
-    The Trainer's evaluation loss is the mean over batches of each batch's mean, and so depends on how rows fall into
-    batches. Sums by row do not. They cost nothing, for trl's fused head already returns each token's log-probability
-    (trl 1.16, `trainer/utils.py`, `FusedCausalLMOutput`: log_probs, is_top1 and label_mask, each (batch, tokens - 1),
-    zero where no label is).
+    The Trainer's evaluation loss is the mean over batches of each batch's mean. It depends on how rows are grouped into
+    batches; sums by row do not. The sums cost nothing, because trl's fused head already returns each token's
+    log-probability (trl 1.16, `trainer/utils.py`, `FusedCausalLMOutput`: log_probs, is_top1 and label_mask, each
+    (batch, tokens - 1), zero where there is no label).
     """
 
     def __init__(self, model: Any, order: Sequence[int]) -> None:
         """
         Args:
-            model: hooked.
-            order: of the rows as an evaluation passes over them.
+            model: the model to hook.
+            order: row numbers in the order in which an evaluation visits them.
         """
         self._order = order
         self._sums: list[Any] = []
@@ -31,11 +31,11 @@ class LossMeter:
         if model.training or getattr(output, "log_probs", None) is None:
             return
         columns = (-output.log_probs.double(), output.is_top1, output.label_mask)
-        # Kept on the device: reading them here would wait for it at each batch.
+        # Kept on the device: reading them here would synchronize with it at each batch.
         self._sums.append(torch.stack([column.sum(dim=1).double() for column in columns]))
 
     def read(self) -> RowScores:
-        """Of the evaluation that has just run."""
+        """Return the scores of the evaluation that has just run, and forget them."""
         import torch
 
         columns = torch.cat([sums.cpu() for sums in self._sums], dim=1)[:, -len(self._order) :]
@@ -46,5 +46,5 @@ class LossMeter:
         return RowScores(losses=losses, hits=[int(each) for each in hits], tokens=[int(each) for each in tokens])
 
     def close(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self._handle.remove()

@@ -1,4 +1,4 @@
-"""The order of training rows in batches of similar length, from the trial's seed and the epoch alone."""
+"""The order of training rows in batches of similar length. It depends only on the trial's seed and the epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):  # type: ignore[misc]  # mypy skips torch
     """Yields row numbers so that each optimizer step holds rows of similar length.
 
-    transformers' sampler of the same purpose (5.23, `trainer_pt_utils.py`) draws from the process's random state. After
-    a resume, and beside other trials, that state is another one: rows repeat, and others are never seen. The grouping
-    itself is transformers'.
+    transformers has a sampler for the same purpose (5.23, `trainer_pt_utils.py`), which draws from the process's random
+    state. That state differs after a resume, and when other trials run in the process. Rows would repeat, and others
+    would never be seen. The grouping itself is transformers'.
     """
 
     def __init__(self, lengths: Sequence[int], step_rows: int, seed: int) -> None:
@@ -20,7 +20,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):  # type: ignore[misc]
         Args:
             lengths: tokens of each row.
             step_rows: rows of an optimizer step.
-            seed: of the trial.
+            seed: the trial's seed.
         """
         self._lengths = lengths
         self._step_rows = step_rows
@@ -37,14 +37,14 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):  # type: ignore[misc]
     def __iter__(self) -> Iterator[int]:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        # Mixed and not added: seed 0 in its second epoch is not seed 1 in its first.
+        # Mixed rather than added: the second epoch of seed 0 must differ from the first epoch of seed 1.
         (mixed,) = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64).tolist()
         generator = torch.Generator().manual_seed(mixed)
         return iter(get_length_grouped_indices(self._lengths, self._step_rows, generator=generator))
 
 
 def row_lengths(dataset: Any) -> list[int]:
-    """Tokens of each row of a `datasets.Dataset` with a column input_ids."""
+    """Return the number of tokens of each row of a `datasets.Dataset` with a column input_ids."""
     column = dataset.with_format("arrow")[:].column("input_ids").combine_chunks()
     lengths: list[int] = column.value_lengths().to_pylist()
     return lengths

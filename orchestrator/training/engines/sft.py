@@ -1,4 +1,4 @@
-"""The classic engine: trl's SFTTrainer as it is, built from a trial's configuration."""
+"""The classic engine: trl's SFTTrainer, built from a trial's configuration, with its own training loop."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -22,19 +22,28 @@ from orchestrator.training.model.adapter_init import init_adapter
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.readback import read_back, set_rate
 
-APART = 1e-3
-"""What logits of the same tokens may differ by, where the tokens beside them are others."""
+MAX_LOGIT_CHANGE = 1e-3
+"""How much the logits of a packed sequence may change when the tokens of the sequence before it change."""
 
 
 @cache
 def import_trainer() -> None:
-    """Import what `build_trainer` needs, which takes seconds: before the first trial comes.
+    """Import what `build_trainer` needs, and speed up accelerate. A worker calls this before the first trial comes.
 
-    Each trainer asks accelerate again and again whether packages are installed and whether its model is PEFT's, for
-    which that reads their metadata and looks at every module for one that was compiled, where it needs to know of the
-    outermost alone (1.15, `utils/imports.py`; `utils/other.py`, `extract_model_from_parallel`): a fifth of a set-up.
+    The import takes seconds. Only the first call does anything.
     """
     import trl.trainer.sft_trainer  # noqa: F401
+
+    _patch_accelerate()
+
+
+def _patch_accelerate() -> None:
+    """Replace two slow functions of accelerate (1.15) in this process. They take a fifth of a trial's set-up.
+
+    Each trainer asks many times whether packages are installed; accelerate reads their metadata each time
+    (`utils/imports.py`). The answers are cached here. Each trainer also asks whether its model is compiled; accelerate
+    then inspects every module (`utils/other.py`, `extract_model_from_parallel`), although only the outermost matters.
+    """
     from accelerate.utils import imports, other
 
     imports._is_package_available = cache(imports._is_package_available)
@@ -42,69 +51,70 @@ def import_trainer() -> None:
 
 
 class TrlLoop:
-    """SFTTrainer's own loop."""
+    """SFTTrainer's own loop, as a `Loop`."""
 
     def __init__(self, trainer: Any, config: TrialConfig) -> None:
         self.trainer = trainer
         self._training = config.training
-        self._taken = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
-        """The first update, which the base lacks."""
+        self._initial = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
+        """The first weights, if a hook subtracts their update from the base's output (olora, pissa)."""
         self._meter = LossMeter(trainer.model, list(trainer._get_eval_sampler(trainer.eval_dataset)))
 
     def train(self, checkpoint: str | None) -> TrialSteps:
-        """All of it at once: from the start or a checkpoint to the last step, or until a callback stops it."""
+        """Train without yielding, from the start or a checkpoint to the last step or until a callback stops it."""
         yield from ()
         if checkpoint is not None:
-            self.trainer.add_callback(_OwnRate(self.trainer, self._training))
+            self.trainer.add_callback(_SetRate(self.trainer, self._training))
         self.trainer.train(resume_from_checkpoint=checkpoint)
         self._meter.close()
 
     def adapter(self) -> Adapter:
-        """A copy: the optimizer writes into the model's own tensors."""
+        """Return a copy of the adapter, for the optimizer writes into the model's tensors."""
         trained = Adapter.of(self.trainer.model).copied()
-        return trained if self._taken is None else trained.less(self._taken)
+        return trained if self._initial is None else trained.less(self._initial)
 
     def scores(self) -> RowScores:
-        """Of the evaluation that has just run."""
+        """Return the scores of the evaluation that has just run."""
         return self._meter.read()
 
     def read_back(self) -> dict[str, Any]:
-        """Live values by the names of `expected.expected`."""
+        """Return the live values, by the names of `model.targets.expected`."""
         return read_back(self.trainer)
 
 
-def require_apart(trainer: Any) -> None:
-    """See that the rows of a packed sequence know nothing of each other: not every base's attention heeds positions.
+def require_independent_sequences(trainer: Any) -> None:
+    """Check that the sequences of a packed row do not see each other. Some bases' attention ignores the positions.
 
     Raises:
-        TrialError: other tokens in a row change what the model makes of the row behind it.
+        TrialError: other tokens in one sequence change the logits of the next.
     """
     import torch
 
-    packed = next((row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1), None)
-    if packed is None:
+    row = next((row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1), None)
+    if row is None:
         return
-    model, (*_, before, last) = trainer.model, packed["seq_lengths"]
-    inputs = trainer._prepare_inputs(trainer.data_collator([packed]))
+    model, (*_, before, last) = trainer.model, row["seq_lengths"]
+    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
     del inputs["labels"]
     changed = inputs["input_ids"].clone()
-    changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 1 or 0, and never what it was
+    changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 0 becomes 1, all else 0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():  # as in a step: bf16 weights may meet float32 ones
-        own, other = (
+    with torch.no_grad(), trainer.accelerator.autocast():  # as in a step, for bf16 and float32 weights may be mixed
+        original, other = (
             model(**{**inputs, "input_ids": ids}).logits[0, -last:].float() for ids in (inputs["input_ids"], changed)
         )
     model.train(was_training)
-    if not torch.allclose(own, other, atol=APART, rtol=APART):
+    if not torch.allclose(original, other, atol=MAX_LOGIT_CHANGE, rtol=MAX_LOGIT_CHANGE):
+        change = float((original - other).abs().max())
         raise TrialError(
-            f"data.packing: on this base packed rows see each other: {(own - other).abs().max():.2g} in the logits",
+            f"data.packing: on this base packed rows see each other: their logits change by {change:.2g}",
             "Set data.packing: false.",
         )
 
 
 class _Collator:
-    """SFTTrainer's own: a batch of packed rows is one sequence with positions that begin anew, others are padded."""
+    """trl's collators: packed rows become one sequence whose positions restart; other rows are padded."""
 
     def __init__(self, pad_token_id: int) -> None:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -116,8 +126,8 @@ class _Collator:
         return (self._packed if "seq_lengths" in rows[0] else self._padded)(rows)  # type: ignore[no-any-return]
 
 
-class _OwnRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
-    """`set_rate` once the Trainer has loaded a checkpoint."""
+class _SetRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
+    """Calls `set_rate` after the Trainer has loaded a checkpoint."""
 
     def __init__(self, trainer: Any, training: TrainingSection) -> None:
         self._trainer = trainer
@@ -133,19 +143,19 @@ def build_trainer(
     tokenizer: Any,
     data: PreparedData,
     checkpoints: Path,
-    read: Mapping[str, torch.Tensor] | None = None,
+    components: Mapping[str, torch.Tensor] | None = None,
 ) -> Any:
-    """An SFTTrainer that trains the adapter of `model` on `data`, from its first weights.
+    """Build an SFTTrainer that trains the adapter of `model` on `data`, and set the adapter's first weights.
 
     Args:
         config: the trial.
-        model: a `PeftModel`, from `adapted` or `adapted_by_peft`.
+        model: a `PeftModel`, from `model_from_template` or `model_from_peft`.
         tokenizer: its tokenizer, with a padding token.
-        data: tokenised rows.
+        data: tokenized rows.
         checkpoints: folder of the trainer's checkpoints.
-        read: for `init_adapter`.
+        components: for `init_adapter`.
     """
-    # Not from trl: while another thread imports the trainer, its lazy module has no such name (trl 1.16).
+    # Not `from trl`: its lazy module lacks the name while another thread imports the trainer (trl 1.16).
     from trl.trainer.sft_trainer import SFTTrainer
 
     training = config.training
@@ -155,28 +165,28 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
-        # SFTTrainer's own, for which it would lay out the whole vocabulary, to look for the padding token.
+        # To build its own, SFTTrainer would list the whole vocabulary in search of the padding token.
         data_collator=_Collator(tokenizer.pad_token_id),
     )
     if training.group_by_length:
         step_rows = trainer.args.train_batch_size * training.accumulation
         sampler = LengthGroupedSampler(row_lengths(data.train), step_rows, training.seed)
-        trainer._get_train_sampler = lambda *_: sampler  # the Trainer's own draws from the process's random state
+        trainer._get_train_sampler = lambda *_: sampler  # the default draws from the process's random state
     dtype = getattr(torch, training.adapter_dtype)
-    for name, parameter in trainer.model.named_parameters():  # SFTTrainer casts what trains on a quantised base
-        if parameter.requires_grad:  # bfloat16 would not hold the small steps of magnitudes, as trl knows
+    for name, parameter in trainer.model.named_parameters():  # SFTTrainer casts trained weights on a quantized base
+        if parameter.requires_grad:  # bfloat16 loses the small steps of DoRA's magnitudes; trl spares them too
             parameter.data = parameter.data.to(torch.float32 if "lora_magnitude_vector" in name else dtype)
-    init_adapter(trainer.model, config.lora, training.seed, dtype, read)
+    init_adapter(trainer.model, config.lora, training.seed, dtype, components)
     head = trainer.model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):  # trl's fused head reads its bias, which the wrapper does not pass on
+    if isinstance(head, TrainableTokensWrapper):  # trl's fused head reads `bias`, which the wrapper hides
         head.bias = head.token_adapter.get_base_layer().bias
-    for told in (trainer.model.config.get_text_config(), trainer.model.generation_config):
-        told.pad_token_id = tokenizer.pad_token_id  # it goes with that
+    for each in (trainer.model.config.get_text_config(), trainer.model.generation_config):
+        each.pad_token_id = tokenizer.pad_token_id  # SFTTrainer sets it only with its own collator
     return trainer
 
 
 def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
-    """SFTTrainer's arguments."""
+    """Return SFTTrainer's arguments for a trial."""
     from trl.trainer.sft_config import SFTConfig
 
     precision, on_cpu = resolve_precision(training), not torch.cuda.is_available()
@@ -209,22 +219,22 @@ def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
         save_strategy="steps",
         save_steps=training.save_steps or training.eval_steps,
         seed=training.seed,
-        data_seed=training.seed,  # else the order of rows comes from the process's seed, which other trials set too
+        data_seed=training.seed,  # otherwise the process's seed, which other trials set too, orders the rows
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=None if on_cpu else training.tf32,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        logging_nan_inf_filter=False,  # it would hide NaN
+        logging_nan_inf_filter=False,  # the filter would hide NaN
         disable_tqdm=True,
         report_to=[],
         max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows come with ids and labels
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows already have ids and labels
     )
 
 
 def _schedule_options(training: TrainingSection) -> dict[str, Any]:
-    """What transformers' functions of this schedule take beside warmup and steps (5.23, `optimization.py`)."""
+    """Return the arguments of transformers' schedule function besides warmup and steps (5.23, `optimization.py`)."""
     match training.schedule:
         case "cosine_with_restarts":
             return {"num_cycles": training.cycles}

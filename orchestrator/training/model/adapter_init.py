@@ -1,8 +1,8 @@
-"""An adapter's first weights, drawn with a generator of the trial's own.
+"""Draw an adapter's first weights, with a random generator that belongs to the trial.
 
-PEFT takes the process's, which trials beside this one share, and draws three times as many numbers as it uses; then
-trl rounds them to bfloat16 (1.16, `SFTTrainer.__init__`). Here they are drawn on the base's device: at rank 64 of 1.1B
-a host takes 0.9 s for what a GPU makes in 0.03. So a GPU's numbers are others than a CPU's.
+PEFT would use the process's generator, which other trials share, and draw three times as many numbers as it uses. trl
+then rounds the weights to bfloat16 (1.16, `SFTTrainer.__init__`). Here they are drawn on the base's device: for rank 64
+on a base of 1.1B parameters, a CPU needs 0.9 s and a GPU 0.03 s. Therefore a GPU draws other numbers than a CPU.
 """
 
 import math
@@ -24,81 +24,84 @@ from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.peft_model import ADAPTER, lora_config, lora_layers
 
 EVA_BATCHES, EVA_PASSES = 200, 1000
-"""Batches of training rows that EVA looks at, and passes over them in which its components must have settled."""
+"""Most batches of training rows that EVA reads, and most passes in which its components must converge."""
 
 
 def init_adapter(
-    model: Any, lora: LoraSection, seed: int, dtype: torch.dtype, read: Mapping[str, torch.Tensor] | None = None
+    model: Any, lora: LoraSection, seed: int, dtype: torch.dtype, components: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Lay an adapter's first weights.
+    """Set an adapter's first weights, A (rank, in_features) and B (out_features, rank) of each layer.
 
-    default: A uniform within 1 / sqrt(in_features), as PEFT and `nn.Linear` have it; B zero. gaussian: A normal, of
-    deviation 1 / rank. eva: A from `read`. olora, pissa: A and B make a part of the base's weight, which the base
-    layer's result then lacks (`Without`).
+    default: A is uniform within 1 / sqrt(in_features), as in PEFT and `nn.Linear`; B is zero.
+    gaussian: A is normal with standard deviation 1 / rank; B is zero.
+    eva: A is taken from `components`; B is zero.
+    olora, pissa: B A is a part of the base's weight; `SubtractInitialUpdate` takes it off the base layer's output.
 
     Args:
         model: a `PeftModel`.
-        lora: its adapter.
-        seed: of the generator.
-        dtype: of the weights.
-        read: for eva, layer -> (rank, in_features), from `eva_components`.
+        lora: its adapter's configuration.
+        seed: seeds the generator.
+        dtype: dtype of the weights.
+        components: for eva, layer -> (rank, in_features), from `eva_components`.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     for name, layer in lora_layers(model).items():
-        first, second = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        rank, width = first.out_features, first.in_features
-        b = torch.zeros(second.out_features, rank, device=device)
+        lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        rank, width = lora_a.out_features, lora_a.in_features
+        b = torch.zeros(lora_b.out_features, rank, device=device)
         if lora.starts_from_base:
-            a, b = _part_of_base(name, layer, lora, rank)
-        elif read is not None:
-            a = read[name]
+            a, b = _factors_of_base(name, layer, lora, rank)
+        elif components is not None:
+            a = components[name]
         elif lora.init == "gaussian":
             a = torch.empty(rank, width, device=device).normal_(std=1 / rank, generator=generator)
         else:
-            most = 1 / math.sqrt(width)
-            a = torch.empty(rank, width, device=device).uniform_(-most, most, generator=generator)
-        own = layer.get_base_layer().weight.device  # a base may lie on several GPUs
-        # Contiguous: QR gives views with gaps, for which fused AdamW on a GPU refuses its gradients (torch 2.11).
-        first.weight.data, second.weight.data = (each.to(own, dtype).contiguous() for each in (a, b))
+            bound = 1 / math.sqrt(width)
+            a = torch.empty(rank, width, device=device).uniform_(-bound, bound, generator=generator)
+        layer_device = layer.get_base_layer().weight.device  # a base may be spread over several GPUs
+        # QR returns strided views, for which fused AdamW on a GPU rejects the gradients (torch 2.11).
+        lora_a.weight.data, lora_b.weight.data = (each.to(layer_device, dtype).contiguous() for each in (a, b))
         if lora.starts_from_base:
-            # A hook, for the base's weights serve others: PEFT would write to them, and quantise the rest again.
-            without = Without(first.weight.detach().clone(), second.weight.detach().clone(), layer.scaling[ADAPTER])
-            layer.get_base_layer().register_forward_hook(without)
+            # PEFT would change the base's weights and quantize them again. Other trials share them, so a hook is used.
+            a, b = (each.weight.detach().clone() for each in (lora_a, lora_b))
+            hook = SubtractInitialUpdate(a, b, layer.scaling[ADAPTER])
+            layer.get_base_layer().register_forward_hook(hook)
 
 
-class Without:
-    """Takes `scale * B A` of its input from what a layer returns: as if its weight lacked that."""
+class SubtractInitialUpdate:
+    """Forward hook that subtracts `scale * x A^T B^T` from a layer's output, as if its weight lacked `scale * B A`."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
         """
         Args:
-            a: (rank, in).
-            b: (out, rank).
-            scale: of their product.
+            a: (rank, in_features).
+            b: (out_features, rank).
+            scale: factor of their product.
         """
         self._a, self._b, self._scale = a, b, scale
 
-    def __call__(self, layer: Any, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         linear = torch.nn.functional.linear
-        part = linear(linear(given[0].to(self._a.dtype), self._a), self._b) * self._scale
-        return result - part.to(result.dtype)
+        update = linear(linear(inputs[0].to(self._a.dtype), self._a), self._b) * self._scale
+        return output - update.to(output.dtype)
 
 
-def _part_of_base(name: str, layer: Any, lora: LoraSection, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in) and B (out, rank).
+def _factors_of_base(name: str, layer: Any, lora: LoraSection, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (rank, in_features) and B (out_features, rank) whose product is a part of the base's weight W.
 
-    olora: the first columns of Q and rows of R in W = QR (as in PEFT, they count times the scale). pissa: the largest
-    singular values' part of W, halved evenly between A and B.
+    olora (arXiv 2406.01775): the first columns of Q and rows of R in W = QR; as in PEFT, the LoRA scale multiplies
+    their product. pissa (arXiv 2404.02948): the part of W with the largest singular values, whose square roots go into
+    A and B alike.
 
     Raises:
-        TrialError: the weight has no such rank.
+        TrialError: the rank is larger than a dimension of the weight.
     """
     weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
     if rank > min(weight.shape):
         raise TrialError(
-            f"lora.init {lora.init} takes rank {rank} of {name}, whose weight has at most {min(weight.shape)}",
-            "Lower lora.rank, or give the layer another in lora.rank_pattern.",
+            f"lora.init {lora.init} needs rank {rank} for {name}, whose weight has rank {min(weight.shape)} at most",
+            "Lower lora.rank, or set a lower one for this layer in lora.rank_pattern.",
         )
     if lora.init == "olora":
         q, r = torch.linalg.qr(weight)
@@ -111,26 +114,27 @@ def _part_of_base(name: str, layer: Any, lora: LoraSection, rank: int) -> tuple[
 def eva_components(
     model: Any, config: TrialConfig, data: PreparedData, modules: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """For each adapted layer the principal components (rank, in_features) of what it reads on training rows.
+    """For each adapted layer, return the principal components (rank, in_features) of its inputs on training rows.
 
-    EVA (arXiv 2410.07170) by PEFT, without moving ranks between layers (rho 1): a trial's rank is as configured.
+    PEFT computes EVA (arXiv 2410.07170). `rho` is 1, so that no rank moves between layers: a trial's rank is as
+    configured.
 
     Args:
-        model: a shell of the base.
+        model: a model that shares the base's weights.
         config: the trial; its seed orders the rows.
-        data: rows.
+        data: the rows.
         modules: names of the adapted layers.
 
     Raises:
-        TrialError: a layer reads fewer features than its rank, or the components do not settle.
+        TrialError: a layer has fewer input features than its rank, or the components do not converge.
     """
     known = lora_config(config, modules)
     for name in modules:
         rank = known.rank_pattern.get(get_pattern_key(known.rank_pattern, name), known.r)
         if rank > (width := model.get_submodule(name).in_features):
             raise TrialError(
-                f"lora.init eva takes rank {rank} of what {name} reads, which has {width} features",
-                "Lower lora.rank, or give the layer another in lora.rank_pattern.",
+                f"lora.init eva needs rank {rank} for {name}, whose input has only {width} features",
+                "Lower lora.rank, or set a lower one for this layer in lora.rank_pattern.",
             )
     known.init_lora_weights, known.eva_config = "eva", EvaConfig(rho=1.0)
     known.target_modules = set(modules)
@@ -139,8 +143,8 @@ def eva_components(
     def forward(model: Any, batch: dict[str, torch.Tensor]) -> None:
         if next(passes, None) is None:
             raise TrialError(
-                f"lora.init eva: what the layers read has not settled in {EVA_PASSES} passes",
-                "Lower lora.rank: the training rows may not have so many directions.",
+                f"lora.init eva: the components of the layers' inputs have not converged in {EVA_PASSES} passes",
+                "Lower lora.rank: the inputs may vary in fewer directions than that.",
             )
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
@@ -151,20 +155,23 @@ def eva_components(
 
 
 def _batches(config: TrialConfig, data: PreparedData, targets: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Training rows again and again, in an order of the trial's seed, with at least so many targets a batch."""
+    """Yield batches of training rows, without end, in an order drawn from the trial's seed.
+
+    Each batch has at least `targets` tokens with a loss.
+    """
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
-    found, taken = 0, []
+    num_targets, rows = 0, []
     for index in cycle(order):
         row = data.train[index]
-        taken.append(row)
-        found += sum(label != IGNORED for label in row["labels"])
-        if found >= targets:
-            yield _padded(taken)
-            found, taken = 0, []
+        rows.append(row)
+        num_targets += sum(label != IGNORED for label in row["labels"])
+        if num_targets >= targets:
+            yield _padded(rows)
+            num_targets, rows = 0, []
 
 
 def _padded(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Filled on the right; the filler is masked."""
+    """Stack rows into (rows, longest), padded on the right; the padding is masked."""
     longest = max(len(row["input_ids"]) for row in rows)
     shape = len(rows), longest
     ids, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(2))

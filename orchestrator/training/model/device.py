@@ -1,4 +1,4 @@
-"""The device of this process, and the memory held on it."""
+"""The device of this process, and the memory that it has held there."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ GIB = 2**30
 
 
 def use_device(threads: int) -> int:
-    """Number of GPUs this process sees; where there is none, hold to that many threads."""
+    """Return the number of GPUs that this process sees; if there are none, limit torch to `threads` CPU threads."""
     import torch
 
     gpus = int(torch.cuda.device_count())
@@ -17,7 +17,7 @@ def use_device(threads: int) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Forget the GPU's peak so far. The peak of a CPU process cannot be reset: it counts earlier trials too."""
+    """Reset the GPUs' memory peaks. A CPU process cannot reset its peak, which includes earlier trials."""
     import torch
 
     for device in range(torch.cuda.device_count()):
@@ -25,13 +25,13 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Most memory held: on GPUs what torch allocated, on a CPU the process's resident set. GiB."""
+    """Return the most memory held, in GiB: what torch allocated on GPUs, or the resident set of a CPU process."""
     import torch
 
     devices = torch.cuda.device_count()
     if devices:
-        held = sum(int(torch.cuda.max_memory_allocated(device)) for device in range(devices))
+        peak = sum(int(torch.cuda.max_memory_allocated(device)) for device in range(devices))
     else:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return round(held / GIB, 3)
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(peak / GIB, 3)

@@ -1,4 +1,4 @@
-"""A base with a new adapter on it: PEFT adapts a base once, a trial gets a shell of that and draws its own weights."""
+"""Build the `PeftModel` of a trial. PEFT adapts a base once; each trial gets a copy that shares the base's weights."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,27 +12,27 @@ from torch import nn
 from orchestrator.base import share_modules
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.targets import TrainableBeside, expected_modules
+from orchestrator.training.model.targets import ExtraTrainables, expected_modules
 
 ADAPTER = "default"
-"""PEFT's name of it."""
+"""The name that PEFT gives the adapter."""
 
-_patterns: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-"""Of each base, by the layers that are adapted."""
+_templates: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+"""Base -> the fields that choose the adapted layers -> the template model."""
 
 
-def lora_config(config: TrialConfig, modules: Collection[str], beside: TrainableBeside | None = None) -> LoraConfig:
-    """PEFT's configuration of a trial's adapter.
+def lora_config(config: TrialConfig, modules: Collection[str], extra: ExtraTrainables | None = None) -> LoraConfig:
+    """Return PEFT's configuration of a trial's adapter.
 
-    Its first weights are ours to lay (`first_weights`): what it says of them is for who reads it later.
+    `adapter_init` sets the first weights. What the configuration says of them is only for later readers of the file.
 
     Args:
         config: the trial.
         modules: names of the layers that it adapts, from `expected_modules`.
-        beside: what else trains, from `expected_beside`; None where that is nothing.
+        extra: what else trains, from `expected_extra_trainables`; None if nothing does.
     """
     lora, targets = config.lora, config.lora.target_modules
-    if lora.layers_to_transform is not None and targets == "all-linear":  # PEFT takes only names with it
+    if lora.layers_to_transform is not None and targets == "all-linear":  # PEFT accepts only names together with it
         targets = sorted({name.rpartition(".")[2] for name in modules})
     return LoraConfig(
         r=lora.rank,
@@ -43,9 +43,9 @@ def lora_config(config: TrialConfig, modules: Collection[str], beside: Trainable
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
-        # Whole names: PEFT takes a part of one for any that ends with it (0.21: `norm` for `input_layernorm`).
-        modules_to_save=sorted(beside.saved) if beside and beside.saved else None,
-        trainable_token_indices=dict(beside.tokens) if beside and beside.tokens else None,
+        # Full names: PEFT would also match `norm` with `input_layernorm`, because that ends with it (0.21).
+        modules_to_save=sorted(extra.saved) if extra and extra.saved else None,
+        trainable_token_indices=dict(extra.tokens) if extra and extra.tokens else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
@@ -54,64 +54,67 @@ def lora_config(config: TrialConfig, modules: Collection[str], beside: Trainable
     )
 
 
-def adapted_by_peft(base: Any, config: TrialConfig, modules: Collection[str], beside: TrainableBeside) -> Any:
-    """A `PeftModel` for one trial of any kind. The other arguments are those of `lora_config`.
+def model_from_peft(base: Any, config: TrialConfig, modules: Collection[str], extra: ExtraTrainables) -> Any:
+    """Build a `PeftModel` for a trial of any kind with PEFT itself.
 
     Args:
-        base: bare; it stays as it is.
+        base: the bare base; it is not changed.
+        config, modules, extra: see `lora_config`.
     """
     own = share_modules(base, own_biases=config.lora.bias != "none")
-    return get_peft_model(own, lora_config(config, modules, beside))
+    return get_peft_model(own, lora_config(config, modules, extra))
 
 
 def peft_template(base: Any, config: TrialConfig) -> Any:
-    """A `PeftModel` over a base's weights with an adapter of rank 1 on the layers of this trial.
+    """Return a `PeftModel` that shares the base's weights and has an adapter of rank 1 on the layers of this trial.
 
-    It is made once for each choice of layers: `get_peft_model` takes nine times as long as a shell of what it made
-    (peft 0.21, `LoraModel._create_and_replace` and `_replace_module`, for each layer).
+    One template is built for each choice of layers. `get_peft_model` takes nine times as long as a copy of its result
+    (peft 0.21 runs `LoraModel._create_and_replace` and `_replace_module` for each layer).
 
     Args:
-        base: bare; it stays as it is.
-        config: a trial that the fast engine holds.
+        base: the bare base; it is not changed.
+        config: a trial that the fast engine supports.
     """
-    lora, made = config.lora, _patterns.setdefault(base, {})
+    lora, templates = config.lora, _templates.setdefault(base, {})
     key = repr((lora.target_modules, lora.layers_to_transform))
-    if key not in made:
+    if key not in templates:
         small = config.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
-        made[key] = get_peft_model(share_modules(base), lora_config(small, expected_modules(base, lora)))
-    return made[key]
+        templates[key] = get_peft_model(share_modules(base), lora_config(small, expected_modules(base, lora)))
+    return templates[key]
 
 
-def adapted(base: Any, config: TrialConfig) -> Any:
-    """A `PeftModel` for one trial, as `get_peft_model` makes it, but for its weights, which `draw` lays.
+def model_from_template(base: Any, config: TrialConfig) -> Any:
+    """Build a `PeftModel` for one trial from the template.
+
+    It equals the result of `get_peft_model`, except that its LoRA matrices are empty until `init_adapter` sets them.
 
     Args:
-        base: bare; it stays as it is.
-        config: a trial that the fast engine holds.
+        base: the bare base; it is not changed.
+        config: a trial that the fast engine supports.
     """
     model, lora = share_modules(peft_template(base, config)), config.lora
     known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
     known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights
     for layer in lora_layers(model).values():
-        _fit(layer, lora)
+        _resize(layer, lora)
     return model
 
 
-def _fit(layer: Any, lora: LoraSection) -> None:
-    """What `LoraLayer.update_layer` sets (peft 0.21, `tuners/lora/layer.py`)."""
+def _resize(layer: Any, lora: LoraSection) -> None:
+    """Set what `LoraLayer.update_layer` sets (peft 0.21, `tuners/lora/layer.py`)."""
     layer.r[ADAPTER] = lora.rank
     layer.lora_alpha[ADAPTER] = lora.alpha
     layer.use_rslora[ADAPTER] = lora.rslora
     layer.scaling[ADAPTER] = lora.scale(lora.rank, lora.alpha)
     layer.lora_dropout[ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
-    first, second = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    first.out_features = second.in_features = lora.rank
-    first.weight, second.weight = (nn.Parameter(torch.empty(0)) for _ in range(2))
+    lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    lora_a.out_features = lora_b.in_features = lora.rank
+    lora_a.weight, lora_b.weight = (nn.Parameter(torch.empty(0)) for _ in range(2))
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
-    """The adapted layers of a `PeftModel`, by their names in the base."""
+    """Return the adapted layers of a `PeftModel`, by their names in the base."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -120,11 +123,14 @@ def lora_layers(model: Any) -> dict[str, Any]:
 
 
 def load_adapter_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put an adapter's saved weights into the model that it was trained in.
+    """Copy an adapter's saved weights into the model in which it was trained.
+
+    An adapter from `Adapter.less` has twice the rank: the trained half, and the first update, which the model's base
+    layers subtract already. Only the trained half is loaded.
 
     Args:
         model: a `PeftModel`.
-        weights: by the names of PEFT's file; from `Adapter.less` the trained half is taken, the model lacks the other.
+        weights: the tensors by the names of PEFT's file.
     """
     own = {}
     for name, layer in lora_layers(model).items():

@@ -1,4 +1,4 @@
-"""Types of weights and products, for this process's device."""
+"""The precision of the forward pass, and whether this process's device supports a trial."""
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
@@ -6,7 +6,7 @@ from orchestrator.spec.sections import TrainingSection
 
 
 def resolve_precision(training: TrainingSection) -> str:
-    """Autocast of the forward pass: bf16, fp16 or none."""
+    """Return the autocast dtype of the forward pass: bf16, fp16 or none."""
     import torch
 
     if training.precision != "auto":
@@ -15,10 +15,10 @@ def resolve_precision(training: TrainingSection) -> str:
 
 
 def require_device(config: TrialConfig) -> None:
-    """Find out whether a trial can train on this process's device.
+    """Check that a trial can train on this process's device.
 
     Raises:
-        TrialError: it cannot.
+        TrialError: it cannot; the message names the field.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Applied, not just asked: what the live modules and the optimizer hold after the first step."""
+"""Read the configured values back from the live modules and the optimizer after the first step, and compare them."""
 
 import math
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from torch.nn import Identity
 
 from orchestrator.errors import TrialError
 from orchestrator.spec.sections import TrainingSection
-from orchestrator.training.model.adapter_init import Without
+from orchestrator.training.model.adapter_init import SubtractInitialUpdate
 from orchestrator.training.model.peft_model import ADAPTER, lora_layers
-from orchestrator.training.model.targets import by_name
+from orchestrator.training.model.targets import shared_or_by_layer
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
-    """The same fields as `expected.expected`, from the live layers, their base weights, the optimizer and the loss."""
+    """Return the fields of `targets.expected`, read from the live layers, base weights, optimizer and loss."""
     model = trainer.model
     layers = lora_layers(model)
     adapters = {name: _adapter_of(layer) for name, layer in layers.items()}
@@ -27,11 +27,11 @@ def read_back(trainer: Any) -> dict[str, Any]:
     embedding = model.get_base_model().get_input_embeddings()
 
     def shared(field: str) -> Any:
-        return _single(adapter[field] for adapter in adapters.values())
+        return _shared_or_all(adapter[field] for adapter in adapters.values())
 
     return {
-        "lora.rank": by_name({name: adapter["rank"] for name, adapter in adapters.items()}),
-        "lora.alpha": by_name({name: adapter["alpha"] for name, adapter in adapters.items()}),
+        "lora.rank": shared_or_by_layer({name: adapter["rank"] for name, adapter in adapters.items()}),
+        "lora.alpha": shared_or_by_layer({name: adapter["alpha"] for name, adapter in adapters.items()}),
         "lora.dropout": shared("dropout"),
         "lora.target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "lora.num_modules": len(layers),
@@ -57,7 +57,7 @@ def read_back(trainer: Any) -> dict[str, Any]:
 
 
 def _read_optimizer(optimizer: Any) -> dict[str, Any]:
-    """The fields of `expected.expected` that are the optimizer's."""
+    """Return the fields of `targets.expected` that describe the optimizer."""
     own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     library, groups = type(own).__module__.partition(".")[0], own.param_groups
     kind = f"{library}.{type(own).__name__}"
@@ -65,26 +65,26 @@ def _read_optimizer(optimizer: Any) -> dict[str, Any]:
         kind += f" {own.args.optim_bits}-bit" + (" paged" if own.is_paged else "")
     elif groups[0].get("fused"):
         kind += " fused"
-    # RMSprop of bitsandbytes calls its smoothing betas; transformers sets those of the others alone.
+    # bitsandbytes' RMSprop names its smoothing constants betas, but transformers does not set them.
     has_betas = groups[0].get("betas") is not None and "RMSprop" not in kind
     is_adam = "AdamW" in kind or "AdEMAMix" in kind
-    # Parameters without decay (biases) have a group of their own at 0.
+    # Parameters without decay (biases) have a separate group with decay 0.
     decays = [group["weight_decay"] for group in groups if group["params"] and any(p.ndim > 1 for p in group["params"])]
     return {
         "training.optimizer": kind,
-        "training.betas": _single(list(group["betas"])[:2] for group in groups) if has_betas else None,
-        "training.epsilon": _single(group["eps"] for group in groups) if is_adam else None,
-        "training.momentum": _single(group.get("momentum", 0.0) for group in groups),
-        "training.learning_rate": _single(group.get("initial_lr", group["lr"]) for group in groups),
-        "training.weight_decay": _single(decays),
+        "training.betas": _shared_or_all(list(group["betas"])[:2] for group in groups) if has_betas else None,
+        "training.epsilon": _shared_or_all(group["eps"] for group in groups) if is_adam else None,
+        "training.momentum": _shared_or_all(group.get("momentum", 0.0) for group in groups),
+        "training.learning_rate": _shared_or_all(group.get("initial_lr", group["lr"]) for group in groups),
+        "training.weight_decay": _shared_or_all(decays),
     }
 
 
 def set_rate(trainer: Any, training: TrainingSection) -> None:
-    """Put the configuration's learning rate and weight decay in force: a checkpoint's may be another trial's (PBT).
+    """Set the configured learning rate and weight decay. A checkpoint's may be those of another trial (PBT).
 
     Args:
-        trainer: whose optimizer and schedule are there, and loaded.
+        trainer: a trainer whose optimizer and schedule exist and have been loaded.
         training: the configuration.
     """
     schedule = trainer.lr_scheduler
@@ -93,11 +93,15 @@ def set_rate(trainer: Any, training: TrainingSection) -> None:
         group["initial_lr"] = training.learning_rate
         group["lr"] = training.learning_rate * factor(schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the Trainer logs
-    trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # the other group holds biases
+    trainer.optimizer.param_groups[0]["weight_decay"] = training.weight_decay  # group 1 has the biases
 
 
 def require_applied(wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise TrialError that names each field whose live value is not the configured one."""
+    """Compare the live values with the configured ones.
+
+    Raises:
+        TrialError: names each field whose live value is not the configured one.
+    """
     differences = [
         f"{name}: configured {value!r}, live {found[name]!r}"
         for name, value in wanted.items()
@@ -118,21 +122,21 @@ def _adapter_of(layer: Any) -> dict[str, Any]:
         "alpha": round(layer.scaling[name] * (math.sqrt(rank) if rslora else rank), 9),
         "rslora": rslora,
         "dora": name in layer.lora_magnitude_vector and name in layer.lora_variant,
-        "starts_from_base": any(isinstance(hook, Without) for hook in base._forward_hooks.values()),
+        "starts_from_base": any(isinstance(hook, SubtractInitialUpdate) for hook in base._forward_hooks.values()),
         "dropout": 0.0 if isinstance(dropout, Identity) else dropout.p,
         "dtype": str(layer.lora_A[name].weight.dtype).removeprefix("torch."),
-        **_form_of(base.weight),
+        **_quantization_of(base.weight),
     }
 
 
-def _form_of(weight: Any) -> dict[str, Any]:
+def _quantization_of(weight: Any) -> dict[str, Any]:
     if isinstance(weight, Params4bit):
         return {"quantization": weight.quant_state.quant_type, "double_quant": weight.quant_state.nested}
     return {"quantization": "int8" if isinstance(weight, Int8Params) else "none", "double_quant": None}
 
 
-def _single(values: Iterable[Any]) -> Any:
-    """The one value that all share, or the list of different ones."""
+def _shared_or_all(values: Iterable[Any]) -> Any:
+    """Return the one value that all share, or else the list of distinct values."""
     distinct: list[Any] = []
     for value in values:
         if value not in distinct:
@@ -141,7 +145,7 @@ def _single(values: Iterable[Any]) -> Any:
 
 
 def same(wanted: Any, found: Any) -> bool:
-    """Equal, or two numbers within a millionth; in a mapping or a list, each."""
+    """Return whether two values are equal; floats within a relative 1e-6; mappings and lists element by element."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         return wanted.keys() == found.keys() and all(same(value, found[name]) for name, value in wanted.items())
     if isinstance(wanted, list) and isinstance(found, list | tuple):

@@ -1,4 +1,4 @@
-"""What a trial should come to on its base: adapted layers, what trains beside them, and the values to find there."""
+"""Derive from a configuration what should train on its base, and the values that the live model must then have."""
 
 import re
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 
-Shapes = dict[str, tuple[int, int]]
-"""Linear layers by name: (in_features, out_features)."""
+LayerShapes = dict[str, tuple[int, int]]
+"""Name of a linear layer -> (in_features, out_features)."""
 
 _LIVE_OPTIMIZERS = {
     "adamw_torch": "torch.AdamW",
@@ -34,11 +34,11 @@ _LIVE_OPTIMIZERS = {
     "adafactor": "transformers.Adafactor",
     "sgd": "torch.SGD",
 }
-"""By the names of `training.optimizer`."""
+"""`training.optimizer` -> the live optimizer, as `readback.read_back` describes it."""
 
 
-def expected_modules(model: Any, lora: LoraSection) -> Shapes:
-    """Linear layers of a bare base that the adapter should change: name -> (in_features, out_features).
+def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
+    """Return the linear layers of a bare base that the adapter should adapt: name -> (in_features, out_features).
 
     Raises:
         TrialError: `target_modules`, `layers_to_transform` or a pattern names no layer of this base.
@@ -51,16 +51,16 @@ def expected_modules(model: Any, lora: LoraSection) -> Shapes:
         for name, module in model.named_modules()
         if isinstance(module, Linear) and module is not head
     }
-    saved = [name for name in layers if any(_within(name, module) for module in lora.modules_to_save or ())]
+    saved = [name for name in layers if any(_is_inside(name, module) for module in lora.modules_to_save or ())]
     found = {name: shape for name, shape in layers.items() if name not in saved}
     if lora.target_modules != "all-linear":
         leaves = sorted({name.rpartition(".")[2] for name in layers})
         for target in lora.target_modules:
-            if not any(_matches(name, target) for name in layers):
+            if not any(_ends_with(name, target) for name in layers):
                 raise TrialError(
-                    f"lora.target_modules: {target!r} is no linear layer of this base; it has {', '.join(leaves)}"
+                    f"lora.target_modules: {target!r} is not a linear layer of this base; it has {', '.join(leaves)}"
                 )
-        found = {name: shape for name, shape in found.items() if any(_matches(name, t) for t in lora.target_modules)}
+        found = {name: shape for name, shape in found.items() if any(_ends_with(name, t) for t in lora.target_modules)}
     if lora.layers_to_transform is not None:
         numbers = {name: _layer_number(name) for name in found}
         for number in lora.layers_to_transform:
@@ -71,49 +71,49 @@ def expected_modules(model: Any, lora: LoraSection) -> Shapes:
                 )
         found = {name: shape for name, shape in found.items() if numbers[name] in lora.layers_to_transform}
     if saved and not found:
-        raise TrialError("lora.target_modules: nothing is left to adapt; all of it is in lora.modules_to_save")
+        raise TrialError("lora.target_modules: nothing is left to adapt; all layers are in lora.modules_to_save")
     for field in ("rank_pattern", "alpha_pattern"):
         for each in getattr(lora, field):
-            if not any(_fits(name, each) for name in found):
-                raise TrialError(f"lora.{field}: {each!r} fits none of the adapted layers, such as {next(iter(found))}")
+            if not any(_matches_pattern(name, each) for name in found):
+                raise TrialError(f"lora.{field}: {each!r} matches no adapted layer; one is named {next(iter(found))}")
     return found
 
 
 @dataclass(frozen=True)
-class TrainableBeside:
-    """What trains on a base beside the adapter's matrices."""
+class ExtraTrainables:
+    """The parameters of a base that train in addition to the adapter's matrices."""
 
     saved: dict[str, int]
-    """Module that trains whole -> its parameters."""
+    """Name of a module that trains in full (`lora.modules_to_save`) -> its number of parameters."""
     num_biases: int
-    """Bias values."""
+    """Number of bias values that train."""
     tokens: dict[str, list[int]]
-    """Embedding, and head where it is another, -> ids of the tokens whose rows train."""
+    """Name of the embedding, and of the head if it has its own weight -> ids of the tokens whose rows train."""
     width: int
-    """Of these rows."""
+    """Length of these rows."""
 
     @property
     def num_parameters(self) -> int:
-        """All of it."""
+        """Number of all these parameters."""
         rows = sum(len(ids) for ids in self.tokens.values())
         return sum(self.saved.values()) + self.num_biases + rows * self.width
 
 
-def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer: Any) -> TrainableBeside:
-    """What should train on a bare base beside the adapter's matrices.
+def expected_extra_trainables(model: Any, config: TrialConfig, modules: LayerShapes, tokenizer: Any) -> ExtraTrainables:
+    """Return what should train on a bare base in addition to the adapter's matrices.
 
     Args:
         model: the base.
         config: the trial.
         modules: from `expected_modules`.
-        tokenizer: of the base, with its new tokens.
+        tokenizer: the base's tokenizer, with its new tokens.
 
     Raises:
-        TrialError: this base has no such modules, or they cannot train whole.
+        TrialError: this base has no such modules, or they cannot train in full.
     """
     from torch.nn import Embedding
 
-    saved = _expected_saved(model, config)
+    saved = _expected_saved_modules(model, config)
     ids = new_token_ids(config.base, tokenizer) if config.base.new_tokens else []
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tokens, width = {}, 0
@@ -121,59 +121,60 @@ def expected_beside(model: Any, config: TrialConfig, modules: Shapes, tokenizer:
         assert isinstance(embedding, Embedding)
         names = {id(module): name for name, module in model.named_modules()}
         parts = [embedding] if head.weight is embedding.weight else [embedding, head]
-        # Those that train whole have the new tokens' rows in them.
+        # A module that trains in full contains the rows of the new tokens.
         tokens = {names[id(part)]: ids for part in parts if names[id(part)] not in saved}
         width = embedding.embedding_dim
-    return TrainableBeside(saved, num_expected_biases(model, config.lora, modules), tokens, width)
+    return ExtraTrainables(saved, _num_trained_biases(model, config.lora, modules), tokens, width)
 
 
-def _expected_saved(model: Any, config: TrialConfig) -> dict[str, int]:
+def _expected_saved_modules(model: Any, config: TrialConfig) -> dict[str, int]:
+    """Return the modules that should train in full, with their numbers of parameters."""
     asked = config.lora.modules_to_save or []
     every = dict(model.named_modules())
-    found = {name: module for name, module in every.items() if any(_matches(name, each) for each in asked)}
+    found = {name: module for name, module in every.items() if any(_ends_with(name, each) for each in asked)}
     for each in asked:
-        if not any(_matches(name, each) for name in every):
+        if not any(_ends_with(name, each) for name in every):
             leaves = sorted({name.rpartition(".")[2] for name in every} - {""} - {str(i) for i in range(1000)})
             raise TrialError(f"lora.modules_to_save: this base has no {each!r}; it has {', '.join(leaves)}")
     shared = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in found.items():
         if any(not parameter.is_floating_point() for parameter in module.parameters()):
             raise TrialError(
-                f"lora.modules_to_save: {name} is held as {config.base.quantization}, which cannot train whole",
+                f"lora.modules_to_save: {name} is stored as {config.base.quantization}, which cannot train in full",
                 "Adapt it (lora.target_modules), or set base.quantization: none.",
             )
         if any(module is each for each in shared) and shared[0].weight is shared[1].weight:
             raise TrialError(
-                f"lora.modules_to_save: {name} shares its weight between embedding and head in this base, and would "
-                "train apart from the other",
+                f"lora.modules_to_save: {name} shares its weight between embedding and head in this base; training "
+                "it would separate the two",
                 "base.new_tokens trains single rows of it for both.",
             )
     return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in found.items()}
 
 
-def expected(config: TrialConfig, modules: Shapes, beside: TrainableBeside) -> dict[str, Any]:
-    """What `applied.read_back` must return for this configuration.
+def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) -> dict[str, Any]:
+    """Return what `readback.read_back` must return for this configuration.
 
     Args:
         config: the trial.
         modules: from `expected_modules`.
-        beside: from `expected_beside`.
+        extra: from `expected_extra_trainables`.
     """
     lora, training = config.lora, config.training
-    ranks = {name: _of_pattern(name, lora.rank_pattern, lora.rank) for name in modules}
-    alphas = {name: _of_pattern(name, lora.alpha_pattern, lora.alpha) for name in modules}
+    ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in modules}
+    alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in modules}
     matrices = sum(ranks[name] * (i + o) + o * lora.dora for name, (i, o) in modules.items())
     return {
-        "lora.rank": by_name(ranks),
-        "lora.alpha": by_name(alphas),
+        "lora.rank": shared_or_by_layer(ranks),
+        "lora.alpha": shared_or_by_layer(alphas),
         "lora.dropout": lora.dropout,
         "lora.target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "lora.num_modules": len(modules),
         "lora.rslora": lora.rslora,
         "lora.dora": lora.dora,
         "lora.starts_from_base": lora.starts_from_base,
-        "lora.modules_to_save": sorted(beside.saved),
-        "base.new_tokens": dict(sorted(beside.tokens.items())),
+        "lora.modules_to_save": sorted(extra.saved),
+        "base.new_tokens": dict(sorted(extra.tokens.items())),
         "base.quantization": config.base.quantization,
         "base.double_quant": config.base.double_quant if config.base.is_4bit else None,
         "training.learning_rate": training.learning_rate,
@@ -187,12 +188,12 @@ def expected(config: TrialConfig, modules: Shapes, beside: TrainableBeside) -> d
         "training.neftune_alpha": training.neftune_alpha,
         "training.loss": training.loss,
         "training.label_smoothing": training.label_smoothing,
-        "num_trainable_parameters": matrices + beside.num_parameters,
+        "num_trainable_parameters": matrices + extra.num_parameters,
     }
 
 
-def num_expected_biases(model: Any, lora: LoraSection, modules: Shapes) -> int:
-    """Bias values of a bare base that will train."""
+def _num_trained_biases(model: Any, lora: LoraSection, modules: LayerShapes) -> int:
+    """Return how many bias values of a bare base will train."""
     if lora.bias == "none":
         return 0
     names = {f"{name}.bias" for name in modules}
@@ -203,31 +204,32 @@ def num_expected_biases(model: Any, lora: LoraSection, modules: Shapes) -> int:
     )
 
 
-def _matches(name: str, target: str) -> bool:
+def _ends_with(name: str, target: str) -> bool:
+    """Return whether `target` is the layer's name or its last parts."""
     return name == target or name.endswith(f".{target}")
 
 
-def _within(name: str, module: str) -> bool:
-    """Whether a layer is a module, or a part of one."""
+def _is_inside(name: str, module: str) -> bool:
+    """Return whether a layer is, or is part of, a module of that name."""
     return f".{module}." in f".{name}."
 
 
-def _fits(name: str, pattern: str) -> bool:
-    """Whether a pattern is for this layer, as PEFT has it (0.21, `utils/other.py`, `get_pattern_key`)."""
+def _matches_pattern(name: str, pattern: str) -> bool:
+    """Return whether a pattern matches this layer, by PEFT's rule (0.21, `utils/other.py`, `get_pattern_key`)."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _of_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first pattern that is for this layer."""
-    return next((value for pattern, value in patterns.items() if _fits(name, pattern)), default)
+def _pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """Return the value of the first pattern that matches this layer."""
+    return next((value for pattern, value in patterns.items() if _matches_pattern(name, pattern)), default)
 
 
 def _layer_number(name: str) -> int | None:
-    """Of the decoder layer that a layer lies in."""
+    """Return the index of the decoder layer that contains this layer; None outside the decoder layers."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
-def by_name(values: Mapping[str, Any]) -> Any:
-    """The one value that all layers share, or that of each."""
+def shared_or_by_layer(values: Mapping[str, Any]) -> Any:
+    """Return the one value that all layers share, or else the value of each layer."""
     return next(iter(values.values())) if len(set(values.values())) == 1 else dict(values)

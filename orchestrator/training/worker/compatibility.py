@@ -1,4 +1,4 @@
-"""Which trials of a sweep can train beside each other, and how many."""
+"""Decide which trials of a sweep can share an engine and how many, and open the slots that they share."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.spec import SweepSpec, TrialConfig
-from orchestrator.training.engines.loop import EngineSlot, TrialInputs
+from orchestrator.training.engines.choose import EngineSlot
+from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.separate import SeparateEngines
 from orchestrator.training.fast.plan import memory_plan
@@ -19,101 +20,113 @@ from orchestrator.training.model.peft_model import peft_template
 
 
 def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, str]:
-    """How many trials should train together in this process, at most so many, and why. Loads the base."""
+    """Decide how many trials should train at a time in this process. Loads the base.
+
+    Args:
+        spec: the experiment.
+        data: tokenized rows.
+        wanted: the largest number to consider.
+
+    Returns:
+        The number of slots, and the reason for it.
+    """
     if spec.training.engine == "trl" and "training.engine" not in {*spec.search.space, *spec.search.tied}:
         return 1, "engine trl trains one at a time"
-    ground = TrialInputs.of(spec.base, data)
-    configs = holdable(spec, ground)
+    inputs = TrialInputs.load(spec.base, data)
+    configs = supported_corners(spec, inputs)
     if not configs:
         return 1, "the fast engine cannot hold these trials"
-    return memory_plan.plan_slots(ground.base, configs, ground.train, ground.held_out, wanted)
+    return memory_plan.plan_slots(inputs.base, configs, inputs.train, inputs.held_out, wanted)
 
 
-def holdable(spec: SweepSpec, ground: TrialInputs) -> list[TrialConfig]:
-    """The corners of the search that the fast engine can hold on this base."""
-    found = []
+def supported_corners(spec: SweepSpec, inputs: TrialInputs) -> list[TrialConfig]:
+    """Return the corners of the search space that the fast engine supports on this base."""
+    supported = []
     for config in spec.corners_on_base():
-        with suppress(TrialError):  # layers that are not there: it is told when the trial comes
-            if unsupported_reason(config, ground.base, ground.longest) is None:
-                found.append(config)
-    return found
+        with suppress(TrialError):  # unknown layers are reported when such a trial comes
+            if unsupported_reason(config, inputs.base, inputs.longest) is None:
+                supported.append(config)
+    return supported
 
 
 def not_packed_reason(config: TrialConfig, spec: SweepSpec) -> str | None:
-    """Why no engine that a sweep's trials share can be this trial's, or None."""
+    """Return why a trial can share no engine with the sweep's other trials, or None if it may.
+
+    This looks at the configuration alone; `Slots.refusal_reason` checks a trial against the engine.
+    """
     if config.training.engine == "trl":
         return "training.engine is trl"
     if config.base != spec.base:
-        return "its base is another than that of the trials beside it"
+        return "its base differs from that of the other trials"
     return None
 
 
 @dataclass(frozen=True)
 class JointSlots:
-    """Slots of one engine, in whose passes all trials step together."""
+    """Slots of one engine, in which all trials step together."""
 
-    ground: TrialInputs
+    inputs: TrialInputs
     plan: MemoryPlan
-    _kind: EngineSpec
+    _engine_spec: EngineSpec
     _engine: Engine
 
-    def refuses(self, config: TrialConfig) -> str | None:
-        """Say why a trial on this base cannot be one of them; None where it can."""
-        base = self.ground.base
-        return unsupported_reason(config, base, self.ground.longest) or self._kind.refuses(base, config)
+    def refusal_reason(self, config: TrialConfig) -> str | None:
+        """Return why a trial on this base cannot have one of these slots, or None if it can."""
+        base = self.inputs.base
+        return unsupported_reason(config, base, self.inputs.longest) or self._engine_spec.refuses(base, config)
 
-    def seat(self, slot: int, config: TrialConfig) -> EngineSlot:
-        """The slot of this number for a trial."""
-        return EngineSlot(slot, self._engine, self.plan)
+    def engine_slot(self, index: int, config: TrialConfig) -> EngineSlot:
+        """Return the engine's slot of this number for a trial."""
+        return EngineSlot(index, self._engine, self.plan)
 
 
 @dataclass(frozen=True)
 class SeparateSlots:
-    """Slots with an engine each: every trial has the bits that it has alone."""
+    """Slots with one engine each, so that a trial's results are the same bits whatever trains beside it."""
 
-    ground: TrialInputs
+    inputs: TrialInputs
     _engines: SeparateEngines
 
     @property
     def plan(self) -> MemoryPlan:
-        """How all of them are held."""
+        """How the engines of all slots are held in memory."""
         return self._engines.plan
 
-    def refuses(self, config: TrialConfig) -> str | None:
-        """Say why a trial on this base cannot be one of them; None where it can."""
-        return unsupported_reason(config, self.ground.base, self.ground.longest) or self._engines.refuses(config)
+    def refusal_reason(self, config: TrialConfig) -> str | None:
+        """Return why a trial on this base cannot have one of these slots, or None if it can."""
+        return unsupported_reason(config, self.inputs.base, self.inputs.longest) or self._engines.refuses(config)
 
-    def seat(self, slot: int, config: TrialConfig) -> EngineSlot:
-        """The slot of this number for a trial."""
-        return EngineSlot(0, self._engines.engine(slot, config), self.plan)
+    def engine_slot(self, index: int, config: TrialConfig) -> EngineSlot:
+        """Return the only slot of the engine that belongs to slot `index` of the process."""
+        return EngineSlot(0, self._engines.engine(index, config), self.plan)
 
 
 Slots = JointSlots | SeparateSlots
-"""Where the trials of a process train beside each other."""
+"""The slots in which the trials of a process train at the same time."""
 
 
 def open_slots(
-    spec: SweepSpec, ground: TrialInputs, num_slots: int, too_large: MemoryOption | None = None
+    spec: SweepSpec, inputs: TrialInputs, num_slots: int, too_large: MemoryOption | None = None
 ) -> Slots | str:
-    """Make the slots for the trials of a sweep, or say why they cannot train beside each other.
+    """Open the slots for a sweep's trials, or return why they cannot train at the same time.
 
     Args:
         spec: the experiment.
-        ground: what its trials train on.
+        inputs: what its trials train on.
         num_slots: trials at a time.
-        too_large: has run out of memory: the new slots take less.
+        too_large: the way of holding an engine that has run out of memory; the new slots take less.
     """
-    configs = holdable(spec, ground)
+    configs = supported_corners(spec, inputs)
     if not configs:
-        return "no trial of this sweep can train beside others"
-    base, train, held_out = ground.base, ground.train, ground.held_out
+        return "no trial of this sweep can share an engine"
+    base, train, held_out = inputs.base, inputs.train, inputs.held_out
     slots: Slots
     try:
         if steps_separately(configs[0]):
-            slots = SeparateSlots(ground, SeparateEngines(base, configs, train, held_out, num_slots, too_large))
+            slots = SeparateSlots(inputs, SeparateEngines(base, configs, train, held_out, num_slots, too_large))
         else:
             engine, plan = engine_for(base, configs, train, held_out, num_slots, too_large)
-            slots = JointSlots(ground, plan, EngineSpec.of(base, configs, num_slots), engine)
+            slots = JointSlots(inputs, plan, EngineSpec.of(base, configs, num_slots), engine)
     except TrialError as error:
         return error.message
     for config in configs:

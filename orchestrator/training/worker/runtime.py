@@ -1,4 +1,4 @@
-"""One process's base, and the trials that train on it: together where they can, else one at a time."""
+"""The trials of a worker process: those that can share an engine train together, the others one at a time."""
 
 import gc
 import queue
@@ -7,35 +7,32 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 
-from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
-from orchestrator.spec.sections import BaseSection
 from orchestrator.training.attempt.attempt import Attempt, run_alone
-from orchestrator.training.attempt.events import Event, Failed, LeaseLost, Left, Noted, lost_by
+from orchestrator.training.attempt.events import Event, Failed, LeaseLost, Left, Noted, fault_fields
 from orchestrator.training.attempt.log_file import log_traceback
-from orchestrator.training.engines.loop import TrialInputs
 from orchestrator.training.engines.sft import import_trainer
 from orchestrator.training.fast.drive.multi_lora import Member, MultiLora, TrialSteps
 from orchestrator.training.fast.plan import factory
 from orchestrator.training.fast.plan.memory import MemoryOption
-from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.device import reset_peak_memory
 from orchestrator.training.worker.compatibility import Slots, not_packed_reason, open_slots
-from orchestrator.training.worker.slots import FileWriters, SlotLease, SlotPool
+from orchestrator.training.worker.file_writers import FileWriters
+from orchestrator.training.worker.inputs import InputsCache
+from orchestrator.training.worker.slots import SlotLease, SlotPool
 
-PATIENCE_S = 120.0
-"""A trial that must be alone lets others go before it for so long."""
+MAX_ALONE_WAIT_S = 120.0
+"""How long newcomers may overtake a trial that must run alone. After that, no other trial starts before it."""
 
 
 class WorkerRuntime:
-    """Trains in a thread of its own; all methods may be called from any."""
+    """Trains trials in a thread of its own. Public methods may be called from any thread."""
 
     def __init__(
         self,
@@ -45,47 +42,51 @@ class WorkerRuntime:
         gpus: float,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin to load the base.
+        """Start the threads, which begin to load the base.
 
         Args:
             spec: the experiment.
-            data: tokenised rows.
+            data: tokenized rows.
             slots: trials at a time.
-            gpus: that the process holds; a share of one where others hold it too.
-            on_lost: called when it can train no more, once all who wait have been told.
+            gpus: GPUs that the process holds; a fraction if it shares one with other processes.
+            on_lost: called when the process can train no more, after all leases have ended.
         """
         self._on_lost = on_lost
         self._spec = spec
-        self._data = data
-        self._slots = slots
+        self._num_slots = slots
         self._gpus = gpus
         self._lock = threading.Lock()
-        """Of the next two."""
-        self._open: Slots | None = None
-        """The slots for trials beside each other, while newcomers are set up at once and not after the next step."""
+        """Guards the next two attributes."""
+        self._open_slots: Slots | None = None
+        """The shared slots, while a new trial may be set up at once rather than after the next step."""
         self._num_set_up = 0
-        self._leases = SlotPool(slots)
+        """Trials that are being set up, or are set up and have not joined yet."""
+        self._pool = SlotPool(slots)
         self._arrivals: queue.SimpleQueue[SlotLease | tuple[SlotLease | None, Member | BaseException]] = (
             queue.SimpleQueue()
         )
+        """New trials; trials that have been set up; an error of the set-up thread."""
         self._to_set_up: queue.SimpleQueue[tuple[SlotLease, Slots] | None] = queue.SimpleQueue()
-        """Trials; None where the base has been loaded."""
+        """Trials to set up; None once the base is loaded, so that the trainer is imported."""
         self._writers = FileWriters()
-        # Of the thread alone:
-        self._rows: tuple[TokenizedRows, TokenizedRows] | None = None
-        self._tokenizers: dict[BaseSection, Any] = {}
-        self._shared: Slots | str | None = None
+        # Only the training thread uses what follows.
+        self._inputs = InputsCache(data)
+        self._shared_slots: Slots | str | None = None
+        """The slots that trials share; or why there are none; None if they have not been opened."""
         self._too_large: MemoryOption | None = None
-        self._pack = MultiLora()
+        self._multi_lora = MultiLora()
         self._together: list[SlotLease] = []
+        """Leases of the trials that train together."""
         self._has_begun = False
-        self._alone: deque[tuple[SlotLease, str | None]] = deque()
-        self._held_back: deque[SlotLease] = deque()
-        threading.Thread(target=self._run, name="host", daemon=True).start()
-        threading.Thread(target=self._set_up, name="set-up", daemon=True).start()
+        self._waiting_alone: deque[tuple[SlotLease, str | None]] = deque()
+        """Trials that must run alone, with the reason."""
+        self._unplaced: deque[SlotLease] = deque()
+        """Trials that have arrived and have not been placed yet."""
+        threading.Thread(target=self._run, name="train", daemon=True).start()
+        threading.Thread(target=self._run_set_up, name="set-up", daemon=True).start()
 
     def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
-        """Give a trial a slot; False where none is free now.
+        """Give a trial a slot; return False if none is free now.
 
         Args:
             lease: a new name, by which to ask for the trial's events.
@@ -95,137 +96,146 @@ class WorkerRuntime:
         Raises:
             LeaseLost: this process trains no more.
         """
-        shared = self._open
-        fits = shared is not None and self._fits(start.config, shared)
-        made = self._leases.take(lease, start, paths)
+        shared = self._open_slots
+        can_share = shared is not None and self._can_share(start.config, shared)
+        made = self._pool.lease(lease, start, paths)
         if made is None:
             return False
         with self._lock:
-            if shared is not None and fits and shared is self._open:
-                self._set_up_soon(made, shared)
+            if shared is not None and can_share and shared is self._open_slots:
+                self._queue_set_up(made, shared)
             else:
                 self._arrivals.put(made)
         return True
 
     def events(self, lease: str, wait_s: float) -> list[Event]:
-        """What has happened since the last call; where that is nothing, wait for it.
+        """Return the events since the last call. If there are none, wait up to `wait_s` seconds for the first.
 
         Raises:
             LeaseLost: there is no such lease.
         """
-        return self._leases.named(lease).take(wait_s)
+        return self._pool.get(lease).take_events(wait_s)
 
     def renew(self, lease: str) -> None:
-        """Keep a lease whose events nobody takes for a while.
+        """Keep a lease from expiring while nobody takes its events.
 
         Raises:
             LeaseLost: there is no such lease.
         """
-        self._leases.named(lease).renew()
+        self._pool.get(lease).renew()
 
     def release(self, lease: str) -> None:
-        """Ask a trial to stop at its next step. Its last event can still be taken."""
+        """Ask a trial to stop at its next step. Its last events can still be taken."""
         with suppress(LeaseLost):
-            self._leases.named(lease).release()
+            self._pool.get(lease).release()
 
     def interrupt(self, wait_s: float) -> bool:
-        """Have all trials write a checkpoint and stop; returns whether they have within `wait_s` seconds."""
-        return self._leases.interrupt(wait_s)
+        """Have all trials write a checkpoint and stop; return whether all have ended within `wait_s` seconds."""
+        return self._pool.interrupt(wait_s)
 
     def free_slots(self) -> int:
-        """Trials that could be started now."""
-        return self._leases.num_free()
+        """Return how many trials could be started now."""
+        return self._pool.num_free()
+
+    # The training thread
 
     def _run(self) -> None:
         try:
-            if self._slots > 1:
-                with suppress(OrchestratorError):  # it is told to each trial that comes
-                    self._share()
+            if self._num_slots > 1:
+                with suppress(OrchestratorError):  # reported to each trial that comes
+                    self._require_shared_slots()
             while True:
                 self._drop_released()
                 self._admit()
                 if self._together:
-                    self._turn()
+                    self._step()
                 else:
-                    self._run_alone(*self._alone.popleft())
-        except BaseException as error:  # told to all who wait, and to all who come
+                    self._run_alone(*self._waiting_alone.popleft())
+        except BaseException as error:  # reported to all current leases, and to all who ask for one
             log_traceback()
-            self._leases.lose(f"{type(error).__name__}: {error}")
+            self._pool.fail_all(f"{type(error).__name__}: {error}")
             self._on_lost()
 
     def _drop_released(self) -> None:
-        """Give up the trials that wait and are wanted no more."""
-        for each in [each for each in self._alone if each[0].stopping]:
-            self._alone.remove(each)
+        """End the waiting trials that have been released."""
+        for each in [each for each in self._waiting_alone if each[0].stopping]:
+            self._waiting_alone.remove(each)
             self._leave(each[0], None)
-        for lease in [lease for lease in self._held_back if lease.stopping]:
-            self._held_back.remove(lease)
+        for lease in [lease for lease in self._unplaced if lease.stopping]:
+            self._unplaced.remove(lease)
             self._leave(lease, None)
 
     def _leave(self, lease: SlotLease, lost: str | None, is_storage: bool = False) -> None:
+        """End an attempt without a result, and free its slot. The arguments are the fields of `Left`."""
         lease.emit(Left(0.0, lease.gpu_seconds, 0.0, lease.start.step, lost, is_storage))
-        self._leases.done(lease)
+        self._pool.free(lease)
 
     @staticmethod
     def _require_device() -> None:
-        """A fault of the GPU is for good: after one, this raises, and the process ends."""
+        """Raise if the GPU has a fault. Such a fault is permanent, and the process must end."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def _admit(self) -> None:
-        """Take in the trials that were started; where there is nothing else to do, wait for one.
+        """Take in the trials that have been started. If there is nothing else to do, wait for one.
 
-        Once one that must be alone has waited for long, nobody is let in before it: the others end, and it is next.
+        If a trial that must run alone has waited for `MAX_ALONE_WAIT_S`, no other is admitted before it. The trials
+        that train now end, and it runs next.
         """
-        while not self._alone or not self._is_empty():
-            drains = bool(self._alone) and time.monotonic() > self._alone[0][0].came_at + PATIENCE_S
+        while not self._waiting_alone or not self._is_shared_engine_empty():
+            waiting = self._waiting_alone
+            is_draining = bool(waiting) and time.monotonic() > waiting[0][0].requested_at + MAX_ALONE_WAIT_S
             with self._lock:
-                self._open = None
-                if isinstance(self._shared, Slots) and not (drains or self._held_back):
-                    self._open = self._shared
-            if self._held_back and not drains:
-                self._place(self._held_back.popleft())
-            elif self._together and self._arrivals.empty() and not self._gathers():
+                self._open_slots = None
+                if isinstance(self._shared_slots, Slots) and not (is_draining or self._unplaced):
+                    self._open_slots = self._shared_slots
+            if self._unplaced and not is_draining:
+                self._place(self._unplaced.popleft())
+            elif self._together and self._arrivals.empty() and not self._is_gathering():
                 return
             else:
                 self._take_arrival()
 
-    def _gathers(self) -> bool:
-        """Whether the pack is yet to begin and others are being set up: each of its sizes is a graph to capture."""
+    def _is_gathering(self) -> bool:
+        """Return whether no step has been made and more trials are being set up.
+
+        The first step waits for them, because each number of trials needs another graph capture.
+        """
         with self._lock:
             return not self._has_begun and self._num_set_up > 0
 
     def _take_arrival(self) -> None:
-        """Wait for a trial that was started, which then waits to be placed; or for one that is set up, which joins."""
+        """Wait for the next arrival: a new trial, which is placed later, or one that is set up, which joins now."""
         arrival = self._arrivals.get()
         if isinstance(arrival, tuple):
             self._join(*arrival)
         else:
-            self._held_back.append(arrival)
+            self._unplaced.append(arrival)
 
-    def _is_empty(self) -> bool:
-        """Whether nobody is in the engine for many, and nobody will be before it is opened."""
+    def _is_shared_engine_empty(self) -> bool:
+        """Return whether no trial is in the shared slots. If so, close them to newcomers until the next `_admit`."""
         with self._lock:
             if self._together or self._num_set_up:
                 return False
-            self._open = None
+            self._open_slots = None
             return True
 
     def _place(self, lease: SlotLease) -> None:
-        """Have a trial set up beside others, or wait to be alone."""
+        """Have a trial set up in the shared slots, or queue it to run alone."""
         try:
-            reason = self._why_alone(lease.start.config)
+            reason = self._alone_reason(lease.start.config)
         except OrchestratorError as error:
             self._fail(lease, error)
             return
         if reason is not None:
-            self._alone.append((lease, reason if self._slots > 1 else None))
+            self._waiting_alone.append((lease, reason if self._num_slots > 1 else None))
         else:
-            assert isinstance(self._shared, Slots)
+            assert isinstance(self._shared_slots, Slots)
             with self._lock:
-                self._set_up_soon(lease, self._shared)
+                self._queue_set_up(lease, self._shared_slots)
 
-    def _set_up_soon(self, lease: SlotLease, shared: Slots) -> None:
+    def _queue_set_up(self, lease: SlotLease, shared: Slots) -> None:
+        """Hand a trial to the set-up thread. The caller holds the lock."""
         self._num_set_up += 1
         self._to_set_up.put((lease, shared))
 
@@ -236,14 +246,16 @@ class WorkerRuntime:
         assert lease is not None
         with self._lock:
             self._num_set_up -= 1
-        if lease.is_done:
+        if lease.is_slot_free:
             self._require_device()
         else:
             self._together.append(lease)
-            self._pack.add(member)
+            self._multi_lora.add(member)
 
-    def _set_up(self) -> None:
-        """In a thread of its own, for a trainer takes a while to build: the others train meanwhile."""
+    # The set-up thread
+
+    def _run_set_up(self) -> None:
+        """Build the trainers of new trials, which takes a while, so that the other trials can train meanwhile."""
         lease: SlotLease | None = None
         while True:
             try:
@@ -252,118 +264,129 @@ class WorkerRuntime:
                     import_trainer()
                     continue
                 lease, shared = task
-                member = Member(self._shared_work(lease, shared))
-            except BaseException as error:  # the host's thread then ends, and with it all its trials
+                member = Member(self._shared_steps(lease, shared))
+            except BaseException as error:  # ends the training thread, and with it all trials
                 self._arrivals.put((lease, error))
                 return
             self._arrivals.put((lease, member))
-            del task, shared, member  # while it waits, none of it must live on
+            del task, shared, member  # while the thread waits for the next trial, nothing of this one may stay alive
             lease = None
 
-    def _share(self) -> Slots | str:
-        """The slots for trials beside each other, made where they do not stand; or why there are none."""
-        if self._shared is None:
-            ground = self._ground(self._spec.base)
-            self._to_set_up.put(None)  # it imports while kernels are compiled, not while the base is loaded
-            self._shared = open_slots(self._spec, ground, self._slots, self._too_large)
-            if not isinstance(self._shared, str):
-                gc.collect()
-                gc.freeze()  # what stands now stays: collections at the trials' ends need not look at it
-        return self._shared
+    # The slots that trials share
 
-    def _unshare(self) -> None:
-        """Let go of the engine for many: nobody is in it."""
-        self._shared = None
+    def _require_shared_slots(self) -> Slots | str:
+        """Return the slots that trials share, opened if need be, or why there are none."""
+        if self._shared_slots is None:
+            inputs = self._inputs.get(self._spec.base)
+            self._to_set_up.put(None)  # imports the trainer while kernels compile, not while the base is loaded
+            self._shared_slots = open_slots(self._spec, inputs, self._num_slots, self._too_large)
+            if not isinstance(self._shared_slots, str):
+                freeze_garbage_collector()
+        return self._shared_slots
+
+    def _forget_shared_slots(self) -> None:
+        """Drop the slots that trials share. No trial may be in them."""
+        self._shared_slots = None
         gc.unfreeze()
 
-    def _ground(self, base: BaseSection) -> TrialInputs:
-        """What trials on this base train on; tokenizer and rows are made ready once."""
-        if self._rows is None:
-            self._rows = TokenizedRows.of(self._data.train), TokenizedRows.of(self._data.held_out)
-        if base not in self._tokenizers:
-            self._tokenizers[base] = load_tokenizer(base, self._data.chat_template)
-        return TrialInputs(shared_base(base), self._tokenizers[base], self._data, *self._rows)
-
-    def _why_alone(self, config: TrialConfig) -> str | None:
-        """Why a trial cannot train beside others, or None."""
-        if self._slots == 1:
+    def _alone_reason(self, config: TrialConfig) -> str | None:
+        """Return why a trial must run alone, or None if it can share."""
+        if self._num_slots == 1:
             return "there is one slot"
         if reason := not_packed_reason(config, self._spec):
             return reason
-        shared = self._share()
-        return shared if isinstance(shared, str) else shared.refuses(config)
+        shared = self._require_shared_slots()
+        return shared if isinstance(shared, str) else shared.refusal_reason(config)
 
-    def _fits(self, config: TrialConfig, shared: Slots) -> bool:
-        """The same, where the engine stands."""
-        with suppress(OrchestratorError):  # it is told when the trial's turn comes
-            return not_packed_reason(config, self._spec) is None and shared.refuses(config) is None
+    def _can_share(self, config: TrialConfig, shared: Slots) -> bool:
+        """Return whether a trial can have one of these open slots."""
+        with suppress(OrchestratorError):  # reported when the trial is placed
+            return not_packed_reason(config, self._spec) is None and shared.refusal_reason(config) is None
         return False
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
+        """Make one step of the trials that train together."""
         began = time.monotonic()
-        if len(self._pack):  # some may have ended as they joined
-            self._pack.turn()
+        if len(self._multi_lora):  # some may have ended as they joined
+            self._multi_lora.turn()
         share = self._gpus * (time.monotonic() - began) / len(self._together)
         for lease in self._together:
             lease.gpu_seconds += share
-        going_on = [lease for lease in self._together if not lease.is_done]
-        if len(going_on) < len(self._together):
+        remaining = [lease for lease in self._together if not lease.is_slot_free]
+        if len(remaining) < len(self._together):
             self._require_device()
-        self._together, self._has_begun = going_on, bool(going_on)
-        if self._pack.ran_out:
-            self._lower()
+        self._together, self._has_begun = remaining, bool(remaining)
+        if self._multi_lora.ran_out:
+            self._use_less_memory()
 
-    def _lower(self) -> None:
-        """A pass ran out of memory, and its trials have left it: those who come get an engine that takes less.
+    def _use_less_memory(self) -> None:
+        """Replace an engine that has run out of memory, and whose trials have ended, by one that takes less.
 
-        Where there is none, they run alone.
+        If there is none, the next trials run alone.
         """
-        assert isinstance(self._shared, Slots)
+        assert isinstance(self._shared_slots, Slots)
         with self._lock:
-            self._open = None
-        while self._num_set_up:  # for the engine that goes
+            self._open_slots = None
+        while self._num_set_up:  # these were set up for the engine that is dropped
             self._take_arrival()
-        self._pack.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
+        self._multi_lora.end(torch.OutOfMemoryError("a trial was set up for an engine that has run out of memory"))
         self._together.clear()
         self._has_begun = False
-        self._too_large, base = self._shared.plan.option, self._shared.ground.base
-        self._pack.ran_out = False
-        self._unshare()
+        self._too_large, base = self._shared_slots.plan.option, self._shared_slots.inputs.base
+        self._multi_lora.ran_out = False
+        self._forget_shared_slots()
         factory.release(base)
 
-    def _shared_work(self, lease: SlotLease, shared: Slots) -> TrialSteps:
-        """A trial beside others, until its slot is free again."""
-        aside = self._writers.open(lease)
+    def _shared_steps(self, lease: SlotLease, shared: Slots) -> TrialSteps:
+        """Run a trial in a shared slot, as a generator of steps, until the slot is free again."""
+        write_queue = self._writers.open(lease)
         attempt = Attempt(
-            lease.start, lease.paths, shared.ground, lease, aside, lambda _: lease.gpu_seconds, is_alone=False
+            lease.start, lease.paths, shared.inputs, lease, write_queue, lambda _: lease.gpu_seconds, is_alone=False
         )
         try:
-            yield from attempt.run(lambda: shared.seat(lease.slot, lease.start.config))
+            yield from attempt.run(lambda: shared.engine_slot(lease.slot, lease.start.config))
         finally:
-            aside.close()
-            self._leases.done(lease)
+            write_queue.close()
+            self._pool.free(lease)
             del attempt
             gc.collect()
 
     def _run_alone(self, lease: SlotLease, reason: str | None) -> None:
-        if isinstance(self._shared, Slots):
-            self._unshare()
-        config, aside = lease.start.config, self._writers.open(lease)
+        """Run a trial to its end while no other trains.
+
+        Args:
+            lease: the trial's.
+            reason: why it must run alone, for its record.
+        """
+        if isinstance(self._shared_slots, Slots):
+            self._forget_shared_slots()
+        config, write_queue = lease.start.config, self._writers.open(lease)
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"not_packed_reason": reason}))
-            run_alone(lease.start, lease.paths, self._ground(config.base), lease, aside, self._gpus)
+            run_alone(lease.start, lease.paths, self._inputs.get(config.base), lease, write_queue, self._gpus)
         except OrchestratorError as error:
             self._fail(lease, error)
         except Exception as error:
             log_traceback()
-            self._leave(lease, **lost_by(error))
+            self._leave(lease, **fault_fields(error))
         else:
-            self._leases.done(lease)
+            self._pool.free(lease)
         finally:
-            aside.close()
+            write_queue.close()
         self._require_device()
 
     def _fail(self, lease: SlotLease, error: OrchestratorError) -> None:
+        """End a trial that has failed for good, and free its slot."""
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
-        self._leases.done(lease)
+        self._pool.free(lease)
+
+
+def freeze_garbage_collector() -> None:
+    """Exclude all objects that exist now from later garbage collections, for the whole process.
+
+    A collection follows the end of each trial. It need not visit the base and the engine, which stay.
+    `gc.unfreeze` reverses this.
+    """
+    gc.collect()
+    gc.freeze()

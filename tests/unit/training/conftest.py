@@ -1,4 +1,4 @@
-"""Shared by the engine's tests: rows of tokens, a slot's table, and a step as the engine lays it out."""
+"""Fixtures of the training tests: rows of tokens, a slot's table, a flat batch, and the embedded base."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +19,13 @@ MakeRow = Callable[..., FlatBatch]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """So small are these products that threads would only wait for one another."""
+    """Use one thread, because more would only wait for each other with matrices this small."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def make_rows() -> MakeRows:
-    """`make_rows(5, 9, seed=1)`: rows of these lengths, of which the first two tokens have no loss."""
+    """`make_rows(5, 9, seed=1)`: rows of these lengths. Their first two tokens have no loss."""
 
     def make(*lengths: int, seed: int = 0, vocabulary: int = 90) -> TokenizedRows:
         generator = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def make_rows() -> MakeRows:
 
 @pytest.fixture
 def make_table() -> MakeTable:
-    """`make_table(dropout=0.1, step=3, learning_rate=1e-3)`: what a slot's table says at its third step."""
+    """`make_table(dropout=0.1, step=3, learning_rate=1e-3)`: a slot's table at its third step."""
 
     def make(dropout: float = 0.0, step: int = 1, **values: float) -> dict[str, float]:
         return {
@@ -63,7 +63,7 @@ def make_table() -> MakeTable:
 
 @pytest.fixture
 def make_row() -> MakeRow:
-    """`make_row(span, ..., num_slots=2, num_tokens=64)`: these spans as one row; by default no longer than need be."""
+    """`make_row(span, ..., num_slots=2, num_tokens=64)`: a flat batch of these spans, as short as possible."""
 
     def make(*spans: Span, num_slots: int = 1, num_tokens: int = 0, num_sequences: int = 32) -> FlatBatch:
         used = sum(span.num_tokens + -span.num_tokens % TILE for span in spans)
@@ -78,14 +78,14 @@ def make_row() -> MakeRow:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are those of a CPU, wherever they run."""
+    """Hide GPUs, so that the tests run on the CPU on every machine."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
 def base() -> Any:
-    """The embedded base in NF4, as a trial of the demo holds it. Bare: who adapts it, takes one of his own."""
+    """The embedded base in NF4, without an adapter, as in a trial of the demo. A test that adapts it uses a copy."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 0)
         return load_base(BaseSection(model="embedded", compute_dtype="float32"))

@@ -1,4 +1,4 @@
-"""The cause that a failed trial's last event names, by which searchers learn from it or not."""
+"""The cause in a failed trial's last event. It decides whether a search algorithm learns from the trial."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +11,12 @@ from orchestrator.errors import DivergedError, FailureCause, HubError, TooLargeE
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.training.attempt.attempt import Attempt
-from orchestrator.training.attempt.events import Event, Failed, Left, WriteNow
+from orchestrator.training.attempt.events import Event, Failed, Left
+from orchestrator.training.write_queue import WriteNow
 
 
-class Heard:
-    """A listener that keeps what it hears."""
+class RecordingListener:
+    """A listener that stores the events."""
 
     stopping = False
 
@@ -30,19 +31,19 @@ class Heard:
 
 
 def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Event:
-    """Of a trial that meets this error as it begins."""
+    """Return the last event of a trial that meets this error as it begins."""
 
     def fail() -> None:
         raise error
 
-    heard = Heard()
+    listener = RecordingListener()
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
     data = SimpleNamespace(fingerprint="f")
-    ground: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
-    attempt = Attempt(start, SweepPaths(folder).trial("a"), ground, heard, WriteNow(), lambda _: 0.0, is_alone=True)
+    inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
+    attempt = Attempt(start, SweepPaths(folder).trial("a"), inputs, listener, WriteNow(), lambda _: 0.0, is_alone=True)
     assert list(attempt.run(fail)) == []
-    return heard.events[-1]
+    return listener.events[-1]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
         (HubError("the hub cannot be reached"), "infrastructure"),
     ],
 )
-def test_a_failure_names_its_cause(
+def test_failure_names_its_cause(
     error: Exception, cause: FailureCause, document: dict[str, Any], tmp_path: Path
 ) -> None:
     event = last_event(error, document, tmp_path)
@@ -63,5 +64,5 @@ def test_a_failure_names_its_cause(
     assert event.cause == cause
 
 
-def test_a_fault_from_outside_is_no_failure_of_the_trial(document: dict[str, Any], tmp_path: Path) -> None:
+def test_outside_fault_is_not_a_failure_of_the_trial(document: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(last_event(RuntimeError("CUDA error"), document, tmp_path), Left)

@@ -1,4 +1,4 @@
-"""The memory that a process is said to have held."""
+"""The reported peak memory of a process."""
 
 import resource
 import sys
@@ -11,11 +11,9 @@ from orchestrator.training.model.device import peak_memory_gib
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-@pytest.mark.parametrize(("platform", "most"), [("linux", 2**21), ("darwin", 2**31)])
-def test_the_peak_of_a_process_is_in_gib_on_each_system(
-    monkeypatch: pytest.MonkeyPatch, platform: str, most: int
-) -> None:
-    """Linux counts it in KiB, macOS in bytes."""
+@pytest.mark.parametrize(("platform", "max_rss"), [("linux", 2**21), ("darwin", 2**31)])
+def test_peak_memory_is_in_gib_on_each_system(monkeypatch: pytest.MonkeyPatch, platform: str, max_rss: int) -> None:
+    """Linux reports KiB, macOS bytes."""
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=most))
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=max_rss))
     assert peak_memory_gib() == 2

@@ -1,4 +1,4 @@
-"""A trial's model in a moment: what PEFT would make of it, from a pattern, and weights that are drawn once."""
+"""A model from the template equals the one that PEFT builds, and its weights depend on the seed alone."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from orchestrator.base import load_base, share_modules
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.model.adapter_init import init_adapter
-from orchestrator.training.model.peft_model import adapted, lora_config, peft_template
+from orchestrator.training.model.peft_model import lora_config, model_from_template, peft_template
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -37,11 +37,11 @@ def trial(document: dict[str, Any]) -> MakeConfig:
     ],
     ids=["all layers", "some"],
 )
-def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, lora: dict[str, Any]) -> None:
+def test_model_from_template_equals_the_one_from_peft(base: Any, trial: MakeConfig, lora: dict[str, Any]) -> None:
     config = trial(**lora)
-    adapted(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same pattern
+    model_from_template(base, trial(**lora | {"rank": 7, "alpha": 3, "dropout": 0.4}))  # from the same template
     made, wanted = (
-        adapted(base, config),
+        model_from_template(base, config),
         get_peft_model(share_modules(base), lora_config(config, expected_modules(base, config.lora))),
     )
     for model in (made, wanted):
@@ -62,12 +62,12 @@ def test_an_adapted_base_is_what_peft_makes_of_it(base: Any, trial: MakeConfig, 
         assert torch.equal(made.eval()(ids).logits, wanted.eval()(ids).logits)
 
 
-def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial: MakeConfig) -> None:
-    one, other = adapted(base, trial(rank=4)), adapted(base, trial(rank=4))
+def test_models_of_one_template_share_only_the_base(base: Any, trial: MakeConfig) -> None:
+    one, other = model_from_template(base, trial(rank=4)), model_from_template(base, trial(rank=4))
     init_adapter(one, trial(rank=4).lora, seed=1, dtype=torch.float32)
     init_adapter(other, trial(rank=4).lora, seed=1, dtype=torch.float32)
-    of_base = {id(parameter) for parameter in base.parameters()}
-    ours, theirs = ({id(parameter) for parameter in model.parameters()} - of_base for model in (one, other))
+    base_ids = {id(parameter) for parameter in base.parameters()}
+    ours, theirs = ({id(parameter) for parameter in model.parameters()} - base_ids for model in (one, other))
     assert len(ours) == len(theirs) == 2 * 7 * 4
     assert not ours & theirs
     for layer in (module for module in one.modules() if isinstance(module, LoraLayer)):
@@ -83,11 +83,11 @@ def test_trials_of_one_pattern_share_the_base_and_nothing_else(base: Any, trial:
     )
 
 
-def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> None:
-    """Whatever else draws in this process, and whatever the dtype."""
+def test_weights_depend_on_the_seed_alone(base: Any, trial: MakeConfig) -> None:
+    """They do not depend on other draws in this process, or on the dtype."""
 
     def drawn(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        model = adapted(base, trial(rank=8))
+        model = model_from_template(base, trial(rank=8))
         init_adapter(model, trial(rank=8).lora, seed, dtype)
         return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -101,15 +101,15 @@ def test_weights_are_drawn_by_the_seed_alone(base: Any, trial: MakeConfig) -> No
     firsts, seconds = one[::2], one[1::2]
     assert not any(second.any() for second in seconds)
     for first, other in zip(firsts, drawn(4)[::2], strict=True):
-        most = first.shape[1] ** -0.5
+        bound = first.shape[1] ** -0.5
         assert not torch.equal(first, other)
-        assert 0.9 * most < first.abs().max() <= most
-        assert abs(first.mean()) < 0.1 * most
+        assert 0.9 * bound < first.abs().max() <= bound
+        assert abs(first.mean()) < 0.1 * bound
 
 
-def test_a_pattern_goes_with_its_base(trial: MakeConfig) -> None:
+def test_template_is_freed_with_its_base(trial: MakeConfig) -> None:
     base = load_base(BaseSection(model="embedded", compute_dtype="float32"))
-    adapted(base, trial(rank=4))
+    model_from_template(base, trial(rank=4))
     weight = weakref.ref(base.get_input_embeddings().weight)
     del base
     gc.collect()

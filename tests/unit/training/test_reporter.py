@@ -8,8 +8,9 @@ import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import Event, Saved, WriteNow
+from orchestrator.training.attempt.events import Event, Saved
 from orchestrator.training.attempt.reporter import Reporter
+from orchestrator.training.write_queue import WriteNow
 
 
 class Listener:
@@ -42,26 +43,26 @@ def control(**values: bool) -> Any:
 @pytest.mark.parametrize(
     ("stopping", "wants_checkpoint", "saves"),
     [(False, False, False), (True, False, False), (True, True, True)],
-    ids=["goes on", "stopped for good", "interrupted"],
+    ids=["continues", "stopped for good", "interrupted"],
 )
-def test_only_who_goes_on_later_writes_a_checkpoint(
+def test_only_a_trial_that_continues_later_writes_a_checkpoint(
     document: dict[str, Any], tmp_path: Path, stopping: bool, wants_checkpoint: bool, saves: bool
 ) -> None:
     listener = Listener(stopping, wants_checkpoint)
-    reporter, told, state = make(document, tmp_path, listener), control(), SimpleNamespace(global_step=7, max_steps=40)
-    reporter.on_step_end(None, state, told)
-    assert (told.should_save, told.should_log, told.should_training_stop) == (saves, saves, stopping)
+    reporter, asked, state = make(document, tmp_path, listener), control(), SimpleNamespace(global_step=7, max_steps=40)
+    reporter.on_step_end(None, state, asked)
+    assert (asked.should_save, asked.should_log, asked.should_training_stop) == (saves, saves, stopping)
     assert reporter.stopped == stopping
 
 
-def test_a_step_that_has_a_checkpoint_gets_no_second_one(document: dict[str, Any], tmp_path: Path) -> None:
+def test_step_with_a_checkpoint_gets_no_second_one(document: dict[str, Any], tmp_path: Path) -> None:
     listener = Listener(stopping=False, wants_checkpoint=True)
     reporter, state = make(document, tmp_path, listener), SimpleNamespace(global_step=7, max_steps=40)
     reporter.on_step_end(None, state, control())
-    listener.stopping = True  # as it is written
-    told = control()
-    reporter.on_save(None, state, told)
-    assert told.should_training_stop
-    assert not told.should_save
+    listener.stopping = True  # while the checkpoint is written
+    asked = control()
+    reporter.on_save(None, state, asked)
+    assert asked.should_training_stop
+    assert not asked.should_save
     (saved,) = [event for event in listener.events if isinstance(event, Saved)]
     assert (saved.step, saved.checkpoint) == (7, "checkpoints/checkpoint-7")

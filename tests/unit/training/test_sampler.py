@@ -17,7 +17,7 @@ def order(seed: int, epoch: int) -> list[int]:
     return list(sampler)
 
 
-def test_the_order_is_that_of_seed_and_epoch_whatever_the_process_has_drawn() -> None:
+def test_order_depends_on_seed_and_epoch_alone() -> None:
     torch.manual_seed(1)
     first = order(3, 2)
     torch.manual_seed(2)
@@ -27,7 +27,7 @@ def test_the_order_is_that_of_seed_and_epoch_whatever_the_process_has_drawn() ->
 
 
 @pytest.mark.parametrize("other", [(0, 1), (1, 0), (2, 0)])
-def test_another_seed_or_epoch_is_another_order(other: tuple[int, int]) -> None:
+def test_another_seed_or_epoch_gives_another_order(other: tuple[int, int]) -> None:
     assert order(*other) != order(0, 0)
 
 
@@ -40,10 +40,10 @@ def test_every_row_comes_once_an_epoch_among_rows_of_similar_length() -> None:
     assert sorted(rows) == list(range(len(LENGTHS)))
     steps = [[LENGTHS[row] for row in rows[at : at + STEP_ROWS]] for at in range(0, len(rows), STEP_ROWS)]
     spread = np.mean([max(step) - min(step) for step in steps])
-    assert spread < 0.3 * (max(LENGTHS) - min(LENGTHS)), "batches at random spread over most of the range"
+    assert spread < 0.3 * (max(LENGTHS) - min(LENGTHS)), "random batches would spread over most of the range"
 
 
-def test_lengths_are_those_of_the_rows_in_their_order() -> None:
+def test_row_lengths_follow_the_order_of_the_rows() -> None:
     rows = datasets.Dataset.from_list([{"input_ids": [1] * length, "labels": [1] * length} for length in (4, 2, 3)])
     assert row_lengths(rows) == [4, 2, 3]
     assert row_lengths(rows.select([2, 0])) == [3, 4]

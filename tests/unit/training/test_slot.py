@@ -11,11 +11,11 @@ import torch
 
 from orchestrator.errors import TrialError
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import WriteNow
 from orchestrator.training.fast.drive.multi_lora import Batch
 from orchestrator.training.fast.drive.slot import Slot, dropout_key
 from orchestrator.training.fast.step.engine import AHEAD, StepMetrics
 from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
+from orchestrator.training.write_queue import WriteNow
 
 
 class LateMetrics:

@@ -1,4 +1,4 @@
-"""Leases of a host: who holds a slot, and who is told that it is gone."""
+"""Slot pool of a worker: who holds a slot, and what is reported when the worker or a disk fails."""
 
 import errno
 import os
@@ -12,120 +12,121 @@ import pytest
 from orchestrator.record import TrialPaths
 from orchestrator.training.attempt.events import Completed, LeaseLost, Left
 from orchestrator.training.worker import slots
-from orchestrator.training.worker.slots import FileWriter, SlotLease, SlotPool
+from orchestrator.training.worker.file_writers import FileWriter
+from orchestrator.training.worker.slots import SlotLease, SlotPool
 
 START: Any = None
-"""What a trial trains is nothing to a lease."""
+"""A lease does not look at the trial."""
 
 
 def paths(name: str) -> TrialPaths:
     return TrialPaths(Path("sweep"), name)
 
 
-def take(leases: SlotPool, name: str, trial: str) -> SlotLease:
-    lease = leases.take(name, START, paths(trial))
+def lease_slot(pool: SlotPool, name: str, trial: str) -> SlotLease:
+    lease = pool.lease(name, START, paths(trial))
     assert lease is not None
     return lease
 
 
-def test_a_slot_is_one_trials_until_it_is_done() -> None:
-    leases = SlotPool(2)
-    first, second = take(leases, "1", "a"), take(leases, "2", "b")
+def test_slot_belongs_to_one_trial_until_it_is_freed() -> None:
+    pool = SlotPool(2)
+    first, second = lease_slot(pool, "1", "a"), lease_slot(pool, "2", "b")
     assert {first.slot, second.slot} == {0, 1}
-    assert leases.num_free() == 0
-    assert leases.take("3", START, paths("c")) is None
+    assert pool.num_free() == 0
+    assert pool.lease("3", START, paths("c")) is None
     with pytest.raises(LeaseLost, match="lease 3 is unknown here"):
-        leases.named("3")
-    leases.done(first)
-    assert leases.num_free() == 1
-    assert leases.named("1") is first, "its last events are still to be taken"
-    assert take(leases, "4", "c").slot == first.slot
+        pool.get("3")
+    pool.free(first)
+    assert pool.num_free() == 1
+    assert pool.get("1") is first, "its last events are still to be taken"
+    assert lease_slot(pool, "4", "c").slot == first.slot
     assert not second.stopping
 
 
-def test_another_attempt_at_a_trial_asks_the_earlier_one_to_stop() -> None:
-    leases = SlotPool(2)
-    earlier, other = take(leases, "1", "a"), take(leases, "2", "b")
-    assert leases.take("3", START, paths("a")) is None, "it waits for the slot"
+def test_new_attempt_at_a_trial_asks_the_earlier_one_to_stop() -> None:
+    pool = SlotPool(2)
+    earlier, other = lease_slot(pool, "1", "a"), lease_slot(pool, "2", "b")
+    assert pool.lease("3", START, paths("a")) is None, "the new attempt waits for a slot"
     assert earlier.stopping
     assert not other.stopping
 
 
-def test_a_lease_that_has_ended_and_of_which_nobody_hears_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    leases = SlotPool(3)
-    ended, silent = take(leases, "1", "a"), take(leases, "2", "b")
+def test_ended_and_expired_lease_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SlotPool(3)
+    ended, silent = lease_slot(pool, "1", "a"), lease_slot(pool, "2", "b")
     ended.emit(Completed(0.0, 0.0, 0.0))
-    leases.done(ended)
-    take(leases, "3", "c")
-    assert leases.named("1") is ended
-    monkeypatch.setattr(slots, "LEASE_S", -1.0)
-    assert ended.is_given_up
-    take(leases, "4", "d")
+    pool.free(ended)
+    lease_slot(pool, "3", "c")
+    assert pool.get("1") is ended
+    monkeypatch.setattr(slots, "LEASE_TIMEOUT_S", -1.0)
+    assert ended.is_expired
+    lease_slot(pool, "4", "d")
     with pytest.raises(LeaseLost):
-        leases.named("1")
-    assert leases.named("2") is silent, "it trains on, until it has seen that it is to stop"
+        pool.get("1")
+    assert pool.get("2") is silent, "it trains until it has seen that it should stop"
 
 
-def test_all_are_told_that_the_host_is_lost_and_nobody_is_let_in() -> None:
-    leases = SlotPool(2)
-    running, ended = take(leases, "1", "a"), take(leases, "2", "b")
+def test_lost_worker_ends_all_leases_and_admits_no_trial() -> None:
+    pool = SlotPool(2)
+    running, ended = lease_slot(pool, "1", "a"), lease_slot(pool, "2", "b")
     ended.emit(Completed(0.0, 0.0, 0.0))
-    leases.done(ended)
-    leases.lose("RuntimeError: no more")
-    (event,) = running.take(0)
+    pool.free(ended)
+    pool.fail_all("RuntimeError: no more")
+    (event,) = running.take_events(0)
     assert isinstance(event, Left)
     assert event.lost == "RuntimeError: no more"
-    assert [type(each) for each in ended.take(0)] == [Completed], "nothing comes after the last"
+    assert [type(each) for each in ended.take_events(0)] == [Completed], "nothing comes after the last"
     with pytest.raises(LeaseLost, match="RuntimeError: no more"):
-        leases.take("3", START, paths("c"))
+        pool.lease("3", START, paths("c"))
 
 
-def test_an_interrupted_host_has_each_trial_write_a_checkpoint_and_begins_no_other() -> None:
-    leases = SlotPool(2)
-    lease = take(leases, "1", "a")
+def test_interrupted_worker_has_each_trial_write_a_checkpoint_and_starts_no_other() -> None:
+    pool = SlotPool(2)
+    lease = lease_slot(pool, "1", "a")
     assert not lease.wants_checkpoint
-    assert not leases.interrupt(wait_s=0.1), "it has not ended"
+    assert not pool.interrupt(wait_s=0.1), "it has not ended"
     assert lease.stopping
     assert lease.wants_checkpoint
-    assert leases.take("2", START, paths("b")) is None
+    assert pool.lease("2", START, paths("b")) is None
     threading.Timer(0.1, lambda: lease.emit(Left(0.0, 0.0, 0.0, 5, None))).start()
-    assert leases.interrupt(wait_s=10.0)
+    assert pool.interrupt(wait_s=10.0)
 
 
-def test_a_trial_that_was_stopped_for_good_writes_no_checkpoint() -> None:
-    lease = take(SlotPool(1), "1", "a")
+def test_trial_stopped_for_good_writes_no_checkpoint() -> None:
+    lease = lease_slot(SlotPool(1), "1", "a")
     lease.release()
     assert lease.stopping
     assert not lease.wants_checkpoint
 
 
 @pytest.mark.parametrize(("number", "is_storage"), [(errno.ENOSPC, True), (errno.EACCES, False)])
-def test_a_file_that_cannot_be_written_ends_the_attempt_and_says_why(number: int, is_storage: bool) -> None:
-    lease = take(SlotPool(1), "1", "a")
+def test_write_error_ends_the_attempt_and_names_the_reason(number: int, is_storage: bool) -> None:
+    lease = lease_slot(SlotPool(1), "1", "a")
     writer = FileWriter(lease)
 
     def fail() -> None:
         raise OSError(number, os.strerror(number))
 
     writer.do(fail)
-    (told,) = lease.take(10.0)
-    assert isinstance(told, Left)
-    assert os.strerror(number) in str(told.lost)
-    assert told.is_storage is is_storage
+    (event,) = lease.take_events(10.0)
+    assert isinstance(event, Left)
+    assert os.strerror(number) in str(event.lost)
+    assert event.is_storage is is_storage
     assert lease.stopping
     writer.close()
 
 
-def test_a_log_on_a_full_disk_holds_nobody_up() -> None:
-    """The thread that writes files prints the traceback there: had it died of that, its trial would never end."""
-    lease = take(SlotPool(1), "1", "a")
+def test_log_on_a_full_disk_blocks_nothing() -> None:
+    """The writer thread prints tracebacks there. If that ended the thread, its trial would never end."""
+    lease = lease_slot(SlotPool(1), "1", "a")
     with Path("/dev/full").open("w", buffering=1) as full, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", full)
         writer = FileWriter(lease)
         writer.do(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        (told,) = lease.take(10.0)
-        assert isinstance(told, Left)
-        assert told.is_storage
+        (event,) = lease.take_events(10.0)
+        assert isinstance(event, Left)
+        assert event.is_storage
         writer.close()
         writer.thread.join(10)
         patched.undo()

@@ -1,4 +1,4 @@
-"""A new sweep's folder appears whole, or not at all."""
+"""A new sweep's folder appears complete, or not at all."""
 
 import errno
 import os
@@ -22,18 +22,18 @@ def spec() -> SweepSpec:
     return load_spec(DEMO, ["data.max_rows=60", "data.held_out={count: 10}"])
 
 
-def test_a_claimed_folder_is_taken_and_one_with_a_sweep_in_it_is_not(spec: SweepSpec, tmp_path: Path) -> None:
+def test_claimed_folder_is_used_and_one_with_a_sweep_is_refused(spec: SweepSpec, tmp_path: Path) -> None:
     with claim_folder(spec, "x.yaml", "one", str(tmp_path)) as paths:
         info = start_sweep(spec, paths)
     assert read_sweep(paths.root).info == info
     with pytest.raises(RequestError, match=r"one: already exists\n.*resume"):
         start_sweep(spec, paths)
-    assert [path.name for path in tmp_path.iterdir()] == ["one"], "nothing of the second one is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "the second sweep leaves nothing"
     assert read_sweep(paths.root).info == info
 
 
 @pytest.mark.parametrize("place", ["save", "write_record"])
-def test_a_disk_that_is_full_at_the_start_leaves_nothing(
+def test_full_disk_at_the_start_leaves_nothing(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def fail(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a trial should come to on its base, found without PEFT; and what this base cannot give, told."""
+"""The expected layers, ranks and parameters of a trial equal PEFT's; what the base lacks is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from orchestrator.base import load_tokenizer, share_modules
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.training.model.peft_model import lora_config, lora_layers
-from orchestrator.training.model.targets import expected, expected_beside, expected_modules
+from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -28,7 +28,7 @@ SHAPE = {
 
 @pytest.fixture
 def trial(document: dict[str, Any]) -> MakeConfig:
-    """`trial(rank=4)`: fields of lora; `new_tokens` is the base's."""
+    """`trial(rank=4)`: a trial with these fields of lora; `new_tokens` is a field of base."""
 
     def make(new_tokens: tuple[str, ...] = (), **lora: Any) -> TrialConfig:
         base = {"model": "embedded", "quantization": "none", "compute_dtype": "float32", "new_tokens": list(new_tokens)}
@@ -57,18 +57,16 @@ def model(**changes: Any) -> Any:
     ids=str,
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_ranks_and_layers_are_those_that_peft_trains(
-    trial: MakeConfig, lora: dict[str, Any], tied: bool
-) -> None:
+def test_parameters_ranks_and_layers_equal_peft(trial: MakeConfig, lora: dict[str, Any], tied: bool) -> None:
     if tied and "lm_head" in lora.get("modules_to_save", []):
-        pytest.skip("refused, below")
+        pytest.skip("refused, see below")
     config = trial(**lora)
     tokenizer = load_tokenizer(config.base)
     base = model(tie_word_embeddings=tied, vocab_size=len(tokenizer)).requires_grad_(False)
     modules = expected_modules(base, config.lora)
-    beside = expected_beside(base, config, modules, tokenizer)
-    wanted = expected(config, modules, beside)
-    peft = get_peft_model(share_modules(base, own_biases=True), lora_config(config, modules, beside))
+    extra = expected_extra_trainables(base, config, modules, tokenizer)
+    wanted = expected(config, modules, extra)
+    peft = get_peft_model(share_modules(base, own_biases=True), lora_config(config, modules, extra))
     layers = lora_layers(peft)
     assert layers.keys() == modules.keys()
     assert wanted["num_trainable_parameters"] == sum(p.numel() for p in peft.parameters() if p.requires_grad)
@@ -77,50 +75,53 @@ def test_parameters_ranks_and_layers_are_those_that_peft_trains(
 
 
 @pytest.mark.parametrize(
-    ("lora", "told"),
+    ("lora", "message"),
     [
         ({"layers_to_transform": [1, 3]}, "there is no layer 3 to adapt; this base has [0, 1, 2]"),
-        ({"rank_pattern": {"query": 3}}, "lora.rank_pattern: 'query' fits none of the adapted layers, such as model"),
+        (
+            {"rank_pattern": {"query": 3}},
+            "lora.rank_pattern: 'query' matches no adapted layer; one is named model",
+        ),
         (
             {"alpha_pattern": {"q_proj": 3}, "target_modules": ["v_proj"]},
-            "lora.alpha_pattern: 'q_proj' fits none of the adapted layers, such as model.layers.0.self_attn.v_proj",
+            "lora.alpha_pattern: 'q_proj' matches no adapted layer; one is named model.layers.0.self_attn.v_proj",
         ),
         ({"modules_to_save": ["head"]}, "lora.modules_to_save: this base has no 'head'; it has act_fn, down_proj,"),
     ],
     ids=str,
 )
-def test_what_this_base_has_not_is_told(trial: MakeConfig, lora: dict[str, Any], told: str) -> None:
+def test_what_the_base_lacks_is_refused(trial: MakeConfig, lora: dict[str, Any], message: str) -> None:
     base, config = model(), trial(**lora)
     with pytest.raises(TrialError) as caught:
-        expected_beside(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
-    assert told in str(caught.value)
+        expected_extra_trainables(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_an_embedding_that_is_the_head_does_not_train_apart_from_it(trial: MakeConfig, module: str) -> None:
+def test_embedding_tied_to_the_head_is_not_trained_separately(trial: MakeConfig, module: str) -> None:
     base, config = model(tie_word_embeddings=True), trial(modules_to_save=[module])
     with pytest.raises(TrialError, match=r"shares its weight between embedding and head .*\n.*new_tokens"):
-        expected_beside(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
+        expected_extra_trainables(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
 
 
-def test_a_quantised_layer_does_not_train_whole(trial: MakeConfig, base: Any) -> None:
+def test_quantized_layer_is_not_trained_in_full(trial: MakeConfig, base: Any) -> None:
     config = trial(modules_to_save=["down_proj"])
-    with pytest.raises(TrialError, match="down_proj is held as none, which cannot train whole"):
-        expected_beside(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
+    with pytest.raises(TrialError, match="down_proj is stored as none, which cannot train in full"):
+        expected_extra_trainables(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
 
 
-def test_a_new_token_that_the_tokenizer_has_not_is_told(trial: MakeConfig) -> None:
+def test_new_token_that_the_tokenizer_lacks_is_refused(trial: MakeConfig) -> None:
     config = trial(new_tokens=("<|a|>",))
     with pytest.raises(RequestError, match=r"'<\|a\|>' is not one token"):
-        expected_beside(model(), config, {}, load_tokenizer(trial().base))
+        expected_extra_trainables(model(), config, {}, load_tokenizer(trial().base))
 
 
-def test_a_name_means_the_whole_of_it(trial: MakeConfig) -> None:
-    """PEFT's own rule would save `post_attention_layernorm` for `norm`."""
+def test_module_name_matches_only_as_a_whole(trial: MakeConfig) -> None:
+    """PEFT's own rule would also match `norm` with `post_attention_layernorm`."""
     base, config = model(), trial(modules_to_save=["norm"])
-    beside = expected_beside(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
-    assert beside.saved == {"model.norm": 32}
-    peft = get_peft_model(base, lora_config(config, expected_modules(base, config.lora), beside))
+    extra = expected_extra_trainables(base, config, expected_modules(base, config.lora), load_tokenizer(config.base))
+    assert extra.saved == {"model.norm": 32}
+    peft = get_peft_model(base, lora_config(config, expected_modules(base, config.lora), extra))
     trained = [name for name, p in peft.named_parameters() if p.requires_grad and "lora_" not in name]
     assert trained == ["base_model.model.model.norm.modules_to_save.default.weight"]
     assert torch.equal(peft.get_parameter(trained[0]), torch.ones(32))

@@ -22,14 +22,14 @@ from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
 from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
-from orchestrator.training.attempt.events import WriteQueue
-from orchestrator.training.attempt.finite import require_finite
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
 from orchestrator.training.fast.drive.slot_view import SlotView
 from orchestrator.training.fast.step.adapters import lora_parameters
 from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
+from orchestrator.training.finite import require_finite
 from orchestrator.training.model.readback import read_back, same, set_rate
+from orchestrator.training.write_queue import WriteQueue
 
 
 class Slot:
