@@ -163,13 +163,13 @@ def chat(
     with output_to(Path(os.devnull)):  # drop what libraries print while they load; errors are still raised
         form = open_prompt_form(adapter, system)
     if prompts is not None and answers is not None:
-        asked = read_prompts(prompts, form)
+        questions = read_prompts(prompts, form)
         batch_size = adapter.config.training.eval_batch_size if adapter.config else 8
         with new_file(answers) as file:
             with output_to(Path(os.devnull)):
                 session = open_chat(adapter, form)
-            for done in write_answers(session, asked, file, max_new_tokens, batch_size, sampling, compare_base):
-                print(f"{done} of {len(asked)} answered", flush=True)
+            for done in write_answers(session, questions, file, max_new_tokens, batch_size, sampling, compare_base):
+                print(f"{done} of {len(questions)} answered", flush=True)
         return
     with output_to(Path(os.devnull)):
         session = open_chat(adapter, form)

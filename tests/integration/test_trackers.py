@@ -26,8 +26,8 @@ def serve() -> Iterator[Serve]:
         yield start
 
 
-def run(verb: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator", verb, *arguments]
+def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", name, *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
@@ -36,13 +36,13 @@ def new(folder: Path, *settings: str) -> list[str]:
     return [str(DEMO), "--output", str(folder), "--name", "s", *options]
 
 
-@pytest.mark.parametrize("verb", ["trial", "sweep"])
+@pytest.mark.parametrize("command", ["trial", "sweep"])
 def test_a_rejected_key_ends_the_command_within_seconds_and_nothing_is_written(
-    tmp_path: Path, serve: Serve, verb: str
+    tmp_path: Path, serve: Serve, command: str
 ) -> None:
     began, key = time.monotonic(), "0123456789abcdef0123456789abcdef01234567"
     refused = run(
-        verb,
+        command,
         *new(tmp_path, "tracking.wandb.mode=online"),
         WANDB_BASE_URL=serve(401),
         WANDB_API_KEY=key,
