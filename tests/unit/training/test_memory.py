@@ -79,7 +79,7 @@ def test_the_dequantized_base(quantization: str, num_copies: int) -> None:
     assert len(copies) == num_copies
     assert predicted_for(model, quantized=quantization == "nf4").dequantized == sum(copies)
     assert predicted_for(model, keeps=False, quantized=quantization == "nf4").dequantized == 0
-    assert Decoder(model, torch.bfloat16, 8, keeps=False)._layers[0].qkv._kept is None
+    assert Decoder(model, torch.bfloat16, 8, keeps_base=False)._layers[0].qkv._kept is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
