@@ -104,7 +104,6 @@ def predict(
         quantized: whether the base's weights are in 4 bits rather than 16.
         double_quant: whether the base's scales are quantized too.
     """
-    linears, width = shape.num_linear_weights, shape.queries * shape.head_size
     adapted = {name: sizes for name, sizes in shape.linears.items() if name in targets}
     adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
     slots = num_slots * adapter
@@ -112,13 +111,8 @@ def predict(
     in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_absmax(each) for each in matrices)
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
+    activations = tokens * _activations_per_token(shape, option.recompute, rank, len(adapted))
     qkv = (shape.queries + 2 * shape.keys) * shape.head_size
-    elementwise = 2 * shape.hidden + shape.inner  # two normed inputs, the gated product
-    kept = BF16 * (2 * shape.hidden + qkv + width + 2 * shape.inner + rank * len(adapted)) + FLOAT * (2 + shape.queries)
-    whole = kept + BF16 * elementwise
-    a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[option.recompute]
-    activations = tokens * (shape.layers * a_layer + (whole if option.recompute == "layers" else 0))
-
     weights = {"qkv": shape.hidden * qkv, "gate_up": 2 * shape.hidden * shape.inner}
     # Layers that read the same input are dequantized one by one, then concatenated.
     dequantized = 0 if option.keeps_base else (2 if quantized else 1) * BF16 * max(weights.values())
@@ -134,7 +128,7 @@ def predict(
     evaluating = max(logits(evaluation_tokens), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
-    copied = linears if quantized else shape.layers * sum(weights.values())
+    copied = shape.num_linear_weights if quantized else shape.layers * sum(weights.values())
     return MemoryPrediction(
         base=_loaded_base(shape, quantized, double_quant),
         dequantized=BF16 * copied if option.keeps_base else 0,
@@ -154,6 +148,23 @@ def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
     embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     norms = (2 * shape.layers + 1) * shape.hidden
     return BF16 * (embedded + norms) + int(linears * (0.5 + scales) if quantized else linears * BF16)
+
+
+def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, num_adapted: int) -> int:
+    """Return the bytes that the forward keeps for each token, in all layers.
+
+    Args:
+        shape: sizes of the base.
+        recompute: what the backward computes again. With "layers", one whole layer exists beside all inputs.
+        rank: stack rank.
+        num_adapted: number of adapted linear layers in a decoder layer.
+    """
+    width, heads = shape.queries * shape.head_size, shape.queries + 2 * shape.keys
+    features = 2 * shape.hidden + heads * shape.head_size + width + 2 * shape.inner + rank * num_adapted
+    kept = BF16 * features + FLOAT * (2 + shape.queries)
+    whole = kept + BF16 * (2 * shape.hidden + shape.inner)  # also two normed inputs and the gated product
+    a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[recompute]
+    return shape.layers * a_layer + (whole if recompute == "layers" else 0)
 
 
 def memory_options(
