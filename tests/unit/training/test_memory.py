@@ -96,8 +96,8 @@ def test_adapters(half: Any, targets: tuple[str, ...], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
 def test_moments_in_eight_bits(half: Any, targets: tuple[str, ...]) -> None:
     adapters = make_adapters(half, targets, 3, torch.float32, eight_bit=True)
-    assert adapters.eight is not None
-    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight.magnitudes.nbytes
+    assert adapters.eight_bit is not None
+    kept = adapters.moment1.nbytes + adapters.moment2.nbytes + adapters.eight_bit.absmax.nbytes
     assert predicted_for(half, targets=targets, num_slots=3, eight_bit=True).optimizer == kept
 
 
