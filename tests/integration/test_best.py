@@ -11,7 +11,6 @@ from tiny import Witness
 from orchestrator.adapters.bundle import read_scores, verify
 from orchestrator.data import load
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.record import SweepPaths, read_sweep
@@ -41,7 +40,7 @@ def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: Sweep
     kept = read_scores(best.adapter)
     assert kept is not None
     held_out = load(folder.data).held_out
-    plain = score_rows(open_chat(AdapterRef.of_best(best)).model, held_out, batch_size=8)
+    plain = score_rows(open_chat(best.adapter_ref()).model, held_out, batch_size=8)
     assert kept.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
     assert (kept.hits, kept.tokens) == (plain.hits, plain.tokens)
     assert len(set(plain.tokens)) > 1, "another order would show"
@@ -55,7 +54,7 @@ def test_answers_taken_after_training_are_kept_with_the_best_adapter(tiny: Tiny,
     """Record, scores of rows, manifest and card tell the same, and adapters are compared by them row by row."""
     run_local_trial(tiny("evaluation={metrics: [exact_match], rows: 12, max_new_tokens: 4}"), folder, Witness())
     best = open_sweep(folder.root).best("eval/exact_match")
-    assert best.choice.why_not_compared is None
+    assert best.recommendation.why_not_compared is None
     assert best.trial.best is not None
     kept = read_scores(best.adapter)
     assert kept is not None

@@ -18,9 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import DEMO, TINY, Witness
 
-from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import Sampling
-from orchestrator.deploy.serving.served import open_served
+from orchestrator.deploy.find import find_adapter
+from orchestrator.deploy.serving.adapter_server import open_adapter_servers
 from orchestrator.record import SweepPaths, read_sweep, write_record
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
@@ -269,7 +269,7 @@ def test_an_answer_can_be_sent_back_but_not_a_call_of_a_tool(server: Server) -> 
 
 
 def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:
-    with open_served([find_adapter(str(sweep.root), "runs")]) as (served,):
+    with open_adapter_servers([find_adapter(str(sweep.root), "runs")]) as (served,):
         served._ends.clear()  # answers go on to their last token
 
         async def leave() -> None:

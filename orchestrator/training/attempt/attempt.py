@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import load_peft_weights
 
-from orchestrator.adapters.bundle import add_answers, put_right
+from orchestrator.adapters.bundle import add_answers, recover_interrupted_saves
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, guarded
@@ -71,7 +71,7 @@ class Attempt:
         """
         tell = self._reporter.tell
         for folder in (self._paths.adapters, self._paths.checkpoints):
-            self._aside.do(partial(put_right, folder))
+            self._aside.do(partial(recover_interrupted_saves, folder))
         try:
             yield from self._train(find_slot())
         except StorageError:  # of whoever keeps the records in this process, and cannot be told

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from orchestrator.adapters.bundle import Adapter
-from orchestrator.adapters.stops import joined, stops_of
+from orchestrator.adapters.stops import stops_of, unique_ids
 from orchestrator.base import load_tokenizer, share_modules, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
@@ -67,7 +67,7 @@ class TrialInputs:
     @property
     def stop_tokens(self) -> list[int]:
         """Ids at which answers are over: those of the training rows, and those of the base itself."""
-        return joined(self.data.stop_tokens, stops_of(self.base))
+        return unique_ids(self.data.stop_tokens, stops_of(self.base))
 
     @property
     def longest(self) -> int:

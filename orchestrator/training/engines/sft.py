@@ -62,7 +62,7 @@ class TrlLoop:
     def adapter(self) -> Adapter:
         """A copy: the optimizer writes into the model's own tensors."""
         trained = Adapter.of(self.trainer.model).copied()
-        return trained if self._taken is None else trained.less(self._taken)
+        return trained if self._taken is None else trained.minus(self._taken)
 
     def scores(self) -> RowScores:
         """Of the evaluation that has just run."""

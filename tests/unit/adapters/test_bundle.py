@@ -20,9 +20,9 @@ from orchestrator.adapters.bundle import (
     Facts,
     Origin,
     add_answers,
-    put_right,
     read_manifest,
     read_scores,
+    recover_interrupted_saves,
     save_adapter,
     seal,
     verify,
@@ -318,7 +318,7 @@ def test_what_is_left_of_the_folder_before_is_taken_away_later(bundle: Path, mon
         add_answers(bundle, "eval/loss", [True])
     assert verify(bundle).facts.metrics["eval/exact_match"] == 1.0
     assert len(list(bundle.parent.iterdir())) == 2
-    put_right(bundle.parent)
+    recover_interrupted_saves(bundle.parent)
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 

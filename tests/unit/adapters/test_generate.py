@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.adapters.generate import GREEDY, PASS_TOKENS, answer, batches, exact_matches
+from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches, exact_matches
 from orchestrator.adapters.stops import GENERATION, read_stops, stop_at, stops_of, write_stops
 from orchestrator.base import load_tokenizer
 from orchestrator.data import Prompt
@@ -51,7 +51,7 @@ def test_prompts_of_like_length_are_answered_together_and_no_batch_is_too_large(
     found = list(batches(lengths, max_new_tokens=100, batch_size=4))
     assert found == [[1, 4, 3], [0, 2], [5], [6]]
     for batch in found[:-1]:
-        assert len(batch) * (max(lengths[i] for i in batch) + 100) <= PASS_TOKENS
+        assert len(batch) * (max(lengths[i] for i in batch) + 100) <= MAX_BATCH_TOKENS
     assert list(batches([3] * 5, 8, 2)) == [[0, 1], [2, 3], [4]]
     assert list(batches([], 8, 2)) == []
     model = Model([80], [2])

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from orchestrator.adapters.bundle import Adapter, Origin, add_answers, put_right, save_adapter, verify
+from orchestrator.adapters.bundle import Adapter, Origin, add_answers, recover_interrupted_saves, save_adapter, verify
 from orchestrator.base import load_tokenizer
 from orchestrator.record import RowScores
 from orchestrator.spec import parse_spec
@@ -38,7 +38,7 @@ def test_a_whole_adapter_is_found_whenever_the_kill_came(
     save(1.0)
     with killed_after(operations, monkeypatch):
         save(2.0)
-    put_right(tmp_path)
+    recover_interrupted_saves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert verify(folder).facts.metrics == {"eval/loss": value}
     assert load_file(folder / "adapter_model.safetensors")[NAME].eq(value).all()
@@ -55,7 +55,7 @@ def test_answers_are_in_a_whole_adapter_or_not_at_all_whenever_the_kill_came(
     save_adapter(adapter, load_tokenizer(config.base), folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
     with killed_after(operations, monkeypatch):
         add_answers(folder, "eval/loss", [True, False])
-    put_right(tmp_path)
+    recover_interrupted_saves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert ("eval/exact_match" in verify(folder).facts.metrics) == answered
     add_answers(folder, "eval/loss", [True, False])  # the attempt that goes on says it again

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.bundle import Facts, seal
-from orchestrator.deploy.adapter_ref import find_adapter
+from orchestrator.deploy.find import find_adapter
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
 
@@ -30,7 +30,7 @@ def test_the_base_is_at_the_commit_of_the_training(adapter: Path, document: dict
     assert find_adapter(str(adapter), "runs").base.revision == "c0ffee"
 
 
-def test_a_base_of_which_nothing_is_known_is_not_quantised(adapter: Path) -> None:
+def test_a_base_of_which_nothing_is_known_is_not_quantized(adapter: Path) -> None:
     base = find_adapter(str(adapter), "runs").base
     assert (base.model, base.revision, base.quantization) == ("someone/base", "c0ffee", "none")
 

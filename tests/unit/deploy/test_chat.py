@@ -11,9 +11,9 @@ from orchestrator.base import load_base, load_tokenizer
 from orchestrator.data.encode import encode
 from orchestrator.data.render import render
 from orchestrator.data.row import Row
-from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import Chat, Conversation, PromptForm, Sampling, open_chat, open_prompt_form, sampling_of
-from orchestrator.deploy.load import load_adapter, load_own_tokenizer
+from orchestrator.deploy.find import find_adapter, load_adapter
+from orchestrator.deploy.load import load_own_tokenizer
 from orchestrator.errors import RequestError
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
@@ -192,11 +192,11 @@ def test_a_loaded_adapter_answers_at_once(adapter: Path, chat: Chat) -> None:
 def test_an_adapter_of_unknown_origin_brings_its_tokenizer(adapter: Path, tmp_path: Path, tokenizer: Any) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((adapter / name).read_bytes())
-    subject = find_adapter(str(tmp_path), "runs")
-    assert load_own_tokenizer(subject).chat_template != TEMPLATE
+    adapter = find_adapter(str(tmp_path), "runs")
+    assert load_own_tokenizer(adapter).chat_template != TEMPLATE
     tokenizer.save_pretrained(str(tmp_path))
-    assert load_own_tokenizer(subject).chat_template == TEMPLATE
-    assert open_prompt_form(subject, system="Be brief.").takes_turns
+    assert load_own_tokenizer(adapter).chat_template == TEMPLATE
+    assert open_prompt_form(adapter, system="Be brief.").takes_turns
 
 
 def test_a_stop_token_that_is_not_special_is_not_shown() -> None:

@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.find import find_adapter
 from orchestrator.deploy.scoring.evaluate import ScoredRows, evaluate, find_finalists, new_report, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
@@ -33,7 +34,7 @@ def sweep(tmp_path: Path, make_sweep: Callable[..., SweepPaths]) -> SweepPaths:
 def test_finalists_are_the_best_that_have_finished(sweep: SweepPaths) -> None:
     found = find_finalists("one", str(sweep.root.parent), top=2)
     assert [each.name for each in found] == ["b", "c"]
-    assert [each.adapter for each in found] == [sweep.trial(name).adapter(7) for name in "bc"]
+    assert [each.folder for each in found] == [sweep.trial(name).adapter(7) for name in "bc"]
     assert len(find_finalists(str(sweep.root), "elsewhere", top=9)) == 3
 
 
@@ -74,7 +75,7 @@ def test_a_wrong_name_is_refused_with_those_that_are_valid(given: str, known: tu
 
 
 @pytest.fixture
-def subject(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
+def adapter(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
     """On the embedded base, trained on texts none of which was to be cut."""
     data = {"source": "rows.jsonl", "format": "text", "max_length": 8, "truncate": "error"}
     folder = tmp_path / "adapter"
@@ -85,29 +86,29 @@ def subject(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
     return find_adapter(str(folder), "runs")
 
 
-def test_rows_that_may_not_be_cut_are_named(subject: AdapterRef, tmp_path: Path) -> None:
+def test_rows_that_may_not_be_cut_are_named(adapter: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("1", "1 2 3 4 5 6 7 8 9")))
     with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, over data\.max_length=8\n"):
-        rows_of_file(subject, file)
-    assert len(rows_of_file(subject, file, limit=1).tokens) == 1
+        rows_of_file(adapter, file)
+    assert len(rows_of_file(adapter, file, limit=1).tokens) == 1
 
 
-def test_csv_rows_are_read_with_the_delimiter_of_training(subject: AdapterRef, tmp_path: Path) -> None:
-    assert subject.config is not None
-    data = subject.config.data.model_copy(update={"delimiter": ";"})
-    ours = replace(subject, config=subject.config.model_copy(update={"data": data}))
+def test_csv_rows_are_read_with_the_delimiter_of_training(adapter: AdapterRef, tmp_path: Path) -> None:
+    assert adapter.config is not None
+    data = adapter.config.data.model_copy(update={"delimiter": ";"})
+    ours = replace(adapter, config=adapter.config.model_copy(update={"data": data}))
     (tmp_path / "rows.csv").write_text("id;text\n1;2, 3\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "2, 3"}\n')
     found = [rows_of_file(ours, tmp_path / name).tokens for name in ("rows.csv", "rows.jsonl")]
     assert found[0] == found[1]
 
 
-def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: AdapterRef, tmp_path: Path) -> None:
+def test_of_a_saved_data_set_the_rows_are_those_of_train(adapter: AdapterRef, tmp_path: Path) -> None:
     parts = {"test": ["1"], "train": ["1", "2"]}
     saved = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
-    assert len(rows_of_file(subject, tmp_path / "saved").tokens) == 2
+    assert len(rows_of_file(adapter, tmp_path / "saved").tokens) == 2
 
 
 def test_evaluations_that_start_at_once_have_reports_of_their_own(sweep: SweepPaths) -> None:

@@ -21,8 +21,9 @@ from orchestrator.adapters.stops import write_stops
 from orchestrator.base import load_base
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_prompt_form
+from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export.base_files import find_base_files, loaded_bytes
-from orchestrator.deploy.export.merge import DTYPES, Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.export.merge import Merge, Onto, plan_merge
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.spec import parse_spec
@@ -31,7 +32,7 @@ from orchestrator.spec.sections import BaseSection
 BF16, FP32 = "bfloat16", "float32"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
-MakeSubject = Callable[..., AdapterRef]
+MakeAdapterRef = Callable[..., AdapterRef]
 
 
 def qwen(**changes: Any) -> Qwen2ForCausalLM:
@@ -69,8 +70,8 @@ def save_adapter(model: Any, folder: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> MakeSubject:
-    """`subject(compute_dtype=..., base_dtype=..., **lora)`: a small Qwen2 in files, and an adapter for it."""
+def make_adapter(tmp_path: Path) -> MakeAdapterRef:
+    """`make_adapter(compute_dtype=..., base_dtype=..., **lora)`: a small Qwen2 in files, and an adapter for it."""
 
     def make(base_dtype: str = BF16, shape: dict[str, Any] | None = None, form: Any = None, **lora: Any) -> AdapterRef:
         base = save_base(qwen(**(shape or {})), tmp_path / "base", base_dtype)
@@ -81,10 +82,10 @@ def subject(tmp_path: Path) -> MakeSubject:
     return make
 
 
-def merged(subject: AdapterRef, folder: Path, dtype: Dtype = "bf16", onto: Onto = "dequantised", **how: Any) -> Any:
+def merged(adapter: AdapterRef, folder: Path, dtype: Dtype = "bf16", onto: Onto = "dequantized", **how: Any) -> Any:
     """The merged model as transformers loads it."""
     folder.mkdir()
-    plan_merge(subject, dtype, onto).write(folder, **how)
+    plan_merge(adapter, dtype, onto).write(folder, **how)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -111,9 +112,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     ids=str,
 )
 def test_the_base_is_to_the_bit_the_one_that_is_loaded_for_training(
-    subject: MakeSubject, tmp_path: Path, form: dict[str, Any], tied: bool
+    make_adapter: MakeAdapterRef, tmp_path: Path, form: dict[str, Any], tied: bool
 ) -> None:
-    given = subject(base_dtype=FP32, shape={"tie_word_embeddings": tied}, form=form, target_modules=["q_proj"])
+    given = make_adapter(base_dtype=FP32, shape={"tie_word_embeddings": tied}, form=form, target_modules=["q_proj"])
     loaded = load_base(given.base)
     expected = {name: parameter for name, parameter in loaded.named_parameters() if ".q_proj." not in name}
     packed = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
@@ -123,12 +124,12 @@ def test_the_base_is_to_the_bit_the_one_that_is_loaded_for_training(
     found = weights(merged(given, tmp_path / "merged", "fp16" if form["compute_dtype"] == "float16" else "bf16"))
     for name in expected.keys() - {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}:
         assert torch.equal(expected[name].to(found[name].dtype), found[name]), name
-    assert plan_merge(given, "bf16", "original").quantised is None
-    assert {f"{name}.weight" for name in packed} == set(plan_merge(given, "bf16", "dequantised").quantised or ())
+    assert plan_merge(given, "bf16", "original").quantized is None
+    assert {f"{name}.weight" for name in packed} == set(plan_merge(given, "bf16", "dequantized").quantized or ())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("onto", ["dequantised", "original"])
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize(
     "lora",
     [
@@ -144,15 +145,15 @@ def test_the_base_is_to_the_bit_the_one_that_is_loaded_for_training(
     ids=str,
 )
 def test_a_merge_is_to_the_bit_pefts_own_in_float32(
-    subject: MakeSubject, tmp_path: Path, lora: dict[str, Any], onto: Onto, dtype: Dtype
+    make_adapter: MakeAdapterRef, tmp_path: Path, lora: dict[str, Any], onto: Onto, dtype: Dtype
 ) -> None:
-    given = subject(**lora)
+    given = make_adapter(**lora)
     plain = qwen().to(torch.bfloat16).float()  # the files' values
-    if onto == "dequantised":
+    if onto == "dequantized":
         for name, layer in load_base(given.base).named_modules():
             if isinstance(layer, Linear4bit):
                 plain.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    expected = PeftModel.from_pretrained(plain, given.adapter).merge_and_unload()
+    expected = PeftModel.from_pretrained(plain, given.folder).merge_and_unload()
     bare = qwen().to(getattr(torch, DTYPES[dtype]))
     expected.to(getattr(torch, DTYPES[dtype]))
     assert any(not torch.equal(weights(bare)[name], weight) for name, weight in weights(expected).items())
@@ -160,9 +161,9 @@ def test_a_merge_is_to_the_bit_pefts_own_in_float32(
 
 
 def test_a_weight_for_which_the_gpu_has_no_room_is_merged_on_the_cpu(
-    subject: MakeSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_adapter: MakeAdapterRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, devices = subject(form={"quantization": "none"}), list[str]()
+    given, devices = make_adapter(form={"quantization": "none"}), list[str]()
     expected = weights(merged(given, tmp_path / "expected"))
     work_out = Merge._worked_out
 
@@ -176,13 +177,15 @@ def test_a_weight_for_which_the_gpu_has_no_room_is_merged_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: devices.append("emptied"))
     (tmp_path / "merged").mkdir()
-    plan_merge(given, "bf16", "dequantised").write(tmp_path / "merged")
+    plan_merge(given, "bf16", "dequantized").write(tmp_path / "merged")
     monkeypatch.undo()
     assert devices.count("cuda") == devices.count("emptied") == devices.count("cpu") > 0
     assert_same(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
-def test_another_fault_of_the_gpu_is_not_passed_over(subject: MakeSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_fault_of_the_gpu_is_not_passed_over(
+    make_adapter: MakeAdapterRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_: Merge, name: str, device: str) -> None:
         if device == "cuda":
             raise RuntimeError(f"{name}: CUDA error: an illegal memory access was encountered")
@@ -190,7 +193,7 @@ def test_another_fault_of_the_gpu_is_not_passed_over(subject: MakeSubject, monke
     monkeypatch.setattr(Merge, "_worked_out", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        plan_merge(subject(), "bf16", "dequantised").value("lm_head.weight")
+        plan_merge(make_adapter(), "bf16", "dequantized").value("lm_head.weight")
 
 
 @pytest.mark.parametrize(
@@ -198,16 +201,16 @@ def test_another_fault_of_the_gpu_is_not_passed_over(subject: MakeSubject, monke
     [("none", FP32), ("none", "float16"), ("int8", FP32), ("nf4", FP32), ("fp4", "float16")],
 )
 def test_the_memory_of_a_base_is_told_without_loading_it(
-    subject: MakeSubject, quantization: str, compute_dtype: str
+    make_adapter: MakeAdapterRef, quantization: str, compute_dtype: str
 ) -> None:
-    base = subject(form={"quantization": quantization, "compute_dtype": compute_dtype}).base
+    base = make_adapter(form={"quantization": quantization, "compute_dtype": compute_dtype}).base
     assert loaded_bytes(base) == sum(weight.nbytes for weight in load_base(base).parameters())
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_weights_that_keep_their_type_are_not_counted(subject: MakeSubject, told: bool) -> None:
+def test_weights_that_keep_their_type_are_not_counted(make_adapter: MakeAdapterRef, told: bool) -> None:
     """They stay in their mapped files; the type is that of the files, whether config.json names it or not."""
-    base = subject(form={"quantization": "none", "compute_dtype": BF16}).base
+    base = make_adapter(form={"quantization": "none", "compute_dtype": BF16}).base
     config = Path(base.model) / "config.json"
     if not told:
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": None}))
@@ -231,22 +234,22 @@ def test_new_tokens_are_in_the_merged_model_and_its_vocabulary(tmp_path: Path) -
     assert tokenizer("<|b|>", add_special_tokens=False).input_ids == [513]
 
 
-def test_shards_and_one_file_hold_the_same(subject: MakeSubject, tmp_path: Path) -> None:
-    given = subject()
+def test_shards_and_one_file_hold_the_same(make_adapter: MakeAdapterRef, tmp_path: Path) -> None:
+    given = make_adapter()
     whole = merged(given, tmp_path / "whole")
     assert [path.name for path in (tmp_path / "whole").glob("*.safetensors*")] == ["model.safetensors"]
     most = 30_000
     assert_same(weights(merged(given, tmp_path / "sharded", shard_bytes=most)), weights(whole))
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == plan_merge(given, "bf16", "dequantised").num_bytes
+    assert index["metadata"]["total_size"] == plan_merge(given, "bf16", "dequantized").num_bytes
     for path in (tmp_path / "sharded").glob("*.safetensors"):
         held = load_file(path)
         assert [index["weight_map"][name] for name in held] == [path.name] * len(held)
         assert len(held) == 1 or sum(weight.nbytes for weight in held.values()) <= most
 
 
-def test_all_that_belongs_to_the_model_is_there_and_says_16_bit(subject: MakeSubject, tmp_path: Path) -> None:
-    given = subject()
+def test_all_that_belongs_to_the_model_is_there_and_says_16_bit(make_adapter: MakeAdapterRef, tmp_path: Path) -> None:
+    given = make_adapter()
     (Path(given.base.model) / "modeling_own.py").write_text("# code that the base brings\n")
     merged(given, tmp_path / "merged", "fp16")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -260,9 +263,9 @@ def test_all_that_belongs_to_the_model_is_there_and_says_16_bit(subject: MakeSub
 
 
 def test_a_merged_model_is_asked_in_the_form_of_its_training_rows(
-    subject: MakeSubject, tmp_path: Path, document: dict[str, Any]
+    make_adapter: MakeAdapterRef, tmp_path: Path, document: dict[str, Any]
 ) -> None:
-    given = subject()
+    given = make_adapter()
     document["data"]["template"] = "Q: {question}\nA: {answer}"
     document["base"]["model"] = given.base.model
     given = replace(given, config=parse_spec(document).trial_config({}))
@@ -275,25 +278,25 @@ def test_a_merged_model_is_asked_in_the_form_of_its_training_rows(
         tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "3"}, *turns])
 
 
-def refuse(subject: AdapterRef, *parts: str, onto: Onto = "dequantised") -> None:
+def refuse(adapter: AdapterRef, *parts: str, onto: Onto = "dequantized") -> None:
     with pytest.raises(RequestError) as told:
-        plan_merge(subject, "bf16", onto)
+        plan_merge(adapter, "bf16", onto)
     assert [part for part in parts if part not in str(told.value)] == []
 
 
 @pytest.mark.parametrize("lora", [{}, {"bias": "all", "target_modules": ["q_proj"]}], ids=str)
 def test_a_base_of_another_shape_is_refused_with_the_layer_and_both_shapes(
-    subject: MakeSubject, tmp_path: Path, lora: dict[str, Any]
+    make_adapter: MakeAdapterRef, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
-    given = subject(**lora)
+    given = make_adapter(**lora)
     shutil.rmtree(given.base.model)
     save_base(qwen(hidden_size=32), tmp_path / "base")
     refuse(given, "model.layers.0.self_attn.q_proj.weight", "(64, 64)", "(32, 32)", "base of another shape")
 
 
-def test_a_bias_of_another_shape_is_refused(subject: MakeSubject) -> None:
-    given = subject(bias="all", target_modules=["down_proj"])
-    file = given.adapter / "adapter_model.safetensors"
+def test_a_bias_of_another_shape_is_refused(make_adapter: MakeAdapterRef) -> None:
+    given = make_adapter(bias="all", target_modules=["down_proj"])
+    file = given.folder / "adapter_model.safetensors"
     name = "base_model.model.model.layers.0.self_attn.q_proj.bias"
     save_file(load_file(file) | {name: torch.zeros(3)}, file)
     refuse(given, "model.layers.0.self_attn.q_proj.bias", "(3,)", "(64,)")
@@ -302,23 +305,25 @@ def test_a_bias_of_another_shape_is_refused(subject: MakeSubject) -> None:
 @pytest.mark.parametrize(
     ("layers", "told"), [(1, "model.layers.1.self_attn.q_proj"), (3, "model.layers.2.self_attn.q_proj")]
 )
-def test_a_base_of_another_depth_is_refused(subject: MakeSubject, tmp_path: Path, layers: int, told: str) -> None:
-    given = subject(target_modules=["q_proj"])
+def test_a_base_of_another_depth_is_refused(
+    make_adapter: MakeAdapterRef, tmp_path: Path, layers: int, told: str
+) -> None:
+    given = make_adapter(target_modules=["q_proj"])
     shutil.rmtree(given.base.model)
     save_base(qwen(num_hidden_layers=layers), tmp_path / "base")
     refuse(given, told)
 
 
-def test_a_base_without_the_adapted_layers_is_refused(subject: MakeSubject) -> None:
-    given = subject(target_modules=["q_proj"])
-    path = given.adapter / "adapter_config.json"
+def test_a_base_without_the_adapted_layers_is_refused(make_adapter: MakeAdapterRef) -> None:
+    given = make_adapter(target_modules=["q_proj"])
+    path = given.folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["query_key_value"]}))
     refuse(given, "does not fit the base", "query_key_value")
 
 
-def test_a_rank_that_is_not_the_matrices_is_refused(subject: MakeSubject) -> None:
-    given = subject()
-    path = given.adapter / "adapter_config.json"
+def test_a_rank_that_is_not_the_matrices_is_refused(make_adapter: MakeAdapterRef) -> None:
+    given = make_adapter()
+    path = given.folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
     refuse(given, "self_attn.q_proj: rank 8 by adapter_config.json, but (4, 4)")
 
@@ -332,23 +337,25 @@ def test_a_rank_that_is_not_the_matrices_is_refused(subject: MakeSubject) -> Non
     ],
     ids=str,
 )
-def test_what_cannot_be_merged_is_named(subject: MakeSubject, lora: dict[str, Any], told: str) -> None:
-    refuse(subject(**lora), told)
+def test_what_cannot_be_merged_is_named(make_adapter: MakeAdapterRef, lora: dict[str, Any], told: str) -> None:
+    refuse(make_adapter(**lora), told)
 
 
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=str)
-def test_a_head_that_shares_the_embedding_is_not_merged_into(subject: MakeSubject, lora: dict[str, Any]) -> None:
-    refuse(subject(shape={"tie_word_embeddings": True}, **lora), "lm_head.weight", "shares between its embedding")
+def test_a_head_that_shares_the_embedding_is_not_merged_into(
+    make_adapter: MakeAdapterRef, lora: dict[str, Any]
+) -> None:
+    refuse(make_adapter(shape={"tie_word_embeddings": True}, **lora), "lm_head.weight", "shares between its embedding")
 
 
-def test_only_lora_is_merged(subject: MakeSubject) -> None:
-    given = subject()
-    get_peft_model(qwen(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(given.adapter)
+def test_only_lora_is_merged(make_adapter: MakeAdapterRef) -> None:
+    given = make_adapter()
+    get_peft_model(qwen(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(given.folder)
     refuse(given, "is an adapter of type IA3; only LoRA is merged")
 
 
-def test_bases_that_cannot_be_read_are_told_apart(subject: MakeSubject, tmp_path: Path) -> None:
-    given = subject()
+def test_bases_that_cannot_be_read_are_told_apart(make_adapter: MakeAdapterRef, tmp_path: Path) -> None:
+    given = make_adapter()
     base = Path(given.base.model)
     shard = next(base.glob("model-00002*"))
     shard.rename(tmp_path / "shard")
@@ -363,7 +370,7 @@ def test_bases_that_cannot_be_read_are_told_apart(subject: MakeSubject, tmp_path
     refuse(given, "has no safetensors", "save_pretrained")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    refuse(given, "quantised weights (gptq)", "the 16-bit model that it was made from")
+    refuse(given, "quantized weights (gptq)", "the 16-bit model that it was made from")
     (base / "config.json").unlink()
     refuse(given, "no model in this folder")
 

@@ -14,8 +14,8 @@ import pytest
 
 from orchestrator.base import load_tokenizer
 from orchestrator.deploy.chat import PromptForm, question_template
+from orchestrator.deploy.serving.adapter_server import _Words
 from orchestrator.deploy.serving.serve import Service, _vllm_call, _why_not_vllm, plan_service
-from orchestrator.deploy.serving.served import _Words
 from orchestrator.deploy.serving.vllm import vllm_command
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths
@@ -135,11 +135,11 @@ def test_vllm_is_taken_only_where_it_can_serve_this(plan: Plan, monkeypatch: pyt
 
 @pytest.mark.usefixtures("vllm")
 def test_vllm_is_not_given_float32_on_a_gpu(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = plan().offers[0].subject
-    wide = replace(subject, base=subject.base.model_copy(update={"compute_dtype": "float32"}))
+    adapter = plan().served_adapters[0].adapter
+    wide = replace(adapter, base=adapter.base.model_copy(update={"compute_dtype": "float32"}))
     for is_there, fault in ((False, None), (True, "vLLM's LoRA kernels on a GPU take 16-bit products")):
         monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
-        assert _why_not_vllm([subject], "127.0.0.1") is None
+        assert _why_not_vllm([adapter], "127.0.0.1") is None
         assert (_why_not_vllm([wide], "127.0.0.1") or "").startswith(fault or "")
         assert bool(_why_not_vllm([wide], "127.0.0.1")) is is_there
 

@@ -102,7 +102,7 @@ def test_the_best_is_chosen_among_what_has_ended_well(
     record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     best = FinishedSweep(record).best()
     assert best.trial.trial_id == winner
-    assert best.choice.num_compared == 2
+    assert best.recommendation.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
     told = best.as_dict()
     assert (told["trial_id"], told["value"], told["step"]) == (winner, EVERY_STATE[winner][1], 7)

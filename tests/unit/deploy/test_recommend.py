@@ -11,8 +11,7 @@ import pytest
 from orchestrator.adapters.bundle import CONFIG, SCORES, WEIGHTS, Facts, seal
 from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import AdapterRef
-from orchestrator.deploy.choice import Candidate, Recommendation, choose, pareto
+from orchestrator.deploy.recommend import Candidate, Recommendation, choose, pareto
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
 from orchestrator.report.best import say_best
@@ -187,13 +186,13 @@ def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
     _flip(file)
     sweep = open_sweep(paths.root)
     best = sweep.best()
-    assert best.trial.trial_id == best.choice.leader.trial.trial_id == "b"
-    assert [rival.candidate.trial.trial_id for rival in best.choice.rivals] == ["c"]
+    assert best.trial.trial_id == best.recommendation.leader.trial.trial_id == "b"
+    assert [rival.candidate.trial.trial_id for rival in best.recommendation.rivals] == ["c"]
     assert best.damaged == {"a": f"{file}: has changed since it was saved (manifest.json holds another sha256)"}
     say_best(console_on(), best)
     assert f"left out, for its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
     with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may hang on it") as told:
-        AdapterRef.of_best(best)  # nobody has asked for the next one yet
+        best.adapter_ref()  # nobody has asked for the next one yet
     assert str(best.adapter) in told.value.remedy
     for trial in "bc":
         (paths.trial(trial).adapter(7) / WEIGHTS).unlink()
@@ -240,15 +239,15 @@ def test_damage_matters_only_where_the_choice_may_hang_on_it(
         (folder / WEIGHTS).touch()
     best = open_sweep(paths.root).best(strict=strict)
     assert best.damaged.keys() == {lost}
-    assert len(best.choice.tied) == 1
+    assert len(best.recommendation.tied) == 1
     if why is None:
         assert best.in_doubt == {}
-        assert AdapterRef.of_best(best).adapter == best.adapter
+        assert best.adapter_ref().folder == best.adapter
     else:
         with pytest.raises(
             RecordError, match=rf"trial {lost} is damaged, and the choice may hang on it, .*{re.escape(why)}"
         ):
-            AdapterRef.of_best(best)
+            best.adapter_ref()
 
 
 def test_where_no_rows_are_compared_damage_behind_the_leader_does_not_matter(
