@@ -158,9 +158,7 @@ def _variants(config: TrialConfig) -> list[str]:
     if lora.layers_to_transform is not None:
         found.append(f"Adapted layers: {', '.join(map(str, lora.layers_to_transform))}")
     if lora.starts_from_base:
-        found.append(
-            f"Initialized by {lora.init}; the files contain the trained minus the initial weights, at twice the rank"
-        )
+        found.append(f"Initialized by {lora.init}; the files contain trained minus initial weights, at twice the rank")
     if lora.modules_to_save:
         found.append(f"Fully trained modules: {', '.join(lora.modules_to_save)}")
     if tokens:

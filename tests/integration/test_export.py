@@ -1,4 +1,4 @@
-"""A trained adapter in every form, loaded back by plain libraries and held against its source."""
+"""Export a trained adapter in every format, load it with plain libraries, and compare it with its source."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from orchestrator.adapters.bundle import verify
 from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.dtypes import Dtype
-from orchestrator.deploy.export import export as room
+from orchestrator.deploy.export import export as export_module
 from orchestrator.deploy.export.export import ExportResult, export
 from orchestrator.deploy.export.gguf import CONVERTER, FILE, load_gguf
 from orchestrator.deploy.export.merge import Merge, Onto, plan_merge
@@ -57,7 +57,7 @@ WAYS: list[tuple[Dtype, Onto, float]] = [
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
-    """An adapter that has learned something."""
+    """An adapter trained for some steps."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "tiny")
     settings = ["training.steps=60", "training.eval_steps=60", "scheduler.grace_steps=60"]
     run_local_trial(load_spec(DEMO, [*TINY, *settings]), paths, Witness())
@@ -66,7 +66,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """A target; nothing may lie beside it afterwards."""
+    """A target folder. The test fails if anything is left beside it."""
     yield tmp_path / "out"
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}
 
@@ -102,7 +102,7 @@ print(json.dumps({"loss": loss / tokens, "template": bool(AutoTokenizer.from_pre
 
 
 def plain(folder: Path, kind: str, adapter: AdapterRef, rows_file: Path) -> dict[str, Any]:
-    """What plain libraries say of an export, in a process without this project: the loss of the compared rows."""
+    """Load an export with plain libraries, in a process without this package. Returns the loss of the compared rows."""
     assert adapter.sweep is not None
     rows_file.write_text(json.dumps(list(load(adapter.sweep.data).held_out.select(range(20)))))
     command = [sys.executable, "-c", PLAIN, str(folder), kind, str(rows_file)]
@@ -112,51 +112,55 @@ def plain(folder: Path, kind: str, adapter: AdapterRef, rows_file: Path) -> dict
     return said
 
 
-def test_an_adapter_is_the_same_on_the_base_it_was_trained_on(
+def test_an_exported_adapter_is_identical_on_its_base(
     adapter: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    told: list[str] = []
-    done = export(adapter, out, "adapter", say=told.append)
+    lines: list[str] = []
+    done = export(adapter, out, "adapter", say=lines.append)
     assert done.parity.max_logit_difference == 0
     assert done.parity.loss_exported == done.parity.loss_source < 3
     assert done.parity.num_rows == 20
-    assert str(done.parity) in told
+    assert str(done.parity) in lines
     assert_sealed(done)
     on_original = plain(out, "adapter", adapter, tmp_path_factory.mktemp("rows") / "rows.json")
     assert on_original["template"]
-    assert on_original["loss"] == pytest.approx(done.parity.loss_source, rel=0.2), "16-bit base, where it had 4 bits"
+    assert on_original["loss"] == pytest.approx(done.parity.loss_source, rel=0.2), (
+        "on the 16-bit base, not the 4-bit one"
+    )
 
 
-def test_a_merged_model_is_one_that_plain_transformers_loads(
+def test_plain_transformers_loads_a_merged_model(
     adapter: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    out.mkdir()  # an empty folder is as good as none
+    out.mkdir()  # an empty folder is a valid target
     done = export(adapter, out, "merged")
     assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
     assert_sealed(done, dtype="bf16", onto="dequantized")
     said = plain(out, "merged", adapter, tmp_path_factory.mktemp("rows") / "rows.json")
     assert said["template"]
-    assert said["loss"] == pytest.approx(done.parity.loss_exported, rel=2e-3)  # transformers sums in another order
+    assert said["loss"] == pytest.approx(
+        done.parity.loss_exported, rel=2e-3
+    )  # plain transformers sums in another order
 
 
-def test_each_way_to_merge_is_held_against_its_own_source(adapter: AdapterRef, tmp_path: Path) -> None:
+def test_each_kind_of_merge_is_compared_with_its_own_source(adapter: AdapterRef, tmp_path: Path) -> None:
     sources = {}
     for dtype, onto, most in WAYS:
         done = export(adapter, tmp_path / f"{dtype}-{onto}", "merged", dtype, onto)
         assert done.parity.max_logit_difference < most * done.parity.largest_logit
         assert_sealed(done, dtype=dtype, onto=onto)
         sources[onto] = done.parity.loss_source
-    # What quantizing costs: were one source taken for the other, that would be out of tolerance.
+    # The sources differ by the quantization error, so a comparison with the wrong one would be out of tolerance.
     assert sources["dequantized"] != pytest.approx(sources["original"], rel=1e-3)
 
 
-def test_a_base_that_was_not_quantized(adapter: AdapterRef, out: Path) -> None:
+def test_an_adapter_on_an_unquantized_base(adapter: AdapterRef, out: Path) -> None:
     plain_base = adapter.base.model_copy(update={"quantization": "none"})
     assert export(replace(adapter, base=plain_base), out, "adapter").parity.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9, 1.1, float("nan")])  # 0: the adapter is left out
-def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
+def test_an_export_out_of_tolerance_is_rejected_and_leaves_nothing_behind(
     adapter: AdapterRef, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     def plan(*arguments: Any) -> Merge:
@@ -164,29 +168,29 @@ def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
         wrong = {name: replace(update, scale=update.scale * factor) for name, update in merge.updates.items()}
         return replace(merge, updates=wrong)
 
-    monkeypatch.setattr(room, "plan_merge", plan)
-    with pytest.raises(ExportError, match="does not answer as the adapter does: logits differ by") as told:
+    monkeypatch.setattr(export_module, "plan_merge", plan)
+    with pytest.raises(ExportError, match="does not answer as the adapter does: logits differ by") as caught:
         export(adapter, out, "merged")
-    assert told.value.exit_code == 1
+    assert caught.value.exit_code == 1
     assert not out.exists()
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged"])
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(adapter: AdapterRef, out: Path, format: Any) -> None:
-    """No file may have more than 100 kB here, which is as good as a full disk."""
+def test_a_disk_that_fills_up_leaves_nothing_behind(adapter: AdapterRef, out: Path, format: Any) -> None:
+    """A file size limit of 100 kB simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(RequestError, match=r"out: cannot be written: .*File too large") as told:
+        with pytest.raises(RequestError, match=r"out: cannot be written: .*File too large") as caught:
             export(adapter, out, format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert told.value.remedy.startswith("This export needs 0.0")
+    assert caught.value.remedy.startswith("This export needs 0.0")
     assert not out.exists()
 
 
 @needs_ray_serve
-def test_a_ray_serve_application_names_the_model_beside_it(adapter: AdapterRef, out: Path) -> None:
+def test_a_ray_serve_config_refers_to_the_model_next_to_it(adapter: AdapterRef, out: Path) -> None:
     import yaml
 
     done = export(adapter, out, "ray-serve", "fp16")
@@ -200,7 +204,7 @@ def test_a_ray_serve_application_names_the_model_beside_it(adapter: AdapterRef, 
 
 
 def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of the kind that llama.cpp knows: Llama-2's, with bytes for what it has no token for."""
+    """Train a tokenizer of a kind that llama.cpp supports: that of Llama 2, with byte fallback."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learned = Tokenizer(models.BPE())
@@ -221,7 +225,7 @@ def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def by_hand(work: Path, tokenizer: Any) -> tuple[AdapterRef, Path]:
-    """The embedded base with another tokenizer, an adapter that says nothing of its rows, and rows."""
+    """Make the embedded base with another tokenizer, an adapter without trial.json, and rows."""
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
@@ -241,7 +245,7 @@ TEXTS = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
 
 @needs_converter
 @pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantized"), ("fp16", "original")])
-def test_llama_cpps_converter_writes_what_transformers_reads_back(
+def test_transformers_reads_the_file_of_llama_cpps_converter(
     tmp_path_factory: pytest.TempPathFactory, out: Path, dtype: Any, onto: Any
 ) -> None:
     adapter, rows = by_hand(tmp_path_factory.mktemp("work"), llama_like(TEXTS, 512))
@@ -250,7 +254,7 @@ def test_llama_cpps_converter_writes_what_transformers_reads_back(
     from gguf import GGUFReader
 
     held = {tensor.tensor_type.name for tensor in GGUFReader(out / FILE).tensors}
-    assert held == {"F32", "BF16" if dtype == "bf16" else "F16"}, "what has one dimension, and matrices"
+    assert held == {"F32", "BF16" if dtype == "bf16" else "F16"}, "one-dimensional weights and matrices"
     assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
     assert verify(out).facts.parity == {"dtype": dtype, "onto": onto} | done.parity.as_dict()
 
@@ -261,7 +265,7 @@ def as_gguf(adapter: AdapterRef, tmp_path_factory: pytest.TempPathFactory) -> Ex
 
 
 @needs_converter
-def test_the_demos_gguf_holds_the_merged_model_to_the_bit(
+def test_the_gguf_file_equals_the_merged_model_to_the_bit(
     adapter: AdapterRef, as_gguf: ExportResult, out: Path
 ) -> None:
     from gguf import GGUFReader
@@ -280,7 +284,7 @@ def test_the_demos_gguf_holds_the_merged_model_to_the_bit(
 
 
 @needs_converter
-def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_model(
+def test_llama_cpp_tokenizes_like_the_tokenizer_and_answers_like_the_merged_model(
     adapter: AdapterRef, as_gguf: ExportResult, out: Path
 ) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -300,16 +304,16 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_m
 
 
 @needs_converter
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(
+def test_the_converters_message_on_an_unsupported_tokenizer_is_passed_on(
     tmp_path_factory: pytest.TempPathFactory, out: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     words = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     adapter, rows = by_hand(tmp_path_factory.mktemp("work"), tokenizer)
-    with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as told:
+    with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as caught:
         export(adapter, out, "gguf", data=rows)
-    assert "--format merged" in told.value.remedy
+    assert "--format merged" in caught.value.remedy
     assert not out.exists()
 
 
@@ -330,14 +334,14 @@ def merge(base, adapter, target):
     return plan.num_bytes
 
 work = Path(sys.argv[1])
-merge(work / "small", work / "small-adapter", work / "small-merged")  # what is loaded once: libraries
+merge(work / "small", work / "small-adapter", work / "small-merged")  # loads the libraries
 before = memory("VmHWM")
 num_bytes = merge(work / "large", work / "large-adapter", work / "large-merged")
 print(num_bytes, memory("VmHWM") - before)
 """
 
 
-def test_a_merge_takes_the_memory_of_two_shards_however_large_the_model_is(tmp_path: Path) -> None:
+def test_a_merge_takes_the_memory_of_two_shards_for_any_model_size(tmp_path: Path) -> None:
     for name, layers in (("small", 1), ("large", 48)):
         shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": layers}
         torch.manual_seed(0)

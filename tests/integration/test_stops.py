@@ -1,4 +1,4 @@
-"""A chat template whose turns end with another token than the EOS: whatever generates stops there."""
+"""A chat template whose turns do not end with EOS: every way to generate stops at the end of the turn."""
 
 import asyncio
 import json
@@ -33,11 +33,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 END, EOS = 513, 2
-"""`<|im_end|>`, and the EOS of the base and of its tokenizer."""
+"""Ids of `<|im_end|>` and of EOS, for the base and its tokenizer."""
 
 
 def chatml_base(folder: Path) -> Path:
-    """The embedded base with the two tokens of ChatML besides; its EOS stays."""
+    """Save the embedded base with the two tokens of ChatML added; EOS stays the same."""
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
@@ -82,7 +82,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
 
 
 def plainly_answered(adapter: AdapterRef, stop: int) -> float:
-    """Share of the held-out prompts that plain PEFT answers as wanted, one at a time, stopped at this token."""
+    """Return the share of held-out prompts that plain PEFT answers correctly, one at a time, stopping at this token."""
     model, tokenizer = reloaded(adapter.folder, NF4), AutoTokenizer.from_pretrained(adapter.folder)
     assert adapter.sweep is not None
     prompts, hits = load(adapter.sweep.data).prompts, 0
@@ -95,7 +95,7 @@ def plainly_answered(adapter: AdapterRef, stop: int) -> float:
     return hits / len(prompts)
 
 
-def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
+def test_exact_match_equals_that_of_plain_peft_stopping_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
     assert adapter.sweep is not None
     best = read_sweep(adapter.sweep.root).trials()[0].best
     assert best is not None
@@ -108,7 +108,7 @@ def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_t
         assert evaluation.values["exact_match"] == pytest.approx(there, abs=0.05)
 
 
-def test_chat_and_the_loaded_adapter_stop_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
+def test_chat_and_a_loaded_adapter_stop_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
     chat = open_chat(adapter)
     pieces = "".join(chat.stream("What is t q y backwards?", 30))
     assert pieces.strip() == "# y q t"
@@ -145,8 +145,10 @@ def test_a_served_adapter_stops_at_the_end_of_the_turn(adapter: AdapterRef) -> N
         assert asyncio.run(asked(served)) == ("# y q t", "stop")
 
 
-def test_an_adapter_that_does_not_say_stops_at_its_tokenizers_eos(adapter: AdapterRef, tmp_path: Path) -> None:
-    """As other trainers leave it: no files of ours, and a tokenizer whose EOS ends the turns."""
+def test_an_adapter_without_recorded_stop_tokens_stops_at_its_tokenizers_eos(
+    adapter: AdapterRef, tmp_path: Path
+) -> None:
+    """Such as adapters of other trainers: without our files, and with a tokenizer whose EOS ends the turns."""
     foreign = Path(shutil.copytree(adapter.folder, tmp_path / "foreign"))
     for name in ("generation_config.json", "trial.json", "manifest.json"):
         (foreign / name).unlink()

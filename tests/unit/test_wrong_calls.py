@@ -347,7 +347,7 @@ CALLS = [
     _call("export below a file", ["best", "sweeps/done", "--export", "x.yaml/a"], "x.yaml"),
     _call("adapter is not whole", ["chat", "sweeps/half", "--prompt", "a"], "half", "adapter_model.safetensors"),
     _call("no TensorBoard", ["board", "sweeps/open"], "sweeps/open: has no TensorBoard records"),
-    _call("chat with a folder", ["chat", "sweeps"], "sweeps: holds neither a sweep", "nor an adapter"),
+    _call("chat with a folder", ["chat", "sweeps"], "sweeps: contains neither a sweep", "nor an adapter"),
     _call("chat with a file", ["chat", "x.yaml"], "x.yaml: there is no such sweep"),
     _call("chat of no tokens", ["chat", "sweeps/done", "--max-new-tokens", "0"], "--max-new-tokens"),
     _call("endless name of a sweep", ["status", "a" * 300], "a" * 300),

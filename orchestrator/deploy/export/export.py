@@ -107,9 +107,7 @@ def export(
         say(str(found))
         found.require(parity.SAME if merge is None else rounding(DTYPES[dtype], adapter.base.compute_dtype))
         if not found.is_seen:
-            say(
-                "note: the adapter moves the logits no more than rounding does, so the check cannot show that it is there"
-            )
+            say("note: the adapter moves the logits no more than rounding does, so the check cannot detect it")
         if merge is not None and onto == "dequantized" and adapter.base.quantization == "int8":
             say(_INT8_NOTE)
         try:

@@ -35,9 +35,7 @@ def base_notes(folder: Path, facts: Facts) -> list[str]:
 def path_notes(folder: Path, facts: Facts) -> list[str]:
     """List the paths of this machine, of base and data, that a bundle's configuration discloses."""
     files = " and ".join(["manifest.json", *(["trial.json"] if (folder / "trial.json").is_file() else [])])
-    return [
-        f"{files}: contains {path}, a path of this machine" for path in sorted({*_paths([facts.base, facts.config])})
-    ]
+    return [f"{path}, a path of this machine, is in {files}" for path in sorted({*_paths([facts.base, facts.config])})]
 
 
 def _paths(value: Any) -> Iterator[str]:

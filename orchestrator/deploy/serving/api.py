@@ -272,8 +272,8 @@ async def _complete(
         raise RequestError("the prompt is empty")
     if max_tokens > num_left:
         raise RequestError(
-            f"max_tokens: the prompt has {len(ids)} tokens and the answer may have {max_tokens}; together, "
-            f"at most {server.context} are possible"
+            f"max_tokens: the prompt has {len(ids)} tokens and the answer may have {max_tokens}; "
+            f"their sum must not exceed {server.context}"
         )
     if asked.seed is not None and asked.sampling.temperature > 0:
         raise RequestError("seed: needs temperature 0, as concurrent requests share one random generator")
