@@ -42,7 +42,7 @@ Format = Literal["adapter", "merged", "gguf", "ray-serve"]
 
 
 class Facts(Record):
-    """Where a bundle came from, and its measurements."""
+    """Origin and measurements of a bundle."""
 
     format: Format
     base: dict[str, Any]
@@ -106,12 +106,12 @@ def verify(folder: Path) -> Manifest:
     """
     refuse_links(folder)
     manifest, found = read_manifest(folder), _files(folder)
-    for name, wanted in manifest.files.items():
+    for name, listed in manifest.files.items():
         if name not in found or not found[name].is_file():
             raise RecordError(f"{folder / name}: is missing, but {MANIFEST} lists it")
         size = found[name].stat().st_size
-        if size != wanted.size or _sha256(found[name]) != wanted.sha256:
-            difference = f"{wanted.size} bytes, not {size}" if size != wanted.size else "another sha256"
+        if size != listed.size or _sha256(found[name]) != listed.sha256:
+            difference = f"{listed.size} bytes, not {size}" if size != listed.size else "another sha256"
             raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} lists {difference})")
     if extra := sorted(found.keys() - manifest.files.keys()):
         raise RecordError(f"{folder / extra[0]}: does not belong here ({MANIFEST} does not list it)")

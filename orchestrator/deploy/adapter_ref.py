@@ -1,4 +1,4 @@
-"""References to adapter folders: where an adapter lies, its base, and how it was trained."""
+"""References to adapter folders: the folder, its base, and the configuration of the training."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class AdapterRef:
     config: TrialConfig | None
     """The configuration it was trained with; None if the folder does not record one."""
     sweep: SweepPaths | None
-    """The sweep that holds its held-out rows; None for an adapter outside its sweep."""
+    """The sweep with its held-out rows; None for an adapter outside its sweep."""
 
     @classmethod
     def of_trial(cls, record: SweepRecord, trial: TrialResult) -> "AdapterRef":
@@ -96,6 +96,6 @@ def _peft_config(folder: Path) -> dict[str, object]:
 
 
 def _enclosing_sweep(folder: Path) -> SweepPaths | None:
-    """Find the sweep that an adapter lies in: SWEEP/trials/TRIAL/adapters/step-N."""
+    """Find the sweep that contains an adapter: SWEEP/trials/TRIAL/adapters/step-N."""
     parents = folder.resolve().parents
     return SweepPaths(parents[3]) if len(parents) > 3 and (parents[3] / "sweep.json").is_file() else None

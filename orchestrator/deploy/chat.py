@@ -24,7 +24,7 @@ Question = str | Sequence[Turn]
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How questions are put to the model: in the format of the training rows."""
+    """The prompt format of an adapter: that of its training rows."""
 
     tokenizer: Any
     data: DataSection | None
@@ -86,7 +86,7 @@ MIN_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is selected."""
+    """Settings for the selection of the next token."""
 
     temperature: float = 0.0
     """0 decodes greedily, and the other fields have no effect."""

@@ -40,8 +40,8 @@ def find_adapter(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
     Args:
         sweep_or_adapter: the path of either, or the name of a sweep.
         output: folder that holds sweeps.
-        trust_remote_code: run Python code that comes with the base of an adapter folder. The base is named by whoever
-            made the folder.
+        trust_remote_code: run Python code that comes with the base of an adapter folder. The author of the
+            folder has chosen that base.
 
     Raises:
         RecordError: there is neither, or the adapter is incomplete or changed.

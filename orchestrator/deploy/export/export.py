@@ -164,7 +164,7 @@ def _building_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """Make a new folder beside the target, and remove it on an error.
 
     Raises:
-        RequestError: the folder cannot be made, or its disk has fewer than `num_bytes` free bytes.
+        RequestError: the folder cannot be created, or its disk has fewer than `num_bytes` free bytes.
     """
     with ExitStack() as stack:
         try:

@@ -20,7 +20,7 @@ EncodedRow = Mapping[str, list[int]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an export may differ from its source.
+    """Bounds on the difference between an export and its source.
 
     Measured on the embedded base with 20 rows, on CPU, in float32 and bfloat16. The adapters were five of the demo, at
     full strength and scaled to a tenth and a hundredth. Rms difference of the logits, relative to their rms:
@@ -66,7 +66,7 @@ class AdapterLogits:
     logits: list[Any]
     """Logits of each row's compared tokens, (tokens, vocabulary), on the CPU and in the model's own type."""
     effect: float
-    """How far the adapter moves the logits: rms(adapter - base alone) / rms(adapter)."""
+    """Effect of the adapter on the logits: rms(adapter - base alone) / rms(adapter)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Parity:
     difference: float
     """Rms of the difference of the logits, relative to the rms of the source's logits."""
     effect: float
-    """See `AdapterLogits.effect`."""
+    """Effect of the adapter, as in `AdapterLogits`."""
     max_logit_difference: float
     """Largest difference over all compared tokens and the whole vocabulary."""
     largest_logit: float

@@ -364,7 +364,7 @@ def _answer_errors(app: FastAPI) -> None:
         return _error(400 if isinstance(error, RequestError) else 500, str(error))
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    async def http_error(_: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(Exception)
