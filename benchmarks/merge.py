@@ -1,7 +1,7 @@
 """A merge against PEFT's `merge_and_unload`: time, peak host memory and parity, each in a process of its own.
 
     python -m benchmarks.merge 7b --rows train.jsonl
-    python -m benchmarks.merge 7b --rows train.jsonl --onto dequantised
+    python -m benchmarks.merge 7b --rows train.jsonl --onto dequantized
 
 The adapter is merged onto the original weights and onto the dequantized ones, which takes minutes each at 7B. For the
 latter, PEFT gets the base that transformers has dequantized: on the 4-bit base it would quantize the result again.
@@ -78,7 +78,7 @@ def peft(onto: Onto, base: str, work: str) -> None:
     from orchestrator.base import load_base
 
     model = load_base(section(base, onto))
-    if onto == "dequantised":
+    if onto == "dequantized":
         model = model.dequantize()
     merged = PeftModel.from_pretrained(model, f"{work}/adapter").merge_and_unload()
     merged.save_pretrained(f"{work}/merged")
@@ -103,11 +103,11 @@ def parity(onto: Onto, base: str, work: str) -> None:
 
 
 def section(base: str, onto: Onto) -> BaseSection:
-    return BaseSection(model=base, quantization="nf4" if onto == "dequantised" else "none")
+    return BaseSection(model=base, quantization="nf4" if onto == "dequantized" else "none")
 
 
 def subject_of(base: str, work: str) -> AdapterRef:
-    return AdapterRef("adapter", Path(work) / "adapter", section(base, "dequantised"), None, None)
+    return AdapterRef("adapter", Path(work) / "adapter", section(base, "dequantized"), None, None)
 
 
 def note_peak(work: str) -> None:
@@ -139,7 +139,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    both = ["original", "dequantised"]
+    both = ["original", "dequantized"]
     main(
         __doc__.splitlines()[0],
         measure,

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder that any PEFT user can load, with what is needed to know where it came from."""
+"""Bundles: folders that any PEFT user can load, with a manifest of every file and of where the adapter came from."""
 
 import copy
 import hashlib
@@ -25,44 +25,47 @@ from orchestrator.spec import TrialConfig
 
 MANIFEST = "manifest.json"
 SCORES = "held_out.json"
-"""`RowScores` of the held-out rows at the adapter's step: by these, adapters are compared."""
+"""`RowScores` of the held-out rows at the adapter's step, which adapters are compared by."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)
 
 REPLACED = ".replaced-"
-"""How the name of an adapter's folder begins while another takes its place."""
+"""Name prefix of an adapter folder while a new version is being renamed to its place."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-"""Endings of files that run code when they are loaded; no bundle has one."""
+"""Suffixes of files that run code when they are loaded. No bundle contains one."""
+
+Format = Literal["adapter", "merged", "gguf", "ray-serve"]
+"""Content of a bundle: a PEFT adapter, a merged model, a GGUF file, or a merged model with a Ray Serve config."""
 
 
 class Facts(Record):
-    """Where a bundle came from, and what was measured with it."""
+    """Origin and measurements of a bundle."""
 
-    format: Literal["adapter", "merged", "gguf", "ray-serve"]
+    format: Format
     base: dict[str, Any]
-    """`BaseSection` of the base it was trained on: id, revision, quantisation."""
+    """`BaseSection` of the base it was trained on: id, revision, quantization, ..."""
     base_commit: str | None = None
-    """Commit of the base that was loaded, where it came from the hub."""
+    """Commit of the loaded base, if it came from the hub."""
     data_fingerprint: str | None = None
-    """Hash of the tokens trained and evaluated on."""
+    """Hash of the training and evaluation tokens."""
     config: dict[str, Any] | None = None
-    """The whole `TrialConfig`; None for an adapter that does not say."""
+    """The whole `TrialConfig`; None if the adapter does not record it."""
     versions: dict[str, str]
-    """Package -> version where it was made."""
+    """Package -> version installed when the bundle was made."""
     metrics: dict[str, float]
-    """Of the adapter, name -> value on its held-out rows: `eval/loss`, ...; of another form `parity` tells."""
+    """Metric -> value of the adapter on its held-out rows, such as `eval/loss`. Exports are described by `parity`."""
     trial_id: str | None = None
     step: int | None = None
     """Optimizer step of these weights."""
     parity: dict[str, Any] | None = None
-    """How near it comes to the adapter on its base, where it is another form of that."""
+    """For an export: how closely its answers match those of the adapter on its base."""
 
 
-class FileSum(Record):
-    """One file as it was written."""
+class FileChecksum(Record):
+    """Checksum and size of a file when the bundle was sealed."""
 
     sha256: str
     size: int
@@ -70,24 +73,24 @@ class FileSum(Record):
 
 
 class Manifest(Record):
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     version: Literal[1] = 1
     sha256: str = "0" * 64
-    """Of the manifest itself, as it is with zeros here."""
+    """sha256 of the manifest itself, computed with zeros in this field."""
     facts: Facts
-    files: dict[str, FileSum]
-    """By name relative to the folder, with slashes; all but the manifest itself."""
+    files: dict[str, FileChecksum]
+    """All files except the manifest, by their path relative to the folder, with slashes."""
 
 
 def seal(folder: Path, facts: Facts) -> None:
-    """Write the manifest of a bundle, once all its other files are there.
+    """Write the manifest of a bundle, after all its other files.
 
     Raises:
-        RecordError: one of them is a pickle or a symbolic link.
+        RecordError: a file is a pickle or a symbolic link.
     """
     refuse_links(folder)
-    sums = {name: FileSum(sha256=_sha256(path), size=path.stat().st_size) for name, path in _files(folder).items()}
+    sums = {name: FileChecksum(sha256=_sha256(path), size=path.stat().st_size) for name, path in _files(folder).items()}
     unsigned = Manifest(facts=facts, files=sums)
     text = (unsigned.model_dump_json(indent=2) + "\n").encode()
     digest = hashlib.sha256(text).hexdigest()
@@ -98,32 +101,34 @@ def verify(folder: Path) -> Manifest:
     """Check every byte of a bundle against its manifest.
 
     Raises:
-        RecordError: there is no manifest, it is damaged, or a file is missing, changed, extra, a pickle or a symbolic
-            link.
+        RecordError: there is no manifest, or it is damaged; or a file is missing, changed, not listed, a pickle or a
+            symbolic link.
     """
     refuse_links(folder)
     manifest, found = read_manifest(folder), _files(folder)
-    for name, wanted in manifest.files.items():
+    for name, listed in manifest.files.items():
         if name not in found or not found[name].is_file():
             raise RecordError(f"{folder / name}: is missing, but {MANIFEST} lists it")
         size = found[name].stat().st_size
-        if size != wanted.size or _sha256(found[name]) != wanted.sha256:
-            told = f"{wanted.size} bytes, not {size}" if size != wanted.size else "another sha256"
-            raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} holds {told})")
+        if size != listed.size or _sha256(found[name]) != listed.sha256:
+            difference = f"{listed.size} bytes, not {size}" if size != listed.size else "another sha256"
+            raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} lists {difference})")
     if extra := sorted(found.keys() - manifest.files.keys()):
         raise RecordError(f"{folder / extra[0]}: does not belong here ({MANIFEST} does not list it)")
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a bundle says of itself; its other files are not looked at.
+    """Read a bundle's manifest, without checking its other files.
 
     Raises:
         RecordError: there is no manifest, or it is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        what = f"has no {MANIFEST}: nothing says what its files were" if folder.is_dir() else "there is no such folder"
+        what = (
+            f"has no {MANIFEST}, so that its files cannot be checked" if folder.is_dir() else "there is no such folder"
+        )
         raise RecordError(f"{folder}: {what}")
     text = path.read_bytes()
     try:
@@ -132,60 +137,60 @@ def read_manifest(folder: Path) -> Manifest:
         raise RecordError(f"{path}: is damaged or of another version: {error}") from error
     unsigned = text.replace(manifest.sha256.encode(), b"0" * 64, 1)
     if hashlib.sha256(unsigned).hexdigest() != manifest.sha256:
-        raise RecordError(f"{path}: has changed since it was saved (it holds another sha256 of itself)")
+        raise RecordError(f"{path}: has changed since it was saved (its own sha256 does not match)")
     return manifest
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The step of a trial that an adapter is of."""
+    """The trial and step that an adapter's weights come from."""
 
     config: TrialConfig
     trial_id: str
     step: int
     metric: str
-    """By which the step was chosen."""
+    """Metric that the step was chosen by."""
     values: dict[str, float]
-    """All that was measured at this step, `metric` among it."""
+    """All metrics at this step, including `metric`."""
     data_fingerprint: str
     stop_tokens: list[int]
-    """Ids at which its answers are over."""
+    """Token ids that end its answers."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter apart from its model, by which it can be written later, when the model trains on or is gone."""
+    """An adapter's weights and PEFT configuration, independent of the model, so that it can be written later."""
 
     weights: dict[str, Any]
-    """By the names of PEFT's file."""
+    """Tensors by their names in PEFT's file."""
     config: Any
-    """Its `LoraConfig`."""
+    """The adapter's `LoraConfig`."""
 
     @classmethod
     def of(cls, model: Any) -> "Adapter":
-        """The one adapter of a `PeftModel`; its tensors are not copied."""
+        """Take the adapter of a `PeftModel` that has one adapter. The tensors are not copied."""
         from peft import get_peft_model_state_dict
 
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-        # save_embedding_layers=False: "auto" asks the hub whether the vocabulary grew.
+        # save_embedding_layers=False: with "auto", PEFT queries the hub to see whether the vocabulary grew.
         weights = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
         return cls.with_config(weights, model.peft_config["default"])
 
     @classmethod
     def with_config(cls, weights: dict[str, Any], config: Any) -> "Adapter":
-        """With a copy of the model's own `LoraConfig`."""
+        """Combine weights with a copy of a model's `LoraConfig`."""
         config = copy.deepcopy(config)
         config.inference_mode = True
         return cls(weights, config)
 
     def copied(self) -> "Adapter":
-        """The same, which later steps of a model that trains in place do not change."""
+        """Copy the tensors to the CPU, so that later training steps do not change them."""
         return Adapter({name: tensor.cpu().clone() for name, tensor in self.weights.items()}, self.config)
 
-    def less(self, other: "Adapter") -> "Adapter":
-        """This adapter minus another of the same shape, as one of twice the rank: B A - B' A' = [B, -B'] [A; A'].
+    def minus(self, other: "Adapter") -> "Adapter":
+        """Subtract another adapter of the same shape. The result has twice the rank: B A - B' A' = [B, -B'] [A; A'].
 
-        The scale of each layer stays: alpha grows with the rank, or with its root (rsLoRA).
+        The scale of each layer stays the same: alpha grows with the rank, or with its square root for rsLoRA.
         """
         import torch
 
@@ -202,7 +207,7 @@ class Adapter:
         return Adapter(weights, config)
 
     def save(self, folder: Path) -> None:
-        """Write the files of `PeftModel.save_pretrained` into a folder that exists."""
+        """Write the same files as `PeftModel.save_pretrained` into an existing folder."""
         from safetensors.torch import save_file
 
         whole = {name: tensor.contiguous() for name, tensor in self.weights.items()}
@@ -211,31 +216,31 @@ class Adapter:
 
 
 def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin, scores: RowScores) -> None:
-    """Write an adapter folder, complete or not at all.
+    """Write an adapter folder, either completely or not at all.
 
     Args:
-        adapter: its weights and PEFT configuration.
-        tokenizer: saved beside it.
-        folder: replaced if it exists.
-        origin: for the card and the manifest.
-        scores: of the held-out rows at this step.
+        adapter: the weights and the PEFT configuration.
+        tokenizer: saved into the same folder.
+        folder: target folder; replaced if it exists.
+        origin: recorded in the card and the manifest.
+        scores: scores of the held-out rows at this step.
     """
     with building_beside(folder) as building:
         _fill(building, adapter, tokenizer, origin, scores)
-        _put_in_place(building, folder)
+        _replace_folder(building, folder)
 
 
 def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
-    """Say in an adapter folder how the adapter answers: its scores, card and manifest are written anew, all or none.
+    """Add the results of exact match to an adapter folder. Scores, card and manifest are rewritten, all or none.
 
     Args:
-        folder: from `save_adapter`.
-        metric: by which its step was chosen.
-        answers: of each held-out prompt that was answered, whether the answer was the wanted one.
+        folder: a folder written by `save_adapter`.
+        metric: metric that its step was chosen by.
+        answers: for each answered held-out prompt, whether the answer was correct.
 
     Raises:
-        RecordError: it is not whole: damage must not be sealed.
-        OSError: it cannot be written; the folder is as it was.
+        RecordError: the folder is incomplete or changed; a new manifest must not hide the damage.
+        OSError: the folder cannot be written; it is left unchanged.
     """
     facts, scores = verify(folder).facts, read_scores(folder)
     assert scores is not None
@@ -247,11 +252,11 @@ def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
             if name not in (SCORES, CARD):
                 _link(file, building / name)
         _describe(building, config, facts.model_copy(update={"metrics": metrics}), metric, scores)
-        _put_in_place(building, folder)
+        _replace_folder(building, folder)
 
 
 def _link(file: Path, other: Path) -> None:
-    """The same file by another name, so that weights are not written twice; a copy where the disk knows no links."""
+    """Hard-link a file, so that weights are not written twice; copy it if the file system has no hard links."""
     other.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, other)
@@ -259,12 +264,12 @@ def _link(file: Path, other: Path) -> None:
         shutil.copy2(file, other)
 
 
-def _put_in_place(building: Path, folder: Path) -> None:
-    """Rename a folder that is whole to its own name, which another may have."""
+def _replace_folder(building: Path, folder: Path) -> None:
+    """Rename a completed folder to its final name, replacing an older folder."""
     if not folder.exists():
         building.rename(folder)
         return
-    # The record may name it: whatever a kill leaves here, `put_right` finds a whole one.
+    # The trial's record may name this folder. After a kill at any point, `recover_interrupted_saves` restores one.
     replaced = folder.with_name(f"{REPLACED}{folder.name}")
     folder.rename(replaced)
     try:
@@ -272,13 +277,13 @@ def _put_in_place(building: Path, folder: Path) -> None:
     except OSError:
         replaced.rename(folder)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)  # what is left of it `put_right` takes away
+    shutil.rmtree(replaced, ignore_errors=True)  # leftovers are removed by `recover_interrupted_saves`
 
 
-def put_right(parent: Path) -> None:
-    """What one that was killed has left beside its folders: half of a new one, or an old one out of its place."""
-    for half in parent.glob(f"{BUILDING}*"):
-        shutil.rmtree(half)
+def recover_interrupted_saves(parent: Path) -> None:
+    """Clean up after a killed process: remove incomplete folders, and restore a folder that was being replaced."""
+    for incomplete in parent.glob(f"{BUILDING}*"):
+        shutil.rmtree(incomplete)
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = parent / replaced.name.removeprefix(REPLACED)
         if folder.exists():
@@ -290,7 +295,7 @@ def put_right(parent: Path) -> None:
 def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scores: RowScores) -> None:
     config = origin.config
     commit = base_commit(config.base)
-    # By this PEFT finds the base again as it was, wherever its branch has gone since.
+    # PEFT loads the base at this revision, even if its branch has moved since.
     adapter.config.revision = commit or config.base.revision
     adapter.save(building)
     for name, content in _files_of(tokenizer).items():
@@ -316,7 +321,10 @@ _tokenizer_files: WeakKeyDictionary[Any, dict[str, bytes]] = WeakKeyDictionary()
 
 
 def _files_of(tokenizer: Any) -> dict[str, bytes]:
-    """What `save_pretrained` writes of a tokenizer, asked once: it holds Python's lock, and with it the training."""
+    """Return the files that `save_pretrained` writes for a tokenizer.
+
+    They are cached: `save_pretrained` holds Python's global lock, which stalls training threads.
+    """
     if (files := _tokenizer_files.get(tokenizer)) is None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -327,7 +335,7 @@ def _files_of(tokenizer: Any) -> dict[str, bytes]:
 
 
 def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, scores: RowScores) -> None:
-    """Write what an adapter folder says of itself, the manifest last."""
+    """Write scores, card and manifest of an adapter folder, the manifest last."""
     assert facts.trial_id is not None
     assert facts.step is not None
     card = adapter_card(config, facts.trial_id, facts.step, metric, facts.metrics)
@@ -337,10 +345,10 @@ def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, sc
 
 
 def verify_adapter(folder: Path) -> None:
-    """Check that a folder holds an adapter, and where it has a manifest, every byte.
+    """Check that a folder is a PEFT adapter; if it has a manifest, check every byte.
 
     Raises:
-        RecordError: a file is missing, changed, a symbolic link, or not an adapter's.
+        RecordError: a required file is missing, or a file is changed, not listed, a pickle or a symbolic link.
     """
     refuse_links(folder)
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
@@ -350,17 +358,17 @@ def verify_adapter(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> RowScores | None:
-    """Scores of the held-out rows at the adapter's step, where it holds them.
+    """Read the scores of the held-out rows at the adapter's step; None if the folder does not contain them.
 
     Raises:
-        RecordError: they are damaged, or not those that were saved.
+        RecordError: they are damaged, or have changed since they were saved.
     """
     path = folder / SCORES
     if not path.is_file():
         return None
     listed = read_manifest(folder).files.get(SCORES) if (folder / MANIFEST).is_file() else None
     if listed is not None and listed.sha256 != _sha256(path):
-        raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} holds another sha256)")
+        raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} lists another sha256)")
     try:
         return RowScores.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
@@ -368,21 +376,21 @@ def read_scores(folder: Path) -> RowScores | None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """A bundle's files but its manifest, by name.
+    """Return a bundle's files except its manifest, by relative path.
 
     Raises:
-        RecordError: one of them is a pickle.
+        RecordError: a file is a pickle.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        # The hub and its client put two things of their own beside what was pushed.
+        # Added by the hub and by its client, not part of the bundle.
         if name in (MANIFEST, ".gitattributes") or name.startswith(".cache/huggingface/"):
             continue
         if path.is_dir():
             continue
         if path.suffix.lower() in PICKLES:
-            raise RecordError(f"{path}: is a pickle by its name, and would run code when it is loaded")
+            raise RecordError(f"{path}: has the suffix of a pickle, which would run code when it is loaded")
         found[name] = path
     return found
 

@@ -1,9 +1,9 @@
-"""What an adapter's README says: the hub's metadata, and a page for people."""
+"""The README of a bundle: metadata for the hub, and a page for readers."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from orchestrator.base import hub_id
 from orchestrator.spec import TrialConfig
@@ -15,9 +15,9 @@ _PAGE = """
 Step {step} of trial `{trial_id}`, chosen by {metric} ({value:.6g}). LoRA rank {rank}, alpha {alpha:g}, dropout
 {dropout:g}, learning rate {learning_rate:g}.
 
-- Base: {base}, held as {quantization}.
+- Base: {base}, loaded with quantization `{quantization}`.
 - Prompts: {prompts}.{variants}
-- `trial.json` holds the whole configuration, `manifest.json` a sha256 of each file and the versions of the packages.
+- `trial.json` contains the whole configuration, `manifest.json` the sha256 of each file and the package versions.
 
 ```python
 {load}
@@ -30,21 +30,21 @@ _MERGED = """
 
 The LoRA adapter `{name}`, merged onto the {onto} weights of its base, in {dtype}. {parity}.
 
-- Base: {base}; the adapter was trained on it held as {quantization}.
+- Base: {base}; the adapter was trained on it with quantization `{quantization}`.
 - Prompts: {prompts}.
-- `manifest.json` holds the whole configuration, a sha256 of each file and the versions of the packages.
+- `manifest.json` contains the whole configuration, the sha256 of each file and the package versions.
 """
 
 
 def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, values: Mapping[str, float]) -> str:
-    """The model card of an adapter.
+    """Write the model card of an adapter.
 
     Args:
-        config: how it was trained.
-        trial_id: names it.
+        config: the configuration it was trained with.
+        trial_id: its trial.
         step: optimizer step of its weights.
-        metric: by which the step was chosen.
-        values: what was measured on the held-out rows at this step, `metric` among it.
+        metric: metric that the step was chosen by.
+        values: metrics on the held-out rows at this step, including `metric`.
     """
     title = f"LoRA adapter of trial {trial_id}"
     metadata = card_metadata(config, title, values, library="peft", relation="adapter")
@@ -68,14 +68,14 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
 
 
 def merged_card(config: TrialConfig, name: str, dtype: str, onto: str, parity: str) -> str:
-    """The model card of a base with an adapter merged into it.
+    """Write the model card of a base with an adapter merged into it.
 
     Args:
-        config: how the adapter was trained.
-        name: of the adapter.
-        dtype: of the merged weights.
-        onto: which weights of the base it was merged onto.
-        parity: how near it came to the adapter.
+        config: the configuration the adapter was trained with.
+        name: name of the adapter.
+        dtype: type of the merged weights.
+        onto: the base weights it was merged onto: `dequantized` or `original`.
+        parity: a sentence on how closely its answers match the adapter's.
     """
     title = f"Merged model of {name}"
     metadata = card_metadata(config, title, {}, library="transformers", relation="finetune")
@@ -93,14 +93,16 @@ def merged_card(config: TrialConfig, name: str, dtype: str, onto: str, parity: s
 
 
 def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], library: str, relation: str) -> Any:
-    """The hub's metadata, a `ModelCardData`: no licence, for that is the owner's to choose; no path of this machine.
+    """Build the hub's metadata, a `ModelCardData`.
+
+    It has no license, which is the owner's choice, and no path of this machine.
 
     Args:
-        config: how the adapter was trained.
-        name: of the model, for its evaluation results.
-        values: what was measured on the held-out rows; what is not finite is left out.
-        library: that loads it.
-        relation: to the base: adapter or finetune.
+        config: the configuration the adapter was trained with.
+        name: name of the model, for its evaluation results.
+        values: metrics on the held-out rows; values that are not finite are left out.
+        library: library that loads the model.
+        relation: relation to the base: `adapter` or `finetune`.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -138,35 +140,35 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
 def _base(config: TrialConfig) -> str:
     base = config.base
     if base.model == "embedded":
-        return "the small one that ships with the orchestrator, which is not on the hub"
+        return "the small model that ships with the orchestrator, which is not on the hub"
     if hub_id(base.model) is None:
-        return f"a local folder, `{Path(base.model).name}`, which is not on the hub under a name known here"
+        return f"a local folder, `{Path(base.model).name}`, whose name on the hub is not known"
     return f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")
 
 
 def _variants(config: TrialConfig) -> list[str]:
-    """What more there is to the adapter than LoRA on all layers alike."""
+    """Describe how the adapter differs from plain LoRA with the same rank on all layers."""
     lora, tokens = config.lora, config.base.new_tokens
     found = []
     if lora.dora or lora.rslora:
         kinds = [name for name, on in (("DoRA", lora.dora), ("rsLoRA (alpha / sqrt(rank))", lora.rslora)) if on]
         found.append(f"Variant: {' and '.join(kinds)}")
     if lora.rank_pattern or lora.alpha_pattern:
-        found.append("Single layers have ranks or alphas of their own, see `adapter_config.json`")
+        found.append("Some layers have their own rank or alpha, see `adapter_config.json`")
     if lora.layers_to_transform is not None:
         found.append(f"Adapted layers: {', '.join(map(str, lora.layers_to_transform))}")
     if lora.starts_from_base:
-        found.append(f"First weights by {lora.init}; its files hold the update less the first, at twice the rank")
+        found.append(f"Initialized by {lora.init}; the files contain trained minus initial weights, at twice the rank")
     if lora.modules_to_save:
-        found.append(f"Trained whole: {', '.join(lora.modules_to_save)}")
+        found.append(f"Fully trained modules: {', '.join(lora.modules_to_save)}")
     if tokens:
         named = ", ".join(f"`{token}`" for token in tokens)
-        found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` makes room for them")
+        found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` resizes the embedding for them")
     return found
 
 
 def _load(base: BaseSection) -> str:
-    """Write Python that loads the adapter by PEFT alone, on the base as `base.load_base` holds it."""
+    """Write Python code that loads the adapter with PEFT alone, on the base as `base.load_base` loads it."""
     dtype = f"torch.{base.compute_dtype}"
     lines = ["import torch", "from peft import AutoPeftModelForCausalLM"]
     options = {"dtype": dtype}
@@ -183,29 +185,31 @@ def _load(base: BaseSection) -> str:
         lines += ["from transformers import GenerationConfig", ""]
     given = ", ".join(f"{name}={value}" for name, value in options.items())
     lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})')
-    lines.append('model.generation_config = GenerationConfig.from_pretrained("ID_OR_FOLDER")  # where answers stop')
+    lines.append('model.generation_config = GenerationConfig.from_pretrained("ID_OR_FOLDER")  # stop tokens')
     if base.is_4bit:
         lines += _KEEP_4BIT
     return "\n".join(lines)
 
 
 _KEEP_4BIT = (
-    "for module in model.modules():  # some CPUs repack 4-bit weights at the first pass: DoRA and gradients go wrong",
+    "for module in model.modules():  # some CPUs repack 4-bit weights on first use, which breaks DoRA and gradients",
     '    if hasattr(module, "support_avx512bf16_for_cpu"):',
     "        module.support_avx512bf16_for_cpu = False",
 )
-"""What `base.keep_trainable` does, for who loads the adapter without it."""
+"""The effect of `base.keep_trainable`, for users who load the adapter without this package."""
 
 
 def _prompts(data: DataSection) -> str:
     match data.format:
         case "messages" | "sharegpt":
-            return "conversations, by the chat template of the tokenizer"
+            return "conversations, in the chat template of the tokenizer"
         case "alpaca":
-            return "instructions in Stanford Alpaca's form, up to `### Response:`"
+            return "instructions in the format of Stanford Alpaca, up to `### Response:`"
         case "template":
-            return f"in the form `{data.template}`, up to the last field"
+            return f"in the template `{data.template}`, up to the last field"
         case "prompt":
-            return "plain text, as in the column `prompt` of the rows"
+            return "plain text, as in the column `prompt` of the training rows"
         case "text":
             return "none: it was trained on whole texts"
+        case _:
+            assert_never(data.format)

@@ -1,4 +1,4 @@
-"""Answers, greedy or drawn."""
+"""Generate answers in batches, greedily or by sampling."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,10 +7,13 @@ from orchestrator.adapters.stops import stops_of
 from orchestrator.data import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
-"""Arguments of `generate`: the likeliest token each time, whatever the base's own generation settings are."""
+"""Arguments of `generate` for greedy decoding. They override the generation settings of the base."""
 
-PASS_TOKENS = 16_384
-"""Most tokens of a batch, padding and answers included: a bound on its keys and values. One prompt may have more."""
+MAX_BATCH_TOKENS = 16_384
+"""Upper bound on the tokens of a batch, with padding and answers, which bounds the KV cache.
+
+A single prompt may exceed it.
+"""
 
 
 def answer(
@@ -21,15 +24,18 @@ def answer(
     batch_size: int,
     sampling: Mapping[str, Any] = GREEDY,
 ) -> list[str]:
-    """Answer prompts in their order, each up to the model's first stop token, without special tokens and outer space.
+    """Answer prompts.
 
     Args:
-        model: a causal language model, left in evaluation mode; see `stops.stop_at`.
+        model: a causal language model with its stop tokens set (`stops.stop_at`); it is left in evaluation mode.
         tokenizer: its tokenizer, with a padding token.
         prompts: token ids, each (tokens,).
-        max_new_tokens: tokens an answer may have.
-        batch_size: most prompts of a forward pass.
-        sampling: how `generate` takes the next token.
+        max_new_tokens: maximum number of tokens of an answer.
+        batch_size: maximum number of prompts in a forward pass.
+        sampling: arguments of `generate` that select the next token.
+
+    Returns:
+        One answer per prompt, in order: the text before the first stop token, without special tokens, stripped.
     """
     import torch
 
@@ -37,7 +43,7 @@ def answer(
     answers, stops = [""] * len(prompts), stops_of(model)
     for chosen in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
         width = max(len(prompts[i]) for i in chosen)
-        # Padding on the left, so that every answer begins at the same column.
+        # Pad on the left, so that all answers begin at the same column.
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(chosen):
@@ -57,20 +63,20 @@ def answer(
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Prompts that are answered together, shortest first: at most `batch_size`, and `PASS_TOKENS` in all.
+    """Group prompts into batches, shortest first: at most `batch_size` prompts and `MAX_BATCH_TOKENS` tokens each.
 
     Args:
-        lengths: tokens of each prompt.
-        max_new_tokens: tokens that each answer may have.
-        batch_size: most prompts of a batch.
+        lengths: number of tokens of each prompt.
+        max_new_tokens: maximum number of tokens of each answer.
+        batch_size: maximum number of prompts of a batch.
 
     Yields:
-        Places of the prompts of a batch.
+        The indices of the prompts of one batch.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         padded = (len(batch) + 1) * (lengths[i] + max_new_tokens)
-        if batch and (len(batch) == batch_size or padded > PASS_TOKENS):
+        if batch and (len(batch) == batch_size or padded > MAX_BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(i)
@@ -79,7 +85,7 @@ def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Ite
 
 
 def before_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """Tokens of an answer before its first stop token, which need not be a special one that decoding leaves out."""
+    """Cut an answer before its first stop token. Decoding alone would keep a stop token that is not a special token."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return list(ids[:end])
 
@@ -87,11 +93,11 @@ def before_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
 def exact_matches(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
 ) -> list[bool]:
-    """Whether the greedy answer to each prompt is the wanted one, outer space not counted."""
-    given = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
-    return matches(given, [prompt.answer for prompt in prompts])
+    """Tell for each prompt whether its greedy answer equals the expected one, ignoring outer whitespace."""
+    answers = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
+    return matches(answers, [prompt.answer for prompt in prompts])
 
 
-def matches(said: Sequence[str], wanted: Sequence[str]) -> list[bool]:
-    """Whether each answer is the wanted one, outer space not counted."""
-    return [one.strip() == other.strip() for one, other in zip(said, wanted, strict=True)]
+def matches(answers: Sequence[str], expected: Sequence[str]) -> list[bool]:
+    """Tell for each answer whether it equals the expected one, ignoring outer whitespace."""
+    return [one.strip() == other.strip() for one, other in zip(answers, expected, strict=True)]

@@ -1,7 +1,7 @@
-"""Stop tokens of a model and of a bundle: the ids at which an answer is over.
+"""Stop tokens of a model and of a bundle: the token ids that end an answer.
 
-A bundle keeps them in `generation_config.json`, a loaded model in its `generation_config`: so `generate` stops there,
-whoever calls it.
+A bundle stores them in `generation_config.json`, a loaded model in its `generation_config`. transformers' `generate`
+reads them from there, so that every caller stops at the same tokens.
 """
 
 import json
@@ -12,51 +12,51 @@ from typing import Any
 from orchestrator.errors import RecordError
 
 GENERATION = "generation_config.json"
-"""File of a bundle, in transformers' form."""
+"""A bundle's file with stop tokens, in transformers' format."""
 
 
 def stop_ids(value: Any) -> list[int]:
-    """Ids in a configuration's `eos_token_id`, which may be None, one id, or a list."""
+    """Return the ids in a configuration's `eos_token_id`, which may be None, one id, or a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [int(value)]
 
 
 def as_eos(stops: Sequence[int]) -> int | list[int] | None:
-    """Ids as a configuration's `eos_token_id`: one alone, for readers that know no lists, else a list."""
+    """Return ids as a value for `eos_token_id`: a single id as an int (some readers accept no list), else a list."""
     if not stops:
         return None
     return stops[0] if len(stops) == 1 else list(stops)
 
 
-def joined(*parts: Iterable[int]) -> list[int]:
-    """Ids of all parts in their order, each once."""
+def unique_ids(*parts: Iterable[int]) -> list[int]:
+    """Concatenate ids in their order, without duplicates."""
     return list(dict.fromkeys(token for part in parts for token in part))
 
 
 def stops_of(model: Any) -> list[int]:
-    """Ids at which a model's `generate` stops."""
+    """Return the ids at which a model's `generate` stops."""
     return stop_ids(model.generation_config.eos_token_id)
 
 
 def stop_at(model: Any, stops: Sequence[int]) -> None:
-    """Have a model's `generate` stop at these ids and no others."""
+    """Make a model's `generate` stop at these ids and no others."""
     model.generation_config.eos_token_id = as_eos(stops)
 
 
 def write_stops(folder: Path, stops: Sequence[int], tokenizer: Any) -> None:
-    """Write stop tokens into a folder's `generation_config.json`; what else is in it stays."""
+    """Write stop tokens into a folder's `generation_config.json`, and leave its other fields as they are."""
     path = folder / GENERATION
     document = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if path.is_file():
         document = json.loads(path.read_text(encoding="utf-8"))
-    # Not by transformers: it refuses to write files such as Llama 2's, which name a temperature for greedy answers.
+    # transformers refuses to save some published files, such as Llama 2's: they set a temperature for greedy decoding.
     text = json.dumps(document | {"eos_token_id": as_eos(stops)}, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_stops(folder: Path) -> list[int]:
-    """Ids that a folder's `generation_config.json` stops at; none where there is no such file.
+    """Read the stop tokens from a folder's `generation_config.json`; an empty list if there is no such file.
 
     Raises:
         RecordError: the file is damaged.
@@ -66,5 +66,5 @@ def read_stops(folder: Path) -> list[int]:
         return []
     try:
         return stop_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-    except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, no ids
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not an object, or not ids
         raise RecordError(f"{path}: is damaged: {error}") from error

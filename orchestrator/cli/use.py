@@ -39,13 +39,12 @@ def best(
     opened, metrics = open_sweep(sweep, output), metric or []
     winner = opened.best(metrics[0] if metrics else None, strict)
     front = opened.pareto(metrics) if len(metrics) > 1 else []
-    leaders = opened.top(top, winner.choice.metric) if top else []
+    leaders = opened.top(top, winner.recommendation.metric) if top else []
     if export is not None:
-        from orchestrator.deploy.adapter_ref import AdapterRef
         from orchestrator.deploy.export.export import export as export_bundle
 
         with _progress() as say:
-            export_bundle(AdapterRef.of_best(winner), export, "adapter", say=say)
+            export_bundle(winner.adapter_ref(), export, "adapter", say=say)
     if as_json:
         lists = {"top": leaders, "pareto": front}
         named = {name: [trial.model_dump(mode="json") for trial in trials] for name, trials in lists.items() if trials}
@@ -96,8 +95,8 @@ def evaluate(
     output: Where = "runs",
 ) -> None:
     """Score the best adapters in the forms in which they can be exported, and compare with the adapter as trained."""
-    from orchestrator.deploy.adapter_ref import is_adapter
-    from orchestrator.deploy.export.merge import DTYPES
+    from orchestrator.deploy.dtypes import DTYPES
+    from orchestrator.deploy.find import is_adapter
     from orchestrator.deploy.scoring import evaluate as scoring
     from orchestrator.deploy.scoring.forms import FORMS
     from orchestrator.deploy.scoring.harness import open_harness
@@ -151,8 +150,8 @@ def chat(
     output: Where = "runs",
 ) -> None:
     """Chat with the best adapter. Interactive questions form one conversation: /clear restarts it, /quit ends it."""
-    from orchestrator.deploy.adapter_ref import find_adapter
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
+    from orchestrator.deploy.find import find_adapter
     from orchestrator.deploy.prompts import new_file, read_prompts, write_answers
     from orchestrator.training.attempt.log_file import output_to
 
@@ -201,7 +200,7 @@ def export(
         Literal["bf16", "fp16"] | None, typer.Option(help=f"Type of merged weights. Default: {_DEFAULT_DTYPE}.")
     ] = None,
     onto: Annotated[
-        Literal["dequantised", "original"] | None,
+        Literal["dequantized", "original"] | None,
         typer.Option(help="Merge into the dequantized weights used in training (default) or the original weights."),
     ] = None,
     data: Annotated[
@@ -212,8 +211,8 @@ def export(
     output: Where = "runs",
 ) -> None:
     """Export the best adapter, load the export again, and compare it with its source."""
-    from orchestrator.deploy.adapter_ref import find_adapter
     from orchestrator.deploy.export.export import export as export_bundle
+    from orchestrator.deploy.find import find_adapter
 
     adapter = find_adapter(sweep_or_adapter, output, trust)
     with _progress() as say:

@@ -1,4 +1,4 @@
-"""Ask a trained adapter, or the base beneath it."""
+"""Chat with a trained adapter, or with its base alone."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,32 +16,32 @@ from orchestrator.errors import RequestError
 from orchestrator.spec.sections import DataSection
 
 Turn = dict[str, str]
-"""`role` and `content`."""
+"""A turn of a conversation, with `role` and `content`."""
 
 Question = str | Sequence[Turn]
-"""Plain text, or a conversation that the model is to go on with."""
+"""A single question as plain text, or a conversation that the model continues."""
 
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How a question is put to the model: as the training rows were written."""
+    """The prompt format of an adapter: that of its training rows."""
 
     tokenizer: Any
     data: DataSection | None
-    """How they were; None for an adapter that does not say."""
+    """The data section of the training; None if the adapter does not record it."""
     system: str | None = None
-    """Stands before every conversation that has no system turn of its own."""
+    """System prompt for conversations that do not begin with a system turn."""
 
     @property
     def takes_turns(self) -> bool:
-        """Whether conversations can be asked; else each question stands alone."""
+        """Whether the form supports conversations; otherwise each question is independent."""
         return self.data.has_turns if self.data else self.tokenizer.chat_template is not None
 
     def ids(self, question: Question) -> list[int]:
-        """Token ids (tokens,) of what the model is to go on with.
+        """Return the token ids (tokens,) of the prompt.
 
         Raises:
-            RequestError: the form has no place for these turns.
+            RequestError: the form does not support these turns.
         """
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         if self.system is not None and turns[0]["role"] != "system":
@@ -51,8 +51,8 @@ class PromptForm:
         if [turn["role"] for turn in turns] != ["user"]:
             trained = f"on format {self.data.format}" if self.data else "without a chat template"
             raise RequestError(
-                f"the adapter was trained {trained}, which has no place for a system prompt or earlier turns",
-                "Give single questions; only formats messages and sharegpt know conversations.",
+                f"the adapter was trained {trained}, which has no system prompt and no earlier turns",
+                "Ask single questions; only the formats messages and sharegpt support conversations.",
             )
         text = turns[0]["content"]
         if self.data is None:
@@ -62,10 +62,12 @@ class PromptForm:
     def _ids_of_turns(self, turns: list[Turn]) -> list[int]:
         text = self._render(turns)
         if turns[0]["role"] == "system" and text == self._render(turns[1:]):
-            raise RequestError("the chat template of the tokenizer leaves a system prompt out")
+            raise RequestError(
+                "the chat template of the tokenizer ignores system prompts", "Leave the system prompt out."
+            )
         if self.data is None:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        # A training prompt ends without space: see `data.render`.
+        # Prompts of training rows have no trailing whitespace, see `data.render`.
         return encode_prompt(text.rstrip(), self.tokenizer, self.data)
 
     def _render(self, turns: list[Turn]) -> str:
@@ -75,36 +77,41 @@ class PromptForm:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise RequestError(f"the chat template of the tokenizer refuses turns of {roles}: {error}") from error
+            raise RequestError(f"the chat template of the tokenizer rejects turns of {roles}: {error}") from error
 
 
-COLD = 1e-3
-"""A temperature below is taken as 0: logits divided by it would be no numbers."""
+MIN_TEMPERATURE = 1e-3
+"""Lower temperatures count as 0: dividing logits by them would overflow."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is taken."""
+    """Settings for the selection of the next token."""
 
     temperature: float = 0.0
-    """0 takes the likeliest one each time, and the rest has no meaning."""
+    """0 decodes greedily, and the other fields have no effect."""
     top_p: float = 1.0
-    """Only of the likeliest tokens that have this share together (nucleus, arXiv 1904.09751)."""
+    """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling, arXiv 1904.09751)."""
     top_k: int = 0
-    """Only of so many likeliest tokens; 0 is of all."""
+    """Sample from this many most likely tokens; 0 for all tokens."""
     seed: int | None = None
-    """The same answer each time."""
+    """Seed of the random draws, for repeatable answers."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `generate`."""
-        if self.temperature < COLD:
+        """Arguments of transformers' `generate`."""
+        if self.temperature < MIN_TEMPERATURE:
             return GREEDY
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"do_sample": True, "use_cache": True, **drawn}
+        return {
+            "do_sample": True,
+            "use_cache": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
 
     def begin(self) -> None:
-        """Start the draws anew, where there is a seed."""
+        """Seed torch's random generator, if there is a seed."""
         import torch
 
         if self.seed is not None:
@@ -112,10 +119,10 @@ class Sampling:
 
 
 def sampling_of(temperature: float, top_p: float | None, top_k: int | None, seed: int | None) -> Sampling:
-    """What a person has asked for.
+    """Build the sampling from command-line options.
 
     Raises:
-        RequestError: something is drawn by that has no effect at temperature 0.
+        RequestError: an option is set that has no effect at temperature 0.
     """
     given = {"--top-p": top_p, "--top-k": top_k, "--seed": seed}
     idle = [name for name, value in given.items() if value is not None]
@@ -126,7 +133,7 @@ def sampling_of(temperature: float, top_p: float | None, top_k: int | None, seed
 
 @dataclass(frozen=True)
 class Chat:
-    """An adapter on its base, ready to answer."""
+    """An adapter loaded on its base, with its prompt form."""
 
     model: Any
     form: PromptForm
@@ -138,16 +145,16 @@ class Chat:
     def stream(
         self, question: Question, max_new_tokens: int, base_only: bool = False, sampling: Sampling = Sampling()
     ) -> Iterator[str]:
-        """Pieces of the answer as they come.
+        """Yield the answer piece by piece, as it is generated.
 
         Args:
-            question: put into the form of the training rows.
-            max_new_tokens: tokens the answer may have.
+            question: a question or a conversation; it is put into the prompt form.
+            max_new_tokens: maximum number of tokens of the answer.
             base_only: answer without the adapter.
-            sampling: how the tokens are taken.
+            sampling: how tokens are selected.
 
         Raises:
-            RequestError: the form has no place for these turns.
+            RequestError: the form does not support these turns.
         """
         import torch
         from transformers import StoppingCriteriaList
@@ -155,10 +162,10 @@ class Chat:
         inputs = torch.tensor([self.form.ids(question)], device=self.model.device)
         streamer = _streamer(self.tokenizer, stops_of(self.model))
         failures: list[BaseException] = []
-        left = Event()
+        cancelled = Event()
 
-        def has_left(ids: Any, *_: Any, **__: Any) -> Any:
-            return torch.full((len(ids),), left.is_set(), device=ids.device)
+        def is_cancelled(ids: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
 
         def generate() -> None:
             with self.model.disable_adapter() if base_only else nullcontext():
@@ -170,7 +177,7 @@ class Chat:
                         streamer=streamer,
                         max_new_tokens=max_new_tokens,
                         pad_token_id=self.tokenizer.pad_token_id,
-                        stopping_criteria=StoppingCriteriaList([has_left]),
+                        stopping_criteria=StoppingCriteriaList([is_cancelled]),
                         **sampling.arguments,
                     )
                 except BaseException as error:  # raised again below, in the caller's thread
@@ -181,15 +188,15 @@ class Chat:
         thread.start()
         try:
             yield from streamer
-        finally:  # who leaves early ends it: until then the model is in the thread's hands
-            left.set()
+        finally:  # a caller that stops early cancels the generation; until the thread ends, it uses the model
+            cancelled.set()
             thread.join()
         if failures:
             raise failures[0]
 
 
 def _streamer(tokenizer: Any, stops: Sequence[int]) -> Any:
-    """Text of an answer as it grows, without its stop token, which need not be a special one."""
+    """Build a streamer of the answer's text. It drops stop tokens, also those that are not special tokens."""
     from transformers import TextIteratorStreamer
 
     class Streamer(TextIteratorStreamer):  # type: ignore[misc]  # mypy skips transformers
@@ -201,7 +208,7 @@ def _streamer(tokenizer: Any, stops: Sequence[int]) -> Any:
 
 
 class Conversation:
-    """Questions that follow each other. A form without turns forgets each one at once."""
+    """A conversation with several questions. If the form has no turns, each question is independent."""
 
     def __init__(self, chat: Chat, base_only: bool = False) -> None:
         self._chat = chat
@@ -209,7 +216,7 @@ class Conversation:
         self._turns: list[Turn] = []
 
     def ask(self, question: str, max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[str]:
-        """Pieces of the answer; once it is whole, it is part of the conversation. See `Chat.stream`."""
+        """Yield the answer piece by piece; a complete answer is added to the conversation. See `Chat.stream`."""
         turns = [*self._turns, {"role": "user", "content": question}]
         pieces = []
         for piece in self._chat.stream(turns, max_new_tokens, self._base_only, sampling):
@@ -219,30 +226,30 @@ class Conversation:
             self._turns = [*turns, {"role": "assistant", "content": "".join(pieces).strip()}]
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget all turns."""
         self._turns = []
 
 
-def open_prompt_form(subject: AdapterRef, system: str | None = None) -> PromptForm:
-    """The form of an adapter's questions; its model is not loaded.
+def open_prompt_form(adapter: AdapterRef, system: str | None = None) -> PromptForm:
+    """Load the prompt form of an adapter, without its model.
 
     Raises:
-        RequestError: there is no tokenizer, or no place for a system prompt.
+        RequestError: there is no tokenizer, or the form does not support a system prompt.
     """
-    form = PromptForm(load_own_tokenizer(subject), subject.config.data if subject.config else None, system)
+    form = PromptForm(load_own_tokenizer(adapter), adapter.config.data if adapter.config else None, system)
     form.ids("?")
     return form
 
 
 def question_template(form: PromptForm) -> str:
-    """A form of single questions as a chat template (Jinja, one line): the same tokens as `PromptForm.ids`."""
+    """Write a form of single questions as a Jinja chat template (one line). It gives the tokens of `PromptForm.ids`."""
     tokenizer, mark = form.tokenizer, "\x00"
-    # A template may name the question's column several times.
+    # A template may contain the question's column several times.
     literals = (render_prompt(mark, form.data, tokenizer) if form.data else mark).split(mark)
     if form.ids("?")[0] == tokenizer.bos_token_id and not literals[0].startswith(tokenizer.bos_token):
         literals[0] = tokenizer.bos_token + literals[0]
     text = " ~ messages[0]['content'] ~ ".join(json.dumps(literal, ensure_ascii=False) for literal in literals)
-    # A training prompt ends without space; an adapter that does not say is asked as it is written.
+    # Prompts of training rows have no trailing whitespace. Without a data section, the question is used as given.
     ends = ".rstrip()" if form.data else ""
     return (
         "{% if messages | length != 1 %}{{ raise_exception('the adapter was trained on single questions') }}{% endif %}"
@@ -250,11 +257,15 @@ def question_template(form: PromptForm) -> str:
     )
 
 
-def open_chat(subject: AdapterRef, form: PromptForm | None = None) -> Chat:
-    """Load an adapter and its base, in the form it was trained in.
+def open_chat(adapter: AdapterRef, form: PromptForm | None = None) -> Chat:
+    """Load an adapter on its base for chatting.
+
+    Args:
+        adapter: the adapter.
+        form: its prompt form; default from `open_prompt_form`.
 
     Raises:
-        RequestError: its base cannot be loaded.
+        RequestError: the base cannot be loaded, or the adapter does not match it.
     """
-    form = form or open_prompt_form(subject)
-    return Chat(load_model(subject), form)
+    form = form or open_prompt_form(adapter)
+    return Chat(load_model(adapter), form)

@@ -1,4 +1,4 @@
-"""A sweep as those see it who want its adapter."""
+"""Finished sweeps: rank their trials, and choose the adapter to take."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,48 +6,77 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import read_scores, verify_adapter
-from orchestrator.deploy.choice import SIZE, Candidate, Mode, Recommendation, choose, pareto, rank, why_it_may_differ
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.load import load_model_and_tokenizer
+from orchestrator.deploy.recommend import (
+    SIZE,
+    Candidate,
+    Mode,
+    Recommendation,
+    pareto,
+    rank,
+    recommend,
+    why_it_may_differ,
+)
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, TrialResult, read_sweep
 
 
 @dataclass(frozen=True)
 class ChosenTrial:
-    """A trial that was chosen, and where its adapter lies."""
+    """The trial that a sweep recommends, and its adapter folder."""
 
     record: SweepRecord
     trial: TrialResult
     adapter: Path
-    choice: Recommendation
-    """What it was chosen from."""
+    recommendation: Recommendation
+    """The comparison that it was chosen by."""
     damaged: dict[str, str]
-    """Trial -> what is wrong with its adapter, of those that were left out for it."""
+    """Trials that were left out because their adapter is damaged: trial id -> what is wrong."""
     in_doubt: dict[str, str]
-    """Trial -> why it may have been chosen, of those that are damaged."""
+    """Damaged trials that might have been chosen instead: trial id -> why."""
+
+    def adapter_ref(self) -> AdapterRef:
+        """Refer to the adapter.
+
+        Raises:
+            RecordError: the adapter is incomplete or changed; or a damaged adapter might have been chosen instead,
+                so that the user has to decide.
+        """
+        if self.in_doubt:
+            trial_id, why = next(iter(self.in_doubt.items()))
+            raise RecordError(
+                f"the adapter of trial {trial_id} is damaged, and the choice may depend on it: {why}: "
+                f"{self.damaged[trial_id]}",
+                f"Repair it; or give the folder of the best undamaged adapter: {self.adapter}",
+            )
+        return AdapterRef.of_trial(self.record, self.trial)
 
     def load(self) -> tuple[Any, Any]:
-        """The adapter on its base, a `PeftModel` in evaluation mode, and its tokenizer; see `load_adapter`."""
-        from orchestrator.deploy.adapter_ref import AdapterRef
-        from orchestrator.deploy.load import load_adapter
+        """Load the adapter on its base: a `PeftModel` in evaluation mode, and its tokenizer.
 
-        return load_adapter(AdapterRef.of_best(self))
+        Raises:
+            RecordError: the adapter is incomplete or changed, or the choice is in doubt.
+            RequestError: its base cannot be loaded.
+        """
+        return load_model_and_tokenizer(self.adapter_ref())
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer to "which adapter, and why", as plain JSON values; `config` has dotted fields."""
+        """Return which adapter was chosen and why, as plain JSON values; the keys of `config` are dotted fields."""
         trial, best = self.trial, self.trial.best
         assert best is not None
         return {
             "sweep": self.record.paths.name,
             "trial_id": trial.trial_id,
             "state": trial.state,
-            "metric": self.choice.metric,
-            "mode": self.choice.mode,
-            "value": self.choice.recommended.value(self.choice.metric),
+            "metric": self.recommendation.metric,
+            "mode": self.recommendation.mode,
+            "value": self.recommendation.recommended.value(self.recommendation.metric),
             "step": best.step,
             "values": best.values,
             "num_parameters": trial.num_parameters,
-            "num_compared": self.choice.num_compared,
-            "choice": self.choice.as_dict(),
+            "num_compared": self.recommendation.num_compared,
+            "choice": self.recommendation.as_dict(),
             "damaged": self.damaged,
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
@@ -59,22 +88,30 @@ class ChosenTrial:
 
 @dataclass(frozen=True)
 class FinishedSweep:
-    """A sweep and what came of it. The methods raise RecordError where no trial has finished with an adapter."""
+    """A sweep and its results.
+
+    `best`, `top` and `pareto` raise RecordError if no trial has finished with an adapter.
+    """
 
     record: SweepRecord
 
     def trials(self) -> list[TrialResult]:
-        """All trials, best first; those without an evaluation last."""
+        """Return all trials, best first; trials without an evaluation come last."""
         return self.record.trials()
 
     def best(self, metric: str | None = None, strict: bool = False) -> ChosenTrial:
-        """Of the finished trials (COMPLETE or STOPPED) that cannot be told apart from the best, the smallest adapter.
+        """Choose the smallest adapter among the finished trials that are tied with the best one.
 
-        Every byte of it is checked: one that is damaged is left out, which `ChosenTrial.damaged` tells.
+        Finished trials are COMPLETE or STOPPED. Every byte of the chosen adapter is checked. Trials with a damaged
+        adapter are left out and listed in `ChosenTrial.damaged`.
 
         Args:
-            metric: to choose by, at each trial's best evaluation; default the one that was searched for.
-            strict: the best value, however small its lead.
+            metric: metric to choose by, at each trial's best evaluation; default the search metric.
+            strict: choose the best value, however small its lead.
+
+        Raises:
+            RecordError: no finished trial has an undamaged adapter.
+            RequestError: no finished trial has this metric.
         """
         metric = metric or self.record.info.spec.search.metric
         mode, damaged, whole = self._mode(metric), dict[str, str](), list[Candidate]()
@@ -85,29 +122,31 @@ class FinishedSweep:
             except RecordError as error:
                 damaged[each.trial.trial_id] = error.message
         while whole:
-            choice = choose(whole, metric, mode, strict)
-            trial = choice.recommended.trial
+            recommendation = recommend(whole, metric, mode, strict)
+            trial = recommendation.recommended.trial
             try:
                 adapter = self.record.adapter(trial)
                 verify_adapter(adapter)
             except RecordError as error:
                 damaged[trial.trial_id] = error.message
-                whole.remove(choice.recommended)
+                whole.remove(recommendation.recommended)
             else:
                 lost = [each for each in ranked if each.trial.trial_id in damaged]
-                doubts = {each.trial.trial_id: why_it_may_differ(choice, each, ranked, strict) for each in lost}
+                doubts = {each.trial.trial_id: why_it_may_differ(recommendation, each, ranked, strict) for each in lost}
                 in_doubt = {trial_id: why for trial_id, why in doubts.items() if why}
-                return ChosenTrial(self.record, trial, adapter, choice, damaged, in_doubt)
+                return ChosenTrial(self.record, trial, adapter, recommendation, damaged, in_doubt)
         faults = "\n  ".join(damaged.values())
-        raise RecordError(f"{self.record.paths.root}: no finished trial with {metric} has a whole adapter:\n  {faults}")
+        raise RecordError(
+            f"{self.record.paths.root}: no finished trial with {metric} has an undamaged adapter:\n  {faults}"
+        )
 
     def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
-        """The best finished trials by their values, best first."""
+        """Return the best `number` finished trials by value, best first."""
         metric = metric or self.record.info.spec.search.metric
         return [each.trial for each in rank(self._candidates, metric, self._mode(metric))[:number]]
 
     def pareto(self, metrics: list[str]) -> list[TrialResult]:
-        """Finished trials that no other one beats in all of these (`size` counts the adapter's parameters)."""
+        """Return the Pareto set of the finished trials by these metrics (`size`: parameters of the adapter)."""
         return [each.trial for each in pareto(self._candidates, {name: self._mode(name) for name in metrics})]
 
     def _mode(self, metric: str) -> Mode:
@@ -118,7 +157,7 @@ class FinishedSweep:
 
     @cached_property
     def _candidates(self) -> list[Candidate]:
-        """All finished trials, their files not looked at."""
+        """Return all finished trials, without reading their adapter files."""
         root, finished = self.record.paths.root, self.record.finished()
         if not finished:
             raise RecordError(

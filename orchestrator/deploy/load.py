@@ -1,108 +1,99 @@
-"""A trained adapter on its base, ready to answer."""
+"""Load a trained adapter on its base."""
 
-from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import WEIGHTS
-from orchestrator.adapters.stops import joined, read_stops, stop_at, stops_of
+from orchestrator.adapters.stops import read_stops, stop_at, stops_of, unique_ids
 from orchestrator.base import load_base, load_tokenizer
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.errors import RecordError, RequestError
 
 
-def load_adapter(subject: AdapterRef | str | Path, output: str = "runs") -> tuple[Any, Any]:
-    """Model and tokenizer, in the form they were trained in: `model.generate` answers at once.
+def load_model_and_tokenizer(adapter: AdapterRef) -> tuple[Any, Any]:
+    """Load an adapter on its base (`load_model`), and its tokenizer (`load_own_tokenizer`)."""
+    return load_model(adapter), load_own_tokenizer(adapter)
+
+
+def load_model(adapter: AdapterRef, device_map: Any = None) -> Any:
+    """Load the base and attach the adapter: a `PeftModel` in evaluation mode.
 
     Args:
-        subject: an adapter; or a sweep, whose best adapter is taken, or an adapter folder.
-        output: folder that holds sweeps, for a sweep that is given by its name.
+        adapter: the adapter.
+        device_map: see `load_base`.
+
+    Raises:
+        RequestError: the base cannot be loaded, or the adapter does not match it.
+        RecordError: the adapter's weights cannot be read.
+    """
+    return attach_adapter(load_base(adapter.base, device_map), adapter)
+
+
+def attach_adapter(base: Any, adapter: AdapterRef) -> Any:
+    """Attach an adapter to a loaded base.
+
+    Args:
+        base: the base model, in any precision.
+        adapter: the adapter.
 
     Returns:
-        A `PeftModel` in evaluation mode, on the GPU if there is one, and its tokenizer.
+        A `PeftModel` in evaluation mode, which stops at the tokens that the adapter was trained to end with.
 
     Raises:
-        RecordError: there is no such sweep or adapter, or it is not whole.
-        RequestError: its base cannot be loaded.
-    """
-    if not isinstance(subject, AdapterRef):
-        subject = find_adapter(str(subject), output)
-    return load_model(subject), load_own_tokenizer(subject)
-
-
-def load_model(subject: AdapterRef, place: Any = None) -> Any:
-    """The base with the adapter over it, a `PeftModel` in evaluation mode.
-
-    Args:
-        subject: the adapter.
-        place: see `load_base`.
-
-    Raises:
-        RequestError: the base cannot be loaded.
-    """
-    return put_on(load_base(subject.base, place), subject)
-
-
-def put_on(base: Any, subject: AdapterRef) -> Any:
-    """Put an adapter on a base: a `PeftModel` in evaluation mode, which stops where the adapter was trained to end.
-
-    Args:
-        base: in whatever form.
-        subject: the adapter.
-
-    Raises:
-        RequestError: it does not fit that base.
-        RecordError: its weights cannot be read.
+        RequestError: the adapter does not match this base.
+        RecordError: the adapter's weights cannot be read.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    remedy = f"It was trained on a base of another shape than {subject.base.model}."
+    mismatch = f"{adapter.folder}: adapter and base do not match"
+    remedy = f"The adapter was trained on a base of another shape than {adapter.base.model}."
     try:
-        with safe_open(subject.adapter / WEIGHTS, "pt") as file:
-            held = set(file.keys())
-        model = PeftModel.from_pretrained(base, str(subject.adapter))
+        with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+            in_file = set(file.keys())
+        model = PeftModel.from_pretrained(base, str(adapter.folder))
     except SafetensorError as error:
-        raise RecordError(f"{subject.adapter / WEIGHTS}: is damaged: {error}") from error
+        raise RecordError(f"{adapter.folder / WEIGHTS}: is damaged: {error}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-        told = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise RequestError(f"{subject.adapter}: does not fit its base: {told}", remedy) from error
-    # Of matrices without a place, and of places without matrices, PEFT only warns.
-    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if strange := {name for name in held ^ placed if ".lora_" in name}:
-        raise RequestError(f"{subject.adapter}: does not fit its base: {min(strange)} is in one of them alone", remedy)
-    stop_at(model.get_base_model(), stop_tokens(subject, stops_of(base)))
+        line = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise RequestError(f"{mismatch}: {line}", remedy) from error
+    # PEFT only warns of tensors without a module, and of modules without a tensor.
+    in_model = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if unmatched := {name for name in in_file ^ in_model if ".lora_" in name}:
+        raise RequestError(f"{mismatch}: tensor {min(unmatched)} exists in only one of them", remedy)
+    stop_at(model.get_base_model(), stop_tokens(adapter, stops_of(base)))
     model.eval()
     return model
 
 
-def stop_tokens(subject: AdapterRef, of_base: list[int]) -> list[int]:
-    """Ids at which an adapter's answers are over.
+def stop_tokens(adapter: AdapterRef, base_stops: list[int]) -> list[int]:
+    """Return the token ids that end an adapter's answers.
 
     Args:
-        subject: the adapter.
-        of_base: those of its base, which with the EOS of its tokenizer stand for an adapter that does not say.
+        adapter: the adapter.
+        base_stops: stop tokens of its base. They are used, after the tokenizer's EOS, if the adapter folder records
+            no stop tokens.
     """
-    if known := read_stops(subject.adapter):
+    if known := read_stops(adapter.folder):
         return known
-    eos = load_own_tokenizer(subject).eos_token_id
-    return joined([] if eos is None else [eos], of_base)
+    eos = load_own_tokenizer(adapter).eos_token_id
+    return unique_ids([] if eos is None else [eos], base_stops)
 
 
-def load_own_tokenizer(subject: AdapterRef) -> Any:
-    """The tokenizer that the adapter was trained with. One of unknown origin may have brought its own.
+def load_own_tokenizer(adapter: AdapterRef) -> Any:
+    """Load the tokenizer that the adapter was trained with. An adapter of unknown origin may bring its own.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no tokenizer.
     """
-    if subject.config is not None:
-        return load_tokenizer(subject.base, subject.config.data.chat_template)
-    if not (subject.adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(subject.base)
+    if adapter.config is not None:
+        return load_tokenizer(adapter.base, adapter.config.data.chat_template)
+    if not (adapter.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter.base)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(subject.adapter))
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter.folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,14 +3,14 @@
 from rich.console import Console
 
 from orchestrator.deploy import ChosenTrial
-from orchestrator.deploy.choice import CONFIDENCE, Candidate
+from orchestrator.deploy.recommend import CONFIDENCE, Candidate
 
 _MOST_NAMED = 6
 
 
 def say_best(console: Console, best: ChosenTrial) -> None:
     """Print the leader, the trials that cannot be distinguished from it, and the recommended trial."""
-    choice = best.choice
+    choice = best.recommendation
     metric, leader, tied = choice.metric, choice.leader, choice.tied
     point = leader.trial.best
     assert point is not None

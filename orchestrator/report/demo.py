@@ -7,7 +7,6 @@ from rich.text import Text
 from orchestrator.adapters.generate import answer
 from orchestrator.data import load
 from orchestrator.deploy import FinishedSweep
-from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.report.tables import trials_table
 
@@ -18,7 +17,7 @@ def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     """Print the best trial's row, then prompts with the expected answer, the base's and the adapter's."""
     winner = sweep.best()
     config = winner.trial.config
-    chat = open_chat(AdapterRef.of_best(winner))
+    chat = open_chat(winner.adapter_ref())
     prompts = load(sweep.record.paths.data).prompts[:_NUM_PROMPTS]
     ids = [prompt.ids for prompt in prompts]
     new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size

@@ -47,7 +47,7 @@ def run_sweep(
 
     Args:
         spec: the experiment.
-        paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
+        paths: a folder that does not exist yet, or the empty one from `record.new_sweep.claim_folder`.
         watch: follows.
         address: of a Ray cluster; None starts Ray here.
         say: takes sentences on the workers and on what the sweep waits for.

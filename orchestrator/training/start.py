@@ -18,7 +18,7 @@ def start_sweep(
 
     Args:
         spec: the experiment.
-        paths: a folder that does not exist yet, or the empty one from `record.start.claim_folder`.
+        paths: a folder that does not exist yet, or the empty one from `record.new_sweep.claim_folder`.
         source: where the experiment was read from. A resume compares itself with it.
         is_single_trial: whether the sweep is one trial of the experiment's own values, without Ray.
 

@@ -1,4 +1,4 @@
-"""Scores of held-out rows, kept with the best adapter, and what is chosen by them."""
+"""Row scores saved with the best adapter, and the choice of an adapter by them."""
 
 import errno
 import os
@@ -11,7 +11,6 @@ from tiny import Witness
 from orchestrator.adapters.bundle import read_scores, verify
 from orchestrator.data import load
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.record import SweepPaths, read_sweep
@@ -24,11 +23,11 @@ Tiny = Callable[..., SweepSpec]
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
-def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
-    """Those of plain transformers, in the order of the held-out rows, however the evaluation passes over them."""
+def test_the_best_adapter_contains_the_scores_of_each_row(tiny: Tiny, folder: SweepPaths, engine: str) -> None:
+    """The scores equal those of plain transformers, in the order of the held-out rows, for any order of evaluation."""
     spec = tiny(
         f"training.engine={engine}",
-        "training.group_by_length=true",  # trl's evaluation then has another order
+        "training.group_by_length=true",  # changes the order of trl's evaluation
         "training.eval_batch_size=3",
         "search.metric=eval/exact_match",
         "evaluation.metrics=[exact_match]",
@@ -41,7 +40,7 @@ def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: Sweep
     kept = read_scores(best.adapter)
     assert kept is not None
     held_out = load(folder.data).held_out
-    plain = score_rows(open_chat(AdapterRef.of_best(best)).model, held_out, batch_size=8)
+    plain = score_rows(open_chat(best.adapter_ref()).model, held_out, batch_size=8)
     assert kept.losses == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
     assert (kept.hits, kept.tokens) == (plain.hits, plain.tokens)
     assert len(set(plain.tokens)) > 1, "another order would show"
@@ -51,11 +50,11 @@ def test_the_best_adapter_holds_the_scores_of_each_row(tiny: Tiny, folder: Sweep
     assert sum(kept.answers) / 7 == best.trial.best.value
 
 
-def test_answers_taken_after_training_are_kept_with_the_best_adapter(tiny: Tiny, folder: SweepPaths) -> None:
-    """Record, scores of rows, manifest and card tell the same, and adapters are compared by them row by row."""
+def test_answers_generated_after_training_are_saved_with_the_best_adapter(tiny: Tiny, folder: SweepPaths) -> None:
+    """Record, row scores, manifest and card agree, and adapters are compared by these answers row by row."""
     run_local_trial(tiny("evaluation={metrics: [exact_match], rows: 12, max_new_tokens: 4}"), folder, Witness())
     best = open_sweep(folder.root).best("eval/exact_match")
-    assert best.choice.why_not_compared is None
+    assert best.recommendation.why_not_compared is None
     assert best.trial.best is not None
     kept = read_scores(best.adapter)
     assert kept is not None
@@ -64,10 +63,10 @@ def test_answers_taken_after_training_are_kept_with_the_best_adapter(tiny: Tiny,
     assert "name: eval/exact_match" in (best.adapter / "README.md").read_text()
 
 
-def test_a_trial_whose_answers_cannot_be_kept_is_complete_all_the_same(
+def test_a_trial_whose_answers_cannot_be_saved_is_still_complete(
     tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has learned is on disk, and the record has the figure. (A full disk interrupts it: test_full_disk.)"""
+    """The adapter is on disk, and the record has the metric. (A full disk interrupts the trial: test_full_disk.)"""
 
     def fail(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, masking_utils
 
 from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import load, prepare
-from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import open_prompt_form
+from orchestrator.deploy.find import find_adapter
 from orchestrator.embedded.task import rows as embedded_rows
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep

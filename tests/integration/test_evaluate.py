@@ -1,4 +1,4 @@
-"""An adapter scored in the forms that ship: each is what others' code makes of the same files."""
+"""Score an adapter in each form, and compare each form with what other libraries make of the same files."""
 
 import gc
 import json
@@ -22,8 +22,9 @@ from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.data.sources import read_rows
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export.merge import plan_merge
+from orchestrator.deploy.find import find_adapter
 from orchestrator.deploy.scoring.evaluate import EvaluationReport, evaluate, find_finalists, own_rows, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS, open_form, require_form
 from orchestrator.deploy.scoring.metrics import METRICS
@@ -51,16 +52,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
 
 
 @pytest.fixture(scope="module")
-def subject(trained: SweepPaths) -> AdapterRef:
+def adapter(trained: SweepPaths) -> AdapterRef:
     (found,) = find_finalists(str(trained.root), "runs", top=3)
     return found
 
 
 @pytest.fixture(scope="module")
-def report(trained: SweepPaths, subject: AdapterRef) -> EvaluationReport:
-    """All forms and metrics, on all held-out rows; in float32, so that nothing but the form differs."""
+def report(trained: SweepPaths, adapter: AdapterRef) -> EvaluationReport:
+    """A report of all forms and metrics on all held-out rows. It uses float32, so that only the form differs."""
     kept = trained.evaluations / "all.json"
-    return evaluate([subject], own_rows(subject), METRICS, dtype="float32", keep=kept)
+    return evaluate([adapter], own_rows(adapter), METRICS, dtype="float32", report_file=kept)
 
 
 def values(report: EvaluationReport, form: str) -> dict[str, float]:
@@ -72,14 +73,14 @@ def loss(model: Any, paths: SweepPaths) -> float:
     return score_rows(model, load(paths.data).held_out, 8).loss
 
 
-def outside(subject: AdapterRef, folder: Path) -> Path:
-    """The adapter, copied out of its sweep; without its manifest, so that files of it may be changed."""
-    shutil.copytree(subject.adapter, folder)
+def outside(adapter: AdapterRef, folder: Path) -> Path:
+    """Copy the adapter out of its sweep, without its manifest, so that tests can change its files."""
+    shutil.copytree(adapter.folder, folder)
     (folder / MANIFEST).unlink()
     return folder
 
 
-def test_the_adapter_is_the_one_that_was_recorded(trained: SweepPaths, report: EvaluationReport) -> None:
+def test_the_form_adapter_has_the_recorded_loss(trained: SweepPaths, report: EvaluationReport) -> None:
     (trial,) = open_sweep(trained.root).trials()
     assert trial.best is not None
     as_trained = values(report, "adapter")
@@ -94,19 +95,19 @@ def test_the_adapter_is_the_one_that_was_recorded(trained: SweepPaths, report: E
     assert (report.num_rows, report.num_prompts) == (40, 40)
 
 
-def test_the_costs_are_those_of_the_forms(report: EvaluationReport) -> None:
+def test_each_form_has_its_own_cost(report: EvaluationReport) -> None:
     as_trained, cost = values(report, "adapter")["loss"], {form: values(report, form)["cost"] for form in FORMS}
     assert all(values(report, form)["loss"] - as_trained == cost[form] for form in FORMS)
-    assert abs(cost["merged"]) < 1e-5, "the same numbers, added before instead of after"
+    assert abs(cost["merged"]) < 1e-5, "the same sum in another order"
     assert abs(cost["adapter-16bit"] - cost["merged-original"]) < 1e-5
     assert all(abs(each) < 0.2 for each in cost.values())
     losses = {each.form: torch.tensor(each.scores.losses) for each in report.evaluations}
     apart = {form: float((losses[form] - losses["adapter"]).abs().max()) for form in FORMS}
     assert apart["merged"] < 1e-4
-    assert min(apart["adapter-16bit"], apart["merged-4bit"]) > 1e-3, "these are other weights than it was trained on"
+    assert min(apart["adapter-16bit"], apart["merged-4bit"]) > 1e-3, "the weights differ from those in training"
 
 
-def test_the_report_is_kept_and_shown(trained: SweepPaths, report: EvaluationReport) -> None:
+def test_the_report_is_saved_and_printed(trained: SweepPaths, report: EvaluationReport) -> None:
     (kept,) = trained.evaluations.iterdir()
     assert EvaluationReport.model_validate_json(kept.read_text()) == report
     table = evaluation_table(report)
@@ -116,7 +117,7 @@ def test_the_report_is_kept_and_shown(trained: SweepPaths, report: EvaluationRep
     assert next(iter(table.columns[4].cells)) == "as trained"
 
 
-def test_merged_is_what_peft_makes_of_a_dequantised_base(trained: SweepPaths, subject: AdapterRef) -> None:
+def test_merged_equals_pefts_merge_into_a_dequantized_base(trained: SweepPaths, adapter: AdapterRef) -> None:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -124,54 +125,54 @@ def test_merged_is_what_peft_makes_of_a_dequantised_base(trained: SweepPaths, su
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(str(BASE_DIR), quantization_config=nf4, dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base.dequantize(), str(subject.adapter)).merge_and_unload()
+    plain = PeftModel.from_pretrained(base.dequantize(), str(adapter.folder)).merge_and_unload()
     wanted = plain.state_dict()
-    with open_form(subject, "merged", "float32") as opened:
+    with open_form(adapter, "merged", "float32") as opened:
         torch.testing.assert_close(opened.model.state_dict(), wanted, rtol=0, atol=0)
         assert loss(opened.model, trained) == pytest.approx(loss(plain, trained), abs=1e-6)
-    with open_form(subject, "merged", "bfloat16") as opened:  # the float32 sum, rounded once
+    with open_form(adapter, "merged", "bfloat16") as opened:  # the float32 sum, rounded once
         rounded = {name: weight.to(torch.bfloat16) for name, weight in wanted.items()}
         torch.testing.assert_close(opened.model.state_dict(), rounded, rtol=0, atol=0)
         frequencies = {buffer.dtype for buffer in opened.model.buffers()}
-    assert frequencies == {torch.float32}, "buffers are as transformers loads them"
+    assert frequencies == {torch.float32}, "buffers stay as transformers loads them"
 
 
-@pytest.mark.parametrize(("form", "onto"), [("merged", "dequantised"), ("merged-original", "original")])
-def test_a_merged_form_is_what_the_export_writes(subject: AdapterRef, form: Any, onto: Any) -> None:
-    written = plan_merge(subject, "bf16", onto)
-    with open_form(subject, form, "bfloat16") as opened:
+@pytest.mark.parametrize(("form", "onto"), [("merged", "dequantized"), ("merged-original", "original")])
+def test_a_merged_form_equals_the_export(adapter: AdapterRef, form: Any, onto: Any) -> None:
+    written = plan_merge(adapter, "bf16", onto)
+    with open_form(adapter, form, "bfloat16") as opened:
         for name, weight in opened.model.state_dict().items():
-            if name != "lm_head.weight":  # the embedding's
-                # One rounding to bfloat16 of sums that differ in float32's last digit.
+            if name != "lm_head.weight":  # shared with the embedding
+                # Both round to bfloat16 once, but their float32 sums differ in the last digit.
                 torch.testing.assert_close(weight, written.value(name), rtol=2**-7, atol=1e-9)
                 assert (weight == written.value(name)).float().mean() > 0.999
 
 
-def test_the_16bit_forms_have_the_original_weights(subject: AdapterRef) -> None:
+def test_the_16_bit_forms_use_the_original_weights(adapter: AdapterRef) -> None:
     original = load_file(BASE_DIR / "model.safetensors")
-    with open_form(subject, "adapter-16bit", "bfloat16") as opened:
+    with open_form(adapter, "adapter-16bit", "bfloat16") as opened:
         held = opened.model.get_base_model().state_dict()
         assert not any(isinstance(module, Linear4bit) for module in opened.model.modules())
         for name, weight in original.items():
             stem, _, kind = name.rpartition(".")
             assert torch.equal(held.get(f"{stem}.base_layer.{kind}", held.get(name)), weight), name
-    update = load_file(subject.adapter / "adapter_model.safetensors")
-    assert subject.config is not None
+    update = load_file(adapter.folder / "adapter_model.safetensors")
+    assert adapter.config is not None
     a, b = (update[f"base_model.model.{Q}.lora_{part}.weight"] for part in "AB")
-    wanted = original[f"{Q}.weight"].float() + b @ a * (subject.config.lora.alpha / subject.config.lora.rank)
-    with open_form(subject, "merged-original", "float32") as opened:
+    wanted = original[f"{Q}.weight"].float() + b @ a * (adapter.config.lora.alpha / adapter.config.lora.rank)
+    with open_form(adapter, "merged-original", "float32") as opened:
         torch.testing.assert_close(opened.model.get_submodule(Q).weight.detach(), wanted, rtol=0, atol=1e-6)
 
 
-def test_merged_4bit_is_the_merged_model_loaded_as_the_base_was(
-    trained: SweepPaths, subject: AdapterRef, tmp_path: Path
+def test_merged_4bit_equals_the_merged_model_loaded_in_4_bits(
+    trained: SweepPaths, adapter: AdapterRef, tmp_path: Path
 ) -> None:
-    with open_form(subject, "merged", "bfloat16") as opened:
+    with open_form(adapter, "merged", "bfloat16") as opened:
         opened.model.save_pretrained(str(tmp_path))
-    loaded = load_base(subject.base.model_copy(update={"model": str(tmp_path)}))
+    loaded = load_base(adapter.base.model_copy(update={"model": str(tmp_path)}))
     names = [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)]
     assert len(names) == 28
-    with open_form(subject, "merged-4bit", "bfloat16") as opened:
+    with open_form(adapter, "merged-4bit", "bfloat16") as opened:
         found = {name: module for name, module in opened.model.named_modules() if isinstance(module, Linear4bit)}
         assert list(found) == names
         for name in names:
@@ -181,20 +182,20 @@ def test_merged_4bit_is_the_merged_model_loaded_as_the_base_was(
         assert loss(opened.model, trained) == loss(loaded, trained)
 
 
-def test_merging_into_a_head_leaves_the_embedding_that_it_shares(subject: AdapterRef, tmp_path: Path) -> None:
-    base = subject.base.model_copy(update={"quantization": "none"})
+def test_merging_into_a_tied_head_does_not_change_the_embedding(adapter: AdapterRef, tmp_path: Path) -> None:
+    base = adapter.base.model_copy(update={"quantization": "none"})
     head = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     get_peft_model(load_base(base), head).save_pretrained(str(tmp_path), save_embedding_layers=False)
-    told = []
+    logits = []
     for form in ("adapter", "merged"):
         with open_form(AdapterRef("head", tmp_path, base, None, None), form, "float32") as opened, torch.no_grad():
-            told.append(opened.model(input_ids=torch.arange(4, 12)[None]).logits)
-    torch.testing.assert_close(*told)
+            logits.append(opened.model(input_ids=torch.arange(4, 12)[None]).logits)
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged-4bit"])
-def test_the_memory_of_a_form_is_freed_while_its_name_is_still_held(subject: AdapterRef, form: Any) -> None:
-    with open_form(subject, form, "float32") as opened:
+def test_the_memory_of_a_form_is_freed_while_a_reference_remains(adapter: AdapterRef, form: Any) -> None:
+    with open_form(adapter, form, "float32") as opened:
         held = [weakref.ref(weight) for weight in opened.model.parameters()]
         assert all(weight() is not None for weight in held)
     gc.collect()
@@ -202,61 +203,59 @@ def test_the_memory_of_a_form_is_freed_while_its_name_is_still_held(subject: Ada
     assert opened.model is not None
 
 
-def test_a_lone_adapter_has_its_rows_prepared_again(subject: AdapterRef, tmp_path: Path) -> None:
-    (alone,) = find_finalists(str(outside(subject, tmp_path / "alone")), "runs", top=3)
+def test_the_rows_of_an_adapter_outside_its_sweep_are_prepared_again(adapter: AdapterRef, tmp_path: Path) -> None:
+    (alone,) = find_finalists(str(outside(adapter, tmp_path / "alone")), "runs", top=3)
     assert alone.sweep is None
     (found,) = evaluate([alone], own_rows(alone, 10), ["exact_match"], forms=["adapter"]).evaluations
-    recorded = read_scores(subject.adapter)
+    recorded = read_scores(adapter.folder)
     assert recorded is not None
     assert found.scores.losses == pytest.approx(recorded.losses[:10], abs=1e-4)
     assert len(found.scores.answers) == 10
 
 
-def test_an_adapter_that_is_not_as_recorded_is_told_by_how_much(subject: AdapterRef, tmp_path: Path) -> None:
-    folder = outside(subject, tmp_path / "alone")
+def test_a_loss_that_differs_from_the_recorded_one_gives_a_warning(adapter: AdapterRef, tmp_path: Path) -> None:
+    folder = outside(adapter, tmp_path / "alone")
     recorded = read_scores(folder)
     assert recorded is not None
     more = [each + 0.01 * tokens for each, tokens in zip(recorded.losses, recorded.tokens, strict=True)]
     other = recorded.model_copy(update={"losses": more})
     (folder / SCORES).write_text(other.model_dump_json())
-    told: list[str] = []
+    lines: list[str] = []
     alone = find_adapter(str(folder), "runs")
-    report = evaluate([alone], own_rows(alone), [], forms=["adapter"], say=told.append)
+    report = evaluate([alone], own_rows(alone), [], forms=["adapter"], say=lines.append)
     assert len(report.warnings) == 1
     assert "-0.01 from the" in report.warnings[0]
-    assert told[-1] == f"warning: {report.warnings[0]}"
+    assert lines[-1] == f"warning: {report.warnings[0]}"
     (folder / SCORES).unlink()
-    assert "holds no scores" in evaluate([alone], own_rows(alone, 4), [], forms=["adapter"]).warnings[0]
+    assert "has no row scores" in evaluate([alone], own_rows(alone, 4), [], forms=["adapter"]).warnings[0]
 
 
-def test_an_adapter_without_its_origin_asks_for_rows(subject: AdapterRef, tmp_path: Path) -> None:
-    folder = outside(subject, tmp_path / "alone")
+def test_an_adapter_without_trial_json_needs_rows(adapter: AdapterRef, tmp_path: Path) -> None:
+    folder = outside(adapter, tmp_path / "alone")
     (folder / "trial.json").unlink()
     stranger = find_adapter(str(folder), "runs")
-    with pytest.raises(RequestError, match=r"no trial.json") as told:
+    with pytest.raises(RequestError, match=r"no trial.json") as caught:
         own_rows(stranger)
-    assert "--data FILE" in told.value.remedy
-    assert subject.config is not None
-    gone = replace(subject, sweep=None, config=subject.config.model_copy(
-        update={"data": subject.config.data.model_copy(update={"source": str(tmp_path / "gone.jsonl")})}
+    assert "--data FILE" in caught.value.remedy
+    assert adapter.config is not None
+    gone = replace(adapter, sweep=None, config=adapter.config.model_copy(
+        update={"data": adapter.config.data.model_copy(update={"source": str(tmp_path / "gone.jsonl")})}
     ))  # fmt: skip
-    with pytest.raises(RequestError, match=r"cannot be had again: .*gone\.jsonl") as told:
+    with pytest.raises(RequestError, match=r"cannot be prepared again: .*gone\.jsonl") as caught:
         own_rows(gone)
-    assert "--data FILE" in told.value.remedy
+    assert "--data FILE" in caught.value.remedy
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "[INST] hello [/INST]", "completion": " # 1 </s>"}) + "\n")
-    rows = rows_of_file(stranger, file)  # the columns tell the format
+    rows = rows_of_file(stranger, file)  # the format is inferred from the columns
     assert rows.prompts[0].answer == "# 1", "no generated answer has a stop token"
     assert rows.tokens[0]["labels"][0] == -100
 
 
-def test_rows_of_a_file_are_those_that_training_would_make_of_it(
-    trained: SweepPaths, subject: AdapterRef, tmp_path: Path
-) -> None:
+def test_rows_of_a_file_are_encoded_as_in_training(trained: SweepPaths, adapter: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps(row.values) + "\n" for row in read_rows(Source(source="embedded"))]
     file.write_text("".join(lines))
-    made = rows_of_file(subject, file)
+    made = rows_of_file(adapter, file)
     by_ids = {tuple(row["input_ids"]): row["labels"] for row in made.tokens}
     held_out = load(trained.data)
     assert len(made.tokens) == 2000
@@ -264,40 +263,40 @@ def test_rows_of_a_file_are_those_that_training_would_make_of_it(
     assert {(tuple(each.ids), each.answer) for each in held_out.prompts} <= {
         (tuple(each.ids), each.answer) for each in made.prompts
     }
-    assert len(rows_of_file(subject, file, limit=7).tokens) == 7
+    assert len(rows_of_file(adapter, file, limit=7).tokens) == 7
 
 
-def test_every_bad_row_of_a_file_is_named(subject: AdapterRef, tmp_path: Path) -> None:
+def test_every_invalid_row_of_a_file_is_listed(adapter: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     good = {"question": "What is the total of 1 and 2?", "answer": "# 3"}
     bad = [{"question": "no answer"}, good | {"answer": ""}, good | {"question": "w " * 100}]
     file.write_text("".join(json.dumps(row) + "\n" for row in [good, *bad]))
-    with pytest.raises(DataError) as told:
-        rows_of_file(subject, file)
-    lines = told.value.message.splitlines()
+    with pytest.raises(DataError) as caught:
+        rows_of_file(adapter, file)
+    lines = caught.value.message.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"{file}:{number}" for number in (2, 3, 4)]
     assert "'answer'" in lines[0]
     assert "max_length=64" in lines[2]
     file.write_text('{"question": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl:1: is not JSON"):
-        rows_of_file(subject, file)
+        rows_of_file(adapter, file)
 
 
-def test_a_form_that_the_base_does_not_have_is_refused(subject: AdapterRef, tmp_path: Path) -> None:
-    whole = subject.base.model_copy(update={"quantization": "none"})
-    with pytest.raises(RequestError, match=r"merged-4bit: the base embedded was not held in 4 bits") as told:
+def test_a_form_that_the_base_does_not_have_is_rejected(adapter: AdapterRef, tmp_path: Path) -> None:
+    whole = adapter.base.model_copy(update={"quantization": "none"})
+    with pytest.raises(RequestError, match=r"merged-4bit: base embedded was not loaded in 4 bits") as caught:
         require_form(whole, "merged-4bit")
-    assert "adapter, adapter-16bit, merged, merged-original" in told.value.remedy
-    load_base(subject.base).save_pretrained(str(tmp_path))  # a base whose very files are 4-bit
+    assert "adapter, adapter-16bit, merged, merged-original" in caught.value.remedy
+    load_base(adapter.base).save_pretrained(str(tmp_path))  # a base whose files are in 4 bits
     for file in BASE_DIR.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    packed = subject.base.model_copy(update={"model": str(tmp_path)})
+    packed = adapter.base.model_copy(update={"model": str(tmp_path)})
     require_form(packed, "merged-4bit")
-    with pytest.raises(RequestError, match=r"merged-original: the very files of .* are quantised"):
+    with pytest.raises(RequestError, match=r"merged-original: the files of .* contain quantized weights"):
         require_form(packed, "merged-original")
 
 
-def test_tasks_of_the_harness_are_measured_in_each_form(subject: AdapterRef, tmp_path: Path) -> None:
+def test_harness_tasks_are_run_in_each_form(adapter: AdapterRef, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from orchestrator.deploy.scoring.harness import open_harness
 
@@ -324,12 +323,12 @@ def test_tasks_of_the_harness_are_measured_in_each_form(subject: AdapterRef, tmp
     }
     (tmp_path / "highest.yaml").write_text(json.dumps(task))
     harness = open_harness(["highest"], tmp_path)
-    report = evaluate([subject], own_rows(subject, 4), [], forms=["merged"], harness=harness)
+    report = evaluate([adapter], own_rows(adapter, 4), [], forms=["merged"], harness=harness)
     assert [each.values["highest/acc"] for each in report.evaluations] == [1, 1]
     assert report.evaluations[0].values.keys() == {"loss", "token_accuracy", "cost", "highest/acc"}
-    with pytest.raises(RequestError, match=r"--tasks 'highes': .* no such task") as told:
+    with pytest.raises(RequestError, match=r"--tasks 'highes': .* no such task") as caught:
         open_harness(["highes"], tmp_path)
-    assert "highest" in told.value.remedy
+    assert "highest" in caught.value.remedy
     with pytest.raises(RequestError, match=r"--tasks-folder .*gone: there is no such folder"):
         open_harness(["highest"], tmp_path / "gone")
 
@@ -344,7 +343,7 @@ def test_tasks_of_the_harness_are_measured_in_each_form(subject: AdapterRef, tmp
         ({}, "{{{", "ArrowInvalid: JSON parse error"),
     ],
 )
-def test_a_task_that_is_wrong_is_told_before_a_model_is_loaded(
+def test_an_invalid_task_is_reported_before_a_model_is_loaded(
     tmp_path: Path, wrong: dict[str, Any], rows: str, words: str
 ) -> None:
     pytest.importorskip("lm_eval")
@@ -375,7 +374,9 @@ def test_a_task_that_is_wrong_is_told_before_a_model_is_loaded(
         ("def text(:", "SyntaxError: "),
     ],
 )
-def test_a_task_whose_python_is_wrong_is_told_before_a_model_is_loaded(tmp_path: Path, python: str, words: str) -> None:
+def test_a_task_with_invalid_python_is_reported_before_a_model_is_loaded(
+    tmp_path: Path, python: str, words: str
+) -> None:
     pytest.importorskip("lm_eval")
     from orchestrator.deploy.scoring.harness import open_harness
 
@@ -385,5 +386,7 @@ def test_a_task_whose_python_is_wrong_is_told_before_a_model_is_loaded(tmp_path:
     with pytest.raises(RequestError, match=f"--tasks which: cannot be loaded: {words}"):
         open_harness(["which"], tmp_path)
     (tmp_path / "which.yaml").write_text(task + "test_split: [\n")
-    with pytest.raises(RequestError, match=r"--tasks 'which': is not found, and \S+which\.yaml: line 6: is not YAML"):
+    with pytest.raises(
+        RequestError, match=r"--tasks 'which': there is no such task; \S+which\.yaml: line 6: is not valid YAML"
+    ):
         open_harness(["which"], tmp_path)

@@ -1,4 +1,4 @@
-"""A trained adapter in every form, loaded back by plain libraries and held against its source."""
+"""Export a trained adapter in every format, load it with plain libraries, and compare it with its source."""
 
 import json
 import os
@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from orchestrator.adapters.bundle import verify
 from orchestrator.data import load
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
-from orchestrator.deploy.export import export as room
-from orchestrator.deploy.export.export import Exported, export
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.dtypes import Dtype
+from orchestrator.deploy.export import export as export_module
+from orchestrator.deploy.export.export import ExportResult, export
 from orchestrator.deploy.export.gguf import CONVERTER, FILE, load_gguf
-from orchestrator.deploy.export.merge import Dtype, Merge, Onto, plan_merge
+from orchestrator.deploy.export.merge import Merge, Onto, plan_merge
+from orchestrator.deploy.find import find_adapter
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import ExportError, RequestError
 from orchestrator.record import SweepPaths
@@ -47,15 +49,15 @@ needs_converter = pytest.mark.skipif(
 
 
 WAYS: list[tuple[Dtype, Onto, float]] = [
-    ("fp16", "dequantised", 0.01),
+    ("fp16", "dequantized", 0.01),
     ("bf16", "original", 0.05),
     ("fp16", "original", 0.01),
 ]
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
-    """An adapter that has learned something."""
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
+    """An adapter trained for some steps."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "tiny")
     settings = ["training.steps=60", "training.eval_steps=60", "scheduler.grace_steps=60"]
     run_local_trial(load_spec(DEMO, [*TINY, *settings]), paths, Witness())
@@ -64,12 +66,12 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """A target; nothing may lie beside it afterwards."""
+    """A target folder. The test fails if anything is left beside it."""
     yield tmp_path / "out"
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}
 
 
-def assert_sealed(done: Exported, **how: str) -> None:
+def assert_sealed(done: ExportResult, **how: str) -> None:
     manifest = verify(done.folder)
     assert manifest.facts.format == done.format
     assert manifest.facts.parity == how | done.parity.as_dict()
@@ -99,10 +101,10 @@ print(json.dumps({"loss": loss / tokens, "template": bool(AutoTokenizer.from_pre
 """
 
 
-def plain(folder: Path, kind: str, subject: AdapterRef, rows_file: Path) -> dict[str, Any]:
-    """What plain libraries say of an export, in a process without this project: the loss of the compared rows."""
-    assert subject.sweep is not None
-    rows_file.write_text(json.dumps(list(load(subject.sweep.data).held_out.select(range(20)))))
+def plain(folder: Path, kind: str, adapter: AdapterRef, rows_file: Path) -> dict[str, Any]:
+    """Load an export with plain libraries, in a process without this package. Returns the loss of the compared rows."""
+    assert adapter.sweep is not None
+    rows_file.write_text(json.dumps(list(load(adapter.sweep.data).held_out.select(range(20)))))
     command = [sys.executable, "-c", PLAIN, str(folder), kind, str(rows_file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 0, done.stderr
@@ -110,85 +112,89 @@ def plain(folder: Path, kind: str, subject: AdapterRef, rows_file: Path) -> dict
     return said
 
 
-def test_an_adapter_is_the_same_on_the_base_it_was_trained_on(
-    subject: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
+def test_an_exported_adapter_is_identical_on_its_base(
+    adapter: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    told: list[str] = []
-    done = export(subject, out, "adapter", say=told.append)
+    lines: list[str] = []
+    done = export(adapter, out, "adapter", say=lines.append)
     assert done.parity.max_logit_difference == 0
     assert done.parity.loss_exported == done.parity.loss_source < 3
     assert done.parity.num_rows == 20
-    assert str(done.parity) in told
+    assert str(done.parity) in lines
     assert_sealed(done)
-    on_original = plain(out, "adapter", subject, tmp_path_factory.mktemp("rows") / "rows.json")
+    on_original = plain(out, "adapter", adapter, tmp_path_factory.mktemp("rows") / "rows.json")
     assert on_original["template"]
-    assert on_original["loss"] == pytest.approx(done.parity.loss_source, rel=0.2), "16-bit base, where it had 4 bits"
+    assert on_original["loss"] == pytest.approx(done.parity.loss_source, rel=0.2), (
+        "on the 16-bit base, not the 4-bit one"
+    )
 
 
-def test_a_merged_model_is_one_that_plain_transformers_loads(
-    subject: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
+def test_plain_transformers_loads_a_merged_model(
+    adapter: AdapterRef, out: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    out.mkdir()  # an empty folder is as good as none
-    done = export(subject, out, "merged")
+    out.mkdir()  # an empty folder is a valid target
+    done = export(adapter, out, "merged")
     assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
-    assert_sealed(done, dtype="bf16", onto="dequantised")
-    said = plain(out, "merged", subject, tmp_path_factory.mktemp("rows") / "rows.json")
+    assert_sealed(done, dtype="bf16", onto="dequantized")
+    said = plain(out, "merged", adapter, tmp_path_factory.mktemp("rows") / "rows.json")
     assert said["template"]
-    assert said["loss"] == pytest.approx(done.parity.loss_exported, rel=2e-3)  # transformers sums in another order
+    assert said["loss"] == pytest.approx(
+        done.parity.loss_exported, rel=2e-3
+    )  # plain transformers sums in another order
 
 
-def test_each_way_to_merge_is_held_against_its_own_source(subject: AdapterRef, tmp_path: Path) -> None:
+def test_each_kind_of_merge_is_compared_with_its_own_source(adapter: AdapterRef, tmp_path: Path) -> None:
     sources = {}
     for dtype, onto, most in WAYS:
-        done = export(subject, tmp_path / f"{dtype}-{onto}", "merged", dtype, onto)
+        done = export(adapter, tmp_path / f"{dtype}-{onto}", "merged", dtype, onto)
         assert done.parity.max_logit_difference < most * done.parity.largest_logit
         assert_sealed(done, dtype=dtype, onto=onto)
         sources[onto] = done.parity.loss_source
-    # What quantising costs: were one source taken for the other, that would be out of tolerance.
-    assert sources["dequantised"] != pytest.approx(sources["original"], rel=1e-3)
+    # The sources differ by the quantization error, so a comparison with the wrong one would be out of tolerance.
+    assert sources["dequantized"] != pytest.approx(sources["original"], rel=1e-3)
 
 
-def test_a_base_that_was_not_quantised(subject: AdapterRef, out: Path) -> None:
-    plain_base = subject.base.model_copy(update={"quantization": "none"})
-    assert export(replace(subject, base=plain_base), out, "adapter").parity.max_logit_difference == 0
+def test_an_adapter_on_an_unquantized_base(adapter: AdapterRef, out: Path) -> None:
+    plain_base = adapter.base.model_copy(update={"quantization": "none"})
+    assert export(replace(adapter, base=plain_base), out, "adapter").parity.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9, 1.1, float("nan")])  # 0: the adapter is left out
-def test_an_export_that_is_out_of_tolerance_is_an_error_and_leaves_nothing(
-    subject: AdapterRef, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+def test_an_export_out_of_tolerance_is_rejected_and_leaves_nothing_behind(
+    adapter: AdapterRef, out: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     def plan(*arguments: Any) -> Merge:
         merge = plan_merge(*arguments)
         wrong = {name: replace(update, scale=update.scale * factor) for name, update in merge.updates.items()}
         return replace(merge, updates=wrong)
 
-    monkeypatch.setattr(room, "plan_merge", plan)
-    with pytest.raises(ExportError, match="does not answer as the adapter does: logits differ by") as told:
-        export(subject, out, "merged")
-    assert told.value.exit_code == 1
+    monkeypatch.setattr(export_module, "plan_merge", plan)
+    with pytest.raises(ExportError, match="does not answer as the adapter does: logits differ by") as caught:
+        export(adapter, out, "merged")
+    assert caught.value.exit_code == 1
     assert not out.exists()
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged"])
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(subject: AdapterRef, out: Path, format: Any) -> None:
-    """No file may have more than 100 kB here, which is as good as a full disk."""
+def test_a_disk_that_fills_up_leaves_nothing_behind(adapter: AdapterRef, out: Path, format: Any) -> None:
+    """A file size limit of 100 kB simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(RequestError, match=r"out: cannot be written: .*File too large") as told:
-            export(subject, out, format)
+        with pytest.raises(RequestError, match=r"out: cannot be written: .*File too large") as caught:
+            export(adapter, out, format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert told.value.remedy.startswith("This export needs 0.0")
+    assert caught.value.remedy.startswith("This export needs 0.0")
     assert not out.exists()
 
 
 @needs_ray_serve
-def test_a_ray_serve_application_names_the_model_beside_it(subject: AdapterRef, out: Path) -> None:
+def test_a_ray_serve_config_refers_to_the_model_next_to_it(adapter: AdapterRef, out: Path) -> None:
     import yaml
 
-    done = export(subject, out, "ray-serve", "fp16")
-    assert_sealed(done, dtype="fp16", onto="dequantised")
+    done = export(adapter, out, "ray-serve", "fp16")
+    assert_sealed(done, dtype="fp16", onto="dequantized")
     (application,) = yaml.safe_load((out / "serve.yaml").read_text())["applications"]
     (llm,) = application["args"]["llm_configs"]
     model = Path(llm["model_loading_config"]["model_source"])
@@ -198,7 +204,7 @@ def test_a_ray_serve_application_names_the_model_beside_it(subject: AdapterRef, 
 
 
 def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of the kind that llama.cpp knows: Llama-2's, with bytes for what it has no token for."""
+    """Train a tokenizer of a kind that llama.cpp supports: that of Llama 2, with byte fallback."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learned = Tokenizer(models.BPE())
@@ -219,7 +225,7 @@ def llama_like(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def by_hand(work: Path, tokenizer: Any) -> tuple[AdapterRef, Path]:
-    """The embedded base with another tokenizer, an adapter that says nothing of its rows, and rows."""
+    """Make the embedded base with another tokenizer, an adapter without trial.json, and rows."""
     model = LlamaForCausalLM.from_pretrained(BASE_DIR)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
@@ -238,31 +244,33 @@ TEXTS = [f"What is the total of {i} and {i + 7}?" for i in range(20)]
 
 
 @needs_converter
-@pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantised"), ("fp16", "original")])
-def test_llama_cpps_converter_writes_what_transformers_reads_back(
+@pytest.mark.parametrize(("dtype", "onto"), [("bf16", "dequantized"), ("fp16", "original")])
+def test_transformers_reads_the_file_of_llama_cpps_converter(
     tmp_path_factory: pytest.TempPathFactory, out: Path, dtype: Any, onto: Any
 ) -> None:
-    subject, rows = by_hand(tmp_path_factory.mktemp("work"), llama_like(TEXTS, 512))
-    done = export(subject, out, "gguf", dtype, onto, data=rows)
+    adapter, rows = by_hand(tmp_path_factory.mktemp("work"), llama_like(TEXTS, 512))
+    done = export(adapter, out, "gguf", dtype, onto, data=rows)
     assert done.files == ["manifest.json", FILE]
     from gguf import GGUFReader
 
     held = {tensor.tensor_type.name for tensor in GGUFReader(out / FILE).tensors}
-    assert held == {"F32", "BF16" if dtype == "bf16" else "F16"}, "what has one dimension, and matrices"
+    assert held == {"F32", "BF16" if dtype == "bf16" else "F16"}, "one-dimensional weights and matrices"
     assert 0 < done.parity.max_logit_difference < 0.05 * done.parity.largest_logit
     assert verify(out).facts.parity == {"dtype": dtype, "onto": onto} | done.parity.as_dict()
 
 
 @pytest.fixture(scope="module")
-def as_gguf(subject: AdapterRef, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(subject, tmp_path_factory.mktemp("gguf") / "out", "gguf", "bf16")
+def as_gguf(adapter: AdapterRef, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    return export(adapter, tmp_path_factory.mktemp("gguf") / "out", "gguf", "bf16")
 
 
 @needs_converter
-def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: AdapterRef, as_gguf: Exported, out: Path) -> None:
+def test_the_gguf_file_equals_the_merged_model_to_the_bit(
+    adapter: AdapterRef, as_gguf: ExportResult, out: Path
+) -> None:
     from gguf import GGUFReader
 
-    merged = export(subject, out, "merged", "bf16")
+    merged = export(adapter, out, "merged", "bf16")
     assert as_gguf.parity == merged.parity
     wanted = LlamaForCausalLM.from_pretrained(out).state_dict()
     read = load_gguf(as_gguf.folder, "bf16", {"": "cpu"}).state_dict()
@@ -272,15 +280,15 @@ def test_the_demos_gguf_holds_the_merged_model_to_the_bit(subject: AdapterRef, a
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
-    assert fields["general.name"].contents() == subject.name
+    assert fields["general.name"].contents() == adapter.name
 
 
 @needs_converter
-def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_model(
-    subject: AdapterRef, as_gguf: Exported, out: Path
+def test_llama_cpp_tokenizes_like_the_tokenizer_and_answers_like_the_merged_model(
+    adapter: AdapterRef, as_gguf: ExportResult, out: Path
 ) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    export(subject, out, "merged", "bf16")
+    export(adapter, out, "merged", "bf16")
     tokenizer, model = AutoTokenizer.from_pretrained(out), LlamaForCausalLM.from_pretrained(out)
     llama = llama_cpp.Llama(str(as_gguf.folder / FILE), n_ctx=64, logits_all=True, verbose=False)
     prompt = "<s>[INST] What is the total of 12 and 45? [/INST]"
@@ -296,16 +304,16 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does_and_answers_as_the_merged_m
 
 
 @needs_converter
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_its_own_words(
+def test_the_converters_message_on_an_unsupported_tokenizer_is_passed_on(
     tmp_path_factory: pytest.TempPathFactory, out: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     words = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
-    subject, rows = by_hand(tmp_path_factory.mktemp("work"), tokenizer)
-    with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as told:
-        export(subject, out, "gguf", data=rows)
-    assert "--format merged" in told.value.remedy
+    adapter, rows = by_hand(tmp_path_factory.mktemp("work"), tokenizer)
+    with pytest.raises(RequestError, match="BPE pre-tokenizer was not recognized") as caught:
+        export(adapter, out, "gguf", data=rows)
+    assert "--format merged" in caught.value.remedy
     assert not out.exists()
 
 
@@ -313,7 +321,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from orchestrator.deploy.export.merge import plan_merge
-from orchestrator.deploy.adapter_ref import Subject
+from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.spec.sections import BaseSection
 
 def memory(field):
@@ -321,19 +329,19 @@ def memory(field):
 
 def merge(base, adapter, target):
     target.mkdir()
-    plan = plan_merge(Subject("adapter", adapter, BaseSection(model=str(base)), None, None), "bf16", "dequantised")
+    plan = plan_merge(AdapterRef("adapter", adapter, BaseSection(model=str(base)), None, None), "bf16", "dequantized")
     plan.write(target, shard_bytes=8 << 20)
     return plan.num_bytes
 
 work = Path(sys.argv[1])
-merge(work / "small", work / "small-adapter", work / "small-merged")  # what is loaded once: libraries
+merge(work / "small", work / "small-adapter", work / "small-merged")  # loads the libraries
 before = memory("VmHWM")
 num_bytes = merge(work / "large", work / "large-adapter", work / "large-merged")
 print(num_bytes, memory("VmHWM") - before)
 """
 
 
-def test_a_merge_takes_the_memory_of_two_shards_however_large_the_model_is(tmp_path: Path) -> None:
+def test_a_merge_takes_the_memory_of_two_shards_for_any_model_size(tmp_path: Path) -> None:
     for name, layers in (("small", 1), ("large", 48)):
         shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": layers}
         torch.manual_seed(0)

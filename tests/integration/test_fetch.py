@@ -1,4 +1,4 @@
-"""Fetching the best adapter: exported, loaded by others' code, asked questions."""
+"""Fetch the best adapter: export it, load it with other libraries, chat with it."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
                          bnb_4bit_compute_dtype=torch.float32)
 model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=nf4, dtype=torch.float32)
 for module in model.modules():
-    module.support_avx512bf16_for_cpu = False  # bitsandbytes' bf16 form for inference on some CPUs: off by 6e-4
+    module.support_avx512bf16_for_cpu = False  # bitsandbytes' bf16 inference on some CPUs is off by 6e-4
 model.eval()
 loss = tokens = 0
 for row in load_from_disk(rows):
@@ -68,9 +68,9 @@ def orchestrator(*arguments: str, given: str = "") -> subprocess.CompletedProces
 
 
 def test_plain_peft_gives_the_recorded_loss(trained: SweepPaths, tmp_path: Path) -> None:
-    told = orchestrator("best", str(trained.root), "--json", "--export", str(tmp_path / "adapter"))
-    assert told.returncode == 0, told.stderr
-    best = json.loads(told.stdout)
+    done = orchestrator("best", str(trained.root), "--json", "--export", str(tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)
     assert {"sweep", "trial_id", "metric", "value", "step", "config", "adapter", "base"} <= best.keys()
     assert best["config"]["lora.rank"] == 16
     rows = trained.data / "held_out"
@@ -82,7 +82,7 @@ def test_plain_peft_gives_the_recorded_loss(trained: SweepPaths, tmp_path: Path)
     assert float(plain.stdout) == pytest.approx(best["value"], abs=1e-5)
 
 
-def test_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> None:
+def test_an_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "adapter"
     assert orchestrator("best", str(trained.root), "--export", str(target)).returncode == 0
     source = open_sweep(trained.root).best().adapter
@@ -100,12 +100,12 @@ def test_export_is_complete_and_checked(trained: SweepPaths, tmp_path: Path) -> 
     assert "adapter_model.safetensors: has changed since it was saved" in damaged.stderr
 
 
-def test_chat_answers_as_it_was_trained_and_the_base_does_not(trained: SweepPaths) -> None:
+def test_chat_gives_the_trained_answer_and_the_base_does_not(trained: SweepPaths) -> None:
     asked = ["What is the highest: 46, 72 or 5?", "What is u n l backwards?"]
     options = [part for question in asked for part in ("--prompt", question)]
-    told = orchestrator("chat", str(trained.root), *options, "--compare-base", "--max-new-tokens", "8")
-    assert told.returncode == 0, told.stderr
-    lines = told.stdout.splitlines()
+    done = orchestrator("chat", str(trained.root), *options, "--compare-base", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert [line.partition(">")[0].strip() for line in lines] == ["base", "adapter"] * 2
     answers = [line.partition("> ")[2].strip() for line in lines]
     assert answers[1] == "# 72"
@@ -113,27 +113,27 @@ def test_chat_answers_as_it_was_trained_and_the_base_does_not(trained: SweepPath
     assert not {answers[0], answers[2]} & {"# 72", "# l n u"}
 
 
-def test_chat_draws_the_same_with_a_seed_and_has_no_place_for_a_system_prompt(trained: SweepPaths) -> None:
+def test_chat_with_a_seed_is_repeatable_and_rejects_a_system_prompt(trained: SweepPaths) -> None:
     question = ["--prompt", "Tell me", "--max-new-tokens", "8"]
     drawn = ["--temperature", "5", "--top-k", "50", "--seed", "1"]
-    told = orchestrator("chat", str(trained.root), *question, *question, *drawn)
-    assert told.returncode == 0, told.stderr
-    first, second = told.stdout.splitlines()
+    done = orchestrator("chat", str(trained.root), *question, *question, *drawn)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
     assert first == second
     (greedy,) = orchestrator("chat", str(trained.root), *question).stdout.splitlines()
     assert first != greedy
     refused = orchestrator("chat", str(trained.root), *question, "--system", "Be brief.")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "trained on format template, which has no place for a system prompt" in refused.stderr
+    assert "trained on format template, which has no system prompt" in refused.stderr
 
 
-def test_chat_answers_a_file_into_a_file(trained: SweepPaths, tmp_path: Path) -> None:
+def test_chat_answers_prompts_from_a_file(trained: SweepPaths, tmp_path: Path) -> None:
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     asked = {"What is the highest: 46, 72 or 5?": "# 72", "What is u n l backwards?": "# l n u"}
     prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in asked))
     options = ["--prompts", str(prompts), "--answers", str(answers), "--max-new-tokens", "8"]
-    told = orchestrator("chat", str(trained.root), *options, "--compare-base")
-    assert told.returncode == 0, told.stderr
+    done = orchestrator("chat", str(trained.root), *options, "--compare-base")
+    assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert {line["prompt"]: line["answer"] for line in lines} == asked
     assert not {line["base_answer"] for line in lines} & set(asked.values())
@@ -152,7 +152,7 @@ def test_a_loaded_adapter_answers(trained: SweepPaths) -> None:
     assert text.strip() == "# 72"
 
 
-def test_the_manifest_tells_what_the_record_tells(trained: SweepPaths) -> None:
+def test_manifest_and_record_agree(trained: SweepPaths) -> None:
     best = open_sweep(trained.root).best()
     facts, point = verify(best.adapter).facts, best.trial.best
     assert point is not None
@@ -165,7 +165,7 @@ def test_the_manifest_tells_what_the_record_tells(trained: SweepPaths) -> None:
     assert facts.versions == record.info.versions
 
 
-def test_verify_and_push_name_a_flipped_byte(trained: SweepPaths, tmp_path: Path) -> None:
+def test_verify_and_push_name_the_file_with_a_flipped_byte(trained: SweepPaths, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     assert orchestrator("best", str(trained.root), "--export", str(folder)).returncode == 0
     whole = orchestrator("verify", str(folder))
@@ -190,31 +190,31 @@ def test_verify_and_push_name_a_flipped_byte(trained: SweepPaths, tmp_path: Path
 
 def test_chat_reads_questions_from_a_pipe(trained: SweepPaths) -> None:
     given = "What is the highest: 1, 9 or 5?\n\n/clear\nWhat is u n l backwards?\n/quit\nWhat is the highest: 1 or 2?\n"
-    told, *alone = (
+    done, *alone = (
         orchestrator("chat", str(trained.root), "--max-new-tokens", "8", given=each)
         for each in (given, "What is the highest: 1, 9 or 5?\n", "What is u n l backwards?\n")
     )
-    assert told.returncode == 0, told.stderr
-    answers = told.stdout.splitlines()
-    assert answers == [line for each in alone for line in each.stdout.splitlines()], "what was said before is forgotten"
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert answers == [line for each in alone for line in each.stdout.splitlines()], "/clear forgets the earlier turns"
     assert [answer.strip()[:2] for answer in answers] == ["# ", "# "]
 
 
 def test_status_as_json_is_one_document(trained: SweepPaths) -> None:
-    told = orchestrator("status", str(trained.root), "--json")
-    assert told.stderr == ""
-    document = json.loads(told.stdout)
+    done = orchestrator("status", str(trained.root), "--json")
+    assert done.stderr == ""
+    document = json.loads(done.stdout)
     assert [trial["state"] for trial in document["trials"]] == ["COMPLETE"]
     assert document["num_trials"] == 1
 
 
 def test_local_trial_and_resume_by_command(tmp_path: Path) -> None:
     options = [part for setting in [*TINY, "training.steps=6"] for part in ("--set", setting)]
-    told = orchestrator("trial", str(DEMO), "--output", str(tmp_path), "--name", "t", *options)
-    assert told.returncode == 0, told.stderr
-    assert told.stderr == ""
-    assert "best of 1" in told.stdout
-    assert "Loading weights" not in told.stdout
+    done = orchestrator("trial", str(DEMO), "--output", str(tmp_path), "--name", "t", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "best of 1" in done.stdout
+    assert "Loading weights" not in done.stdout
     record = read_sweep("t", tmp_path)
     (trial,) = record.trials()
     assert "train_runtime" in record.paths.trial(trial.trial_id).log.read_text()

@@ -1,4 +1,4 @@
-"""The OpenAI endpoint: a real server process, driven by the real `openai` client."""
+"""The OpenAI endpoint: a real server process, used by the real `openai` client."""
 
 import asyncio
 import inspect
@@ -18,9 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import DEMO, TINY, Witness
 
-from orchestrator.deploy.adapter_ref import find_adapter
 from orchestrator.deploy.chat import Sampling
-from orchestrator.deploy.serving.served import open_served
+from orchestrator.deploy.find import find_adapter
+from orchestrator.deploy.serving.adapter_server import open_adapter_servers
 from orchestrator.record import SweepPaths, read_sweep, write_record
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
@@ -35,18 +35,18 @@ MANY = [(f"What is the highest: {i}, {90 - i} or {3 * i}?", f"# {max(i, 90 - i, 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that has said where it is."""
+    """A running server that has printed its address."""
 
     process: subprocess.Popen[str]
     said: dict[str, str]
-    """Its lines, by what stands before the colon."""
+    """The printed lines, by the word before the colon."""
 
     def client(self, token: str = "none is needed") -> openai.OpenAI:
         port = self.said["url"].rpartition(":")[2]  # 8000/v1
         return openai.OpenAI(base_url=f"http://127.0.0.1:{port}", api_key=token, max_retries=0)
 
     def end(self) -> tuple[int, str]:
-        """Press Ctrl-C. Exit code, and what was said meanwhile."""
+        """Press Ctrl-C. Return the exit code and the output since the start."""
         self.process.send_signal(signal.SIGINT)
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out + err
@@ -74,7 +74,7 @@ def serving(sweep: Path, *options: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
-    """A sweep of a trial that has learned the task, and of one whose adapter changes nothing."""
+    """A sweep with two trials: one has learned the task, the adapter of the other changes nothing."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "one")
     lengths = ["data.max_rows=2000", "training.steps=120", "training.eval_steps=40", "scheduler.grace_steps=40"]
     run_local_trial(load_spec(DEMO, [*TINY, *lengths]), paths, Witness())
@@ -109,15 +109,15 @@ def test_models_are_listed(server: Server, sweep: SweepPaths) -> None:
     assert server.said["models"] == f"{trained.trial_id}, one, {UNTRAINED}"
 
 
-def test_chat_answers_as_it_was_trained(server: Server) -> None:
-    told = server.client().chat.completions.create(model="one", messages=[{"role": "user", "content": QUESTION}])
-    assert told.choices[0].message.content == ANSWER
-    assert told.choices[0].finish_reason == "stop"
-    assert told.usage is not None
-    assert (told.usage.prompt_tokens, told.usage.completion_tokens, told.usage.total_tokens) == (31, 6, 37)
+def test_chat_gives_the_trained_answer(server: Server) -> None:
+    response = server.client().chat.completions.create(model="one", messages=[{"role": "user", "content": QUESTION}])
+    assert response.choices[0].message.content == ANSWER
+    assert response.choices[0].finish_reason == "stop"
+    assert response.usage is not None
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens, response.usage.total_tokens) == (31, 6, 37)
 
 
-def test_streamed_pieces_are_the_same_answer(server: Server) -> None:
+def test_streaming_gives_the_same_answer(server: Server) -> None:
     chunks = list(
         server.client().chat.completions.create(
             model="one",
@@ -134,26 +134,26 @@ def test_streamed_pieces_are_the_same_answer(server: Server) -> None:
     assert chunks[-1].usage.total_tokens == 37
 
 
-def test_answers_end_where_they_are_told_to(server: Server) -> None:
+def test_answers_end_at_max_tokens_and_stop_strings(server: Server) -> None:
     client = server.client()
-    told = client.chat.completions.create(
+    response = client.chat.completions.create(
         model="one", messages=[{"role": "user", "content": QUESTION}], max_completion_tokens=3
     )
-    assert told.choices[0].finish_reason == "length"
-    assert told.usage is not None
-    assert told.usage.completion_tokens == 3
-    assert ANSWER.startswith(told.choices[0].message.content or "nothing")
+    assert response.choices[0].finish_reason == "length"
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 3
+    assert ANSWER.startswith(response.choices[0].message.content or "nothing")
     assert ask(client, stop=["2", "9"]) == "# 7"
 
 
-def test_completions_go_on_with_the_text_as_it_stands(server: Server) -> None:
-    told = server.client().completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8)
-    assert told.choices[0].text.strip() == ANSWER
-    assert told.usage is not None
-    assert told.usage.prompt_tokens == 31
+def test_completions_continue_the_given_text(server: Server) -> None:
+    response = server.client().completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8)
+    assert response.choices[0].text.strip() == ANSWER
+    assert response.usage is not None
+    assert response.usage.prompt_tokens == 31
 
 
-def test_many_at_once_get_their_own_answers_of_either_adapter(server: Server) -> None:
+def test_concurrent_requests_get_their_own_answers_from_either_adapter(server: Server) -> None:
     client = server.client()
     models = ["one", UNTRAINED]
 
@@ -169,12 +169,12 @@ def test_many_at_once_get_their_own_answers_of_either_adapter(server: Server) ->
     assert not any(right[1::2])
 
 
-def test_many_at_once_are_faster_than_one_after_another(server: Server) -> None:
+def test_concurrent_requests_are_faster_than_sequential_ones(server: Server) -> None:
     client = server.client()
     with ThreadPoolExecutor(len(MANY)) as pool:
-        list(pool.map(lambda asked: ask(client, asked[0]), MANY))  # connections are made
+        list(pool.map(lambda asked: ask(client, asked[0]), MANY))  # opens the connections
         at_once, in_turn = [], []
-        for _ in range(3):  # in turns: what else the machine does meets both
+        for _ in range(3):  # alternate, so that other load on the machine affects both
             began = time.perf_counter()
             together = list(pool.map(lambda asked: ask(client, asked[0], max_tokens=8), MANY))
             at_once.append(time.perf_counter() - began)
@@ -188,16 +188,16 @@ def test_many_at_once_are_faster_than_one_after_another(server: Server) -> None:
     assert at_once_s < in_turn_s / 1.5
 
 
-def test_sampling_draws_and_temperature_0_does_not(server: Server) -> None:
+def test_sampling_is_random_and_temperature_0_is_greedy(server: Server) -> None:
     client = server.client()
     drawn = {ask(client, model=UNTRAINED, temperature=2.0, max_tokens=8) for _ in range(4)}
     assert len(drawn) > 1
     assert ask(client, temperature=1.0, top_p=1e-9) == ANSWER
-    assert ask(client, temperature=1e-300) == ANSWER  # by which logits cannot be divided
+    assert ask(client, temperature=1e-300) == ANSWER  # dividing logits by this would overflow
 
 
-def test_a_wrong_name_is_not_found(server: Server) -> None:
-    with pytest.raises(openai.NotFoundError, match=r"no model 'other' here; there are: .*, one"):
+def test_an_unknown_model_is_not_found(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"'other' is not served here; choose from .*, one"):
         ask(server.client(), model="other")
     with pytest.raises(openai.NotFoundError):
         server.client().embeddings.create(model="one", input="x")
@@ -208,7 +208,7 @@ def test_a_wrong_name_is_not_found(server: Server) -> None:
     [
         ({"temperature": 3}, "temperature: .* less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens: "),
-        ({"max_tokens": 4000}, "together they may be 1024"),
+        ({"max_tokens": 4000}, "their sum must not exceed 1024"),
         ({"n": 2}, "n: "),
         ({"seed": 1, "temperature": 1}, "seed: needs temperature 0"),
         ({"logprobs": True}, "logprobs: is not supported, except as false"),
@@ -221,16 +221,16 @@ def test_a_wrong_name_is_not_found(server: Server) -> None:
         ({"extra_body": {"messages": None}}, "messages: "),
         ({"extra_body": {"no_such": 1}}, "no_such: is not supported"),
         ({"extra_body": {"messages": []}}, "messages: "),
-        ({"extra_body": {"messages": [{"role": "system", "content": "x"}]}}, "no place for a system prompt"),
+        ({"extra_body": {"messages": [{"role": "system", "content": "x"}]}}, "no system prompt and no earlier turns"),
     ],
 )
-def test_what_cannot_be_done_is_refused(server: Server, options: dict[str, object], fault: str) -> None:
+def test_unsupported_requests_are_rejected(server: Server, options: dict[str, object], fault: str) -> None:
     with pytest.raises(openai.BadRequestError, match=fault):
         ask(server.client(), **options)
     assert ask(server.client(), seed=1) == ANSWER
 
 
-IDLE: dict[str, object] = {
+NEUTRAL: dict[str, object] = {
     "response_format": {"type": "text"}, "logprobs": False, "top_logprobs": 0, "n": 1, "logit_bias": {},
     "frequency_penalty": 0, "presence_penalty": 0.0, "parallel_tool_calls": True, "tools": [], "tool_choice": "none",
     "store": False, "metadata": {}, "modalities": ["text"], "service_tier": "auto", "user": "me",
@@ -238,63 +238,63 @@ IDLE: dict[str, object] = {
 }  # fmt: skip
 
 
-def test_what_asks_for_nothing_is_accepted(server: Server) -> None:
-    """All the fields of OpenAI's client, at values that change nothing, and as null."""
+def test_neutral_values_are_accepted(server: Server) -> None:
+    """All fields of OpenAI's client, with their neutral values and as null."""
     client = server.client()
-    assert ask(client, **IDLE) == ANSWER
+    assert ask(client, **NEUTRAL) == ANSWER
     parameters = inspect.signature(client.chat.completions.create).parameters
     own = {"self", "messages", "model", "stream", "extra_headers", "extra_query", "extra_body", "timeout"}
     nulls = dict.fromkeys(parameters.keys() - own)
     assert {"audio", "prediction", "reasoning_effort", "response_format", "web_search_options"} <= nulls.keys()
     assert ask(client, extra_body=nulls) == ANSWER
     text = {"best_of": 1, "echo": False, "suffix": "", "n": 1, "logit_bias": {}}
-    told = client.completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8, **text)  # type: ignore[call-overload]
-    assert told.choices[0].text.strip() == ANSWER
+    response = client.completions.create(model="one", prompt=f"<s>[INST] {QUESTION} [/INST]", max_tokens=8, **text)  # type: ignore[call-overload]
+    assert response.choices[0].text.strip() == ANSWER
     with pytest.raises(openai.BadRequestError, match="logprobs: is not supported") as refused:
         client.completions.create(model="one", prompt="x", logprobs=0)
     assert refused.value.param == "logprobs"
     assert refused.value.type == "invalid_request_error"
 
 
-def test_an_answer_can_be_sent_back_but_not_a_call_of_a_tool(server: Server) -> None:
+def test_an_answer_can_be_sent_back_but_a_tool_call_cannot(server: Server) -> None:
     client, asked = server.client(), {"role": "user", "content": QUESTION}
     message = client.chat.completions.create(model="one", messages=[asked]).choices[0].message  # type: ignore[list-item]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     for sent, fault in (
-        (message.model_dump(), "no place for"),
+        (message.model_dump(), "no earlier turns"),
         ({**message.model_dump(), "tool_calls": [call]}, "tool_calls"),
     ):
         with pytest.raises(openai.BadRequestError, match=fault):
             client.chat.completions.create(model="one", messages=[asked, sent, asked])  # type: ignore[list-item]
 
 
-def test_who_leaves_early_holds_no_place(sweep: SweepPaths) -> None:
-    with open_served([find_adapter(str(sweep.root), "runs")]) as (served,):
-        served._ends.clear()  # answers go on to their last token
+def test_a_closed_request_is_cancelled(sweep: SweepPaths) -> None:
+    with open_adapter_servers([find_adapter(str(sweep.root), "runs")]) as (server,):
+        server._stop_ids.clear()  # answers continue to max_new_tokens
 
         async def leave() -> None:
-            async with aclosing(served.answer(served.form.ids("?"), 900, Sampling())) as pieces:
+            async with aclosing(server.answer(server.form.ids("?"), 900, Sampling())) as pieces:
                 async for _ in pieces:
                     break
 
         asyncio.run(leave())
-        assert served._manager.output_router.result_handlers == {}
-        deadline = time.monotonic() + 3  # 900 tokens take several
-        while served._manager.batch_processor.has_pending_requests():
-            assert time.monotonic() < deadline, "it is still being answered"
-            time.sleep(0.01)  # else the thread that answers is kept from its work
-        assert served.alive
-    assert not served.alive
+        assert server._manager.output_router.result_handlers == {}
+        deadline = time.monotonic() + 3  # 900 tokens take several seconds
+        while server._manager.batch_processor.has_pending_requests():
+            assert time.monotonic() < deadline, "the request is still active"
+            time.sleep(0.01)  # a busy loop would slow the generating thread down
+        assert server.alive
+    assert not server.alive
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded(server: Server, sweep: SweepPaths) -> None:
+def test_a_port_in_use_is_reported_before_a_model_is_loaded(server: Server, sweep: SweepPaths) -> None:
     port = server.said["url"].rpartition(":")[2].partition("/")[0]
-    told = subprocess.run([*SERVE, str(sweep.root), "--port", port], capture_output=True, text=True, check=False)
-    assert told.returncode == 2
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in told.stderr
+    done = subprocess.run([*SERVE, str(sweep.root), "--port", port], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"--port {port}: cannot listen on 127.0.0.1: Address already in use" in done.stderr
 
 
-def test_off_the_loopback_a_token_is_needed_and_ctrl_c_ends_it_well(sweep: SweepPaths) -> None:
+def test_a_public_address_needs_a_token_and_ctrl_c_stops_the_server_cleanly(sweep: SweepPaths) -> None:
     with serving(sweep.root, "--host", "0.0.0.0") as server:
         token = server.said["token"].partition(" ")[0]
         assert len(token) > 40

@@ -1,4 +1,4 @@
-"""Each shipped experiment trains as it is written: on a small base and a few rows that stand for its own."""
+"""Each shipped experiment trains as written, with a small base and a few rows in place of its own."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from orchestrator.training.local import run_local_trial
 
 pytestmark = pytest.mark.slow
 
-# What Qwen2.5 writes of turns without tools: a system turn of its own, unless there is one.
+# The chat template of Qwen2.5 for turns without tools; it adds a system turn if there is none.
 QWEN = (
     "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
     "{%- else %}{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def capybara(question: str, answer: str) -> Row:
-    """As trl-lib/Capybara has them: columns beside the turns."""
+    """Make a row like trl-lib/Capybara, with columns besides the turns."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"source": "generated", "messages": turns * 2, "num_turns": 4}
 
@@ -47,7 +47,7 @@ ROWS: dict[str, Callable[[str, str], Row]] = {
     "qwen2.5-0.5b-chat": capybara,
     "tinyllama-gsm8k": lambda question, answer: {"question": question, "answer": f"so\n#### {answer}"},
 }
-"""Experiment -> a row with the columns of its data set."""
+"""Experiment -> function that makes a row with the columns of its dataset."""
 
 
 def llama(folder: Path) -> None:
@@ -55,7 +55,7 @@ def llama(folder: Path) -> None:
 
 
 def qwen(folder: Path) -> None:
-    """A Qwen2 of two layers with random weights; its tokenizer is the embedded base's, its template its own."""
+    """Save a Qwen2 with two layers of random weights, the tokenizer of the embedded base and Qwen's chat template."""
     shutil.copytree(BASE_DIR, folder)
     torch.manual_seed(0)
     shape = Qwen2Config(
@@ -98,5 +98,5 @@ def test_it_trains(tmp_path: Path, name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_every_shipped_experiment_is_tried_or_needs_nothing() -> None:
+def test_every_shipped_experiment_is_covered() -> None:
     assert {file.stem for file in DEMO.parent.glob("*.yaml")} == {*ROWS, "demo", "every-field"}

@@ -1,4 +1,4 @@
-"""A chat template whose turns end with another token than the EOS: whatever generates stops there."""
+"""A chat template whose turns do not end with EOS: every way to generate stops at the end of the turn."""
 
 import asyncio
 import json
@@ -17,9 +17,9 @@ from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import Sampling, open_chat
 from orchestrator.deploy.export.export import export
-from orchestrator.deploy.load import load_adapter
+from orchestrator.deploy.find import load_adapter
 from orchestrator.deploy.scoring.evaluate import evaluate, own_rows
-from orchestrator.deploy.serving.served import open_served
+from orchestrator.deploy.serving.adapter_server import open_adapter_servers
 from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded.task import rows
 from orchestrator.record import SweepPaths, read_sweep
@@ -33,11 +33,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 END, EOS = 513, 2
-"""`<|im_end|>`, and the EOS of the base and of its tokenizer."""
+"""Ids of `<|im_end|>` and of EOS, for the base and its tokenizer."""
 
 
 def chatml_base(folder: Path) -> Path:
-    """The embedded base with the two tokens of ChatML besides; its EOS stays."""
+    """Save the embedded base with the two tokens of ChatML added; EOS stays the same."""
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
@@ -51,7 +51,7 @@ def chatml_base(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     """An adapter trained on conversations for 200 steps."""
     folder = tmp_path_factory.mktemp("stops")
     (folder / "chatml.jinja").write_text(CHATML)
@@ -81,11 +81,11 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     return AdapterRef.of_trial(record, record.trials()[0])
 
 
-def plainly_answered(subject: AdapterRef, stop: int) -> float:
-    """Share of the held-out prompts that plain PEFT answers as wanted, one at a time, stopped at this token."""
-    model, tokenizer = reloaded(subject.adapter, NF4), AutoTokenizer.from_pretrained(subject.adapter)
-    assert subject.sweep is not None
-    prompts, hits = load(subject.sweep.data).prompts, 0
+def plainly_answered(adapter: AdapterRef, stop: int) -> float:
+    """Return the share of held-out prompts that plain PEFT answers correctly, one at a time, stopping at this token."""
+    model, tokenizer = reloaded(adapter.folder, NF4), AutoTokenizer.from_pretrained(adapter.folder)
+    assert adapter.sweep is not None
+    prompts, hits = load(adapter.sweep.data).prompts, 0
     for prompt in prompts:
         ids = torch.tensor([prompt.ids])
         made = model.generate(
@@ -95,32 +95,32 @@ def plainly_answered(subject: AdapterRef, stop: int) -> float:
     return hits / len(prompts)
 
 
-def test_answers_are_scored_as_plain_peft_gives_them_stopped_at_the_end_of_the_turn(subject: AdapterRef) -> None:
-    assert subject.sweep is not None
-    best = read_sweep(subject.sweep.root).trials()[0].best
+def test_exact_match_equals_that_of_plain_peft_stopping_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
+    assert adapter.sweep is not None
+    best = read_sweep(adapter.sweep.root).trials()[0].best
     assert best is not None
-    there = plainly_answered(subject, END)
+    there = plainly_answered(adapter, END)
     assert there > 0.6
     assert best.values["eval/exact_match"] == pytest.approx(there, abs=0.05)
-    assert plainly_answered(subject, EOS) < 0.1, "as it was measured before"
-    report = evaluate([subject], own_rows(subject), ["exact_match"], ["merged"])
+    assert plainly_answered(adapter, EOS) < 0.1, "as it was measured before"
+    report = evaluate([adapter], own_rows(adapter), ["exact_match"], ["merged"])
     for evaluation in report.evaluations:
         assert evaluation.values["exact_match"] == pytest.approx(there, abs=0.05)
 
 
-def test_chat_and_the_loaded_adapter_stop_at_the_end_of_the_turn(subject: AdapterRef) -> None:
-    chat = open_chat(subject)
+def test_chat_and_a_loaded_adapter_stop_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
+    chat = open_chat(adapter)
     pieces = "".join(chat.stream("What is t q y backwards?", 30))
     assert pieces.strip() == "# y q t"
-    model, tokenizer = load_adapter(subject.adapter)
+    model, tokenizer = load_adapter(adapter.folder)
     ids = torch.tensor([chat.form.ids("What is t q y backwards?")])
     made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
     assert made[0, -1] == END
     assert tokenizer.eos_token_id == EOS
 
 
-def test_a_merged_model_stops_at_the_end_of_the_turn(subject: AdapterRef, tmp_path: Path) -> None:
-    export(subject, tmp_path / "merged", "merged")
+def test_a_merged_model_stops_at_the_end_of_the_turn(adapter: AdapterRef, tmp_path: Path) -> None:
+    export(adapter, tmp_path / "merged", "merged")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "merged" / name).read_text())["eos_token_id"] == [END, EOS]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -132,7 +132,7 @@ def test_a_merged_model_stops_at_the_end_of_the_turn(subject: AdapterRef, tmp_pa
     assert made[0, -1] == END
 
 
-def test_a_served_adapter_stops_at_the_end_of_the_turn(subject: AdapterRef) -> None:
+def test_a_served_adapter_stops_at_the_end_of_the_turn(adapter: AdapterRef) -> None:
     async def asked(served: Any) -> tuple[str, str | None]:
         text = ""
         ids = served.form.ids("What is t q y backwards?")
@@ -141,13 +141,15 @@ def test_a_served_adapter_stops_at_the_end_of_the_turn(subject: AdapterRef) -> N
                 text += piece.text
         return text, piece.finish_reason
 
-    with open_served([subject]) as (served,):
+    with open_adapter_servers([adapter]) as (served,):
         assert asyncio.run(asked(served)) == ("# y q t", "stop")
 
 
-def test_an_adapter_that_does_not_say_stops_at_its_tokenizers_eos(subject: AdapterRef, tmp_path: Path) -> None:
-    """As other trainers leave it: no files of ours, and a tokenizer whose EOS ends the turns."""
-    foreign = Path(shutil.copytree(subject.adapter, tmp_path / "foreign"))
+def test_an_adapter_without_recorded_stop_tokens_stops_at_its_tokenizers_eos(
+    adapter: AdapterRef, tmp_path: Path
+) -> None:
+    """Such as adapters of other trainers: without our files, and with a tokenizer whose EOS ends the turns."""
+    foreign = Path(shutil.copytree(adapter.folder, tmp_path / "foreign"))
     for name in ("generation_config.json", "trial.json", "manifest.json"):
         (foreign / name).unlink()
     config = json.loads((foreign / "tokenizer_config.json").read_text()) | {"eos_token": "<|im_end|>"}

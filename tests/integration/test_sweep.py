@@ -16,7 +16,6 @@ from tiny import DEMO, TINY
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.data import load
 from orchestrator.deploy import FinishedSweep
-from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_chat
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
 from orchestrator.spec import load_spec
@@ -63,7 +62,7 @@ def test_the_task_is_learned_and_the_learning_rate_matters(learned: SweepRecord)
 
 def test_the_base_alone_cannot_do_the_task(learned: SweepRecord) -> None:
     winner = FinishedSweep(learned).best()
-    chat = open_chat(AdapterRef.of_best(winner))
+    chat = open_chat(winner.adapter_ref())
     prompts = load(learned.paths.data).prompts[:64]
     with chat.model.disable_adapter():
         assert np.mean(exact_matches(chat.model, chat.tokenizer, prompts, 8, 64)) <= 0.05

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tiny import Witness
 from transformers import AutoConfig
 
+from orchestrator.adapters.bundle import Format
 from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
-from orchestrator.deploy.export.export import Format, export
+from orchestrator.deploy.export.export import export
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
 from orchestrator.spec import SweepSpec

@@ -1,4 +1,4 @@
-"""A base as it lies on disk: its weights by name, read one at a time."""
+"""The files of a base model: its weights by name, read one at a time."""
 
 import json
 import shutil
@@ -14,28 +14,28 @@ from orchestrator.spec.sections import BaseSection
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_KEPT = ("generation_config.json", "tokenizer.model", "*.py")
-"""Files that a merged model takes over as they are; `tokenizer.model` is for converters."""
+_COPIED_FILES = ("generation_config.json", "tokenizer.model", "*.py")
+"""Files that are copied into a merged model unchanged; converters read `tokenizer.model`."""
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """The files of a base, 16 or 32 bits a weight."""
+    """The files of a base with 16- or 32-bit weights."""
 
     base: BaseSection
     folder: Path
     files: dict[str, Path]
-    """Weight -> safetensors file."""
+    """Name of a weight -> its safetensors file."""
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration."""
+        """The model's transformers configuration."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.base.trust_remote_code)
 
-    def blank(self) -> Any:
-        """The model without any weight (all on meta)."""
+    def meta_model(self) -> Any:
+        """Build the model on the meta device, without reading weights."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -43,14 +43,14 @@ class BaseFiles:
             return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.base.trust_remote_code)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight, without reading it."""
+        """Return the shape of a weight, without reading the weight."""
         from safetensors import safe_open
 
         with safe_open(self.files[name], "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def empty(self, name: str, dtype: Any) -> Any:
-        """A weight on meta, as it is once cast to `dtype`; only what is no float is not cast."""
+    def meta_weight(self, name: str, dtype: Any) -> Any:
+        """Return a weight on the meta device, as it is after a cast to `dtype`. Integer weights keep their type."""
         import torch
         from safetensors import safe_open
 
@@ -61,22 +61,29 @@ class BaseFiles:
             return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
     def read(self, name: str) -> Any:
-        """A weight. Its file is opened for it alone: pages of a mapped file count as memory until it is closed."""
+        """Read a weight.
+
+        The file is opened for this weight alone: the pages of a mapped file count as memory until it is closed.
+        """
         from safetensors import safe_open
 
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
-    def quantised(self) -> dict[str, Any]:
-        """Weight -> its layer on meta, of those that `base.load_base` quantises, as transformers chooses them."""
+    def quantized_layers(self) -> dict[str, Any]:
+        """Return the layers that `base.load_base` quantizes, as transformers selects them.
+
+        Returns:
+            Name of a weight -> its bitsandbytes layer on the meta device.
+        """
         from bitsandbytes.nn import Linear4bit, Linear8bitLt
         from transformers.quantizers import AutoHfQuantizer
 
         if self.base.quantization == "none":
             return {}
-        model = self.blank()
-        quantiser = AutoHfQuantizer.from_config(quantization_config(self.base), pre_quantized=False)
-        quantiser.preprocess_model(model=model, device_map=None)
+        model = self.meta_model()
+        quantizer = AutoHfQuantizer.from_config(quantization_config(self.base), pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map=None)
         layers = {
             name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
         }
@@ -84,29 +91,30 @@ class BaseFiles:
 
     @property
     def stops(self) -> list[int]:
-        """Ids at which the base's own answers are over, as transformers reads them."""
+        """Token ids that end the base's own answers, as transformers reads them."""
         return read_stops(self.folder) or stop_ids(getattr(self.config.get_text_config(), "eos_token_id", None))
 
     def copy_rest(self, target: Path) -> None:
-        """Copy what belongs to the model beside weights, configuration and tokenizer."""
-        for pattern in _KEPT:
+        """Copy the model's other files: those besides weights, configuration and tokenizer."""
+        for pattern in _COPIED_FILES:
             for path in self.folder.glob(pattern):
                 shutil.copyfile(path, target / path.name)
 
 
 def find_base_files(base: BaseSection) -> BaseFiles:
-    """Find a base in its folder, in the hub's cache, or on the hub.
+    """Find the files of a base in its folder, in the hub's cache, or on the hub.
 
     Raises:
-        RequestError: it is not there (at this revision), has no safetensors, or holds quantised weights.
+        RequestError: the base is not there (at this revision), has no safetensors, or has quantized weights.
     """
     require_folder(base)
     config = _file(base, "config.json")
-    form = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    if form is not None:
+    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
         raise RequestError(
-            f"base.model {base.model}: its files hold quantised weights ({form.get('quant_method', 'unknown')})",
-            "Give the 16-bit model that it was made from as base.model.",
+            f"base.model {base.model}: its files contain quantized weights ({method})",
+            "Set base.model to the 16-bit model that it was made from.",
         )
     if _has(base, _INDEX):
         names: dict[str, str] = json.loads(_file(base, _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -117,25 +125,27 @@ def find_base_files(base: BaseSection) -> BaseFiles:
         return BaseFiles(base, config.parent, dict.fromkeys(_names(weights), weights))
     raise RequestError(
         f"base.model {base.model}: has no safetensors ({_WEIGHTS} or {_INDEX})",
-        "Load it with transformers once and save it again with `save_pretrained`.",
+        "Load it with transformers and save it with `save_pretrained`.",
     )
 
 
 def loaded_bytes(base: BaseSection) -> int:
-    """Memory that a base's weights take once they are loaded on a CPU, without the scales of quantised ones.
+    """Return the bytes that a base's weights take after loading on a CPU, without the scales of quantized weights.
 
-    Those that keep their type stay in their mapped files: the kernel lets go of them where it needs the room.
+    Weights that keep their type are not counted: they stay in mapped files, whose pages the kernel can release.
 
     Raises:
         RequestError: the base cannot be found.
     """
     import torch
 
-    stored, dtype = find_base_files(base), getattr(torch, base.compute_dtype)
-    others = 0 if stored.read(min(stored.files)).dtype == dtype else dtype.itemsize
-    held, quantised = {"none": others, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization], stored.quantised()
-    weights = stored.blank().named_parameters()
-    return int(sum(weight.numel() * (held if name in quantised else others) for name, weight in weights))
+    base_files, dtype = find_base_files(base), getattr(torch, base.compute_dtype)
+    plain_size = 0 if base_files.read(min(base_files.files)).dtype == dtype else dtype.itemsize
+    quantized_size = {"none": plain_size, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization]
+    quantized = base_files.quantized_layers()
+    weights = base_files.meta_model().named_parameters()
+    sizes = (weight.numel() * (quantized_size if name in quantized else plain_size) for name, weight in weights)
+    return int(sum(sizes))
 
 
 def _names(path: Path) -> list[str]:
@@ -146,7 +156,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _has(base: BaseSection, name: str) -> bool:
-    """Whether a base has a file, which is fetched if it is on the hub."""
+    """Tell whether a base has a file. A file on the hub is downloaded."""
     from transformers.utils import cached_file
 
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}
@@ -154,10 +164,10 @@ def _has(base: BaseSection, name: str) -> bool:
 
 
 def _file(base: BaseSection, name: str) -> Path:
-    """A file that a base must have, fetched if it is on the hub."""
+    """Return a file that a base must have. A file on the hub is downloaded."""
     from transformers.utils import cached_file
 
-    reason = "it is not in this folder"
+    reason = "the folder does not contain it"
     try:
         if found := cached_file(base_location(base), name, revision=base.revision):
             return Path(found)
@@ -166,5 +176,5 @@ def _file(base: BaseSection, name: str) -> Path:
     at = f" at revision {base.revision}" if base.revision else ""
     raise RequestError(
         f"base.model {base.model}{at}: {name} cannot be found: {reason}",
-        "All files of the base that the adapter was trained on must be on this disk, or within reach on the hub.",
+        "All files of the base must be on this disk, or downloadable from the hub.",
     )

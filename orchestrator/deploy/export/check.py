@@ -1,68 +1,71 @@
-"""An export loaded back, as anyone would load it, and held against the adapter: one model in memory at a time.
+"""Check an export: load it as any user would, and compare its answers with the adapter's.
 
-A merged model may be larger than the GPU on which its base trained in 4 bits. What does not fit lies in memory, or
-stays on the disk, and is brought in layer by layer (accelerate's offload).
+One model is in memory at a time. A merged model may be larger than the GPU on which its base was trained in 4 bits.
+Layers that do not fit stay in CPU memory or on disk and are moved in one by one (accelerate's offload).
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, assert_never
 
+from orchestrator.adapters.bundle import Format
 from orchestrator.base import device_map, device_name, evict, keep_trainable, quantization_config
 from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export import gguf, ray_serve
 from orchestrator.deploy.export.base_files import loaded_bytes
 from orchestrator.deploy.export.memory_limit import available_bytes, require_memory, why_out_of_memory
-from orchestrator.deploy.export.merge import DTYPES, Dtype, Onto
-from orchestrator.deploy.export.parity import Parity, Row, Source, ask, measure_parity
+from orchestrator.deploy.export.merge import Onto
+from orchestrator.deploy.export.parity import AdapterLogits, EncodedRow, Parity, ask, measure_parity
 from orchestrator.deploy.load import load_model
 from orchestrator.errors import ExportError, RequestError
+from orchestrator.spec.sections import BaseSection
 
-Format = Literal["adapter", "merged", "gguf", "ray-serve"]
-
-_SHARE = 0.8
-"""Of the memory that is free, for weights; the rest is for what a pass works out."""
-
-
-class NoMemoryError(Exception):
-    """One of the two models cannot be loaded, or cannot answer, within the memory there is."""
+_WEIGHTS_SHARE = 0.8
+"""Share of the free memory for weights; the rest is for activations."""
 
 
-def hold_against_source(
+class NotEnoughMemoryError(Exception):
+    """There is not enough memory to load one of the two models, or to run it."""
+
+
+def check_parity(
     folder: Path,
-    subject: AdapterRef,
+    adapter: AdapterRef,
     format: Format,
     dtype: Dtype,
     onto: Onto,
-    rows: Sequence[Row],
+    rows: Sequence[EncodedRow],
     say: Callable[[str], None],
 ) -> Parity:
-    """Ask the adapter, then the export: on the GPU if there is one, and where that runs out of memory, on the CPU.
+    """Run the adapter, then the export, on the same rows and compare their logits.
+
+    Both run on the GPU if there is one; if it runs out of memory, both run on the CPU.
 
     Args:
-        folder: what was exported.
-        subject: from what.
-        format: of the export.
-        dtype: of what was merged.
-        onto: which weights it was merged onto.
-        rows: what they are asked.
-        say: hears of progress.
+        folder: the export.
+        adapter: the adapter that was exported.
+        format: format of the export.
+        dtype: type of the merged weights.
+        onto: the base weights it was merged onto.
+        rows: rows to run both on.
+        say: reports progress.
 
     Raises:
-        NoMemoryError: there is not enough memory for one of them.
+        NotEnoughMemoryError: there is not enough memory for one of the models.
         ExportError: the export cannot be loaded.
         RequestError: the adapter cannot be loaded.
     """
     reason = ""
     for on_gpu in [False] if device_name() == "cpu" else [True, False]:
         try:
-            say("asking the adapter on its base")
-            source = _ask_source(subject, format, onto, dtype, rows, on_gpu)
+            say("running the adapter on its base")
+            source = _run_adapter(adapter, format, onto, dtype, rows, on_gpu)
             evict()
             say("loading the export back")
-            return _compare(source, folder, subject, format, dtype, rows, on_gpu)
+            return _run_export(source, folder, adapter, format, dtype, rows, on_gpu)
         except (RuntimeError, MemoryError, RequestError, ExportError) as error:
             if (found := why_out_of_memory(error)) is None:
                 raise
@@ -70,30 +73,30 @@ def hold_against_source(
         finally:
             evict()
         if on_gpu:
-            say(f"the GPU has too little memory, so that both are asked on the CPU: {reason}")
-    raise NoMemoryError(reason)
+            say(f"the GPU has too little memory, so both run on the CPU: {reason}")
+    raise NotEnoughMemoryError(reason)
 
 
-def _ask_source(
-    subject: AdapterRef, format: Format, onto: Onto, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
-) -> Source:
-    """The adapter on the base that the export is to answer like."""
+def _run_adapter(
+    adapter: AdapterRef, format: Format, onto: Onto, dtype: Dtype, rows: Sequence[EncodedRow], on_gpu: bool
+) -> AdapterLogits:
+    """Run the adapter on the base weights that the export was made from."""
     if onto == "original":
         original = {"quantization": "none", "compute_dtype": DTYPES[dtype]}
-        subject = replace(subject, base=subject.base.model_copy(update=original))
+        adapter = replace(adapter, base=adapter.base.model_copy(update=original))
     if not on_gpu:
-        require_memory(loaded_bytes(subject.base), "the base alone")
-    model = load_model(subject, _place(on_gpu))
+        require_memory(loaded_bytes(adapter.base), "the base alone")
+    model = load_model(adapter, _device_map(on_gpu))
     if format != "adapter":
-        _round_no_inputs(model)
+        _keep_inputs_unquantized(model)
     return ask(model, rows)
 
 
-def _round_no_inputs(model: Any) -> None:
-    """Have 8-bit layers multiply by their dequantised weights, as the merged model does.
+def _keep_inputs_unquantized(model: Any) -> None:
+    """Make 8-bit layers multiply by their dequantized weights, as the merged model does.
 
-    LLM.int8 rounds their inputs to 8 bits as well (arXiv 2208.07339, section 2). That moves logits by 0.5 to 4%, the
-    more the wider a model is: more than a scale that is off by 5%, which then would not be seen.
+    LLM.int8() also quantizes the inputs to 8 bits (arXiv 2208.07339, section 2). That moves logits by 0.5 to 4%, more
+    in wider models. A wrong LoRA scale (off by 5%) moves them less, and would go unnoticed.
     """
     from bitsandbytes.functional import int8_vectorwise_dequant
     from bitsandbytes.nn import Linear8bitLt
@@ -105,54 +108,80 @@ def _round_no_inputs(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
-            module.register_forward_hook(exact)  # after its own forward, which puts its weights into its state
+            module.register_forward_hook(exact)  # its own forward fills `layer.state`
 
 
-def _compare(
-    source: Source, folder: Path, subject: AdapterRef, format: Format, dtype: Dtype, rows: Sequence[Row], on_gpu: bool
+def _run_export(
+    source: AdapterLogits,
+    folder: Path,
+    adapter: AdapterRef,
+    format: Format,
+    dtype: Dtype,
+    rows: Sequence[EncodedRow],
+    on_gpu: bool,
 ) -> Parity:
-    """By transformers and PEFT alone."""
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    base = subject.base
+    """Load the export with transformers and PEFT alone, and compare its logits."""
     if format == "gguf":
-        # transformers reads the file as a whole.
+        # transformers reads the whole file into memory.
         require_memory((folder / gguf.FILE).stat().st_size, f"the model in {gguf.FILE}")
-        return measure_parity(source, gguf.load_gguf(folder, dtype, _place(on_gpu)), rows)
-    trust = {"trust_remote_code": base.trust_remote_code}
+        return measure_parity(source, gguf.load_gguf(folder, dtype, _device_map(on_gpu)), rows)
     try:
-        if format != "adapter":
-            model = folder / ray_serve.MODEL if format == "ray-serve" else folder
-            # For weights that lie in the files otherwise than in the model.
-            with tempfile.TemporaryDirectory(dir=folder) as rest:
-                spilling = {"device_map": "auto", "max_memory": _room(on_gpu), "offload_folder": rest}
-                return measure_parity(
-                    source, AutoModelForCausalLM.from_pretrained(str(model), **spilling, **trust), rows
-                )
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            str(folder),
-            quantization_config=quantization_config(base),
-            dtype=getattr(torch, base.compute_dtype),
-            device_map=_place(on_gpu),
-            **trust,
-        )
+        match format:
+            case "adapter":
+                model = _load_adapter_export(folder, adapter.base, on_gpu)
+            case "merged":
+                return _run_merged(source, folder, adapter.base, rows, on_gpu)
+            case "ray-serve":
+                return _run_merged(source, folder / ray_serve.MODEL, adapter.base, rows, on_gpu)
+            case _:
+                assert_never(format)
     except (OSError, ValueError) as error:
         raise ExportError(f"the export cannot be loaded back: {error}", "Nothing was left behind.") from error
-    keep_trainable(adapted)  # as the source: bitsandbytes has another arithmetic for inference on some CPUs
-    return measure_parity(source, adapted, rows)
+    return measure_parity(source, model, rows)
 
 
-def _place(on_gpu: bool) -> Any:
+def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        str(folder),
+        quantization_config=quantization_config(base),
+        dtype=getattr(torch, base.compute_dtype),
+        device_map=_device_map(on_gpu),
+        trust_remote_code=base.trust_remote_code,
+    )
+    keep_trainable(model)  # as in `load_base`: on some CPUs, bitsandbytes computes differently for inference
+    return model
+
+
+def _run_merged(
+    source: AdapterLogits, folder: Path, base: BaseSection, rows: Sequence[EncodedRow], on_gpu: bool
+) -> Parity:
+    from transformers import AutoModelForCausalLM
+
+    # The offload folder takes weights whose layout in the files differs from that in the model.
+    with tempfile.TemporaryDirectory(dir=folder) as offload_folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            device_map="auto",
+            max_memory=_max_memory(on_gpu),
+            offload_folder=offload_folder,
+            trust_remote_code=base.trust_remote_code,
+        )
+        return measure_parity(source, model, rows)
+
+
+def _device_map(on_gpu: bool) -> Any:
     return device_map() if on_gpu else {"": "cpu"}
 
 
-def _room(on_gpu: bool) -> dict[int | str, int]:
-    """Bytes that weights may take, by device; more of them stay on the disk."""
+def _max_memory(on_gpu: bool) -> dict[int | str, int]:
+    """Return the bytes that weights may take, by device. The remaining weights stay on disk."""
     from accelerate.utils import get_max_memory
 
     sizes: dict[int | str, int] = get_max_memory() if on_gpu else {"cpu": 0}
-    if "cpu" in sizes:  # accelerate, which knows of no container, leaves it out where a GPU shares its memory
+    # accelerate ignores a container's limit, and leaves the CPU out if a GPU shares its memory.
+    if "cpu" in sizes:
         sizes["cpu"] = available_bytes()
-    return {name: int(size * _SHARE) for name, size in sizes.items()}
+    return {name: int(size * _WEIGHTS_SHARE) for name, size in sizes.items()}

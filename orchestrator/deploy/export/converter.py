@@ -1,8 +1,10 @@
-"""llama.cpp's converter, given what it cannot find itself: `python -m THIS PRE_TOKENIZER STOPS SCRIPT ARGUMENTS...`.
+"""Run llama.cpp's converter with two patches: `python -m THIS PRE_TOKENIZER STOPS SCRIPT ARGUMENTS...`.
 
-Run by `gguf` alone. The converter knows a pre-tokenizer by a hash of the token ids of one text, and so those of
-published vocabularies alone; no option names one. Here its own finding comes first, and the name is taken where it has
-none. Of the stop tokens it reads the tokenizer's EOS alone; the file has room for two more.
+Only `gguf` runs this module. The patches:
+
+- Pre-tokenizer. The converter recognizes one by a hash of the token ids of a test text, so only those of published
+  vocabularies, and has no option to name one. Here the given name is used if the converter recognizes none.
+- Stop tokens. The converter reads only the tokenizer's EOS. Here up to two more are written into the file.
 """
 
 import importlib
@@ -14,8 +16,8 @@ from typing import Any
 def main() -> None:
     """Run the converter.
 
-    Arguments of the process: a pre-tokenizer by llama.cpp's name, or nothing; ids of stop tokens with commas; the
-    converter's script; its own arguments.
+    Process arguments: llama.cpp's name of a pre-tokenizer, or an empty string; comma-separated ids of stop tokens; the
+    converter's script; the arguments of that script.
     """
     name, stops, script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
@@ -28,7 +30,7 @@ def main() -> None:
 
 
 def _name_pre_tokenizer(converter: Any, name: str) -> None:
-    # In the module itself, or since 2026 in a package beside it.
+    # The class is in the script itself, or (since 2026) in a package next to it.
     text_model = sys.modules[converter.ModelBase.__module__].TextModel
     own = text_model.get_vocab_base_pre
 
@@ -42,7 +44,7 @@ def _name_pre_tokenizer(converter: Any, name: str) -> None:
 
 
 def _write_stops(stops: list[int]) -> None:
-    """Write stop tokens other than the EOS as `eot` and `eom`, at which llama.cpp stops as well."""
+    """Write the stop tokens other than EOS as `eot` and `eom`. llama.cpp also stops at these."""
     from gguf import SpecialVocab
 
     own = SpecialVocab.add_to_gguf

@@ -1,4 +1,4 @@
-"""A merged model as one GGUF file, by llama.cpp's own converter."""
+"""Convert a merged model to a GGUF file, with llama.cpp's own converter."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.export.merge import DTYPES, Dtype
+from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.errors import RequestError
 from orchestrator.spec.optional_packages import require_package
 
@@ -17,19 +17,20 @@ CONVERTER = "convert_hf_to_gguf.py"
 FILE = "model.gguf"
 
 _OUT_TYPES: dict[Dtype, str] = {"bf16": "bf16", "fp16": "f16"}
-_LINES_TOLD = 4
+_NUM_LINES_SHOWN = 4
+"""Last lines of the converter's output that an error message quotes."""
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _PRE_TOKENIZERS = {"gpt-2": [_BYTES], "smollm": [_DIGITS, _BYTES]}
-"""By llama.cpp's names (`src/llama-vocab.cpp`): those that any vocabulary may have, as `tokenizer.json` writes them."""
+"""llama.cpp's name (`src/llama-vocab.cpp`) -> the parts in `tokenizer.json`, of pre-tokenizers for any vocabulary."""
 
 
 def find_converter() -> Path:
-    """llama.cpp's converter: in the checkout that LLAMA_CPP names, or on PATH.
+    """Find llama.cpp's converter, in the checkout that LLAMA_CPP names or on PATH.
 
     Raises:
-        RequestError: it is not installed, or a package that it or the reading back needs is not.
+        RequestError: the converter is not installed, or a package is missing that it or `load_gguf` needs.
     """
     checkout = os.environ.get("LLAMA_CPP")
     script = Path(checkout or "") / CONVERTER
@@ -40,80 +41,82 @@ def find_converter() -> Path:
         where = f"not in LLAMA_CPP={checkout}" if checkout else "LLAMA_CPP is not set"
         raise RequestError(
             f"--format gguf: llama.cpp's {CONVERTER} is not installed (not on PATH, and {where})",
-            "Set LLAMA_CPP to a checkout of github.com/ggml-org/llama.cpp; or take `--format merged`.",
+            "Set LLAMA_CPP to a checkout of github.com/ggml-org/llama.cpp; or use `--format merged`.",
         )
-    for package in ("gguf", "sentencepiece"):  # the latter is imported for any tokenizer
+    for package in ("gguf", "sentencepiece"):  # the converter imports sentencepiece for every tokenizer
         require_package(package, "--format gguf", "gguf")
-    return found.resolve()  # a link on PATH has not beside it what the converter imports
+    return found.resolve()  # the converter imports modules next to the real file
 
 
 def convert(converter: Path, merged: Path, target: Path, dtype: Dtype, name: str, stops: Sequence[int]) -> None:
-    """Write `FILE` into a folder that exists.
+    """Write `FILE` into an existing folder.
 
     Args:
         converter: from `find_converter`.
-        merged: a merged model with its tokenizer.
-        target: where to.
-        dtype: of matrices; what has one dimension is float32.
-        name: of the model, which the file tells; the converter's default is that of the folder.
-        stops: ids at which answers are over, the tokenizer's EOS among them; the file has room for two more.
+        merged: folder of a merged model with its tokenizer.
+        target: folder for the file.
+        dtype: type of the matrices; one-dimensional weights are float32.
+        name: name of the model, stored in the file; the converter's default is the name of the folder.
+        stops: ids of the stop tokens, including the tokenizer's EOS. The file holds EOS and two more.
 
     Raises:
-        RequestError: the converter does not know the model or its tokenizer.
+        RequestError: the converter does not support the model or its tokenizer.
     """
-    cut = pre_tokenizer(merged)
-    given = [cut or "", ",".join(map(str, stops))]
-    told = ["-m", "orchestrator.deploy.export.converter", *given] if cut or len(stops) > 1 else []
-    command = [sys.executable, *told, str(converter), str(merged), "--model-name", name]
+    pre_tokenizer_name = pre_tokenizer(merged)
+    patched = []
+    if pre_tokenizer_name or len(stops) > 1:
+        patched = ["-m", "orchestrator.deploy.export.converter", pre_tokenizer_name or "", ",".join(map(str, stops))]
+    command = [sys.executable, *patched, str(converter), str(merged), "--model-name", name]
     command += ["--outfile", str(target / FILE), "--outtype", _OUT_TYPES[dtype]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (target / FILE).is_file():
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip() and line[0] != " "]
         raise RequestError(
-            f"--format gguf: {CONVERTER} ended with {done.returncode}:\n" + "\n".join(lines[-_LINES_TOLD:]),
-            "llama.cpp knows certain models and tokenizers only; `--format merged` works with any.",
+            f"--format gguf: {CONVERTER} failed with exit code {done.returncode}:\n"
+            + "\n".join(lines[-_NUM_LINES_SHOWN:]),
+            "llama.cpp supports only certain models and tokenizers; `--format merged` works with any.",
         )
 
 
 def pre_tokenizer(model: Path) -> str | None:
-    """llama.cpp's name for how a text is cut before bytes are merged; None: left to the converter to find out.
+    """Return llama.cpp's name of a model's pre-tokenizer; None if the converter has to recognize it by itself.
 
     Args:
-        model: folder with its `tokenizer.json`, if it has one.
+        model: the model's folder; it may contain a `tokenizer.json`.
     """
     file = model / "tokenizer.json"
     if not file.is_file():
         return None
     document = json.loads(file.read_text(encoding="utf-8"))
-    bpe, cut = document["model"], document["pre_tokenizer"] or {}
+    bpe, splitter = document["model"], document["pre_tokenizer"] or {}
     plain = {"type": "BPE", "ignore_merges": False, "byte_fallback": False}
     if document["normalizer"] or any(bpe.get(key, value) != value for key, value in plain.items()):
         return None
-    parts = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     parts = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in parts]
     return next((name for name, known in _PRE_TOKENIZERS.items() if parts == known), None)
 
 
-def load_gguf(folder: Path, dtype: Dtype, place: Any) -> Any:
-    """The model of a GGUF file, by transformers, its weights in `dtype`.
+def load_gguf(folder: Path, dtype: Dtype, device_map: Any) -> Any:
+    """Load the model of a GGUF file with transformers.
 
     Args:
-        folder: of the file.
-        dtype: of the weights.
-        place: transformers' `device_map`.
+        folder: folder of the file.
+        dtype: type of the loaded weights.
+        device_map: as for transformers' `from_pretrained`.
 
     Raises:
-        RequestError: transformers does not read GGUF files of this kind of model.
+        RequestError: transformers cannot read GGUF files of this model type.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=place
+            str(folder), gguf_file=FILE, dtype=getattr(torch, DTYPES[dtype]), device_map=device_map
         )
     except ValueError as error:  # "GGUF model with architecture ... is not supported yet."
         raise RequestError(
-            f"--format gguf: the file cannot be read back, and so not be held against the adapter: {error}",
-            f"Take `--format merged`, and run {CONVERTER} on it.",
+            f"--format gguf: transformers cannot load the file, so it cannot be compared with the adapter: {error}",
+            f"Use `--format merged`, and run {CONVERTER} on the result.",
         ) from error

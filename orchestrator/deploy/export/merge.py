@@ -1,4 +1,4 @@
-"""An adapter and its base as one model, written weight by weight: neither is ever in memory as a whole."""
+"""Merge an adapter into its base, weight by weight: neither model is ever in memory as a whole."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -12,99 +12,98 @@ from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.adapters.stops import as_eos, write_stops
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import PromptForm, question_template
+from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export.base_files import BaseFiles, find_base_files
 from orchestrator.deploy.export.memory_limit import why_out_of_memory
 from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
 from orchestrator.errors import RecordError, RequestError
-from orchestrator.spec.sections import BaseSection
 
-Dtype = Literal["bf16", "fp16"]
-Onto = Literal["dequantised", "original"]
+Onto = Literal["dequantized", "original"]
+"""Base weights to merge into: those the adapter was trained on, dequantized; or the original ones from the files."""
 
-DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp16": "float16"}
 SHARD_BYTES = 512 << 20
-"""Of one file of the merged model."""
+"""Maximum size of one file of the merged model."""
 
-SHARDS_AT_ONCE = 2
-"""Each in a thread, which reads, merges and writes it: copies to and from pages of files are most of the time."""
+NUM_SHARD_THREADS = 2
+"""Threads that each read, merge and write one shard at a time. Most of the time goes into copying file pages."""
 
 _PREFIX = "base_model.model."
-"""Before every name in PEFT's file."""
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-"""After the name of a module whose rows train."""
+"""Prefix of every name in PEFT's file."""
+_TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
+"""Suffix, in PEFT's file, of a module whose rows were trained."""
 
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """What LoRA adds to a layer's weight (out, in): `scale * B @ A`, with A (rank, in) and B (out, rank)."""
+    """The LoRA update of a layer's weight (out, in): `scale * B @ A`, with A (rank, in) and B (out, rank)."""
 
     a: str
     b: str
-    """Names in the adapter's file."""
+    """Names of the two matrices in the adapter's file."""
     scale: float
     magnitude: str | None
-    """Name of what DoRA makes the length of each row of the sum (out,); None without."""
+    """Name of DoRA's magnitude vector (out,), the norm of each row of the merged weight; None without DoRA."""
 
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """Rows of an embedding or a head that trained: (len(ids), width) in the adapter's file."""
+    """Trained rows of an embedding or a head: a tensor (len(ids), width) in the adapter's file."""
 
     key: str
-    """Their name there."""
+    """Name of the tensor."""
     ids: list[int]
-    """Tokens. Those beyond the stored vocabulary are new."""
+    """Token ids of the rows. Ids beyond the base's vocabulary are new tokens."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that can be made: whatever is wrong with it has been told."""
+    """A validated plan to merge an adapter into its base; see `plan_merge`."""
 
-    subject: AdapterRef
-    stored: BaseFiles
+    adapter: AdapterRef
+    base_files: BaseFiles
     dtype: Dtype
     updates: Mapping[str, LoraUpdate]
-    """By weight of the base."""
+    """Name of a base weight -> its LoRA update."""
     replaced: Mapping[str, str]
-    """Weight or bias of the base -> name in the adapter's file, of those that were trained themselves."""
-    rows: Mapping[str, TrainedRows]
-    """By weight of the base."""
-    quantised: Mapping[str, Any] | None
-    """Weight -> its quantised layer on meta; None for a merge onto the original weights."""
+    """Name of a fully trained weight or bias of the base -> its name in the adapter's file."""
+    trained_rows: Mapping[str, TrainedRows]
+    """Name of a base weight -> its trained rows."""
+    quantized: Mapping[str, Any] | None
+    """Name of a weight -> its quantized layer on the meta device; None for a merge onto the original weights."""
     saved_shapes: Mapping[str, tuple[int, ...]]
-    """Of what is `replaced`."""
+    """Shapes of the weights in `replaced`."""
     embedding: frozenset[str]
-    """Weights with a row for each token."""
+    """Names of the weights with a row for each token."""
 
     @cached_property
     def weights(self) -> Mapping[str, Any]:
-        """All weights of the merged model, on meta."""
+        """All weights of the merged model, on the meta device."""
         import torch
 
         dtype = getattr(torch, DTYPES[self.dtype])
-        empty = {name: self.stored.empty(name, dtype) for name in self.stored.files}
-        grown = {name: self.num_tokens(name) for name in (*self.rows, *self.replaced) if empty[name].ndim == 2}
+        empty = {name: self.base_files.meta_weight(name, dtype) for name in self.base_files.files}
+        grown = {name: self.num_tokens(name) for name in (*self.trained_rows, *self.replaced) if empty[name].ndim == 2}
         return empty | {
             name: torch.empty(count, empty[name].shape[1], dtype=dtype, device="meta") for name, count in grown.items()
         }
 
     def num_tokens(self, name: str) -> int:
-        """Rows of a merged weight: those that are stored, and those of new tokens."""
-        if rows := self.rows.get(name):
-            return max(self.stored.shape(name)[0], max(rows.ids) + 1)
+        """Return the number of rows of a merged weight, including those of new tokens."""
+        if rows := self.trained_rows.get(name):
+            return max(self.base_files.shape(name)[0], max(rows.ids) + 1)
         return self.saved_shapes[name][0]
 
     @property
     def num_bytes(self) -> int:
-        """Of the merged weights."""
+        """Total size of the merged weights."""
         return sum(weight.nbytes for weight in self.weights.values())
 
     def write(self, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write the model into a folder that exists: sharded safetensors, configurations, tokenizer, chat template.
+        """Write the merged model: sharded safetensors, configurations, tokenizer, chat template.
 
         Args:
-            target: where to.
-            shard_bytes: of one file; a larger weight has a file of its own.
+            target: an existing folder.
+            shard_bytes: maximum size of one file; a larger weight gets its own file.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
@@ -114,21 +113,21 @@ class Merge:
         def write_shard(file: str, names: list[str]) -> None:
             save_file({name: self.value(name) for name in names}, target / file, metadata={"format": "pt"})
 
-        with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(NUM_SHARD_THREADS) as threads:
             list(threads.map(write_shard, split.filename_to_tensors.keys(), split.filename_to_tensors.values()))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        config = self.stored.config
+        config = self.base_files.config
         config.dtype = DTYPES[self.dtype]
-        for name in (*self.rows, *self.replaced):
+        for name in (*self.trained_rows, *self.replaced):
             if name in self.embedding:
                 config.get_text_config().vocab_size = self.num_tokens(name)
-        self.stored.copy_rest(target)
-        tokenizer = load_own_tokenizer(self.subject)
-        if trained := self.subject.config:
+        self.base_files.copy_rest(target)
+        tokenizer = load_own_tokenizer(self.adapter)
+        if trained := self.adapter.config:
             form = PromptForm(tokenizer, trained.data)
-            if not form.takes_turns:  # servers know no other way to ask than this template
+            if not form.takes_turns:  # servers build prompts only with this template
                 tokenizer.chat_template = question_template(form)
         self._write_stops(target, config, tokenizer)
         config.save_pretrained(str(target))
@@ -136,14 +135,14 @@ class Merge:
 
     @cached_property
     def stop_tokens(self) -> list[int]:
-        """Ids at which answers are over."""
-        return stop_tokens(self.subject, self.stored.stops)
+        """Token ids that end an answer."""
+        return stop_tokens(self.adapter, self.base_files.stops)
 
     def _write_stops(self, target: Path, config: Any, tokenizer: Any) -> None:
-        """Write the stop tokens into all that servers read them from: both configurations and the tokenizer.
+        """Write the stop tokens everywhere servers read them: both configurations and the tokenizer.
 
-        Some, such as llama.cpp's converter, know the tokenizer's EOS alone: it becomes the token that ends an answer,
-        unless the chat template writes the EOS somewhere, whose text must stay.
+        Some readers, such as llama.cpp's converter, use only the tokenizer's EOS. So the first stop token becomes the
+        EOS, unless the chat template refers to `eos_token`: then a new EOS would change the prompts.
         """
         stops = self.stop_tokens
         config.get_text_config().eos_token_id = as_eos(stops)
@@ -152,35 +151,35 @@ class Merge:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])
 
     def value(self, name: str) -> Any:
-        """One weight of the merged model, on the CPU: worked out on the GPU if there is one and it has room."""
+        """Compute one weight of the merged model, on the GPU if there is one with enough memory. It ends on the CPU."""
         import torch
 
         if torch.cuda.is_available():
             try:
-                return self._worked_out(name, "cuda")
+                return self._compute(name, "cuda")
             except RuntimeError as error:
                 if why_out_of_memory(error) is None:
                     raise
             torch.cuda.empty_cache()
-        return self._worked_out(name, "cpu")
+        return self._compute(name, "cpu")
 
-    def _worked_out(self, name: str, device: str) -> Any:
-        """One weight: summed in float32, rounded once."""
+    def _compute(self, name: str, device: str) -> Any:
+        """Compute one weight: summed in float32, and rounded once."""
         import torch
         from safetensors import safe_open
 
-        with safe_open(self.subject.adapter / WEIGHTS, "pt") as adapter:
+        with safe_open(self.adapter.folder / WEIGHTS, "pt") as adapter:
             if name in self.replaced:
                 weight = adapter.get_tensor(self.replaced[name]).to(device)
             else:
-                weight = self._as_trained(name, self.stored.read(name).to(device))
+                weight = self._as_trained(name, self.base_files.read(name).to(device))
             if update := self.updates.get(name):
                 a, b = (adapter.get_tensor(each).to(device, torch.float32) for each in (update.a, update.b))
                 weight = (b @ a).mul_(update.scale).add_(weight)
                 if update.magnitude is not None:
                     magnitude = adapter.get_tensor(update.magnitude).to(device, torch.float32)
                     weight = (magnitude / torch.linalg.norm(weight, dim=1))[:, None] * weight
-            if rows := self.rows.get(name):
+            if rows := self.trained_rows.get(name):
                 trained = adapter.get_tensor(rows.key).to(device, torch.float32)
                 new = self.num_tokens(name) - len(weight)
                 weight = torch.cat([weight.float(), weight.float().mean(0, keepdim=True).expand(new, -1)])
@@ -188,167 +187,172 @@ class Merge:
         return weight.to("cpu", getattr(torch, DTYPES[self.dtype])) if weight.is_floating_point() else weight.cpu()
 
     def _as_trained(self, name: str, weight: Any) -> Any:
-        """A weight of the base as the adapter met it: cast, and where that was so, quantised and dequantised."""
+        """Return a weight of the base as in training: cast, and quantized and dequantized if the base was quantized."""
         import torch
         from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
         from bitsandbytes.nn import Linear8bitLt, Params4bit
 
-        if self.quantised is None or not weight.is_floating_point():
+        if self.quantized is None or not weight.is_floating_point():
             return weight
-        weight = weight.to(getattr(torch, self.stored.base.compute_dtype))
-        if name not in self.quantised:
+        weight = weight.to(getattr(torch, self.base_files.base.compute_dtype))
+        if name not in self.quantized:
             return weight
-        if isinstance(self.quantised[name], Linear8bitLt):
-            held, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
-            return int8_vectorwise_dequant(held, scales)
-        form = vars(self.quantised[name].weight) | {"module": None}  # which would keep the scales
-        packed = Params4bit(weight, requires_grad=False, **form).to(weight.device)
+        if isinstance(self.quantized[name], Linear8bitLt):
+            int8, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+            return int8_vectorwise_dequant(int8, scales)
+        settings = vars(self.quantized[name].weight) | {"module": None}  # the module would keep the scales alive
+        packed = Params4bit(weight, requires_grad=False, **settings).to(weight.device)
         return dequantize_4bit(packed.data, packed.quant_state)
 
 
-def default_dtype(base: BaseSection) -> Dtype:
-    """Type of the 16-bit forms of an adapter on this base: that of the base's products, or bf16 for float32."""
-    return "fp16" if base.compute_dtype == "float16" else "bf16"
-
-
-def plan_merge(subject: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
-    """See what goes where; nothing is written, and no weight is read.
+def plan_merge(adapter: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
+    """Plan a merge and validate it, without reading weights or writing anything.
 
     Args:
-        subject: the adapter and its base.
-        dtype: of the merged model.
-        onto: the base as the adapter was trained on it, or its original weights.
+        adapter: the adapter and its base.
+        dtype: type of the merged weights.
+        onto: base weights to merge into.
 
     Raises:
-        RequestError: the base cannot be found, the adapter does not fit it, or holds what cannot be merged.
+        RequestError: the base cannot be found, adapter and base do not match, or the adapter has a part that cannot be
+            merged.
+        RecordError: the adapter's weights are damaged.
     """
     from peft import PeftConfig
     from safetensors import SafetensorError, safe_open
 
-    stored = find_base_files(subject.base)
+    base_files = find_base_files(adapter.base)
     try:
-        with safe_open(subject.adapter / WEIGHTS, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+        with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise RecordError(f"{subject.adapter / WEIGHTS}: is damaged: {error}") from error
-    config = PeftConfig.from_pretrained(str(subject.adapter))
+        raise RecordError(f"{adapter.folder / WEIGHTS}: is damaged: {error}") from error
+    config = PeftConfig.from_pretrained(str(adapter.folder))
     if config.peft_type != "LORA":
-        raise RequestError(f"{subject.adapter}: is an adapter of type {config.peft_type.value}; only LoRA is merged")
-    blank = stored.blank()
-    tied = {each for pair in (blank.all_tied_weights_keys or {}).items() for each in pair}
-    updates = _updates(blank, config, shapes, subject.adapter)
-    rows = _rows(config, shapes)
+        raise RequestError(f"{adapter.folder}: is an adapter of type {config.peft_type.value}; only LoRA can be merged")
+    meta_model = base_files.meta_model()
+    tied = {each for pair in (meta_model.all_tied_weights_keys or {}).items() for each in pair}
+    updates = _updates(meta_model, config, shapes, adapter.folder)
+    trained_rows = _trained_rows(config, shapes)
     used = {each for update in updates.values() for each in (update.a, update.b, update.magnitude)}
-    used |= {each.key for each in rows.values()}
+    used |= {each.key for each in trained_rows.values()}
     replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
-    embedding = _embedding(blank)
-    _require_fit(stored, updates, replaced, rows, shapes, tied, embedding)
-    quantised = stored.quantised() if onto == "dequantised" else None
-    if unknown := sorted(set(quantised or ()) - stored.files.keys()):
-        raise _stored_otherwise(stored, unknown[0])
+    embedding = _embedding(meta_model)
+    _require_match(base_files, updates, replaced, trained_rows, shapes, tied, embedding)
+    quantized = base_files.quantized_layers() if onto == "dequantized" else None
+    if unknown := sorted(set(quantized or ()) - base_files.files.keys()):
+        raise _missing_weight(base_files, unknown[0])
     saved = {name: shapes[key] for name, key in replaced.items()}
-    return Merge(subject, stored, dtype, updates, replaced, rows, quantised, saved, embedding)
+    return Merge(adapter, base_files, dtype, updates, replaced, trained_rows, quantized, saved, embedding)
 
 
-def _updates(blank: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> dict[str, LoraUpdate]:
-    """Updates by weight. PEFT itself says which layers it adapts, and how it scales them.
+def _updates(
+    meta_model: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> dict[str, LoraUpdate]:
+    """Return the LoRA updates by weight. PEFT itself determines the adapted layers and their scales.
+
+    Args:
+        meta_model: the base on the meta device; PEFT's layers are injected into it.
+        config: the adapter's `LoraConfig`.
+        shapes: name -> shape of the tensors in the adapter's file.
+        folder: the adapter folder, for messages.
 
     Raises:
-        RequestError: it adapts a layer that the base does not have, or in a way that cannot be merged.
+        RequestError: the adapter has a layer that the base does not have, or a variant that cannot be merged.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
     from torch.nn import Linear
 
-    matrices_alone = replace(config, trainable_token_indices=None)  # whose rows the blank base may not have
+    matrices_alone = replace(config, trainable_token_indices=None)  # the base has no rows for new tokens
     try:
-        model = inject_adapter_in_model(matrices_alone, blank, low_cpu_mem_usage=True)
-    except ValueError as error:  # none of its target modules is there
-        raise RequestError(f"{adapter}: does not fit the base: {error}") from error
+        model = inject_adapter_in_model(matrices_alone, meta_model, low_cpu_mem_usage=True)
+    except ValueError as error:  # the base has none of the target modules
+        raise RequestError(f"{folder}: adapter and base do not match: {error}") from error
     updates = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        told = f"{adapter}: adapts {name}"
+        adapted = f"{folder}: adapts {name}"
         variant = layer.lora_variant.get("default")
         if variant is not None and not isinstance(variant, DoraLinearVariant):
-            raise RequestError(f"{told} by {type(variant).__name__}; only plain LoRA and DoRA are merged")
+            raise RequestError(f"{adapted} with {type(variant).__name__}; only plain LoRA and DoRA can be merged")
         if type(layer.get_base_layer()) is not Linear:
-            raise RequestError(f"{told}, a {type(layer.get_base_layer()).__name__}; only linear layers are merged")
+            raise RequestError(f"{adapted}, a {type(layer.get_base_layer()).__name__}; only linear layers merge")
         matrices = f"{_PREFIX}{name}.lora_"
         magnitude = f"{matrices}magnitude_vector" if variant is not None else None
         update = LoraUpdate(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"], magnitude)
         if not {update.a, update.b, magnitude} - {None} <= shapes.keys():
             raise RequestError(
-                f"{adapter}: is for another base: it holds no matrices for {name}, which it would adapt in this one"
+                f"{folder}: adapter and base do not match: the adapter has no matrices for layer {name} of the base"
             )
         rank, ranks = layer.r["default"], (shapes[update.a][0], shapes[update.b][1])
         if ranks != (rank, rank):
-            raise RequestError(f"{adapter}: {name}: rank {rank} by adapter_config.json, but {ranks} in {WEIGHTS}")
+            raise RequestError(f"{folder}: {name} has rank {rank} in adapter_config.json, but {ranks} in {WEIGHTS}")
         updates[f"{name}.weight"] = update
     return updates
 
 
-def _rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TrainedRows]:
-    """Rows of trained tokens by weight, as PEFT names them."""
-    asked, found = config.trainable_token_indices or {}, {}
+def _trained_rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TrainedRows]:
+    """Return the trained rows by weight. PEFT's configuration lists token ids, or module name -> token ids."""
+    indices, found = config.trainable_token_indices or {}, {}
     for key in shapes:
-        module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
-        for name in ["embed_tokens"] if isinstance(asked, list) else asked:
-            if key.endswith(_TOKENS) and module.endswith(name):
-                found[f"{module}.weight"] = TrainedRows(key, asked if isinstance(asked, list) else asked[name])
+        module = key.removeprefix(_PREFIX).removesuffix(_TOKENS_SUFFIX)
+        for name in ["embed_tokens"] if isinstance(indices, list) else indices:
+            if key.endswith(_TOKENS_SUFFIX) and module.endswith(name):
+                found[f"{module}.weight"] = TrainedRows(key, indices if isinstance(indices, list) else indices[name])
     return found
 
 
-def _embedding(blank: Any) -> frozenset[str]:
-    """Names of the weights that have a row for each token."""
-    ends = {id(blank.get_input_embeddings()), id(blank.get_output_embeddings())}
-    return frozenset(f"{name}.weight" for name, module in blank.named_modules() if id(module) in ends)
+def _embedding(model: Any) -> frozenset[str]:
+    """Return the names of the weights that have a row for each token: embedding and head."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if id(module) in ends)
 
 
-def _require_fit(
-    stored: BaseFiles,
+def _require_match(
+    base_files: BaseFiles,
     updates: Mapping[str, LoraUpdate],
     replaced: Mapping[str, str],
-    rows: Mapping[str, TrainedRows],
+    trained_rows: Mapping[str, TrainedRows],
     shapes: Mapping[str, tuple[int, ...]],
     tied: set[str],
     embedding: Collection[str],
 ) -> None:
-    """Every matrix of the adapter must have its place in the base, and its shape."""
-    model = stored.base.model
+    """Raise RequestError unless every tensor of the adapter belongs to a base weight of the right shape."""
+    model = base_files.base.model
     for key in replaced.values():
         if ".lora_" in key:
-            raise RequestError(f"the adapter holds {key}, for which base {model} has no place that can be merged")
+            raise RequestError(f"adapter and base do not match: {key} belongs to no weight of base {model}")
     for name in (*updates, *replaced):
         if name in tied:
             raise RequestError(
-                f"the adapter changes {name}, which base {model} shares between its embedding and its head",
-                "Ship it as an adapter (`--format adapter`).",
+                f"{name}: is changed by the adapter, but base {model} shares it between embedding and head",
+                "Export it as an adapter (`--format adapter`).",
             )
-    for name in (*updates, *replaced, *rows):
-        if name not in stored.files:
-            raise _stored_otherwise(stored, name)
-    for name, each in rows.items():
-        shape, wanted = shapes[each.key], (len(each.ids), *stored.shape(name)[1:])
-        if shape != wanted:
-            raise RequestError(f"{name}: trained rows of shape {shape}, but those of base {model} have {wanted}")
+    for name in (*updates, *replaced, *trained_rows):
+        if name not in base_files.files:
+            raise _missing_weight(base_files, name)
+    for name, each in trained_rows.items():
+        shape, expected = shapes[each.key], (len(each.ids), *base_files.shape(name)[1:])
+        if shape != expected:
+            raise RequestError(f"{name}: the trained rows have shape {shape}, but base {model} needs {expected}")
     for name, update in updates.items():
-        shape, wanted = (shapes[update.b][0], shapes[update.a][1]), stored.shape(name)
-        if shape != wanted:
+        shape, expected = (shapes[update.b][0], shapes[update.a][1]), base_files.shape(name)
+        if shape != expected:
             raise RequestError(
-                f"{name}: the adapter is for a weight of shape {shape}, but that of base {model} has {wanted}",
-                "It was trained on a base of another shape.",
+                f"{name}: the adapter is for a weight of shape {shape}, but base {model} has {expected}",
+                "The adapter was trained on a base of another shape.",
             )
     for name, key in replaced.items():
-        grown = name in embedding and bool(stored.base.new_tokens) and shapes[key][1:] == stored.shape(name)[1:]
-        if shapes[key] != stored.shape(name) and not grown:
+        grown = name in embedding and bool(base_files.base.new_tokens) and shapes[key][1:] == base_files.shape(name)[1:]
+        if shapes[key] != base_files.shape(name) and not grown:
             raise RequestError(
-                f"{name}: trained with shape {shapes[key]}, but that of base {model} has {stored.shape(name)}",
-                "It was trained on a base of another shape.",
+                f"{name}: was trained with shape {shapes[key]}, but base {model} has {base_files.shape(name)}",
+                "The adapter was trained on a base of another shape.",
             )
 
 
-def _stored_otherwise(stored: BaseFiles, name: str) -> RequestError:
-    return RequestError(f"base.model {stored.base.model}: {stored.folder} holds no weight by the name of {name}")
+def _missing_weight(base_files: BaseFiles, name: str) -> RequestError:
+    return RequestError(f"base.model {base_files.base.model}: {base_files.folder} contains no weight named {name}")

@@ -1,4 +1,4 @@
-"""What an export answers, held against the adapter that it was made from."""
+"""Compare the logits of an export with those of the adapter that it was made from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,84 +9,94 @@ from orchestrator.data.encode import IGNORED
 from orchestrator.errors import ExportError
 
 NUM_ROWS = 20
-"""Held-out rows that are compared."""
+"""Number of held-out rows to compare."""
 
 NUM_TOKENS = 256
-"""Tokens of a row, the last that have a loss: each has logits as many as the vocabulary, which are kept meanwhile."""
+"""Maximum number of compared tokens per row, the last ones with a loss. Each keeps a logit per vocabulary entry."""
 
-Row = Mapping[str, list[int]]
-"""`input_ids` and `labels`, both (tokens,)."""
+EncodedRow = Mapping[str, list[int]]
+"""A tokenized row: `input_ids` and `labels`, both (tokens,)."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an export may be from its source.
+    """Bounds on the difference between an export and its source.
 
-    Measured on the embedded base, 20 rows, five adapters of the demo, and those at a tenth and a hundredth of their
-    strength, float32 and bfloat16 (CPU). Right merges to bfloat16 are off by up to 0.7% of the logits (rms; once 1%,
-    with logits of float16 beside those of bfloat16), to float16 from float32 by up to 0.06%, whatever the adapter's
-    strength; 32 random layers round 1.7 times as much as 4. Wrong merges, where the adapter moves the logits by 27
-    to 81%: a scale that is off by 5%, 1.2 to 3.4%; one matrix of 28 left out, 1.2 to 15%; the original weights in place
-    of the dequantised ones, 3.3 to 5.3%; one layer of four left out, 9 to 40%; the adapter left out, all that it moves.
-    That each weight is right is for the tests of `merge`, to the bit.
+    Measured on the embedded base with 20 rows, on CPU, in float32 and bfloat16. The adapters were five of the demo, at
+    full strength and scaled to a tenth and a hundredth. Rms difference of the logits, relative to their rms:
+
+    - Correct merges to bfloat16: up to 0.7%. One case had 1%, comparing float16 logits with bfloat16 logits.
+    - Correct merges from float32 to float16: up to 0.06%. In neither case does the adapter's strength matter.
+    - Rounding grows with depth: 32 random layers round 1.7 times as much as 4.
+    - Wrong merges, where the adapter moves the logits by 27 to 81%: a scale that is off by 5%, 1.2 to 3.4%; one matrix
+      of 28 left out, 1.2 to 15%; original instead of dequantized weights, 3.3 to 5.3%; one layer of four left out,
+      9 to 40%; the whole adapter left out, as much as the adapter moves the logits.
+
+    This check finds such faults. The tests of `merge` check that each weight is exact to the bit.
     """
 
     rms: float
-    """Of the source's logits, times the root of the number of layers, each of which rounds."""
+    """Rms difference of the logits, relative to the source's rms; multiplied by sqrt(layers), as each layer rounds."""
     logits: float
-    """Largest difference, of the source's largest logit, times the same root: a fault of single tokens shows here
-    alone. Right merges to bfloat16 are off by up to 3.2% at 4 layers, and by 9% at 32 (7B's shape, random weights)."""
+    """Largest logit difference, relative to the source's largest logit; multiplied by sqrt(layers).
+
+    Only this bound finds faults of single tokens. Correct merges to bfloat16 differ by up to 3.2% with 4 layers, and
+    by 9% with 32 (the shape of a 7B model, random weights).
+    """
     loss: float
-    """Of the source's loss, beside `LEAST_LOSS`."""
+    """Difference of the loss, relative to the source's loss; `MIN_LOSS_TOLERANCE` is added."""
 
 
-LEAST_LOSS = 0.005
-"""A difference of the loss that is never too much: rounding to bfloat16 took 0.0025 from one of 0.046."""
+MIN_LOSS_TOLERANCE = 0.005
+"""Absolute difference of the loss that is always allowed. Rounding to bfloat16 lowered a loss of 0.046 by 0.0025."""
 
 SAME = Tolerance(rms=5e-4, logits=5e-4, loss=1e-3)
-"""For the same weights in the same form."""
+"""Tolerance for the same weights in the same form."""
 ROUNDED = {
     "bfloat16": Tolerance(rms=0.0075, logits=0.04, loss=0.02),
     "float16": Tolerance(rms=0.0015, logits=0.01, loss=0.005),
 }
-"""By the coarser type of the two models: bfloat16 rounds eight times as coarsely as float16."""
+"""Tolerances by the coarser type of the two models. bfloat16 rounds eight times as coarsely as float16."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What an adapter answers on its base."""
+class AdapterLogits:
+    """Logits of an adapter on its base: the reference that an export is compared with."""
 
     logits: list[Any]
-    """Of each row's compared tokens, (tokens, vocabulary), on the CPU and in the model's own type."""
+    """Logits of each row's compared tokens, (tokens, vocabulary), on the CPU and in the model's own type."""
     effect: float
-    """What the adapter moves: rms of its logits minus those of the base alone, as a share of the rms of its logits."""
+    """Effect of the adapter on the logits: rms(adapter - base alone) / rms(adapter)."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Source and export on the same rows."""
+    """Comparison of an adapter (the source) with its export, on the same rows."""
 
     difference: float
-    """Rms of the difference of their logits, as a share of the rms of the source's."""
+    """Rms of the difference of the logits, relative to the rms of the source's logits."""
     effect: float
-    """See `Source`."""
+    """Effect of the adapter, as in `AdapterLogits`."""
     max_logit_difference: float
-    """Over all compared tokens and the whole vocabulary."""
+    """Largest difference over all compared tokens and the whole vocabulary."""
     largest_logit: float
-    """Of the source, without its sign."""
+    """Largest absolute logit of the source."""
     loss_source: float
-    """Mean over the compared tokens."""
+    """Mean over the compared tokens, in nats."""
     loss_exported: float
     num_rows: int
     num_layers: int
 
     @property
     def is_seen(self) -> bool:
-        """Whether the adapter is seen in the export; one that was left out differs by as much as it moves."""
+        """Whether the comparison can show that the export contains the adapter.
+
+        An export without the adapter differs by `effect`; this one differs by less than half of that.
+        """
         return self.difference < self.effect / 2
 
     def as_dict(self) -> dict[str, Any]:
-        """As a manifest keeps it."""
+        """Return the comparison as plain JSON values, as a manifest stores it."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -97,71 +107,71 @@ class Parity:
         )
 
     def require(self, tolerance: Tolerance) -> None:
-        """Raises ExportError where the export is further from its source than that."""
+        """Raise ExportError if the export differs from its source by more than the tolerance."""
         depth = math.sqrt(self.num_layers)
         most_rms = tolerance.rms * depth
         most_logits = tolerance.logits * depth * self.largest_logit
-        most_loss = tolerance.loss * self.loss_source + LEAST_LOSS
+        most_loss = tolerance.loss * self.loss_source + MIN_LOSS_TOLERANCE
         bounds = [
             (self.difference, most_rms),
             (self.max_logit_difference, most_logits),
             (abs(self.loss_exported - self.loss_source), most_loss),
         ]
-        if not all(found <= most for found, most in bounds):  # NaN is not
+        if not all(found <= most for found, most in bounds):  # so that NaN fails
             raise ExportError(
                 f"the export does not answer as the adapter does: {self}",
-                f"At most {most_rms:.2%} (rms), {most_logits:.4g} (of a logit) and {most_loss:.4g} (of the loss) "
-                "are put down to rounding. Nothing was left behind.",
+                f"Rounding explains differences of up to {most_rms:.2%} (rms), {most_logits:.4g} (of a logit) and "
+                f"{most_loss:.4g} (of the loss). Nothing was left behind.",
             )
 
 
 def rounding(*dtypes: str) -> Tolerance:
-    """The tolerance for a model of one type that is held against one of another; float32 rounds less than either."""
+    """Return the tolerance for comparing models of these types. float32 rounds less than the other types."""
     return ROUNDED["bfloat16" if "bfloat16" in dtypes else "float16"]
 
 
-def ask(model: Any, rows: Sequence[Row]) -> Source:
-    """Have an adapter answer, and its base alone.
+def ask(model: Any, rows: Sequence[EncodedRow]) -> AdapterLogits:
+    """Compute the logits of an adapter, and how far it moves those of its base.
 
     Args:
         model: a `PeftModel`.
-        rows: each with a token that has a loss.
+        rows: rows that each have at least one token with a loss.
     """
     logits, moved, whole = [], [0.0], [0.0]
     for row in rows:
-        said = _logits(model, row)
+        adapted = _logits(model, row)
         with model.disable_adapter():
-            alone = _logits(model, row)
-        logits.append(said)
-        moved.append(_norm(said.float() - alone.float()))
-        whole.append(_norm(said.float()))
-    return Source(logits, math.hypot(*moved) / math.hypot(*whole))
+            base_alone = _logits(model, row)
+        logits.append(adapted)
+        moved.append(_norm(adapted.float() - base_alone.float()))
+        whole.append(_norm(adapted.float()))
+    return AdapterLogits(logits, math.hypot(*moved) / math.hypot(*whole))
 
 
-def measure_parity(source: Source, exported: Any, rows: Sequence[Row]) -> Parity:
-    """Hold a model against the logits that its source gave.
+def measure_parity(source: AdapterLogits, exported: Any, rows: Sequence[EncodedRow]) -> Parity:
+    """Compare a model with the logits of its source.
 
     Args:
         source: from `ask`.
-        exported: the model that was loaded back.
-        rows: the same rows.
+        exported: the export, loaded as a model.
+        rows: the rows given to `ask`.
     """
     import torch
 
     furthest, largest, losses, num_tokens = [], [], [0.0, 0.0], 0
     apart, whole = [0.0], [0.0]
-    for row, wanted in zip(rows, source.logits, strict=True):
-        pair = wanted.float(), _logits(exported, row).float()
+    for row, expected in zip(rows, source.logits, strict=True):
+        pair = expected.float(), _logits(exported, row).float()
         difference = pair[0] - pair[1]
         furthest.append(difference.abs().max())
         largest.append(pair[0].abs().max())
         apart.append(_norm(difference))
         whole.append(_norm(pair[0]))
-        targets = torch.tensor(row["labels"])[[place + 1 for place in _places(row)]]
+        targets = torch.tensor(row["labels"])[[position + 1 for position in _positions(row)]]
         for i, logits in enumerate(pair):
             losses[i] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         num_tokens += len(targets)
-    # torch's maximum of numbers with a NaN among them is NaN; Python's may not be.
+    # torch's max returns NaN if any number is NaN; Python's max may not.
     return Parity(
         difference=math.hypot(*apart) / math.hypot(*whole),
         effect=source.effect,
@@ -174,20 +184,20 @@ def measure_parity(source: Source, exported: Any, rows: Sequence[Row]) -> Parity
     )
 
 
-def _logits(model: Any, row: Row) -> Any:
-    """Logits of a row's compared tokens: it is asked by itself, so that no filler and no other row has a part in it."""
+def _logits(model: Any, row: EncodedRow) -> Any:
+    """Return the logits of a row's compared tokens. Each row runs alone: no padding or other row influences it."""
     import torch
 
     model.eval()
-    # What lies on the disk is on meta; accelerate's hooks move the ids to where each layer is worked out.
+    # Offloaded weights are on meta; accelerate's hooks move the ids to the device of each layer.
     device = "cpu" if model.device.type == "meta" else model.device
     with torch.no_grad():
-        return model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits[0, _places(row)].cpu()
+        return model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits[0, _positions(row)].cpu()
 
 
-def _places(row: Row) -> list[int]:
-    """Where the next token has a loss, the last `NUM_TOKENS` of them."""
-    return [place for place, label in enumerate(row["labels"][1:]) if label != IGNORED][-NUM_TOKENS:]
+def _positions(row: EncodedRow) -> list[int]:
+    """Return the last `NUM_TOKENS` positions whose next token has a loss."""
+    return [position for position, label in enumerate(row["labels"][1:]) if label != IGNORED][-NUM_TOKENS:]
 
 
 def _norm(logits: Any) -> float:

@@ -1,4 +1,4 @@
-"""What in a bundle means something on this machine alone, and what of its base is not told to others."""
+"""Notes on details of a bundle that are valid only on this machine, for users who publish it."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from orchestrator.adapters.bundle import CONFIG, Facts
 from orchestrator.base import hub_id
 
 
-def about_base(folder: Path, facts: Facts) -> list[str]:
-    """What others will miss who load this adapter on its base; nothing of a bundle of another format.
+def base_notes(folder: Path, facts: Facts) -> list[str]:
+    """List what other users will lack when they load this adapter on its base. Empty for other formats.
 
     Args:
         folder: the bundle.
-        facts: of its manifest, or those that it will have.
+        facts: the facts of its manifest, or those to be written.
     """
     if facts.format != "adapter":
         return []
@@ -22,26 +22,24 @@ def about_base(folder: Path, facts: Facts) -> list[str]:
     model, named = str(facts.base["model"]), config.get("base_model_name_or_path")
     if hub_id(model) is None:
         return [
-            f"its base is not on the hub: {CONFIG} names {named}, a folder of this machine; others give PEFT a base of "
-            "their own (`PeftModel.from_pretrained(base, ...)`)"
+            f"the base is not on the hub: {CONFIG} names {named}, a folder of this machine; other users must load "
+            "their own copy of the base (`PeftModel.from_pretrained(base, ...)`)"
         ]
     if named != model:
-        return [f"{CONFIG} names {named} as its base, but it was trained on {model}"]
+        return [f"{CONFIG} names {named} as the base, but the adapter was trained on {model}"]
     if not config.get("revision"):
-        return [f"{CONFIG} names no revision of {model}: others get what its main branch holds by then"]
+        return [f"{CONFIG} names no revision of {model}: other users get the current state of its main branch"]
     return []
 
 
-def paths_named(folder: Path, facts: Facts) -> list[str]:
-    """Paths of this machine, of base and data, that a bundle's configuration tells to others."""
+def path_notes(folder: Path, facts: Facts) -> list[str]:
+    """List the paths of this machine, of base and data, that a bundle's configuration discloses."""
     files = " and ".join(["manifest.json", *(["trial.json"] if (folder / "trial.json").is_file() else [])])
-    return [
-        f"{path}, a path of this machine, stands in {files}" for path in sorted({*_paths([facts.base, facts.config])})
-    ]
+    return [f"{path}, a path of this machine, is in {files}" for path in sorted({*_paths([facts.base, facts.config])})]
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Absolute paths in a configuration."""
+    """Yield the absolute paths in a configuration."""
     if isinstance(value, dict):
         for each in value.values():
             yield from _paths(each)

@@ -1,4 +1,4 @@
-"""Publish a bundle on the hub."""
+"""Push a bundle to a model repo of the hub."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,29 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
-from orchestrator.deploy.export.private_details import about_base, paths_named
+from orchestrator.deploy.export.private_details import base_notes, path_notes
 from orchestrator.errors import HubError, RequestError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-_AGAIN = "Push again: what the hub has already is not sent twice."
+_PUSH_AGAIN = "Push again: files that the hub already has are not sent twice."
 
 
 def push(folder: Path, repo: str, private: bool, dry_run: bool, say: Callable[[str], None]) -> None:
-    """Send a bundle to a model repo of the hub, in one commit: it is there whole, or not at all.
+    """Send a bundle to a model repo of the hub in one commit, so that it is there completely or not at all.
 
     Args:
         folder: a bundle; every byte is checked first.
-        repo: `owner/name`, or a name of the token's owner. A repo that exists gets another commit.
-        private: make the repo private; otherwise it is as the owner's account has it, which mostly is public.
-        dry_run: say what would be sent, and reach for no network.
-        say: is told of it, a line at a time.
+        repo: `owner/name`, or a name that belongs to the token's owner. An existing repo gets another commit.
+        private: make the repo private. Otherwise the default of the owner's account applies, which is mostly public.
+        dry_run: report what would be sent, without network access.
+        say: reports progress, a line at a time.
 
     Raises:
-        RecordError: the bundle is not whole.
-        RequestError: the name is none, there is no token, the hub refuses it, or a repo of this name is public.
+        RecordError: the bundle is incomplete or changed.
+        RequestError: the name is invalid, there is no token, the hub rejects the token, or `private` was asked for and
+            a public repo of this name exists.
         HubError: the hub cannot be reached, or fails.
     """
     _require_name(repo)
@@ -40,12 +41,12 @@ def push(folder: Path, repo: str, private: bool, dry_run: bool, say: Callable[[s
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=_token())
-    with _told(repo):
+    with _hub_errors(repo):
         whole = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
         _make_repo(api, whole, private)
         commit = api.create_commit(
             whole,
-            # Not `upload_folder`: it may split a folder over several commits.
+            # `upload_folder` may split a folder into several commits.
             [CommitOperationAdd(name, str(folder / name)) for name in [*manifest.files, MANIFEST]],
             commit_message=f"{manifest.facts.format}: {manifest.facts.trial_id or folder.resolve().name}",
         )
@@ -59,7 +60,7 @@ def _say_contents(folder: Path, manifest: Manifest, repo: str, private: bool, sa
     say(f"{folder} to {repo} ({visibility}): {len(sizes)} files, {sum(sizes.values()):,} bytes")
     for name, size in sizes.items():
         say(f"  {size:>14,}  {name}")
-    for note in [*about_base(folder, manifest.facts), *paths_named(folder, manifest.facts)]:
+    for note in [*base_notes(folder, manifest.facts), *path_notes(folder, manifest.facts)]:
         say(f"note: {note}")
 
 
@@ -70,17 +71,19 @@ def _require_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RequestError(f"--repo {repo!r}: is not the name of a repo: {error}", "Give owner/name.") from error
+        raise RequestError(f"--repo {repo!r}: is not a valid repo name: {error}", "Give owner/name.") from error
 
 
 def _token() -> str:
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():
-        raise RequestError("HF_HUB_OFFLINE is set: nothing can be pushed", "Unset it, or give --dry-run.")
+        raise RequestError("HF_HUB_OFFLINE: is set, so nothing can be pushed", "Unset it, or give --dry-run.")
     token = get_token()
     if token is None:
-        raise RequestError("there is no token of the hub", "Set HF_TOKEN to one that may write, or `hf auth login`.")
+        raise RequestError(
+            "HF_TOKEN: there is no token for the hub", "Set it to a token with write access, or run `hf auth login`."
+        )
     return token
 
 
@@ -90,17 +93,17 @@ def _make_repo(api: "HfApi", repo: str, private: bool) -> None:
     try:
         api.create_repo(repo, private=private or None)
     except HfHubHTTPError as error:
-        if error.response.status_code != 409:  # it exists
+        if error.response.status_code != 409:  # the repo exists
             raise
         if private and not api.model_info(repo).private:
             raise RequestError(
-                f"{repo}: exists already, and is public", "Give another name, or make it private on the hub."
+                f"{repo}: already exists and is public", "Give another name, or make the repo private on the hub."
             ) from error
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """The hub's refusals and faults as ours."""
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Convert errors of the hub's client into `RequestError` and `HubError`."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -109,16 +112,16 @@ def _told(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise RequestError(
-                f"{repo}: the hub refuses the token: {_reason(error)}",
-                "Set HF_TOKEN to one that may write to this owner's repos.",
+                f"{repo}: the hub rejects the token: {_reason(error)}",
+                "Set HF_TOKEN to a token with write access to this owner's repos.",
             ) from error
-        raise HubError(f"{repo}: the hub answers {error.response.status_code}: {_reason(error)}") from error
+        raise HubError(f"{repo}: the hub answered {error.response.status_code}: {_reason(error)}") from error
     except httpx2.HTTPError as error:
-        raise HubError(f"{repo}: the hub cannot be reached: {error}", _AGAIN) from error
-    except (RuntimeError, ConnectionError) as error:  # a large file, by either protocol
-        raise HubError(f"{repo}: {error}: {error.__cause__ or ''}", _AGAIN) from error
-    except ValueError as error:  # the card's metadata, or an answer that huggingface_hub cannot read
-        raise HubError(f"{repo}: the hub does not take it: {error}") from error
+        raise HubError(f"{repo}: the hub cannot be reached: {error}", _PUSH_AGAIN) from error
+    except (RuntimeError, ConnectionError) as error:  # upload of a large file, by either protocol
+        raise HubError(f"{repo}: {error}: {error.__cause__ or ''}", _PUSH_AGAIN) from error
+    except ValueError as error:  # invalid metadata in the card, or an answer that huggingface_hub cannot parse
+        raise HubError(f"{repo}: the hub does not accept it: {error}") from error
 
 
 def _reason(error: "HfHubHTTPError") -> str:

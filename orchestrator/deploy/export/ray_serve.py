@@ -1,50 +1,50 @@
-"""A merged model as a Ray Serve LLM application: the config file that `serve deploy` takes.
+"""Serve a merged model with Ray Serve LLM: the config file for `serve deploy`.
 
-The model is merged, for Ray Serve LLM loads adapters from cloud storage alone: `lora_config.dynamic_lora_loading_path`
-must be an address such as s3://... (Ray 2.60).
+The adapter is merged because Ray Serve LLM loads adapters only from cloud storage:
+`lora_config.dynamic_lora_loading_path` must be an address such as s3://... (Ray 2.60).
 """
 
 from pathlib import Path
 from typing import Any
 
-from orchestrator.deploy.export.merge import DTYPES, Dtype
+from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.spec.optional_packages import missing_package
 
 FILE = "serve.yaml"
 MODEL = "model"
-"""Folder of the merged model beside it."""
+"""Folder of the merged model, next to the config file."""
 
 _HEAD = """\
 # Ray Serve LLM, with an OpenAI-compatible server on port 8000. On the cluster:
 #   pip install "ray[llm]=={ray}"
 #   serve deploy {file}
-# All nodes that may serve must see the folder in model_source. More engine_kwargs are vLLM's engine arguments; name a
-# GPU's type by accelerator_type (such as H100) where the cluster has several. Beside model_loading_config,
-# accelerator_config: {{kind: cpu}} serves on CPUs, by a vLLM that is built for them.
+# All nodes that may serve must be able to read the folder in model_source. engine_kwargs takes any engine argument of
+# vLLM. If the cluster has several GPU types, choose one with accelerator_type (such as H100). To serve on CPUs, add
+# accelerator_config: {{kind: cpu}} next to model_loading_config; this needs a vLLM built for CPUs.
 """
 
 
 def require_ray_serve() -> None:
-    """Raises RequestError where what Ray Serve needs is not installed: the config is held against its schema."""
+    """Raise RequestError if the dependencies of Ray Serve are not installed; its schemas validate the config."""
     try:
-        import ray.serve  # noqa: F401 (it is part of any Ray; what it imports is not)
+        import ray.serve  # noqa: F401 (part of every Ray, but its imports are not)
     except ImportError as error:
         raise missing_package("ray.serve", "--format ray-serve", "ray-serve") from error
 
 
 def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:
-    """Describe the application as `serve deploy` reads it. Its answers stop as the model's generation_config.json says.
+    """Build the config for `serve deploy`. The stop tokens come from the model's generation_config.json.
 
     Args:
-        name: by which clients ask for the model.
-        model: folder of the merged model, absolute.
-        dtype: of its weights.
+        name: model name that clients send in requests.
+        model: absolute path of the merged model's folder.
+        dtype: type of its weights.
     """
     llm = {
         "model_loading_config": {"model_id": name, "model_source": str(model)},
         "engine_kwargs": {
             "dtype": DTYPES[dtype],
-            "override_generation_config": {"temperature": 0},  # unless a request says otherwise, as `serve` has it
+            "override_generation_config": {"temperature": 0},  # the default of a request, as in `orchestrator serve`
         },
         "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
     }
@@ -57,13 +57,13 @@ def serve_config(name: str, model: Path, dtype: Dtype) -> dict[str, Any]:
     return {"applications": [application]}
 
 
-def check(document: dict[str, Any]) -> None:
-    """Hold a config against Ray's own schemas.
+def validate_config(document: dict[str, Any]) -> None:
+    """Validate a config with Ray's own schemas.
 
     Raises:
-        pydantic.ValidationError: it is not valid.
+        pydantic.ValidationError: the config is invalid.
     """
-    # `ray.serve.llm.LLMConfig` is this class; to import it from there needs vLLM.
+    # `ray.serve.llm.LLMConfig` is this class, but importing it from there needs vLLM.
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
     from ray.serve.schema import ServeDeploySchema
 
@@ -72,12 +72,12 @@ def check(document: dict[str, Any]) -> None:
             LLMConfig.model_validate(llm)
 
 
-def write(folder: Path, target: Path, name: str, dtype: Dtype) -> None:
-    """Write the config into `folder`, naming the model as it will lie in `target`."""
+def write_config(folder: Path, target: Path, name: str, dtype: Dtype) -> None:
+    """Write the config into `folder`. It refers to the model at its final place in `target`."""
     import yaml
 
     document = serve_config(name, target.resolve() / MODEL, dtype)
-    check(document)
+    validate_config(document)
     from ray import __version__
 
     head = _HEAD.format(ray=__version__, file=target.resolve() / FILE)

@@ -1,4 +1,4 @@
-"""Finalists scored in the forms that ship, against the one that was trained."""
+"""Evaluate the best adapters in each form they may be deployed in, and compare each form with the trained one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from orchestrator.data.row import Row
 from orchestrator.data.sources import read_rows
 from orchestrator.data.stop_tokens import StopFinder
 from orchestrator.data.turns import in_two_columns
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter, find_sweep, is_adapter
-from orchestrator.deploy.export.merge import DTYPES, default_dtype
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.dtypes import DTYPES, default_dtype
+from orchestrator.deploy.find import find_adapter, find_sweep, is_adapter
 from orchestrator.deploy.scoring.forms import Form, OpenForm, forms_of, open_form, require_form
 from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, answer_metrics, perplexity, require_packages
@@ -30,36 +31,37 @@ from orchestrator.record.models import Record
 from orchestrator.spec.sections import DataSection, EvaluationSection, Source, TrainingSection, file_kind
 
 TOLERANCE = 5e-4
-"""Most that the loss of the form `adapter` may differ from the recorded one without a word."""
+"""Difference between the loss of the form `adapter` and the recorded loss, above which a warning is given."""
 
-_FAULTS_SHOWN = 20
+_NUM_FAULTS_SHOWN = 20
+"""Bad rows that an error message lists."""
 
 _T = TypeVar("_T", bound=str)
 
 
 class Evaluation(Record):
-    """One adapter in one form."""
+    """Scores of one adapter in one form."""
 
     name: str
     """Trial id, or the adapter folder's name."""
     form: Form
     dtype: str
-    """Of matrix products, and of the weights that are not quantised."""
+    """Type of matrix products and of the weights that are not quantized."""
     values: dict[str, float]
-    """loss, token_accuracy, cost (loss minus that of the form `adapter`), and the metrics that were asked for."""
+    """loss, token_accuracy, cost (loss minus the loss of the form `adapter`), and the requested metrics."""
     scores: RowScores
 
 
 class EvaluationReport(Record):
-    """All that was evaluated at one time, on the same rows."""
+    """All evaluations of one call, on the same rows."""
 
     created: str
-    """UTC, ISO 8601."""
+    """Time in UTC, ISO 8601."""
     rows: str
-    """Where they come from."""
+    """Description of where the rows come from."""
     num_rows: int
     num_prompts: int
-    """Those that were answered."""
+    """Number of prompts that were answered."""
     device: str
     """Name of the GPU, or cpu."""
     evaluations: list[Evaluation] = []
@@ -68,75 +70,79 @@ class EvaluationReport(Record):
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What forms are scored on."""
+    """Rows and prompts that forms are scored on."""
 
     tokens: Sequence[Mapping[str, list[int]]]
-    """Each with `input_ids` and `labels`, both (tokens,)."""
+    """Tokenized rows, each with `input_ids` and `labels`, both (tokens,)."""
     prompts: list[Prompt]
     source: str
     are_own: bool
-    """Whether they are those that the adapter was evaluated on while it trained."""
+    """Whether the adapter was evaluated on these rows during training."""
 
 
 def pick(given: str, known: Sequence[_T], option: str) -> list[_T]:
-    """Names from a list with commas.
+    """Parse a comma-separated list of names.
 
     Raises:
-        RequestError: one is not known; the message lists those that are.
+        RequestError: a name is unknown; the message lists the known ones.
     """
     by_name: dict[str, _T] = {name: name for name in known}
     names = [name.strip() for name in given.split(",")]
     if unknown := [name for name in names if name not in by_name]:
-        raise RequestError(f"{option} {unknown[0]!r}: is not one of {', '.join(known)}")
+        raise RequestError(f"{option} {unknown[0]!r}: is unknown; choose from {', '.join(known)}")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
 def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_code: bool = False) -> list[AdapterRef]:
-    """An adapter folder, or the best finished trials of a sweep and the one it recommends.
+    """Find the adapters to evaluate: an adapter folder, or the best trials of a sweep and the recommended one.
 
     Raises:
-        RecordError: neither is there, or an adapter is not whole.
+        RecordError: there is no such sweep or adapter, or an adapter is incomplete or changed.
+        RequestError: the base of an adapter folder brings code, and code is not trusted.
     """
     if is_adapter(sweep_or_adapter):
         return [find_adapter(sweep_or_adapter, output, trust_remote_code)]
     sweep = find_sweep(sweep_or_adapter, output)
-    chosen = AdapterRef.of_best(sweep.best())
+    chosen = sweep.best().adapter_ref()
     leaders = [AdapterRef.of_trial(sweep.record, trial) for trial in sweep.top(top)]
     return leaders if chosen in leaders else [*leaders, chosen]
 
 
 def evaluate(
-    subjects: Sequence[AdapterRef],
+    adapters: Sequence[AdapterRef],
     rows: ScoredRows,
     metrics: Sequence[Metric],
     forms: Sequence[Form] | None = None,
     dtype: str | None = None,
     harness: Harness | None = None,
-    keep: Path | None = None,
+    report_file: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> EvaluationReport:
-    """Score adapters form by form. The form `adapter` is always measured: it is what the others are held against.
+    """Score adapters form by form. The form `adapter` is always included, as the reference for the others.
 
     Args:
-        subjects: adapters that read these rows as they are.
+        adapters: adapters with the tokenizer and row format of `rows`.
         rows: from `own_rows` or `rows_of_file`.
-        metrics: beside the loss.
-        forms: default all that the base has.
-        dtype: of the 16-bit forms, by torch's name; default that of `default_dtype`.
+        metrics: metrics in addition to the loss.
+        forms: forms to score; default all forms of the base.
+        dtype: torch's name of the type of the 16-bit forms; default `default_dtype`.
         harness: tasks to run as well.
-        keep: where the report is written after each form.
-        say: hears of progress, and of each warning.
+        report_file: file that the report is written to after each form.
+        say: reports progress and warnings.
 
     Raises:
-        RequestError: a form or a metric cannot be had.
+        RequestError: a form or a metric is not available.
     """
     require_packages(metrics)
     is_generating = bool(set(metrics) & set(GENERATED))
     if is_generating and not rows.prompts:
-        raise RequestError(f"metrics {', '.join(metrics)}: these rows have no prompt to answer (data.format text)")
-    plan = [(subject, form) for subject in subjects for form in _asked(subject, forms)]
-    for subject, form in plan:
-        require_form(subject.base, form)
+        raise RequestError(
+            f"metrics {', '.join(metrics)}: rows of data.format text have no prompt to answer",
+            "Leave out exact_match, rouge and bleu.",
+        )
+    plan = [(adapter, form) for adapter in adapters for form in _forms_to_score(adapter, forms)]
+    for adapter, form in plan:
+        require_form(adapter.base, form)
     report = EvaluationReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         rows=rows.source,
@@ -145,82 +151,82 @@ def evaluate(
         device=device_name(),
     )
     trained: RowScores
-    for number, (subject, form) in enumerate(plan, start=1):
-        say(f"{number} of {len(plan)}: {subject.name} as {form}")
-        with open_form(subject, form, dtype or DTYPES[default_dtype(subject.base)]) as opened:
-            scores, values = _measure(opened, subject, rows, metrics, harness)
-        if form == "adapter":  # each subject's first
+    for number, (adapter, form) in enumerate(plan, start=1):
+        say(f"{number} of {len(plan)}: {adapter.name} as {form}")
+        with open_form(adapter, form, dtype or DTYPES[default_dtype(adapter.base)]) as opened:
+            scores, values = _measure(opened, adapter, rows, metrics, harness)
+        if form == "adapter":  # the first form of each adapter
             trained = scores
-            for warning in _against_record(subject, rows, scores):
+            for warning in _compare_with_record(adapter, rows, scores):
                 report.warnings.append(warning)
                 say(f"warning: {warning}")
         values["cost"] = scores.loss - trained.loss
         report.evaluations.append(
-            Evaluation(name=subject.name, form=form, dtype=opened.dtype, values=values, scores=scores)
+            Evaluation(name=adapter.name, form=form, dtype=opened.dtype, values=values, scores=scores)
         )
-        if keep is not None:
+        if report_file is not None:
             try:
-                write_atomic(keep, report.model_dump_json(indent=2) + "\n")
-            except OSError as error:  # what was measured is not lost for that
-                report.warnings.append(f"{keep}: cannot be written: {error}")
+                write_atomic(report_file, report.model_dump_json(indent=2) + "\n")
+            except OSError as error:  # the measurements are still returned
+                report.warnings.append(f"{report_file}: cannot be written: {error}")
                 say(f"warning: {report.warnings[-1]}")
     return report
 
 
 def new_report(sweep: SweepPaths) -> Path:
-    """Where a report is kept: a name by this moment, which no other evaluation has, on whatever machine it runs."""
-    # Not taken by an empty file: until something is measured, nothing is written.
+    """Return a new file name for a report, unique even among machines that share the folder."""
+    # The name is not reserved by an empty file: nothing is written until something is measured.
     return sweep.evaluations / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{token_hex(4)}.json"
 
 
-def own_rows(subject: AdapterRef, limit: int | None = None) -> ScoredRows:
-    """The held-out rows that an adapter was evaluated on while it trained, and the prompts that it answered.
+def own_rows(adapter: AdapterRef, limit: int | None = None) -> ScoredRows:
+    """Return the held-out rows that an adapter was evaluated on during training, and the prompts it answered.
 
     Args:
-        subject: the adapter; outside its sweep, its rows are prepared again.
+        adapter: the adapter; outside its sweep, its rows are prepared again.
         limit: take only the first rows and prompts.
 
     Raises:
-        RequestError: it does not say which they are, or they cannot be had.
+        RequestError: the adapter does not record its data, or the data are not available.
     """
-    remedy = "--data FILE gives rows to evaluate on, in the columns of the training file."
-    if subject.config is None:
-        raise RequestError(f"{subject.adapter}: does not say what it was trained on (no trial.json)", remedy)
-    if subject.sweep is not None and subject.sweep.data.is_dir():
-        prepared, source = load(subject.sweep.data), f"held-out rows of {subject.sweep.name}"
+    remedy = "Give rows with the columns of the training file by --data FILE."
+    if adapter.config is None:
+        raise RequestError(f"{adapter.folder}: has no trial.json, so its training data are unknown", remedy)
+    if adapter.sweep is not None and adapter.sweep.data.is_dir():
+        prepared, source = load(adapter.sweep.data), f"held-out rows of {adapter.sweep.name}"
     else:
         try:
-            prepared, source = prepare(subject.config.data, subject.config.base), "held-out rows, prepared again"
+            prepared, source = prepare(adapter.config.data, adapter.config.base), "held-out rows, prepared again"
         except DataError as error:
             raise RequestError(
-                f"{subject.adapter}: its held-out rows cannot be had again: {error.message}", remedy
+                f"{adapter.folder}: its held-out rows cannot be prepared again: {error.message}", remedy
             ) from error
     num_rows = min(limit or len(prepared.held_out), len(prepared.held_out))
-    prompts = prepared.prompts[: limit or subject.config.evaluation.rows]
+    prompts = prepared.prompts[: limit or adapter.config.evaluation.rows]
     return ScoredRows(prepared.held_out.select(range(num_rows)), prompts, source, are_own=True)
 
 
-def rows_of_file(subject: AdapterRef, file: Path, limit: int | None = None) -> ScoredRows:
-    """Rows of a file, written as those that the adapter was trained on.
+def rows_of_file(adapter: AdapterRef, file: Path, limit: int | None = None) -> ScoredRows:
+    """Read rows of a file, rendered in the format that the adapter was trained on.
 
     Args:
-        subject: the adapter; for one that does not say how its rows were written, the columns tell the format.
-        file: of any kind that rows may be in, a folder or glob of them, or a saved data set (its split train), in the
-            columns of the training file.
+        adapter: the adapter; if it does not record its format, the format is inferred from the columns.
+        file: a data file, a folder or glob of data files, or a saved dataset (its split train), with the columns of
+            the training file.
         limit: take only the first rows.
 
     Raises:
-        DataError: the file cannot be read, or rows are bad; the message names file and line of each.
+        DataError: the file cannot be read, or rows are invalid; the message names file and line of each.
     """
     is_csv = file_kind(file) in (".csv", ".tsv")
-    delimiter = subject.config.data.delimiter if subject.config and is_csv else None  # that of the training file
+    delimiter = adapter.config.data.delimiter if adapter.config and is_csv else None  # as in the training file
     found = read_rows(Source(source=str(file.resolve()), max_rows=limit, delimiter=delimiter))
-    section = subject.config.data if subject.config else _section(found[0], file)
-    tokenizer = load_tokenizer(subject.base, section.chat_template)
+    section = adapter.config.data if adapter.config else _section(found[0], file)
+    tokenizer = load_tokenizer(adapter.base, section.chat_template)
     finder = StopFinder(tokenizer)
     tokens: list[Mapping[str, list[int]]] = []
     prompts: list[Prompt] = []
-    faults: dict[str, None] = {}  # one that is not the row's own, such as no chat template, comes once
+    faults: dict[str, None] = {}  # a dict: a fault shared by all rows, such as a missing chat template, is listed once
     for row in found:
         try:
             example = render(row, section, tokenizer)
@@ -229,66 +235,68 @@ def rows_of_file(subject: AdapterRef, file: Path, limit: int | None = None) -> S
             continue
         encoded = encode(example, tokenizer, section)
         if section.truncate == "error" and len(encoded.ids) > section.max_length:
-            faults[f"{row.where}: has {len(encoded.ids)} tokens, over data.max_length={section.max_length}"] = None
+            faults[f"{row.where}: has {len(encoded.ids)} tokens, more than data.max_length={section.max_length}"] = None
             continue
-        short = encoded.cut(section.max_length, section.truncate)
-        if short is None:
-            faults[f"{row.where}: has no token of a completion within data.max_length={section.max_length}"] = None
+        truncated = encoded.cut(section.max_length, section.truncate)
+        if truncated is None:
+            faults[f"{row.where}: has no token of its completion within data.max_length={section.max_length}"] = None
             continue
-        tokens.append({"input_ids": short.ids, "labels": short.labels})
-        prompts.append(Prompt(encoded.prompt_after_cut(short), finder.without_stop(example.answer)))
+        tokens.append({"input_ids": truncated.ids, "labels": truncated.labels})
+        prompts.append(Prompt(encoded.prompt_after_cut(truncated), finder.without_stop(example.answer)))
     if faults:
-        shown = list(faults)[:_FAULTS_SHOWN]
+        shown = list(faults)[:_NUM_FAULTS_SHOWN]
         more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise DataError("\n".join([*shown, *more]), "The file needs the columns that the adapter was trained on.")
+        raise DataError("\n".join([*shown, *more]), "The file needs the columns of the training file.")
     return ScoredRows(tokens, [] if section.format == "text" else prompts, str(file), are_own=False)
 
 
-def _asked(subject: AdapterRef, forms: Sequence[Form] | None) -> list[Form]:
-    """The trained form first."""
-    return ["adapter", *(form for form in (forms or forms_of(subject.base)) if form != "adapter")]
+def _forms_to_score(adapter: AdapterRef, forms: Sequence[Form] | None) -> list[Form]:
+    """Put the trained form first."""
+    return ["adapter", *(form for form in (forms or forms_of(adapter.base)) if form != "adapter")]
 
 
 def _measure(
-    opened: OpenForm, subject: AdapterRef, rows: ScoredRows, metrics: Sequence[Metric], harness: Harness | None
+    opened: OpenForm, adapter: AdapterRef, rows: ScoredRows, metrics: Sequence[Metric], harness: Harness | None
 ) -> tuple[RowScores, dict[str, float]]:
-    config = subject.config
+    config = adapter.config
     batch_size = (config.training if config else TrainingSection()).eval_batch_size
     scores = score_rows(opened.model, rows.tokens, batch_size)
     values = {"loss": scores.loss, "token_accuracy": scores.token_accuracy}
     if "perplexity" in metrics:
         values["perplexity"] = perplexity(scores.loss)
     if set(metrics) & set(GENERATED):
-        most = (config.evaluation if config else EvaluationSection()).max_new_tokens
-        ids, wanted = [prompt.ids for prompt in rows.prompts], [prompt.answer for prompt in rows.prompts]
-        said = answer(opened.model, opened.tokenizer, ids, most, batch_size)
-        values |= answer_metrics(said, wanted, metrics)
-        scores = scores.model_copy(update={"answers": matches(said, wanted)})
+        max_new_tokens = (config.evaluation if config else EvaluationSection()).max_new_tokens
+        ids, expected = [prompt.ids for prompt in rows.prompts], [prompt.answer for prompt in rows.prompts]
+        answers = answer(opened.model, opened.tokenizer, ids, max_new_tokens, batch_size)
+        values |= answer_metrics(answers, expected, metrics)
+        scores = scores.model_copy(update={"answers": matches(answers, expected)})
     if harness is not None:
         values |= harness.measure(opened, batch_size)
     return scores, values
 
 
-def _against_record(subject: AdapterRef, rows: ScoredRows, scores: RowScores) -> list[str]:
-    """What speaks against it that the adapter, measured here, is the one that was evaluated while it trained."""
+def _compare_with_record(adapter: AdapterRef, rows: ScoredRows, scores: RowScores) -> list[str]:
+    """Compare the scores of the trained form with those recorded during training. Returns warnings."""
     if not rows.are_own:
         return []
-    recorded, number = read_scores(subject.adapter), len(scores.losses)
+    recorded, number = read_scores(adapter.folder), len(scores.losses)
     if recorded is None:
-        return [f"{subject.name}: its folder holds no scores of its rows, so that its loss is held against nothing"]
+        return [
+            f"{adapter.name}: its folder has no row scores, so its loss cannot be compared with the one in training"
+        ]
     if recorded.tokens[:number] != scores.tokens:
-        return [f"{subject.name}: these rows are not those that it was evaluated on while it trained"]
+        return [f"{adapter.name}: these rows differ from those that it was evaluated on during training"]
     loss = sum(recorded.losses[:number]) / sum(recorded.tokens[:number])
     if abs(scores.loss - loss) <= TOLERANCE:
         return []
     return [
-        f"{subject.name}: its loss as it was trained is {scores.loss:.6g} here, {scores.loss - loss:+.2g} from the "
-        f"{loss:.6g} that was recorded while it trained"
+        f"{adapter.name}: the loss of form adapter is {scores.loss:.6g} here, {scores.loss - loss:+.2g} from the "
+        f"{loss:.6g} recorded during training"
     ]
 
 
 def _section(row: Row, file: Path) -> DataSection:
-    """The format that a row's columns tell."""
+    """Infer the format from the columns of a row."""
     columns = set(row.values)
     if "messages" in columns or in_two_columns(row.values):
         return DataSection(source=str(file.resolve()), format="messages", loss_on="completion")
@@ -297,7 +305,7 @@ def _section(row: Row, file: Path) -> DataSection:
     if "text" in columns:
         return DataSection(source=str(file.resolve()), format="text")
     raise DataError(
-        f"{row.where}: the adapter does not say how its rows were written, and these columns do not tell: "
+        f"{row.where}: the adapter does not record its data format, and it cannot be inferred from the columns "
         f"{', '.join(row.values)}",
-        "Give a file with the columns messages, prompt and completion, or text.",
+        "Give a file with the column messages, the columns prompt and completion, or the column text.",
     )

@@ -1,105 +1,112 @@
-"""An adapter in the forms it may be deployed in, opened in memory as their exports would be loaded."""
+"""Forms in which an adapter may be deployed, opened in memory as their exports would be loaded."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 from orchestrator.base import base_location, evict, keep_trainable, load_base, load_tokenizer
 from orchestrator.deploy.adapter_ref import AdapterRef
-from orchestrator.deploy.load import put_on
+from orchestrator.deploy.load import attach_adapter
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 
 Form = Literal["adapter", "adapter-16bit", "merged", "merged-original", "merged-4bit"]
-"""adapter: on the base as it was trained on. adapter-16bit: on the base's original weights. merged: one matrix a layer,
-of the weights it was trained on (dequantised) and its update. merged-original: the same, of the original weights.
-merged-4bit: merged, then quantised as the base was."""
+"""The forms of an adapter:
+
+- adapter: on the base as in training.
+- adapter-16bit: on the base's original weights.
+- merged: merged into the weights it was trained on, dequantized.
+- merged-original: merged into the original weights.
+- merged-4bit: `merged`, quantized as the base was.
+"""
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True)
 class OpenForm:
-    """A form in memory, in evaluation mode."""
+    """A form that is loaded, in evaluation mode."""
 
     model: Any
     tokenizer: Any
     dtype: str
-    """Of matrix products, and of the weights that are not quantised."""
+    """Type of matrix products and of the weights that are not quantized."""
 
 
 def forms_of(base: BaseSection) -> tuple[Form, ...]:
-    """Those that an adapter on this base can have."""
+    """Return the forms that an adapter on this base can have."""
     return tuple(form for form in FORMS if form != "merged-4bit" or base.is_4bit)
 
 
 def require_form(base: BaseSection, form: Form) -> None:
-    """Find out before anything is loaded whether a form can be opened.
+    """Check whether a form can be opened, before any model is loaded.
 
     Raises:
-        RequestError: the base has no such weights, or is not there.
+        RequestError: the base does not have such weights, or cannot be found.
     """
-    load_tokenizer(base)  # a base that is not there is told here
+    load_tokenizer(base)  # raises if the base cannot be found
     if form not in forms_of(base):
         raise RequestError(
-            f"form {form}: the base {base.model} was not held in 4 bits", f"Its forms: {', '.join(forms_of(base))}."
+            f"form {form}: base {base.model} was not loaded in 4 bits", f"Choose from {', '.join(forms_of(base))}."
         )
     if form in ("adapter-16bit", "merged-original") and getattr(_file_config(base), "quantization_config", None):
         raise RequestError(
-            f"form {form}: the very files of {base.model} are quantised",
-            "Name other forms (adapter, merged, merged-4bit), or train on the 16-bit model that it was made from.",
+            f"form {form}: the files of {base.model} contain quantized weights",
+            "Choose other forms (adapter, merged, merged-4bit), or train on the 16-bit model that it was made from.",
         )
 
 
 @contextmanager
-def open_form(subject: AdapterRef, form: Form, dtype: str) -> Iterator[OpenForm]:
-    """Open a form; its memory is free at the end, whoever still names the model.
+def open_form(adapter: AdapterRef, form: Form, dtype: str) -> Iterator[OpenForm]:
+    """Open a form. On exit its memory is freed, even if the caller still has a reference to the model.
 
-    The merged forms are made layer by layer, within the memory of a model in `dtype`.
+    Merged forms are made layer by layer, within the memory of a model in `dtype`.
 
     Args:
-        subject: the adapter.
-        form: see `Form`.
-        dtype: type of the weights, by torch's name; `adapter` and `merged-4bit` have the base's own.
+        adapter: the adapter.
+        form: the form to open.
+        dtype: torch's name of the type of the weights; `adapter` and `merged-4bit` use the base's `compute_dtype`.
 
     Raises:
-        RequestError: its base cannot be loaded.
+        RequestError: the base cannot be loaded, or the adapter does not match it.
     """
-    tokenizer = load_tokenizer(subject.base, subject.config.data.chat_template if subject.config else None)
-    model = _open(subject, form, dtype)
+    tokenizer = load_tokenizer(adapter.base, adapter.config.data.chat_template if adapter.config else None)
+    model = _open(adapter, form, dtype)
     model.eval()
     try:
-        yield OpenForm(model, tokenizer, subject.base.compute_dtype if form in ("adapter", "merged-4bit") else dtype)
+        yield OpenForm(model, tokenizer, adapter.base.compute_dtype if form in ("adapter", "merged-4bit") else dtype)
     finally:
-        _take_apart(model)
+        _release(model)
         evict()
 
 
-def _open(subject: AdapterRef, form: Form, dtype: str) -> Any:
-    base = subject.base
+def _open(adapter: AdapterRef, form: Form, dtype: str) -> Any:
+    base = adapter.base
     match form:
         case "adapter":
-            return put_on(load_base(base), subject)
+            return attach_adapter(load_base(base), adapter)
         case "adapter-16bit":
-            return put_on(load_base(_unquantised(base, dtype)), subject)
+            return attach_adapter(load_base(_unquantized(base, dtype)), adapter)
         case "merged-original":
-            # In the type of the files: what is rounded before the sum would be rounded twice.
-            return _merged(put_on(load_base(_unquantised(base, _file_dtype(base))), subject), dtype)
+            # Loaded in the type of the files, so that weights are rounded once, after the sum.
+            return _merged(attach_adapter(load_base(_unquantized(base, _file_dtype(base))), adapter), dtype)
         case "merged":
             model = load_base(base)
-            _dequantise(model)
-            return _merged(put_on(model, subject), dtype)
+            _dequantize(model)
+            return _merged(attach_adapter(model, adapter), dtype)
         case "merged-4bit":
             model = load_base(base)
-            names = _dequantise(model)
-            merged = _merged(put_on(model, subject), dtype)
-            _quantise(merged, names, base)
+            names = _dequantize(model)
+            merged = _merged(attach_adapter(model, adapter), dtype)
+            _quantize(merged, names, base)
             return merged
+        case _:
+            assert_never(form)
 
 
-def _unquantised(base: BaseSection, dtype: str) -> BaseSection:
+def _unquantized(base: BaseSection, dtype: str) -> BaseSection:
     return base.model_copy(update={"quantization": "none", "compute_dtype": dtype})
 
 
@@ -115,11 +122,11 @@ def _file_dtype(base: BaseSection) -> str:
     return str(_file_config(base).dtype or "float32").removeprefix("torch.")
 
 
-def _dequantise(model: Any) -> list[str]:
-    """Replace quantised layers by plain ones of the same values, one at a time.
+def _dequantize(model: Any) -> list[str]:
+    """Replace quantized layers with plain ones of the same values, one at a time.
 
     Returns:
-        Names of the layers.
+        The names of the layers.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
@@ -138,10 +145,10 @@ def _dequantise(model: Any) -> list[str]:
 
 
 def _merged(adapted: Any, dtype: str) -> Any:
-    """Base and adapter as one plain model: summed in float32, then rounded once.
+    """Merge an adapter into plain layers: summed in float32, then rounded once.
 
-    PEFT alone sums in the base's type, and merges into a 4-bit weight by quantising it again (peft 0.21, issues 2321
-    and 2368). It stands on plain layers here, each of which is widened while it is merged.
+    PEFT alone sums in the base's type, and after merging into a 4-bit weight it quantizes the weight again (peft 0.21,
+    issues 2321 and 2368). Here the layers are plain, and each is converted to float32 while it is merged.
     """
     import torch
     from peft.tuners.lora import Linear
@@ -149,44 +156,47 @@ def _merged(adapted: Any, dtype: str) -> Any:
     target = getattr(torch, dtype)
     for layer in adapted.modules():
         if isinstance(layer, Linear):
-            held = layer.get_base_layer()
-            # A parameter of its own: a head that shares the embedding's must not change that.
-            held.weight = torch.nn.Parameter(held.weight.detach().to(torch.float32, copy=True), requires_grad=False)
+            plain = layer.get_base_layer()
+            # A new parameter: a head may share its weight with the embedding, which must not change.
+            plain.weight = torch.nn.Parameter(plain.weight.detach().to(torch.float32, copy=True), requires_grad=False)
             layer.merge()
-            held.weight.data = held.weight.data.to(target)
+            plain.weight.data = plain.weight.data.to(target)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that these layers are merged already
+        warnings.simplefilter("ignore")  # the warning that the layers are already merged
         model = adapted.merge_and_unload()
     _cast(model, target)
     return model
 
 
-def _quantise(model: Any, names: Sequence[str], base: BaseSection) -> None:
-    """Quantise these layers, one at a time, as `load_base` does when it loads the merged model from a folder."""
+def _quantize(model: Any, names: Sequence[str], base: BaseSection) -> None:
+    """Quantize these layers one at a time, as `load_base` would when loading the merged model from a folder."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     compute_dtype = getattr(torch, base.compute_dtype)
-    kind = {"compress_statistics": base.double_quant, "quant_type": base.quantization}
+    settings = {"compress_statistics": base.double_quant, "quant_type": base.quantization}
     _cast(model, compute_dtype)
     for name in names:
         plain = model.get_submodule(name)
         shape = plain.in_features, plain.out_features
-        packed = Linear4bit(*shape, bias=False, compute_dtype=compute_dtype, device="meta", **kind)
-        whole = Params4bit(plain.weight.detach(), requires_grad=False, module=packed, **kind)
-        packed.weight = whole.to(plain.weight.device)  # this quantises
+        packed = Linear4bit(*shape, bias=False, compute_dtype=compute_dtype, device="meta", **settings)
+        whole = Params4bit(plain.weight.detach(), requires_grad=False, module=packed, **settings)
+        packed.weight = whole.to(plain.weight.device)  # this quantizes
         packed.bias = plain.bias
         model.set_submodule(name, packed)
     keep_trainable(model)
 
 
-def _take_apart(model: Any) -> None:
-    """At every level: PEFT's model holds a method of the one within (peft 0.21, `PeftModelForCausalLM`)."""
+def _release(model: Any) -> None:
+    """Drop the submodules at every level, so that the weights are freed.
+
+    PEFT's model keeps a reference to a method of the inner model (peft 0.21, `PeftModelForCausalLM`).
+    """
     for module in list(model.modules()):
         module._modules.clear()
 
 
 def _cast(model: Any, dtype: Any) -> None:
-    """Parameters only: transformers keeps buffers, such as rotary frequencies, in float32."""
+    """Cast parameters but not buffers: transformers keeps those, such as rotary frequencies, in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

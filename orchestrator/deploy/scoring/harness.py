@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, by its own package."""
+"""Run tasks of lm-evaluation-harness, with its own package."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,19 @@ from orchestrator.spec.optional_packages import require_package
 
 @dataclass(frozen=True)
 class Harness:
-    """Tasks whose data is at hand."""
+    """Tasks whose data are loaded."""
 
     manager: Any
     tasks: list[str]
     limit: int | None
-    """Only the first rows of each task."""
+    """Number of rows to use of each task; None for all."""
 
     def measure(self, opened: OpenForm, batch_size: int) -> dict[str, float]:
-        """Values by `task/metric`, such as `hellaswag/acc`; a metric's filter follows it, where it has one."""
+        """Run the tasks.
+
+        Returns:
+            `task/metric` -> value, such as `hellaswag/acc`. A filter other than `none` follows the metric.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -49,15 +53,15 @@ def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | 
 
     Args:
         tasks: names of tasks, groups or tags.
-        folder: of further tasks (YAML), beside those of the package.
-        limit: take only the first rows of each.
+        folder: folder of additional tasks (YAML).
+        limit: use only the first rows of each task.
 
     Raises:
-        RequestError: the package is missing, there is no such folder or task, its file is not YAML, or it or its data
-            cannot be loaded.
+        RequestError: the package is missing; there is no such folder or task; the task's file is not valid YAML; or the
+            task or its data cannot be loaded.
     """
     require_package("lm_eval", "--tasks", "harness")
-    if folder is not None and not folder.is_dir():  # which the package passes over
+    if folder is not None and not folder.is_dir():  # the package would ignore it
         raise RequestError(f"--tasks-folder {folder}: there is no such folder")
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
@@ -70,27 +74,29 @@ def open_harness(tasks: Sequence[str], folder: Path | None = None, limit: int | 
             near = get_close_matches(task, manager.all_tasks, n=5)
             raise RequestError(
                 f"--tasks {task!r}: lm-evaluation-harness has no such task",
-                f"Close to it: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them.",
+                f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists all tasks.",
             )
     try:
         manager.load(list(tasks))
-    except Exception as error:  # a task's file names its data, fields of a row, and Python, which may raise anything
+    except Exception as error:  # the file of a task may contain Python, which may raise anything
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        said = str(cause).strip().splitlines()
+        lines = str(cause).strip().splitlines()
         raise RequestError(
-            f"--tasks {','.join(tasks)}: cannot be loaded: {type(cause).__name__}{f': {said[0]}' if said else ''}"
+            f"--tasks {','.join(tasks)}: cannot be loaded: {type(cause).__name__}{f': {lines[0]}' if lines else ''}"
         ) from error
     return Harness(manager, list(tasks), limit)
 
 
 def _require_yaml(folder: Path, task: str) -> None:
-    """Look whether a task was not found because its file cannot be read: the package passes over such files."""
+    """Raise RequestError if a file is not valid YAML. The package skips such files, so that their tasks are missing."""
     for path in sorted(folder.rglob("*.yaml")):
         try:
-            for _ in yaml.parse(path.read_bytes()):  # tags, such as !function, keep their names
+            for _ in yaml.parse(path.read_bytes()):  # parsing does not resolve tags such as !function
                 pass
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f" line {mark.line + 1}:" if mark else ""
             fault = getattr(error, "problem", None) or error
-            raise RequestError(f"--tasks {task!r}: is not found, and {path}:{line} is not YAML: {fault}") from error
+            raise RequestError(
+                f"--tasks {task!r}: there is no such task; {path}:{line} is not valid YAML: {fault}"
+            ) from error

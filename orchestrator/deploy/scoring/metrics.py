@@ -1,8 +1,8 @@
-"""What is measured of a form beside its loss: perplexity, and its answers against those that are wanted."""
+"""Metrics besides the loss: perplexity, and comparisons of generated answers with the expected ones."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 from orchestrator.adapters.generate import matches
 from orchestrator.spec.optional_packages import require_package
@@ -11,13 +11,13 @@ Metric = Literal["loss", "perplexity", "exact_match", "rouge", "bleu"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 GENERATED: tuple[Metric, ...] = ("exact_match", "rouge", "bleu")
-"""Those that need answers."""
+"""Metrics that need generated answers."""
 
 _PACKAGES: dict[Metric, str] = {"rouge": "rouge_score", "bleu": "sacrebleu"}
 
 
 def require_packages(metrics: Sequence[Metric]) -> None:
-    """Find out before anything is loaded whether what these metrics need is installed.
+    """Check that the packages of these metrics are installed, before any model is loaded.
 
     Raises:
         RequestError: a package is missing.
@@ -28,27 +28,43 @@ def require_packages(metrics: Sequence[Metric]) -> None:
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss a token, in nats."""
+    """Return the perplexity of a mean loss per token, in nats."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
 
 
-def answer_metrics(said: Sequence[str], wanted: Sequence[str], metrics: Sequence[Metric]) -> dict[str, float]:
-    """Values of those metrics that need answers: `exact_match` (a share), `rougeL` (mean F1 by rouge-score, 0 to 1),
-    `bleu` (corpus BLEU by sacrebleu, 0 to 100)."""
+def answer_metrics(answers: Sequence[str], expected: Sequence[str], metrics: Sequence[Metric]) -> dict[str, float]:
+    """Compute the metrics that need answers.
+
+    Returns:
+        `exact_match` (share of correct answers), `rougeL` (mean F1 by rouge-score, 0 to 1) and `bleu` (corpus BLEU by
+        sacrebleu, 0 to 100), as far as requested.
+    """
     values: dict[str, float] = {}
-    if "exact_match" in metrics:
-        values["exact_match"] = sum(matches(said, wanted)) / len(wanted)
-    if "rouge" in metrics:
-        from rouge_score.rouge_scorer import RougeScorer
+    for metric in METRICS:
+        if metric not in metrics:
+            continue
+        match metric:
+            case "loss" | "perplexity":
+                pass
+            case "exact_match":
+                values["exact_match"] = sum(matches(answers, expected)) / len(expected)
+            case "rouge":
+                values["rougeL"] = _rouge_l(answers, expected)
+            case "bleu":
+                from sacrebleu import corpus_bleu
 
-        scorer = RougeScorer(["rougeL"])
-        each = [scorer.score(other, one)["rougeL"].fmeasure for one, other in zip(said, wanted, strict=True)]
-        values["rougeL"] = sum(each) / len(each)
-    if "bleu" in metrics:
-        from sacrebleu import corpus_bleu
-
-        values["bleu"] = corpus_bleu(list(said), [list(wanted)]).score
+                values["bleu"] = corpus_bleu(list(answers), [list(expected)]).score
+            case _:
+                assert_never(metric)
     return values
+
+
+def _rouge_l(answers: Sequence[str], expected: Sequence[str]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    scores = [scorer.score(other, one)["rougeL"].fmeasure for one, other in zip(answers, expected, strict=True)]
+    return float(sum(scores) / len(scores))

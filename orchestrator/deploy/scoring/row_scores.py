@@ -1,4 +1,4 @@
-"""The loss of held-out rows under any causal language model, row by row."""
+"""Loss and correct tokens of held-out rows under any causal language model, row by row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from orchestrator.record import RowScores
 
 
 def score_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: int) -> RowScores:
-    """Scores by plain transformers, whatever trained the model.
+    """Score rows with plain transformers, independent of the engine that trained the model.
 
     Args:
-        model: any causal language model, left in evaluation mode.
-        rows: each with `input_ids` and `labels`, both (tokens,); a label of -100 has no loss. A `datasets.Dataset` of
-            a sweep is such.
-        batch_size: rows a forward pass; rows of like length go together.
+        model: any causal language model; it is left in evaluation mode.
+        rows: rows with `input_ids` and `labels`, both (tokens,), such as a sweep's `datasets.Dataset`. A label of -100
+            has no loss.
+        batch_size: rows per forward pass; rows of similar length are batched together.
     """
     import torch
 
@@ -25,7 +25,7 @@ def score_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: 
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         width = max(lengths[i] for i in chosen)
-        # Filled on the right, where no real token sees it: what stands there is masked, and has no loss.
+        # Pad on the right: no real token attends to the padding, which is masked and has no loss.
         ids = torch.zeros((len(chosen), width), dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         mask = torch.zeros_like(ids)
@@ -37,8 +37,9 @@ def score_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: 
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
         for at, i in enumerate(chosen):
-            wanted, said = labels[at, 1 : lengths[i]], logits[at, : lengths[i] - 1].float()
-            losses[i] = torch.nn.functional.cross_entropy(said, wanted, ignore_index=IGNORED, reduction="sum").item()
-            hits[i] = int((said.argmax(-1) == wanted).sum())
-            tokens[i] = int((wanted != IGNORED).sum())
+            targets, predicted = labels[at, 1 : lengths[i]], logits[at, : lengths[i] - 1].float()
+            loss = torch.nn.functional.cross_entropy(predicted, targets, ignore_index=IGNORED, reduction="sum")
+            losses[i] = loss.item()
+            hits[i] = int((predicted.argmax(-1) == targets).sum())
+            tokens[i] = int((targets != IGNORED).sum())
     return RowScores(losses=losses, hits=hits, tokens=tokens)

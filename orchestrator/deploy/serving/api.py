@@ -1,6 +1,7 @@
-"""The OpenAI protocol over HTTP: models, chat completions, completions; and whether all is well.
+"""HTTP application with OpenAI's protocol: models, chat completions, completions, and a health check.
 
-What is not understood is refused, and not passed over: one choice, text in and out, `temperature` 0 unless it is given.
+Unsupported fields are rejected, not ignored. A response has one choice, prompts and answers are text, and the default
+of `temperature` is 0.
 """
 
 import json
@@ -21,12 +22,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.deploy.chat import Sampling
-from orchestrator.deploy.serving.served import AdapterServer, AnswerPiece
+from orchestrator.deploy.serving.adapter_server import AdapterServer, AnswerPiece
 from orchestrator.errors import OrchestratorError, RequestError
 
 Document = dict[str, Any]
 
-ASKS_NOTHING: Mapping[str, list[Any]] = {
+NEUTRAL_VALUES: Mapping[str, list[Any]] = {
     "best_of": [1],
     "echo": [False],
     "function_call": ["none", "auto"],
@@ -46,20 +47,20 @@ ASKS_NOTHING: Mapping[str, list[Any]] = {
     "top_logprobs": [0],
     "verbosity": ["medium"],
 }
-"""OpenAI's other fields, with the values that ask for nothing, as null does in any field: clients send them unasked."""
+"""OpenAI's other fields with their neutral values, which clients send by default. Null is neutral in every field."""
 
 
 def _text(given: str) -> str:
-    """Text that can be written as bytes. JSON's escapes can also tell half of a character, which cannot."""
+    """Reject text that cannot be encoded: JSON's escapes may contain a lone surrogate."""
     try:
         given.encode()
     except UnicodeEncodeError as error:
-        raise PydanticCustomError("half_character", "holds half of a character (a lone surrogate)") from error
+        raise PydanticCustomError("half_character", "contains a lone surrogate") from error
     return given
 
 
 def _listed(given: Any) -> Any:
-    """One text as a list of it. (Of a union pydantic would tell the faults of each branch.)"""
+    """Convert a single text to a list. With a union type, pydantic would report the errors of each branch."""
     if isinstance(given, str):
         return [_text(given)]
     if not isinstance(given, list):
@@ -68,14 +69,14 @@ def _listed(given: Any) -> Any:
 
 
 def _parts(given: Any) -> Any:
-    """A message's content as a list of parts."""
+    """Convert the content of a message to a list of parts."""
     listed = _listed(given)
     return [{"type": "text", "text": text} for text in listed] if isinstance(given, str) else listed
 
 
 _Text = Annotated[str, AfterValidator(_text)]
 _Count = Annotated[int, Field(ge=1)] | None
-_One = Annotated[int, Field(ge=1, le=1)] | None  # of a Literal[1], true would be one too
+_One = Annotated[int, Field(ge=1, le=1)] | None  # Literal[1] would also accept true
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
@@ -89,7 +90,7 @@ class _StreamOptions(_Strict):
 
 
 class _Request(_Strict):
-    """What both kinds of completion take; the last fields have no part in an answer."""
+    """Fields of both kinds of completion. The last three do not influence the answer."""
 
     model: str
     max_tokens: _Count = None
@@ -108,11 +109,11 @@ class _Request(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out(cls, given: Any) -> Any:
-        """Fields that ask for nothing. What is left of them is refused, as is any that nobody knows."""
+    def _drop_neutral(cls, given: Any) -> Any:
+        """Drop fields with neutral values. Other values of these fields are rejected, like unknown fields."""
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if not _asks_nothing(name, value)}
+        return {name: value for name, value in given.items() if not _is_neutral(name, value)}
 
     @property
     def sampling(self) -> Sampling:
@@ -123,9 +124,9 @@ class _Request(_Strict):
         return [stop for stop in self.stop or [] if stop]
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
-    # By their types too: False == 0, and `logprobs: 0` asks for those of the tokens themselves.
-    return value is None or any(type(value) is type(each) and value == each for each in ASKS_NOTHING.get(name, []))
+def _is_neutral(name: str, value: Any) -> bool:
+    # Types are compared too: False == 0, but `logprobs: 0` requests the log probabilities of the answer's tokens.
+    return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL_VALUES.get(name, []))
 
 
 class _TextPart(BaseModel):
@@ -134,7 +135,7 @@ class _TextPart(BaseModel):
 
 
 class _Message(BaseModel):
-    """A turn. Other fields, which clients send back with an answer, are passed over; but not calls of tools."""
+    """A turn. Unknown fields are ignored, as clients send back all fields of an answer. Tool calls are rejected."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], BeforeValidator(_parts)]
@@ -157,7 +158,7 @@ class TextRequest(_Request):
 
 
 class Guard:
-    """Lets requests through that bear the token; any may ask for `/health`."""
+    """Rejects requests without the token, except those for `/health`."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -174,20 +175,20 @@ class Guard:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a kind of completion is written down."""
+    """Response format of one kind of completion."""
 
     prefix: str
-    """Of its id."""
+    """Prefix of the response's id."""
     whole_object: str
     part_object: str
     max_tokens: int
-    """Of an answer for which none are asked."""
+    """Default for requests that do not set it."""
     whole: Callable[[str], Document]
     part: Callable[[str], Document]
     opening: Document
-    """The part before the first."""
+    """First streamed part, before any text."""
     strip: bool
-    """Whether space at the ends belongs to the form of the rows, and not to the answer."""
+    """Whether to strip whitespace at both ends of the answer, which belongs to the format of the rows."""
 
 
 _CHAT = _Shape(
@@ -204,7 +205,7 @@ _TEXT = _Shape(
     "cmpl",
     "text_completion",
     "text_completion",
-    16,  # OpenAI's
+    16,  # as OpenAI
     lambda text: {"text": text},
     lambda text: {"text": text},
     {"text": ""},
@@ -213,11 +214,11 @@ _TEXT = _Shape(
 
 
 def create_app(models: Mapping[str, AdapterServer], token: str | None) -> ASGIApp:
-    """An ASGI application.
+    """Build the ASGI application.
 
     Args:
-        models: started ones, by the names they are asked by.
-        token: that requests must bear; None for none.
+        models: model name -> started server.
+        token: bearer token that requests must send; None to accept all requests.
     """
     app = FastAPI(openapi_url=None)
     _answer_errors(app)
@@ -226,8 +227,12 @@ def create_app(models: Mapping[str, AdapterServer], token: str | None) -> ASGIAp
 
     @app.get("/health")
     def health() -> Response:
-        dead = [name for name, served in models.items() if not served.alive]
-        return _error(503, f"{', '.join(dead)}: answers no more") if dead else JSONResponse({"status": "ok"})
+        dead = [name for name, server in models.items() if not server.alive]
+        return (
+            _error(503, f"{', '.join(dead)}: no longer answers; restart the server")
+            if dead
+            else JSONResponse({"status": "ok"})
+        )
 
     @app.get("/v1/models")
     def list_models() -> Response:
@@ -239,51 +244,52 @@ def create_app(models: Mapping[str, AdapterServer], token: str | None) -> ASGIAp
 
     @app.post("/v1/chat/completions")
     async def complete_chat(asked: ChatRequest, request: Request) -> Response:
-        if (served := models.get(asked.model)) is None:
+        if (server := models.get(asked.model)) is None:
             return _no_model(asked.model, models)
-        ids = served.form.ids([message.turn for message in asked.messages])
-        return await _complete(request, served, ids, asked, asked.max_completion_tokens or asked.max_tokens, _CHAT)
+        ids = server.form.ids([message.turn for message in asked.messages])
+        return await _complete(request, server, ids, asked, asked.max_completion_tokens or asked.max_tokens, _CHAT)
 
     @app.post("/v1/completions")
     async def complete_text(asked: TextRequest, request: Request) -> Response:
-        if (served := models.get(asked.model)) is None:
+        if (server := models.get(asked.model)) is None:
             return _no_model(asked.model, models)
-        return await _complete(request, served, served.plain_ids(asked.prompt), asked, asked.max_tokens, _TEXT)
+        return await _complete(request, server, server.plain_ids(asked.prompt), asked, asked.max_tokens, _TEXT)
 
     return Guard(app, token) if token else app
 
 
 async def _complete(
-    request: Request, served: AdapterServer, ids: list[int], asked: _Request, max_tokens: int | None, shape: _Shape
+    request: Request, server: AdapterServer, ids: list[int], asked: _Request, max_tokens: int | None, shape: _Shape
 ) -> Response:
-    """The response to a request that was understood.
+    """Answer a valid request.
 
     Raises:
-        RequestError: it cannot be done.
+        RequestError: the request cannot be satisfied.
     """
-    room = served.context - len(ids)
-    max_tokens = max_tokens or max(1, min(shape.max_tokens, room))
+    num_left = server.context - len(ids)
+    max_tokens = max_tokens or max(1, min(shape.max_tokens, num_left))
     if not ids:
         raise RequestError("the prompt is empty")
-    if max_tokens > room:
+    if max_tokens > num_left:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens, and {max_tokens} are asked for; together they may be {served.context}"
+            f"max_tokens: the prompt has {len(ids)} tokens and the answer may have {max_tokens}; "
+            f"their sum must not exceed {server.context}"
         )
     if asked.seed is not None and asked.sampling.temperature > 0:
-        raise RequestError("seed: needs temperature 0; requests that are answered together share their random numbers")
-    if not served.alive:
-        return _error(503, f"{asked.model}: answers no more")
+        raise RequestError("seed: needs temperature 0, as concurrent requests share one random generator")
+    if not server.alive:
+        return _error(503, f"{asked.model}: no longer answers; restart the server")
     head = {"id": f"{shape.prefix}-{uuid4().hex}", "created": int(time.time()), "model": asked.model}
-    pieces = served.answer(ids, max_tokens, asked.sampling, asked.stops, shape.strip)
+    pieces = server.answer(ids, max_tokens, asked.sampling, asked.stops, shape.strip)
     if asked.stream:
-        counted = asked.stream_options is not None and asked.stream_options.include_usage
-        events = _events(head | {"object": shape.part_object}, pieces, shape, len(ids) if counted else None)
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = _events(head | {"object": shape.part_object}, pieces, shape, len(ids) if with_usage else None)
         return StreamingResponse(events, media_type="text/event-stream")
     text, last = "", AnswerPiece("", 0)
     async with aclosing(pieces):
         async for last in pieces:
             text += last.text
-            if await request.is_disconnected():  # nobody waits for it any more
+            if await request.is_disconnected():  # the client has gone
                 break
     choice = _choice(shape.whole(text), last.finish_reason)
     usage = _usage(len(ids), last.num_tokens)
@@ -293,7 +299,7 @@ async def _complete(
 async def _events(
     head: Document, pieces: AsyncGenerator[AnswerPiece, None], shape: _Shape, num_prompt: int | None
 ) -> AsyncIterator[str]:
-    """Server-sent events; with the tokens used at the end, unless `num_prompt` is None."""
+    """Yield server-sent events. The last one reports the token usage, unless `num_prompt` is None."""
     yield _event(head | {"choices": [_choice(shape.opening)]})
     last = AnswerPiece("", 0)
     try:
@@ -312,8 +318,8 @@ def _event(document: Document) -> str:
     return f"data: {json.dumps(document)}\n\n"
 
 
-def _choice(said: Document, finish_reason: str | None = None) -> Document:
-    return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+def _choice(content: Document, finish_reason: str | None = None) -> Document:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _usage(num_prompt: int, num_answer: int) -> Document:
@@ -322,7 +328,7 @@ def _usage(num_prompt: int, num_answer: int) -> Document:
 
 
 def _fault(message: str, kind: str, param: str | None = None, code: str | None = None) -> Document:
-    """An error as OpenAI writes it."""
+    """Return an error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -332,23 +338,23 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
 
 
 def _no_model(name: str, models: Mapping[str, AdapterServer]) -> Response:
-    message = f"there is no model {name!r:.80} here; there are: {', '.join(models)}"
+    message = f"model: {name!r:.80} is not served here; choose from {', '.join(models)}"
     return _error(404, message, "model", "model_not_found")
 
 
 def _why_unsupported(field: str) -> str:
-    idle = [json.dumps(value) for value in ASKS_NOTHING.get(field, [])]
-    return f"is not supported, except as {' or '.join(idle)}" if idle else "is not supported"
+    neutral = [json.dumps(value) for value in NEUTRAL_VALUES.get(field, [])]
+    return f"is not supported, except as {' or '.join(neutral)}" if neutral else "is not supported"
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Give every error the form in which OpenAI's clients look for it."""
+    """Return every error in OpenAI's format, which its clients expect."""
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _error(400, f"the body is no JSON: {first['ctx']['error']} (char {first['loc'][-1]})")
+            return _error(400, f"the body is not valid JSON: {first['ctx']['error']} (char {first['loc'][-1]})")
         param = ".".join(str(part) for part in first["loc"] if part != "body")
         fault = _why_unsupported(param) if first["type"] == "extra_forbidden" else first["msg"]
         return _error(400, f"{param or 'the body'}: {fault}", param or None)
@@ -358,10 +364,10 @@ def _answer_errors(app: FastAPI) -> None:
         return _error(400 if isinstance(error, RequestError) else 500, str(error))
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    async def http_error(_: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
-        # It is raised again behind the answer, and so logged.
-        return _error(500, f"the server failed at this request ({type(error).__name__}); its log says more")
+        # Starlette raises the error again after this response, so that it is logged.
+        return _error(500, f"the server failed to answer this request ({type(error).__name__}); see its log")

@@ -1,7 +1,7 @@
-"""The command that serves adapters by vLLM. Options are named as in vLLM 0.33.
+"""The command that serves adapters with vLLM. Options are named as in vLLM 0.33.
 
-It wants other versions of torch and transformers than are pinned here, and so an environment of its own, with its
-command on the path. From 0.28 on it holds a base in 4 bits only with `vllm-bnb-plugin` beside it.
+vLLM needs other versions of torch and transformers than this package, so it must be installed in its own environment,
+with its command on PATH. Since 0.28 it loads a base in 4 bits only if `vllm-bnb-plugin` is installed as well.
 """
 
 import json
@@ -15,24 +15,24 @@ from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.spec.sections import BaseSection
 
 CHAT_TEMPLATE = "chat_template.jinja"
-"""File of an adapter folder in which its tokenizer keeps it."""
+"""An adapter folder's file with the chat template of its tokenizer."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""Values that `--max-lora-rank` accepts."""
 
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""PEFT's ways to begin that leave the base as it is (`vllm/lora/peft_helper.py`)."""
+_SUPPORTED_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""PEFT's initializations that do not change the base (`vllm/lora/peft_helper.py`)."""
 
 
 def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptForm, host: str, port: int) -> list[str]:
-    """`vllm serve` with adapters side by side on their base, greedy unless asked otherwise.
+    """Build the command line of `vllm serve`, with adapters on their common base. Answers are greedy by default.
 
     Args:
-        base: of all adapters.
-        adapters: their folders by the names they are asked by, of ranks up to the last of `RANKS`.
-        form: of their questions.
+        base: base of all adapters.
+        adapters: model name -> adapter folder; no rank may exceed the last of `RANKS`.
+        form: prompt form of the adapters.
         host: address to listen on.
-        port: its port.
+        port: port to listen on.
     """
     command = ["vllm", "serve", base_location(base), "--served-model-name", base.model, "--dtype", base.compute_dtype]
     if base.revision is not None:
@@ -43,36 +43,36 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
         command += ["--quantization", "bitsandbytes"]
     if not form.takes_turns:
         command += ["--chat-template", question_template(form)]
-    elif form.data and form.data.chat_template:  # else it takes that of the base
+    elif form.data and form.data.chat_template:  # otherwise vLLM uses the template of the base
         command += ["--chat-template", str((next(iter(adapters.values())) / CHAT_TEMPLATE).resolve())]
     modules = [json.dumps({"name": name, "path": str(path.resolve())}) for name, path in adapters.items()]
     command += ["--enable-lora", "--max-loras", str(len(modules))]
     largest = max(map(largest_rank, adapters.values()))
     command += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= largest)), "--lora-modules", *modules]
     folder = next(iter(adapters.values())).resolve()
-    if (folder / GENERATION).is_file():  # vLLM stops at its eos_token_id; else it reads the base's
+    if (folder / GENERATION).is_file():  # vLLM stops at its eos_token_id; by default it reads the base's file
         command += ["--generation-config", str(folder)]
     command += ["--override-generation-config", '{"temperature": 0}']
     return [*command, "--host", host, "--port", str(port)]
 
 
 def more_than_lora(adapter: Path) -> str | None:
-    """What an adapter has that vLLM does not take beside LoRA's matrices, or None."""
+    """Name a part of an adapter that vLLM does not support, other than LoRA matrices; None if there is none."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     init, kind = config.get("init_lora_weights"), config.get("peft_type", "LORA")
-    has = {
+    parts = {
         f"parts of {kind}": kind != "LORA",
         "DoRA's magnitudes": config.get("use_dora"),
         "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "modules that trained whole": config.get("modules_to_save"),
+        "fully trained modules": config.get("modules_to_save"),
         "trained tokens": config.get("trainable_token_indices"),
-        f"a base that {init} has changed": isinstance(init, str) and init.lower() not in _PLAIN_STARTS,
+        f"a base that was changed by {init}": isinstance(init, str) and init.lower() not in _SUPPORTED_INITS,
     }
-    return next((what for what, is_there in has.items() if is_there), None)
+    return next((part for part, is_present in parts.items() if is_present), None)
 
 
 def largest_rank(adapter: Path) -> int:
-    """Of an adapter's modules, by its LoRA configuration."""
+    """Return the largest rank of an adapter's modules, by its LoRA configuration."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     largest: int = max([config["r"], *config.get("rank_pattern", {}).values()])
     return largest

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import load_peft_weights
 
-from orchestrator.adapters.bundle import add_answers, put_right
+from orchestrator.adapters.bundle import add_answers, recover_interrupted_saves
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, guarded
@@ -85,7 +85,7 @@ class Attempt:
         """
         report = self._reporter.report
         for folder in (self._paths.adapters, self._paths.checkpoints):
-            self._write_queue.do(partial(put_right, folder))
+            self._write_queue.do(partial(recover_interrupted_saves, folder))
         try:
             yield from self._train(find_slot())
         except StorageError:  # raised by the recorder in this process, which cannot record another event

@@ -71,7 +71,7 @@ class TrlLoop:
     def adapter(self) -> Adapter:
         """Return a copy of the adapter, for the optimizer writes into the model's tensors."""
         trained = Adapter.of(self.trainer.model).copied()
-        return trained if self._initial is None else trained.less(self._initial)
+        return trained if self._initial is None else trained.minus(self._initial)
 
     def scores(self) -> RowScores:
         """Return the scores of the evaluation that has just run."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.adapters.stops import joined, stops_of
+from orchestrator.adapters.stops import unique_ids, stops_of
 from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.spec.sections import BaseSection
@@ -33,7 +33,7 @@ class TrialInputs:
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end an answer: those of the training rows, and those of the base itself."""
-        return joined(self.data.stop_tokens, stops_of(self.base))
+        return unique_ids(self.data.stop_tokens, stops_of(self.base))
 
     @property
     def longest(self) -> int:

@@ -1,4 +1,4 @@
-"""A bundle: sealed once, verified to the byte, with a card that the hub understands."""
+"""Bundles: sealing, verification of every byte, and a model card that the hub can read."""
 
 import errno
 import json
@@ -20,9 +20,9 @@ from orchestrator.adapters.bundle import (
     Facts,
     Origin,
     add_answers,
-    put_right,
     read_manifest,
     read_scores,
+    recover_interrupted_saves,
     save_adapter,
     seal,
     verify,
@@ -66,11 +66,11 @@ def sealed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def bundle(sealed: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(sealed, tmp_path / "adapter"))
 
 
-def test_the_manifest_holds_every_file_and_where_the_adapter_came_from(sealed: Path) -> None:
+def test_the_manifest_lists_every_file_and_the_origin_of_the_adapter(sealed: Path) -> None:
     manifest = verify(sealed)
     assert set(manifest.files) == {path.name for path in sealed.iterdir()} - {"manifest.json"}
     assert {"adapter_model.safetensors", "tokenizer.json", "README.md", "held_out.json"} < set(manifest.files)
@@ -84,7 +84,7 @@ def test_the_manifest_holds_every_file_and_where_the_adapter_came_from(sealed: P
     assert facts.versions["peft"].startswith("0.")
 
 
-def test_a_flipped_byte_is_found_in_every_file_and_named(bundle: Path) -> None:
+def test_a_flipped_byte_is_detected_in_every_file(bundle: Path) -> None:
     names = [path.name for path in bundle.iterdir()]
     assert len(names) == 10
     for path in map(bundle.joinpath, names):
@@ -120,7 +120,7 @@ def _write(name: str, content: str) -> Callable[[Path], Any]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
         (_rename, "trial.json: is missing"),
@@ -128,8 +128,8 @@ def _write(name: str, content: str) -> Callable[[Path], Any]:
         (_write("notes.txt", ""), "notes.txt: does not belong here"),
         (_nest, "deep/.hidden: does not belong here"),
         (_link, "linked: is a symbolic link to "),
-        (_write("adapter_model.bin", "x"), "adapter_model.bin: is a pickle"),
-        (_write("optimizer.PT", "x"), "optimizer.PT: is a pickle"),
+        (_write("adapter_model.bin", "x"), "adapter_model.bin: has the suffix of a pickle"),
+        (_write("optimizer.PT", "x"), "optimizer.PT: has the suffix of a pickle"),
         (_flip, "manifest.json: has changed"),
         (_write("manifest.json", '{"sha256": {}}'), "manifest.json: is damaged or of another version"),
         (_write("manifest.json", "{"), "manifest.json: is damaged"),
@@ -138,13 +138,13 @@ def _write(name: str, content: str) -> Callable[[Path], Any]:
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
-def test_what_is_wrong_is_named(bundle: Path, damage: Callable[[Path], Any], told: str) -> None:
+def test_each_kind_of_damage_has_its_message(bundle: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(bundle)
-    with pytest.raises(RecordError, match=told):
+    with pytest.raises(RecordError, match=message):
         verify(bundle)
 
 
-def test_what_the_hub_puts_beside_a_download_is_no_part_of_it(bundle: Path) -> None:
+def test_files_that_the_hub_adds_to_a_download_are_ignored(bundle: Path) -> None:
     (bundle / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     (bundle / ".cache" / "huggingface").mkdir(parents=True)
     (bundle / ".cache" / "huggingface" / "README.md.lock").touch()
@@ -154,10 +154,10 @@ def test_what_the_hub_puts_beside_a_download_is_no_part_of_it(bundle: Path) -> N
         verify(bundle)
 
 
-def test_a_pickle_is_not_sealed(tmp_path: Path) -> None:
+def test_a_pickle_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.pth").touch()
-    with pytest.raises(RecordError, match=r"weights\.pth: is a pickle"):
+    with pytest.raises(RecordError, match=r"weights\.pth: has the suffix of a pickle"):
         seal(tmp_path, Facts(format="merged", base={"model": "embedded"}, versions={}, metrics={}))
     assert not (tmp_path / "manifest.json").exists()
 
@@ -195,43 +195,44 @@ def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_lines_of_a_card_load_the_base_as_it_was_trained_on(quantization: str, dtype: str) -> None:
+def test_the_code_of_a_card_loads_the_base_as_in_training(quantization: str, dtype: str) -> None:
     base = BaseSection(model="embedded", quantization=quantization, compute_dtype=dtype, double_quant=False)
     card = adapter_card(config_of(base=base.model_dump()), "t1", 7, "eval/loss", VALUES)
     lines = card.partition("```python")[2].partition("```")[0]
     layer = SimpleNamespace(support_avx512bf16_for_cpu=True)
     with (
         patch("peft.AutoPeftModelForCausalLM.from_pretrained") as load,
-        patch("transformers.GenerationConfig.from_pretrained", side_effect=lambda name: f"that of {name}"),
+        patch("transformers.GenerationConfig.from_pretrained", side_effect=lambda name: f"config of {name}"),
     ):
         load.return_value.modules = lambda: [layer, object()]
         exec(lines, {})
-    assert load.return_value.generation_config == "that of ID_OR_FOLDER", "answers stop as they were trained to"
+    assert load.return_value.generation_config == "config of ID_OR_FOLDER", "it has the stop tokens"
     assert layer.support_avx512bf16_for_cpu is not base.is_4bit
-    asked, wanted = load.call_args.kwargs, quantization_config(base)
-    assert asked["dtype"] == getattr(torch, dtype)
-    assert ("quantization_config" in asked) == (wanted is not None)
-    if wanted is not None:
-        assert asked["quantization_config"].to_dict() == wanted.to_dict()
+    given, expected = load.call_args.kwargs, quantization_config(base)
+    assert given["dtype"] == getattr(torch, dtype)
+    assert ("quantization_config" in given) == (expected is not None)
+    if expected is not None:
+        assert given["quantization_config"].to_dict() == expected.to_dict()
 
 
-def test_a_card_says_what_more_there_is_than_lora(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_card_lists_differences_from_plain_lora(tmp_path: Path, tokenizer: Any) -> None:
     base = {"model": "embedded", "quantization": "int8", "new_tokens": ["<|a|>"]}
     lora = {"dora": True, "rslora": True, "rank_pattern": {"q_proj": 4}, "layers_to_transform": [1, 2]}
     config = config_of(base=base, lora=lora | {"modules_to_save": ["norm"]})
     card = ModelCard.load(save(tmp_path / "adapter", config, tokenizer) / "README.md")
-    assert card.data.to_dict()["tags"] == ["lora", "dora"], "8 bits are not QLoRA's"
-    for told in (
-        "held as int8", "- Variant: DoRA and rsLoRA (alpha / sqrt(rank)).", "ranks or alphas of their own",
-        "- Adapted layers: 1, 2.", "- Trained whole: norm.", "- Trained tokens: `<|a|>`; `AutoPeftModel",
+    assert card.data.to_dict()["tags"] == ["lora", "dora"], "8 bits are not QLoRA"
+    for text in (
+        "loaded with quantization `int8`", "- Variant: DoRA and rsLoRA (alpha / sqrt(rank)).",
+        "have their own rank or alpha",
+        "- Adapted layers: 1, 2.", "- Fully trained modules: norm.", "- Trained tokens: `<|a|>`; `AutoPeftModel",
     ):  # fmt: skip
-        assert told in card.text
+        assert text in card.text
     lora = {"init": "olora"}
     card = ModelCard.load(save(tmp_path / "other", config_of(lora=lora), tokenizer) / "README.md")
-    assert "- First weights by olora; its files hold the update less the first, at twice the rank." in card.text
+    assert "- Initialized by olora; the files contain trained minus initial weights, at twice the rank." in card.text
 
 
-def test_a_card_has_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_card_contains_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> None:
     rows, base = tmp_path / "rows.jsonl", tmp_path / "secret" / "my-base"
     config = config_of(
         base={"model": str(base), "quantization": "none"}, data={"source": str(rows), "format": "messages"}
@@ -247,7 +248,7 @@ def test_a_card_has_no_path_of_this_machine(tmp_path: Path, tokenizer: Any) -> N
     assert (result.dataset_type, result.dataset_name) == ("local", "held-out rows of rows.jsonl")
 
 
-def test_answers_that_come_later_are_in_scores_card_and_manifest(bundle: Path) -> None:
+def test_added_answers_are_in_scores_card_and_manifest(bundle: Path) -> None:
     before = verify(bundle)
     add_answers(bundle, "eval/loss", [True, True, False, True])
     after = verify(bundle)
@@ -264,8 +265,8 @@ def test_answers_that_come_later_are_in_scores_card_and_manifest(bundle: Path) -
     ]  # fmt: skip
 
 
-def test_answers_that_are_given_again_take_the_place_of_the_old_ones(bundle: Path) -> None:
-    """A trial that was interrupted as it ended answers again when it goes on."""
+def test_answers_that_are_added_again_replace_the_old_ones(bundle: Path) -> None:
+    """A trial that was interrupted at its end answers again after a resume."""
     add_answers(bundle, "eval/loss", [True, False])
     add_answers(bundle, "eval/loss", [True, True])
     scores = read_scores(bundle)
@@ -275,11 +276,11 @@ def test_answers_that_are_given_again_take_the_place_of_the_old_ones(bundle: Pat
     assert verify(bundle).facts.metrics["eval/exact_match"] == 1
 
 
-@pytest.mark.parametrize("knows_links", [True, False])
-def test_the_weights_are_not_written_again_for_the_answers(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, knows_links: bool
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_adding_answers_does_not_copy_the_weights(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, has_hard_links: bool
 ) -> None:
-    if not knows_links:
+    if not has_hard_links:
         monkeypatch.setattr(os, "link", _fails(errno.EPERM))
     (bundle / "additional_chat_templates").mkdir()
     (bundle / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
@@ -288,12 +289,12 @@ def test_the_weights_are_not_written_again_for_the_answers(
     before, content = weights.stat().st_ino, weights.read_bytes()
     add_answers(bundle, "eval/loss", [True])
     assert verify(bundle).facts.metrics == facts.metrics | {"eval/exact_match": 1}
-    assert (weights.stat().st_ino == before, weights.stat().st_nlink) == (knows_links, 1)
+    assert (weights.stat().st_ino == before, weights.stat().st_nlink) == (has_hard_links, 1)
     assert weights.read_bytes() == content
 
 
 @pytest.mark.parametrize("operation", ["write_text", "write_bytes", "rename"])
-def test_a_bundle_is_as_it_was_where_answers_cannot_be_written(
+def test_a_bundle_is_unchanged_if_answers_cannot_be_written(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     before, whole = verify(bundle), getattr(Path, operation)
@@ -311,14 +312,14 @@ def test_a_bundle_is_as_it_was_where_answers_cannot_be_written(
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 
-def test_what_is_left_of_the_folder_before_is_taken_away_later(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a network's disk keeps files that are open."""
+def test_leftovers_of_the_replaced_folder_are_removed_later(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may keep files that are open."""
     with monkeypatch.context() as busy:
         busy.setattr(os, "rmdir", _fails(errno.EBUSY))
         add_answers(bundle, "eval/loss", [True])
     assert verify(bundle).facts.metrics["eval/exact_match"] == 1.0
     assert len(list(bundle.parent.iterdir())) == 2
-    put_right(bundle.parent)
+    recover_interrupted_saves(bundle.parent)
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 
@@ -329,14 +330,14 @@ def _fails(number: int) -> Callable[..., Any]:
     return fail
 
 
-def test_answers_do_not_seal_damage(bundle: Path) -> None:
+def test_answers_are_not_added_to_a_damaged_bundle(bundle: Path) -> None:
     (bundle / "tokenizer.json").write_text("{}")
     with pytest.raises(RecordError, match=r"tokenizer\.json: has changed"):
         add_answers(bundle, "eval/loss", [True])
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 
-def test_the_commit_of_a_base_from_the_hub_is_kept(
+def test_the_commit_of_a_base_from_the_hub_is_recorded(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = tmp_path / "models--someone--small"
@@ -350,7 +351,7 @@ def test_the_commit_of_a_base_from_the_hub_is_kept(
     assert json.loads((folder / "adapter_config.json").read_text())["revision"] == COMMIT
 
 
-def test_a_tokenizer_is_asked_for_its_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_tokenizer_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(BaseSection(model="embedded"))
     tokenizer.save_pretrained(tmp_path / "its own")
     first = save(tmp_path / "first", config_of(), tokenizer)

@@ -1,4 +1,4 @@
-"""An adapter of the same step is replaced: whenever a kill comes, a whole one is found afterwards."""
+"""Replacing an adapter folder: after a kill at any point, a complete adapter exists."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from orchestrator.adapters.bundle import Adapter, Origin, add_answers, put_right, save_adapter, verify
+from orchestrator.adapters.bundle import Adapter, Origin, add_answers, recover_interrupted_saves, save_adapter, verify
 from orchestrator.base import load_tokenizer
 from orchestrator.record import RowScores
 from orchestrator.spec import parse_spec
@@ -20,11 +20,11 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 class Killed(BaseException):
-    """No handler runs in a process that is killed: this one gets past those of `Exception`."""
+    """Simulates a kill. Handlers of `Exception` do not run, as in a killed process."""
 
 
 @pytest.mark.parametrize(("operations", "value"), [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)])
-def test_a_whole_adapter_is_found_whenever_the_kill_came(
+def test_a_complete_adapter_exists_after_a_kill_at_any_point(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operations: int, value: float
 ) -> None:
     config = parse_spec(document).trial_config({})
@@ -38,14 +38,14 @@ def test_a_whole_adapter_is_found_whenever_the_kill_came(
     save(1.0)
     with killed_after(operations, monkeypatch):
         save(2.0)
-    put_right(tmp_path)
+    recover_interrupted_saves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert verify(folder).facts.metrics == {"eval/loss": value}
     assert load_file(folder / "adapter_model.safetensors")[NAME].eq(value).all()
 
 
 @pytest.mark.parametrize(("operations", "answered"), [(0, False), (1, False), (2, True), (3, True)])
-def test_answers_are_in_a_whole_adapter_or_not_at_all_whenever_the_kill_came(
+def test_answers_are_added_completely_or_not_at_all_after_a_kill(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operations: int, answered: bool
 ) -> None:
     config = parse_spec(document).trial_config({})
@@ -55,16 +55,16 @@ def test_answers_are_in_a_whole_adapter_or_not_at_all_whenever_the_kill_came(
     save_adapter(adapter, load_tokenizer(config.base), folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
     with killed_after(operations, monkeypatch):
         add_answers(folder, "eval/loss", [True, False])
-    put_right(tmp_path)
+    recover_interrupted_saves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert ("eval/exact_match" in verify(folder).facts.metrics) == answered
-    add_answers(folder, "eval/loss", [True, False])  # the attempt that goes on says it again
+    add_answers(folder, "eval/loss", [True, False])  # the resumed attempt adds them again
     assert verify(folder).facts.metrics["eval/exact_match"] == 0.5
 
 
 @contextmanager
 def killed_after(operations: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So many renames and removals are made, of the three that putting a folder in another's place takes."""
+    """Kill after this many of the three renames and removals that replace a folder."""
     done = 0
 
     def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:

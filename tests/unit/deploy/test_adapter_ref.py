@@ -1,4 +1,4 @@
-"""What is known of an adapter folder, and what is not believed."""
+"""Adapter folders: their base and configuration, and invalid folders."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.adapters.bundle import Facts, seal
-from orchestrator.deploy.adapter_ref import find_adapter
+from orchestrator.deploy.find import find_adapter
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
 
@@ -25,17 +25,17 @@ def write_trial(adapter: Path, document: dict[str, Any], **base: Any) -> None:
     (adapter / "trial.json").write_text(config.model_dump_json())
 
 
-def test_the_base_is_at_the_commit_of_the_training(adapter: Path, document: dict[str, Any]) -> None:
+def test_the_base_is_pinned_to_the_commit_of_the_training(adapter: Path, document: dict[str, Any]) -> None:
     write_trial(adapter, document, revision="main")
     assert find_adapter(str(adapter), "runs").base.revision == "c0ffee"
 
 
-def test_a_base_of_which_nothing_is_known_is_not_quantised(adapter: Path) -> None:
+def test_a_base_of_unknown_quantization_is_not_quantized(adapter: Path) -> None:
     base = find_adapter(str(adapter), "runs").base
     assert (base.model, base.revision, base.quantization) == ("someone/base", "c0ffee", "none")
 
 
-def test_code_that_a_folders_base_brings_is_run_on_request_alone(adapter: Path, document: dict[str, Any]) -> None:
+def test_code_of_a_base_is_run_only_on_request(adapter: Path, document: dict[str, Any]) -> None:
     write_trial(adapter, document, trust_remote_code=True)
     with pytest.raises(RequestError, match="someone/base brings Python code"):
         find_adapter(str(adapter), "runs")
@@ -43,24 +43,26 @@ def test_code_that_a_folders_base_brings_is_run_on_request_alone(adapter: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("trial.json", "{", "trial.json: is damaged"),
         ("adapter_config.json", "{", "adapter_config.json: is damaged"),
-        ("adapter_config.json", "[]", "adapter_config.json: is damaged: holds no object"),
+        ("adapter_config.json", "[]", "adapter_config.json: is damaged: the document is not a JSON object"),
         ("adapter_config.json", '{"base_model_name_or_path": null}', "adapter_config.json: names no base"),
     ],
 )
-def test_damage_is_named(adapter: Path, name: str, text: str, told: str) -> None:
+def test_a_damaged_file_is_named(adapter: Path, name: str, text: str, message: str) -> None:
     (adapter / name).write_text(text)
-    with pytest.raises(RecordError, match=told):
+    with pytest.raises(RecordError, match=message):
         find_adapter(str(adapter), "runs")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "deep/notes.txt", ".cache/huggingface/notes.txt"])
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_link_is_refused_whether_or_not_it_is_listed(adapter: Path, tmp_path: Path, name: str, sealed: bool) -> None:
-    """Also where the hub's client keeps files of its own, which no manifest lists."""
+def test_a_symbolic_link_is_rejected_even_if_it_is_not_listed(
+    adapter: Path, tmp_path: Path, name: str, sealed: bool
+) -> None:
+    """One of the links is in the cache of the hub's client, whose files are in no manifest."""
     secret = tmp_path / "secret"
     secret.write_text('{"base_model_name_or_path": "someone/base"}')
     (adapter / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,29 +75,29 @@ def test_a_link_is_refused_whether_or_not_it_is_listed(adapter: Path, tmp_path: 
         find_adapter(str(adapter), "runs")
 
 
-def test_no_adapter_has_so_long_a_name(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not the name of a sweep"):
         find_adapter("x" * 5000, str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("format", "told"),
+    ("format", "message"),
     [
         ("merged", "vllm serve "),
         ("gguf", "llama-server -m "),
         ("ray-serve", "serve deploy "),
     ],
 )
-def test_an_export_that_is_no_adapter_is_called_what_it_is(tmp_path: Path, format: Any, told: str) -> None:
+def test_an_export_that_is_not_an_adapter_is_reported_with_its_use(tmp_path: Path, format: Any, message: str) -> None:
     seal(tmp_path, Facts(format=format, base={"model": "embedded"}, versions={}, metrics={}))
     with pytest.raises(
         RecordError, match=f"is an export of format {format}; a sweep or an adapter is needed"
     ) as caught:
         find_adapter(str(tmp_path), "runs")
-    assert f"{told}{tmp_path}" in caught.value.remedy
+    assert f"{message}{tmp_path}" in caught.value.remedy
 
 
-def test_a_whole_model_is_called_one(tmp_path: Path) -> None:
+def test_a_whole_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"is a whole model \(config.json\)"):
         find_adapter(str(tmp_path), "runs")

@@ -1,4 +1,4 @@
-"""Prompts from a file, answers to a file that is there once it is whole."""
+"""Prompts from a file, and answers to a file that appears when it is complete."""
 
 import errno
 import io
@@ -49,33 +49,37 @@ def test_lines_of_text(tmp_path: Path, single: PromptForm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"one\n\xff\n", "a.txt:2: is not UTF-8"),
-        ("a.txt", b"\n \n", "a.txt: holds no prompt"),
+        ("a.txt", b"\n \n", "a.txt: contains no prompt"),
         ("a.csv", b"prompt\n", "a.csv: must be a .jsonl or a .txt file"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "a.jsonl:2: is not JSON"),
         ("a.jsonl", b'\n["a"]\n', 'a.jsonl:2: must be a JSON object, got ."a"'),
         ("a.jsonl", b"", "a.jsonl: holds no row"),
         ("a.jsonl", b'{"prompt": " "}\n', "a.jsonl:1: prompt must be text"),
-        ("a.jsonl", b'{"prompt": 3}\n', "a.jsonl:1: prompt must be text, got 3"),
-        ("a.jsonl", b'{"question": "a"}\n', "a.jsonl:1: needs a prompt or messages, got question"),
+        ("a.jsonl", b'{"prompt": 3}\n', "a.jsonl:1: prompt must be text, but is 3"),
+        ("a.jsonl", b'{"question": "a"}\n', "a.jsonl:1: needs either prompt or messages, but has question"),
         (
             "a.jsonl",
             b'{"prompt": "a", "messages": []}\n',
-            "a.jsonl:1: needs a prompt or messages, got prompt, messages",
+            "a.jsonl:1: needs either prompt or messages, but has prompt, messages",
         ),
         ("a.jsonl", b'{"messages": []}\n', "a.jsonl:1: messages must be a list of turns"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "a.jsonl:1: each turn needs a role and a content"),
-        ("a.jsonl", json.dumps({"messages": TURNS[:2]}).encode(), "a.jsonl:1: the last turn must be the user's"),
-        ("a.jsonl", b'{"prompt": "a"}\n' + json.dumps({"messages": TURNS}).encode(), "a.jsonl:2: .* no place for"),
+        ("a.jsonl", json.dumps({"messages": TURNS[:2]}).encode(), "a.jsonl:1: the last turn must have the role user"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n' + json.dumps({"messages": TURNS}).encode(),
+            "a.jsonl:2: .* no system prompt and no earlier turns",
+        ),
     ],
 )
-def test_a_line_that_is_no_prompt_is_named(
-    tmp_path: Path, single: PromptForm, name: str, content: bytes, told: str
+def test_a_line_that_is_not_a_prompt_is_named(
+    tmp_path: Path, single: PromptForm, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_prompts(tmp_path / name, single)
 
 
@@ -90,25 +94,25 @@ def model() -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)  # some random adapters answer nothing at all
+    torch.manual_seed(0)  # some random adapters give empty answers
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(load_base(BASE), lora).eval()
 
 
 @pytest.mark.long
-def test_a_file_is_drawn_the_same_with_a_seed(tmp_path: Path, model: Any, single: PromptForm) -> None:
+def test_answers_with_a_seed_are_repeatable(tmp_path: Path, model: Any, single: PromptForm) -> None:
     (tmp_path / "prompts.txt").write_text("What is this?\n" * 3)
-    asked, texts = read_prompts(tmp_path / "prompts.txt", single), []
+    prompts, texts = read_prompts(tmp_path / "prompts.txt", single), []
     for seed in (1, 1, 2):
         file = io.StringIO()
-        assert list(write_answers(Chat(model, single), asked, file, 6, 2, Sampling(2.0, seed=seed), False)) == [3]
+        assert list(write_answers(Chat(model, single), prompts, file, 6, 2, Sampling(2.0, seed=seed), False)) == [3]
         texts.append(file.getvalue())
     assert texts[0] == texts[1] != texts[2]
-    assert len(set(texts[0].splitlines())) > 1, "each answer is a draw of its own"
+    assert len(set(texts[0].splitlines())) > 1, "each answer is sampled separately"
 
 
 @pytest.mark.long
-def test_answers_are_those_of_single_questions_in_the_order_of_the_file(
+def test_answers_equal_those_of_single_questions_in_the_order_of_the_file(
     tmp_path: Path, model: Any, turns: PromptForm
 ) -> None:
     chat = Chat(model, turns)
@@ -118,8 +122,8 @@ def test_answers_are_those_of_single_questions_in_the_order_of_the_file(
     written = []
     with new_file(target) as file:
         for number in write_answers(chat, read_prompts(path, turns), file, 6, 1, Sampling(), compare_base=True):
-            (growing,) = tmp_path.glob(".answers*")
-            written.append((number, len(growing.read_text().splitlines()), target.exists()))
+            (temporary,) = tmp_path.glob(".answers*")
+            written.append((number, len(temporary.read_text().splitlines()), target.exists()))
     assert written == [(8, 8, False), (16, 16, False), (20, 20, False)]
     assert {each.name for each in tmp_path.iterdir()} == {"prompts.txt", "answers.jsonl"}
     lines = [json.loads(line) for line in target.read_text().splitlines()]
@@ -131,23 +135,23 @@ def test_answers_are_those_of_single_questions_in_the_order_of_the_file(
     assert any(line["answer"] != line["base_answer"] for line in lines)
 
 
-@pytest.mark.parametrize("wrong", [lambda path: path.write_text("old"), lambda path: path.mkdir()])
-def test_a_target_that_is_there_is_left_alone(tmp_path: Path, wrong: Callable[[Path], Any]) -> None:
-    wrong(tmp_path / "answers.jsonl")
+@pytest.mark.parametrize("make", [lambda path: path.write_text("old"), lambda path: path.mkdir()])
+def test_an_existing_target_is_not_changed(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    make(tmp_path / "answers.jsonl")
     with pytest.raises(RequestError, match=r"answers\.jsonl: already exists"), new_file(tmp_path / "answers.jsonl"):
         pass
     assert [each.name for each in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-def test_a_target_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_created(tmp_path: Path) -> None:
     with (
-        pytest.raises(RequestError, match=r"answers\.jsonl: cannot be made"),
+        pytest.raises(RequestError, match=r"answers\.jsonl: cannot be created"),
         new_file(tmp_path / "no" / "answers.jsonl"),
     ):
         pass
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_reported(tmp_path: Path) -> None:
     def fill(path: Path) -> None:
         with new_file(path):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -157,7 +161,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interruption_leaves_nothing_behind(tmp_path: Path) -> None:
     def interrupted() -> None:
         with new_file(tmp_path / "answers.jsonl") as file:
             file.write("half")

@@ -103,7 +103,7 @@ def test_the_best_is_chosen_among_trials_that_ended_well(
     record = read_sweep(make_sweep(tmp_path / "s", trials, metric=metric).root)
     best = FinishedSweep(record).best()
     assert best.trial.trial_id == winner
-    assert best.choice.num_compared == 2
+    assert best.recommendation.num_compared == 2
     assert best.adapter == record.paths.trial(winner).root / "adapters" / "step-7"
     best_trial = best.as_dict()
     assert (best_trial["trial_id"], best_trial["value"], best_trial["step"]) == (winner, EVERY_STATE[winner][1], 7)

@@ -96,7 +96,7 @@ def test_adapter_less_its_first_weights_is_plain_lora_on_the_base(bases: dict[st
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        left = Adapter.of(model).less(first)
+        left = Adapter.of(model).minus(first)
         plain = get_peft_model(share_modules(bases["nf4"]), left.config).eval()
         set_peft_model_state_dict(plain, left.weights)
         with torch.no_grad():

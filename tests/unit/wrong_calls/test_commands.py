@@ -37,7 +37,7 @@ CALLS = [
     command("export below a file", ["best", "sweeps/done", "--export", "x.yaml/a"], "x.yaml"),
     command("adapter is not whole", ["chat", "sweeps/half", "--prompt", "a"], "half", "adapter_model.safetensors"),
     command("no TensorBoard", ["board", "sweeps/open"], "sweeps/open: there are no TensorBoard files"),
-    command("chat with a folder", ["chat", "sweeps"], "sweeps: holds neither a sweep", "nor an adapter"),
+    command("chat with a folder", ["chat", "sweeps"], "sweeps: contains neither a sweep", "nor an adapter"),
     command("chat with a file", ["chat", "x.yaml"], "x.yaml: there is no such sweep"),
     command("chat of no tokens", ["chat", "sweeps/done", "--max-new-tokens", "0"], "--max-new-tokens"),
     command("endless name of a sweep", ["status", "a" * 300], "a" * 300),

@@ -1,4 +1,4 @@
-"""Pushing a bundle by huggingface_hub's own client, to a server on loopback that speaks what it needs of the hub."""
+"""Push a bundle with huggingface_hub's client to a local server that implements the needed endpoints of the hub."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Endpoints of the hub, and what they were sent."""
+    """A fake hub that stores what it receives."""
 
     daemon_threads = True
 
@@ -44,16 +44,16 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Endpoint)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repos: dict[str, dict[str, Any]] = {}
-        """Of each repo: `private`, `commits`, `files` (name -> bytes)."""
+        """Repo -> `private`, `commits`, `files` (name -> bytes)."""
         self.blobs: dict[str, bytes] = {}
-        """Large files by their sha256."""
+        """sha256 -> content of a large file."""
         self.called: list[str] = []
         self.broken: dict[str, int] = {}
-        """Part of a path -> the status it answers."""
+        """Part of a request path -> status of the error response."""
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """One request."""
+    """Handler of one request."""
 
     server: Hub
 
@@ -67,7 +67,7 @@ class Endpoint(BaseHTTPRequestHandler):
         self._serve(self._body())
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Do not log."""
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -85,7 +85,7 @@ class Endpoint(BaseHTTPRequestHandler):
         for part, status in hub.broken.items():
             if part in path:
                 return self._answer(status, {"error": "out of order"})
-        if path.startswith("/blobs/"):  # no token: the real hub hands out a signed address
+        if path.startswith("/blobs/"):  # without a token: the real hub gives a signed URL
             hub.blobs[hashlib.sha256(body).hexdigest()] = body
             return self._answer(200, {})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -171,10 +171,10 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def dry_run(folder: Path) -> list[str]:
-    """The notes of a dry run: it would raise if it reached for the network, for the tests are offline."""
-    said: list[str] = []
-    push(folder, "me/adapter", private=True, dry_run=True, say=said.append)
-    return [line.removeprefix("note: ") for line in said if line.startswith("note: ")]
+    """Return the notes of a dry run. Network access would raise, as tests are offline."""
+    lines: list[str] = []
+    push(folder, "me/adapter", private=True, dry_run=True, say=lines.append)
+    return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
 
 
 def reseal(folder: Path, peft: dict[str, Any], **facts: Any) -> Path:
@@ -183,29 +183,29 @@ def reseal(folder: Path, peft: dict[str, Any], **facts: Any) -> Path:
     return folder
 
 
-def test_what_others_will_miss_is_said(bundle: Path) -> None:
+def test_details_that_are_valid_only_here_are_noted(bundle: Path) -> None:
     assert dry_run(bundle) == [
-        "its base is not on the hub: adapter_config.json names /here/base, a folder of this machine; others give PEFT "
-        "a base of their own (`PeftModel.from_pretrained(base, ...)`)"
+        "the base is not on the hub: adapter_config.json names /here/base, a folder of this machine; other users must "
+        "load their own copy of the base (`PeftModel.from_pretrained(base, ...)`)"
     ]
     hub_base, local = {"model": "owner/name"}, {"model": "/here/base"}
     pinned = {"base_model_name_or_path": "owner/name", "revision": "c0ffee"}
     assert dry_run(reseal(bundle, pinned, base=hub_base)) == []
     assert dry_run(reseal(bundle, pinned | {"revision": None}, base=hub_base)) == [
-        "adapter_config.json names no revision of owner/name: others get what its main branch holds by then"
+        "adapter_config.json names no revision of owner/name: other users get the current state of its main branch"
     ]
     assert dry_run(reseal(bundle, {"base_model_name_or_path": "/here/base"}, base=hub_base)) == [
-        "adapter_config.json names /here/base as its base, but it was trained on owner/name"
+        "adapter_config.json names /here/base as the base, but the adapter was trained on owner/name"
     ]
     config = {"base": local, "data": {"source": "/here/rows.jsonl", "mix": [{"source": "/here/more.csv"}]}}
     assert dry_run(reseal(bundle, pinned, base=local, config=config, format="merged")) == [
-        f"/here/{name}, a path of this machine, stands in manifest.json and trial.json"
+        f"/here/{name}, a path of this machine, is in manifest.json and trial.json"
         for name in ("base", "more.csv", "rows.jsonl")
     ]
 
 
 def pushed(hub: Hub, folder: Path, repo: str, *options: str, token: str = TOKEN) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    """Push in a new process, as huggingface_hub reads its settings when imported."""
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": token,
@@ -234,7 +234,9 @@ def test_every_byte_arrives_in_one_commit(hub: Hub, bundle: Path, tmp_path: Path
     assert verify(tmp_path / "downloaded").facts.trial_id == "t1"
 
 
-def test_a_bare_name_is_the_tokens_owners_and_a_repo_gets_further_commits(hub: Hub, bundle: Path) -> None:
+def test_a_bare_name_belongs_to_the_token_owner_and_an_existing_repo_gets_another_commit(
+    hub: Hub, bundle: Path
+) -> None:
     assert pushed(hub, bundle, "adapter").returncode == 0
     assert hub.repos["me/adapter"]["private"] is False
     again = pushed(hub, bundle, "me/adapter")
@@ -242,17 +244,17 @@ def test_a_bare_name_is_the_tokens_owners_and_a_repo_gets_further_commits(hub: H
     assert hub.repos["me/adapter"]["commits"] == 2
 
 
-def test_what_is_private_does_not_go_to_a_public_repo(hub: Hub, bundle: Path) -> None:
+def test_a_private_push_to_a_public_repo_is_rejected(hub: Hub, bundle: Path) -> None:
     hub.repos["me/adapter"] = {"private": False, "commits": 0, "files": {}}
     done = pushed(hub, bundle, "me/adapter", "private")
-    assert (done.returncode, "me/adapter: exists already, and is public" in done.stderr) == (2, True)
+    assert (done.returncode, "me/adapter: already exists and is public" in done.stderr) == (2, True)
     assert hub.repos["me/adapter"]["files"] == {}
 
 
-def test_refusals_of_the_hub_are_told(hub: Hub, bundle: Path) -> None:
+def test_rejections_by_the_hub_are_reported(hub: Hub, bundle: Path) -> None:
     for repo, token, words in [
-        ("me/adapter", "hf_wrong", "me/adapter: the hub refuses the token: Invalid credentials"),
-        ("others/adapter", TOKEN, "others/adapter: the hub refuses the token: You don't have the rights"),
+        ("me/adapter", "hf_wrong", "me/adapter: the hub rejects the token: Invalid credentials"),
+        ("others/adapter", TOKEN, "others/adapter: the hub rejects the token: You don't have the rights"),
     ]:
         done = pushed(hub, bundle, repo, token=token)
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
@@ -260,7 +262,7 @@ def test_refusals_of_the_hub_are_told(hub: Hub, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("broken", "status"), [("/commit/", 500), ("/blobs/", 403)])
-def test_a_hub_that_fails_in_between_publishes_nothing(hub: Hub, bundle: Path, broken: str, status: int) -> None:
+def test_a_failure_of_the_hub_publishes_nothing(hub: Hub, bundle: Path, broken: str, status: int) -> None:
     hub.broken[broken] = status
     done = pushed(hub, bundle, "me/adapter")
     assert done.returncode == 1, done.stderr
@@ -269,7 +271,7 @@ def test_a_hub_that_fails_in_between_publishes_nothing(hub: Hub, bundle: Path, b
     assert hub.repos["me/adapter"]["files"] == {}
 
 
-def test_a_hub_that_is_not_there_is_told(hub: Hub, bundle: Path) -> None:
+def test_an_unreachable_hub_is_reported(hub: Hub, bundle: Path) -> None:
     hub.url = "http://127.0.0.1:9"
     done = pushed(hub, bundle, "me/adapter")
     assert (done.returncode, "me/adapter: the hub cannot be reached" in done.stderr) == (1, True), done.stderr
@@ -279,33 +281,33 @@ def facts_of(folder: Path) -> Facts:
     return Facts.model_validate(json.loads((folder / "manifest.json").read_text())["facts"])
 
 
-def test_metadata_that_the_hub_refuses_are_told(hub: Hub, bundle: Path) -> None:
+def test_metadata_that_the_hub_rejects_are_reported(hub: Hub, bundle: Path) -> None:
     (bundle / "README.md").write_text("---\nlibrary_name: none\n---\n")
     seal(bundle, facts_of(bundle))
     done = pushed(hub, bundle, "me/adapter")
     assert (done.returncode, "no library" in done.stderr) == (1, True), done.stderr
 
 
-def test_a_dry_run_says_what_would_be_sent(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_lists_what_would_be_sent(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    said: list[str] = []
-    push(bundle, "me/adapter", private=True, dry_run=True, say=said.append)  # the tests are offline: it would raise
-    assert said[0].startswith(f"{bundle} to me/adapter (private): 6 files, ")
-    assert sum(line.startswith("  ") for line in said) == 6
-    assert f"{256000:>16,}  adapter_model.safetensors" in said
-    assert said[-2].startswith("note: its base is not on the hub")
-    assert said[-1] == "dry run: nothing was sent"
+    lines: list[str] = []
+    push(bundle, "me/adapter", private=True, dry_run=True, say=lines.append)  # network access would raise
+    assert lines[0].startswith(f"{bundle} to me/adapter (private): 6 files, ")
+    assert sum(line.startswith("  ") for line in lines) == 6
+    assert f"{256000:>16,}  adapter_model.safetensors" in lines
+    assert lines[-2].startswith("note: the base is not on the hub")
+    assert lines[-1] == "dry run: nothing was sent"
 
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "a b", "../out", "me/-", "me/a..b", "https://hub/me"])
-def test_a_name_that_is_none(bundle: Path, repo: str) -> None:
-    with pytest.raises(RequestError, match=r"--repo .*: is not the name of a repo"):
+def test_an_invalid_repo_name(bundle: Path, repo: str) -> None:
+    with pytest.raises(RequestError, match=r"--repo .*: is not a valid repo name"):
         push(bundle, repo, private=False, dry_run=True, say=print)
 
 
-def test_what_is_damaged_or_has_no_token_is_not_sent(hub: Hub, bundle: Path) -> None:
+def test_nothing_is_sent_without_a_token_or_from_a_damaged_bundle(hub: Hub, bundle: Path) -> None:
     assert "there is no token" in pushed(hub, bundle, "me/adapter", token="").stderr
-    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE: is set"):
         push(bundle, "me/adapter", private=False, dry_run=False, say=print)
     (bundle / "trial.json").write_text("{}")
     with pytest.raises(RecordError, match=r"trial\.json: has changed"):
@@ -313,9 +315,9 @@ def test_what_is_damaged_or_has_no_token_is_not_sent(hub: Hub, bundle: Path) -> 
     assert hub.called == []
 
 
-def test_a_link_is_not_followed_to_what_it_points_to(bundle: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_rejected(bundle: Path, tmp_path: Path) -> None:
     whole = (bundle / "trial.json").read_bytes()
-    (tmp_path / "secret").write_bytes(whole)  # the manifest's sum is right
+    (tmp_path / "secret").write_bytes(whole)  # the same content as in the manifest
     (bundle / "trial.json").unlink()
     (bundle / "trial.json").symlink_to(tmp_path / "secret")
     with pytest.raises(RecordError, match=r"trial\.json: is a symbolic link"):

@@ -1,4 +1,4 @@
-"""What is asked for is found, or refused, before anything is loaded."""
+"""Finalists, forms, metrics and rows are found or rejected before a model is loaded."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from orchestrator.adapters.bundle import SCORES
-from orchestrator.deploy.adapter_ref import AdapterRef, find_adapter
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.find import find_adapter
 from orchestrator.deploy.scoring.evaluate import ScoredRows, evaluate, find_finalists, new_report, pick, rows_of_file
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.scoring.metrics import METRICS
@@ -21,7 +22,7 @@ from orchestrator.spec import parse_spec
 
 @pytest.fixture
 def sweep(tmp_path: Path, make_sweep: Callable[..., SweepPaths]) -> SweepPaths:
-    """Of four trials, one of which still runs; the adapters have files of no size."""
+    """A sweep of four trials, one still running; the weights of the adapters are empty files."""
     trials = {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.3), "c": ("COMPLETE", 0.4), "d": ("RUNNING", 0.1)}
     paths = make_sweep(tmp_path / "runs" / "one", trials)
     for trial in trials:
@@ -30,35 +31,35 @@ def sweep(tmp_path: Path, make_sweep: Callable[..., SweepPaths]) -> SweepPaths:
     return paths
 
 
-def test_finalists_are_the_best_that_have_finished(sweep: SweepPaths) -> None:
+def test_finalists_are_the_best_finished_trials(sweep: SweepPaths) -> None:
     found = find_finalists("one", str(sweep.root.parent), top=2)
     assert [each.name for each in found] == ["b", "c"]
-    assert [each.adapter for each in found] == [sweep.trial(name).adapter(7) for name in "bc"]
+    assert [each.folder for each in found] == [sweep.trial(name).adapter(7) for name in "bc"]
     assert len(find_finalists(str(sweep.root), "elsewhere", top=9)) == 3
 
 
-def test_the_recommended_one_is_a_finalist_whatever_its_rank(sweep: SweepPaths) -> None:
+def test_the_recommended_trial_is_always_a_finalist(sweep: SweepPaths) -> None:
     for name, size in (("a", 100), ("b", 900), ("c", 800)):
         trial = sweep.trial(name)
         result = read_result(trial).model_copy(update={"applied": {"num_trainable_parameters": size}})
         write_record(trial.result, result)
-        scores = RowScores(losses=[1.0, 2.0] * 5, hits=[1] * 10, tokens=[4] * 10)  # the same of all three: tied
+        scores = RowScores(losses=[1.0, 2.0] * 5, hits=[1] * 10, tokens=[4] * 10)  # the same for all: tied
         (trial.adapter(7) / SCORES).write_text(scores.model_dump_json())
     assert [each.name for each in find_finalists(str(sweep.root), "runs", top=2)] == ["b", "c", "a"]
 
 
-def test_a_finalist_that_is_not_whole_is_told(sweep: SweepPaths) -> None:
+def test_an_incomplete_finalist_is_reported(sweep: SweepPaths) -> None:
     (sweep.trial("c").adapter(7) / "adapter_model.safetensors").unlink()
     with pytest.raises(RecordError, match=r"adapter_model\.safetensors is missing"):
         find_finalists(str(sweep.root), "runs", top=2)
 
 
 def test_neither_a_sweep_nor_an_adapter(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="holds neither a sweep"):
+    with pytest.raises(RecordError, match="contains neither a sweep"):
         find_finalists(str(tmp_path), "runs", top=2)
 
 
-def test_names_are_picked_once_and_in_order() -> None:
+def test_names_are_unique_and_in_order() -> None:
     assert pick("merged, adapter,merged", FORMS, "--as") == ["merged", "adapter"]
 
 
@@ -66,16 +67,16 @@ def test_names_are_picked_once_and_in_order() -> None:
     ("given", "known", "option"),
     [("merge", FORMS, "--as"), ("loss,", METRICS, "--metrics"), ("", METRICS, "--metrics")],
 )
-def test_a_wrong_name_is_refused_with_those_that_are_valid(given: str, known: tuple[str, ...], option: str) -> None:
-    with pytest.raises(RequestError, match="is not one of") as told:
+def test_an_unknown_name_is_rejected_with_the_valid_ones(given: str, known: tuple[str, ...], option: str) -> None:
+    with pytest.raises(RequestError, match="is unknown; choose from") as caught:
         pick(given, known, option)
-    assert option in told.value.message
-    assert all(name in told.value.message for name in known)
+    assert option in caught.value.message
+    assert all(name in caught.value.message for name in known)
 
 
 @pytest.fixture
-def subject(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
-    """On the embedded base, trained on texts none of which was to be cut."""
+def adapter(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
+    """An adapter on the embedded base, trained with truncate=error."""
     data = {"source": "rows.jsonl", "format": "text", "max_length": 8, "truncate": "error"}
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -85,38 +86,38 @@ def subject(tmp_path: Path, document: dict[str, Any]) -> AdapterRef:
     return find_adapter(str(folder), "runs")
 
 
-def test_rows_that_may_not_be_cut_are_named(subject: AdapterRef, tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_named(adapter: AdapterRef, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("1", "1 2 3 4 5 6 7 8 9")))
-    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, over data\.max_length=8\n"):
-        rows_of_file(subject, file)
-    assert len(rows_of_file(subject, file, limit=1).tokens) == 1
+    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: has 19 tokens, more than data\.max_length=8\n"):
+        rows_of_file(adapter, file)
+    assert len(rows_of_file(adapter, file, limit=1).tokens) == 1
 
 
-def test_csv_rows_are_read_with_the_delimiter_of_training(subject: AdapterRef, tmp_path: Path) -> None:
-    assert subject.config is not None
-    data = subject.config.data.model_copy(update={"delimiter": ";"})
-    ours = replace(subject, config=subject.config.model_copy(update={"data": data}))
+def test_csv_rows_are_read_with_the_delimiter_of_training(adapter: AdapterRef, tmp_path: Path) -> None:
+    assert adapter.config is not None
+    data = adapter.config.data.model_copy(update={"delimiter": ";"})
+    ours = replace(adapter, config=adapter.config.model_copy(update={"data": data}))
     (tmp_path / "rows.csv").write_text("id;text\n1;2, 3\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "2, 3"}\n')
     found = [rows_of_file(ours, tmp_path / name).tokens for name in ("rows.csv", "rows.jsonl")]
     assert found[0] == found[1]
 
 
-def test_of_a_saved_data_set_the_rows_are_those_of_train(subject: AdapterRef, tmp_path: Path) -> None:
+def test_rows_of_a_saved_dataset_come_from_the_split_train(adapter: AdapterRef, tmp_path: Path) -> None:
     parts = {"test": ["1"], "train": ["1", "2"]}
     saved = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
-    assert len(rows_of_file(subject, tmp_path / "saved").tokens) == 2
+    assert len(rows_of_file(adapter, tmp_path / "saved").tokens) == 2
 
 
-def test_evaluations_that_start_at_once_have_reports_of_their_own(sweep: SweepPaths) -> None:
+def test_simultaneous_evaluations_have_different_reports(sweep: SweepPaths) -> None:
     reports = [new_report(sweep) for _ in range(100)]
     assert len(set(reports)) == 100
-    assert not sweep.evaluations.exists(), "until something is measured"
+    assert not sweep.evaluations.exists(), "nothing is written before the first measurement"
 
 
 def test_answers_need_prompts() -> None:
     text = ScoredRows([{"input_ids": [1, 2], "labels": [1, 2]}], [], "rows.jsonl", are_own=False)
-    with pytest.raises(RequestError, match="metrics loss, bleu: these rows have no prompt"):
+    with pytest.raises(RequestError, match=r"metrics loss, bleu: rows of data\.format text have no prompt"):
         evaluate([], text, ["loss", "bleu"])

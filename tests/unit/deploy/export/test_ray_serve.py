@@ -9,13 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.deploy.export import ray_serve
-from orchestrator.deploy.export.ray_serve import FILE, MODEL, check, require_ray_serve, serve_config
+from orchestrator.deploy.export.ray_serve import FILE, MODEL, require_ray_serve, serve_config, validate_config
 from orchestrator.errors import RequestError
 
 CONFIG = serve_config("abc_00001", Path("/shared/out/model"), "bf16")
 
 
-def test_the_config_names_model_type_and_builder() -> None:
+def test_the_config_names_model_dtype_and_builder() -> None:
     (application,) = CONFIG["applications"]
     assert application["import_path"] == "ray.serve.llm:build_openai_app"
     (llm,) = application["args"]["llm_configs"]
@@ -23,14 +23,14 @@ def test_the_config_names_model_type_and_builder() -> None:
     assert llm["engine_kwargs"] == {"dtype": "bfloat16", "override_generation_config": {"temperature": 0}}
 
 
-def test_it_is_written_with_the_place_where_the_model_will_lie(tmp_path: Path) -> None:
+def test_the_config_refers_to_the_model_in_the_target(tmp_path: Path) -> None:
     pytest.importorskip("ray.serve", exc_type=ImportError)
-    ray_serve.write(tmp_path, tmp_path / "target", "abc_00001", "fp16")
+    ray_serve.write_config(tmp_path, tmp_path / "target", "abc_00001", "fp16")
     text = (tmp_path / FILE).read_text()
     document = yaml.safe_load(text)
     assert document == serve_config("abc_00001", tmp_path / "target" / MODEL, "fp16")
     assert f"serve deploy {tmp_path / 'target' / FILE}" in text
-    check(document)
+    validate_config(document)
 
 
 @pytest.mark.parametrize(
@@ -43,20 +43,20 @@ def test_it_is_written_with_the_place_where_the_model_will_lie(tmp_path: Path) -
         (("applications", 0, "args", "llm_configs", 0, "deployment_config", "num_replicas"), -1),
     ],
 )
-def test_rays_own_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: Any) -> None:
+def test_rays_schema_rejects_an_invalid_config(path: tuple[Any, ...], value: Any) -> None:
     pytest.importorskip("ray.serve", exc_type=ImportError)
     document = yaml.safe_load(yaml.safe_dump(CONFIG))
-    check(document)
+    validate_config(document)
     within = document
     for key in path[:-1]:
         within = within[key]
     within[path[-1]] = value
     with pytest.raises(ValidationError):
-        check(document)
+        validate_config(document)
 
 
-def test_without_ray_serve_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_serve_is_reported_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.serve", None)  # as if the extra were not installed
-    with pytest.raises(RequestError, match=r"--format ray-serve needs the package ray\.serve") as told:
+    with pytest.raises(RequestError, match=r"--format ray-serve needs the package ray\.serve") as caught:
         require_ray_serve()
-    assert "qlora-orchestrator[ray-serve]" in told.value.remedy
+    assert "qlora-orchestrator[ray-serve]" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""Metrics of answers, held against values worked out by hand; packages that are missing."""
+"""Metrics of answers, compared with values computed by hand; missing packages; tasks of the harness."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from orchestrator.deploy.scoring.harness import open_harness
 from orchestrator.deploy.scoring.metrics import answer_metrics, perplexity, require_packages
 from orchestrator.errors import RequestError
 
-WANTED = ["the cat sat on the mat", "four plus four is eight"]
+EXPECTED = ["the cat sat on the mat", "four plus four is eight"]
 
 
 def test_perplexity() -> None:
@@ -23,48 +23,48 @@ def test_perplexity() -> None:
     assert perplexity(1e4) == math.inf
 
 
-def test_exact_match_does_not_count_space_at_the_ends() -> None:
-    said = [" the cat sat on the mat\n", "four plus four is Eight"]
-    assert matches(said, WANTED) == [True, False]
-    assert answer_metrics(said, WANTED, ["exact_match"]) == {"exact_match": 0.5}
+def test_exact_match_ignores_outer_whitespace() -> None:
+    answers = [" the cat sat on the mat\n", "four plus four is Eight"]
+    assert matches(answers, EXPECTED) == [True, False]
+    assert answer_metrics(answers, EXPECTED, ["exact_match"]) == {"exact_match": 0.5}
 
 
 def test_rouge_is_the_mean_f1_of_longest_common_subsequences() -> None:
-    # "the cat on mat": 4 of 4 words said, 4 of 6 wanted; nothing in common in the second.
-    found = answer_metrics(["the cat on mat", "nothing"], WANTED, ["rouge"])
+    # "the cat on mat": precision 4/4, recall 4/6; the second answer has nothing in common.
+    found = answer_metrics(["the cat on mat", "nothing"], EXPECTED, ["rouge"])
     assert found == {"rougeL": pytest.approx(2 * 1 * (4 / 6) / (1 + 4 / 6) / 2)}
 
 
-def test_bleu_is_of_the_corpus_and_from_0_to_100() -> None:
-    assert answer_metrics(WANTED, WANTED, ["bleu"])["bleu"] == pytest.approx(100)
-    short = ["the cat sat on the", "four plus four is eight"]  # all right, but 10 words for 11
-    assert answer_metrics(short, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.exp(1 - 11 / 10))
-    said = ["the cat sat on the mat", "four plus four eight is"]
-    # All words, and of the pairs, triples and quadruples those that lie before the two that changed places.
+def test_bleu_is_a_corpus_score_from_0_to_100() -> None:
+    assert answer_metrics(EXPECTED, EXPECTED, ["bleu"])["bleu"] == pytest.approx(100)
+    short = ["the cat sat on the", "four plus four is eight"]  # all words correct, but 10 instead of 11
+    assert answer_metrics(short, EXPECTED, ["bleu"])["bleu"] == pytest.approx(100 * math.exp(1 - 11 / 10))
+    answers = ["the cat sat on the mat", "four plus four eight is"]
+    # All unigrams match; n-grams match up to the two swapped words.
     precision = [11 / 11, 7 / 9, 5 / 7, 3 / 5]
-    assert answer_metrics(said, WANTED, ["bleu"])["bleu"] == pytest.approx(100 * math.prod(precision) ** 0.25)
+    assert answer_metrics(answers, EXPECTED, ["bleu"])["bleu"] == pytest.approx(100 * math.prod(precision) ** 0.25)
 
 
 @pytest.mark.parametrize(("metric", "package"), [("rouge", "rouge_score"), ("bleu", "sacrebleu")])
-def test_a_missing_package_is_told_with_what_installs_it(
+def test_a_missing_package_is_reported_with_its_extra(
     metric: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_packages(["loss", "exact_match", metric])
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RequestError, match=f"metric {metric} needs the package {package}") as told:
+    with pytest.raises(RequestError, match=f"metric {metric} needs the package {package}") as caught:
         require_packages(["loss", "exact_match", metric])
-    assert "[metrics]" in told.value.remedy
+    assert "[metrics]" in caught.value.remedy
 
 
-def test_the_harness_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(RequestError, match="--tasks needs the package lm_eval") as told:
+    with pytest.raises(RequestError, match="--tasks needs the package lm_eval") as caught:
         open_harness(["hellaswag"])
-    assert "[harness]" in told.value.remedy
+    assert "[harness]" in caught.value.remedy
 
 
 class _Tasks:
-    """As lm_eval's TaskManager: files that it cannot read are passed over, and a task's Python runs as it is loaded."""
+    """Like lm_eval's TaskManager: skips files that are not YAML, and runs a task's Python on loading."""
 
     fault: Exception | None = None
 
@@ -82,18 +82,18 @@ class _Tasks:
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one task, for a harness that is not installed everywhere."""
-    package, room = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
+    """A folder with one task, and a fake lm_eval, which is not installed everywhere."""
+    package, tasks_module = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
     package.__spec__ = ModuleSpec("lm_eval", None)
-    room.TaskManager = _Tasks  # type: ignore[attr-defined]
+    tasks_module.TaskManager = _Tasks  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", package)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", room)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks_module)
     (tmp_path / "which.yaml").write_text("task: which\ndoc_to_text: !function utils.text\n")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         (ModuleNotFoundError("No module named 'nltk'"), "ModuleNotFoundError: No module named 'nltk'"),
         (AttributeError("Module 'utils.py' has no function 'text'"), "AttributeError: Module 'utils.py' has no"),
@@ -101,22 +101,23 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (NotImplementedError(), "NotImplementedError$"),
     ],
 )
-def test_what_a_tasks_python_raises_is_told(
-    tasks: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: str
+def test_errors_of_a_tasks_python_are_reported(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, message: str
 ) -> None:
     assert open_harness(["which"], tasks).tasks == ["which"]
     monkeypatch.setattr(_Tasks, "fault", fault)
-    with pytest.raises(RequestError, match=f"^--tasks which: cannot be loaded: {told}"):
+    with pytest.raises(RequestError, match=f"^--tasks which: cannot be loaded: {message}"):
         open_harness(["which"], tasks)
 
 
-def test_a_task_whose_file_is_not_yaml_is_told_as_such(tasks: Path) -> None:
+def test_a_task_file_that_is_not_yaml_is_reported(tasks: Path) -> None:
     with pytest.raises(RequestError, match="--tasks 'other': lm-evaluation-harness has no such task"):
         open_harness(["other"], tasks)
     (tasks / "deep").mkdir()
     (tasks / "deep" / "other.yaml").write_text("task: other\ndoc_to_choice: [a, b\n")
-    assert open_harness(["which"], tasks).tasks == ["which"], "which is nobody's business"
+    assert open_harness(["which"], tasks).tasks == ["which"], "other tasks are not affected"
     with pytest.raises(
-        RequestError, match=r"--tasks 'other': is not found, and \S+/deep/other\.yaml: line 3: is not YAML: expected"
+        RequestError,
+        match=r"--tasks 'other': there is no such task; \S+/deep/other\.yaml: line 3: is not valid YAML: expected",
     ):
         open_harness(["other"], tasks)

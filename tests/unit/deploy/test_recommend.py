@@ -1,4 +1,4 @@
-"""Which adapter is chosen, from made-up scores."""
+"""The recommended adapter, from artificial scores."""
 
 import random
 import re
@@ -11,8 +11,7 @@ import pytest
 from orchestrator.adapters.bundle import CONFIG, SCORES, WEIGHTS, Facts, seal
 from orchestrator.cli.frame import console_on
 from orchestrator.deploy import open_sweep
-from orchestrator.deploy.adapter_ref import AdapterRef
-from orchestrator.deploy.choice import Candidate, Recommendation, choose, pareto
+from orchestrator.deploy.recommend import Candidate, Recommendation, pareto, recommend
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
 from orchestrator.report.best import say_best
@@ -24,7 +23,7 @@ Make = Callable[..., Candidate]
 
 @pytest.fixture
 def make(tmp_path: Path, make_sweep: MakeSweep) -> Make:
-    """`make("a", losses, size)`: a finished trial with these losses of rows, ten tokens each."""
+    """Makes a finished trial with these losses, ten tokens per row: `make("a", losses, size)`."""
     (pattern,) = read_sweep(make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}).root).trials()
 
     def candidate(name: str, losses: list[float], size: int | None = None, answers: int = 0) -> Candidate:
@@ -48,83 +47,83 @@ def make(tmp_path: Path, make_sweep: MakeSweep) -> Make:
 
 
 def noisy(mean: float, seed: int = 0, spread: float = 2.0) -> list[float]:
-    """Losses of rows that differ much from row to row."""
+    """Return losses that vary much between rows."""
     rng = random.Random(seed)
     return [mean * 10 + rng.uniform(-spread, spread) for _ in range(ROWS)]
 
 
-def names(choice: Recommendation) -> list[str]:
-    return [rival.candidate.trial.trial_id for rival in choice.tied]
+def names(result: Recommendation) -> list[str]:
+    return [rival.candidate.trial.trial_id for rival in result.tied]
 
 
-def test_a_small_lead_on_every_row_is_a_lead(make: Make) -> None:
-    """The pairing: rows differ by 4, the candidates by 0.05 on each row."""
+def test_a_small_lead_on_every_row_is_significant(make: Make) -> None:
+    """The bootstrap is paired: losses vary by 4 between rows, but the candidates differ by 0.05 on each row."""
     losses = noisy(1.0)
-    choice = choose([make("big", losses, 200), make("small", [x + 0.05 for x in losses], 100)], "eval/loss", "min")
-    assert names(choice) == []
-    assert choice.recommended.trial.trial_id == "big"
+    result = recommend([make("big", losses, 200), make("small", [x + 0.05 for x in losses], 100)], "eval/loss", "min")
+    assert names(result) == []
+    assert result.recommended.trial.trial_id == "big"
 
 
-def test_a_lead_that_hangs_on_single_rows_is_none(make: Make) -> None:
+def test_a_lead_that_depends_on_single_rows_is_a_tie(make: Make) -> None:
     losses = noisy(1.0)
     moved = [x + (0.6 if i % 2 else -0.5) for i, x in enumerate(losses)]
     candidates = [make("big", losses, 200), make("small", moved, 100), make("bad", [x + 2 for x in losses], 10)]
-    choice = choose(candidates, "eval/loss", "min")
-    assert choice.leader.trial.trial_id == "big"
-    assert names(choice) == ["small"]
-    assert choice.recommended.trial.trial_id == "small"
-    assert [rival.is_tied for rival in choice.rivals] == [True, False]
-    (small, bad) = choice.rivals
+    result = recommend(candidates, "eval/loss", "min")
+    assert result.leader.trial.trial_id == "big"
+    assert names(result) == ["small"]
+    assert result.recommended.trial.trial_id == "small"
+    assert [rival.is_tied for rival in result.rivals] == [True, False]
+    (small, bad) = result.rivals
     assert small.difference == pytest.approx(0.005)
     assert (bad.difference, bad.low, bad.high) == pytest.approx((0.2, 0.2, 0.2))
-    assert choose(candidates, "eval/loss", "min", strict=True).recommended.trial.trial_id == "big"
+    assert recommend(candidates, "eval/loss", "min", strict=True).recommended.trial.trial_id == "big"
 
 
-def test_the_interval_is_that_of_theory(make: Make) -> None:
-    """Differences with a spread of sigma: 1.96 sigma / sqrt(rows) to each side."""
+def test_the_interval_agrees_with_theory(make: Make) -> None:
+    """For differences with standard deviation sigma, the half width is 1.96 sigma / sqrt(rows)."""
     rng = random.Random(1)
     losses, shifts = noisy(1.0), [rng.gauss(0, 1.0) for _ in range(ROWS)]
     shifts = [x - sum(shifts) / ROWS + 0.1 for x in shifts]
     sigma = (sum((x - 0.1) ** 2 for x in shifts) / ROWS) ** 0.5
-    (rival,) = choose(
+    (rival,) = recommend(
         [make("a", losses), make("b", [x + s for x, s in zip(losses, shifts, strict=True)])], "eval/loss", "min"
     ).rivals
     assert rival.difference == pytest.approx(0.01)
     assert rival.high - rival.low == pytest.approx(2 * 1.96 * sigma / ROWS**0.5 / 10, rel=0.08)
 
 
-def test_it_says_the_same_each_time(make: Make) -> None:
+def test_the_comparison_is_deterministic(make: Make) -> None:
     candidates = [make("a", noisy(1.0, 1)), make("b", noisy(1.0, 2))]
-    first, again = (choose(candidates, "eval/loss", "min").rivals for _ in range(2))
+    first, again = (recommend(candidates, "eval/loss", "min").rivals for _ in range(2))
     assert [(each.low, each.high) for each in first] == [(each.low, each.high) for each in again]
 
 
-def test_a_metric_of_which_more_is_better(make: Make) -> None:
+def test_a_metric_that_is_maximized(make: Make) -> None:
     candidates = [make("a", noisy(1.0), 100, answers=90), make("b", noisy(1.0), 300, answers=91)]
-    choice = choose([*candidates, make("c", noisy(1.0), 10, answers=40)], "eval/exact_match", "max")
-    assert choice.leader.trial.trial_id == "b"
-    assert names(choice) == ["a"]
-    assert choice.recommended.trial.trial_id == "a"
+    result = recommend([*candidates, make("c", noisy(1.0), 10, answers=40)], "eval/exact_match", "max")
+    assert result.leader.trial.trial_id == "b"
+    assert names(result) == ["a"]
+    assert result.recommended.trial.trial_id == "a"
 
 
-def test_trials_of_other_rows_or_without_any_are_not_compared(make: Make) -> None:
+def test_trials_with_other_rows_or_without_scores_are_not_compared(make: Make) -> None:
     losses = noisy(1.0)
     candidates = [make("a", losses, 5), make("b", losses[:-1], 4), Candidate(make("c", losses).trial, None)]
-    choice = choose(candidates, "eval/loss", "min")
-    assert (choice.num_compared, choice.rivals) == (3, [])
-    alone = choose([Candidate(each.trial, None) for each in candidates], "eval/loss", "min")
-    assert alone.why_not_compared == "its adapter does not hold the scores of single rows"
-    by_size = choose(candidates[:2], "size", "min")
+    result = recommend(candidates, "eval/loss", "min")
+    assert (result.num_compared, result.rivals) == (3, [])
+    alone = recommend([Candidate(each.trial, None) for each in candidates], "eval/loss", "min")
+    assert alone.why_not_compared == "its adapter folder has no scores of single rows"
+    by_size = recommend(candidates[:2], "size", "min")
     assert (by_size.leader.trial.trial_id, by_size.why_not_compared) == ("b", "sizes are exact")
 
 
-def test_a_metric_that_nobody_has_is_refused_with_those_there_are(make: Make) -> None:
+def test_an_unknown_metric_is_rejected_with_the_known_ones(make: Make) -> None:
     with pytest.raises(RequestError, match="--metric eval/bleu") as caught:
-        choose([make("a", noisy(1.0))], "eval/bleu", "max")
-    assert caught.value.remedy == "Measured were: eval/loss, size."
+        recommend([make("a", noisy(1.0))], "eval/bleu", "max")
+    assert caught.value.remedy == "Choose one of: eval/loss, size."
 
 
-def test_pareto_drops_what_another_beats(make: Make) -> None:
+def test_pareto_drops_dominated_candidates(make: Make) -> None:
     candidates = [
         make("good and big", noisy(1.0), 400),
         make("worse and bigger", noisy(1.1), 500),
@@ -137,7 +136,7 @@ def test_pareto_drops_what_another_beats(make: Make) -> None:
     assert pareto(candidates[:1] * 2, {"eval/loss": "min", "size": "min"}) == candidates[:1] * 2
 
 
-def test_a_sweeps_best_is_the_smallest_of_the_tied(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
+def test_the_best_of_a_sweep_is_the_smallest_tied_adapter(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("STOPPED", 0.5), "c": ("FAILED", 0.5)})
     losses = noisy(1.0)
     for name, size, values in (
@@ -156,10 +155,10 @@ def test_a_sweeps_best_is_the_smallest_of_the_tied(tmp_path: Path, make_sweep: M
     assert sweep.best("size").trial.trial_id == "b"
     assert [trial.trial_id for trial in sweep.top(1)] == ["a"]
     assert [trial.trial_id for trial in sweep.pareto(["eval/loss", "size"])] == ["a", "b"]
-    told = best.as_dict()
-    assert (told["value"], told["num_parameters"]) == pytest.approx((sum(losses) / ROWS / 10 + 0.005, 100))
-    assert told["choice"]["leader"] == "a"
-    assert [each["trial_id"] for each in told["choice"]["tied"]] == ["b"]
+    document = best.as_dict()
+    assert (document["value"], document["num_parameters"]) == pytest.approx((sum(losses) / ROWS / 10 + 0.005, 100))
+    assert document["choice"]["leader"] == "a"
+    assert [each["trial_id"] for each in document["choice"]["tied"]] == ["b"]
     shutil.rmtree(paths.trial("b").adapter(7))
     assert sweep.best(strict=True).damaged == {}
     without = sweep.best("size")
@@ -172,7 +171,7 @@ def _flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, SCORES])
-def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
+def test_a_damaged_best_adapter_is_reported_and_the_next_one_recommended(
     tmp_path: Path, make_sweep: MakeSweep, make: Make, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.6), "c": ("COMPLETE", 0.7)})
@@ -187,36 +186,36 @@ def test_a_best_that_is_damaged_is_told_and_the_next_one_recommended(
     _flip(file)
     sweep = open_sweep(paths.root)
     best = sweep.best()
-    assert best.trial.trial_id == best.choice.leader.trial.trial_id == "b"
-    assert [rival.candidate.trial.trial_id for rival in best.choice.rivals] == ["c"]
-    assert best.damaged == {"a": f"{file}: has changed since it was saved (manifest.json holds another sha256)"}
+    assert best.trial.trial_id == best.recommendation.leader.trial.trial_id == "b"
+    assert [rival.candidate.trial.trial_id for rival in best.recommendation.rivals] == ["c"]
+    assert best.damaged == {"a": f"{file}: has changed since it was saved (manifest.json lists another sha256)"}
     say_best(console_on(), best)
     assert f"left out, because its adapter is damaged: a: {file}: has changed" in capsys.readouterr().out
-    with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may hang on it") as told:
-        AdapterRef.of_best(best)  # nobody has asked for the next one yet
-    assert str(best.adapter) in told.value.remedy
+    with pytest.raises(RecordError, match="adapter of trial a is damaged, and the choice may depend on it") as caught:
+        best.adapter_ref()  # the user has to decide
+    assert str(best.adapter) in caught.value.remedy
     for trial in "bc":
         (paths.trial(trial).adapter(7) / WEIGHTS).unlink()
-    with pytest.raises(RecordError, match="no finished trial with eval/loss has a whole adapter") as told:
+    with pytest.raises(RecordError, match="no finished trial with eval/loss has an undamaged adapter") as caught:
         open_sweep(paths.root).best()
-    assert told.value.message.count("is missing") == 2
+    assert caught.value.message.count("is missing") == 2
 
 
 @pytest.mark.parametrize(
     ("lost", "sizes", "strict", "why"),
     [
-        ("a", (500, 500, 500), True, "it leads"),
-        ("a", (500, 500, 500), False, "it leads"),
-        ("c", (500, 500, 400), False, "only its rows tell (`best --strict` does not ask)"),
+        ("a", (500, 500, 500), True, "it has the best value"),
+        ("a", (500, 500, 500), False, "it has the best value"),
+        ("c", (500, 500, 400), False, "its row scores are unreadable (`best --strict` ignores ties)"),
         ("c", (500, 500, 400), True, None),
-        ("c", (500, 500, 500), False, None),  # tied or not: of equal ones the better is taken
+        ("c", (500, 500, 500), False, None),  # tied or not: of equal sizes the better value wins
         ("c", (500, 500, 600), False, None),
         ("c", (500, 500, None), False, None),
-        ("b", (500, 450, 400), False, None),  # c is tied with the leader, and smaller yet
-        ("b", (500, 300, 400), False, "only its rows tell"),
+        ("b", (500, 450, 400), False, None),  # c is tied with the leader and even smaller
+        ("b", (500, 300, 400), False, "its row scores are unreadable"),
     ],
 )
-def test_damage_matters_only_where_the_choice_may_hang_on_it(
+def test_damage_matters_only_if_the_choice_may_depend_on_it(
     tmp_path: Path,
     make_sweep: MakeSweep,
     make: Make,
@@ -225,7 +224,7 @@ def test_damage_matters_only_where_the_choice_may_hang_on_it(
     strict: bool,
     why: str | None,
 ) -> None:
-    """Three adapters that their rows do not tell apart; the scores of one cannot be read."""
+    """Three tied adapters, where the scores of one cannot be read."""
     states = {"a": ("COMPLETE", 0.50), "b": ("COMPLETE", 0.51), "c": ("COMPLETE", 0.52)}
     paths = make_sweep(tmp_path / "t", states)
     spreads = {"a": (0, 4), "b": (2, 2), "c": (4, 0)}
@@ -240,18 +239,18 @@ def test_damage_matters_only_where_the_choice_may_hang_on_it(
         (folder / WEIGHTS).touch()
     best = open_sweep(paths.root).best(strict=strict)
     assert best.damaged.keys() == {lost}
-    assert len(best.choice.tied) == 1
+    assert len(best.recommendation.tied) == 1
     if why is None:
         assert best.in_doubt == {}
-        assert AdapterRef.of_best(best).adapter == best.adapter
+        assert best.adapter_ref().folder == best.adapter
     else:
         with pytest.raises(
-            RecordError, match=rf"trial {lost} is damaged, and the choice may hang on it, .*{re.escape(why)}"
+            RecordError, match=rf"trial {lost} is damaged, and the choice may depend on it: .*{re.escape(why)}"
         ):
-            AdapterRef.of_best(best)
+            best.adapter_ref()
 
 
-def test_where_no_rows_are_compared_damage_behind_the_leader_does_not_matter(
+def test_damage_behind_the_leader_does_not_matter_if_rows_are_not_compared(
     tmp_path: Path, make_sweep: MakeSweep
 ) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.6)})
@@ -260,26 +259,26 @@ def test_where_no_rows_are_compared_damage_behind_the_leader_does_not_matter(
     assert (best.trial.trial_id, best.damaged.keys(), best.in_doubt) == ("a", {"b"}, {})
 
 
-def test_a_few_rows_tell_nothing(make: Make) -> None:
-    choice = choose([make("a", [9.0, 9.0]), make("b", [9.1, 9.1])], "eval/loss", "min")
-    assert (choice.rivals, choice.why_not_compared) == ([], "2 held-out rows are too few to tell")
+def test_too_few_rows_are_not_compared(make: Make) -> None:
+    result = recommend([make("a", [9.0, 9.0]), make("b", [9.1, 9.1])], "eval/loss", "min")
+    assert (result.rivals, result.why_not_compared) == ([], "2 held-out rows are too few to compare")
 
 
-def test_the_best_by_size_is_told_as_json(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_the_best_by_size_as_json(tmp_path: Path, make_sweep: MakeSweep) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)})
     result = TrialResult.model_validate_json(paths.trial("a").result.read_text())
     write_record(paths.trial("a").result, result.model_copy(update={"applied": {"num_trainable_parameters": 7}}))
     assert open_sweep(paths.root).best("size").as_dict()["value"] == 7
 
 
-def test_damaged_scores_are_told(tmp_path: Path, make_sweep: MakeSweep) -> None:
+def test_damaged_scores_are_reported(tmp_path: Path, make_sweep: MakeSweep) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)})
     (paths.trial("a").adapter(7) / SCORES).write_text('{"losses": [1.0]}')
     with pytest.raises(RecordError, match=r"held_out\.json: is damaged"):
         open_sweep(paths.root).best()
 
 
-def test_scores_that_a_manifest_does_not_list_are_told(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
+def test_scores_missing_from_the_manifest_are_reported(tmp_path: Path, make_sweep: MakeSweep, make: Make) -> None:
     paths, made = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)}), make("a", noisy(1.0))
     seal(paths.trial("a").adapter(7), Facts(format="adapter", base={}, versions={}, metrics={}))
     assert made.scores is not None

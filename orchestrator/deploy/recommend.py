@@ -1,4 +1,4 @@
-"""Which adapter to take: the best, those that cannot be told apart from it, and the cheapest of them."""
+"""Recommend an adapter: find the best one, the ones statistically tied with it, and the smallest of these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from orchestrator.record import RowScores, TrialResult
 Mode = Literal["min", "max"]
 
 SIZE = "size"
-"""Objective beside the metrics: parameters of the adapter, the fewer the better."""
+"""An objective besides the metrics: the number of parameters of the adapter; smaller is better."""
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-FEWEST = 10
-"""Rows: of fewer, resampling says nothing."""
-_BLOCK = 1 << 24
-"""Counts that are held at once."""
+MIN_ROWS = 10
+"""With fewer rows, the bootstrap is not meaningful."""
+_MAX_COUNTS = 1 << 24
+"""Resampled row counts that are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -26,59 +26,59 @@ class Candidate:
 
     trial: TrialResult
     scores: RowScores | None
-    """Of the held-out rows; None where its adapter does not say."""
+    """Scores of the held-out rows; None if the adapter folder does not contain them."""
 
     def value(self, metric: str) -> float | None:
-        """Of a metric, or of `SIZE`; None where it was not measured."""
+        """Return the value of a metric or of `SIZE`; None if it was not measured."""
         if metric == SIZE:
             return self.trial.num_parameters
         return self.trial.best.values.get(metric) if self.trial.best else None
 
     @property
     def cost(self) -> float:
-        """Parameters of its adapter, by which the cheapest is recommended; infinite where they are not known."""
+        """Number of parameters of its adapter; infinite if unknown. Of tied candidates the cheapest is recommended."""
         return self.trial.num_parameters or float("inf")
 
 
 @dataclass(frozen=True)
 class ComparedCandidate:
-    """A candidate beside the leader."""
+    """A candidate compared with the leader."""
 
     candidate: Candidate
     difference: float
-    """Its value minus the leader's."""
+    """The candidate's value minus the leader's."""
     low: float
     high: float
-    """Bounds of the difference over resampled rows."""
+    """Bounds of the bootstrap confidence interval of the difference."""
 
     @property
     def is_tied(self) -> bool:
-        """Whether the rows leave it open which of the two is better."""
+        """Whether the interval contains zero: the rows do not show which of the two is better."""
         return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What was compared, and what came of it."""
+    """The comparison of all candidates, and the recommended one."""
 
     metric: str
     mode: Mode
     leader: Candidate
     rivals: list[ComparedCandidate]
-    """All others whose rows are known, best first."""
+    """All other candidates with comparable row scores, best first."""
     recommended: Candidate
     num_compared: int
-    """Candidates, the leader included."""
+    """Number of candidates, including the leader."""
     why_not_compared: str | None
-    """Why nothing is known of ties with any of them."""
+    """Why no candidate could be compared with the leader row by row; None if they were compared."""
 
     @property
     def tied(self) -> list[ComparedCandidate]:
-        """Those that cannot be told apart from the leader, best first."""
+        """The rivals that are tied with the leader, best first."""
         return [rival for rival in self.rivals if rival.is_tied]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the comparison as plain JSON values."""
         return {
             "leader": self.leader.trial.trial_id,
             "recommended": self.recommended.trial.trial_id,
@@ -97,18 +97,18 @@ class Recommendation:
         }
 
 
-def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: bool = False) -> Recommendation:
-    """The leader by `metric`, and of those that cannot be told apart from it the one with the fewest parameters.
+def recommend(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: bool = False) -> Recommendation:
+    """Find the leader by `metric`, and recommend the tied candidate with the fewest parameters.
 
-    Two candidates are compared by a paired bootstrap (Efron and Tibshirani 1993; Koehn 2004 for paired rows): held-out
-    rows are drawn with replacement, the same for both, and the metric of each computed anew. They are tied where zero
-    lies within the middle `CONFIDENCE` of the differences.
+    Two candidates are compared by a paired bootstrap (Efron and Tibshirani 1993; Koehn 2004 for paired rows). Held-out
+    rows are drawn with replacement, the same rows for both, and the metric of each candidate is recomputed. The two
+    are tied if zero lies within the central `CONFIDENCE` interval of the differences.
 
     Args:
         candidates: at least one.
-        metric: that each is measured by.
-        mode: which end of it is better.
-        strict: recommend the leader, whatever is tied with it.
+        metric: metric to compare by.
+        mode: whether lower or higher values are better.
+        strict: recommend the leader, whichever candidates are tied with it.
 
     Raises:
         RequestError: no candidate has this metric.
@@ -123,42 +123,46 @@ def choose(candidates: Sequence[Candidate], metric: str, mode: Mode, strict: boo
 
 
 def rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
-    """Those that have the metric, best first.
+    """Sort the candidates that have the metric, best first.
 
     Raises:
-        RequestError: none has it.
+        RequestError: no candidate has it.
     """
     measured = [each for each in candidates if each.value(metric) is not None]
     if not measured:
         known = sorted({name for each in candidates if each.trial.best for name in each.trial.best.values} | {SIZE})
-        raise RequestError(f"--metric {metric}: no finished trial has it", f"Measured were: {', '.join(known)}.")
+        raise RequestError(f"--metric {metric}: no finished trial has it", f"Choose one of: {', '.join(known)}.")
     sign = 1 if mode == "min" else -1
     return sorted(measured, key=lambda each: sign * (each.value(metric) or 0.0))
 
 
-def why_it_may_differ(choice: Recommendation, lost: Candidate, ranked: Sequence[Candidate], strict: bool) -> str | None:
-    """Why another one might have been recommended, had this candidate been among them; None where it could not.
+def why_it_may_differ(
+    recommendation: Recommendation, lost: Candidate, ranked: Sequence[Candidate], strict: bool
+) -> str | None:
+    """Explain why the recommendation might differ if a damaged candidate had been included; None if it could not.
 
     Args:
-        choice: made without it.
-        lost: one whose adapter is damaged, and its rows with it.
-        ranked: all, it too, by `rank`.
-        strict: how the choice was made.
+        recommendation: the recommendation made without the candidate.
+        lost: the candidate whose adapter, and so its row scores, are damaged.
+        ranked: all candidates including this one, sorted by `rank`.
+        strict: whether the recommendation was strict.
     """
     places = {each.trial.trial_id: place for place, each in enumerate(ranked)}
-    place, recommended = places[lost.trial.trial_id], choice.recommended
-    if place < places[choice.leader.trial.trial_id]:
-        return "it leads"
+    place, recommended = places[lost.trial.trial_id], recommendation.recommended
+    if place < places[recommendation.leader.trial.trial_id]:
+        return "it has the best value"
     is_dearer = (lost.cost, place) > (recommended.cost, places[recommended.trial.trial_id])
-    if strict or choice.why_not_compared or is_dearer:
+    if strict or recommendation.why_not_compared or is_dearer:
         return None
-    return "it would be taken if it were tied with the leader, which only its rows tell (`best --strict` does not ask)"
+    return "it is smaller, and may be tied with the best; its row scores are unreadable (`best --strict` ignores ties)"
 
 
 def pareto(candidates: Sequence[Candidate], objectives: dict[str, Mode]) -> list[Candidate]:
-    """Those that no other candidate beats in one objective without losing in another, best in the first one first."""
+    """Return the Pareto set, sorted by the first objective, best first. Candidates without a value are left out."""
     first, mode = next(iter(objectives.items()))
-    able = [each for each in rank(candidates, first, mode) if all(each.value(name) is not None for name in objectives)]
+    complete = [
+        each for each in rank(candidates, first, mode) if all(each.value(name) is not None for name in objectives)
+    ]
 
     def costs(candidate: Candidate) -> list[float]:
         signs = [1 if mode == "min" else -1 for mode in objectives.values()]
@@ -167,11 +171,11 @@ def pareto(candidates: Sequence[Candidate], objectives: dict[str, Mode]) -> list
     def beats(one: list[float], other: list[float]) -> bool:
         return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
-    return [each for each in able if not any(beats(costs(other), costs(each)) for other in able)]
+    return [each for each in complete if not any(beats(costs(other), costs(each)) for other in complete)]
 
 
 def _columns(metric: str, scores: RowScores) -> tuple[list[float], list[float]] | None:
-    """Per row, what a metric is the ratio of; None for one that rows do not tell."""
+    """Return numerators and denominators, per row, of a metric; None if row scores do not contain the metric."""
     if metric == "eval/loss":
         return scores.losses, [float(each) for each in scores.tokens]
     if metric == "eval/token_accuracy":
@@ -185,11 +189,11 @@ def _why_not_compared(leader: Candidate, metric: str) -> str | None:
     if metric == SIZE:
         return "sizes are exact"
     if leader.scores is None:
-        return "its adapter does not hold the scores of single rows"
+        return "its adapter folder has no scores of single rows"
     found = _columns(metric, leader.scores)
     if found is None:
-        return f"{metric} of single rows was not kept"
-    return None if len(found[0]) >= FEWEST else f"{len(found[0])} held-out rows are too few to tell"
+        return f"{metric} was not recorded per row"
+    return None if len(found[0]) >= MIN_ROWS else f"{len(found[0])} held-out rows are too few to compare"
 
 
 def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> list[ComparedCandidate]:
@@ -204,7 +208,7 @@ def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> lis
     known = [each for each in others if columns.get(each.trial.trial_id, own[:, :0]).shape == own.shape]
     stacked = np.stack([own, *(columns[each.trial.trial_id] for each in known)])  # (candidates, 2, rows)
     rows = stacked.shape[2]
-    random, each_block, drawn = np.random.default_rng(0), max(1, _BLOCK // rows), []
+    random, each_block, drawn = np.random.default_rng(0), max(1, _MAX_COUNTS // rows), []
     for start in range(0, RESAMPLES, each_block):
         counts = random.multinomial(rows, np.full(rows, 1 / rows), size=min(each_block, RESAMPLES - start))
         above, below = (stacked[:, part] @ counts.T for part in (0, 1))

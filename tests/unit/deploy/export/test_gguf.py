@@ -1,5 +1,4 @@
-"""llama.cpp's converter: where it is looked for, what it is told of a tokenizer, and what is said when it fails.
-`test_export` runs the real one."""
+"""llama.cpp's converter: how it is found and called, and messages on failure. `test_export` runs the real one."""
 
 import json
 import shutil
@@ -20,7 +19,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
 
@@ -32,10 +31,12 @@ def script(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_without_the_converter_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match=r"convert_hf_to_gguf\.py is not installed .*LLAMA_CPP is not set") as told:
+def test_a_missing_converter_is_reported_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RequestError, match=r"convert_hf_to_gguf\.py is not installed .*LLAMA_CPP is not set") as caught:
         find_converter()
-    assert "Set LLAMA_CPP to a checkout" in told.value.remedy
+    assert "Set LLAMA_CPP to a checkout" in caught.value.remedy
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(RequestError, match=f"not in LLAMA_CPP={tmp_path}"):
         find_converter()
@@ -46,33 +47,31 @@ def test_the_converter_is_found_on_path_or_in_a_checkout(tmp_path: Path, monkeyp
     script(tmp_path / "elsewhere", "")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / CONVERTER).symlink_to(tmp_path / "elsewhere" / CONVERTER)
-    assert find_converter() == tmp_path / "elsewhere" / CONVERTER, "beside it lies what it imports"
+    assert find_converter() == tmp_path / "elsewhere" / CONVERTER, "its modules are next to the real file"
     checkout = script(tmp_path / "checkout", "")
     monkeypatch.setenv("LLAMA_CPP", str(checkout))
     assert find_converter() == checkout / CONVERTER
 
 
 @pytest.mark.parametrize("package", ["gguf", "sentencepiece"])
-def test_without_a_package_that_it_needs_nothing_is_begun(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_reported(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(tmp_path / "bin", "")
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(RequestError, match=f"--format gguf needs the package {package}") as told:
+    with pytest.raises(RequestError, match=f"--format gguf needs the package {package}") as caught:
         find_converter()
-    assert "qlora-orchestrator[gguf]" in told.value.remedy
+    assert "qlora-orchestrator[gguf]" in caught.value.remedy
 
 
-def model_with(folder: Path, cut: Any, **bpe: Any) -> Path:
-    """A folder with the embedded tokenizer, which cuts in another way."""
+def model_with(folder: Path, splitter: Any, **bpe: Any) -> Path:
+    """Write the embedded tokenizer with another pre-tokenizer."""
     folder.mkdir(exist_ok=True)
     document = json.loads((BASE_DIR / "tokenizer.json").read_text())
     document["model"].update(bpe)
-    (folder / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": cut}))
+    (folder / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": splitter}))
     return folder
 
 
-def test_a_pre_tokenizer_is_known_by_what_it_does(tmp_path: Path) -> None:
+def test_a_pre_tokenizer_is_recognized_by_its_parts(tmp_path: Path) -> None:
     assert pre_tokenizer(BASE_DIR) == "smollm"
     assert pre_tokenizer(model_with(tmp_path, BYTES)) == "gpt-2"
     assert pre_tokenizer(model_with(tmp_path, {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]})) == "smollm"
@@ -101,15 +100,15 @@ MAIN = """
 import json, sys
 from pathlib import Path
 def main():
-    told = [TextModel().get_vocab_base_pre(name) for name in ("published", "new")]
-    Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps([*told, *sys.argv[1:]]))
+    found = [TextModel().get_vocab_base_pre(name) for name in ("published", "new")]
+    Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(json.dumps([*found, *sys.argv[1:]]))
 if __name__ == "__main__":
     main()
 """
 
 
 @pytest.mark.parametrize("package", [False, True])
-def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, package: bool) -> None:
+def test_the_converter_gets_the_name_of_an_unknown_pre_tokenizer(tmp_path: Path, package: bool) -> None:
     folder = script(
         tmp_path / "checkout", ("from conversion import ModelBase, TextModel" if package else IN_ONE_FILE) + MAIN
     )
@@ -119,9 +118,9 @@ def test_the_converter_is_told_what_it_does_not_find_itself(tmp_path: Path, pack
         (folder / "conversion" / "base.py").write_text(IN_ONE_FILE)
     shutil.copyfile(BASE_DIR / "tokenizer.json", tmp_path / "tokenizer.json")
     convert(folder / CONVERTER, tmp_path, tmp_path, "fp16", "abc_00001", [2])
-    said = json.loads((tmp_path / FILE).read_text())
-    assert said[:2] == ["llama-bpe", "smollm"]
-    assert said[2:] == [
+    written = json.loads((tmp_path / FILE).read_text())
+    assert written[:2] == ["llama-bpe", "smollm"]
+    assert written[2:] == [
         *(str(tmp_path), "--model-name", "abc_00001"),
         *("--outfile", str(tmp_path / FILE), "--outtype", "f16"),
     ]
@@ -152,37 +151,37 @@ if __name__ == "__main__":
     [
         ([2], {}),
         ([513, 2], {"add_eot_token_id": 513}),
-        ([2, 3], {"add_eot_token_id": 3}),  # which is the padding too
+        ([2, 3], {"add_eot_token_id": 3}),  # also the padding token
         ([513, 514, 515, 2], {"add_eot_token_id": 513, "add_eom_token_id": 514}),
     ],
 )
-def test_stop_tokens_beside_the_eos_are_written_into_the_file(
+def test_stop_tokens_other_than_eos_are_written_into_the_file(
     tmp_path: Path, stops: list[int], more: dict[str, int]
 ) -> None:
-    """By gguf's own reading of the embedded tokenizer, whose EOS is 2."""
+    """The package gguf reads the embedded tokenizer, whose EOS is 2."""
     folder = script(tmp_path / "checkout", SPECIAL_TOKENS)
     model = tmp_path / "model"
     load_tokenizer(BaseSection(model="embedded")).save_pretrained(model)
     document = json.loads((model / "tokenizer.json").read_text())
-    (model / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": None}))  # nothing else to tell
+    (model / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": None}))  # no pre-tokenizer to name
     convert(folder / CONVERTER, model, tmp_path, "fp16", "x", stops)
     written = json.loads((tmp_path / FILE).read_text())
     ends = {name: value for name, value in written.items() if name.removeprefix("add_")[:3] in ("eos", "eot", "eom")}
     assert ends == {"add_eos_token_id": 2, **more}
 
 
-def test_the_converters_own_last_words_are_passed_on(tmp_path: Path) -> None:
-    words = "Traceback (most recent call last):\n  File x\nNotImplementedError: BPE pre-tokenizer was not recognized"
-    folder = script(tmp_path / "bin", f"import sys; print({words!r}, file=sys.stderr); sys.exit(3)")
-    with pytest.raises(RequestError, match="ended with 3:\n") as told:
+def test_the_last_lines_of_the_converter_are_quoted(tmp_path: Path) -> None:
+    output = "Traceback (most recent call last):\n  File x\nNotImplementedError: BPE pre-tokenizer was not recognized"
+    folder = script(tmp_path / "bin", f"import sys; print({output!r}, file=sys.stderr); sys.exit(3)")
+    with pytest.raises(RequestError, match="failed with exit code 3:\n") as caught:
         convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
-    assert "NotImplementedError: BPE pre-tokenizer was not recognized" in told.value.message
-    assert "File x" not in told.value.message
-    assert "--format merged" in told.value.remedy
+    assert "NotImplementedError: BPE pre-tokenizer was not recognized" in caught.value.message
+    assert "File x" not in caught.value.message
+    assert "--format merged" in caught.value.remedy
 
 
-def test_a_converter_that_writes_nothing_has_failed(tmp_path: Path) -> None:
+def test_a_converter_that_writes_no_file_has_failed(tmp_path: Path) -> None:
     folder = script(tmp_path / "bin", "")
-    with pytest.raises(RequestError, match="ended with 0"):
+    with pytest.raises(RequestError, match="failed with exit code 0"):
         convert(folder / CONVERTER, tmp_path, tmp_path, "bf16", "x", [2])
     assert not (tmp_path / FILE).exists()

@@ -1,0 +1,57 @@
+"""The files of a base: where they are found, and the memory that they take."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_qwen import BF16, FP32, MakeAdapterRef
+
+from orchestrator.base import load_base
+from orchestrator.deploy.export.base_files import find_base_files, loaded_bytes
+from orchestrator.embedded import BASE_DIR
+from orchestrator.errors import RequestError
+from orchestrator.spec.sections import BaseSection
+
+
+@pytest.mark.parametrize(
+    ("quantization", "compute_dtype"),
+    [("none", FP32), ("none", "float16"), ("int8", FP32), ("nf4", FP32), ("fp4", "float16")],
+)
+def test_the_memory_of_a_base_is_known_without_loading_it(
+    make_adapter: MakeAdapterRef, quantization: str, compute_dtype: str
+) -> None:
+    base = make_adapter(base_fields={"quantization": quantization, "compute_dtype": compute_dtype}).base
+    assert loaded_bytes(base) == sum(weight.nbytes for weight in load_base(base).parameters())
+
+
+@pytest.mark.parametrize("config_names_dtype", [True, False])
+def test_weights_that_keep_their_type_are_not_counted(make_adapter: MakeAdapterRef, config_names_dtype: bool) -> None:
+    """They stay in mapped files. Their type is read from the files, even if config.json does not name it."""
+    base = make_adapter(base_fields={"quantization": "none", "compute_dtype": BF16}).base
+    config = Path(base.model) / "config.json"
+    if not config_names_dtype:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": None}))
+    assert loaded_bytes(base) == 0
+
+
+def test_a_base_on_the_hub_is_found_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is in the hub's cache, and there is no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--small"
+    shutil.copytree(BASE_DIR, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base = BaseSection(model="someone/small")
+    for revision in (None, "main", commit):
+        found = find_base_files(base.model_copy(update={"revision": revision}))
+        assert found.folder == repo / "snapshots" / commit
+        assert set(found.files) == set(load_file(BASE_DIR / "model.safetensors"))
+    other = commit[::-1]
+    with pytest.raises(RequestError, match=rf"base\.model someone/small at revision {other}: config\.json cannot"):
+        find_base_files(base.model_copy(update={"revision": other}))
+    with pytest.raises(RequestError, match=r"base\.model someone/else: config\.json cannot be found"):
+        find_base_files(BaseSection(model="someone/else"))
