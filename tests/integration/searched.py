@@ -9,7 +9,7 @@ from tiny import DEMO, TINY
 from orchestrator.record import Decision, SweepPaths, SweepRecord, TrialResult, read_decisions, read_metrics
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import run_sweep
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 
 # One worker, whose trials train together on a few rows.
 PACKED = [
@@ -48,7 +48,7 @@ def by_age(record: SweepRecord) -> list[TrialResult]:
 
 def replayed(spec: SweepSpec, values: list[float]) -> list[dict[str, Any]]:
     """Points that a fresh search makes whose trials report these losses."""
-    searcher, points = make_searcher(spec, at_once=1), []
+    searcher, points = make_searcher(spec, max_concurrent=1), []
     for i, value in enumerate(values):
         points.append(searcher.suggest(f"trial-{i}"))
         searcher.on_trial_complete(f"trial-{i}", {"eval/loss": value})

@@ -16,7 +16,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.sweep import results, run
 from orchestrator.sweep.results import ResultKeeper
 from orchestrator.sweep.schedulers.factory import make_scheduler
-from orchestrator.sweep.schedulers.moments import Moments
+from orchestrator.sweep.schedulers.report_order import ReportOrder
 from orchestrator.sweep.workers import fleet
 from orchestrator.sweep.workers.worker import Worker
 
@@ -67,7 +67,7 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             found.free = ray.get([handle.free_slots.remote() for handle in self._handles])
-            if sum(slots or 0 for slots in found.free) == self._layout.slots * len(self._handles):
+            if sum(slots or 0 for slots in found.free) == self._plan.slots * len(self._handles):
                 break
             time.sleep(0.2)
         ends(self)
@@ -109,7 +109,7 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
     assert len(trials) == 8
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
     assert witness.said == [witness.said[0]]
-    assert "lets 4 run at a time" in witness.said[0]
+    assert "lets 4 of 8 trials run at a time" in witness.said[0]
     assert witness.most_at_once <= 4
     assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
     # Of relays whose trials are stopped in one turn, Tune keeps as many as trials are staged, and ends the others.
@@ -131,7 +131,7 @@ def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int,
     scheduler = make_scheduler(spec)
     scheduler.set_search_properties("eval/loss", "min")
     losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
-    moments, stopped, steps = Moments(4, len(losses)), {}, dict[str, int]()
+    moments, stopped, steps = ReportOrder(4, len(losses)), {}, dict[str, int]()
     for name in sorted(losses):
         moments.add(name)
 
@@ -148,7 +148,7 @@ def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int,
             stopped[name] = step
             moments.end(name)
         else:
-            moments.heard(name)
+            moments.processed(name)
 
     for name, step, _ in reports:
         steps[name] = step

@@ -106,7 +106,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     ]  # fmt: skip
     solo = sweep("solo", *asha, "resources.max_concurrent=1")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(trainable, "Relay", InTurn)
+    monkeypatch.setattr(trainable, "TrialTrainable", InTurn)
     packed = sweep("packed", *asha)
     assert shares_a_worker(packed)
     assert not shares_a_worker(solo)

@@ -26,7 +26,7 @@ from orchestrator.record import (
 )
 from orchestrator.spec import load_spec
 from orchestrator.spec.pairs import MUTABLE
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 from orchestrator.training.local import run_local_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
@@ -280,7 +280,7 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
         assert trial.state == (TrialState.STOPPED if trial.trial_id in expected else TrialState.COMPLETE)
         assert trial.step == expected.get(trial.trial_id, 8)
     points = [trial.config.varied for trial in trials]
-    untaught = make_searcher(record.info.spec, at_once=99)
+    untaught = make_searcher(record.info.spec, max_concurrent=99)
     drawn = [untaught.suggest(str(i)) for i in range(7)]
     assert points[:4] == drawn[:4], "of the first rung nothing is known yet"
     assert points[4:] != drawn[4:], "what was reported makes a difference"

@@ -23,7 +23,7 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.schedulers import moments
+from orchestrator.sweep.schedulers import report_order
 from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.tune_trial import COMPLETE
 
@@ -46,9 +46,9 @@ class Wrapped:
 class Stage:
     """Stands where Tune's controller does. A trial has one loss for each of its evaluations; NaN is a fault."""
 
-    def __init__(self, paths: SweepPaths, at_once: int) -> None:
+    def __init__(self, paths: SweepPaths, num_slots: int) -> None:
         self.paths = paths
-        self.at_once = at_once
+        self.num_slots = num_slots
         self.trials: list[Any] = []
         self.draw: random.Random | None = None
         """Where there is one, it says who reports next; else the one with fewest steps."""
@@ -71,9 +71,9 @@ class Stage:
         self.search_alg = SimpleNamespace(set_finished=self._end_search, searcher=searcher)
         self.conductor = self.resume(None)
 
-    def resume(self, remembered: bytes | None) -> Conductor:
+    def resume(self, saved_state: bytes | None) -> Conductor:
         """A new driver, with all trials as they are on disk."""
-        self.conductor = Conductor(read_sweep(self.paths.root), self.at_once, remembered)
+        self.conductor = Conductor(read_sweep(self.paths.root), self.num_slots, saved_state)
         self.conductor.set_search_properties("eval/loss", "min")
         trials, self.trials = self.trials, []
         for trial in trials:
@@ -114,7 +114,7 @@ class Stage:
                 continue
             if self.draw is not None:
                 self.draw.shuffle(running)
-            if chosen is None or len(running) >= self.at_once:
+            if chosen is None or len(running) >= self.num_slots:
                 if self.draw is None:
                     running.sort(key=lambda trial: trial.last_result.get("step", 0))
                 for trial in running if self.in_lockstep else running[:1]:
@@ -131,7 +131,7 @@ class Stage:
 
     def _add_those_to_come(self) -> None:
         busy = [t for t in self.trials if t.status in ("RUNNING", "PENDING") or t.trial_id in self._going_on]
-        if self.to_come and len([t for t in busy if not t.is_finished()]) < self.at_once:
+        if self.to_come and len([t for t in busy if not t.is_finished()]) < self.num_slots:
             name = next(iter(self.to_come))
             self.add(**{name: self.to_come.pop(name)})
 
@@ -238,17 +238,17 @@ MakeStage = Callable[..., Stage]
 
 @pytest.fixture
 def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeStage:
-    """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section.
+    """`make_stage({"kind": "asha"}, num_slots=2)`: trials evaluate every 10 of 40 steps; `search` is the section.
 
     Reports are heard as they come, unless `is_patient`.
     """
 
     number = itertools.count()
 
-    def make(scheduler: dict[str, Any], at_once: int = 9, is_patient: bool = False, **search: Any) -> Stage:
+    def make(scheduler: dict[str, Any], num_slots: int = 9, is_patient: bool = False, **search: Any) -> Stage:
         if not is_patient:
-            monkeypatch.setattr(moments, "MIN_PATIENCE_S", 0.0)
-            monkeypatch.setattr(moments, "PATIENCE", 0.0)
+            monkeypatch.setattr(report_order, "MIN_PATIENCE_S", 0.0)
+            monkeypatch.setattr(report_order, "PATIENCE", 0.0)
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
@@ -259,6 +259,6 @@ def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
             num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
         )  # fmt: skip
         write_record(paths.sweep, info)
-        return Stage(paths, at_once)
+        return Stage(paths, num_slots)
 
     return make

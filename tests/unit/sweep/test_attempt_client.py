@@ -48,9 +48,9 @@ def saved(paths: TrialPaths, step: int) -> Saved:
 class Workers:
     """In the place of the real ones: tells what it was given, as one batch of events for each question."""
 
-    def __init__(self, *batches: list[Event], untold: list[Event] | None = None) -> None:
+    def __init__(self, *batches: list[Event], unread: list[Event] | None = None) -> None:
         self.batches = list(batches)
-        self.untold = untold or []
+        self.unread = unread or []
         self.evicted: list[str] = []
         self.is_released = False
         self.has_interrupted = False
@@ -69,7 +69,7 @@ class Workers:
 
     def release(self) -> list[Event]:
         self.is_released = True
-        return self.untold
+        return self.unread
 
     def is_interrupted(self) -> bool:
         return self.has_interrupted
@@ -132,13 +132,13 @@ def test_an_evaluation_is_reported_when_its_checkpoint_is_complete(start: TrialR
 
 
 @pytest.mark.parametrize("told_by_tune", [True, False])
-@pytest.mark.parametrize("untold", [[Left(*USE, step=5, lost=None)], []], ids=["released", "worker gone"])
+@pytest.mark.parametrize("unread", [[Left(*USE, step=5, lost=None)], []], ids=["released", "worker gone"])
 @pytest.mark.timeout(20)
 def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
-    start: TrialResult, paths: TrialPaths, told_by_tune: bool, untold: list[Event]
+    start: TrialResult, paths: TrialPaths, told_by_tune: bool, unread: list[Event]
 ) -> None:
     early = [begun(), evaluated(paths, 2), logged(4), evaluated(paths, 4)]
-    workers = Workers(early, untold=untold)
+    workers = Workers(early, unread=unread)
     remote = trial(start, paths, workers)
     remote.next()
     so_far = TrialResult.model_validate_json(paths.progress.read_text())
@@ -149,7 +149,7 @@ def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
     while paths.lease.exists():
         time.sleep(0.05)
     result = read_result(paths)
-    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 3 if untold else 2)
+    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 3 if unread else 2)
     assert steps(paths) == [2]
     assert not paths.checkpoints.exists()
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
@@ -169,7 +169,7 @@ def test_a_trial_that_has_ended_at_its_worker_is_not_waited_for(start: TrialResu
 
 
 def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, paths: TrialPaths) -> None:
-    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], untold=[Left(*USE, step=5, lost=None)])
+    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], unread=[Left(*USE, step=5, lost=None)])
     remote = trial(start, paths, workers)
     remote.next()
     remote.stop()
@@ -202,7 +202,7 @@ def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths)
 def test_a_trial_of_an_interrupted_sweep_keeps_its_last_steps(start: TrialResult, paths: TrialPaths) -> None:
     early = [begun(), logged(2), evaluated(paths, 2)]
     late = [logged(4), evaluated(paths, 4), logged(5), saved(paths, 5), Left(*USE, step=5, lost=None)]
-    workers = Workers(early, untold=late)
+    workers = Workers(early, unread=late)
     remote = trial(start, paths, workers)
     remote.next()
     workers.has_interrupted = True
@@ -226,7 +226,7 @@ def test_a_full_disk_is_told_apart_from_a_lost_worker(start: TrialResult, paths:
 
 
 def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:
-    old = Workers([begun(), evaluated(paths, 2)], untold=[Left(*USE, step=5, lost=None)])
+    old = Workers([begun(), evaluated(paths, 2)], unread=[Left(*USE, step=5, lost=None)])
     first = trial(start, paths, old)
     first.next()
     name = paths.lease.read_text()
@@ -294,7 +294,7 @@ def test_a_trial_that_is_to_wait_gives_its_slot_back_and_goes_on_from_its_checkp
     start: TrialResult, paths: TrialPaths
 ) -> None:
     told = [begun(), logged(2), evaluated(paths, 2, saves=True), saved(paths, 2), logged(4), evaluated(paths, 4)]
-    workers = Workers(told, untold=[Left(*USE, step=4, lost=None)])
+    workers = Workers(told, unread=[Left(*USE, step=4, lost=None)])
     remote = trial(start, paths, workers)
     assert remote.next().step == 2
     paths.paused.touch()

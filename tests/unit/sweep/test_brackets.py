@@ -19,14 +19,14 @@ def falling(level: float) -> list[float]:
 
 
 @pytest.mark.parametrize("in_lockstep", [False, True])
-@pytest.mark.parametrize("at_once", [3, 30])
+@pytest.mark.parametrize("num_slots", [3, 30])
 @pytest.mark.parametrize(("kind", "algorithm"), KINDS)
 def test_a_rung_may_be_jumped_over(
-    kind: str, algorithm: str, at_once: int, in_lockstep: bool, make_stage: MakeStage
+    kind: str, algorithm: str, num_slots: int, in_lockstep: bool, make_stage: MakeStage
 ) -> None:
     """In Tune's own those that are past the next rung, too, would wait for ever."""
     scheduler = {"kind": kind, "grace_tokens": 20, "max_tokens": 280, "reduction_factor": 2}
-    stage = make_stage(scheduler, at_once=at_once, num_trials=20, algorithm=algorithm)
+    stage = make_stage(scheduler, num_slots=num_slots, num_trials=20, algorithm=algorithm)
     stage.in_lockstep = in_lockstep
     stage.add(**{f"t{i:02}": falling(i) for i in range(20)})  # an evaluation every 70 tokens; rungs at 20, 40, 80, ...
     stage.run()
@@ -41,7 +41,7 @@ def test_a_rung_may_be_jumped_over(
 
 def test_one_who_is_stopped_at_a_rung_stays_so_when_the_next_is_passed_at_once(make_stage: MakeStage) -> None:
     scheduler = {"kind": "hyperband", "grace_tokens": 20, "max_tokens": 160, "reduction_factor": 2}
-    stage = make_stage(scheduler, at_once=1, num_trials=20)
+    stage = make_stage(scheduler, num_slots=1, num_trials=20)
     stage.add(**{f"t{i:02}": falling(i) for i in range(20)})
     stage.run()
     at_rung = [each for each in stage.all_decisions() if each.action != "resumed"]
@@ -52,7 +52,7 @@ def test_one_who_is_stopped_at_a_rung_stays_so_when_the_next_is_passed_at_once(m
 def test_bohb_halves_a_bracket_as_soon_as_all_of_it_have_come(make_stage: MakeStage) -> None:
     """Two report together: the first is being saved as the second reports, and counts as one that waits."""
     stage = make_stage(
-        {"kind": "bohb", "grace_steps": 10, "reduction_factor": 2}, at_once=2, num_trials=20, algorithm="bohb"
+        {"kind": "bohb", "grace_steps": 10, "reduction_factor": 2}, num_slots=2, num_trials=20, algorithm="bohb"
     )
     stage.in_lockstep = True
     stage.to_come = {f"t{i:02}": falling(i) for i in range(14)}

@@ -108,7 +108,7 @@ def test_who_is_stopped_depends_on_no_order_of_reports(scheduler: dict[str, Any]
     losses |= {"t2": [3.4, math.nan], "t3": [1.4]}
     found = []
     for seed in range(20):
-        stage = make_stage(scheduler, at_once=3, is_patient=True, num_trials=8)
+        stage = make_stage(scheduler, num_slots=3, is_patient=True, num_trials=8)
         stage.draw = random.Random(seed)
         stage.to_come = dict(losses)
         stage.run()
@@ -119,7 +119,7 @@ def test_who_is_stopped_depends_on_no_order_of_reports(scheduler: dict[str, Any]
 
 
 def test_an_end_lets_the_reports_that_waited_for_it_be_heard(make_stage: MakeStage) -> None:
-    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2)
+    stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2)
     stage.add(a=[0.4, 0.3], b=falling(0.01))
     for trial in stage.trials:
         trial.set_status(Trial.RUNNING)
@@ -134,7 +134,7 @@ def test_an_end_lets_the_reports_that_waited_for_it_be_heard(make_stage: MakeSta
 
 @pytest.mark.parametrize("ends_last", [False, True])
 def test_an_end_that_waited_is_heard_after_a_resume(make_stage: MakeStage, ends_last: bool) -> None:
-    stage = make_stage(ASHA | {"grace_steps": 20}, at_once=2, is_patient=True, num_trials=2)
+    stage = make_stage(ASHA | {"grace_steps": 20}, num_slots=2, is_patient=True, num_trials=2)
     losses = {"a": [0.4, 0.3], "b": falling(0.01)}
     stage.add(**dict(reversed(losses.items()) if ends_last else losses))
     for trial in stage.trials:
@@ -142,18 +142,18 @@ def test_an_end_that_waited_is_heard_after_a_resume(make_stage: MakeStage, ends_
     for name in ("a", "b", "a"):
         stage.report(stage.trial(name))
     assert stage.trial("a").is_finished()
-    assert stage.conductor._reports._moments.is_running("a")
+    assert stage.conductor._reports._order.is_running("a")
     stage.resume(stage.conductor.state())
     stage.trial("b").set_status(Trial.RUNNING)
     stage.report(stage.trial("b"))
     stage.ask()
-    assert not stage.conductor._reports._moments.is_running("a")
+    assert not stage.conductor._reports._order.is_running("a")
     (bracket,) = stage.conductor._inner._brackets
     assert dict(bracket._rungs)[20]["a"] == -0.3
 
 
 def test_a_spent_budget_stops_trials_whose_reports_wait(make_stage: MakeStage) -> None:
-    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2, budget={"tokens": 105})
+    stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2, budget={"tokens": 105})
     stage.add(a=falling(0), b=falling(0))
     for trial in stage.trials:
         trial.set_status(Trial.RUNNING)
@@ -166,7 +166,7 @@ def test_a_spent_budget_stops_trials_whose_reports_wait(make_stage: MakeStage) -
 
 
 def test_a_report_that_waits_is_heard_again_after_a_resume(make_stage: MakeStage) -> None:
-    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2)
+    stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2)
     stage.add(a=falling(0), b=falling(2))
     for trial in stage.trials:
         trial.set_status(Trial.RUNNING)
@@ -185,7 +185,7 @@ def test_a_report_that_waits_is_heard_again_after_a_resume(make_stage: MakeStage
 
 
 def test_a_report_of_a_trial_whose_worker_is_lost_keeps_nobody_waiting(make_stage: MakeStage) -> None:
-    stage = make_stage(ASHA, at_once=2, is_patient=True, num_trials=2)
+    stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2)
     stage.add(a=falling(0), b=falling(2))
     for trial in stage.trials:
         trial.set_status(Trial.RUNNING)
@@ -216,9 +216,9 @@ def band() -> dict[str, list[float]]:
     return {f"t{i}": falling(level) for i, level in enumerate(levels)}
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 10])
-def test_brackets_are_whole_however_few_slots_there_are(at_once: int, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=at_once, num_trials=10)
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 10])
+def test_brackets_are_whole_however_few_slots_there_are(num_slots: int, make_stage: MakeStage) -> None:
+    stage = make_stage(BAND, num_slots=num_slots, num_trials=10)
     stage.add(**band())
     assert [trial.status for trial in stage.trials] == ["PAUSED"] * 10, "all are there before the first has reported"
     stage.run()
@@ -239,7 +239,7 @@ def test_who_passes_the_last_rung_runs_to_its_own_end(make_stage: MakeStage) -> 
 
 
 def test_no_more_trials_run_than_have_a_slot(make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=2, num_trials=10)
+    stage = make_stage(BAND, num_slots=2, num_trials=10)
     stage.add(**band())
     for _ in range(200):
         stage.run(turns=1)
@@ -248,7 +248,7 @@ def test_no_more_trials_run_than_have_a_slot(make_stage: MakeStage) -> None:
 
 @pytest.mark.parametrize("at_turn", range(1, 40, 6))
 def test_brackets_go_on_after_a_resume_as_they_would_have(at_turn: int, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=2, num_trials=10)
+    stage = make_stage(BAND, num_slots=2, num_trials=10)
     stage.add(**band())
     stage.run(at_turn)
     state, before = stage.conductor.state(), stage.all_decisions()
@@ -277,7 +277,7 @@ def test_decisions_past_the_last_state_are_made_again_and_told_once(make_stage: 
 def test_a_trial_that_fails_keeps_nobody_waiting(kind: str, make_stage: MakeStage) -> None:
     """In Tune's own HyperBand those that wait for it after the first rung would wait for ever."""
     algorithm = "bohb" if kind == "bohb" else "random"
-    stage = make_stage(BAND | {"kind": kind}, at_once=10, num_trials=10, algorithm=algorithm)
+    stage = make_stage(BAND | {"kind": kind}, num_slots=10, num_trials=10, algorithm=algorithm)
     losses = band()
     losses["t7"][1] = losses["t0"][1] = math.nan
     stage.add(**losses)
@@ -289,17 +289,17 @@ def test_a_trial_that_fails_keeps_nobody_waiting(kind: str, make_stage: MakeStag
 def test_tunes_own_hyperband_would_wait_for_ever(make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `HyperBand` is for: once Tune does better, it can go."""
     monkeypatch.delattr(HyperBand, "_process_bracket")
-    stage = make_stage(BAND, at_once=10, num_trials=10)
+    stage = make_stage(BAND, num_slots=10, num_trials=10)
     losses = band()
     losses["t7"][1] = math.nan
     stage.add(**losses)
     monkeypatch.setattr("orchestrator.sweep.schedulers.conductor._STUCK_S", 0.0)
-    with pytest.raises(TuneError, match="scheduler hyperband has t6 wait, and nobody trains"):
+    with pytest.raises(TuneError, match="scheduler hyperband lets t6 wait, and no trial trains"):
         stage.run()
 
 
 def test_bohb_hears_of_every_rung_and_of_the_end(make_stage: MakeStage) -> None:
-    stage = make_stage(BAND | {"kind": "bohb"}, at_once=10, num_trials=4, algorithm="bohb")
+    stage = make_stage(BAND | {"kind": "bohb"}, num_slots=10, num_trials=4, algorithm="bohb")
     stage.add(a=falling(0), b=falling(1), c=falling(2), d=falling(3))  # the largest bracket: rungs at 10 and 20 steps
     stage.run()
     assert sorted(stage.decisions("stopped")) == [("b", 20), ("c", 10), ("d", 10)]
@@ -309,7 +309,7 @@ def test_bohb_hears_of_every_rung_and_of_the_end(make_stage: MakeStage) -> None:
 
 def test_bohb_puts_new_trials_into_brackets_of_their_own(make_stage: MakeStage) -> None:
     """In Tune's own they would join the last one, whose trials have ended, and meet no rung."""
-    stage = make_stage(BAND | {"kind": "bohb"}, at_once=1, num_trials=20, algorithm="bohb")
+    stage = make_stage(BAND | {"kind": "bohb"}, num_slots=1, num_trials=20, algorithm="bohb")
     stage.to_come = {f"t{i:02}": falling(i) for i in range(14)}
     stage.run()
     brackets = [bracket for each in stage.conductor._inner._hyperbands for bracket in each]
@@ -319,7 +319,7 @@ def test_bohb_puts_new_trials_into_brackets_of_their_own(make_stage: MakeStage) 
 
 def population(make_stage: MakeStage, scheduler: dict[str, Any] = PBT, seed: int = 0) -> Any:
     """Four trials on two slots, two of which are far behind; at the ends of the range."""
-    stage = make_stage(scheduler, at_once=2, num_trials=4, seed=seed)
+    stage = make_stage(scheduler, num_slots=2, num_trials=4, seed=seed)
     stage._schedule_trial_save = lambda _, result=None: Saved(result)
     stage.add(a=falling(0), b=falling(1), c=falling(8), d=falling(9))
     for name, rate in {"a": 9e-2, "b": 2e-5, "c": 1e-3, "d": 1e-4}.items():
@@ -439,7 +439,7 @@ class Saved:
     ],
 )
 def test_a_budget_that_is_spent_ends_the_sweep(budget: dict[str, Any], said: str, make_stage: MakeStage) -> None:
-    stage = make_stage({"kind": "none"}, at_once=2, num_trials=4, budget=budget)
+    stage = make_stage({"kind": "none"}, num_slots=2, num_trials=4, budget=budget)
     stage.add(a=falling(0), b=falling(1))
     stage.run(turns=3)
     assert stage.is_search_over
@@ -452,7 +452,7 @@ def test_a_budget_that_is_spent_ends_the_sweep(budget: dict[str, Any], said: str
 
 
 def test_a_budget_ends_what_waits_too(make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=2, num_trials=10, budget={"tokens": 1000})
+    stage = make_stage(BAND, num_slots=2, num_trials=10, budget={"tokens": 1000})
     stage.add(**band())
     stage.run()
     spent = {each.trial_id for each in stage.all_decisions() if each.why.startswith("the budget is spent")}
@@ -465,7 +465,7 @@ def test_a_budget_ends_what_waits_too(make_stage: MakeStage) -> None:
 @pytest.mark.parametrize("kind", ["hyperband", "bohb"])
 def test_once_the_budget_is_spent_the_scheduler_decides_nothing(kind: str, tokens: int, make_stage: MakeStage) -> None:
     stage = make_stage(
-        BAND | {"kind": kind}, at_once=10, num_trials=10, budget={"tokens": tokens},
+        BAND | {"kind": kind}, num_slots=10, num_trials=10, budget={"tokens": tokens},
         algorithm="bohb" if kind == "bohb" else "random",
     )  # fmt: skip
     levels = [0.5, 0.2, 9, 8, 3, 1, 2, 5, 6, 7]
@@ -477,7 +477,7 @@ def test_once_the_budget_is_spent_the_scheduler_decides_nothing(kind: str, token
 
 
 def test_a_budget_counts_on_after_a_resume(make_stage: MakeStage) -> None:
-    stage = make_stage({"kind": "none"}, at_once=1, num_trials=2, budget={"tokens": 400})
+    stage = make_stage({"kind": "none"}, num_slots=1, num_trials=2, budget={"tokens": 400})
     stage.add(a=falling(0))
     stage.run()
     stage.resume(stage.conductor.state())
@@ -491,11 +491,11 @@ def test_the_clock_runs_from_the_first_step_and_stands_between_two_drivers(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("orchestrator.sweep.schedulers.budget.time.monotonic", lambda: clock[0])
-    stage = make_stage({"kind": "none"}, at_once=1, num_trials=2, budget={"wall_clock_hours": 1.0})
+    stage = make_stage({"kind": "none"}, num_slots=1, num_trials=2, budget={"wall_clock_hours": 1.0})
 
     def is_over(at: float) -> bool:
         clock[0] = at
-        return stage.conductor._is_over(stage) is not None
+        return stage.conductor._check_budget(stage) is not None
 
     stage.add(a=falling(0))
     assert not is_over(0.0), "its worker loads"
@@ -517,13 +517,13 @@ def test_the_clock_runs_from_the_first_step_and_stands_between_two_drivers(
 
 def test_tokens_of_a_donor_are_spent_once(document: dict[str, Any]) -> None:
     config = parse_spec(document).trial_config({})
-    spending = BudgetTracker(Budget(tokens=100))
+    budget = BudgetTracker(Budget(tokens=100))
     shared: dict[str, Any] = {"state": TrialState.RUNNING, "config": config, "metric": "eval/loss", "mode": "min"}
-    spending.count(TrialResult(trial_id="donor", tokens=60, **shared))
+    budget.count(TrialResult(trial_id="donor", tokens=60, **shared))
     clone = TrialResult(trial_id="clone", tokens=60, adopted_tokens=40, **shared)
-    spending.count(clone)
-    assert spending.over() is None, "20 of its own"
-    spending.count(clone.model_copy(update={"tokens": 80}))
-    over = spending.over()
+    budget.count(clone)
+    assert budget.spent() is None, "20 of its own"
+    budget.count(clone.model_copy(update={"tokens": 80}))
+    over = budget.spent()
     assert over is not None
     assert over.spent == 100

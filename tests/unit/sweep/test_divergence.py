@@ -14,7 +14,7 @@ from orchestrator.errors import FailureCause
 from orchestrator.record import SweepInfo, SweepPaths, TrialResult, TrialState, end_trial, read_sweep, write_record
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.schedulers.conductor import Conductor
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 
 LIMIT = 1.0
 """A rate above this one diverges. Below it, the higher the rate the lower the loss."""
@@ -35,9 +35,9 @@ class Simulation:
 
     def start_driver(self) -> None:
         """A new driver with a new searcher."""
-        self.searcher = make_searcher(self.record.info.spec, at_once=1)
+        self.searcher = make_searcher(self.record.info.spec, max_concurrent=1)
         self.search_alg = SimpleNamespace(searcher=self.searcher, set_finished=lambda: None)
-        self.conductor = Conductor(self.record, at_once=1)
+        self.conductor = Conductor(self.record, num_slots=1)
         self.conductor.set_search_properties("eval/loss", self.record.info.spec.search.resolved_mode)
 
     def run(self, num_trials: int, failure: FailureCause | None) -> int:

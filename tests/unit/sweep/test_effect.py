@@ -60,7 +60,7 @@ def test_what_is_refused_stops_nobody_and_what_is_not_may(
 ) -> None:
     """Trials in order, each worse than all before it, as the rules that compare with others like it least."""
     algorithm = "bohb" if scheduler["kind"] == "bohb" else "random"
-    stage = make_stage(scheduler, at_once=1, num_trials=number, algorithm=algorithm)
+    stage = make_stage(scheduler, num_slots=1, num_trials=number, algorithm=algorithm)
     trials = {f"t{i:02}": [i + 0.4, i + 0.3, i + 0.2, i + 0.1] for i in range(number)}
     if algorithm == "bohb":
         stage.to_come = trials

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator import upstream
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.sweep.workers import fleet
 from orchestrator.sweep.workers.fleet import FleetPlan, compiling_early, plan_fleet
 from orchestrator.training.fast.warmup import precompile
 
@@ -28,13 +28,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
         there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
         monkeypatch.setattr(ray, "cluster_resources", lambda: there)
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        monkeypatch.setattr(fleet, "_autoscaler_resources", lambda: most or {})
+        monkeypatch.setattr(upstream, "autoscaler_limits", lambda: most or {})
 
     return make
 
 
-def shape(layout: FleetPlan) -> tuple[int, float, int, bool]:
-    return layout.num_workers, layout.gpus, layout.slots, layout.is_fixed
+def shape(plan: FleetPlan) -> tuple[int, float, int, bool]:
+    return plan.num_workers, plan.gpus, plan.slots, plan.is_fixed
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     begun: list[int] = []
     monkeypatch.setattr(precompile, "start", lambda _, num_slots: begun.append(num_slots))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(fleet, "_gpus_here", lambda: 2)
+    monkeypatch.setattr(upstream, "num_visible_gpus", lambda: 2)
 
     def compile_for(address: str | None) -> None:
         with compiling_early(spec(num_trials, *overrides), address):
@@ -91,20 +91,20 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     compile_for(None)
     assert begun == slots
     compile_for(ADDRESS)
-    monkeypatch.setattr(fleet, "_gpus_here", lambda: 0)
+    monkeypatch.setattr(upstream, "num_visible_gpus", lambda: 0)
     compile_for(None)
     assert begun == slots, "nothing for GPUs that are elsewhere, or nowhere"
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,2", 2), ("", 0), ("0,1,2,3,4", 4)])
 def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int) -> None:
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
     monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert fleet._gpus_here() == gpus
+    assert upstream.num_visible_gpus() == gpus
 
 
 def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
@@ -168,6 +168,6 @@ def test_what_is_said(cluster: Any) -> None:
     assert plan_fleet(spec(8), None).why == "8 trials at a time share 2 workers"
     assert plan_fleet(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
     limited = plan_fleet(spec(8, "resources.max_concurrent=1"), None).why
-    assert limited.endswith("; of 8 trials resources.max_concurrent lets 1 run at a time")
+    assert limited.endswith("; resources.max_concurrent lets 1 of 8 trials run at a time")
     assert "max_concurrent" not in plan_fleet(spec(8, "resources.max_concurrent=8"), None).why
     assert "engine trl" in plan_fleet(spec(8, "training.engine=trl"), None).why

@@ -78,14 +78,14 @@ def test_it_is_pickled_with_the_tuner_without_what_it_holds(tmp_path: Path) -> N
 
 
 def test_the_conductor_looks_at_a_failure_before_its_scheduler_does(make_stage: Any) -> None:
-    stage = make_stage({"kind": "asha", "grace_steps": 10}, at_once=2)
+    stage = make_stage({"kind": "asha", "grace_steps": 10}, num_slots=2)
     seen: list[str] = []
 
     def look(trial: Any) -> None:
         seen.append(trial.trial_id)
         raise StorageError("full")
 
-    stage.conductor._look_at_failure = look
+    stage.conductor._check_failure = look
     stage.add(a=[0.4, 0.3, 0.2, 0.1])
     trial = stage.trial("a")
     trial.set_status(Trial.RUNNING)

@@ -39,14 +39,14 @@ def run_to(stage: Any, name: str, step: int) -> Any:
     trial = stage.trial(name)
     while trial.last_result.get("step", 0) < step:
         trial.set_status(Trial.RUNNING)
-        stage.conductor._go_on(trial)
+        stage.conductor._resume(trial)
         stage.report(trial)
     return trial
 
 
 @pytest.mark.parametrize("num", [7, 8, 9, 10])
 def test_a_trial_that_is_started_anew_stays_in_its_bracket(num: int, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=30, num_trials=num)
+    stage = make_stage(BAND, num_slots=30, num_trials=num)
     stage.add(**dict(list(band().items())[:num]))
     before = brackets(stage)
     trial = run_to(stage, "t0", 30)
@@ -60,7 +60,7 @@ def test_a_trial_that_is_started_anew_stays_in_its_bracket(num: int, make_stage:
 
 
 def test_a_member_of_a_population_is_known_when_it_is_started_anew(make_stage: MakeStage) -> None:
-    stage = make_stage({"kind": "pbt", "interval_steps": 10, "quantile": 0.5}, at_once=4, num_trials=2)
+    stage = make_stage({"kind": "pbt", "interval_steps": 10, "quantile": 0.5}, num_slots=4, num_trials=2)
     stage.add(a=falling(0), b=falling(1))
     trial = run_to(stage, "a", 10)
     trial.set_status(Trial.RUNNING)
@@ -70,7 +70,7 @@ def test_a_member_of_a_population_is_known_when_it_is_started_anew(make_stage: M
 
 @pytest.mark.parametrize(("kind", "algorithm"), KINDS)
 def test_a_trial_that_is_lost_as_it_is_paused_waits(kind: str, algorithm: str, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND | {"kind": kind}, at_once=10, num_trials=10, algorithm=algorithm)
+    stage = make_stage(BAND | {"kind": kind}, num_slots=10, num_trials=10, algorithm=algorithm)
     stage.in_lockstep = True  # a pause takes a while
     stage.add(**band())
     name = "t7" if kind == "hyperband" else "t2"
@@ -89,7 +89,7 @@ def test_a_trial_that_is_lost_as_it_is_paused_waits(kind: str, algorithm: str, m
 
 
 def test_who_fails_for_good_as_it_is_paused_waits_no_more(make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=10, num_trials=10)
+    stage = make_stage(BAND, num_slots=10, num_trials=10)
     stage.in_lockstep = True
     stage.add(**band())
     trial = run_to(stage, "t7", 10)

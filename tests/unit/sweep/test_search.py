@@ -12,7 +12,8 @@ import pytest
 from ray import tune
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.sweep.search.algorithms import make_search_algorithm, make_searcher, tune_space
+from orchestrator.sweep.search.factory import make_search_algorithm, make_searcher
+from orchestrator.sweep.search.grid_random import tune_space
 
 Document = dict[str, Any]
 Point = dict[str, Any]
@@ -59,7 +60,7 @@ def make(document: Document) -> Callable[..., SweepSpec]:
 
 def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lambda _: 1.0) -> list[Point]:
     """The first points of a search, each of which reports its loss before the next is drawn."""
-    searcher = make_searcher(spec, at_once=2)
+    searcher = make_searcher(spec, max_concurrent=2)
     if spec.search.algorithm in ("random", "grid"):
         tune.register_trainable("idle", lambda _: None)
         run = {"run": "idle", "config": tune_space(spec.search), "num_samples": spec.search.total_trials}
@@ -148,7 +149,7 @@ def test_a_saved_search_goes_on_as_it_would_have(
 ) -> None:
     spec = make(algorithm, seed=3, first=FIRST, **({} if algorithm == "bohb" else {"startup_trials": 5}))
     whole = searched(spec, 20, lambda point: point["lora.rank"])
-    before = make_searcher(spec, at_once=9)
+    before = make_searcher(spec, max_concurrent=9)
 
     def go(searcher: Any, first: int, last: int) -> list[Point]:
         points = []
@@ -161,7 +162,7 @@ def test_a_saved_search_goes_on_as_it_would_have(
 
     assert go(before, 0, 12) == whole[:12]
     before.save(str(tmp_path / "state"))
-    after = make_searcher(spec, at_once=3)
+    after = make_searcher(spec, max_concurrent=3)
     after.restore(str(tmp_path / "state"))
     assert go(after, 12, 20) == whole[12:]
     assert getattr(after, "max_concurrent", None) or after._max_concurrent == 3
@@ -227,7 +228,7 @@ def test_points_of_before_a_resume_are_not_drawn_again(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     spec = make(algorithm, {"lora.rank": {"choice": [1, 2, 3, 4, 5, 6]}}, num_trials=6, startup_trials=2)
-    before, after = make_searcher(spec, at_once=9), make_searcher(spec, at_once=9)
+    before, after = make_searcher(spec, max_concurrent=9), make_searcher(spec, max_concurrent=9)
     first = [before.suggest(f"a{i}")["lora.rank"] for i in range(3)]
     before.save(str(tmp_path / "state"))
     after.restore(str(tmp_path / "state"))
@@ -245,9 +246,9 @@ def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> 
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
-@pytest.mark.parametrize("is_over", [False, True])
+@pytest.mark.parametrize("is_budget_spent", [False, True])
 def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
-    algorithm: str, is_over: bool, make: Callable[..., SweepSpec], tmp_path: Path
+    algorithm: str, is_budget_spent: bool, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     tune.register_trainable("idle", lambda _: None)
     startup = {} if algorithm == "random" else {"startup_trials": 2}
@@ -260,13 +261,13 @@ def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
         return trials
 
     spec = make(algorithm, RATE, num_trials=3, **startup)
-    before = make_search_algorithm(spec, 2, is_over=False)
+    before = make_search_algorithm(spec, 2, is_budget_spent=False)
     before.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 3}})
     first = drawn(before)
     before.set_finished()  # as when the budget is spent
     before.save_to_dir(str(tmp_path), "one")
-    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_over=is_over)
+    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_budget_spent=is_budget_spent)
     after.restore_from_dir(str(tmp_path))
     rest = drawn(after)
-    assert (len(first), len(rest)) == (3, 0 if is_over else 2)
+    assert (len(first), len(rest)) == (3, 0 if is_budget_spent else 2)
     assert not [point for point in rest if point in first]
