@@ -1,4 +1,4 @@
-"""How trials run under each kind of scheduler: all in turns, or in the order of their reports.
+"""Properties of each kind of scheduler: whether trials take turns, and whether their reports need an order.
 
 A new kind of scheduler must be added to both functions; mypy reports a missing one.
 """

@@ -1,4 +1,4 @@
-"""Whether the private names of other libraries that the project depends on still exist.
+"""Check that the private names of other libraries that the project depends on still exist.
 
 The files of the libraries are parsed, not imported: all checks together take about a second, and they work where a GPU
 library cannot be imported.

@@ -1,4 +1,4 @@
-"""What the trials of a sweep have spent, against its budget."""
+"""Compare what the trials of a sweep have spent with its budget."""
 
 import time
 from typing import Any

@@ -7,7 +7,7 @@ from orchestrator.sweep.schedulers.report_order import ReportOrder
 from orchestrator.sweep.tune_trial import COMPLETE
 
 Report = dict[str, Any]
-"""What a trial reports, see `workers.trainable`."""
+"""A report of a trial, see `workers.trainable`."""
 
 
 class ReportQueue:

@@ -1,4 +1,4 @@
-"""What all search algorithms share: points, their encoding, and the value of a failed trial."""
+"""Definitions that all search algorithms share: points, their encoding, and the value of a failed trial."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def encode(search: SearchSection, point: Point) -> dict[str, Any]:
 def worst_value(mode: str) -> float:
     """Return the value that is reported for a trial that failed by its own values.
 
-    It is infinite, so that it is worse than anything that can be measured. TPE, CMA-ES and BOHB only compare the values
+    It is infinite, and so worse than any measured value. TPE, CMA-ES and BOHB only compare the values
     of trials; a finite value could turn out to be better than that of a later trial that did not fail.
     """
     return math.inf if mode == "min" else -math.inf

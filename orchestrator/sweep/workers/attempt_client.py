@@ -1,4 +1,4 @@
-"""One attempt at a trial that a worker trains. Its records are written here, one evaluation at a time.
+"""Client of one attempt at a trial that a worker trains. It writes the records, one evaluation at a time.
 
 Runs in the trainable of the trial.
 """

@@ -122,7 +122,7 @@ class Workers:
 
 
 class WorkerLease:
-    """One slot of one worker. It expires unless `renew` or `events` is called every few seconds."""
+    """A slot of a worker. It expires unless `renew` or `events` is called every few seconds."""
 
     def __init__(self, worker: Any, name: str) -> None:
         self._worker = worker

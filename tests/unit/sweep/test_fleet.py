@@ -1,4 +1,4 @@
-"""How many workers, and how many trials at a time in each."""
+"""The number of workers, and of trials at a time in each."""
 
 import os
 from typing import Any
@@ -20,7 +20,7 @@ def spec(num_trials: int, *overrides: str) -> SweepSpec:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`cluster({"CPU": 8, "GPU": 2}, ...)`: its nodes; `most`: what an autoscaler may start."""
+    """`cluster({"CPU": 8, "GPU": 2}, ...)` sets the resources of its nodes; `most`: what an autoscaler may start."""
 
     def make(*nodes: dict[str, float], most: dict[str, int] | None = None) -> None:
         import ray
@@ -107,7 +107,7 @@ def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, vi
     assert upstream.num_visible_gpus() == gpus
 
 
-def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
+def test_a_machine_without_gpus(cluster: Any) -> None:
     cluster({"CPU": 2})
     assert shape(plan_fleet(spec(8), None)) == (2, 0, 4, False)
     assert shape(plan_fleet(spec(8, "resources.trials_per_gpu=8", "resources.cpus_per_trial=2"), None)) == (
@@ -119,7 +119,7 @@ def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
     assert shape(plan_fleet(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
 
 
-def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
+def test_gpu_hours_are_refused_as_budget_without_a_gpu(cluster: Any) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match=r"search.budget.gpu_hours would never be spent: this machine has no GPU"):
         plan_fleet(spec(8, "search.budget.gpu_hours=1"), None)
@@ -127,7 +127,7 @@ def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
     assert plan_fleet(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
 
 
-def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
+def test_a_setting_that_needs_a_gpu_is_refused_without_one(cluster: Any) -> None:
     cluster({"CPU": 2})
     for overrides in (["training.precision=fp16"], ["search.space.training.precision={choice: [auto, fp16]}"]):
         with pytest.raises(
@@ -139,7 +139,7 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
         cluster({"CPU": 2})
 
 
-def test_a_worker_lies_on_one_node(cluster: Any) -> None:
+def test_a_worker_is_on_one_node(cluster: Any) -> None:
     cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
     assert plan_fleet(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
     assert plan_fleet(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
@@ -150,20 +150,20 @@ def test_a_cluster_that_can_grow(cluster: Any) -> None:
     assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)
     shared = ["resources.gpus_per_trial=1", "training.engine=trl", "resources.trials_per_gpu=2"]
     assert shape(plan_fleet(spec(9, *shared), ADDRESS)) == (8, 0.5, 1, True)
-    cluster({"CPU": 0})  # nobody says how far
+    cluster({"CPU": 0})  # without a limit from an autoscaler
     assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (8, 1, 1, True)
     with pytest.raises(RequestError, match="has no GPU at this moment"):
         plan_fleet(spec(8), ADDRESS)
 
 
 @pytest.mark.parametrize("wanted", ["resources.gpus_per_trial=1", "resources.cpus_per_trial=3"])
-def test_more_than_the_machine_has(cluster: Any, wanted: str) -> None:
+def test_a_request_beyond_the_machine_is_refused(cluster: Any, wanted: str) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match="this machine has 0 and 2"):
         plan_fleet(spec(8, wanted), None)
 
 
-def test_what_is_said(cluster: Any) -> None:
+def test_the_reasons_that_are_given(cluster: Any) -> None:
     cluster({"CPU": 16, "GPU": 2})
     assert plan_fleet(spec(8), None).why == "8 trials at a time share 2 workers"
     assert plan_fleet(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"

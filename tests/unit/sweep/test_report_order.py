@@ -1,4 +1,4 @@
-"""Reports are heard in one order, whatever order they come in; and nobody waits for ever."""
+"""Reports are processed in one order, whatever order they arrive in, and none waits forever."""
 
 import random
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import pytest
 from orchestrator.sweep.schedulers.report_order import MIN_PATIENCE_S, PATIENCE, ReportOrder
 
 
-def heard_all(order: ReportOrder, now_s: float = 0.0) -> list[str]:
-    """Those that are to be heard now, all of which go on."""
+def process_due(order: ReportOrder, now_s: float = 0.0) -> list[str]:
+    """Return the trials whose reports are due now; all of them continue."""
     found = []
     while (name := order.next(now_s)) is not None:
         order.processed(name)
@@ -24,48 +24,48 @@ def begun(*names: str, num_slots: int | None = None, num_trials: int | None = No
     return order
 
 
-def test_a_report_waits_for_those_beside_it_and_they_are_heard_in_the_order_of_the_trials() -> None:
+def test_a_report_waits_for_others_of_its_time_and_they_are_processed_in_the_order_of_trials() -> None:
     order = begun("a", "b", "c")
     order.report("c", 10, 1.0)
     order.report("a", 10, 2.0)
-    assert heard_all(order) == []
+    assert process_due(order) == []
     order.report("b", 10, 3.0)
-    assert heard_all(order) == ["a", "b", "c"]
+    assert process_due(order) == ["a", "b", "c"]
 
 
 def test_an_earlier_step_comes_first_and_a_later_one_waits_for_it() -> None:
     order = begun("a", "b")
     order.report("a", 20, 1.0)
     order.report("b", 10, 2.0)
-    assert heard_all(order) == ["b"]
+    assert process_due(order) == ["b"]
     order.report("b", 30, 3.0)
-    assert heard_all(order) == ["a"], "b can report of nothing before 30 now"
+    assert process_due(order) == ["a"], "b can report of nothing before 30 now"
 
 
-def test_one_that_has_ended_is_not_waited_for() -> None:
-    """Nor one that failed before its first report, and so leaves its slot as it found it."""
+def test_no_report_waits_for_a_trial_that_has_ended() -> None:
+    """This includes a trial that failed before its first report and freed its slot at once."""
     order = begun("a", "b", "c")
     order.report("a", 20, 1.0)
     order.report("b", 10, 1.0)
-    assert heard_all(order) == []
+    assert process_due(order) == []
     order.end("c")
     order.end("c")
-    assert heard_all(order) == ["b"]
+    assert process_due(order) == ["b"]
     order.end("b")
-    assert heard_all(order) == ["a"]
+    assert process_due(order) == ["a"]
 
 
-def test_after_a_resume_reports_come_again() -> None:
+def test_reports_are_repeated_after_a_resume() -> None:
     order = begun("a", "b")
     order.report("a", 10, 1.0)
     order.resume(num_slots=2, num_trials=2)
     order.report("b", 10, 2.0)
     order.report("a", 10, 3.0)
-    assert heard_all(order) == ["a", "b"]
+    assert process_due(order) == ["a", "b"]
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
-def test_another_number_of_slots_after_a_resume_keeps_nobody_waiting_for_ever(num_slots: int) -> None:
+def test_no_report_waits_forever_after_a_resume_with_another_number_of_slots(num_slots: int) -> None:
     order = begun("a", "b", num_trials=6)
     order.report("a", 10, 1.0)
     order.resume(num_slots, 8)
@@ -75,70 +75,70 @@ def test_another_number_of_slots_after_a_resume_keeps_nobody_waiting_for_ever(nu
     for step in (10, 20):
         for name in names:
             order.report(name, step, 1.0)
-        assert sorted(heard_all(order, 1.0 + MIN_PATIENCE_S)) == names
+        assert sorted(process_due(order, 1.0 + MIN_PATIENCE_S)) == names
     for name in names:
         order.end(name)
         order.end(name)
 
 
-def test_one_that_never_reports_keeps_those_behind_it_for_a_while() -> None:
+def test_others_wait_only_for_a_while_for_a_trial_that_never_reports() -> None:
     order = begun("a", "b", "c")
     order.report("b", 10, 1.0)
     order.report("c", 10, 2.0)
-    assert heard_all(order, 2.0) == []
-    assert heard_all(order, 2.0 + MIN_PATIENCE_S) == ["b", "c"]
+    assert process_due(order, 2.0) == []
+    assert process_due(order, 2.0 + MIN_PATIENCE_S) == ["b", "c"]
 
 
-def test_a_newcomer_counts_from_the_moment_at_which_its_slot_came_free() -> None:
+def test_a_new_trial_starts_at_the_time_at_which_its_slot_was_freed() -> None:
     order = begun("a", "b", num_trials=3)
     order.add("c")
     for name in ("a", "b"):
         order.report(name, 10, 1.0)
     assert order.next(1.0) == "a"
     order.end("a")  # stopped at 10
-    assert heard_all(order) == ["b"]
+    assert process_due(order) == ["b"]
     order.report("b", 20, 2.0)
-    assert heard_all(order, 2.0) == [], "c is to come, and may report of the same moment"
+    assert process_due(order, 2.0) == [], "c is to come, and may report of the same moment"
     order.report("c", 10, 4.0)
-    assert heard_all(order, 4.0) == ["b", "c"]
+    assert process_due(order, 4.0) == ["b", "c"]
 
 
-def test_who_is_behind_is_waited_for_once_and_not_for_ever() -> None:
+def test_reports_wait_once_for_a_trial_that_is_behind() -> None:
     order = begun("a", "b")
     order.report("a", 10, 100.0)
-    assert heard_all(order, 100.0 + MIN_PATIENCE_S - 1) == []
-    assert heard_all(order, 100.0 + MIN_PATIENCE_S) == ["a"]
+    assert process_due(order, 100.0 + MIN_PATIENCE_S - 1) == []
+    assert process_due(order, 100.0 + MIN_PATIENCE_S) == ["a"]
     order.report("a", 20, 200.0)
-    assert heard_all(order, 200.0) == ["a"], "b was missed once"
+    assert process_due(order, 200.0) == ["a"], "b was missed once"
     order.report("b", 10, 201.0)
-    assert heard_all(order, 201.0) == ["b"]
+    assert process_due(order, 201.0) == ["b"]
     order.report("a", 30, 300.0, ran_s=1000.0)
-    assert heard_all(order, 300.0 + PATIENCE * 1000.0 - 1) == [], "b is back, and waited for: longer in a long trial"
-    assert heard_all(order, 300.0 + PATIENCE * 1000.0) == ["a"]
+    assert process_due(order, 300.0 + PATIENCE * 1000.0 - 1) == [], "b is back, and waited for: longer in a long trial"
+    assert process_due(order, 300.0 + PATIENCE * 1000.0) == ["a"]
 
 
-def test_one_that_is_much_slower_is_not_waited_for() -> None:
+def test_reports_do_not_wait_for_a_much_slower_trial() -> None:
     order = begun("fast", "slow", "similar")
     for name, ran_s in (("fast", 10.0), ("slow", 40.0), ("similar", 15.0)):
         order.report(name, 10, 0.0, ran_s)
-    assert heard_all(order) == ["fast", "slow", "similar"]
+    assert process_due(order) == ["fast", "slow", "similar"]
     order.report("fast", 20, 0.0, 20.0)
-    assert heard_all(order) == []
+    assert process_due(order) == []
     order.report("similar", 20, 0.0, 30.0)
-    assert heard_all(order) == ["fast", "similar"]
+    assert process_due(order) == ["fast", "similar"]
 
 
-def test_trials_that_never_come_cost_patience_only() -> None:
+def test_reports_wait_only_for_a_while_for_trials_that_never_come() -> None:
     order = begun("a", num_slots=2, num_trials=5)
     order.report("a", 10, 1.0)
-    assert heard_all(order, 1.0) == []
-    assert heard_all(order, 1.0 + MIN_PATIENCE_S) == ["a"]
+    assert process_due(order, 1.0) == []
+    assert process_due(order, 1.0 + MIN_PATIENCE_S) == ["a"]
 
 
 def sweep(draw: random.Random, decide: Callable[[str, int], str]) -> list[tuple[str, int]]:
-    """Eight trials over three slots of uneven speed: what the scheduler hears. Trials are stopped as `decide` says."""
+    """Return what the scheduler sees of eight trials on three slots of uneven speed; `decide` says which ones stop."""
     names, lengths = [f"t{i}" for i in range(8)], [40, 40, 20, 40, 30, 40, 40, 20]
-    order, done, heard = ReportOrder(3, len(names)), dict.fromkeys(names, 0), []
+    order, done, processed = ReportOrder(3, len(names)), dict.fromkeys(names, 0), []
     for name in names:
         order.add(name)
     running, waiting, to_begin = list[str](), set[str](), list(names)
@@ -150,24 +150,24 @@ def sweep(draw: random.Random, decide: Callable[[str, int], str]) -> list[tuple[
             name = draw.choice(free)
             done[name] += 10
             if done[name] == lengths[names.index(name)]:
-                order.end(name, done[name])  # Tune's scheduler does not hear of the last step
+                order.end(name, done[name])  # Tune's scheduler does not see the last step
                 running.remove(name)
             else:
                 order.report(name, done[name], 0.0)
                 waiting.add(name)
         while (name := order.next(0.0)) is not None:
-            heard.append((name, done[name]))
+            processed.append((name, done[name]))
             waiting.discard(name)
             if decide(name, done[name]) == "stop":
                 order.end(name)
                 running.remove(name)
             else:
                 order.processed(name)
-    return heard
+    return processed
 
 
 @pytest.mark.parametrize("stopped", [(), ("t0", "t3", "t6"), ("t1", "t2", "t4", "t5")])
-def test_what_is_heard_depends_on_no_speed(stopped: tuple[str, ...]) -> None:
+def test_the_order_does_not_depend_on_speed(stopped: tuple[str, ...]) -> None:
     def decide(name: str, step: int) -> str:
         return "stop" if name in stopped and step == 20 else "go on"
 

@@ -1,4 +1,4 @@
-"""Tune's searchers, as the experiment asks for them: seeded, within the space, and taught by what trials report."""
+"""The search algorithms: they are seeded, stay within the space, and learn from what trials report."""
 
 import logging
 import random
@@ -40,14 +40,14 @@ BOHB = pytest.param(
     "bohb",
     marks=pytest.mark.skipif(find_spec("hpbandster") is None, reason="the extra bohb, which needs a C compiler"),
 )
-TAUGHT = ["optuna", "hyperopt", BOHB]
-ALGORITHMS = ["random", *TAUGHT]
+LEARNING = ["optuna", "hyperopt", BOHB]
+ALGORITHMS = ["random", *LEARNING]
 RATE = {"training.learning_rate": {"loguniform": [1e-6, 1e-1]}}
 
 
 @pytest.fixture
 def make(document: Document) -> Callable[..., SweepSpec]:
-    """An experiment that is searched by an algorithm."""
+    """Return a function that makes an experiment with a search algorithm."""
 
     def build(algorithm: str, space: Any = SPACE, **search: Any) -> SweepSpec:
         kind = "bohb" if algorithm == "bohb" else "none"
@@ -59,7 +59,7 @@ def make(document: Document) -> Callable[..., SweepSpec]:
 
 
 def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lambda _: 1.0) -> list[Point]:
-    """The first points of a search, each of which reports its loss before the next is drawn."""
+    """Return the first points of a search. Each reports its loss before the next one is drawn."""
     searcher = make_searcher(spec, max_concurrent=2)
     if spec.search.algorithm in ("random", "grid"):
         tune.register_trainable("idle", lambda _: None)
@@ -81,7 +81,9 @@ def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lamb
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_seed_makes_the_same_points_and_another_others(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+def test_a_seed_reproduces_the_points_and_another_seed_gives_others(
+    algorithm: str, make: Callable[..., SweepSpec]
+) -> None:
     np.random.seed(1)
     first = searched(make(algorithm, seed=7), 25, lambda point: point["lora.rank"])
     np.random.seed(2)
@@ -92,7 +94,9 @@ def test_a_seed_makes_the_same_points_and_another_others(algorithm: str, make: C
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+def test_points_are_in_the_space_and_the_first_ones_are_those_given(
+    algorithm: str, make: Callable[..., SweepSpec]
+) -> None:
     spec = make(algorithm, first=FIRST)
     points = searched(spec, 30, lambda point: point["lora.rank"])
     assert points[:2] == FIRST
@@ -112,7 +116,7 @@ def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, ma
 def test_reports_guide_the_search(
     algorithm: str, sampler: str | None, make: Callable[..., SweepSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where low rates are good it comes to low ones, where high ones are to high ones; before, it draws the same."""
+    """It finds low rates where they are good, and high rates where those are; before that, it draws the same points."""
     caplog.set_level(logging.WARNING, "hpbandster")
     space = RATE | {"lora.dropout": {"uniform": [0.0, 0.5]}}
     spec = make(algorithm, space, seed=5, startup_trials=4, **({"sampler": sampler} if sampler else {}))
@@ -131,8 +135,8 @@ def test_reports_guide_the_search(
     assert "failed" not in caplog.text, "hpbandster draws at random where its model fails"
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_metric_to_maximize_is_searched_at_its_other_end(algorithm: str, make: Callable[..., SweepSpec]) -> None:
     settings = {"startup_trials": 4, "seed": 1}
 
     def rate(point: Point) -> float:
@@ -143,8 +147,8 @@ def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make:
     assert searched(make(algorithm, RATE, **settings), 25, lambda point: -rate(point)) == most != least
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_a_saved_search_goes_on_as_it_would_have(
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_restored_search_continues_as_without_the_interruption(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     spec = make(algorithm, seed=3, first=FIRST, **({} if algorithm == "bohb" else {"startup_trials": 5}))
@@ -168,7 +172,7 @@ def test_a_saved_search_goes_on_as_it_would_have(
     assert getattr(after, "max_concurrent", None) or after._max_concurrent == 3
 
 
-def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None:
+def test_a_grid_has_each_combination_once(make: Callable[..., SweepSpec]) -> None:
     space = {
         "training.optimizer": {"grid": ["adamw_torch", "sgd"]},
         "training.weight_decay": {"grid": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}},
@@ -180,7 +184,7 @@ def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
-def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
+def test_a_resumed_search_uses_the_current_number_of_slots(algorithm: str) -> None:
     spec = load_spec("experiments/demo.yaml", [f"search.algorithm={algorithm}"])
     before, today = make_searcher(spec, 3), make_searcher(spec, 5)
     before.live_trials = {"a"}
@@ -190,14 +194,14 @@ def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hyperband", "pbt"])
-def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
+def test_trials_that_take_turns_are_all_made_at_the_start(kind: str) -> None:
     space = "search.space={training.learning_rate: {loguniform: [1e-4, 1e-2]}}"
     spec = load_spec("experiments/demo.yaml", [space, "search.tied={}", f"scheduler.kind={kind}"])
     searcher = make_searcher(spec, 3)
     assert searcher.max_concurrent == 0
     searcher._live_trials = {"a"}
     searcher.set_finished()
-    assert not searcher.is_finished(), "Tune would keep no relay for those that wait"
+    assert not searcher.is_finished(), "Tune would keep no trainable for trials that wait"
     assert searcher.next_trial() is None
     searcher.on_trial_complete("a")
     assert searcher.is_finished()
@@ -205,7 +209,7 @@ def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec]) -> None:
-    """Low ranks are better, so that a model comes back to the same points; in the end all 27 were drawn."""
+    """Low ranks are better, so that a model returns to the same points. In the end all 27 are drawn."""
     space = {
         "lora.rank": {"choice": [4, 8, 16]},
         "lora.dropout": {"quniform": [0.0, 0.2, 0.1]},
@@ -223,8 +227,8 @@ def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec])
     )
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_points_of_before_a_resume_are_not_drawn_again(
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_points_from_before_a_resume_are_not_drawn_again(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     spec = make(algorithm, {"lora.rank": {"choice": [1, 2, 3, 4, 5, 6]}}, num_trials=6, startup_trials=2)
@@ -236,7 +240,7 @@ def test_points_of_before_a_resume_are_not_drawn_again(
     assert sorted(first + rest) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> None:
+def test_a_population_repeats_points_once_all_are_drawn(document: Document) -> None:
     search = {"space": {"training.learning_rate": {"choice": [1e-4, 1e-3, 1e-2]}}, "num_trials": 5}
     training = {"steps": 9, "eval_steps": 3}
     spec = parse_spec(document | {"search": search, "training": training, "scheduler": {"kind": "pbt"}})
@@ -247,7 +251,7 @@ def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
 @pytest.mark.parametrize("is_budget_spent", [False, True])
-def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
+def test_a_restored_search_draws_the_current_number_of_trials(
     algorithm: str, is_budget_spent: bool, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     tune.register_trainable("idle", lambda _: None)

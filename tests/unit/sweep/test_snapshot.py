@@ -9,7 +9,7 @@ from orchestrator.record import SweepPaths
 from orchestrator.sweep.snapshot import restore_snapshot, save_snapshot
 
 
-def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
+def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
     paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
     paths.tune.mkdir(parents=True)
     staging.mkdir()
@@ -49,7 +49,7 @@ def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
 
 
-def test_a_full_disk_leaves_the_state_of_before_and_no_other_file(
+def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
