@@ -130,9 +130,9 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
             ) from error
     cancel_unknown(record)
     catch_up(record, say)
-    if over := record.budget_spent():
+    if spent := record.budget_spent():
         begun = len(record.paths.trial_ids())
-        say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
+        say(f"{spent}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
     _conclude(record)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).exploit_checkpoints, ignore_errors=True)
@@ -172,6 +172,15 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
         )
         replace_parts(tuner, algorithm, conductor, callbacks)  # the pickled ones know the earlier number of slots
         return tuner
+    return _new_tuner(record, trainable, algorithm, conductor, callbacks)
+
+
+def _new_tuner(record: SweepRecord, trainable: Any, algorithm: Any, conductor: Any, callbacks: list[Any]) -> Any:
+    from ray import tune
+
+    from orchestrator.sweep.search.grid_random import tune_space
+
+    spec, paths = record.info.spec, record.paths
     return tune.Tuner(
         trainable,
         param_space=tune_space(spec.search),

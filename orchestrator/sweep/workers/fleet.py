@@ -50,33 +50,9 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     """Choose the workers by the resources that the cluster has or may start.
 
     Raises:
-        RequestError: `gpus_per_trial` is `auto` on a cluster that has no GPU now (it may be about to start some, and
-            training on CPUs should not be a guess); the experiment needs a GPU where there is none; or it asks for more
-            than a single machine has, where Ray would wait forever.
+        RequestError: the cluster cannot run them, see `_choose_gpus`.
     """
-    resources, available = spec.resources, ray.cluster_resources()
-    num_gpus, num_cpus = available.get("GPU", 0), available.get("CPU", 0)
-    gpus = resources.gpus_per_trial
-    if gpus == "auto":
-        gpus = 1 if num_gpus >= 1 else 0
-        if address is not None and not gpus:
-            raise RequestError(
-                f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
-                "Set resources.gpus_per_trial=1 (to start and wait for GPU workers) or =0 (to train on CPUs).",
-            )
-    if gpus == 0 and spec.search.budget.gpu_hours is not None:
-        raise RequestError(
-            "search.budget.gpu_hours would never be spent: this machine has no GPU",
-            "Give search.budget.wall_clock_hours or tokens.",
-        )
-    if gpus == 0 and (reason := spec.why_not_on_cpu()):
-        raise RequestError(f"{reason}, and this machine has none")
-    if address is None and (gpus > num_gpus or resources.cpus_per_trial > num_cpus):
-        raise RequestError(
-            f"a worker needs {gpus} GPUs and {resources.cpus_per_trial} CPU cores; this machine has {num_gpus:g} and "
-            f"{num_cpus:g}",
-            "Change resources.gpus_per_trial (auto uses the GPUs that exist) or cpus_per_trial, or give --address.",
-        )
+    resources, gpus = spec.resources, _choose_gpus(spec, address)
     max_concurrent, requested = _max_concurrent(spec), resources.trials_per_gpu
     # SFTTrainer's training loop cannot share a process: trials that share a GPU have a process each.
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
@@ -189,6 +165,40 @@ def start_fleet(spec: SweepSpec, address: str | None) -> Iterator[Fleet]:
         yield fleet
     finally:
         fleet.end()
+
+
+def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
+    """Return the GPUs of a trial.
+
+    Raises:
+        RequestError: `gpus_per_trial` is `auto` on a cluster that has no GPU now (it may be about to start some, and
+            training on CPUs should not be a guess); the experiment needs a GPU where there is none; or it asks for more
+            than a single machine has, where Ray would wait forever.
+    """
+    resources, available = spec.resources, ray.cluster_resources()
+    num_gpus, num_cpus = available.get("GPU", 0), available.get("CPU", 0)
+    gpus = resources.gpus_per_trial
+    if gpus == "auto":
+        gpus = 1 if num_gpus >= 1 else 0
+        if address is not None and not gpus:
+            raise RequestError(
+                f"resources.gpus_per_trial is auto, but the cluster at {address} has no GPU at this moment",
+                "Set resources.gpus_per_trial=1 (to start and wait for GPU workers) or =0 (to train on CPUs).",
+            )
+    if gpus == 0 and spec.search.budget.gpu_hours is not None:
+        raise RequestError(
+            "search.budget.gpu_hours would never be spent: this machine has no GPU",
+            "Give search.budget.wall_clock_hours or tokens.",
+        )
+    if gpus == 0 and (reason := spec.why_not_on_cpu()):
+        raise RequestError(f"{reason}, and this machine has none")
+    if address is None and (gpus > num_gpus or resources.cpus_per_trial > num_cpus):
+        raise RequestError(
+            f"a worker needs {gpus} GPUs and {resources.cpus_per_trial} CPU cores; this machine has {num_gpus:g} and "
+            f"{num_cpus:g}",
+            "Change resources.gpus_per_trial (auto uses the GPUs that exist) or cpus_per_trial, or give --address.",
+        )
+    return gpus
 
 
 def _max_concurrent(spec: SweepSpec) -> int:
