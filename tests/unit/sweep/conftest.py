@@ -118,7 +118,7 @@ class Stage:
                 if self.draw is None:
                     running.sort(key=lambda trial: trial.last_result.get("step", 0))
                 for trial in running if self.in_lockstep else running[:1]:
-                    if not trial.is_finished():  # by the report of one before it
+                    if not trial.is_finished():  # the report of an earlier trial may have ended it
                         self.report(trial)
                 for trial in running:
                     self.end_save(trial)
@@ -153,7 +153,7 @@ class Stage:
             return
         self._idle.add(trial.trial_id)  # others may continue before this one is answered
         action = self.conductor.on_trial_result(Wrapped(self), trial, dict(result))
-        if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # by its own exploit
+        if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # PBT pauses a trial that becomes a clone
             self._idle.discard(trial.trial_id)
         trial.update_last_result(result)
         if action == TrialScheduler.STOP:

@@ -232,11 +232,11 @@ def test_another_attempt_takes_over_a_trial(start: TrialResult, paths: TrialPath
     name = paths.lease.read_text()
     new = Workers([begun(), evaluated(paths, 4)])
     second = trial(start, paths, new)
-    assert new.evicted == [name], "the earlier attempt's slot is freed before"
+    assert new.evicted == [name], "the slot of the earlier attempt is freed first"
     second.next()
     written = paths.progress.read_text()
     first.stop()
-    assert paths.progress.read_text() == written, "wrote into a trial that is another attempt's"
+    assert paths.progress.read_text() == written, "the old attempt wrote into a trial of the new one"
     assert paths.lease.read_text() != name
 
 
@@ -257,7 +257,7 @@ def test_a_tracker_that_cannot_start_is_a_warning_and_the_trial_continues(
     start: TrialResult, paths: TrialPaths
 ) -> None:
     paths.tensorboard.parent.mkdir(parents=True)
-    paths.tensorboard.touch()  # in the place of its folder
+    paths.tensorboard.touch()  # a file at the path of its folder
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 6), Completed(*USE)])
     remote = trial(start, paths, workers, {"tensorboard": True, "wandb": {"mode": "disabled"}})
     (warning,) = TrialResult.model_validate_json(paths.progress.read_text()).warnings
@@ -311,7 +311,7 @@ def test_the_first_step_of_a_trial_starts_the_clock_of_the_budget(start: TrialRe
     first_step = SweepPaths(paths.sweep).first_step
     remote = trial(start, paths, Workers([Noted(*USE, fields={"total_steps": 6}), evaluated(paths, 2)]))
     remote.next()
-    assert not first_step.exists(), "the trial is set up, and no step is known"
+    assert not first_step.exists(), "the trial is set up, but has made no step"
     remote.stop()
     remote = trial(start, paths, Workers([Noted(*USE, fields={"applied": {}}), evaluated(paths, 4)]))
     remote.next()

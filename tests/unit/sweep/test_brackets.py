@@ -57,7 +57,7 @@ def test_bohb_halves_a_bracket_once_all_its_trials_have_reported(make_stage: Mak
     actions = [each.action for each in stage.all_decisions()]
     assert actions[:4] == ["paused", "paused", "paused", "stopped"], "the first bracket has four"
     assert {trial.status for trial in stage.trials} == {Trial.TERMINATED}
-    assert waiting <= {name for name, _ in stage.decisions("paused")}, "the searcher knows who does not wait"
+    assert waiting <= {name for name, _ in stage.decisions("paused")}, "the searcher knows which trials do not wait"
 
 
 @pytest.mark.parametrize("scheduler", [HyperBand, Bohb])

@@ -37,10 +37,10 @@ def test_a_spent_budget_ends_the_sweep(budget: dict[str, Any], said: str, make_s
     stage.add(a=falling(0), b=falling(1))
     stage.run(turns=3)
     assert stage.is_search_over
-    stage.add(late=falling(2))  # had been made in the same moment
+    stage.add(late=falling(2))  # made just before the budget was spent
     stage.run()
     assert set(stage.decisions("stopped")) == {("a", 20), ("b", 20)}
-    assert "step" not in stage.trial("late").last_result, "it was never begun"
+    assert "step" not in stage.trial("late").last_result, "it never started"
     assert stage.conductor.why_stopped("a") == said
     assert said == str(stage.conductor._record.budget_spent())
 
@@ -50,7 +50,7 @@ def test_a_spent_budget_ends_waiting_trials_too(make_stage: MakeStage) -> None:
     stage.add(**band())
     stage.run()
     spent = {each.trial_id for each in stage.all_decisions() if each.why.startswith("the budget is spent")}
-    assert spent, "some had begun"
+    assert spent, "some trials had started"
     assert all(trial.status == Trial.TERMINATED for trial in stage.trials)
     assert not list(stage.paths.root.glob("trials/*/.paused"))
 
@@ -77,7 +77,7 @@ def test_a_budget_continues_to_count_after_a_resume(make_stage: MakeStage) -> No
     stage.resume(stage.conductor.state())
     stage.add(b=falling(1))
     stage.run()
-    assert stage.decisions("stopped") == [("b", 20)], "280 tokens of the first, 140 of the second"
+    assert stage.decisions("stopped") == [("b", 20)], "the first has 280 tokens, the second 140"
 
 
 def test_the_clock_starts_at_the_first_step_and_stops_between_two_drivers(
@@ -92,14 +92,14 @@ def test_the_clock_starts_at_the_first_step_and_stops_between_two_drivers(
         return stage.conductor._check_budget(stage) is not None
 
     stage.add(a=falling(0))
-    assert not is_over(0.0), "its worker loads"
+    assert not is_over(0.0), "its worker is loading"
     assert not is_over(5000.0)
     stage.paths.first_step.touch()
     assert not is_over(5000.0)
-    assert not is_over(8000.0), "3000 s"
+    assert not is_over(8000.0), "3000 s have passed"
     state = stage.conductor.state()
     stage.resume(state)
-    assert not is_over(12000.0), "the new driver's worker loads"
+    assert not is_over(12000.0), "the worker of the new driver is loading"
     assert not is_over(20000.0)
     stage.paths.first_step.touch()
     assert not is_over(20000.0)
@@ -116,7 +116,7 @@ def test_tokens_of_a_donor_count_once(document: dict[str, Any]) -> None:
     budget.count(TrialResult(trial_id="donor", tokens=60, **shared))
     clone = TrialResult(trial_id="clone", tokens=60, adopted_tokens=40, **shared)
     budget.count(clone)
-    assert budget.spent() is None, "20 of its own"
+    assert budget.spent() is None, "the clone has 20 tokens of its own"
     budget.count(clone.model_copy(update={"tokens": 80}))
     over = budget.spent()
     assert over is not None

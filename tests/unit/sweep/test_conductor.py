@@ -33,7 +33,7 @@ def test_a_grace_period_in_tokens_is_not_one_in_steps(make_stage: MakeStage) -> 
     stage = make_stage({"kind": "asha", "grace_tokens": 200, "reduction_factor": 2})
     stage.add(a=falling(0), b=[0.3, 9, 9, 9])
     stage.run()
-    assert stage.decisions("stopped") == [("b", 30)], "the first evaluation past 200 tokens is that of 30 steps"
+    assert stage.decisions("stopped") == [("b", 30)], "the first evaluation past 200 tokens is the one at 30 steps"
 
 
 def test_a_skipped_rung_stays_empty(make_stage: MakeStage) -> None:
@@ -95,7 +95,7 @@ def test_decisions_do_not_depend_on_the_order_of_reports(scheduler: dict[str, An
         found.append(stage.all_decisions())
     assert len(found[0]) >= 2
     assert all(each == found[0] for each in found)
-    assert {each.action for each in found[0]} == {"stopped"}, "no trial is paused for another"
+    assert {each.action for each in found[0]} == {"stopped"}, "no trial is paused to wait for another"
 
 
 def test_the_end_of_a_trial_releases_reports_that_wait_for_it(make_stage: MakeStage) -> None:
@@ -183,7 +183,7 @@ def test_decisions_after_the_saved_state_are_repeated_and_recorded_once(make_sta
     state = stage.conductor.state()
     stage.run()
     assert stage.decisions("stopped") == [("b", 10)]
-    for trial in stage.trials:  # as Tune restores them from a state of before
+    for trial in stage.trials:  # as Tune restores them from an earlier state
         trial.set_status(Trial.PENDING)
         trial.run_metadata.last_result = {}
     stage.resume(state)

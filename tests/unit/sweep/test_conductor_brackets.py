@@ -14,7 +14,9 @@ from orchestrator.sweep.schedulers.brackets import HyperBand
 def test_brackets_are_full_with_any_number_of_slots(num_slots: int, make_stage: MakeStage) -> None:
     stage = make_stage(BAND, num_slots=num_slots, num_trials=10)
     stage.add(**band())
-    assert [trial.status for trial in stage.trials] == ["PAUSED"] * 10, "all are there before the first has reported"
+    assert [trial.status for trial in stage.trials] == ["PAUSED"] * 10, (
+        "all trials are known before the first one reports"
+    )
     stage.run()
     assert sorted(stage.decisions("stopped")) == [("t3", 20), ("t6", 20), ("t8", 10), ("t9", 10)]
     resumed = set(stage.decisions("resumed"))
@@ -26,7 +28,7 @@ def test_brackets_are_full_with_any_number_of_slots(num_slots: int, make_stage: 
 
 def test_a_trial_past_the_last_rung_runs_to_its_own_end(make_stage: MakeStage) -> None:
     stage = make_stage(BAND | {"max_steps": 20}, num_trials=4)
-    stage.add(a=falling(1), b=falling(2), c=falling(4), d=falling(3))  # two without a rung, two with one at 10 steps
+    stage.add(a=falling(1), b=falling(2), c=falling(4), d=falling(3))  # two have no rung, two have one at 10 steps
     stage.run()
     assert stage.decisions("stopped") == [("c", 10)]
     assert [stage.trial(name).last_result["step"] for name in "abcd"] == [40, 40, 10, 40]

@@ -69,7 +69,7 @@ class Simulation:
         trial.set_status(Trial.TERMINATED)
 
     def _fail(self, trial: Any, failure: FailureCause | None) -> None:
-        if failure is not None:  # else the driver writes the result afterwards
+        if failure is not None:  # otherwise the driver writes the result later
             spec, paths = self.record.info.spec, self.record.paths.trial(trial.trial_id)
             paths.root.mkdir(parents=True, exist_ok=True)
             result = TrialResult(

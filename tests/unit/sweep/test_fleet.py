@@ -93,7 +93,7 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     compile_for(ADDRESS)
     monkeypatch.setattr(upstream, "num_visible_gpus", lambda: 0)
     compile_for(None)
-    assert begun == slots, "nothing for GPUs that are elsewhere, or nowhere"
+    assert begun == slots, "nothing is compiled for GPUs of other machines, or without a GPU"
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,2", 2), ("", 0), ("0,1,2,3,4", 4)])

@@ -52,7 +52,7 @@ def test_a_storage_fault_ends_the_sweep(tmp_path: Path, error: BaseException) ->
         interrupter.check_trial(failed(tmp_path, error))
     assert raised.value.remedy.endswith(f"orchestrator resume {tmp_path / 's'}")
     assert raised.value.exit_code == 74
-    assert workers.num_asked == 1, "the other trials end in good order"
+    assert workers.num_asked == 1, "the other trials write checkpoints first"
 
 
 @pytest.mark.parametrize("error", [None, TrialError("loss is nan at step 3"), PermissionError("of somebody else")])
@@ -101,4 +101,4 @@ def test_a_trial_of_a_restored_searcher_gets_the_folder_of_this_driver(make_stag
     trial.storage = before
     stage.conductor.on_trial_add(stage, trial)
     assert trial.storage.storage_fs_path == str(stage.paths.root)
-    assert before.storage_fs_path == "/where/it/lay/before", "other trials of that searcher share it"
+    assert before.storage_fs_path == "/where/it/lay/before", "the original is shared by other trials of that searcher"

@@ -95,7 +95,7 @@ def test_a_stop_is_recorded_again_if_the_driver_was_lost_before_it_saved_it(make
     paths = stage.paths.trial("b")
     ended = {"state": TrialState.STOPPED, "stopped": first.why}
     write_record(paths.result, read_result(paths).model_copy(update=ended))
-    for trial in stage.trials:  # as Tune restores them from a state of before
+    for trial in stage.trials:  # as Tune restores them from an earlier state
         trial.set_status(Trial.PENDING)
         trial.run_metadata.last_result = {}
     stage.resume(state)

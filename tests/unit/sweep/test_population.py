@@ -35,9 +35,9 @@ def test_the_worst_trials_of_a_population_become_clones(kind: str, make_stage: M
         for each in cloned:
             assert each.donor in ("a", "b")
             assert f"is among the worst 50% of the trials, that of {each.donor} among the best: from its" in each.why
-        assert stage.decisions("paused"), "four take turns on two slots"
+        assert stage.decisions("paused"), "four trials take turns on two slots"
         assert all(1e-5 <= rate <= 1e-1 for rate in rates(stage).values()), "within the range"
-        assert (rates(stage)["a"], rates(stage)["b"]) == (9e-2, 2e-5), "the best stay as they are"
+        assert (rates(stage)["a"], rates(stage)["b"]) == (9e-2, 2e-5), "the best trials keep their values"
         assert rates(stage)["c"] != 1e-3
         assert rates(stage)["d"] != 1e-4
         assert {trial.status for trial in stage.trials} == {Trial.TERMINATED}
@@ -87,7 +87,9 @@ def test_pb2_draws_values_while_it_cannot_learn(make_stage: MakeStage) -> None:
         assert {each.trial_id for each in stage.all_decisions() if each.action == "cloned"} == {"c", "d"}
         drawn = [rates(stage)[name] for name in "cd"]
         chosen = stage.conductor._inner.current[:, 0]
-        assert chosen == pytest.approx([math.log(rate) for rate in drawn]), "a choice knows of those of its round"
+        assert chosen == pytest.approx([math.log(rate) for rate in drawn]), (
+            "a choice knows the points that were drawn in its round"
+        )
         found |= set(drawn)
         clone, drawn_at = stage.trial("c"), math.log(rates(stage)["c"])
         clone.set_status(Trial.RUNNING)
@@ -96,11 +98,11 @@ def test_pb2_draws_values_while_it_cannot_learn(make_stage: MakeStage) -> None:
         begun, reported = data[
             (data["Trial"] == str(clone)) & (data["training.learning_rate"] == drawn_at)
         ].itertuples()
-        assert (begun.Time, reported.Time) == (10, 30), "its gain from the donor's report on is known"
+        assert (begun.Time, reported.Time) == (10, 30), "its gain since the donor's report is known"
     assert len(found) == 10
     assert not found & {9e-2, 2e-5}
     assert all(1e-5 <= rate <= 1e-1 for rate in found)
-    assert min(found) < 1e-3, "by the logarithm"
+    assert min(found) < 1e-3, "rates are drawn by the logarithm"
 
 
 @pytest.mark.parametrize("at_turn", range(1, 20, 3))

@@ -39,7 +39,7 @@ def test_an_earlier_step_comes_first_and_a_later_one_waits_for_it() -> None:
     order.report("b", 10, 2.0)
     assert process_due(order) == ["b"]
     order.report("b", 30, 3.0)
-    assert process_due(order) == ["a"], "b can report of nothing before 30 now"
+    assert process_due(order) == ["a"], "the next report of b is at 30 or later"
 
 
 def test_no_report_waits_for_a_trial_that_has_ended() -> None:
@@ -98,7 +98,7 @@ def test_a_new_trial_starts_at_the_time_at_which_its_slot_was_freed() -> None:
     order.end("a")  # stopped at 10
     assert process_due(order) == ["b"]
     order.report("b", 20, 2.0)
-    assert process_due(order, 2.0) == [], "c is to come, and may report of the same moment"
+    assert process_due(order, 2.0) == [], "c has yet to come, and may report at the same time"
     order.report("c", 10, 4.0)
     assert process_due(order, 4.0) == ["b", "c"]
 
@@ -109,11 +109,13 @@ def test_reports_wait_once_for_a_trial_that_is_behind() -> None:
     assert process_due(order, 100.0 + MIN_PATIENCE_S - 1) == []
     assert process_due(order, 100.0 + MIN_PATIENCE_S) == ["a"]
     order.report("a", 20, 200.0)
-    assert process_due(order, 200.0) == ["a"], "b was missed once"
+    assert process_due(order, 200.0) == ["a"], "a report has waited for b in vain once"
     order.report("b", 10, 201.0)
     assert process_due(order, 201.0) == ["b"]
     order.report("a", 30, 300.0, ran_s=1000.0)
-    assert process_due(order, 300.0 + PATIENCE * 1000.0 - 1) == [], "b is back, and waited for: longer in a long trial"
+    assert process_due(order, 300.0 + PATIENCE * 1000.0 - 1) == [], (
+        "b is back, so a waits for it again, and longer in a long trial"
+    )
     assert process_due(order, 300.0 + PATIENCE * 1000.0) == ["a"]
 
 

@@ -129,10 +129,10 @@ def test_reports_guide_the_search(
 
     low, high = rates(1), rates(-1)
     same = next(i for i in range(40) if low[i] != high[i])
-    assert 1 <= same <= 12, "drawn at random, or not at all by what was reported"
+    assert 1 <= same <= 12, "points drawn at random, or reports had no effect"
     assert np.mean(low[-15:]) < np.mean(low[:same]) < np.mean(high[-15:])
     assert np.mean(high[-15:]) - np.mean(low[-15:]) > 1
-    assert "failed" not in caplog.text, "hpbandster draws at random where its model fails"
+    assert "failed" not in caplog.text, "hpbandster draws at random if its model fails"
 
 
 @pytest.mark.parametrize("algorithm", LEARNING)

@@ -22,7 +22,7 @@ def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> 
     for name, text in whole.items():
         (staging / name).write_text(text)
     save_snapshot(staging, paths, lambda: b"rungs")
-    for name in (*whole, "searcher-state-2.pkl"):  # the second: of a driver that died at once
+    for name in (*whole, "searcher-state-2.pkl"):  # the last is of a driver that died at once
         (paths.tune / name).write_text("")
     (paths.tune / "tuner.pkl").write_text("tuner")
     assert restore_snapshot(paths) == b"rungs"
@@ -37,7 +37,7 @@ def test_the_newest_state_is_kept(tmp_path: Path) -> None:
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
         save_snapshot(staging, paths, text.encode)
-    assert restore_snapshot(paths) == b"new", "of the same moment"
+    assert restore_snapshot(paths) == b"new", "both states are of the same time"
     assert (paths.tune / "searcher-state-1.pkl").read_text() == "new"
 
 

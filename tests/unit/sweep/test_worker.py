@@ -38,7 +38,7 @@ def test_a_workers_rows_come_after_its_imports(
     worker = Worker(parse_spec(document), slots=1, is_fixed=True, gpus=0)
 
     def open_(data: Any, logs: str) -> None:
-        assert not any(value is rows for value in (data, logs)), "what Ray fetches by itself"
+        assert not any(value is rows for value in (data, logs)), "Ray would fetch this argument by itself"
         threading.Timer(0.2, imported.set).start()
         with pytest.raises(Fetched):
             worker.open(data, logs)
