@@ -280,6 +280,19 @@ PRIVATE: tuple[Private, ...] = (
         "training/engines/sft.py", "its answer is cached: each trainer asks for it many times",
     ),
     Private(
+        "accelerate 1.15", "accelerate/utils/other.py", ("has_compiled_regions(module)",),
+        "training/engines/sft.py", "replaced: it looks at every module of a model, where only the outermost matters",
+    ),
+    Private(
+        "bitsandbytes 0.50", "bitsandbytes/nn/modules.py", ("Linear4bit.support_avx512bf16_for_cpu",), "base.py",
+        "turned off: gradients of that CPU path are silently wrong (`Linear4bit.forward`)",
+    ),
+    Private(
+        "bitsandbytes 0.50", "bitsandbytes/autograd/_functions.py",
+        ("MatmulLtState.reset_grads(self)", "MatmulLtState.idx"), "base.py",
+        "a copy of an 8-bit layer starts with an unused state",
+    ),
+    Private(
         "triton 3.9", "triton/runtime/_async_compile.py", ("FutureKernel",), "training/fast/ops/triton/launch.py",
         "kernels are compiled by several threads",
     ),
