@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
     "overrides",
     [
         ["search.algorithm=optuna"],
-        # A rung that only rows of full length would reach: all run to their end, and the scheduler reads the ended ones
-        # again.
+        # Only rows of full length would reach this rung: all trials run to their end, and the scheduler processes the
+        # ended ones again after the resume.
         ["search.algorithm=random", f"scheduler={{kind: asha, grace_tokens: {(STEPS - 4) * 8 * 64}}}"],
     ],
     ids=["optuna", "random-asha"],

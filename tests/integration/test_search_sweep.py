@@ -232,16 +232,21 @@ def test_every_mutable_field_takes_effect_in_a_clone(tmp_path: Path, engine: str
         for path in MUTABLE:
             assert trial.applied[path] == pytest.approx(trial.config.varied[path], rel=1e-6), f"{path}, read back"
     for clone in (trial for trial in record.trials() if trial.trial_id in clones):
-        assert clone.parent, "it went on from a donor's checkpoint"
+        assert clone.parent, "it has no checkpoint of a donor as parent"
         last = [each for each in decided(record, "cloned") if each.trial_id == clone.trial_id][-1]
-        assert all(f"{path} {clone.config.varied[path]:.6g}" in last.why for path in MUTABLE), "as was decided"
+        assert all(f"{path} {clone.config.varied[path]:.6g}" in last.why for path in MUTABLE), (
+            "the values are those of the decision"
+        )
 
 
 @pytest.mark.parametrize(
     ("algorithm", "num_trials"),
     [
         ("{algorithm: optuna, startup_trials: 2}", 5),
-        ("{algorithm: optuna, sampler: cmaes}", 9),  # it learns once a generation: 6 of two axes, after one at random
+        (
+            "{algorithm: optuna, sampler: cmaes}",
+            9,
+        ),  # it learns once per generation of 6 (two axes), after one random trial
         ("{algorithm: hyperopt, startup_trials: 2}", 5),
     ],
     ids=["tpe", "cmaes", "hyperopt"],
@@ -278,10 +283,10 @@ def test_bohb_fills_brackets_and_learns_from_their_losses(tmp_path: Path) -> Non
         assert trial.state == (TrialState.STOPPED if trial.trial_id in expected else TrialState.COMPLETE)
         assert trial.step == expected.get(trial.trial_id, 8)
     points = [trial.config.varied for trial in trials]
-    untaught = make_searcher(record.info.spec, max_concurrent=99)
-    drawn = [untaught.suggest(str(i)) for i in range(7)]
-    assert points[:4] == drawn[:4], "of the first rung nothing is known yet"
-    assert points[4:] != drawn[4:], "what was reported makes a difference"
+    without_reports = make_searcher(record.info.spec, max_concurrent=99)
+    drawn = [without_reports.suggest(str(i)) for i in range(7)]
+    assert points[:4] == drawn[:4], "nothing is known before the first rung"
+    assert points[4:] != drawn[4:], "reports make a difference"
 
 
 def test_a_spent_budget_stops_running_trials_and_starts_no_more(tmp_path: Path) -> None:

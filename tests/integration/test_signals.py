@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 
-# Nothing but a signal has a checkpoint written before the evaluation at the end.
+# No checkpoint is written before the evaluation at the end, unless a signal arrives.
 SETTINGS = [
     *(setting for setting in TINY if not setting.startswith(("scheduler.", "training.save_steps"))),
     "scheduler.kind=none",
@@ -165,7 +165,7 @@ def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Sign
 def test_a_closed_terminal_interrupts_its_processes(tmp_path: Path, verb: str, num_trials: int) -> None:
     """The kernel sends SIGHUP to all processes of a closed terminal, and nothing can be written to it any more."""
     ours, theirs = pty.openpty()
-    # A process that leads a session whose terminal this is.
+    # A process that leads a session with this terminal.
     script = (
         "import fcntl, os, sys, termios\n"
         "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
