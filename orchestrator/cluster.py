@@ -1,4 +1,4 @@
-"""Connect to Ray, or start it here; and make sure that all its nodes see the same output folder."""
+"""Connect to a Ray cluster or start a local one, and check that all its nodes share the output folder."""
 
 import logging
 import os
@@ -14,23 +14,27 @@ from typing import Any
 from orchestrator.errors import ClusterError, RequestError, StorageError
 from orchestrator.signals import shielding_children
 from orchestrator.storage import storage_fault
+from orchestrator.upstream import CONNECTION_ATTEMPTS_VARIABLE, kill_ray_processes_at_shutdown
 
-# A node starts a worker and imports this module to answer. Storage that hangs never answers.
 _ANSWER_TIMEOUT_S = 120.0
+"""Time to answer the probe: a node starts a process and imports this module. Storage that hangs never answers."""
 
 
 @contextmanager
 def connection(address: str | None) -> Iterator[None]:
-    """Ray for the time of a sweep: the cluster at `address` (`auto` finds it), or a fresh local one.
+    """Connect to Ray for the time of a sweep.
+
+    Args:
+        address: address of a cluster, HOST:PORT, or `auto` to find it; None starts Ray on this machine.
 
     Raises:
-        ClusterError: there is no cluster at that address.
+        ClusterError: there is no cluster at that address, or Ray cannot be started.
     """
     if address is None:
         _prepare_local()
     import ray
 
-    if ray.is_initialized():  # the caller's own connection
+    if ray.is_initialized():  # the caller has connected already
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -48,23 +52,24 @@ def connection(address: str | None) -> Iterator[None]:
         raise ClusterError(
             f"Ray at {address} cannot be reached: {error}",
             "Start a cluster with `ray up cluster.yaml` or `ray start --head`, or leave --address out. "
-            "One that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too.",
+            "A cluster that requires a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too.",
         ) from error
     try:
         yield
     finally:
         if address is None:
-            _kill_at_shutdown()
+            kill_ray_processes_at_shutdown()  # they ignore SIGTERM, see `shielding_children`
         ray.shutdown()
 
 
 def require_shared_folder(folder: Path) -> None:
-    """Write and read a probe under `folder` on every node. Nothing of it stays, a folder made for it neither.
+    """Write and read a probe under `folder` on every node, and remove it with all folders that were made for it.
 
     Raises:
         RequestError: `folder` cannot be written on this machine.
-        StorageError: its disk is full or fails.
-        ClusterError: names the nodes that do not see what this machine wrote, or whose writing is not seen here.
+        StorageError: the disk of `folder` is full or fails.
+        ClusterError: some nodes do not see the file that this machine wrote, or this machine does not see theirs; the
+            message names these nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -89,40 +94,40 @@ def require_shared_folder(folder: Path) -> None:
 
 
 def _answer_probe(probe: str, node_id: str) -> None:
-    """On a node: write a file if it sees the driver's."""
+    """Write a file if the driver's file is visible. Runs on each node."""
     if (Path(probe) / "driver").is_file():
         (Path(probe) / node_id).write_text(node_id)
 
 
 def _fault(answer: Any, written: Path) -> str | None:
-    """Tell what is wrong with a node, by its answer and by whether its file is seen here.
+    """Describe what is wrong with a node, by its answer and by whether its file is visible on this machine.
 
     Raises:
-        StorageError: its disk is full or fails.
+        StorageError: the node's disk is full or fails.
     """
     import ray
 
     try:
         ray.get(answer, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        return f"has not answered in {_ANSWER_TIMEOUT_S:g} s"
-    except ray.exceptions.RayError as error:  # it died, may not write there, or has not this package
+        return f"did not answer within {_ANSWER_TIMEOUT_S:g} s"
+    except ray.exceptions.RayError as error:  # it died, may not write there, or lacks this package
         if fault := storage_fault(error):
             raise StorageError(
-                f"{written.parent.parent}: its storage fails: {fault}", "Make room or mend it."
+                f"{written.parent.parent}: its storage fails: {fault}", "Free some space or repair the storage."
             ) from error
         return f"failed: {str(error).strip().splitlines()[-1]}"
     return None if written.is_file() else "sees another folder of that name"
 
 
 def _name_node(node: dict[str, Any]) -> str:
-    """As `ray list nodes` names it; nodes on one machine may differ in nothing but the id."""
+    """Name a node as `ray list nodes` does; nodes on one machine may differ only by id."""
     return f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, id {node['NodeID'][:8]})"
 
 
 @contextmanager
 def _probe_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under `folder` that holds a file `driver`; removed again, with all that had to be made for it."""
+    """Make a folder under `folder` that holds a file `driver`; remove it at the end, with all folders made for it."""
     missing: list[Path] = []
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
@@ -132,59 +137,53 @@ def _probe_folder(folder: Path) -> Iterator[Path]:
             (probe / "driver").write_text("driver")
         except OSError as error:
             if fault := storage_fault(error):
-                raise StorageError(f"output {folder}: its storage fails: {fault}", "Make room or mend it.") from error
+                raise StorageError(
+                    f"output {folder}: its storage fails: {fault}", "Free some space or repair the storage."
+                ) from error
             raise RequestError(
-                f"output {folder}: cannot be written: {error}", "Give --output a folder that you may write to."
+                f"output {folder}: cannot be written: {error}", "Give --output a folder that you can write to."
             ) from error
         yield probe
     finally:
         shutil.rmtree(probe, ignore_errors=True)
         for path in missing:
-            with suppress(OSError):  # another sweep has begun in it meanwhile
+            with suppress(OSError):  # another sweep has started in it meanwhile
                 path.rmdir()
 
 
 def _require_listener(address: str) -> None:
-    """Tell at once if nothing listens at HOST:PORT, where Ray would wait. Where `auto` leads, only Ray knows."""
+    """Raise at once if nothing listens at HOST:PORT, where Ray would wait. Only Ray can resolve `auto`.
+
+    Raises:
+        OSError: nothing listens there.
+        ValueError: the address has another form.
+    """
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or "://" in host or not port.isdecimal():
-            raise ValueError("an address is auto or HOST:PORT")
+            raise ValueError("an address must be auto or HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager
 def _one_attempt() -> Iterator[None]:
-    """Let Ray try an address once, 40 s; it tries one that does not answer 20 times (`Node._init_gcs_client`)."""
-    name = "RAY_gcs_server_port_wait_time_s"
+    """Have Ray try an address once, for 40 s. By default it tries 20 times (ray 2.60, `Node._init_gcs_client`)."""
+    name = CONNECTION_ATTEMPTS_VARIABLE
     if name in os.environ:
         yield
         return
-    os.environ[name] = "1"  # counts attempts
+    os.environ[name] = "1"  # counts attempts, despite its name
     try:
         yield
     finally:
         del os.environ[name]
 
 
-def _kill_at_shutdown() -> None:
-    """Have Ray end its own processes by SIGKILL: it would wait a second for each to heed SIGTERM, which none does here.
-
-    See `shielding_children`. They hold nothing that outlives the sweep.
-    """
-    from ray._private import worker
-
-    node = worker._global_node
-    if node is not None:
-        kill = node.kill_all_processes
-        node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
-
-
 def _prepare_local() -> None:
-    """Settings of a local Ray, for what the user has not set."""
+    """Set the environment of a local Ray, except for variables that the user has set."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A fresh local Ray asks for a token of its clients and writes one into the home folder if there is none. This one
-    # lives as long as the sweep, in the environment that its processes inherit.
+    # A new local Ray requires a token of its clients, and writes one into the home folder if there is none. This token
+    # lives as long as the sweep, in the environment that Ray's processes inherit.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init warns that token authentication is on

@@ -1,4 +1,7 @@
-"""Follow a sweep by its files: the view of a running sweep and of a finished one are the same view."""
+"""Follow a sweep by its files, so that a running sweep and a finished one are shown by the same code.
+
+Runs in a thread of the driver, named `follow`.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +18,7 @@ _PERIOD_S = 0.5
 
 @contextmanager
 def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
-    """Call `watch` from a thread until the block ends, and once more then."""
+    """Call `watch` from a thread until the block ends, and once more at its end."""
     done = threading.Event()
 
     def run() -> None:
@@ -23,7 +26,7 @@ def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
         while not done.wait(_PERIOD_S):
             try:
                 trials = record.trials()
-            except (RecordError, OSError):  # shared storage that stumbles: the next look will tell
+            except (RecordError, OSError):  # shared storage may fail for a moment; read again next time
                 continue
             if trials != seen:
                 watch(trials)
@@ -36,5 +39,5 @@ def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        with suppress(RecordError, OSError):  # of whatever has ended the block, that tells
+        with suppress(RecordError, OSError):  # an error that ended the block is reported by its caller
             watch(record.trials())

@@ -1,6 +1,5 @@
-"""How a sweep is interrupted: by a signal, or by a fault of its storage. Both leave it so that it can go on."""
+"""Interrupt a sweep after a signal or a storage fault, so that it can be resumed. Runs in the driver's main thread."""
 
-from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
@@ -10,70 +9,73 @@ from orchestrator.record import SweepPaths
 from orchestrator.signals import StopRequest
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.upstream import error_file
 
 _SAVING_S = 60.0
-"""How long workers may take to end their step and write checkpoints."""
+"""Time in which workers may end their current step and write checkpoints, in seconds."""
 
 
 class Interruption(Exception):
-    """Ends Tune's loop after a signal. Unlike KeyboardInterrupt it lets Tune end the relays in good order."""
+    """Ends Tune's loop after a signal. Unlike KeyboardInterrupt it lets Tune end the trainables in good order."""
 
 
 class Interrupter:
-    """Ends Tune's loop, from within its callbacks."""
+    """Ends Tune's loop from within its callbacks."""
 
     def __init__(self, stop: StopRequest, workers: Workers, paths: SweepPaths) -> None:
         """
         Args:
-            stop: says whether a signal has come.
+            stop: holds the signal, once one has arrived.
             workers: write checkpoints before the loop ends.
-            paths: of the sweep, for messages.
+            paths: the sweep's paths, for messages.
         """
         self._stop = stop
         self._workers = workers
         self._paths = paths
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune pickles a tuner with its callbacks, and each driver puts its own in their place."""
+        """Return an empty state: Tune pickles a tuner with its callbacks, and each driver replaces them by its own."""
         return {}
 
     def check(self) -> None:
-        """
+        """Raise if a signal has arrived.
+
         Raises:
-            Interruption: a signal has come. All trials that could have written a checkpoint of their last step.
+            Interruption: a signal has arrived. All trials that could do so have written a checkpoint of their last
+                step.
         """
         if self._stop.signal is not None:
             self._workers.interrupt(_SAVING_S)
             raise Interruption
 
     def check_trial(self, trial: Any) -> None:
-        """Look at a trial whose attempt has failed, before Tune counts that.
+        """Check a trial whose attempt has failed, before Tune counts the failure.
 
         Raises:
-            Interruption: a signal has come.
-            StorageError: the attempt met a fault of the storage, as every other one would.
+            Interruption: a signal has arrived.
+            StorageError: the attempt met a storage fault, which every other attempt would meet too.
         """
         self.check()
         if fault := storage_fault(error_of(trial)):
-            self._workers.interrupt(_SAVING_S)  # or they would be killed as they write
+            self._workers.interrupt(_SAVING_S)  # otherwise workers would be killed while they write
             raise storage_error(self._paths, fault)
 
 
 def error_of(trial: Any) -> BaseException | None:
-    """The error by which the last attempt at a Tune trial failed.
+    """Return the error by which the last attempt at a Tune trial failed; None where it is not known.
 
-    Tune writes it on this machine at once (ray 2.60, `Trial.handle_error`), but hands it to nobody.
+    Tune writes the error to a file on the driver's machine, but passes it to no callback.
     """
-    file = trial.pickled_error_file
-    if file is None or not Path(file).is_file():  # an earlier driver's, of whose trial this one restored the state
+    file = error_file(trial)
+    if file is None or not file.is_file():  # a restored trial may name a file of an earlier driver
         return None
-    error: BaseException = cloudpickle.loads(Path(file).read_bytes())
+    error: BaseException = cloudpickle.loads(file.read_bytes())
     return error
 
 
 def storage_error(paths: SweepPaths, fault: str) -> StorageError:
-    """Say that a sweep is interrupted by its storage."""
+    """Return the error of a sweep that is interrupted by its storage."""
     return StorageError(
-        f"{paths.root}: the sweep is interrupted, for its storage fails: {fault}",
-        f"Make room or mend the storage, then go on with: orchestrator resume {paths.root}",
+        f"{paths.root}: the sweep is interrupted because its storage fails: {fault}",
+        f"Free some space or repair the storage, then continue with: orchestrator resume {paths.root}",
     )

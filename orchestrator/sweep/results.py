@@ -1,8 +1,10 @@
-"""Results that only the driver can write: of trials that the scheduler stopped, and of those whose relay is gone."""
+"""Results that only the driver can write: of stopped trials, and of trials whose trainable is gone.
+
+Runs in the driver's main thread, in Tune's callbacks.
+"""
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -16,50 +18,50 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.sweep.schedulers.conductor import Conductor
-from orchestrator.sweep.snapshot import keep_snapshot
+from orchestrator.sweep.snapshot import save_snapshot
 from orchestrator.sweep.tune_trial import plain_values
+from orchestrator.upstream import staging_folder
 
 _CLOSING_S = 60.0
 
 
 class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
-    """Writes result.json where the relay has not, and keeps the state of Tune and of the scheduler.
+    """Writes result.json where the trainable has not, and saves the state of Tune and of the scheduler.
 
-    A relay cannot tell a stop by the scheduler from an interruption, after which the trial goes on later. At the
-    time of these calls it waits for Tune's word, and all that was reported is on disk.
+    A trainable cannot tell a stop by the scheduler from an interruption, after which the trial is resumed later. During
+    these callbacks the trainable waits for Tune, and everything that it has reported is on disk.
     """
 
     def __init__(self, record: SweepRecord, conductor: Conductor, check_stop: Callable[[], None]) -> None:
         """
         Args:
-            record: of the sweep; says where its trials write.
+            record: the sweep's record.
             conductor: knows why a trial was stopped.
-            check_stop: called at every turn of Tune's loop; ends the sweep by raising.
+            check_stop: called at each iteration of Tune's loop; ends the sweep by raising.
         """
         self._record = record
         self._conductor = conductor
         self._check_stop = check_stop
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune has handled an event, and written its state on this machine."""
+        """Save a snapshot after Tune has handled an event and written its state on this machine."""
         if trials:
-            staging = Path(trials[0].storage.experiment_driver_staging_path)
-            keep_snapshot(staging, self._record.paths, self._conductor.state)
+            save_snapshot(staging_folder(trials[0]), self._record.paths, self._conductor.state)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
         if have_ended and (len(trials) == self._record.info.num_trials or self._record.budget_spent()):
-            _await_relays([self._paths_of(trial) for trial in trials])
+            _await_trainables([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial ended: by itself, or stopped by the scheduler."""
+        """Write the result of a trial that has ended by itself or was stopped by the scheduler."""
         paths = self._paths_of(trial)
-        if paths.config.is_file():  # else it was never begun
+        if paths.config.is_file():  # otherwise it never began
             _end(self._record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial failed, and has no attempt left."""
+        """Write the result of a trial that has failed and has no attempt left."""
         paths = self._paths_of(trial)
-        if not paths.config.is_file():  # its relay did not come as far
+        if not paths.config.is_file():  # its trainable failed before it wrote the configuration
             write_record(paths.config, self._record.info.spec.trial_config(plain_values(trial.config)))
         error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
         paths.lease.unlink(missing_ok=True)
@@ -71,7 +73,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
 
 
 def cancel_unknown(record: SweepRecord) -> None:
-    """End trials that Tune no longer knows: begun in the last moment of a driver that was killed, replaced since."""
+    """End trials that Tune does not know: begun just before a driver was killed, and replaced since by other trials."""
     known = {path.name for path in record.paths.tune.iterdir() if path.is_dir()}
     for trial_id in record.paths.trial_ids():
         if trial_id not in known:
@@ -79,18 +81,18 @@ def cancel_unknown(record: SweepRecord) -> None:
             _end(record, paths, TrialState.CANCELLED, error="lost with the driver; another trial took its place")
 
 
-def _await_relays(trials: list[TrialPaths]) -> None:
-    """Wait until no ended trial is on a worker any more and its trackers are closed: Tune kills a relay after 10 s."""
+def _await_trainables(trials: list[TrialPaths]) -> None:
+    """Wait until ended trials have left their workers and closed their trackers: Tune kills a trainable after 10 s."""
     deadline = time.monotonic() + _CLOSING_S
     for paths in trials:
         while paths.lease.is_file() and time.monotonic() < deadline:
             time.sleep(0.05)
-        paths.lease.unlink(missing_ok=True)  # of one that was killed
+        paths.lease.unlink(missing_ok=True)  # left by a trainable that was killed
 
 
-def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, **why: str | None) -> None:
-    """Write the result of a trial that has none, from its progress; `why` holds fields of `TrialResult`."""
+def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, **fields: str | None) -> None:
+    """Write the result of a trial that has none, from its progress; `fields` are those of `TrialResult` to set."""
     if paths.result.is_file():
         return
     so_far = read_trial(paths, record.info)
-    end_trial(paths, so_far.model_copy(update={"state": state, **why}))
+    end_trial(paths, so_far.model_copy(update={"state": state, **fields}))

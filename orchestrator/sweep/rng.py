@@ -1,4 +1,4 @@
-"""Random numbers of one's own, for libraries that draw from the process's."""
+"""Separate random state for libraries that draw from the global generators of Python and NumPy."""
 
 import random
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 
-class OwnRng:
-    """A state of Python's and of numpy's generator, which is pickled with whoever owns it."""
+class IsolatedRng:
+    """A state of Python's and NumPy's global generators. It is pickled with its owner."""
 
     def __init__(self, seed: int) -> None:
-        """Begin at `seed`."""
+        """Seed both generators."""
         self._python: Any = random.Random(seed).getstate()
         self._numpy: Any = np.random.RandomState(seed).get_state()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """What is drawn in the block goes on from here; the process's own state is as before."""
+        """Draw from this state inside the block, and restore the global state after it."""
         outer = random.getstate(), np.random.get_state()
         random.setstate(self._python)
         np.random.set_state(self._numpy)

@@ -1,8 +1,9 @@
-"""Tune's state, whole at every moment.
+"""A consistent snapshot of Tune's state.
 
-Tune copies its state file by file into the sweep's folder while it goes on (ray 2.60, `_ExperimentCheckpointManager`):
-a driver that is killed in between leaves a torn one, from which Tune begins a new search without a word. Here the files
-that Tune has just finished on this machine go into one archive, which is replaced in one step.
+Tune copies its state file by file into the sweep's folder while it runs (ray 2.60, `_ExperimentCheckpointManager`). A
+driver that is killed in between leaves an incomplete state, from which Tune starts a new search without a warning. This
+module packs the files that Tune has just finished on the driver's machine into one archive, which is replaced in one
+atomic step.
 """
 
 import zipfile
@@ -11,15 +12,15 @@ from pathlib import Path
 
 from orchestrator.record import SweepPaths
 from orchestrator.record.files import replacing
+from orchestrator.upstream import TUNE_STATE_FILES
 
 _SCHEDULER = "scheduler.pkl"
-_STATE = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl", "basic-variant-state-*.json")
 
 
-def keep_snapshot(staging: Path, paths: SweepPaths, scheduler: Callable[[], bytes]) -> None:
-    """Archive the state files in `staging`, if they have changed, and the scheduler's state.
+def save_snapshot(staging: Path, paths: SweepPaths, scheduler_state: Callable[[], bytes]) -> None:
+    """Archive the state files in `staging` and the scheduler's state, if the files have changed.
 
-    Call it from Tune's own thread, which writes them.
+    Call it from the thread of Tune's loop, which writes the files.
     """
     files = _state_files(staging)
     archive = paths.tune_snapshot
@@ -29,14 +30,14 @@ def keep_snapshot(staging: Path, paths: SweepPaths, scheduler: Callable[[], byte
     with replacing(archive) as building, zipfile.ZipFile(building, "w") as packed:
         for file in files:
             packed.write(file, file.name)
-        packed.writestr(_SCHEDULER, scheduler())
+        packed.writestr(_SCHEDULER, scheduler_state())
 
 
-def put_snapshot_back(paths: SweepPaths) -> bytes | None:
-    """Replace the state files in Tune's folder by the archived ones, if there are any.
+def restore_snapshot(paths: SweepPaths) -> bytes | None:
+    """Replace the state files in Tune's folder by the archived ones.
 
     Returns:
-        The scheduler's state.
+        The scheduler's state; None if there is no archive.
     """
     if not paths.tune_snapshot.is_file():
         return None
@@ -48,4 +49,4 @@ def put_snapshot_back(paths: SweepPaths) -> bytes | None:
 
 
 def _state_files(folder: Path) -> list[Path]:
-    return [file for pattern in _STATE for file in folder.glob(pattern)]
+    return [file for pattern in TUNE_STATE_FILES for file in folder.glob(pattern)]

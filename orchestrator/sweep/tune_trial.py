@@ -1,4 +1,4 @@
-"""What Tune tells of a trial, in our terms."""
+"""Helpers for Tune's trials, shared by search, schedulers and workers."""
 
 import copy
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 from orchestrator.record import SweepPaths
 
 COMPLETE = "complete"
-"""In a report: the trial has done all its steps."""
+"""Key of a report: whether the trial has done all its steps."""
 
 
 def set_folder(trial: Any, paths: SweepPaths) -> None:
-    """Point a Tune trial at the folder in which its sweep lies now.
+    """Point a Tune trial at the folder in which its sweep is now.
 
-    The searcher's saved state holds the folder of the driver that began the sweep, and every trial that it makes after
-    a resume gets that one (ray 2.60, `SearchGenerator.create_trial_if_possible`, `_TrialIterator.create_trial`). In a
-    sweep that was moved the trial would fail there, and in a copy it would write into the original.
+    The saved state of the searcher holds the folder of the driver that started the sweep, and every trial that it makes
+    after a resume gets that folder (ray 2.60, `SearchGenerator.create_trial_if_possible`,
+    `_TrialIterator.create_trial`). In a moved sweep the trial would fail there; in a copied sweep it would write into
+    the original.
     """
     storage = copy.copy(trial.storage)
     storage.storage_fs_path = str(paths.root)
@@ -22,5 +23,5 @@ def set_folder(trial: Any, paths: SweepPaths) -> None:
 
 
 def plain_values(config: dict[str, Any]) -> dict[str, Any]:
-    """Searched values as JSON types: samplers give numpy scalars."""
+    """Convert searched values to JSON types: samplers return NumPy scalars."""
     return {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}

@@ -1,4 +1,4 @@
-"""Sweeps run by the command line in processes of their own, to be interrupted and resumed."""
+"""Run sweeps from the command line in separate processes, to interrupt and resume them."""
 
 import subprocess
 import sys
@@ -60,8 +60,8 @@ def is_under_way(trial: TrialResult) -> bool:
     return trial.state == TrialState.RUNNING and trial.checkpoint is not None and trial.step < STEPS - 6
 
 
-def assert_whole(record: SweepRecord, finished_before: dict[Path, int]) -> None:
-    """As many trials as were asked for, each complete, each step recorded once, finished ones not touched."""
+def assert_complete(record: SweepRecord, finished_before: dict[Path, int]) -> None:
+    """Check that all trials are complete, each step is recorded once, and finished trials were not touched."""
     complete = [trial for trial in record.trials() if trial.state == TrialState.COMPLETE]
     others = [trial for trial in record.trials() if trial.state != TrialState.COMPLETE]
     assert len(complete) == NUM_TRIALS

@@ -1,4 +1,4 @@
-"""Trackers' servers on the loopback: as much of each as its own client asks for, and such as fail."""
+"""Tracking servers on the loopback interface: the parts that each client needs, and servers that fail."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ Serve = Callable[..., str]
 
 @contextmanager
 def serving() -> Iterator[Serve]:
-    """`serve(answer)`: address of a server whose requests `answer(method, path, arguments, authorization)` answers.
+    """Yield `serve(answer)`, which starts a server with `answer(method, path, arguments, authorization)`.
 
     `answer` may also be a status, "hang" or "close"; "refuse" is the address of a port at which nobody listens.
     """
@@ -75,14 +75,14 @@ def serving() -> Iterator[Serve]:
 
 
 class MlflowServer:
-    """As much of MLflow's REST server as the tracker asks for, behind a login. `answer` is for `serve`."""
+    """The part of MLflow's REST server that the tracker needs, behind a login. Pass `answer` to `serve`."""
 
     def __init__(self, name: str, password: str) -> None:
         self._login = "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
         self._lock = threading.Lock()
         self.is_down = False
         self.answers_left: int | None = None
-        """It goes down after so many."""
+        """Number of requests after which it goes down; None for no limit."""
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, dict[str, Any]] = {}
 
@@ -99,7 +99,7 @@ class MlflowServer:
             )
 
     def history(self, run_name: str, metric: str) -> list[tuple[int, float]]:
-        """Step and value of each time that a metric was logged, in the order of steps."""
+        """Return (step, value) for each time that a metric was logged, ordered by step."""
         (run,) = [run for run in self.runs.values() if run["info"]["run_name"] == run_name]
         return sorted((each["step"], each["value"]) for each in run["data"]["metrics"] if each["key"] == metric)
 
@@ -151,14 +151,14 @@ class MlflowServer:
 
 
 class WandbServer:
-    """As much of W&B's server as its client asks for. `answer` is for `serve`."""
+    """The part of W&B's server that its client needs. Pass `answer` to `serve`."""
 
     def __init__(self) -> None:
         self.address = ""
-        """Set it to what `serve` returns: files are uploaded there."""
+        """Address that `serve` returned; the test must set it. Files are uploaded there."""
         self.is_down = False
         self.history: list[dict[str, Any]] = []
-        """What was logged, as it came."""
+        """Everything that was logged, in order of arrival."""
         self.exit_codes: list[int] = []
 
     @property

@@ -1,4 +1,4 @@
-"""Small searched sweeps, and what was decided in them, by their records."""
+"""Run small sweeps with a search, and read what was decided from their records."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from tiny import DEMO, TINY
 from orchestrator.record import Decision, SweepPaths, SweepRecord, TrialResult, read_decisions, read_metrics
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.sweep import run_sweep
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 
 # One worker, whose trials train together on a few rows.
 PACKED = [
@@ -29,7 +29,7 @@ def sweep(folder: Path, *overrides: str, say: Callable[[str], None] = lambda _: 
 
 
 def losses(record: SweepRecord, trial: TrialResult) -> dict[int, float]:
-    """Recorded step -> loss; each step once, in order."""
+    """Return recorded step -> loss, and check that each step is recorded once and in order."""
     points = [p for p in read_metrics(record.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
     steps = [point.step for point in points]
     assert steps == sorted(set(steps)), f"{trial.trial_id} recorded {steps}"
@@ -41,14 +41,14 @@ def decided(record: SweepRecord, *actions: str) -> list[Decision]:
 
 
 def by_age(record: SweepRecord) -> list[TrialResult]:
-    """Trials, the oldest first."""
+    """Return the trials, the oldest first."""
     trials = {trial.trial_id: trial for trial in record.trials()}
     return [trials[name] for name in record.paths.trial_ids()]
 
 
 def replayed(spec: SweepSpec, values: list[float]) -> list[dict[str, Any]]:
-    """Points that a fresh search makes whose trials report these losses."""
-    searcher, points = make_searcher(spec, at_once=1), []
+    """Return the points of a new search whose trials report these losses."""
+    searcher, points = make_searcher(spec, max_concurrent=1), []
     for i, value in enumerate(values):
         points.append(searcher.suggest(f"trial-{i}"))
         searcher.on_trial_complete(f"trial-{i}", {"eval/loss": value})

@@ -1,4 +1,4 @@
-"""Budgets of hours in real sweeps: they end, the records say why, and the best of what was trained stands."""
+"""Budgets of hours in real sweeps: the sweeps end, the records say why, and the best trial is available."""
 
 import functools
 import time
@@ -23,7 +23,7 @@ LONG = ["search.num_trials=6", RATE, "scheduler.kind=none", "training.steps=2000
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_with_a_gpu() -> Iterator[None]:
-    """One for all sweeps here. It takes the machine to have a GPU; where there is none, workers train on the CPU."""
+    """Start Ray once for all sweeps here, with one GPU declared; without a real one, workers train on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         patch.setattr(ray, "init", functools.partial(ray.init, num_gpus=1, num_cpus=2))
@@ -62,7 +62,7 @@ def test_gpu_hours(tmp_path: Path) -> None:
 
 
 def test_wall_clock_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is put an hour on once there are some evaluations, for a slow machine has none in a few seconds."""
+    """The clock is advanced by an hour after a few evaluations: a slow machine has none in a few seconds."""
     said: list[str] = []
     folder = tmp_path / "sweep" / "trials"
 

@@ -1,4 +1,4 @@
-"""Ray clusters of two and three nodes on this machine: a sweep over them, and what is refused before it."""
+"""Sweeps on Ray clusters of two and three nodes on this machine, and what is refused before a sweep."""
 
 import os
 import socket
@@ -28,13 +28,13 @@ DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
 BIN = Path(sys.executable).parent
 SHORT = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
 ONE_EACH = ["resources.gpus_per_trial=0", "resources.trials_per_gpu=1"]
-"""A worker with a trial is full: the next one waits for the worker that opens late."""
+"""Settings with which one trial fills a worker: the next trial waits for the worker that opens later."""
 SECOND, BLIND, ELSEWHERE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a cluster of two nodes, each with room for one trial."""
+    """Return the address of a cluster of two nodes, each with resources for one trial."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -47,7 +47,7 @@ def address() -> Iterator[str]:
 
 @contextmanager
 def blind_node(address: str, folder: Path, log: Path) -> Iterator[int]:
-    """A third node that has another folder in the place of `folder`; gives its process id."""
+    """Start a third node that sees another folder at the path `folder`, and yield its process id."""
     folder.mkdir(parents=True)
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
     allowed = subprocess.run([*hide, "true"], capture_output=True, text=True)
@@ -64,7 +64,7 @@ def blind_node(address: str, folder: Path, log: Path) -> Iterator[int]:
 
 @contextmanager
 def node_elsewhere(address: str, folder: Path) -> Iterator[None]:
-    """A third node whose working folder is `folder`, which is not that of the driver and of the others."""
+    """Start a third node with another working folder than the driver and the other nodes."""
     folder.mkdir()
     with (folder / "log").open("wb") as output:
         process = subprocess.Popen(start_node(address, ELSEWHERE), cwd=folder, stdout=output, stderr=output)
@@ -76,14 +76,14 @@ def node_elsewhere(address: str, folder: Path) -> Iterator[None]:
 
 
 def start_node(address: str, ip: str) -> list[str]:
-    """The command for a further node of one core."""
+    """Return the command that starts another node with one core."""
     start = [str(BIN / "ray"), "start", "--block", "--address", address, "--node-ip-address", ip, "--num-cpus", "1"]
     return [*start, "--object-store-memory", str(100 * 1024**2), "--min-worker-port", "0", "--max-worker-port", "0"]
 
 
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
-    """Node and working folder of each worker of a sweep, once it has ended."""
+    """Return a set that holds the node and working folder of each worker after a sweep."""
     import ray
 
     from orchestrator.sweep.workers.fleet import Fleet
@@ -101,14 +101,14 @@ def places(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
 
 def place(_: object) -> tuple[str, str]:
-    """Runs in a worker."""
+    """Return node and working folder. Runs in a worker."""
     import ray
 
     return ray.util.get_node_ip_address(), str(Path.cwd())
 
 
 def ignore(trials: list[TrialResult]) -> None:
-    """Watch nothing."""
+    """Ignore progress."""
 
 
 def wait_for(node: str, alive: bool) -> None:
@@ -121,7 +121,7 @@ def wait_for(node: str, alive: bool) -> None:
 
 
 def orchestrator(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """The command line as a user has it, with a fresh home folder."""
+    """Run the command line as a user does, with a new home folder."""
     home.mkdir()
     return subprocess.run(
         [str(BIN / "orchestrator"), *arguments],
@@ -133,7 +133,7 @@ def orchestrator(*arguments: str, home: Path, timeout_s: float = 120) -> subproc
 
 
 def _user_environment() -> dict[str, str]:
-    """Without the Ray settings that this test process or its Ray has made."""
+    """Return the environment without the Ray settings of this test process."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
 
 
@@ -161,7 +161,9 @@ def test_nodes_with_other_working_folders(
     assert len(trials) == 6
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
     assert len({trial.worker for trial in trials}) == 3, "each node has trained"
-    assert list((tmp_path / "elsewhere").iterdir()) == [tmp_path / "elsewhere" / "log"], "wrote where it stood"
+    assert list((tmp_path / "elsewhere").iterdir()) == [tmp_path / "elsewhere" / "log"], (
+        "a worker wrote into its working folder"
+    )
     with connection(address):
         wait_for(ELSEWHERE, alive=False)
 
@@ -191,10 +193,10 @@ def test_a_sweep_says_what_it_waits_for_on_a_busy_cluster(
 
 
 class Busy:
-    """Somebody else's actor, which takes a core."""
+    """An actor of another user, which takes a core."""
 
 
-def test_a_cluster_without_gpus_is_not_guessed_to_be_meant(address: str, tiny: Tiny, folder: SweepPaths) -> None:
+def test_a_cluster_without_gpus_is_refused_if_gpus_are_auto(address: str, tiny: Tiny, folder: SweepPaths) -> None:
     with pytest.raises(RequestError, match="has no GPU at this moment"):
         run_sweep(tiny(), folder, ignore, address=address)
     assert not folder.root.exists()
@@ -220,7 +222,7 @@ def test_node_with_another_folder_is_named_and_nothing_is_written(
     assert list(output.iterdir()) == []
 
 
-def test_probe_leaves_no_folder_that_was_not_there(address: str, tmp_path: Path) -> None:
+def test_the_probe_removes_folders_that_it_made(address: str, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with connection(address):
         require_shared_folder(tmp_path / "there" / "new" / "runs")
@@ -235,7 +237,7 @@ def test_output_that_cannot_be_written_is_refused(address: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("nowhere", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1", "127.0.0.1:http"])
-def test_address_without_a_cluster_is_told_at_once(nowhere: str) -> None:
+def test_an_address_without_a_cluster_is_refused_at_once(nowhere: str) -> None:
     began = time.monotonic()
     with pytest.raises(ClusterError, match=f"Ray at {nowhere} cannot be reached"), connection(nowhere):
         pass
@@ -253,7 +255,7 @@ def test_sweep_at_an_address_without_a_cluster(tmp_path: Path) -> None:
 
 
 def test_address_that_is_not_ray_is_given_up() -> None:
-    """Ray by itself tries for 20 times its timeout of 40 s, which is lowered to 3 s here."""
+    """Ray would try 20 times for 40 s each, which is lowered to 3 s here."""
     with socket.create_server(("", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         code = f"from orchestrator.cluster import connection\nwith connection({address!r}): pass"
@@ -297,7 +299,7 @@ def test_sweep_with_bad_data_writes_nothing(tmp_path: Path) -> None:
     bad = ["--set", f"data.source={rows}", "--set", "data.held_out={count: 2}"]
     said = orchestrator("sweep", str(DEMO), *bad, "--output", str(runs), home=tmp_path / "home")
     assert said.returncode == 2, said.stderr
-    assert "answer" in said.stderr  # told by the rows, after the probe
+    assert "answer" in said.stderr  # an error of the rows, found after the probe
     assert "Traceback" not in said.stderr + said.stdout
     assert not runs.exists()
     assert not (tmp_path / "home" / ".ray").exists()

@@ -1,4 +1,4 @@
-"""A real sweep in which trials diverge: what is recorded, said and learned, and how it goes on with more trials."""
+"""A real sweep in which trials diverge: what is recorded, printed and learned, and a resume with more trials."""
 
 import math
 import pickle
@@ -29,14 +29,14 @@ def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def reported(paths: SweepPaths) -> list[float]:
-    """What optuna was told of each trial, in the order of their draws."""
+    """Return the value of each trial that was reported to Optuna, in the order of their draws."""
     with zipfile.ZipFile(paths.tune_snapshot) as snapshot:
         (name,) = [name for name in snapshot.namelist() if name.startswith("searcher-state")]
         study = pickle.loads(snapshot.read(name))["_ot_study"]
     return [trial.value for trial in study.trials]
 
 
-def test_a_sweep_with_a_diverged_trial_says_so_and_goes_on_with_more_trials(tmp_path: Path) -> None:
+def test_a_sweep_with_a_diverged_trial_reports_it_and_can_be_resumed_with_more_trials(tmp_path: Path) -> None:
     options = [word for each in SETTINGS for word in ("--set", each)]
     done = orchestrator("sweep", str(DEMO), "--name", "s", "--output", str(tmp_path), *options)
     assert done.returncode == 3, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A disk that is full or fails interrupts a trial or a sweep, which goes on once there is room."""
+"""A full or failing disk interrupts a trial or a sweep, which can be resumed once there is space."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ Tiny = Callable[..., SweepSpec]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for 48 MiB."""
+    """Mount a separate file system of 48 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=False)
@@ -41,7 +41,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill_until_it_ends(disk: Path, process: "subprocess.Popen[str]") -> Path:
-    """Leave no byte free, also of what the process itself frees meanwhile."""
+    """Fill the disk until the process ends, including space that the process frees meanwhile."""
     filler, deadline = disk / "filler", time.monotonic() + 120
     with filler.open("wb", buffering=0) as file:
         while process.poll() is None and time.monotonic() < deadline:
@@ -60,7 +60,7 @@ def resume(root: Path) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("verb", ["sweep", "trial"])
-def test_a_full_disk_interrupts_and_costs_no_trial(small_disk: Path, verb: str) -> None:
+def test_a_full_disk_interrupts_and_fails_no_trial(small_disk: Path, verb: str) -> None:
     with start(verb, small_disk, "training.eval_steps=4", "training.save_steps=4") as process:
         record = wait_for_steps(small_disk, process)
         filler = fill_until_it_ends(small_disk, process)
@@ -88,7 +88,7 @@ def test_a_full_disk_interrupts_and_costs_no_trial(small_disk: Path, verb: str) 
 
 
 def fails_once(function: Callable[..., Any], number: int, at: int, concerns: Callable[..., bool]) -> Callable[..., Any]:
-    """The function, but for the call of that place, counted among those that concern the test."""
+    """Return the function, made to fail at its `at`-th call; only calls for which `concerns` is true are counted."""
     calls = 0
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -123,11 +123,11 @@ def test_each_kind_of_write_may_fail(
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     undisturbed = run_local_trial(spec, whole, Witness())
     assert undisturbed is not None
-    room, name, at, concerns = WRITES[kind]
-    failing = fails_once(getattr(room, name), number, at, concerns)
+    module, name, at, concerns = WRITES[kind]
+    failing = fails_once(getattr(module, name), number, at, concerns)
     with monkeypatch.context() as patched:
-        for module in ("orchestrator.record.sweep_record", "orchestrator.tracking.jsonl", room.__name__):
-            patched.setattr(f"{module}.{name}", failing, raising=False)
+        for place in ("orchestrator.record.sweep_record", "orchestrator.tracking.jsonl", module.__name__):
+            patched.setattr(f"{place}.{name}", failing, raising=False)
         with pytest.raises(StorageError, match=f"its storage fails: .*{os.strerror(number)}") as raised:
             run_local_trial(spec, broken, Witness())
     assert f"orchestrator resume {broken.root}" in raised.value.remedy

@@ -1,4 +1,4 @@
-"""A sweep that was interrupted goes on in the folder where it lies now, and nowhere else."""
+"""An interrupted sweep is resumed in the folder where it is now, and writes nowhere else."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from drivers import assert_whole, command, finished, is_under_way, start_sweep, wait_until
+from drivers import assert_complete, command, finished, is_under_way, start_sweep, wait_until
 
 from orchestrator.record import TrialState, read_sweep
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Name and hash of every file, and the name of every folder."""
+    """Return the name and hash of every file, and the name of every folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in folder.rglob("*")
@@ -54,7 +54,7 @@ def test_a_copy_leaves_the_original_alone_and_a_moved_sweep_goes_on(tmp_path: Pa
     assert copied.returncode == 0, copied.stderr
     assert contents(original) == before, "the copy's trials were written into the original"
     if "median" not in str(overrides):
-        assert_whole(read_sweep(tmp_path / "other" / "copy"), ended)
+        assert_complete(read_sweep(tmp_path / "other" / "copy"), ended)
     record = read_sweep(tmp_path / "other" / "copy")
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in record.trials()) == 5
 
@@ -68,4 +68,4 @@ def test_a_copy_leaves_the_original_alone_and_a_moved_sweep_goes_on(tmp_path: Pa
     record = read_sweep(tmp_path / "mount" / "renamed")
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in record.trials()) == 5
     if "median" not in str(overrides):
-        assert_whole(record, ended)
+        assert_complete(record, ended)

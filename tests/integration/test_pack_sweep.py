@@ -1,4 +1,4 @@
-"""Trials that train together in workers, each a trial of Ray Tune: none is lost, no slot leaks, whatever dies."""
+"""Trials that train together in workers: none is lost and no slot leaks, whichever process dies."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.sweep import results, run
 from orchestrator.sweep.results import ResultKeeper
 from orchestrator.sweep.schedulers.factory import make_scheduler
-from orchestrator.sweep.schedulers.moments import Moments
+from orchestrator.sweep.schedulers.report_order import ReportOrder
 from orchestrator.sweep.workers import fleet
 from orchestrator.sweep.workers.worker import Worker
 
@@ -30,14 +30,14 @@ FOUR = ["resources.max_concurrent=4", "resources.trials_per_gpu=2"]
 
 
 class Witness:
-    """Sees what Tune and the driver see, in this process."""
+    """Records what Tune and the driver see, in this process."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.reports: list[tuple[str, int, int]] = []
-        """Trial, step, and process id of its relay, of each report."""
+        """Trial, step and process id of the trainable, for each report."""
         self.modules: set[str] = set()
-        """Heavy libraries that a relay has imported."""
+        """Heavy libraries that a trainable has imported."""
         self.most_at_once = 0
         self.free: list[int | None] = []
         """Slots of each worker that are free at the end of the sweep."""
@@ -57,9 +57,9 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
             found.reports.append((trial.trial_id, result["step"], result["pid"]))
             found.most_at_once = max(found.most_at_once, sum(each.status == "RUNNING" for each in trials))
-            relay = trial.temporary_state.ray_actor
-            if relay is not None:  # it is paused
-                found.modules |= ray.get(relay.__ray_call__.remote(heavy_modules))
+            trainable = trial.temporary_state.ray_actor
+            if trainable is not None:  # it is paused
+                found.modules |= ray.get(trainable.__ray_call__.remote(heavy_modules))
             if found.on_report:
                 found.on_report(trial.trial_id, result["step"], result["pid"])
 
@@ -67,7 +67,7 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             found.free = ray.get([handle.free_slots.remote() for handle in self._handles])
-            if sum(slots or 0 for slots in found.free) == self._layout.slots * len(self._handles):
+            if sum(slots or 0 for slots in found.free) == self._plan.slots * len(self._handles):
                 break
             time.sleep(0.2)
         ends(self)
@@ -80,12 +80,12 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Witness:
 
 
 def heavy_modules(_: Any) -> set[str]:
-    """Runs in the process of a relay."""
+    """Return the heavy libraries that are imported. Runs in the process of a trainable."""
     return {"torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "optuna"} & set(sys.modules)
 
 
 def evaluations(record: SweepRecord, trial: TrialResult) -> dict[int, float]:
-    """Recorded step -> loss; each step once, in order."""
+    """Return recorded step -> loss, and check that each step is recorded once and in order."""
     points = [p for p in read_metrics(record.paths.trial(trial.trial_id)) if "eval/loss" in p.values]
     steps = [point.step for point in points]
     assert steps == sorted(set(steps)), f"{trial.trial_id} recorded {steps}"
@@ -109,12 +109,12 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
     assert len(trials) == 8
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
     assert witness.said == [witness.said[0]]
-    assert "lets 4 run at a time" in witness.said[0]
+    assert "lets 4 of 8 trials run at a time" in witness.said[0]
     assert witness.most_at_once <= 4
     assert sum(slots or 0 for slots in witness.free) == 4, "a slot is still held"
-    # Of relays whose trials are stopped in one turn, Tune keeps as many as trials are staged, and ends the others.
-    assert len({relay for _, _, relay in witness.reports}) <= 6, "relays are reused"
-    assert witness.modules == set(), "a relay imports nothing heavy"
+    # If several trials stop in one iteration, Tune keeps as many trainables as trials are staged and ends the others.
+    assert len({trainable for _, _, trainable in witness.reports}) <= 6, "trainables are reused"
+    assert witness.modules == set(), "a trainable imports no heavy library"
     for trial in trials:
         losses, paths = evaluations(record, trial), record.paths.trial(trial.trial_id)
         assert trial.step == max(losses), "the record ends at the last evaluation that was reported"
@@ -127,63 +127,63 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
 
 
 def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int, int]]) -> dict[str, int]:
-    """Trials that the experiment's scheduler stops, and where, by the recorded values of these reports in order."""
+    """Return trial -> step for the trials that the scheduler stops, by the recorded values in order of reports."""
     scheduler = make_scheduler(spec)
     scheduler.set_search_properties("eval/loss", "min")
     losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
-    moments, stopped, steps = Moments(4, len(losses)), {}, dict[str, int]()
+    order, stopped, steps = ReportOrder(4, len(losses)), {}, dict[str, int]()
     for name in sorted(losses):
-        moments.add(name)
+        order.add(name)
 
-    def hear(name: str) -> None:
+    def process(name: str) -> None:
         step = steps[name]
-        trial = Told(trial_id=name, is_finished=lambda: False)
+        trial = TrialStub(trial_id=name, is_finished=lambda: False)
         result = {"step": step, "eval/loss": losses[name][step], "training_iteration": 1}
         if step == 4:
             scheduler.on_trial_add(None, trial)
         if step == spec.training.steps:
             scheduler.on_trial_complete(None, trial, result | {"eval/loss": min(losses[name].values())})
-            moments.end(name)
+            order.end(name)
         elif scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
             stopped[name] = step
-            moments.end(name)
+            order.end(name)
         else:
-            moments.heard(name)
+            order.processed(name)
 
     for name, step, _ in reports:
         steps[name] = step
-        moments.report(name, step, 0.0)
-        while (due := moments.next(0.0)) is not None:
-            hear(due)
+        order.report(name, step, 0.0)
+        while (due := order.next(0.0)) is not None:
+            process(due)
     return stopped
 
 
-class Told(SimpleNamespace):
-    """A trial as far as a scheduler asks."""
+class TrialStub(SimpleNamespace):
+    """The attributes of a trial that a scheduler reads."""
 
     def __hash__(self) -> int:
         return hash(self.trial_id)
 
 
-def test_relay_is_killed(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
+def test_a_trainable_is_killed(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
     killed: list[tuple[str, int]] = []
 
-    def kill(trial: str, step: int, relay: int) -> None:
+    def kill(trial: str, step: int, trainable: int) -> None:
         if step == 8 and not killed:
-            killed.append((trial, relay))
-            os.kill(relay, signal.SIGKILL)
+            killed.append((trial, trainable))
+            os.kill(trainable, signal.SIGKILL)
 
     witness.on_report = kill
     spec = tiny(*GRID, "training.steps=16", *FOUR)
     record = witness.run(spec, folder)
-    ((name, relay),) = killed
+    ((name, trainable),) = killed
     assert_all_complete(record, 8, 16)
-    assert len({pid for trial, _, pid in witness.reports if trial == name}) == 2, "another relay went on"
-    assert relay not in [pid for trial, step, pid in witness.reports if trial == name and step > 8]
-    assert sum(slots or 0 for slots in witness.free) == 4, "the dead relay's slot is still held"
+    assert len({pid for trial, _, pid in witness.reports if trial == name}) == 2, "another trainable continued"
+    assert trainable not in [pid for trial, step, pid in witness.reports if trial == name and step > 8]
+    assert sum(slots or 0 for slots in witness.free) == 4, "the slot of the dead trainable is still held"
 
 
-def test_worker_is_killed_with_eight_members(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
+def test_a_worker_is_killed_with_eight_trials(witness: Witness, tiny: Tiny, folder: SweepPaths) -> None:
     workers: list[str] = []
     reached: set[str] = set()
 
@@ -207,7 +207,7 @@ def test_worker_is_killed_with_eight_members(witness: Witness, tiny: Tiny, folde
 
 
 class SlowWorker(Worker):
-    """One that takes its time with each release."""
+    """A worker that takes three seconds for each release."""
 
     def release(self, lease: str) -> None:
         time.sleep(3)

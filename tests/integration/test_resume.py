@@ -1,4 +1,4 @@
-"""A sweep that loses its driver or a worker goes on, and what was finished stays as it was."""
+"""A sweep that loses its driver or a worker continues, and finished trials stay as they were."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from drivers import STEPS, assert_whole, command, finished, is_under_way, start_sweep, wait_until_in_the_middle
+from drivers import STEPS, assert_complete, command, finished, is_under_way, start_sweep, wait_until_in_the_middle
 from tiny import DEMO, TINY
 
 from orchestrator.record import TrialState, read_sweep
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
     "overrides",
     [
         ["search.algorithm=optuna"],
-        # A rung that only rows of full length would reach: all run to their end, and the scheduler reads the ended ones
-        # again.
+        # Only rows of full length would reach this rung: all trials run to their end, and the scheduler processes the
+        # ended ones again after the resume.
         ["search.algorithm=random", f"scheduler={{kind: asha, grace_tokens: {(STEPS - 4) * 8 * 64}}}"],
     ],
     ids=["optuna", "random-asha"],
@@ -29,7 +29,7 @@ def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[
     with start_sweep(tmp_path, *overrides) as driver:
         record = wait_until_in_the_middle(tmp_path, driver)
         driver.send_signal(signal.SIGKILL)
-    for torn in record.paths.tune.glob("searcher-state-*.pkl"):  # as a kill in the middle of Tune's copying leaves it
+    for torn in record.paths.tune.glob("searcher-state-*.pkl"):  # as after a kill while Tune copies it
         torn.write_bytes(b"")
     before = finished(record)
     configs = {trial.trial_id: trial.config for trial in record.trials()}
@@ -37,12 +37,12 @@ def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[
     resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "best of 5" in resumed.stdout
-    assert_whole(record, before)
+    assert_complete(record, before)
     after = {trial.trial_id: trial.config for trial in record.trials()}
     assert all(after[trial_id] == config for trial_id, config in configs.items())
 
 
-def test_ctrl_c_keeps_results_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_results_and_says_how_to_resume(tmp_path: Path) -> None:
     with start_sweep(tmp_path) as driver:
         record = wait_until_in_the_middle(tmp_path, driver)
         driver.send_signal(signal.SIGINT)
@@ -56,7 +56,7 @@ def test_ctrl_c_keeps_results_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert states <= {TrialState.COMPLETE, TrialState.RUNNING, TrialState.PENDING}, states
     resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert_whole(record, before)
+    assert_complete(record, before)
 
 
 def test_ctrl_c_of_a_single_trial(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_ctrl_c_of_a_single_trial(tmp_path: Path) -> None:
     assert interrupted.checkpoint is not None
 
 
-def test_worker_is_killed_and_its_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_worker_is_killed_and_its_trial_continues_from_its_checkpoint(tmp_path: Path) -> None:
     with start_sweep(tmp_path) as driver:
         record = wait_until_in_the_middle(tmp_path, driver)
         victim = next(trial for trial in record.trials() if is_under_way(trial))
@@ -86,7 +86,7 @@ def test_worker_is_killed_and_its_trial_goes_on_from_its_checkpoint(tmp_path: Pa
         output, message = driver.communicate(timeout=240)
     assert driver.returncode == 0, message
     assert "best of 5" in output
-    assert_whole(record, {})
+    assert_complete(record, {})
     again = next(trial for trial in record.trials() if trial.trial_id == victim.trial_id)
     assert again.worker != victim.worker
 

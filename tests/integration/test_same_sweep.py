@@ -1,4 +1,4 @@
-"""The same sweep whichever way its trials train: together in a worker, one after another, or by trl."""
+"""A sweep gives the same results if its trials train together, one after another, or with trl."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ from orchestrator.sweep.workers.trainable import TrialTrainable
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 LOSS = 5e-5
-"""What a loss may differ by, as a share of it: past their best, float32 runs at 2e-3 part by up to 1e-5 in 16 steps."""
+"""Relative tolerance of a loss: past their best, float32 runs at 2e-3 differ by up to 1e-5 after 16 steps."""
 
 COMMON = [
     *TINY, "search.tied={lora.alpha: 2 * lora.rank}", "search.algorithm=grid", "search.num_trials=null",
@@ -36,14 +36,14 @@ FORMS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    """One for all sweeps here."""
+    """Start Ray once for all sweeps here."""
     with connection(None):
         yield
 
 
 @pytest.fixture
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SweepRecord]:
-    """`sweep("packed", ...)`: a sweep in one of these forms, with overrides."""
+    """Return a function: `sweep("packed", ...)` runs a sweep in one of the `FORMS`, with overrides."""
 
     def start(form: str, *overrides: str) -> SweepRecord:
         spec = load_spec(DEMO, [*COMMON, *FORMS[form], *overrides])
@@ -53,7 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SweepRecord
 
 
 def test_packed_solo_and_trl_give_the_same_ranking_and_values(sweep: Callable[..., SweepRecord]) -> None:
-    """Four training rows, so that the widest adapter at the higher rate is past its best before the end."""
+    """There are four training rows, so that the largest adapter at the higher rate overfits before the end."""
     grid = [
         "search.space={lora.rank: {grid: [4, 16]}, training.learning_rate: {grid: [3e-4, 2e-3]}}", "lora.dropout=0",
         "data.max_rows=24", "data.held_out={count: 20}", "training.batch_size=4", "training.schedule=constant",
@@ -79,8 +79,8 @@ def test_packed_solo_and_trl_give_the_same_ranking_and_values(sweep: Callable[..
             assert_same_values(record, trial, trl, wanted)
 
 
-class InTurn(TrialTrainable):
-    """Tells nothing of its trial before the trial before it has ended; that one's worker waits for nobody."""
+class AfterPreviousTrial(TrialTrainable):
+    """Reports nothing before the previous trial has ended. Its worker trains on meanwhile."""
 
     def step(self) -> dict[str, object]:
         report: dict[str, object] = super().step()
@@ -97,7 +97,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     """Reports arrive in the same order, in two real sweeps.
 
     Solo, one trial runs at a time: all reports of a trial come before the next one's. Packed, all train together, and
-    each relay keeps its reports back until the trial before has ended. Scheduler, Tune and workers are as always.
+    each trainable holds its reports until the previous trial has ended. Scheduler, Tune and workers are unchanged.
     """
     # At 4 and 8 steps: the first passes, the second is the worst, the third is in between, the fourth is the best.
     asha = [
@@ -106,7 +106,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     ]  # fmt: skip
     solo = sweep("solo", *asha, "resources.max_concurrent=1")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(trainable, "Relay", InTurn)
+    monkeypatch.setattr(trainable, "TrialTrainable", AfterPreviousTrial)
     packed = sweep("packed", *asha)
     assert shares_a_worker(packed)
     assert not shares_a_worker(solo)
@@ -125,7 +125,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
 
 
 def shares_a_worker(record: SweepRecord) -> bool:
-    """Whether all trials had a slot of one worker before the first of them ended, and none had to be alone there."""
+    """Return whether all trials had slots of one worker before the first one ended, and none had to train alone."""
     trials = record.trials()
     paths = [record.paths.trial(trial.trial_id) for trial in trials]
     is_one = len({trial.worker for trial in trials}) == 1 and {trial.not_packed_reason for trial in trials} == {None}
@@ -151,7 +151,7 @@ def best_loss(trial: TrialResult) -> float:
 
 
 def assert_same_values(record: SweepRecord, trial: TrialResult, other: SweepRecord, wanted: TrialResult) -> None:
-    """Every loss that was recorded, in training and evaluation, at the same steps; gradient norms more loosely."""
+    """Compare all recorded losses, in training and evaluation, at the same steps; gradient norms less strictly."""
     for name, bound in (("eval/loss", LOSS), ("train/loss", LOSS), ("train/grad_norm", 1e-3)):
         found, expected = column(record, trial, name), column(other, wanted, name)
         assert expected
@@ -159,6 +159,6 @@ def assert_same_values(record: SweepRecord, trial: TrialResult, other: SweepReco
 
 
 def column(record: SweepRecord, trial: TrialResult, name: str) -> dict[int, float]:
-    """Step -> value."""
+    """Return step -> value."""
     points = read_metrics(record.paths.trial(trial.trial_id))
     return {point.step: point.values[name] for point in points if name in point.values}

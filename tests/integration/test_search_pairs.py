@@ -1,4 +1,4 @@
-"""Each searcher under a scheduler that stops trials: the points, and who was stopped where, follow from the records.
+"""Each search algorithm under a scheduler that stops trials: the points and the stops follow from the records.
 
 One trial at a time, so that their order is known. The rules are written out here, not asked of Ray Tune.
 """
@@ -31,13 +31,13 @@ SEARCHES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[None]:
-    """One for all sweeps here."""
+    """Start Ray once for all sweeps here."""
     with connection(None):
         yield
 
 
 def asha_stops(before: list[Losses], own: Losses) -> int | None:
-    """The rung at which a trial is worse than the better half of those that came to it before."""
+    """Return the rung at which a trial is worse than the better half of the trials that reached it before; or None."""
     for rung in (2, 4):
         others = [each[rung] for each in before if rung in each]
         if others and own.get(rung, 0) > np.percentile(others, 50):
@@ -46,7 +46,7 @@ def asha_stops(before: list[Losses], own: Losses) -> int | None:
 
 
 def median_stops(before: list[Losses], own: Losses) -> int | None:
-    """The step at which a trial's best so far is worse than the median of the others' means up to there."""
+    """Return the step at which a trial's best loss is worse than the median of the other trials' means; or None."""
     for step in range(EVERY, STEPS, EVERY):
         means = [np.mean([each[s] for s in each if s <= step]) for each in before if max(each) >= step]
         best = min((loss for s, loss in own.items() if s <= step), default=0)
@@ -65,7 +65,7 @@ RULES: dict[str, tuple[str, Callable[[list[Losses], Losses], int | None], str]] 
     ("search", "rule"),
     [("grid", "asha"), ("random", "median"), ("tpe", "asha"), ("cmaes", "median"), ("hyperopt", "asha")],
 )
-def test_points_and_stops_follow_from_what_was_recorded(tmp_path: Path, search: str, rule: str) -> None:
+def test_points_and_stops_follow_from_the_records(tmp_path: Path, search: str, rule: str) -> None:
     scheduler, stops, reason = RULES[rule]
     record = sweep(
         tmp_path, *SEARCHES[search], "search.seed=5", f"scheduler={scheduler}", f"training.steps={STEPS}",
@@ -88,9 +88,9 @@ def test_points_and_stops_follow_from_what_was_recorded(tmp_path: Path, search: 
     if search == "grid":
         assert points == [*record.info.spec.search.points()]
     elif search != "random":
-        # A searcher hears of a trial's best, by which it is chosen; of one that was stopped, what it was stopped by.
-        heard = [
+        # A complete trial reports its best loss to the searcher, a stopped one the loss at which it was stopped.
+        reported = [
             own[max(own)] if trial.trial_id in expected else min(own.values())
             for trial, own in zip(trials, recorded, strict=True)
         ]
-        assert replayed(record.info.spec, heard) == points
+        assert replayed(record.info.spec, reported) == points

@@ -1,4 +1,4 @@
-"""Searchers and schedulers in real sweeps: what each of them decided, read from the records."""
+"""Search algorithms and schedulers in real sweeps: their decisions, read from the records."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from orchestrator.record import (
 )
 from orchestrator.spec import load_spec
 from orchestrator.spec.cross_checks import MUTABLE
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 from orchestrator.training.local import run_local_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
@@ -41,13 +41,13 @@ BAND = [
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[None]:
-    """One for all sweeps here."""
+    """Start Ray once for all sweeps here."""
     with connection(None):
         yield
 
 
 def halved(record: SweepRecord, bracket: list[TrialResult], rungs: list[int]) -> dict[str, int]:
-    """Trials of a bracket that must have been stopped, and where, by what they recorded at its rungs."""
+    """Return trial -> step for the trials of a bracket that must have been stopped, by their recorded losses."""
     stopped, number = {}, len(bracket)
     for rung in rungs:
         number = math.ceil(number / 2)
@@ -58,7 +58,7 @@ def halved(record: SweepRecord, bracket: list[TrialResult], rungs: list[int]) ->
 
 
 def assert_hyperband(record: SweepRecord) -> None:
-    """Brackets of 3, 3 and 4 trials, stopped where they must be by the recorded losses; the others complete."""
+    """Check brackets of 3, 3 and 4 trials: stopped where the recorded losses demand it; the others are complete."""
     trials = sorted(record.trials(), key=lambda trial: trial.trial_id)
     assert len(trials) == 10
     expected = halved(record, trials[3:6], [4]) | halved(record, trials[6:], [2, 4])
@@ -76,7 +76,7 @@ def assert_hyperband(record: SweepRecord) -> None:
     assert {each.trial_id: each.step for each in decided(record, "stopped")} == expected
 
 
-def test_hyperband_pauses_halves_and_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_hyperband_pauses_halves_and_continues_from_the_checkpoint(tmp_path: Path) -> None:
     record = sweep(tmp_path, *BAND)
     assert_hyperband(record)
     paused, resumed = (
@@ -87,7 +87,7 @@ def test_hyperband_pauses_halves_and_goes_on_from_the_checkpoint(tmp_path: Path)
     name, step = min(resumed)
     trial = next(trial for trial in record.trials() if trial.trial_id == name)
     assert trial.state == TrialState.COMPLETE or trial.step > step
-    # A trial that has waited is the one that it would have been alone.
+    # A trial that has waited has the same losses as if it had trained alone.
     rate = trial.config.training.learning_rate
     alone = SweepPaths(tmp_path / "alone")
     run_local_trial(load_spec(DEMO, [*PACKED, f"training.learning_rate={rate!r}", "search.space={}"]), alone, Silent())
@@ -99,7 +99,7 @@ def test_hyperband_pauses_halves_and_goes_on_from_the_checkpoint(tmp_path: Path)
 
 
 class Silent:
-    """A watcher that ends nothing."""
+    """A watcher that stops nothing and prints nothing."""
 
     def on_step(self, step: int, total_steps: int) -> bool:
         return True
@@ -111,8 +111,8 @@ class Silent:
         pass
 
 
-def test_a_killed_driver_leaves_brackets_that_go_on(tmp_path: Path) -> None:
-    """Killed while trials wait at a rung: they are not started again before their time, nor lost."""
+def test_brackets_continue_after_the_driver_was_killed(tmp_path: Path) -> None:
+    """The driver is killed while trials wait at a rung. They are not restarted too early, nor lost."""
     options = [part for setting in [*PACKED, *BAND] for part in ("--set", setting)]
     command = [sys.executable, "-m", "orchestrator.cli"]
     paths = SweepPaths(tmp_path / "s")
@@ -131,13 +131,13 @@ def test_a_killed_driver_leaves_brackets_that_go_on(tmp_path: Path) -> None:
     assert_hyperband(read_sweep(paths.root))
 
 
-# Two rates that learn, then two that hardly do, which come later, where not all have a slot at once: they are behind,
-# however far they trained. Of rates alike, the last to report is the best, and nobody need ever be behind.
+# Two rates that learn, then two that hardly do. The latter start later if not all trials have a slot: they are behind
+# at any step. With similar rates the last trial to report would be the best, and no trial might ever be behind.
 APART = (3e-3, 2e-3, 2e-5, 1e-5)
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
-def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path: Path, engine: str) -> None:
+def test_a_clone_continues_from_the_donor_at_another_rate(tmp_path: Path, engine: str) -> None:
     record = sweep(
         tmp_path,
         f"resources={{max_concurrent: 1, cpus_per_trial: {2 if engine == 'fast' else 1}}}",  # they take turns
@@ -167,14 +167,14 @@ def test_a_loser_of_a_population_goes_on_from_the_donor_at_another_rate(tmp_path
         ]
         assert after
         assert all(point.values["train/learning_rate"] == pytest.approx(rate) for point in after)
-        # It goes on as the donor was, not as it was itself.
+        # It continues with the weights of the donor, not with its own.
         first = losses(record, trial)[step + 2]
         before = min(losses(record, donor)[step], losses(record, donor).get(step + 2, 9))
         assert first < before + 1.5
         assert trial.adopted_tokens == 0 or step < clone.step
 
 
-def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: Path) -> None:
+def test_pb2_chooses_values_within_the_ranges_with_time_in_tokens(tmp_path: Path) -> None:
     record = sweep(
         tmp_path,
         "resources.trials_per_gpu=2",
@@ -195,19 +195,19 @@ def test_population_based_bandits_choose_within_the_ranges_in_tokens(tmp_path: P
         assert 0 <= config.lora.dropout <= 0.5
         assert applied["training.learning_rate"] == pytest.approx(config.training.learning_rate, rel=1e-5)
         assert applied["lora.dropout"] == pytest.approx(config.lora.dropout, abs=1e-3)
-        assert config.lora.dropout != 0.1, "it is another than all began with"
+        assert config.lora.dropout != 0.1, "it differs from the initial value of all trials"
     steps = {each.step for each in clones.values()}
     points = [p for trial in trials for p in read_metrics(record.paths.trial(trial)) if p.step in steps]
     assert min(point.tokens for point in points) >= 500
 
 
 def between(ranges: dict[str, list[float]], rate: float) -> dict[str, float]:
-    """A point of these ranges: this learning rate, and the middle of the others."""
+    """Return a point of these ranges: this learning rate, and the middle of the other ranges."""
     return {path: (low + high) / 2 for path, (low, high) in ranges.items()} | {"training.learning_rate": rate}
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
-def test_all_that_a_population_may_change_is_in_force_after_a_clone(tmp_path: Path, engine: str) -> None:
+def test_every_mutable_field_takes_effect_in_a_clone(tmp_path: Path, engine: str) -> None:
     ranges = {
         "training.learning_rate": [1e-6, 5e-3],
         "training.weight_decay": [0.01, 0.5],
@@ -232,23 +232,26 @@ def test_all_that_a_population_may_change_is_in_force_after_a_clone(tmp_path: Pa
         for path in MUTABLE:
             assert trial.applied[path] == pytest.approx(trial.config.varied[path], rel=1e-6), f"{path}, read back"
     for clone in (trial for trial in record.trials() if trial.trial_id in clones):
-        assert clone.parent, "it went on from a donor's checkpoint"
+        assert clone.parent, "it has no checkpoint of a donor as parent"
         last = [each for each in decided(record, "cloned") if each.trial_id == clone.trial_id][-1]
-        assert all(f"{path} {clone.config.varied[path]:.6g}" in last.why for path in MUTABLE), "as was decided"
+        assert all(f"{path} {clone.config.varied[path]:.6g}" in last.why for path in MUTABLE), (
+            "the values are those of the decision"
+        )
 
 
 @pytest.mark.parametrize(
     ("algorithm", "num_trials"),
     [
         ("{algorithm: optuna, startup_trials: 2}", 5),
-        ("{algorithm: optuna, sampler: cmaes}", 9),  # it learns once a generation: 6 of two axes, after one at random
+        (
+            "{algorithm: optuna, sampler: cmaes}",
+            9,
+        ),  # it learns once per generation of 6 (two axes), after one random trial
         ("{algorithm: hyperopt, startup_trials: 2}", 5),
     ],
     ids=["tpe", "cmaes", "hyperopt"],
 )
-def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(
-    tmp_path: Path, algorithm: str, num_trials: int
-) -> None:
+def test_points_follow_from_the_seed_and_the_recorded_losses(tmp_path: Path, algorithm: str, num_trials: int) -> None:
     settings = [f"search={algorithm}", f"search.num_trials={num_trials}", TWO_AXES, "search.seed=3"]
     record = sweep(tmp_path, *settings, *ONE_AT_A_TIME, "scheduler.kind=none", "training.steps=2")
     spec, trials = record.info.spec, by_age(record)
@@ -260,7 +263,7 @@ def test_a_search_is_the_one_that_its_seed_and_the_recorded_losses_make(
     assert replayed(other, values)[0] != points[0]
 
 
-def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: Path) -> None:
+def test_bohb_fills_brackets_and_learns_from_their_losses(tmp_path: Path) -> None:
     pytest.importorskip("hpbandster", reason="the extra bohb, which needs a C compiler")
     record = sweep(
         tmp_path,
@@ -280,19 +283,19 @@ def test_bohb_fills_brackets_and_comes_to_draw_by_what_they_measured(tmp_path: P
         assert trial.state == (TrialState.STOPPED if trial.trial_id in expected else TrialState.COMPLETE)
         assert trial.step == expected.get(trial.trial_id, 8)
     points = [trial.config.varied for trial in trials]
-    untaught = make_searcher(record.info.spec, at_once=99)
-    drawn = [untaught.suggest(str(i)) for i in range(7)]
-    assert points[:4] == drawn[:4], "of the first rung nothing is known yet"
-    assert points[4:] != drawn[4:], "what was reported makes a difference"
+    without_reports = make_searcher(record.info.spec, max_concurrent=99)
+    drawn = [without_reports.suggest(str(i)) for i in range(7)]
+    assert points[:4] == drawn[:4], "nothing is known before the first rung"
+    assert points[4:] != drawn[4:], "reports make a difference"
 
 
-def test_a_budget_that_is_spent_stops_what_trains_and_starts_no_more(tmp_path: Path) -> None:
+def test_a_spent_budget_stops_running_trials_and_starts_no_more(tmp_path: Path) -> None:
     said: list[str] = []
     record = sweep(
         tmp_path,
         "search.num_trials=8",
         RATE,
-        "search.budget.tokens=1000",  # of one alone 2,291
+        "search.budget.tokens=1000",  # one trial alone has 2,291
         "scheduler.kind=none",
         "resources.max_concurrent=3",
         say=said.append,

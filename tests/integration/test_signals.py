@@ -1,4 +1,4 @@
-"""Real signals to real processes: the last steps are kept, the way on is told, and the exit code names the signal."""
+"""Real signals to real processes: the last steps are kept, and message and exit code name the signal."""
 
 import os
 import pty
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 
-# Nothing but a signal has a checkpoint written before the evaluation at the end.
+# No checkpoint is written before the evaluation at the end, unless a signal arrives.
 SETTINGS = [
     *(setting for setting in TINY if not setting.startswith(("scheduler.", "training.save_steps"))),
     "scheduler.kind=none",
@@ -44,7 +44,7 @@ def start(verb: str, folder: Path, *overrides: str, **options: object) -> subpro
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen[str], number: int = 4) -> SweepRecord:
-    """Every trial that trains has made some steps."""
+    """Wait until every running trial has made some steps."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -59,7 +59,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], number: int = 4
 
 
 def assert_kept(record: SweepRecord) -> list[TrialResult]:
-    """The last step of each trial that has begun has a checkpoint, and nothing half-written lies about."""
+    """Check that each started trial has a checkpoint of its last step, and that no partial file is left."""
     begun = [trial for trial in record.trials() if trial.step]
     assert begun
     for trial in begun:
@@ -88,7 +88,7 @@ def assert_goes_on(record: SweepRecord, begun: list[TrialResult], number: int) -
 
 
 class SignalAt(Witness):
-    """Sends this process a signal after a step."""
+    """A witness that sends this process a signal after a step."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class SignalAt(Witness):
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
-def test_a_trial_goes_on_from_the_step_of_the_signal_to_the_digit(
+def test_a_trial_resumes_from_the_step_of_the_signal_with_identical_values(
     tiny: Callable[..., SweepSpec], tmp_path: Path, engine: str
 ) -> None:
-    """Between evaluations, where nothing else would have had a checkpoint written."""
+    """The signal arrives between evaluations, where no checkpoint would be written otherwise."""
     spec = tiny(f"training.engine={engine}", "training.save_steps=12", "training.logging_steps=1", "lora.dropout=0.1")
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     undisturbed = run_local_trial(spec, whole, Witness())
@@ -145,7 +145,7 @@ def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM], ids=lambda each: each.name)
 def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Signals) -> None:
-    """Also where all its processes get the signal, as from `timeout`, systemd, Slurm or a terminal's Ctrl-C."""
+    """All processes of the sweep get the signal, as from `timeout`, systemd, Slurm or Ctrl-C in a terminal."""
     with start("sweep", tmp_path, start_new_session=True) as process:
         record = wait_for_steps(tmp_path, process)
         os.killpg(process.pid, number)
@@ -162,10 +162,10 @@ def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Sign
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("verb", "num_trials"), [("trial", 1), ("sweep", 3)])
-def test_a_closed_terminal_interrupts_what_runs_in_it(tmp_path: Path, verb: str, num_trials: int) -> None:
+def test_a_closed_terminal_interrupts_its_processes(tmp_path: Path, verb: str, num_trials: int) -> None:
     """The kernel sends SIGHUP to all processes of a closed terminal, and nothing can be written to it any more."""
     ours, theirs = pty.openpty()
-    # A process that leads a session whose terminal this is.
+    # A process that leads a session with this terminal.
     script = (
         "import fcntl, os, sys, termios\n"
         "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"

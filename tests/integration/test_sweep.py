@@ -1,4 +1,4 @@
-"""Sweeps under Ray Tune, for real: the embedded task is learned, the scheduler stops, trackers hold what happened."""
+"""Real sweeps under Ray Tune: the embedded task is learned, trials are stopped, and trackers hold the results."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
-    """The demo's task, three seeds at two learning rates, every trial to its end."""
+    """Run the demo's task with three seeds at two learning rates, every trial to its end."""
     spec = load_spec(
         DEMO,
         [
@@ -60,7 +60,7 @@ def test_the_task_is_learned_and_the_learning_rate_matters(learned: SweepRecord)
     assert len({trial.best.value for trial in trials if trial.best}) == 6, "seeds make no difference"
 
 
-def test_the_base_alone_cannot_do_the_task(learned: SweepRecord) -> None:
+def test_the_base_without_adapter_cannot_do_the_task(learned: SweepRecord) -> None:
     winner = FinishedSweep(learned).best()
     chat = open_chat(winner.adapter_ref())
     prompts = load(learned.paths.data).prompts[:64]
@@ -80,8 +80,8 @@ def test_workers_and_data_are_shared(learned: SweepRecord) -> None:
 
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
-    """Six short trials under ASHA, with TensorBoard, W&B and MLflow."""
-    # Of trials that come to a rung together ASHA may stop none: the best two have passed it before the worst.
+    """Run six short trials under ASHA, with TensorBoard, W&B and MLflow."""
+    # ASHA may stop none of the trials that reach a rung together; here the best two have passed it before the worst.
     first = [{"training.learning_rate": rate, "lora.rank": 8, "lora.dropout": 0.0} for rate in (3e-3, 1e-3, 1e-5)]
     spec = load_spec(
         DEMO,
@@ -131,7 +131,7 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
     )
 
 
-def test_the_median_rule_stops_what_lies_behind(tmp_path: Path) -> None:
+def test_the_median_rule_stops_a_bad_trial(tmp_path: Path) -> None:
     rates = [3e-3, 2e-3, 1e-3, 1e-6]
     spec = load_spec(
         DEMO,
@@ -230,7 +230,7 @@ def _ask(url: str, question: dict[str, object]) -> dict[str, object]:
 
 
 def _read_wandb(log: Path) -> tuple[dict[str, object], dict[str, object], str]:
-    """Summary, config and group of an offline run, from W&B's own record file."""
+    """Return summary, config and group of an offline run, from W&B's record file."""
     from wandb.proto import wandb_internal_pb2
 
     summary: dict[str, object] = {}
@@ -248,7 +248,10 @@ def _read_wandb(log: Path) -> tuple[dict[str, object], dict[str, object], str]:
 
 
 def _leveldb_records(log: bytes) -> Iterator[bytes]:
-    """Records of a log in LevelDB's format, which W&B uses: blocks of 32 KiB, chunks of crc, length, type, data."""
+    """Yield the records of a log in LevelDB's format, as W&B writes it.
+
+    Blocks have 32 KiB; a chunk has a CRC, length, type and data.
+    """
     offset, whole = 7, b""  # 7: W&B's own header
     while offset + 7 <= len(log):
         left = 32768 - offset % 32768

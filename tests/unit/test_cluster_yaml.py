@@ -1,4 +1,4 @@
-"""cluster.yaml is a file that Ray's launcher accepts, and says what the project promises of it."""
+"""Ray's launcher accepts cluster.yaml, and the file does what the project's pages promise."""
 
 import copy
 import subprocess
@@ -21,7 +21,7 @@ def written() -> dict[str, Any]:
 
 
 def accept(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` does before it reaches the cloud: the file with Ray's defaults filled in, or an error."""
+    """Do what `ray up` does before it contacts the cloud: fill in Ray's defaults and validate."""
     resolved: dict[str, Any] = prepare_config(copy.deepcopy(config))
     validate_config(resolved)
     return resolved
@@ -43,7 +43,7 @@ def test_ray_refuses_a_node_type_without(field: str, written: dict[str, Any]) ->
         accept(written)
 
 
-def test_ray_refuses_a_head_that_is_no_node_type(written: dict[str, Any]) -> None:
+def test_ray_refuses_an_unknown_head_node_type(written: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="head_node_type"):
         accept(written | {"head_node_type": "boss"})
 
@@ -77,7 +77,7 @@ def test_every_node_mounts_the_shared_folder(written: dict[str, Any]) -> None:
     assert "--output /shared/" in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
 
-def test_what_is_synced_is_there_and_enough_to_install(written: dict[str, Any]) -> None:
+def test_the_synced_files_exist_and_suffice_to_install(written: dict[str, Any]) -> None:
     sources = [ROOT / local for local in written["file_mounts"].values()]
     assert [source for source in sources if not source.exists()] == []
     synced = {source.resolve() for source in sources}
@@ -88,10 +88,10 @@ def test_what_is_synced_is_there_and_enough_to_install(written: dict[str, Any]) 
 def test_commands_are_valid_shell(written: dict[str, Any]) -> None:
     config = accept(written)
     for command in config["head_setup_commands"] + config["worker_setup_commands"]:
-        # As Ray runs it, in parentheses (`command_runner._with_interactive`).
+        # Ray runs it in parentheses (`command_runner._with_interactive`).
         checked = subprocess.run(["bash", "-n", "-c", f"true && ({command})"], capture_output=True, text=True)
         assert checked.returncode == 0, f"{command}: {checked.stderr}"
 
 
-def test_the_usage_names_this_ray() -> None:
+def test_the_usage_names_the_installed_ray() -> None:
     assert f'"ray[default]=={version("ray")}"' in (ROOT / "cluster.yaml").read_text(encoding="utf-8")

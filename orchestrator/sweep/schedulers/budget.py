@@ -1,4 +1,4 @@
-"""What the trials of a sweep have spent, against its budget."""
+"""Compare what the trials of a sweep have spent with its budget."""
 
 import time
 from typing import Any
@@ -10,43 +10,43 @@ _HOUR_S = 3600.0
 
 
 class BudgetTracker:
-    """Counts what trials have spent by their records, and the hours since the first step of a trial.
+    """Adds up what trials have spent, by their records, and the hours since the first step of any trial.
 
     It is pickled with the sweep. The time between two drivers, and the time in which workers load, do not count.
     """
 
     def __init__(self, budget: Budget) -> None:
-        """Nothing is spent yet; the clock stands until `start_clock`."""
+        """Start with nothing spent and a stopped clock."""
         self.budget = budget
         self._seconds = 0.0
-        self._since: float | None = None
+        self._clock_start_s: float | None = None
         self._gpu_seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
 
     def start_clock(self) -> None:
-        """Let the clock run from now on, if it does not yet."""
-        if self._since is None:
-            self._since = time.monotonic()
+        """Start the clock, if it does not run."""
+        if self._clock_start_s is None:
+            self._clock_start_s = time.monotonic()
 
     @property
     def needs_clock(self) -> bool:
-        """Whether the budget has a limit of hours and the clock does not run yet."""
-        return self.budget.wall_clock_hours is not None and self._since is None
+        """Whether the budget limits hours and the clock does not run yet."""
+        return self.budget.wall_clock_hours is not None and self._clock_start_s is None
 
     @property
     def needs_records(self) -> bool:
-        """Whether `count` makes a difference."""
+        """Whether the budget depends on the records of trials, so that `count` must be called."""
         return self.budget.gpu_hours is not None or self.budget.tokens is not None
 
     def count(self, trial: TrialResult) -> None:
-        """Count a trial as its record is now."""
+        """Count a trial as its record is now. Tokens that it took over from another trial do not count again."""
         self._gpu_seconds[trial.trial_id] = trial.gpu_seconds
         self._tokens[trial.trial_id] = trial.tokens - trial.adopted_tokens
 
-    def over(self) -> BudgetSpent | None:
-        """The limit that is reached, if one is."""
+    def spent(self) -> BudgetSpent | None:
+        """Return the limit that is reached, or None."""
         budget = self.budget
-        seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+        seconds = self._seconds + self._clock_s()
         if budget.wall_clock_hours is not None and seconds >= budget.wall_clock_hours * _HOUR_S:
             return BudgetSpent(
                 limit="wall_clock_hours", allowed=budget.wall_clock_hours, spent=round(seconds / _HOUR_S, 6)
@@ -59,6 +59,9 @@ class BudgetTracker:
             return BudgetSpent(limit="tokens", allowed=budget.tokens, spent=tokens)
         return None
 
+    def _clock_s(self) -> float:
+        return time.monotonic() - self._clock_start_s if self._clock_start_s is not None else 0.0
+
     def __getstate__(self) -> dict[str, Any]:
-        ran = time.monotonic() - self._since if self._since is not None else 0.0
-        return {**self.__dict__, "_seconds": self._seconds + ran, "_since": None}
+        """Return the state with a stopped clock."""
+        return {**self.__dict__, "_seconds": self._seconds + self._clock_s(), "_clock_start_s": None}

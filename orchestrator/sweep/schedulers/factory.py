@@ -1,7 +1,7 @@
-"""The experiment's scheduler in Ray Tune's terms, in optimizer steps or tokens (Tune by itself counts reports)."""
+"""Make the Tune scheduler that an experiment asks for. Its time is optimizer steps or tokens, not reports."""
 
 import math
-from typing import Any
+from typing import Any, assert_never
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
@@ -12,37 +12,41 @@ from orchestrator.spec.sections.scheduler import (
     Brackets,
     HyperBandScheduler,
     MedianScheduler,
+    NoScheduler,
     Pb2Scheduler,
     PbtScheduler,
     Population,
     Rungs,
 )
-from orchestrator.sweep.rng import OwnRng
+from orchestrator.sweep.rng import IsolatedRng
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb, HyperBand
-from orchestrator.sweep.schedulers.population import Clone, Explored, Pbt, mutations
+from orchestrator.sweep.schedulers.population import NearestValues, Pbt, mutations
 
-# No trial is that long: rungs go on to each trial's own end, where it is complete, not stopped.
 _NO_LAST_STEP = 2**31
+"""More steps than any trial has: rungs continue to each trial's own end, where it is complete, not stopped."""
+_NO_LAST_TOKEN = 2**60
 
 
 def make_scheduler(spec: SweepSpec) -> TrialScheduler:
-    """Tune's scheduler, which decides. Metric and mode come from Tune's own configuration."""
+    """Return the Tune scheduler that decides. Tune passes metric and mode to it from its own configuration."""
     scheduler = spec.scheduler
     match scheduler:
+        case NoScheduler():
+            return FIFOScheduler()
         case AshaScheduler():
             return AsyncHyperBandScheduler(
                 time_attr=scheduler.counts,
                 grace_period=_grace(spec, scheduler),
                 reduction_factor=scheduler.reduction_factor,
-                max_t=_NO_LAST_STEP if scheduler.counts == "step" else 2**60,
-                stop_last_trials=False,  # else a later report is written into a rung that was jumped over
+                max_t=_NO_LAST_STEP if scheduler.counts == "step" else _NO_LAST_TOKEN,
+                stop_last_trials=False,  # otherwise a later report is written into a skipped rung
             )
         case MedianScheduler():
             return MedianStoppingRule(
                 time_attr=scheduler.counts,
                 grace_period=_grace(spec, scheduler),
                 min_samples_required=scheduler.min_trials,
-                min_time_slice=math.inf,  # of less it pauses each trial for others at least once (ray 2.60)
+                min_time_slice=math.inf,  # a smaller value pauses each trial for others at least once (ray 2.60)
             )
         case HyperBandScheduler():
             return HyperBand(**_bracket_settings(spec, scheduler))
@@ -50,47 +54,27 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
             return Bohb(**_bracket_settings(spec, scheduler))
         case PbtScheduler():
             return Pbt(
+                IsolatedRng(spec.search.seed),
                 **_population_settings(spec, scheduler),
-                hyperparam_mutations=mutations(spec),
-                custom_explore_fn=Explored(spec.search.space),
+                hyperparam_mutations=mutations(spec.search.space),
+                custom_explore_fn=NearestValues(spec.search.space),
                 resample_probability=scheduler.resample_probability,
                 perturbation_factors=tuple(scheduler.factors),
             )
         case Pb2Scheduler():
             from orchestrator.sweep.schedulers.pb2 import Pb2
 
-            return Pb2(spec.search.space, **_population_settings(spec, scheduler))
+            return Pb2(IsolatedRng(spec.search.seed), spec.search.space, **_population_settings(spec, scheduler))
         case _:
-            return FIFOScheduler()
+            assert_never(scheduler)
 
 
-def unit(spec: SweepSpec) -> int | None:
-    """Steps or tokens of one unit of brackets, whose rungs lie at powers of the reduction factor; None without them."""
+def time_unit(spec: SweepSpec) -> int | None:
+    """Return the steps or tokens of one unit of brackets; None for schedulers without brackets.
+
+    Rungs are at powers of the reduction factor, in these units.
+    """
     return _grace(spec, spec.scheduler) if isinstance(spec.scheduler, Brackets) else None
-
-
-def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
-    """The rule by which a trial was stopped, with its last report."""
-    scheduler, metric = spec.scheduler, spec.search.metric
-    said = f"{scheduler.kind}: {metric} {result[metric]:.6g} at step {result['step']}"
-    match scheduler:
-        case AshaScheduler():
-            return f"{said} is not among the best 1 in {scheduler.reduction_factor} that have come to its rung"
-        case HyperBandScheduler() | BohbScheduler():
-            return f"{said} is not among the best 1 in {scheduler.reduction_factor} of its bracket"
-        case _:
-            return f"{said} and before is worse than the median of the other trials' means up to there"
-
-
-def why_cloned(spec: SweepSpec, result: dict[str, Any], clone: Clone) -> str:
-    """The rule by which a trial takes over the state of another."""
-    assert isinstance(spec.scheduler, Population)
-    kind, share, metric = spec.scheduler.kind, spec.scheduler.quantile, spec.search.metric
-    return (
-        f"{kind}: {metric} {result[metric]:.6g} at step {result['step']} is among the worst {share:.0%} of the trials, "
-        f"that of {clone.donor} among the best: from its step {clone.step} on with "
-        + ", ".join(f"{path} {value:.6g}" for path, value in clone.values.items())
-    )
 
 
 def _grace(spec: SweepSpec, scheduler: Rungs) -> int:
@@ -104,13 +88,12 @@ def _bracket_settings(spec: SweepSpec, scheduler: Brackets) -> dict[str, Any]:
         "time_attr": UNIT,
         "max_t": longest // _grace(spec, scheduler),
         "reduction_factor": scheduler.reduction_factor,
-        "stop_last_trials": False,  # who passes the last rung runs to its own end, where it is complete
+        "stop_last_trials": False,  # a trial that passes the last rung runs to its own end, where it is complete
     }
 
 
 def _population_settings(spec: SweepSpec, scheduler: Population) -> dict[str, Any]:
     return {
-        "draws": OwnRng(spec.search.seed),
         "time_attr": scheduler.counts,
         "perturbation_interval": scheduler.interval_tokens or spec.interval_steps,
         "quantile_fraction": scheduler.quantile,

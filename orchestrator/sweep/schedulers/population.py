@@ -1,4 +1,4 @@
-"""Population based training as it is in Ray Tune, with random numbers of its own, within the ranges of the space."""
+"""Ray Tune's population based training, with separate random state and values from the search space."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,24 +6,23 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis
-from orchestrator.sweep.rng import OwnRng
+from orchestrator.sweep.rng import IsolatedRng
 
 
 @dataclass(frozen=True)
 class Clone:
-    """A trial that goes on from the state of another, with other values."""
+    """A trial that continues from the state of another, with other values."""
 
     trial_id: str
     donor: str
     step: int
-    """Of the donor's checkpoint."""
+    """Step of the donor's checkpoint."""
     values: dict[str, Any]
 
 
-class Explored:
-    """Values that a population has come to, made values of the space again. Pickled with the sweep."""
+class NearestValues:
+    """Moves the values that a population has reached to the nearest ones of the space. It is pickled with the sweep."""
 
     def __init__(self, space: dict[str, Axis]) -> None:
         self._space = space
@@ -35,23 +34,27 @@ class Explored:
         }
 
 
-class Cloning:
-    """Tells of clones; goes before a scheduler of Tune's that makes them."""
+class CloneRecorder:
+    """Mixin for a Tune scheduler that clones trials: it records the clones and isolates the random state."""
 
-    def __init__(self, draws: OwnRng, **settings: Any) -> None:
-        """`settings` are those of the scheduler."""
+    def __init__(self, rng: IsolatedRng, **settings: Any) -> None:
+        """
+        Args:
+            rng: the random state that the scheduler draws from.
+            settings: arguments of the Tune scheduler.
+        """
         super().__init__(**settings)
-        self._draws = draws
+        self._rng = rng
         self._clones: list[Clone] = []
 
     def take_clones(self) -> list[Clone]:
-        """Those since the last call."""
+        """Return the clones since the last call."""
         taken, self._clones = self._clones, []
         return taken
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """See Tune."""
-        with self._draws.in_use():
+        """Decide about a trial that reports, with random numbers of this scheduler."""
+        with self._rng.in_use():
             return str(super().on_trial_result(tune_controller, trial, result))  # type: ignore[misc]
 
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
@@ -60,13 +63,16 @@ class Cloning:
         self._clones.append(Clone(trial.trial_id, trial_to_clone.trial_id, step, dict(trial.config)))
 
 
-class Pbt(Cloning, PopulationBasedTraining):  # type: ignore[misc]  # mypy skips ray
-    """See Tune."""
+class Pbt(CloneRecorder, PopulationBasedTraining):  # type: ignore[misc]  # mypy skips ray
+    """Population based training that records its clones."""
 
 
-def mutations(spec: SweepSpec) -> dict[str, Any]:
-    """Field -> what PBT changes it to: its neighbour among listed values, else a multiple, or a draw from the range."""
-    return {path: _mutation(axis) for path, axis in spec.search.space.items()}
+def mutations(space: dict[str, Axis]) -> dict[str, Any]:
+    """Return field -> what PBT may change it to.
+
+    A listed value moves to its neighbor. A value of a range is multiplied, or drawn again from the range.
+    """
+    return {path: _mutation(axis) for path, axis in space.items()}
 
 
 def _mutation(axis: Axis) -> Any:

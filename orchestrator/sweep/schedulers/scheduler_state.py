@@ -1,7 +1,8 @@
-"""A scheduler's state in bytes. Tune saves none with a sweep (ray 2.60, `TuneController.__getstate__`): rungs, brackets
-and medians would be empty after each resume.
+"""Convert a scheduler's state to bytes and back.
 
-Schedulers hold Tune's trials, which are restored by Tune itself: here they are written as their names.
+Tune saves no scheduler state with a sweep (ray 2.60, `TuneController.__getstate__`): rungs, brackets and medians would
+be empty after each resume. Schedulers refer to Tune's trials, which Tune restores itself; here a trial is written as
+its id.
 """
 
 import io
@@ -10,30 +11,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import cloudpickle
-from ray.train._internal.session import _FutureTrainingResult
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
+from orchestrator.upstream import pending_checkpoint_type
+
 _GONE = ("gone", "")
+_CHECKPOINTS = (Checkpoint, pending_checkpoint_type())
 
 
 def freeze(state: Any) -> bytes:
-    """State in which each trial is a name. Checkpoints become None: their paths are those of this place and driver."""
+    """Pickle state in which each trial is its id and each checkpoint is None.
+
+    Paths of checkpoints are valid only in this folder and for this driver.
+    """
     buffer = io.BytesIO()
     _Pickler(buffer).dump(state)
     return buffer.getvalue()
 
 
 def thaw(frozen: bytes, trials: Mapping[str, Any]) -> Any:
-    """State of `freeze`, with these trials in the places of their names."""
+    """Unpickle state of `freeze`, with `trials` (id -> trial) in place of the ids."""
     return _Unpickler(io.BytesIO(frozen), trials).load()
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # mypy skips ray
-    def persistent_id(self, thing: Any) -> tuple[str, str] | None:
-        if isinstance(thing, Trial):
-            return "trial", thing.trial_id
-        return _GONE if isinstance(thing, Checkpoint | _FutureTrainingResult) else None
+    def persistent_id(self, value: Any) -> tuple[str, str] | None:
+        if isinstance(value, Trial):
+            return "trial", value.trial_id
+        return _GONE if isinstance(value, _CHECKPOINTS) else None
 
 
 class _Unpickler(pickle.Unpickler):

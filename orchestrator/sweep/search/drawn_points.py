@@ -2,35 +2,33 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 from orchestrator.spec.search import SearchSection
-
-Point = dict[str, Any]
+from orchestrator.sweep.search.space import Point
 
 _NUM_DRAWS = 20
-"""Draws of the searcher before a point is chosen for it: a model may come back to its best point every time."""
+"""Draws of the searcher before a point is chosen for it: a model may return to its best point every time."""
 _NUM_RANDOM_DRAWS = 1000
 
 
 class DrawnPoints:
-    """Remembers every point of a search and finds new ones. Pickled with the searcher, so that a resume knows them."""
+    """Remembers every point of a search and finds new ones. It is pickled with the searcher, for a resume."""
 
     def __init__(self, search: SearchSection) -> None:
-        """Begin with no point; random choices follow `search.seed`."""
+        """Start with no point; random choices are seeded by `search.seed`."""
         self._search = search
         self._seen: set[str] = set()
         self._random = random.Random(search.seed)
 
     def draw_new(
-        self, draw: Callable[[], Point | None], discard: Callable[[], None], place: Callable[[Point], None]
+        self, draw: Callable[[], Point | None], discard: Callable[[], None], enqueue: Callable[[Point], None]
     ) -> Point | None:
-        """Draw until a point is new. Once the space has none left, a point is repeated.
+        """Draw until a point is new. Once the space has no new point, repeat one.
 
         Args:
-            draw: returns the searcher's next point, or None where it has none at this moment.
-            discard: takes the point that was drawn last back from the searcher.
-            place: makes a given point the next one that the searcher draws.
+            draw: returns the searcher's next point, or None where it has none at the moment.
+            discard: returns the last drawn point to the searcher.
+            enqueue: makes a given point the next one that the searcher draws.
         """
         for _ in range(_NUM_DRAWS):
             point = draw()
@@ -38,21 +36,21 @@ class DrawnPoints:
                 return point
             discard()
         if (other := self._find_new()) is not None:
-            place(other)
+            enqueue(other)
         point = draw()
         if point is not None:
             self._add(point)
         return point
 
     def _add(self, point: Point) -> bool:
-        """Remember a point; False where it was known before."""
+        """Remember a point, and return whether it is new."""
         key = repr(sorted(point.items()))
         is_new = key not in self._seen
         self._seen.add(key)
         return is_new
 
     def _find_new(self) -> Point | None:
-        """A point that was not drawn yet: a random one, or where most were drawn the first that is left."""
+        """Find a point that was not drawn yet: a random one, or the first one left where most points were drawn."""
         for _ in range(_NUM_RANDOM_DRAWS):
             drawn = {path: axis.draw(self._random) for path, axis in self._search.space.items()}
             point = self._search.decode(drawn)

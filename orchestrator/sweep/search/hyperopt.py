@@ -1,24 +1,24 @@
-"""HyperOpt's TPE in Ray Tune's terms (extra `hyperopt`)."""
+"""HyperOpt's TPE under Ray Tune (extra `hyperopt`)."""
 
 import math
-from typing import Any
+from typing import Any, assert_never
 
 from hyperopt import hp
 from hyperopt.fmin import generate_trial
 from hyperopt.pyll import scope
 from ray.tune.search.hyperopt import HyperOptSearch
 
-from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
 from orchestrator.spec.search import SearchSection
-from orchestrator.sweep.search.algorithms import by_depth, encode
-from orchestrator.sweep.search.drawn_points import DrawnPoints, Point
+from orchestrator.sweep.search.drawn_points import DrawnPoints
+from orchestrator.sweep.search.space import Point, by_depth, encode
 from orchestrator.sweep.tune_trial import plain_values
 
-_POINT, _PLACE = "point", "place"
+_POINT, _INDEX = "point", "place"
 
 
 def make_hyperopt(search: SearchSection) -> "HyperOpt":
-    """The searcher, seeded."""
+    """Return the searcher, seeded."""
     return HyperOpt(
         search,
         space={_POINT: _space(search)},
@@ -31,87 +31,93 @@ def make_hyperopt(search: SearchSection) -> "HyperOpt":
 
 
 class HyperOpt(HyperOptSearch):  # type: ignore[misc]  # mypy skips ray
-    """Suggests points of the space: of fields that exist only with others, those that do."""
+    """Suggests points of the space. A field that exists only with others is drawn only where it exists."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:
-        """`settings` are those of Tune's."""
+        """
+        Args:
+            search: the section of the experiment.
+            settings: arguments of Tune's `HyperOptSearch`.
+        """
         super().__init__(**settings)
         self._search = search
         self._drawn = DrawnPoints(search)
-        self._is_placed = False
-        """Whether the next draw is a point that was chosen here, behind those to try first."""
+        self._is_enqueued = False
+        """Whether the next draw is a point that `_enqueue` has added behind the points to try first."""
         for given in self._hpopt_trials.trials:
-            self._complete(given)
+            self._add_absent_fields(given)
 
     def suggest(self, trial_id: str) -> Point | None:
-        """A new point for a trial. hyperopt leaves a draw that is discarded out, as it does a failed trial."""
+        """Return a new point for a trial. HyperOpt ignores a discarded draw, as it ignores a failed trial."""
         return self._drawn.draw_new(
-            lambda: self._draw(trial_id), lambda: self.on_trial_complete(trial_id, error=True), self._place
+            lambda: self._draw(trial_id), lambda: self.on_trial_complete(trial_id, error=True), self._enqueue
         )
 
     def _draw(self, trial_id: str) -> Point:
         suggested = super().suggest(trial_id)
-        if self._is_placed:
-            self._points_to_evaluate, self._is_placed = 0, False
-        return self._search.decode(plain_values(_flat(suggested[_POINT])))
+        if self._is_enqueued:
+            self._points_to_evaluate, self._is_enqueued = 0, False
+        return self._search.decode(plain_values(_flatten(suggested[_POINT])))
 
-    def _place(self, point: Point) -> None:
-        """Add a point in the way in which Tune adds points to try first. All of those were drawn before."""
+    def _enqueue(self, point: Point) -> None:
+        """Add a point as Tune adds points to try first. All of those have been drawn by now."""
         (number,) = self._hpopt_trials.new_trial_ids(1)
         given = generate_trial(number, encode(self._search, point))
-        self._complete(given)
+        self._add_absent_fields(given)
         self._hpopt_trials.insert_trial_doc(given)
         self._hpopt_trials.refresh()
-        self._points_to_evaluate, self._is_placed = len(self._hpopt_trials.trials), True
+        self._points_to_evaluate, self._is_enqueued = len(self._hpopt_trials.trials), True
 
-    def _complete(self, given: dict[str, Any]) -> None:
-        """Add the fields that do not exist at a given point: they were drawn no times."""
+    def _add_absent_fields(self, given: dict[str, Any]) -> None:
+        """Add the fields that do not exist at a given point, each with an empty list of draws."""
         for drawn in (given["misc"]["idxs"], given["misc"]["vals"]):
             for path in self._search.space:
                 drawn.setdefault(path, [])
 
 
 def _space(search: SearchSection) -> dict[str, Any]:
-    """Field -> hyperopt's node. A listed value brings the fields along that exist with it; these share their nodes."""
+    """Return field -> HyperOpt node. A listed value contains the nodes of the fields that exist with it."""
     nodes: dict[str, Any] = {}
     for path in reversed(by_depth(search)):
         axis = search.space[path]
-        if not isinstance(axis.domain(), IndexDomain):
-            nodes[path] = _node(path, axis)
-            continue
-        children = [child for child, other in search.space.items() if other.parent == path]
-        nodes[path] = hp.choice(
-            path,
-            [
-                {_PLACE: place}
-                | {child: nodes[child] for child in children if _exists_with(search.space[child], value)}
-                for place, value in enumerate(axis.values)
-            ],
-        )
+        children = {child: nodes[child] for child, other in search.space.items() if other.parent == path}
+        nodes[path] = _node(search, path, axis, children)
     return {path: nodes[path] for path, axis in search.space.items() if axis.parent is None}
+
+
+def _node(search: SearchSection, path: str, axis: Axis, children: dict[str, Any]) -> Any:
+    match drawn := axis.domain():
+        case IndexDomain():
+            options = [
+                {_INDEX: index}
+                | {child: node for child, node in children.items() if _exists_with(search.space[child], value)}
+                for index, value in enumerate(axis.values)
+            ]
+            return hp.choice(path, options)
+        case FloatDomain() if drawn.is_log:
+            return hp.loguniform(path, math.log(drawn.low), math.log(drawn.high))
+        case FloatDomain():
+            return hp.uniform(path, drawn.low, drawn.high)
+        case IntDomain() if drawn.is_log:
+            # Rounded to whole numbers: each is as likely as the real numbers that are nearest to it.
+            low, high = math.log(drawn.low - 0.499), math.log(drawn.high + 0.499)
+            return scope.int(hp.qloguniform(path, low, high, 1))
+        case IntDomain():
+            return hp.uniformint(path, drawn.low, drawn.high)
+        case _:
+            assert_never(drawn)
 
 
 def _exists_with(axis: Axis, value: Any) -> bool:
     return any(repr(value) == repr(one) for values in (axis.when or {}).values() for one in values)
 
 
-def _node(path: str, axis: Axis) -> Any:
-    drawn = axis.domain()
-    assert not isinstance(drawn, IndexDomain)
-    low, high = drawn.low, drawn.high
-    if isinstance(drawn, FloatDomain):
-        return hp.loguniform(path, math.log(low), math.log(high)) if drawn.is_log else hp.uniform(path, low, high)
-    if not drawn.is_log:
-        return hp.uniformint(path, low, high)
-    # Rounded to whole numbers: each of them is as likely as the numbers nearest to it.
-    return scope.int(hp.qloguniform(path, math.log(low - 0.499), math.log(high + 0.499), 1))
-
-
-def _flat(suggested: dict[str, Any]) -> dict[str, Any]:
+def _flatten(suggested: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, value in suggested.items():
         if isinstance(value, dict):
-            found |= {path: value[_PLACE]} | _flat({name: inner for name, inner in value.items() if name != _PLACE})
+            inner = {name: each for name, each in value.items() if name != _INDEX}
+            found |= {path: value[_INDEX]} | _flatten(inner)
         else:
             found[path] = value
     return found

@@ -1,4 +1,7 @@
-"""One attempt at a trial that some worker trains: its books are kept here, one evaluation at a time."""
+"""Client of one attempt at a trial that a worker trains. It writes the records, one evaluation at a time.
+
+Runs in the trainable of the trial.
+"""
 
 import shutil
 import threading
@@ -13,15 +16,17 @@ from orchestrator.sweep.workers.worker_client import AttemptLost, Workers, claim
 from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 from orchestrator.training.attempt.recorder import TrialRecorder
 
-_LOOK_S = 0.5
-_RENEW_S = 5.0  # the host gives a lease up after 30 s
+_CHECK_S = 0.5
+"""Period at which thread `attend` looks at the trial's files."""
+_RENEW_S = 5.0
+"""Period at which a lease is renewed; a worker gives an unused lease up after 30 s."""
 
 
 class Claim:
-    """An attempt's right to a trial's folder, until another attempt claims it."""
+    """The right of an attempt to write into a trial's folder, until another attempt claims it."""
 
     def __init__(self, paths: TrialPaths, workers: Workers) -> None:
-        """Take it, and wait until no worker trains the trial for an earlier attempt."""
+        """Claim the folder, and wait until no worker trains the trial for an earlier attempt."""
         self.name = uuid.uuid4().hex
         self._paths = paths
         before = claim(paths, self.name)
@@ -30,31 +35,31 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether no other attempt has claimed the trial since."""
+        """Whether no other attempt has claimed the trial since then."""
         return is_claimed(self._paths, self.name)
 
     def end(self) -> None:
-        """Give it up."""
+        """Give the right up."""
         if self.holds:
             self._paths.lease.unlink()
 
 
 class RemoteTrial:
-    """Enters what the worker tells, up to the evaluation that was asked for: what came after it waits outside.
+    """Records a worker's events up to the evaluation that was asked for; later events wait in an inbox.
 
-    So the record of a trial that is stopped ends at the evaluation by which it was stopped, though its worker, which
-    waits for nobody, has gone on.
+    So the record of a stopped trial ends at the evaluation by which it was stopped, although its worker, which does not
+    wait, has trained further.
     """
 
     def __init__(self, start: TrialResult, paths: TrialPaths, spec: SweepSpec, workers: Workers, claim: Claim) -> None:
-        """Wait for a slot, and begin there.
+        """Wait for a slot, and start to train there.
 
         Args:
-            start: the trial so far, as at the checkpoint that it goes on from; `start.config` is what to train.
-            paths: where it writes.
+            start: the trial at the checkpoint that it continues from; `start.config` is the configuration to train.
+            paths: the trial's paths.
             spec: the experiment.
-            workers: have the slots.
-            claim: the right to the trial's folder.
+            workers: the workers of the sweep.
+            claim: the right to write into the trial's folder.
         """
         self._paths = paths
         self._claim = claim
@@ -65,31 +70,35 @@ class RemoteTrial:
         with self._lock:
             threading.Thread(target=self._attend, name="attend", daemon=True).start()
             try:
-                self._books = TrialRecorder(start, paths, spec)
-            except BaseException:  # such as a disk that is full
+                self._recorder = TrialRecorder(start, paths, spec)
+            except BaseException:  # for example, the disk is full
                 self._over.set()
                 self._lease.release()
                 raise
 
     def next(self) -> MetricPoint | TrialResult:
-        """Go on to the next evaluation, or to the end, with which the last evaluation comes.
+        """Wait for the next evaluation, or for the end of the trial, which comes with the last evaluation.
+
+        Returns:
+            The evaluation, or the result of the trial.
 
         Raises:
             TrialError: the trial has failed; its result is on disk.
-            AttemptLost: a fault from outside.
+            StorageError: the worker's disk is full or fails.
+            AttemptLost: the attempt has ended by a fault outside the trial.
         """
         with self._lock:
             while True:
                 event = self._next_event()
                 if isinstance(event, Left):
-                    self._leave()
+                    self._close()
                     if event.is_storage:
                         raise StorageError(str(event.lost))
                     raise AttemptLost(event.lost or "it was stopped: by another attempt, or with the whole sweep")
-                if isinstance(event, Noted) and "applied" in event.fields:  # told after its first step
+                if isinstance(event, Noted) and "applied" in event.fields:  # sent after the first step
                     SweepPaths(self._paths.sweep).first_step.touch()
-                point = self._books.record(event)
-                result = self._books.result
+                point = self._recorder.record(event)
+                result = self._recorder.result
                 if isinstance(event, Completed):
                     self._end()
                     return result
@@ -100,29 +109,29 @@ class RemoteTrial:
                     return point
 
     def stop(self) -> None:
-        """Give the slot back, and close the books. Nothing if it is over."""
+        """Give the slot back and close the records. Do nothing if the attempt is over."""
         with self._lock:
             if self._over.is_set():
                 return
-            untold = list(self._inbox)
-            if not untold or not isinstance(untold[-1], END):  # else it has given its slot back by itself
-                untold += self._lease.release()
+            unread = list(self._inbox)
+            if not unread or not isinstance(unread[-1], END):  # otherwise the worker has freed the slot by itself
+                unread += self._lease.release()
             try:
                 if self._claim.holds:
                     if self._paths.result.is_file():
-                        self._settle(untold)
+                        self._discard(unread)
                     elif not self._paths.paused.is_file() and self._lease.is_interrupted():
-                        self._keep(untold)
-            finally:  # also on a full disk
-                self._leave()
+                        self._record(unread)
+            finally:  # even if the disk is full
+                self._close()
 
     def _attend(self) -> None:
-        """Between questions: keep the slot, or give it back when the driver has put the result down, or has it wait.
+        """Keep the slot between Tune's calls; give it back once the driver has written the result or a pause.
 
-        Tune may keep this process, when it has stopped or paused its trial, until there is another for it.
+        After a stop or a pause Tune may keep this process without a call, until it has another trial for it.
         """
         renewed = time.monotonic()
-        while not self._over.wait(_LOOK_S):
+        while not self._over.wait(_CHECK_S):
             if self._paths.result.is_file() or self._paths.paused.is_file():
                 self.stop()
             elif time.monotonic() > renewed + _RENEW_S:
@@ -134,36 +143,36 @@ class RemoteTrial:
             while not self._inbox:
                 self._inbox.extend(self._lease.events())
         except AttemptLost:
-            self._lease.release()  # a worker that was out of reach for a moment trains on
-            self._leave()
+            self._lease.release()  # a worker that was unreachable for a moment may still train
+            self._close()
             raise
         return self._inbox.popleft()
 
-    def _leave(self) -> None:
-        """Close the books, unless they are another attempt's by now."""
+    def _close(self) -> None:
+        """Close the records, unless another attempt has claimed them."""
         try:
             if self._claim.holds:
-                self._books.close()
-        finally:  # also on a full disk
+                self._recorder.close()
+        finally:  # even if the disk is full
             self._end()
 
     def _end(self) -> None:
         self._over.set()
         self._claim.end()
 
-    def _keep(self, untold: list[Event]) -> None:
-        """Enter what the worker has done up to the checkpoint that it has written as the sweep was interrupted.
+    def _record(self, unread: list[Event]) -> None:
+        """Record what the worker has done up to the checkpoint that it wrote when the sweep was interrupted.
 
-        The scheduler hears of these evaluations when the sweep goes on.
+        These evaluations are reported to the scheduler after a resume.
         """
-        for event in untold:
+        for event in unread:
             if not isinstance(event, Left):
-                self._books.record(event)
+                self._recorder.record(event)
 
-    def _settle(self, untold: list[Event]) -> None:
-        """What the worker has made past the end of a stopped trial: count its steps, and take its files away."""
+    def _discard(self, unread: list[Event]) -> None:
+        """Count the steps that the worker has made past the end of a stopped trial, and delete their files."""
         result = read_result(self._paths)
-        steps = [event.step for event in untold if isinstance(event, Logged | Evaluated | Saved | Left)]
+        steps = [event.step for event in unread if isinstance(event, Logged | Evaluated | Saved | Left)]
         end_trial(
             self._paths, result.model_copy(update={"extra_steps": max([0, *(step - result.step for step in steps)])})
         )

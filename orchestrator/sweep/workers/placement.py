@@ -1,4 +1,4 @@
-"""Says what a sweep waits for while its workers have no place in the cluster."""
+"""Report what a sweep waits for while the cluster has no free resources for its workers."""
 
 import threading
 from collections.abc import Callable
@@ -9,23 +9,23 @@ import ray
 from orchestrator.words import counted
 
 _PATIENCE_S = 15.0
-"""Time in which workers usually start; nothing is said before."""
+"""Time in which workers usually start; nothing is reported before."""
 _PERIOD_S = 60.0
-"""Most often that a sentence is said again, and only if it has changed."""
+"""Shortest time between two messages. A message is repeated only if it has changed."""
 _STOP_S = 5.0
 
 
 class PlacementNotice:
-    """A thread that says how many workers have started, what each of them takes, and what is free."""
+    """A thread of the driver that reports how many workers have started, what each needs, and what is free."""
 
     def __init__(self, ready: list[Any], gpus: float, cpus: int, say: Callable[[str], None]) -> None:
-        """Begin to watch.
+        """Start the thread.
 
         Args:
-            ready: a reference for each worker, which resolves once it runs.
-            gpus: GPUs that each worker takes.
-            cpus: CPU cores that each worker takes.
-            say: takes a sentence for whoever has started the sweep.
+            ready: a reference for each worker, which resolves once the worker runs.
+            gpus: GPUs of each worker.
+            cpus: CPU cores of each worker.
+            say: called with a message for the user.
         """
         self._ready = ready
         self._gpus = gpus

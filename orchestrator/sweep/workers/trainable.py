@@ -1,4 +1,4 @@
-"""The trial as Ray Tune sees it: a light process that trains nothing itself."""
+"""The trial as Ray Tune sees it: a light actor that trains nothing itself, but reports what a worker trains."""
 
 import shutil
 import socket
@@ -25,80 +25,94 @@ from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
 from orchestrator.sweep.workers.worker_client import Workers
 
-_OFFERS_KEPT = 3
+_NUM_EXPLOIT_CHECKPOINTS = 3
+"""Newest checkpoints that are kept for other trials of a population."""
 
 
 class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
-    """One Tune step is one evaluation. The actor is reused from trial to trial.
+    """Makes one Tune step of each evaluation. Its actor is reused from trial to trial.
 
-    It takes a slot at the first step: what Tune does before, such as to load another trial's checkpoint, comes first.
+    It takes a slot at the first step, after Tune has done its preparations, such as loading another trial's checkpoint.
     """
 
     _trial: RemoteTrial | None
     _claim: Claim | None
 
     def setup(self, config: dict[str, Any], folder: str, workers: Workers) -> None:
-        """`config` holds the searched fields; `folder` is the sweep's."""
+        """Prepare the first trial.
+
+        Args:
+            config: values of the searched fields.
+            folder: the sweep's folder.
+            workers: the workers of the sweep.
+
+        Raises:
+            ClusterError: this node does not see the folder.
+        """
         try:
             self._sweep = read_sweep(folder)
-        except RecordError as error:  # a node that joined after the probe
+        except RecordError as error:  # the node has joined after the check of the folder
             raise ClusterError(f"node {socket.gethostname()} does not see {folder}: it is not shared") from error
         self._workers = workers
-        self._begin(config)
+        self._prepare(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """End the trial that was here, begin the next."""
+        """End the previous trial and prepare the next one."""
         self._end()
-        self._begin(new_config)
+        self._prepare(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Go on to the next evaluation, or to the end."""
-        if self._trial is None and self._paths.result.is_file():  # ended before its worker or the driver died
+        """Return the report of the next evaluation, or the last report of the trial."""
+        if self._trial is None and self._paths.result.is_file():  # it ended before its trainable or the driver died
             return _report_result(read_result(self._paths))
         if self._known:
             return _report(self._known.pop(0))
         if self._trial is None:
-            claim = self._claimed()
+            claim = self._claim_trial()
             self._trial = RemoteTrial(self._so_far(), self._paths, self._sweep.info.spec, self._workers, claim)
-        told = self._trial.next()
-        return _report_result(told) if isinstance(told, TrialResult) else _report(told)
+        progress = self._trial.next()
+        return _report_result(progress) if isinstance(progress, TrialResult) else _report(progress)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Offer the last complete checkpoint, which the trial itself may soon have dropped."""
+        """Copy the last complete checkpoint for other trials: the trial itself may delete it soon.
+
+        Returns:
+            Trial, checkpoint and step, for `load_checkpoint`; empty if there is no checkpoint.
+        """
         so_far = resumable(self._paths, self._config)
         if so_far is None or so_far.checkpoint is None:
             return {}
         source, exploit_checkpoints = self._paths.root / so_far.checkpoint, self._paths.exploit_checkpoints
-        for half in exploit_checkpoints.glob(f"{BUILDING}*"):  # of a relay that was killed
-            shutil.rmtree(half, ignore_errors=True)
+        for partial in exploit_checkpoints.glob(f"{BUILDING}*"):  # left by a trainable that was killed
+            shutil.rmtree(partial, ignore_errors=True)
         with building_beside(exploit_checkpoints / source.name) as building:
-            # No links: a trial that goes back writes its files again.
+            # A copy, not links: a trial that restarts from an earlier step writes its files again.
             shutil.copytree(source, building, dirs_exist_ok=True)
-            shutil.rmtree(exploit_checkpoints / source.name, ignore_errors=True)  # of before it went back
+            shutil.rmtree(exploit_checkpoints / source.name, ignore_errors=True)  # from before such a restart
             building.rename(exploit_checkpoints / source.name)
         newest_last = sorted(exploit_checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
-        for older in newest_last[:-_OFFERS_KEPT]:
+        for older in newest_last[:-_NUM_EXPLOIT_CHECKPOINTS]:
             shutil.rmtree(older)
         return {"trial": self._paths.trial_id, "checkpoint": so_far.checkpoint, "step": so_far.step}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from what `save_checkpoint` has named, here or in the relay of another trial."""
+        """Continue from a checkpoint of `save_checkpoint`, made here or in the trainable of another trial."""
         if not checkpoint or self._paths.result.is_file():
             return
-        self._claimed()
+        self._claim_trial()
         so_far = resumable(self._paths, self._config)
         origin = f"{checkpoint['trial']}/{checkpoint['checkpoint']}"
         if so_far is None or (checkpoint["trial"] != self._paths.trial_id and so_far.parent != origin):
             self._adopt(checkpoint, origin)
-        # Tune knows what was reported up to there.
+        # Tune knows the reports up to that step.
         self._known = [point for point in self._known_points() if point.step > checkpoint["step"]]
 
     def cleanup(self) -> None:
-        """End the trial in good order."""
+        """Stop the trial and give its slot back."""
         self._end()
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _prepare(self, config: dict[str, Any]) -> None:
         self._paths = self._sweep.paths.trial(self.trial_id)
         self._config = self._sweep.info.spec.trial_config(plain_values(config))
         self._claim = None
@@ -113,16 +127,16 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         elif self._claim is not None:
             self._claim.end()
 
-    def _claimed(self) -> Claim:
+    def _claim_trial(self) -> Claim:
         if self._claim is None:
             self._claim = Claim(self._paths, self._workers)
         return self._claim
 
     def _so_far(self) -> TrialResult:
-        """The trial at its last complete checkpoint, or as one that has not begun."""
-        return resumable(self._paths, self._config) or self._fresh()
+        """Return the trial at its last complete checkpoint, or as a new trial."""
+        return resumable(self._paths, self._config) or self._new_result()
 
-    def _fresh(self) -> TrialResult:
+    def _new_result(self) -> TrialResult:
         search = self._sweep.info.spec.search
         return TrialResult(
             trial_id=self._paths.trial_id,
@@ -134,12 +148,13 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         )
 
     def _adopt(self, checkpoint: dict[str, Any], origin: str) -> None:
-        """Make another trial's checkpoint, or this one's under another configuration, the one to go on from.
+        """Continue from another trial's checkpoint, or from this trial's own under another configuration.
 
-        What was recorded of this trial up to that step stays; its best adapter was of another configuration.
+        The records of this trial up to that step stay, but its best adapter is dropped: it belongs to another
+        configuration.
         """
         paths, info = self._paths, self._sweep.info
-        so_far = read_trial(paths, info) if paths.progress.is_file() else self._fresh()
+        so_far = read_trial(paths, info) if paths.progress.is_file() else self._new_result()
         donor_paths = self._sweep.paths.trial(checkpoint["trial"])
         donor = read_trial(donor_paths, info)
         source = donor_paths.exploit_checkpoints / Path(checkpoint["checkpoint"]).name
@@ -176,10 +191,10 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         write_record(paths.progress, start)
 
     def _known_points(self) -> list[MetricPoint]:
-        """Evaluations up to the checkpoint that the trial goes on from, but for the last step's.
+        """Return the evaluations up to the checkpoint that the trial continues from, without that of the last step.
 
         They are reported again: after the loss of a driver the scheduler has forgotten them, and after the loss of a
-        worker it may not have heard the last.
+        worker the last one may not have reached it.
         """
         start = resumable(self._paths, self._config)
         if start is None:
@@ -193,7 +208,11 @@ def _report(point: MetricPoint) -> dict[str, Any]:
 
 
 def _report_result(result: TrialResult) -> dict[str, Any]:
-    """The last report of a trial: its best evaluation, by which it is chosen. One that was stopped is not complete."""
+    """Return the last report of a trial: its best evaluation, by which trials are compared.
+
+    Raises:
+        TrialError: the trial has failed.
+    """
     if result.state == TrialState.FAILED or result.best is None:
         raise TrialError(result.error or "failed in an earlier attempt")
     is_complete = result.state == TrialState.COMPLETE

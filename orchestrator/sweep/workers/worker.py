@@ -1,4 +1,4 @@
-"""The process that holds a base and trains on it; one a GPU, for the time of a sweep."""
+"""The process that holds a base model and trains trials on it: one for each GPU, for the time of a sweep."""
 
 import os
 import socket
@@ -23,48 +23,49 @@ if TYPE_CHECKING:
 
 
 _LAST_EVENTS_S = 2.0
+"""Time in which trainables fetch the last events of their trials, before the process ends."""
 
 
 class Worker:
-    """A Ray actor. Relays start trials on it, and hear of them by the lease that each of them holds.
+    """A Ray actor. Trainables start trials on it, and each receives the events of its trial through a lease.
 
-    Ray starts it anew when it dies; it must then be opened again.
+    Ray restarts the actor when it dies; it must then be opened again.
     """
 
     def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float) -> None:
-        """Begin to import what is heavy and to compile, while the driver makes tokens.
+        """Start to import heavy libraries and to compile kernels, while the driver tokenizes.
 
         Args:
             spec: the experiment.
-            slots: trials at a time.
-            is_fixed: whether that is settled; else fewer are taken where memory says so.
-            gpus: that this process has, perhaps a share of one.
+            slots: number of trials at a time.
+            is_fixed: whether `slots` is final; otherwise fewer are used where memory requires it.
+            gpus: GPUs of this process, possibly a fraction of one.
         """
         if ray.get_gpu_ids():
             precompile.start(spec.corners_on_base(), slots)
-        else:  # Ray hides no GPU from an actor that asked for none; read when CUDA starts
+        else:  # Ray hides no GPU from an actor that asked for none; CUDA reads the variable when it starts
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._spec, self._slots, self._is_fixed, self._gpus = spec, slots, is_fixed, gpus
         self._lock = threading.Lock()
-        self._host: WorkerRuntime | None = None
+        self._runtime: WorkerRuntime | None = None
         self._opened = 0, ""
         self._interrupted = False
         self._output = ExitStack()
         self._importing = begin(_import_libraries)
 
     def open(self, data: list[Any], logs: str) -> tuple[int, str]:
-        """Begin to load the base; nothing if that was done before.
+        """Load the base model, unless that was done before.
 
         Args:
-            data: holds a reference to the experiment's tokenised rows (`PreparedData`). Ray fetches one that is an
-                argument itself at once, and imports for that what another thread is about to import.
-            logs: folder for what this process prints.
+            data: a list with a reference to the tokenized rows (`PreparedData`). Ray would fetch a reference that is an
+                argument itself at once, and import for it what another thread is importing.
+            logs: folder for the output of this process.
 
         Returns:
-            The slots there are, and why it is not more; nothing where it is as many as were asked for.
+            The number of slots, and why there are not more; an empty reason where there are as many as requested.
         """
         with self._lock:
-            if self._host is None:
+            if self._runtime is None:
                 self._importing.join()
                 (rows,) = ray.get(data)
                 from orchestrator.training.model.device import use_device
@@ -75,62 +76,66 @@ class Worker:
                 self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
                 use_device(self._spec.resources.cpus_per_trial)
                 self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
-                self._host = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
+                self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
 
     def interrupt(self, wait_s: float) -> None:
-        """Have all trials write a checkpoint and stop, within so many seconds; no other begins."""
+        """Have all trials write a checkpoint and stop, within `wait_s` seconds. No other trial starts."""
         self._interrupted = True
-        if self._host is not None:
-            self._host.interrupt(wait_s)
+        if self._runtime is not None:
+            self._runtime.interrupt(wait_s)
 
     def is_interrupted(self) -> bool:
-        """Whether `interrupt` has been called."""
+        """Return whether `interrupt` has been called."""
         return self._interrupted
 
     def free_slots(self) -> int | None:
-        """Trials that could be started now; None before it is opened.
+        """Return the number of free slots; None before the worker is opened.
 
         Raises:
-            AttemptLost: none ever will be, for the sweep is interrupted.
+            AttemptLost: the sweep is interrupted, so that no slot will become free.
         """
         if self._interrupted:
             raise AttemptLost("the sweep is interrupted")
-        return None if self._host is None else self._host.free_slots()
+        return None if self._runtime is None else self._runtime.free_slots()
 
     def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
-        """See `WorkerRuntime`. A process whose training has ended for good makes room for a new one."""
-        if self._host is None or self._interrupted:
+        """Start a trial, see `WorkerRuntime.start`. End the process if its training thread has ended.
+
+        Returns:
+            Whether the trial was started.
+        """
+        if self._runtime is None or self._interrupted:
             return False
         try:
-            return self._host.start(lease, start, paths)
+            return self._runtime.start(lease, start, paths)
         except LeaseLost:
             os._exit(1)
 
     def events(self, lease: str, wait_s: float) -> list[Event] | None:
-        """See `WorkerRuntime`; None where there is no such lease."""
-        if self._host is None:
+        """Return new events of a trial, see `WorkerRuntime.events`; None where there is no such lease."""
+        if self._runtime is None:
             return None
         try:
-            return self._host.events(lease, wait_s)
+            return self._runtime.events(lease, wait_s)
         except LeaseLost:
             return None
 
     def renew(self, lease: str) -> None:
-        """See `WorkerRuntime`. A lease that is lost is told of by `events`."""
-        if self._host is None:
+        """Renew a lease. A lost lease is ignored here: `events` reports it."""
+        if self._runtime is None:
             return
         with suppress(LeaseLost):
-            self._host.renew(lease)
+            self._runtime.renew(lease)
 
     def release(self, lease: str) -> None:
-        """See `WorkerRuntime`."""
-        if self._host is not None:
-            self._host.release(lease)
+        """Give a slot back, see `WorkerRuntime.release`."""
+        if self._runtime is not None:
+            self._runtime.release(lease)
 
 
 def _end_soon() -> None:
-    """End the process, once relays have taken their trials' last events: Ray then makes a new one."""
+    """End the process after trainables have fetched the last events of their trials. Ray then starts a new one."""
     time.sleep(_LAST_EVENTS_S)
     os._exit(1)
 
@@ -139,6 +144,6 @@ def _import_libraries() -> None:
     leave_out_compiler()
     leave_out_wandb()
     with importing():
-        import datasets  # noqa: F401  # rows need it
+        import datasets  # noqa: F401  # needed to unpickle the rows
 
         import orchestrator.training.worker.runtime  # noqa: F401

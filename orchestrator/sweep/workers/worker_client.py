@@ -1,4 +1,7 @@
-"""A slot of some worker, held by one attempt at a trial."""
+"""Clients of the workers: find a free slot, and hold it for one attempt at a trial.
+
+Runs in trainables; the driver uses it to interrupt all workers.
+"""
 
 import random
 import time
@@ -15,39 +18,40 @@ from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.record.files import write_atomic
 from orchestrator.training.attempt.events import END, Event
 
-_POLL_S = 10.0  # the host gives a lease up after 30 s
+_POLL_S = 10.0
+"""Longest wait for events in one call; a worker gives an unused lease up after 30 s."""
 _RETRY_S = 0.2
 _RELEASE_S = 30.0
 
 
 class AttemptLost(Exception):
-    """This attempt at a trial has ended by a fault from outside; another may go on from the last checkpoint."""
+    """An attempt at a trial has ended by a fault outside it; another attempt may continue from the last checkpoint."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers of a sweep, as whoever trains on them sees them. Goes through Ray."""
+    """The workers of a sweep, for code that trains on them. It is sent to other processes by Ray."""
 
     handles: list[Any]
     """Actors of `worker.Worker`."""
     ready: list[Any]
-    """Reference for each, which resolves when it has a place and runs."""
+    """A reference for each actor, which resolves once the actor runs."""
     data: Any
-    """Reference to the experiment's tokenised rows."""
+    """Reference to the tokenized rows of the experiment."""
     logs: Path
-    """Folder for what workers print."""
+    """Folder for the output of the workers."""
 
     def open(self, handle: Any) -> Any:
-        """Reference to a worker's slots, and why it has no more."""
+        """Return a reference to the result of `Worker.open`: the number of slots, and why there are not more."""
         return handle.open.remote([self.data], str(self.logs))
 
     def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "WorkerLease":
-        """A slot for a trial, as soon as there is one.
+        """Wait for a free slot, and start a trial there.
 
         Args:
-            name: new, never used before.
+            name: name of the lease, never used before.
             start: the trial so far.
-            paths: where it writes.
+            paths: the trial's paths.
 
         Raises:
             SweepError: every worker has died for good.
@@ -59,7 +63,7 @@ class Workers:
                 try:
                     if free and ray.get(handle.start.remote(name, start, paths)):
                         return WorkerLease(handle, name)
-                except RayActorError:  # it has just died, perhaps after it began
+                except RayActorError:  # it has just died, perhaps after it started the trial
                     handle.release.remote(name)
             for handle in closed:
                 try:
@@ -70,34 +74,42 @@ class Workers:
             time.sleep(_RETRY_S)
 
     def interrupt(self, wait_s: float) -> None:
-        """Have all trials write a checkpoint and stop, and no other begin.
+        """Have all trials write a checkpoint and stop, and let no other trial start.
 
         Args:
-            wait_s: how long to wait for that, in seconds.
+            wait_s: longest time to wait for that, in seconds.
         """
-        asked = [handle.interrupt.remote(wait_s) for handle in self._placed()]
+        asked = [handle.interrupt.remote(wait_s) for handle in self._running()]
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=wait_s)
 
     def evict(self, name: str) -> None:
-        """Make sure that no worker trains by a lease any more. Workers that know nothing of it answer at once."""
-        for handle in self._placed():
+        """Release a lease on all workers. Workers that do not know it answer at once."""
+        for handle in self._running():
             with suppress(RayError):
                 WorkerLease(handle, name).release()
 
-    def _placed(self) -> list[Any]:
-        placed, _ = ray.wait(self.ready, num_returns=len(self.ready), timeout=0)
-        return [handle for handle, ready in zip(self.handles, self.ready, strict=True) if ready in placed]
+    def _running(self) -> list[Any]:
+        """Return the actors that have started."""
+        started, _ = ray.wait(self.ready, num_returns=len(self.ready), timeout=0)
+        return [handle for handle, ready in zip(self.handles, self.ready, strict=True) if ready in started]
 
     def _ask(self) -> tuple[list[tuple[int, float, Any]], list[Any]]:
-        """Workers that answer: those that are open, with their free slots and a random number, and the others."""
+        """Ask all workers for their free slots.
+
+        Returns:
+            The open workers, each as (free slots, random number, actor), and the actors that are not open yet.
+
+        Raises:
+            SweepError: every worker has died for good.
+        """
         opened, closed, num_dead = [], [], 0
-        for handle in self._placed():
+        for handle in self._running():
             try:
                 free = ray.get(handle.free_slots.remote())
             except ActorDiedError:
                 num_dead += 1
-            except RayActorError:  # Ray starts it anew: it counts as full
+            except RayActorError:  # Ray restarts it; it counts as full
                 continue
             else:
                 if free is None:
@@ -110,33 +122,35 @@ class Workers:
 
 
 class WorkerLease:
-    """One slot of one worker. It must be renewed, or events be asked for, every few seconds."""
+    """A slot of a worker. It expires unless `renew` or `events` is called every few seconds."""
 
     def __init__(self, worker: Any, name: str) -> None:
         self._worker = worker
         self._name = name
 
     def events(self) -> list[Event]:
-        """What has happened since the last call; empty where nothing has for a while.
+        """Return the events since the last call; an empty list if there is none for a while.
 
         Raises:
-            AttemptLost: the worker, or the lease there, is gone.
+            AttemptLost: the worker is gone, or it does not know the lease.
         """
         try:
             events: list[Event] | None = ray.get(self._worker.events.remote(self._name, _POLL_S))
         except RayError as error:
             raise AttemptLost(f"its worker was lost: {str(error).strip().splitlines()[0]}") from error
         if events is None:
-            raise AttemptLost("its slot was lost: its worker is a new one, or has not heard of this process for long")
+            raise AttemptLost(
+                "its slot was lost: its worker has restarted, or this process did not contact it for too long"
+            )
         return events
 
     def renew(self) -> None:
-        """Keep it."""
-        with suppress(RayError):  # `events` tells
+        """Keep the slot."""
+        with suppress(RayError):  # `events` reports it
             ray.get(self._worker.renew.remote(self._name))
 
     def is_interrupted(self) -> bool:
-        """Whether the trial was stopped because the whole sweep is: then all that the worker tells is to be kept."""
+        """Return whether the whole sweep is interrupted: then all remaining events must be recorded."""
         with suppress(RayError):
             return bool(ray.get(self._worker.is_interrupted.remote()))
         return False
@@ -145,22 +159,22 @@ class WorkerLease:
         """Give the slot back, and wait until it is free.
 
         Returns:
-            What had not been told yet; the last of it says how the trial ended there, where that is known.
+            The events that had not been read. The last one says how the trial ended there, where that is known.
         """
-        told: list[Event] = []
+        unread: list[Event] = []
         deadline = time.monotonic() + _RELEASE_S
         with suppress(RayError, AttemptLost):
             ray.get(self._worker.release.remote(self._name))
-            while not (told and isinstance(told[-1], END)) and time.monotonic() < deadline:
-                told += self.events()
-        return told
+            while not (unread and isinstance(unread[-1], END)) and time.monotonic() < deadline:
+                unread += self.events()
+        return unread
 
 
 def claim(paths: TrialPaths, name: str) -> str | None:
-    """Say that a trial is trained by this lease from now on.
+    """Note in a trial's folder that it is trained by this lease from now on.
 
     Returns:
-        The lease by which it was trained before.
+        The name of the lease by which it was trained before; None if there was none.
     """
     before = paths.lease.read_text() if paths.lease.is_file() else None
     write_atomic(paths.lease, name)
@@ -168,5 +182,5 @@ def claim(paths: TrialPaths, name: str) -> str | None:
 
 
 def is_claimed(paths: TrialPaths, name: str) -> bool:
-    """Whether a trial is still this lease's."""
+    """Return whether a trial is still trained by this lease."""
     return paths.lease.is_file() and paths.lease.read_text() == name

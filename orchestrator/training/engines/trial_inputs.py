@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.adapters.stops import unique_ids, stops_of
+from orchestrator.adapters.stops import stops_of, unique_ids
 from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.spec.sections import BaseSection

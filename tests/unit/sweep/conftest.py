@@ -1,4 +1,4 @@
-"""Tune's loop without Ray: trials whose losses are known beforehand, under the conductor of an experiment."""
+"""Simulate Tune's loop without Ray: trials with given losses, under the conductor of an experiment."""
 
 import itertools
 import random
@@ -23,18 +23,18 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.schedulers import moments
+from orchestrator.sweep.schedulers import report_order
 from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.tune_trial import COMPLETE
 
 EVERY = 10
-"""Steps from evaluation to evaluation."""
+"""Steps between two evaluations."""
 TOKENS = 7
-"""Of a step."""
+"""Tokens of a step."""
 
 
 class Wrapped:
-    """What Tune gives to a scheduler that it asks about a result or a trial to run; elsewhere it gives itself."""
+    """The wrapper that Tune passes to a scheduler's `on_trial_result` and `choose_trial_to_run`."""
 
     def __init__(self, stage: "Stage") -> None:
         self._tune_controller = stage
@@ -44,36 +44,36 @@ class Wrapped:
 
 
 class Stage:
-    """Stands where Tune's controller does. A trial has one loss for each of its evaluations; NaN is a fault."""
+    """Replaces Tune's controller. A trial has one loss for each of its evaluations; NaN makes it fail."""
 
-    def __init__(self, paths: SweepPaths, at_once: int) -> None:
+    def __init__(self, paths: SweepPaths, num_slots: int) -> None:
         self.paths = paths
-        self.at_once = at_once
+        self.num_slots = num_slots
         self.trials: list[Any] = []
         self.draw: random.Random | None = None
-        """Where there is one, it says who reports next; else the one with fewest steps."""
+        """If set, it chooses which trial reports next; otherwise the trial with the fewest steps does."""
         self._idle: set[str] = set()
-        """Trials whose report waits: Tune does not go on with them until it is told to."""
+        """Trials whose report waits: Tune does not continue them until it is asked to."""
         self.in_lockstep = False
-        """All that run report in the same turn, as trials of a pack do; a pause is saved once all have reported."""
+        """Whether all running trials report in one iteration, as in one engine; pauses are saved after that."""
         self._going_on: set[str] = set()
         self._forgotten: set[str] = set()
-        """Trials that were stopped as they waited: in the state that Tune restores they wait still."""
+        """Trials that were stopped while they waited: in the state that Tune restores they still wait."""
         self.losses: dict[str, Sequence[float]] = {}
-        self.told: list[tuple[str, float, float]] = []
-        """What a searcher hears: trial, loss, budget."""
+        self.reported: list[tuple[str, float, float]] = []
+        """Reports to the searcher: trial, loss, budget."""
         self.is_search_over = False
         self.to_come: dict[str, Sequence[float]] = {}
-        """Trials that are added as others end or wait."""
+        """Trials that are added when others end or wait."""
         searcher = SimpleNamespace(
-            on_pause=self._going_on.discard, on_unpause=self._going_on.add, on_trial_result=self._tell
+            on_pause=self._going_on.discard, on_unpause=self._going_on.add, on_trial_result=self._on_report
         )
         self.search_alg = SimpleNamespace(set_finished=self._end_search, searcher=searcher)
         self.conductor = self.resume(None)
 
-    def resume(self, remembered: bytes | None) -> Conductor:
-        """A new driver, with all trials as they are on disk."""
-        self.conductor = Conductor(read_sweep(self.paths.root), self.at_once, remembered)
+    def resume(self, saved_state: bytes | None) -> Conductor:
+        """Start a new driver, with all trials as they are on disk."""
+        self.conductor = Conductor(read_sweep(self.paths.root), self.num_slots, saved_state)
         self.conductor.set_search_properties("eval/loss", "min")
         trials, self.trials = self.trials, []
         for trial in trials:
@@ -99,7 +99,7 @@ class Stage:
         return next(trial for trial in self.trials if trial.trial_id == name)
 
     def run(self, turns: int = 1000) -> None:
-        """Turns of Tune's loop, in each of which one trial reports; until all have ended."""
+        """Run iterations of Tune's loop, in each of which one trial reports, until all trials have ended."""
         for _ in range(turns):
             self._add_those_to_come()
             chosen = self.ask()
@@ -114,29 +114,29 @@ class Stage:
                 continue
             if self.draw is not None:
                 self.draw.shuffle(running)
-            if chosen is None or len(running) >= self.at_once:
+            if chosen is None or len(running) >= self.num_slots:
                 if self.draw is None:
                     running.sort(key=lambda trial: trial.last_result.get("step", 0))
                 for trial in running if self.in_lockstep else running[:1]:
-                    if not trial.is_finished():  # by the report of one before it
+                    if not trial.is_finished():  # the report of an earlier trial may have ended it
                         self.report(trial)
                 for trial in running:
                     self.end_save(trial)
         if turns == 1000:
-            raise AssertionError("it does not end")
+            raise AssertionError("the sweep does not end")
 
     def ask(self) -> Any:
-        """Ask for a trial to run, as each turn of Tune's loop does."""
+        """Ask for a trial to run, as each iteration of Tune's loop does."""
         return self.conductor.choose_trial_to_run(Wrapped(self))
 
     def _add_those_to_come(self) -> None:
         busy = [t for t in self.trials if t.status in ("RUNNING", "PENDING") or t.trial_id in self._going_on]
-        if self.to_come and len([t for t in busy if not t.is_finished()]) < self.at_once:
+        if self.to_come and len([t for t in busy if not t.is_finished()]) < self.num_slots:
             name = next(iter(self.to_come))
             self.add(**{name: self.to_come.pop(name)})
 
     def report(self, trial: Any) -> None:
-        """The next evaluation of a trial, and what Tune makes of it."""
+        """Report the next evaluation of a trial, and do with the answer what Tune does."""
         step = trial.last_result.get("step", 0) + EVERY
         losses = self.losses[trial.trial_id]
         loss = losses[step // EVERY - 1]
@@ -151,9 +151,9 @@ class Stage:
             trial.update_last_result(result | {COMPLETE: True})
             self.stop_trial(trial)
             return
-        self._idle.add(trial.trial_id)  # others may be told to go on before this one's answer
+        self._idle.add(trial.trial_id)  # others may continue before this one is answered
         action = self.conductor.on_trial_result(Wrapped(self), trial, dict(result))
-        if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # by its own exploit
+        if action != TrialScheduler.NOOP or trial.status == Trial.PAUSED:  # PBT pauses a trial that becomes a clone
             self._idle.discard(trial.trial_id)
         trial.update_last_result(result)
         if action == TrialScheduler.STOP:
@@ -164,13 +164,13 @@ class Stage:
                 self.end_save(trial)
 
     def end_save(self, trial: Any) -> None:
-        """The checkpoint of a trial that is being paused is there; until then it is RUNNING."""
+        """Finish the checkpoint of a trial that is being paused; until then it is RUNNING."""
         if trial.is_saving:
             trial.temporary_state.saving_to = None
             trial.set_status(Trial.PAUSED)
 
     def lose(self, trial: Any) -> None:
-        """Its relay or worker is gone, and it is started anew, as Tune's `_try_recover` does it."""
+        """Lose the trainable or worker of a trial, and restart the trial as Tune's `_try_recover` does."""
         trial.temporary_state.saving_to = None
         trial.set_status(Trial.ERROR)
         self.conductor.on_trial_error(self, trial)
@@ -188,12 +188,12 @@ class Stage:
     def _record(self, trial: Any, step: int, state: str) -> None:
         paths = self.paths.trial(trial.trial_id)
         config = read_sweep(self.paths.root).info.spec.trial_config(trial.config)
-        told = TrialResult(
+        result = TrialResult(
             trial_id=trial.trial_id, state=TrialState(state), config=config, metric="eval/loss", mode="min", step=step,
             tokens=TOKENS * step, gpu_seconds=step,
         )  # fmt: skip
         write_record(paths.config, config)
-        write_record(paths.progress, told)
+        write_record(paths.progress, result)
 
     def get_trials(self) -> list[Any]:
         return self.trials
@@ -202,7 +202,7 @@ class Stage:
         return {trial for trial in self.trials if not trial.is_finished()}
 
     def stop_trial(self, trial: Any) -> None:
-        """As Tune's does it."""
+        """Stop a trial as Tune's controller does."""
         if trial.is_finished():
             return
         if trial.status == Trial.RUNNING:
@@ -220,14 +220,14 @@ class Stage:
         trial.set_status(Trial.PAUSED)
 
     def decisions(self, *actions: str) -> list[tuple[str, int]]:
-        """Trial and step of these."""
+        """Return trial and step of the decisions with these actions."""
         return [(each.trial_id, each.step) for each in self.all_decisions() if each.action in actions]
 
     def all_decisions(self) -> list[Decision]:
         return read_decisions(self.paths)
 
-    def _tell(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.told.append((trial_id, result["eval/loss"], result["hyperband_info"]["budget"]))
+    def _on_report(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.reported.append((trial_id, result["eval/loss"], result["hyperband_info"]["budget"]))
 
     def _end_search(self) -> None:
         self.is_search_over = True
@@ -238,17 +238,17 @@ MakeStage = Callable[..., Stage]
 
 @pytest.fixture
 def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeStage:
-    """`make_stage({"kind": "asha"}, at_once=2)`: trials evaluate every 10 of 40 steps; `search` is the section.
+    """`make_stage({"kind": "asha"}, num_slots=2)`: trials evaluate every 10 of 40 steps; `search` is the section.
 
-    Reports are heard as they come, unless `is_patient`.
+    Reports are processed as they arrive, unless `is_patient`.
     """
 
     number = itertools.count()
 
-    def make(scheduler: dict[str, Any], at_once: int = 9, is_patient: bool = False, **search: Any) -> Stage:
+    def make(scheduler: dict[str, Any], num_slots: int = 9, is_patient: bool = False, **search: Any) -> Stage:
         if not is_patient:
-            monkeypatch.setattr(moments, "MIN_PATIENCE_S", 0.0)
-            monkeypatch.setattr(moments, "PATIENCE", 0.0)
+            monkeypatch.setattr(report_order, "MIN_PATIENCE_S", 0.0)
+            monkeypatch.setattr(report_order, "PATIENCE", 0.0)
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
@@ -259,6 +259,6 @@ def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
             num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
         )  # fmt: skip
         write_record(paths.sweep, info)
-        return Stage(paths, at_once)
+        return Stage(paths, num_slots)
 
     return make

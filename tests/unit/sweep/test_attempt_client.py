@@ -1,4 +1,4 @@
-"""What the relay of a trial writes, event by event."""
+"""Records that the trainable of a trial writes, event by event."""
 
 import subprocess
 import sys
@@ -46,11 +46,11 @@ def saved(paths: TrialPaths, step: int) -> Saved:
 
 
 class Workers:
-    """In the place of the real ones: tells what it was given, as one batch of events for each question."""
+    """Replaces the real workers: returns the given batches of events, one for each call."""
 
-    def __init__(self, *batches: list[Event], untold: list[Event] | None = None) -> None:
+    def __init__(self, *batches: list[Event], unread: list[Event] | None = None) -> None:
         self.batches = list(batches)
-        self.untold = untold or []
+        self.unread = unread or []
         self.evicted: list[str] = []
         self.is_released = False
         self.has_interrupted = False
@@ -69,7 +69,7 @@ class Workers:
 
     def release(self) -> list[Event]:
         self.is_released = True
-        return self.untold
+        return self.unread
 
     def is_interrupted(self) -> bool:
         return self.has_interrupted
@@ -102,7 +102,7 @@ def begun() -> Noted:
     return Noted(*USE, fields={"total_steps": TOTAL})
 
 
-def test_what_comes_after_the_report_waits_for_the_next_question(start: TrialResult, paths: TrialPaths) -> None:
+def test_events_after_a_report_wait_for_the_next_call(start: TrialResult, paths: TrialPaths) -> None:
     early = [begun(), logged(2), evaluated(paths, 2), logged(4), evaluated(paths, 4), logged(6)]
     end = [evaluated(paths, 6), Completed(*USE)]
     workers = Workers(early, [], end)
@@ -110,7 +110,7 @@ def test_what_comes_after_the_report_waits_for_the_next_question(start: TrialRes
     for step in (2, 4):
         point = remote.next()
         assert point.step == step
-        assert steps(paths)[-1] == step, "entered what Tune has not asked for"
+        assert steps(paths)[-1] == step, "recorded an evaluation that Tune has not asked for"
     result = remote.next()
     assert isinstance(result, TrialResult), "the last evaluation comes with the result"
     assert (result.state, result.step, result.extra_steps) == (TrialState.COMPLETE, 6, 0)
@@ -131,45 +131,45 @@ def test_an_evaluation_is_reported_when_its_checkpoint_is_complete(start: TrialR
     assert "checkpoint-2" in paths.progress.read_text()
 
 
-@pytest.mark.parametrize("told_by_tune", [True, False])
-@pytest.mark.parametrize("untold", [[Left(*USE, step=5, lost=None)], []], ids=["released", "worker gone"])
+@pytest.mark.parametrize("is_stopped_by_tune", [True, False])
+@pytest.mark.parametrize("unread", [[Left(*USE, step=5, lost=None)], []], ids=["released", "worker gone"])
 @pytest.mark.timeout(20)
-def test_steps_past_a_stop_are_counted_and_their_files_taken_away(
-    start: TrialResult, paths: TrialPaths, told_by_tune: bool, untold: list[Event]
+def test_steps_past_a_stop_are_counted_and_their_files_deleted(
+    start: TrialResult, paths: TrialPaths, is_stopped_by_tune: bool, unread: list[Event]
 ) -> None:
     early = [begun(), evaluated(paths, 2), logged(4), evaluated(paths, 4)]
-    workers = Workers(early, untold=untold)
+    workers = Workers(early, unread=unread)
     remote = trial(start, paths, workers)
     remote.next()
     so_far = TrialResult.model_validate_json(paths.progress.read_text())
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))  # as the driver does
     (paths.checkpoints / "checkpoint-4").mkdir(parents=True)
-    if told_by_tune:
+    if is_stopped_by_tune:
         remote.stop()
     while paths.lease.exists():
         time.sleep(0.05)
     result = read_result(paths)
-    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 3 if untold else 2)
+    assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 3 if unread else 2)
     assert steps(paths) == [2]
     assert not paths.checkpoints.exists()
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
 
 
-def test_a_trial_that_has_ended_at_its_worker_is_not_waited_for(start: TrialResult, paths: TrialPaths) -> None:
+def test_release_is_not_called_for_a_trial_that_has_ended(start: TrialResult, paths: TrialPaths) -> None:
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4), evaluated(paths, 6), Completed(*USE)])
     remote = trial(start, paths, workers)
     remote.next()
     so_far = TrialResult.model_validate_json(paths.progress.read_text())
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
     remote.stop()
-    assert not workers.is_released, "its last event has been told: no other would come"
+    assert not workers.is_released, "its last event has been read: no other one would come"
     result = read_result(paths)
     assert (result.state, result.step, result.extra_steps) == (TrialState.STOPPED, 2, 4)
     assert [folder.name for folder in (paths.root / "adapters").iterdir()] == ["step-2"]
 
 
-def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, paths: TrialPaths) -> None:
-    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], untold=[Left(*USE, step=5, lost=None)])
+def test_an_interrupted_trial_stays_as_it_was_reported(start: TrialResult, paths: TrialPaths) -> None:
+    workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4)], unread=[Left(*USE, step=5, lost=None)])
     remote = trial(start, paths, workers)
     remote.next()
     remote.stop()
@@ -179,18 +179,18 @@ def test_an_interrupted_trial_is_left_as_it_was_reported(start: TrialResult, pat
     assert not paths.lease.exists()
 
 
-@pytest.mark.parametrize("told", [[Left(*USE, step=3, lost="CUDA error")], []], ids=["told", "worker gone"])
-def test_a_fault_from_outside(start: TrialResult, paths: TrialPaths, told: list[Event]) -> None:
-    batches = [[begun(), evaluated(paths, 2)], *([told] if told else [])]
+@pytest.mark.parametrize("events", [[Left(*USE, step=3, lost="CUDA error")], []], ids=["events", "worker gone"])
+def test_a_fault_outside_the_trial_ends_the_attempt(start: TrialResult, paths: TrialPaths, events: list[Event]) -> None:
+    batches = [[begun(), evaluated(paths, 2)], *([events] if events else [])]
     remote = trial(start, paths, Workers(*batches))
     remote.next()
-    with pytest.raises(AttemptLost, match="CUDA error" if told else "worker was lost"):
+    with pytest.raises(AttemptLost, match="CUDA error" if events else "worker was lost"):
         remote.next()
     assert not paths.result.exists()
     assert TrialResult.model_validate_json(paths.progress.read_text()).step == 2
 
 
-def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths) -> None:
+def test_a_failure_is_recorded_and_raised(start: TrialResult, paths: TrialPaths) -> None:
     failed = Failed(*USE, error="train/loss is nan at step 3", remedy="Lower it.", traceback=None, cause="diverged")
     remote = trial(start, paths, Workers([begun(), evaluated(paths, 2), failed]))
     remote.next()
@@ -202,7 +202,7 @@ def test_a_failure_is_put_down_and_raised(start: TrialResult, paths: TrialPaths)
 def test_a_trial_of_an_interrupted_sweep_keeps_its_last_steps(start: TrialResult, paths: TrialPaths) -> None:
     early = [begun(), logged(2), evaluated(paths, 2)]
     late = [logged(4), evaluated(paths, 4), logged(5), saved(paths, 5), Left(*USE, step=5, lost=None)]
-    workers = Workers(early, untold=late)
+    workers = Workers(early, unread=late)
     remote = trial(start, paths, workers)
     remote.next()
     workers.has_interrupted = True
@@ -217,7 +217,7 @@ def test_a_trial_of_an_interrupted_sweep_keeps_its_last_steps(start: TrialResult
     assert not paths.result.exists()
 
 
-def test_a_full_disk_is_told_apart_from_a_lost_worker(start: TrialResult, paths: TrialPaths) -> None:
+def test_a_full_disk_is_not_reported_as_a_lost_worker(start: TrialResult, paths: TrialPaths) -> None:
     fault = Left(*USE, step=2, lost="OSError: [Errno 28] No space left on device", is_storage=True)
     remote = trial(start, paths, Workers([begun(), fault]))
     with pytest.raises(StorageError, match="No space left on device"):
@@ -225,22 +225,22 @@ def test_a_full_disk_is_told_apart_from_a_lost_worker(start: TrialResult, paths:
     assert not paths.result.exists(), "the trial has not failed"
 
 
-def test_another_attempt_takes_a_trial_over(start: TrialResult, paths: TrialPaths) -> None:
-    old = Workers([begun(), evaluated(paths, 2)], untold=[Left(*USE, step=5, lost=None)])
+def test_another_attempt_takes_over_a_trial(start: TrialResult, paths: TrialPaths) -> None:
+    old = Workers([begun(), evaluated(paths, 2)], unread=[Left(*USE, step=5, lost=None)])
     first = trial(start, paths, old)
     first.next()
     name = paths.lease.read_text()
     new = Workers([begun(), evaluated(paths, 4)])
     second = trial(start, paths, new)
-    assert new.evicted == [name], "the earlier attempt's slot is freed before"
+    assert new.evicted == [name], "the slot of the earlier attempt is freed first"
     second.next()
     written = paths.progress.read_text()
     first.stop()
-    assert paths.progress.read_text() == written, "wrote into a trial that is another attempt's"
+    assert paths.progress.read_text() == written, "the old attempt wrote into a trial of the new one"
     assert paths.lease.read_text() != name
 
 
-def test_a_record_that_cannot_be_written_gives_the_slot_back(
+def test_the_slot_is_freed_if_the_record_cannot_be_written(
     start: TrialResult, paths: TrialPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -253,11 +253,11 @@ def test_a_record_that_cannot_be_written_gives_the_slot_back(
     assert workers.is_released
 
 
-def test_a_tracker_that_cannot_begin_is_told_at_once_and_the_trial_goes_on(
+def test_a_tracker_that_cannot_start_is_a_warning_and_the_trial_continues(
     start: TrialResult, paths: TrialPaths
 ) -> None:
     paths.tensorboard.parent.mkdir(parents=True)
-    paths.tensorboard.touch()  # in the place of its folder
+    paths.tensorboard.touch()  # a file at the path of its folder
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 6), Completed(*USE)])
     remote = trial(start, paths, workers, {"tensorboard": True, "wandb": {"mode": "disabled"}})
     (warning,) = TrialResult.model_validate_json(paths.progress.read_text()).warnings
@@ -269,18 +269,18 @@ def test_a_tracker_that_cannot_begin_is_told_at_once_and_the_trial_goes_on(
     assert read_result(paths) == result
 
 
-def test_a_stopped_trial_that_was_tracked_to_its_end_lacks_nothing(start: TrialResult, paths: TrialPaths) -> None:
-    """The driver puts its result down while the trackers are open."""
+def test_a_stopped_trial_is_tracked_to_its_end(start: TrialResult, paths: TrialPaths) -> None:
+    """The driver writes the result of the trial while the trackers are open."""
     remote = trial(start, paths, Workers([begun(), evaluated(paths, 2)]), {"wandb": {"mode": "disabled"}})
     remote.next()
     so_far = TrialResult.model_validate_json(paths.progress.read_text())
-    assert so_far.untracked == ["TensorBoard"], "a relay that is killed now leaves this to the driver"
+    assert so_far.untracked == ["TensorBoard"], "if the trainable is killed now, the driver catches up"
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
     remote.stop()
     assert (read_result(paths).state, read_result(paths).untracked) == (TrialState.STOPPED, [])
 
 
-def test_a_relay_is_light() -> None:
+def test_a_trainable_imports_no_heavy_library() -> None:
     code = (
         "import sys, orchestrator.sweep.workers.trainable, orchestrator.tracking.tensorboard\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'tensorflow', 'optuna', 'orchestrator.sweep.run'}"
@@ -290,11 +290,9 @@ def test_a_relay_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_trial_that_is_to_wait_gives_its_slot_back_and_goes_on_from_its_checkpoint(
-    start: TrialResult, paths: TrialPaths
-) -> None:
-    told = [begun(), logged(2), evaluated(paths, 2, saves=True), saved(paths, 2), logged(4), evaluated(paths, 4)]
-    workers = Workers(told, untold=[Left(*USE, step=4, lost=None)])
+def test_a_paused_trial_frees_its_slot_and_continues_from_its_checkpoint(start: TrialResult, paths: TrialPaths) -> None:
+    events = [begun(), logged(2), evaluated(paths, 2, saves=True), saved(paths, 2), logged(4), evaluated(paths, 4)]
+    workers = Workers(events, unread=[Left(*USE, step=4, lost=None)])
     remote = trial(start, paths, workers)
     assert remote.next().step == 2
     paths.paused.touch()
@@ -303,17 +301,17 @@ def test_a_trial_that_is_to_wait_gives_its_slot_back_and_goes_on_from_its_checkp
         time.sleep(0.05)
     assert workers.is_released
     assert not paths.lease.exists()
-    assert set(steps(paths)) == {2}, "what the worker has made since belongs to nobody"
+    assert set(steps(paths)) == {2}, "later steps of the worker are not recorded"
     so_far = resumable(paths, start.config)
     assert so_far is not None
     assert (so_far.state, so_far.step, so_far.checkpoint) == (TrialState.RUNNING, 2, "checkpoints/checkpoint-2")
 
 
-def test_the_first_step_of_a_trial_is_marked_for_the_budgets_clock(start: TrialResult, paths: TrialPaths) -> None:
+def test_the_first_step_of_a_trial_starts_the_clock_of_the_budget(start: TrialResult, paths: TrialPaths) -> None:
     first_step = SweepPaths(paths.sweep).first_step
     remote = trial(start, paths, Workers([Noted(*USE, fields={"total_steps": 6}), evaluated(paths, 2)]))
     remote.next()
-    assert not first_step.exists(), "the trial is set up, and no step is known"
+    assert not first_step.exists(), "the trial is set up, but has made no step"
     remote.stop()
     remote = trial(start, paths, Workers([Noted(*USE, fields={"applied": {}}), evaluated(paths, 4)]))
     remote.next()

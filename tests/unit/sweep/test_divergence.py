@@ -1,4 +1,4 @@
-"""Trials that fail by their own values teach the searcher; those that a machine failed do not. Nothing trains here."""
+"""The searcher learns from trials that fail by their own values, not from failures of a machine. Nothing trains."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from orchestrator.errors import FailureCause
 from orchestrator.record import SweepInfo, SweepPaths, TrialResult, TrialState, end_trial, read_sweep, write_record
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.schedulers.conductor import Conductor
-from orchestrator.sweep.search.algorithms import make_searcher
+from orchestrator.sweep.search.factory import make_searcher
 
 LIMIT = 1.0
-"""A rate above this one diverges. Below it, the higher the rate the lower the loss."""
+"""A learning rate above this limit diverges. Below it, a higher rate has a lower loss."""
 RANGE = {"training.learning_rate": {"loguniform": [1e-5, 1e5]}}
 DROPOUT = {"lora.dropout": {"uniform": [0.0, 0.5]}}
 BOHB = pytest.mark.skipif(find_spec("hpbandster") is None, reason="the extra bohb, which needs a C compiler")
@@ -26,7 +26,7 @@ Search = Callable[..., "Simulation"]
 
 
 class Simulation:
-    """A search of one trial at a time, with the order of calls of Tune's controller (ray 2.60)."""
+    """Runs one trial at a time and makes the calls of Tune's controller in its order (ray 2.60)."""
 
     def __init__(self, paths: SweepPaths) -> None:
         self.record = read_sweep(paths.root)
@@ -34,14 +34,14 @@ class Simulation:
         self.start_driver()
 
     def start_driver(self) -> None:
-        """A new driver with a new searcher."""
-        self.searcher = make_searcher(self.record.info.spec, at_once=1)
+        """Start a new driver with a new searcher."""
+        self.searcher = make_searcher(self.record.info.spec, max_concurrent=1)
         self.search_alg = SimpleNamespace(searcher=self.searcher, set_finished=lambda: None)
-        self.conductor = Conductor(self.record, at_once=1)
+        self.conductor = Conductor(self.record, num_slots=1)
         self.conductor.set_search_properties("eval/loss", self.record.info.spec.search.resolved_mode)
 
     def run(self, num_trials: int, failure: FailureCause | None) -> int:
-        """Run further trials; those that diverge fail for this cause, or without a result. Returns their number."""
+        """Run more trials. Those that diverge fail for this cause, or without a result. Return their number."""
         num_failed = 0
         for _ in range(num_trials):
             name = f"t{len(self.rates)}"
@@ -69,7 +69,7 @@ class Simulation:
         trial.set_status(Trial.TERMINATED)
 
     def _fail(self, trial: Any, failure: FailureCause | None) -> None:
-        if failure is not None:  # else the driver writes the result afterwards
+        if failure is not None:  # otherwise the driver writes the result later
             spec, paths = self.record.info.spec, self.record.paths.trial(trial.trial_id)
             paths.root.mkdir(parents=True, exist_ok=True)
             result = TrialResult(
@@ -87,7 +87,7 @@ class Simulation:
 
 @pytest.fixture
 def simulate(document: dict[str, Any], tmp_path: Path) -> Search:
-    """`simulate("optuna", seed=1)`: a search over rates, most of which diverge."""
+    """`simulate("optuna", seed=1)`: a search over learning rates, half of which diverge."""
 
     def make(algorithm: str, **search: Any) -> Simulation:
         bohb = {"kind": "bohb", "grace_steps": 3, "reduction_factor": 2}
@@ -121,7 +121,7 @@ def simulate(document: dict[str, Any], tmp_path: Path) -> Search:
 def test_fewer_draws_diverge_when_divergence_is_reported(
     search: dict[str, Any], num_trials: int, unreported: float, reported: float, simulate: Search
 ) -> None:
-    """Half of the range diverges; the figures are means over ten seeds."""
+    """Half of the range diverges. The numbers are means over ten seeds."""
     means = {
         cause: sum(simulate(**search, seed=seed).run(num_trials, cause) for seed in range(10)) / 10
         for cause in ("infrastructure", "diverged")
@@ -132,25 +132,25 @@ def test_fewer_draws_diverge_when_divergence_is_reported(
 
 @pytest.mark.parametrize("cause", ["diverged", "out_of_memory", "configuration"])
 @pytest.mark.parametrize(("metric", "worst"), [("eval/loss", math.inf), ("eval/token_accuracy", -math.inf)])
-def test_a_failure_by_the_values_is_worse_than_any_value(
+def test_a_failure_by_its_values_is_worse_than_any_value(
     cause: FailureCause, metric: str, worst: float, simulate: Search
 ) -> None:
     search = simulate("optuna", metric=metric, first=[{"training.learning_rate": 10.0}])
     assert search.run(1, cause) == 1
-    (told,) = search.searcher.searcher._ot_study.trials
-    assert (told.state.name, told.value) == ("COMPLETE", worst)
+    (observed,) = search.searcher.searcher._ot_study.trials
+    assert (observed.state.name, observed.value) == ("COMPLETE", worst)
 
 
 @pytest.mark.parametrize("cause", ["infrastructure", None])
 def test_a_failure_of_a_machine_says_nothing_about_the_values(cause: FailureCause | None, simulate: Search) -> None:
     search = simulate("optuna", first=[{"training.learning_rate": 10.0}])
     assert search.run(1, cause) == 1
-    (told,) = search.searcher.searcher._ot_study.trials
-    assert (told.state.name, told.value) == ("FAIL", None)
+    (observed,) = search.searcher.searcher._ot_study.trials
+    assert (observed.state.name, observed.value) == ("FAIL", None)
 
 
 @BOHB
-def test_bohb_hears_of_a_failure_at_the_rung_that_was_not_reached(simulate: Search) -> None:
+def test_a_failure_is_reported_to_bohb_at_the_rung_that_was_not_reached(simulate: Search) -> None:
     search = simulate("bohb", first=[{"training.learning_rate": 10.0}], num_trials=9)
     rung = 1  # the largest bracket comes first: its trials meet at the grace period
     assert search.run(1, "diverged") == 1
@@ -158,7 +158,7 @@ def test_bohb_hears_of_a_failure_at_the_rung_that_was_not_reached(simulate: Sear
 
 
 @pytest.mark.parametrize("algorithm", ["optuna", "hyperopt", pytest.param("bohb", marks=BOHB)])
-def test_what_was_learned_from_divergence_survives_a_resume(algorithm: str, simulate: Search, tmp_path: Path) -> None:
+def test_what_is_learned_from_divergence_survives_a_resume(algorithm: str, simulate: Search, tmp_path: Path) -> None:
     settings = {"seed": 3, **({} if algorithm == "bohb" else {"startup_trials": 4})}
     whole, search = simulate(algorithm, **settings), simulate(algorithm, **settings)
     whole.run(16, "diverged")

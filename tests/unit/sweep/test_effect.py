@@ -1,4 +1,4 @@
-"""What `check` says of a scheduler's effect is what Ray Tune's would do."""
+"""`check` predicts the effect of a scheduler as Ray Tune's scheduler has it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,12 +55,12 @@ def is_refused(stage: Any) -> bool:
     ],
     ids=str,
 )
-def test_what_is_refused_stops_nobody_and_what_is_not_may(
+def test_a_refused_scheduler_would_stop_no_trial_and_an_accepted_one_may(
     scheduler: dict[str, Any], number: int, make_stage: MakeStage
 ) -> None:
-    """Trials in order, each worse than all before it, as the rules that compare with others like it least."""
+    """Each trial is worse than all before it: the worst order for rules that compare with earlier trials."""
     algorithm = "bohb" if scheduler["kind"] == "bohb" else "random"
-    stage = make_stage(scheduler, at_once=1, num_trials=number, algorithm=algorithm)
+    stage = make_stage(scheduler, num_slots=1, num_trials=number, algorithm=algorithm)
     trials = {f"t{i:02}": [i + 0.4, i + 0.3, i + 0.2, i + 0.1] for i in range(number)}
     if algorithm == "bohb":
         stage.to_come = trials
@@ -70,7 +70,7 @@ def test_what_is_refused_stops_nobody_and_what_is_not_may(
     assert bool(stage.decisions("stopped")) != is_refused(stage)
 
 
-def test_with_epochs_the_rows_are_counted_before_anything_is_written(tmp_path: Path) -> None:
+def test_rows_of_an_epoch_are_counted_before_anything_is_written(tmp_path: Path) -> None:
     epochs = ["data.max_rows=240", "data.held_out={count: 40}", "training.steps=null", "training.epochs=2"]
     paths = SweepPaths(tmp_path / "runs" / "sweep")
     with pytest.raises(SpecError, match=r"eval_steps 50 no trial is evaluated before its last step \(50\)"):

@@ -1,13 +1,13 @@
-"""How many workers, and how many trials at a time in each."""
+"""The number of workers, and of trials at a time in each."""
 
 import os
 from typing import Any
 
 import pytest
 
+from orchestrator import upstream
 from orchestrator.errors import RequestError
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.sweep.workers import fleet
 from orchestrator.sweep.workers.fleet import FleetPlan, compiling_early, plan_fleet
 from orchestrator.training.fast.warmup import precompile
 
@@ -20,7 +20,7 @@ def spec(num_trials: int, *overrides: str) -> SweepSpec:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`cluster({"CPU": 8, "GPU": 2}, ...)`: its nodes; `most`: what an autoscaler may start."""
+    """`cluster({"CPU": 8, "GPU": 2}, ...)` sets the resources of its nodes; `most`: what an autoscaler may start."""
 
     def make(*nodes: dict[str, float], most: dict[str, int] | None = None) -> None:
         import ray
@@ -28,13 +28,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
         there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
         monkeypatch.setattr(ray, "cluster_resources", lambda: there)
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        monkeypatch.setattr(fleet, "_autoscaler_resources", lambda: most or {})
+        monkeypatch.setattr(upstream, "autoscaler_limits", lambda: most or {})
 
     return make
 
 
-def shape(layout: FleetPlan) -> tuple[int, float, int, bool]:
-    return layout.num_workers, layout.gpus, layout.slots, layout.is_fixed
+def shape(plan: FleetPlan) -> tuple[int, float, int, bool]:
+    return plan.num_workers, plan.gpus, plan.slots, plan.is_fixed
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     begun: list[int] = []
     monkeypatch.setattr(precompile, "start", lambda _, num_slots: begun.append(num_slots))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(fleet, "_gpus_here", lambda: 2)
+    monkeypatch.setattr(upstream, "num_visible_gpus", lambda: 2)
 
     def compile_for(address: str | None) -> None:
         with compiling_early(spec(num_trials, *overrides), address):
@@ -91,23 +91,23 @@ def test_kernels_are_compiled_for_as_many_slots_as_workers_will_have(
     compile_for(None)
     assert begun == slots
     compile_for(ADDRESS)
-    monkeypatch.setattr(fleet, "_gpus_here", lambda: 0)
+    monkeypatch.setattr(upstream, "num_visible_gpus", lambda: 0)
     compile_for(None)
-    assert begun == slots, "nothing for GPUs that are elsewhere, or nowhere"
+    assert begun == slots, "nothing is compiled for GPUs of other machines, or without a GPU"
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,2", 2), ("", 0), ("0,1,2,3,4", 4)])
 def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int) -> None:
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
     monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert fleet._gpus_here() == gpus
+    assert upstream.num_visible_gpus() == gpus
 
 
-def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
+def test_a_machine_without_gpus(cluster: Any) -> None:
     cluster({"CPU": 2})
     assert shape(plan_fleet(spec(8), None)) == (2, 0, 4, False)
     assert shape(plan_fleet(spec(8, "resources.trials_per_gpu=8", "resources.cpus_per_trial=2"), None)) == (
@@ -119,7 +119,7 @@ def test_cores_of_a_machine_without_gpus(cluster: Any) -> None:
     assert shape(plan_fleet(spec(8, "training.engine=trl", "resources.trials_per_gpu=4"), None)) == (2, 0, 1, True)
 
 
-def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
+def test_gpu_hours_are_refused_as_budget_without_a_gpu(cluster: Any) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match=r"search.budget.gpu_hours would never be spent: this machine has no GPU"):
         plan_fleet(spec(8, "search.budget.gpu_hours=1"), None)
@@ -127,7 +127,7 @@ def test_hours_of_gpus_that_are_not_there_are_no_budget(cluster: Any) -> None:
     assert plan_fleet(spec(8, "search.budget.gpu_hours=1"), None).gpus == 1
 
 
-def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
+def test_a_setting_that_needs_a_gpu_is_refused_without_one(cluster: Any) -> None:
     cluster({"CPU": 2})
     for overrides in (["training.precision=fp16"], ["search.space.training.precision={choice: [auto, fp16]}"]):
         with pytest.raises(
@@ -139,7 +139,7 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(cluster: Any) -> None:
         cluster({"CPU": 2})
 
 
-def test_a_worker_lies_on_one_node(cluster: Any) -> None:
+def test_a_worker_is_on_one_node(cluster: Any) -> None:
     cluster({"CPU": 3, "GPU": 3}, {"CPU": 3, "GPU": 3})
     assert plan_fleet(spec(8, "resources.gpus_per_trial=2"), ADDRESS).num_workers == 2
     assert plan_fleet(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
@@ -150,24 +150,24 @@ def test_a_cluster_that_can_grow(cluster: Any) -> None:
     assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)
     shared = ["resources.gpus_per_trial=1", "training.engine=trl", "resources.trials_per_gpu=2"]
     assert shape(plan_fleet(spec(9, *shared), ADDRESS)) == (8, 0.5, 1, True)
-    cluster({"CPU": 0})  # nobody says how far
+    cluster({"CPU": 0})  # without a limit from an autoscaler
     assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (8, 1, 1, True)
     with pytest.raises(RequestError, match="has no GPU at this moment"):
         plan_fleet(spec(8), ADDRESS)
 
 
 @pytest.mark.parametrize("wanted", ["resources.gpus_per_trial=1", "resources.cpus_per_trial=3"])
-def test_more_than_the_machine_has(cluster: Any, wanted: str) -> None:
+def test_a_request_beyond_the_machine_is_refused(cluster: Any, wanted: str) -> None:
     cluster({"CPU": 2})
     with pytest.raises(RequestError, match="this machine has 0 and 2"):
         plan_fleet(spec(8, wanted), None)
 
 
-def test_what_is_said(cluster: Any) -> None:
+def test_the_reasons_that_are_given(cluster: Any) -> None:
     cluster({"CPU": 16, "GPU": 2})
     assert plan_fleet(spec(8), None).why == "8 trials at a time share 2 workers"
     assert plan_fleet(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
     limited = plan_fleet(spec(8, "resources.max_concurrent=1"), None).why
-    assert limited.endswith("; of 8 trials resources.max_concurrent lets 1 run at a time")
+    assert limited.endswith("; resources.max_concurrent lets 1 of 8 trials run at a time")
     assert "max_concurrent" not in plan_fleet(spec(8, "resources.max_concurrent=8"), None).why
     assert "engine trl" in plan_fleet(spec(8, "training.engine=trl"), None).why

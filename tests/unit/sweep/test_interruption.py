@@ -1,4 +1,4 @@
-"""What ends Tune's loop, and what it leaves uncounted."""
+"""Signals and storage faults end Tune's loop, and do not count as failures of a trial."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "progress.json")
 
 
 class Workers:
-    """Count how often they are asked to write checkpoints."""
+    """Counts the requests to write checkpoints."""
 
     num_asked = 0
 
@@ -31,7 +31,7 @@ class Workers:
 
 
 def failed(tmp_path: Path, error: BaseException | None) -> Any:
-    """A Tune trial whose attempt has failed by an error that Ray has passed on."""
+    """Return a Tune trial whose attempt has failed by an error that Ray has passed on."""
     if error is None:
         return SimpleNamespace(pickled_error_file=None)
     file = tmp_path / "error.pkl"
@@ -46,17 +46,17 @@ def make(tmp_path: Path, signal: Signals | None = None) -> tuple[Interrupter, Wo
 
 
 @pytest.mark.parametrize("error", [FULL, StorageError("OSError: [Errno 28] No space left on device")])
-def test_a_fault_of_the_storage_ends_the_sweep(tmp_path: Path, error: BaseException) -> None:
+def test_a_storage_fault_ends_the_sweep(tmp_path: Path, error: BaseException) -> None:
     interrupter, workers = make(tmp_path)
     with pytest.raises(StorageError, match=r"its storage fails: .*No space left on device") as raised:
         interrupter.check_trial(failed(tmp_path, error))
     assert raised.value.remedy.endswith(f"orchestrator resume {tmp_path / 's'}")
     assert raised.value.exit_code == 74
-    assert workers.num_asked == 1, "the other trials end in good order"
+    assert workers.num_asked == 1, "the other trials write checkpoints first"
 
 
 @pytest.mark.parametrize("error", [None, TrialError("loss is nan at step 3"), PermissionError("of somebody else")])
-def test_any_other_fault_is_its_trials(tmp_path: Path, error: BaseException | None) -> None:
+def test_any_other_error_is_left_to_the_trial(tmp_path: Path, error: BaseException | None) -> None:
     interrupter, workers = make(tmp_path)
     interrupter.check_trial(failed(tmp_path, error))
     interrupter.check()
@@ -72,20 +72,20 @@ def test_a_signal_ends_the_sweep_after_checkpoints_and_before_a_failure_counts(t
     assert workers.num_asked == 2
 
 
-def test_it_is_pickled_with_the_tuner_without_what_it_holds(tmp_path: Path) -> None:
+def test_the_interrupter_is_pickled_without_its_attributes(tmp_path: Path) -> None:
     interrupter, _ = make(tmp_path)
     assert cloudpickle.loads(cloudpickle.dumps(interrupter.check)).__self__.__dict__ == {}
 
 
-def test_the_conductor_looks_at_a_failure_before_its_scheduler_does(make_stage: Any) -> None:
-    stage = make_stage({"kind": "asha", "grace_steps": 10}, at_once=2)
+def test_the_conductor_checks_a_failure_before_its_scheduler_sees_it(make_stage: Any) -> None:
+    stage = make_stage({"kind": "asha", "grace_steps": 10}, num_slots=2)
     seen: list[str] = []
 
     def look(trial: Any) -> None:
         seen.append(trial.trial_id)
         raise StorageError("full")
 
-    stage.conductor._look_at_failure = look
+    stage.conductor._check_failure = look
     stage.add(a=[0.4, 0.3, 0.2, 0.1])
     trial = stage.trial("a")
     trial.set_status(Trial.RUNNING)
@@ -101,4 +101,4 @@ def test_a_trial_of_a_restored_searcher_gets_the_folder_of_this_driver(make_stag
     trial.storage = before
     stage.conductor.on_trial_add(stage, trial)
     assert trial.storage.storage_fs_path == str(stage.paths.root)
-    assert before.storage_fs_path == "/where/it/lay/before", "other trials of that searcher share it"
+    assert before.storage_fs_path == "/where/it/lay/before", "the original is shared by other trials of that searcher"

@@ -1,32 +1,17 @@
-"""Trials whose relay, worker or driver is lost: they keep their place."""
+"""Trials whose trainable, worker or driver is lost keep their place."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
+from simulated import ASHA, BAND, MakeStage, band, falling
 
 from orchestrator.record import BestPoint, TrialResult, TrialState, read_result, write_record
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.tune_trial import COMPLETE
 from orchestrator.sweep.workers.trainable import _report_result
 
-ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
-BAND = {"kind": "hyperband", "grace_steps": 10, "reduction_factor": 2}
 KINDS = [("hyperband", "random"), ("bohb", "bohb")]
-
-MakeStage = Callable[..., Any]
-
-
-def falling(level: float) -> list[float]:
-    """A trial of four evaluations, better the lower its level."""
-    return [level + 0.4, level + 0.3, level + 0.2, level + 0.1]
-
-
-def band() -> dict[str, list[float]]:
-    """One of each bracket: trials 0 to 2 run to their end, 3 to 5 meet a rung at 20 steps, 6 to 9 one at 10 as well."""
-    levels = [5, 6, 7, 3, 1, 2, 0.5, 0.2, 9, 8]
-    return {f"t{i}": falling(level) for i, level in enumerate(levels)}
 
 
 def brackets(stage: Any) -> list[list[str]]:
@@ -35,18 +20,18 @@ def brackets(stage: Any) -> list[list[str]]:
 
 
 def run_to(stage: Any, name: str, step: int) -> Any:
-    """Until one trial has reported a step; it runs."""
+    """Run one trial until it has reported a step."""
     trial = stage.trial(name)
     while trial.last_result.get("step", 0) < step:
         trial.set_status(Trial.RUNNING)
-        stage.conductor._go_on(trial)
+        stage.conductor._resume(trial)
         stage.report(trial)
     return trial
 
 
 @pytest.mark.parametrize("num", [7, 8, 9, 10])
-def test_a_trial_that_is_started_anew_stays_in_its_bracket(num: int, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=30, num_trials=num)
+def test_a_restarted_trial_stays_in_its_bracket(num: int, make_stage: MakeStage) -> None:
+    stage = make_stage(BAND, num_slots=30, num_trials=num)
     stage.add(**dict(list(band().items())[:num]))
     before = brackets(stage)
     trial = run_to(stage, "t0", 30)
@@ -59,8 +44,8 @@ def test_a_trial_that_is_started_anew_stays_in_its_bracket(num: int, make_stage:
     assert "t0" not in dict(stage.decisions("stopped", "paused")), "its bracket has no rung"
 
 
-def test_a_member_of_a_population_is_known_when_it_is_started_anew(make_stage: MakeStage) -> None:
-    stage = make_stage({"kind": "pbt", "interval_steps": 10, "quantile": 0.5}, at_once=4, num_trials=2)
+def test_a_restarted_member_of_a_population_is_still_known(make_stage: MakeStage) -> None:
+    stage = make_stage({"kind": "pbt", "interval_steps": 10, "quantile": 0.5}, num_slots=4, num_trials=2)
     stage.add(a=falling(0), b=falling(1))
     trial = run_to(stage, "a", 10)
     trial.set_status(Trial.RUNNING)
@@ -69,8 +54,8 @@ def test_a_member_of_a_population_is_known_when_it_is_started_anew(make_stage: M
 
 
 @pytest.mark.parametrize(("kind", "algorithm"), KINDS)
-def test_a_trial_that_is_lost_as_it_is_paused_waits(kind: str, algorithm: str, make_stage: MakeStage) -> None:
-    stage = make_stage(BAND | {"kind": kind}, at_once=10, num_trials=10, algorithm=algorithm)
+def test_a_trial_that_is_lost_while_it_is_paused_waits(kind: str, algorithm: str, make_stage: MakeStage) -> None:
+    stage = make_stage(BAND | {"kind": kind}, num_slots=10, num_trials=10, algorithm=algorithm)
     stage.in_lockstep = True  # a pause takes a while
     stage.add(**band())
     name = "t7" if kind == "hyperband" else "t2"
@@ -88,8 +73,8 @@ def test_a_trial_that_is_lost_as_it_is_paused_waits(kind: str, algorithm: str, m
         assert not stage.paths.trial(running.trial_id).paused.is_file()
 
 
-def test_who_fails_for_good_as_it_is_paused_waits_no_more(make_stage: MakeStage) -> None:
-    stage = make_stage(BAND, at_once=10, num_trials=10)
+def test_a_trial_that_fails_for_good_while_it_is_paused_waits_no_more(make_stage: MakeStage) -> None:
+    stage = make_stage(BAND, num_slots=10, num_trials=10)
     stage.in_lockstep = True
     stage.add(**band())
     trial = run_to(stage, "t7", 10)
@@ -101,16 +86,16 @@ def test_who_fails_for_good_as_it_is_paused_waits_no_more(make_stage: MakeStage)
     assert {each.status for each in stage.trials} == {Trial.ERROR, Trial.TERMINATED}
 
 
-def test_a_stop_is_told_though_the_driver_was_lost_before_it_was_kept(make_stage: MakeStage) -> None:
+def test_a_stop_is_recorded_again_if_the_driver_was_lost_before_it_saved_it(make_stage: MakeStage) -> None:
     stage = make_stage(ASHA)
     stage.add(a=falling(0), b=falling(2))
     state = stage.conductor.state()
     stage.run()
-    (told,) = [each for each in stage.all_decisions() if each.trial_id == "b"]
+    (first,) = [each for each in stage.all_decisions() if each.trial_id == "b"]
     paths = stage.paths.trial("b")
-    ended = {"state": TrialState.STOPPED, "stopped": told.why}
+    ended = {"state": TrialState.STOPPED, "stopped": first.why}
     write_record(paths.result, read_result(paths).model_copy(update=ended))
-    for trial in stage.trials:  # as Tune restores them from a state of before
+    for trial in stage.trials:  # as Tune restores them from an earlier state
         trial.set_status(Trial.PENDING)
         trial.run_metadata.last_result = {}
     stage.resume(state)
@@ -118,14 +103,16 @@ def test_a_stop_is_told_though_the_driver_was_lost_before_it_was_kept(make_stage
     trial = stage.trial("b")
     trial.set_status(Trial.RUNNING)
     trial.update_last_result({"step": 10, "tokens": 70, "eval/loss": 2.4, "done": True, COMPLETE: False})
-    stage.stop_trial(trial)  # its relay has found the result
+    stage.stop_trial(trial)  # its trainable has found the result
     (again,) = stage.all_decisions()
-    assert (again.trial_id, again.step, again.action, again.why) == ("b", 10, "stopped", told.why)
-    assert stage.conductor.why_stopped("b") == told.why
+    assert (again.trial_id, again.step, again.action, again.why) == ("b", 10, "stopped", first.why)
+    assert stage.conductor.why_stopped("b") == first.why
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.STOPPED])
-def test_a_relay_that_finds_a_result_says_whether_it_is_complete(state: TrialState, document: dict[str, Any]) -> None:
+def test_a_trainable_that_finds_a_result_reports_whether_it_is_complete(
+    state: TrialState, document: dict[str, Any]
+) -> None:
     best = BestPoint(step=10, value=0.5, values={"eval/loss": 0.5}, adapter="adapters/step-10")
     result = TrialResult(
         trial_id="a", state=state, config=parse_spec(document).trial_config({}), metric="eval/loss", mode="min",

@@ -1,4 +1,4 @@
-"""A sweep that waits for a busy cluster says so."""
+"""A sweep that waits for a busy cluster reports what it waits for."""
 
 import threading
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.sweep.workers.placement import PlacementNotice
 
 
 class Cluster:
-    """In the place of Ray: three workers, of which some have started."""
+    """Replaces Ray: three workers, some of which have started."""
 
     def __init__(self) -> None:
         self.num_started = 0
@@ -37,7 +37,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return cluster
 
 
-def test_what_is_asked_and_what_is_free_is_said_when_it_changes(cluster: Cluster) -> None:
+def test_requested_and_free_resources_are_reported_when_they_change(cluster: Cluster) -> None:
     said: list[str] = []
     came = threading.Event()
 
@@ -65,7 +65,7 @@ def test_what_is_asked_and_what_is_free_is_said_when_it_changes(cluster: Cluster
     ]
 
 
-def test_nothing_is_said_where_workers_start_in_time(cluster: Cluster) -> None:
+def test_nothing_is_reported_if_workers_start_in_time(cluster: Cluster) -> None:
     cluster.num_started = 1
     said: list[str] = []
     notice = PlacementNotice(["a"], gpus=0, cpus=1, say=said.append)

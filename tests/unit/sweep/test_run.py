@@ -1,4 +1,4 @@
-"""How a sweep begins and ends."""
+"""The start and the end of a sweep."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from orchestrator.sweep import run
 from orchestrator.sweep.run import _conclude
 
 
-def test_a_budget_that_is_spent_before_a_trial_begins(tmp_path: Path, make_sweep: Callable[..., Any]) -> None:
+def test_a_budget_that_is_spent_before_a_trial_starts(tmp_path: Path, make_sweep: Callable[..., Any]) -> None:
     paths = make_sweep(tmp_path / "s", {})
     write_record(paths.budget, BudgetSpent(limit="wall_clock_hours", allowed=0.001, spent=0.002))
     with pytest.raises(SweepError, match="the budget was spent before a trial finished"):
@@ -23,10 +23,10 @@ def test_a_budget_that_is_spent_before_a_trial_begins(tmp_path: Path, make_sweep
 
 
 class Begun(Exception):
-    """The rows were asked for."""
+    """Raised when the rows are requested."""
 
 
-def test_imports_are_made_while_ray_starts_and_are_there_for_the_rows(
+def test_libraries_are_imported_while_ray_starts_and_before_the_rows_are_made(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []

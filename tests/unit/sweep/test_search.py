@@ -1,4 +1,4 @@
-"""Tune's searchers, as the experiment asks for them: seeded, within the space, and taught by what trials report."""
+"""The search algorithms: they are seeded, stay within the space, and learn from what trials report."""
 
 import logging
 import random
@@ -12,7 +12,8 @@ import pytest
 from ray import tune
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.sweep.search.algorithms import make_search_algorithm, make_searcher, tune_space
+from orchestrator.sweep.search.factory import make_search_algorithm, make_searcher
+from orchestrator.sweep.search.grid_random import tune_space
 
 Document = dict[str, Any]
 Point = dict[str, Any]
@@ -39,14 +40,14 @@ BOHB = pytest.param(
     "bohb",
     marks=pytest.mark.skipif(find_spec("hpbandster") is None, reason="the extra bohb, which needs a C compiler"),
 )
-TAUGHT = ["optuna", "hyperopt", BOHB]
-ALGORITHMS = ["random", *TAUGHT]
+LEARNING = ["optuna", "hyperopt", BOHB]
+ALGORITHMS = ["random", *LEARNING]
 RATE = {"training.learning_rate": {"loguniform": [1e-6, 1e-1]}}
 
 
 @pytest.fixture
 def make(document: Document) -> Callable[..., SweepSpec]:
-    """An experiment that is searched by an algorithm."""
+    """Return a function that makes an experiment with a search algorithm."""
 
     def build(algorithm: str, space: Any = SPACE, **search: Any) -> SweepSpec:
         kind = "bohb" if algorithm == "bohb" else "none"
@@ -58,8 +59,8 @@ def make(document: Document) -> Callable[..., SweepSpec]:
 
 
 def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lambda _: 1.0) -> list[Point]:
-    """The first points of a search, each of which reports its loss before the next is drawn."""
-    searcher = make_searcher(spec, at_once=2)
+    """Return the first points of a search. Each reports its loss before the next one is drawn."""
+    searcher = make_searcher(spec, max_concurrent=2)
     if spec.search.algorithm in ("random", "grid"):
         tune.register_trainable("idle", lambda _: None)
         run = {"run": "idle", "config": tune_space(spec.search), "num_samples": spec.search.total_trials}
@@ -80,7 +81,9 @@ def searched(spec: SweepSpec, number: int, loss: Callable[[Point], float] = lamb
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_seed_makes_the_same_points_and_another_others(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+def test_a_seed_reproduces_the_points_and_another_seed_gives_others(
+    algorithm: str, make: Callable[..., SweepSpec]
+) -> None:
     np.random.seed(1)
     first = searched(make(algorithm, seed=7), 25, lambda point: point["lora.rank"])
     np.random.seed(2)
@@ -91,7 +94,9 @@ def test_a_seed_makes_the_same_points_and_another_others(algorithm: str, make: C
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+def test_points_are_in_the_space_and_the_first_ones_are_those_given(
+    algorithm: str, make: Callable[..., SweepSpec]
+) -> None:
     spec = make(algorithm, first=FIRST)
     points = searched(spec, 30, lambda point: point["lora.rank"])
     assert points[:2] == FIRST
@@ -111,7 +116,7 @@ def test_points_lie_in_the_space_and_the_first_are_as_written(algorithm: str, ma
 def test_reports_guide_the_search(
     algorithm: str, sampler: str | None, make: Callable[..., SweepSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where low rates are good it comes to low ones, where high ones are to high ones; before, it draws the same."""
+    """It finds low rates where they are good, and high rates where those are; before that, it draws the same points."""
     caplog.set_level(logging.WARNING, "hpbandster")
     space = RATE | {"lora.dropout": {"uniform": [0.0, 0.5]}}
     spec = make(algorithm, space, seed=5, startup_trials=4, **({"sampler": sampler} if sampler else {}))
@@ -124,14 +129,14 @@ def test_reports_guide_the_search(
 
     low, high = rates(1), rates(-1)
     same = next(i for i in range(40) if low[i] != high[i])
-    assert 1 <= same <= 12, "drawn at random, or not at all by what was reported"
+    assert 1 <= same <= 12, "points drawn at random, or reports had no effect"
     assert np.mean(low[-15:]) < np.mean(low[:same]) < np.mean(high[-15:])
     assert np.mean(high[-15:]) - np.mean(low[-15:]) > 1
-    assert "failed" not in caplog.text, "hpbandster draws at random where its model fails"
+    assert "failed" not in caplog.text, "hpbandster draws at random if its model fails"
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make: Callable[..., SweepSpec]) -> None:
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_metric_to_maximize_is_searched_at_its_other_end(algorithm: str, make: Callable[..., SweepSpec]) -> None:
     settings = {"startup_trials": 4, "seed": 1}
 
     def rate(point: Point) -> float:
@@ -142,13 +147,13 @@ def test_what_is_better_at_the_other_end_is_searched_there(algorithm: str, make:
     assert searched(make(algorithm, RATE, **settings), 25, lambda point: -rate(point)) == most != least
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_a_saved_search_goes_on_as_it_would_have(
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_restored_search_continues_as_without_the_interruption(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     spec = make(algorithm, seed=3, first=FIRST, **({} if algorithm == "bohb" else {"startup_trials": 5}))
     whole = searched(spec, 20, lambda point: point["lora.rank"])
-    before = make_searcher(spec, at_once=9)
+    before = make_searcher(spec, max_concurrent=9)
 
     def go(searcher: Any, first: int, last: int) -> list[Point]:
         points = []
@@ -161,13 +166,13 @@ def test_a_saved_search_goes_on_as_it_would_have(
 
     assert go(before, 0, 12) == whole[:12]
     before.save(str(tmp_path / "state"))
-    after = make_searcher(spec, at_once=3)
+    after = make_searcher(spec, max_concurrent=3)
     after.restore(str(tmp_path / "state"))
     assert go(after, 12, 20) == whole[12:]
     assert getattr(after, "max_concurrent", None) or after._max_concurrent == 3
 
 
-def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None:
+def test_a_grid_has_each_combination_once(make: Callable[..., SweepSpec]) -> None:
     space = {
         "training.optimizer": {"grid": ["adamw_torch", "sgd"]},
         "training.weight_decay": {"grid": [0.0, 0.1], "when": {"training.optimizer": "adamw_torch"}},
@@ -179,7 +184,7 @@ def test_a_grid_is_each_combination_once(make: Callable[..., SweepSpec]) -> None
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
-def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
+def test_a_resumed_search_uses_the_current_number_of_slots(algorithm: str) -> None:
     spec = load_spec("experiments/demo.yaml", [f"search.algorithm={algorithm}"])
     before, today = make_searcher(spec, 3), make_searcher(spec, 5)
     before.live_trials = {"a"}
@@ -189,14 +194,14 @@ def test_a_resumed_search_keeps_to_the_slots_of_today(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hyperband", "pbt"])
-def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
+def test_trials_that_take_turns_are_all_made_at_the_start(kind: str) -> None:
     space = "search.space={training.learning_rate: {loguniform: [1e-4, 1e-2]}}"
     spec = load_spec("experiments/demo.yaml", [space, "search.tied={}", f"scheduler.kind={kind}"])
     searcher = make_searcher(spec, 3)
     assert searcher.max_concurrent == 0
     searcher._live_trials = {"a"}
     searcher.set_finished()
-    assert not searcher.is_finished(), "Tune would keep no relay for those that wait"
+    assert not searcher.is_finished(), "Tune would keep no trainable for trials that wait"
     assert searcher.next_trial() is None
     searcher.on_trial_complete("a")
     assert searcher.is_finished()
@@ -204,7 +209,7 @@ def test_trials_that_take_turns_are_all_there_at_once(kind: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec]) -> None:
-    """Low ranks are better, so that a model comes back to the same points; in the end all 27 were drawn."""
+    """Low ranks are better, so that a model returns to the same points. In the end all 27 are drawn."""
     space = {
         "lora.rank": {"choice": [4, 8, 16]},
         "lora.dropout": {"quniform": [0.0, 0.2, 0.1]},
@@ -222,12 +227,12 @@ def test_no_point_is_drawn_twice(algorithm: str, make: Callable[..., SweepSpec])
     )
 
 
-@pytest.mark.parametrize("algorithm", TAUGHT)
-def test_points_of_before_a_resume_are_not_drawn_again(
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_points_from_before_a_resume_are_not_drawn_again(
     algorithm: str, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     spec = make(algorithm, {"lora.rank": {"choice": [1, 2, 3, 4, 5, 6]}}, num_trials=6, startup_trials=2)
-    before, after = make_searcher(spec, at_once=9), make_searcher(spec, at_once=9)
+    before, after = make_searcher(spec, max_concurrent=9), make_searcher(spec, max_concurrent=9)
     first = [before.suggest(f"a{i}")["lora.rank"] for i in range(3)]
     before.save(str(tmp_path / "state"))
     after.restore(str(tmp_path / "state"))
@@ -235,7 +240,7 @@ def test_points_of_before_a_resume_are_not_drawn_again(
     assert sorted(first + rest) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> None:
+def test_a_population_repeats_points_once_all_are_drawn(document: Document) -> None:
     search = {"space": {"training.learning_rate": {"choice": [1e-4, 1e-3, 1e-2]}}, "num_trials": 5}
     training = {"steps": 9, "eval_steps": 3}
     spec = parse_spec(document | {"search": search, "training": training, "scheduler": {"kind": "pbt"}})
@@ -245,9 +250,9 @@ def test_a_population_repeats_points_once_all_were_drawn(document: Document) -> 
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
-    algorithm: str, is_over: bool, make: Callable[..., SweepSpec], tmp_path: Path
+@pytest.mark.parametrize("is_budget_spent", [False, True])
+def test_a_restored_search_draws_the_current_number_of_trials(
+    algorithm: str, is_budget_spent: bool, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     tune.register_trainable("idle", lambda _: None)
     startup = {} if algorithm == "random" else {"startup_trials": 2}
@@ -260,13 +265,13 @@ def test_a_restored_search_draws_as_many_trials_as_the_experiment_says_now(
         return trials
 
     spec = make(algorithm, RATE, num_trials=3, **startup)
-    before = make_search_algorithm(spec, 2, is_over=False)
+    before = make_search_algorithm(spec, 2, is_budget_spent=False)
     before.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 3}})
     first = drawn(before)
     before.set_finished()  # as when the budget is spent
     before.save_to_dir(str(tmp_path), "one")
-    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_over=is_over)
+    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_budget_spent=is_budget_spent)
     after.restore_from_dir(str(tmp_path))
     rest = drawn(after)
-    assert (len(first), len(rest)) == (3, 0 if is_over else 2)
+    assert (len(first), len(rest)) == (3, 0 if is_budget_spent else 2)
     assert not [point for point in rest if point in first]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.record import SweepPaths
-from orchestrator.sweep.snapshot import keep_snapshot, put_snapshot_back
+from orchestrator.sweep.snapshot import restore_snapshot, save_snapshot
 
 
-def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
+def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
     paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
     paths.tune.mkdir(parents=True)
     staging.mkdir()
@@ -21,11 +21,11 @@ def test_a_torn_state_is_replaced_by_the_whole_one(tmp_path: Path) -> None:
     }
     for name, text in whole.items():
         (staging / name).write_text(text)
-    keep_snapshot(staging, paths, lambda: b"rungs")
-    for name in (*whole, "searcher-state-2.pkl"):  # the second: of a driver that died at once
+    save_snapshot(staging, paths, lambda: b"rungs")
+    for name in (*whole, "searcher-state-2.pkl"):  # the last is of a driver that died at once
         (paths.tune / name).write_text("")
     (paths.tune / "tuner.pkl").write_text("tuner")
-    assert put_snapshot_back(paths) == b"rungs"
+    assert restore_snapshot(paths) == b"rungs"
     assert {file.name: file.read_text() for file in paths.tune.iterdir()} == whole | {"tuner.pkl": "tuner"}
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
 
@@ -36,8 +36,8 @@ def test_the_newest_state_is_kept(tmp_path: Path) -> None:
     staging.mkdir()
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
-        keep_snapshot(staging, paths, text.encode)
-    assert put_snapshot_back(paths) == b"new", "of the same moment"
+        save_snapshot(staging, paths, text.encode)
+    assert restore_snapshot(paths) == b"new", "both states are of the same time"
     assert (paths.tune / "searcher-state-1.pkl").read_text() == "new"
 
 
@@ -45,18 +45,18 @@ def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     paths = SweepPaths(tmp_path)
     paths.tune.mkdir()
     (paths.tune / "experiment_state-1.json").write_text("{}")
-    assert put_snapshot_back(paths) is None
+    assert restore_snapshot(paths) is None
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
 
 
-def test_a_full_disk_leaves_the_state_of_before_and_no_other_file(
+def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
     paths.tune.mkdir(parents=True)
     staging.mkdir()
     (staging / "searcher-state-1.pkl").write_text("old")
-    keep_snapshot(staging, paths, lambda: b"old")
+    save_snapshot(staging, paths, lambda: b"old")
     (staging / "searcher-state-1.pkl").write_text("new")
 
     def fail(*_: object) -> None:
@@ -65,6 +65,6 @@ def test_a_full_disk_leaves_the_state_of_before_and_no_other_file(
     with monkeypatch.context() as patched:
         patched.setattr(zipfile.ZipFile, "writestr", fail)
         with pytest.raises(OSError, match="No space left"):
-            keep_snapshot(staging, paths, lambda: b"new")
+            save_snapshot(staging, paths, lambda: b"new")
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
-    assert put_snapshot_back(paths) == b"old"
+    assert restore_snapshot(paths) == b"old"

@@ -7,7 +7,7 @@ from orchestrator.spec import parse_spec
 from orchestrator.sweep.tune_trial import plain_values
 
 
-def test_sampled_values_become_plain_ones(document: dict[str, Any]) -> None:
+def test_sampled_values_become_json_types(document: dict[str, Any]) -> None:
     sampled = {
         "lora.rank": np.int64(8),
         "lora.dropout": np.float64(0.1),

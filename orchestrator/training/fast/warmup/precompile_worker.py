@@ -65,7 +65,7 @@ def one_layer_base(config: Any, dtype: torch.dtype) -> Any:
     return base
 
 
-class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped
+class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
     """Replaces matrix products by uninitialized tensors: on a CPU, a large base's products outlast the compiler."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:

@@ -1,0 +1,44 @@
+"""The sentences that `decisions.jsonl` and `result.json` hold: by which rule a trial was stopped or cloned."""
+
+from typing import Any, assert_never
+
+from orchestrator.spec import SweepSpec
+from orchestrator.spec.sections.scheduler import (
+    AshaScheduler,
+    BohbScheduler,
+    HyperBandScheduler,
+    MedianScheduler,
+    NoScheduler,
+    Pb2Scheduler,
+    PbtScheduler,
+    Population,
+)
+from orchestrator.sweep.schedulers.population import Clone
+
+
+def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
+    """Name the rule by which a trial was stopped, with its last report."""
+    scheduler, metric = spec.scheduler, spec.search.metric
+    report = f"{scheduler.kind}: {metric} {result[metric]:.6g} at step {result['step']}"
+    match scheduler:
+        case AshaScheduler():
+            return f"{report} is not among the best 1 in {scheduler.reduction_factor} that have come to its rung"
+        case HyperBandScheduler() | BohbScheduler():
+            return f"{report} is not among the best 1 in {scheduler.reduction_factor} of its bracket"
+        case MedianScheduler():
+            return f"{report} and before is worse than the median of the other trials' means up to there"
+        case NoScheduler() | PbtScheduler() | Pb2Scheduler():  # these stop no trial by themselves
+            return f"{report} was the last report"
+        case _:
+            assert_never(scheduler)
+
+
+def why_cloned(spec: SweepSpec, result: dict[str, Any], clone: Clone) -> str:
+    """Name the rule by which a trial takes over the state of another, with its last report."""
+    assert isinstance(spec.scheduler, Population)
+    kind, share, metric = spec.scheduler.kind, spec.scheduler.quantile, spec.search.metric
+    return (
+        f"{kind}: {metric} {result[metric]:.6g} at step {result['step']} is among the worst {share:.0%} of the trials, "
+        f"that of {clone.donor} among the best: from its step {clone.step} on with "
+        + ", ".join(f"{path} {value:.6g}" for path, value in clone.values.items())
+    )

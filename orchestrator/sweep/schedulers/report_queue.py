@@ -1,0 +1,66 @@
+"""Reports that wait until the scheduler may see them, in the order of `report_order`."""
+
+import time
+from typing import Any
+
+from orchestrator.sweep.schedulers.report_order import ReportOrder
+from orchestrator.sweep.tune_trial import COMPLETE
+
+Report = dict[str, Any]
+"""A report of a trial, see `workers.trainable`."""
+
+
+class ReportQueue:
+    """Holds reports, including the last reports of complete trials. It is pickled without them: they come again."""
+
+    def __init__(self, num_slots: int, num_trials: int) -> None:
+        """
+        Args:
+            num_slots: number of trials that run at a time.
+            num_trials: number of trials of the sweep.
+        """
+        self._order = ReportOrder(num_slots, num_trials)
+        self._held: dict[str, tuple[Any, Report]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": {}}
+
+    def resume(self, num_slots: int, num_trials: int, trials: dict[str, Any]) -> None:
+        """Continue after a driver was lost, with all trials that it knew."""
+        self._order.resume(num_slots, num_trials)
+        for trial in trials.values():
+            self.add(trial)
+
+    def add(self, trial: Any) -> None:
+        """Add a trial. If it ended under an earlier driver and its end was not processed, its last report is held."""
+        self._order.add(trial.trial_id)
+        if not trial.is_finished():
+            return
+        if trial.last_result.get(COMPLETE) and self._order.is_running(trial.trial_id):
+            self.hold(trial, trial.last_result)
+        else:
+            self._order.end(trial.trial_id, trial.last_result.get("step"))
+
+    def hold(self, trial: Any, report: Report) -> None:
+        """Hold a report until it is due."""
+        self._held[trial.trial_id] = trial, report
+        self._order.report(trial.trial_id, report["step"], time.monotonic(), report["seconds"])
+
+    def take(self, all_are_due: bool) -> tuple[Any, Report] | None:
+        """Return the next report that is due, with its trial; None if there is none."""
+        name = next(iter(self._held), None) if all_are_due else self._order.next(time.monotonic())
+        return None if name is None else self._held.pop(name)
+
+    def continues(self, trial: Any) -> None:
+        """Note that a trial continues after its report was processed."""
+        self._order.processed(trial.trial_id)
+
+    def end(self, trial: Any) -> None:
+        """Note that a trial has ended or will end."""
+        self._held.pop(trial.trial_id, None)
+        self._order.end(trial.trial_id)
+
+    def drop(self, trial: Any) -> None:
+        """Drop the report of a trial that restarts and will make the report again."""
+        if self._held.pop(trial.trial_id, None) is not None:
+            self._order.processed(trial.trial_id)

@@ -1,0 +1,92 @@
+"""Grid search and random search."""
+
+import copy
+from typing import Any, assert_never
+
+from ray import tune
+from ray.tune.search import BasicVariantGenerator
+
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
+from orchestrator.spec.search import SearchSection
+from orchestrator.sweep.search.drawn_points import DrawnPoints
+from orchestrator.sweep.search.space import Point
+from orchestrator.sweep.tune_trial import plain_values
+
+
+def tune_space(search: SearchSection) -> dict[str, Any]:
+    """Return field -> Tune domain, for random search, where Tune draws; other algorithms hold their own space."""
+    if search.algorithm != "random":
+        return {}
+    return {path: _domain(axis) for path, axis in search.space.items()}
+
+
+class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
+    """Tries the points of `search.first`, then draws at random or takes the next point of the grid.
+
+    The points are put into Tune's trials here: Tune's own `points_to_evaluate` accepts no lists as values, and its
+    grid knows no fields that exist only with others. After a resume the limit is that of the current workers.
+    """
+
+    def __init__(self, search: SearchSection, max_concurrent: int) -> None:
+        """
+        Args:
+            search: the section of the experiment.
+            max_concurrent: number of trials at a time; 0 for no limit.
+        """
+        super().__init__(random_state=search.seed, max_concurrent=max_concurrent)
+        self.is_budget_spent = False
+        """Whether a restored search draws no further trial."""
+        self._search = search
+        self._drawn = DrawnPoints(search)
+        self._points = list(search.points()) if search.algorithm == "grid" else copy.deepcopy(search.first)
+
+    def is_finished(self) -> bool:
+        """Return whether Tune may end its trainables once no more trials come.
+
+        Trials that take turns still need them.
+        """
+        return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
+
+    def next_trial(self) -> Any:
+        """Return the next trial, at a point that no other trial has; None where there is none at the moment."""
+        trial = None if self._finished else super().next_trial()
+        if trial is not None:
+            from_tune = [self._search.decode(plain_values(trial.config))]
+            point = self._drawn.draw_new(
+                lambda: self._points.pop(0) if self._points else from_tune.pop() if from_tune else self._draw(),
+                lambda: None,
+                lambda chosen: self._points.insert(0, chosen),
+            )
+            trial.set_config(point)
+            trial.evaluated_params = dict(trial.config)
+        return trial
+
+    def _draw(self) -> Point:
+        space = self._search.space
+        drawn = {path: _domain(axis).sample(random_state=self._random_state) for path, axis in space.items()}
+        return self._search.decode(plain_values(drawn))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore a state of `get_state`, with the current limit and number of trials."""
+        current = {
+            "max_concurrent": self.max_concurrent,
+            "_search": self._search,
+            "is_budget_spent": self.is_budget_spent,
+            "_finished": self.is_budget_spent,
+            "_total_samples": self._search.total_trials,
+        }
+        super().set_state(state | current)
+        for iterator in self._iterators:
+            iterator.num_samples_left += self._search.total_trials - state["_total_samples"]
+
+
+def _domain(axis: Axis) -> Any:
+    match drawn := axis.domain():
+        case IndexDomain():
+            return tune.choice([*range(drawn.count)])
+        case FloatDomain():
+            return (tune.loguniform if drawn.is_log else tune.uniform)(drawn.low, drawn.high)
+        case IntDomain():
+            return (tune.lograndint if drawn.is_log else tune.randint)(drawn.low, drawn.high + 1)
+        case _:
+            assert_never(drawn)

@@ -1,0 +1,82 @@
+"""Optuna's TPE and CMA-ES under Ray Tune."""
+
+from typing import Any, assert_never
+
+from optuna.samplers import CmaEsSampler, TPESampler
+from optuna.trial import TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
+from orchestrator.spec.search import SearchSection
+from orchestrator.sweep.search.drawn_points import DrawnPoints
+from orchestrator.sweep.search.space import Point, by_depth, encode
+
+
+def make_optuna(search: SearchSection) -> "Optuna":
+    """Return the searcher, seeded."""
+    match search.sampler:
+        case "cmaes":
+            sampler = CmaEsSampler(n_startup_trials=search.startup_trials or 1, seed=search.seed)
+        case "tpe" | None:
+            sampler = TPESampler(n_startup_trials=search.startup_trials or 10, seed=search.seed)
+        case _:
+            assert_never(search.sampler)
+    return Optuna(
+        search,
+        space=OptunaSpace(search),
+        metric=search.metric,
+        mode=search.resolved_mode,
+        sampler=sampler,
+        points_to_evaluate=[encode(search, point) for point in search.first],
+    )
+
+
+class Optuna(OptunaSearch):  # type: ignore[misc]  # mypy skips ray
+    """Suggests no point twice. A discarded draw is a failed trial to Optuna, from which it learns nothing."""
+
+    def __init__(self, search: SearchSection, **settings: Any) -> None:
+        """
+        Args:
+            search: the section of the experiment.
+            settings: arguments of Tune's `OptunaSearch`.
+        """
+        super().__init__(**settings)
+        self._search = search
+        self._drawn = DrawnPoints(search)
+
+    def suggest(self, trial_id: str) -> Point | None:
+        """Return a new point for a trial."""
+        draw = super().suggest
+        return self._drawn.draw_new(
+            lambda: draw(trial_id),
+            lambda: self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL),
+            lambda point: self._ot_study.enqueue_trial(encode(self._search, point)),
+        )
+
+
+class OptunaSpace:
+    """Draws a point from an Optuna trial: only the fields that exist there. It is pickled with the sweep."""
+
+    def __init__(self, search: SearchSection) -> None:
+        self._search = search
+
+    def __call__(self, trial: Any) -> Point:
+        point: Point = {}
+        for path in by_depth(self._search):
+            axis = self._search.space[path]
+            if path not in self._search.active(point | {path: None}):
+                continue
+            point[path] = axis.decode(_suggest(trial, path, axis))
+        return point
+
+
+def _suggest(trial: Any, path: str, axis: Axis) -> Any:
+    match drawn := axis.domain():
+        case IndexDomain():
+            return trial.suggest_categorical(path, [*range(drawn.count)])
+        case FloatDomain():
+            return trial.suggest_float(path, drawn.low, drawn.high, log=drawn.is_log)
+        case IntDomain():
+            return trial.suggest_int(path, drawn.low, drawn.high, log=drawn.is_log)
+        case _:
+            assert_never(drawn)

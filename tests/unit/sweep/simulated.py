@@ -1,0 +1,22 @@
+"""Schedulers and trials for simulated sweeps, see `make_stage` in `conftest.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
+MEDIAN = {"kind": "median", "grace_steps": 10, "min_trials": 2}
+BAND = {"kind": "hyperband", "grace_steps": 10, "reduction_factor": 2}
+PBT = {"kind": "pbt", "interval_steps": 10, "quantile": 0.5}
+
+MakeStage = Callable[..., Any]
+
+
+def falling(level: float) -> list[float]:
+    """Return the losses of a trial with four evaluations; a lower level is better."""
+    return [level + 0.4, level + 0.3, level + 0.2, level + 0.1]
+
+
+def band() -> dict[str, list[float]]:
+    """Return trials of three brackets: 0-2 run to their end, 3-5 meet a rung at 20 steps, 6-9 rungs at 10 and 20."""
+    levels = [5, 6, 7, 3, 1, 2, 0.5, 0.2, 9, 8]
+    return {f"t{i}": falling(level) for i, level in enumerate(levels)}
