@@ -45,7 +45,7 @@ class Evaluated(Event):
 
     step: int
     tokens: int
-    """As in `Logged`."""
+    """The same as in `Logged`."""
     values: dict[str, float]
     adapter: str | None
     """The adapter's folder, relative to the trial's, if this is the best evaluation so far."""
