@@ -115,7 +115,7 @@ def observe_rows(trainer: Any, batches: dict[int, list[Any]], patched: pytest.Mo
     def observed_step(engine: Engine, spans: Any) -> Any:
         for span in spans:
             for index in span.indices:
-                ends = span.rows.ends(index)[:-1]
+                ends = span.rows.sequence_ends(index)[:-1]
                 parts = (np.split(values(index), ends) for values in (span.rows.ids, span.rows.targets))
                 for ids, targets in zip(*parts, strict=True):
                     keep(ids, targets[:-1])

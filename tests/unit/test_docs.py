@@ -129,3 +129,13 @@ def test_contributing_names_files_that_exist() -> None:
     named = re.findall(r"`((?:orchestrator|tests|docs|scripts|benchmarks|experiments)/[\w./-]+)`", text)
     assert len(named) > 40
     assert not {path for path in named if not (ROOT / path).exists()}
+
+
+def test_architecture_names_tests_that_exist() -> None:
+    text = read("architecture.md")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    files = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    functions = set(re.findall(r"`(test_\w+)`", text))
+    assert len(functions) > 20
+    assert not {name for name in functions if f"def {name}(" not in code}
+    assert not {name for name in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)`", text) if name not in files}
