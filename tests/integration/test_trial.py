@@ -8,35 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_trial import ENGINES, Tiny, curve, run
 from tiny import Witness
 
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import TrialError
-from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep
-from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.record import SweepPaths, TrialState, read_sweep
+from orchestrator.spec import TrialConfig
 from orchestrator.spec.search import SearchSection
 from orchestrator.training.engines import choose as choose_module
 from orchestrator.training.fast.step.engine import CPU_TOKENS
 from orchestrator.training.local import run_local_trial
 
 pytestmark = pytest.mark.slow
-
-
-Tiny = Callable[..., SweepSpec]
-
-
-ENGINES = ["fast", "trl"]
-
-
-def run(spec: SweepSpec, folder: SweepPaths, witness: Witness | None = None) -> TrialResult:
-    result = run_local_trial(spec, folder, witness or Witness())
-    assert result is not None
-    return result
-
-
-def curve(folder: SweepPaths) -> list[tuple[int, dict[str, float]]]:
-    (trial_id,) = folder.trial_ids()
-    return [(point.step, point.values) for point in read_metrics(folder.trial(trial_id))]
 
 
 @pytest.mark.parametrize("engine", ["auto", "trl"])

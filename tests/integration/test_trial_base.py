@@ -3,40 +3,20 @@
 import gc
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import Witness
+from one_trial import ENGINES, Tiny, curve, run
 
 from orchestrator import base as base_module
 from orchestrator.base import load_base, shared_base
 from orchestrator.embedded import BASE_DIR
-from orchestrator.record import SweepPaths, TrialResult, read_metrics
-from orchestrator.spec import SweepSpec
+from orchestrator.record import SweepPaths
 from orchestrator.training.engines import choose as choose_module
-from orchestrator.training.local import run_local_trial
 
 pytestmark = pytest.mark.slow
-
-
-Tiny = Callable[..., SweepSpec]
-
-
-ENGINES = ["fast", "trl"]
-
-
-def run(spec: SweepSpec, folder: SweepPaths, witness: Witness | None = None) -> TrialResult:
-    result = run_local_trial(spec, folder, witness or Witness())
-    assert result is not None
-    return result
-
-
-def curve(folder: SweepPaths) -> list[tuple[int, dict[str, float]]]:
-    (trial_id,) = folder.trial_ids()
-    return [(point.step, point.values) for point in read_metrics(folder.trial(trial_id))]
 
 
 def test_gradient_is_the_same_after_an_evaluation(tiny: Tiny) -> None:

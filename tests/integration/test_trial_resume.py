@@ -1,40 +1,22 @@
 """A trial that is interrupted and resumed has the results of an uninterrupted one. More in `test_fast.py`."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_trial import ENGINES, Tiny, curve, run
 from tiny import Witness
 
 from orchestrator.adapters.bundle import verify_adapter
-from orchestrator.record import SweepPaths, TrialResult, TrialState, read_metrics, read_sweep, write_record
-from orchestrator.spec import SweepSpec
+from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec.search import SearchSection
 from orchestrator.training.attempt import attempt as attempt_module
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.trial import run_trial
 
 pytestmark = pytest.mark.slow
-
-
-Tiny = Callable[..., SweepSpec]
-
-
-ENGINES = ["fast", "trl"]
-
-
-def run(spec: SweepSpec, folder: SweepPaths, witness: Witness | None = None) -> TrialResult:
-    result = run_local_trial(spec, folder, witness or Witness())
-    assert result is not None
-    return result
-
-
-def curve(folder: SweepPaths) -> list[tuple[int, dict[str, float]]]:
-    (trial_id,) = folder.trial_ids()
-    return [(point.step, point.values) for point in read_metrics(folder.trial(trial_id))]
 
 
 GROUPED = ["training.group_by_length=true", "training.seed=2", "data.max_rows=80"]  # 40 rows: 3 steps an epoch

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from orchestrator.base import load_base
+from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.ops.reference import TILE
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
@@ -15,6 +16,7 @@ from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, S
 MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
 MakeRow = Callable[..., FlatBatch]
+MakeConfig = Callable[..., TrialConfig]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,3 +91,14 @@ def base() -> Any:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 0)
         return load_base(BaseSection(model="embedded", compute_dtype="float32"))
+
+
+@pytest.fixture
+def trial(document: dict[str, Any]) -> MakeConfig:
+    """`trial(lora={"rank": 4}, training={...})`: a trial's configuration on the embedded base in float32."""
+
+    def make(**sections: dict[str, Any]) -> TrialConfig:
+        base = {"model": "embedded", "compute_dtype": "float32"} | sections.pop("base", {})
+        return parse_spec(document | {"base": base} | sections).trial_config({})
+
+    return make

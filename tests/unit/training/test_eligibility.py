@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from orchestrator.spec import TrialConfig, parse_spec
+from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.eligibility import (
@@ -31,17 +31,6 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 LONGEST = 12
 SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 MakeConfig = Callable[..., TrialConfig]
-
-
-@pytest.fixture
-def trial(document: dict[str, Any]) -> MakeConfig:
-    """`trial(lora={"rank": 4}, training={...})`."""
-
-    def make(**sections: dict[str, Any]) -> TrialConfig:
-        base = {"model": "embedded", "compute_dtype": "float32"} | sections.pop("base", {})
-        return parse_spec(document | {"base": base} | sections).trial_config({})
-
-    return make
 
 
 def model_of(config: PreTrainedConfig) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.base import load_base
-from orchestrator.spec import TrialConfig, parse_spec
+from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.plan import factory
@@ -22,17 +22,6 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 DIFFERS = "differs from that of the trials that share the engine"
 MakeConfig = Callable[..., TrialConfig]
-
-
-@pytest.fixture
-def trial(document: dict[str, Any]) -> MakeConfig:
-    """`trial(lora={"rank": 4}, training={...})`."""
-
-    def make(**sections: dict[str, Any]) -> TrialConfig:
-        base = {"model": "embedded", "compute_dtype": "float32"} | sections.pop("base", {})
-        return parse_spec(document | {"base": base} | sections).trial_config({})
-
-    return make
 
 
 @pytest.mark.parametrize(

@@ -4,29 +4,8 @@ The lists follow transformers 5.23: `modeling_llama.py`, `configuration_llama.py
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Family:
-    """Lists what the fast engine understands of a model family. Everything else is refused."""
-
-    model_type: str
-    """`model_type` of a transformers configuration."""
-    model_modules: frozenset[str]
-    """Modules outside the decoder layers, by their names in the model."""
-    layer_modules: frozenset[str]
-    """Submodules of a decoder layer, by their names in the layer."""
-    used_fields: frozenset[str]
-    """Configuration fields that the engine computes with, whatever their value, or that eligibility checks itself."""
-    fixed_fields: Mapping[str, tuple[Any, ...]]
-    """Configuration fields that would change the computation -> the values under which they do not."""
-    harmless_fields: frozenset[str]
-    """Configuration fields that do not influence losses or gradients."""
-    rope_types: frozenset[str]
-    """Kinds of rotary embeddings whose angles depend on nothing but the position."""
-
 
 MODEL_MODULES = frozenset({"model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"})
 
@@ -107,3 +86,26 @@ HARMLESS_FIELDS = frozenset(
 )
 
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """Lists what the fast engine understands of a model family. Everything else is refused.
+
+    The defaults are those of Llama-like families.
+    """
+
+    model_type: str
+    """`model_type` of a transformers configuration."""
+    model_modules: frozenset[str] = MODEL_MODULES
+    """Modules outside the decoder layers, by their names in the model."""
+    layer_modules: frozenset[str] = LAYER_MODULES
+    """Submodules of a decoder layer, by their names in the layer."""
+    used_fields: frozenset[str] = USED_FIELDS
+    """Configuration fields that the engine computes with, whatever their value, or that eligibility checks itself."""
+    fixed_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: FIXED_FIELDS)
+    """Configuration fields that would change the computation -> the values under which they do not."""
+    harmless_fields: frozenset[str] = HARMLESS_FIELDS
+    """Configuration fields that do not influence losses or gradients."""
+    rope_types: frozenset[str] = ROPE_TYPES
+    """Kinds of rotary embeddings whose angles depend on nothing but the position."""

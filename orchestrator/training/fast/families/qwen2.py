@@ -3,22 +3,9 @@
 Eligibility refuses a window shorter than the longest row, whichever layers have it, so that all layers attend alike.
 """
 
-from orchestrator.training.fast.families.family import (
-    FIXED_FIELDS,
-    HARMLESS_FIELDS,
-    LAYER_MODULES,
-    MODEL_MODULES,
-    ROPE_TYPES,
-    USED_FIELDS,
-    Family,
-)
+from orchestrator.training.fast.families.family import USED_FIELDS, Family
 
 QWEN2 = Family(
     model_type="qwen2",
-    model_modules=MODEL_MODULES,
-    layer_modules=LAYER_MODULES,
     used_fields=USED_FIELDS | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
-    fixed_fields=FIXED_FIELDS,
-    harmless_fields=HARMLESS_FIELDS,
-    rope_types=ROPE_TYPES,
 )
