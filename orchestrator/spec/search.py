@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.sections import PositiveInt, Section, Seed
+from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.words import counted
 
 MODEL_BASED = ("optuna", "hyperopt", "bohb")
@@ -17,7 +18,7 @@ MODEL_BASED = ("optuna", "hyperopt", "bohb")
 _NOT_ALGORITHMS = {
     "tpe": "is a sampler of optuna: write algorithm: optuna, sampler: tpe",
     "cmaes": "is a sampler of optuna: write algorithm: optuna, sampler: cmaes",
-    **dict.fromkeys(("asha", "hyperband", "median", "pbt", "pb2"), "is a scheduler: write it as scheduler.kind"),
+    **dict.fromkeys({*FIELDS_OF_KIND} - {"none", "bohb"}, "is a scheduler: write it as scheduler.kind"),
 }
 
 

@@ -129,6 +129,9 @@ def test_contributing_names_files_that_exist() -> None:
     named = re.findall(r"`((?:orchestrator|tests|docs|scripts|benchmarks|experiments)/[\w./-]+)`", text)
     assert len(named) > 40
     assert not {path for path in named if not (ROOT / path).exists()}
+    contracts = re.findall(r'contract\s+"([^"]+)"', text)
+    assert len(contracts) > 1
+    assert not {name for name in contracts if f'name = "{name}"' not in (ROOT / "pyproject.toml").read_text()}
 
 
 def test_architecture_names_tests_that_exist() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers.processors import ByteLevel
@@ -96,6 +96,11 @@ def test_no_bos_is_added_if_the_tokenizer_adds_none(tokenizer: Any) -> None:
     plain.backend_tokenizer.post_processor = ByteLevel()
     tokens = _encoded(plain, {"format": "text"}, {"text": "hello"})
     assert plain.decode(tokens.ids) == "hello</s>"
+
+
+def test_each_format_with_a_prompt_is_tested_here() -> None:
+    formats = {section["format"] for section, *_ in FORMATS.values()}
+    assert formats | {"text"} == set(get_args(DataSection.model_fields["format"].annotation))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,17 +1,22 @@
 """Rules of the data section: fields that do not go together are refused at `check`, with the reason."""
 
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import parse_spec
+from orchestrator.spec.sections import DataSection
 
 TEMPLATE = {"template": "{q} {a}"}
 CHAT = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
 FORMATS = ("text", "prompt", "messages", "sharegpt", "alpaca", "template")
 TURNS = ("messages", "sharegpt")
+
+
+def test_each_format_is_tested_here() -> None:
+    assert set(FORMATS) == set(get_args(DataSection.model_fields["format"].annotation))
 
 
 def check(data: dict[str, Any], **sections: Any) -> Any:

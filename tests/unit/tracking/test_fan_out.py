@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState, read_metrics
 from orchestrator.spec import parse_spec
+from orchestrator.spec.sections import TrackingSection
 from orchestrator.tracking import Trackers, fan_out, open_trackers
 from orchestrator.tracking.jsonl import JsonlTracker
 from orchestrator.tracking.protocol import TrialIdentity
@@ -148,3 +149,13 @@ def _log(trackers: Trackers, *steps: int) -> None:
 
 def _steps(paths: TrialPaths) -> list[int]:
     return [point.step for point in read_metrics(paths)]
+
+
+def test_each_field_of_the_tracking_section_opens_its_tracker() -> None:
+    nothing = {"tensorboard": False, "wandb": {"mode": "disabled"}, "mlflow": False, "trackio": False}
+    assert set(nothing) == set(TrackingSection.model_fields)
+    opened = []
+    for field in nothing:
+        value = {"mode": "offline"} if field == "wandb" else True
+        opened += fan_out.wanted(TrackingSection.model_validate(nothing | {field: value}))
+    assert sorted(opened) == sorted(fan_out._TRACKERS)

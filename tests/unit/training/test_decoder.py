@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
+from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters, lora_parameters
@@ -45,6 +46,11 @@ MODELS: dict[str, tuple[PreTrainedConfig | None, str]] = {
 }
 LENGTHS = (5, 19, 2, 11)
 DROPOUT, RANK, ALPHA = 0.1, 4, 12
+
+
+def test_each_family_is_compared_with_transformers() -> None:
+    """What a family lists counts as computed: without a model here, the decoder could leave a module out."""
+    assert {"llama", *(config.model_type for config, _ in MODELS.values() if config is not None)} == set(FAMILIES)
 
 
 @pytest.fixture(autouse=True)

@@ -166,8 +166,8 @@ def test_every_module_that_no_list_has_is_refused(model_type: str) -> None:
     """In any place of any layer, and outside the layers."""
     for path in ("", ".self_attn", ".mlp"):
         model = small_model(model_type)
-        model.get_submodule(f"model.layers.1{path}").q_norm = torch.nn.RMSNorm(4)
-        name = f"{path}.q_norm".lstrip(".")
+        model.get_submodule(f"model.layers.1{path}").other_norm = torch.nn.RMSNorm(4)
+        name = f"{path}.other_norm".lstrip(".")
         reason = f"module {name} in layer 1, which is not listed for model type {model_type!r}"
         assert unsupported_shape(model, LONGEST) == reason
     model = small_model(model_type)

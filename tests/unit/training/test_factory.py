@@ -59,7 +59,7 @@ def test_an_engine_is_reused_by_later_trials_and_dies_with_its_base(trial: MakeC
     second = engine(lora={"rank": 8})
     assert second is not first
     assert second.adapters.rank == 8
-    assert second._decoder is first._decoder, "the base is dequantised once"
+    assert second._decoder is first._decoder, "the base is dequantized once"
     assert engine(lora={"rank": 4, "target_modules": ["q_proj"]}) is not first
     assert engine(lora={"rank": 4}, training={"adapter_dtype": "bfloat16"}).adapters.weights.dtype == torch.bfloat16
     assert engine(lora={"rank": 4}) is first
