@@ -111,7 +111,7 @@ def points(folder: SweepPaths) -> Iterator[Sequence[tuple[int, int, dict[str, fl
 
 
 def test_fast_engine_that_the_base_excludes_is_refused_when_the_trial_begins(tiny: Tiny, folder: SweepPaths) -> None:
-    reason = "training.engine: fast cannot hold base.compute_dtype float32 under precision bf16"
+    reason = "training.engine fast does not support base.compute_dtype float32 under precision bf16"
     with pytest.raises(TrialError, match=reason):
         run_local_trial(tiny("training.engine=fast", "training.precision=bf16"), folder, Witness())
     (trial,) = read_sweep(folder.root).trials()

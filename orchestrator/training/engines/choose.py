@@ -54,7 +54,7 @@ def find_slot(config: TrialConfig, inputs: TrialInputs) -> EngineSlot | str | No
         else:
             return EngineSlot(0, engine, plan)
     elif wanted == "fast":
-        raise TrialError(f"training.engine: fast cannot hold {reason}", "Use auto or trl.")
+        raise TrialError(f"training.engine fast does not support {reason}", "Use auto or trl.")
     if config.training.reproducible and torch.cuda.is_available():
         raise TrialError(
             "training.reproducible: on a GPU this needs the fast engine, "
