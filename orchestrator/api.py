@@ -45,6 +45,7 @@ def run(
         SweepError: no trial of the sweep finished.
         TrialError: the trial failed; with `without_search` only.
         Interrupted: a signal ended the sweep; `resume` continues it.
+        Signalled: the same with `without_search`; it is a KeyboardInterrupt.
         StorageError: the disk is full or fails; `resume` continues the sweep.
     """
     from orchestrator.record.new_sweep import claim_folder

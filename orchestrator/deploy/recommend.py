@@ -154,7 +154,7 @@ def why_it_may_differ(
     is_dearer = (lost.cost, place) > (recommended.cost, places[recommended.trial.trial_id])
     if strict or recommendation.why_not_compared or is_dearer:
         return None
-    return "it is smaller, and may be tied with the best; its row scores are unreadable (`best --strict` ignores ties)"
+    return "it is no larger, and its damage hides whether it is tied with the best (`best --strict` ignores ties)"
 
 
 def pareto(candidates: Sequence[Candidate], objectives: dict[str, Mode]) -> list[Candidate]:

@@ -88,7 +88,7 @@ def _require_extensible(info: SweepInfo, num_trials: int) -> None:
     """Raise RequestError if a sweep cannot have this total number of trials."""
     search, scheduler = info.spec.search, info.spec.scheduler
     if info.is_single_trial or not search.space:
-        raise RequestError("--trials: this experiment searches nothing and has one trial; give it a search.space")
+        raise RequestError("--trials: nothing is searched here, there is one trial; start a sweep over a search.space")
     if search.algorithm == "grid":
         raise RequestError("--trials: a grid tries each of its points once; start a new sweep over another space")
     if isinstance(scheduler, Brackets | Population):

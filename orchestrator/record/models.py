@@ -1,13 +1,28 @@
 """The records that a sweep leaves on disk, as pydantic models."""
 
+import re
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.words import counted
+
+EARLIER_NAMES = {
+    "alone": "not_packed_reason",
+    "overshoot": "extra_steps",
+    "dequantise": "dequantize",
+    "training.dequantise": "training.dequantize",
+}
+"""Keys of records as earlier versions wrote them -> their names today."""
+
+
+def with_current_names(document: str) -> str:
+    """Return a JSON document of a record with today's names for its keys."""
+    keys = "|".join(map(re.escape, EARLIER_NAMES))
+    return re.sub(rf'"({keys})"(?=\s*:)', lambda key: f'"{EARLIER_NAMES[key[1]]}"', document)
 
 
 class Record(BaseModel):
@@ -82,10 +97,6 @@ class RowScores(Record):
         return values | ({"eval/exact_match": sum(self.answers) / len(self.answers)} if self.answers else {})
 
 
-EARLIER_NAMES = {"alone": "not_packed_reason", "overshoot": "extra_steps"}
-"""Fields of `TrialResult` as records of earlier versions name them -> their names today."""
-
-
 class TrialResult(Record):
     """The state of one trial: so far (progress.json), or final (result.json)."""
 
@@ -152,13 +163,6 @@ class TrialResult(Record):
     def num_parameters(self) -> int | None:
         """Trainable parameters of the adapter; None if the trial ended before they were read back."""
         return self.applied.get("num_trainable_parameters")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_earlier_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {EARLIER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 class SourceRows(Record):

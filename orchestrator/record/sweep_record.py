@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from orchestrator.errors import RecordError
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
-from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState
+from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState, with_current_names
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.spec import TrialConfig
 
@@ -157,6 +157,6 @@ def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | Bud
 
 def _read(model: type[_T], path: Path) -> _T:
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(with_current_names(path.read_text(encoding="utf-8")))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: the record is damaged or from another version: {error}") from error
+        raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error

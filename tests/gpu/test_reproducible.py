@@ -36,7 +36,7 @@ def test_a_resumed_trial_has_the_same_bits_as_an_uninterrupted_one(setting: Sett
     ("override", "reason"),
     [
         ("training.engine=trl", "but training.engine is trl"),
-        ("lora.dora=true", "which cannot hold lora.dora"),
+        ("lora.dora=true", "which does not support lora.dora"),
     ],
 )
 def test_a_trial_that_cannot_be_reproducible_is_refused(tmp_path: Path, override: str, reason: str) -> None:

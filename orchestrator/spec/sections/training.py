@@ -83,10 +83,6 @@ LEFT_OUT_LOSSES = {"chunked_nll": f"{_SAME.format('nll')}, which trl computes in
 """Losses of trl 1.16 that are not offered, and why."""
 
 
-EARLIER_NAMES = {"dequantise": "dequantize"}
-"""Fields of `TrainingSection` as records of earlier versions name them -> their names today."""
-
-
 class TrainingSection(Section):
     """Optimization of one trial. Steps are optimizer steps."""
 
@@ -167,13 +163,6 @@ class TrainingSection(Section):
     """Round the factors of float32 products to 10 bits (Ampere GPUs and later)."""
     adapter_dtype: Annotated[Literal["float32", "bfloat16"], ENGINES] = "float32"
     """Type of the adapter's weights. (TRL's own default is bfloat16 on a quantized base.)"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_earlier_names(cls, written: Any) -> Any:
-        if not isinstance(written, dict):
-            return written
-        return {EARLIER_NAMES.get(name, name): value for name, value in written.items()}
 
     @field_validator("optimizer", "schedule", "loss", mode="before")
     @classmethod

@@ -58,7 +58,7 @@ def find_slot(config: TrialConfig, inputs: TrialInputs) -> EngineSlot | str | No
     if config.training.reproducible and torch.cuda.is_available():
         raise TrialError(
             "training.reproducible: on a GPU this needs the fast engine, "
-            + ("but training.engine is trl" if reason is None else f"which cannot hold {reason}"),
+            + ("but training.engine is trl" if reason is None else f"which does not support {reason}"),
             "Set training.reproducible: false, or change what keeps the trial from the fast engine.",
         )
     release(inputs.base)  # frees the memory of an earlier trial's engine

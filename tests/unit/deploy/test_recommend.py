@@ -206,13 +206,18 @@ def test_a_damaged_best_adapter_is_reported_and_the_next_one_recommended(
     [
         ("a", (500, 500, 500), True, "it has the best value"),
         ("a", (500, 500, 500), False, "it has the best value"),
-        ("c", (500, 500, 400), False, "its row scores are unreadable (`best --strict` ignores ties)"),
+        (
+            "c",
+            (500, 500, 400),
+            False,
+            "its damage hides whether it is tied with the best (`best --strict` ignores ties)",
+        ),
         ("c", (500, 500, 400), True, None),
         ("c", (500, 500, 500), False, None),  # tied or not: of equal sizes the better value wins
         ("c", (500, 500, 600), False, None),
         ("c", (500, 500, None), False, None),
         ("b", (500, 450, 400), False, None),  # c is tied with the leader and even smaller
-        ("b", (500, 300, 400), False, "its row scores are unreadable"),
+        ("b", (500, 300, 400), False, "its damage hides whether it is tied with the best"),
     ],
 )
 def test_damage_matters_only_if_the_choice_may_depend_on_it(

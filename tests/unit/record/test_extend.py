@@ -67,7 +67,7 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
     ("search", "num_trials", "budget", "message"),
     [
         ({}, 4, [], "--trials 4: the sweep already has 4; give the total number, not the difference"),
-        ({"space": {}}, 6, [], "--trials: this experiment searches nothing"),
+        ({"space": {}}, 6, [], "--trials: nothing is searched here"),
         (
             {"algorithm": "grid", "num_trials": None, "space": RANKS},
             6,

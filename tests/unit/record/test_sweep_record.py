@@ -237,3 +237,12 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, make_sweep: Make
     result = read_result(paths)
     assert (result.not_packed_reason, result.extra_steps) == ("the layers differ", 3)
     assert result.config.training.dequantize == "once"
+
+
+def test_a_sweep_over_a_field_with_an_earlier_name_is_read(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "s", EVERY_STATE)
+    info = json.loads(paths.sweep.read_text())
+    info["spec"]["search"]["space"]["training.dequantise"] = {"choice": ["once", "per_layer"]}
+    del info["spec"]["search"]["num_trials"]
+    paths.sweep.write_text(json.dumps(info))
+    assert "training.dequantize" in read_sweep(paths.root).info.spec.search.space

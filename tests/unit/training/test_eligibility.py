@@ -141,6 +141,8 @@ def test_leftovers_in_config_files_are_accepted() -> None:
     leftovers = {"is_llama_config": True, "rope_interleaved": False, "torchscript": False, "unsloth_fixed": True}
     config = LlamaConfig(**SIZES, **leftovers, not_set=None)
     assert unsupported_shape(model_of(config), LONGEST) is None
+    config = Qwen2Config(**SIZES, use_mrope=False, is_decoder=False, tie_encoder_decoder=False)
+    assert unsupported_shape(model_of(config), LONGEST) is None
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

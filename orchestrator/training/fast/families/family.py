@@ -47,8 +47,10 @@ USED_FIELDS = frozenset(
 FIXED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "hidden_act": ("silu",),
+    "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "rope_interleaved": (False,),
+    "tie_encoder_decoder": (False,),
 }
 
 HARMLESS_FIELDS = frozenset(

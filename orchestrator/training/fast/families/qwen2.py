@@ -3,9 +3,11 @@
 Eligibility refuses a window shorter than the longest row, whichever layers have it, so that all layers attend alike.
 """
 
-from orchestrator.training.fast.families.family import USED_FIELDS, Family
+from orchestrator.training.fast.families.family import FIXED_FIELDS, USED_FIELDS, Family
 
 QWEN2 = Family(
     model_type="qwen2",
+    # Left in config.json by earlier versions of the hub's files; transformers 5.23 does not read it.
+    fixed_fields={**FIXED_FIELDS, "use_mrope": (False,)},
     used_fields=USED_FIELDS | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
 )
