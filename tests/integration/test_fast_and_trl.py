@@ -8,7 +8,7 @@ import torch
 from both_engines import FEW_ROWS, Trained, assert_same, difference, largest, train
 from safetensors.torch import load_file
 
-from orchestrator.training.fast.plan import factory
+from orchestrator.training.fast.plan import memory_plan
 from orchestrator.training.fast.step.engine import Engine
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ SETTINGS = {
 def test_a_few_steps_equal_those_of_sfttrainer(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
     if setting.endswith("passes"):
-        monkeypatch.setattr(factory, "CPU_TOKENS", 150)
+        monkeypatch.setattr(memory_plan, "CPU_TOKENS", 150)
         run = Engine._compute
 
         def counted(*arguments: Any) -> Any:
