@@ -1,5 +1,6 @@
 """The documentation agrees with the code: commands, messages, links, terms and examples."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -16,6 +17,8 @@ DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = sorted((DOCS / "guide").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PLACEHOLDERS = r"\b(?:FILE|FOLDER|FIELD|NAME|VALUE|ADDRESS|N|M)\b"
+"""Words of the troubleshooting page that stand for a value in a message."""
 EXIT_CODES = {0, 1, 2, 3, 74, 129, 130, 143}
 
 
@@ -100,6 +103,39 @@ def test_troubleshooting_describes_every_error_class_and_exit_code() -> None:
         assert getattr(error, "exit_code", 1) in EXIT_CODES
     for page in ("troubleshooting.md", "guide/commands.md"):
         assert {int(code) for code in re.findall(r"^\| (\d+) \|", read(page), flags=re.MULTILINE)} >= EXIT_CODES
+
+
+def messages_of_the_code() -> str:
+    """Return all string constants of the package except docstrings, one a line; `...` replaces f-string values."""
+    found = []
+    for path in sorted((ROOT / "orchestrator").rglob("*.py")):
+        excluded: set[int] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Expr):
+                excluded.add(id(node.value))
+            elif isinstance(node, ast.JoinedStr):
+                excluded.update(map(id, node.values))
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in excluded:
+                found.append(node.value)
+    return "\n".join(message.replace("\n", " ") for message in found)
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    messages = messages_of_the_code() + "\n" + (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = read("troubleshooting.md")
+    tables = re.findall(r"^\| message \| cause \| what to do \|\n\| --- .*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    cells = [row.split(" | ")[0].removeprefix("| ") for table in tables for row in table.splitlines()]
+    assert len(cells) > 100
+    assert [cell for cell in cells if not re.fullmatch(r"`[^`]+`(; `[^`]+`)*", cell)] == []
+    phrases = [phrase for cell in cells for phrase in re.findall(r"`([^`]+)`", cell)]
+    parts = {phrase: re.split(PLACEHOLDERS, phrase) for phrase in phrases}
+    assert [phrase for phrase in phrases if max(map(len, parts[phrase])) < 8] == []  # too short to find a message
+    value = rf"(?:\.\.\.|{PLACEHOLDERS})"
+    patterns = {phrase: value.join(map(re.escape, parts[phrase])) for phrase in phrases}
+    assert [phrase for phrase in phrases if not re.search(patterns[phrase], messages)] == []
 
 
 def test_troubleshooting_names_every_extra() -> None:
