@@ -3,8 +3,7 @@
 Five ideas, in the order of this file. The rows follow one another in a *flat batch*, not padded to each other's length.
 Every trial has a *slot* in stacked LoRA matrices. *Dropout masks* come from a hash, so they do not depend on other
 trials. The *backward pass is written by hand*, because only A and B train. Each slot has its own optimizer step.
-`orchestrator/training/fast` does the same with real models, NF4 weights, Triton kernels and CUDA graphs. Run this file
-to see three trials train together.
+`orchestrator/training/fast` does the same for real models. Run this file to see three trials train together.
 
 Shapes: T tokens of a flat batch, S slots, H hidden size, V vocabulary, R stack rank (the largest rank of the slots,
 rounded up to a power of two; here simply the largest).
