@@ -1,11 +1,12 @@
-"""The fast engine, small: many LoRA adapters on one frozen base, trained in one pass without padding.
+"""A small version of the fast engine: it trains many LoRA adapters on one frozen base in one pass.
 
-Five ideas, in the order of this file: rows are laid end to end in a *flat batch*; every trial owns a *slot* in stacked
-LoRA matrices; *dropout masks* come from a hash, so that neighbors and places change nothing; the *backward pass is
-written out*, because only A and B train; and each slot has its own optimizer step. `orchestrator/training/fast` is the
-same with real models, NF4 weights, Triton kernels and CUDA graphs. Run this file to see three trials train together.
+Five ideas, in the order of this file. The rows follow one another in a *flat batch*, not padded to each other's length.
+Every trial has a *slot* in stacked LoRA matrices. *Dropout masks* come from a hash, so they do not depend on other
+trials. The *backward pass is written by hand*, because only A and B train. Each slot has its own optimizer step.
+`orchestrator/training/fast` does the same for real models. Run this file to see three trials train together.
 
-Shapes: T tokens of a flat batch, S slots, H hidden size, V vocabulary, R stack rank (the largest of all adapters).
+Shapes: T tokens of a flat batch, S slots, H hidden size, V vocabulary, R stack rank (the largest rank of the slots,
+rounded up to a power of two; here simply the largest).
 """
 
 from dataclasses import dataclass
@@ -15,21 +16,21 @@ from torch import Tensor
 from torch.nn.functional import silu, softmax
 
 TILE = 4
-"""Tokens. A slot's span is a whole number of tiles, so that a kernel's block of tokens never mixes two adapters."""
+"""Tokens. All tokens of a tile belong to one slot, so each program of a kernel works for one adapter."""
 
 
-# 1. The flat batch: no padding between rows, only at the end of a slot's span.
+# 1. The flat batch: rows are not padded; only the end of a span (one slot's part of the batch) is filled.
 @dataclass
 class FlatBatch:
     tokens: Tensor  # (T,)
-    targets: Tensor  # (T,): the next token, or -1 where nothing is learned
+    targets: Tensor  # (T,): the next token, or -1 for tokens without a loss
     cu_seqlens: list[int]  # sequence i covers tokens cu_seqlens[i] to cu_seqlens[i + 1]
     slot_ids: Tensor  # (T,): the slot that each token belongs to
-    positions: Tensor  # (T,): number of the token in its slot's span, which is what dropout depends on
+    positions: Tensor  # (T,): index of the token in its slot's span; dropout depends on it
 
 
 def flat_batch(rows: dict[int, list[list[int]]]) -> FlatBatch:
-    """Lay the rows of each slot end to end. A filler sequence completes the last tile of a slot."""
+    """Join the rows of each slot, one after another. A filler sequence completes the last tile of a slot."""
     tokens, targets, cu_seqlens, slot_ids, positions = [], [], [0], [], []
     for slot, of_slot in rows.items():
         start, filler = len(tokens), [0] * (-sum(map(len, of_slot)) % TILE)
@@ -42,7 +43,7 @@ def flat_batch(rows: dict[int, list[list[int]]]) -> FlatBatch:
     return FlatBatch(*map(torch.tensor, (tokens, targets)), cu_seqlens, *map(torch.tensor, (slot_ids, positions)))
 
 
-# 2. Slots: the adapters of all trials, stacked. A smaller rank is the stack's rank with zeros, and zeros stay zeros.
+# 2. Slots: the adapters of all trials, stacked. Smaller ranks are filled with zeros, which training does not change.
 class Slots:
     def __init__(self, base: "Base", ranks: list[int], rates: list[float], dropouts: list[float], alpha: float = 16):
         self.a: dict[str, Tensor] = {}  # (S, R, in)
@@ -53,7 +54,7 @@ class Slots:
             for slot, rank in enumerate(ranks):
                 drawn = torch.randn(rank, weight.shape[1], generator=torch.Generator().manual_seed(slot))
                 self.a[name][slot, :rank] = drawn / weight.shape[1] ** 0.5
-        self.scale = torch.tensor([alpha / rank for rank in ranks])  # what differs between trials is data: (S,) each
+        self.scale = torch.tensor([alpha / rank for rank in ranks])  # values that differ between trials: (S,) each
         self.rate, self.dropout, self.seed = torch.tensor(rates), torch.tensor(dropouts), torch.arange(len(ranks))
         self.step = torch.zeros(len(ranks), dtype=torch.long)
         self.moments = {key: torch.zeros(2, *value.shape, dtype=value.dtype) for key, value in self.parameters()}
@@ -62,9 +63,9 @@ class Slots:
         return [((kind, name), value) for kind in "ab" for name, value in getattr(self, kind).items()]
 
 
-# 3. Dropout by a hash of (seed, step, module, token, feature): the same alone and beside others, and never stored.
+# 3. Dropout by a hash of (seed, step, module, token, feature): independent of other trials, and never stored.
 def mixed(value: Tensor) -> Tensor:
-    """Mix the lowest 32 bits, by the constants of github.com/skeeto/hash-prospector."""
+    """Mix the lowest 32 bits, with constants from github.com/skeeto/hash-prospector."""
     value = ((value ^ (value >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     value = ((value ^ (value >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return value ^ (value >> 15)
@@ -78,7 +79,7 @@ def dropout_mask(batch: FlatBatch, slots: Slots, module: int, features: int) -> 
     return (word / 2**32 >= p) / (1 - p)
 
 
-# 4. The model, forward and backward. The base is frozen, so the backward pass needs one product a linear layer.
+# 4. The model, forward and backward. The base is frozen, so the backward pass needs one product per linear layer.
 class Base:
     """Two decoder layers with one attention head: `h += o(attention(qkv(h)))`, then `h += down(silu(up(h)))`."""
 
@@ -96,7 +97,7 @@ class Pass:
     def __init__(self, base: Base, slots: Slots, batch: FlatBatch):
         self.base, self.slots, self.batch = base, slots, batch
         self.gradients = {key: torch.zeros_like(value) for key, value in slots.parameters()}
-        self.saved: dict[str, tuple[Tensor, ...]] = {}  # what the backward pass needs of the forward pass
+        self.saved: dict[str, tuple[Tensor, ...]] = {}  # tensors of the forward pass for the backward pass
         self.counts = torch.bincount(batch.slot_ids[batch.targets >= 0], minlength=len(slots.rate))
 
     def forward(self) -> Tensor:
@@ -113,7 +114,7 @@ class Pass:
         return sums / self.counts.clamp(min=1)
 
     def backward(self) -> None:
-        """Fill `gradients` with those of every slot's own loss: no slot's loss depends on another slot's A and B."""
+        """Compute `gradients` of each slot's loss. No slot's loss depends on the A and B of another slot."""
         (logits,) = self.saved["logits"]
         d_logits = softmax(logits, -1)
         learned = self.batch.targets >= 0
@@ -132,13 +133,13 @@ class Pass:
         """Return x W^T + scale * dropout(x) A^T B^T, with the A and B of each token's slot."""
         s, ids = self.slots, self.batch.slot_ids
         mask = dropout_mask(self.batch, s, list(self.base.linears).index(name), x.shape[1])
-        lora_hidden = torch.einsum("ti,tri->tr", x * mask, s.a[name][ids])  # a kernel reads A once for a whole tile
+        lora_hidden = torch.einsum("ti,tri->tr", x * mask, s.a[name][ids])  # a kernel reads A once per tile
         self.saved[name] = (x, mask, lora_hidden)
         lora = torch.einsum("tr,tor->to", lora_hidden, s.b[name][ids])
         return x @ self.base.linears[name].T + s.scale[ids, None] * lora
 
     def linear_backward(self, name: str, dy: Tensor) -> Tensor:
-        """Add to the gradients of A and B, and return dx. W is frozen: its gradient is never made."""
+        """Add to the gradients of A and B, and return dx. W is frozen, so its gradient is not computed."""
         (x, mask, lora_hidden), s, ids = self.saved[name], self.slots, self.batch.slot_ids
         scaled = s.scale[ids, None] * dy
         d_hidden = torch.einsum("to,tor->tr", scaled, s.b[name][ids])
@@ -169,7 +170,7 @@ class Pass:
         return torch.cat(d_qkv)
 
 
-# 5. AdamW for every slot that had a batch (arXiv 1711.05101, without decay), each with its own step and rate.
+# 5. AdamW (arXiv 1711.05101, without weight decay) for each slot with a batch, with its own step and learning rate.
 def update(slots: Slots, gradients: dict[tuple[str, str], Tensor], counts: Tensor) -> None:
     slots.step += counts > 0
     active, rate, step = (each.view(-1, 1, 1) for each in (counts > 0, slots.rate, slots.step.clamp(min=1)))
@@ -181,7 +182,7 @@ def update(slots: Slots, gradients: dict[tuple[str, str], Tensor], counts: Tenso
 
 
 def train_step(base: Base, slots: Slots, rows: dict[int, list[list[int]]]) -> Tensor:
-    """Make one step of every slot that has rows; return the losses before it: (S,)."""
+    """Make one step for every slot that has rows. Return the losses before the step: (S,)."""
     step = Pass(base, slots, flat_batch(rows))
     losses = step.forward()
     step.backward()
