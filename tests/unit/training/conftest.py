@@ -26,6 +26,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture
+def seed() -> None:
+    """Seed PyTorch's random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def make_rows() -> MakeRows:
     """`make_rows(5, 9, seed=1)`: rows of these lengths. Their first two tokens have no loss."""
 
