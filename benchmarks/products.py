@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.timing import capture, time_graph
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.ops.protocol import Ops, ops_for
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
@@ -128,8 +129,6 @@ def make_batch(slots: int, tokens: int, tile: int, device: torch.device) -> Flat
 def milliseconds(run: Callable[[], Any], on_gpu: bool) -> float:
     """Return the median of a call."""
     if on_gpu:
-        from benchmarks.parts import capture, time_graph
-
         return time_graph(capture(run), REPEATS)
     run()
     times = []
