@@ -11,7 +11,7 @@ Triton only.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.random_model import SHAPES, VOCABULARY, make_model, random
 from benchmarks.timing import capture, time_calls, time_graph
+from orchestrator.training.fast.families.family import GROUPS
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.protocol import LmHead
 from orchestrator.training.fast.ops.triton import kernels
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
-from orchestrator.training.fast.step.decoder import GROUPS, Decoder, PassInputs, adapted_layers
+from orchestrator.training.fast.step.decoder import Decoder, PassInputs, adapted_layers
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
 LONGEST, RANK = 512, 16
@@ -83,7 +84,7 @@ class Bench:
     def __init__(self, model: Any, batch: FlatBatch, slots: int) -> None:
         self.batch, self.slots = batch, slots
         self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps_base=True)
-        self.config: AttentionConfig = self.decoder._layers[0]._config
+        self.config = self.decoder._layers[0]._config
         self.layers: Any = model.model.layers
         self.head: torch.Tensor = model.get_output_embeddings().weight
         names = [
@@ -165,8 +166,8 @@ class Bench:
         roots = lambda: torch.rand(tokens, device="cuda")  # noqa: E731
         yield part("add_norm_backward", norms, 8 * tokens * hidden, None, states, states, states, roots, norm_weight)
         gate_up, product = lambda: random(tokens, 2 * inner), lambda: random(tokens, inner)
-        yield part("swiglu", layers, 6 * tokens * inner, None, gate_up)
-        yield part("swiglu_backward", layers, 10 * tokens * inner, None, product, gate_up)
+        yield part("glu", layers, 6 * tokens * inner, None, gate_up, lambda: "silu")
+        yield part("glu_backward", layers, 10 * tokens * inner, None, product, gate_up, lambda: "silu")
 
     def _attention(self) -> Iterator[Part]:
         batch, config, tokens, layers = self.batch, self.config, self.batch.num_tokens, len(self.layers)
@@ -174,9 +175,7 @@ class Bench:
             config.num_heads * config.head_dim,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
         )
-        wide = AttentionConfig(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.cos.float(), config.sin.float()
-        )
+        wide = replace(config, cos=config.cos.float(), sin=config.sin.float())
 
         def compare(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             expected = reference.attention(qkv.float(), batch, wide)[0]
@@ -240,7 +239,11 @@ class Bench:
         for index, leaves in enumerate(GROUPS):
             group = ours.groups[index]
             assert group is not None
-            features, width, name = group.in_features, group.out_features, " ".join(leaf[:-5] for leaf in leaves)
+            features, width, name = (
+                group.in_features,
+                group.out_features,
+                " ".join(leaf.rpartition(".")[2][:-5] for leaf in leaves),
+            )
 
             def inputs(at: int, index: int = index, features: int = features, width: int = width) -> Sequence[Any]:
                 group = ours.groups[len(GROUPS) * (at % layers) + index]
@@ -282,9 +285,9 @@ class Bench:
         yield Part(
             "cross_entropy", 1, 8 * tokens * vocabulary + 4 * vocabulary * hidden, 4 * tokens * vocabulary * hidden,
             lambda _: [random(tokens, hidden)],
-            lambda states: kernels.cross_entropy(states, self.head, batch, True),
+            lambda states: kernels.cross_entropy(states, LmHead(self.head), batch, True),
             lambda states: tuple(
-                ops.cross_entropy(states, self.head, batch, True)[2] for ops in (kernels, reference)
+                ops.cross_entropy(states, LmHead(self.head), batch, True)[2] for ops in (kernels, reference)
             ),
         )  # fmt: skip
         yield Part(

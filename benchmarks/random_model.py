@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.step.decoder import GROUPS
-
 SHAPES = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}
 """Hidden size, inner size of the MLP, layers, query heads, key heads."""
 
@@ -25,12 +23,10 @@ def make_model(hidden: int, inner: int, num_layers: int, heads: int, keys: int) 
 
     def decoder_layer() -> Any:
         layer = torch.nn.Module()
-        layer.self_attn = torch.nn.ModuleDict(
-            {name: module(width, hidden) for name, width in zip(GROUPS[0], (hidden, narrow, narrow), strict=True)}
-            | {"o_proj": module(hidden, hidden)}
-        )
+        widths = {"q_proj": hidden, "k_proj": narrow, "v_proj": narrow, "o_proj": hidden}
+        layer.self_attn = torch.nn.ModuleDict({name: module(width, hidden) for name, width in widths.items()})
         layer.mlp = torch.nn.ModuleDict(
-            {name: module(inner, hidden) for name in GROUPS[2]} | {"down_proj": module(hidden, inner)}
+            {"gate_proj": module(inner, hidden), "up_proj": module(inner, hidden), "down_proj": module(hidden, inner)}
         )
         layer.input_layernorm, layer.post_attention_layernorm = module(hidden), module(hidden)
         return layer
@@ -41,6 +37,8 @@ def make_model(hidden: int, inner: int, num_layers: int, heads: int, keys: int) 
         return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
 
     config = SimpleNamespace(
+        model_type="llama",
+        rope_parameters={"rope_type": "default"},
         num_attention_heads=heads,
         num_key_value_heads=keys,
         hidden_size=hidden,

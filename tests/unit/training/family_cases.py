@@ -4,13 +4,14 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 90, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1, 1.5, 2.0], "long_factor": [4.0] * 3,
-            "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1, 1.2, 1.3, 1.5, 2.0, 3.0],
+            "long_factor": [4.0] * 6, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64}  # fmt: skip
 BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}  # fmt: skip
 
@@ -24,14 +25,14 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
         config("qwen2", num_key_value_heads=1, tie_word_embeddings=True, use_sliding_window=True, **WINDOW),
         "nf4",
     ),
-    "mistral with wide heads and a window": (config("mistral", head_dim=16, sliding_window=5), "none"),
+    "mistral with wide heads and a window": (config("mistral", head_dim=32, sliding_window=5), "none"),
     "llama with all biases and scaled positions": (
         config("llama", attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
         "none",
     ),
-    "ministral": (config("ministral", head_dim=8, **WINDOW), "none"),
-    "ministral3": (config("ministral3", head_dim=8), "none"),
-    "qwen3 with wide heads and biases, nf4": (config("qwen3", head_dim=16, attention_bias=True), "nf4"),
+    "ministral": (config("ministral", head_dim=16, **WINDOW), "none"),
+    "ministral3": (config("ministral3", head_dim=16), "none"),
+    "qwen3 with wide heads and biases, nf4": (config("qwen3", head_dim=32, attention_bias=True), "nf4"),
     "qwen3 with a window": (config("qwen3", head_dim=16, use_sliding_window=True, **WINDOW), "none"),
     "smollm3 with a layer without positions": (config("smollm3", no_rope_layers=[1, 0]), "none"),
     "phi3 with heads that are rotated in part, nf4": (

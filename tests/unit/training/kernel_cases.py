@@ -23,7 +23,8 @@ from orchestrator.training.fast.ops.triton.launch import MANY_SLOTS
 
 PACKAGE = "orchestrator.training.fast.ops.triton"
 LEAVES = (
-    "launch", "lora_common", "lora_forward", "lora_backward", "attention", "adamw", "norm_swiglu_ce", "kernels",
+    "launch", "lora_common", "lora_forward", "lora_backward", "attention_common", "attention", "adamw", "norm_glu_ce",
+    "qk_norm", "kernels",
 )  # fmt: skip
 MODULES = [f"{PACKAGE}.{leaf}" for leaf in LEAVES]
 ON_GPU = torch.cuda.is_available()

@@ -1,6 +1,7 @@
 """Each Triton kernel computes what `reference` does. `test_kernels_update.py` tests the kernel of AdamW."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,44 +26,94 @@ from kernel_cases import (
 )
 
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import AdaptedLayer
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 pytestmark = pytest.mark.usefixtures("seed")
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("delta", [True, False])
-def test_add_norm(delta: bool) -> None:
-    states, weight = random(5, 100), random(100)
+def test_add_norm(delta: bool, wide: bool) -> None:
+    states, weight = random(5, 100), random(100, dtype=torch.float32 if wide else DTYPE)
     added = random(5, 100) if delta else None
     ours = kernels.add_norm(states, added, weight, 1e-5)
     for value, exact in zip(ours, reference.add_norm(states, added, weight, 1e-5), strict=True):
         assert_close(value, exact)
+        assert value.dtype == exact.dtype
 
 
-def test_add_norm_backward() -> None:
-    gradient, dnormed, states, weight = random(5, 100), random(5, 100), random(5, 100), random(100)
-    root = reference.add_norm(states, None, weight, 1e-5)[2]
-    inputs = (gradient, dnormed, states, root, weight)
-    assert_close(kernels.add_norm_backward(*inputs), reference.add_norm_backward(*inputs))
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("residual", [True, False])
+def test_add_norm_backward(residual: bool, wide: bool) -> None:
+    dnormed, states, weight = random(5, 100), random(5, 100), random(100, dtype=torch.float32 if wide else DTYPE)
+    rstd = reference.add_norm(states, None, weight, 1e-5)[2]
+    inputs = (random(5, 100) if residual else None, dnormed, states, rstd, weight)
+    ours, exact = kernels.add_norm_backward(*inputs), reference.add_norm_backward(*inputs)
+    assert_close(ours, exact)
+    assert ours.dtype == exact.dtype
 
 
-def test_swiglu_and_its_backward() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu_and_its_backward(activation: Any) -> None:
     gate_up, gradient = random(5, 2 * 1100), random(5, 1100)
-    assert_close(kernels.swiglu(gate_up), reference.swiglu(gate_up))
-    assert_close(kernels.swiglu_backward(gradient, gate_up), reference.swiglu_backward(gradient, gate_up))
+    assert_close(kernels.glu(gate_up, activation), reference.glu(gate_up, activation))
+    exact = reference.glu_backward(gradient, gate_up, activation)
+    assert_close(kernels.glu_backward(gradient, gate_up, activation), exact)
 
 
-@pytest.mark.parametrize("queries", [2, 6])
-@pytest.mark.parametrize("make", BATCHES)
-def test_attention_and_its_backward(make: Callable[[], FlatBatch], queries: int) -> None:
-    batch, size = make(), 32
-    angles = torch.arange(100, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 3, size // 2, device=DEVICE)
+@pytest.mark.parametrize(("heads", "size"), [((6, 2), 32), ((3, 3), 80)])
+@pytest.mark.parametrize("over_all_heads", [False, True])
+def test_qk_norm_and_its_backward(heads: tuple[int, int], size: int, over_all_heads: bool) -> None:
+    queries, keys = heads
+    config = make_config(queries, keys, size)
+    q_weight, k_weight = (random(size * (count if over_all_heads else 1), dtype=torch.float32) for count in heads)
+    qkv, gradient = (random(5, (queries + 2 * keys) * size) for _ in range(2))
+    normed, rstd = kernels.qk_norm(qkv, q_weight, k_weight, 1e-6, config)
+    exact, exact_rstd = reference.qk_norm(qkv, q_weight, k_weight, 1e-6, config)
+    assert_close(normed, exact)
+    assert_close(rstd, exact_rstd)
+    assert torch.equal(normed[:, -keys * size :], qkv[:, -keys * size :]), "values stay as they are"
+    ours = gradient.clone()
+    kernels.qk_norm_backward_(ours, qkv, exact_rstd, q_weight, k_weight, config)
+    reference.qk_norm_backward_(gradient, qkv, exact_rstd, q_weight, k_weight, config)
+    assert_close(ours, gradient)
+
+
+def make_config(queries: int, keys: int, size: int, rotary: int | None = None, **settings: Any) -> AttentionConfig:
+    """Make a configuration with angles for 100 positions. `rotary` features are rotated, by default all."""
+    half = (rotary or size) // 2
+    angles = torch.arange(100, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 3, half, device=DEVICE)
     angles = torch.cat((angles, angles), 1)
-    config = AttentionConfig(queries, 2, size, angles.cos().to(DTYPE), angles.sin().to(DTYPE))
-    wide = AttentionConfig(queries, 2, size, config.cos.float(), config.sin.float())
-    qkv, gradient = random(batch.num_tokens, (queries + 4) * size), random(batch.num_tokens, queries * size)
+    settings = {"scale": size**-0.5} | settings
+    return AttentionConfig(queries, keys, size, angles.cos().to(DTYPE), angles.sin().to(DTYPE), **settings)
+
+
+CONFIGS = {
+    "as many keys": make_config(2, 2, 32),
+    "shared keys": make_config(6, 2, 32),
+    "a window": make_config(6, 2, 32, window=11),
+    "a window of one token": make_config(2, 2, 32, window=1),
+    "a cap": make_config(6, 2, 32, softcap=1.5),
+    "a scale, a window and a cap": make_config(4, 1, 32, scale=0.4, window=20, softcap=2.0),
+    "rotated in part": make_config(2, 2, 32, rotary=24),
+    "heads of 48, rotated in part": make_config(2, 1, 48, rotary=20),
+    "heads of 80": make_config(2, 2, 80),
+    "heads of 96, a window": make_config(6, 2, 96, window=30),
+    "heads of 128": make_config(2, 1, 128),
+    "heads of 256, a window": make_config(4, 2, 256, window=30),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("make", BATCHES)
+def test_attention_and_its_backward(make: Callable[[], FlatBatch], name: str) -> None:
+    batch, config = make(), CONFIGS[name]
+    wide = replace(config, cos=config.cos.float(), sin=config.sin.float())
+    heads = config.num_heads + 2 * config.num_kv_heads
+    qkv = random(batch.num_tokens, heads * config.head_dim)
+    gradient = random(batch.num_tokens, config.num_heads * config.head_dim)
     output, saved = kernels.attention(qkv.clone(), batch, config)
     exact, reference_saved = reference.attention(qkv.float(), batch, wide)
     assert_close(output, exact)
@@ -73,7 +124,7 @@ def test_attention_and_its_backward(make: Callable[[], FlatBatch], queries: int)
 def test_attention_does_not_spread_nan_to_other_sequences() -> None:
     batch = several_slots()
     angles = torch.zeros(100, 32, device=DEVICE, dtype=DTYPE)
-    config = AttentionConfig(2, 2, 32, angles, angles)
+    config = AttentionConfig(2, 2, 32, angles, angles, 1.0)
     qkv, gradient = random(batch.num_tokens, 6 * 32), random(batch.num_tokens, 2 * 32)
     sick = (batch.tile_slots == 2).repeat_interleave(kernels.TILE)
     qkv[sick] = float("nan")
@@ -190,20 +241,24 @@ def test_nan_in_a_slot_does_not_reach_other_slots() -> None:
     assert ours.gradients[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize(("divisor", "softcap"), [(1.0, None), (3.0, None), (1.0, 5.0), (0.5, 8.0)])
 @pytest.mark.parametrize("max_logits", [1 << 26, 50 * 4200])
-def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, max_logits: int) -> None:
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, max_logits: int, divisor: float, softcap: float | None) -> None:
     monkeypatch.setitem(kernels.cross_entropy.__globals__, "MAX_LOGITS", max_logits)
     batch = make_batch({1: [30], 0: [20]}, 2, 2, loss_weight={0: 0.3, 1: 0.01})
     states, head = random(batch.num_tokens, 32), random(4200, 32)
     with torch.no_grad():  # so that some targets are the likeliest
         head[batch.targets[:10].clamp(min=0).long()] = states[:10]
-    logits = states @ head.T  # as the kernel rounds them
+    logits = (states @ head.T).float() / divisor  # as the kernel rounds them
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    lm_head = LmHead(head, divisor, softcap)
     for trains in (True, False):
-        losses, hits, gradient = kernels.cross_entropy(states, head, batch, trains)
-        expected_losses, expected_hits, expected = reference.cross_entropy(states, head, batch, trains)
+        losses, hits, gradient = kernels.cross_entropy(states, lm_head, batch, trains)
+        expected_losses, expected_hits, expected = reference.cross_entropy(states, lm_head, batch, trains)
         assert_close(losses, expected_losses)
-        likeliest = (logits.float().argmax(-1) == batch.targets) if ON_GPU else expected_hits.bool()
-        assert torch.equal(hits.bool(), likeliest)
+        likeliest = (logits.argmax(-1) == batch.targets) if ON_GPU else expected_hits.bool()
+        if softcap is None or not ON_GPU:  # near the cap, the last bits of tanh decide
+            assert torch.equal(hits.bool(), likeliest)
         assert hits.any()
         assert (losses[batch.targets == -100] == 0).all()
         if trains:
@@ -219,7 +274,7 @@ def test_of_equally_likely_tokens_the_first_counts() -> None:
     likeliest, index = logits == logits.max(1, keepdim=True).values, torch.arange(100, device=DEVICE)
     first, last = (likeliest * (100 - index)).argmax(1), (likeliest * (1 + index)).argmax(1)
     batch.targets[:20], batch.targets[20:40] = first[:20].int(), last[20:40].int()
-    hits = kernels.cross_entropy(states, head, batch, False)[1]
+    hits = kernels.cross_entropy(states, LmHead(head), batch, False)[1]
     assert hits[:20].all()
     assert torch.equal(hits[20:40].bool(), (first == last)[20:40])
     assert not hits[20:40].all()

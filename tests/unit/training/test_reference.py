@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from reference_cases import DOUBLE, GROUPS, assert_close, make_adapters, random
 
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters
 from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch, Span, TokenizedRows
 
@@ -41,22 +42,39 @@ def test_add_norm_and_its_backward(has_delta: bool) -> None:
     assert_close(reference.add_norm_backward(dtotal, dnormed, total, root, weight), dleaf)
 
 
-def test_swiglu_and_its_backward() -> None:
-    gate_up, gradient = random(7, 40).requires_grad_(), random(7, 20)
-    gate, up = gate_up[:, :20], gate_up[:, 20:]
-    exact = gate / (1 + torch.exp(-gate)) * up
-    assert_close(reference.swiglu(gate_up.detach()), exact)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu_and_its_backward(activation: Any) -> None:
+    gate_up, gradient = random(7, 2 * 9).requires_grad_(), random(7, 9)
+    gate, up = gate_up.chunk(2, -1)
+    if activation == "silu":
+        exact = gate / (1 + torch.exp(-gate)) * up
+    else:
+        exact = gate / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    assert_close(reference.glu(gate_up.detach(), activation), exact)
     (dgate_up,) = torch.autograd.grad(exact, gate_up, gradient)
-    assert_close(reference.swiglu_backward(gradient, gate_up.detach()), dgate_up)
+    assert_close(reference.glu_backward(gradient, gate_up.detach(), activation), dgate_up)
 
 
-# Attention
+@pytest.mark.parametrize("over_all_heads", [False, True])
+def test_qk_norm_and_its_backward(over_all_heads: bool) -> None:
+    config, qkv, gradient = make_config(3, 2, 8), random(5, 7 * 8).requires_grad_(), random(5, 7 * 8)
+    weights = [random(8 * (count if over_all_heads else 1)) for count in (3, 2)]
+    parts = list(qkv.split((3 * 8, 2 * 8, 2 * 8), 1))
+    for index, weight in enumerate(weights):
+        grouped = parts[index].unflatten(1, (-1, len(weight)))
+        parts[index] = exact_norm(grouped, weight, 1e-5).flatten(1)
+    exact = torch.cat(parts, 1)
+    normed, rstd = reference.qk_norm(qkv.detach(), *weights, 1e-5, config)
+    assert_close(normed, exact)
+    (dqkv,) = torch.autograd.grad(exact, qkv, gradient)
+    reference.qk_norm_backward_(gradient, qkv.detach(), rstd, *weights, config)
+    assert_close(gradient, dqkv)
 
 
-def make_config(queries: int, keys: int, size: int) -> AttentionConfig:
-    angles = torch.arange(40)[:, None] / 10 ** torch.linspace(0, 2, size // 2, dtype=torch.float64)
+def make_config(queries: int, keys: int, size: int, rotary: int | None = None, **settings: Any) -> AttentionConfig:
+    angles = torch.arange(40)[:, None] / 10 ** torch.linspace(0, 2, (rotary or size) // 2, dtype=torch.float64)
     angles = torch.cat((angles, angles), 1)
-    return AttentionConfig(queries, keys, size, angles.cos(), angles.sin())
+    return AttentionConfig(queries, keys, size, angles.cos(), angles.sin(), **{"scale": size**-0.5} | settings)
 
 
 def exact_attention(qkv: torch.Tensor, lengths: list[int], config: AttentionConfig) -> torch.Tensor:
@@ -66,21 +84,40 @@ def exact_attention(qkv: torch.Tensor, lengths: list[int], config: AttentionConf
         parts = sequence.unflatten(1, (-1, config.head_dim)).split(
             (config.num_heads, config.num_kv_heads, config.num_kv_heads), 1
         )
-        angle = torch.complex(config.cos, config.sin)[: len(sequence), None, : config.head_dim // 2]
-        rotated = [torch.complex(*part.chunk(2, -1)) * angle for part in parts[:2]]
-        query, key = (torch.cat((part.real, part.imag), -1) for part in rotated)
+        size = config.cos.shape[1]
+        angle = torch.complex(config.cos, config.sin)[: len(sequence), None, : size // 2]
+        rotated = [torch.complex(*part[..., :size].chunk(2, -1)) * angle for part in parts[:2]]
+        query, key = (
+            torch.cat((turned.real, turned.imag, part[..., size:]), -1)
+            for turned, part in zip(rotated, parts, strict=False)
+        )
         key, value = (part.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for part in (key, parts[2]))
-        scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(config.head_dim)
-        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
+        scores = torch.einsum("ihd,jhd->hij", query, key) * config.scale
+        if config.softcap is not None:
+            scores = config.softcap * torch.tanh(scores / config.softcap)
+        seen = torch.ones(scores.shape[1:]).tril(0).bool()
+        if config.window is not None:
+            seen = seen.triu(1 - config.window)
+        scores = scores.masked_fill(~seen, -math.inf)
         outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), value).flatten(1))
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"scale": 0.7}, {"window": 4}, {"softcap": 0.5}, {"window": 6, "softcap": 2.0, "rotary": 6}],
+    ids=str,
+)
 @pytest.mark.parametrize(("queries", "keys"), [(2, 2), (6, 2), (4, 1)])
 def test_attention_and_its_backward(
-    make_rows: MakeRows, make_table: MakeTable, make_row: MakeRow, queries: int, keys: int
+    make_rows: MakeRows,
+    make_table: MakeTable,
+    make_row: MakeRow,
+    queries: int,
+    keys: int,
+    settings: dict[str, Any],
 ) -> None:
-    rows, config = make_rows(5, 1, 13, 9), make_config(queries, keys, 8)
+    rows, config = make_rows(5, 1, 13, 9), make_config(queries, keys, 8, **settings)
     batch = make_row(
         Span(0, rows, [2, 0, 1], make_table()), Span(1, rows, [3], make_table()), num_slots=2, num_tokens=48
     )
@@ -202,6 +239,7 @@ def test_sixteen_adapters_of_a_7b_base_take_sixteen_bytes_a_parameter() -> None:
 # Head and loss
 
 
+@pytest.mark.parametrize(("divisor", "softcap"), [(1.0, None), (3.0, None), (0.5, 2.0)])
 @pytest.mark.parametrize("tokens_at_a_time", [100, 7, 1])
 def test_cross_entropy(
     make_rows: MakeRows,
@@ -209,6 +247,8 @@ def test_cross_entropy(
     make_row: MakeRow,
     monkeypatch: pytest.MonkeyPatch,
     tokens_at_a_time: int,
+    divisor: float,
+    softcap: float | None,
 ) -> None:
     monkeypatch.setattr(reference, "MAX_LOGITS", tokens_at_a_time * 90 + 1)
     spans = [Span(1, make_rows(9, 4), [0, 1], make_table(loss_weight=0.3)), Span(0, make_rows(6), [0], make_table())]
@@ -216,17 +256,19 @@ def test_cross_entropy(
     states, head = random(32, 16).requires_grad_(), random(90, 16)
     head[batch.targets[2].long()] = states[2].detach()  # so that this target is the likeliest
     weights = torch.tensor([0.1, 0.3])[batch.tile_slots.repeat_interleave(reference.TILE).long()]
-    logits = states @ head.T
+    logits = states @ head.T / divisor
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lm_head = LmHead(head, divisor, softcap)
     exact = F.cross_entropy(logits, batch.targets.long(), reduction="none", ignore_index=IGNORED)
     (dhidden,) = torch.autograd.grad(exact, states, weights.double())
-    losses, hits, gradient = reference.cross_entropy(states.detach(), head, batch, with_gradient=True)
+    losses, hits, gradient = reference.cross_entropy(states.detach(), lm_head, batch, with_gradient=True)
     assert_close(losses, exact)
     assert torch.equal(losses == 0, batch.targets == IGNORED)
     assert gradient is not None
     assert_close(gradient, dhidden)
     assert torch.equal(hits.bool(), logits.argmax(-1) == batch.targets)
     assert hits[2]
-    evaluated = reference.cross_entropy(states.detach(), head, batch, with_gradient=False)
+    evaluated = reference.cross_entropy(states.detach(), lm_head, batch, with_gradient=False)
     assert torch.equal(evaluated[0], losses)
     assert torch.equal(evaluated[1], hits)
     assert evaluated[2] is None

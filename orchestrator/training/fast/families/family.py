@@ -112,6 +112,8 @@ class Family:
     """Whether these norms are over all heads of a token together, rather than over each head."""
     norm_weight: Literal["plain", "float32", "plus_one"] = "plain"
     """How norms multiply by their weight w: the rounded sum by w, the float32 sum by w, or the float32 sum by 1 + w."""
+    has_float32_angles: bool = False
+    """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype."""
     activation: Activation = "silu"
     """Of the gate in the MLP."""
     scales_embedding: bool = False

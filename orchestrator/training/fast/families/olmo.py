@@ -18,6 +18,7 @@ OLMO2 = Family(
     qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
     normalizes_all_heads=True,
     norm_weight="float32",
+    has_float32_angles=True,
     used_fields=USED_FIELDS | {"attention_bias"},
 )
 
@@ -27,5 +28,6 @@ OLMO3 = Family(
     qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
     normalizes_all_heads=True,
     norm_weight="float32",
+    has_float32_angles=True,
     used_fields=USED_FIELDS | {"attention_bias", "layer_types", "sliding_window"},
 )

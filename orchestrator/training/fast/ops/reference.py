@@ -329,13 +329,14 @@ def _accumulate_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, b
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first features of each head, as many as `cos` has."""
     rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    return torch.cat((rotated * cos + _rotate_half(rotated) * sin, rest), -1)
+    # Some families have tables in float32.
+    return torch.cat(((rotated * cos + _rotate_half(rotated) * sin).to(heads.dtype), rest), -1)
 
 
 def _rotate_back(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Compute the gradient of the input of `_rotate` from that of its result."""
     rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    return torch.cat((rotated * cos - _rotate_half(rotated * sin), rest), -1)
+    return torch.cat(((rotated * cos - _rotate_half(rotated * sin)).to(heads.dtype), rest), -1)
 
 
 def _rotate_half(heads: torch.Tensor) -> torch.Tensor:

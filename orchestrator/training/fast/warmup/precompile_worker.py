@@ -62,7 +62,8 @@ def small_base(config: Any, dtype: torch.dtype) -> Any:
         rope_parameters(config)[0].get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
     )
     rotary_size = int(shape.head_size * share)
-    inner.rotary_emb = lambda states, positions, *_: [states.new_empty(*positions.shape, rotary_size)] * 2
+    angles = torch.float32 if family.has_float32_angles else dtype
+    inner.rotary_emb = lambda _, positions, *__: [torch.empty(*positions.shape, rotary_size, dtype=angles)] * 2
     base = nn.ModuleDict({"model": inner, "lm_head": head}).to_empty(device="cpu")
     base.config = config
     base.get_input_embeddings = lambda: embedding
