@@ -276,7 +276,7 @@ def _cross_entropy(
         beaten = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, vocabulary, BLOCK):
             columns = first + each
-            logit, _ = _final_logit(
+            logit, _slope = _final_logit(
                 tl.load(logits + columns, mask=columns < vocabulary, other=0.0), scale, softcap, IS_SCALED, IS_CAPPED
             )
             logit = tl.where(columns < vocabulary, logit, float("-inf"))
