@@ -35,16 +35,7 @@ class SeparateEngines:
     ) -> None:
         """Plan the memory of all slots; on a GPU also compile and load the kernels and run the largest step.
 
-        Args:
-            base: the base without adapters.
-            configs: trials that represent all that may come.
-            train: rows to train on.
-            held_out: rows to evaluate on.
-            num_slots: trials at a time.
-            too_large: an option that ran out of memory although its probe had succeeded. The new plan needs less.
-
-        Raises:
-            TooLargeError: the trials do not fit with any option.
+        The arguments and the error are those of `joint.engine_for`. `configs` represent all trials that may come.
         """
         self._base = base
         self._compute = getattr(torch, configs[0].base.compute_dtype)
