@@ -11,6 +11,7 @@ from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_t
 from orchestrator.training.fast.plan.factory import cached_engine, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, memory_budget, too_large_error
+from orchestrator.training.fast.plan.parity import require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
@@ -51,6 +52,7 @@ class SeparateEngines:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
+            require_parity(base, self._engine(self._slot_specs[0], 0, plan), train)
             return
         raise too_large_error(spec, self._longest)
 

@@ -123,6 +123,15 @@ class Engine:
         spans = sorted(spans, key=lambda span: span.slot)
         return self._run(spans, self._bucket_shape([spans]), trains=True)
 
+    def step_once(self, span: Span) -> StepMetrics:
+        """Make a step without a CUDA graph, for a batch of a size that does not come again."""
+        shape = self._bucket_shape([[span]])
+        if not self._on_gpu:
+            return self._run([span], shape, trains=True).read()
+        bucket = _Bucket(shape, self.adapters.weights.device)
+        bucket.upload([span])
+        return bucket.download(self._compute(bucket.batch, trains=True)).read()
+
     def probe(self, tokens: int, evaluation_tokens: int) -> None:
         """Run an empty step and an empty evaluation of these sizes, unless larger ones have run.
 
