@@ -71,7 +71,7 @@ def test_adapters_are_reloaded_and_merged(name: str, tiny: Tiny, folder: SweepPa
     form = NF4 if FAMILY_CASES[name][1] == "nf4" else None
     assert reloaded_loss(record.adapter(result), rows, form) == pytest.approx(result.best.value, rel=1e-5)
     merged = tmp_path / "merged"
-    # In 32 bits: the bound on 16-bit rounding is for trained weights, and these are random.
-    export(AdapterRef.of_trial(record, result), merged, "merged", dtype="float32")
+    # fp16 rounds less than bf16, whose rounding of random weights exceeds the bound for trained ones.
+    export(AdapterRef.of_trial(record, result), merged, "merged", dtype="fp16")
     model: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    assert loss_of(model, rows) == pytest.approx(result.best.value, rel=1e-5)
+    assert loss_of(model, rows) == pytest.approx(result.best.value, rel=2e-3)
