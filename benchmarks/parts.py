@@ -333,7 +333,7 @@ def make_batch(tokens: int, slots: int, dropout: float) -> FlatBatch:
         }
         spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), table))
     sequences = sum(len(span.indices) + 2 for span in spans)
-    shape = BucketShape(tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
+    shape = BucketShape(tokens, tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
     buffer = shape.buffer("cpu")
     shape.fill(buffer.numpy(), spans)
     return shape.view(buffer.cuda())

@@ -120,7 +120,7 @@ def make_batch(slots: int, tokens: int, tile: int, device: torch.device) -> Flat
         }
         spans.append(Span(slot, TokenizedRows(ids, ids), range(len(ids)), table))
     sequences, real = sum(len(span.indices) for span in spans), sum(span.num_tokens for span in spans)
-    shape = BucketShape(real, sequences + -sequences % 8, slots, tile, LONGEST)
+    shape = BucketShape(real, real, sequences + -sequences % 8, slots, tile, LONGEST)
     buffer = shape.buffer("cpu")
     shape.fill(buffer.numpy(), spans)
     return shape.view(buffer.to(device))

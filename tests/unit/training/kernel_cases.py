@@ -119,7 +119,9 @@ def make_batch(lengths: dict[int, list[int]], num_tiles: int, num_slots: int, **
         }
         values |= {name: value[slot] if isinstance(value, dict) else value for name, value in table.items()}
         spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), values, first_token=17))
-    shape = BucketShape(num_tiles * kernels.TILE, 16, num_slots, kernels.TILE, 100)
+    num_tokens = num_tiles * kernels.TILE
+    max_targets = min(num_tokens, sum(span.num_targets for span in spans) + 3)
+    shape = BucketShape(num_tokens, max_targets, 16, num_slots, kernels.TILE, 100)
     buffer = shape.buffer("cpu")
     shape.fill(buffer.numpy(), spans)
     return shape.view(buffer.to(DEVICE))

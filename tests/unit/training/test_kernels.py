@@ -269,6 +269,7 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, max_logits: int, divisor
 
 def test_of_equally_likely_tokens_the_first_counts() -> None:
     batch = make_batch({0: [40]}, 1, 1)
+    batch = replace(batch, target_tokens=torch.arange(40, device=DEVICE, dtype=torch.int32))
     states, head = (torch.randint(-2, 3, (size, 4), device=DEVICE).to(DTYPE) for size in (kernels.TILE, 100))
     logits = states.float() @ head.float().T  # small integers, so that many are equal
     likeliest, index = logits == logits.max(1, keepdim=True).values, torch.arange(100, device=DEVICE)

@@ -237,7 +237,7 @@ class Ops(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Compute the loss of each token, and the gradient through the LM head in the same pass.
 
-        Only the logits of some tokens exist at a time (`MAX_LOGITS` of the implementation).
+        Only tokens with a loss have logits, and only some of them at a time (`MAX_LOGITS` of the implementation).
 
         Args:
             hidden: (T, H) after the last norm.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from orchestrator.training.fast.families.family import Activation
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
-from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 TILE = 8
 """Tokens of a tile."""
@@ -207,26 +207,24 @@ def lora_backward(
 def cross_entropy(
     hidden: torch.Tensor, lm_head: LmHead, batch: FlatBatch, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    loss_weight, weight = _per_token(batch.table["loss_weight"], batch), lm_head.weight
-    losses, hits, gradients = [], [], []
-    for part, targets, weights in zip(
-        *(tensor.split(max(1, MAX_LOGITS // len(weight))) for tensor in (hidden, batch.targets, loss_weight)),
-        strict=True,
-    ):
-        logits = F.linear(part, weight).float() / lm_head.divisor
+    weight, tokens = lm_head.weight, batch.target_tokens[batch.target_tokens < batch.num_tokens].long()
+    loss_weight = _per_token(batch.table["loss_weight"], batch)
+    losses, hits = (torch.zeros(batch.num_tokens, device=hidden.device) for _ in range(2))
+    dhidden = torch.zeros_like(hidden) if with_gradient else None
+    for part in tokens.split(max(1, MAX_LOGITS // len(weight))):
+        logits, index = F.linear(hidden[part], weight).float() / lm_head.divisor, batch.targets[part].long()[:, None]
         slope = 1 / lm_head.divisor
         if lm_head.softcap is not None:
             tanh = torch.tanh(logits / lm_head.softcap)
             logits, slope = lm_head.softcap * tanh, slope * (1 - tanh**2)
-        index, has_target = targets.clamp(min=0).long()[:, None], targets != IGNORED
         log_p = F.log_softmax(logits, -1)
-        losses.append(-log_p.gather(1, index)[:, 0] * has_target)
-        hits.append((logits.argmax(-1) == targets).float())
-        if with_gradient:
+        losses[part] = -log_p.gather(1, index)[:, 0].float()
+        hits[part] = (logits.argmax(-1) == index[:, 0]).float()
+        if dhidden is not None:
             dlogits = log_p.exp_()
             dlogits.scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-            gradients.append((dlogits * slope * (weights * has_target)[:, None]).to(weight.dtype) @ weight)
-    return torch.cat(losses), torch.cat(hits), torch.cat(gradients) if with_gradient else None
+            dhidden[part] = (dlogits * slope * loss_weight[part][:, None]).to(weight.dtype) @ weight
+    return losses, hits, dhidden
 
 
 def sum_by_slot(values: torch.Tensor, batch: FlatBatch, num_slots: int) -> torch.Tensor:

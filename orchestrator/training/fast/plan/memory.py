@@ -118,13 +118,14 @@ def predict(
     in_backward = tokens * BF16 * (3 * shape.inner + 2 * shape.hidden)
     in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
 
-    def logits(count: int) -> int:
-        return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + 2 * count * shape.hidden)
+    def logits(count: int, states: int) -> int:
+        return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + states * count * shape.hidden)
 
-    head = logits(tokens)
+    # All tokens may have a loss. Beside the logits there are normed states, those of tokens with a loss, and gradients.
+    head = logits(tokens, 3)
     # A step peaks either at the head, where the activations of all layers exist, or in the last layer's backward.
     transient = max(head, in_backward + dequantized) - head
-    evaluating = max(logits(evaluation_tokens), in_evaluation + dequantized)
+    evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
     concatenated = 0 if shape.is_fused else shape.layers * sum(weights.values())

@@ -2,7 +2,7 @@
 
     _add_norm, _add_norm_backward   grid (T,)             one program for each token: its H features in one block
     _glu, _glu_backward             grid (T, I / 1024)    one program for 1,024 features of a token
-    _cross_entropy                  grid (tokens,)        one program for each token: V logits in blocks of 4,096
+    _cross_entropy                  grid (tokens,)        one program for a token with a loss: V logits in blocks
     _sum_by_slot                    grid (S,)             one program for each slot: T values in blocks of 1,024
 
 By the measurements in docs/log.md (2026-11-26, H200), norms and GLU move their bytes as fast as memory allows, and
@@ -18,9 +18,7 @@ from orchestrator.training.fast.families.family import Activation
 from orchestrator.training.fast.ops.protocol import LmHead
 from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
 from orchestrator.training.fast.sizes import MAX_LOGITS
-from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
-
-_IGNORED = tl.constexpr(IGNORED)
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
 def add_norm(
@@ -93,18 +91,20 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Implement `Ops.cross_entropy`. The gradient of the logits overwrites the logits, `MAX_LOGITS` at a time."""
     num_tokens, vocabulary = len(hidden), len(lm_head.weight)
-    losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-    hits = torch.empty_like(losses)
-    dhidden = torch.empty_like(hidden) if with_gradient else None
-    chunk = min(num_tokens, max(1, MAX_LOGITS // vocabulary))
-    for start in range(0, num_tokens, chunk):
-        part = slice(start, min(start + chunk, num_tokens))
-        logits = F.linear(hidden[part], lm_head.weight)
+    losses, hits = (torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    tokens = batch.target_tokens.long()
+    # Rows that fill the batch up read the last token, and write a row beyond all tokens. Their logits do not count.
+    gathered = hidden.index_select(0, tokens.clamp(max=num_tokens - 1))
+    chunk = min(len(tokens), max(1, MAX_LOGITS // vocabulary))
+    for start in range(0, len(tokens), chunk):
+        part = slice(start, min(start + chunk, len(tokens)))
+        logits = F.linear(gathered[part], lm_head.weight)
         launch(
             _cross_entropy,
             (len(logits),),
             logits,
             batch.targets,
+            batch.target_tokens,
             batch.tile_slots,
             batch.table["loss_weight"],
             losses,
@@ -112,6 +112,7 @@ def cross_entropy(
             1 / lm_head.divisor,
             lm_head.softcap or 0.0,
             start,
+            num_tokens,
             vocabulary,
             WITH_GRADIENT=with_gradient,
             IS_SCALED=lm_head.divisor != 1,
@@ -120,9 +121,12 @@ def cross_entropy(
             BLOCK=4096,
             num_warps=8,
         )
-        if dhidden is not None:
-            torch.mm(logits, lm_head.weight, out=dhidden[part])
-    return losses, hits, dhidden
+        if with_gradient:  # over the hidden states, which are read no more
+            torch.mm(logits, lm_head.weight, out=gathered[part])
+    if not with_gradient:
+        return losses, hits, None
+    dhidden = hidden.new_zeros(num_tokens + 1, hidden.shape[1])
+    return losses, hits, dhidden.index_copy_(0, tokens, gathered)[:num_tokens]
 
 
 def sum_by_slot(values: torch.Tensor, batch: FlatBatch, num_slots: int) -> torch.Tensor:
@@ -239,17 +243,19 @@ def _activate(gate, IS_SILU: tl.constexpr):
     return activated, slope
 
 
-@triton.jit(do_not_specialize=["loss_weights", "start"])
+@triton.jit(do_not_specialize=["loss_weights", "start", "num_tokens"])
 def _cross_entropy(
     logits,  # (tokens, V); with WITH_GRADIENT overwritten by their weighted gradient
     targets,  # (T,) int32
+    target_tokens,  # (max_targets,) int32
     tile_slots,  # (T / TILE,) int32
     loss_weights,  # (S,) float32
-    losses,  # out: (T,) float32
-    hits,  # out: (T,) float32
+    losses,  # out: (T,) float32; not written where there is no loss
+    hits,  # out: (T,) float32; not written where there is no loss
     scale,  # factor of the logits
     softcap,  # limit of the logits
-    start,  # token of the first row of `logits`
+    start,  # first row of `logits` among the tokens with a loss
+    num_tokens,  # T
     vocabulary,  # V
     WITH_GRADIENT: tl.constexpr,
     IS_SCALED: tl.constexpr,
@@ -259,17 +265,15 @@ def _cross_entropy(
 ):
     """Compute the softmax in one pass over the logits ("online", arXiv 1805.02867), and its gradient in a second."""
     wait_for_previous()
-    token = start + tl.program_id(0)
+    token = tl.load(target_tokens + start + tl.program_id(0))
     logits += tl.program_id(0).to(tl.int64) * vocabulary
-    target = tl.load(targets + token)
     each = tl.arange(0, BLOCK)
-    if target == _IGNORED:
-        tl.store(losses + token, 0.0)
-        tl.store(hits + token, 0.0)
+    if token >= num_tokens:
         if WITH_GRADIENT:
             for first in range(0, vocabulary, BLOCK):
                 tl.store(logits + first + each, tl.zeros((BLOCK,), logits.dtype.element_ty), first + each < vocabulary)
     else:
+        target = tl.load(targets + token)
         target_logit, _ = _final_logit(tl.load(logits + target), scale, softcap, IS_SCALED, IS_CAPPED)
         row_max = target_logit
         sums = tl.zeros((BLOCK,), tl.float32)
