@@ -10,6 +10,7 @@ from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import rope_parameters
+from orchestrator.training.fast.families.text_model import TextModel, text_config, text_model
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import padded_rank
@@ -42,13 +43,15 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     modules = expected_modules(base, config.lora)
     if reason := unsupported_shape(base, longest):
         return reason
-    known = {name.rpartition(".")[2] for names in FAMILIES[base.config.model_type].groups for name in names}
-    if others := sorted({name.rpartition(".")[2] for name in modules} - known):
+    text = text_model(base)
+    assert text is not None  # `unsupported_shape` has seen to that
+    known = {name for names in FAMILIES[text.config.model_type].groups for name in names}
+    if others := sorted({name.rpartition(".")[2] for name in modules if not name.endswith(tuple(known))}):
         return f"an adapter on {', '.join(others)}"
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         return f"a base on {len(devices)} devices"
-    return unsupported_reason_by_shape(config, BaseShape.of(base.config), modules, longest, torch.cuda.is_available())
+    return unsupported_reason_by_shape(config, BaseShape.of(text.config), modules, longest, torch.cuda.is_available())
 
 
 def unsupported_reason_by_shape(
@@ -88,15 +91,17 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
     """
     if not type(model).__module__.startswith("transformers.models."):
         return "a model with custom code"
-    family = FAMILIES.get(model.config.model_type)
-    if family is None:
-        return f"model type {model.config.model_type!r} (supported: {', '.join(FAMILIES)})"
+    text = text_model(model)
+    model_type = text_config(model.config).model_type
+    family = FAMILIES.get(model_type)
+    if family is None or text is None:
+        return f"model type {model_type!r} (supported: {', '.join(FAMILIES)})"
     reasons = (
-        unknown_field(model.config, family),
-        _unsupported_positions(model.config, longest),
+        unknown_field(text.config, family),
+        _unsupported_positions(text.config, longest),
         "a bias on the LM head" if model.get_output_embeddings().bias is not None else None,
-        unknown_module(model, family),
-        _unknown_linear(model),
+        unknown_module(model, text, family),
+        _unknown_linear(text, model.dtype),
     )
     return next((reason for reason in reasons if reason), None)
 
@@ -119,11 +124,19 @@ def unknown_field(config: Any, family: Family) -> str | None:
     return None
 
 
-def unknown_module(model: Any, family: Family) -> str | None:
-    """Return which module or parameter is refused or missing, or None where the family lists all of them."""
-    layers = model.model.layers
+def unknown_module(model: Any, text: TextModel, family: Family) -> str | None:
+    """Return which module or parameter is refused or missing, or None where the family lists all of them.
+
+    Towers of a multimodal base, which text does not reach, are left out.
+    """
+    layers, in_text = text.module.layers, f"{text.path}."
     in_layers = {id(module) for layer in layers for module in layer.modules()}
-    outside = {name for name, module in model.named_modules() if name and id(module) not in in_layers}
+    outside = {
+        name.replace(text.path, "model", 1)
+        for name, module in model.named_modules()
+        if id(module) not in in_layers
+        and (name == text.path or name.startswith(in_text) or (name and not name.startswith("model")))
+    }
     if reason := _difference(outside, family.model_modules, "the model", family):
         return reason
     for index, layer in enumerate(layers):
@@ -176,10 +189,10 @@ def _unsupported_positions(config: Any, longest: int) -> str | None:
     return None
 
 
-def _unknown_linear(model: Any) -> str | None:
-    for layer in model.model.layers:
+def _unknown_linear(text: TextModel, dtype: torch.dtype) -> str | None:
+    for layer in text.module.layers:
         for name, linear in layer.named_modules():
-            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, model.dtype):
+            if isinstance(linear, torch.nn.Linear) and not _is_known(linear, dtype):
                 return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
     return None
 

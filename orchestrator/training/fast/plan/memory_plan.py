@@ -9,6 +9,7 @@ import torch
 from orchestrator.errors import TooLargeError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens
 from orchestrator.training.fast.plan.memory import (
     GIB,
@@ -83,7 +84,9 @@ def feasible_plans(
 
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
-        return _predicted(BaseShape.of(base.config), spec, config, option, tokens, evaluation_tokens(spec, held_out))
+        return _predicted(
+            BaseShape.of(text_config(base.config)), spec, config, option, tokens, evaluation_tokens(spec, held_out)
+        )
 
     if too_large is not None:
         limit = predicted(too_large).total

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from orchestrator.errors import TrialError
 from orchestrator.training.fast.families.settings import layer_kinds
+from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TABLE, Span, TokenizedRows
 
@@ -90,7 +91,7 @@ def _difference(base: Any, engine: Engine, rows: TokenizedRows) -> str | None:
 
 def _row(base: Any, rows: TokenizedRows) -> TokenizedRows:
     """Return the beginning of the longest row as one sequence, all of whose tokens have a loss."""
-    windows = [kind.window for kind in layer_kinds(base.config) if kind.window is not None]
+    windows = [kind.window for kind in layer_kinds(text_config(base.config)) if kind.window is not None]
     beyond = [window + TOKENS // 2 for window in windows if window < rows.longest]
     ids = rows.ids(int(rows.lengths.argmax()))[: max([TOKENS, *beyond])]
     return TokenizedRows([ids], [ids])

@@ -23,6 +23,7 @@ from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LayerKind, Settings
+from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead, Ops
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
@@ -36,14 +37,16 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer
         model: the base, without adapters.
         names: modules to adapt, by their full names.
     """
-    family = FAMILIES[model.config.model_type]
+    text = text_model(model)
+    assert text is not None  # eligibility has seen to that
+    family = FAMILIES[text.config.model_type]
     groups, module_id = [], 0
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(text.module.layers):
         for group in family.groups:
             adapted, column = [], 0
             for name in group:
                 linear = layer.get_submodule(name)
-                if (path := f"model.layers.{index}.{name}") in names:
+                if (path := f"{text.path}.layers.{index}.{name}") in names:
                     adapted.append(AdaptedLayer(path, module_id, linear.in_features, column, linear.out_features))
                 column += linear.out_features
                 module_id += 1
@@ -385,7 +388,9 @@ class Decoder:
             longest: upper bound of a sequence's length in tokens.
             keeps_base: whether to keep the dequantized weights, instead of dequantizing at each use.
         """
-        inner, config = model.model, model.config
+        text = text_model(model)
+        assert text is not None  # eligibility has seen to that
+        inner, config = text.module, text.config
         family = FAMILIES[config.model_type]
         settings, epsilon = Settings.of(config, family), config.rms_norm_eps
         self.longest = longest

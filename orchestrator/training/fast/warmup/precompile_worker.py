@@ -35,6 +35,16 @@ from orchestrator.training.model.targets import expected_modules
 
 _DONE = "done"
 
+_NEEDED = {
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+}
+"""Fields without which nothing is compiled ahead. Files of multimodal bases leave out those with default values."""
+
 
 def small_base(config: Any, dtype: torch.dtype) -> Any:
     """Build a base with one layer of each kind, with module names as in transformers and uninitialized weights.
@@ -118,10 +128,11 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     base, file = configs[0].base, config_file(configs[0].base)
     if file is None:
         return
-    fields = {"head_dim": None, "tie_word_embeddings": False} | json.loads(file.read_text(encoding="utf-8"))
-    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
-    if fields["model_type"] not in FAMILIES:
+    document = json.loads(file.read_text(encoding="utf-8"))
+    fields = {"head_dim": None, "tie_word_embeddings": False} | (document.get("text_config") or document)
+    if fields.get("model_type") not in FAMILIES or not fields.keys() >= _NEEDED:
         return
+    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if "rope_parameters" not in fields:  # files of transformers 4
         fields["rope_parameters"] = {"rope_type": "default"} | (fields.get("rope_scaling") or {})
     base_model = small_base(SimpleNamespace(**fields), getattr(torch, base.compute_dtype))
