@@ -178,7 +178,7 @@ def main(about: str, measure: Callable[..., dict[str, Any]], **options: dict[str
         options: name of an option -> keyword arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("shape", choices=["1.1b", "7b", "tiny", "thin"], help="the base; tiny, thin: for a CPU")
+    parser.add_argument("shape", help="a shape of scripts/make_base.py; tiny, thin: for a CPU")
     parser.add_argument("--rows", type=Path, required=True, help="path of GSM8K's train.jsonl")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="folder of bases")

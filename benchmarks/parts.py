@@ -9,27 +9,26 @@ Triton only.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.random_model import SHAPES, VOCABULARY, make_model, random
+from benchmarks.timing import capture, time_calls, time_graph
+from orchestrator.training.fast.families.family import GROUPS
 from orchestrator.training.fast.ops import reference
-from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.ops.protocol import LmHead
 from orchestrator.training.fast.ops.triton import kernels
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
-from orchestrator.training.fast.step.decoder import GROUPS, Decoder, PassInputs, adapted_layers
+from orchestrator.training.fast.step.decoder import Decoder, PassInputs, adapted_layers
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 
-SHAPES = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}
-"""Hidden size, inner size of the MLP, layers, query heads, key heads."""
-
-VOCABULARY, LONGEST, RANK = 32_000, 512, 16
+LONGEST, RANK = 512, 16
 BYTES_PER_S, FLOPS_PER_S = 4.3e12, 790e12
 """Rates of a copy and of a matrix product, measured on an H200."""
 UNCACHED = 200e6
@@ -85,7 +84,7 @@ class Bench:
     def __init__(self, model: Any, batch: FlatBatch, slots: int) -> None:
         self.batch, self.slots = batch, slots
         self.decoder = Decoder(model, torch.bfloat16, LONGEST, keeps_base=True)
-        self.config: AttentionConfig = self.decoder._layers[0]._config
+        self.config = self.decoder._layers[0]._config
         self.layers: Any = model.model.layers
         self.head: torch.Tensor = model.get_output_embeddings().weight
         names = [
@@ -167,8 +166,8 @@ class Bench:
         roots = lambda: torch.rand(tokens, device="cuda")  # noqa: E731
         yield part("add_norm_backward", norms, 8 * tokens * hidden, None, states, states, states, roots, norm_weight)
         gate_up, product = lambda: random(tokens, 2 * inner), lambda: random(tokens, inner)
-        yield part("swiglu", layers, 6 * tokens * inner, None, gate_up)
-        yield part("swiglu_backward", layers, 10 * tokens * inner, None, product, gate_up)
+        yield part("glu", layers, 6 * tokens * inner, None, gate_up, lambda: "silu")
+        yield part("glu_backward", layers, 10 * tokens * inner, None, product, gate_up, lambda: "silu")
 
     def _attention(self) -> Iterator[Part]:
         batch, config, tokens, layers = self.batch, self.config, self.batch.num_tokens, len(self.layers)
@@ -176,9 +175,7 @@ class Bench:
             config.num_heads * config.head_dim,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
         )
-        wide = AttentionConfig(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.cos.float(), config.sin.float()
-        )
+        wide = replace(config, cos=config.cos.float(), sin=config.sin.float())
 
         def compare(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             expected = reference.attention(qkv.float(), batch, wide)[0]
@@ -242,7 +239,11 @@ class Bench:
         for index, leaves in enumerate(GROUPS):
             group = ours.groups[index]
             assert group is not None
-            features, width, name = group.in_features, group.out_features, " ".join(leaf[:-5] for leaf in leaves)
+            features, width, name = (
+                group.in_features,
+                group.out_features,
+                " ".join(leaf.rpartition(".")[2][:-5] for leaf in leaves),
+            )
 
             def inputs(at: int, index: int = index, features: int = features, width: int = width) -> Sequence[Any]:
                 group = ours.groups[len(GROUPS) * (at % layers) + index]
@@ -284,9 +285,9 @@ class Bench:
         yield Part(
             "cross_entropy", 1, 8 * tokens * vocabulary + 4 * vocabulary * hidden, 4 * tokens * vocabulary * hidden,
             lambda _: [random(tokens, hidden)],
-            lambda states: kernels.cross_entropy(states, self.head, batch, True),
+            lambda states: kernels.cross_entropy(states, LmHead(self.head), batch, True),
             lambda states: tuple(
-                ops.cross_entropy(states, self.head, batch, True)[2] for ops in (kernels, reference)
+                ops.cross_entropy(states, LmHead(self.head), batch, True)[2] for ops in (kernels, reference)
             ),
         )  # fmt: skip
         yield Part(
@@ -332,99 +333,10 @@ def make_batch(tokens: int, slots: int, dropout: float) -> FlatBatch:
         }
         spans.append(Span(slot, TokenizedRows(ids, labels), range(len(ids)), table))
     sequences = sum(len(span.indices) + 2 for span in spans)
-    shape = BucketShape(tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
+    shape = BucketShape(tokens, tokens, sequences + -sequences % 8, slots, kernels.TILE, LONGEST)
     buffer = shape.buffer("cpu")
     shape.fill(buffer.numpy(), spans)
     return shape.view(buffer.cuda())
-
-
-def make_model(hidden: int, inner: int, num_layers: int, heads: int, keys: int) -> Any:
-    """Make an object with what `Decoder` reads of a Hugging Face model."""
-    size = hidden // heads
-    narrow = keys * size
-
-    def module(*shape: int) -> Any:
-        layer = torch.nn.Linear(shape[-1], shape[0], bias=False, device="meta") if len(shape) > 1 else torch.nn.Module()
-        layer.weight = torch.nn.Parameter(random(*shape) * shape[-1] ** -0.5, requires_grad=False)
-        return layer
-
-    def decoder_layer() -> Any:
-        layer = torch.nn.Module()
-        layer.self_attn = torch.nn.ModuleDict(
-            {name: module(width, hidden) for name, width in zip(GROUPS[0], (hidden, narrow, narrow), strict=True)}
-            | {"o_proj": module(hidden, hidden)}
-        )
-        layer.mlp = torch.nn.ModuleDict(
-            {name: module(inner, hidden) for name in GROUPS[2]} | {"down_proj": module(hidden, inner)}
-        )
-        layer.input_layernorm, layer.post_attention_layernorm = module(hidden), module(hidden)
-        return layer
-
-    def rotary(states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = positions[..., None] / 10_000 ** (torch.arange(0, size, 2, device="cuda") / size)
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-
-    config = SimpleNamespace(
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        hidden_size=hidden,
-        head_dim=size,
-        rms_norm_eps=1e-5,
-        intermediate_size=inner,
-        num_hidden_layers=num_layers,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-    )
-    inner_model = SimpleNamespace(
-        embed_tokens=module(VOCABULARY, hidden),
-        layers=[decoder_layer() for _ in range(num_layers)],
-        norm=module(hidden),
-        rotary_emb=rotary,
-    )
-    head = module(VOCABULARY, hidden)
-    return SimpleNamespace(model=inner_model, config=config, get_output_embeddings=lambda: head)
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture a call as a graph, after one call to warm up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def time_graph(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Return the median milliseconds of a replay, after three to warm up."""
-    times = []
-    for _ in range(3 + repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
-
-
-def time_calls(calls: Sequence[Callable[[], object]]) -> float:
-    """Return the median microseconds of a call, in a graph of at least 20."""
-    calls = [*calls] * -(-20 // len(calls))
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return time_graph(capture(run), 10) * 1e3 / len(calls)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.timing import capture, time_graph
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.ops.protocol import Ops, ops_for
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
@@ -119,7 +120,7 @@ def make_batch(slots: int, tokens: int, tile: int, device: torch.device) -> Flat
         }
         spans.append(Span(slot, TokenizedRows(ids, ids), range(len(ids)), table))
     sequences, real = sum(len(span.indices) for span in spans), sum(span.num_tokens for span in spans)
-    shape = BucketShape(real, sequences + -sequences % 8, slots, tile, LONGEST)
+    shape = BucketShape(real, real, sequences + -sequences % 8, slots, tile, LONGEST)
     buffer = shape.buffer("cpu")
     shape.fill(buffer.numpy(), spans)
     return shape.view(buffer.to(device))
@@ -128,8 +129,6 @@ def make_batch(slots: int, tokens: int, tile: int, device: torch.device) -> Flat
 def milliseconds(run: Callable[[], Any], on_gpu: bool) -> float:
     """Return the median of a call."""
     if on_gpu:
-        from benchmarks.parts import capture, time_graph
-
         return time_graph(capture(run), REPEATS)
     run()
     times = []

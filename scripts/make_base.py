@@ -2,27 +2,52 @@
 
     python scripts/make_base.py 1.1b /tmp/base-1.1b --text rows.jsonl
 
-The tokenizer is a byte-level BPE trained on the text of a JSONL file. The model's vocabulary is always 32,000.
+The tokenizer is a byte-level BPE trained on the text of a JSONL file, 32,000 tokens.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizer import byte_level_bpe
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-# (hidden size, MLP size, layers, heads, key-value heads): TinyLlama-1.1B, Llama-2-7B, a tiny one to try scripts with,
-# and one for measurements that depend only on the number of layers.
-SHAPES = {
-    "1.1b": (2048, 5632, 22, 32, 4),
-    "7b": (4096, 11008, 32, 32, 32),
-    "tiny": (64, 128, 1, 2, 1),
-    "thin": (64, 128, 22, 2, 1),
-}
 VOCABULARY = 32_000
+"""Tokens of the tokenizer, and of the model unless its shape says otherwise."""
+
+
+def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """Return the fields of a Llama configuration."""
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # TinyLlama-1.1B and Llama-2-7B.
+    "1.1b": llama(2048, 5632, 22, 32, 4),
+    "7b": llama(4096, 11008, 32, 32, 32),
+    "llama-3.1-8b": llama(4096, 14336, 32, 32, 8) | {"vocab_size": 128_256},
+    "smollm2-135m": llama(576, 1536, 30, 9, 3) | {"vocab_size": 49_152, "tie_word_embeddings": True},
+    "qwen3-8b": llama(4096, 12288, 36, 32, 8) | {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128},
+    "phi-4": llama(5120, 17920, 40, 40, 10) | {"model_type": "phi3", "vocab_size": 100_352},
+    "gemma-3-4b": llama(2560, 10240, 34, 8, 4)
+    | {"model_type": "gemma3_text", "vocab_size": 262_208, "head_dim": 256, "sliding_window": 1024},
+    # A tiny one to try scripts with, and one for measurements that depend only on the number of layers.
+    "tiny": llama(64, 128, 1, 2, 1),
+    "thin": llama(64, 128, 22, 2, 1),
+}
+"""Name -> `model_type` and fields of the configuration of transformers."""
 
 
 def main() -> None:
@@ -32,23 +57,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="JSONL file on whose strings the tokenizer is trained")
     arguments = parser.parse_args()
     tokenizer = byte_level_bpe(strings_of(arguments.text), VOCABULARY)
-    hidden, inner, layers, heads, kv_heads = SHAPES[arguments.shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+    fields = dict(SHAPES[arguments.shape])
+    config = AutoConfig.for_model(
+        fields.pop("model_type"),
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **fields,
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
     print(f"{arguments.folder}: {model.num_parameters():,} random parameters, {len(tokenizer):,} tokens")

@@ -43,27 +43,38 @@ def _options(
     pass
 
 
-File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
-Sweep = Annotated[str, typer.Argument(help="Folder of a sweep, or its name under --output.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Experiment file (YAML).", show_default=False)]
+Sweep = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or its name under --output.", show_default=False)
+]
 SweepOrAdapter = Annotated[
-    str, typer.Argument(help="A sweep (its best adapter is used) or an adapter folder.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="SWEEP_OR_ADAPTER",
+        help="A sweep (its best adapter is used) or an adapter folder.",
+        show_default=False,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=v", help="Set a field. A searched or tied field is then fixed. Repeatable."),
 ]
-Seed = Annotated[int | None, typer.Option(help="Set search.seed. The same seed gives the same sequence of trials.")]
-Name = Annotated[str | None, typer.Option(help="Name of the sweep's folder.")]
-Output = Annotated[
-    str | None, typer.Option(help="Parent folder of sweeps. Default: output.folder of the experiment (runs).")
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Set search.seed. The same seed gives the same sequence of trials.")
 ]
-Where = Annotated[str, typer.Option("--output", help="Parent folder of sweeps.")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the sweep's folder.")]
+Output = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Parent folder of sweeps. Default: output.folder of the experiment (runs)."),
+]
+Where = Annotated[str, typer.Option("--output", metavar="DIR", help="Parent folder of sweeps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the base model of an adapter folder to run its Python code.")
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine.")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine."),
 ]
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @app.command(epilog="Example: orchestrator check experiments/demo.yaml --set training.steps=100")
 def check(file: File, set_: Set = None, as_json: Json = False) -> None:
-    """Validate an experiment file and print it with every field resolved."""
+    """Validate an experiment file and print its resolved fields."""
     spec = load_spec(file, set_ or [])
     try:
         require_scheduler_effect(spec)
@@ -84,20 +84,24 @@ def schema() -> None:
     print_json(spec_schema())
 
 
-@app.command(epilog="Example: orchestrator data experiments/demo.yaml --rows 5 --set data.max_rows=200")
+@app.command(epilog="Example: orchestrator data experiments/demo.yaml --rows 5")
 def data(
     file: Annotated[
         Path,
         typer.Argument(
+            metavar="FILE",
             help="Experiment file (YAML), or a file or folder of rows (with the embedded base, or --set base.model).",
             show_default=False,
         ),
     ],
-    rows: Annotated[int, typer.Option(min=0, help="Number of training rows to show.")] = 3,
+    rows: Annotated[int, typer.Option(metavar="N", min=0, help="Number of training rows to show.")] = 3,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show rows as the model sees them: tokens in the loss, lengths, truncated and dropped rows. Trains nothing."""
+    """Show rows as the model sees them, without training.
+
+    Mark the tokens in the loss, and report lengths, truncated and dropped rows.
+    """
     from orchestrator.data.infer_format import holds_rows, spec_of_rows
     from orchestrator.report.data import say_data
     from orchestrator.training.attempt.log_file import output_to
@@ -118,9 +122,12 @@ def data(
             say_data(console_on(own), shown)
 
 
-@app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.learning_rate=1e-3 --name one")
+@app.command(epilog="Example: orchestrator trial experiments/demo.yaml --set training.steps=50")
 def trial(file: File, set_: Set = None, name: Name = None, output: Output = None) -> None:
-    """Run one trial on this machine without Ray, with the experiment's own values and no search."""
+    """Run one trial on this machine, without Ray and without a search.
+
+    Searched fields keep the values that the experiment gives outside `search`, or their defaults.
+    """
     from orchestrator.record import read_sweep
     from orchestrator.record.new_sweep import claim_folder, source_of
     from orchestrator.report.live import TrialView
@@ -138,7 +145,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         show_best(console, read_sweep(paths.root))
 
 
-@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name demo --set search.num_trials=16")
+@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name first --seed 7")
 def sweep(
     file: File,
     set_: Set = None,
@@ -161,7 +168,8 @@ def sweep(
 def resume(
     sweep: Sweep,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="New total number of trials; larger than the present one.")
+        int | None,
+        typer.Option("--trials", metavar="N", min=1, help="New total number of trials; larger than the present one."),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -233,10 +241,10 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 @app.command(epilog="Example: orchestrator board runs/demo --port 6006")
 def board(
     sweep: Sweep,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 6006,
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Port; 0 picks a free one.")] = 6006,
     output: Where = "runs",
 ) -> None:
-    """Open TensorBoard for a sweep: curves, and all trials in one HParams table."""
+    """Open TensorBoard on a sweep: curves, and all trials in a table."""
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
@@ -252,7 +260,10 @@ def demo(
     output: Output = None,
     set_: Set = None,
 ) -> None:
-    """Run the embedded example: a sweep of 8 QLoRA trials, then the base and the best adapter side by side."""
+    """Run the embedded example, a sweep of 8 QLoRA trials.
+
+    Then show answers of the base and of the best adapter side by side.
+    """
     from orchestrator.deploy import FinishedSweep
     from orchestrator.embedded import EXPERIMENT
     from orchestrator.record.new_sweep import claim_folder, source_of

@@ -21,17 +21,23 @@ def best(
     sweep: Sweep,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Choose by this metric; several print the Pareto set (size: the adapter's parameters)."),
+        typer.Option(
+            metavar="METRIC",
+            help="Choose by this metric; several print the Pareto set (size: the adapter's parameters).",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Choose the best value, however small its lead.")] = False,
     top: Annotated[int | None, typer.Option(metavar="K", min=1, help="Also show the best K finished trials.")] = None,
     as_json: Json = False,
     export: Annotated[
-        Path | None, typer.Option(help="Copy the adapter, a complete PEFT folder, to this folder.")
+        Path | None, typer.Option(metavar="DIR", help="Copy the adapter, a complete PEFT folder, to this folder.")
     ] = None,
     output: Where = "runs",
 ) -> None:
-    """Recommend an adapter: the smallest one whose score cannot be distinguished from the best. Shows why."""
+    """Recommend an adapter, and show why.
+
+    The recommended adapter is the smallest one whose score cannot be distinguished from the best.
+    """
     from orchestrator.deploy import open_sweep
     from orchestrator.report.best import say_best
     from orchestrator.report.tables import trials_table
@@ -60,41 +66,56 @@ def best(
         console.print(f"exported to {export}", soft_wrap=True, highlight=False)
 
 
-@app.command(epilog="Example: orchestrator evaluate runs/demo --as adapter,merged --metrics loss,exact_match")
+@app.command(epilog="Example: orchestrator evaluate runs/demo --as adapter,merged")
 def evaluate(
     sweep_or_adapter: SweepOrAdapter,
     as_: Annotated[
         str | None,
         typer.Option(
             "--as",
+            metavar="FORMS",
             help="Forms to score, separated by commas: adapter, adapter-16bit, merged, merged-original, merged-4bit. "
             "Default: all.",
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="Metrics, separated by commas: loss, perplexity, exact_match, rouge, bleu.")
+        str,
+        typer.Option(
+            metavar="METRICS", help="Metrics, separated by commas: loss, perplexity, exact_match, rouge, bleu."
+        ),
     ] = "loss,perplexity",
     data: Annotated[
         Path | None,
-        typer.Option(help="Rows to score on (file, folder or glob with the training columns). Default: held-out rows."),
+        typer.Option(
+            metavar="FILE",
+            help="Rows to score on (file, folder or glob with the training columns). Default: held-out rows.",
+        ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Use only this many rows, the first ones.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only this many rows, the first ones.")
+    ] = None,
     top: Annotated[
         int, typer.Option(metavar="K", min=1, help="Score the best K trials of a sweep and the recommended one.")
     ] = 3,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Type of the 16-bit forms: bf16 or fp16. Default: {_DEFAULT_DTYPE}."),
+        typer.Option(metavar="bf16|fp16", help=f"Type of the 16-bit forms. Default: {_DEFAULT_DTYPE}."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Also run these tasks of lm-evaluation-harness, separated by commas.")
+        str | None,
+        typer.Option(metavar="TASKS", help="Also run these tasks of lm-evaluation-harness, separated by commas."),
     ] = None,
-    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with your own task files (YAML).")] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with your own task files (YAML).")
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
     output: Where = "runs",
 ) -> None:
-    """Score the best adapters in the forms in which they can be exported, and compare with the adapter as trained."""
+    """Score the best adapters in the forms that can be exported.
+
+    Each form is compared with the adapter as trained.
+    """
     from orchestrator.deploy.dtypes import DTYPES
     from orchestrator.deploy.find import is_adapter
     from orchestrator.deploy.scoring import evaluate as scoring
@@ -126,30 +147,49 @@ def evaluate(
         console.print(f"saved in {keep}", soft_wrap=True, highlight=False)
 
 
-@app.command(epilog='Example: orchestrator chat runs/demo --compare-base --prompt "What is the total of 12 and 45?"')
+@app.command(epilog="Example: orchestrator chat runs/demo --compare-base")
 def chat(
     sweep_or_adapter: SweepOrAdapter,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Ask this question. Repeatable; each is a conversation of its own. Default: interactive."),
+        typer.Option(
+            metavar="TEXT",
+            help="Ask this question. Repeatable; each is a conversation of its own. Default: interactive.",
+        ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file of questions; needs --answers.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="New JSONL file for the answers to --prompts.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt, for adapters trained on messages.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .txt or .jsonl file of questions; needs --answers.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New JSONL file for the answers to --prompts.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System prompt, for adapters trained on messages.")
+    ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
+        float, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
+        float | None,
+        typer.Option(metavar="P", min=0, max=1, help="Sample from the most likely tokens with this total probability."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the most likely tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, for repeatable answers.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="Sample from this many of the most likely tokens.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Seed of the sampling, for repeatable answers.")
+    ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Show the base model's answers too.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Maximum number of tokens in an answer.")
+    ] = 256,
     trust: Trust = False,
     output: Where = "runs",
 ) -> None:
-    """Chat with the best adapter. Interactive questions form one conversation: /clear restarts it, /quit ends it."""
+    """Chat with the best adapter.
+
+    Interactive questions form one conversation: /clear restarts it, /quit ends it.
+    """
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
     from orchestrator.deploy.find import find_adapter
     from orchestrator.deploy.prompts import new_file, read_prompts, write_answers
@@ -185,32 +225,41 @@ def chat(
             print()
 
 
-@app.command(epilog="Example: orchestrator export runs/demo --to merged --format merged --dtype bf16")
+@app.command(epilog="Example: orchestrator export runs/demo --to merged --format merged")
 def export(
     sweep_or_adapter: SweepOrAdapter,
-    to: Annotated[Path, typer.Option(help="Folder to create; must not exist.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create; must not exist.")],
     format: Annotated[
         Literal["adapter", "merged", "gguf", "ray-serve"],
         typer.Option(
+            metavar="FORMAT",
             help="adapter: PEFT folder; merged: one model; gguf: merged, as a llama.cpp file; "
-            "ray-serve: merged, with a Ray Serve LLM config."
+            "ray-serve: merged, with a Ray Serve LLM config.",
         ),
     ] = "adapter",
     dtype: Annotated[
-        Literal["bf16", "fp16"] | None, typer.Option(help=f"Type of merged weights. Default: {_DEFAULT_DTYPE}.")
+        Literal["bf16", "fp16"] | None,
+        typer.Option(metavar="bf16|fp16", help=f"Type of merged weights. Default: {_DEFAULT_DTYPE}."),
     ] = None,
     onto: Annotated[
         Literal["dequantized", "original"] | None,
-        typer.Option(help="Merge into the dequantized weights used in training (default) or the original weights."),
+        typer.Option(
+            metavar="WEIGHTS",
+            help="Weights to merge into: dequantized, those used in training (default), or original.",
+        ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Rows for the comparison (file, folder or glob). Default: held-out rows.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Rows for the comparison (file, folder or glob). Default: held-out rows."),
     ] = None,
     as_json: Json = False,
     trust: Trust = False,
     output: Where = "runs",
 ) -> None:
-    """Export the best adapter, load the export again, and compare it with its source."""
+    """Export the best adapter, and compare the export with it.
+
+    For the comparison, the export is loaded again.
+    """
     from orchestrator.deploy.export.export import export as export_bundle
     from orchestrator.deploy.find import find_adapter
 
@@ -225,7 +274,7 @@ def export(
 
 @app.command(epilog="Example: orchestrator verify adapter")
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An adapter folder or an export.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or an export.", show_default=False)],
     as_json: Json = False,
 ) -> None:
     """Check all files of an adapter or an export against its manifest."""
@@ -242,14 +291,19 @@ def verify(
 
 @app.command(epilog="Example: orchestrator push adapter --repo me/my-adapter --private --dry-run")
 def push(
-    folder: Annotated[Path, typer.Argument(help="An adapter folder or an export.", show_default=False)],
-    repo: Annotated[str, typer.Option(help="Model repo: owner/name, or a name under the token's own account.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or an export.", show_default=False)],
+    repo: Annotated[
+        str, typer.Option(metavar="REPO", help="Model repo: owner/name, or a name under the token's own account.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Create the repo as private.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be uploaded, without using the network.")
     ] = False,
 ) -> None:
-    """Publish an adapter or an export on the Hugging Face Hub in one commit. Needs HF_TOKEN or `hf auth login`."""
+    """Upload an adapter or an export to the Hugging Face Hub.
+
+    The upload is one commit. It needs HF_TOKEN or `hf auth login`.
+    """
     from orchestrator.deploy.export.push import push as push_bundle
 
     push_bundle(folder, repo, private, dry_run, say=lambda line: print(line, flush=True))
@@ -260,16 +314,21 @@ def serve(
     sweep_or_adapter: SweepOrAdapter,
     engine: Annotated[
         Literal["auto", "vllm", "transformers"],
-        typer.Option(help="auto: vLLM if it is installed and supports the adapter, else transformers."),
+        typer.Option(
+            metavar="ENGINE",
+            help="auto, vllm or transformers. auto: vLLM if it is installed and supports the adapter, "
+            "else transformers.",
+        ),
     ] = "auto",
     top: Annotated[int, typer.Option(metavar="K", min=1, help="Serve the best K adapters of a sweep together.")] = 1,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any address except the loopback needs a token.")
+        str, typer.Option(metavar="HOST", help="Address to listen on; any address except the loopback needs a token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     token: Annotated[
         str | None,
         typer.Option(
+            metavar="TOKEN",
             envvar="ORCHESTRATOR_TOKEN",
             show_envvar=True,
             help="Bearer token that requests must send; preferably set by the variable.",
@@ -278,7 +337,7 @@ def serve(
     trust: Trust = False,
     output: Where = "runs",
 ) -> None:
-    """Serve adapters over HTTP with an OpenAI-compatible API, until Ctrl-C."""
+    """Serve adapters over an OpenAI-compatible HTTP API until Ctrl-C."""
     from orchestrator.deploy.serving.serve import plan_service, run_service
     from orchestrator.training.attempt.log_file import output_to
 

@@ -9,14 +9,7 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator.record import (
-    SweepRecord,
-    TrialPaths,
-    TrialState,
-    end_trial,
-    read_trial,
-    write_record,
-)
+from orchestrator.record import SweepRecord, TrialPaths, TrialState, end_trial, read_trial, write_record
 from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.snapshot import save_snapshot
 from orchestrator.sweep.tune_trial import plain_values

@@ -7,7 +7,6 @@ by MLFLOW_TRACKING_URI.
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,7 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, TrialResult, TrialState
-from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.protocol import TrialIdentity, missing_points
 from orchestrator.tracking.secrets import hide_secrets, reason
 
 logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # it logs each table that it creates
@@ -60,12 +59,9 @@ class MlflowTracker:
             self._client.log_batch(self._run_id, params=params[first : first + _MAX_PARAMS])
 
     def replay(self, points: Sequence[MetricPoint]) -> None:
-        known = Counter(each.step for each in self._client.get_metric_history(self._run_id, _TOKENS))
-        for point in points:
-            if known[point.step]:
-                known[point.step] -= 1
-            else:
-                self.log(point)
+        history = self._client.get_metric_history(self._run_id, _TOKENS)
+        for point in missing_points(points, (each.step for each in history)):
+            self.log(point)
 
     def log(self, point: MetricPoint) -> None:
         self._log({**point.values, _TOKENS: point.tokens}, point.step)

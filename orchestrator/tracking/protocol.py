@@ -1,6 +1,7 @@
-"""The interface of trackers."""
+"""The interface of trackers, and which points a resumed trial replays."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,3 +49,19 @@ class Tracker(Protocol):
 
     def finish(self, result: TrialResult) -> None:
         """Record the outcome and close."""
+
+
+def missing_points(points: Sequence[MetricPoint], known_steps: Iterable[int]) -> list[MetricPoint]:
+    """Return the points that a tracker does not have yet.
+
+    Args:
+        points: all points of the trial. A step may come twice, because a resumed trial goes back to its checkpoint.
+        known_steps: the step of each point that the tracker has.
+    """
+    known, missing = Counter(known_steps), []
+    for point in points:
+        if known[point.step]:
+            known[point.step] -= 1
+        else:
+            missing.append(point)
+    return missing

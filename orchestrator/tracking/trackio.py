@@ -8,14 +8,13 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, TrialResult
-from orchestrator.tracking.protocol import TrialIdentity
+from orchestrator.tracking.protocol import TrialIdentity, missing_points
 from orchestrator.tracking.secrets import hide_secrets, reason
 
 _PROJECT = "orchestrator"
@@ -54,12 +53,8 @@ class TrackioTracker:
         if os.environ.get("TRACKIO_SERVER_URL") or os.environ.get("TRACKIO_SPACE_ID"):
             return  # the library keeps points that it could not send and sends them with the next run
         logs = self._storage.get_logs(_PROJECT, self._run.name, run_id=self._run.id)
-        known = Counter(each["step"] for each in logs if "progress/tokens" in each)
-        for point in points:
-            if known[point.step]:
-                known[point.step] -= 1
-            else:
-                self.log(point)
+        for point in missing_points(points, (each["step"] for each in logs if "progress/tokens" in each)):
+            self.log(point)
 
     def log(self, point: MetricPoint) -> None:
         self._run.log({**point.values, "progress/tokens": point.tokens}, step=point.step)

@@ -226,7 +226,7 @@ def test_a_release_that_takes_three_seconds_leaks_nothing(
     assert len(trials) == 8
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.STOPPED}
     assert sum(slots or 0 for slots in witness.free) == 2
-    assert any(trial.extra_steps for trial in stopped), "the worker goes on while it is being released"
+    assert any(trial.extra_steps for trial in stopped), "the worker continues while it is being released"
     for trial in stopped:
         assert trial.step in (4, 8, 16, 32)
         assert max(evaluations(record, trial)) == trial.step

@@ -120,7 +120,7 @@ def test_asha_stops_the_same_trials_at_the_same_rungs(
     for trial in packed.trials():
         wanted = expected[trial.config.varied["training.learning_rate"]]
         assert (trial.state, trial.step, trial.tokens) == (wanted.state, wanted.step, wanted.tokens)
-        assert trial.state == TrialState.COMPLETE or trial.extra_steps, "it went on beside the others"
+        assert trial.state == TrialState.COMPLETE or trial.extra_steps, "it continued beside the others"
         assert_same_values(packed, trial, solo, wanted)
 
 

@@ -116,7 +116,7 @@ def test_asha_stops_at_rungs_by_the_recorded_values(halved: SweepRecord) -> None
             continue
         assert trial.step in (4, 8), "stopped between rungs"
         assert not halved.paths.trial(trial.trial_id).checkpoints.exists()
-        assert points[-1].step == trial.step, "went on after it was stopped"
+        assert points[-1].step == trial.step, "continued after it was stopped"
         others = [
             point.values["eval/loss"]
             for other in trials

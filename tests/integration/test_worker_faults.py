@@ -68,26 +68,25 @@ def test_write_error_ends_only_that_trial(worker: FollowedWorker, place: str) ->
     assert isinstance(after.end, Completed)
 
 
-def test_diverging_trial_fails_alone(worker: FollowedWorker) -> None:
-    sound = worker.start("sound")
-    wild = worker.start("wild", trial("training.learning_rate=1e30", "training.max_grad_norm=0"))
-    assert sound
-    assert wild
-    worker.follow(lambda: sound.end and wild.end)
-    assert isinstance(sound.end, Completed)
-    assert isinstance(wild.end, Failed)
-    assert "at step" in wild.end.error
-    assert wild.end.traceback is None
-
-
-def test_trial_with_unknown_layers_fails_alone(worker: FollowedWorker) -> None:
-    sound, wrong = worker.start("sound"), worker.start("wrong", trial("lora.target_modules=[w_proj]"))
+def failure_beside_a_sound_trial(worker: FollowedWorker, *overrides: str) -> Failed:
+    """Run a trial with these overrides beside a sound one. Only the sound one completes."""
+    sound, wrong = worker.start("sound"), worker.start("wrong", trial(*overrides))
     assert sound
     assert wrong
     worker.follow(lambda: sound.end and wrong.end)
     assert isinstance(sound.end, Completed)
     assert isinstance(wrong.end, Failed)
-    assert "w_proj" in wrong.end.error
+    return wrong.end
+
+
+def test_diverging_trial_fails_alone(worker: FollowedWorker) -> None:
+    failed = failure_beside_a_sound_trial(worker, "training.learning_rate=1e30", "training.max_grad_norm=0")
+    assert "at step" in failed.error
+    assert failed.traceback is None
+
+
+def test_trial_with_unknown_layers_fails_alone(worker: FollowedWorker) -> None:
+    assert "w_proj" in failure_beside_a_sound_trial(worker, "lora.target_modules=[w_proj]").error
 
 
 @pytest.mark.usefixtures("joint")

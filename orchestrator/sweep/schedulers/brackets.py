@@ -13,10 +13,7 @@ class HyperBand(HyperBandScheduler):  # type: ignore[misc]  # mypy skips ray
     """HyperBand with corrected halving (`_halve_fully`) and corrected first rungs (`_first_rungs`)."""
 
     def __init__(self, **settings: Any) -> None:
-        """
-        Args:
-            settings: arguments of Tune's `HyperBandScheduler`.
-        """
+        """Take the arguments of Tune's `HyperBandScheduler`."""
         super().__init__(**settings)
         self._get_r0 = _first_rungs(self._max_t_attr, self._eta)
 
@@ -33,10 +30,7 @@ class Bohb(HyperBandForBOHB):  # type: ignore[misc]  # mypy skips ray
     """
 
     def __init__(self, **settings: Any) -> None:
-        """
-        Args:
-            settings: arguments of Tune's `HyperBandForBOHB`.
-        """
+        """Take the arguments of Tune's `HyperBandForBOHB`."""
         super().__init__(**settings)
         self._get_r0 = _first_rungs(self._max_t_attr, self._eta)
 

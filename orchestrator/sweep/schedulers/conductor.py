@@ -320,7 +320,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if trial.trial_id in self._waiting:
             self._waiting.discard(trial.trial_id)
             self._paths_of(trial).paused.unlink(missing_ok=True)
-            why = f"{self._spec.scheduler.kind}: goes on from step {self._steps[trial.trial_id]}"
+            why = f"{self._spec.scheduler.kind}: continues from step {self._steps[trial.trial_id]}"
             self._record_decision(trial, "resumed", why)
 
     def _record_stop(self, trial: Any) -> None:

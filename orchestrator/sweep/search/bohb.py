@@ -33,11 +33,7 @@ class BohbSearch(TuneBOHB):  # type: ignore[misc]  # mypy skips ray
     """Suggests points of the space. It has its own random state: hpbandster draws from the global generators."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:
-        """
-        Args:
-            search: the section of the experiment.
-            settings: arguments of Tune's `TuneBOHB`.
-        """
+        """Take the experiment's search section, and in `settings` the arguments of Tune's `TuneBOHB`."""
         super().__init__(**settings)
         self._search = search
         self._rng = IsolatedRng(search.seed)

@@ -34,11 +34,7 @@ class HyperOpt(HyperOptSearch):  # type: ignore[misc]  # mypy skips ray
     """Suggests points of the space. A field that exists only with others is drawn only where it exists."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:
-        """
-        Args:
-            search: the section of the experiment.
-            settings: arguments of Tune's `HyperOptSearch`.
-        """
+        """Take the experiment's search section, and in `settings` the arguments of Tune's `HyperOptSearch`."""
         super().__init__(**settings)
         self._search = search
         self._drawn = DrawnPoints(search)

@@ -35,11 +35,7 @@ class Optuna(OptunaSearch):  # type: ignore[misc]  # mypy skips ray
     """Suggests no point twice. A discarded draw is a failed trial to Optuna, from which it learns nothing."""
 
     def __init__(self, search: SearchSection, **settings: Any) -> None:
-        """
-        Args:
-            search: the section of the experiment.
-            settings: arguments of Tune's `OptunaSearch`.
-        """
+        """Take the experiment's search section, and in `settings` the arguments of Tune's `OptunaSearch`."""
         super().__init__(**settings)
         self._search = search
         self._drawn = DrawnPoints(search)

@@ -26,6 +26,10 @@ SMALL = 4096
 """Elements from which on a matrix has 8-bit moments. The moments of smaller matrices stay in 32 bits."""
 
 
+LONGEST_STEP = 64
+"""The longest sequence is rounded up to a multiple of so many tokens, so that a tile's filler is never longer."""
+
+
 def num_bytes(most: int) -> int:
     """Return the upper bound, in bytes, of one 8-bit moment of a matrix with up to `most` elements.
 

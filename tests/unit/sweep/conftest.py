@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from simulated import begin_record
 
 from orchestrator.record import (
     Decision,
-    SweepInfo,
     SweepPaths,
     TrialResult,
     TrialState,
@@ -254,11 +254,7 @@ def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
             document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
         )
         paths = SweepPaths(tmp_path / f"sweep-{next(number)}")
-        info = SweepInfo(
-            name="sweep", created="2026-01-01T00:00:00+00:00", spec=spec, is_single_trial=False, data_fingerprint="f",
-            num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
-        )  # fmt: skip
-        write_record(paths.sweep, info)
+        begin_record(paths, spec)
         return Stage(paths, num_slots)
 
     return make

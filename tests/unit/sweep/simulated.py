@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.record import SweepInfo, SweepPaths, write_record
+from orchestrator.spec import SweepSpec
+
 ASHA = {"kind": "asha", "grace_steps": 10, "reduction_factor": 2}
 MEDIAN = {"kind": "median", "grace_steps": 10, "min_trials": 2}
 BAND = {"kind": "hyperband", "grace_steps": 10, "reduction_factor": 2}
@@ -20,3 +23,12 @@ def band() -> dict[str, list[float]]:
     """Return trials of three brackets: 0-2 run to their end, 3-5 meet a rung at 20 steps, 6-9 rungs at 10 and 20."""
     levels = [5, 6, 7, 3, 1, 2, 0.5, 0.2, 9, 8]
     return {f"t{i}": falling(level) for i, level in enumerate(levels)}
+
+
+def begin_record(paths: SweepPaths, spec: SweepSpec) -> None:
+    """Write the record of a sweep that has no trials yet."""
+    info = SweepInfo(
+        name="sweep", created="2026-01-01T00:00:00+00:00", spec=spec, is_single_trial=False, data_fingerprint="f",
+        num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
+    )  # fmt: skip
+    write_record(paths.sweep, info)

@@ -132,12 +132,18 @@ def test_an_end_that_waited_is_processed_after_a_resume(make_stage: MakeStage, e
     assert dict(bracket._rungs)[20]["a"] == -0.3
 
 
-def test_a_waiting_report_is_processed_after_a_resume(make_stage: MakeStage) -> None:
+def stage_with_a_waiting_report(make_stage: MakeStage) -> Any:
+    """Start two trials, of which the worse one reports first."""
     stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2)
     stage.add(a=falling(0), b=falling(2))
     for trial in stage.trials:
         trial.set_status(Trial.RUNNING)
     stage.report(stage.trial("b"))
+    return stage
+
+
+def test_a_waiting_report_is_processed_after_a_resume(make_stage: MakeStage) -> None:
+    stage = stage_with_a_waiting_report(make_stage)
     assert stage.decisions("stopped") == []
     stage.resume(stage.conductor.state())
     for name in ("a", "b"):
@@ -152,11 +158,7 @@ def test_a_waiting_report_is_processed_after_a_resume(make_stage: MakeStage) -> 
 
 
 def test_no_trial_waits_for_a_report_whose_worker_is_lost(make_stage: MakeStage) -> None:
-    stage = make_stage(ASHA, num_slots=2, is_patient=True, num_trials=2)
-    stage.add(a=falling(0), b=falling(2))
-    for trial in stage.trials:
-        trial.set_status(Trial.RUNNING)
-    stage.report(stage.trial("b"))
+    stage = stage_with_a_waiting_report(make_stage)
     stage._idle.discard("b")
     stage.lose(stage.trial("b"))
     stage.trial("b").update_last_result({})

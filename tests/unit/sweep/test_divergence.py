@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
+from simulated import begin_record
 
 from orchestrator.errors import FailureCause
-from orchestrator.record import SweepInfo, SweepPaths, TrialResult, TrialState, end_trial, read_sweep, write_record
+from orchestrator.record import SweepPaths, TrialResult, TrialState, end_trial, read_sweep
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.search.factory import make_searcher
@@ -98,11 +99,7 @@ def simulate(document: dict[str, Any], tmp_path: Path) -> Search:
             | {"scheduler": bohb if algorithm == "bohb" else {"kind": "none"}}
         )
         paths = SweepPaths(tmp_path / f"sweep-{len([*tmp_path.iterdir()])}")
-        info = SweepInfo(
-            name="sweep", created="2026-01-01T00:00:00+00:00", spec=spec, is_single_trial=False, data_fingerprint="f",
-            num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
-        )  # fmt: skip
-        write_record(paths.sweep, info)
+        begin_record(paths, spec)
         return Simulation(paths)
 
     return make

@@ -1,33 +1,9 @@
-"""Fixtures of the trackers' tests: trials to record, and servers on the loopback."""
+"""Fixtures of the trackers' tests: servers on the loopback."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from loopback import MlflowServer, Serve, WandbServer, serving
-
-from orchestrator.record import TrialPaths, TrialResult, TrialState
-from orchestrator.spec import SweepSpec, TrialConfig
-from orchestrator.tracking.protocol import TrialIdentity
-
-Identify = Callable[..., TrialIdentity]
-
-
-@pytest.fixture
-def identify() -> Identify:
-    """Return a function that describes a trial which continues after a step: `identify(paths, spec, step=20)`."""
-
-    def make(paths: TrialPaths, spec: SweepSpec, step: int = 0, config: TrialConfig | None = None) -> TrialIdentity:
-        start = TrialResult(
-            trial_id=paths.trial_id,
-            state=TrialState.RUNNING,
-            config=config or spec.trial_config({}),
-            metric=spec.search.metric,
-            mode=spec.search.resolved_mode,
-            step=step,
-        )
-        return TrialIdentity(paths, start, spec)
-
-    return make
 
 
 @pytest.fixture

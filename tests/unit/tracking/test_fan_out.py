@@ -1,8 +1,9 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import identify
 
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState, read_metrics
 from orchestrator.spec import parse_spec
@@ -76,7 +77,7 @@ def test_a_view_of_a_trial_that_will_continue_is_incomplete(paths: TrialPaths, r
 
 
 def test_a_view_that_cannot_be_opened_gives_a_warning_and_the_others_are_opened(
-    paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity], monkeypatch: pytest.MonkeyPatch
+    paths: TrialPaths, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same holds for a new trial, which would otherwise use up all its attempts."""
     opened: list[Memory] = []
@@ -123,7 +124,7 @@ def test_a_resumed_trial_drops_points_that_it_will_measure_again(paths: TrialPat
 
 
 def test_a_tracker_that_is_switched_off_is_not_opened(
-    paths: TrialPaths, result: TrialResult, document: dict[str, Any], identify: Callable[..., TrialIdentity]
+    paths: TrialPaths, result: TrialResult, document: dict[str, Any]
 ) -> None:
     spec = parse_spec(document | {"tracking": {"tensorboard": False, "wandb": {"mode": "disabled"}}})
     trackers = open_trackers(identify(paths, spec))
@@ -133,7 +134,7 @@ def test_a_tracker_that_is_switched_off_is_not_opened(
 
 
 def test_an_identity_has_a_flat_configuration_for_trackers_without_nesting(
-    paths: TrialPaths, document: dict[str, Any], identify: Callable[..., TrialIdentity]
+    paths: TrialPaths, document: dict[str, Any]
 ) -> None:
     identity = identify(paths, parse_spec(document))
     flat = identity.config.dotted()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from tracked import identify, outcome, point_at
 
-from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.record import SweepPaths, TrialPaths, TrialState
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.tracking import open_trackers
 from orchestrator.tracking.mlflow import MlflowTracker, mlflow_fault
@@ -38,12 +39,12 @@ def spec(document: dict[str, Any]) -> SweepSpec:
 
 
 def test_a_trial_is_read_back(paths: TrialPaths, spec: SweepSpec) -> None:
-    tracker = MlflowTracker(_identity(paths, spec))
+    tracker = MlflowTracker(identify(paths, spec))
     (run,) = _runs(paths)
     assert run.info.status == "RUNNING"
     for step in (1, 2, 3):
-        tracker.log(_point(step))
-    tracker.finish(_result(paths, spec, TrialState.COMPLETE, best_step=2))
+        tracker.log(point_at(step))
+    tracker.finish(outcome(paths, spec, TrialState.COMPLETE, best_step=2))
     (run,) = _runs(paths)
     assert run.info.run_name == "a_00001"
     assert run.info.status == "FINISHED"
@@ -61,26 +62,26 @@ def test_a_trial_is_read_back(paths: TrialPaths, spec: SweepSpec) -> None:
     [("COMPLETE", "FINISHED"), ("STOPPED", "FINISHED"), ("CANCELLED", "KILLED"), ("FAILED", "FAILED")],
 )
 def test_a_run_has_the_status_of_its_trial(paths: TrialPaths, spec: SweepSpec, state: str, status: str) -> None:
-    MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState(state)))
+    MlflowTracker(identify(paths, spec)).finish(outcome(paths, spec, TrialState(state)))
     (run,) = _runs(paths)
     assert (run.info.status, run.data.tags["state"]) == (status, state)
 
 
 def test_a_resumed_trial_continues_its_run(paths: TrialPaths, spec: SweepSpec) -> None:
-    first = MlflowTracker(_identity(paths, spec))
-    first.log(_point(1))
-    first.finish(_result(paths, spec, TrialState.RUNNING))
+    first = MlflowTracker(identify(paths, spec))
+    first.log(point_at(1))
+    first.finish(outcome(paths, spec, TrialState.RUNNING))
     (run,) = _runs(paths)
     assert run.info.status == "RUNNING", "the trial will continue"
-    MlflowTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.FAILED))
+    MlflowTracker(identify(paths, spec)).finish(outcome(paths, spec, TrialState.FAILED))
     changed = parse_spec(spec.model_dump() | {"lora": {"rank": 4}})  # PBT changes values like this
-    identity = _identity(paths, changed, resumed_step=1)
+    identity = identify(paths, changed, step=1)
     config = identity.config.model_copy(update={"varied": {"lora.rank": 4, "lora.dropout": 0.05}})
     start = identity.start.model_copy(update={"config": config})
     again = MlflowTracker(TrialIdentity(paths, start, changed))
     assert [run.info.status for run in _runs(paths)] == ["RUNNING"]
-    again.log(_point(2))
-    again.finish(_result(paths, changed, TrialState.COMPLETE))
+    again.log(point_at(2))
+    again.finish(outcome(paths, changed, TrialState.COMPLETE))
     (now,) = _runs(paths)
     assert now.info.run_id == run.info.run_id
     assert (now.info.status, now.data.params["lora.rank"], now.data.tags["lora.rank"]) == ("FINISHED", "16", "4")
@@ -126,7 +127,7 @@ def test_an_address_in_the_environment_is_used(
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    MlflowTracker(_identity(paths, spec)).log(_point(1))
+    MlflowTracker(identify(paths, spec)).log(point_at(1))
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("first")
     assert experiment is not None
@@ -168,11 +169,11 @@ def test_a_server_that_is_down_stops_no_trial_and_shows_no_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", serve("refuse").replace("http://", "http://alice:s3cret@"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    trackers = open_trackers(_identity(paths, spec))
+    trackers = open_trackers(identify(paths, spec))
     (warning,) = trackers.warnings
     assert warning.startswith("MLflow failed: MlflowException: API request to http://127.0.0.1:")
     assert "s3cret" not in warning
-    trackers.log(_point(2))
+    trackers.log(point_at(2))
     assert paths.metrics.read_text().count("\n") == 1
     assert trackers.untracked == ["MLflow"]
 
@@ -190,18 +191,18 @@ def test_a_server_with_a_login_records_a_trial_and_receives_missing_points_later
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert mlflow_fault() is None
-    trackers = open_trackers(_identity(paths, spec))
-    trackers.log(_point(1))
+    trackers = open_trackers(identify(paths, spec))
+    trackers.log(point_at(1))
     server.is_down = True
-    trackers.log(_point(2))
-    trackers.log(_point(3))
-    trackers.finish(_result(paths, spec, TrialState.COMPLETE, best_step=3))
+    trackers.log(point_at(2))
+    trackers.log(point_at(3))
+    trackers.finish(outcome(paths, spec, TrialState.COMPLETE, best_step=3))
     (warning,) = trackers.warnings
     assert "503 error responses" in warning
     server.is_down = False
     assert server.history("a_00001", "eval/loss") == [(1, 1.0)]
-    again = open_trackers(_identity(paths, spec, resumed_step=3))
-    again.finish(_result(paths, spec, TrialState.COMPLETE, best_step=3))
+    again = open_trackers(identify(paths, spec, step=3))
+    again.finish(outcome(paths, spec, TrialState.COMPLETE, best_step=3))
     assert server.history("a_00001", "eval/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert server.history("a_00001", "best/eval/loss") == [(3, pytest.approx(1 / 3))]
     assert server.status("a_00001") == "FINISHED"
@@ -217,30 +218,6 @@ def test_a_missing_package_is_reported_when_the_experiment_is_loaded(monkeypatch
     with pytest.raises(Exception, match=r"tracking.mlflow needs the package mlflow") as refused:
         load_spec(demo, overrides)
     assert "pip install 'qlora-orchestrator[mlflow]'" in str(refused.value)
-
-
-def _identity(paths: TrialPaths, spec: SweepSpec, resumed_step: int = 0) -> TrialIdentity:
-    start = _result(paths, spec, TrialState.RUNNING).model_copy(update={"step": resumed_step})
-    return TrialIdentity(paths, start, spec)
-
-
-def _point(step: int) -> MetricPoint:
-    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
-
-
-def _result(paths: TrialPaths, spec: SweepSpec, state: TrialState, best_step: int | None = None) -> TrialResult:
-    best = None
-    if best_step is not None:
-        values = _point(best_step).values
-        best = BestPoint(value=values["eval/loss"], step=best_step, values=values, adapter=f"adapters/step-{best_step}")
-    return TrialResult(
-        trial_id=paths.trial_id,
-        state=state,
-        config=spec.trial_config({}),
-        metric="eval/loss",
-        mode="min",
-        best=best,
-    )
 
 
 def _runs(paths: TrialPaths) -> list[Run]:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, get_experiment
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
+from tracked import identify
 
 from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.tracking import open_trackers
-from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.tensorboard import TensorBoardTracker
-
-Identify = Callable[..., TrialIdentity]
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,7 +62,7 @@ SECOND = FIRST | {
 }
 
 
-def test_a_point_can_be_read_as_soon_as_it_is_logged(paths: TrialPaths, spec: SweepSpec, identify: Identify) -> None:
+def test_a_point_can_be_read_as_soon_as_it_is_logged(paths: TrialPaths, spec: SweepSpec) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     _log(tracker, (10, 0.5), (20, 0.25))
     scalars = _scalars(paths)["a"]
@@ -75,7 +72,7 @@ def test_a_point_can_be_read_as_soon_as_it_is_logged(paths: TrialPaths, spec: Sw
 
 
 def test_a_resumed_trial_hides_points_that_a_lost_worker_wrote_after_the_checkpoint(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify
+    paths: TrialPaths, spec: SweepSpec
 ) -> None:
     lost = open_trackers(identify(paths, spec))
     _log(lost, *((step, 5 / step) for step in (10, 20, 30, 40)))
@@ -88,7 +85,7 @@ def test_a_resumed_trial_hides_points_that_a_lost_worker_wrote_after_the_checkpo
 
 
 def test_a_trial_whose_folder_could_not_be_written_is_recorded_when_it_is_resumed(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify
+    paths: TrialPaths, spec: SweepSpec
 ) -> None:
     paths.tensorboard.parent.mkdir(parents=True)
     paths.tensorboard.touch()  # a file where the folder should be
@@ -102,9 +99,7 @@ def test_a_trial_whose_folder_could_not_be_written_is_recorded_when_it_is_resume
     assert _scalars(paths)["a"]["eval/loss"] == [(10, 0.5), (20, 0.25)]
 
 
-def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify
-) -> None:
+def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(paths: TrialPaths, spec: SweepSpec) -> None:
     """The first trial lacks an axis. None in a column of numbers is an empty cell."""
     for name, point in (("a", FIRST), ("b", SECOND)):
         TensorBoardTracker(identify(paths.__class__(paths.sweep, name), spec, config=spec.trial_config(point)))
@@ -140,9 +135,7 @@ def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(
     }
 
 
-def test_the_table_shows_the_best_evaluation_instead_of_the_last(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify
-) -> None:
+def test_the_table_shows_the_best_evaluation_instead_of_the_last(paths: TrialPaths, spec: SweepSpec) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     _log(tracker, (10, 0.5), (20, 0.25), (30, 0.75))
     assert [info.name.tag for info in _experiment(paths).metric_infos] == ["best/eval/loss", "best/eval/token_accuracy"]
@@ -152,9 +145,7 @@ def test_the_table_shows_the_best_evaluation_instead_of_the_last(
     assert _metrics(paths) == {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
 
 
-def test_the_largest_value_is_the_best_if_the_search_maximizes(
-    paths: TrialPaths, document: Any, identify: Identify
-) -> None:
+def test_the_largest_value_is_the_best_if_the_search_maximizes(paths: TrialPaths, document: Any) -> None:
     spec, metric = parse_spec(document | {"search": {"metric": "eval/token_accuracy"}}), "eval/token_accuracy"
     _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.625), metric=metric)
     assert _metrics(paths) == {"best/eval/token_accuracy": (30, 0.75)}
@@ -164,9 +155,7 @@ def test_the_largest_value_is_the_best_if_the_search_maximizes(
     ("state", "status"),
     [("COMPLETE", "SUCCESS"), ("STOPPED", "SUCCESS"), ("FAILED", "FAILURE"), ("CANCELLED", "UNKNOWN")],
 )
-def test_a_row_has_the_status_of_its_trial(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify, state: str, status: str
-) -> None:
+def test_a_row_has_the_status_of_its_trial(paths: TrialPaths, spec: SweepSpec, state: str, status: str) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     (running,) = _table(paths)
     assert running.sessions[0].status == api_pb2.STATUS_UNKNOWN
@@ -175,9 +164,7 @@ def test_a_row_has_the_status_of_its_trial(
     assert api_pb2.Status.Name(ended.sessions[0].status) == f"STATUS_{status}"
 
 
-def test_a_trial_that_pbt_has_changed_shows_its_present_values(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify
-) -> None:
+def test_a_trial_that_pbt_has_changed_shows_its_present_values(paths: TrialPaths, spec: SweepSpec) -> None:
     TensorBoardTracker(identify(paths, spec, config=spec.trial_config(FIRST)))
     TensorBoardTracker(identify(paths, spec, step=10, config=spec.trial_config(SECOND)))
     (row,) = _table(paths)
@@ -185,14 +172,14 @@ def test_a_trial_that_pbt_has_changed_shows_its_present_values(
     assert _cells(row)["training.final_rate"] == 0.2
 
 
-def test_a_sweep_without_searched_fields_still_has_a_row(paths: TrialPaths, document: Any, identify: Identify) -> None:
+def test_a_sweep_without_searched_fields_still_has_a_row(paths: TrialPaths, document: Any) -> None:
     TensorBoardTracker(identify(paths, parse_spec(document)))
     (row,) = _table(paths)
     assert _cells(row) == {"lora.rank": 16, "training.learning_rate": 2e-4}
 
 
 def test_a_single_trial_of_a_search_experiment_shows_the_experiments_own_values(
-    paths: TrialPaths, document: Any, identify: Identify
+    paths: TrialPaths, document: Any
 ) -> None:
     search = {"num_trials": 4, "space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}}
     TensorBoardTracker(identify(paths, parse_spec(document | {"search": search})))

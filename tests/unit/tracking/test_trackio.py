@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import identify, outcome, point_at
 
 from orchestrator.errors import RequestError
-from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.record import SweepPaths, TrialPaths, TrialState
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.trackio import TrackioTracker, trackio_fault
 
 
@@ -37,10 +37,10 @@ def spec(document: dict[str, Any]) -> SweepSpec:
 
 def test_a_trial_is_read_back(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
     paths = trial_paths("a_00001")
-    tracker = TrackioTracker(_identity(paths, spec))
+    tracker = TrackioTracker(identify(paths, spec))
     for step in (1, 2, 3):
-        tracker.log(_point(step))
-    tracker.finish(_result(paths, spec, TrialState.STOPPED, best_step=2, step=3))
+        tracker.log(point_at(step))
+    tracker.finish(outcome(paths, spec, TrialState.STOPPED, best_step=2, step=3))
     (run,) = _runs("a_00001")
     assert run.config is not None
     assert run.config["_Group"] == "first"
@@ -60,14 +60,14 @@ def test_a_trial_is_read_back(trial_paths: Callable[[str], TrialPaths], spec: Sw
 
 def test_a_resumed_trial_continues_its_run(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
     paths = trial_paths("a_00002")
-    first = TrackioTracker(_identity(paths, spec))
-    first.log(_point(1))
-    first.finish(_result(paths, spec, TrialState.RUNNING, step=1))
+    first = TrackioTracker(identify(paths, spec))
+    first.log(point_at(1))
+    first.finish(outcome(paths, spec, TrialState.RUNNING, step=1))
     (run,) = _runs("a_00002")
-    again = TrackioTracker(_identity(paths, spec))
-    again.replay([_point(1)])  # the run already has this point
-    again.log(_point(2))
-    again.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
+    again = TrackioTracker(identify(paths, spec))
+    again.replay([point_at(1)])  # the run already has this point
+    again.log(point_at(2))
+    again.finish(outcome(paths, spec, TrialState.COMPLETE, step=2))
     (now,) = _runs("a_00002")
     assert now.id == run.id
     assert [log["eval/loss"] for log in _logs(now) if "eval/loss" in log] == [1.0, 0.5]
@@ -76,9 +76,9 @@ def test_a_resumed_trial_continues_its_run(trial_paths: Callable[[str], TrialPat
 
 def test_missing_points_are_recorded_later(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
     paths = trial_paths("a_00005")
-    tracker = TrackioTracker(_identity(paths, spec))
-    tracker.replay([_point(1), _point(2)])
-    tracker.finish(_result(paths, spec, TrialState.COMPLETE, step=2))
+    tracker = TrackioTracker(identify(paths, spec))
+    tracker.replay([point_at(1), point_at(2)])
+    tracker.finish(outcome(paths, spec, TrialState.COMPLETE, step=2))
     (run,) = _runs("a_00005")
     assert [log["eval/loss"] for log in _logs(run) if "eval/loss" in log] == [1.0, 0.5]
 
@@ -101,19 +101,19 @@ def test_a_second_folder_in_the_same_process_is_refused(
     trial_paths: Callable[[str], TrialPaths], spec: SweepSpec, tmp_path: Path
 ) -> None:
     paths = trial_paths("a_00003")
-    TrackioTracker(_identity(paths, spec)).finish(_result(paths, spec, TrialState.COMPLETE, step=1))
+    TrackioTracker(identify(paths, spec)).finish(outcome(paths, spec, TrialState.COMPLETE, step=1))
     with pytest.raises(RequestError, match=r"writes to .*first/trackio in this process, not to .*other/trackio"):
-        TrackioTracker(_identity(SweepPaths(tmp_path / "other").trial("b"), spec))
+        TrackioTracker(identify(SweepPaths(tmp_path / "other").trial("b"), spec))
 
 
 def test_files_that_cannot_be_written_are_reported(trial_paths: Callable[[str], TrialPaths], spec: SweepSpec) -> None:
     paths = trial_paths("a_00004")
-    tracker = TrackioTracker(_identity(paths, spec))
+    tracker = TrackioTracker(identify(paths, spec))
     shutil.rmtree(paths.trackio)
     paths.trackio.touch()
-    tracker.log(_point(1))
+    tracker.log(point_at(1))
     with pytest.raises(OSError, match=r"(?i)trackio"):
-        tracker.finish(_result(paths, spec, TrialState.COMPLETE, step=1))
+        tracker.finish(outcome(paths, spec, TrialState.COMPLETE, step=1))
     paths.trackio.unlink()
 
 
@@ -122,32 +122,6 @@ def test_a_missing_package_is_reported_when_the_experiment_is_loaded(monkeypatch
     with pytest.raises(RequestError, match=r"tracking.trackio needs the package trackio") as refused:
         load_spec(Path(__file__).parents[3] / "experiments" / "demo.yaml", ["tracking.trackio=true"])
     assert refused.value.remedy == "pip install 'qlora-orchestrator[trackio]'"
-
-
-def _identity(paths: TrialPaths, spec: SweepSpec) -> TrialIdentity:
-    return TrialIdentity(paths, _result(paths, spec, TrialState.RUNNING, step=0), spec)
-
-
-def _point(step: int) -> MetricPoint:
-    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
-
-
-def _result(
-    paths: TrialPaths, spec: SweepSpec, state: TrialState, step: int, best_step: int | None = None
-) -> TrialResult:
-    best = None
-    if best_step is not None:
-        values = _point(best_step).values
-        best = BestPoint(value=values["eval/loss"], step=best_step, values=values, adapter=f"adapters/step-{best_step}")
-    return TrialResult(
-        trial_id=paths.trial_id,
-        state=state,
-        config=spec.trial_config({}),
-        metric="eval/loss",
-        mode="min",
-        step=step,
-        best=best,
-    )
 
 
 def _runs(name: str) -> list[Any]:

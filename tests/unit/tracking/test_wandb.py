@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import identify, outcome, point_at
 
-from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
+from orchestrator.record import SweepPaths, TrialPaths, TrialState
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.spec.sections.records import WandbSection
 from orchestrator.tracking import open_trackers
 from orchestrator.tracking import wandb as wandb_tracker
-from orchestrator.tracking.protocol import TrialIdentity
 from orchestrator.tracking.wandb import is_online, wandb_fault
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-Identify = Callable[..., TrialIdentity]
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +97,6 @@ def test_auto_is_online_if_there_is_a_key(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_server_that_fails_at_the_start_of_a_trial_does_not_stop_it(
     paths: TrialPaths,
     spec: SweepSpec,
-    identify: Identify,
     serve: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     kind: int | str,
@@ -115,22 +113,22 @@ def test_a_server_that_fails_at_the_start_of_a_trial_does_not_stop_it(
 
 
 def test_points_that_a_server_missed_are_sent_later(
-    paths: TrialPaths, spec: SweepSpec, identify: Identify, wandb_server: Any, monkeypatch: pytest.MonkeyPatch
+    paths: TrialPaths, spec: SweepSpec, wandb_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", wandb_server.address)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_fault() is None
     assert "WANDB_SERVICE" not in os.environ, "child processes start their own service"
     first = open_trackers(identify(paths, spec))
-    first.log(_point(1))
-    first.log(_point(2))
-    first.finish(_result(spec, TrialState.RUNNING))
+    first.log(point_at(1))
+    first.log(point_at(2))
+    first.finish(outcome(paths, spec, TrialState.RUNNING, best_step=1))
     assert (first.warnings, wandb_server.steps) == ([], [1, 2])
     lost = open_trackers(identify(paths, spec, step=2))
     wandb_server.is_down = True
-    lost.log(_point(3))
+    lost.log(point_at(3))
     began = time.monotonic()
-    lost.finish(_result(spec, TrialState.COMPLETE))
+    lost.finish(outcome(paths, spec, TrialState.COMPLETE, best_step=1))
     assert time.monotonic() - began < 15
     (warning,) = lost.warnings
     assert warning.startswith("W&B failed: TimeoutError: ")
@@ -139,18 +137,8 @@ def test_points_that_a_server_missed_are_sent_later(
     assert still.warnings[0].startswith("W&B failed: CommError: ")
     wandb_server.is_down = False
     again = open_trackers(identify(paths, spec, step=3))
-    again.finish(_result(spec, TrialState.FAILED))
+    again.finish(outcome(paths, spec, TrialState.FAILED, best_step=1))
     assert (again.warnings, again.untracked) == ([], [])
     assert wandb_server.steps == [1, 2, 3], "no point is sent twice"
     assert wandb_server.history[-1]["eval/loss"] == pytest.approx(1 / 3)
     assert wandb_server.exit_codes == [0, 1]
-
-
-def _point(step: int) -> MetricPoint:
-    return MetricPoint(step=step, tokens=10 * step, time_s=step, values={"eval/loss": 1 / step})
-
-
-def _result(spec: SweepSpec, state: TrialState) -> TrialResult:
-    best = BestPoint(value=1.0, step=1, values={"eval/loss": 1.0}, adapter="adapters/step-1")
-    config = spec.trial_config({})
-    return TrialResult(trial_id="a", state=state, config=config, metric="eval/loss", mode="min", best=best)

@@ -26,6 +26,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture
+def seed() -> None:
+    """Seed PyTorch's random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def make_rows() -> MakeRows:
     """`make_rows(5, 9, seed=1)`: rows of these lengths. Their first two tokens have no loss."""
 
@@ -70,7 +76,8 @@ def make_row() -> MakeRow:
     def make(*spans: Span, num_slots: int = 1, num_tokens: int = 0, num_sequences: int = 32) -> FlatBatch:
         used = sum(span.num_tokens + -span.num_tokens % TILE for span in spans)
         longest = max([40, *(span.rows.longest for span in spans)])
-        layout = BucketShape(max(used, num_tokens), num_sequences, num_slots, TILE, longest)
+        tokens = max(used, num_tokens)
+        layout = BucketShape(tokens, tokens, num_sequences, num_slots, TILE, longest)
         buffer = layout.buffer("cpu")
         layout.fill(buffer.numpy(), spans)
         return layout.view(buffer)

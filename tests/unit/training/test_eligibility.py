@@ -9,9 +9,12 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
 )
@@ -19,6 +22,7 @@ from transformers import (
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.plan.eligibility import (
     unknown_field,
     unknown_module,
@@ -30,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 LONGEST = 12
 SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 MakeConfig = Callable[..., TrialConfig]
 
 
@@ -44,20 +49,43 @@ def model_of(config: PreTrainedConfig) -> Any:
         (LlamaConfig(**SIZES), None),
         (Qwen2Config(**SIZES), None),
         (MistralConfig(**SIZES, sliding_window=LONGEST), None),
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' (supported: llama, mistral, qwen2)"),
+        (
+            GPT2Config(n_embd=32, n_layer=1, n_head=2),
+            f"model type 'gpt2' (supported: {', '.join(FAMILIES)})",
+        ),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act 'gelu' (supported: 'silu')"),
+        (MistralConfig(**SIZES, sliding_window=8), None),
+        (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0), None),
+        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), None),
         (
-            MistralConfig(**SIZES, sliding_window=LONGEST - 1),
-            "a sliding window of 11 tokens, shorter than the longest row (12)",
+            LlamaConfig(
+                **SIZES,
+                max_position_embeddings=63,
+                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            ),
+            "RoPE type 'dynamic' with rows of up to 64 tokens, beyond max_position_embeddings (63)",
+        ),
+        (Phi3Config(**SIZES, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=LONGROPE), None),
+        (
+            Phi3Config(**SIZES, pad_token_id=0, original_max_position_embeddings=63, rope_parameters=LONGROPE),
+            "RoPE type 'longrope' with rows of up to 64 tokens, beyond original_max_position_embeddings (63)",
         ),
         (
-            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-            "a sliding window of 8 tokens, shorter than the longest row (12)",
+            Ministral3Config(
+                **SIZES,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "llama_4_scaling_beta": 0.1,
+                    "original_max_position_embeddings": 63,
+                },
+            ),
+            "llama_4_scaling_beta with rows of up to 64 tokens, beyond original_max_position_embeddings (63)",
         ),
-        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=8), None),
+        (Gemma2Config(**SIZES, hidden_activation="silu"), "hidden_activation 'silu' (supported: 'gelu_pytorch_tanh')"),
         (
-            LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "RoPE type 'dynamic'",
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}),
+            "RoPE type 'proportional'",
         ),
         (LlamaConfig(**SIZES, attention_dropout=0.1), "attention_dropout 0.1 (supported: 0.0)"),
         (
@@ -92,7 +120,7 @@ def test_a_base_on_two_devices_is_refused(trial: MakeConfig) -> None:
 
 def test_an_adapter_on_another_module_is_refused(trial: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = FAMILIES["llama"]
-    with_router = replace(llama, layer_modules=llama.layer_modules | {"mlp.router"})
+    with_router = replace(llama, other_modules=llama.other_modules | {"mlp.router"})
     monkeypatch.setitem(FAMILIES, "llama", with_router)  # type: ignore[arg-type]
     model = model_of(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.router = torch.nn.Linear(32, 4, bias=False, device="meta")
@@ -121,7 +149,8 @@ def test_requirements_on_the_trial(trial: MakeConfig, sections: dict[str, Any], 
 
 
 def small_model(model_type: str, num_layers: int = 2) -> Any:
-    return model_of(AutoConfig.for_model(model_type, **SIZES | {"num_hidden_layers": num_layers}))
+    sizes = SIZES | {"num_hidden_layers": num_layers, "pad_token_id": 0, "head_dim": 16}
+    return model_of(AutoConfig.for_model(model_type, **sizes))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -145,16 +174,27 @@ def test_leftovers_in_config_files_are_accepted() -> None:
     assert unsupported_shape(model_of(config), LONGEST) is None
 
 
+class WithoutModule(Family):
+    """A family that does not list one of its layers' modules."""
+
+    def __init__(self, family: Family, name: str) -> None:
+        super().__init__(**vars(family))
+        object.__setattr__(self, "name", name)
+
+    @property
+    def layer_modules(self) -> frozenset[str]:
+        return super().layer_modules - {vars(self)["name"]}
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_listed_module_is_needed(model_type: str) -> None:
     """Without its entry in the family, a module is unknown; without the module, the model is incomplete."""
     family, model = FAMILIES[model_type], small_model(model_type)
     for name in family.layer_modules:
-        shorter = replace(family, layer_modules=family.layer_modules - {name})
-        assert unknown_module(model, shorter) == (
+        assert unknown_module(model, WithoutModule(family, name)) == (
             f"module {name} in layer 0, which is not listed for model type {model_type!r}"
         )
-        longer = replace(family, layer_modules=family.layer_modules | {f"{name}_more"})
+        longer = replace(family, other_modules=family.other_modules | {f"{name}_more"})
         assert unknown_module(model, longer) == f"layer 0 without module {name}_more"
     for name in family.model_modules:
         shorter = replace(family, model_modules=family.model_modules - {name})
@@ -233,4 +273,7 @@ def test_shapes_are_those_of_the_model(model_type: str) -> None:
         for name, each in layer.items()
         if hasattr(each, "weight") and isinstance(each, torch.nn.Linear)
     }
-    assert BaseShape.of(model.config).linears == linears
+    names = {name.rpartition(".")[2] for group in FAMILIES[model_type].groups for name in group}
+    shape = BaseShape.of(model.config)
+    assert {name: shape.linears[name] for name in names} == linears
+    assert shape.num_linear_weights == sum(i * o for i, o in linears.values())

@@ -338,3 +338,22 @@ def test_a_capture_that_runs_out_of_memory_is_repeated_after_its_memory_is_freed
     fake.adapters = SimpleNamespace(weights=torch.zeros(1))
     assert fake._run([], "shape", True) == "values"
     assert steps == ["empty", "replay"]
+
+
+def test_a_pass_without_a_loss(model: Any, make_table: MakeTable) -> None:
+    """A part of a batch may have no token with a loss."""
+    engine, ids = make_engine(model, 1, 4), [[1, 2, 3, 4], [5, 6]]
+    rows = TokenizedRows(ids, [[-100] * len(row) for row in ids])
+    metrics = engine.step([Span(0, rows, [0, 1], make_table())]).read()
+    assert (metrics.losses, metrics.norms, metrics.hits) == ([0.0], [0.0], [0.0])
+    assert not engine.adapters.weights.any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "max_targets"),
+    [(256, 0, 64), (256, 64, 64), (256, 65, 128), (256, 200, 256), (320, 300, 320)],
+)
+def test_on_a_gpu_buckets_have_targets_in_quarters(model: Any, tokens: int, targets: int, max_targets: int) -> None:
+    engine = make_engine(model, 1, 4)
+    engine._on_gpu = True
+    assert engine._bucket_of(tokens, targets, 1).max_targets == max_targets

@@ -75,11 +75,12 @@ def test_fitting_accepts_no_rows_and_does_not_skip_a_long_one() -> None:
 
 def test_a_step_of_two_slots() -> None:
     """Lay out slot 2 with 2 + 3 tokens and slot 0 with 4, in tiles of 4 and a bucket of 20."""
-    shape = BucketShape(num_tokens=20, num_sequences=8, num_slots=3, tile=4, max_seqlen=5)
+    shape = BucketShape(num_tokens=20, max_targets=8, num_sequences=8, num_slots=3, tile=4, max_seqlen=5)
     first, second = rows_of(3, 2), rows_of(4, first=11)
     batch = fill(shape, [Span(2, first, [1, 0], table(3.0), first_token=7), Span(0, second, [0], table(5.0))])
     assert batch.ids.tolist() == [4, 5, 1, 2, 3, 0, 0, 0, 11, 12, 13, 14, *[0] * 8]
     assert batch.targets.tolist() == [5, X, 2, 3, X, X, X, X, 12, 13, 14, X, *[X] * 8]
+    assert batch.target_tokens.tolist() == [0, 2, 3, 8, 9, 10, 20, 20]
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.dropout_positions.tolist() == [7, 8, 9, 10, 11, 0, 0, 0, 0, 1, 2, 3, *[0] * 8]
     assert batch.tile_slots.tolist() == [2, 2, 0, 0, 0]
@@ -92,7 +93,7 @@ def test_a_step_of_two_slots() -> None:
 
 
 def test_padded_sequences_contain_no_token_of_another() -> None:
-    shape = BucketShape(num_tokens=24, num_sequences=8, num_slots=1, tile=8, max_seqlen=7)
+    shape = BucketShape(num_tokens=24, max_targets=24, num_sequences=8, num_slots=1, tile=8, max_seqlen=7)
     batch = fill(shape, [Span(0, rows_of(7, 1, 3), [0, 1, 2], table(1.0))])
     # Three rows, the padding of a tile, the padding of the bucket.
     bounds = [0, 7, 8, 11, 16, 23, 24]
@@ -106,7 +107,7 @@ def test_padded_sequences_contain_no_token_of_another() -> None:
 
 
 def test_a_table_keeps_every_bit_of_a_number() -> None:
-    shape = BucketShape(num_tokens=8, num_sequences=8, num_slots=2, tile=8, max_seqlen=8)
+    shape = BucketShape(num_tokens=8, max_targets=8, num_sequences=8, num_slots=2, tile=8, max_seqlen=8)
     values = dict(
         table(0.0), key=-1234567891, threshold=2**31 - 1, applies=1, learning_rate=2e-4, one_minus_beta2=1 - 0.999
     )
@@ -119,7 +120,7 @@ def test_a_table_keeps_every_bit_of_a_number() -> None:
 
 
 def test_a_buffer_keeps_nothing_of_an_earlier_step() -> None:
-    shape = BucketShape(num_tokens=48, num_sequences=16, num_slots=3, tile=8, max_seqlen=12)
+    shape = BucketShape(num_tokens=48, max_targets=48, num_sequences=16, num_slots=3, tile=8, max_seqlen=12)
     spans = [Span(1, rows_of(3, 4), [0, 1], table(2.0))]
     fresh = fill(shape, spans)
     buffer = shape.buffer("cpu")
@@ -132,7 +133,7 @@ def test_a_buffer_keeps_nothing_of_an_earlier_step() -> None:
 
 
 def test_an_empty_step_is_all_padding() -> None:
-    shape = BucketShape(num_tokens=16, num_sequences=8, num_slots=2, tile=8, max_seqlen=10)
+    shape = BucketShape(num_tokens=16, max_targets=16, num_sequences=8, num_slots=2, tile=8, max_seqlen=10)
     batch = fill(shape, [])
     assert (batch.targets == X).all()
     assert batch.cu_seqlens.tolist() == [0, 10, 16, 16, 16, 16, 16, 16, 16]
@@ -147,7 +148,7 @@ def test_sequences_of_a_packed_row_have_their_own_bounds_and_positions() -> None
     assert [PACKED.targets(row).tolist() for row in range(2)] == [[2, X, X, 5, X], [7, 8, 9, X]]
     span = Span(1, PACKED, [1, 0], table(2.0), first_token=3)
     assert (span.num_tokens, span.max_sequences) == (9, 5)
-    shape = BucketShape(num_tokens=16, num_sequences=8, num_slots=2, tile=4, max_seqlen=5)
+    shape = BucketShape(num_tokens=16, max_targets=16, num_sequences=8, num_slots=2, tile=4, max_seqlen=5)
     batch = fill(shape, [span])
     assert batch.ids.tolist() == [6, 7, 8, 9, 1, 2, 3, 4, 5, *[0] * 7]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3]

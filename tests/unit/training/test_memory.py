@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import FAMILY_CASES
 
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
@@ -112,38 +113,64 @@ def make_adapters(
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
 @pytest.mark.parametrize("recompute", LEVELS)
 def test_activations(
-    half: Any,
+    half: Any, kept_by: Callable[..., tuple[int, int]], recompute: Recompute, targets: tuple[str, ...]
+) -> None:
+    predicted, kept = kept_by(half, recompute, targets)
+    assert predicted == kept
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_activations_and_weights_of_each_family(
+    kept_by: Callable[..., tuple[int, int]], name: str, recompute: Recompute
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(FAMILY_CASES[name][0], dtype=torch.bfloat16)
+    predicted, kept = kept_by(model, recompute, tuple(BaseShape.of(model.config).linears))
+    assert predicted == kept
+    # Biases and norms of heads, some ten thousandths of a large base, are not counted.
+    small = ("bias", "q_norm.weight", "k_norm.weight")
+    weights = sum(each.nbytes for name, each in model.named_parameters() if not name.endswith(small))
+    assert predicted_for(model, quantized=False).base == weights
+
+
+@pytest.fixture
+def kept_by(
     make_rows: Callable[..., TokenizedRows],
     make_table: Callable[..., dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
-    recompute: Recompute,
-    targets: tuple[str, ...],
-) -> None:
-    """Activations that the forward of a step keeps for its backward."""
-    inputs, kept = [], []
-    forward = Layer.forward
+) -> Callable[..., tuple[int, int]]:
+    """`kept_by(model, "nothing", targets)`: bytes that a forward keeps for its backward, predicted and real."""
 
-    def watched(layer: Layer, states: Any, delta: Any, *rest: Any) -> Any:
-        result = forward(layer, states, delta, *rest)
-        inputs.append(states.nbytes + (0 if delta is None else delta.nbytes))
-        kept.append(result[2])
-        return result
+    def count(model: Any, recompute: Recompute, targets: tuple[str, ...]) -> tuple[int, int]:
+        inputs, kept = [], []
+        forward = Layer.forward
 
-    monkeypatch.setattr(Layer, "forward", watched)
-    rows = make_rows(32, 32, vocabulary=500)  # of equal length: on a CPU, attention pads
-    adapters = make_adapters(half, targets, 1, torch.float32)
-    engine = Engine(Decoder(half, torch.bfloat16, 32, keeps_base=True), adapters, recompute, None, on_gpu=False)
-    engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
+        def watched(layer: Layer, states: Any, delta: Any, *rest: Any) -> Any:
+            result = forward(layer, states, delta, *rest)
+            inputs.append(states.nbytes + (0 if delta is None else delta.nbytes))
+            kept.append(result[2])
+            return result
 
-    layers, whole = half.config.num_hidden_layers, [bytes_of(each, half.config) for each in kept if each is not None]
-    assert len(whole) == layers
-    predicted = predicted_for(half, recompute, targets=targets).activations
-    if recompute == "layers":
+        monkeypatch.setattr(Layer, "forward", watched)
+        rows = make_rows(32, 32)  # of equal length: on a CPU, attention pads
+        present = [name for name in targets if any(each.endswith(f".{name}") for each, _ in model.named_modules())]
+        adapters = make_adapters(model, tuple(present), 1, torch.float32)
+        engine = Engine(Decoder(model, torch.bfloat16, 32, keeps_base=True), adapters, recompute, None, on_gpu=False)
+        engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
+
+        layers = model.config.num_hidden_layers
+        whole = [bytes_of(each, model.config) for each in kept if each is not None]
+        assert len(whole) == layers
+        predicted = predicted_for(model, recompute, targets=present).activations
+        if recompute != "layers":
+            return predicted, sum(whole)
         # The inputs of all layers, and one recomputed layer. The first layer reads no residual sum.
         assert kept[:layers] == [None] * layers
-        assert predicted == sum(inputs[:layers]) + inputs[0] + whole[0]
-    else:
-        assert predicted == sum(whole)
+        return predicted, sum(inputs[:layers]) + inputs[0] + whole[0]
+
+    return count
 
 
 def bytes_of(kept: SavedActivations, config: Any) -> int:
@@ -154,7 +181,9 @@ def bytes_of(kept: SavedActivations, config: Any) -> int:
         *kept.saved_attention[:3],
     ]
     logs = len(kept.residual1) * config.num_attention_heads * 4
-    return logs + sum(part.nbytes for part in parts if part is not None)
+    # Without a norm, its result is its input.
+    distinct = {part.data_ptr(): part.nbytes for part in parts if part is not None}
+    return logs + sum(distinct.values())
 
 
 def test_options_are_ordered_by_time() -> None:

@@ -7,6 +7,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from family_cases import FAMILY_CASES
 from tiny import DEMO
 
 pytest.importorskip("triton")
@@ -75,9 +76,9 @@ def configs(*settings: str) -> list[TrialConfig]:
     return load_spec(DEMO, [*for_gpus, *settings]).corners()
 
 
-def compile_with_real_base(trials: list[TrialConfig], longest: int, tokens: int) -> None:
+def compile_with_real_base(trials: list[TrialConfig], longest: int, tokens: int, folder: Path = BASE_DIR) -> None:
     """Compile what the engines of the base itself need, for other numbers of tokens."""
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE_DIR), dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     option = MemoryOption(True, "nothing", tokens)
     separate = trials[0].training.reproducible
     for spec in separate_specs(base, trials) if separate else [EngineSpec.of(base, trials, SLOTS)]:
@@ -103,6 +104,19 @@ def test_kernels_are_those_of_the_real_base(
     precompiled = set(compiled)
     compiled.clear()
     compile_with_real_base(trials, longest, tiles * kernels.TILE)
+    assert set(compiled) == precompiled
+    assert len(precompiled) > 10
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_kernels_of_each_family(compiled: list[str], tmp_path: Path, name: str) -> None:
+    """The file of a configuration is read without transformers, whose defaults it may lack."""
+    FAMILY_CASES[name][0].save_pretrained(tmp_path)
+    trials = configs(f"base.model={tmp_path}", "lora.target_modules=all-linear")
+    precompile_worker.compile_for(trials, SLOTS)
+    precompiled = set(compiled)
+    compiled.clear()
+    compile_with_real_base(trials, 64, 2 * kernels.TILE, tmp_path)
     assert set(compiled) == precompiled
     assert len(precompiled) > 10
 

@@ -14,7 +14,7 @@ from tests.unit.wrong_calls.test_search_spaces import MISUSES, SEARCHES
 CALLS = [
     command("no such verb", ["swep", "x.yaml"], "swep"),
     command("no such option", ["check", "x.yaml", "--jsn"], "--jsn"),
-    command("no file", ["check"], "file"),
+    command("no file", ["check"], "FILE"),
     command("rows below zero", ["data", "x.yaml", "--rows", "-1"], "--rows"),
     command("tasks' folder without tasks", ["evaluate", "x", "--tasks-folder", "t"], "--tasks-folder t", "--tasks."),
     command("no such port", ["board", "sweeps/open", "--port", "70000"], "--port", "65535"),

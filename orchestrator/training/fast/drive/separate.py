@@ -11,6 +11,7 @@ from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_t
 from orchestrator.training.fast.plan.factory import cached_engine, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, memory_budget, too_large_error
+from orchestrator.training.fast.plan.parity import require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
@@ -35,16 +36,7 @@ class SeparateEngines:
     ) -> None:
         """Plan the memory of all slots; on a GPU also compile and load the kernels and run the largest step.
 
-        Args:
-            base: the base without adapters.
-            configs: trials that represent all that may come.
-            train: rows to train on.
-            held_out: rows to evaluate on.
-            num_slots: trials at a time.
-            too_large: an option that ran out of memory although its probe had succeeded. The new plan needs less.
-
-        Raises:
-            TooLargeError: the trials do not fit with any option.
+        The arguments and the error are those of `joint.engine_for`. `configs` represent all trials that may come.
         """
         self._base = base
         self._compute = getattr(torch, configs[0].base.compute_dtype)
@@ -60,6 +52,7 @@ class SeparateEngines:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
+            require_parity(base, self._engine(self._slot_specs[0], 0, plan), train)
             return
         raise too_large_error(spec, self._longest)
 

@@ -7,9 +7,32 @@ family's decoder layer does: the eligibility check refuses every module and conf
 from collections.abc import Mapping
 
 from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.gemma import GEMMA2, GEMMA3
+from orchestrator.training.fast.families.granite import GRANITE
 from orchestrator.training.fast.families.llama import LLAMA
+from orchestrator.training.fast.families.ministral import MINISTRAL, MINISTRAL3
 from orchestrator.training.fast.families.mistral import MISTRAL
+from orchestrator.training.fast.families.olmo import OLMO2, OLMO3
+from orchestrator.training.fast.families.phi3 import PHI3
 from orchestrator.training.fast.families.qwen2 import QWEN2
+from orchestrator.training.fast.families.qwen3 import QWEN3
+from orchestrator.training.fast.families.smollm3 import SMOLLM3
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2)}
+_FAMILIES = (
+    GEMMA2,
+    GEMMA3,
+    GRANITE,
+    LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
+    MISTRAL,
+    OLMO2,
+    OLMO3,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 """`model_type` of a transformers configuration -> family."""

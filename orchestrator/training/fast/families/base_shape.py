@@ -1,12 +1,14 @@
-"""Sizes of a Llama-like base, read from its configuration."""
+"""Sizes of a base, read from its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.training.fast.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class BaseShape:
-    """Sizes of a Llama-like base."""
+    """Sizes of a base whose layers have an attention and a gated MLP."""
 
     hidden: int
     inner: int
@@ -20,11 +22,21 @@ class BaseShape:
     vocabulary: int
     tied: bool
     """Whether the LM head shares the embedding's weight."""
+    is_fused: bool = False
+    """Whether layers that read the same input are stored as one linear layer."""
+    norms_before: int = 2
+    """Norms before attention and MLP in a layer."""
+    norms_after: int = 0
+    """Norms after attention and MLP in a layer."""
+    qk_norms: int = 0
+    """Norms of the queries and keys of one token in a layer."""
 
     @classmethod
     def of(cls, config: Any) -> "BaseShape":
-        """Read a transformers configuration."""
+        """Read a transformers configuration of a supported family."""
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        family = FAMILIES[config.model_type]
+        norms, heads = family.norms, config.num_attention_heads + config.num_key_value_heads
         return cls(
             config.hidden_size,
             config.intermediate_size,
@@ -34,23 +46,35 @@ class BaseShape:
             size,
             config.vocab_size,
             config.tie_word_embeddings,
+            is_fused=all(len(group) == 1 for group in family.groups),
+            norms_before=sum(name is not None for name in (norms.before_attention, norms.before_mlp)),
+            norms_after=sum(name is not None for name in (norms.after_attention, norms.after_mlp)),
+            qk_norms=0 if family.qk_norms is None else 2 if family.normalizes_all_heads else heads,
         )
 
     @property
+    def qkv(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.queries + 2 * self.keys) * self.head_size
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer: name -> (in features, out features)."""
+        """Linear layers of one decoder layer, separate and fused: name -> (in features, out features)."""
         attended = self.queries * self.head_size
         return {
             "q_proj": (self.hidden, attended),
             "k_proj": (self.hidden, self.keys * self.head_size),
             "v_proj": (self.hidden, self.keys * self.head_size),
+            "qkv_proj": (self.hidden, self.qkv),
             "o_proj": (attended, self.hidden),
             "gate_proj": (self.hidden, self.inner),
             "up_proj": (self.hidden, self.inner),
+            "gate_up_proj": (self.hidden, 2 * self.inner),
             "down_proj": (self.inner, self.hidden),
         }
 
     @property
     def num_linear_weights(self) -> int:
         """Number of weights in the linear layers of all decoder layers."""
-        return self.layers * sum(i * o for i, o in self.linears.values())
+        attention = self.hidden * self.qkv + self.queries * self.head_size * self.hidden
+        return self.layers * (attention + 3 * self.hidden * self.inner)

@@ -5,25 +5,15 @@ The lists follow transformers 5.23: `modeling_llama.py`, `configuration_llama.py
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 MODEL_MODULES = frozenset({"model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"})
 
-LAYER_MODULES = frozenset(
-    {
-        "self_attn",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "mlp.act_fn",
-        "input_layernorm",
-        "post_attention_layernorm",
-    }
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
 )
 
 USED_FIELDS = frozenset(
@@ -87,27 +77,61 @@ HARMLESS_FIELDS = frozenset(
     }
 )
 
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+Activation = Literal["silu", "gelu_tanh"]
+"""Activation of the gate in a layer's MLP. "gelu_tanh" is the approximation by tanh (arXiv 1606.08415)."""
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Names of the norms in a decoder layer; None where there is no such norm."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    """Applied before the residual sum."""
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    """Applied before the residual sum."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Lists what the fast engine understands of a model family. Everything else is refused.
+    """Describes a model family: what its decoder computes, and what the fast engine understands of it.
 
-    The defaults are those of Llama-like families.
+    Modules and configuration fields that are not listed are refused. The defaults are those of Llama-like families.
     """
 
     model_type: str
     """`model_type` of a transformers configuration."""
+    groups: tuple[tuple[str, ...], ...] = GROUPS
+    """Linear layers of a decoder layer, by their names in the layer, grouped by the input that they share: queries,
+    keys and values; output of the attention; gate and up of the MLP; down. A group may be one fused linear layer."""
+    norms: LayerNorms = LayerNorms()
+    qk_norms: tuple[str, str] | None = None
+    """Norms of queries and keys, by their names in the layer."""
+    normalizes_all_heads: bool = False
+    """Whether these norms are over all heads of a token together, rather than over each head."""
+    norm_weight: Literal["plain", "float32", "plus_one"] = "plain"
+    """How norms multiply by their weight w: the rounded sum by w, the float32 sum by w, or the float32 sum by 1 + w."""
+    has_float32_angles: bool = False
+    """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype."""
+    activation: Activation = "silu"
+    """Of the gate in the MLP."""
+    scales_embedding: bool = False
+    """Whether embeddings are multiplied by the square root of the hidden size, rounded to their dtype."""
+    other_modules: frozenset[str] = frozenset({"self_attn", "mlp", "mlp.act_fn"})
+    """Submodules of a decoder layer that have no weights of their own and change nothing."""
     model_modules: frozenset[str] = MODEL_MODULES
     """Modules outside the decoder layers, by their names in the model."""
-    layer_modules: frozenset[str] = LAYER_MODULES
-    """Submodules of a decoder layer, by their names in the layer."""
     used_fields: frozenset[str] = USED_FIELDS
     """Configuration fields that the engine computes with, whatever their value, or that eligibility checks itself."""
     fixed_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: FIXED_FIELDS)
     """Configuration fields that would change the computation -> the values under which they do not."""
     harmless_fields: frozenset[str] = HARMLESS_FIELDS
     """Configuration fields that do not influence losses or gradients."""
-    rope_types: frozenset[str] = ROPE_TYPES
-    """Kinds of rotary embeddings whose angles depend on nothing but the position."""
+
+    @property
+    def layer_modules(self) -> frozenset[str]:
+        """Submodules of a decoder layer, by their names in the layer."""
+        linears = {name for group in self.groups for name in group}
+        norms = {name for name in (*vars(self.norms).values(), *(self.qk_norms or ())) if name is not None}
+        return self.other_modules | linears | norms

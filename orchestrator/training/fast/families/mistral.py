@@ -1,4 +1,4 @@
-"""Mistral, whose attention may have a sliding window. Eligibility refuses a window shorter than the longest row."""
+"""Mistral, whose attention may have a sliding window."""
 
 from orchestrator.training.fast.families.family import USED_FIELDS, Family
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from orchestrator.training.fast.families.family import Activation
+
 if TYPE_CHECKING:
     from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
     from orchestrator.training.fast.step.flat_batch import FlatBatch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Sizes of the attention heads, and the tables of the rotary embedding."""
+    """How the layers of one kind attend: sizes of the heads, tables of the rotary embedding, scale, window and cap."""
 
     num_heads: int
     """Query heads."""
@@ -29,9 +31,28 @@ class AttentionConfig:
     """Key heads, and as many value heads. Consecutive query heads share one."""
     head_dim: int
     cos: torch.Tensor
-    """(positions, D). The second half of each row repeats the first."""
+    """(positions, rotary size). The second half of each row repeats the first. The first features of each head are
+    rotated, as many as the table has; the others are not."""
     sin: torch.Tensor
-    """(positions, D), as `cos`."""
+    """As `cos`."""
+    scale: float
+    """Factor of the products of queries and keys."""
+    window: int | None = None
+    """Number of the latest tokens that a token sees, itself included; None where it sees all of its sequence."""
+    softcap: float | None = None
+    """Limit c of the scaled products s, which become c * tanh(s / c) (Gemma 2, arXiv 2408.00118); None for no limit."""
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """The LM head, and what is done to its logits."""
+
+    weight: torch.Tensor
+    """(V, H)."""
+    divisor: float = 1.0
+    """Divides the logits."""
+    softcap: float | None = None
+    """Limit of the logits after the division, as `AttentionConfig.softcap`."""
 
 
 class Ops(Protocol):
@@ -51,7 +72,8 @@ class Ops(Protocol):
         Args:
             residual: (T, H).
             delta: (T, H) output of the previous block; None adds nothing.
-            weight: (H,) of the norm.
+            weight: (H,) of the norm. The normalized sum is rounded to the compute dtype before it is multiplied by a
+                weight of that dtype, and after it is multiplied by one in float32.
             epsilon: added to the mean square.
 
         Returns:
@@ -61,7 +83,7 @@ class Ops(Protocol):
 
     def add_norm_backward(
         self,
-        dresidual: torch.Tensor,
+        dresidual: torch.Tensor | None,
         dnormed: torch.Tensor,
         residual: torch.Tensor,
         rstd: torch.Tensor,
@@ -70,7 +92,7 @@ class Ops(Protocol):
         """Compute the gradient of the sum in `add_norm`, which is also the gradient of both its terms.
 
         Args:
-            dresidual: (T, H) gradient that reaches the sum through the residual stream.
+            dresidual: (T, H) gradient that reaches the sum through the residual stream; None where none does.
             dnormed: (T, H) gradient of the normalized sum.
             residual: (T, H) the sum.
             rstd: (T,) float32 from `add_norm`.
@@ -81,12 +103,51 @@ class Ops(Protocol):
         """
         ...
 
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Compute silu(gate) * up (arXiv 2002.05202): (T, 2 I), gate first, to (T, I)."""
+    def glu(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Compute activation(gate) * up (arXiv 2002.05202): (T, 2 I), gate first, to (T, I)."""
         ...
 
-    def swiglu_backward(self, dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    def glu_backward(self, dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """Compute the gradient of `gate_up` (T, 2 I) from that of the result (T, I)."""
+        ...
+
+    def qk_norm(
+        self, qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, epsilon: float, config: AttentionConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalize queries and keys (RMSNorm), by head or over all heads of a token; values stay as they are.
+
+        Args:
+            qkv: (T, (num_heads + 2 num_kv_heads) * D), queries first.
+            q_weight: of the queries' norm: (D,) normalizes each head, (num_heads * D,) all heads together.
+            k_weight: of the keys' norm: (D,) or (num_kv_heads * D,). The dtypes of weights matter as in `add_norm`.
+            epsilon: added to the mean square.
+            config: sizes.
+
+        Returns:
+            A new tensor like `qkv`, and the reciprocal root mean squares (T, norms of queries + norms of keys) in
+            float32, those of queries first.
+        """
+        ...
+
+    def qk_norm_backward_(
+        self,
+        dqkv: torch.Tensor,
+        qkv: torch.Tensor,
+        rstd: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        config: AttentionConfig,
+    ) -> None:
+        """Replace the gradient of the result of `qk_norm` by that of its input, in place.
+
+        Args:
+            dqkv: (T, (num_heads + 2 num_kv_heads) * D) gradient.
+            qkv: input of `qk_norm`.
+            rstd: from `qk_norm`.
+            q_weight: as in `qk_norm`.
+            k_weight: as in `qk_norm`.
+            config: as in `qk_norm`.
+        """
         ...
 
     def attention(
@@ -172,15 +233,15 @@ class Ops(Protocol):
         ...
 
     def cross_entropy(
-        self, hidden: torch.Tensor, lm_head: torch.Tensor, batch: FlatBatch, with_gradient: bool
+        self, hidden: torch.Tensor, lm_head: LmHead, batch: FlatBatch, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Compute the loss of each token, and the gradient through the LM head in the same pass.
 
-        Only the logits of some tokens exist at a time (`MAX_LOGITS` of the implementation).
+        Only tokens with a loss have logits, and only some of them at a time (`MAX_LOGITS` of the implementation).
 
         Args:
             hidden: (T, H) after the last norm.
-            lm_head: (V, H).
+            lm_head: the LM head.
             batch: targets, and the loss weight of each slot.
             with_gradient: whether to compute the gradient.
 

@@ -4,6 +4,7 @@ This module satisfies `protocol.Ops`, where the shapes are. Autograd is used for
 has its backward written out below its forward.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.families.family import Activation
+from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
-from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 TILE = 8
 """Tokens of a tile."""
@@ -28,11 +30,13 @@ def add_norm(
     if delta is not None:
         residual = residual + delta
     rstd = torch.rsqrt(residual.float().pow(2).mean(-1) + epsilon)
-    return residual, weight * (residual.float() * rstd[:, None]).to(residual.dtype), rstd
+    # A weight in float32 makes the whole product one in float32.
+    unit = (residual.float() * rstd[:, None]).to(weight.dtype)
+    return residual, (weight * unit).to(residual.dtype), rstd
 
 
 def add_norm_backward(
-    dresidual: torch.Tensor,
+    dresidual: torch.Tensor | None,
     dnormed: torch.Tensor,
     residual: torch.Tensor,
     rstd: torch.Tensor,
@@ -41,20 +45,64 @@ def add_norm_backward(
     unit = residual.float() * rstd[:, None]
     dunit = (dnormed * weight).float()
     through_norm = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd[:, None]
-    return dresidual + through_norm.to(dresidual.dtype)
+    through_norm = through_norm.to(dnormed.dtype)
+    return through_norm if dresidual is None else dresidual + through_norm
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def glu(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def glu_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate, up = (half.float() for half in gate_up.chunk(2, -1))
-    sigmoid = torch.sigmoid(gate)
     dy = dy.float()
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat((dgate, dy * gate * sigmoid), -1).to(gate_up.dtype)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        activated, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    else:
+        # gelu(g) = g / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (g + 0.044715 g^3)
+        tanh = torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+        activated = gate / 2 * (1 + tanh)
+        inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
+        slope = (1 + tanh) / 2 + gate / 2 * (1 - tanh**2) * inner
+    return torch.cat((dy * up * slope, dy * activated), -1).to(gate_up.dtype)
+
+
+def qk_norm(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, epsilon: float, config: AttentionConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, rstds = qkv.clone(), []
+    for part, weight in _queries_and_keys(normed, q_weight, k_weight, config):
+        _, part_normed, rstd = add_norm(part.flatten(0, 1), None, weight, epsilon)
+        part.copy_(part_normed.view_as(part))
+        rstds.append(rstd.view(len(qkv), -1))
+    return normed, torch.cat(rstds, 1)
+
+
+def qk_norm_backward_(
+    dqkv: torch.Tensor,
+    qkv: torch.Tensor,
+    rstd: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    config: AttentionConfig,
+) -> None:
+    gradients = _queries_and_keys(dqkv, q_weight, k_weight, config)
+    inputs = _queries_and_keys(qkv, q_weight, k_weight, config)
+    rstds = rstd.split([part.shape[1] for part, _ in inputs], 1)
+    for (gradient, weight), (part, _), part_rstd in zip(gradients, inputs, rstds, strict=True):
+        before = add_norm_backward(None, gradient.flatten(0, 1), part.flatten(0, 1), part_rstd.flatten(), weight)
+        gradient.copy_(before.view_as(gradient))
+
+
+def _queries_and_keys(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, config: AttentionConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """View queries and keys as (T, norms, features of a norm), each with the weight of its norm."""
+    widths = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    queries, keys = qkv[:, : sum(widths)].split(widths, 1)
+    return [(part.unflatten(1, (-1, len(w))), w) for part, w in ((queries, q_weight), (keys, k_weight))]
 
 
 def attention(
@@ -68,15 +116,12 @@ def attention(
         (config.num_heads, config.num_kv_heads, config.num_kv_heads), 1
     )
     cos, sin = config.cos[batch.positions][:, None], config.sin[batch.positions][:, None]
-    q, k = (heads * cos + _rotate_half(heads) * sin for heads in (q, k))
+    q, k = (_rotate(heads, cos, sin) for heads in (q, k))
     indices, is_real = batch.padded
-    # Sequences are padded on the right, so that the causal mask is the only one needed.
+    # Sequences are padded on the right, so that no mask of the padding is needed.
     leaves = tuple(heads[indices].transpose(1, 2).detach().requires_grad_() for heads in (q, k, v))
     with torch.enable_grad():
-        q, k, v = leaves
-        output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=config.num_heads != config.num_kv_heads
-        )
+        output = _attend(leaves[0], leaves[1], leaves[2], config)
     return output.detach().transpose(1, 2)[is_real].flatten(1), (*leaves, output)
 
 
@@ -90,8 +135,23 @@ def attention_backward(
     gradients = torch.autograd.grad(output, leaves, padded_do.transpose(1, 2))
     dq, dk, dv = (gradient.transpose(1, 2)[is_real] for gradient in gradients)
     cos, sin = config.cos[batch.positions][:, None], config.sin[batch.positions][:, None]
-    dq, dk = (heads * cos - _rotate_half(heads * sin) for heads in (dq, dk))
+    dq, dk = (_rotate_back(heads, cos, sin) for heads in (dq, dk))
     return torch.cat((dq, dk, dv), 1).flatten(1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: AttentionConfig) -> torch.Tensor:
+    """Attend causally: q (sequences, num_heads, length, D) and k, v (sequences, num_kv_heads, length, D)."""
+    length, gqa = q.shape[2], config.num_heads != config.num_kv_heads
+    if config.softcap is None and (config.window is None or config.window >= length):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, scale=config.scale)
+    position = torch.arange(length, device=q.device)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & (distance < (config.window or length))
+    if config.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa, scale=config.scale)
+    k, v = (heads.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for heads in (k, v))
+    scores = config.softcap * torch.tanh(q @ k.mT * (config.scale / config.softcap))
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1, torch.float32).to(v.dtype) @ v
 
 
 def lora_down(x: torch.Tensor, adapters: Adapters, group: LayerGroup, batch: FlatBatch) -> torch.Tensor:
@@ -145,24 +205,26 @@ def lora_backward(
 
 
 def cross_entropy(
-    hidden: torch.Tensor, lm_head: torch.Tensor, batch: FlatBatch, with_gradient: bool
+    hidden: torch.Tensor, lm_head: LmHead, batch: FlatBatch, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    weight, tokens = lm_head.weight, batch.target_tokens[batch.target_tokens < batch.num_tokens].long()
     loss_weight = _per_token(batch.table["loss_weight"], batch)
-    losses, hits, gradients = [], [], []
-    for part, targets, weights in zip(
-        *(tensor.split(max(1, MAX_LOGITS // len(lm_head))) for tensor in (hidden, batch.targets, loss_weight)),
-        strict=True,
-    ):
-        logits = F.linear(part, lm_head).float()
-        index, has_target = targets.clamp(min=0).long()[:, None], targets != IGNORED
+    losses, hits = (torch.zeros(batch.num_tokens, device=hidden.device) for _ in range(2))
+    dhidden = torch.zeros_like(hidden) if with_gradient else None
+    for part in tokens.split(max(1, MAX_LOGITS // len(weight))):
+        logits, index = F.linear(hidden[part], weight).float() / lm_head.divisor, batch.targets[part].long()[:, None]
+        slope = 1 / lm_head.divisor
+        if lm_head.softcap is not None:
+            tanh = torch.tanh(logits / lm_head.softcap)
+            logits, slope = lm_head.softcap * tanh, slope * (1 - tanh**2)
         log_p = F.log_softmax(logits, -1)
-        losses.append(-log_p.gather(1, index)[:, 0] * has_target)
-        hits.append((logits.argmax(-1) == targets).float())
-        if with_gradient:
+        losses[part] = -log_p.gather(1, index)[:, 0].float()
+        hits[part] = (logits.argmax(-1) == index[:, 0]).float()
+        if dhidden is not None:
             dlogits = log_p.exp_()
             dlogits.scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-            gradients.append((dlogits * (weights * has_target)[:, None]).to(lm_head.dtype) @ lm_head)
-    return torch.cat(losses), torch.cat(hits), torch.cat(gradients) if with_gradient else None
+            dhidden[part] = (dlogits * slope * loss_weight[part][:, None]).to(weight.dtype) @ weight
+    return losses, hits, dhidden
 
 
 def sum_by_slot(values: torch.Tensor, batch: FlatBatch, num_slots: int) -> torch.Tensor:
@@ -260,6 +322,19 @@ def _accumulate_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, b
         return
     for slot, tokens in batch.tokens_by_slot:
         sums[slot] += (x[tokens].mT @ y[tokens]).float()
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first features of each head, as many as `cos` has."""
+    rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    # Some families have tables in float32.
+    return torch.cat(((rotated * cos + _rotate_half(rotated) * sin).to(heads.dtype), rest), -1)
+
+
+def _rotate_back(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Compute the gradient of the input of `_rotate` from that of its result."""
+    rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    return torch.cat(((rotated * cos - _rotate_half(rotated * sin)).to(heads.dtype), rest), -1)
 
 
 def _rotate_half(heads: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,21 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.settings import rope_parameters
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
+from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import padded_rank
-from orchestrator.training.fast.step.decoder import GROUPS
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import expected_modules
 
-MAX_RANK, MAX_HEAD = 256, 128
+MAX_RANK, MAX_HEAD = 256, 256
 """The largest rank and head size whose blocks fit into the shared memory of a multiprocessor."""
+
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rotary embeddings whose angles depend on nothing but the position."""
+
+ROPE_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+"""Kinds whose angles depend on the longest row -> the field that says up to which length they do not."""
 
 MAX_ELEMENTS = 2**31
 """Elements of one tensor: the kernels index in 32 bits."""
@@ -35,7 +42,7 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     modules = expected_modules(base, config.lora)
     if reason := unsupported_shape(base, longest):
         return reason
-    known = {name for names in GROUPS for name in names}
+    known = {name.rpartition(".")[2] for names in FAMILIES[base.config.model_type].groups for name in names}
     if others := sorted({name.rpartition(".")[2] for name in modules} - known):
         return f"an adapter on {', '.join(others)}"
     devices = {parameter.device for parameter in base.parameters()}
@@ -62,8 +69,8 @@ def unsupported_reason_by_shape(
     if on_gpu:
         if precision != "bf16":
             return f"precision {precision} on a GPU"
-        if shape.head_size not in (16, 32, 64, MAX_HEAD):
-            return f"heads of {shape.head_size} features on a GPU (its kernels take 16, 32, 64 and {MAX_HEAD})"
+        if shape.head_size % 16 or shape.head_size > MAX_HEAD:
+            return f"heads of {shape.head_size} features on a GPU (its kernels take multiples of 16 up to {MAX_HEAD})"
         if config.lora.rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
         adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
@@ -86,7 +93,7 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
         return f"model type {model.config.model_type!r} (supported: {', '.join(FAMILIES)})"
     reasons = (
         unknown_field(model.config, family),
-        _unsupported_positions(model.config, family, longest),
+        _unsupported_positions(model.config, longest),
         "a bias on the LM head" if model.get_output_embeddings().bias is not None else None,
         unknown_module(model, family),
         _unknown_linear(model),
@@ -145,16 +152,28 @@ def _unread_parameters(layer: Any) -> Iterator[str]:
                 yield f"{owner}.{name}".lstrip(".")
 
 
-def _unsupported_positions(config: Any, family: Family, longest: int) -> str | None:
-    """Return why rotary embeddings or attention windows are not those of the decoder, or None."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < longest:
-        return f"a sliding window of {window} tokens, shorter than the longest row ({longest})"
+def _unsupported_positions(config: Any, longest: int) -> str | None:
+    """Return why rotary embeddings are not those of the decoder, or None.
+
+    The decoder reads angles from one table, so that they must depend on nothing but the position.
+    """
+    longest += -longest % LONGEST_STEP  # positions in the table
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {min(kinds)!r}"
-    rope = config.rope_parameters.get("rope_type", "default")
-    return None if rope in family.rope_types else f"RoPE type {rope!r}"
+    for rope in rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in ROPE_TYPES | ROPE_LIMITS.keys():
+            return f"RoPE type {kind!r}"
+        limit = getattr(config, ROPE_LIMITS[kind], None) or rope.get(ROPE_LIMITS[kind]) if kind in ROPE_LIMITS else None
+        if limit is not None and longest > limit:
+            return f"RoPE type {kind!r} with rows of up to {longest} tokens, beyond {ROPE_LIMITS[kind]} ({limit})"
+        # Queries are scaled from `original_max_position_embeddings` on (`get_llama_4_attn_scale` of transformers).
+        limit = rope.get("original_max_position_embeddings")
+        if rope.get("llama_4_scaling_beta") and limit is not None and longest > limit:
+            field = "original_max_position_embeddings"
+            return f"llama_4_scaling_beta with rows of up to {longest} tokens, beyond {field} ({limit})"
+    return None
 
 
 def _unknown_linear(model: Any) -> str | None:

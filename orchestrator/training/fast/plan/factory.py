@@ -11,12 +11,10 @@ import torch
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, separate_specs
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS, MemoryOption
+from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
-
-LONGEST_STEP = 64
-"""The longest sequence is rounded up to a multiple of so many tokens, so that a tile's filler is never longer."""
 
 GRAPHS = True
 """Whether steps are captured as CUDA graphs."""

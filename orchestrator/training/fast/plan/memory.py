@@ -112,23 +112,24 @@ def predict(
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
     activations = tokens * _activations_per_token(shape, option.recompute, rank, len(adapted))
-    qkv = (shape.queries + 2 * shape.keys) * shape.head_size
-    weights = {"qkv": shape.hidden * qkv, "gate_up": 2 * shape.hidden * shape.inner}
+    weights = {"qkv": shape.hidden * shape.qkv, "gate_up": 2 * shape.hidden * shape.inner}
     # Layers that read the same input are dequantized one by one, then concatenated.
     dequantized = 0 if option.keeps_base else (2 if quantized else 1) * BF16 * max(weights.values())
     in_backward = tokens * BF16 * (3 * shape.inner + 2 * shape.hidden)
     in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
 
-    def logits(count: int) -> int:
-        return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + 2 * count * shape.hidden)
+    def logits(count: int, states: int) -> int:
+        return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + states * count * shape.hidden)
 
-    head = logits(tokens)
+    # All tokens may have a loss. Beside the logits there are normed states, those of tokens with a loss, and gradients.
+    head = logits(tokens, 3)
     # A step peaks either at the head, where the activations of all layers exist, or in the last layer's backward.
     transient = max(head, in_backward + dequantized) - head
-    evaluating = max(logits(evaluation_tokens), in_evaluation + dequantized)
+    evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
-    copied = shape.num_linear_weights if quantized else shape.layers * sum(weights.values())
+    concatenated = 0 if shape.is_fused else shape.layers * sum(weights.values())
+    copied = shape.num_linear_weights if quantized else concatenated
     return MemoryPrediction(
         base=_loaded_base(shape, quantized, double_quant),
         dequantized=BF16 * copied if option.keeps_base else 0,
@@ -146,7 +147,7 @@ def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
     linears = shape.num_linear_weights
     scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
     embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    norms = (2 * shape.layers + 1) * shape.hidden
+    norms = ((shape.norms_before + shape.norms_after) * shape.layers + 1) * shape.hidden
     return BF16 * (embedded + norms) + int(linears * (0.5 + scales) if quantized else linears * BF16)
 
 
@@ -159,10 +160,13 @@ def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, nu
         rank: stack rank.
         num_adapted: number of adapted linear layers in a decoder layer.
     """
-    width, heads = shape.queries * shape.head_size, shape.queries + 2 * shape.keys
-    features = 2 * shape.hidden + heads * shape.head_size + width + 2 * shape.inner + rank * num_adapted
-    kept = BF16 * features + FLOAT * (2 + shape.queries)
-    whole = kept + BF16 * (2 * shape.hidden + shape.inner)  # also two normed inputs and the gated product
+    width, norms = shape.queries * shape.head_size, shape.norms_before + shape.norms_after + shape.qk_norms
+    features = (2 + shape.norms_after) * shape.hidden + shape.qkv + width + 2 * shape.inner + rank * num_adapted
+    if shape.qk_norms:  # queries and keys are kept before and after their norms
+        features += shape.qkv
+    kept = BF16 * features + FLOAT * (norms + shape.queries)
+    # Also the gated product and the normed inputs. Without a norm the input is the residual sum.
+    whole = kept + BF16 * (shape.norms_before * shape.hidden + shape.inner)
     a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[recompute]
     return shape.layers * a_layer + (whole if recompute == "layers" else 0)
 

@@ -123,6 +123,15 @@ class Engine:
         spans = sorted(spans, key=lambda span: span.slot)
         return self._run(spans, self._bucket_shape([spans]), trains=True)
 
+    def step_once(self, span: Span) -> StepMetrics:
+        """Make a step without a CUDA graph, for a batch of a size that does not come again."""
+        shape = self._bucket_shape([[span]])
+        if not self._on_gpu:
+            return self._run([span], shape, trains=True).read()
+        bucket = _Bucket(shape, self.adapters.weights.device)
+        bucket.upload([span])
+        return bucket.download(self._compute(bucket.batch, trains=True)).read()
+
     def probe(self, tokens: int, evaluation_tokens: int) -> None:
         """Run an empty step and an empty evaluation of these sizes, unless larger ones have run.
 
@@ -163,7 +172,7 @@ class Engine:
     def _probe_shapes(self, tokens: int, evaluation_tokens: int) -> list[tuple[BucketShape, bool]]:
         """Return the buckets of a step and an evaluation, and which of them trains."""
         sizes = ((tokens, True), (evaluation_tokens, False))
-        return [(self._bucket_of(size, -(-size // self._decoder.longest)), trains) for size, trains in sizes]
+        return [(self._bucket_of(size, size, -(-size // self._decoder.longest)), trains) for size, trains in sizes]
 
     def evaluate(self, evaluations: Sequence[EvaluationBatch]) -> list[RowScores]:
         """Measure losses and hits of each row, without dropout.
@@ -227,17 +236,27 @@ class Engine:
 
     def _bucket_shape(self, passes: Sequence[Sequence[Span]]) -> BucketShape:
         """Return the smallest bucket that holds each of these passes."""
-        tokens = max(sum(self.whole_tiles(span.num_tokens) for span in spans) for spans in passes)
-        return self._bucket_of(tokens, max(sum(span.max_sequences for span in spans) for spans in passes))
+        tokens, targets, sequences = (
+            max(sum(map(count, spans)) for spans in passes)
+            for count in (
+                lambda span: self.whole_tiles(span.num_tokens),
+                lambda span: span.num_targets,
+                lambda span: span.max_sequences,
+            )
+        )
+        return self._bucket_of(tokens, targets, sequences)
 
-    def _bucket_of(self, tokens: int, sequences: int) -> BucketShape:
-        """Round tokens and sequences up to those of a bucket."""
+    def _bucket_of(self, tokens: int, targets: int, sequences: int) -> BucketShape:
+        """Round tokens, tokens with a loss, and sequences up to those of a bucket."""
         tile, longest = self._ops.TILE, self._decoder.longest
         # On a GPU: multiples of 64 up to 2,048 tokens, then 16 buckets for each doubling.
         distance = max(FINEST, 1 << max(0, tokens.bit_length() - 5)) if self._on_gpu else tile
         tokens += -tokens % distance
         sequences += -(-tokens // longest)  # as many as the padding of the bucket may need
-        return BucketShape(tokens, sequences + -sequences % 8, self.adapters.num_slots, tile, longest)
+        # In quarters, so that most passes of as many tokens share a graph.
+        quarter = -(-tokens // 4) if self._on_gpu else tile
+        max_targets = min(tokens, max(1, -(-targets // quarter)) * quarter)
+        return BucketShape(tokens, max_targets, sequences + -sequences % 8, self.adapters.num_slots, tile, longest)
 
     def _run(self, spans: Sequence[Span], shape: BucketShape, trains: bool) -> Pending:
         """Make one pass in a bucket: on a GPU by its graph, which is captured at the first use."""

@@ -143,6 +143,11 @@ class Span:
         return int(self.rows.lengths[list(self.indices)].sum())
 
     @property
+    def num_targets(self) -> int:
+        """Tokens with a loss."""
+        return self.rows.num_targets(self.indices)
+
+    @property
     def max_sequences(self) -> int:
         """Upper bound of sequences, padding included. It depends on the number of rows, not on which rows they are."""
         return len(self.indices) * self.rows.max_sequences + 1
@@ -159,6 +164,8 @@ class FlatBatch:
     """(T,) int32 tokens."""
     targets: torch.Tensor
     """(T,) int32 next tokens; -100 where there is no loss, padding included."""
+    target_tokens: torch.Tensor
+    """(max_targets,) int32 indices of the tokens with a loss, in ascending order, and then T to fill up."""
     positions: torch.Tensor
     """(T,) int32 position within the sequence."""
     dropout_positions: torch.Tensor
@@ -224,6 +231,8 @@ class BucketShape:
     """The sizes of a bucket: all that a captured graph depends on."""
 
     num_tokens: int
+    max_targets: int
+    """Upper bound of the tokens with a loss."""
     num_sequences: int
     num_slots: int
     tile: int
@@ -235,7 +244,7 @@ class BucketShape:
 
     def view(self, buffer: torch.Tensor) -> FlatBatch:
         """View a buffer as a flat batch."""
-        ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, table = (
+        ids, targets, positions, dropout_positions, target_tokens, tile_slots, cu_seqlens, table = (
             buffer[part] for part in self._slices
         )
         values = table.view(len(TABLE + TILE_RANGE), self.num_slots)
@@ -243,7 +252,9 @@ class BucketShape:
             name: column if name in INTEGERS else column.view(torch.float32)
             for name, column in zip(TABLE + TILE_RANGE, values, strict=True)
         }
-        return FlatBatch(ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, named, self.max_seqlen)
+        return FlatBatch(
+            ids, targets, target_tokens, positions, dropout_positions, tile_slots, cu_seqlens, named, self.max_seqlen
+        )
 
     def fill(self, buffer: Any, spans: Sequence[Span]) -> None:
         """Write the input of a step into a buffer on the host.
@@ -252,7 +263,7 @@ class BucketShape:
             buffer: (size,) int32 NumPy array.
             spans: at most one for each slot. Slots without a span keep a table of zeros: their weights do not change.
         """
-        ids, targets, positions, dropout_positions, tile_slots, cu_seqlens, table = (
+        ids, targets, positions, dropout_positions, target_tokens, tile_slots, cu_seqlens, table = (
             buffer[part] for part in self._slices
         )
         ids.fill(0)
@@ -280,6 +291,9 @@ class BucketShape:
             for column, name in zip(table, TABLE + TILE_RANGE, strict=True):
                 value = np.int32(values[name]) if name in INTEGERS else np.float32(values[name]).view(np.int32)
                 column[span.slot] = value
+        with_loss = np.flatnonzero(targets != IGNORED)
+        target_tokens.fill(self.num_tokens)
+        target_tokens[: len(with_loss)] = with_loss
         while ends[-1] < self.num_tokens:  # the rest of the bucket, in sequences of at most `max_seqlen`
             ends.append(min(ends[-1] + self.max_seqlen, self.num_tokens))
         cu_seqlens.fill(self.num_tokens)
@@ -291,7 +305,8 @@ class BucketShape:
     def _slices(self) -> list[slice]:
         """Slice of the buffer for each field, in int32 elements."""
         tokens = self.num_tokens
-        sizes = [tokens] * 4 + [tokens // self.tile, self.num_sequences + 1, len(TABLE + TILE_RANGE) * self.num_slots]
+        table = len(TABLE + TILE_RANGE) * self.num_slots
+        sizes = [tokens] * 4 + [self.max_targets, tokens // self.tile, self.num_sequences + 1, table]
         slices, at = [], 0
         for size in sizes:
             slices.append(slice(at, at + size))

@@ -1,4 +1,4 @@
-"""Compiles the kernels of trials from their base's configuration alone, with a one-layer model without weights.
+"""Compiles the kernels of trials from their base's configuration alone, with a model of few layers without weights.
 
     python -m orchestrator.training.fast.warmup.precompile_worker NUM_SLOTS < configs.json
 
@@ -26,43 +26,70 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.settings import layer_kinds, rope_parameters
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
-from orchestrator.training.fast.plan.factory import LONGEST_STEP, compile_kernels
-from orchestrator.training.fast.step.decoder import GROUPS
+from orchestrator.training.fast.plan.factory import compile_kernels
+from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.model.targets import expected_modules
 
 _DONE = "done"
 
 
-def one_layer_base(config: Any, dtype: torch.dtype) -> Any:
-    """Build a Llama-like base of one layer, with module names as in transformers and uninitialized weights.
+def small_base(config: Any, dtype: torch.dtype) -> Any:
+    """Build a base with one layer of each kind, with module names as in transformers and uninitialized weights.
 
     It is on the CPU: many operations on the meta device import torch's compiler, which takes seconds.
 
     Args:
-        config: has the fields that `BaseShape.of` reads.
+        config: of a supported family, with the fields that `Settings` and `BaseShape` read. Its fields of layers are
+            cut to those of the base.
         dtype: dtype of the weights.
     """
-    shape = BaseShape.of(config)
+    shape, family, kinds = BaseShape.of(config), FAMILIES[config.model_type], layer_kinds(config)
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    config.num_hidden_layers = len(chosen)
+    for name in ("layer_types", "no_rope_layers"):
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[index] for index in chosen])
     with torch.device("meta"):  # no random initialization
-        linears = {name: nn.Linear(*sizes, bias=False, dtype=dtype) for name, sizes in shape.linears.items()}
-        children: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
-        for name, linear in linears.items():
-            children["self_attn" if name in (*GROUPS[0], *GROUPS[1]) else "mlp"][name] = linear
-        norms = {
-            name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in ("input_layernorm", "post_attention_layernorm")
-        }
-        layer = nn.ModuleDict({name: nn.ModuleDict(modules) for name, modules in children.items()} | norms)
+        layers = nn.ModuleList([_layer(shape, family, dtype) for _ in chosen])
         embedding = nn.Embedding.from_pretrained(torch.empty(shape.vocabulary, shape.hidden, dtype=dtype))
         norm = nn.RMSNorm(shape.hidden, dtype=dtype)
         head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=dtype)
-    inner = nn.ModuleDict({"embed_tokens": embedding, "layers": nn.ModuleList([layer]), "norm": norm})
-    inner.rotary_emb = lambda states, positions: [states.new_empty(*positions.shape, shape.head_size)] * 2
+    inner = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
+    share = (
+        rope_parameters(config)[0].get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
+    )
+    rotary_size = int(shape.head_size * share)
+    angles = torch.float32 if family.has_float32_angles else dtype
+    inner.rotary_emb = lambda _, positions, *__: [torch.empty(*positions.shape, rotary_size, dtype=angles)] * 2
     base = nn.ModuleDict({"model": inner, "lm_head": head}).to_empty(device="cpu")
     base.config = config
     base.get_input_embeddings = lambda: embedding
     base.get_output_embeddings = lambda: head
     return base
+
+
+def _layer(shape: BaseShape, family: Family, dtype: torch.dtype) -> nn.Module:
+    """Build a decoder layer of a family."""
+    layer = nn.ModuleDict()
+    names = [name for group in family.groups for name in group]
+    modules = {name: nn.Linear(*shape.linears[name.rpartition(".")[2]], bias=False, dtype=dtype) for name in names}
+    norms = filter(None, vars(family.norms).values())
+    modules |= {name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in norms}
+    if family.qk_norms is not None:
+        heads = shape.queries, shape.keys
+        modules |= {
+            name: nn.RMSNorm(shape.head_size * (count if family.normalizes_all_heads else 1), dtype=dtype)
+            for name, count in zip(family.qk_norms, heads, strict=True)
+        }
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent and parent not in layer:
+            layer[parent] = nn.ModuleDict()
+        (layer[parent] if parent else layer)[leaf] = module
+    return layer
 
 
 class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
@@ -81,6 +108,9 @@ class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips tor
 def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     """Fill Triton's cache for trials. Trials that the engine cannot hold on a GPU are skipped.
 
+    The configuration's file is read without transformers, which takes seconds to import. Where it relies on a default
+    of transformers, the guessed kernels can be wrong; then the engine compiles the right ones itself.
+
     Args:
         configs: trials on one base whose own fields allow the fast engine.
         num_slots: trials at a time.
@@ -92,7 +122,9 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if fields["model_type"] not in FAMILIES:
         return
-    base_model = one_layer_base(SimpleNamespace(**fields), getattr(torch, base.compute_dtype))
+    if "rope_parameters" not in fields:  # files of transformers 4
+        fields["rope_parameters"] = {"rope_type": "default"} | (fields.get("rope_scaling") or {})
+    base_model = small_base(SimpleNamespace(**fields), getattr(torch, base.compute_dtype))
     eligible, shape = [], BaseShape.of(base_model.config)
     with suppress(TrialError):  # for example targets in layers other than the first
         for config in configs:

@@ -1,5 +1,6 @@
 """Shared by the tests of exports: an adapter, rows, a target, and the record of what was loaded."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_qwen import BF16, FP32, MakeAdapterRef, qwen, save_adapter, save_base
+from small_qwen import BF16, COMMIT, FP32, MakeAdapterRef, qwen, save_adapter, save_base
 from transformers import LlamaForCausalLM
 
 from orchestrator.deploy.adapter_ref import AdapterRef
@@ -71,3 +72,16 @@ def make_adapter(tmp_path: Path) -> MakeAdapterRef:
         return AdapterRef("adapter", adapter, section, None, None)
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with one base, `someone/small` at COMMIT, and no network."""
+    cache = tmp_path_factory.mktemp("hub")
+    repo = cache / "models--someone--small"
+    shutil.copytree(BASE_DIR, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repo

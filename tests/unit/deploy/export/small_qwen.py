@@ -1,4 +1,4 @@
-"""A small Qwen2 as a base, adapters for it, and their merge."""
+"""A small Qwen2 as a base, adapters for it, and their merge; the commit of a base on the hub."""
 
 import shutil
 from collections.abc import Callable
@@ -21,6 +21,10 @@ FP32 = "float32"
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""Commit of `someone/small` on the hub, see the fixture `hub`."""
 
 
 MakeAdapterRef = Callable[..., AdapterRef]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_qwen import COMMIT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.deploy.adapter_ref import AdapterRef, at_commit
@@ -13,8 +14,6 @@ from orchestrator.deploy.export.export import export
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
@@ -42,19 +41,6 @@ def test_a_base_of_another_shape_is_rejected_for_format_adapter(
         export(other, out, "adapter", data=rows)
     assert message in refused.value.message
     assert "base of another shape" in refused.value.remedy
-
-
-@pytest.fixture
-def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache with one base, `someone/small` at COMMIT, and no network."""
-    cache = tmp_path_factory.mktemp("hub")
-    repo = cache / "models--someone--small"
-    shutil.copytree(BASE_DIR, repo / "snapshots" / COMMIT)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return repo
 
 
 def of_hub(adapter: AdapterRef, commit: str) -> AdapterRef:

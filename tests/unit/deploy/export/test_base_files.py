@@ -1,12 +1,11 @@
 """The files of a base: where they are found, and the memory that they take."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_qwen import BF16, FP32, MakeAdapterRef
+from small_qwen import BF16, COMMIT, FP32, MakeAdapterRef
 
 from orchestrator.base import load_base
 from orchestrator.deploy.export.base_files import find_base_files, loaded_bytes
@@ -36,21 +35,13 @@ def test_weights_that_keep_their_type_are_not_counted(make_adapter: MakeAdapterR
     assert loaded_bytes(base) == 0
 
 
-def test_a_base_on_the_hub_is_found_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base is in the hub's cache, and there is no network."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--someone--small"
-    shutil.copytree(BASE_DIR, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_base_on_the_hub_is_found_at_its_revision(hub: Path) -> None:
     base = BaseSection(model="someone/small")
-    for revision in (None, "main", commit):
+    for revision in (None, "main", COMMIT):
         found = find_base_files(base.model_copy(update={"revision": revision}))
-        assert found.folder == repo / "snapshots" / commit
+        assert found.folder == hub / "snapshots" / COMMIT
         assert set(found.files) == set(load_file(BASE_DIR / "model.safetensors"))
-    other = commit[::-1]
+    other = COMMIT[::-1]
     with pytest.raises(RequestError, match=rf"base\.model someone/small at revision {other}: config\.json cannot"):
         find_base_files(base.model_copy(update={"revision": other}))
     with pytest.raises(RequestError, match=r"base\.model someone/else: config\.json cannot be found"):

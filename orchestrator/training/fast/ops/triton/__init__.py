@@ -1,8 +1,8 @@
 """The operations of `protocol.Ops` as Triton kernels, for bfloat16 on CUDA.
 
-Reading order: `launch.py` (how a kernel is launched or compiled), `norm_swiglu_ce.py` (the simplest kernels),
-`attention.py`, `lora_common.py`, `lora_forward.py`, `lora_backward.py`, `adamw.py`. `kernels.py` gathers them: that
-module is what `protocol.ops_for` returns.
+Reading order: `launch.py` (how a kernel is launched or compiled), `norm_glu_ce.py` (the simplest kernels),
+`qk_norm.py`, `attention_common.py`, `attention.py`, `lora_common.py`, `lora_forward.py`, `lora_backward.py`,
+`adamw.py`. `kernels.py` gathers them: that module is what `protocol.ops_for` returns.
 
 Rules for every kernel:
 

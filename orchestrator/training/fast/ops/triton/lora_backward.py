@@ -61,14 +61,9 @@ from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
 def lora_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    lora_hidden: torch.Tensor,
-    dx: torch.Tensor,
-    adapters: Adapters,
-    group: LayerGroup,
-    batch: FlatBatch,
-) -> None:
+    dy: torch.Tensor, x: torch.Tensor, lora_hidden: torch.Tensor, dx: torch.Tensor,
+    adapters: Adapters, group: LayerGroup, batch: FlatBatch,
+) -> None:  # fmt: skip
     dlora_hidden = _backward_of_up(dy, lora_hidden, adapters, group, batch)
     _backward_of_down(dlora_hidden, x, dx, adapters, group, batch)
 
@@ -91,13 +86,9 @@ def _backward_of_up(
 
 
 def _backward_of_down(
-    dlora_hidden: torch.Tensor,
-    x: torch.Tensor,
-    dx: torch.Tensor,
-    adapters: Adapters,
-    group: LayerGroup,
-    batch: FlatBatch,
-) -> None:
+    dlora_hidden: torch.Tensor, x: torch.Tensor, dx: torch.Tensor,
+    adapters: Adapters, group: LayerGroup, batch: FlatBatch,
+) -> None:  # fmt: skip
     """Add to the gradients of A and x."""
     num_layers, da = len(group.layers), adapters.a(group, adapters.gradients)
     options = _down_backward_options(adapters, group)

@@ -1,11 +1,11 @@
-"""Norm, SwiGLU, cross entropy and sums by slot in Triton. Liger Kernel (arXiv 2410.10989) fuses the same places.
+"""Norms, GLU, cross entropy and sums by slot in Triton. Liger Kernel (arXiv 2410.10989) fuses the same places.
 
     _add_norm, _add_norm_backward   grid (T,)             one program for each token: its H features in one block
-    _swiglu, _swiglu_backward       grid (T, I / 1024)    one program for 1,024 features of a token
-    _cross_entropy                  grid (tokens,)        one program for each token: V logits in blocks of 4,096
+    _glu, _glu_backward             grid (T, I / 1024)    one program for 1,024 features of a token
+    _cross_entropy                  grid (tokens,)        one program for a token with a loss: V logits in blocks
     _sum_by_slot                    grid (S,)             one program for each slot: T values in blocks of 1,024
 
-By the measurements in docs/log.md (2026-11-26, H200), norms and SwiGLU move their bytes as fast as memory allows, and
+By the measurements in docs/log.md (2026-11-26, H200), norms and GLU move their bytes as fast as memory allows, and
 other numbers of warps change nothing.
 """
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from orchestrator.training.fast.families.family import Activation
+from orchestrator.training.fast.ops.protocol import LmHead
 from orchestrator.training.fast.ops.triton.launch import launch, wait_for_previous
 from orchestrator.training.fast.sizes import MAX_LOGITS
-from orchestrator.training.fast.step.flat_batch import IGNORED, FlatBatch
-
-_IGNORED = tl.constexpr(IGNORED)
+from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
 def add_norm(
@@ -47,75 +47,86 @@ def add_norm(
 
 
 def add_norm_backward(
-    dresidual: torch.Tensor,
+    dresidual: torch.Tensor | None,
     dnormed: torch.Tensor,
     residual: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
     num_tokens, features = residual.shape
-    result = torch.empty_like(dresidual)
+    result = torch.empty_like(residual)
     launch(
         _add_norm_backward,
         (num_tokens,),
-        dresidual,
+        residual if dresidual is None else dresidual,
         dnormed,
         residual,
         rstd,
         weight,
         result,
         features,
+        HAS_RESIDUAL=dresidual is not None,
         BLOCK=triton.next_power_of_2(features),
         num_warps=8 if features <= 2048 else 16,
     )
     return result
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def glu(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_tokens, features = len(gate_up), gate_up.shape[1] // 2
-    y = gate_up.new_empty(num_tokens, features)
-    launch(_swiglu, (num_tokens, triton.cdiv(features, 1024)), gate_up, y, features, BLOCK=1024)
+    y, grid = gate_up.new_empty(num_tokens, features), (num_tokens, triton.cdiv(features, 1024))
+    launch(_glu, grid, gate_up, y, features, IS_SILU=activation == "silu", BLOCK=1024)
     return y
 
 
-def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def glu_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_tokens, features = dy.shape
-    dgate_up = torch.empty_like(gate_up)
-    launch(_swiglu_backward, (num_tokens, triton.cdiv(features, 1024)), dy, gate_up, dgate_up, features, BLOCK=1024)
+    dgate_up, grid = torch.empty_like(gate_up), (num_tokens, triton.cdiv(features, 1024))
+    launch(_glu_backward, grid, dy, gate_up, dgate_up, features, IS_SILU=activation == "silu", BLOCK=1024)
     return dgate_up
 
 
 def cross_entropy(
-    hidden: torch.Tensor, lm_head: torch.Tensor, batch: FlatBatch, with_gradient: bool
+    hidden: torch.Tensor, lm_head: LmHead, batch: FlatBatch, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Implement `Ops.cross_entropy`. The gradient of the logits overwrites the logits, `MAX_LOGITS` at a time."""
-    num_tokens, vocabulary = len(hidden), len(lm_head)
-    losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-    hits = torch.empty_like(losses)
-    dhidden = torch.empty_like(hidden) if with_gradient else None
-    chunk = min(num_tokens, max(1, MAX_LOGITS // vocabulary))
-    for start in range(0, num_tokens, chunk):
-        part = slice(start, min(start + chunk, num_tokens))
-        logits = F.linear(hidden[part], lm_head)
+    num_tokens, vocabulary = len(hidden), len(lm_head.weight)
+    losses, hits = (torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    tokens = batch.target_tokens.long()
+    # Rows that fill the batch up read the last token, and write a row beyond all tokens. Their logits do not count.
+    gathered = hidden.index_select(0, tokens.clamp(max=num_tokens - 1))
+    chunk = min(len(tokens), max(1, MAX_LOGITS // vocabulary))
+    for start in range(0, len(tokens), chunk):
+        part = slice(start, min(start + chunk, len(tokens)))
+        logits = F.linear(gathered[part], lm_head.weight)
         launch(
             _cross_entropy,
             (len(logits),),
             logits,
             batch.targets,
+            batch.target_tokens,
             batch.tile_slots,
             batch.table["loss_weight"],
             losses,
             hits,
+            1 / lm_head.divisor,
+            lm_head.softcap or 0.0,
             start,
+            num_tokens,
             vocabulary,
             WITH_GRADIENT=with_gradient,
+            IS_SCALED=lm_head.divisor != 1,
+            IS_CAPPED=lm_head.softcap is not None,
             TILE=batch.tile,
             BLOCK=4096,
             num_warps=8,
         )
-        if dhidden is not None:
-            torch.mm(logits, lm_head, out=dhidden[part])
-    return losses, hits, dhidden
+        if with_gradient:  # over the hidden states, which are read no more
+            torch.mm(logits, lm_head.weight, out=gathered[part])
+    if not with_gradient:
+        return losses, hits, None
+    dhidden = hidden.new_zeros(num_tokens + 1, hidden.shape[1])
+    return losses, hits, dhidden.index_copy_(0, tokens, gathered)[:num_tokens]
 
 
 def sum_by_slot(values: torch.Tensor, batch: FlatBatch, num_slots: int) -> torch.Tensor:
@@ -148,19 +159,21 @@ def _add_norm(
     wide = state.to(tl.float32)
     reciprocal = tl.rsqrt(tl.sum(wide * wide) / features + epsilon)
     tl.store(rstd + token, reciprocal)
-    unit = (wide * reciprocal).to(state.dtype)
-    tl.store(normed + at, tl.load(weight + columns, mask=inside) * unit, mask=inside)
+    # Rounded before the product, unless the weight is in float32.
+    unit = (wide * reciprocal).to(weight.dtype.element_ty)
+    tl.store(normed + at, (tl.load(weight + columns, mask=inside) * unit).to(state.dtype), mask=inside)
 
 
 @triton.jit
 def _add_norm_backward(
-    dresidual,  # (T, H)
+    dresidual,  # (T, H); not read without HAS_RESIDUAL
     dnormed,  # (T, H)
     residual,  # (T, H)
     rstd,  # (T,) float32
     weight,  # (H,)
     result,  # out: (T, H)
     features,  # H
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
@@ -172,15 +185,18 @@ def _add_norm_backward(
     dunit = tl.load(dnormed + at, mask=inside, other=0.0) * tl.load(weight + columns, mask=inside, other=0.0)
     dunit = dunit.to(tl.float32)
     through_norm = (dunit - unit * (tl.sum(dunit * unit) / features)) * reciprocal
-    through_residual = tl.load(dresidual + at, mask=inside)
-    tl.store(result + at, through_residual + through_norm.to(through_residual.dtype), mask=inside)
+    gradient = through_norm.to(result.dtype.element_ty)
+    if HAS_RESIDUAL:
+        gradient = tl.load(dresidual + at, mask=inside) + gradient
+    tl.store(result + at, gradient, mask=inside)
 
 
 @triton.jit
-def _swiglu(
+def _glu(
     gate_up,  # (T, 2 I)
     y,  # out: (T, I)
     features,  # I
+    IS_SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
@@ -188,16 +204,17 @@ def _swiglu(
     inside, at = columns < features, token * 2 * features + columns
     gate = tl.load(gate_up + at, mask=inside, other=0.0)
     up = tl.load(gate_up + features + at, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    tl.store(y + token * features + columns, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, mask=inside)
+    activated, _ = _activate(gate.to(tl.float32), IS_SILU)
+    tl.store(y + token * features + columns, activated.to(gate.dtype) * up, mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(
+def _glu_backward(
     dy,  # (T, I)
     gate_up,  # (T, 2 I)
     dgate_up,  # out: (T, 2 I)
     features,  # I
+    IS_SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
@@ -206,46 +223,67 @@ def _swiglu_backward(
     dproduct = tl.load(dy + token * features + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + features + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    dgate = dproduct * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=inside)
-    tl.store(dgate_up + features + at, (dproduct * gate * sigmoid).to(dgate_up.dtype.element_ty), mask=inside)
+    activated, slope = _activate(gate, IS_SILU)
+    tl.store(dgate_up + at, (dproduct * up * slope).to(dgate_up.dtype.element_ty), mask=inside)
+    tl.store(dgate_up + features + at, (dproduct * activated).to(dgate_up.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["loss_weights", "start"])
+@triton.jit
+def _activate(gate, IS_SILU: tl.constexpr):
+    """Return the activation and its derivative: silu, or gelu by tanh (arXiv 1606.08415)."""
+    if IS_SILU:
+        sigmoid = tl.sigmoid(gate)
+        activated, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    else:
+        # gelu(g) = g / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (g + 0.044715 g^3).
+        # (1 + tanh(u)) / 2 is sigmoid(2 u).
+        half = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        activated = gate * half
+        slope = half + gate * half * (1 - half) * 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
+    return activated, slope
+
+
+@triton.jit(do_not_specialize=["loss_weights", "start", "num_tokens"])
 def _cross_entropy(
     logits,  # (tokens, V); with WITH_GRADIENT overwritten by their weighted gradient
     targets,  # (T,) int32
+    target_tokens,  # (max_targets,) int32
     tile_slots,  # (T / TILE,) int32
     loss_weights,  # (S,) float32
-    losses,  # out: (T,) float32
-    hits,  # out: (T,) float32
-    start,  # token of the first row of `logits`
+    losses,  # out: (T,) float32; not written where there is no loss
+    hits,  # out: (T,) float32; not written where there is no loss
+    scale,  # factor of the logits
+    softcap,  # limit of the logits
+    start,  # first row of `logits` among the tokens with a loss
+    num_tokens,  # T
     vocabulary,  # V
     WITH_GRADIENT: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute the softmax in one pass over the logits ("online", arXiv 1805.02867), and its gradient in a second."""
     wait_for_previous()
-    token = start + tl.program_id(0)
+    token = tl.load(target_tokens + start + tl.program_id(0))
     logits += tl.program_id(0).to(tl.int64) * vocabulary
-    target = tl.load(targets + token)
     each = tl.arange(0, BLOCK)
-    if target == _IGNORED:
-        tl.store(losses + token, 0.0)
-        tl.store(hits + token, 0.0)
+    if token >= num_tokens:
         if WITH_GRADIENT:
             for first in range(0, vocabulary, BLOCK):
                 tl.store(logits + first + each, tl.zeros((BLOCK,), logits.dtype.element_ty), first + each < vocabulary)
     else:
-        target_logit = tl.load(logits + target).to(tl.float32)
+        target = tl.load(targets + token)
+        target_logit, _ = _final_logit(tl.load(logits + target), scale, softcap, IS_SCALED, IS_CAPPED)
         row_max = target_logit
         sums = tl.zeros((BLOCK,), tl.float32)
         beaten = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, vocabulary, BLOCK):
             columns = first + each
-            logit = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+            logit, _slope = _final_logit(
+                tl.load(logits + columns, mask=columns < vocabulary, other=0.0), scale, softcap, IS_SCALED, IS_CAPPED
+            )
+            logit = tl.where(columns < vocabulary, logit, float("-inf"))
             beaten |= ((logit > target_logit) | ((logit == target_logit) & (columns < target))).to(tl.int32)
             before, row_max = row_max, tl.maximum(row_max, tl.max(logit))
             sums = sums * tl.exp(before - row_max) + tl.exp(logit - row_max)
@@ -257,9 +295,29 @@ def _cross_entropy(
             weight = tl.load(loss_weights + tl.load(tile_slots + token // TILE))
             for first in range(0, vocabulary, BLOCK):
                 columns = first + each
-                logit = tl.load(logits + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+                logit, slope = _final_logit(
+                    tl.load(logits + columns, mask=columns < vocabulary, other=0.0),
+                    scale,
+                    softcap,
+                    IS_SCALED,
+                    IS_CAPPED,
+                )
                 dlogit = tl.exp(logit - row_max) / row_sum - (columns == target).to(tl.float32)
-                tl.store(logits + columns, (dlogit * weight).to(logits.dtype.element_ty), mask=columns < vocabulary)
+                tl.store(
+                    logits + columns, (dlogit * slope * weight).to(logits.dtype.element_ty), mask=columns < vocabulary
+                )
+
+
+@triton.jit
+def _final_logit(logit, scale, softcap, IS_SCALED: tl.constexpr, IS_CAPPED: tl.constexpr):
+    """Scale and cap a logit in float32; also return the derivative."""
+    logit, slope = logit.to(tl.float32), 1.0
+    if IS_SCALED:
+        logit, slope = logit * scale, scale
+    if IS_CAPPED:
+        tanh = 2 * tl.sigmoid(2 * logit / softcap) - 1
+        logit, slope = softcap * tanh, slope * (1 - tanh * tanh)
+    return logit, slope
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

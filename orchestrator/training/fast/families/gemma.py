@@ -1,0 +1,48 @@
+"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786), text only.
+
+Both have norms before and after attention and MLP, a window in most layers, and an MLP with GELU. Gemma 2 caps scores
+and logits; Gemma 3 has norms of query and key heads, and another rotary embedding in the layers with a window.
+"""
+
+from orchestrator.training.fast.families.family import FIXED_FIELDS, USED_FIELDS, Family, LayerNorms
+
+_NORMS = LayerNorms(
+    before_attention="input_layernorm",
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+
+_USED_FIELDS = (
+    USED_FIELDS
+    | {"attention_bias", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"}
+    | {"sliding_window"}
+)
+
+_FIXED_FIELDS = {name: values for name, values in FIXED_FIELDS.items() if name != "hidden_act"} | {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (False,),
+}
+
+GEMMA2 = Family(
+    model_type="gemma2",
+    norms=_NORMS,
+    norm_weight="plus_one",
+    activation="gelu_tanh",
+    scales_embedding=True,
+    used_fields=_USED_FIELDS | {"attn_logit_softcapping"},
+    # `hidden_act` is left in config.json; transformers 5.23 reads `hidden_activation`.
+    fixed_fields=_FIXED_FIELDS,
+)
+
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    norms=_NORMS,
+    qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    norm_weight="plus_one",
+    activation="gelu_tanh",
+    scales_embedding=True,
+    used_fields=_USED_FIELDS,
+    # transformers 5.23 does not apply `attn_logit_softcapping` here.
+    fixed_fields={**_FIXED_FIELDS, "attn_logit_softcapping": ()},
+)

@@ -1,0 +1,33 @@
+"""OLMo 2 (arXiv 2501.00656) and OLMo 3: norms after attention and MLP alone, and norms of all queries and all keys.
+
+OLMo 3 has a window in most layers.
+"""
+
+from orchestrator.training.fast.families.family import USED_FIELDS, Family, LayerNorms
+
+_NORMS = LayerNorms(
+    before_attention=None,
+    after_attention="post_attention_layernorm",
+    before_mlp=None,
+    after_mlp="post_feedforward_layernorm",
+)
+
+OLMO2 = Family(
+    model_type="olmo2",
+    norms=_NORMS,
+    qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    normalizes_all_heads=True,
+    norm_weight="float32",
+    has_float32_angles=True,
+    used_fields=USED_FIELDS | {"attention_bias"},
+)
+
+OLMO3 = Family(
+    model_type="olmo3",
+    norms=_NORMS,
+    qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    normalizes_all_heads=True,
+    norm_weight="float32",
+    has_float32_angles=True,
+    used_fields=USED_FIELDS | {"attention_bias", "layer_types", "sliding_window"},
+)

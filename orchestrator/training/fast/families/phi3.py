@@ -1,0 +1,13 @@
+"""Phi-3 and Phi-4: fused linear layers, a window, and heads that are rotated in part."""
+
+from orchestrator.training.fast.families.family import FIXED_FIELDS, HARMLESS_FIELDS, USED_FIELDS, Family
+
+PHI3 = Family(
+    model_type="phi3",
+    groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    other_modules=frozenset({"self_attn", "mlp", "mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}),
+    used_fields=USED_FIELDS | {"original_max_position_embeddings", "partial_rotary_factor", "sliding_window"},
+    # `embd_pdrop` is not read by transformers 5.23.
+    fixed_fields={**FIXED_FIELDS, "resid_pdrop": (0.0,)},
+    harmless_fields=HARMLESS_FIELDS | {"embd_pdrop"},
+)

@@ -1,0 +1,67 @@
+"""What a base's configuration says about its computation, beside sizes: windows, positions, scales and caps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.family import Family
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a decoder layer attends. Layers of one kind share tables and compiled kernels."""
+
+    window: int | None = None
+    """Number of the latest tokens that a token sees, itself included; None where it sees all."""
+    rope: str | None = None
+    """Argument `layer_type` of the model's rotary embedding; None where it takes none."""
+    is_rotated: bool = True
+    """Whether queries and keys are rotated (RoPE)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a decoder. Fields that a family does not have are at values that change nothing."""
+
+    kinds: tuple[LayerKind, ...]
+    """Of each layer."""
+    attention_scale: float
+    """Factor of the products of queries and keys."""
+    attention_softcap: float | None
+    embedding_scale: float
+    residual_scale: float
+    """Factor of what attention and MLP add to the residual stream."""
+    logits_divisor: float
+    logits_softcap: float | None
+
+    @classmethod
+    def of(cls, config: Any, family: Family) -> "Settings":
+        """Read a transformers configuration. Eligibility has refused fields that the family does not list."""
+        query_scalar = getattr(config, "query_pre_attn_scalar", None) or BaseShape.of(config).head_size
+        embedding_scale = config.hidden_size**0.5 if family.scales_embedding else 1.0
+        return cls(
+            layer_kinds(config),
+            getattr(config, "attention_multiplier", None) or query_scalar**-0.5,
+            getattr(config, "attn_logit_softcapping", None),
+            getattr(config, "embedding_multiplier", embedding_scale),
+            getattr(config, "residual_multiplier", 1.0),
+            getattr(config, "logits_scaling", 1.0),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+
+def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
+    """Return the kind of each layer of a transformers configuration."""
+    count = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    types = getattr(config, "layer_types", None)
+    windows = [window] * count if types is None else [window if "sliding" in each else None for each in types]
+    ropes = types if types and "rope_type" not in config.rope_parameters else [None] * count
+    rotated = [bool(each) for each in getattr(config, "no_rope_layers", None) or [True] * count]
+    return tuple(LayerKind(*each) for each in zip(windows, ropes, rotated, strict=True))
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters of each rotary embedding of a base: one, or one for each type of layer."""
+    parameters = config.rope_parameters
+    return [parameters] if "rope_type" in parameters else list(parameters.values())

@@ -1,0 +1,141 @@
+"""Compares a new engine with transformers on its base, once in a process: one row, with a random adapter.
+
+A family's description may be wrong, or a new release of transformers may compute something else. Then the losses or
+gradients differ, and the trials are left to trl.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+
+from orchestrator.errors import TrialError
+from orchestrator.training.fast.families.settings import layer_kinds
+from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.fast.step.flat_batch import TABLE, Span, TokenizedRows
+
+TOKENS = 48
+"""Tokens of the row, unless rows are longer than a window: then as many as it takes to reach beyond the window."""
+
+MAX_RANK = 8
+"""Rank of the adapter, unless the engine's stack rank is smaller."""
+
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.02, 0.2)}
+"""Compute dtype -> largest relative difference of the loss, and of all gradients together.
+
+A layer computed wrongly changes the gradients by about their own size. Rounding to bfloat16 changes them by some
+hundredths (docs/log.md, 2026-11-30)."""
+
+_log = logging.getLogger(__name__)
+
+_compared: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+"""Base -> how its engine differs from transformers; None where it does not."""
+
+
+def require_parity(base: Any, engine: Engine, rows: TokenizedRows) -> None:
+    """Compare an engine with transformers, unless one on the same base has been compared.
+
+    The first slot must be free. It is cleared.
+
+    Args:
+        base: the base without adapters.
+        engine: on that base.
+        rows: to train on. The beginning of the longest one is used.
+
+    Raises:
+        TrialError: loss or gradients differ by more than `TOLERANCES`.
+    """
+    if base not in _compared:
+        try:
+            _compared[base] = _difference(base, engine, rows)
+        except torch.OutOfMemoryError:  # transformers takes more memory than the engine
+            _log.warning(
+                "the fast engine was not compared with transformers on this base: no GPU memory is left for it"
+            )
+            _compared[base] = None
+    if reason := _compared[base]:
+        raise TrialError(reason, "Set training.engine to auto or trl, and report the model type as a bug.")
+
+
+def _difference(base: Any, engine: Engine, rows: TokenizedRows) -> str | None:
+    row, rank = _row(base, rows), min(MAX_RANK, engine.adapters.rank)
+    matrices = dict(engine.adapters.matrices(0, rank, engine.adapters.weights))
+    generator = torch.Generator().manual_seed(0)
+    for name, matrix in matrices.items():
+        values = torch.randn(matrix.shape, generator=generator) / matrix.shape[1] ** 0.5
+        # As after some training: the adapter adds less to a layer's output than the base does.
+        matrix.copy_(values if name.endswith(".lora_A") else 0.05 * values)
+    try:
+        loss, gradients = _by_engine(engine, row, rank)
+        exact, exact_gradients = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
+    finally:
+        engine.adapters.clear(0)
+    loss_apart = abs(loss / exact - 1)
+    size = sum(float(each.square().sum()) for each in exact_gradients.values()) ** 0.5
+    apart = sum(float((gradients[name] - each).square().sum()) for name, each in exact_gradients.items()) ** 0.5 / size
+    _log.info("fast engine against transformers: loss apart by %.1e, gradients by %.1e", loss_apart, apart)
+    allowed_loss, allowed = TOLERANCES[base.get_input_embeddings().weight.dtype]
+    if loss_apart <= allowed_loss and apart <= allowed:
+        return None
+    count = int(row.num_targets_per_row[0])
+    return (
+        f"on this base the fast engine differs from transformers: loss {loss / count:.4f} for {exact / count:.4f}, "
+        f"gradients apart by {apart:.2g} of their norm"
+    )
+
+
+def _row(base: Any, rows: TokenizedRows) -> TokenizedRows:
+    """Return the beginning of the longest row as one sequence, all of whose tokens have a loss."""
+    windows = [kind.window for kind in layer_kinds(base.config) if kind.window is not None]
+    beyond = [window + TOKENS // 2 for window in windows if window < rows.longest]
+    ids = rows.ids(int(rows.lengths.argmax()))[: max([TOKENS, *beyond])]
+    return TokenizedRows([ids], [ids])
+
+
+def _by_engine(engine: Engine, row: TokenizedRows, rank: int) -> tuple[float, Mapping[str, torch.Tensor]]:
+    """Return the sum of the losses, and the gradients by the names of `Adapters.matrices`."""
+    table = dict.fromkeys(TABLE, 0.0) | {"rank": rank, "scale": 1.0, "keep_scale": 1.0, "loss_weight": 1.0}
+    loss = engine.step_once(Span(0, row, [0], table)).losses[0]
+    gradients = engine.adapters.matrices(0, rank, engine.adapters.gradients)
+    return loss, {name: gradient.clone() for name, gradient in gradients}
+
+
+def _by_transformers(
+    base: Any, row: TokenizedRows, matrices: Mapping[str, torch.Tensor], compute: torch.dtype
+) -> tuple[float, Mapping[str, torch.Tensor]]:
+    """Compute the same by the base itself and autograd. The adapter's products are in `compute`."""
+    device = base.get_input_embeddings().weight.device
+    leaves = {name: matrix.detach().clone().requires_grad_() for name, matrix in matrices.items()}
+    ids = torch.from_numpy(row.ids(0)).to(device).long()
+    with torch.enable_grad(), _adapted(base, leaves, compute):
+        logits = base(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        loss = F.cross_entropy(logits, ids[1:], reduction="sum")
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return float(loss), dict(zip(leaves, gradients, strict=True))
+
+
+@contextmanager
+def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype) -> Iterator[None]:
+    """Add the products of A and B to the outputs of the base's layers, within."""
+
+    def add(a: torch.Tensor, b: torch.Tensor) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            product: torch.Tensor = inputs[0].to(compute) @ a.to(compute).T @ b.to(compute).T
+            return output + product.to(output.dtype)
+
+        return hook
+
+    layers = [name.removesuffix(".lora_A") for name in leaves if name.endswith(".lora_A")]
+    hooks = [
+        base.get_submodule(name).register_forward_hook(add(leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]))
+        for name in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

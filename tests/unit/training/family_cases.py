@@ -1,0 +1,66 @@
+"""Small bases of each family that the fast engine holds, with settings that matter: windows are shorter than rows."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+SIZES = {"vocab_size": 90, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1, 1.2, 1.3, 1.5, 2.0, 3.0],
+            "long_factor": [4.0] * 6, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64}  # fmt: skip
+BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}  # fmt: skip
+
+
+def config(model_type: str, **fields: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **SIZES | HEADS | {"pad_token_id": 0} | fields)
+
+
+FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
+    "qwen2 with biases, a tied head and a window, nf4": (
+        config("qwen2", num_key_value_heads=1, tie_word_embeddings=True, use_sliding_window=True, **WINDOW),
+        "nf4",
+    ),
+    "mistral with wide heads and a window": (config("mistral", head_dim=32, sliding_window=5), "none"),
+    "llama with all biases and scaled positions": (
+        config("llama", attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+        "none",
+    ),
+    "ministral": (config("ministral", head_dim=16, **WINDOW), "none"),
+    "ministral3": (config("ministral3", head_dim=16), "none"),
+    "qwen3 with wide heads and biases, nf4": (config("qwen3", head_dim=32, attention_bias=True), "nf4"),
+    "qwen3 with a window": (config("qwen3", head_dim=16, use_sliding_window=True, **WINDOW), "none"),
+    "smollm3 with a layer without positions": (config("smollm3", no_rope_layers=[1, 0]), "none"),
+    "phi3 with heads that are rotated in part, nf4": (
+        config("phi3", sliding_window=6, rope_parameters=LONGROPE),
+        "nf4",
+    ),
+    "gemma2": (
+        config(
+            "gemma2",
+            head_dim=16,
+            query_pre_attn_scalar=20,
+            attn_logit_softcapping=1.5,
+            final_logit_softcapping=2.0,
+            **WINDOW,
+        ),
+        "none",
+    ),
+    "gemma3_text with two rotary embeddings, nf4": (
+        config("gemma3_text", head_dim=16, query_pre_attn_scalar=20, rope_parameters=BY_LAYER, **WINDOW),
+        "nf4",
+    ),
+    "granite with multipliers": (
+        config(
+            "granite", embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.4, logits_scaling=2.5
+        ),
+        "none",
+    ),
+    "olmo2": (config("olmo2"), "none"),
+    "olmo3": (config("olmo3", **WINDOW), "none"),
+}
+"""Name -> configuration of a small base, and its quantization."""

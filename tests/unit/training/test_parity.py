@@ -1,0 +1,114 @@
+"""A new engine is compared with transformers, and one that differs is not used."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from family_cases import FAMILY_CASES
+from transformers import AutoModelForCausalLM
+
+from orchestrator.errors import TrialError
+from orchestrator.spec import TrialConfig
+from orchestrator.spec.sections import LoraSection
+from orchestrator.training.engines import choose
+from orchestrator.training.engines.trial_inputs import TrialInputs
+from orchestrator.training.fast.plan import parity
+from orchestrator.training.fast.plan.parity import require_parity
+from orchestrator.training.fast.step.adapters import Adapters
+from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
+from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.fast.step.flat_batch import TokenizedRows
+from orchestrator.training.model.targets import expected_modules
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+MakeRows = Callable[..., TokenizedRows]
+LONGEST = 64
+
+
+def open_base(name: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILY_CASES[name][0]), attn_implementation="eager")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def open_engine(base: Any, dtype: torch.dtype = torch.float32, rank: int = 16) -> Engine:
+    layers = adapted_layers(base, expected_modules(base, LoraSection()))
+    adapters = Adapters(layers, 2, rank, torch.float32, dtype, torch.device("cpu"))
+    return Engine(Decoder(base, dtype, LONGEST, keeps_base=True), adapters, "nothing", None, on_gpu=False)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_each_family_is_the_same(name: str, rank: int, make_rows: MakeRows) -> None:
+    base = open_base(name)
+    engine = open_engine(base, rank=rank)
+    require_parity(base, engine, make_rows(5, LONGEST))
+    for flat in (engine.adapters.weights, engine.adapters.gradients):
+        assert not flat.any(), "the slot is as before"
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_each_family_is_the_same_in_bfloat16(name: str, make_rows: MakeRows) -> None:
+    base = open_base(name).to(torch.bfloat16)
+    require_parity(base, open_engine(base, torch.bfloat16), make_rows(5, LONGEST))
+
+
+def scale_attention(base: Any) -> None:
+    base.model.layers[1].self_attn.scaling *= 2
+
+
+def widen_window(base: Any) -> None:
+    base.config.sliding_window += 2  # masks are made from it
+
+
+def change_norm(base: Any) -> None:
+    norm = base.model.layers[1].self_attn.k_norm
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 100.0)
+
+
+def change_activation(base: Any) -> None:
+    base.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+CHANGES = {
+    "qwen3 with a window": (scale_attention, widen_window, change_norm, change_activation),
+    "phi3 with heads that are rotated in part, nf4": (scale_attention, widen_window),
+    "gemma2": (scale_attention, change_activation),
+    "gemma3_text with two rotary embeddings, nf4": (scale_attention, change_norm, widen_window),
+    "olmo2": (scale_attention, change_norm),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name in CHANGES for change in CHANGES[name]])
+def test_another_computation_is_noticed(
+    name: str, change: Callable[[Any], None], dtype: torch.dtype, make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers may change what a model computes, without another module or configuration field."""
+    base, rows = open_base(name).to(dtype), make_rows(5, LONGEST)
+    engine = open_engine(base, dtype)
+    change(base)
+    with pytest.raises(TrialError, match=r"on this base the fast engine differs from transformers: loss .* for .*"):
+        require_parity(base, engine, rows)
+    monkeypatch.setattr(parity, "_difference", None)
+    with pytest.raises(TrialError, match="differs from transformers"):  # it is not computed again
+        require_parity(base, engine, rows)
+
+
+def test_a_trial_is_left_to_trl(
+    trial: Callable[..., TrialConfig], make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "_difference", lambda *_: "on this base the fast engine differs from transformers")
+    base, rows = open_base("olmo2"), make_rows(5, 9)
+    inputs = TrialInputs(base, None, None, rows, rows)  # type: ignore[arg-type]
+    reason = choose.find_slot(trial(training={"engine": "auto"}), inputs)
+    assert reason == "on this base the fast engine differs from transformers"
+    with pytest.raises(TrialError, match="differs from transformers"):
+        choose.find_slot(trial(training={"engine": "fast"}), inputs)
