@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing
+from orchestrator.positions import forget_earlier_batches
 from orchestrator.spec.sections import BaseSection
 
 _cached: tuple[BaseSection, Any] | None = None
@@ -142,6 +143,7 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
         _grow_vocabulary(model, len(load_tokenizer(base)))
     model.requires_grad_(False)
     keep_trainable(model)
+    forget_earlier_batches(model)
     return model
 
 

@@ -276,6 +276,12 @@ PRIVATE: tuple[Private, ...] = (
         "training/engines/sft.py", "rows are drawn by a sampler with its own random state",
     ),
     Private(
+        "transformers 5.23", "transformers/models/llama/modeling_llama.py",
+        ("LlamaRotaryEmbedding.max_seq_len_cached", "LlamaRotaryEmbedding.original_max_seq_len",
+         "LlamaRotaryEmbedding.original_inv_freq"),
+        "positions.py", "Dynamic NTK forgets the longest row of earlier batches",
+    ),
+    Private(
         "accelerate 1.15", "accelerate/utils/imports.py", ("_is_package_available(pkg_name, metadata_name)",),
         "training/engines/sft.py", "its answer is cached: each trainer asks for it many times",
     ),

@@ -5,6 +5,8 @@ from typing import Any
 
 from orchestrator.adapters.stops import stops_of
 from orchestrator.data import Prompt
+from orchestrator.errors import RequestError
+from orchestrator.positions import fails_beyond_limit, position_limit, rows_per_pass
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
 """Arguments of `generate` for greedy decoding. They override the generation settings of the base."""
@@ -31,17 +33,25 @@ def answer(
         tokenizer: its tokenizer, with a padding token.
         prompts: token ids, each (tokens,).
         max_new_tokens: maximum number of tokens of an answer.
-        batch_size: maximum number of prompts in a forward pass.
+        batch_size: maximum number of prompts in a forward pass. Where the length of a prompt changes the positions of
+            others, each is answered alone.
         sampling: arguments of `generate` that select the next token.
 
     Returns:
         One answer per prompt, in order: the text before the first stop token, without special tokens, stripped.
+
+    Raises:
+        RequestError: a prompt with its answer has no room in the model's positions, and the model would fail.
     """
     import torch
 
     model.eval()
     answers, stops = [""] * len(prompts), stops_of(model)
-    for chosen in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths, default=0) + max_new_tokens
+    require_room(model, longest - max_new_tokens, max_new_tokens)
+    batch_size = rows_per_pass(model.config, batch_size, longest)
+    for chosen in batches(lengths, max_new_tokens, batch_size):
         width = max(len(prompts[i]) for i in chosen)
         # Pad on the left, so that all answers begin at the same column.
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
@@ -60,6 +70,21 @@ def answer(
         for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):
             answers[i] = tokenizer.decode(before_stop(new, stops), skip_special_tokens=True).strip()
     return answers
+
+
+def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
+    """Check that a prompt and its answer fit into the positions of a model that fails beyond them.
+
+    Raises:
+        RequestError: they do not.
+    """
+    limit = position_limit(model.config)
+    if limit is not None and num_tokens + max_new_tokens > limit and fails_beyond_limit(model):
+        raise RequestError(
+            f"a prompt of {num_tokens} tokens and an answer of up to {max_new_tokens} do not fit into the {limit} "
+            "positions of the base",
+            "Shorten the prompt, or ask for fewer new tokens.",
+        )
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:

@@ -60,12 +60,19 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
         document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode
+    from orchestrator.data.long_rows import note_on_max_length
+
+    note = note_on_max_length(spec.data, spec.base)
     if as_json:
         print_json(document)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
         return
     import yaml
 
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
+    if note:
+        print(f"# note: {note}")
     print(f"# valid: {counted(spec.search.total_trials, 'trial')}")
 
 

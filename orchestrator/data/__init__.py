@@ -4,8 +4,8 @@ Reading order: `prepare` (all steps, for a sweep), `sources` and `files` (where 
 `tables` and `open_files` read single files into a `row`), `mix` (several sources, held-out rows), `render` (a row to
 prompt and completion; conversations through `turns` and `conversation`), `encode` (text to tokens, and which are in
 the loss), `stop_tokens` (whether rows teach the model to end), `packing` (several rows in a sequence). `bad_rows`
-groups faults by kind, `unread_columns` finds columns that nothing reads, `preview` is what `orchestrator data` shows,
-`infer_format` guesses the format of rows without an experiment.
+groups faults by kind, `long_rows` compares rows with the base's positions, `unread_columns` finds columns that nothing
+reads, `preview` is what `orchestrator data` shows, `infer_format` guesses the format of rows without an experiment.
 """
 
 from orchestrator.data.encode import encode_prompt

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.base import load_tokenizer
+from orchestrator.data.long_rows import load_position_limit
 from orchestrator.data.prepare import EncodedRow, EncodedRows, Say, fingerprint, tokenize
 from orchestrator.data.stop_tokens import RowEnds
 from orchestrator.record import BadRows, SourceRows
@@ -109,6 +110,10 @@ class DataPreview(Record):
     cut: list[Place]
     dropped: list[Place]
     """Rows without a token in the loss after the cut."""
+    positions: int | None
+    """Number of positions that the base was made for, RoPE scaling included; None if it is not known."""
+    beyond: list[Place]
+    """Rows with more tokens than the base has positions, after the cut."""
     bad: list[BadRows]
     """Rows that the format cannot use and that are left out."""
     unread: dict[str, int]
@@ -136,7 +141,7 @@ def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lamb
     rows = tokenize(data, tokenizer, say)
     every = [*rows.train, *rows.held_out]
     lengths = sorted(len(row.tokens.ids) for row in every)
-    kept = rows.kept
+    kept, positions = rows.kept, load_position_limit(base)
     return DataPreview(
         base=base.model,
         format=data.format,
@@ -154,6 +159,8 @@ def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lamb
         longest=lengths[-1],
         cut=[_place(row) for row in every if row.num_cut and row.kept is not None],
         dropped=[_place(row) for row in every if row.kept is None],
+        positions=positions,
+        beyond=[_place(row) for row in every if row.kept and positions and len(row.kept.ids) > positions],
         bad=rows.bad,
         unread=rows.unread,
         packing=_packing(rows, data.max_length),

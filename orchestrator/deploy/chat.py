@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
-from orchestrator.adapters.generate import GREEDY
+from orchestrator.adapters.generate import GREEDY, require_room
 from orchestrator.adapters.stops import stops_of
 from orchestrator.data import encode_prompt, render_prompt
 from orchestrator.deploy.adapter_ref import AdapterRef
@@ -154,12 +154,15 @@ class Chat:
             sampling: how tokens are selected.
 
         Raises:
-            RequestError: the form does not support these turns.
+            RequestError: the form does not support these turns, or prompt and answer need more positions than the base
+                has.
         """
         import torch
         from transformers import StoppingCriteriaList
 
-        inputs = torch.tensor([self.form.ids(question)], device=self.model.device)
+        ids = self.form.ids(question)
+        require_room(self.model, len(ids), max_new_tokens)
+        inputs = torch.tensor([ids], device=self.model.device)
         streamer = _streamer(self.tokenizer, stops_of(self.model))
         failures: list[BaseException] = []
         cancelled = Event()

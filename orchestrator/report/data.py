@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.data.long_rows import NOT_READ, REMEDY, describe_long_rows
 from orchestrator.data.preview import Bin, DataPreview, Place, ShownRow
 from orchestrator.words import counted
 
@@ -39,6 +40,7 @@ def say_data(console: Console, shown: DataPreview) -> None:
     lines += histogram(shown.lengths, shown.max_length)
     lines += _named(shown.cut, f"truncated ({shown.truncate})")
     lines += _named(shown.dropped, "dropped, because no token in the loss is left")
+    lines += _beyond(shown)
     lines += _end_lines(shown)
     lines += _bad(shown)
     if shown.unread:
@@ -114,6 +116,16 @@ def _end_lines(shown: DataPreview) -> list[str]:
     if shown.require_stop and not ends.num_ended and not ends.num_cut:
         lines.append("training refuses such rows unless data.require_stop is false")
     return lines
+
+
+def _beyond(shown: DataPreview) -> list[str]:
+    """Return a warning about rows that are longer than the base has positions."""
+    if not shown.beyond or shown.positions is None:
+        return []
+    num_rows, longest = shown.num_train + shown.num_held_out, max(place.num_tokens for place in shown.beyond)
+    told = describe_long_rows(len(shown.beyond), num_rows, min(longest, shown.max_length), shown.positions, shown.base)
+    lines = [f"warning: {told}; it was not trained on such rows. {NOT_READ}. {REMEDY}"]
+    return lines + _named(shown.beyond, "beyond the positions of the base")
 
 
 def _bad(shown: DataPreview) -> list[str]:

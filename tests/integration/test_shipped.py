@@ -45,6 +45,7 @@ ROWS: dict[str, Callable[[str, str], Row]] = {
     "llama2-70b": lambda question, answer: {"text": f"### Human: {question}### Assistant: {answer}"},
     "llama2-7b-chat": lambda question, answer: {"text": f"<s>[INST] {question} [/INST] {answer} </s>"},
     "qwen2.5-0.5b-chat": capybara,
+    "smollm2-gsm8k": lambda question, answer: {"question": question, "answer": f"so\n#### {answer}"},
     "tinyllama-gsm8k": lambda question, answer: {"question": question, "answer": f"so\n#### {answer}"},
 }
 """Experiment -> function that makes a row with the columns of its dataset."""

@@ -19,7 +19,15 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_experiments() -> None:
-    names = {"demo", "every-field", "llama2-7b-chat", "llama2-70b", "qwen2.5-0.5b-chat", "tinyllama-gsm8k"}
+    names = {
+        "demo",
+        "every-field",
+        "llama2-7b-chat",
+        "llama2-70b",
+        "qwen2.5-0.5b-chat",
+        "smollm2-gsm8k",
+        "tinyllama-gsm8k",
+    }
     assert names <= {file.stem for file in FILES}
 
 

@@ -21,6 +21,7 @@ from orchestrator.deploy.export.merge import Onto
 from orchestrator.deploy.export.parity import AdapterLogits, EncodedRow, Parity, ask, measure_parity
 from orchestrator.deploy.load import load_model
 from orchestrator.errors import ExportError, RequestError
+from orchestrator.positions import forget_earlier_batches
 from orchestrator.spec.sections import BaseSection
 
 _WEIGHTS_SHARE = 0.8
@@ -152,6 +153,7 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
         trust_remote_code=base.trust_remote_code,
     )
     keep_trainable(model)  # as in `load_base`: on some CPUs, bitsandbytes computes differently for inference
+    forget_earlier_batches(model)
     return model
 
 
@@ -169,6 +171,7 @@ def _run_merged(
             offload_folder=offload_folder,
             trust_remote_code=base.trust_remote_code,
         )
+        forget_earlier_batches(model)  # as in `load_base`
         return measure_parity(source, model, rows)
 
 

@@ -25,6 +25,7 @@ from orchestrator.deploy.scoring.harness import Harness
 from orchestrator.deploy.scoring.metrics import GENERATED, Metric, answer_metrics, perplexity, require_packages
 from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.errors import DataError, RequestError
+from orchestrator.positions import rows_per_pass
 from orchestrator.record import RowScores, SweepPaths
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
@@ -271,7 +272,7 @@ def _measure(
         values |= answer_metrics(answers, expected, metrics)
         scores = scores.model_copy(update={"answers": matches(answers, expected)})
     if harness is not None:
-        values |= harness.measure(opened, batch_size)
+        values |= harness.measure(opened, rows_per_pass(opened.model.config, batch_size, None))
     return scores, values
 
 

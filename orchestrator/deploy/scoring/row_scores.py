@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.data.encode import IGNORED
+from orchestrator.errors import RequestError
+from orchestrator.positions import fails_beyond_limit, position_limit, rows_per_pass
 from orchestrator.record import RowScores
 
 
@@ -14,13 +16,21 @@ def score_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: 
         model: any causal language model; it is left in evaluation mode.
         rows: rows with `input_ids` and `labels`, both (tokens,), such as a sweep's `datasets.Dataset`. A label of -100
             has no loss.
-        batch_size: rows per forward pass; rows of similar length are batched together.
+        batch_size: rows per forward pass; rows of similar length are batched together. Where the length of a row
+            changes the positions of others, each runs alone.
+
+    Raises:
+        RequestError: a row has more tokens than the model has positions, and the model fails on such rows.
     """
     import torch
 
     model.eval()
     losses, hits, tokens = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
     lengths = [len(row["input_ids"]) for row in rows]
+    longest, limit = max(lengths), position_limit(model.config)
+    if limit is not None and longest > limit and fails_beyond_limit(model):
+        raise RequestError(f"a row has {longest} tokens, but the base has {limit} positions", "Leave out such rows.")
+    batch_size = rows_per_pass(model.config, batch_size, longest)
     by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]

@@ -19,6 +19,7 @@ from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import MIN_TEMPERATURE, PromptForm, Sampling, open_prompt_form
 from orchestrator.deploy.load import attach_adapter
 from orchestrator.errors import OrchestratorError, RequestError
+from orchestrator.positions import independent_length, position_limit
 
 CACHE_TOKENS = 16_384
 """Tokens in the preallocated KV cache of an adapter, for all its requests together."""
@@ -49,9 +50,9 @@ class AdapterServer:
 
         self.form = form
         plain = model.get_base_model()  # the base model with the adapter's layers injected
-        positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-        self.context = min(positions or CACHE_TOKENS, CACHE_TOKENS)
-        """Maximum number of tokens of a prompt and its answer together."""
+        limits = position_limit(plain.config), independent_length(plain.config)
+        self.context = min([CACHE_TOKENS, *(limit for limit in limits if limit is not None)])
+        """Maximum number of tokens of a prompt and its answer together. Up to it, requests do not change each other."""
         self._stop_ids = stops_of(plain)
         config = ContinuousBatchingConfig(
             per_request_processors=True,

@@ -21,6 +21,7 @@ from orchestrator.training.attempt.log_file import log_traceback
 from orchestrator.training.attempt.reporter import Reporter
 from orchestrator.training.engines.choose import EngineSlot, engine_fields, find_slot, open_loop
 from orchestrator.training.engines.loop import Loop
+from orchestrator.training.engines.position_checks import check_positions
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.model.device import peak_memory_gib
@@ -126,6 +127,8 @@ class Attempt:
         self._reporter.report(Noted, fields=fields)
         base = self._inputs.base
         require_device(config)
+        for warning in check_positions(config, self._inputs):
+            self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
+from orchestrator.positions import independent_length, rows_per_pass
 from orchestrator.record import RowScores
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
@@ -161,7 +162,7 @@ def build_trainer(
     training = config.training
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(training, checkpoints),
+        args=_arguments(training, checkpoints, _eval_batch_size(model.config, training, data)),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
@@ -185,7 +186,14 @@ def build_trainer(
     return trainer
 
 
-def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
+def _eval_batch_size(config: Any, training: TrainingSection, data: PreparedData) -> int:
+    """Return the rows of an evaluation's forward pass: 1 if their losses would depend on each other's lengths."""
+    if independent_length(config) is None:
+        return training.eval_batch_size
+    return rows_per_pass(config, training.eval_batch_size, max(row_lengths(data.held_out)))
+
+
+def _arguments(training: TrainingSection, checkpoints: Path, eval_batch_size: int) -> Any:
     """Return SFTTrainer's arguments for a trial."""
     from trl.trainer.sft_config import SFTConfig
 
@@ -195,7 +203,7 @@ def _arguments(training: TrainingSection, checkpoints: Path) -> Any:
         max_steps=training.steps or -1,
         num_train_epochs=training.epochs or 1.0,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size,
+        per_device_eval_batch_size=eval_batch_size,
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches, exact_matches
 from orchestrator.adapters.stops import GENERATION, read_stops, stop_at, stops_of, write_stops
@@ -25,6 +26,7 @@ class Model:
 
     def __init__(self, answer_ids: list[int], stops: list[int]) -> None:
         self.device = "cpu"
+        self.config = LlamaConfig(max_position_embeddings=100_000)
         self.generation_config = SimpleNamespace(eos_token_id=None)
         self.shapes: list[tuple[int, ...]] = []
         self._answer_ids = answer_ids

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 from tokenizers.processors import ByteLevel
+from transformers import LlamaConfig
 
 from orchestrator.data import render_prompt
 from orchestrator.data.encode import IGNORED, Tokens, encode, encode_all
@@ -280,7 +281,8 @@ def _chat_ids(tokenizer: Any, section: dict[str, Any], question: str = QUESTION)
         given.extend(input_ids[0].tolist())
         streamer.end()
 
-    model = SimpleNamespace(device="cpu", generate=generate, generation_config=SimpleNamespace(eos_token_id=2))
+    generation = SimpleNamespace(eos_token_id=2)
+    model = SimpleNamespace(device="cpu", generate=generate, generation_config=generation, config=LlamaConfig())
     assert list(Chat(model, PromptForm(tokenizer, _section(section))).stream(question, max_new_tokens=1)) in ([], [""])
     return given
 

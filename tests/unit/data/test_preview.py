@@ -1,6 +1,7 @@
 """`orchestrator data` shows what is trained."""
 
 import json
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from orchestrator.cli import main
 from orchestrator.data import prepare
 from orchestrator.data.encode import IGNORED
 from orchestrator.data.preview import DataPreview, pieces, preview
+from orchestrator.embedded import BASE_DIR
 from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.report.data import row_text, say_data
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -141,3 +143,30 @@ def test_the_command_shows_rows_without_an_experiment(
     assert about == "format messages, tokenizer of base embedded"
     assert "1 training row, 1 held out" in out
     assert err == ""
+
+
+def test_rows_beyond_the_positions_of_the_base_are_told(
+    section: DataSection, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASE_DIR, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    shown = preview(section, BaseSection(model=str(base)), 0)
+    assert shown.positions == 8
+    assert [place.where[-2:] for place in shown.beyond] == [":2"]  # the other row of 14 tokens is dropped
+    warning = f"warning: 1 of 10 rows has more tokens (up to 10) than base {base} has positions (8); it was not trained"
+    assert any(line.startswith(warning) for line in printed(shown))
+    assert not preview(section, BASE, 0).beyond
+
+    file = tmp_path / "one.yaml"
+    file.write_text(
+        "base: {model: base}\ndata: {source: rows.jsonl, format: text, max_length: 9}\ntraining: {steps: 2}\n"
+        "search: {algorithm: random, num_trials: 1}\n"
+    )
+    for max_length, told in (("9", True), ("8", False)):
+        monkeypatch.setattr(sys, "argv", ["orchestrator", "check", str(file), "--set", f"data.max_length={max_length}"])
+        with pytest.raises(SystemExit):
+            main()
+        note = f"# note: data.max_length=9: base {base} has 8 positions, and was not trained beyond them."
+        assert (note in capsys.readouterr().out) is told

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.base import load_base, load_tokenizer
@@ -212,6 +213,7 @@ def test_a_stop_token_that_is_not_special_is_not_shown() -> None:
             streamer.put(torch.tensor([token]))
         streamer.end()
 
-    model = SimpleNamespace(device="cpu", generate=generate, generation_config=SimpleNamespace(eos_token_id=[end, 2]))
+    generation = SimpleNamespace(eos_token_id=[end, 2])
+    model = SimpleNamespace(device="cpu", generate=generate, generation_config=generation, config=LlamaConfig())
     chat = Chat(model, PromptForm(tokenizer, section("prompt")))
     assert "".join(chat.stream("2 + 2 = <|end|>", max_new_tokens=8)) == " 4 4"
