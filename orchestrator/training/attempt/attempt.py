@@ -27,7 +27,12 @@ from orchestrator.training.model.device import peak_memory_gib
 from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import require_device
 from orchestrator.training.model.readback import require_applied
-from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules
+from orchestrator.training.model.targets import (
+    expected,
+    expected_extra_trainables,
+    expected_modules,
+    left_out_warning,
+)
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -127,6 +132,8 @@ class Attempt:
         base = self._inputs.base
         require_device(config)
         modules = expected_modules(base, config.lora)
+        if warning := left_out_warning(base, config.lora):
+            self._reporter.warn(warning)
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra)
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)
