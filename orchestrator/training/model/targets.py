@@ -78,11 +78,6 @@ def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
     if lora.target_modules == "all-linear":
         if refused := [name for name, why in layers.impossible.items() if why == "refused"]:
             raise TrialError(f"lora.target_modules: all-linear includes {layers.why_impossible(refused)}", remedy)
-        if not layers.adaptable:
-            raise TrialError(
-                "lora.target_modules: all-linear finds no linear layer in this base",
-                "Choose a base whose layers are torch.nn.Linear.",
-            )
         return
     for target in lora.target_modules:
         named = [name for name in layers.shapes if _ends_with(name, target)]
@@ -203,7 +198,15 @@ def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) 
         config: the trial.
         modules: from `expected_modules`.
         extra: from `expected_extra_trainables`.
+
+    Raises:
+        TrialError: no layer is adapted.
     """
+    if not modules:
+        raise TrialError(
+            "lora.target_modules: this base has no linear layer to adapt",
+            "If its layers are of the class Conv1D (GPT-2), set base.quantization: nf4, which makes them linear.",
+        )
     lora, training = config.lora, config.training
     ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in modules}
     alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in modules}

@@ -20,7 +20,7 @@ from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.check_targets import check_targets
 from orchestrator.training.model.linear_layers import PEFT_REFUSES, linear_layers
 from orchestrator.training.model.peft_model import lora_layers, model_from_peft
-from orchestrator.training.model.targets import expected_extra_trainables, expected_modules, left_out_warning
+from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules, left_out_warning
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -219,6 +219,16 @@ def test_families_that_peft_refuses_are_those_of_the_table() -> None:
         except ValueError:
             refused.add(each)
     assert refused == PEFT_REFUSES.keys()
+
+
+def test_a_base_without_linear_layers_is_refused(trial: MakeConfig) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    base, config = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=4)), trial()
+    modules = expected_modules(base, config.lora)
+    extra = expected_extra_trainables(base, config, modules, load_tokenizer(config.base))
+    with pytest.raises(TrialError, match="no linear layer to adapt"):
+        expected(config, modules, extra)
 
 
 class Expert(nn.Module):
