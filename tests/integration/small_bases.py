@@ -153,11 +153,16 @@ def base_model(family: str, **changes: Any) -> Any:
     return auto.from_config(base_config(family, **changes)).eval()
 
 
-def write_base(family: str, folder: Path, **changes: Any) -> Path:
-    """Write a family's small base with the embedded tokenizer into a folder, and return the folder."""
+def save(model: Any, folder: Path) -> Path:
+    """Write a model with the embedded tokenizer into a folder, and return the folder."""
     from orchestrator.base import load_tokenizer
     from orchestrator.spec.sections import BaseSection
 
-    base_model(family, **changes).save_pretrained(str(folder))
+    model.save_pretrained(str(folder))
     load_tokenizer(BaseSection(model="embedded")).save_pretrained(str(folder))
     return folder
+
+
+def write_base(family: str, folder: Path, **changes: Any) -> Path:
+    """Write a family's small base with the embedded tokenizer into a folder, and return the folder."""
+    return save(base_model(family, **changes), folder)

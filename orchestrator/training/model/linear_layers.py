@@ -8,9 +8,11 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
+from orchestrator.routers import declared_routers, router_classes, router_layers
 from orchestrator.words import counted
 
 LayerShapes = dict[str, tuple[int, int]]
@@ -118,50 +120,21 @@ def linear_layers(model: Any) -> LinearLayers:
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, Linear) and module is not head
     }
-    routers = _declared_routers(model)
+    routers = declared_routers(model)
     experts = _fused_experts(model, routers)
     refused = PEFT_REFUSES.get(getattr(model.config, "model_type", ""), frozenset())
     impossible: dict[str, Reason] = {name: "refused" for name in layers if last_part(name) in refused}
-    impossible |= dict.fromkeys(_ambiguous(model, layers) if any(_router_classes(model)) else (), "ambiguous")
+    impossible |= dict.fromkeys(_ambiguous(model, layers) if router_classes(model) else (), "ambiguous")
     impossible |= {name: "irregular" for name, layer in layers.items() if not _is_regular(layer)}
     left_out: dict[str, Reason] = dict.fromkeys(_bypassed(model), "bypassed")
     left_out |= impossible
     if _may_skip_layers(model):
         called = _called_by_text(model)
         left_out |= {name: "unreached" for name in layers if _without_expert(name) not in called}
-    gates = {*_router_layers(routers), *_gates(model, routers)}
+    gates = {*chain.from_iterable(router_layers(routers).values()), *_gates(model, routers)}
     left_out |= {name: "router" for name in layers if name in gates}
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     return LinearLayers(shapes, left_out, impossible, tuple(experts))
-
-
-def _declared_routers(model: Any) -> dict[str, Any]:
-    """Return the modules whose output the base declares as router logits, without those that contain another one.
-
-    transformers 5.23 declares them in `_can_record_outputs` of each class that can return router logits.
-    """
-    classes = tuple(_router_classes(model))
-    found = {name: module for name, module in model.named_modules() if classes and isinstance(module, classes)}
-    return {name: module for name, module in found.items() if not any(other.startswith(f"{name}.") for other in found)}
-
-
-def _router_classes(model: Any) -> Iterator[type]:
-    for each in {type(module) for module in model.modules()}:
-        declared = (getattr(each, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for recorder in declared if isinstance(declared, list | tuple) else [declared]:
-            target = getattr(recorder, "target_class", recorder)
-            if isinstance(target, type):
-                yield target
-
-
-def _router_layers(routers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the linear layers of the declared routers."""
-    from torch.nn import Linear
-
-    for name, router in routers.items():
-        inside = [_joined(name, each) for each, module in router.named_modules() if isinstance(module, Linear)]
-        # Some families declare a whole block (Doge): its layers that say so are the router.
-        yield from [each for each in inside if "router" in last_part(each)] or inside
 
 
 def _gates(model: Any, routers: Mapping[str, Any]) -> Iterator[str]:
