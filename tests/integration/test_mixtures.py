@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from family_bases import write_base
 from one_trial import Tiny, run
-from small_bases import write_base
 from tiny import Witness
 from typer.testing import CliRunner
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bases import MOE, base_model, save
+from family_bases import MOE, base_model, save
 
 from orchestrator.base import load_base
 from orchestrator.routers import declared_routers, is_router_alone, router_layers

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from family_bases import DENSE, MAMBA, MOE, MULTIMODAL, base_config, base_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from small_bases import DENSE, MAMBA, MOE, MULTIMODAL, base_config, base_model
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from family_bases import base_model, save
 from peft import LoraConfig, get_peft_model
-from small_bases import base_model, save
 
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export.export import export
