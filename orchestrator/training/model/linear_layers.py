@@ -193,7 +193,8 @@ def _is_regular(layer: Any) -> bool:
     import torch
     from torch.nn import Linear
 
-    if type(layer).forward is Linear.forward or type(layer).__module__.startswith("bitsandbytes."):
+    own_code = ("transformers.models.", "transformers_modules.")  # not the classes that hold quantized weights
+    if type(layer).forward is Linear.forward or not type(layer).__module__.startswith(own_code):
         return True
     inputs = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
     try:
@@ -252,7 +253,7 @@ def _called_by_text(model: Any) -> frozenset[str]:
 def _text_ids(model: Any) -> list[int]:
     """Return four token ids that stand for no image or sound."""
     values = [value for part in (model.config, model.config.get_text_config()) for value in vars(part).items()]
-    special = {value for name, value in values if name.endswith(("_token_id", "_token_index"))}
+    special = [value for name, value in values if name.endswith(("_token_id", "_token_index"))]
     return [number for number in range(1, 64) if number not in special][:4]
 
 

@@ -269,6 +269,13 @@ def test_the_base_is_as_it_was_after_its_layers_were_found() -> None:
     assert not any(module._forward_pre_hooks for module in base.modules())
 
 
+def test_a_base_with_several_stop_tokens_has_its_text_followed() -> None:
+    """Gemma 3's configuration lists its stop tokens."""
+    base = base_model("gemma3")
+    base.config.eos_token_id = base.config.text_config.eos_token_id = [1, 2]
+    assert set(linear_layers(base).left_out.values()) == {"unreached"}
+
+
 def test_peft_itself_would_adapt_the_experts(trial: MakeConfig) -> None:
     """The reason for whole names: with `all-linear`, PEFT 0.21 adapts the fused experts and the router's weight."""
     peft = get_peft_model(share_modules(base_model("qwen3_moe")), LoraConfig(target_modules="all-linear"))
