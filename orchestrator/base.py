@@ -139,6 +139,9 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
     except (OSError, ValueError) as error:
         raise _not_loadable(base, error) from error
     model.config.use_cache = False
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # nothing reads them, and with them some families cannot generate
+        text.output_router_logits = False
     if base.new_tokens:
         _grow_vocabulary(model, len(load_tokenizer(base)))
     model.requires_grad_(False)

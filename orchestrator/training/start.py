@@ -9,6 +9,7 @@ from orchestrator.record.files import building_beside
 from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
+from orchestrator.training.model.check_targets import check_targets
 
 
 def start_sweep(
@@ -23,9 +24,11 @@ def start_sweep(
         is_single_trial: whether the sweep is one trial of the experiment's own values, without Ray.
 
     Raises:
-        RequestError: the base's tokenizer or the data do not match the experiment, the scheduler would change nothing
-            with so many rows, another sweep has taken the folder, or it cannot be written. Nothing is left behind.
+        RequestError: the base's layers, its tokenizer or the data do not match the experiment, the scheduler would
+            change nothing with so many rows, another sweep has taken the folder, or it cannot be written. Nothing is
+            left behind.
     """
+    check_targets(spec)
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
         require_scheduler_effect(spec, prepared.num_sequences or prepared.num_train)

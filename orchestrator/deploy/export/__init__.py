@@ -9,6 +9,7 @@ Modules, in reading order:
     ray_serve        the config file of a Ray Serve LLM application
     check            loads the export back and compares its answers with the adapter's
     parity           the comparison, and its tolerances
+    routing          compares the routers of models with experts by themselves
     memory_limit     free memory of the machine and of its container
     private_details  notes on paths of this machine that a bundle contains
     push             one commit to a model repo of the hub

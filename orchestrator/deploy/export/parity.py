@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.data.encode import IGNORED
+from orchestrator.deploy.export.routing import MAX_REROUTED, RouterComparison, RouterRecord, Routing
 from orchestrator.errors import ExportError
 
 NUM_ROWS = 20
@@ -67,6 +69,8 @@ class AdapterLogits:
     """Logits of each row's compared tokens, (tokens, vocabulary), on the CPU and in the model's own type."""
     effect: float
     """Effect of the adapter on the logits: rms(adapter - base alone) / rms(adapter)."""
+    routers: RouterRecord | None = None
+    """What the routers of a base with experts decided; None for a base without them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Parity:
     loss_exported: float
     num_rows: int
     num_layers: int
+    routing: Routing | None = None
+    """Comparison of the routers; everything else was computed with the source's choices. None without routers."""
 
     @property
     def is_seen(self) -> bool:
@@ -97,13 +103,17 @@ class Parity:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as plain JSON values, as a manifest stores it."""
-        return asdict(self)
+        plain = asdict(self)
+        if self.routing is None:
+            del plain["routing"]
+        return plain
 
     def __str__(self) -> str:
         return (
             f"logits differ by {self.difference:.2%} (rms; the adapter moves them by {self.effect:.2%}), at most by "
             f"{self.max_logit_difference:.4g} (of logits up to {self.largest_logit:.4g}), loss "
             f"{self.loss_exported:.6g} for {self.loss_source:.6g}, on {self.num_rows} held-out rows"
+            + (f"; with the experts that the adapter chose; {self.routing}" if self.routing else "")
         )
 
     def require(self, tolerance: Tolerance) -> None:
@@ -123,6 +133,15 @@ class Parity:
                 f"Rounding explains differences of up to {most_rms:.2%} (rms), {most_logits:.4g} (of a logit) and "
                 f"{most_loss:.4g} (of the loss). Nothing was left behind.",
             )
+        if self.routing is not None and not self.routing.agrees(most_rms):
+            wrong = (
+                f"; the weights of {', '.join(self.routing.wrong_weights)} differ" if self.routing.wrong_weights else ""
+            )
+            raise ExportError(
+                f"the export does not choose experts as the adapter does: {self.routing}{wrong}",
+                f"Rounding explains differences of up to {most_rms:.2%} (rms of the router logits) and "
+                f"{MAX_REROUTED:.0%} of the choices. Nothing was left behind.",
+            )
 
 
 def rounding(*dtypes: str) -> Tolerance:
@@ -138,14 +157,16 @@ def ask(model: Any, rows: Sequence[EncodedRow]) -> AdapterLogits:
         rows: rows that each have at least one token with a loss.
     """
     logits, moved, whole = [], [0.0], [0.0]
+    routers = RouterRecord.of(model)
     for row in rows:
-        adapted = _logits(model, row)
+        with routers.recording(model) if routers else nullcontext():
+            adapted = _logits(model, row)
         with model.disable_adapter():
             base_alone = _logits(model, row)
         logits.append(adapted)
         moved.append(_norm(adapted.float() - base_alone.float()))
         whole.append(_norm(adapted.float()))
-    return AdapterLogits(logits, math.hypot(*moved) / math.hypot(*whole))
+    return AdapterLogits(logits, math.hypot(*moved) / math.hypot(*whole), routers)
 
 
 def measure_parity(source: AdapterLogits, exported: Any, rows: Sequence[EncodedRow]) -> Parity:
@@ -160,8 +181,10 @@ def measure_parity(source: AdapterLogits, exported: Any, rows: Sequence[EncodedR
 
     furthest, largest, losses, num_tokens = [], [], [0.0, 0.0], 0
     apart, whole = [0.0], [0.0]
-    for row, expected in zip(rows, source.logits, strict=True):
-        pair = expected.float(), _logits(exported, row).float()
+    routers = RouterComparison(source.routers, exported) if source.routers else None
+    for number, (row, expected) in enumerate(zip(rows, source.logits, strict=True)):
+        with routers.replaying(number) if routers else nullcontext():
+            pair = expected.float(), _logits(exported, row).float()
         difference = pair[0] - pair[1]
         furthest.append(difference.abs().max())
         largest.append(pair[0].abs().max())
@@ -181,6 +204,7 @@ def measure_parity(source: AdapterLogits, exported: Any, rows: Sequence[EncodedR
         loss_exported=losses[1] / num_tokens,
         num_rows=len(rows),
         num_layers=exported.config.get_text_config().num_hidden_layers,
+        routing=routers.result() if routers else None,
     )
 
 

@@ -28,7 +28,12 @@ from orchestrator.training.model.device import peak_memory_gib
 from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import require_device
 from orchestrator.training.model.readback import require_applied
-from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules
+from orchestrator.training.model.targets import (
+    expected,
+    expected_extra_trainables,
+    expected_modules,
+    left_out_warning,
+)
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -130,6 +135,8 @@ class Attempt:
         for warning in check_positions(config, self._inputs):
             self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
+        if warning := left_out_warning(base, config.lora):
+            self._reporter.warn(warning)
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra)
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)

@@ -178,6 +178,9 @@ def build_trainer(
         if parameter.requires_grad:  # bfloat16 loses the small steps of DoRA's magnitudes; trl spares them too
             parameter.data = parameter.data.to(torch.float32 if "lora_magnitude_vector" in name else dtype)
     init_adapter(trainer.model, config.lora, training.seed, dtype, components)
+    own = trainer.model.get_base_model()
+    if own.base_model is own and "model" in own._modules:  # Llama4 and Mllama name it wrongly (transformers 5.23)
+        own.base_model_prefix = "model"  # trl's fused head runs this part, without the head
     head = trainer.model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):  # trl's fused head reads `bias`, which the wrapper hides
         head.bias = head.token_adapter.get_base_layer().bias
@@ -217,6 +220,8 @@ def _arguments(training: TrainingSection, checkpoints: Path, eval_batch_size: in
         max_grad_norm=training.max_grad_norm,
         weight_decay=training.weight_decay,
         loss_type=training.loss,
+        # Routers are not trained. With their loss on, generation and families without experts fail (transformers 5.23).
+        router_aux_loss_coef=0.0,
         label_smoothing_factor=training.label_smoothing,
         neftune_noise_alpha=training.neftune_alpha,
         activation_checkpointing=training.recompute is True,

@@ -31,15 +31,14 @@ def lora_config(config: TrialConfig, modules: Collection[str], extra: ExtraTrain
         modules: names of the layers that it adapts, from `expected_modules`.
         extra: what else trains, from `expected_extra_trainables`; None if nothing does.
     """
-    lora, targets = config.lora, config.lora.target_modules
-    if lora.layers_to_transform is not None and targets == "all-linear":  # PEFT accepts only names together with it
-        targets = sorted({name.rpartition(".")[2] for name in modules})
+    lora = config.lora
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
-        layers_to_transform=lora.layers_to_transform,
+        # Whole names: PEFT's own all-linear would add fused experts and routers, and a last part such as `q_proj` the
+        # layers of a vision tower. From 20 names on, PEFT shortens them to the parts that are enough (0.21).
+        target_modules=sorted(modules),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,

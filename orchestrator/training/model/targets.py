@@ -9,9 +9,7 @@ from orchestrator.base import new_token_ids
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-
-LayerShapes = dict[str, tuple[int, int]]
-"""Name of a linear layer -> (in_features, out_features)."""
+from orchestrator.training.model.linear_layers import LayerShapes, LinearLayers, linear_layers
 
 _LIVE_OPTIMIZERS = {
     "adamw_torch": "torch.AdamW",
@@ -41,26 +39,13 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
     """Return the linear layers of a bare base that the adapter should adapt: name -> (in_features, out_features).
 
     Raises:
-        TrialError: `target_modules`, `layers_to_transform` or a pattern names no layer of this base.
+        TrialError: `target_modules`, `layers_to_transform` or a pattern names no layer of this base, or one that cannot
+            be adapted.
     """
-    from torch.nn import Linear
-
-    head = model.get_output_embeddings()
-    layers = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and module is not head
-    }
-    saved = [name for name in layers if any(_is_inside(name, module) for module in lora.modules_to_save or ())]
-    found = {name: shape for name, shape in layers.items() if name not in saved}
-    if lora.target_modules != "all-linear":
-        leaves = sorted({name.rpartition(".")[2] for name in layers})
-        for target in lora.target_modules:
-            if not any(_ends_with(name, target) for name in layers):
-                raise TrialError(
-                    f"lora.target_modules: {target!r} is not a linear layer of this base; it has {', '.join(leaves)}"
-                )
-        found = {name: shape for name, shape in found.items() if any(_ends_with(name, t) for t in lora.target_modules)}
+    layers = linear_layers(model)
+    require_adaptable(layers, lora)
+    saved = [name for name in layers.shapes if any(_is_inside(name, module) for module in lora.modules_to_save or ())]
+    found = {name: layers.shapes[name] for name in _targeted(layers, lora) if name not in saved}
     if lora.layers_to_transform is not None:
         numbers = {name: _layer_number(name) for name in found}
         for number in lora.layers_to_transform:
@@ -77,6 +62,60 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
             if not any(_matches_pattern(name, each) for name in found):
                 raise TrialError(f"lora.{field}: {each!r} matches no adapted layer; one is named {next(iter(found))}")
     return found
+
+
+def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
+    """Check that `lora.target_modules` names layers that can be adapted.
+
+    Args:
+        layers: the linear layers of the base.
+        lora: the configuration.
+
+    Raises:
+        TrialError: it does not; the remedy is a list that can be adapted.
+    """
+    remedy = f"Set lora.target_modules: [{', '.join(layers.adaptable_leaves)}]."
+    if lora.target_modules == "all-linear":
+        if refused := [name for name, why in layers.impossible.items() if why == "refused"]:
+            raise TrialError(f"lora.target_modules: all-linear includes {layers.why_impossible(refused)}", remedy)
+        return
+    for target in lora.target_modules:
+        named = [name for name in layers.shapes if _ends_with(name, target)]
+        if not named:
+            leaves = sorted({name.rpartition(".")[2] for name in layers.shapes})
+            raise TrialError(
+                f"lora.target_modules: {target!r} is not a linear layer of this base; it has {', '.join(leaves)}"
+            )
+        if impossible := [name for name in named if name in layers.impossible]:
+            raise TrialError(f"lora.target_modules: {target!r} names {layers.why_impossible(impossible)}", remedy)
+        if all(layers.left_out.get(name) == "unreached" for name in named):
+            raise TrialError(f"lora.target_modules: {target!r} names only layers that text does not reach", remedy)
+
+
+def _targeted(layers: LinearLayers, lora: LoraSection) -> list[str]:
+    """Return the names of the layers that `lora.target_modules` chooses."""
+    if lora.target_modules == "all-linear":
+        return list(layers.adaptable)
+    return [
+        name
+        for name in layers.shapes
+        if any(_ends_with(name, target) for target in lora.target_modules) and layers.left_out.get(name) != "unreached"
+    ]
+
+
+def left_out_warning(model: Any, lora: LoraSection) -> str | None:
+    """Return a warning that names the layers which `lora.target_modules` could mean but which are not adapted.
+
+    Args:
+        model: the bare base.
+        lora: the configuration.
+    """
+    layers = linear_layers(model)
+    if lora.target_modules == "all-linear":
+        return layers.say_left_out(list(layers.left_out), with_experts=True)
+    named = [name for name in layers.left_out if any(_ends_with(name, target) for target in lora.target_modules)]
+    unreached = [name for name in named if layers.left_out[name] == "unreached"]
+    return layers.say_left_out(unreached, with_experts=False)
 
 
 @dataclass(frozen=True)
@@ -159,7 +198,15 @@ def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) 
         config: the trial.
         modules: from `expected_modules`.
         extra: from `expected_extra_trainables`.
+
+    Raises:
+        TrialError: no layer is adapted.
     """
+    if not modules:
+        raise TrialError(
+            "lora.target_modules: this base has no linear layer to adapt",
+            "If its layers are of the class Conv1D (GPT-2), set base.quantization: nf4, which makes them linear.",
+        )
     lora, training = config.lora, config.training
     ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in modules}
     alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in modules}
