@@ -2,20 +2,33 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.adapters.stops import read_stops, stop_ids
 from orchestrator.base import base_location, quantization_config, require_folder
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
+from orchestrator.upstream import names_in_model
+
+T = TypeVar("T")
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_COPIED_FILES = ("generation_config.json", "tokenizer.model", "*.py")
-"""Files that are copied into a merged model unchanged; converters read `tokenizer.model`."""
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+)
+"""Files that are copied into a merged model unchanged.
+
+Converters read `tokenizer.model`, servers of multimodal models the configurations of their processors.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,15 @@ class BaseFiles:
 
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.base.trust_remote_code)
+
+    def stored_names(self, model: Any) -> "StoredNames":
+        """Return the names of the model's weights in these files.
+
+        Args:
+            model: the model, from `meta_model`.
+        """
+        by_stored = names_in_model(model, self.files)
+        return StoredNames(self, {name: stored for stored, name in by_stored.items() if name is not None})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight, without reading the weight."""
@@ -99,6 +121,43 @@ class BaseFiles:
         for pattern in _COPIED_FILES:
             for path in self.folder.glob(pattern):
                 shutil.copyfile(path, target / path.name)
+
+
+@dataclass(frozen=True)
+class StoredNames:
+    """Names of a model's weights -> their names in its files, which differ in some families (Gemma 3, Qwen3.5)."""
+
+    base_files: BaseFiles
+    names: Mapping[str, str]
+    """Weights that transformers computes from others while it loads are left out."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def of(self, name: str) -> str:
+        """Return the name in the files of a weight of the model.
+
+        Raises:
+            RequestError: the files do not contain this weight, or contain it in another form.
+        """
+        if name in self.names:
+            return self.names[name]
+        place = f"base.model {self.base_files.base.model}: {self.base_files.folder}"
+        if len(self.names) < len(self.base_files.files):
+            raise RequestError(
+                f"{place} contains no weight from which {name} could be merged: transformers computes some weights "
+                "of this base from several others while it loads them",
+                "Export it as an adapter (`--format adapter`).",
+            )
+        raise RequestError(f"{place} contains no weight named {name}")
+
+    def renamed(self, by_name: Mapping[str, T]) -> dict[str, T]:
+        """Return a mapping with the names in the files as keys.
+
+        Raises:
+            RequestError: as `of`.
+        """
+        return {self.of(name): value for name, value in by_name.items()}
 
 
 def find_base_files(base: BaseSection) -> BaseFiles:
