@@ -143,6 +143,14 @@ def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     return names
 
 
+def float32_weights(model: Any, dtype: Any) -> tuple[str, ...]:
+    """Return parts of the names of weights that stay in float32 when the model is loaded in `dtype`.
+
+    transformers 5.23: `from_pretrained` respects them, but not for files with quantized weights.
+    """
+    return tuple(model._get_dtype_plan(dtype))
+
+
 @dataclass(frozen=True)
 class Private:
     """Private names of one file of a library."""
@@ -316,6 +324,10 @@ PRIVATE: tuple[Private, ...] = (
         "see names_in_model",
     ),
     Private(
+        "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",),
+        "upstream.py", "see float32_weights",
+    ),
+    Private(
         "accelerate 1.15", "accelerate/utils/imports.py", ("_is_package_available(pkg_name, metadata_name)",),
         "training/engines/sft.py", "its answer is cached: each trainer asks for it many times",
     ),
@@ -324,8 +336,8 @@ PRIVATE: tuple[Private, ...] = (
         "training/engines/sft.py", "replaced: it looks at every module of a model, where only the outermost matters",
     ),
     Private(
-        "bitsandbytes 0.50", "bitsandbytes/nn/modules.py", ("Linear4bit.support_avx512bf16_for_cpu",), "base.py",
-        "turned off: gradients of that CPU path are silently wrong (`Linear4bit.forward`)",
+        "bitsandbytes 0.50", "bitsandbytes/nn/modules.py", ("Linear4bit.support_avx512bf16_for_cpu",),
+        "base_weights.py", "turned off: gradients of that CPU path are silently wrong (`Linear4bit.forward`)",
     ),
     Private(
         "bitsandbytes 0.50", "bitsandbytes/autograd/_functions.py",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.base import hub_id
+from orchestrator.base_folder import hub_id
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
 

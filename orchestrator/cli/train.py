@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.base_folder import as_stored
 from orchestrator.cli.frame import (
     Address,
     File,
@@ -56,16 +57,21 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
             "data.chat_template: no row ends with a stop token; nothing after an answer is in the loss",
             "Write a stop token there, such as {{ eos_token }}; or set data.require_stop: false.",
         )
+    spec, notes = as_stored(spec, fetch=False)
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
         document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode
     if as_json:
         print_json(document)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         return
     import yaml
 
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
+    for note in notes:
+        print(f"# note: {note}")
     print(f"# valid: {counted(spec.search.total_trials, 'trial')}")
 
 

@@ -1,10 +1,13 @@
 """Random bases of two layers, of families whose files or layers differ from Llama's, each saved with a tokenizer."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from orchestrator.embedded import BASE_DIR
 
@@ -92,3 +95,57 @@ def with_tokenizer(folder: Path) -> Path:
     for name in TOKENIZER:
         shutil.copyfile(BASE_DIR / name, folder / name)
     return folder
+
+
+def save_quantized(base: Path, folder: Path, quantization_config: Any) -> Path:
+    """Quantize a base while it is loaded, and save it so."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_multimodal = hasattr(AutoConfig.from_pretrained(base), "vision_config")
+    kind = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    kind.from_pretrained(base, quantization_config=quantization_config, dtype=torch.bfloat16).save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], quantization: dict[str, Any]) -> Path:
+    """Change the tensors of a saved base, and say in its configuration how they are quantized.
+
+    Args:
+        folder: the base.
+        change: changes the tensors, by their names in the files.
+        quantization: the new `quantization_config`.
+    """
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    change(tensors)
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_mxfp4(folder: Path) -> Path:
+    """Save a random gpt-oss whose experts are stored in MXFP4, as on the hub."""
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(shape, 124, dtype=torch.uint8)  # 2 ** -3
+
+    return rewrite(save_small_base("gpt_oss", folder), pack, {"quant_method": "mxfp4"})
+
+
+def save_fp8(folder: Path) -> Path:
+    """Save a random Llama whose linear layers are stored in FP8 with a scale for each block, as DeepSeek's are."""
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "_proj." in name]:
+            scale = tensors[name].float().abs().max() / 448
+            tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return rewrite(save_small_base("llama", folder), pack, settings)

@@ -27,7 +27,7 @@ from orchestrator.training.model.device import peak_memory_gib
 from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import require_device
 from orchestrator.training.model.readback import require_applied
-from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules
+from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules, left_out_layers
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -128,7 +128,7 @@ class Attempt:
         require_device(config)
         modules = expected_modules(base, config.lora)
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
-        wanted = expected(config, modules, extra)
+        wanted = expected(config, modules, extra, left_out_layers(base, modules))
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)
         try:
             yield from self._follow(loop, wanted)
