@@ -151,6 +151,14 @@ def float32_weights(model: Any, dtype: Any) -> tuple[str, ...]:
     return tuple(model._get_dtype_plan(dtype))
 
 
+def keeps_state(model: Any) -> bool:
+    """Return whether layers of a model keep a state between tokens instead of keys and values, as Mamba's do.
+
+    transformers 5.23: no public attribute tells it.
+    """
+    return bool(getattr(model, "_is_stateful", False))
+
+
 @dataclass(frozen=True)
 class Private:
     """Private names of one file of a library."""
@@ -324,8 +332,8 @@ PRIVATE: tuple[Private, ...] = (
         "see names_in_model",
     ),
     Private(
-        "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",),
-        "upstream.py", "see float32_weights",
+        "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",
+        "PreTrainedModel._is_stateful"), "upstream.py", "see float32_weights and keeps_state",
     ),
     Private(
         "accelerate 1.15", "accelerate/utils/imports.py", ("_is_package_available(pkg_name, metadata_name)",),

@@ -34,7 +34,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3ForConditionalGeneration",
         {
             "text_config": _TEXT | {"sliding_window": 16, "query_pre_attn_scalar": 32},
-            "vision_config": _VISION | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+            "vision_config": _VISION | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14,
+                                        "vision_use_head": False},
             "mm_tokens_per_image": 4, "image_token_index": 500, "boi_token_index": 502, "eoi_token_index": 503,
         },
     ),

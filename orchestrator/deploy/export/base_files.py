@@ -172,7 +172,7 @@ def find_base_files(base: BaseSection) -> BaseFiles:
     if stored := stored_quantization(base):
         raise RequestError(
             f"base.model {base.model}: its files contain quantized weights ({stored.method}), which cannot be merged",
-            "Export the adapter as it is (`--format adapter`). To merge, train on the 16-bit model it was made from"
+            "Export it as an adapter (`--format adapter`). To merge, train on the 16-bit model that it was made from"
             + (", or on a copy that transformers has dequantized and saved." if stored.is_dequantized else "."),
         )
     if names := weight_map(base):

@@ -155,6 +155,8 @@ def run_service(service: Service, say: Callable[[str], None], quiet: AbstractCon
                     adapters = [served.adapter for served in service.served_adapters]
                     servers = stack.enter_context(open_adapter_servers(adapters))
                 say(service.describe())
+                if note := servers[0].note:
+                    say(f"note:   {note}")
                 _answer_requests(service, servers)
         case _:
             assert_never(service.engine)
