@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.base_folder import (
     StoredQuantization,
     base_location,
-    hub_id,
+    not_loadable,
     quantization_of,
     require_folder,
     weight_map,
@@ -66,7 +66,7 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
             base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
     tokenizer.add_tokens(list(base.new_tokens))
     if base.eos_token is not None:
         _require_token(base.eos_token, "base.eos_token", tokenizer, base)
@@ -117,7 +117,7 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
     try:
         model, stored = _from_pretrained(base, place)
     except (OSError, ValueError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
     if stored is not None:
         base, dtype = stored.applied_to(base), getattr(torch, base.compute_dtype)
         require_quantized(model, base.model)
@@ -211,16 +211,22 @@ def model_class(config: Any) -> Any:
     Args:
         config: the model's configuration.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _is_only_multimodal(config) else AutoModelForCausalLM
+
+
+def _is_only_multimodal(config: Any) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     kind = type(config)
-    only_multimodal = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if only_multimodal else AutoModelForCausalLM
+    return kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def is_only_multimodal(base: BaseSection) -> bool:
+    """Return whether transformers has no class for the text model alone; False for a base not on this machine."""
+    file = config_file(base)
+    return file is not None and file.is_file() and _is_only_multimodal(configuration(base))
 
 
 def _grow_vocabulary(model: Any, num_tokens: int) -> None:
@@ -354,17 +360,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if base.revision and hub_id(base.model):
-        return RequestError(
-            f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
-            "base.revision must be a branch, a tag or a commit of it. Without a network it must be in the hub's cache: "
-            f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
-        )
-    return RequestError(
-        f"base.model {base.model}: cannot be loaded: {reason}",
-        "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
-    )

@@ -14,8 +14,8 @@ from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import BaseSection
 
-DEQUANTIZED = ("mxfp4", "fp8")
-"""Methods of quantization whose weights transformers dequantizes while it loads them (5.23)."""
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Methods of quantization whose weights transformers dequantizes while it loads them -> its settings (5.23)."""
 
 _FIELDS = ("quantization", "double_quant")
 """Fields of the base section that stored weights decide."""
@@ -59,6 +59,38 @@ def require_folder(base: BaseSection) -> None:
     """Raise RequestError if the base should be in a folder but is not there."""
     if Path(base.model).is_absolute() and not (Path(base.model) / "config.json").is_file():
         raise RequestError(f"base.model {base.model}: there is no model in this folder (no config.json)")
+
+
+def not_loadable(base: BaseSection, error: Exception) -> RequestError:
+    """Return the error for a base that transformers cannot load, with the remedy that fits."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "Unrecognized configuration class" in reason:
+        return RequestError(
+            f"base.model {base.model}: transformers has no class that generates text with a model of this type",
+            "Give a model whose config.json names an architecture that ends with ForCausalLM or "
+            "ForConditionalGeneration of text and images.",
+        )
+    if "model type" in reason and "does not recognize" in reason:
+        return RequestError(
+            f"base.model {base.model}: cannot be loaded: {reason}",
+            "A newer transformers may know it. If the model brings Python code that you trust, set "
+            "base.trust_remote_code: true.",
+        )
+    if hub_id(base.model) is None:
+        return RequestError(
+            f"base.model {base.model}: cannot be loaded: {reason}",
+            "The folder must hold what transformers' `save_pretrained` writes: config.json, weights, the tokenizer.",
+        )
+    if base.revision and hub_id(base.model):
+        return RequestError(
+            f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
+            "base.revision must be a branch, a tag or a commit of it. Without a network it must be in the hub's cache: "
+            f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
+        )
+    return RequestError(
+        f"base.model {base.model}: cannot be loaded: {reason}",
+        "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from orchestrator.base_folder import DEQUANTIZED
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 from orchestrator.upstream import float32_weights
@@ -28,11 +29,11 @@ def dequantization_config(method: str) -> Any:
     """Return transformers' settings that dequantize stored weights while they are loaded.
 
     Args:
-        method: one of `base_folder.DEQUANTIZED`.
+        method: one of `DEQUANTIZED`.
     """
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    import transformers
 
-    return {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}[method](dequantize=True)
+    return getattr(transformers, DEQUANTIZED[method])(dequantize=True)
 
 
 def quantize_linears(model: Any, base: BaseSection) -> None:

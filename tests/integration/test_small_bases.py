@@ -66,7 +66,8 @@ def test_both_engines_train_on_stored_quantized_weights(kind: str, tmp_path: Pat
         assert result.applied is not None
         assert result.applied["base.quantization"] == (["nf4", "none"] if kind == "layers left out" else "nf4")
         assert any("cannot be merged" in line for line in said)
-        losses.append(result.best_value)
+        assert result.best is not None
+        losses.append(result.best.value)
         adapter = sweep.best().adapter_ref()
         copy = export(adapter, tmp_path / f"{engine}-copy", "adapter")
         assert copy.parity.difference < 5e-4
@@ -75,7 +76,7 @@ def test_both_engines_train_on_stored_quantized_weights(kind: str, tmp_path: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text"])
 def test_a_family_is_right_in_every_verb(family: str, tmp_path: Path) -> None:
     folder = save_small_base(family, tmp_path / "base")
     result, sweep, _ = train(folder, tmp_path / "sweep", "auto")
@@ -89,7 +90,8 @@ def test_a_family_is_right_in_every_verb(family: str, tmp_path: Path) -> None:
     expected = "".join(chat.stream(QUESTION, 8))
     with open_adapter_servers([adapter]) as (server,):
         assert type(server) is (SingleServer if family.startswith("qwen3_5") else BatchingServer)
-        assert asyncio.run(text_of(server, 8)) == expected.strip()
+        # A last token that is part of a character is shown by chat alone.
+        assert asyncio.run(text_of(server, 8)) == expected.strip().rstrip("\ufffd")
 
 
 async def text_of(server: AdapterServer, max_new_tokens: int) -> str:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from small_bases import rewrite, save_fp8, save_mxfp4, save_quantized, save_small_base
+from peft import LoraConfig, get_peft_model
+from small_bases import rewrite, save_fp8, save_mxfp4, save_quantized, save_small_base, with_tokenizer
 from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
+from orchestrator.adapters.card import _load
 from orchestrator.base import load_base
 from orchestrator.base_folder import as_stored
 from orchestrator.cli import app
@@ -185,3 +187,42 @@ def test_a_setting_that_the_stored_weights_do_not_allow_is_refused(tmp_path: Pat
     spec = load_spec(EXPERIMENT, [f"base.model={folder}", "base.quantization=none", "lora.init=pissa"])
     with pytest.raises(SpecError, match=r"its files contain nf4 weights: lora\.init pissa needs weights"):
         as_stored(spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "has no class that generates text with a model of this type\n.*ForCausalLM"),
+        ({"model_type": "of-tomorrow"}, "does not recognize this architecture.*\n.*A newer transformers may know it"),
+        ({"model_type": "llama"}, "no file named model.safetensors.*\n.*what transformers' `save_pretrained` writes"),
+        ({}, "Unrecognized model.*\n.*what transformers' `save_pretrained` writes"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded_gets_a_remedy_that_helps(
+    config: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=message):
+        load_base(BaseSection(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["llama in 4 bits", "llama", "fp8", "mistral3"])
+def test_the_cards_code_loads_an_adapter_on_such_a_base(kind: str, tmp_path: Path) -> None:
+    base = save_small_base("mistral3" if kind == "mistral3" else "llama", tmp_path / "base")
+    if kind == "llama in 4 bits":
+        base = save_quantized(base, tmp_path / "stored", four_bit(bnb_4bit_use_double_quant=False))
+    elif kind == "fp8":
+        base = save_fp8(tmp_path / "stored")
+    quantization: Any = "none" if kind == "fp8" else "nf4"
+    section = BaseSection(
+        model=str(base), compute_dtype="bfloat16", quantization=quantization, double_quant=kind != "llama in 4 bits"
+    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(section), config)
+    model.save_pretrained(tmp_path / "adapter")
+    with_tokenizer(tmp_path / "adapter")
+    code = _load(section).replace("ID_OR_FOLDER", str(tmp_path / "adapter")).replace("BASE_FOLDER", str(base))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
