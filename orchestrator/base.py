@@ -149,7 +149,7 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
         if stored.is_dequantized:
             where["quantization_config"] = dequantization_config(stored.method)
         elif names := weight_map(base):
-            where["config"] = _with_left_out(config, kind, list(names))
+            where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
     elif base.quantization != "none":
         where["quantization_config"] = quantization_config(base)
     model = kind.from_pretrained(
@@ -161,7 +161,7 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
     return model, stored
 
 
-def _with_left_out(config: Any, kind: Any, stored: Sequence[str]) -> Any:
+def _with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_code: bool) -> Any:
     """Return the configuration with exactly those layers left out of the quantization that the files hold unquantized.
 
     Its own list may have the names of another version of transformers, which then takes plain weights for 4-bit ones.
@@ -170,11 +170,12 @@ def _with_left_out(config: Any, kind: Any, stored: Sequence[str]) -> Any:
         config: configuration of a base that bitsandbytes has quantized.
         kind: from `model_class`.
         stored: names of the weights in its files.
+        trust_remote_code: run Python code that comes with the model.
     """
     import torch
 
     with torch.device("meta"):
-        model = kind.from_config(copy.deepcopy(config))
+        model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     packed = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in stored if _is_scale(name)}
     names = names_in_model(model, [f"{name}.weight" for name in packed])
     quantized = {name and name.removesuffix(".weight") for name in names.values()}

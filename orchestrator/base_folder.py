@@ -264,6 +264,8 @@ def as_stored(spec: SweepSpec, fetch: bool = True) -> tuple[SweepSpec, Said]:
                     f"{stored.quantization} weights",
                     "Take it out of search, or set base.model to the 16-bit model that this one was made from.",
                 )
+    if stored.applied_to(base) == base:
+        return spec, stored.notes(base)
     document = spec.model_dump(mode="json") | {"base": stored.applied_to(base).model_dump(mode="json")}
     try:
         return SweepSpec.model_validate(document), stored.notes(base)

@@ -53,9 +53,12 @@ def quantize_linears(model: Any, base: BaseSection) -> None:
         if not isinstance(layer, Linear4bit | Linear8bitLt):
             continue
         given = plain.pop(name)
+        weight, device = given.weight.detach(), given.weight.device
         settings = {field: value for field, value in vars(layer.weight).items() if field != "SCB"}
-        make = Params4bit if isinstance(layer, Linear4bit) else Int8Params
-        layer.weight = make(given.weight.detach(), requires_grad=False, **settings).to(given.weight.device)
+        if isinstance(layer, Linear4bit):
+            layer.weight = Params4bit(weight, requires_grad=False, **settings).to(device)
+        else:  # bitsandbytes quantizes to 8 bits only on the way from the CPU
+            layer.weight = Int8Params(weight.cpu(), requires_grad=False, **settings).to(device)
         layer.bias = given.bias
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
@@ -99,6 +102,7 @@ def compute_in(model: Any, dtype: Any) -> None:
 
 def dequantize_head(model: Any, dtype: Any) -> None:
     """Replace a quantized LM head by a plain one of the same values: losses are computed from its weight."""
+    from accelerate.hooks import add_hook_to_module
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
     from torch.nn import Linear, Parameter
@@ -109,6 +113,8 @@ def dequantize_head(model: Any, dtype: Any) -> None:
     plain = Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     plain.weight = Parameter(dequantize_module_weight(packed).to(dtype), requires_grad=False)
     plain.bias = packed.bias
+    if hook := vars(packed).get("_hf_hook"):  # moves inputs to the head's device, in a base on several GPUs
+        add_hook_to_module(plain, hook)
     model.set_output_embeddings(plain)
 
 

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from small_bases import rewrite, save_fp8, save_mxfp4, save_quantized, save_small_base, with_tokenizer
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from orchestrator.adapters.card import _load
 from orchestrator.base import load_base
 from orchestrator.base_folder import as_stored
+from orchestrator.base_weights import dequantize_head
 from orchestrator.cli import app
-from orchestrator.embedded import EXPERIMENT
+from orchestrator.embedded import BASE_DIR, EXPERIMENT
 from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import load_spec
 from orchestrator.spec.sections import BaseSection
@@ -50,8 +52,6 @@ STORED = {
 
 def expected_logits(folder: Path, section: BaseSection) -> torch.Tensor:
     """Return what the stored values give in plain layers of the section's type."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     dtype = getattr(torch, section.compute_dtype)
     for name, module in list(model.named_modules()):
@@ -90,8 +90,15 @@ def test_what_the_folder_says_is_used_and_told(kind: str, tmp_path: Path) -> Non
     assert as_stored(spec)[0] == spec
 
 
-@pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "int8"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("layers left out", "bfloat16"),
+        ("layers left out", "float32"),
+        ("float16", "bfloat16"),
+        ("4-bit head", "float32"),
+    ],
+)
 def test_the_loaded_base_computes_the_stored_values_in_the_sections_type(kind: str, dtype: str, tmp_path: Path) -> None:
     base = save_small_base("llama", tmp_path / "base")
     folder = save_quantized(base, tmp_path / "stored", STORED[kind][0])
@@ -160,6 +167,17 @@ def test_other_quantized_files_are_refused_with_what_would_help(method: str, tmp
         load_base(BaseSection(model=str(folder)))
     checked = CliRunner().invoke(app, ["check", str(EXPERIMENT), "--set", f"base.model={folder}"])
     assert isinstance(checked.exception, RequestError)
+
+
+def test_a_dequantized_head_keeps_the_hook_of_its_device() -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
+    packed = Linear4bit(model.config.hidden_size, model.config.vocab_size, bias=False)
+    model.set_output_embeddings(packed.to("cpu"))
+    hook = ModelHook()
+    add_hook_to_module(packed, hook)
+    dequantize_head(model, torch.float32)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert vars(model.lm_head)["_hf_hook"] is hook
 
 
 def test_check_prints_the_stored_fields_and_the_notes(tmp_path: Path) -> None:
