@@ -16,7 +16,7 @@ from orchestrator.deploy.export.export import export
 from orchestrator.deploy.scoring.evaluate import evaluate, own_rows
 from orchestrator.deploy.scoring.forms import FORMS
 from orchestrator.deploy.serving.adapter_server import AdapterServer, BatchingServer, SingleServer, open_adapter_servers
-from orchestrator.errors import RequestError
+from orchestrator.errors import RequestError, TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import load_spec
 from orchestrator.training.local import run_local_trial
@@ -117,3 +117,10 @@ def test_requests_that_cannot_be_batched_are_answered_in_turn(tmp_path: Path) ->
         assert isinstance(server, SingleServer)
         assert "one by one" in (server.note or "")
         asyncio.run(ask(server))
+
+
+def test_packed_rows_on_linear_attention_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    """Without the package `causal_conv1d`, which needs a GPU, transformers cannot keep the rows apart."""
+    folder = save_small_base("qwen3_5_text", tmp_path / "base")
+    with pytest.raises(TrialError, match=r"data.packing: this base does not accept packed rows(.|\n)*packing: false"):
+        train(folder, tmp_path / "sweep", "trl", "data.packing=true")
