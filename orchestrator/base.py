@@ -2,54 +2,42 @@
 
 import copy
 import gc
+import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from threading import RLock
 from types import NoneType
 from typing import Any
 
-from orchestrator.embedded import BASE_DIR
+from orchestrator.base_folder import (
+    StoredQuantization,
+    base_location,
+    not_loadable,
+    quantization_of,
+    require_folder,
+    weight_map,
+)
+from orchestrator.base_weights import (
+    compute_in,
+    dequantization_config,
+    dequantize_head,
+    keep_trainable,
+    quantization_config,
+    quantize_linears,
+    require_quantized,
+)
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing
 from orchestrator.positions import forget_earlier_batches
 from orchestrator.spec.sections import BaseSection
+from orchestrator.upstream import names_in_model
 
 _cached: tuple[BaseSection, Any] | None = None
 """The base that this process holds, and the section it was loaded from."""
 
 _cache_lock = RLock()
 """Makes trials that start at the same time in threads load one base."""
-
-
-def base_location(base: BaseSection) -> str:
-    """Return the hub id or folder from which transformers loads the base."""
-    return str(BASE_DIR) if base.model == "embedded" else base.model
-
-
-def hub_id(model: str) -> str | None:
-    """Return a base's id on the hub; None for the embedded one, and for a folder, which exists only on this machine."""
-    return None if model == "embedded" or Path(model).is_absolute() else model
-
-
-@cache
-def base_commit(base: BaseSection) -> str | None:
-    """Return the commit of a hub id and its revision on this machine; None for a folder or the embedded base."""
-    if hub_id(base.model) is None or (config := config_file(base)) is None:
-        return None
-    return config.parent.name  # .../snapshots/COMMIT/config.json
-
-
-def config_file(base: BaseSection) -> Path | None:
-    """Return the base's configuration file; None for a hub id that is not fetched. A folder's file may not exist."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if hub_id(base.model) is None:
-        return Path(base_location(base)) / "config.json"
-    found = try_to_load_from_cache(base.model, "config.json", revision=base.revision)
-    return Path(found) if isinstance(found, str) else None
 
 
 def import_tokenizers() -> None:
@@ -78,7 +66,7 @@ def load_tokenizer(base: BaseSection, chat_template: str | None = None) -> Any:
             base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
     tokenizer.add_tokens(list(base.new_tokens))
     if base.eos_token is not None:
         _require_token(base.eos_token, "base.eos_token", tokenizer, base)
@@ -124,20 +112,19 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
         RequestError: it cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     require_folder(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_location(base),
-            revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
-            quantization_config=quantization_config(base),
-            dtype=getattr(torch, base.compute_dtype),
-            device_map=device_map() if place is None else place,
-        )
+        model, stored = _from_pretrained(base, place)
     except (OSError, ValueError) as error:
-        raise _not_loadable(base, error) from error
+        raise not_loadable(base, error) from error
+    if stored is not None:
+        base, dtype = stored.applied_to(base), getattr(torch, base.compute_dtype)
+        require_quantized(model, base.model)
+        compute_in(model, dtype)
+        dequantize_head(model, dtype)
+        if stored.is_dequantized and base.quantization != "none":
+            quantize_linears(model, base)
     model.config.use_cache = False
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):  # nothing reads them, and with them some families cannot generate
@@ -148,6 +135,103 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
     keep_trainable(model)
     forget_earlier_batches(model)
     return model
+
+
+def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantization | None]:
+    """Load a base with transformers.
+
+    Returns:
+        The model, and how its files hold quantized weights.
+    """
+    import torch
+
+    where: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    config = configuration(base)
+    kind, stored = model_class(config), quantization_of(config.to_dict())
+    if stored is not None:
+        stored.require_trainable(base.model)
+        if stored.is_dequantized:
+            where["quantization_config"] = dequantization_config(stored.method)
+        elif names := weight_map(base):
+            where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
+    elif base.quantization != "none":
+        where["quantization_config"] = quantization_config(base)
+    model = kind.from_pretrained(
+        base_location(base),
+        dtype=getattr(torch, base.compute_dtype),
+        device_map=device_map() if place is None else place,
+        **where,
+    )
+    return model, stored
+
+
+def _with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_code: bool) -> Any:
+    """Return the configuration with exactly those layers left out of the quantization that the files hold unquantized.
+
+    Its own list may have the names of another version of transformers, which then takes plain weights for 4-bit ones.
+
+    Args:
+        config: configuration of a base that bitsandbytes has quantized.
+        kind: from `model_class`.
+        stored: names of the weights in its files.
+        trust_remote_code: run Python code that comes with the model.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    packed = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in stored if _is_scale(name)}
+    names = names_in_model(model, [f"{name}.weight" for name in packed])
+    quantized = {name and name.removesuffix(".weight") for name in names.values()}
+    plain = [name for name, module in model.named_modules() if _is_linear(module) and name not in quantized]
+    holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
+    holder.quantization_config["llm_int8_skip_modules"] = [f"^{re.escape(name)}$" for name in plain]
+    return config
+
+
+def _is_scale(name: str) -> bool:
+    """Return whether a stored tensor holds the scales of a quantized weight (bitsandbytes 0.50)."""
+    return name.endswith((".weight.absmax", ".SCB"))
+
+
+def _is_linear(module: Any) -> bool:
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Linear | Conv1D)
+
+
+def configuration(base: BaseSection) -> Any:
+    """Load the base's transformers configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+
+
+def model_class(config: Any) -> Any:
+    """Return transformers' class that loads a language model: for multimodal ones, perhaps the whole model.
+
+    Args:
+        config: the model's configuration.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _is_only_multimodal(config) else AutoModelForCausalLM
+
+
+def _is_only_multimodal(config: Any) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = type(config)
+    return kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def is_only_multimodal(base: BaseSection) -> bool:
+    """Return whether transformers has no class for the text model alone; False for a base not on this machine."""
+    file = config_file(base)
+    return file is not None and file.is_file() and _is_only_multimodal(configuration(base))
 
 
 def _grow_vocabulary(model: Any, num_tokens: int) -> None:
@@ -179,36 +263,6 @@ def device_name() -> str:
     import torch
 
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
-
-
-def quantization_config(base: BaseSection) -> Any:
-    """Return transformers' quantization settings for the base, or None."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if base.quantization == "none":
-        return None
-    if base.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=base.quantization,
-        bnb_4bit_use_double_quant=base.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
-    )
-
-
-def keep_trainable(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference, which it does on a CPU with avx512_bf16.
-
-    After any forward in evaluation mode, a repacked layer goes through `gemv_4bit`, which has no backward: later
-    gradients are silently wrong (bitsandbytes 0.50.2, `nn/modules.py`, `Linear4bit.forward`).
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def shared_base(base: BaseSection) -> Any:
@@ -311,23 +365,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def require_folder(base: BaseSection) -> None:
-    """Raise RequestError if the base should be in a folder but is not there."""
-    if Path(base.model).is_absolute() and not (Path(base.model) / "config.json").is_file():
-        raise RequestError(f"base.model {base.model}: there is no model in this folder (no config.json)")
-
-
-def _not_loadable(base: BaseSection, error: Exception) -> RequestError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if base.revision and hub_id(base.model):
-        return RequestError(
-            f"base.model {base.model} at revision {base.revision}: cannot be loaded: {reason}",
-            "base.revision must be a branch, a tag or a commit of it. Without a network it must be in the hub's cache: "
-            f"`hf download {base.model} --revision {base.revision}`. Private models need HF_TOKEN.",
-        )
-    return RequestError(
-        f"base.model {base.model}: cannot be loaded: {reason}",
-        "Give a hub id (owner/name), a folder by its path, or `embedded`; private models need HF_TOKEN.",
-    )

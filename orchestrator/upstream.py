@@ -9,6 +9,7 @@ entry.
 Libraries are imported inside the functions, so that this module is cheap to import.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,51 @@ def pending_checkpoint_type() -> type:
     from ray.train._internal.session import _FutureTrainingResult
 
     return _FutureTrainingResult  # type: ignore[no-any-return]
+
+
+def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
+    """Map the names of stored weights to their names in a model, as `from_pretrained` does.
+
+    Args:
+        model: a model; it may be on the meta device.
+        stored: names in the model's files.
+
+    Returns:
+        For each name, the name in the model. It may be one that the model does not have: transformers ignores such
+        weights. None for a weight that transformers computes from others while it loads.
+
+    transformers 5.23: `convert_and_load_state_dict_in_model` does this for files that it loads, but not alone.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    weights, prefix = model.state_dict(), model.base_model_prefix
+    names: dict[str, str | None] = {}
+    for name in sorted(stored, key=dot_natural_key):  # some renamings depend on the order
+        renamed, converted = rename_source_key(name, renamings, converters, prefix, weights)
+        if renamed not in weights and name in weights:
+            renamed, converted = rename_source_key(name, [], [], prefix, weights)
+        names[name] = None if converted else renamed
+    return names
+
+
+def float32_weights(model: Any, dtype: Any) -> tuple[str, ...]:
+    """Return parts of the names of weights that stay in float32 when the model is loaded in `dtype`.
+
+    transformers 5.23: `from_pretrained` respects them, but not for files with quantized weights.
+    """
+    return tuple(model._get_dtype_plan(dtype))
+
+
+def keeps_state(model: Any) -> bool:
+    """Return whether layers of a model keep a state between tokens instead of keys and values, as Mamba's do.
+
+    transformers 5.23: no public attribute tells it.
+    """
+    return bool(getattr(model, "_is_stateful", False))
 
 
 @dataclass(frozen=True)
@@ -282,6 +328,20 @@ PRIVATE: tuple[Private, ...] = (
         "positions.py", "Dynamic NTK forgets the longest row of earlier batches",
     ),
     Private(
+        "transformers 5.23", "transformers/conversion_mapping.py",
+        ("get_model_conversion_mapping(model, key_mapping, hf_quantizer, add_legacy)",), "upstream.py",
+        "see names_in_model",
+    ),
+    Private(
+        "transformers 5.23", "transformers/core_model_loading.py",
+        ("WeightConverter", "WeightRenaming", "dot_natural_key(s)", "rename_source_key"), "upstream.py",
+        "see names_in_model",
+    ),
+    Private(
+        "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",
+        "PreTrainedModel._is_stateful"), "upstream.py", "see float32_weights and keeps_state",
+    ),
+    Private(
         "accelerate 1.15", "accelerate/utils/imports.py", ("_is_package_available(pkg_name, metadata_name)",),
         "training/engines/sft.py", "its answer is cached: each trainer asks for it many times",
     ),
@@ -290,8 +350,8 @@ PRIVATE: tuple[Private, ...] = (
         "training/engines/sft.py", "replaced: it looks at every module of a model, where only the outermost matters",
     ),
     Private(
-        "bitsandbytes 0.50", "bitsandbytes/nn/modules.py", ("Linear4bit.support_avx512bf16_for_cpu",), "base.py",
-        "turned off: gradients of that CPU path are silently wrong (`Linear4bit.forward`)",
+        "bitsandbytes 0.50", "bitsandbytes/nn/modules.py", ("Linear4bit.support_avx512bf16_for_cpu",),
+        "base_weights.py", "turned off: gradients of that CPU path are silently wrong (`Linear4bit.forward`)",
     ),
     Private(
         "bitsandbytes 0.50", "bitsandbytes/autograd/_functions.py",

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from orchestrator.adapters.card import adapter_card
 from orchestrator.adapters.stops import write_stops
-from orchestrator.base import base_commit
+from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
 from orchestrator.record.files import BUILDING, building_beside, refuse_links

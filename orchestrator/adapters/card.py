@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.base import hub_id
+from orchestrator.base import is_only_multimodal
+from orchestrator.base_folder import DEQUANTIZED, hub_id, stored_quantization
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -169,24 +170,35 @@ def _variants(config: TrialConfig) -> list[str]:
 
 def _load(base: BaseSection) -> str:
     """Write Python code that loads the adapter with PEFT alone, on the base as `base.load_base` loads it."""
-    dtype = f"torch.{base.compute_dtype}"
-    lines = ["import torch", "from peft import AutoPeftModelForCausalLM"]
-    options = {"dtype": dtype}
-    if base.quantization != "none":
-        if base.is_4bit:
-            form = f'load_in_4bit=True, bnb_4bit_quant_type="{base.quantization}", '
-            form += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype}"
-        else:
-            form = "load_in_8bit=True"
-        lines += ["from transformers import BitsAndBytesConfig, GenerationConfig", ""]
-        lines.append(f"quantized = BitsAndBytesConfig({form})")
-        options = {"quantization_config": "quantized", "dtype": dtype}
-    else:
-        lines += ["from transformers import GenerationConfig", ""]
+    stored, dtype = stored_quantization(base), f"torch.{base.compute_dtype}"
+    options, settings = {"dtype": dtype}, ""
+    if stored is not None and stored.is_dequantized:
+        settings = f"{DEQUANTIZED[stored.method]}(dequantize=True)"
+    elif stored is None and base.is_4bit:
+        settings = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base.quantization}", '
+        settings += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype})"
+    elif stored is None and base.quantization == "int8":
+        settings = "BitsAndBytesConfig(load_in_8bit=True)"
+    imported = ["GenerationConfig"]
+    if settings:
+        imported.append(settings.partition("(")[0])
+        options = {"quantization_config": "quantized", **options}
     given = ", ".join(f"{name}={value}" for name, value in options.items())
-    lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})')
-    lines.append('model.generation_config = GenerationConfig.from_pretrained("ID_OR_FOLDER")  # stop tokens')
-    if base.is_4bit:
+    if is_only_multimodal(base):
+        imported.append("AutoModelForImageTextToText")
+        name = hub_id(base.model) or "BASE_FOLDER"
+        peft = "PeftModel"
+        load = [
+            f'base = AutoModelForImageTextToText.from_pretrained("{name}", {given})',
+            'model = PeftModel.from_pretrained(base, "ID_OR_FOLDER")',
+        ]
+    else:
+        peft = "AutoPeftModelForCausalLM"
+        load = [f'model = AutoPeftModelForCausalLM.from_pretrained("ID_OR_FOLDER", {given})']
+    lines = ["import torch", f"from peft import {peft}", f"from transformers import {', '.join(sorted(imported))}", ""]
+    lines += [f"quantized = {settings}"] if settings else []
+    lines += [*load, 'model.generation_config = GenerationConfig.from_pretrained("ID_OR_FOLDER")  # stop tokens']
+    if base.is_4bit and (stored is None or not stored.is_dequantized):
         lines += _KEEP_4BIT
     return "\n".join(lines)
 

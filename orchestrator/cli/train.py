@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.base_folder import as_stored
 from orchestrator.cli.frame import (
     Address,
     File,
@@ -58,6 +59,7 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
         )
     from orchestrator.training.model.check_targets import check_targets
 
+    spec, notes = as_stored(spec, fetch=False)
     check_targets(spec)
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
@@ -65,16 +67,17 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     document["search"]["mode"] = spec.search.resolved_mode
     from orchestrator.data.long_rows import note_on_max_length
 
-    note = note_on_max_length(spec.data, spec.base)
+    if note := note_on_max_length(spec.data, spec.base):
+        notes.append(note)
     if as_json:
         print_json(document)
-        if note:
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         return
     import yaml
 
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
-    if note:
+    for note in notes:
         print(f"# note: {note}")
     print(f"# valid: {counted(spec.search.total_trials, 'trial')}")
 

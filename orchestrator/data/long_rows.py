@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.base import base_location, config_file
+from orchestrator.base_folder import base_location, config_file
 from orchestrator.positions import position_limit
 from orchestrator.spec.sections import BaseSection, DataSection
 

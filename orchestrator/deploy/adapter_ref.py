@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.adapters.bundle import CONFIG, verify_adapter
-from orchestrator.base import hub_id
+from orchestrator.base_folder import hub_id
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.models import with_current_names

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from orchestrator.base import import_tokenizers
+from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
@@ -66,6 +67,9 @@ def run_sweep(
     require_extras(spec)
     require_scheduler_effect(spec)
     require_servers(spec.tracking)
+    spec, notes = as_stored(spec)
+    for note in notes:
+        say(f"note: {note}")
     imports = begin(import_tokenizers)  # meanwhile Ray starts, which takes about as long
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)

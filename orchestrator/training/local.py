@@ -4,6 +4,7 @@ import os
 import uuid
 from contextlib import suppress
 
+from orchestrator.base_folder import as_stored
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
@@ -42,6 +43,9 @@ def run_local_trial(
         Signalled: a signal ended the trial; `resume_local_trial` continues.
     """
     require_servers(spec.tracking)
+    spec, notes = as_stored(spec)
+    for note in notes:
+        watcher.say(f"note: {note}")
     _take_device(spec)
     info = start_sweep(spec, paths, source, is_single_trial=True)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)

@@ -1,21 +1,33 @@
 """The files of a base model: its weights by name, read one at a time."""
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.adapters.stops import read_stops, stop_ids
-from orchestrator.base import base_location, quantization_config, require_folder
+from orchestrator.base import configuration, model_class
+from orchestrator.base_folder import INDEX, WEIGHTS, require_file, require_folder, stored_quantization, weight_map
+from orchestrator.base_weights import quantization_config
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
+from orchestrator.upstream import names_in_model
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_COPIED_FILES = ("generation_config.json", "tokenizer.model", "*.py")
-"""Files that are copied into a merged model unchanged; converters read `tokenizer.model`."""
+T = TypeVar("T")
+
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+)
+"""Files that are copied into a merged model unchanged.
+
+Converters read `tokenizer.model`, servers of multimodal models the configurations of their processors.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,20 @@ class BaseFiles:
     @cached_property
     def config(self) -> Any:
         """The model's transformers configuration."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.base.trust_remote_code)
+        return configuration(self.base)
 
     def meta_model(self) -> Any:
         """Build the model on the meta device, without reading weights."""
-        import torch
-        from transformers import AutoModelForCausalLM
+        return _meta_model(self.config, self.base.trust_remote_code)
 
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.base.trust_remote_code)
+    def stored_names(self, model: Any) -> "StoredNames":
+        """Return the names of the model's weights in these files.
+
+        Args:
+            model: the model, from `meta_model`.
+        """
+        by_stored = names_in_model(model, self.files)
+        return StoredNames(self, {name: stored for stored, name in by_stored.items() if name is not None})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight, without reading the weight."""
@@ -101,6 +116,51 @@ class BaseFiles:
                 shutil.copyfile(path, target / path.name)
 
 
+@dataclass(frozen=True)
+class StoredNames:
+    """Names of a model's weights -> their names in its files, which differ in some families (Gemma 3, Qwen3.5)."""
+
+    base_files: BaseFiles
+    names: Mapping[str, str]
+    """Weights that transformers computes from others while it loads are left out."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def of(self, name: str) -> str:
+        """Return the name in the files of a weight of the model.
+
+        Raises:
+            RequestError: the files do not contain this weight, or contain it in another form.
+        """
+        if name in self.names:
+            return self.names[name]
+        place = f"base.model {self.base_files.base.model}: {self.base_files.folder}"
+        if len(self.names) < len(self.base_files.files):
+            raise RequestError(
+                f"{place} contains no weight from which {name} could be merged: transformers computes some weights "
+                "of this base from several others while it loads them",
+                "Export it as an adapter (`--format adapter`).",
+            )
+        raise RequestError(f"{place} contains no weight named {name}")
+
+    def renamed(self, by_name: Mapping[str, T]) -> dict[str, T]:
+        """Return a mapping with the names in the files as keys.
+
+        Raises:
+            RequestError: as `of`.
+        """
+        return {self.of(name): value for name, value in by_name.items()}
+
+
+def _meta_model(config: Any, trust_remote_code: bool) -> Any:
+    """Build a model on the meta device, without reading weights."""
+    import torch
+
+    with torch.device("meta"):
+        return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
 def find_base_files(base: BaseSection) -> BaseFiles:
     """Find the files of a base in its folder, in the hub's cache, or on the hub.
 
@@ -108,23 +168,18 @@ def find_base_files(base: BaseSection) -> BaseFiles:
         RequestError: the base is not there (at this revision), has no safetensors, or has quantized weights.
     """
     require_folder(base)
-    config = _file(base, "config.json")
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown")
+    config = require_file(base, "config.json")
+    if stored := stored_quantization(base):
         raise RequestError(
-            f"base.model {base.model}: its files contain quantized weights ({method})",
-            "Set base.model to the 16-bit model that it was made from.",
+            f"base.model {base.model}: its files contain quantized weights ({stored.method}), which cannot be merged",
+            "Export it as an adapter (`--format adapter`). To merge, train on the 16-bit model that it was made from"
+            + (", or on a copy that transformers has dequantized and saved." if stored.is_dequantized else "."),
         )
-    if _has(base, _INDEX):
-        names: dict[str, str] = json.loads(_file(base, _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        found = {each: _file(base, each) for each in sorted(set(names.values()))}
+    if names := weight_map(base):
+        found = {each: require_file(base, each) for each in sorted(set(names.values()))}
         return BaseFiles(base, config.parent, {name: found[each] for name, each in names.items()})
-    if _has(base, _WEIGHTS):
-        weights = _file(base, _WEIGHTS)
-        return BaseFiles(base, config.parent, dict.fromkeys(_names(weights), weights))
     raise RequestError(
-        f"base.model {base.model}: has no safetensors ({_WEIGHTS} or {_INDEX})",
+        f"base.model {base.model}: has no safetensors ({WEIGHTS} or {INDEX})",
         "Load it with transformers and save it with `save_pretrained`.",
     )
 
@@ -139,42 +194,16 @@ def loaded_bytes(base: BaseSection) -> int:
     """
     import torch
 
-    base_files, dtype = find_base_files(base), getattr(torch, base.compute_dtype)
+    dtype = getattr(torch, base.compute_dtype)
+    if stored := stored_quantization(base):
+        if stored.is_dequantized:
+            weights = _meta_model(configuration(base), base.trust_remote_code).parameters()
+            return int(sum(weight.numel() for weight in weights) * dtype.itemsize)
+        return sum(require_file(base, name).stat().st_size for name in set(weight_map(base).values()))
+    base_files = find_base_files(base)
     plain_size = 0 if base_files.read(min(base_files.files)).dtype == dtype else dtype.itemsize
     quantized_size = {"none": plain_size, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization]
     quantized = base_files.quantized_layers()
     weights = base_files.meta_model().named_parameters()
     sizes = (weight.numel() * (quantized_size if name in quantized else plain_size) for name, weight in weights)
     return int(sum(sizes))
-
-
-def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
-def _has(base: BaseSection, name: str) -> bool:
-    """Tell whether a base has a file. A file on the hub is downloaded."""
-    from transformers.utils import cached_file
-
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False}
-    return cached_file(base_location(base), name, revision=base.revision, **missing_is_none) is not None
-
-
-def _file(base: BaseSection, name: str) -> Path:
-    """Return a file that a base must have. A file on the hub is downloaded."""
-    from transformers.utils import cached_file
-
-    reason = "the folder does not contain it"
-    try:
-        if found := cached_file(base_location(base), name, revision=base.revision):
-            return Path(found)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-    at = f" at revision {base.revision}" if base.revision else ""
-    raise RequestError(
-        f"base.model {base.model}{at}: {name} cannot be found: {reason}",
-        "All files of the base must be on this disk, or downloadable from the hub.",
-    )

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from orchestrator.adapters.bundle import Format
-from orchestrator.base import device_map, device_name, evict, keep_trainable, quantization_config
+from orchestrator.base import configuration, device_map, device_name, evict, load_base, model_class
+from orchestrator.base_folder import stored_quantization
+from orchestrator.base_weights import keep_trainable, quantization_config
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export import gguf, ray_serve
@@ -143,8 +145,11 @@ def _run_export(
 
 def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
     import torch
-    from peft import AutoPeftModelForCausalLM
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
 
+    if stored_quantization(base) or model_class(configuration(base)) is not AutoModelForCausalLM:
+        return PeftModel.from_pretrained(load_base(base, _device_map(on_gpu)), str(folder))  # PEFT's class cannot
     model = AutoPeftModelForCausalLM.from_pretrained(
         str(folder),
         quantization_config=quantization_config(base),
@@ -160,11 +165,9 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
 def _run_merged(
     source: AdapterLogits, folder: Path, base: BaseSection, rows: Sequence[EncodedRow], on_gpu: bool
 ) -> Parity:
-    from transformers import AutoModelForCausalLM
-
     # The offload folder takes weights whose layout in the files differs from that in the model.
     with tempfile.TemporaryDirectory(dir=folder) as offload_folder:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(configuration(base)).from_pretrained(
             str(folder),
             device_map="auto",
             max_memory=_max_memory(on_gpu),

@@ -1,7 +1,7 @@
 """Merge an adapter into its base, weight by weight: neither model is ever in memory as a whole."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,7 +63,7 @@ class Merge:
     base_files: BaseFiles
     dtype: Dtype
     updates: Mapping[str, LoraUpdate]
-    """Name of a base weight -> its LoRA update."""
+    """Name of a weight in the base's files -> its LoRA update; all names here are those in the files."""
     replaced: Mapping[str, str]
     """Name of a fully trained weight or bias of the base -> its name in the adapter's file."""
     trained_rows: Mapping[str, TrainedRows]
@@ -119,7 +119,8 @@ class Merge:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         config = self.base_files.config
-        config.dtype = DTYPES[self.dtype]
+        for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+            each.dtype = DTYPES[self.dtype]
         for name in (*self.trained_rows, *self.replaced):
             if name in self.embedding:
                 config.get_text_config().vocab_size = self.num_tokens(name)
@@ -231,17 +232,18 @@ def plan_merge(adapter: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
     if config.peft_type != "LORA":
         raise RequestError(f"{adapter.folder}: is an adapter of type {config.peft_type.value}; only LoRA can be merged")
     meta_model = base_files.meta_model()
+    stored = base_files.stored_names(meta_model)
     tied = {each for pair in (meta_model.all_tied_weights_keys or {}).items() for each in pair}
     updates = _updates(meta_model, config, shapes, adapter.folder)
     trained_rows = _trained_rows(config, shapes)
     used = {each for update in updates.values() for each in (update.a, update.b, update.magnitude)}
     used |= {each.key for each in trained_rows.values()}
     replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
-    embedding = _embedding(meta_model)
-    _require_match(base_files, updates, replaced, trained_rows, shapes, tied, embedding)
-    quantized = base_files.quantized_layers() if onto == "dequantized" else None
-    if unknown := sorted(set(quantized or ()) - base_files.files.keys()):
-        raise _missing_weight(base_files, unknown[0])
+    _require_separate((*updates, *replaced), replaced.values(), tied, adapter.base.model)
+    updates, replaced, trained_rows = stored.renamed(updates), stored.renamed(replaced), stored.renamed(trained_rows)
+    embedding = frozenset(stored.of(name) for name in _embedding(meta_model) if name in stored)
+    _require_shapes(base_files, updates, replaced, trained_rows, shapes, embedding)
+    quantized = stored.renamed(base_files.quantized_layers()) if onto == "dequantized" else None
     saved = {name: shapes[key] for name, key in replaced.items()}
     return Merge(adapter, base_files, dtype, updates, replaced, trained_rows, quantized, saved, embedding)
 
@@ -311,29 +313,36 @@ def _embedding(model: Any) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if id(module) in ends)
 
 
-def _require_match(
-    base_files: BaseFiles,
-    updates: Mapping[str, LoraUpdate],
-    replaced: Mapping[str, str],
-    trained_rows: Mapping[str, TrainedRows],
-    shapes: Mapping[str, tuple[int, ...]],
-    tied: set[str],
-    embedding: Collection[str],
-) -> None:
-    """Raise RequestError unless every tensor of the adapter belongs to a base weight of the right shape."""
-    model = base_files.base.model
-    for key in replaced.values():
+def _require_separate(changed: Iterable[str], keys: Iterable[str], tied: Collection[str], model: str) -> None:
+    """Raise RequestError if a tensor of the adapter belongs to no weight of the base, or to one that is shared.
+
+    Args:
+        changed: names of the weights that the adapter changes.
+        keys: names in the adapter's file of the tensors that replace weights.
+        tied: names of the weights that the base shares between embedding and head.
+        model: name of the base, for messages.
+    """
+    for key in keys:
         if ".lora_" in key:
             raise RequestError(f"adapter and base do not match: {key} belongs to no weight of base {model}")
-    for name in (*updates, *replaced):
+    for name in changed:
         if name in tied:
             raise RequestError(
                 f"{name}: is changed by the adapter, but base {model} shares it between embedding and head",
                 "Export it as an adapter (`--format adapter`).",
             )
-    for name in (*updates, *replaced, *trained_rows):
-        if name not in base_files.files:
-            raise _missing_weight(base_files, name)
+
+
+def _require_shapes(
+    base_files: BaseFiles,
+    updates: Mapping[str, LoraUpdate],
+    replaced: Mapping[str, str],
+    trained_rows: Mapping[str, TrainedRows],
+    shapes: Mapping[str, tuple[int, ...]],
+    embedding: Collection[str],
+) -> None:
+    """Raise RequestError unless every tensor of the adapter has the shape of its weight in the base's files."""
+    model = base_files.base.model
     for name, each in trained_rows.items():
         shape, expected = shapes[each.key], (len(each.ids), *base_files.shape(name)[1:])
         if shape != expected:
@@ -352,7 +361,3 @@ def _require_match(
                 f"{name}: was trained with shape {shapes[key]}, but base {model} has {base_files.shape(name)}",
                 "The adapter was trained on a base of another shape.",
             )
-
-
-def _missing_weight(base_files: BaseFiles, name: str) -> RequestError:
-    return RequestError(f"base.model {base_files.base.model}: {base_files.folder} contains no weight named {name}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.adapters.bundle import CONFIG, Facts
-from orchestrator.base import hub_id
+from orchestrator.base_folder import hub_id
 
 
 def base_notes(folder: Path, facts: Facts) -> list[str]:

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never, get_args
 
-from orchestrator.base import base_location, evict, keep_trainable, load_base, load_tokenizer
+from orchestrator.base import configuration, evict, load_base, load_tokenizer
+from orchestrator.base_folder import stored_quantization
+from orchestrator.base_weights import keep_trainable
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import attach_adapter
 from orchestrator.errors import RequestError
@@ -51,7 +53,8 @@ def require_form(base: BaseSection, form: Form) -> None:
         raise RequestError(
             f"form {form}: base {base.model} was not loaded in 4 bits", f"Choose from {', '.join(forms_of(base))}."
         )
-    if form in ("adapter-16bit", "merged-original") and getattr(_file_config(base), "quantization_config", None):
+    stored = stored_quantization(base)
+    if form in ("adapter-16bit", "merged-original") and stored and not stored.is_dequantized:
         raise RequestError(
             f"form {form}: the files of {base.model} contain quantized weights",
             "Choose other forms (adapter, merged, merged-4bit), or train on the 16-bit model that it was made from.",
@@ -110,16 +113,8 @@ def _unquantized(base: BaseSection, dtype: str) -> BaseSection:
     return base.model_copy(update={"quantization": "none", "compute_dtype": dtype})
 
 
-def _file_config(base: BaseSection) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(
-        base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
-
-
 def _file_dtype(base: BaseSection) -> str:
-    return str(_file_config(base).dtype or "float32").removeprefix("torch.")
+    return str(configuration(base).dtype or "float32").removeprefix("torch.")
 
 
 def _dequantize(model: Any) -> list[str]:

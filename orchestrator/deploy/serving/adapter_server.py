@@ -3,12 +3,16 @@
 Waiting requests are served in order of arrival. Active requests share each forward pass; a new one joins at the next
 pass. Adapters share the weights of one base, but each has its own modules, thread and KV cache: a pass packs several
 requests into one row, in which PEFT cannot mix adapters.
+
+Bases with layers other than attention, such as Qwen3.5 and Mamba, cannot be batched; they answer one request at a time.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -20,9 +24,13 @@ from orchestrator.deploy.chat import MIN_TEMPERATURE, PromptForm, Sampling, open
 from orchestrator.deploy.load import attach_adapter
 from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.positions import independent_length, position_limit
+from orchestrator.upstream import keeps_state
 
 CACHE_TOKENS = 16_384
 """Tokens in the preallocated KV cache of an adapter, for all its requests together."""
+
+_Put = Callable[[list[int]], None]
+"""Takes new tokens of an answer."""
 
 _PASS_TOKENS = 512
 """Tokens per forward pass; longer prompts take several. The attention mask is (_PASS_TOKENS, CACHE_TOKENS)."""
@@ -42,18 +50,84 @@ class AnswerPiece:
     """Set in the last piece. stop: a stop token or stop string was reached; length: `max_new_tokens` were generated."""
 
 
-class AdapterServer:
-    """An adapter on its base that answers requests, from `start` to `stop`, in its own thread."""
+class AdapterServer(ABC):
+    """An adapter on its base that answers requests, from `start` to `stop`."""
+
+    note: str | None = None
+    """What a user should know of this server."""
 
     def __init__(self, model: Any, form: PromptForm) -> None:
-        from transformers import ContinuousBatchingConfig, GenerationConfig
-
         self.form = form
         plain = model.get_base_model()  # the base model with the adapter's layers injected
         limits = position_limit(plain.config), independent_length(plain.config)
         self.context = min([CACHE_TOKENS, *(limit for limit in limits if limit is not None)])
         """Maximum number of tokens of a prompt and its answer together. Up to it, requests do not change each other."""
+        self._plain = plain
         self._stop_ids = stops_of(plain)
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it can answer."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Generate a first token as a test.
+
+        Raises:
+            RequestError: transformers cannot generate with this model.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop; active requests fail."""
+
+    @abstractmethod
+    def _new_tokens(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> AsyncGenerator[list[int]]:
+        """Yield the tokens of an answer as they are generated. Closing the generator cancels the request."""
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Return the token ids (tokens,) of a text to continue, with BOS if the training rows had one."""
+        tokenizer, data = self.form.tokenizer, self.form.data
+        return encode_prompt(text, tokenizer, data) if data else list(tokenizer(text)["input_ids"])
+
+    async def answer(
+        self, ids: list[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), strip: bool = False
+    ) -> AsyncGenerator[AnswerPiece, None]:
+        """Yield the answer piece by piece. Closing the generator cancels the request.
+
+        Args:
+            ids: the prompt, (tokens,); its length plus `max_new_tokens` must not exceed `context`.
+            max_new_tokens: maximum number of tokens of the answer.
+            sampling: how tokens are selected; `seed` has no effect, and `top_k` none where requests are batched.
+            stop: stop strings; the answer ends before the first one.
+            strip: strip whitespace at both ends.
+
+        Raises:
+            OrchestratorError: the thread has died, or this request failed.
+        """
+        text_stream, seen, last = _TextStream(self.form.tokenizer, stop, strip), 0, -1
+        async with aclosing(self._new_tokens(ids, max_new_tokens, sampling)) as generated:
+            async for tokens in generated:
+                for last in tokens:
+                    seen += 1
+                    if last not in self._stop_ids and text_stream.add(last):
+                        break
+                if text := text_stream.take_settled():
+                    yield AnswerPiece(text, seen)
+                if text_stream.stopped:
+                    break
+        is_stopped = text_stream.stopped or last in self._stop_ids
+        yield AnswerPiece(text_stream.take_rest(), seen, "stop" if is_stopped else "length")
+
+
+class BatchingServer(AdapterServer):
+    """Answers requests together, with transformers' continuous batching in a thread of its own."""
+
+    def __init__(self, model: Any, form: PromptForm) -> None:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        super().__init__(model, form)
         config = ContinuousBatchingConfig(
             per_request_processors=True,
             max_batch_tokens=_PASS_TOKENS,
@@ -70,7 +144,7 @@ class AdapterServer:
             eos_token_id=self._stop_ids,
             pad_token_id=form.tokenizer.pad_token_id,
         )
-        self._manager = plain.init_continuous_batching(sampled, config)
+        self._manager = self._plain.init_continuous_batching(sampled, config)
 
     @property
     def alive(self) -> bool:
@@ -99,44 +173,19 @@ class AdapterServer:
         """Stop the thread; active requests fail."""
         self._manager.stop(timeout=_WATCH_S, hard_stop=True)
 
-    def plain_ids(self, text: str) -> list[int]:
-        """Return the token ids (tokens,) of a text to continue, with BOS if the training rows had one."""
-        tokenizer, data = self.form.tokenizer, self.form.data
-        return encode_prompt(text, tokenizer, data) if data else list(tokenizer(text)["input_ids"])
-
-    async def answer(
-        self, ids: list[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), strip: bool = False
-    ) -> AsyncGenerator[AnswerPiece, None]:
-        """Yield the answer piece by piece. Closing the generator cancels the request.
-
-        Args:
-            ids: the prompt, (tokens,); its length plus `max_new_tokens` must not exceed `context`.
-            max_new_tokens: maximum number of tokens of the answer.
-            sampling: how tokens are selected; `top_k` and `seed` have no effect.
-            stop: stop strings; the answer ends before the first one.
-            strip: strip whitespace at both ends.
-
-        Raises:
-            OrchestratorError: the thread has died, or this request failed.
-        """
-        request, outputs = uuid4().hex, asyncio.Queue[Any]()
-        text_stream, seen, finished = _TextStream(self.form.tokenizer, stop, strip), 0, False
+    async def _new_tokens(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> AsyncGenerator[list[int]]:
+        request, outputs, seen, finished = uuid4().hex, asyncio.Queue[Any](), 0, False
         self._manager.register_result_handler(request, outputs.put_nowait)
         self._manager.add_request(
             ids, request, max_new_tokens, streaming=True, eos_token_id=self._stop_ids, **_arguments(sampling)
         )
         try:
-            while not (finished or text_stream.stopped):
+            while not finished:
                 output = await self._next(outputs)
                 finished = output.is_finished()
-                for token in output.generated_tokens[seen:]:
-                    seen += 1
-                    if token not in self._stop_ids and text_stream.add(token):
-                        break
-                if text := text_stream.take_settled():
-                    yield AnswerPiece(text, seen)
-            is_stopped = text_stream.stopped or output.generated_tokens[-1] in self._stop_ids
-            yield AnswerPiece(text_stream.take_rest(), seen, "stop" if is_stopped else "length")
+                tokens = output.generated_tokens[seen:]
+                seen += len(tokens)
+                yield tokens
         finally:
             if not finished:
                 self._manager.cancel_request(request)
@@ -155,6 +204,109 @@ class AdapterServer:
             return output
 
 
+class SingleServer(AdapterServer):
+    """Answers one request after the other, for bases whose layers keep a state that cannot be batched."""
+
+    note = (
+        "this base has layers other than attention, which transformers cannot batch: requests are answered one by one"
+    )
+
+    def __init__(self, model: Any, form: PromptForm) -> None:
+        super().__init__(model, form)
+        self._turn = asyncio.Lock()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer: always, as it has no thread of its own."""
+        return True
+
+    def start(self) -> None:
+        """Generate a first token as a test.
+
+        Raises:
+            RequestError: transformers cannot generate with this model.
+        """
+        try:
+            self._generate(self.form.ids("?"), 1, Sampling(), lambda _: None, Event())
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise RequestError(f"transformers cannot generate with this base: {error}") from error
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    async def _new_tokens(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> AsyncGenerator[list[int]]:
+        async with self._turn:
+            loop, outputs, cancelled = asyncio.get_running_loop(), asyncio.Queue[Any](), Event()
+
+            def put(output: Any) -> None:
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+            def generate() -> None:
+                try:
+                    self._generate(ids, max_new_tokens, sampling, put, cancelled)
+                    put(None)
+                except Exception as error:
+                    put(error)
+
+            running = loop.run_in_executor(None, generate)
+            try:
+                while (output := await outputs.get()) is not None:
+                    if isinstance(output, Exception):
+                        raise OrchestratorError(f"the answer failed: {output}") from output
+                    yield output
+            finally:  # until the thread ends, it uses the model
+                cancelled.set()
+                await asyncio.shield(running)
+
+    def _generate(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        put: Callable[[list[int]], None],
+        cancelled: Event,
+    ) -> None:
+        """Generate an answer, and pass on each token."""
+        import torch
+        from transformers import StoppingCriteriaList
+        from transformers.generation.streamers import BaseStreamer
+
+        class Streamer(BaseStreamer):  # type: ignore[misc]  # mypy skips transformers
+            is_prompt = True
+
+            def put(self, value: Any) -> None:
+                if not self.is_prompt:
+                    put(value.reshape(-1).tolist())
+                self.is_prompt = False
+
+            def end(self) -> None:
+                pass
+
+        def is_cancelled(ids: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
+
+        inputs = torch.tensor([ids], device=self._plain.device)
+        with torch.no_grad():
+            self._plain.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=Streamer(),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.form.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([is_cancelled]),
+                **sampling.arguments,
+            )
+
+
+def can_batch(model: Any) -> bool:
+    """Return whether transformers can batch requests to a model: all its layers are full or sliding attention.
+
+    Others raise an error while the cache is made (5.23, `continuous_batching/cache.py`).
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not keeps_state(model)
+
+
 @contextmanager
 def open_adapter_servers(adapters: Sequence[AdapterRef]) -> Iterator[list[AdapterServer]]:
     """Start a server for each adapter, all on one loaded base. They are stopped on exit.
@@ -168,10 +320,11 @@ def open_adapter_servers(adapters: Sequence[AdapterRef]) -> Iterator[list[Adapte
     """
     forms = [open_prompt_form(adapter) for adapter in adapters]
     base = load_base(adapters[0].base)
+    kind: type[AdapterServer] = BatchingServer if can_batch(base) else SingleServer
     started: list[AdapterServer] = []
     try:
         for adapter, form in zip(adapters, forms, strict=True):
-            server = AdapterServer(attach_adapter(share_modules(base, own_biases=True), adapter), form)
+            server = kind(attach_adapter(share_modules(base, own_biases=True), adapter), form)
             server.start()
             started.append(server)
         yield started

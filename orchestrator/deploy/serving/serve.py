@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
+from orchestrator.base_folder import stored_quantization
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.find import find_adapter, find_sweep, is_adapter
@@ -155,6 +156,8 @@ def run_service(service: Service, say: Callable[[str], None], quiet: AbstractCon
                     adapters = [served.adapter for served in service.served_adapters]
                     servers = stack.enter_context(open_adapter_servers(adapters))
                 say(service.describe())
+                if note := servers[0].note:
+                    say(f"note:   {note}")
                 _answer_requests(service, servers)
         case _:
             assert_never(service.engine)
@@ -236,6 +239,9 @@ def _why_not_vllm(adapters: Sequence[AdapterRef], host: str) -> str | None:
 
 
 def _unsupported_quantization(base: BaseSection) -> str | None:
+    stored = stored_quantization(base)
+    if stored is not None and stored.is_dequantized and base.quantization != "none":
+        return f"vLLM loads files of {stored.method} as they are, but this base was quantized again for training"
     match base.quantization:
         case "none":
             return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.adapters.bundle import CONFIG
 from orchestrator.adapters.stops import GENERATION
-from orchestrator.base import base_location
+from orchestrator.base_folder import base_location
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.spec.sections import BaseSection
 

@@ -32,6 +32,7 @@ from orchestrator.training.model.targets import (
     expected,
     expected_extra_trainables,
     expected_modules,
+    left_out_layers,
     left_out_warning,
 )
 from orchestrator.training.write_queue import WriteQueue
@@ -135,10 +136,10 @@ class Attempt:
         for warning in check_positions(config, self._inputs):
             self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
-        if warning := left_out_warning(base, config.lora):
-            self._reporter.warn(warning)
+        if left_out := left_out_warning(base, config.lora):
+            self._reporter.warn(left_out)
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
-        wanted = expected(config, modules, extra)
+        wanted = expected(config, modules, extra, left_out_layers(base, modules))
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)
         try:
             yield from self._follow(loop, wanted)

@@ -87,7 +87,7 @@ def require_independent_sequences(trainer: Any) -> None:
     """Check that the sequences of a packed row do not see each other. Some bases' attention ignores the positions.
 
     Raises:
-        TrialError: other tokens in one sequence change the logits of the next.
+        TrialError: other tokens in one sequence change the logits of the next, or the base refuses packed rows.
     """
     import torch
 
@@ -101,10 +101,16 @@ def require_independent_sequences(trainer: Any) -> None:
     changed[0, -last - before : -last] = changed[0, -last - before : -last] == 0  # 0 becomes 1, all else 0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():  # as in a step, for bf16 and float32 weights may be mixed
-        original, other = (
-            model(**{**inputs, "input_ids": ids}).logits[0, -last:].float() for ids in (inputs["input_ids"], changed)
-        )
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():  # as in a step, for bf16 and float32 weights may be mixed
+            original, other = (
+                model(**{**inputs, "input_ids": ids}).logits[0, -last:].float()
+                for ids in (inputs["input_ids"], changed)
+            )
+    except ValueError as error:  # linear attention without the package `causal_conv1d`
+        raise TrialError(
+            f"data.packing: this base does not accept packed rows: {error}", "Set data.packing: false."
+        ) from error
     model.train(was_training)
     if not torch.allclose(original, other, atol=MAX_LOGIT_CHANGE, rtol=MAX_LOGIT_CHANGE):
         change = float((original - other).abs().max())

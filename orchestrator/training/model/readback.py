@@ -1,7 +1,6 @@
 """Read the configured values back from the live modules and the optimizer after the first step, and compare them."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -13,7 +12,7 @@ from orchestrator.errors import TrialError
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.model.adapter_init import SubtractInitialUpdate
 from orchestrator.training.model.peft_model import ADAPTER, lora_layers
-from orchestrator.training.model.targets import shared_or_by_layer
+from orchestrator.training.model.targets import shared_or_all, shared_or_by_layer
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def read_back(trainer: Any) -> dict[str, Any]:
     embedding = model.get_base_model().get_input_embeddings()
 
     def shared(field: str) -> Any:
-        return _shared_or_all(adapter[field] for adapter in adapters.values())
+        return shared_or_all(adapter[field] for adapter in adapters.values())
 
     return {
         "lora.rank": shared_or_by_layer({name: adapter["rank"] for name, adapter in adapters.items()}),
@@ -72,11 +71,11 @@ def _read_optimizer(optimizer: Any) -> dict[str, Any]:
     decays = [group["weight_decay"] for group in groups if group["params"] and any(p.ndim > 1 for p in group["params"])]
     return {
         "training.optimizer": kind,
-        "training.betas": _shared_or_all(list(group["betas"])[:2] for group in groups) if has_betas else None,
-        "training.epsilon": _shared_or_all(group["eps"] for group in groups) if is_adam else None,
-        "training.momentum": _shared_or_all(group.get("momentum", 0.0) for group in groups),
-        "training.learning_rate": _shared_or_all(group.get("initial_lr", group["lr"]) for group in groups),
-        "training.weight_decay": _shared_or_all(decays),
+        "training.betas": shared_or_all(list(group["betas"])[:2] for group in groups) if has_betas else None,
+        "training.epsilon": shared_or_all(group["eps"] for group in groups) if is_adam else None,
+        "training.momentum": shared_or_all(group.get("momentum", 0.0) for group in groups),
+        "training.learning_rate": shared_or_all(group.get("initial_lr", group["lr"]) for group in groups),
+        "training.weight_decay": shared_or_all(decays),
     }
 
 
@@ -133,15 +132,6 @@ def _quantization_of(weight: Any) -> dict[str, Any]:
     if isinstance(weight, Params4bit):
         return {"quantization": weight.quant_state.quant_type, "double_quant": weight.quant_state.nested}
     return {"quantization": "int8" if isinstance(weight, Int8Params) else "none", "double_quant": None}
-
-
-def _shared_or_all(values: Iterable[Any]) -> Any:
-    """Return the one value that all share, or else the list of distinct values."""
-    distinct: list[Any] = []
-    for value in values:
-        if value not in distinct:
-            distinct.append(value)
-    return distinct[0] if len(distinct) == 1 else sorted(distinct, key=repr)
 
 
 def same(wanted: Any, found: Any) -> bool:

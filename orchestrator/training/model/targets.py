@@ -1,7 +1,7 @@
 """Derive from a configuration what should train on its base, and the values that the live model must then have."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,13 +191,30 @@ def _expected_saved_modules(model: Any, config: TrialConfig) -> dict[str, int]:
     return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in found.items()}
 
 
-def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) -> dict[str, Any]:
+def left_out_layers(model: Any, modules: Collection[str]) -> set[str]:
+    """Return the layers that the files of a 4-bit or 8-bit base leave unquantized, as its configuration says.
+
+    Args:
+        model: the bare base.
+        modules: names of layers.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    settings = getattr(model.config, "quantization_config", None)
+    left_out = getattr(settings, "llm_int8_skip_modules", None) or []
+    return {name for name in modules if not should_convert_module(name, left_out)}
+
+
+def expected(
+    config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables, left_out: Collection[str] = ()
+) -> dict[str, Any]:
     """Return what `readback.read_back` must return for this configuration.
 
     Args:
         config: the trial.
         modules: from `expected_modules`.
         extra: from `expected_extra_trainables`.
+        left_out: from `left_out_layers`.
 
     Raises:
         TrialError: no layer is adapted.
@@ -207,6 +224,9 @@ def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) 
             "lora.target_modules: this base has no linear layer to adapt",
             "If its layers are of the class Conv1D (GPT-2), set base.quantization: nf4, which makes them linear.",
         )
+    base = config.base
+    double_quant = base.double_quant if base.is_4bit else None
+    held = {name: ("none", None) if name in left_out else (base.quantization, double_quant) for name in modules}
     lora, training = config.lora, config.training
     ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in modules}
     alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in modules}
@@ -222,8 +242,8 @@ def expected(config: TrialConfig, modules: LayerShapes, extra: ExtraTrainables) 
         "lora.starts_from_base": lora.starts_from_base,
         "lora.modules_to_save": sorted(extra.saved),
         "base.new_tokens": dict(sorted(extra.tokens.items())),
-        "base.quantization": config.base.quantization,
-        "base.double_quant": config.base.double_quant if config.base.is_4bit else None,
+        "base.quantization": shared_or_all(kind for kind, _ in held.values()),
+        "base.double_quant": shared_or_all(double for _, double in held.values()),
         "training.learning_rate": training.learning_rate,
         "training.weight_decay": training.weight_decay,
         "training.max_grad_norm": training.max_grad_norm,
@@ -275,6 +295,15 @@ def _layer_number(name: str) -> int | None:
     """Return the index of the decoder layer that contains this layer; None outside the decoder layers."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
+
+
+def shared_or_all(values: Iterable[Any]) -> Any:
+    """Return the one value that all share, or else the sorted list of distinct values."""
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct[0] if len(distinct) == 1 else sorted(distinct, key=repr)
 
 
 def shared_or_by_layer(values: Mapping[str, Any]) -> Any:

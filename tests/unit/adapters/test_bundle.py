@@ -28,7 +28,9 @@ from orchestrator.adapters.bundle import (
     verify,
 )
 from orchestrator.adapters.card import adapter_card
-from orchestrator.base import base_commit, load_tokenizer, quantization_config
+from orchestrator.base import load_tokenizer
+from orchestrator.base_folder import base_commit
+from orchestrator.base_weights import quantization_config
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.base import config_file
+from orchestrator.base_folder import config_file
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES

@@ -103,6 +103,8 @@ def test_nan_always_fails(model: Any, row: int) -> None:
         ({"difference": 0.043, "num_layers": 32}, False),
         ({"max_logit_difference": 0.79}, True),  # 4% of 10, times sqrt(4)
         ({"max_logit_difference": 0.81}, False),
+        ({"difference": 0.027, "num_recurrent": 2}, True),
+        ({"difference": 0.029, "num_recurrent": 2}, False),
         ({"max_logit_difference": 2.2, "num_layers": 32}, True),
         ({"max_logit_difference": 2.3, "num_layers": 32}, False),
         ({"loss_exported": 0.514}, True),  # 2% of 0.5, and MIN_LOSS_TOLERANCE
