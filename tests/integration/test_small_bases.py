@@ -1,6 +1,8 @@
 """Bases whose files or layers differ from Llama's, in every verb: train, evaluate, export, merge, answer, serve."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,15 @@ def test_requests_that_cannot_be_batched_are_answered_in_turn(tmp_path: Path) ->
         assert isinstance(server, SingleServer)
         assert "one by one" in (server.note or "")
         asyncio.run(ask(server))
+
+
+def test_chat_prints_no_warnings_of_libraries(tmp_path: Path) -> None:
+    """transformers warns at the first answer that it computes linear attention without its kernels."""
+    train(save_small_base("qwen3_5_text", tmp_path / "base"), tmp_path / "sweep", "trl")
+    command = [sys.executable, "-m", "orchestrator", "chat", "sweep", "--output", ".", "--prompt", QUESTION]
+    done = subprocess.run([*command, "--max-new-tokens", "4"], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stderr == b""
+    assert len(done.stdout.splitlines()) <= 4
 
 
 def test_packed_rows_on_linear_attention_are_refused_with_the_remedy(tmp_path: Path) -> None:
