@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.base_folder import (
     StoredQuantization,
     base_location,
+    config_file,
     not_loadable,
     quantization_of,
     require_folder,

@@ -167,6 +167,18 @@ class StoredQuantization:
         ]
 
 
+def model_type(base: BaseSection) -> str | None:
+    """Return transformers' name of the base's architecture; None for a base that is not on this machine."""
+    file = config_file(base)
+    if file is None or not file.is_file():
+        return None
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError:  # transformers reports it
+        return None
+    return kind if isinstance(kind, str) else None
+
+
 def weight_map(base: BaseSection) -> dict[str, str]:
     """Return the names of the weights in the base's safetensors files, with the file that has each; {} without such."""
     if index := _find_file(base, INDEX):

@@ -2,10 +2,26 @@
 
 from typing import Any
 
-from orchestrator.base_folder import DEQUANTIZED
+from orchestrator.base_folder import DEQUANTIZED, model_type
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
 from orchestrator.upstream import float32_weights
+
+_MAMBA, _MAMBA2 = ("dt_proj", "x_proj", "out_proj"), ("out_proj",)
+_READ_LAYERS = {
+    "mamba": _MAMBA, "falcon_mamba": _MAMBA, "jamba": ("dt_proj",), "mamba2": _MAMBA2, "bamba": _MAMBA2,
+    "falcon_h1": _MAMBA2, "granitemoehybrid": _MAMBA2, "nemotron_h": _MAMBA2, "zamba2": _MAMBA2,
+}  # fmt: skip
+"""Model type -> linear layers whose weight the model reads instead of calling the layer (transformers 5.23)."""
+
+
+def plain_layers(base: BaseSection) -> list[str]:
+    """Return the layers that are not quantized besides those that transformers leaves out; [] for most families.
+
+    Their weights are multiplied by the model itself or by a kernel, which cannot read quantized ones.
+    """
+    found = _READ_LAYERS.get(model_type(base) or "", ())
+    return [*found, "lm_head"] if found else []
 
 
 def quantization_config(base: BaseSection) -> Any:
@@ -13,15 +29,17 @@ def quantization_config(base: BaseSection) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
+    left_out = plain_layers(base) or None
     if base.quantization == "none":
         return None
     if base.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
+        llm_int8_skip_modules=left_out,
     )
 
 

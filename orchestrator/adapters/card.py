@@ -7,6 +7,7 @@ from typing import Any, assert_never
 
 from orchestrator.base import is_only_multimodal
 from orchestrator.base_folder import DEQUANTIZED, hub_id, stored_quantization
+from orchestrator.base_weights import plain_layers
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -172,13 +173,14 @@ def _load(base: BaseSection) -> str:
     """Write Python code that loads the adapter with PEFT alone, on the base as `base.load_base` loads it."""
     stored, dtype = stored_quantization(base), f"torch.{base.compute_dtype}"
     options, settings = {"dtype": dtype}, ""
+    left_out = f", llm_int8_skip_modules={plain}" if (plain := plain_layers(base)) else ""
     if stored is not None and stored.is_dequantized:
         settings = f"{DEQUANTIZED[stored.method]}(dequantize=True)"
     elif stored is None and base.is_4bit:
         settings = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base.quantization}", '
-        settings += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype})"
+        settings += f"bnb_4bit_use_double_quant={base.double_quant}, bnb_4bit_compute_dtype={dtype}{left_out})"
     elif stored is None and base.quantization == "int8":
-        settings = "BitsAndBytesConfig(load_in_8bit=True)"
+        settings = f"BitsAndBytesConfig(load_in_8bit=True{left_out})"
     imported = ["GenerationConfig"]
     if settings:
         imported.append(settings.partition("(")[0])

@@ -211,7 +211,10 @@ def chat(
                 print(f"{done} of {len(questions)} answered", flush=True)
         return
     with output_to(Path(os.devnull)):
+        from transformers.utils.logging import set_verbosity_error
+
         session = open_chat(adapter, form)
+        set_verbosity_error()  # warnings of a first answer would be printed in the middle of it
     sides = {"base   > ": Conversation(session, base_only=True), "adapter> ": Conversation(session)}
     for question in prompt or _questions():
         for label, side in sides.items() if compare_base else [("", sides["adapter> "])]:

@@ -139,14 +139,25 @@ def save_mxfp4(folder: Path) -> Path:
     return rewrite(save_small_base("gpt_oss", folder), pack, {"quant_method": "mxfp4"})
 
 
-def save_fp8(folder: Path) -> Path:
-    """Save a random Llama whose linear layers are stored in FP8 with a scale for each block, as DeepSeek's are."""
+def save_fp8(folder: Path, family: str = "llama") -> Path:
+    """Save a random base whose linear layers are stored in FP8.
+
+    Llama's layers have a scale for each block, as DeepSeek's have; other families one scale a layer, as Ministral has.
+    """
+    by_block = family == "llama"
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if "_proj." in name]:
+        for name in [name for name in tensors if "_proj." in name and "vision" not in name]:
             scale = tensors[name].float().abs().max() / 448
             tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1) if by_block else scale
+            if not by_block:
+                tensors[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
 
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    return rewrite(save_small_base("llama", folder), pack, settings)
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic" if by_block else "static",
+        "weight_block_size": [128, 128] if by_block else None,
+        "modules_to_not_convert": ["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    }
+    return rewrite(save_small_base(family, folder), pack, settings)

@@ -1,6 +1,8 @@
 """Bases whose files or layers differ from Llama's, in every verb: train, evaluate, export, merge, answer, serve."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +78,11 @@ def test_both_engines_train_on_stored_quantized_weights(kind: str, tmp_path: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text", "mamba"])
 def test_a_family_is_right_in_every_verb(family: str, tmp_path: Path) -> None:
     folder = save_small_base(family, tmp_path / "base")
-    result, sweep, _ = train(folder, tmp_path / "sweep", "auto")
+    adapted = ["lora.target_modules=[in_proj, x_proj]", "training.learning_rate=0.1"] if family == "mamba" else []
+    result, sweep, _ = train(folder, tmp_path / "sweep", "auto", *adapted)
     assert result.engine == "trl"
     adapter = sweep.best().adapter_ref()
     for format in ("adapter", "merged"):
@@ -89,7 +92,7 @@ def test_a_family_is_right_in_every_verb(family: str, tmp_path: Path) -> None:
     chat = open_chat(adapter)
     expected = "".join(chat.stream(QUESTION, 8))
     with open_adapter_servers([adapter]) as (server,):
-        assert type(server) is (SingleServer if family.startswith("qwen3_5") else BatchingServer)
+        assert type(server) is (SingleServer if family.startswith(("qwen3_5", "mamba")) else BatchingServer)
         # A last token that is part of a character is shown by chat alone.
         assert asyncio.run(text_of(server, 8)) == expected.strip().rstrip("\ufffd")
 
@@ -117,6 +120,15 @@ def test_requests_that_cannot_be_batched_are_answered_in_turn(tmp_path: Path) ->
         assert isinstance(server, SingleServer)
         assert "one by one" in (server.note or "")
         asyncio.run(ask(server))
+
+
+def test_chat_prints_no_warnings_of_libraries(tmp_path: Path) -> None:
+    """transformers warns at the first answer that it computes linear attention without its kernels."""
+    train(save_small_base("qwen3_5_text", tmp_path / "base"), tmp_path / "sweep", "trl")
+    command = [sys.executable, "-m", "orchestrator", "chat", "sweep", "--output", ".", "--prompt", QUESTION]
+    done = subprocess.run([*command, "--max-new-tokens", "4"], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stderr == b""
+    assert len(done.stdout.splitlines()) <= 4
 
 
 def test_packed_rows_on_linear_attention_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -155,6 +155,31 @@ def test_mxfp4_and_fp8_are_dequantized_and_then_quantized_as_asked(
     assert (", then quantized" in notes[0]) == (quantization != "none")
 
 
+def test_one_scale_for_each_layer_is_dequantized_too(tmp_path: Path) -> None:
+    section = BaseSection(model=str(tmp_path / "base"), compute_dtype="float32", quantization="none")
+    save_small_base("mistral3", tmp_path / "base")
+    with torch.no_grad():
+        expected = load_base(section)(IDS).logits
+    save_fp8(tmp_path / "fp8", "mistral3")
+    with torch.no_grad():
+        found = load_base(section.model_copy(update={"model": str(tmp_path / "fp8")}))(IDS).logits
+    assert torch.nn.functional.cosine_similarity(expected, found, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_layers_whose_weight_the_model_reads_are_not_quantized(quantization: Any, tmp_path: Path) -> None:
+    folder = save_small_base("mamba", tmp_path / "base")
+    section = BaseSection(model=str(folder), compute_dtype="float32", quantization=quantization)
+    model = load_base(section)
+    mixer = model.backbone.layers[0].mixer
+    assert isinstance(mixer.in_proj, Linear4bit | Linear8bitLt)
+    assert {type(each) for each in (mixer.dt_proj, mixer.x_proj, mixer.out_proj, model.lm_head)} == {torch.nn.Linear}
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+    assert "llm_int8_skip_modules=['dt_proj', 'x_proj', 'out_proj', 'lm_head']" in _load(section)
+    assert _load(BaseSection(model="embedded")).count("llm_int8_skip_modules") == 0
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "hqq"])
 def test_other_quantized_files_are_refused_with_what_would_help(method: str, tmp_path: Path) -> None:
     folder = rewrite(save_small_base("llama", tmp_path / "base"), lambda _: None, {"quant_method": method, "bits": 4})

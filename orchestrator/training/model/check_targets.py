@@ -6,7 +6,7 @@ The module is cheap to import, and does nothing for bases of other families than
 import json
 from collections.abc import Mapping
 
-from orchestrator.base import config_file
+from orchestrator.base_folder import config_file
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing
 from orchestrator.spec import SweepSpec

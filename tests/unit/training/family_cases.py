@@ -64,3 +64,20 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     "olmo3": (config("olmo3", **WINDOW), "none"),
 }
 """Name -> configuration of a small base, and its quantization."""
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+          "patch_size": 14}  # fmt: skip
+
+MULTIMODAL_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
+    "gemma3 with a vision tower, nf4": (
+        AutoConfig.for_model(
+            "gemma3",
+            text_config=FAMILY_CASES["gemma3_text with two rotary embeddings, nf4"][0].to_dict(),
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+            pad_token_id=0,
+        ),
+        "nf4",
+    ),
+}
+"""The same for bases with towers that text does not reach."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import FAMILY_CASES
+from family_cases import FAMILY_CASES, MULTIMODAL_CASES
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
@@ -27,6 +27,7 @@ MakeRows = Callable[..., TokenizedRows]
 MakeTable = Callable[..., dict[str, float]]
 
 EMBEDDED = "embedded, nf4"
+CASES = FAMILY_CASES | MULTIMODAL_CASES
 LENGTHS = (5, 19, 2, 11)
 DROPOUT, RANK, ALPHA = 0.1, 4, 12
 
@@ -49,7 +50,7 @@ def open_model(name: str, folder: Path) -> Any:
         return load_base(BaseSection(model="embedded", compute_dtype="float32"))
     from transformers import AutoModelForCausalLM
 
-    config, quantization = FAMILY_CASES[name]
+    config, quantization = CASES[name]
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():  # because a new model has biases of 0 and norms of 1
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -84,9 +85,9 @@ def loss_of(model: Any, rows: TokenizedRows) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [(name, "all-linear") for name in (EMBEDDED, *FAMILY_CASES)]
-    + [(name, ["q_proj", "up_proj"]) for name in (EMBEDDED, *FAMILY_CASES) if "phi3" not in name]
-    + [(name, ["qkv_proj"]) for name in (EMBEDDED, *FAMILY_CASES) if "phi3" in name],
+    [(name, "all-linear") for name in (EMBEDDED, *CASES)]
+    + [(name, ["q_proj", "up_proj"]) for name in (EMBEDDED, *CASES) if "phi3" not in name]
+    + [(name, ["qkv_proj"]) for name in (EMBEDDED, *CASES) if "phi3" in name],
     ids=str,
 )
 def test_losses_and_gradients_are_those_of_peft(
@@ -95,8 +96,10 @@ def test_losses_and_gradients_are_those_of_peft(
     from peft import LoraConfig, get_peft_model
 
     model = open_model(name, tmp_path)
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=targets, init_lora_weights=False)
     modules = expected_modules(model, LoraSection(target_modules=targets))
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(modules), init_lora_weights=False
+    )
     decoder = Decoder(model, torch.float32, max(LENGTHS), keeps_base=True)
     groups = adapted_layers(model, modules)
     adapters = Adapters(groups, 1, RANK, torch.float32, torch.float32, torch.device("cpu"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import FAMILY_CASES
+from family_cases import FAMILY_CASES, MULTIMODAL_CASES
 from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import TrialError
@@ -26,11 +26,12 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 MakeRows = Callable[..., TokenizedRows]
 LONGEST = 64
+CASES = FAMILY_CASES | MULTIMODAL_CASES
 
 
 def open_base(name: str) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(FAMILY_CASES[name][0]), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(deepcopy(CASES[name][0]), attn_implementation="eager")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -44,7 +45,7 @@ def open_engine(base: Any, dtype: torch.dtype = torch.float32, rank: int = 16) -
 
 
 @pytest.mark.parametrize("rank", [4, 16])
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_each_family_is_the_same(name: str, rank: int, make_rows: MakeRows) -> None:
     base = open_base(name)
     engine = open_engine(base, rank=rank)
@@ -54,7 +55,7 @@ def test_each_family_is_the_same(name: str, rank: int, make_rows: MakeRows) -> N
     assert not any(module._forward_hooks for module in base.modules())
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_each_family_is_the_same_in_bfloat16(name: str, make_rows: MakeRows) -> None:
     base = open_base(name).to(torch.bfloat16)
     require_parity(base, open_engine(base, torch.bfloat16), make_rows(5, LONGEST))
