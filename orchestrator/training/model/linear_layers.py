@@ -264,8 +264,8 @@ def _without_expert(name: str) -> str:
 
 
 def _shortened(names: Iterable[str]) -> str:
-    """Return the distinct names with numbers as `*`, the first of them if there are many."""
-    distinct = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    """Return the distinct names with `*` for numbers inside them, the first of them if there are many."""
+    distinct = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
     more = f" and {len(distinct) - _MAX_NAMED} more" if len(distinct) > _MAX_NAMED else ""
     return ", ".join(distinct[:_MAX_NAMED]) + more
 
