@@ -244,7 +244,7 @@ def _called_by_text(model: Any) -> frozenset[str]:
             module.register_forward_pre_hook(lambda *_, name=name: called.add(_without_expert(name)))
         own.train()
         ids = torch.tensor([_text_ids(model)], device=model.device)
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
             own(input_ids=ids, use_cache=False)
         _called[model] = frozenset(called)
     return _called[model]
