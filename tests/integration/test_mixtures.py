@@ -22,6 +22,7 @@ SHORT = [
     "training.save_steps=2",
     "training.batch_size=2",
     "base.compute_dtype=float32",
+    "training.engine=trl",
 ]
 EXPERTS = "not adapted: 2 modules of fused experts"
 MORE_MOE = ("qwen2_moe", "granitemoe", "gpt_oss", "phimoe", "ernie4_5_moe", "jetmoe", "hunyuan_v1_moe", "afmoe")

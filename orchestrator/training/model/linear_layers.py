@@ -244,7 +244,7 @@ def _called_by_text(model: Any) -> frozenset[str]:
             module.register_forward_pre_hook(lambda *_, name=name: called.add(_without_expert(name)))
         own.train()
         ids = torch.tensor([_text_ids(model)], device=model.device)
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
             own(input_ids=ids, use_cache=False)
         _called[model] = frozenset(called)
     return _called[model]
@@ -264,8 +264,8 @@ def _without_expert(name: str) -> str:
 
 
 def _shortened(names: Iterable[str]) -> str:
-    """Return the distinct names with numbers as `*`, the first of them if there are many."""
-    distinct = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    """Return the distinct names with `*` for numbers inside them, the first of them if there are many."""
+    distinct = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
     more = f" and {len(distinct) - _MAX_NAMED} more" if len(distinct) > _MAX_NAMED else ""
     return ", ".join(distinct[:_MAX_NAMED]) + more
 

@@ -39,6 +39,7 @@ def lora_config(config: TrialConfig, modules: Collection[str], extra: ExtraTrain
         # Whole names: PEFT's own all-linear would add fused experts and routers, and a last part such as `q_proj` the
         # layers of a vision tower. From 20 names on, PEFT shortens them to the parts that are enough (0.21).
         target_modules=sorted(modules),
+        layers_to_transform=lora.layers_to_transform,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,

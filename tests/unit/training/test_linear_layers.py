@@ -133,6 +133,7 @@ def test_plain_peft_reloads_the_same_layers(family: str, trial: MakeConfig, tmp_
         ),
         ("gemma3", "15 layers that text never reaches (model.vision_tower)"),
         ("mistral3", "17 layers that text never reaches (model.vision_tower, model.multi_modal_projector)"),
+        ("mllama", "that text never reaches (model.vision_model, model.language_model.layers.1, model.multi_modal_"),
         ("qwen2_5_vl", "12 layers that text never reaches (model.visual)"),
         ("bamba", "1 layer whose weights kernels read without calling the layer (model.layers.*.mamba.out_proj)"),
     ],
