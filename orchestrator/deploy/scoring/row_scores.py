@@ -27,7 +27,7 @@ def score_rows(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: 
     model.eval()
     losses, hits, tokens = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
     lengths = [len(row["input_ids"]) for row in rows]
-    longest, limit = max(lengths), position_limit(model.config)
+    longest, limit = max(lengths, default=0), position_limit(model.config)
     if limit is not None and longest > limit and fails_beyond_limit(model):
         raise RequestError(f"a row has {longest} tokens, but the base has {limit} positions", "Leave out such rows.")
     batch_size = rows_per_pass(model.config, batch_size, longest)
