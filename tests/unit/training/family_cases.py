@@ -65,8 +65,8 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
 }
 """Name -> configuration of a small base, and its quantization."""
 
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-          "patch_size": 14}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
 
 MULTIMODAL_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     "gemma3 with a vision tower, nf4": (

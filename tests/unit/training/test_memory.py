@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.memory import MemoryOption, memory_options, predict
+from orchestrator.training.fast.plan.memory_plan import loaded_bytes
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, Layer, SavedActivations, adapted_layers
@@ -57,7 +59,8 @@ def tensors_of(model: Any) -> Iterator[torch.Tensor]:
 )
 def test_the_loaded_base(section: dict[str, Any]) -> None:
     model = load_base(BaseSection(model="embedded", **section))
-    loaded = sum(tensor.nbytes for tensor in tensors_of(model))
+    loaded = loaded_bytes(model)
+    assert loaded == pytest.approx(sum(tensor.nbytes for tensor in tensors_of(model)), rel=0.001)  # and buffers
     predicted = predicted_for(
         model, quantized=section.get("quantization") != "none", double_quant=section.get("double_quant", True)
     )
@@ -126,7 +129,7 @@ def test_activations_and_weights_of_each_family(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(FAMILY_CASES[name][0], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILY_CASES[name][0]), dtype=torch.bfloat16)
     predicted, kept = kept_by(model, recompute, tuple(BaseShape.of(model.config).linears))
     assert predicted == kept
     # Biases and norms of heads, some ten thousandths of a large base, are not counted.

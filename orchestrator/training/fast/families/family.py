@@ -115,7 +115,7 @@ class Family:
     has_float32_angles: bool = False
     """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype."""
     activation: Activation = "silu"
-    """Of the gate in the MLP."""
+    """Activation of the gate in the MLP."""
     scales_embedding: bool = False
     """Whether embeddings are multiplied by the square root of the hidden size, rounded to their dtype."""
     other_modules: frozenset[str] = frozenset({"self_attn", "mlp", "mlp.act_fn"})

@@ -24,7 +24,7 @@ class Settings:
     """The settings of a decoder. Fields that a family does not have are at values that change nothing."""
 
     kinds: tuple[LayerKind, ...]
-    """Of each layer."""
+    """The kind of each layer."""
     attention_scale: float
     """Factor of the products of queries and keys."""
     attention_softcap: float | None

@@ -34,7 +34,7 @@ class AttentionConfig:
     """(positions, rotary size). The second half of each row repeats the first. The first features of each head are
     rotated, as many as the table has; the others are not."""
     sin: torch.Tensor
-    """As `cos`."""
+    """The same for sine."""
     scale: float
     """Factor of the products of queries and keys."""
     window: int | None = None

@@ -151,7 +151,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Attention
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa, scale=config.scale)
     k, v = (heads.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for heads in (k, v))
     scores = config.softcap * torch.tanh(q @ k.mT * (config.scale / config.softcap))
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1, torch.float32).to(v.dtype) @ v
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1, wide).to(v.dtype) @ v
 
 
 def lora_down(x: torch.Tensor, adapters: Adapters, group: LayerGroup, batch: FlatBatch) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Chooses how trials are held in the memory of this process, and how many train together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -84,9 +84,7 @@ def feasible_plans(
 
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
-        return _predicted(
-            BaseShape.of(text_config(base.config)), spec, config, option, tokens, evaluation_tokens(spec, held_out)
-        )
+        return _predicted(base, spec, config, option, tokens, evaluation_tokens(spec, held_out))
 
     if too_large is not None:
         limit = predicted(too_large).total
@@ -163,10 +161,10 @@ def memory_budget() -> int:
 
 
 def _predicted(
-    shape: BaseShape, spec: EngineSpec, config: TrialConfig, option: MemoryOption, tokens: int, evaluated: int
+    base: Any, spec: EngineSpec, config: TrialConfig, option: MemoryOption, tokens: int, evaluated: int
 ) -> MemoryPrediction:
-    return predict(
-        shape,
+    predicted = predict(
+        BaseShape.of(text_config(base.config)),
         option,
         tokens,
         evaluated,
@@ -178,3 +176,16 @@ def _predicted(
         quantized=config.base.quantization != "none",
         double_quant=config.base.double_quant,
     )
+    # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
+    return replace(predicted, base=loaded_bytes(base))
+
+
+def loaded_bytes(base: Any) -> int:
+    """Return the bytes of a base's weights, with the scales of its 4-bit weights."""
+    total: int = sum(buffer.nbytes for buffer in base.buffers())
+    for parameter in base.parameters():
+        total += parameter.nbytes
+        if state := getattr(parameter, "quant_state", None):
+            scales = (state.absmax, state.state2.absmax) if state.nested else (state.absmax,)
+            total += sum(each.nbytes for each in scales)
+    return total

@@ -26,7 +26,7 @@ MAX_RANK = 8
 """Rank of the adapter, unless the engine's stack rank is smaller."""
 
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.02, 0.1)}
-"""Compute dtype -> largest relative difference of the loss, and of all gradients together.
+"""Coarsest dtype of the products -> largest relative difference of the loss, and of all gradients together.
 
 A layer computed wrongly changes the gradients by about their own size. Rounding to bfloat16 changes them by some
 hundredths (docs/log.md, 2026-11-30)."""
@@ -79,7 +79,8 @@ def _difference(base: Any, engine: Engine, rows: TokenizedRows) -> str | None:
     size = sum(float(each.square().sum()) for each in exact_gradients.values()) ** 0.5
     apart = sum(float((gradients[name] - each).square().sum()) for name, each in exact_gradients.items()) ** 0.5 / size
     _log.info("fast engine against transformers: loss apart by %.1e, gradients by %.1e", loss_apart, apart)
-    allowed_loss, allowed = TOLERANCES[base.get_input_embeddings().weight.dtype]
+    is_exact = {base.get_input_embeddings().weight.dtype, engine.adapters.compute_dtype} == {torch.float32}
+    allowed_loss, allowed = TOLERANCES[torch.float32 if is_exact else torch.bfloat16]
     if loss_apart <= allowed_loss and apart <= allowed:
         return None
     count = int(row.num_targets_per_row[0])
@@ -116,7 +117,7 @@ def _by_transformers(
         logits = base(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         loss = F.cross_entropy(logits, ids[1:], reduction="sum")
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return float(loss), dict(zip(leaves, gradients, strict=True))
+    return float(loss.detach()), dict(zip(leaves, gradients, strict=True))
 
 
 @contextmanager
