@@ -146,7 +146,7 @@ def test_losses_and_gradients_are_those_of_peft(
     (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, table)])
     loss, accuracy = scores.loss, scores.token_accuracy
     assert loss == pytest.approx(float(exact), abs=1e-5)
-    assert loss != pytest.approx(metrics.losses[0], abs=1e-3), "an evaluation has no dropout"
+    assert loss != pytest.approx(metrics.losses[0], abs=1e-4), "an evaluation has no dropout"
     ids, wanted, mask = padded(rows)
     hits = (peft(input_ids=ids, attention_mask=mask).logits.argmax(-1) == wanted).sum()
     assert accuracy == pytest.approx(int(hits) / num_targets)

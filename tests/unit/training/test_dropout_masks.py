@@ -86,7 +86,7 @@ def halved(key: int, tokens: int) -> torch.Tensor:
     """Return the mask of the first feature at dropout 0.5: (tokens,) bool."""
     table = {"key": torch.tensor([key], dtype=torch.int32), "threshold": torch.tensor([1 << 30], dtype=torch.int32)}
     nothing, positions = torch.zeros(tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
-    batch = FlatBatch(nothing, nothing, nothing, positions, nothing[:1], nothing, table, tokens)
+    batch = FlatBatch(nothing, nothing, nothing, nothing, positions, nothing[:1], nothing, table, tokens)
     return reference.dropout_mask(batch, 0, 1)[:, 0]
 
 

@@ -59,19 +59,18 @@ class BaseShape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer, separate and fused: name -> (in features, out features)."""
+        """Linear layers of one decoder layer: name -> (in features, out features)."""
         attended = self.queries * self.head_size
+        outputs = {"o_proj": (attended, self.hidden), "down_proj": (self.inner, self.hidden)}
+        if self.is_fused:
+            return {"qkv_proj": (self.hidden, self.qkv), "gate_up_proj": (self.hidden, 2 * self.inner)} | outputs
         return {
             "q_proj": (self.hidden, attended),
             "k_proj": (self.hidden, self.keys * self.head_size),
             "v_proj": (self.hidden, self.keys * self.head_size),
-            "qkv_proj": (self.hidden, self.qkv),
-            "o_proj": (attended, self.hidden),
             "gate_proj": (self.hidden, self.inner),
             "up_proj": (self.hidden, self.inner),
-            "gate_up_proj": (self.hidden, 2 * self.inner),
-            "down_proj": (self.inner, self.hidden),
-        }
+        } | outputs
 
     @property
     def num_linear_weights(self) -> int:
