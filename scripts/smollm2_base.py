@@ -101,9 +101,6 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    del (
-        model.config.unk_token_id
-    )  # a token of the tokenizer that the GGUF reader adds; not a field of this configuration
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(README.format(file=gguf.name, package=PACKAGE), encoding="utf-8")

@@ -60,6 +60,7 @@ HARMLESS_FIELDS = frozenset(
         "problem_type",
         "return_dict",
         "transformers_version",
+        "unk_token_id",
         "use_cache",
         # Left in config.json by earlier versions or other tools; transformers 5.23 reads none of them.
         "auto_map",
