@@ -79,5 +79,14 @@ MULTIMODAL_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
         ),
         "nf4",
     ),
+    "mistral3 with a vision tower": (
+        AutoConfig.for_model(
+            "mistral3",
+            text_config=config("ministral3", head_dim=16).to_dict(),
+            vision_config={"model_type": "pixtral", **VISION},
+            pad_token_id=0,
+        ),
+        "none",
+    ),
 }
 """The same for bases with towers that text does not reach."""

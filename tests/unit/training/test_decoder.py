@@ -10,7 +10,7 @@ from family_cases import FAMILY_CASES, MULTIMODAL_CASES
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from orchestrator.base import load_base
+from orchestrator.base import load_base, model_class
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.ops import reference
@@ -48,10 +48,8 @@ def seed() -> None:
 def open_model(name: str, folder: Path) -> Any:
     if name == EMBEDDED:
         return load_base(BaseSection(model="embedded", compute_dtype="float32"))
-    from transformers import AutoModelForCausalLM
-
     config, quantization = CASES[name]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model_class(config).from_config(config, attn_implementation="eager")
     for parameter in model.parameters():  # because a new model has biases of 0 and norms of 1
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)

@@ -1,11 +1,13 @@
 """Which trials the fast engine can hold: by their configuration, their base and the kernels' limits."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from family_cases import MULTIMODAL_CASES
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from orchestrator.base import model_class
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
@@ -99,6 +102,15 @@ def model_of(config: PreTrainedConfig) -> Any:
 def test_requirements_on_the_base(trial: MakeConfig, config: PreTrainedConfig, reason: str | None) -> None:
     model = model_of(config)
     assert unsupported_reason(trial(), model, LONGEST) == reason
+
+
+@pytest.mark.parametrize("name", MULTIMODAL_CASES)
+def test_the_text_decoder_of_a_multimodal_base_is_accepted(trial: MakeConfig, name: str) -> None:
+    config = deepcopy(MULTIMODAL_CASES[name][0])
+    model = model_class(config).from_config(config)
+    assert unsupported_reason(trial(), model, LONGEST) is None
+    located(model).module.layers[1].mlp.other_norm = torch.nn.RMSNorm(4)
+    assert "module mlp.other_norm in layer 1, which is not listed" in str(unsupported_reason(trial(), model, LONGEST))
 
 
 def test_a_head_with_a_bias_is_refused(trial: MakeConfig) -> None:

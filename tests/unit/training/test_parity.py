@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from family_cases import FAMILY_CASES, MULTIMODAL_CASES
-from transformers import AutoModelForCausalLM
 
+from orchestrator.base import model_class
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
@@ -31,7 +31,8 @@ CASES = FAMILY_CASES | MULTIMODAL_CASES
 
 def open_base(name: str) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(CASES[name][0]), attn_implementation="eager")
+    config = deepcopy(CASES[name][0])
+    model = model_class(config).from_config(config, attn_implementation="eager")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data += 0.2 * torch.randn_like(parameter)
