@@ -16,9 +16,10 @@ from orchestrator.training.fast.plan.memory import MemoryOption, memory_options,
 from orchestrator.training.fast.plan.memory_plan import loaded_bytes
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters
-from orchestrator.training.fast.step.decoder import Decoder, Layer, SavedActivations, adapted_layers
+from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
+from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

@@ -1,6 +1,6 @@
 """Model families that the fast engine computes, one file each: data only.
 
-To add a family, describe it in a new file and list it here. Do so only after `step/decoder.py` computes all that the
+To add a family, describe it in a new file and list it here. Do so only after `step/layer.py` computes all that the
 family's decoder layer does: the eligibility check refuses every module and configuration field that is not listed.
 """
 

@@ -3,6 +3,8 @@
 OLMo 3 has a window in most layers.
 """
 
+from dataclasses import replace
+
 from orchestrator.training.fast.families.family import USED_FIELDS, Family, LayerNorms
 
 _NORMS = LayerNorms(
@@ -22,12 +24,8 @@ OLMO2 = Family(
     used_fields=USED_FIELDS | {"attention_bias"},
 )
 
-OLMO3 = Family(
+OLMO3 = replace(
+    OLMO2,
     model_type="olmo3",
-    norms=_NORMS,
-    qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    normalizes_all_heads=True,
-    norm_weight="float32",
-    has_float32_angles=True,
-    used_fields=USED_FIELDS | {"attention_bias", "layer_types", "sliding_window"},
+    used_fields=OLMO2.used_fields | {"layer_types", "sliding_window"},
 )

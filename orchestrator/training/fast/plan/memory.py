@@ -1,6 +1,6 @@
 """Predicts the GPU memory of the fast engine from the shapes of base, adapters and batch: arithmetic alone.
 
-The formulas follow `step/decoder.py` (what a layer keeps), `step/adapters.py` (what a slot holds) and bitsandbytes' NF4
+The formulas follow `step/layer.py` (what a layer keeps), `step/adapters.py` (what a slot holds) and bitsandbytes' NF4
 layout: one scale for 64 weights; quantized again, the scales take a byte each and one float32 for 256 of them
 (arXiv 2305.14314, section 3).
 """

@@ -19,8 +19,9 @@ from orchestrator.record import RowScores
 from orchestrator.training.fast.ops.protocol import ops_for
 from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
-from orchestrator.training.fast.step.decoder import Decoder, PassInputs
+from orchestrator.training.fast.step.decoder import Decoder
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
+from orchestrator.training.fast.step.layer import PassInputs
 
 # At import: torch reads the setting when CUDA starts.
 use_expandable_segments()
