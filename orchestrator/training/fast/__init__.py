@@ -6,7 +6,7 @@ Reading order, from the numbers to the trial:
 2. `step/adapters.py`: where the LoRA matrices, gradients and optimizer moments of all slots lie in memory.
 3. `ops/protocol.py`: the operations between the matrix products of the base, with shapes and units.
 4. `ops/reference.py`: the same operations in plain PyTorch, for the CPU; `ops/triton/` has them as GPU kernels.
-5. `step/layer.py`, `step/decoder.py`: a decoder, forward and backward, from these operations, as `families/` describe it.
+5. `step/layer.py`, `step/decoder.py`: a decoder from these operations, as `families/` describe it.
 6. `step/engine.py`: steps and evaluations; on a GPU each bucket is a captured CUDA graph.
 7. `plan/`: which trials the engine can train, how much memory they need, and the cache of engines.
 8. `drive/`: the training loop of a trial and of the trials that share an engine.
