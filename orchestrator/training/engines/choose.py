@@ -47,7 +47,7 @@ def find_slot(config: TrialConfig, inputs: TrialInputs) -> EngineSlot | str | No
     if wanted != "trl" and reason is None:
         try:
             engine, plan = engine_for(inputs.base, [config], inputs.train, inputs.held_out)
-        except TrialError as error:  # not enough memory
+        except TrialError as error:  # not enough memory, or not the same as transformers
             if wanted == "fast":
                 raise
             reason = error.message

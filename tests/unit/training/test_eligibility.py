@@ -26,6 +26,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import TextModel, text_model
 from orchestrator.training.fast.plan.eligibility import (
     unknown_field,
@@ -33,6 +34,7 @@ from orchestrator.training.fast.plan.eligibility import (
     unsupported_reason,
     unsupported_shape,
 )
+from orchestrator.training.fast.step.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -67,12 +69,12 @@ def model_of(config: PreTrainedConfig) -> Any:
                 max_position_embeddings=63,
                 rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
             ),
-            "RoPE type 'dynamic' with rows of up to 64 tokens, beyond max_position_embeddings (63)",
+            "RoPE type 'dynamic' with rows of up to 64 tokens: beyond 63 the longest row changes angles",
         ),
         (Phi3Config(**SIZES, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=LONGROPE), None),
         (
             Phi3Config(**SIZES, pad_token_id=0, original_max_position_embeddings=63, rope_parameters=LONGROPE),
-            "RoPE type 'longrope' with rows of up to 64 tokens, beyond original_max_position_embeddings (63)",
+            "RoPE type 'longrope' with rows of up to 64 tokens: beyond 63 the longest row changes angles",
         ),
         (
             Ministral3Config(
@@ -84,7 +86,7 @@ def model_of(config: PreTrainedConfig) -> Any:
                     "original_max_position_embeddings": 63,
                 },
             ),
-            "llama_4_scaling_beta with rows of up to 64 tokens, beyond original_max_position_embeddings (63)",
+            "llama_4_scaling_beta with rows of up to 64 tokens: it scales queries beyond 63",
         ),
         (Gemma2Config(**SIZES, hidden_activation="silu"), "hidden_activation 'silu' (supported: 'gelu_pytorch_tanh')"),
         (
@@ -164,6 +166,36 @@ def test_requirements_on_the_trial(trial: MakeConfig, sections: dict[str, Any], 
 def small_model(model_type: str, num_layers: int = 2) -> Any:
     sizes = SIZES | {"num_hidden_layers": num_layers, "pad_token_id": 0, "head_dim": 16}
     return model_of(AutoConfig.for_model(model_type, **sizes))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "phi3": {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
+             "interpolate_factor": 1, "pad_token_id": 0},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    "gemma3_text": {"sliding_window_pattern": 6, "cache_implementation": "hybrid"},
+    "smollm3": {"pretraining_tp": 2, "max_window_layers": 28, "use_sliding_window": False},
+    "llama": {"pretraining_tp": 1, "unk_token_id": 0},
+}  # fmt: skip
+"""Fields of published configuration files that transformers does not read."""
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_configurations_are_accepted(model_type: str) -> None:
+    assert unknown_field(AutoConfig.for_model(model_type, **PUBLISHED[model_type]), FAMILIES[model_type]) is None
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "gemma3_text"])
+def test_one_rotary_embedding_beside_those_of_types_of_layers(model_type: str) -> None:
+    """transformers keeps the keys of a flat dictionary beside those that it derives for each type of layer."""
+    flat = {"rope_type": "default", "rope_theta": 1e4}
+    config = AutoConfig.for_model(model_type, **SIZES | {"pad_token_id": 0, "head_dim": 16}, rope_parameters=flat)
+    assert {kind.rope for kind in layer_kinds(config)} == set(config.layer_types)
+    Decoder(AutoModelForCausalLM.from_config(config), torch.float32, 64, keeps_base=True)
+
+
+def test_more_entries_than_layers() -> None:
+    config = AutoConfig.for_model("smollm3", **SIZES | {"pad_token_id": 0}, no_rope_layers=[0, 1, 1, 1])
+    assert [kind.is_rotated for kind in layer_kinds(config)] == [False]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -114,3 +114,56 @@ def test_a_trial_is_left_to_trl(
     assert reason == "on this base the fast engine differs from transformers"
     with pytest.raises(TrialError, match="differs from transformers"):
         choose.find_slot(trial(training={"engine": "fast"}), inputs)
+
+
+@pytest.mark.parametrize(("length", "differs"), [(128, False), (256, True)])
+def test_a_wrong_window_is_noticed_in_bfloat16(make_rows: MakeRows, length: int, differs: bool) -> None:
+    """Only rows that are longer than the window can show it."""
+    name = "gemma3_text with two rotary embeddings, nf4"
+    base = open_base(name).to(torch.bfloat16)
+    base.config.sliding_window = 10_000
+    layers = adapted_layers(base, expected_modules(base, LoraSection()))
+    adapters = Adapters(layers, 1, 8, torch.float32, torch.bfloat16, torch.device("cpu"))
+    engine = Engine(Decoder(base, torch.bfloat16, 256, keeps_base=True), adapters, "nothing", None, on_gpu=False)
+    base.config.sliding_window = 128
+    if differs:
+        with pytest.raises(TrialError, match="differs from transformers"):
+            require_parity(base, engine, make_rows(length))
+    else:
+        require_parity(base, engine, make_rows(length))
+
+
+def test_longer_rows_are_compared_again(make_rows: MakeRows) -> None:
+    """The rows of a first sweep may be shorter than a window, and those of a second longer."""
+    base = open_base("olmo3")
+    engine = open_engine(base)
+    require_parity(base, engine, make_rows(6))
+    widen_window(base)
+    require_parity(base, engine, make_rows(6))
+    with pytest.raises(TrialError, match="differs from transformers"):
+        require_parity(base, engine, make_rows(LONGEST))
+
+
+def test_little_memory(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    base = open_base("olmo3")
+    base.config.sliding_window = 40
+    engine, lengths, difference = open_engine(base), [], parity._difference
+
+    def short_of_memory(base: Any, engine: Engine, ids: Any) -> str | None:
+        lengths.append(len(ids))
+        if len(ids) > parity.TOKENS:
+            raise torch.OutOfMemoryError
+        return difference(base, engine, ids)
+
+    monkeypatch.setattr(parity, "_difference", short_of_memory)
+    require_parity(base, engine, make_rows(LONGEST))
+    assert lengths == [LONGEST, parity.TOKENS]
+    assert "compared with transformers on 48 tokens only" in caplog.text
+
+
+def test_transformers_fails(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_base("olmo2")
+    engine = open_engine(base)
+    monkeypatch.setattr(base.model.layers[0], "forward", lambda *_, **__: 1 / torch.zeros(2, 3).view(7))
+    with pytest.raises(TrialError, match="cannot be compared with transformers on this base"):
+        require_parity(base, engine, make_rows(9))

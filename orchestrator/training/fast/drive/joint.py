@@ -11,7 +11,7 @@ from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_t
 from orchestrator.training.fast.plan.factory import cached_engine, is_cached, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, too_large_error
-from orchestrator.training.fast.plan.parity import require_parity
+from orchestrator.training.fast.plan.parity import refuse_mismatch, require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
@@ -39,18 +39,20 @@ def engine_for(
         TooLargeError: the trials do not fit with any option.
         TrialError: on this base the engine differs from transformers.
     """
-    spec, longest = EngineSpec.of(base, configs, num_slots), max(train.longest, held_out.longest)
+    refuse_mismatch(base)
+    longest_rows = max(train, held_out, key=lambda rows: rows.longest)
+    spec, longest = EngineSpec.of(base, configs, num_slots), longest_rows.longest
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
     for plan in feasible_plans(base, spec, configs[0], train, held_out, too_large):
         if not on_gpu:
             engine = cached_engine(base, spec, compute, longest, plan.option, on_gpu)
-            require_parity(base, engine, train)
+            require_parity(base, engine, longest_rows)
             return engine, plan
         # Try again where other engines of the base were cached: they may have taken the memory.
         for _ in range(1 + is_cached(base)):
             sizes = pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out)
             if probed := _probed(base, spec, compute, longest, plan.option, *sizes):
-                require_parity(base, probed, train)
+                require_parity(base, probed, longest_rows)
                 return probed, replace(plan, measured=probed.peak_bytes)
             release(base)
     raise too_large_error(spec, longest)

@@ -11,7 +11,7 @@ from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_t
 from orchestrator.training.fast.plan.factory import cached_engine, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, memory_budget, too_large_error
-from orchestrator.training.fast.plan.parity import require_parity
+from orchestrator.training.fast.plan.parity import refuse_mismatch, require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.warmup import precompile
@@ -38,6 +38,7 @@ class SeparateEngines:
 
         The arguments and the error are those of `joint.engine_for`. `configs` represent all trials that may come.
         """
+        refuse_mismatch(base)
         self._base = base
         self._compute = getattr(torch, configs[0].base.compute_dtype)
         self._longest = max(train.longest, held_out.longest)
@@ -52,7 +53,8 @@ class SeparateEngines:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
-            require_parity(base, self._engine(self._slot_specs[0], 0, plan), train)
+            longest_rows = max(train, held_out, key=lambda rows: rows.longest)
+            require_parity(base, self._engine(self._slot_specs[0], 0, plan), longest_rows)
             return
         raise too_large_error(spec, self._longest)
 

@@ -114,7 +114,8 @@ class Family:
     norm_weight: Literal["plain", "float32", "plus_one"] = "plain"
     """How norms multiply by their weight w: the rounded sum by w, the float32 sum by w, or the float32 sum by 1 + w."""
     has_float32_angles: bool = False
-    """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype."""
+    """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype. The decoder reads
+    the tables of the model; this is for kernels that are compiled without one."""
     activation: Activation = "silu"
     """Activation of the gate in the MLP."""
     scales_embedding: bool = False

@@ -4,7 +4,7 @@ Both have norms before and after attention and MLP, a window in most layers, and
 and logits; Gemma 3 has norms of query and key heads, and another rotary embedding in the layers with a window.
 """
 
-from orchestrator.training.fast.families.family import FIXED_FIELDS, USED_FIELDS, Family, LayerNorms
+from orchestrator.training.fast.families.family import FIXED_FIELDS, HARMLESS_FIELDS, USED_FIELDS, Family, LayerNorms
 
 _NORMS = LayerNorms(
     before_attention="input_layernorm",
@@ -13,11 +13,16 @@ _NORMS = LayerNorms(
     after_mlp="post_feedforward_layernorm",
 )
 
-_USED_FIELDS = (
-    USED_FIELDS
-    | {"attention_bias", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"}
-    | {"sliding_window"}
-)
+_USED_FIELDS = USED_FIELDS | {
+    "attention_bias",
+    "final_logit_softcapping",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "sliding_window",
+}
+
+# Left in config.json by earlier versions. transformers 5.23 reads `hidden_activation` and `layer_types`.
+_HARMLESS_FIELDS = HARMLESS_FIELDS | {"cache_implementation", "hidden_act", "sliding_window_pattern"}
 
 _FIXED_FIELDS = {name: values for name, values in FIXED_FIELDS.items() if name != "hidden_act"} | {
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -31,8 +36,8 @@ GEMMA2 = Family(
     activation="gelu_tanh",
     scales_embedding=True,
     used_fields=_USED_FIELDS | {"attn_logit_softcapping"},
-    # `hidden_act` is left in config.json; transformers 5.23 reads `hidden_activation`.
     fixed_fields=_FIXED_FIELDS,
+    harmless_fields=_HARMLESS_FIELDS,
 )
 
 GEMMA3 = Family(
@@ -45,4 +50,5 @@ GEMMA3 = Family(
     used_fields=_USED_FIELDS,
     # transformers 5.23 does not apply `attn_logit_softcapping` here.
     fixed_fields={**_FIXED_FIELDS, "attn_logit_softcapping": ()},
+    harmless_fields=_HARMLESS_FIELDS,
 )

@@ -5,6 +5,12 @@ from orchestrator.training.fast.families.family import USED_FIELDS, Family
 GRANITE = Family(
     model_type="granite",
     used_fields=USED_FIELDS
-    | {"attention_bias", "attention_multiplier", "embedding_multiplier", "logits_scaling", "mlp_bias"}
-    | {"residual_multiplier"},
+    | {
+        "attention_bias",
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "mlp_bias",
+        "residual_multiplier",
+    },
 )

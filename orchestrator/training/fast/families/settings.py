@@ -52,16 +52,23 @@ class Settings:
 
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of a transformers configuration."""
-    count = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    types = getattr(config, "layer_types", None)
-    windows = [window] * count if types is None else [window if "sliding" in each else None for each in types]
-    ropes = types if types and "rope_type" not in config.rope_parameters else [None] * count
-    rotated = [bool(each) for each in getattr(config, "no_rope_layers", None) or [True] * count]
+    count, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is not None:
+        windows = [window if "sliding" in each else None for each in types]
+    else:
+        windows = [window if getattr(config, "use_sliding_window", True) else None] * count
+    ropes = types if types and _ropes_by_layer(config) else [None] * count
+    # It may be longer than there are layers.
+    rotated = [bool(each) for each in getattr(config, "no_rope_layers", None) or [True] * count][:count]
     return tuple(LayerKind(*each) for each in zip(windows, ropes, rotated, strict=True))
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Return the parameters of each rotary embedding of a base: one, or one for each type of layer."""
-    parameters = config.rope_parameters
-    return [parameters] if "rope_type" in parameters else list(parameters.values())
+    return _ropes_by_layer(config) or [config.rope_parameters]
+
+
+def _ropes_by_layer(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters for each type of layer, which may lie beside those of one for all; empty without types."""
+    return [each for each in config.rope_parameters.values() if isinstance(each, dict)]

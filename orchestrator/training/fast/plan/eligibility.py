@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.positions import independent_length
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
@@ -20,11 +21,9 @@ from orchestrator.training.model.targets import expected_modules
 MAX_RANK, MAX_HEAD = 256, 256
 """The largest rank and head size whose blocks fit into the shared memory of a multiprocessor."""
 
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-"""Kinds of rotary embeddings whose angles depend on nothing but the position."""
-
-ROPE_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
-"""Kinds whose angles depend on the longest row -> the field that says up to which length they do not."""
+ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "yarn"})
+"""Kinds of rotary embeddings that eligibility knows. Angles must depend on nothing but the position: see
+`positions.independent_length`."""
 
 MAX_ELEMENTS = 2**31
 """Elements of one tensor: the kernels index in 32 bits."""
@@ -77,7 +76,7 @@ def unsupported_reason_by_shape(
         if config.lora.rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
         adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
-        if max(adapter, max(longest, MAX_PASS_TOKENS) * 2 * shape.inner) >= MAX_ELEMENTS:
+        if max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, shape.qkv)) >= MAX_ELEMENTS:
             return "tensors of 2**31 elements and more"
     return None
 
@@ -99,6 +98,7 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
     reasons = (
         unknown_field(text.config, family),
         _unsupported_positions(text.config, longest),
+        _unsupported_cap(text),
         "a bias on the LM head" if model.get_output_embeddings().bias is not None else None,
         unknown_module(model, text, family),
         _unknown_linear(text, model.dtype),
@@ -174,18 +174,26 @@ def _unsupported_positions(config: Any, longest: int) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {min(kinds)!r}"
+    limit = independent_length(config)
     for rope in rope_parameters(config):
         kind = rope.get("rope_type", "default")
-        if kind not in ROPE_TYPES | ROPE_LIMITS.keys():
+        if kind not in ROPE_TYPES:
             return f"RoPE type {kind!r}"
-        limit = getattr(config, ROPE_LIMITS[kind], None) or rope.get(ROPE_LIMITS[kind]) if kind in ROPE_LIMITS else None
         if limit is not None and longest > limit:
-            return f"RoPE type {kind!r} with rows of up to {longest} tokens, beyond {ROPE_LIMITS[kind]} ({limit})"
+            return (
+                f"RoPE type {kind!r} with rows of up to {longest} tokens: beyond {limit} the longest row changes angles"
+            )
         # Queries are scaled from `original_max_position_embeddings` on (`get_llama_4_attn_scale` of transformers).
-        limit = rope.get("original_max_position_embeddings")
-        if rope.get("llama_4_scaling_beta") and limit is not None and longest > limit:
-            field = "original_max_position_embeddings"
-            return f"llama_4_scaling_beta with rows of up to {longest} tokens, beyond {field} ({limit})"
+        scaled_from = rope.get("original_max_position_embeddings")
+        if rope.get("llama_4_scaling_beta") and scaled_from is not None and longest > scaled_from:
+            return f"llama_4_scaling_beta with rows of up to {longest} tokens: it scales queries beyond {scaled_from}"
+    return None
+
+
+def _unsupported_cap(text: TextModel) -> str | None:
+    """Return why a cap of the logits is refused: Gemma 3's multimodal class does not apply it (transformers 5.23)."""
+    if text.path != "model" and getattr(text.config, "final_logit_softcapping", None) is not None:
+        return "final_logit_softcapping in a multimodal base"
     return None
 
 

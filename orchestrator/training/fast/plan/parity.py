@@ -7,6 +7,7 @@ gradients differ, and the trials are left to trl.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,65 +18,105 @@ from orchestrator.errors import TrialError
 from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.step.engine import Engine
-from orchestrator.training.fast.step.flat_batch import TABLE, Span, TokenizedRows
+from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Span, TokenizedRows
 
 TOKENS = 48
-"""Tokens of the row, unless rows are longer than a window: then as many as it takes to reach beyond the window."""
+"""Tokens whose loss is compared. The row has no others, unless rows are longer than a window: then it has twice as many
+tokens as the window, and only the last ones, which lie beyond it, have a loss. With the loss of all tokens, a wrong
+window would be lost in the rounding of the others."""
 
 MAX_RANK = 8
 """Rank of the adapter, unless the engine's stack rank is smaller."""
 
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.02, 0.1)}
-"""Coarsest dtype of the products -> largest relative difference of the loss, and of all gradients together.
+"""Coarsest dtype of the products -> largest difference of the loss, relative to itself or to one nat a token, whichever
+is more, and of all gradients together, relative to their norm.
 
 A layer computed wrongly changes the gradients by about their own size. Rounding to bfloat16 changes them by some
 hundredths (docs/log.md, 2026-11-30)."""
 
 _log = logging.getLogger(__name__)
 
-_compared: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-"""Base -> how its engine differs from transformers; None where it does not."""
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What was found on one base."""
+
+    num_tokens: int
+    """Tokens of the row."""
+    reason: str | None
+    """How the engine differs from transformers; None where it does not."""
+
+
+_compared: WeakKeyDictionary[Any, _Comparison] = WeakKeyDictionary()
+"""Base -> the last comparison."""
+
+
+def refuse_mismatch(base: Any) -> None:
+    """Do nothing unless an engine on this base was found to differ.
+
+    Raises:
+        TrialError: it was.
+    """
+    if (found := _compared.get(base)) is not None and found.reason is not None:
+        raise TrialError(found.reason, "Set training.engine to auto or trl, and report the model type as a bug.")
 
 
 def require_parity(base: Any, engine: Engine, rows: TokenizedRows) -> None:
-    """Compare an engine with transformers, unless one on the same base has been compared.
-
-    The first slot must be free. It is cleared.
+    """Compare an engine with transformers, unless one on the same base has been compared with a row as long.
 
     Args:
         base: the base without adapters.
-        engine: on that base.
-        rows: to train on. The beginning of the longest one is used.
+        engine: on that base. Its first slot must be free, and is cleared.
+        rows: to train or evaluate on. The beginning of the longest one is used.
 
     Raises:
         TrialError: loss or gradients differ by more than `TOLERANCES`.
     """
-    if base not in _compared:
+    num_tokens = _num_tokens(base, rows)
+    if base not in _compared or _compared[base].num_tokens < num_tokens:
+        ids = rows.ids(int(rows.lengths.argmax()))
         try:
-            _compared[base] = _difference(base, engine, rows)
+            reason = _difference(base, engine, ids[:num_tokens])
         except torch.OutOfMemoryError:  # transformers takes more memory than the engine
-            _log.warning(
-                "the fast engine was not compared with transformers on this base: no GPU memory is left for it"
-            )
-            _compared[base] = None
-    if reason := _compared[base]:
-        raise TrialError(reason, "Set training.engine to auto or trl, and report the model type as a bug.")
+            torch.cuda.empty_cache()
+            _log.warning("the fast engine is compared with transformers on %d tokens only: memory is short", TOKENS)
+            reason = _difference(base, engine, ids[:TOKENS])
+        finally:
+            engine.adapters.clear(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # leaves the memory to the graphs' pool
+        _compared[base] = _Comparison(num_tokens, reason)
+    refuse_mismatch(base)
 
 
-def _difference(base: Any, engine: Engine, rows: TokenizedRows) -> str | None:
-    row, rank = _row(base, rows), min(MAX_RANK, engine.adapters.rank)
+def _num_tokens(base: Any, rows: TokenizedRows) -> int:
+    """Return the length of the row to compare."""
+    windows = [kind.window for kind in layer_kinds(text_config(base.config)) if kind.window is not None]
+    return min(rows.longest, max([TOKENS, *(2 * window for window in windows if window < rows.longest)]))
+
+
+def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
+    """Return how loss or gradients of a row (tokens,) differ by more than rounding; None where they do not."""
+    row = TokenizedRows([ids], [[IGNORED] * max(0, len(ids) - TOKENS) + list(ids[-TOKENS:])])
+    rank = min(MAX_RANK, engine.adapters.rank)
     matrices = dict(engine.adapters.matrices(0, rank, engine.adapters.weights))
     generator = torch.Generator().manual_seed(0)
     for name, matrix in matrices.items():
         values = torch.randn(matrix.shape, generator=generator) / matrix.shape[1] ** 0.5
         # As after some training: the adapter adds less to a layer's output than the base does.
         matrix.copy_(values if name.endswith(".lora_A") else 0.05 * values)
+    loss, gradients = _by_engine(engine, row, rank)
     try:
-        loss, gradients = _by_engine(engine, row, rank)
         exact, exact_gradients = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
-    finally:
-        engine.adapters.clear(0)
-    loss_apart = abs(loss / exact - 1)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _log.warning("transformers cannot compute this base on rows of text alone", exc_info=True)
+        return f"the fast engine cannot be compared with transformers on this base: {error}"
+    count = int(row.num_targets_per_row[0])
+    # Of a base that predicts the row well, the loss is near zero; its rounding is not.
+    loss_apart = abs(loss - exact) / max(exact, count)
     size = sum(float(each.square().sum()) for each in exact_gradients.values()) ** 0.5
     apart = sum(float((gradients[name] - each).square().sum()) for name, each in exact_gradients.items()) ** 0.5 / size
     _log.info("fast engine against transformers: loss apart by %.1e, gradients by %.1e", loss_apart, apart)
@@ -83,19 +124,10 @@ def _difference(base: Any, engine: Engine, rows: TokenizedRows) -> str | None:
     allowed_loss, allowed = TOLERANCES[torch.float32 if is_exact else torch.bfloat16]
     if loss_apart <= allowed_loss and apart <= allowed:
         return None
-    count = int(row.num_targets_per_row[0])
     return (
         f"on this base the fast engine differs from transformers: loss {loss / count:.4f} for {exact / count:.4f}, "
         f"gradients apart by {apart:.2g} of their norm"
     )
-
-
-def _row(base: Any, rows: TokenizedRows) -> TokenizedRows:
-    """Return the beginning of the longest row as one sequence, all of whose tokens have a loss."""
-    windows = [kind.window for kind in layer_kinds(text_config(base.config)) if kind.window is not None]
-    beyond = [window + TOKENS // 2 for window in windows if window < rows.longest]
-    ids = rows.ids(int(rows.lengths.argmax()))[: max([TOKENS, *beyond])]
-    return TokenizedRows([ids], [ids])
 
 
 def _by_engine(engine: Engine, row: TokenizedRows, rank: int) -> tuple[float, Mapping[str, torch.Tensor]]:
@@ -112,10 +144,11 @@ def _by_transformers(
     """Compute the same by the base itself and autograd. The adapter's products are in `compute`."""
     device = base.get_input_embeddings().weight.device
     leaves = {name: matrix.detach().clone().requires_grad_() for name, matrix in matrices.items()}
-    ids = torch.from_numpy(row.ids(0)).to(device).long()
+    ids, targets = (torch.from_numpy(each).to(device).long() for each in (row.ids(0), row.targets(0)))
+    kept = min(len(ids), TOKENS + 1)
     with torch.enable_grad(), _adapted(base, leaves, compute):
-        logits = base(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        loss = F.cross_entropy(logits, ids[1:], reduction="sum")
+        logits = base(input_ids=ids[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:].float()
+        loss = F.cross_entropy(logits, targets[-kept:], reduction="sum", ignore_index=IGNORED)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     return float(loss.detach()), dict(zip(leaves, gradients, strict=True))
 

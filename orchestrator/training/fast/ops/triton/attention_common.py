@@ -62,7 +62,7 @@ def features_of(HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.conste
         column    0 ... ROTARY/2         ... HEAD_DIM/2            | the same in the second half
         feature   first of the rotated,  first of the others, none | second of the rotated, second of the others, none
 
-    Columns without a feature, which `mask_of` leaves out, have a number beyond the head.
+    Columns without a feature, which `mask_of` leaves out, have any number.
     """
     column = tl.arange(0, BLOCK_D)
     if ROTARY == BLOCK_D:

@@ -123,6 +123,7 @@ def cross_entropy(
         )
         if with_gradient:  # over the hidden states, which are read no more
             torch.mm(logits, lm_head.weight, out=gathered[part])
+        del logits  # before the next ones are allocated
     if not with_gradient:
         return losses, hits, None
     dhidden = hidden.new_zeros(num_tokens + 1, hidden.shape[1])
