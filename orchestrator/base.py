@@ -230,9 +230,16 @@ def _is_only_multimodal(config: Any) -> bool:
 
 
 def is_only_multimodal(base: BaseSection) -> bool:
-    """Return whether transformers has no class for the text model alone; False for a base not on this machine."""
+    """Return whether transformers has no class for the text model alone.
+
+    False for a base that is not on this machine, and for one with its own code, which is not run for this.
+    """
+    from transformers import AutoConfig
+
     file = config_file(base)
-    return file is not None and file.is_file() and _is_only_multimodal(configuration(base))
+    if file is None or not file.is_file() or base.trust_remote_code:
+        return False
+    return _is_only_multimodal(AutoConfig.from_pretrained(str(file.parent)))
 
 
 def _grow_vocabulary(model: Any, num_tokens: int) -> None:

@@ -109,13 +109,20 @@ def compute_in(model: Any, dtype: Any) -> None:
 
     kept = float32_weights(model, dtype)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in name for part in kept):
+        if parameter.is_floating_point() and not is_packed(parameter) and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype = dtype
             layer.weight.quant_state.dtype = dtype
     model.config.dtype = dtype
+
+
+def is_packed(parameter: Any) -> bool:
+    """Return whether a parameter holds packed weights of bitsandbytes, whose type may be a floating one."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    return isinstance(parameter, Int8Params | Params4bit)
 
 
 def dequantize_head(model: Any, dtype: Any) -> None:

@@ -190,8 +190,9 @@ def _load(base: BaseSection) -> str:
         imported.append("AutoModelForImageTextToText")
         name = hub_id(base.model) or "BASE_FOLDER"
         peft = "PeftModel"
+        revision = f'revision="{base.revision}", ' if base.revision else ""
         load = [
-            f'base = AutoModelForImageTextToText.from_pretrained("{name}", {given})',
+            f'base = AutoModelForImageTextToText.from_pretrained("{name}", {revision}{given})',
             'model = PeftModel.from_pretrained(base, "ID_OR_FOLDER")',
         ]
     else:

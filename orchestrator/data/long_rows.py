@@ -32,9 +32,10 @@ def load_position_limit(base: BaseSection) -> int | None:
 def note_on_max_length(data: DataSection, base: BaseSection) -> str | None:
     """Return a note if `data.max_length` allows rows beyond the base's positions; None also if they are not known.
 
-    Reads the base's config.json only, unless its limit is exceeded. RoPE scaling may then raise the limit.
+    Reads the base's config.json only, unless its limit is exceeded. RoPE scaling may then raise the limit. A base with
+    its own code is left out: that code is not run to check an experiment.
     """
-    file = config_file(base)
+    file = None if base.trust_remote_code else config_file(base)
     try:
         stated = _stated_limit(json.loads(file.read_text(encoding="utf-8"))) if file else None
     except (OSError, ValueError):

@@ -45,6 +45,7 @@ STORED = {
     "fp4": (four_bit(bnb_4bit_quant_type="fp4"), ["stored with base.quantization fp4, which is used instead of nf4"]),
     "float16": (four_bit(bnb_4bit_compute_dtype=torch.float16), ["names compute type float16"]),
     "no compute type": (four_bit(bnb_4bit_compute_dtype=None), ["names compute type float32"]),
+    "packed in bfloat16": (four_bit(bnb_4bit_quant_storage=torch.bfloat16), []),
     "4-bit head": (four_bit(llm_int8_skip_modules=["nothing"]), []),
     "int8": (BitsAndBytesConfig(load_in_8bit=True), ["stored with base.quantization int8"]),
 }

@@ -18,6 +18,9 @@ MAX_REROUTED = 0.25
 _EPSILON = 2**-8
 """Relative rounding error of bfloat16."""
 
+_SMALLEST = 2**-24
+"""Smallest positive number of float16, near which its rounding error is not relative."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -34,7 +37,7 @@ class Routing:
     @property
     def share_rerouted(self) -> float:
         """Share of the choices that differ."""
-        return self.num_rerouted / self.num_choices
+        return self.num_rerouted / max(1, self.num_choices)
 
     def __str__(self) -> str:
         return (
@@ -151,7 +154,8 @@ def _is_rounded(source: Any, exported: Any) -> bool:
     """Return whether a weight of the export is the source's, rounded; True if only one of them can be read."""
     if exported is None or exported.shape != source.shape:
         return exported is None
-    return bool(((source.float() - exported.float()).abs() <= _EPSILON * source.float().abs()).all())
+    allowed = _EPSILON * source.float().abs() + _SMALLEST
+    return bool(((source.float() - exported.float()).abs() <= allowed).all())
 
 
 def _map(change: Any, output: Any) -> Any:

@@ -4,7 +4,7 @@ Waiting requests are served in order of arrival. Active requests share each forw
 pass. Adapters share the weights of one base, but each has its own modules, thread and KV cache: a pass packs several
 requests into one row, in which PEFT cannot mix adapters.
 
-Bases with layers other than attention, such as Qwen3.5 and Mamba, cannot be batched; they answer one request at a time.
+Bases that transformers cannot batch, such as Qwen3.5, Mamba and DeepSeek-V3, answer one request at a time.
 """
 
 import asyncio
@@ -205,11 +205,9 @@ class BatchingServer(AdapterServer):
 
 
 class SingleServer(AdapterServer):
-    """Answers one request after the other, for bases whose layers keep a state that cannot be batched."""
+    """Answers one request after the other, for bases to which transformers cannot batch requests."""
 
-    note = (
-        "this base has layers other than attention, which transformers cannot batch: requests are answered one by one"
-    )
+    note = "transformers cannot batch requests to this base: they are answered one by one"
 
     def __init__(self, model: Any, form: PromptForm) -> None:
         super().__init__(model, form)
@@ -301,10 +299,13 @@ class SingleServer(AdapterServer):
 def can_batch(model: Any) -> bool:
     """Return whether transformers can batch requests to a model: all its layers are full or sliding attention.
 
-    Others raise an error while the cache is made (5.23, `continuous_batching/cache.py`).
+    Others raise an error while the cache is made (5.23, `continuous_batching/cache.py`), and so does attention with
+    compressed keys and values (DeepSeek-V3).
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return kinds <= {"full_attention", "sliding_attention"} and not keeps_state(model)
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    is_compressed = getattr(config, "kv_lora_rank", None) is not None
+    return kinds <= {"full_attention", "sliding_attention"} and not is_compressed and not keeps_state(model)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ class Attempt:
             self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
         if left_out := left_out_warning(base, config.lora):
-            self._reporter.warn(left_out)
+            self._write_queue.do(partial(self._reporter.warn, left_out))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)

@@ -24,7 +24,8 @@ def check_targets(spec: SweepSpec) -> None:
     known: dict[BaseSection, LinearLayers] = {}
     for config in spec.samples():
         base = config.base
-        if _model_type(base) not in PEFT_REFUSES:
+        # A base's own code is not run to check an experiment; the trial checks its layers.
+        if base.trust_remote_code or _model_type(base) not in PEFT_REFUSES:
             continue
         if base not in known:
             known[base] = _layers_of(base)
@@ -36,8 +37,6 @@ def check_targets(spec: SweepSpec) -> None:
 
 def _model_type(base: BaseSection) -> str | None:
     """Return the family of a base, from its configuration; None if that is not on this machine."""
-    if base.model == "embedded":  # `config_file` would import the hub's library
-        return None
     file = config_file(base)
     if file is None or not file.is_file():
         return None
@@ -56,7 +55,7 @@ def _layers_of(base: BaseSection) -> LinearLayers:
 
     file = config_file(base)
     assert file is not None
-    config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=base.trust_remote_code)
+    config = AutoConfig.from_pretrained(str(file.parent))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config)
     return linear_layers(model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.base import new_token_ids
+from orchestrator.base_weights import is_packed
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
@@ -177,7 +178,7 @@ def _expected_saved_modules(model: Any, config: TrialConfig) -> dict[str, int]:
             raise TrialError(f"lora.modules_to_save: this base has no {each!r}; it has {', '.join(leaves)}")
     shared = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in found.items():
-        if any(not parameter.is_floating_point() for parameter in module.parameters()):
+        if any(not each.is_floating_point() or is_packed(each) for each in module.parameters()):
             raise TrialError(
                 f"lora.modules_to_save: {name} is stored as {config.base.quantization}, which cannot train in full",
                 "Adapt it (lora.target_modules), or set base.quantization: none.",

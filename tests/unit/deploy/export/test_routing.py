@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export.export import export
 from orchestrator.deploy.export.parity import ROUNDED, Parity, ask, measure_parity
-from orchestrator.deploy.export.routing import MAX_REROUTED, RouterRecord, Routing
+from orchestrator.deploy.export.routing import MAX_REROUTED, RouterRecord, Routing, _is_rounded
 from orchestrator.errors import ExportError
 from orchestrator.spec.sections import BaseSection
 
@@ -166,3 +166,13 @@ def test_an_export_of_a_base_with_experts(tmp_path: Path, rows: Path) -> None:
     done = export(ref, tmp_path / "out", "merged", data=rows, say=lines.append)
     assert done.parity.routing is not None
     assert any("choices of experts differ" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_of_a_router(dtype: torch.dtype) -> None:
+    """float16 rounds small weights by more than a fraction of themselves."""
+    weight = 0.02 * torch.randn(128, 2048, generator=torch.Generator().manual_seed(0))
+    assert _is_rounded(weight, weight.to(dtype))
+    changed = weight.clone()
+    changed[0, 0] += 0.001
+    assert not _is_rounded(weight, changed.to(dtype))
