@@ -1,6 +1,6 @@
 """Run the commands and the Python code of the README and the guide, in the order of the pages.
 
-`sh` blocks are not run: they need make, a cluster, a server or a hub.
+`sh` and `py` blocks are not run: they need make, a cluster, a server or a hub.
 """
 
 import os
