@@ -103,8 +103,8 @@ class LinearLayers:
         return list(dict.fromkeys(next(each for each in _prefixes(name) if each not in shared) for name in names))
 
 
-_called: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
-"""Base -> what `_called_by_text` returned for it."""
+_found: WeakKeyDictionary[Any, LinearLayers] = WeakKeyDictionary()
+"""Base -> its linear layers, which each trial asks for several times."""
 
 
 def last_part(name: str) -> str:
@@ -114,6 +114,12 @@ def last_part(name: str) -> str:
 
 def linear_layers(model: Any) -> LinearLayers:
     """Return the linear layers of a bare base. The first call for a base may run a forward pass of four tokens."""
+    if model not in _found:
+        _found[model] = _find(model)
+    return _found[model]
+
+
+def _find(model: Any) -> LinearLayers:
     from torch.nn import Linear
 
     head = model.get_output_embeddings()
@@ -238,16 +244,14 @@ def _called_by_text(model: Any) -> frozenset[str]:
 
     from orchestrator.base import share_modules
 
-    if model not in _called:
-        own, called = share_modules(model), set()
-        for name, module in own.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: called.add(_without_expert(name)))
-        own.train()
-        ids = torch.tensor([_text_ids(model)], device=model.device)
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-            own(input_ids=ids, use_cache=False)
-        _called[model] = frozenset(called)
-    return _called[model]
+    own, called = share_modules(model), set()
+    for name, module in own.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(_without_expert(name)))
+    own.train()
+    ids = torch.tensor([_text_ids(model)], device=model.device)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+        own(input_ids=ids, use_cache=False)
+    return frozenset(called)
 
 
 def _text_ids(model: Any) -> list[int]:

@@ -82,9 +82,13 @@ def feasible_plans(
         whole = max(option.max_tokens for option in options)
         options = [option for option in options if option.max_tokens == whole]
 
+    # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
+    shape, base_bytes = BaseShape.of(text_config(base.config)), loaded_bytes(base)
+
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
-        return _predicted(base, spec, config, option, tokens, evaluation_tokens(spec, held_out))
+        prediction = _predicted(shape, spec, config, option, tokens, evaluation_tokens(spec, held_out))
+        return replace(prediction, base=base_bytes)
 
     if too_large is not None:
         limit = predicted(too_large).total
@@ -161,10 +165,10 @@ def memory_budget() -> int:
 
 
 def _predicted(
-    base: Any, spec: EngineSpec, config: TrialConfig, option: MemoryOption, tokens: int, evaluated: int
+    shape: BaseShape, spec: EngineSpec, config: TrialConfig, option: MemoryOption, tokens: int, evaluated: int
 ) -> MemoryPrediction:
-    predicted = predict(
-        BaseShape.of(text_config(base.config)),
+    return predict(
+        shape,
         option,
         tokens,
         evaluated,
@@ -176,8 +180,6 @@ def _predicted(
         quantized=config.base.quantization != "none",
         double_quant=config.base.double_quant,
     )
-    # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
-    return replace(predicted, base=loaded_bytes(base))
 
 
 def loaded_bytes(base: Any) -> int:
