@@ -173,9 +173,10 @@ def model_type(base: BaseSection) -> str | None:
     if file is None or not file.is_file():
         return None
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # transformers reports it
         return None
+    kind = document.get("model_type") if isinstance(document, dict) else None
     return kind if isinstance(kind, str) else None
 
 

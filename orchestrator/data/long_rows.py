@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.base_folder import base_location, config_file
+from orchestrator.base import configuration
+from orchestrator.base_folder import config_file
 from orchestrator.positions import position_limit
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -18,15 +19,10 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 def load_position_limit(base: BaseSection) -> int | None:
     """Return the number of positions that a base was made for (`positions.position_limit`); None if it is not known."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(
-            base_location(base), revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        return position_limit(configuration(base))
     except (OSError, ValueError):  # reported where the base is loaded
         return None
-    return position_limit(config)
 
 
 def note_on_max_length(data: DataSection, base: BaseSection) -> str | None:

@@ -123,8 +123,10 @@ def _beyond(shown: DataPreview) -> list[str]:
     if not shown.beyond or shown.positions is None:
         return []
     num_rows, longest = shown.num_train + shown.num_held_out, max(place.num_tokens for place in shown.beyond)
-    told = describe_long_rows(len(shown.beyond), num_rows, min(longest, shown.max_length), shown.positions, shown.base)
-    lines = [f"warning: {told}; it was not trained on such rows. {NOT_READ}. {REMEDY}"]
+    sentence = describe_long_rows(
+        len(shown.beyond), num_rows, min(longest, shown.max_length), shown.positions, shown.base
+    )
+    lines = [f"warning: {sentence}; it was not trained on such rows. {NOT_READ}. {REMEDY}"]
     return lines + _named(shown.beyond, "beyond the positions of the base")
 
 

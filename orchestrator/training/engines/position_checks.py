@@ -29,10 +29,10 @@ def check_positions(config: TrialConfig, inputs: TrialInputs) -> list[str]:
         lengths = np.concatenate([_lengths(inputs.train), _lengths(inputs.held_out)])
         longest = int(lengths.max())
         if limit is not None and longest > limit:
-            told = describe_long_rows(int((lengths > limit).sum()), len(lengths), longest, limit, name)
+            sentence = describe_long_rows(int((lengths > limit).sum()), len(lengths), longest, limit, name)
             if fails_beyond_limit(base):
-                raise TrialError(f"data.max_length={config.data.max_length}: {told}, and fails on them", REMEDY)
-            warnings.append(f"data.max_length={config.data.max_length}: {told}; it was not trained on such rows")
+                raise TrialError(f"data.max_length={config.data.max_length}: {sentence}, and fails on them", REMEDY)
+            warnings.append(f"data.max_length={config.data.max_length}: {sentence}; it was not trained on such rows")
         if independent is not None and longest > independent:
             warnings.append(
                 f"base.model {name}: in a batch with a row of more than {independent} tokens, the longest row changes "

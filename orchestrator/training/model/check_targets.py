@@ -3,10 +3,7 @@
 The module is cheap to import, and does nothing for bases of other families than `PEFT_REFUSES`.
 """
 
-import json
-from collections.abc import Mapping
-
-from orchestrator.base_folder import config_file
+from orchestrator.base_folder import config_file, model_type
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing
 from orchestrator.spec import SweepSpec
@@ -21,34 +18,26 @@ def check_targets(spec: SweepSpec) -> None:
     Raises:
         RequestError: it does not; the remedy is a list that it adapts.
     """
-    known: dict[BaseSection, LinearLayers] = {}
+    known: dict[BaseSection, LinearLayers | None] = {}
     for config in spec.samples():
         base = config.base
-        # A base's own code is not run to check an experiment; the trial checks its layers.
-        if base.trust_remote_code or _model_type(base) not in PEFT_REFUSES:
-            continue
         if base not in known:
-            known[base] = _layers_of(base)
+            known[base] = _layers_to_check(base)
+        if (layers := known[base]) is None:
+            continue
         try:
-            require_adaptable(known[base], config.lora)
+            require_adaptable(layers, config.lora)
         except TrialError as error:
             raise RequestError(f"{error.message} of base.model {base.model}", error.remedy) from error
 
 
-def _model_type(base: BaseSection) -> str | None:
-    """Return the family of a base, from its configuration; None if that is not on this machine."""
-    file = config_file(base)
-    if file is None or not file.is_file():
-        return None
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # loading the base will say so
-        return None
-    return document.get("model_type") if isinstance(document, Mapping) else None
+def _layers_to_check(base: BaseSection) -> LinearLayers | None:
+    """Return the linear layers of a base from its configuration alone; None where PEFT refuses none of them.
 
-
-def _layers_of(base: BaseSection) -> LinearLayers:
-    """Return the linear layers of a base from its configuration alone."""
+    A base's own code is not run to check an experiment; the trial checks its layers.
+    """
+    if base.trust_remote_code or model_type(base) not in PEFT_REFUSES:
+        return None
     with importing():
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -57,5 +46,4 @@ def _layers_of(base: BaseSection) -> LinearLayers:
     assert file is not None
     config = AutoConfig.from_pretrained(str(file.parent))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return linear_layers(model)
+        return linear_layers(AutoModelForCausalLM.from_config(config))

@@ -27,7 +27,7 @@ from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import layer_kinds
-from orchestrator.training.fast.families.text_model import TextModel, text_model
+from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.plan.eligibility import (
     unknown_field,
     unknown_module,
@@ -111,7 +111,7 @@ def test_the_text_decoder_of_a_multimodal_base_is_accepted(trial: MakeConfig, na
     config = deepcopy(MULTIMODAL_CASES[name][0])
     model = model_class(config).from_config(config)
     assert unsupported_reason(trial(), model, LONGEST) is None
-    located(model).module.layers[1].mlp.other_norm = torch.nn.RMSNorm(4)
+    text_model(model).module.layers[1].mlp.other_norm = torch.nn.RMSNorm(4)
     assert "module mlp.other_norm in layer 1, which is not listed" in str(unsupported_reason(trial(), model, LONGEST))
 
 
@@ -219,12 +219,6 @@ def test_leftovers_in_config_files_are_accepted() -> None:
     assert unsupported_shape(model_of(config), LONGEST) is None
 
 
-def located(model: Any) -> TextModel:
-    text = text_model(model)
-    assert text is not None
-    return text
-
-
 class WithoutModule(Family):
     """A family that does not list one of its layers' modules."""
 
@@ -242,14 +236,14 @@ def test_every_listed_module_is_needed(model_type: str) -> None:
     """Without its entry in the family, a module is unknown; without the module, the model is incomplete."""
     family, model = FAMILIES[model_type], small_model(model_type)
     for name in family.layer_modules:
-        assert unknown_module(model, located(model), WithoutModule(family, name)) == (
+        assert unknown_module(model, text_model(model), WithoutModule(family, name)) == (
             f"module {name} in layer 0, which is not listed for model type {model_type!r}"
         )
         longer = replace(family, other_modules=family.other_modules | {f"{name}_more"})
-        assert unknown_module(model, located(model), longer) == f"layer 0 without module {name}_more"
+        assert unknown_module(model, text_model(model), longer) == f"layer 0 without module {name}_more"
     for name in family.model_modules:
         shorter = replace(family, model_modules=family.model_modules - {name})
-        assert unknown_module(model, located(model), shorter) == (
+        assert unknown_module(model, text_model(model), shorter) == (
             f"module {name} in the model, which is not listed for model type {model_type!r}"
         )
 

@@ -40,19 +40,18 @@ def engine_for(
         TrialError: on this base the engine differs from transformers.
     """
     refuse_mismatch(base)
-    longest_rows = max(train, held_out, key=lambda rows: rows.longest)
-    spec, longest = EngineSpec.of(base, configs, num_slots), longest_rows.longest
+    spec, longest = EngineSpec.of(base, configs, num_slots), max(train.longest, held_out.longest)
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
     for plan in feasible_plans(base, spec, configs[0], train, held_out, too_large):
         if not on_gpu:
             engine = cached_engine(base, spec, compute, longest, plan.option, on_gpu)
-            require_parity(base, engine, longest_rows)
+            require_parity(base, engine, train, held_out)
             return engine, plan
         # Try again where other engines of the base were cached: they may have taken the memory.
         for _ in range(1 + is_cached(base)):
             sizes = pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out)
             if probed := _probed(base, spec, compute, longest, plan.option, *sizes):
-                require_parity(base, probed, longest_rows)
+                require_parity(base, probed, train, held_out)
                 return probed, replace(plan, measured=probed.peak_bytes)
             release(base)
     raise too_large_error(spec, longest)

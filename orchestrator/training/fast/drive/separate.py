@@ -53,8 +53,7 @@ class SeparateEngines:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
-            longest_rows = max(train, held_out, key=lambda rows: rows.longest)
-            require_parity(base, self._engine(self._slot_specs[0], 0, plan), longest_rows)
+            require_parity(base, self._engine(self._slot_specs[0], 0, plan), train, held_out)
             return
         raise too_large_error(spec, self._longest)
 

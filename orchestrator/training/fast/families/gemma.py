@@ -4,6 +4,8 @@ Both have norms before and after attention and MLP, a window in most layers, and
 and logits; Gemma 3 has norms of query and key heads, and another rotary embedding in the layers with a window.
 """
 
+from dataclasses import replace
+
 from orchestrator.training.fast.families.family import FIXED_FIELDS, HARMLESS_FIELDS, USED_FIELDS, Family, LayerNorms
 
 _NORMS = LayerNorms(
@@ -40,15 +42,11 @@ GEMMA2 = Family(
     harmless_fields=_HARMLESS_FIELDS,
 )
 
-GEMMA3 = Family(
+GEMMA3 = replace(
+    GEMMA2,
     model_type="gemma3_text",
-    norms=_NORMS,
     qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    norm_weight="plus_one",
-    activation="gelu_tanh",
-    scales_embedding=True,
     used_fields=_USED_FIELDS,
     # transformers 5.23 does not apply `attn_logit_softcapping` here.
     fixed_fields={**_FIXED_FIELDS, "attn_logit_softcapping": ()},
-    harmless_fields=_HARMLESS_FIELDS,
 )

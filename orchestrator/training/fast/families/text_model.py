@@ -18,7 +18,14 @@ class TextModel:
     """The part of the base's configuration that describes it."""
 
 
-def text_model(base: Any) -> TextModel | None:
+def text_model(base: Any) -> TextModel:
+    """Return the text decoder of a base that eligibility has accepted."""
+    found = find_text_model(base)
+    assert found is not None
+    return found
+
+
+def find_text_model(base: Any) -> TextModel | None:
     """Return the text decoder of a base; None where its modules have other names."""
     config = text_config(base.config)
     for path in _PATHS:

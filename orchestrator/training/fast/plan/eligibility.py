@@ -11,7 +11,7 @@ from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import rope_parameters
-from orchestrator.training.fast.families.text_model import TextModel, text_config, text_model
+from orchestrator.training.fast.families.text_model import TextModel, find_text_model, text_config, text_model
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import padded_rank
@@ -43,7 +43,6 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     if reason := unsupported_shape(base, longest):
         return reason
     text = text_model(base)
-    assert text is not None  # `unsupported_shape` has seen to that
     known = {name for names in FAMILIES[text.config.model_type].groups for name in names}
     if others := sorted({name.rpartition(".")[2] for name in modules if not name.endswith(tuple(known))}):
         return f"an adapter on {', '.join(others)}"
@@ -90,7 +89,7 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
     """
     if not type(model).__module__.startswith("transformers.models."):
         return "a model with custom code"
-    text = text_model(model)
+    text = find_text_model(model)
     model_type = text_config(model.config).model_type
     family = FAMILIES.get(model_type)
     if family is None or text is None:

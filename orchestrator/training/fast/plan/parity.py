@@ -62,17 +62,18 @@ def refuse_mismatch(base: Any) -> None:
         raise TrialError(found.reason, "Set training.engine to auto or trl, and report the model type as a bug.")
 
 
-def require_parity(base: Any, engine: Engine, rows: TokenizedRows) -> None:
+def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     """Compare an engine with transformers, unless one on the same base has been compared with a row as long.
 
     Args:
         base: the base without adapters.
         engine: on that base. Its first slot must be free, and is cleared.
-        rows: to train or evaluate on. The beginning of the longest one is used.
+        data: rows to train and to evaluate on. The beginning of the longest one is used.
 
     Raises:
         TrialError: loss or gradients differ by more than `TOLERANCES`.
     """
+    rows = max(data, key=lambda each: each.longest)
     num_tokens = _num_tokens(base, rows)
     if base not in _compared or _compared[base].num_tokens < num_tokens:
         ids = rows.ids(int(rows.lengths.argmax()))

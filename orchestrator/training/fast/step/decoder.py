@@ -24,7 +24,6 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer
         names: modules to adapt, by their full names.
     """
     text = text_model(model)
-    assert text is not None  # eligibility has seen to that
     family = FAMILIES[text.config.model_type]
     groups, module_id = [], 0
     for index, layer in enumerate(text.module.layers):
@@ -53,7 +52,6 @@ class Decoder:
             keeps_base: whether to keep the dequantized weights, instead of dequantizing at each use.
         """
         text = text_model(model)
-        assert text is not None  # eligibility has seen to that
         inner, config = text.module, text.config
         family = FAMILIES[config.model_type]
         settings, epsilon = Settings.of(config, family), config.rms_norm_eps

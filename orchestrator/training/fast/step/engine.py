@@ -127,11 +127,8 @@ class Engine:
     def step_once(self, span: Span) -> StepMetrics:
         """Make a step without a CUDA graph, for a batch of a size that does not come again."""
         shape = self._bucket_shape([[span]])
-        if not self._on_gpu:
-            return self._run([span], shape, trains=True).read()
-        bucket = _Bucket(shape, self.adapters.weights.device)
-        bucket.upload([span])
-        return bucket.download(self._compute(bucket.batch, trains=True)).read()
+        run = self._run_once if self._on_gpu else self._run
+        return run([span], shape, True).read()
 
     def probe(self, tokens: int, evaluation_tokens: int) -> None:
         """Run an empty step and an empty evaluation of these sizes, unless larger ones have run.
@@ -150,9 +147,7 @@ class Engine:
         torch.cuda.reset_peak_memory_stats()
         self.compile(tokens, evaluation_tokens)
         for shape, trains in self._probe_shapes(tokens, evaluation_tokens):
-            bucket = _Bucket(shape, self.adapters.weights.device)
-            bucket.upload([])
-            bucket.download(self._compute(bucket.batch, trains)).values()
+            self._run_once([], shape, trains).values()
         self._probed = max(tokens, self._probed[0]), max(evaluation_tokens, self._probed[1])
         self.peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()  # leaves the memory to the graphs' pool
@@ -280,6 +275,12 @@ class Engine:
             bucket.graph, bucket.values = self._capture(bucket.batch, trains)
         bucket.graph.replay()
         return bucket.download(bucket.values)
+
+    def _run_once(self, spans: Sequence[Span], shape: BucketShape, trains: bool) -> Pending:
+        """Make one pass on a GPU in a bucket that is not kept."""
+        bucket = _Bucket(shape, self.adapters.weights.device)
+        bucket.upload(spans)
+        return bucket.download(self._compute(bucket.batch, trains))
 
     def _capture(self, batch: FlatBatch, trains: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Capture a pass while the device works on. `torch.cuda.graph` would wait for the device first."""
