@@ -62,6 +62,14 @@ def test_each_family_is_the_same_in_bfloat16(name: str, make_rows: MakeRows) -> 
     require_parity(base, open_engine(base, torch.bfloat16), make_rows(5, LONGEST))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_rounding_is_measured_on_the_base(name: str, make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deep random bases change rounding into differences beyond any fixed bound: 0.15 at the shape of Phi-4."""
+    monkeypatch.setitem(parity.TOLERANCES, torch.bfloat16, (0.02, 0.0))
+    base = open_base(name).to(torch.bfloat16)
+    require_parity(base, open_engine(base, torch.bfloat16), make_rows(5, LONGEST))
+
+
 def scale_attention(base: Any) -> None:
     base.model.layers[1].self_attn.scaling *= 2
 
