@@ -61,6 +61,31 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
         "none",
     ),
     "olmo2": (config("olmo2"), "none"),
+    "olmoe": (config("olmoe", num_experts=5, num_experts_per_tok=2), "none"),
+    "mixtral with a window": (
+        config("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+        "none",
+    ),
+    "qwen3_moe": (
+        config("qwen3_moe", head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32),
+        "none",
+    ),
+    "qwen3_moe with one layer without experts": (
+        config(
+            "qwen3_moe",
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+        ),
+        "none",
+    ),
+    "gpt_oss with a window": (
+        config("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **WINDOW),
+        "none",
+    ),
     "olmo3": (config("olmo3", **WINDOW), "none"),
 }
 """Name -> configuration of a small base, and its quantization."""

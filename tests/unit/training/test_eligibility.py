@@ -226,21 +226,20 @@ class WithoutModule(Family):
         super().__init__(**vars(family))
         object.__setattr__(self, "name", name)
 
-    @property
-    def layer_modules(self) -> frozenset[str]:
-        return super().layer_modules - {vars(self)["name"]}
+    def layer_modules(self, layer: Any) -> frozenset[str]:
+        return super().layer_modules(layer) - {vars(self)["name"]}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_listed_module_is_needed(model_type: str) -> None:
     """Without its entry in the family, a module is unknown; without the module, the model is incomplete."""
     family, model = FAMILIES[model_type], small_model(model_type)
-    for name in family.layer_modules:
+    for name in family.layer_modules(model.model.layers[0]):
         assert unknown_module(model, text_model(model), WithoutModule(family, name)) == (
             f"module {name} in layer 0, which is not listed for model type {model_type!r}"
         )
-        longer = replace(family, other_modules=family.other_modules | {f"{name}_more"})
-        assert unknown_module(model, text_model(model), longer) == f"layer 0 without module {name}_more"
+        longer = replace(family, other_modules=family.other_modules | {"self_attn.more"})
+        assert unknown_module(model, text_model(model), longer) == "layer 0 without module self_attn.more"
     for name in family.model_modules:
         shorter = replace(family, model_modules=family.model_modules - {name})
         assert unknown_module(model, text_model(model), shorter) == (
@@ -320,4 +319,5 @@ def test_shapes_are_those_of_the_model(model_type: str) -> None:
     }
     shape = BaseShape.of(model.config)
     assert shape.linears == linears
-    assert shape.num_linear_weights == sum(i * o for i, o in linears.values())
+    experts = [each for each in model.model.layers[0].parameters() if each.ndim == 3]
+    assert shape.num_linear_weights == sum(i * o for i, o in linears.values()) + sum(each.numel() for each in experts)

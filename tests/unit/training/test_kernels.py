@@ -55,9 +55,11 @@ def test_add_norm_backward(residual: bool, wide: bool) -> None:
     assert ours.dtype == exact.dtype
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "clamped_silu"])
 def test_glu_and_its_backward(activation: Any) -> None:
     gate_up, gradient = random(5, 2 * 1100), random(5, 1100)
+    if activation == "clamped_silu":
+        gate_up *= 6  # some are beyond the limit
     assert_close(kernels.glu(gate_up, activation), reference.glu(gate_up, activation))
     exact = reference.glu_backward(gradient, gate_up, activation)
     assert_close(kernels.glu_backward(gradient, gate_up, activation), exact)
@@ -103,6 +105,8 @@ CONFIGS = {
     "heads of 96, a window": make_config(6, 2, 96, window=30),
     "heads of 128": make_config(2, 1, 128),
     "heads of 256, a window": make_config(4, 2, 256, window=30),
+    "sinks": make_config(6, 2, 32),
+    "sinks, a window": make_config(2, 1, 64, window=11),
 }
 
 
@@ -114,8 +118,9 @@ def test_attention_and_its_backward(make: Callable[[], FlatBatch], name: str) ->
     heads = config.num_heads + 2 * config.num_kv_heads
     qkv = random(batch.num_tokens, heads * config.head_dim)
     gradient = random(batch.num_tokens, config.num_heads * config.head_dim)
-    output, saved = kernels.attention(qkv.clone(), batch, config)
-    exact, reference_saved = reference.attention(qkv.float(), batch, wide)
+    sinks = random(config.num_heads) if "sinks" in name else None
+    output, saved = kernels.attention(qkv.clone(), batch, config, sinks)
+    exact, reference_saved = reference.attention(qkv.float(), batch, wide, sinks)
     assert_close(output, exact)
     dqkv = kernels.attention_backward(gradient, saved, batch, config)
     assert_close(dqkv, reference.attention_backward(gradient.float(), reference_saved, batch, wide))

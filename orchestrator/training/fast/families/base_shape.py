@@ -30,6 +30,11 @@ class BaseShape:
     """Norms after attention and MLP in a layer."""
     qk_norms: int = 0
     """Norms of the queries and keys of one token in a layer."""
+    experts: int = 0
+    """Experts in a layer, in place of the MLP; 0 where there are none."""
+    experts_per_token: int = 0
+    expert_inner: int = 0
+    """Features between the layers of an expert."""
 
     @classmethod
     def of(cls, config: Any) -> "BaseShape":
@@ -50,6 +55,7 @@ class BaseShape:
             norms_before=sum(name is not None for name in (norms.before_attention, norms.before_mlp)),
             norms_after=sum(name is not None for name in (norms.after_attention, norms.after_mlp)),
             qk_norms=0 if family.qk_norms is None else 2 if family.normalizes_all_heads else heads,
+            **({} if family.experts is None else _experts(config)),
         )
 
     @property
@@ -59,21 +65,44 @@ class BaseShape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer: name -> (in features, out features)."""
+        """Linear layers of one decoder layer that may have adapters: name -> (in features, out features).
+
+        Beside experts, PEFT 0.21 takes those of an MLP by their names for experts: they have none.
+        """
         attended = self.queries * self.head_size
-        outputs = {"o_proj": (attended, self.hidden), "down_proj": (self.inner, self.hidden)}
+        outputs = {"o_proj": (attended, self.hidden)}
+        mlp = {} if self.experts else dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.inner))
+        if not self.experts:
+            outputs["down_proj"] = self.inner, self.hidden
         if self.is_fused:
             return {"qkv_proj": (self.hidden, self.qkv), "gate_up_proj": (self.hidden, 2 * self.inner)} | outputs
-        return {
-            "q_proj": (self.hidden, attended),
-            "k_proj": (self.hidden, self.keys * self.head_size),
-            "v_proj": (self.hidden, self.keys * self.head_size),
-            "gate_proj": (self.hidden, self.inner),
-            "up_proj": (self.hidden, self.inner),
-        } | outputs
+        return (
+            {
+                "q_proj": (self.hidden, attended),
+                "k_proj": (self.hidden, self.keys * self.head_size),
+                "v_proj": (self.hidden, self.keys * self.head_size),
+            }
+            | mlp
+            | outputs
+        )
+
+    @property
+    def mlp_features(self) -> int:
+        """Features of a token between the layers of its MLP, or of all its experts."""
+        return self.experts_per_token * self.expert_inner if self.experts else self.inner
 
     @property
     def num_linear_weights(self) -> int:
-        """Number of weights in the linear layers of all decoder layers."""
+        """Number of weights in the linear layers and the experts of all decoder layers."""
         attention = self.hidden * self.qkv + self.queries * self.head_size * self.hidden
-        return self.layers * (attention + 3 * self.hidden * self.inner)
+        inner = self.experts * self.expert_inner if self.experts else self.inner
+        return self.layers * (attention + 3 * self.hidden * inner)
+
+
+def _experts(config: Any) -> dict[str, int]:
+    """Return the fields of `BaseShape` that describe experts, which all layers are taken to have."""
+    return {
+        "experts": getattr(config, "num_local_experts", None) or config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "expert_inner": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+    }

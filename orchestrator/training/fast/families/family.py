@@ -34,6 +34,8 @@ USED_FIELDS = frozenset(
     }
 )
 
+EXPERT_FIELDS = frozenset({"num_experts", "num_experts_per_tok", "num_local_experts"})
+
 FIXED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "hidden_act": ("silu",),
@@ -78,8 +80,11 @@ HARMLESS_FIELDS = frozenset(
     }
 )
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Activation of the gate in a layer's MLP. "gelu_tanh" is the approximation by tanh (arXiv 1606.08415)."""
+Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+"""Activation of the gate in a layer's MLP. "gelu_tanh" is the approximation by tanh (arXiv 1606.08415).
+
+"clamped_silu" is that of gpt-oss: gates and ups alternate; gates are at most 7, ups between -7 and 7; the result is
+gate * sigmoid(1.702 gate) * (up + 1)."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,38 @@ class LayerNorms:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Names of the router and the experts in a decoder layer, and how experts are chosen and stored.
+
+    The matrices of all experts are one parameter: gate and up together `gate_up_proj`, and `down_proj`.
+    """
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    other_modules: frozenset[str] = frozenset({"mlp", "mlp.experts.act_fn"})
+    """Other submodules of a layer's MLP."""
+    scores: Literal["all", "chosen"] = "all"
+    """Whether scores are the softmax over all experts, or over the logits of those that are chosen. Where all scores
+    of chosen experts are divided by their sum (`Settings.normalizes_scores`), both are the same but for rounding."""
+    is_transposed: bool = False
+    """Whether a matrix is (in, out) rather than (out, in)."""
+    has_biases: bool = False
+    """Whether router and experts have biases."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Submodules of the MLP, by their names in the layer."""
+        return self.other_modules | {self.router, self.experts}
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Parameters of router and experts other than `weight`, by their names in the layer."""
+        names = {f"{self.experts}.gate_up_proj", f"{self.experts}.down_proj"}
+        biases = {f"{name}_bias" for name in names} | {f"{self.router}.bias"}
+        return frozenset(names | biases if self.has_biases else names)
+
+
+@dataclass(frozen=True)
 class Family:
     """Describes a model family: what its decoder computes, and what the fast engine understands of it.
 
@@ -107,6 +144,10 @@ class Family:
     """Linear layers of a decoder layer, by their names in the layer, grouped by the input that they share: queries,
     keys and values; output of the attention; gate and up of the MLP; down. A group may be one fused linear layer."""
     norms: LayerNorms = LayerNorms()
+    experts: ExpertNames | None = None
+    """Router and experts of the layers that have them in place of the MLP in `groups`."""
+    sinks: str | None = None
+    """Parameter (heads,) of logits that take part in the softmax of each query head without a value; None without."""
     qk_norms: tuple[str, str] | None = None
     """Norms of queries and keys, by their names in the layer."""
     normalizes_all_heads: bool = False
@@ -116,6 +157,8 @@ class Family:
     has_float32_angles: bool = False
     """Whether the tables of the rotary embedding are in float32, rather than in the compute dtype. The decoder reads
     the tables of the model; this is for kernels that are compiled without one."""
+    has_half_tables: bool = False
+    """Whether these tables have one column for each pair of features that are rotated together, rather than two."""
     activation: Activation = "silu"
     """Activation of the gate in the MLP."""
     scales_embedding: bool = False
@@ -131,9 +174,31 @@ class Family:
     harmless_fields: frozenset[str] = HARMLESS_FIELDS
     """Configuration fields that do not influence losses or gradients."""
 
-    @property
-    def layer_modules(self) -> frozenset[str]:
-        """Submodules of a decoder layer, by their names in the layer."""
-        linears = {name for group in self.groups for name in group}
+    def has_experts(self, layer: Any) -> bool:
+        """Return whether a decoder layer of transformers has experts."""
+        if self.experts is None:
+            return False
+        parent, _, name = self.experts.experts.rpartition(".")
+        return hasattr(layer.get_submodule(parent), name)
+
+    def groups_of(self, layer: Any) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of a layer: empty ones in place of an MLP, where it has experts."""
+        if not self.has_experts(layer):
+            return self.groups
+        return tuple(() if each[0].startswith("mlp.") else each for each in self.groups)
+
+    def layer_modules(self, layer: Any) -> frozenset[str]:
+        """Return the submodules that a decoder layer should have, by their names in the layer."""
+        linears = {name for group in self.groups_of(layer) for name in group}
         norms = {name for name in (*vars(self.norms).values(), *(self.qk_norms or ())) if name is not None}
-        return self.other_modules | linears | norms
+        others = self.other_modules
+        if self.experts is not None and self.has_experts(layer):
+            others = self.experts.modules | {name for name in others if not name.startswith("mlp")}
+        return frozenset(others | linears | norms)
+
+    def layer_parameters(self, layer: Any) -> frozenset[str]:
+        """Return the parameters that a layer should have beside weights of modules and biases of linear layers."""
+        names = set() if self.sinks is None else {self.sinks}
+        if self.experts is not None and self.has_experts(layer):
+            names |= self.experts.parameters
+        return frozenset(names)

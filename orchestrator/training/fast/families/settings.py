@@ -33,6 +33,9 @@ class Settings:
     """Factor of what attention and MLP add to the residual stream."""
     logits_divisor: float
     logits_softcap: float | None
+    experts_per_token: int = 0
+    normalizes_scores: bool = True
+    """Whether the scores of a token's experts are divided by their sum."""
 
     @classmethod
     def of(cls, config: Any, family: Family) -> "Settings":
@@ -47,6 +50,8 @@ class Settings:
             getattr(config, "residual_multiplier", 1.0),
             getattr(config, "logits_scaling", 1.0),
             getattr(config, "final_logit_softcapping", None),
+            getattr(config, "num_experts_per_tok", 0),
+            getattr(config, "norm_topk_prob", True),
         )
 
 

@@ -104,7 +104,10 @@ class Ops(Protocol):
         ...
 
     def glu(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """Compute activation(gate) * up (arXiv 2002.05202): (T, 2 I), gate first, to (T, I)."""
+        """Compute activation(gate) * up (arXiv 2002.05202): (T, 2 I) to (T, I).
+
+        Gates come first, then ups; of "clamped_silu" they alternate (`families.family.Activation`).
+        """
         ...
 
     def glu_backward(self, dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -151,7 +154,7 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig
+        self, qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig, sinks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Rotate queries and keys (RoPE, arXiv 2104.09864), then attend causally within each sequence.
 
@@ -159,6 +162,8 @@ class Ops(Protocol):
             qkv: (T, (num_heads + 2 num_kv_heads) * D), queries first. It may be overwritten.
             batch: positions and sequence bounds.
             config: sizes and rotary tables.
+            sinks: (num_heads,) logits that take part in each head's softmax without a value (arXiv 2309.17453); None
+                for none.
 
         Returns:
             (T, num_heads * D), and the tensors that `attention_backward` of the same implementation needs.

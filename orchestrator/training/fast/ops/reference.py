@@ -50,11 +50,16 @@ def add_norm_backward(
 
 
 def glu(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "clamped_silu":
+        gate, up = gate_up[:, ::2].clamp(max=7.0), gate_up[:, 1::2].clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     gate, up = gate_up.chunk(2, -1)
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def glu_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "clamped_silu":
+        return _clamped_silu_backward(dy, gate_up)
     gate, up = (half.float() for half in gate_up.chunk(2, -1))
     dy = dy.float()
     if activation == "silu":
@@ -67,6 +72,15 @@ def glu_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation
         inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
         slope = (1 + tanh) / 2 + gate / 2 * (1 - tanh**2) * inner
     return torch.cat((dy * up * slope, dy * activated), -1).to(gate_up.dtype)
+
+
+def _clamped_silu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    dy, gate, up = dy.float(), gate_up[:, ::2].float(), gate_up[:, 1::2].float()
+    is_inside, gate = gate <= 7.0, gate.clamp(max=7.0)
+    sigmoid = torch.sigmoid(1.702 * gate)
+    dgate = dy * (up.clamp(-7.0, 7.0) + 1) * sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * is_inside
+    dup = dy * gate * sigmoid * (up.abs() <= 7.0)
+    return torch.stack((dgate, dup), -1).flatten(1).to(gate_up.dtype)
 
 
 def qk_norm(
@@ -106,7 +120,7 @@ def _queries_and_keys(
 
 
 def attention(
-    qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig
+    qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Implement `Ops.attention`.
 
@@ -121,7 +135,7 @@ def attention(
     # Sequences are padded on the right, so that no mask of the padding is needed.
     leaves = tuple(heads[indices].transpose(1, 2).detach().requires_grad_() for heads in (q, k, v))
     with torch.enable_grad():
-        output = _attend(leaves[0], leaves[1], leaves[2], config)
+        output = _attend(leaves[0], leaves[1], leaves[2], config, sinks)
     return output.detach().transpose(1, 2)[is_real].flatten(1), (*leaves, output)
 
 
@@ -139,20 +153,29 @@ def attention_backward(
     return torch.cat((dq, dk, dv), 1).flatten(1)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: AttentionConfig) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: AttentionConfig, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """Attend causally: q (sequences, num_heads, length, D) and k, v (sequences, num_kv_heads, length, D)."""
     length, gqa = q.shape[2], config.num_heads != config.num_kv_heads
-    if config.softcap is None and (config.window is None or config.window >= length):
+    is_plain = config.softcap is None and sinks is None
+    if is_plain and (config.window is None or config.window >= length):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, scale=config.scale)
     position = torch.arange(length, device=q.device)
     distance = position[:, None] - position
     visible = (distance >= 0) & (distance < (config.window or length))
-    if config.softcap is None:
+    if is_plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa, scale=config.scale)
     k, v = (heads.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for heads in (k, v))
-    scores = config.softcap * torch.tanh(q @ k.mT * (config.scale / config.softcap))
+    scores = q @ k.mT * config.scale
+    if config.softcap is not None:
+        scores = config.softcap * torch.tanh(scores / config.softcap)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1, wide).to(v.dtype) @ v
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sink), -1).softmax(-1, wide)[..., :-1].to(v.dtype) @ v
+    return scores.softmax(-1, wide).to(v.dtype) @ v
 
 
 def lora_down(x: torch.Tensor, adapters: Adapters, group: LayerGroup, batch: FlatBatch) -> torch.Tensor:

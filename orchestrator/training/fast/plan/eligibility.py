@@ -100,7 +100,7 @@ def unsupported_shape(model: Any, longest: int) -> str | None:
         _unsupported_cap(text),
         "a bias on the LM head" if model.get_output_embeddings().bias is not None else None,
         unknown_module(model, text, family),
-        _unknown_linear(text, model.dtype),
+        _unknown_weight(text, family, model.dtype),
     )
     return next((reason for reason in reasons if reason), None)
 
@@ -141,10 +141,13 @@ def unknown_module(model: Any, text: TextModel, family: Family) -> str | None:
     for index, layer in enumerate(layers):
         names = {name for name, _ in layer.named_modules() if name}
         place = f"layer {index}"
-        if reason := _difference(names, family.layer_modules, place, family):
+        if reason := _difference(names, family.layer_modules(layer), place, family):
             return reason
-        if extra := sorted(set(_unread_parameters(layer))):
+        parameters, known = set(_other_parameters(layer)), family.layer_parameters(layer)
+        if extra := sorted(parameters - known):
             return f"parameter {extra[0]} in {place}, which its decoder does not read"
+        if missing := sorted(known - parameters):
+            return f"{place} without parameter {missing[0]}"
     return None
 
 
@@ -156,7 +159,7 @@ def _difference(found: set[str], listed: frozenset[str], place: str, family: Fam
     return None
 
 
-def _unread_parameters(layer: Any) -> Iterator[str]:
+def _other_parameters(layer: Any) -> Iterator[str]:
     """Yield the names of parameters other than the weights of modules and the biases of linear layers."""
     for owner, module in layer.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -196,11 +199,15 @@ def _unsupported_cap(text: TextModel) -> str | None:
     return None
 
 
-def _unknown_linear(text: TextModel, dtype: torch.dtype) -> str | None:
+def _unknown_weight(text: TextModel, family: Family, dtype: torch.dtype) -> str | None:
     for layer in text.module.layers:
         for name, linear in layer.named_modules():
             if isinstance(linear, torch.nn.Linear) and not _is_known(linear, dtype):
                 return f"{name} as a {type(linear).__name__} of {linear.weight.dtype}"
+        for name in sorted(family.layer_parameters(layer)):
+            parameter = layer.get_parameter(name)
+            if getattr(parameter, "compute_dtype", parameter.dtype) != dtype:
+                return f"{name} of {parameter.dtype}"
     return None
 
 

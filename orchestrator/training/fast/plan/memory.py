@@ -16,6 +16,8 @@ GIB = 2**30
 MAX_PASS_TOKENS = 16384
 """Most tokens of one training pass. Longer passes are no faster."""
 
+INT64 = 8
+
 BF16 = 2
 """Bytes of a bfloat16."""
 
@@ -112,11 +114,15 @@ def predict(
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
     activations = tokens * _activations_per_token(shape, option.recompute, rank, len(adapted))
-    weights = {"qkv": shape.hidden * shape.qkv, "gate_up": 2 * shape.hidden * shape.inner}
-    # Layers that read the same input are dequantized one by one, then concatenated.
-    dequantized = 0 if option.keeps_base else (2 if quantized else 1) * BF16 * max(weights.values())
-    in_backward = tokens * BF16 * (3 * shape.inner + 2 * shape.hidden)
-    in_evaluation = evaluation_tokens * BF16 * (3 * shape.inner + 3 * shape.hidden)
+    concatenated = [shape.hidden * shape.qkv, 0 if shape.experts else 2 * shape.hidden * shape.inner]
+    # Layers that read the same input are dequantized one by one, then concatenated; experts are one tensor.
+    dequantized = (2 if quantized else 1) * max(concatenated)
+    if quantized:
+        dequantized = max(dequantized, 2 * shape.experts * shape.hidden * shape.expert_inner)
+    dequantized = 0 if option.keeps_base else BF16 * dequantized
+    in_backward, in_evaluation = (
+        count * BF16 * each for count, each in zip((tokens, evaluation_tokens), _transient_features(shape), strict=True)
+    )
 
     def logits(count: int, states: int) -> int:
         return BF16 * (min(count * shape.vocabulary, MAX_LOGITS) + states * count * shape.hidden)
@@ -128,8 +134,7 @@ def predict(
     evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
-    concatenated = 0 if shape.is_fused else shape.layers * sum(weights.values())
-    copied = shape.num_linear_weights if quantized else concatenated
+    copied = shape.num_linear_weights if quantized else 0 if shape.is_fused else shape.layers * sum(concatenated)
     return MemoryPrediction(
         base=_loaded_base(shape, quantized, double_quant),
         dequantized=BF16 * copied if option.keeps_base else 0,
@@ -142,13 +147,23 @@ def predict(
     )
 
 
+def _transient_features(shape: BaseShape) -> tuple[int, int]:
+    """Return how many features of a token live only within the backward of a layer's MLP, and within its forward."""
+    if not shape.experts:
+        return 3 * shape.inner + 2 * shape.hidden, 3 * shape.inner + 3 * shape.hidden
+    # Rows of the grouped products, sorted by expert and by token.
+    rows = 2 * shape.experts_per_token * shape.hidden
+    return 5 * shape.mlp_features + rows + 3 * shape.hidden, 3 * shape.mlp_features + rows + 3 * shape.hidden
+
+
 def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
     """Return the bytes of the model as loaded."""
     linears = shape.num_linear_weights
     scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
     embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     norms = ((shape.norms_before + shape.norms_after) * shape.layers + 1) * shape.hidden
-    return BF16 * (embedded + norms) + int(linears * (0.5 + scales) if quantized else linears * BF16)
+    routers = shape.layers * shape.experts * shape.hidden
+    return BF16 * (embedded + norms + routers) + int(linears * (0.5 + scales) if quantized else linears * BF16)
 
 
 def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, num_adapted: int) -> int:
@@ -161,12 +176,14 @@ def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, nu
         num_adapted: number of adapted linear layers in a decoder layer.
     """
     width, norms = shape.queries * shape.head_size, shape.norms_before + shape.norms_after + shape.qk_norms
-    features = (2 + shape.norms_after) * shape.hidden + shape.qkv + width + 2 * shape.inner + rank * num_adapted
+    features = (2 + shape.norms_after) * shape.hidden + shape.qkv + width + 2 * shape.mlp_features + rank * num_adapted
     if shape.qk_norms:  # queries and keys are kept before and after their norms
         features += shape.qkv
-    kept = BF16 * features + FLOAT * (norms + shape.queries)
+    # For each expert of a token: its score and number, and the places of its row.
+    routing = (FLOAT + 3 * INT64) * shape.experts_per_token
+    kept = BF16 * features + FLOAT * (norms + shape.queries) + routing
     # Also the gated product and the normed inputs. Without a norm the input is the residual sum.
-    whole = kept + BF16 * (shape.norms_before * shape.hidden + shape.inner)
+    whole = kept + BF16 * (shape.norms_before * shape.hidden + shape.mlp_features)
     a_layer = {"nothing": whole, "elementwise": kept, "layers": BF16 * 2 * shape.hidden}[recompute]
     return shape.layers * a_layer + (whole if recompute == "layers" else 0)
 

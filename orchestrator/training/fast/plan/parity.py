@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from orchestrator.errors import TrialError
 from orchestrator.training.fast.families.settings import layer_kinds
-from orchestrator.training.fast.families.text_model import text_config
+from orchestrator.training.fast.families.text_model import text_config, text_model
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Span, TokenizedRows
 
@@ -129,7 +129,8 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
     is_exact = {base.get_input_embeddings().weight.dtype, engine.adapters.compute_dtype} == {torch.float32}
     allowed_loss, allowed = TOLERANCES[torch.float32 if is_exact else torch.bfloat16]
     if apart > allowed and not is_exact:
-        _, rounded = _by_transformers(base, row, matrices, engine.adapters.compute_dtype, BFLOAT16_ROUNDING)
+        with _rounded(base):
+            _, rounded = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
         rounding = _apart(rounded, exact_gradients)
         _log.info("rounding to bfloat16 alone changes the gradients by %.1e of their norm", rounding)
         allowed = max(allowed, min(ROUNDINGS * rounding, MOST))
@@ -144,7 +145,8 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
 def _apart(gradients: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> float:
     """Return the norm of the difference of all gradients together, relative to the norm of the exact ones."""
     size = sum(float(each.square().sum()) for each in exact.values()) ** 0.5
-    return sum(float((gradients[name] - each).square().sum()) for name, each in exact.items()) ** 0.5 / size
+    apart = sum(float((gradients[name] - each).square().sum()) for name, each in exact.items()) ** 0.5
+    return float(apart / size)
 
 
 def _by_engine(engine: Engine, row: TokenizedRows, rank: int) -> tuple[float, Mapping[str, torch.Tensor]]:
@@ -156,22 +158,14 @@ def _by_engine(engine: Engine, row: TokenizedRows, rank: int) -> tuple[float, Ma
 
 
 def _by_transformers(
-    base: Any, row: TokenizedRows, matrices: Mapping[str, torch.Tensor], compute: torch.dtype, rounding: float = 0.0
+    base: Any, row: TokenizedRows, matrices: Mapping[str, torch.Tensor], compute: torch.dtype
 ) -> tuple[float, Mapping[str, torch.Tensor]]:
-    """Compute the same by the base itself and autograd.
-
-    Args:
-        base: the base without adapters.
-        row: one row.
-        matrices: A and B of each adapted layer.
-        compute: dtype of the adapter's products.
-        rounding: largest relative change, at random, of each output of the adapted layers.
-    """
+    """Compute the same by the base itself and autograd. The adapter's products are in `compute`."""
     device = base.get_input_embeddings().weight.device
     leaves = {name: matrix.detach().clone().requires_grad_() for name, matrix in matrices.items()}
     ids, targets = (torch.from_numpy(each).to(device).long() for each in (row.ids(0), row.targets(0)))
     kept = min(len(ids), TOKENS + 1)
-    with torch.enable_grad(), _adapted(base, leaves, compute, rounding):
+    with torch.enable_grad(), _adapted(base, leaves, compute):
         logits = base(input_ids=ids[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:].float()
         loss = F.cross_entropy(logits, targets[-kept:], reduction="sum", ignore_index=IGNORED)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
@@ -179,19 +173,34 @@ def _by_transformers(
 
 
 @contextmanager
-def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype, rounding: float) -> Iterator[None]:
-    """Add the products of A and B to the outputs of the base's layers, within; see `_by_transformers`."""
-
+def _rounded(base: Any) -> Iterator[None]:
+    """Change the output of each module of the decoder layers that has weights by up to `BFLOAT16_ROUNDING`, within."""
     generator = torch.Generator(base.get_input_embeddings().weight.device).manual_seed(0)
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):  # routers return a tuple
+            return output
+        noise = torch.empty_like(output, dtype=torch.float32)
+        noise.uniform_(-BFLOAT16_ROUNDING, BFLOAT16_ROUNDING, generator=generator)
+        return (output * (1 + noise)).to(output.dtype)
+
+    modules = text_model(base).module.layers.modules()
+    hooks = [each.register_forward_hook(hook) for each in modules if any(True for _ in each.parameters(recurse=False))]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+@contextmanager
+def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype) -> Iterator[None]:
+    """Add the products of A and B to the outputs of the base's layers, within."""
 
     def add(a: torch.Tensor, b: torch.Tensor) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             product: torch.Tensor = inputs[0].to(compute) @ a.to(compute).T @ b.to(compute).T
-            output = output + product.to(output.dtype)
-            if rounding:
-                noise = torch.empty_like(output, dtype=torch.float32).uniform_(-rounding, rounding, generator=generator)
-                output = (output * (1 + noise)).to(output.dtype)
-            return output
+            return output + product.to(output.dtype)
 
         return hook
 

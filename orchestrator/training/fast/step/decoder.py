@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LayerKind, Settings
 from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
-from orchestrator.training.fast.step.layer import Layer, PassInputs, SavedActivations
+from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.fast.step.modules import Norm
+from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:
@@ -27,7 +29,7 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer
     family = FAMILIES[text.config.model_type]
     groups, module_id = [], 0
     for index, layer in enumerate(text.module.layers):
-        for group in family.groups:
+        for group in family.groups_of(layer):
             adapted, column = [], 0
             for name in group:
                 linear = layer.get_submodule(name)
@@ -66,7 +68,7 @@ class Decoder:
         self._lm_head = LmHead(weight, settings.logits_divisor, settings.logits_softcap)
         shape = BaseShape.of(config)
         configs = {
-            kind: _attention_config(inner.rotary_emb, kind, shape, settings, dtype, longest, weight.device)
+            kind: _attention_config(inner.rotary_emb, kind, family, shape, settings, dtype, longest, weight.device)
             for kind in dict.fromkeys(settings.kinds)
         }
         self._layers = [
@@ -130,6 +132,7 @@ class Decoder:
 def _attention_config(
     rotary_embedding: Any,
     kind: LayerKind,
+    family: Family,
     shape: BaseShape,
     settings: Settings,
     dtype: torch.dtype,
@@ -141,6 +144,7 @@ def _attention_config(
     Args:
         rotary_embedding: of transformers. It computes the tables.
         kind: of the layers.
+        family: of the base.
         shape: sizes of the base.
         settings: of the base.
         dtype: of the tables.
@@ -152,6 +156,8 @@ def _attention_config(
     cos, sin = (
         table[0] for table in rotary_embedding(torch.empty(0, dtype=dtype, device=device), positions, *arguments)
     )
+    if family.has_half_tables:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     if not kind.is_rotated:
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     return AttentionConfig(

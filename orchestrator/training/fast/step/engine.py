@@ -21,7 +21,7 @@ from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
-from orchestrator.training.fast.step.layer import PassInputs
+from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 # At import: torch reads the setting when CUDA starts.
 use_expandable_segments()

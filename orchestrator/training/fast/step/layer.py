@@ -1,14 +1,15 @@
-"""A decoder layer with attention and a gated MLP on a flat batch, forward and backward.
+"""A decoder layer on a flat batch, forward and backward: attention, and a gated MLP or experts.
 
 The base is frozen, so that its backward is one matrix product for each layer and no gradient of a weight. What the
 backward needs is either saved by the forward or computed again, as the memory plan says (`plan.memory.Recompute`).
 
-    residual1 -> norm1 -> qkv -> attention -> out -> + -> residual2 -> norm2 -> gate_up -> glu -> down -> +
-        |                                            ^        |                                           ^
-        +--------------------------------------------+        +-------------------------------------------+
+    residual1 -> norm1 -> qkv -> attention -> out -> + -> residual2 -> norm2 -> MLP -> +
+        |                                            ^        |                        ^
+        +--------------------------------------------+        +------------------------+
 
-qkv, out, gate_up and down are products with the base's weights, each with the adapters of its group on top. A family
-(`families`) may have norms of queries and keys, norms of `out` and `down` before they are added, or no norm1 and norm2.
+qkv and out are products with the base's weights, each with the adapters of its group on top; so are those of the MLP
+(`mlp`). A family (`families`) may have experts in its place (`experts`), norms of queries and keys, norms of `out` and
+of the MLP's output before they are added, or no norm1 and norm2.
 The backward goes through the same operations in the opposite order.
 """
 
@@ -22,11 +23,12 @@ import torch
 
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import Settings
-from orchestrator.training.fast.ops.protocol import AttentionConfig, Ops
-from orchestrator.training.fast.sizes import Recompute
-from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
-from orchestrator.training.fast.step.flat_batch import FlatBatch
+from orchestrator.training.fast.ops.protocol import AttentionConfig
+from orchestrator.training.fast.step.adapters import LayerGroup
+from orchestrator.training.fast.step.experts import Experts
+from orchestrator.training.fast.step.mlp import GatedMlp, Mlp
 from orchestrator.training.fast.step.modules import FusedLinear, Norm
+from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 
 @dataclass
@@ -60,16 +62,14 @@ class SavedActivations:
     """(T,) float32."""
     normed2: torch.Tensor | None
     """(T, H). May be computed again."""
-    gate_up: torch.Tensor
-    """(T, 2 I)."""
-    mlp_hidden: torch.Tensor | None
-    """(T, I) activation(gate) * up. May be computed again."""
-    down: torch.Tensor | None
+    mlp: Any
+    """From the forward of the MLP."""
+    mlp_output: torch.Tensor | None
     """(T, H) before the norm after the MLP."""
-    down_rstd: torch.Tensor | None
+    mlp_output_rstd: torch.Tensor | None
     """(T,) float32."""
-    lora_hidden: list[torch.Tensor | None]
-    """For each group the (T, layers * R) between A and B; None where no layer is adapted."""
+    lora_hidden: tuple[torch.Tensor | None, torch.Tensor | None]
+    """For qkv and out the (T, layers * R) between A and B; None where no layer is adapted."""
 
 
 class Layer:
@@ -100,13 +100,18 @@ class Layer:
         def norm(name: str | None) -> Norm | None:
             return None if name is None else Norm(layer.get_submodule(name), family, epsilon)
 
-        self.qkv, self.out, self.gate_up, self.down = (
-            FusedLinear([layer.get_submodule(name) for name in names], dtype, keeps_base) for names in family.groups
+        self.qkv, self.out = (
+            FusedLinear([layer.get_submodule(name) for name in names], dtype, keeps_base) for names in family.groups[:2]
         )
+        self.mlp: Mlp = (
+            Experts(layer, family, settings, dtype, keeps_base)
+            if family.has_experts(layer)
+            else GatedMlp(layer, family, dtype, keeps_base)
+        )
+        self._sinks = None if family.sinks is None else layer.get_parameter(family.sinks).detach()
         self.norm1, self.norm2 = norm(family.norms.before_attention), norm(family.norms.before_mlp)
-        self.out_norm, self.down_norm = norm(family.norms.after_attention), norm(family.norms.after_mlp)
+        self.out_norm, self.mlp_norm = norm(family.norms.after_attention), norm(family.norms.after_mlp)
         self.q_norm, self.k_norm = map(norm, family.qk_norms or (None, None))
-        self._activation = family.activation
         self._residual_scale = settings.residual_scale
         self._config = config
 
@@ -130,28 +135,25 @@ class Layer:
         Returns:
             The residual sum after attention (T, H), the output of the MLP (T, H), and the saved activations.
         """
-        ops, (qkv_group, out_group, gate_up_group, down_group) = inputs.ops, groups
+        ops, (qkv_group, out_group, *mlp_groups) = inputs.ops, groups
         residual1, normed1, rstd1 = inputs.add_norm(residual, delta, self.norm1)
         qkv, qkv_hidden = inputs.linear(self.qkv, normed1, qkv_group)
         unnormed_qkv, qk_rstd = None, None
         if self.q_norm is not None and self.k_norm is not None:
             unnormed_qkv = qkv
             qkv, qk_rstd = ops.qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon, self._config)
-        attention, saved_attention = ops.attention(qkv, inputs.batch, self._config)
+        attention, saved_attention = ops.attention(qkv, inputs.batch, self._config, self._sinks)
         out, out_hidden = inputs.linear(self.out, attention, out_group)
         out_delta, out_rstd = self._delta(out, self.out_norm, inputs)
         residual2, normed2, rstd2 = inputs.add_norm(residual1, out_delta, self.norm2)
-        gate_up, gate_up_hidden = inputs.linear(self.gate_up, normed2, gate_up_group)
-        mlp_hidden = ops.glu(gate_up, self._activation)
-        down, down_hidden = inputs.linear(self.down, mlp_hidden, down_group)
-        down_delta, down_rstd = self._delta(down, self.down_norm, inputs)
+        mlp_output, saved_mlp = self.mlp.forward(normed2, inputs, mlp_groups)
+        mlp_delta, mlp_output_rstd = self._delta(mlp_output, self.mlp_norm, inputs)
         if not saves:
-            return residual2, down_delta, None
-        saves_elementwise = inputs.recompute != "elementwise"
+            return residual2, mlp_delta, None
         saved = SavedActivations(
             residual1=residual1,
             rstd1=rstd1,
-            normed1=normed1 if saves_elementwise else None,
+            normed1=normed1 if inputs.saves_elementwise else None,
             qkv=unnormed_qkv,
             qk_rstd=qk_rstd,
             saved_attention=saved_attention,
@@ -160,14 +162,13 @@ class Layer:
             out_rstd=out_rstd,
             residual2=residual2,
             rstd2=rstd2,
-            normed2=normed2 if saves_elementwise else None,
-            gate_up=gate_up,
-            mlp_hidden=mlp_hidden if saves_elementwise else None,
-            down=None if self.down_norm is None else down,
-            down_rstd=down_rstd,
-            lora_hidden=[qkv_hidden, out_hidden, gate_up_hidden, down_hidden],
+            normed2=normed2 if inputs.saves_elementwise else None,
+            mlp=saved_mlp,
+            mlp_output=None if self.mlp_norm is None else mlp_output,
+            mlp_output_rstd=mlp_output_rstd,
+            lora_hidden=(qkv_hidden, out_hidden),
         )
-        return residual2, down_delta, saved
+        return residual2, mlp_delta, saved
 
     def backward(
         self,
@@ -177,14 +178,11 @@ class Layer:
         groups: Sequence[LayerGroup | None],
     ) -> torch.Tensor:
         """Compute the gradient of the residual sum before the layer from that after it: (T, H) -> (T, H)."""
-        ops, (qkv_group, out_group, gate_up_group, down_group) = inputs.ops, groups
-        qkv_hidden, out_hidden, gate_up_hidden, down_hidden = saved.lora_hidden
-        ddown = self._delta_backward(dresidual, saved.down, saved.down_rstd, self.down_norm, inputs)
-        mlp_hidden = ops.glu(saved.gate_up, self._activation) if saved.mlp_hidden is None else saved.mlp_hidden
-        dmlp_hidden = inputs.linear_backward(self.down, ddown, mlp_hidden, down_hidden, down_group)
-        dgate_up = ops.glu_backward(dmlp_hidden, saved.gate_up, self._activation)
+        ops, (qkv_group, out_group, *mlp_groups) = inputs.ops, groups
+        qkv_hidden, out_hidden = saved.lora_hidden
+        dmlp = self._delta_backward(dresidual, saved.mlp_output, saved.mlp_output_rstd, self.mlp_norm, inputs)
         normed2 = inputs.add_norm(saved.residual2, None, self.norm2)[1] if saved.normed2 is None else saved.normed2
-        dnormed2 = inputs.linear_backward(self.gate_up, dgate_up, normed2, gate_up_hidden, gate_up_group)
+        dnormed2 = self.mlp.backward(dmlp, normed2, saved.mlp, inputs, mlp_groups)
         dresidual = inputs.add_norm_backward(dresidual, dnormed2, saved.residual2, saved.rstd2, self.norm2)
         dout = self._delta_backward(dresidual, saved.out, saved.out_rstd, self.out_norm, inputs)
         dattention = inputs.linear_backward(self.out, dout, saved.attention, out_hidden, out_group)
@@ -218,61 +216,3 @@ class Layer:
         """Compute the gradient of the input of `_delta` from that of its result."""
         ddelta = dresidual if self._residual_scale == 1 else dresidual * self._residual_scale
         return ddelta if x is None else inputs.add_norm_backward(None, ddelta, x, rstd, norm)
-
-
-@dataclass(frozen=True)
-class PassInputs:
-    """Inputs that all layers of one pass share."""
-
-    ops: Ops
-    batch: FlatBatch
-    adapters: Adapters
-    recompute: Recompute
-
-    def add_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Add and normalize as `Ops.add_norm` does. Without a norm, return the sum twice, and None."""
-        if norm is not None:
-            return self.ops.add_norm(residual, delta, norm.weight, norm.epsilon)
-        total = residual if delta is None else residual + delta
-        return total, total, None
-
-    def add_norm_backward(
-        self,
-        dresidual: torch.Tensor | None,
-        dnormed: torch.Tensor,
-        residual: torch.Tensor,
-        rstd: torch.Tensor | None,
-        norm: Norm | None,
-    ) -> torch.Tensor:
-        """Compute the gradient of the sum in `add_norm`."""
-        if norm is None or rstd is None:
-            return dnormed if dresidual is None else dresidual + dnormed
-        return self.ops.add_norm_backward(dresidual, dnormed, residual, rstd, norm.weight)
-
-    def linear(
-        self, base: FusedLinear, x: torch.Tensor, group: LayerGroup | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply layers of the base and their adapters: (T, outs), and (T, layers * R) for the backward."""
-        y = base.forward(x)
-        if group is None:
-            return y, None
-        lora_hidden = self.ops.lora_down(x, self.adapters, group, self.batch)
-        self.ops.lora_up_(y, lora_hidden, self.adapters, group, self.batch)
-        return y, lora_hidden
-
-    def linear_backward(
-        self,
-        base: FusedLinear,
-        dy: torch.Tensor,
-        x: torch.Tensor,
-        lora_hidden: torch.Tensor | None,
-        group: LayerGroup | None,
-    ) -> torch.Tensor:
-        """Compute dx (T, in) from dy (T, outs), and add to the gradients of the adapters."""
-        dx = base.backward(dy)
-        if group is not None:
-            assert lora_hidden is not None
-            self.ops.lora_backward(dy, x, lora_hidden, dx, self.adapters, group, self.batch)
-        return dx

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.family import ExpertNames, Family
 
 
 class FusedLinear:
@@ -62,6 +62,57 @@ def _dequantized(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
 
     dequantized: torch.Tensor = dequantize_4bit(weight, quant_state)
     return dequantized
+
+
+class ExpertMatrices:
+    """One frozen matrix of each expert of a layer, (E, out, in)."""
+
+    def __init__(self, experts: Any, name: str, names: ExpertNames, dtype: torch.dtype, keeps_base: bool) -> None:
+        """Read the matrices, and their biases.
+
+        Args:
+            experts: the experts' module of transformers.
+            name: of the parameter that holds the matrices.
+            names: of the family.
+            dtype: of the products.
+            keeps_base: as in `FusedLinear`.
+        """
+        self._stored, self._is_transposed, self._dtype = getattr(experts, name), names.is_transposed, dtype
+        self.bias: torch.Tensor | None = (
+            getattr(experts, f"{name}_bias").detach().to(dtype) if names.has_biases else None
+        )
+        """(E, out)."""
+        self._kept = self._dequantized() if keeps_base else None
+
+    def forward(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Multiply rows by the matrices of their experts.
+
+        Args:
+            rows: (rows, in), sorted by expert.
+            ends: (E,) int32, the end of each expert's rows.
+
+        Returns:
+            (rows, out).
+        """
+        products = F.grouped_mm(rows, self._weight().mT, offs=ends)
+        if self.bias is not None:
+            row = torch.arange(len(rows), dtype=ends.dtype, device=ends.device)
+            products += self.bias[torch.searchsorted(ends, row, right=True)]
+        return products
+
+    def backward(self, drows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Compute the gradient of the rows: (rows, out) -> (rows, in)."""
+        return F.grouped_mm(drows, self._weight(), offs=ends)
+
+    def _weight(self) -> torch.Tensor:
+        return self._dequantized() if self._kept is None else self._kept
+
+    def _dequantized(self) -> torch.Tensor:
+        """Return (E, out, in)."""
+        stored = self._stored
+        if hasattr(stored, "absmax_of"):
+            return stored.all().to(self._dtype)
+        return (stored.detach().mT if self._is_transposed else stored.detach()).to(self._dtype)
 
 
 class Norm:

@@ -26,7 +26,7 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
-from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.family import ExpertNames, Family
 from orchestrator.training.fast.families.settings import layer_kinds, rope_parameters
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import compile_kernels
@@ -71,7 +71,7 @@ def small_base(config: Any, dtype: torch.dtype) -> Any:
     share = (
         rope_parameters(config)[0].get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
     )
-    rotary_size = int(shape.head_size * share)
+    rotary_size = int(shape.head_size * share) // (2 if family.has_half_tables else 1)
     angles = torch.float32 if family.has_float32_angles else dtype
     inner.rotary_emb = lambda _, positions, *__: [torch.empty(*positions.shape, rotary_size, dtype=angles)] * 2
     base = nn.ModuleDict({"model": inner, "lm_head": head}).to_empty(device="cpu")
@@ -84,8 +84,14 @@ def small_base(config: Any, dtype: torch.dtype) -> Any:
 def _layer(shape: BaseShape, family: Family, dtype: torch.dtype) -> nn.Module:
     """Build a decoder layer of a family."""
     layer = nn.ModuleDict()
-    names = [name for group in family.groups for name in group]
-    modules = {name: nn.Linear(*shape.linears[name.rpartition(".")[2]], bias=False, dtype=dtype) for name in names}
+    modules: dict[str, nn.Module] = {
+        name: nn.Linear(*shape.linears[leaf], bias=False, dtype=dtype)
+        for group in family.groups
+        for name in group
+        if (leaf := name.rpartition(".")[2]) in shape.linears
+    }
+    if family.experts is not None:
+        modules |= _experts(shape, family.experts, dtype)
     norms = filter(None, vars(family.norms).values())
     modules |= {name: nn.RMSNorm(shape.hidden, dtype=dtype) for name in norms}
     if family.qk_norms is not None:
@@ -99,7 +105,29 @@ def _layer(shape: BaseShape, family: Family, dtype: torch.dtype) -> nn.Module:
         if parent and parent not in layer:
             layer[parent] = nn.ModuleDict()
         (layer[parent] if parent else layer)[leaf] = module
+    if family.sinks is not None:
+        parent, _, leaf = family.sinks.rpartition(".")
+        layer[parent].register_parameter(leaf, nn.Parameter(torch.empty(shape.queries, dtype=dtype)))
     return layer
+
+
+def _experts(shape: BaseShape, names: ExpertNames, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Build the router and the experts of a layer, by their names in the layer."""
+    gate_up, down = (2 * shape.expert_inner, shape.hidden), (shape.hidden, shape.expert_inner)
+    router: dict[str, tuple[int, ...]] = {"weight": (shape.experts, shape.hidden)}
+    experts: dict[str, tuple[int, ...]] = {
+        name: (shape.experts, *(sizes[::-1] if names.is_transposed else sizes))
+        for name, sizes in (("gate_up_proj", gate_up), ("down_proj", down))
+    }
+    if names.has_biases:
+        router["bias"] = (shape.experts,)
+        experts |= {"gate_up_proj_bias": (shape.experts, gate_up[0]), "down_proj_bias": (shape.experts, down[0])}
+    modules = {}
+    for path, parameters in ((names.router, router), (names.experts, experts)):
+        modules[path] = nn.Module()
+        for name, sizes in parameters.items():
+            modules[path].register_parameter(name, nn.Parameter(torch.empty(sizes, dtype=dtype)))
+    return modules
 
 
 class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips torch
@@ -108,6 +136,8 @@ class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips tor
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is nn.functional.linear:
             return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
+        if function is nn.functional.grouped_mm:
+            return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[2])
         if function is torch.Tensor.__matmul__:
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
         if function is torch.mm:

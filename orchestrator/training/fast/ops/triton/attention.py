@@ -33,6 +33,7 @@ import triton.language as tl
 
 from orchestrator.training.fast.ops.protocol import AttentionConfig
 from orchestrator.training.fast.ops.triton.attention_common import (
+    LOG2_E,
     angles,
     features_of,
     first_key,
@@ -49,12 +50,12 @@ from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 
 def attention(
-    qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig
+    qkv: torch.Tensor, batch: FlatBatch, config: AttentionConfig, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Implement `Ops.attention`. Queries and keys are rotated in place.
 
     The saved tensors are `qkv` after rotation; the output; and `lse` (T, num_heads) float32, the base-2 logarithm of
-    the softmax's denominator.
+    the softmax's denominator. A sink is a term of the denominator, so that the backward has no other trace of it.
     """
     num_tokens, rotated_heads = len(qkv), config.num_heads + config.num_kv_heads
     launch(
@@ -82,7 +83,9 @@ def attention(
         batch.positions,
         output,
         lse,
+        qkv if sinks is None else sinks,
         config.scale,
+        HAS_SINKS=sinks is not None,
         **shape,
         **_options(shape["BLOCK_D"]),
     )
@@ -171,6 +174,7 @@ _WIDE = {"BLOCK_KV": 32, "num_warps": 8, "num_stages": 1}
 #   positions       (T,) int32
 #   cu_seqlens      (num_cu_seqlens,) int32
 #   cos, sin        (positions, ROTARY)
+#   sinks           (heads,), unless HAS_SINKS is false
 # Columns of a block are features of a head in the order of `features_of`. Names in the programs are the paper's:
 # s = q k^T, p = softmax(s), delta = rowsum(do * o), ds = p * (dp - delta).
 
@@ -198,7 +202,8 @@ def _rotate(
 
 @triton.jit
 def _forward(
-    qkv, positions, output, lse, scale,
+    qkv, positions, output, lse, sinks, scale,
+    HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
@@ -230,6 +235,12 @@ def _forward(
         rescale = tl.exp2(before - row_max)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_real, other=0.0).to(tl.float32) * LOG2_E
+        before, row_max = row_max, tl.maximum(row_max, sink)
+        rescale = tl.exp2(before - row_max)
+        row_sum = row_sum * rescale + tl.exp2(sink - row_max)
+        o = o * rescale[:, None]
     tl.store(lse + token * heads + head, row_max + tl.log2(row_sum), mask=is_real)
     at_output = output + ((token * heads + head) * HEAD_DIM)[:, None] + features
     tl.store(at_output, (o / row_sum[:, None]).to(output.dtype.element_ty), mask=is_query)

@@ -75,14 +75,14 @@ def add_norm_backward(
 def glu(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_tokens, features = len(gate_up), gate_up.shape[1] // 2
     y, grid = gate_up.new_empty(num_tokens, features), (num_tokens, triton.cdiv(features, 1024))
-    launch(_glu, grid, gate_up, y, features, IS_SILU=activation == "silu", BLOCK=1024)
+    launch(_glu, grid, gate_up, y, features, ACTIVATION=activation, BLOCK=1024)
     return y
 
 
 def glu_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_tokens, features = dy.shape
     dgate_up, grid = torch.empty_like(gate_up), (num_tokens, triton.cdiv(features, 1024))
-    launch(_glu_backward, grid, dy, gate_up, dgate_up, features, IS_SILU=activation == "silu", BLOCK=1024)
+    launch(_glu_backward, grid, dy, gate_up, dgate_up, features, ACTIVATION=activation, BLOCK=1024)
     return dgate_up
 
 
@@ -197,16 +197,18 @@ def _glu(
     gate_up,  # (T, 2 I)
     y,  # out: (T, I)
     features,  # I
-    IS_SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
     token, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, at = columns < features, token * 2 * features + columns
-    gate = tl.load(gate_up + at, mask=inside, other=0.0)
-    up = tl.load(gate_up + features + at, mask=inside, other=0.0)
-    activated, _ = _activate(gate.to(tl.float32), IS_SILU)
-    tl.store(y + token * features + columns, activated.to(gate.dtype) * up, mask=inside)
+    inside = columns < features
+    at_gate, at_up = _gate_and_up(gate_up + token * 2 * features, columns, features, ACTIVATION)
+    gate, up = tl.load(at_gate, mask=inside, other=0.0), tl.load(at_up, mask=inside, other=0.0)
+    if ACTIVATION == "clamped_silu":
+        up = tl.clamp(up.to(tl.float32), -7.0, 7.0) + 1
+    activated, _ = _activate(gate.to(tl.float32), ACTIVATION)
+    tl.store(y + token * features + columns, (activated.to(gate.dtype) * up).to(gate.dtype), mask=inside)
 
 
 @triton.jit
@@ -215,24 +217,45 @@ def _glu_backward(
     gate_up,  # (T, 2 I)
     dgate_up,  # out: (T, 2 I)
     features,  # I
-    IS_SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
     token, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, at = columns < features, token * 2 * features + columns
+    inside = columns < features
+    at_gate, at_up = _gate_and_up(gate_up + token * 2 * features, columns, features, ACTIVATION)
     dproduct = tl.load(dy + token * features + columns, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + features + at, mask=inside, other=0.0).to(tl.float32)
-    activated, slope = _activate(gate, IS_SILU)
-    tl.store(dgate_up + at, (dproduct * up * slope).to(dgate_up.dtype.element_ty), mask=inside)
-    tl.store(dgate_up + features + at, (dproduct * activated).to(dgate_up.dtype.element_ty), mask=inside)
+    gate = tl.load(at_gate, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at_up, mask=inside, other=0.0).to(tl.float32)
+    activated, slope = _activate(gate, ACTIVATION)
+    dup = dproduct * activated
+    if ACTIVATION == "clamped_silu":
+        dup = tl.where(tl.abs(up) <= 7.0, dup, 0.0)
+        up = tl.clamp(up, -7.0, 7.0) + 1
+    at_gate, at_up = _gate_and_up(dgate_up + token * 2 * features, columns, features, ACTIVATION)
+    tl.store(at_gate, (dproduct * up * slope).to(dgate_up.dtype.element_ty), mask=inside)
+    tl.store(at_up, dup.to(dgate_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _activate(gate, IS_SILU: tl.constexpr):
-    """Return the activation and its derivative: silu, or gelu by tanh (arXiv 1606.08415)."""
-    if IS_SILU:
+def _gate_and_up(row, columns, features, ACTIVATION: tl.constexpr):
+    """Return pointers to the gates and ups of a row's columns."""
+    if ACTIVATION == "clamped_silu":
+        gate, up = row + 2 * columns, row + 2 * columns + 1
+    else:
+        gate, up = row + columns, row + features + columns
+    return gate, up
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    """Return the activation and its derivative: silu, that of gpt-oss, or gelu by tanh (arXiv 1606.08415)."""
+    if ACTIVATION == "clamped_silu":
+        clamped = tl.minimum(gate, 7.0)
+        sigmoid = tl.sigmoid(1.702 * clamped)
+        activated = clamped * sigmoid
+        slope = tl.where(gate <= 7.0, sigmoid * (1 + 1.702 * clamped * (1 - sigmoid)), 0.0)
+    elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(gate)
         activated, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
     else:

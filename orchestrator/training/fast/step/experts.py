@@ -1,0 +1,130 @@
+"""Frozen experts in place of a layer's MLP (mixture of experts, arXiv 1701.06538): a router sends each token to some.
+
+The rows of all experts lie one after another, sorted by expert, so that one grouped product serves all experts. Shapes
+do not depend on where tokens go, so that the pass can be a CUDA graph:
+
+    token      0  0  1  1  2  2         K experts for each of T tokens
+    expert     3  1  0  3  1  3
+    sorted     0 | 1  1 | 3  3  3       rows of the grouped products, (T K)
+    ends       1   3   3  6             one for each expert; expert 2 has no token
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from orchestrator.training.fast.families.family import Family
+from orchestrator.training.fast.families.settings import Settings
+from orchestrator.training.fast.step.adapters import LayerGroup
+from orchestrator.training.fast.step.modules import ExpertMatrices
+from orchestrator.training.fast.step.pass_inputs import PassInputs
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts compute each token. T tokens, K experts for each of them, E experts."""
+
+    scores: torch.Tensor
+    """(T, K) float32: factors of the outputs of a token's experts."""
+    chosen: torch.Tensor
+    """(T, K) experts of each token."""
+    tokens: torch.Tensor
+    """(T K,) token of each row."""
+    places: torch.Tensor
+    """(T K,) row of each expert of each token."""
+    ends: torch.Tensor
+    """(E,) int32: end of each expert's rows."""
+
+
+@dataclass(frozen=True)
+class SavedExperts:
+    """Activations that the forward leaves for the backward. Rows are those of the grouped products."""
+
+    routing: Routing
+    gate_up: torch.Tensor
+    """(T K, 2 I)."""
+    hidden: torch.Tensor | None
+    """(T K, I) after the activation. May be computed again."""
+
+
+class Experts:
+    """The router and the experts of a decoder layer; they have no adapters."""
+
+    def __init__(self, layer: Any, family: Family, settings: Settings, dtype: torch.dtype, keeps_base: bool) -> None:
+        """Take the weights of a transformers decoder layer; arguments as in `Layer`."""
+        names = family.experts
+        assert names is not None
+        router, experts = layer.get_submodule(names.router), layer.get_submodule(names.experts)
+        self._router = router.weight.detach().to(dtype)
+        self._router_bias = router.bias.detach().to(dtype) if names.has_biases else None
+        self._gate_up, self._down = (
+            ExpertMatrices(experts, name, names, dtype, keeps_base) for name in ("gate_up_proj", "down_proj")
+        )
+        self._scores = names.scores
+        self._normalizes = settings.normalizes_scores
+        self._count = settings.experts_per_token
+        self._activation = family.activation
+
+    def forward(
+        self, x: torch.Tensor, inputs: PassInputs, _: Sequence[LayerGroup | None]
+    ) -> tuple[torch.Tensor, SavedExperts]:
+        routing = self._route(x)
+        gate_up = self._gate_up.forward(x[routing.tokens], routing.ends)
+        hidden = inputs.ops.glu(gate_up, self._activation)
+        rows = self._down.forward(hidden, routing.ends)
+        outputs = rows[routing.places].unflatten(0, routing.scores.shape)
+        y = torch.bmm(routing.scores.to(outputs.dtype)[:, None], outputs)[:, 0]
+        return y, SavedExperts(routing, gate_up, hidden if inputs.saves_elementwise else None)
+
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        saved: SavedExperts,
+        inputs: PassInputs,
+        _: Sequence[LayerGroup | None],
+    ) -> torch.Tensor:
+        routing = saved.routing
+        hidden = inputs.ops.glu(saved.gate_up, self._activation) if saved.hidden is None else saved.hidden
+        # <dy, W hidden> is <W^T dy, hidden>: the product serves the scores' gradient and, scaled, that of `hidden`.
+        unscaled = self._down.backward(dy[routing.tokens], routing.ends)
+        dscores = (unscaled.float() * hidden).sum(1)[routing.places].unflatten(0, routing.scores.shape)
+        if self._down.bias is not None:
+            dscores = dscores + (dy @ self._down.bias.T).float().gather(1, routing.chosen)
+        row_scores = torch.empty_like(routing.scores).flatten().scatter_(0, routing.places, routing.scores.flatten())
+        dhidden = (unscaled * row_scores[:, None]).to(dy.dtype)
+        dgate_up = inputs.ops.glu_backward(dhidden, saved.gate_up, self._activation)
+        rows = self._gate_up.backward(dgate_up, routing.ends)[routing.places]
+        dx = rows.unflatten(0, routing.scores.shape).sum(1)
+        return dx + self._route_backward(dscores, x, routing).to(dy.dtype) @ self._router
+
+    def _route(self, x: torch.Tensor) -> Routing:
+        """Choose the experts of each token, as the routers of transformers do."""
+        logits = self._logits(x)
+        if self._scores == "chosen":
+            values, chosen = logits.topk(self._count)
+            scores = values.softmax(-1, torch.float32)
+        else:
+            scores, chosen = logits.softmax(-1, torch.float32).topk(self._count)
+            if self._normalizes:
+                scores = scores / scores.sum(-1, keepdim=True)
+        experts, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts, torch.arange(len(self._router), device=x.device), right=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        return Routing(scores, chosen, order // self._count, places, ends.int())
+
+    def _route_backward(self, dscores: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Compute the gradient of the router's logits (T, E) from that of the scores (T, K), both float32."""
+        weighted = dscores * routing.scores
+        total = weighted.sum(1, keepdim=True)
+        dlogits = dscores.new_zeros(len(dscores), len(self._router))
+        if self._normalizes:  # the softmax over the chosen experts alone
+            return dlogits.scatter_(1, routing.chosen, weighted - routing.scores * total)
+        return dlogits.scatter_(1, routing.chosen, weighted) - self._logits(x).softmax(-1, torch.float32) * total
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the router's logits, (T, E)."""
+        return F.linear(x, self._router, self._router_bias)
