@@ -73,7 +73,7 @@ class ExpertScales:
         return sum(each.nbytes for each in vars(self).values() if each is not None)
 
 
-class PackedExperts(torch.nn.Parameter):
+class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
     """One matrix, such as `gate_up_proj`, of all experts of a layer, in NF4 or FP4.
 
     Its data are the codes, uint8 (num_experts, bytes of one expert). Each expert is quantized by itself as
@@ -113,7 +113,7 @@ class PackedExperts(torch.nn.Parameter):
             code, state = quantize_4bit(values, blocksize=_BLOCK, **settings)
             codes.append(code.view(-1))
             states.append(state)
-        packed = cls(torch.cat(codes).view(len(weight), -1), requires_grad=False)  # type: ignore[call-arg]
+        packed = cls(torch.cat(codes).view(len(weight), -1), requires_grad=False)
         packed.scales = ExpertScales.joined(states, num_parts)
         packed.ds_shape = (weight.shape[0], weight.shape[1], weight.shape[2])
         packed.num_parts, packed.is_transposed = num_parts, is_transposed
@@ -176,7 +176,7 @@ class PackedExperts(torch.nn.Parameter):
         """Dequantize one expert: (out_features, in_features)."""
         return self.some(slice(number, number + 1))[0]
 
-    def all(self) -> Tensor:  # type: ignore[override]
+    def all(self) -> Tensor:
         """Dequantize all experts: (num_experts, out_features, in_features)."""
         return self.some(slice(None))
 
@@ -252,8 +252,17 @@ def packed(module: Any, name: str, weight: Tensor, quant_type: str, double_quant
         quant_type: nf4 or fp4.
         double_quant: also quantize the scales.
     """
-    num_parts = 2 if name == "gate_up_proj" and module.is_concatenated and not module.is_transposed else 1
-    return PackedExperts.quantized(weight, quant_type, double_quant, module.is_transposed, num_parts)
+    return PackedExperts.quantized(weight, quant_type, double_quant, module.is_transposed, num_parts(module, name))
+
+
+def num_parts(module: Any, name: str) -> int:
+    """Return how many matrices of an expert, one below the other, are quantized separately: 2 for gate and up.
+
+    Args:
+        module: the experts.
+        name: the parameter's name in it, from `matrix_names`.
+    """
+    return 2 if name == "gate_up_proj" and module.is_concatenated and not module.is_transposed else 1
 
 
 def pack_experts(model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
@@ -334,7 +343,7 @@ def _hit(inputs: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
             yield expert, rows
 
 
-class _Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):  # type: ignore[misc]
     """Products of sorted inputs with the frozen matrices of their experts."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Quantize fused experts while transformers loads a base: one matrix of one layer at a time, before the next is read."""
+"""Quantize fused experts while transformers loads a base: a matrix of one layer at a time, before the next is read."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def with_experts(config: BitsAndBytesConfig) -> BitsAndBytesConfig:
 
 
 @register_quantizer(METHOD)
-class ExpertsQuantizer(Bnb4BitHfQuantizer):
+class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """bitsandbytes' 4-bit quantization of linear layers, and of fused experts with the same settings."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

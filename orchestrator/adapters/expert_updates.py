@@ -1,7 +1,7 @@
 """Apply an adapter of fused experts without building the adapted weights.
 
-PEFT 0.21 adapts a parameter by adding the whole update to it in each forward pass (`ParamWrapper`). That needs the plain
-weights of all experts of a layer, twice, and it does not work on a parameter that is quantized: where another
+PEFT 0.21 adapts a parameter by adding the whole update to it in each forward pass (`ParamWrapper`). That needs the
+plain weights of all experts of a layer, twice, and it does not work on a parameter that is quantized: where another
 parametrization holds the parameter, `_remove_parametrizations` does not find the update that it should remove.
 """
 

@@ -1,4 +1,4 @@
-"""Bases with fused experts: quantized experts, adapted experts, and what plain transformers and PEFT make of the results."""
+"""Bases with fused experts: quantized and adapted experts, and what transformers and PEFT alone make of the results."""
 
 from pathlib import Path
 from typing import Any

@@ -24,8 +24,8 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1), ENGINES] = 0.05
     """Probability with which each input of the adapter is set to zero in training."""
     target_modules: Annotated[Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], ENGINES] = "all-linear"
-    """Names of the linear layers that are adapted, or all of them except the head. Fused experts are adapted if they are
-    named: `experts`, or one of their parameters, such as `experts.down_proj`."""
+    """Names of the linear layers that are adapted, or all of them except the head. Fused experts are adapted if
+    they are named: `experts`, or one of their parameters, such as `experts.down_proj`."""
     layers_to_transform: Annotated[
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None, ENGINES
     ] = None

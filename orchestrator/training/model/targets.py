@@ -271,7 +271,7 @@ def expected(
     base = config.base
     double_quant = base.double_quant if base.is_4bit else None
     held = {name: ("none", None) if name in left_out else (base.quantization, double_quant) for name in modules}
-    held |= {name: (base.quantization if base.is_4bit else "none", double_quant) for name in extra.experts}
+    held |= dict.fromkeys(extra.experts, (base.quantization if base.is_4bit else "none", double_quant))
     lora, training = config.lora, config.training
     ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in (*modules, *extra.experts)}
     alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in (*modules, *extra.experts)}
