@@ -25,6 +25,7 @@ from orchestrator.base_weights import (
     dequantize_head,
     keep_trainable,
     quantization_config,
+    quantize_experts,
     quantize_linears,
     require_quantized,
 )
@@ -126,6 +127,8 @@ def load_base(base: BaseSection, place: Any = None) -> Any:
         dequantize_head(model, dtype)
         if stored.is_dequantized and base.quantization != "none":
             quantize_linears(model, base)
+        elif base.is_4bit:  # bitsandbytes' files hold fused experts in 16 bits
+            quantize_experts(model, base)
     model.config.use_cache = False
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):  # nothing reads them, and with them some families cannot generate

@@ -25,22 +25,25 @@ def plain_layers(base: BaseSection) -> list[str]:
 
 
 def quantization_config(base: BaseSection) -> Any:
-    """Return transformers' quantization settings for the base, or None."""
+    """Return transformers' quantization settings for the base, or None. In 4 bits they include fused experts."""
     import torch
     from transformers import BitsAndBytesConfig
+
+    from orchestrator.experts_quantizer import with_experts
 
     left_out = plain_layers(base) or None
     if base.quantization == "none":
         return None
     if base.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
-    return BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
         llm_int8_skip_modules=left_out,
     )
+    return with_experts(config)
 
 
 def dequantization_config(method: str) -> Any:
@@ -80,6 +83,22 @@ def quantize_linears(model: Any, base: BaseSection) -> None:
         layer.bias = given.bias
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
+    if base.is_4bit:
+        quantize_experts(model, base)
+
+
+def quantize_experts(model: Any, base: BaseSection) -> None:
+    """Quantize the fused experts of a loaded model to 4 bits, one matrix after another.
+
+    Args:
+        model: it is changed.
+        base: its section.
+    """
+    import torch
+
+    from orchestrator.experts import pack_experts
+
+    pack_experts(model, base.quantization, base.double_quant, getattr(torch, base.compute_dtype))
 
 
 def require_quantized(model: Any, name: str) -> None:
@@ -119,10 +138,12 @@ def compute_in(model: Any, dtype: Any) -> None:
 
 
 def is_packed(parameter: Any) -> bool:
-    """Return whether a parameter holds packed weights of bitsandbytes, whose type may be a floating one."""
+    """Return whether a parameter holds packed weights, whose type may be a floating one."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
-    return isinstance(parameter, Int8Params | Params4bit)
+    from orchestrator.experts import PackedExperts
+
+    return isinstance(parameter, Int8Params | Params4bit | PackedExperts)
 
 
 def dequantize_head(model: Any, dtype: Any) -> None:

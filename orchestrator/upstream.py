@@ -9,7 +9,7 @@ entry.
 Libraries are imported inside the functions, so that this module is cheap to import.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,13 @@ def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
         For each name, the name in the model. It may be one that the model does not have: transformers ignores such
         weights. None for a weight that transformers computes from others while it loads.
 
+    """
+    return {name: None if converter else renamed for name, renamed, _, converter in renamed_weights(model, stored)}
+
+
+def renamed_weights(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Yield stored names, with their name in the model; a converted one with its pattern and `WeightConverter`.
+
     transformers 5.23: `convert_and_load_state_dict_in_model` does this for files that it loads, but not alone.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -133,14 +140,13 @@ def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     weights, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, str | None] = {}
     for name in sorted(stored, key=dot_natural_key):  # some renamings depend on the order
-        renamed, converted = rename_source_key(name, renamings, converters, prefix, weights)
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, weights)
         if renamed not in weights and name in weights:
-            renamed, converted = rename_source_key(name, [], [], prefix, weights)
-        names[name] = None if converted else renamed
-    return names
+            renamed, pattern = rename_source_key(name, [], [], prefix, weights)
+        yield name, renamed, pattern, by_pattern.get(pattern)
 
 
 def float32_weights(model: Any, dtype: Any) -> tuple[str, ...]:
@@ -330,12 +336,12 @@ PRIVATE: tuple[Private, ...] = (
     Private(
         "transformers 5.23", "transformers/conversion_mapping.py",
         ("get_model_conversion_mapping(model, key_mapping, hf_quantizer, add_legacy)",), "upstream.py",
-        "see names_in_model",
+        "see renamed_weights",
     ),
     Private(
         "transformers 5.23", "transformers/core_model_loading.py",
         ("WeightConverter", "WeightRenaming", "dot_natural_key(s)", "rename_source_key"), "upstream.py",
-        "see names_in_model",
+        "see renamed_weights",
     ),
     Private(
         "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",

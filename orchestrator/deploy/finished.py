@@ -82,6 +82,8 @@ class ChosenTrial:
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
             "base": trial.config.base.model,
+            "base_gib": trial.base_gib,
+            "base_quantized_share": trial.base_quantized_share,
             "data_fingerprint": trial.data_fingerprint,
         }
 

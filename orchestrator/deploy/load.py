@@ -45,6 +45,8 @@ def attach_adapter(base: Any, adapter: AdapterRef) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
+    from orchestrator.adapters.expert_updates import apply_by_expert
+
     mismatch = f"{adapter.folder}: adapter and base do not match"
     remedy = f"The adapter was trained on a base of another shape than {adapter.base.model}."
     try:
@@ -58,6 +60,7 @@ def attach_adapter(base: Any, adapter: AdapterRef) -> Any:
             raise
         line = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise RequestError(f"{mismatch}: {line}", remedy) from error
+    apply_by_expert(model)
     # PEFT only warns of tensors without a module, and of modules without a tensor.
     in_model = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if unmatched := {name for name in in_file ^ in_model if ".lora_" in name}:

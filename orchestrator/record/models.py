@@ -132,6 +132,10 @@ class TrialResult(Record):
     memory_plan: dict[str, Any] | None = None
     """What the fast engine gave up to save memory; on a GPU also the peak, predicted and measured with the largest
     batch."""
+    base_gib: float | None = None
+    """Size of the loaded base's weights, with the scales of quantized ones, in GiB."""
+    base_quantized_share: float | None = None
+    """Share of the loaded base's weights that are quantized: in 4 bits under nf4 and fp4, in 8 under int8."""
     device: str | None = None
     """Name of the GPU, or cpu."""
     worker: str | None = None
@@ -158,6 +162,15 @@ class TrialResult(Record):
     """What went wrong without stopping the trial, such as a tracker that failed."""
     untracked: list[str] = []
     """Trackers that miss a part of this trial. They receive the rest when the sweep ends, or with `resume`."""
+
+    @property
+    def base_size(self) -> str | None:
+        """Size of the base in words, such as `base: 97% of its weights in 4 bits, 17.3 GiB`; None if not measured."""
+        if self.base_gib is None or self.base_quantized_share is None:
+            return None
+        bits = {"none": None, "int8": 8}.get(self.config.base.quantization, 4)
+        share = f"{self.base_quantized_share:.0%} of its weights in {bits} bits, " if bits else ""
+        return f"base: {share}{self.base_gib:.3g} GiB"
 
     @property
     def num_parameters(self) -> int | None:

@@ -36,6 +36,7 @@ def say_best(console: Console, best: ChosenTrial) -> None:
             f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
         )
     lines += [f"left out, because its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
+    lines += [best.trial.base_size] if best.trial.base_size else []
     lines.append(f"adapter: {best.adapter}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 

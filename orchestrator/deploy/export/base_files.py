@@ -203,7 +203,11 @@ def loaded_bytes(base: BaseSection) -> int:
     base_files = find_base_files(base)
     plain_size = 0 if base_files.read(min(base_files.files)).dtype == dtype else dtype.itemsize
     quantized_size = {"none": plain_size, "int8": 1, "nf4": 0.5, "fp4": 0.5}[base.quantization]
-    quantized = base_files.quantized_layers()
-    weights = base_files.meta_model().named_parameters()
+    quantized, model = set(base_files.quantized_layers()), base_files.meta_model()
+    if base.is_4bit:
+        from orchestrator.experts import expert_matrices
+
+        quantized |= expert_matrices(model).keys()
+    weights = model.named_parameters()
     sizes = (weight.numel() * (quantized_size if name in quantized else plain_size) for name, weight in weights)
     return int(sum(sizes))

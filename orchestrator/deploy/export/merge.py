@@ -14,6 +14,7 @@ from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export.base_files import BaseFiles, find_base_files
+from orchestrator.deploy.export.expert_weights import ExpertLora, StoredExperts, stored_experts
 from orchestrator.deploy.export.memory_limit import why_out_of_memory
 from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
 from orchestrator.errors import RecordError, RequestError
@@ -74,6 +75,8 @@ class Merge:
     """Shapes of the weights in `replaced`."""
     embedding: frozenset[str]
     """Names of the weights with a row for each token."""
+    experts: Mapping[str, StoredExperts]
+    """Name of a weight of fused experts that changes -> what it holds."""
 
     @cached_property
     def weights(self) -> Mapping[str, Any]:
@@ -180,6 +183,11 @@ class Merge:
                 if update.magnitude is not None:
                     magnitude = adapter.get_tensor(update.magnitude).to(device, torch.float32)
                     weight = (magnitude / torch.linalg.norm(weight, dim=1))[:, None] * weight
+            if name in self.experts and (expert_update := self.experts[name].update):
+                a, b = (
+                    adapter.get_tensor(each).to(device, torch.float32) for each in (expert_update.a, expert_update.b)
+                )
+                weight = self.experts[name].delta(a, b, expert_update.scale).add_(weight)
             if rows := self.trained_rows.get(name):
                 trained = adapter.get_tensor(rows.key).to(device, torch.float32)
                 new = self.num_tokens(name) - len(weight)
@@ -195,7 +203,10 @@ class Merge:
 
         if self.quantized is None or not weight.is_floating_point():
             return weight
-        weight = weight.to(getattr(torch, self.base_files.base.compute_dtype))
+        base = self.base_files.base
+        weight = weight.to(getattr(torch, base.compute_dtype))
+        if name in self.experts and base.is_4bit:
+            return self.experts[name].as_trained(weight, base.quantization, base.double_quant)
         if name not in self.quantized:
             return weight
         if isinstance(self.quantized[name], Linear8bitLt):
@@ -234,9 +245,13 @@ def plan_merge(adapter: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
     meta_model = base_files.meta_model()
     stored = base_files.stored_names(meta_model)
     tied = {each for pair in (meta_model.all_tied_weights_keys or {}).items() for each in pair}
-    updates = _updates(meta_model, config, shapes, adapter.folder)
+    updates, expert_updates = _updates(meta_model, config, shapes, adapter.folder)
+    experts = stored_experts(
+        base_files, base_files.meta_model(), expert_updates, onto == "dequantized" and adapter.base.is_4bit
+    )
     trained_rows = _trained_rows(config, shapes)
     used = {each for update in updates.values() for each in (update.a, update.b, update.magnitude)}
+    used |= {each for expert in expert_updates.values() for each in (expert.a, expert.b)}
     used |= {each.key for each in trained_rows.values()}
     replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
     _require_separate((*updates, *replaced), replaced.values(), tied, adapter.base.model)
@@ -245,13 +260,13 @@ def plan_merge(adapter: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
     _require_shapes(base_files, updates, replaced, trained_rows, shapes, embedding)
     quantized = stored.renamed(base_files.quantized_layers()) if onto == "dequantized" else None
     saved = {name: shapes[key] for name, key in replaced.items()}
-    return Merge(adapter, base_files, dtype, updates, replaced, trained_rows, quantized, saved, embedding)
+    return Merge(adapter, base_files, dtype, updates, replaced, trained_rows, quantized, saved, embedding, experts)
 
 
 def _updates(
     meta_model: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path
-) -> dict[str, LoraUpdate]:
-    """Return the LoRA updates by weight. PEFT itself determines the adapted layers and their scales.
+) -> tuple[dict[str, LoraUpdate], dict[str, ExpertLora]]:
+    """Return the LoRA updates by weight, and those of fused experts by parameter. PEFT itself finds layers and scales.
 
     Args:
         meta_model: the base on the meta device; PEFT's layers are injected into it.
@@ -263,7 +278,7 @@ def _updates(
         RequestError: the adapter has a layer that the base does not have, or a variant that cannot be merged.
     """
     from peft import inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
     from peft.tuners.lora.variants import DoraLinearVariant
     from torch.nn import Linear
 
@@ -272,9 +287,13 @@ def _updates(
         model = inject_adapter_in_model(matrices_alone, meta_model, low_cpu_mem_usage=True)
     except ValueError as error:  # the base has none of the target modules
         raise RequestError(f"{folder}: adapter and base do not match: {error}") from error
-    updates = {}
+    updates, experts = {}, {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
+            continue
+        if isinstance(layer, ParamWrapper):
+            parameter = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            experts[parameter] = _expert_update(name, layer, shapes, folder)
             continue
         adapted = f"{folder}: adapts {name}"
         variant = layer.lora_variant.get("default")
@@ -293,7 +312,23 @@ def _updates(
         if ranks != (rank, rank):
             raise RequestError(f"{folder}: {name} has rank {rank} in adapter_config.json, but {ranks} in {WEIGHTS}")
         updates[f"{name}.weight"] = update
-    return updates
+    return updates, experts
+
+
+def _expert_update(name: str, layer: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> ExpertLora:
+    """Return the update of a parameter of fused experts.
+
+    Args:
+        name: name of PEFT's wrapper.
+        layer: the wrapper, on the meta device.
+        shapes, folder: see `_updates`.
+    """
+    matrices = f"{_PREFIX}{name}.lora_"
+    update = ExpertLora(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"])
+    expected = tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)
+    if (found := (shapes.get(update.a), shapes.get(update.b))) != expected:
+        raise RequestError(f"{folder}: adapter and base do not match: {name} has matrices {found}, not {expected}")
+    return update
 
 
 def _trained_rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TrainedRows]:

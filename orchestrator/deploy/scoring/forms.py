@@ -8,7 +8,7 @@ from typing import Any, Literal, assert_never, get_args
 
 from orchestrator.base import configuration, evict, load_base, load_tokenizer
 from orchestrator.base_folder import stored_quantization
-from orchestrator.base_weights import keep_trainable
+from orchestrator.base_weights import keep_trainable, quantize_experts
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import attach_adapter
 from orchestrator.errors import RequestError
@@ -118,7 +118,7 @@ def _file_dtype(base: BaseSection) -> str:
 
 
 def _dequantize(model: Any) -> list[str]:
-    """Replace quantized layers with plain ones of the same values, one at a time.
+    """Replace quantized layers and experts with plain ones of the same values, one at a time.
 
     Returns:
         The names of the layers.
@@ -127,6 +127,8 @@ def _dequantize(model: Any) -> list[str]:
     from peft.utils.integrations import dequantize_module_weight
     from torch.nn import Linear, Parameter
 
+    from orchestrator.experts import PackedExperts
+
     names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     for name in names:
         packed = model.get_submodule(name)
@@ -134,6 +136,12 @@ def _dequantize(model: Any) -> list[str]:
         plain.weight = Parameter(dequantize_module_weight(packed), requires_grad=False)
         plain.bias = packed.bias
         model.set_submodule(name, plain)
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, PackedExperts):
+            module, _, leaf = name.rpartition(".")
+            whole = parameter.all()
+            plain = Parameter((whole.mT if parameter.is_transposed else whole).contiguous(), requires_grad=False)
+            setattr(model.get_submodule(module), leaf, plain)
     if names:
         model.hf_quantizer.remove_quantization_config(model)
     return names
@@ -148,9 +156,17 @@ def _merged(adapted: Any, dtype: str) -> Any:
     import torch
     from peft.tuners.lora import Linear
 
+    from orchestrator.adapters.expert_updates import AdaptedExperts
+
     target = getattr(torch, dtype)
     for layer in adapted.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, AdaptedExperts):
+            plain, name = layer.get_base_layer(), layer.parameter_name
+            whole = layer.get_param().detach().to(torch.float32, copy=True)
+            setattr(plain, name, torch.nn.Parameter(whole, requires_grad=False))
+            layer.merge()
+            layer.get_param().data = layer.get_param().data.to(target)
+        elif isinstance(layer, Linear):
             plain = layer.get_base_layer()
             # A new parameter: a head may share its weight with the embedding, which must not change.
             plain.weight = torch.nn.Parameter(plain.weight.detach().to(torch.float32, copy=True), requires_grad=False)
@@ -179,6 +195,7 @@ def _quantize(model: Any, names: Sequence[str], base: BaseSection) -> None:
         packed.weight = whole.to(plain.weight.device)  # this quantizes
         packed.bias = plain.bias
         model.set_submodule(name, packed)
+    quantize_experts(model, base)
     keep_trainable(model)
 
 

@@ -66,6 +66,7 @@ def more_than_lora(adapter: Path) -> str | None:
         "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "fully trained modules": config.get("modules_to_save"),
         "trained tokens": config.get("trainable_token_indices"),
+        "adapted experts": config.get("target_parameters"),
         f"a base that was changed by {init}": isinstance(init, str) and init.lower() not in _SUPPORTED_INITS,
     }
     return next((part for part, is_present in parts.items() if is_present), None)

@@ -24,7 +24,8 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1), ENGINES] = 0.05
     """Probability with which each input of the adapter is set to zero in training."""
     target_modules: Annotated[Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], ENGINES] = "all-linear"
-    """Names of the linear layers that are adapted, or all of them except the head."""
+    """Names of the linear layers that are adapted, or all of them except the head. Fused experts are adapted if
+    they are named: `experts`, or one of their parameters, such as `experts.down_proj`."""
     layers_to_transform: Annotated[
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None, ENGINES
     ] = None
@@ -54,6 +55,11 @@ class LoraSection(Section):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
+    def names_experts(self) -> bool:
+        """Whether target_modules names fused experts or their parameters. They are called experts in all families."""
+        return isinstance(self.target_modules, list) and any("experts" in n.split(".") for n in self.target_modules)
+
+    @property
     def starts_from_base(self) -> bool:
         """Whether the initial update is a part of the base's weights, which must be subtracted from the base."""
         return self.init in ("olora", "pissa")
@@ -64,6 +70,8 @@ class LoraSection(Section):
             raise ValueError(
                 f"dora takes its magnitudes from the whole base, but init {self.init} subtracts a part of it; drop one"
             )
+        if self.names_experts:
+            self._require_plain_lora()
         for field in ("layers_to_transform", "target_modules", "modules_to_save"):
             names = getattr(self, field)
             if isinstance(names, list) and len(set(names)) < len(names):
@@ -83,3 +91,18 @@ class LoraSection(Section):
                 "target_modules contains lm_head, whose adapter trl (1.16) would not train; put it into modules_to_save"
             )
         return self
+
+    def _require_plain_lora(self) -> None:
+        """Raise ValueError if fused experts should be adapted in a way that PEFT cannot (0.21, `ParamWrapper`)."""
+        not_for_experts = {
+            "dropout": (self.dropout, "set dropout: 0"),
+            "dora": (self.dora, "set dora: false"),
+            "init": (self.init if self.init not in ("default", "gaussian") else None, "use default or gaussian"),
+            "bias": (self.bias if self.bias != "none" else None, "set bias: none"),
+        }
+        for field, (value, remedy) in not_for_experts.items():
+            if value:
+                raise ValueError(
+                    f"target_modules names experts, whose adapters cannot be combined with {field} "
+                    f"{str(value).lower()}; {remedy}, or take the experts out"
+                )

@@ -86,7 +86,7 @@ class TrialConfig(Section):
     def fast_unsupported_reason(self) -> str | None:
         """Return the first field that the fast engine does not support, or None. The base may be another reason.
 
-        Follows from what the fields declare (`HonoredBy`), except for a rule between two fields.
+        Follows from what the fields declare (`HonoredBy`), except for two rules.
         """
         for name, section in (("base", self.base), ("lora", self.lora), ("training", self.training)):
             for field, info in type(section).model_fields.items():
@@ -94,6 +94,8 @@ class TrialConfig(Section):
                 if not declared.fast_supports(value, info.default):
                     note = f" ({declared.fast_note})" if declared.fast_note else ""
                     return f"{name}.{field}{f' {value}' if isinstance(value, str) else ''}{note}"
+        if self.lora.names_experts:
+            return "lora.target_modules with experts"
         training = self.training
         if "bit" in training.optimizer and training.adapter_dtype != "float32":
             return f"training.optimizer {training.optimizer} with adapter_dtype bfloat16"

@@ -13,6 +13,7 @@ from orchestrator.adapters.bundle import add_answers, recover_interrupted_saves
 from orchestrator.adapters.generate import exact_matches
 from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, guarded
+from orchestrator.base_size import BaseSize
 from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.storage import storage_fault
@@ -125,7 +126,10 @@ class Attempt:
         config = self._config
         if isinstance(slot, EngineSlot):
             self._probed_gib = slot.plan.measured_gib  # a cached engine is not probed again
+        size = BaseSize.of(self._inputs.base)
         fields = engine_fields(slot) | {
+            "base_gib": round(size.gib, 4),
+            "base_quantized_share": round(size.quantized_share, 4),
             "data_fingerprint": self._inputs.data.fingerprint,
             "device": device_name(),
             "worker": f"{socket.gethostname()}:{os.getpid()}",
@@ -133,11 +137,10 @@ class Attempt:
         self._reporter.report(Noted, fields=fields)
         base = self._inputs.base
         require_device(config)
-        for warning in check_positions(config, self._inputs):
-            self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
-        if left_out := left_out_warning(base, config.lora):
-            self._write_queue.do(partial(self._reporter.warn, left_out))
+        about_base = (left_out_warning(base, config.lora), size.warning(config.base))
+        for warning in (*check_positions(config, self._inputs), *filter(None, about_base)):
+            self._write_queue.do(partial(self._reporter.warn, warning))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)

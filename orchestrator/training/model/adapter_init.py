@@ -21,7 +21,7 @@ from orchestrator.data.encode import IGNORED
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.peft_model import ADAPTER, lora_config, lora_layers
+from orchestrator.training.model.peft_model import ADAPTER, adapted_parts, lora_config
 
 EVA_BATCHES, EVA_PASSES = 200, 1000
 """Most batches of training rows that EVA reads, and most passes in which its components must converge."""
@@ -30,7 +30,7 @@ EVA_BATCHES, EVA_PASSES = 200, 1000
 def init_adapter(
     model: Any, lora: LoraSection, seed: int, dtype: torch.dtype, components: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Set an adapter's first weights, A (rank, in_features) and B (out_features, rank) of each layer.
+    """Set an adapter's first weights, A (rank, in_features) and B (out_features, rank) of each layer or expert.
 
     default: A is uniform within 1 / sqrt(in_features), as in PEFT and `nn.Linear`; B is zero.
     gaussian: A is normal with standard deviation 1 / rank; B is zero.
@@ -46,20 +46,20 @@ def init_adapter(
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapted_parts(model).items():
         lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        rank, width = lora_a.out_features, lora_a.in_features
-        b = torch.zeros(lora_b.out_features, rank, device=device)
+        rank, shape = layer.r[ADAPTER], (lora_a.out_features, lora_a.in_features)  # experts have a rank each
+        b = torch.zeros(lora_b.out_features, lora_b.in_features, device=device)
         if lora.starts_from_base:
             a, b = _factors_of_base(name, layer, lora, rank)
         elif components is not None:
             a = components[name]
         elif lora.init == "gaussian":
-            a = torch.empty(rank, width, device=device).normal_(std=1 / rank, generator=generator)
+            a = torch.empty(shape, device=device).normal_(std=1 / rank, generator=generator)
         else:
-            bound = 1 / math.sqrt(width)
-            a = torch.empty(rank, width, device=device).uniform_(-bound, bound, generator=generator)
-        layer_device = layer.get_base_layer().weight.device  # a base may be spread over several GPUs
+            bound = 1 / math.sqrt(lora_a.in_features)
+            a = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
+        layer_device = lora_a.weight.device  # a base may be spread over several GPUs
         # QR returns strided views, for which fused AdamW on a GPU rejects the gradients (torch 2.11).
         lora_a.weight.data, lora_b.weight.data = (each.to(layer_device, dtype).contiguous() for each in (a, b))
         if lora.starts_from_base:

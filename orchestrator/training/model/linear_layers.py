@@ -18,6 +18,9 @@ from orchestrator.words import counted
 LayerShapes = dict[str, tuple[int, int]]
 """Name of a linear layer -> (in_features, out_features)."""
 
+ExpertShapes = dict[str, tuple[int, int, int]]
+"""Name of a parameter with a matrix of each expert -> (num_experts, in_features, out_features)."""
+
 Reason = Literal["router", "unreached", "bypassed", "ambiguous", "irregular", "refused"]
 """Why a linear layer is left out:
 
@@ -61,6 +64,8 @@ class LinearLayers:
     """Name of a layer that cannot be adapted even if `lora.target_modules` names it -> why."""
     experts: tuple[str, ...]
     """Names of the modules that hold the weights of several experts in one parameter."""
+    expert_shapes: ExpertShapes
+    """The parameters of such modules that can be adapted."""
 
     @property
     def adaptable(self) -> LayerShapes:
@@ -140,7 +145,18 @@ def _find(model: Any) -> LinearLayers:
     gates = {*chain.from_iterable(router_layers(routers).values()), *_gates(model, routers)}
     left_out |= {name: "router" for name in layers if name in gates}
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    return LinearLayers(shapes, left_out, impossible, tuple(experts))
+    return LinearLayers(shapes, left_out, impossible, tuple(experts), _expert_shapes(model))
+
+
+def _expert_shapes(model: Any) -> ExpertShapes:
+    from orchestrator.experts import PackedExperts, expert_matrices
+
+    shapes = {}
+    for name, weight in expert_matrices(model).items():
+        shape = weight.ds_shape if isinstance(weight, PackedExperts) else weight.shape
+        is_transposed = model.get_submodule(_parent(name)).is_transposed
+        shapes[name] = (shape[0], *(shape[1:] if is_transposed else (shape[2], shape[1])))
+    return shapes
 
 
 def _gates(model: Any, routers: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from orchestrator.adapters.expert_updates import AdaptedExperts, apply_by_expert, expert_layers
 from orchestrator.base import share_modules
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
@@ -39,6 +40,7 @@ def lora_config(config: TrialConfig, modules: Collection[str], extra: ExtraTrain
         # Whole names: PEFT's own all-linear would add fused experts and routers, and a last part such as `q_proj` the
         # layers of a vision tower. From 20 names on, PEFT shortens them to the parts that are enough (0.21).
         target_modules=sorted(modules),
+        target_parameters=sorted(extra.experts) if extra and extra.experts else None,
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
@@ -62,7 +64,9 @@ def model_from_peft(base: Any, config: TrialConfig, modules: Collection[str], ex
         config, modules, extra: see `lora_config`.
     """
     own = share_modules(base, own_biases=config.lora.bias != "none")
-    return get_peft_model(own, lora_config(config, modules, extra))
+    model = get_peft_model(own, lora_config(config, modules, extra))
+    apply_by_expert(model)
+    return model
 
 
 def peft_template(base: Any, config: TrialConfig) -> Any:
@@ -114,12 +118,17 @@ def _resize(layer: Any, lora: LoraSection) -> None:
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
-    """Return the adapted layers of a `PeftModel`, by their names in the base."""
+    """Return the adapted linear layers of a `PeftModel`, by their names in the base."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaptedExperts)
     }
+
+
+def adapted_parts(model: Any) -> dict[str, Any]:
+    """Return the adapted linear layers and parameters of experts of a `PeftModel`, by their names in the base."""
+    return lora_layers(model) | expert_layers(model)
 
 
 def load_adapter_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:

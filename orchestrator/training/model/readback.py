@@ -8,17 +8,20 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch.nn import Identity
 
+from orchestrator.adapters.expert_updates import AdaptedExperts, expert_layers
 from orchestrator.errors import TrialError
+from orchestrator.experts import PackedExperts
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.model.adapter_init import SubtractInitialUpdate
 from orchestrator.training.model.peft_model import ADAPTER, lora_layers
-from orchestrator.training.model.targets import shared_or_all, shared_or_by_layer
+from orchestrator.training.model.targets import expert_leaves, shared_or_all, shared_or_by_layer
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
     """Return the fields of `targets.expected`, read from the live layers, base weights, optimizer and loss."""
     model = trainer.model
-    layers = lora_layers(model)
+    experts = expert_layers(model)
+    layers = lora_layers(model) | experts
     adapters = {name: _adapter_of(layer) for name, layer in layers.items()}
     inside = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
     wrappers = {name: module for name, module in inside.items() if isinstance(module, TrainableTokensWrapper)}
@@ -32,7 +35,9 @@ def read_back(trainer: Any) -> dict[str, Any]:
         "lora.rank": shared_or_by_layer({name: adapter["rank"] for name, adapter in adapters.items()}),
         "lora.alpha": shared_or_by_layer({name: adapter["alpha"] for name, adapter in adapters.items()}),
         "lora.dropout": shared("dropout"),
-        "lora.target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora.target_modules": sorted(
+            {name.rpartition(".")[2] for name in layers.keys() - experts.keys()} | expert_leaves(experts)
+        ),
         "lora.num_modules": len(layers),
         "lora.rslora": shared("rslora"),
         "lora.dora": shared("dora"),
@@ -113,7 +118,8 @@ def require_applied(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 def _adapter_of(layer: Any) -> dict[str, Any]:
     (name,) = layer.lora_A.keys()
     base = layer.get_base_layer()
-    rank = layer.lora_A[name].weight.shape[0]
+    is_expert = isinstance(layer, AdaptedExperts)
+    rank = layer.lora_A[name].weight.shape[0] // (layer.num_experts if is_expert else 1)
     dropout = layer.lora_dropout[name]
     rslora = layer.use_rslora[name]
     return {
@@ -124,13 +130,15 @@ def _adapter_of(layer: Any) -> dict[str, Any]:
         "starts_from_base": any(isinstance(hook, SubtractInitialUpdate) for hook in base._forward_hooks.values()),
         "dropout": 0.0 if isinstance(dropout, Identity) else dropout.p,
         "dtype": str(layer.lora_A[name].weight.dtype).removeprefix("torch."),
-        **_quantization_of(base.weight),
+        **_quantization_of(layer.get_param() if is_expert else base.weight),
     }
 
 
 def _quantization_of(weight: Any) -> dict[str, Any]:
     if isinstance(weight, Params4bit):
         return {"quantization": weight.quant_state.quant_type, "double_quant": weight.quant_state.nested}
+    if isinstance(weight, PackedExperts):
+        return {"quantization": weight.quant_type, "double_quant": weight.double_quant}
     return {"quantization": "int8" if isinstance(weight, Int8Params) else "none", "double_quant": None}
 
 

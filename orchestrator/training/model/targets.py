@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.base import new_token_ids
@@ -10,7 +10,7 @@ from orchestrator.base_weights import is_packed
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.linear_layers import LayerShapes, LinearLayers, linear_layers
+from orchestrator.training.model.linear_layers import ExpertShapes, LayerShapes, LinearLayers, linear_layers
 
 _LIVE_OPTIMIZERS = {
     "adamw_torch": "torch.AdamW",
@@ -47,8 +47,9 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
     require_adaptable(layers, lora)
     saved = [name for name in layers.shapes if any(_is_inside(name, module) for module in lora.modules_to_save or ())]
     found = {name: layers.shapes[name] for name in _targeted(layers, lora) if name not in saved}
+    experts = _targeted_experts(layers, lora)
     if lora.layers_to_transform is not None:
-        numbers = {name: _layer_number(name) for name in found}
+        numbers = {name: _layer_number(name) for name in (*found, *experts)}
         for number in lora.layers_to_transform:
             if number not in numbers.values():
                 raise TrialError(
@@ -56,13 +57,41 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
                     f"{sorted({each for each in numbers.values() if each is not None})}"
                 )
         found = {name: shape for name, shape in found.items() if numbers[name] in lora.layers_to_transform}
-    if saved and not found:
+    if saved and not found and not experts:
         raise TrialError("lora.target_modules: nothing is left to adapt; all layers are in lora.modules_to_save")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for each in getattr(lora, field):
-            if not any(_matches_pattern(name, each) for name in found):
-                raise TrialError(f"lora.{field}: {each!r} matches no adapted layer; one is named {next(iter(found))}")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for each in getattr(lora, pattern):
+            if not any(_matches_pattern(name, each) for name in (*found, *experts)):
+                one = next(iter((*found, *experts)))
+                raise TrialError(f"lora.{pattern}: {each!r} matches no adapted layer; one is named {one}")
     return found
+
+
+def expected_experts(model: Any, lora: LoraSection) -> ExpertShapes:
+    """Return the parameters of fused experts that the adapter should adapt: name -> (num_experts, in, out features).
+
+    Args:
+        model: the bare base.
+        lora: the configuration, checked by `expected_modules`.
+    """
+    experts, numbers = _targeted_experts(linear_layers(model), lora), lora.layers_to_transform
+    return {name: shape for name, shape in experts.items() if numbers is None or _layer_number(name) in numbers}
+
+
+def _targeted_experts(layers: LinearLayers, lora: LoraSection) -> ExpertShapes:
+    """Return the parameters of experts that `lora.target_modules` chooses."""
+    if lora.target_modules == "all-linear":
+        return {}
+    targets = lora.target_modules
+    return {n: shape for n, shape in layers.expert_shapes.items() if any(_names_expert(n, each) for each in targets)}
+
+
+def _names_expert(name: str, target: str) -> bool:
+    """Return whether a target is the name of the experts that hold this parameter, or of the parameter with them.
+
+    `down_proj` alone names linear layers only, `experts.down_proj` the experts.
+    """
+    return _ends_with(name.rpartition(".")[0], target) or ("." in target and _ends_with(name, target))
 
 
 def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
@@ -82,8 +111,14 @@ def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
         return
     for target in lora.target_modules:
         named = [name for name in layers.shapes if _ends_with(name, target)]
+        if not named and any(_names_expert(name, target) for name in layers.expert_shapes):
+            continue
+        if any(_ends_with(name, target) for name in layers.experts):
+            raise TrialError(
+                f"lora.target_modules: {target!r} names experts of a form that this version cannot adapt", remedy
+            )
         if not named:
-            leaves = sorted({name.rpartition(".")[2] for name in layers.shapes})
+            leaves = sorted({name.rpartition(".")[2] for name in layers.shapes} | expert_leaves(layers.expert_shapes))
             raise TrialError(
                 f"lora.target_modules: {target!r} is not a linear layer of this base; it has {', '.join(leaves)}"
             )
@@ -91,6 +126,11 @@ def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
             raise TrialError(f"lora.target_modules: {target!r} names {layers.why_impossible(impossible)}", remedy)
         if all(layers.left_out.get(name) == "unreached" for name in named):
             raise TrialError(f"lora.target_modules: {target!r} names only layers that text does not reach", remedy)
+
+
+def expert_leaves(names: Iterable[str]) -> set[str]:
+    """Return the last two parts of the names of experts' parameters, such as `experts.down_proj`."""
+    return {".".join(name.split(".")[-2:]) for name in names}
 
 
 def _targeted(layers: LinearLayers, lora: LoraSection) -> list[str]:
@@ -121,7 +161,7 @@ def left_out_warning(model: Any, lora: LoraSection) -> str | None:
 
 @dataclass(frozen=True)
 class ExtraTrainables:
-    """The parameters of a base that train in addition to the adapter's matrices."""
+    """What trains on a base besides the adapters of its linear layers."""
 
     saved: dict[str, int]
     """Name of a module that trains in full (`lora.modules_to_save`) -> its number of parameters."""
@@ -131,16 +171,18 @@ class ExtraTrainables:
     """Name of the embedding, and of the head if it has its own weight -> ids of the tokens whose rows train."""
     width: int
     """Length of these rows."""
+    experts: ExpertShapes = field(default_factory=dict)
+    """Parameters of fused experts that are adapted."""
 
     @property
     def num_parameters(self) -> int:
-        """Number of all these parameters."""
+        """Number of the parameters that train, without the adapters of experts."""
         rows = sum(len(ids) for ids in self.tokens.values())
         return sum(self.saved.values()) + self.num_biases + rows * self.width
 
 
 def expected_extra_trainables(model: Any, config: TrialConfig, modules: LayerShapes, tokenizer: Any) -> ExtraTrainables:
-    """Return what should train on a bare base in addition to the adapter's matrices.
+    """Return what should train on a bare base besides the adapters of its linear layers.
 
     Args:
         model: the base.
@@ -164,7 +206,8 @@ def expected_extra_trainables(model: Any, config: TrialConfig, modules: LayerSha
         # A module that trains in full contains the rows of the new tokens.
         tokens = {names[id(part)]: ids for part in parts if names[id(part)] not in saved}
         width = embedding.embedding_dim
-    return ExtraTrainables(saved, _num_trained_biases(model, config.lora, modules), tokens, width)
+    num_biases = _num_trained_biases(model, config.lora, modules)
+    return ExtraTrainables(saved, num_biases, tokens, width, expected_experts(model, config.lora))
 
 
 def _expected_saved_modules(model: Any, config: TrialConfig) -> dict[str, int]:
@@ -220,7 +263,7 @@ def expected(
     Raises:
         TrialError: no layer is adapted.
     """
-    if not modules:
+    if not modules and not extra.experts:
         raise TrialError(
             "lora.target_modules: this base has no linear layer to adapt",
             "If its layers are of the class Conv1D (GPT-2), set base.quantization: nf4, which makes them linear.",
@@ -228,16 +271,18 @@ def expected(
     base = config.base
     double_quant = base.double_quant if base.is_4bit else None
     held = {name: ("none", None) if name in left_out else (base.quantization, double_quant) for name in modules}
+    held |= dict.fromkeys(extra.experts, (base.quantization if base.is_4bit else "none", double_quant))
     lora, training = config.lora, config.training
-    ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in modules}
-    alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in modules}
+    ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in (*modules, *extra.experts)}
+    alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in (*modules, *extra.experts)}
     matrices = sum(ranks[name] * (i + o) + o * lora.dora for name, (i, o) in modules.items())
+    matrices += sum(ranks[name] * number * (i + o) for name, (number, i, o) in extra.experts.items())
     return {
         "lora.rank": shared_or_by_layer(ranks),
         "lora.alpha": shared_or_by_layer(alphas),
         "lora.dropout": lora.dropout,
-        "lora.target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        "lora.num_modules": len(modules),
+        "lora.target_modules": sorted({name.rpartition(".")[2] for name in modules} | expert_leaves(extra.experts)),
+        "lora.num_modules": len(modules) + len(extra.experts),
         "lora.rslora": lora.rslora,
         "lora.dora": lora.dora,
         "lora.starts_from_base": lora.starts_from_base,

@@ -1,0 +1,72 @@
+"""Apply an adapter of fused experts without building the adapted weights.
+
+PEFT 0.21 adapts a parameter by adding the whole update to it in each forward pass (`ParamWrapper`). That needs the
+plain weights of all experts of a layer, twice, and it does not work on a parameter that is quantized: where another
+parametrization holds the parameter, `_remove_parametrizations` does not find the update that it should remove.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+
+from orchestrator.experts import ExpertUpdate, compute_by_expert, matrix_names
+
+
+class AdaptedExperts(ParamWrapper):  # type: ignore[misc]
+    """PEFT's wrapper of one parameter of fused experts, whose update `by_expert` applies to each expert's inputs."""
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Give the experts the update for one forward pass (`ParamWrapper.forward`)."""
+        experts = self.get_base_layer()
+        updates = vars(experts).setdefault("updates", {})
+        names = [name for name in active_adapters if name in self.lora_A]
+        if len(names) > 1:
+            raise NotImplementedError(f"one adapter of experts at a time; active are {', '.join(names)}")
+        for name in names:
+            updates[self.parameter_name] = self.update(name)
+        try:
+            yield
+        finally:
+            updates.pop(self.parameter_name, None)
+
+    def update(self, adapter: str) -> ExpertUpdate:
+        """Return an adapter's update.
+
+        PEFT keeps A as (experts * rank, in_features), expert by expert, and B as (out_features, rank * experts), in
+        which the experts are the last dimension (0.21, `ParamWrapper.get_delta_weight`).
+        """
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return ExpertUpdate(
+            a.unflatten(0, (self.num_experts, -1)),
+            b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1),
+            self.scaling[adapter],
+        )
+
+
+def apply_by_expert(model: Any) -> None:
+    """Have the adapters of a model's fused experts applied by `by_expert`; other models stay as they are.
+
+    Args:
+        model: a `PeftModel`. It is changed.
+    """
+    wrappers = [
+        module
+        for module in model.modules()
+        if type(module) is ParamWrapper and module.parameter_name in matrix_names(module.get_base_layer())
+    ]
+    for wrapper in wrappers:
+        wrapper.__class__ = AdaptedExperts
+    if wrappers:
+        compute_by_expert(model.get_base_model())
+
+
+def expert_layers(model: Any) -> dict[str, AdaptedExperts]:
+    """Return the adapted parameters of experts of a `PeftModel`, by their names in the base."""
+    return {
+        f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedExperts)
+    }

@@ -1,0 +1,95 @@
+"""How much of a base is quantized, and how much memory its weights take: measured on the loaded base."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from orchestrator.spec.sections import BaseSection
+
+FEW = 0.85
+"""A trial warns if a smaller share of a quantized base is quantized. Large dense bases reach 0.86: embedding and head
+stay in 16 bits."""
+
+_GIB, _MAX_NAMED = 2**30, 3
+_sizes: WeakKeyDictionary[Any, "BaseSize"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """The size of a base."""
+
+    num_quantized: int
+    """Number of weights that are quantized."""
+    plain: Mapping[str, int]
+    """Name of a parameter, with `*` for numbers in it -> number of weights that are not quantized."""
+    num_bytes: int
+    """Size of all weights and their scales."""
+
+    @classmethod
+    def of(cls, model: Any) -> "BaseSize":
+        """Measure a loaded base without an adapter. The first call looks at every parameter."""
+        if model not in _sizes:
+            _sizes[model] = cls._measured(model)
+        return _sizes[model]
+
+    @classmethod
+    def _measured(cls, model: Any) -> "BaseSize":
+        num_quantized, num_bytes, plain = 0, 0, Counter[str]()
+        for name, parameter in model.named_parameters():
+            number, scales = _quantized(parameter)
+            num_quantized += number
+            num_bytes += parameter.nbytes + scales
+            if not number:
+                plain[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
+        return cls(num_quantized, dict(plain), num_bytes)
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the weights that are quantized."""
+        return self.num_quantized / (self.num_quantized + sum(self.plain.values()))
+
+    @property
+    def gib(self) -> float:
+        """Size in GiB."""
+        return self.num_bytes / _GIB
+
+    def warning(self, base: BaseSection) -> str | None:
+        """Return a warning that names the largest weights in 16 bits, if too few of a quantized base are quantized.
+
+        Args:
+            base: the section that the base was loaded from.
+        """
+        if base.quantization == "none" or self.quantized_share >= FEW:
+            return None
+        total = self.num_quantized + sum(self.plain.values())
+        largest = sorted(self.plain.items(), key=lambda item: -item[1])[:_MAX_NAMED]
+        named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest)
+        return (
+            f"base.quantization {base.quantization}: only {say_share(self.quantized_share, base)} "
+            f"({self.gib:.3g} GiB in all); not quantized are {named}"
+        )
+
+
+def say_share(share: float, base: BaseSection) -> str:
+    """Return a phrase such as `97% of the base's weights are in 4 bits`."""
+    return f"{share:.0%} of the base's weights are in {8 if base.quantization == 'int8' else 4} bits"
+
+
+def _quantized(parameter: Any) -> tuple[int, int]:
+    """Return how many weights a parameter holds in quantized form, and the bytes of their scales; (0, 0) for others."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    from orchestrator.experts import PackedExperts
+
+    if isinstance(parameter, PackedExperts):
+        return parameter.num_weights, parameter.scales.nbytes
+    if isinstance(parameter, Params4bit):
+        state = parameter.quant_state
+        tensors = [state.absmax, *([state.state2.absmax, state.state2.code] if state.nested else [])]
+        return state.shape.numel(), sum(each.nbytes for each in tensors)
+    if isinstance(parameter, Int8Params):
+        return parameter.numel(), 0 if parameter.SCB is None else parameter.SCB.nbytes
+    return 0, 0

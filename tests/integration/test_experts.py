@@ -1,0 +1,85 @@
+"""Bases with fused experts: quantized and adapted experts, and what transformers and PEFT alone make of the results."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_bases import write_base
+from one_trial import Tiny, curve, run
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
+from tiny import Witness
+from transformers import AutoModelForCausalLM
+
+from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.base import load_base
+from orchestrator.data import load
+from orchestrator.deploy.scoring.row_scores import score_rows
+from orchestrator.experts import PackedExperts
+from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.spec.sections import BaseSection
+from orchestrator.training.local import resume_local_trial, run_local_trial
+
+pytestmark = pytest.mark.slow
+
+SHORT = [
+    "data.max_rows=24", "data.held_out={count: 4}", "training.steps=4", "training.eval_steps=4",
+    "training.save_steps=2", "training.batch_size=2", "training.learning_rate=1e-2", "base.compute_dtype=float32",
+    "lora.dropout=0", "lora.rank=4",
+]  # fmt: skip
+ADAPTED = "lora.target_modules=[q_proj, experts]"
+FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "gpt_oss", "granitemoe")
+
+
+def plain_base(folder: Path, quantization: str) -> Any:
+    """Load a base with transformers alone, in float32, with the values that its weights have after quantization."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = load_base(BaseSection(model=str(folder), quantization=quantization, compute_dtype="float32"))
+    for name, module in base.named_modules():
+        if quantization != "none" and isinstance(module, torch.nn.Linear):
+            model.get_submodule(name).weight.data.copy_(dequantize_module_weight(module))
+    for name, parameter in base.named_parameters():
+        if isinstance(parameter, PackedExperts):
+            whole = parameter.all()
+            model.get_parameter(name).data.copy_(whole.mT if parameter.is_transposed else whole)
+    return model.eval()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapted_experts_train_and_plain_peft_loads_them(
+    family: str, quantization: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    base, folder = write_base(family, tmp_path / "base"), SweepPaths(tmp_path / "run")
+    target = "lora.target_modules=[experts]" if family == "granitemoe" else ADAPTED
+    if family == "deepseek_v3":
+        target = "lora.target_modules=[o_proj, experts]"
+    result = run(tiny(*SHORT, target, f"base.model={base}", f"base.quantization={quantization}"), folder)
+    assert (result.engine, result.engine_reason) == ("trl", "lora.target_modules with experts")
+    assert result.applied["base.quantization"] == quantization
+    assert {"experts.down_proj", "experts.gate_up_proj"} <= set(result.applied["lora.target_modules"])
+    adapter = folder.trial(result.trial_id).adapter(4)
+    weights = load_file(adapter / WEIGHTS)
+    assert len(weights) == 2 * result.applied["lora.num_modules"]
+    assert all(weight.any() for weight in weights.values()), "a matrix did not train"
+    (recorded,) = [values["eval/loss"] for _, values in curve(folder) if "eval/loss" in values]
+    rows = load(folder.data).held_out
+    plain = PeftModel.from_pretrained(plain_base(base, quantization), str(adapter))
+    assert score_rows(plain, rows, 8).loss == pytest.approx(recorded, rel=1e-6)
+    with plain.disable_adapter():
+        assert score_rows(plain, rows, 8).loss != pytest.approx(recorded, rel=1e-4)
+
+
+def test_a_trial_with_adapted_experts_resumes_to_the_same_result(tiny: Tiny, tmp_path: Path) -> None:
+    base = write_base("qwen3_moe", tmp_path / "base")
+    spec = tiny(*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4")
+    whole = run(spec, SweepPaths(tmp_path / "whole"))
+    broken = SweepPaths(tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, broken, Witness(die_at=3))
+    resumed = resume_local_trial(read_sweep(broken.root), Witness())
+    assert whole.best is not None
+    assert resumed is not None
+    assert resumed.best == whole.best
