@@ -88,7 +88,7 @@ def _quantized(parameter: Any) -> tuple[int, int]:
         return parameter.num_weights, parameter.scales.nbytes
     if isinstance(parameter, Params4bit):
         state = parameter.quant_state
-        tensors = [state.absmax, *([state.state2.absmax, state.state2.code] if state.nested else [])]
+        tensors = [state.absmax, *([state.state2.absmax] if state.nested else [])]
         return state.shape.numel(), sum(each.nbytes for each in tensors)
     if isinstance(parameter, Int8Params):
         return parameter.numel(), 0 if parameter.SCB is None else parameter.SCB.nbytes

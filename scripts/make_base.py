@@ -43,6 +43,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi-4": llama(5120, 17920, 40, 40, 10) | {"model_type": "phi3", "vocab_size": 100_352},
     "gemma-3-4b": llama(2560, 10240, 34, 8, 4)
     | {"model_type": "gemma3_text", "vocab_size": 262_208, "head_dim": 256, "sliding_window": 1024},
+    "qwen3-30b-a3b": llama(2048, 6144, 48, 32, 4)
+    | {"model_type": "qwen3_moe", "vocab_size": 151_936, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
+    | {"moe_intermediate_size": 768, "norm_topk_prob": True},
+    "gpt-oss-20b": llama(2880, 2880, 24, 64, 8)
+    | {"model_type": "gpt_oss", "vocab_size": 201_088, "head_dim": 64, "num_local_experts": 32},
     # A tiny one to try scripts with, and one for measurements that depend only on the number of layers.
     "tiny": llama(64, 128, 1, 2, 1),
     "thin": llama(64, 128, 22, 2, 1),
@@ -54,10 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="decoder layers; by default as many as the shape has")
     parser.add_argument("--text", type=Path, required=True, help="JSONL file on whose strings the tokenizer is trained")
     arguments = parser.parse_args()
     tokenizer = byte_level_bpe(strings_of(arguments.text), VOCABULARY)
     fields = dict(SHAPES[arguments.shape])
+    fields["num_hidden_layers"] = arguments.layers or fields["num_hidden_layers"]
     config = AutoConfig.for_model(
         fields.pop("model_type"),
         max_position_embeddings=4096,

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModelForCausalLM
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from orchestrator.base import load_base
 from orchestrator.embedded import BASE_DIR
+from orchestrator.experts import PackedExperts
+from orchestrator.spec.sections import BaseSection
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8 = {"load_in_8bit": True}
@@ -35,6 +39,20 @@ def reloaded(adapter: Path, form: dict[str, Any] | None, dtype: torch.dtype = to
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def plain_base(folder: Path, quantization: str) -> Any:
+    """Load a base with transformers alone, in float32, with the values that its weights have after quantization."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = load_base(BaseSection(model=str(folder), quantization=quantization, compute_dtype="float32"))
+    for name, module in base.named_modules():
+        if quantization != "none" and isinstance(module, torch.nn.Linear):
+            model.get_submodule(name).weight.data.copy_(dequantize_module_weight(module))
+    for name, parameter in base.named_parameters():
+        if isinstance(parameter, PackedExperts):
+            whole = parameter.all()
+            model.get_parameter(name).data.copy_(whole.mT if parameter.is_transposed else whole)
+    return model.eval()
 
 
 def loss_of(model: Any, rows: Any) -> float:

@@ -1,25 +1,19 @@
 """Bases with fused experts: quantized and adapted experts, and what transformers and PEFT alone make of the results."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from family_bases import write_base
 from one_trial import Tiny, curve, run
 from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
+from plain import plain_base
 from safetensors.torch import load_file
 from tiny import Witness
-from transformers import AutoModelForCausalLM
 
 from orchestrator.adapters.bundle import WEIGHTS
-from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.deploy.scoring.row_scores import score_rows
-from orchestrator.experts import PackedExperts
 from orchestrator.record import SweepPaths, read_sweep
-from orchestrator.spec.sections import BaseSection
 from orchestrator.training.local import resume_local_trial, run_local_trial
 
 pytestmark = pytest.mark.slow
@@ -31,20 +25,6 @@ SHORT = [
 ]  # fmt: skip
 ADAPTED = "lora.target_modules=[q_proj, experts]"
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "gpt_oss", "granitemoe")
-
-
-def plain_base(folder: Path, quantization: str) -> Any:
-    """Load a base with transformers alone, in float32, with the values that its weights have after quantization."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    base = load_base(BaseSection(model=str(folder), quantization=quantization, compute_dtype="float32"))
-    for name, module in base.named_modules():
-        if quantization != "none" and isinstance(module, torch.nn.Linear):
-            model.get_submodule(name).weight.data.copy_(dequantize_module_weight(module))
-    for name, parameter in base.named_parameters():
-        if isinstance(parameter, PackedExperts):
-            whole = parameter.all()
-            model.get_parameter(name).data.copy_(whole.mT if parameter.is_transposed else whole)
-    return model.eval()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

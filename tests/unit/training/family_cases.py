@@ -62,9 +62,9 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     ),
     "olmo2": (config("olmo2"), "none"),
     "olmoe": (config("olmoe", num_experts=5, num_experts_per_tok=2), "none"),
-    "mixtral with a window": (
+    "mixtral with a window, nf4": (
         config("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
-        "none",
+        "nf4",
     ),
     "qwen3_moe": (
         config("qwen3_moe", head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32),
@@ -82,9 +82,9 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
         ),
         "none",
     ),
-    "gpt_oss with a window": (
+    "gpt_oss with a window, nf4": (
         config("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **WINDOW),
-        "none",
+        "nf4",
     ),
     "olmo3": (config("olmo3", **WINDOW), "none"),
 }

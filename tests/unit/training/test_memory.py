@@ -11,10 +11,10 @@ import torch
 from family_cases import FAMILY_CASES
 
 from orchestrator.base import load_base
+from orchestrator.base_size import BaseSize
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.memory import MemoryOption, memory_options, predict
-from orchestrator.training.fast.plan.memory_plan import loaded_bytes
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
@@ -65,7 +65,7 @@ def tensors_of(model: Any) -> Iterator[torch.Tensor]:
 )
 def test_the_loaded_base(section: dict[str, Any]) -> None:
     model = load_base(BaseSection(model="embedded", **section))
-    loaded = loaded_bytes(model)
+    loaded = BaseSize.of(model).num_bytes
     assert loaded == pytest.approx(sum(tensor.nbytes for tensor in tensors_of(model)), rel=0.001)  # and buffers
     predicted = predicted_for(
         model, quantized=section.get("quantization") != "none", double_quant=section.get("double_quant", True)

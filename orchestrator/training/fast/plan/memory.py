@@ -117,9 +117,13 @@ def predict(
     concatenated = [shape.hidden * shape.qkv, 0 if shape.experts else 2 * shape.hidden * shape.inner]
     # Layers that read the same input are dequantized one by one, then concatenated; experts are one tensor.
     dequantized = (2 if quantized else 1) * max(concatenated)
-    if quantized:
-        dequantized = max(dequantized, 2 * shape.experts * shape.hidden * shape.expert_inner)
-    dequantized = 0 if option.keeps_base else BF16 * dequantized
+    dequantized *= BF16
+    if quantized:  # experts with the scales of 64 weights, in four steps of undoing double quantization
+        dequantized = max(
+            dequantized, int(2 * shape.experts * shape.hidden * shape.expert_inner * (BF16 + 4 * FLOAT / 64))
+        )
+    if option.keeps_base:
+        dequantized = 0
     in_backward, in_evaluation = (
         count * BF16 * each for count, each in zip((tokens, evaluation_tokens), _transient_features(shape), strict=True)
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.base_size import BaseSize
 from orchestrator.errors import TooLargeError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families.base_shape import BaseShape
@@ -83,7 +84,7 @@ def feasible_plans(
         options = [option for option in options if option.max_tokens == whole]
 
     # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
-    shape, base_bytes = BaseShape.of(text_config(base.config)), loaded_bytes(base)
+    shape, base_bytes = BaseShape.of(text_config(base.config)), BaseSize.of(base).num_bytes
 
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
@@ -180,14 +181,3 @@ def _predicted(
         quantized=config.base.quantization != "none",
         double_quant=config.base.double_quant,
     )
-
-
-def loaded_bytes(base: Any) -> int:
-    """Return the bytes of a base's weights, with the scales of its 4-bit weights."""
-    total: int = sum(buffer.nbytes for buffer in base.buffers())
-    for parameter in base.parameters():
-        total += parameter.nbytes
-        if state := getattr(parameter, "quant_state", None):
-            scales = (state.absmax, state.state2.absmax) if state.nested else (state.absmax,)
-            total += sum(each.nbytes for each in scales)
-    return total

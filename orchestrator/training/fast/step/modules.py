@@ -109,10 +109,10 @@ class ExpertMatrices:
 
     def _dequantized(self) -> torch.Tensor:
         """Return (E, out, in)."""
-        stored = self._stored
-        if hasattr(stored, "absmax_of"):
-            return stored.all().to(self._dtype)
-        return (stored.detach().mT if self._is_transposed else stored.detach()).to(self._dtype)
+        if type(self._stored) is not torch.nn.Parameter:  # `PackedExperts`, whose import takes seconds
+            return self._stored.all().to(self._dtype)
+        weights = self._stored.detach()
+        return (weights.mT if self._is_transposed else weights).to(self._dtype)
 
 
 class Norm:
