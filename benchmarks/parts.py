@@ -27,7 +27,7 @@ from orchestrator.training.fast.ops.triton import kernels
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
-from orchestrator.training.fast.step.layer import PassInputs
+from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 LONGEST, RANK = 512, 16
 BYTES_PER_S, FLOPS_PER_S = 4.3e12, 790e12
