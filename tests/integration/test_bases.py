@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_bases import DENSE
 from one_trial import Tiny, curve, run
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,6 +56,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite 3": (
         "granite",
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "Granite 4": (
+        "granitemoehybrid",
+        DENSE["granitemoehybrid"] | {"position_embedding_type": "rope", "embedding_multiplier": 12.0},
     ),
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", WINDOW),

@@ -106,6 +106,10 @@ class Family:
     groups: tuple[tuple[str, ...], ...] = GROUPS
     """Linear layers of a decoder layer, by their names in the layer, grouped by the input that they share: queries,
     keys and values; output of the attention; gate and up of the MLP; down. A group may be one fused linear layer."""
+    inner_field: str = "intermediate_size"
+    """Configuration field with the number of features between the MLP's layers."""
+    may_lack_positions: bool = False
+    """Whether a base rotates queries and keys (RoPE) only if its `position_embedding_type` is "rope"."""
     norms: LayerNorms = LayerNorms()
     qk_norms: tuple[str, str] | None = None
     """Norms of queries and keys, by their names in the layer."""
@@ -130,6 +134,10 @@ class Family:
     """Configuration fields that would change the computation -> the values under which they do not."""
     harmless_fields: frozenset[str] = HARMLESS_FIELDS
     """Configuration fields that do not influence losses or gradients."""
+
+    def rotates(self, config: Any) -> bool:
+        """Return whether a base with this configuration has a rotary embedding."""
+        return not self.may_lack_positions or getattr(config, "position_embedding_type", None) == "rope"
 
     @property
     def layer_modules(self) -> frozenset[str]:

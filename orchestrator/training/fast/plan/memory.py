@@ -128,7 +128,9 @@ def predict(
     evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
-    concatenated = 0 if shape.is_fused else shape.layers * sum(weights.values())
+    concatenated = shape.layers * sum(
+        weights[name] for name, at in (("qkv", 0), ("gate_up", 2)) if len(shape.groups[at]) > 1
+    )
     copied = shape.num_linear_weights if quantized else concatenated
     return MemoryPrediction(
         base=_loaded_base(shape, quantized, double_quant),
