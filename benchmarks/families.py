@@ -10,7 +10,6 @@ common buckets are captured. Rows are those of GSM8K, or several of them joined 
 """
 
 from dataclasses import replace
-
 from typing import Any
 
 from benchmarks.common import BASELINES, Run, Setting, forget, main, predicted_over_measured, run, together

@@ -33,7 +33,7 @@ from orchestrator.training.model.targets import (
     expected_extra_trainables,
     expected_modules,
     left_out_layers,
-    left_out_warning,
+    target_warnings,
 )
 from orchestrator.training.write_queue import WriteQueue
 
@@ -136,8 +136,8 @@ class Attempt:
         for warning in check_positions(config, self._inputs):
             self._write_queue.do(partial(self._reporter.warn, warning))
         modules = expected_modules(base, config.lora)
-        if left_out := left_out_warning(base, config.lora):
-            self._write_queue.do(partial(self._reporter.warn, left_out))
+        for warning in target_warnings(base, config.lora):
+            self._write_queue.do(partial(self._reporter.warn, warning))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)
