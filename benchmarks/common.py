@@ -49,9 +49,11 @@ class Setting:
     base: Path
     rows: Path
     out: Path
+    row_tokens: int | None = None
+    """Tokens of each row, where rows are long enough to be cut; None for rows as they are, up to 512 tokens."""
 
     def spec(self, training: dict[str, Any], **sections: dict[str, Any]) -> SweepSpec:
-        """Make a spec: batch 4, rank 16 on all linear layers, dropout 0.1, rows of at most 512 tokens.
+        """Make a spec: batch 4, rank 16 on all linear layers, dropout 0.1.
 
         Args:
             training: fields of `training:` that are added or replaced.
@@ -64,7 +66,8 @@ class Setting:
                 "format": "template",
                 "template": "<s>[INST] {question} [/INST] {answer} </s>",
                 "loss_on": "completion",
-                "max_length": 512,
+                "max_length": self.row_tokens or 512,
+                "require_stop": self.row_tokens is None,  # rows that are cut do not end with a stop token
                 "max_rows": 2000,
                 "held_out": {"count": 100},
             },
@@ -183,7 +186,7 @@ def main(about: str, measure: Callable[..., dict[str, Any]], **options: dict[str
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     parser.add_argument("--bases", type=Path, default=Path(tempfile.gettempdir()) / "bases", help="folder of bases")
     for name, option in options.items():
-        parser.add_argument(f"--{name}", **option)
+        parser.add_argument(f"--{name.replace('_', '-')}", **option)
     arguments = parser.parse_args()
     base = arguments.bases / arguments.shape
     if not (base / "config.json").is_file():

@@ -182,10 +182,10 @@ def model_type(base: BaseSection) -> str | None:
 
 def weight_map(base: BaseSection) -> dict[str, str]:
     """Return the names of the weights in the base's safetensors files, with the file that has each; {} without such."""
-    if index := _find_file(base, INDEX):
+    if index := find_file(base, INDEX):
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return names
-    if weights := _find_file(base, WEIGHTS):
+    if weights := find_file(base, WEIGHTS):
         from safetensors import safe_open
 
         with safe_open(weights, "pt") as file:
@@ -193,8 +193,11 @@ def weight_map(base: BaseSection) -> dict[str, str]:
     return {}
 
 
-def _find_file(base: BaseSection, name: str) -> Path | None:
-    """Return a file of the base, or None if it has none of this name. A file on the hub is downloaded."""
+def find_file(base: BaseSection, name: str) -> Path | None:
+    """Return a file of the base, or None if it has none of this name.
+
+    A file on the hub is downloaded. Without a network, one that is not in the cache is missing too.
+    """
     from transformers.utils import cached_file
 
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}

@@ -48,6 +48,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 768, "norm_topk_prob": True},
     "gpt-oss-20b": llama(2880, 2880, 24, 64, 8)
     | {"model_type": "gpt_oss", "vocab_size": 201_088, "head_dim": 64, "num_local_experts": 32},
+    "granite-4.0-micro": llama(2560, 8192, 40, 40, 8)
+    | {
+        "model_type": "granitemoehybrid",
+        "vocab_size": 100_352,
+        "tie_word_embeddings": True,
+        "shared_intermediate_size": 8192,
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * 40,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 80,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 1 / 64,
+        "logits_scaling": 10.0,
+    },
     # A tiny one to try scripts with, and one for measurements that depend only on the number of layers.
     "tiny": llama(64, 128, 1, 2, 1),
     "thin": llama(64, 128, 22, 2, 1),

@@ -33,6 +33,14 @@ SHORT = [
 ]  # fmt: skip
 
 
+EXCEPT_ONE_IN = 500
+"""Share of weights that may be further apart.
+
+AdamW divides a gradient by its own size. Where the terms of a gradient cancel, only rounding is left of it, and yet the
+weight moves by up to the learning rate: with a gradient of 4e-9 where others are 1e-2, one weight of 7,808 was apart by
+1.8e-5 of the whole update's norm, and all others together by 3e-7."""
+
+
 def saved_base(name: str, folder: Path) -> list[str]:
     """Save a base with random weights and the embedded base's tokenizer, and return the overrides that name it."""
     config, quantization = FAMILY_CASES[name]
@@ -55,10 +63,11 @@ def saved_base(name: str, folder: Path) -> list[str]:
 def test_both_engines_train_the_same(name: str, tmp_path: Path) -> None:
     base = saved_base(name, tmp_path / "base")
     fast, exact = (train(engine, tmp_path / engine, *SHORT, *base) for engine in ("fast", "trl"))
-    assert fast.column("loss") == pytest.approx(exact.column("loss"), rel=1e-5)
-    assert fast.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=1e-4)
-    assert (fast.update - exact.update).norm() <= 1e-4 * exact.update.norm()
-    assert exact.update.norm() > 0
+    assert fast.column("loss") == pytest.approx(exact.column("loss"), rel=1e-6)
+    assert fast.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=1e-6)
+    apart = (fast.update - exact.update).abs().sort().values / exact.update.norm()
+    assert apart.norm() <= 1e-4
+    assert apart[: -len(apart) // EXCEPT_ONE_IN].norm() <= 1e-6
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)
@@ -72,7 +81,7 @@ def test_adapters_are_reloaded_and_merged(name: str, tiny: Tiny, folder: SweepPa
     # transformers alone does not quantize experts: it gets the values that they have after it.
     plain = plain_base(tmp_path / "base", FAMILY_CASES[name][1])
     reloaded = PeftModel.from_pretrained(plain, str(record.adapter(result)))
-    assert loss_of(reloaded, rows) == pytest.approx(result.best.value, rel=1e-5)
+    assert loss_of(reloaded, rows) == pytest.approx(result.best.value, rel=1e-6)
     merged = tmp_path / "merged"
     # fp16 rounds less than bf16, whose rounding of random weights exceeds the bound for trained ones.
     export(AdapterRef.of_trial(record, result), merged, "merged", dtype="fp16")

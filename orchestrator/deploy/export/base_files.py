@@ -1,7 +1,7 @@
 """The files of a base model: its weights by name, read one at a time."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 
 from orchestrator.adapters.stops import read_stops, stop_ids
 from orchestrator.base import configuration, model_class
-from orchestrator.base_folder import INDEX, WEIGHTS, require_file, require_folder, stored_quantization, weight_map
+from orchestrator.base_folder import (
+    INDEX,
+    WEIGHTS,
+    find_file,
+    require_file,
+    require_folder,
+    stored_quantization,
+    weight_map,
+)
 from orchestrator.base_weights import quantization_config
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
@@ -20,14 +28,16 @@ T = TypeVar("T")
 _COPIED_FILES = (
     "generation_config.json",
     "tokenizer.model",
-    "*preprocessor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
-    "*.py",
 )
 """Files that are copied into a merged model unchanged.
 
 Converters read `tokenizer.model`, servers of multimodal models the configurations of their processors.
 """
+
+_COPIED_CODE = "*.py"
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,19 @@ class BaseFiles:
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
+    def reached_by_text(self, names: Iterable[str]) -> set[str]:
+        """Return the weights that are not in a tower for images or sound.
+
+        Args:
+            names: weights, by their names in the model.
+        """
+        model = self.meta_model()
+        if model.config.get_text_config() is model.config:
+            return {*names}
+        decoder = model.get_decoder()
+        path = next(name for name, module in model.named_modules() if module is decoder)
+        return {name for name in names if name.startswith(f"{path}.") or not name.startswith("model.")}
+
     def quantized_layers(self) -> dict[str, Any]:
         """Return the layers that `base.load_base` quantizes, as transformers selects them.
 
@@ -110,10 +133,15 @@ class BaseFiles:
         return read_stops(self.folder) or stop_ids(getattr(self.config.get_text_config(), "eos_token_id", None))
 
     def copy_rest(self, target: Path) -> None:
-        """Copy the model's other files: those besides weights, configuration and tokenizer."""
-        for pattern in _COPIED_FILES:
-            for path in self.folder.glob(pattern):
-                shutil.copyfile(path, target / path.name)
+        """Copy the model's other files: those besides weights, configuration and tokenizer.
+
+        Loading a base fetches no processors. Those on the hub are downloaded; without a network they are left out.
+        """
+        for name in _COPIED_FILES:
+            if found := find_file(self.base, name):
+                shutil.copyfile(found, target / name)
+        for path in self.folder.glob(_COPIED_CODE):
+            shutil.copyfile(path, target / path.name)
 
 
 @dataclass(frozen=True)

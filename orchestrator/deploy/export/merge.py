@@ -255,10 +255,15 @@ def plan_merge(adapter: AdapterRef, dtype: Dtype, onto: Onto) -> Merge:
     used |= {each.key for each in trained_rows.values()}
     replaced = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): name for name in shapes if name not in used}
     _require_separate((*updates, *replaced), replaced.values(), tied, adapter.base.model)
+    adapted = {*updates}
     updates, replaced, trained_rows = stored.renamed(updates), stored.renamed(replaced), stored.renamed(trained_rows)
     embedding = frozenset(stored.of(name) for name in _embedding(meta_model) if name in stored)
     _require_shapes(base_files, updates, replaced, trained_rows, shapes, embedding)
-    quantized = stored.renamed(base_files.quantized_layers()) if onto == "dequantized" else None
+    quantized = None
+    if onto == "dequantized":
+        layers = base_files.quantized_layers()
+        kept = adapted | base_files.reached_by_text(layers)
+        quantized = stored.renamed({name: layer for name, layer in layers.items() if name in kept})
     saved = {name: shapes[key] for name, key in replaced.items()}
     return Merge(adapter, base_files, dtype, updates, replaced, trained_rows, quantized, saved, embedding, experts)
 

@@ -34,7 +34,7 @@ from orchestrator.training.model.targets import (
     expected_extra_trainables,
     expected_modules,
     left_out_layers,
-    left_out_warning,
+    target_warnings,
 )
 from orchestrator.training.write_queue import WriteQueue
 
@@ -138,7 +138,7 @@ class Attempt:
         base = self._inputs.base
         require_device(config)
         modules = expected_modules(base, config.lora)
-        about_base = (left_out_warning(base, config.lora), size.warning(config.base))
+        about_base = (*target_warnings(base, config.lora), size.warning(config.base))
         for warning in (*check_positions(config, self._inputs), *filter(None, about_base)):
             self._write_queue.do(partial(self._reporter.warn, warning))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)

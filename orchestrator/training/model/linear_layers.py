@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
@@ -91,6 +92,19 @@ class LinearLayers:
             if found := [name for name in names if self.left_out[name] == reason]:
                 parts.append(self._say(found, reason))
         return f"lora.target_modules: not adapted: {'; '.join(parts)}" if parts else None
+
+    def say_taken(self, names: Collection[str]) -> str | None:
+        """Return a warning that layers are adapted which `all-linear` leaves out; None if there are none.
+
+        Args:
+            names: names of layers in `left_out` that are adapted.
+        """
+        found = {reason: [name for name in names if self.left_out[name] == reason] for reason in _PHRASES}
+        parts = "; ".join(self._say(each, reason) for reason, each in found.items() if each)
+        if not parts:
+            return None
+        effect = "an adapter on them may have no effect" if found["bypassed"] else "it changes where tokens are sent"
+        return f"lora.target_modules: adapts {parts}: {effect}; all-linear leaves them out"
 
     def _say(self, names: Collection[str], reason: Reason) -> str:
         shown = self._parts_without_others(names) if reason == "unreached" else names
@@ -238,11 +252,18 @@ def _bypassed(model: Any) -> Iterator[str]:
     for name, module in model.named_modules():
         if "A_log" not in module._parameters:
             continue
-        forwards = [getattr(type(module), each) for each in dir(type(module)) if "forward" in each]
-        source = "".join(inspect.getsource(each) for each in forwards if inspect.isfunction(each))
+        kind: Any = type(module)
+        source = _source_of_forwards(kind)
         for each, child in module.named_children():
             if isinstance(child, Linear) and re.search(rf"self\.{each}\.weight\b(?!\.)", source):
                 yield _joined(name, each)
+
+
+@cache
+def _source_of_forwards(module: type) -> str:
+    """Return the source code of a class's methods that compute its output. Reading it takes some 10 ms."""
+    forwards = [getattr(module, each) for each in dir(module) if "forward" in each]
+    return "".join(inspect.getsource(each) for each in forwards if inspect.isfunction(each))
 
 
 def _may_skip_layers(model: Any) -> bool:

@@ -144,8 +144,8 @@ def _targeted(layers: LinearLayers, lora: LoraSection) -> list[str]:
     ]
 
 
-def left_out_warning(model: Any, lora: LoraSection) -> str | None:
-    """Return a warning that names the layers which `lora.target_modules` could mean but which are not adapted.
+def target_warnings(model: Any, lora: LoraSection) -> list[str]:
+    """Return warnings: of layers that could be meant but are not adapted, and of those that are better left out.
 
     Args:
         model: the bare base.
@@ -153,10 +153,15 @@ def left_out_warning(model: Any, lora: LoraSection) -> str | None:
     """
     layers = linear_layers(model)
     if lora.target_modules == "all-linear":
-        return layers.say_left_out(list(layers.left_out), with_experts=True)
+        left_out = layers.say_left_out(list(layers.left_out), with_experts=True)
+        return [left_out] if left_out else []
     named = [name for name in layers.left_out if any(_ends_with(name, target) for target in lora.target_modules)]
     unreached = [name for name in named if layers.left_out[name] == "unreached"]
-    return layers.say_left_out(unreached, with_experts=False)
+    said = (
+        layers.say_left_out(unreached, with_experts=False),
+        layers.say_taken([name for name in named if name not in unreached]),
+    )
+    return [each for each in said if each]
 
 
 @dataclass(frozen=True)

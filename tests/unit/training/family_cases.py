@@ -20,6 +20,20 @@ def config(model_type: str, **fields: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **SIZES | HEADS | {"pad_token_id": 0} | fields)
 
 
+def granite4(positions: str) -> PreTrainedConfig:
+    """A dense base. It says "attention", as published files do."""
+    fields = {"intermediate_size": 7, "shared_intermediate_size": 48, "num_local_experts": 0, "num_experts_per_tok": 0}
+    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.4}
+    return config(
+        "granitemoehybrid",
+        position_embedding_type=positions,
+        layer_types=["attention"] * 2,
+        logits_scaling=2.5,
+        attention_bias=True,
+        **fields | multipliers,
+    )
+
+
 FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     "qwen2 with biases, a tied head and a window, nf4": (
         config("qwen2", num_key_value_heads=1, tie_word_embeddings=True, use_sliding_window=True, **WINDOW),
@@ -60,6 +74,9 @@ FAMILY_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
         ),
         "none",
     ),
+    "granite 4, nf4": (granite4("rope"), "nf4"),
+    "granite 4 without positions": (granite4("nope"), "none"),
+    "gemma with one key head": (config("gemma", head_dim=32, num_key_value_heads=1), "none"),
     "olmo2": (config("olmo2"), "none"),
     "olmoe": (config("olmoe", num_experts=5, num_experts_per_tok=2), "none"),
     "mixtral with a window, nf4": (

@@ -165,14 +165,38 @@ def test_requirements_on_the_trial(trial: MakeConfig, sections: dict[str, Any], 
 
 def small_model(model_type: str, num_layers: int = 2) -> Any:
     sizes = SIZES | {"num_hidden_layers": num_layers, "pad_token_id": 0, "head_dim": 16}
-    return model_of(AutoConfig.for_model(model_type, **sizes))
+    return model_of(default_config(model_type, **sizes))
 
+
+def default_config(model_type: str, **fields: Any) -> PreTrainedConfig:
+    """Return a configuration with transformers' defaults, except those with which a base is a hybrid."""
+    if model_type == "granitemoehybrid":
+        dense = {"num_local_experts": 0, "position_embedding_type": "rope", "shared_intermediate_size": 48}
+        fields = dense | {"mamba_n_heads": 4} | fields
+        fields["layer_types"] = ["full_attention"] * fields.get("num_hidden_layers", 32)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+GRANITE_4_MICRO: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.015625, "embedding_multiplier": 12,
+    "hidden_act": "silu", "hidden_size": 2560, "init_method": "mup", "initializer_range": 0.1,
+    "intermediate_size": 8192, "layer_types": ["attention"] * 40, "logits_scaling": 10, "mamba_chunk_size": 256,
+    "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 256, "mamba_expand": 2,
+    "mamba_n_groups": 1, "mamba_n_heads": 80, "mamba_proj_bias": False, "max_position_embeddings": 131072,
+    "normalization_function": "rmsnorm", "num_attention_heads": 40, "num_experts_per_tok": 0, "num_hidden_layers": 40,
+    "num_key_value_heads": 8, "num_local_experts": 0, "output_router_logits": False, "position_embedding_type": "rope",
+    "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1e7,
+    "router_aux_loss_coef": 0.01, "shared_intermediate_size": 8192, "tie_word_embeddings": True, "vocab_size": 100352,
+}  # fmt: skip
+"""Fields of a published dense base. Sizes of Mamba layers, which it does not have, are made to fit each other."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "phi3": {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
              "interpolate_factor": 1, "pad_token_id": 0},
     "gemma2": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
     "gemma3_text": {"sliding_window_pattern": 6, "cache_implementation": "hybrid"},
+    "gemma": {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "rope_scaling": None},
+    "granitemoehybrid": GRANITE_4_MICRO,
     "smollm3": {"pretraining_tp": 2, "max_window_layers": 28, "use_sliding_window": False},
     "llama": {"pretraining_tp": 1, "unk_token_id": 0},
 }  # fmt: skip
@@ -181,7 +205,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
 def test_published_configurations_are_accepted(model_type: str) -> None:
-    assert unknown_field(AutoConfig.for_model(model_type, **PUBLISHED[model_type]), FAMILIES[model_type]) is None
+    config = AutoConfig.for_model(model_type, **PUBLISHED[model_type])
+    assert unknown_field(config, FAMILIES[model_type]) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_local_experts": 4}, "num_local_experts 4 (supported: 0)"),
+        ({"layer_types": ["mamba", "attention"]}, "layers of type 'linear_attention'"),
+        ({"position_embedding_type": "learned"}, "position_embedding_type 'learned' (supported: 'nope' or 'rope')"),
+    ],
+    ids=str,
+)
+def test_hybrids_of_granite_4_are_refused(fields: dict[str, Any], reason: str) -> None:
+    sizes = SIZES | {"num_hidden_layers": 2, "pad_token_id": 0, "mamba_n_heads": 4, "position_embedding_type": "rope"}
+    dense = {"num_local_experts": 0, "layer_types": ["attention"] * 2}
+    config = AutoConfig.for_model("granitemoehybrid", **sizes | dense | fields)
+    assert unsupported_shape(model_of(config), LONGEST) == reason
 
 
 @pytest.mark.parametrize("model_type", ["olmo3", "gemma3_text"])
@@ -202,7 +243,7 @@ def test_more_entries_than_layers() -> None:
 def test_defaults_of_transformers_are_accepted(model_type: str) -> None:
     """All fields and modules of the installed transformers release are listed."""
     assert FAMILIES[model_type].model_type == model_type
-    assert unknown_field(AutoConfig.for_model(model_type), FAMILIES[model_type]) is None
+    assert unknown_field(default_config(model_type), FAMILIES[model_type]) is None
     assert unsupported_shape(small_model(model_type), LONGEST) is None
 
 
@@ -250,7 +291,8 @@ def test_every_listed_module_is_needed(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_module_that_no_list_has_is_refused(model_type: str) -> None:
     """In any place of any layer, and outside the layers."""
-    for path in ("", ".self_attn", ".mlp"):
+    mlp = "shared_mlp" if model_type == "granitemoehybrid" else "mlp"
+    for path in ("", ".self_attn", f".{mlp}"):
         model = small_model(model_type)
         model.get_submodule(f"model.layers.1{path}").other_norm = torch.nn.RMSNorm(4)
         name = f"{path}.other_norm".lstrip(".")
@@ -274,7 +316,7 @@ def test_a_parameter_that_the_decoder_does_not_read_is_refused() -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_field_that_no_list_has_is_refused(model_type: str) -> None:
-    family, config = FAMILIES[model_type], AutoConfig.for_model(model_type)
+    family, config = FAMILIES[model_type], default_config(model_type)
     for name in [name for name, value in vars(config).items() if value is not None and not name.startswith("_")]:
         shorter = replace(
             family,
@@ -293,7 +335,7 @@ def test_every_field_that_no_list_has_is_refused(model_type: str) -> None:
 def test_every_fixed_field_allows_its_values_alone(model_type: str) -> None:
     family = FAMILIES[model_type]
     for name, values in family.fixed_fields.items():
-        config = AutoConfig.for_model(model_type)
+        config = default_config(model_type)
         for value in values:
             vars(config)[name] = value  # transformers validates assignments
             assert unknown_field(config, family) is None

@@ -1,5 +1,6 @@
 """`all-linear` adapts the layers that a step on text trains: no routers, no towers, nothing that PEFT cannot adapt."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.check_targets import check_targets
 from orchestrator.training.model.linear_layers import PEFT_REFUSES, linear_layers
 from orchestrator.training.model.peft_model import lora_layers, model_from_peft
-from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules, left_out_warning
+from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules, target_warnings
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -143,10 +144,48 @@ def test_what_is_left_out_is_said(family: str, named: str | None) -> None:
 
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape)) if family == "llama" else base_model(family)
-    said = left_out_warning(base, LoraSection())
-    assert (
-        said is None if named is None else str(said).startswith("lora.target_modules: not adapted: ") and named in said
-    )
+    said = target_warnings(base, LoraSection())
+    assert len(said) == (named is not None)
+    assert all(each.startswith("lora.target_modules: not adapted: ") and str(named) in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "said"),
+    [
+        ("jamba", ["q_proj", "in_proj"], None),
+        (
+            "jamba",
+            ["q_proj", "dt_proj"],
+            "lora.target_modules: adapts 1 layer whose weights kernels read without calling the layer "
+            "(model.layers.*.mamba.dt_proj): an adapter on them may have no effect; all-linear leaves them out",
+        ),
+        (
+            "qwen2_moe",
+            ["q_proj", "shared_expert_gate"],
+            "lora.target_modules: adapts 2 layers of routers (model.layers.*.mlp.shared_expert_gate): "
+            "it changes where tokens are sent; all-linear leaves them out",
+        ),
+    ],
+)
+def test_what_is_named_and_better_left_out_is_said(family: str, targets: list[str], said: str | None) -> None:
+    base, lora = base_model(family), LoraSection(target_modules=targets)
+    assert target_warnings(base, lora) == ([] if said is None else [said])
+    assert said is None or {*targets} <= leaves(expected_modules(base, lora))
+
+
+def test_the_source_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it takes most of the time of a search in a base with many layers of Mamba."""
+    from transformers import AutoModelForCausalLM
+
+    read: list[Any] = []
+    getsource = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda each: read.append(each) or getsource(each))
+    for num_layers in (2, 4):
+        config = base_config("mamba")
+        config.num_hidden_layers = num_layers
+        found = linear_layers(AutoModelForCausalLM.from_config(config)).left_out
+        assert len(found) == 3 * num_layers
+    assert len(read) == len({*read})
 
 
 def test_layers_of_one_number_exclude_those_of_a_tower(trial: MakeConfig) -> None:
@@ -161,8 +200,9 @@ def test_a_listed_name_means_no_layer_of_a_tower(trial: MakeConfig) -> None:
     modules = expected_modules(base, config.lora)
     assert list(modules) == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert lora_layers(adapted(base, config)).keys() == modules.keys()
-    assert "2 layers that text never reaches" in str(left_out_warning(base, config.lora))
-    assert left_out_warning(base, LoraSection(target_modules=["gate_proj"])) is None
+    (said,) = target_warnings(base, config.lora)
+    assert "2 layers that text never reaches" in said
+    assert target_warnings(base, LoraSection(target_modules=["gate_proj"])) == []
     with pytest.raises(TrialError, match=r"'fc1' names only layers that text does not reach\n.*\[down_proj, gate_proj"):
         expected_modules(base, LoraSection(target_modules=["fc1"]))
 

@@ -1,7 +1,9 @@
 """The kernels that are compiled from a base's configuration are those that the base itself needs."""
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -51,6 +53,7 @@ class Hopper:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
+    import_module("bitsandbytes")  # where there seems to be a GPU, its import fails without a real one
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before, hopper = triton.runtime.driver._active, Hopper()
     triton.runtime.driver.set_active(hopper)
@@ -145,6 +148,19 @@ def test_each_kernel_is_compiled_and_has_its_launcher(
 def test_trials_that_no_gpu_can_hold_have_no_kernels(compiled: list[str], setting: str) -> None:
     precompile_worker.compile_for(configs(setting), SLOTS)
     assert not compiled
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_local_experts": 4}, {"layer_types": ["mamba", "attention"]}, {"layer_types": ["attention"] * 2}]
+)
+def test_hybrids_that_the_engine_refuses_have_no_kernels(
+    compiled: list[str], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    FAMILY_CASES["granite 4, nf4"][0].save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    precompile_worker.compile_for(configs(f"base.model={tmp_path}"), SLOTS)
+    assert bool(compiled) == (fields == {"layer_types": ["attention"] * 2})
 
 
 @pytest.mark.parametrize("fails", [False, True])

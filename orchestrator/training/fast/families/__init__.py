@@ -7,9 +7,9 @@ family's decoder layer does: the eligibility check refuses every module and conf
 from collections.abc import Mapping
 
 from orchestrator.training.fast.families.family import Family
-from orchestrator.training.fast.families.gemma import GEMMA2, GEMMA3
+from orchestrator.training.fast.families.gemma import GEMMA, GEMMA2, GEMMA3
 from orchestrator.training.fast.families.gpt_oss import GPT_OSS
-from orchestrator.training.fast.families.granite import GRANITE
+from orchestrator.training.fast.families.granite import GRANITE, GRANITE4
 from orchestrator.training.fast.families.llama import LLAMA
 from orchestrator.training.fast.families.ministral import MINISTRAL, MINISTRAL3
 from orchestrator.training.fast.families.mistral import MISTRAL
@@ -21,10 +21,12 @@ from orchestrator.training.fast.families.qwen3 import QWEN3, QWEN3_MOE
 from orchestrator.training.fast.families.smollm3 import SMOLLM3
 
 _FAMILIES = (
+    GEMMA,
     GEMMA2,
     GEMMA3,
     GPT_OSS,
     GRANITE,
+    GRANITE4,
     LLAMA,
     MINISTRAL,
     MINISTRAL3,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.families.family import GROUPS
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class BaseShape:
     vocabulary: int
     tied: bool
     """Whether the LM head shares the embedding's weight."""
-    is_fused: bool = False
-    """Whether layers that read the same input are stored as one linear layer."""
+    groups: tuple[tuple[str, ...], ...] = GROUPS
+    """The family's groups of linear layers."""
     norms_before: int = 2
     """Norms before attention and MLP in a layer."""
     norms_after: int = 0
@@ -44,14 +45,14 @@ class BaseShape:
         norms, heads = family.norms, config.num_attention_heads + config.num_key_value_heads
         return cls(
             config.hidden_size,
-            config.intermediate_size,
+            getattr(config, family.inner_field),
             config.num_hidden_layers,
             config.num_attention_heads,
             config.num_key_value_heads,
             size,
             config.vocab_size,
             config.tie_word_embeddings,
-            is_fused=all(len(group) == 1 for group in family.groups),
+            groups=tuple(each for each in family.groups if family.experts is None or not each[0].startswith("mlp.")),
             norms_before=sum(name is not None for name in (norms.before_attention, norms.before_mlp)),
             norms_after=sum(name is not None for name in (norms.after_attention, norms.after_mlp)),
             qk_norms=0 if family.qk_norms is None else 2 if family.normalizes_all_heads else heads,
@@ -69,22 +70,18 @@ class BaseShape:
 
         Beside experts, PEFT 0.21 takes those of an MLP by their names for experts: they have none.
         """
-        attended = self.queries * self.head_size
-        outputs = {"o_proj": (attended, self.hidden)}
-        mlp = {} if self.experts else dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.inner))
-        if not self.experts:
-            outputs["down_proj"] = self.inner, self.hidden
-        if self.is_fused:
-            return {"qkv_proj": (self.hidden, self.qkv), "gate_up_proj": (self.hidden, 2 * self.inner)} | outputs
-        return (
-            {
-                "q_proj": (self.hidden, attended),
-                "k_proj": (self.hidden, self.keys * self.head_size),
-                "v_proj": (self.hidden, self.keys * self.head_size),
-            }
-            | mlp
-            | outputs
+        attended, keys = self.queries * self.head_size, self.keys * self.head_size
+        sizes = (
+            (self.hidden, (attended, keys, keys)),
+            (attended, (self.hidden,)),
+            (self.hidden, (self.inner, self.inner)),
+            (self.inner, (self.hidden,)),
         )
+        linears: dict[str, tuple[int, int]] = {}
+        for group, (inputs, outputs) in zip(self.groups, sizes, strict=False):
+            of_layers = outputs if len(group) == len(outputs) else (sum(outputs),)  # otherwise one fused layer
+            linears |= {name.rpartition(".")[2]: (inputs, size) for name, size in zip(group, of_layers, strict=True)}
+        return linears
 
     @property
     def mlp_features(self) -> int:

@@ -143,6 +143,10 @@ class Family:
     groups: tuple[tuple[str, ...], ...] = GROUPS
     """Linear layers of a decoder layer, by their names in the layer, grouped by the input that they share: queries,
     keys and values; output of the attention; gate and up of the MLP; down. A group may be one fused linear layer."""
+    inner_field: str = "intermediate_size"
+    """Configuration field with the number of features between the MLP's layers."""
+    may_lack_positions: bool = False
+    """Whether a base rotates queries and keys (RoPE) only if its `position_embedding_type` is "rope"."""
     norms: LayerNorms = LayerNorms()
     experts: ExpertNames | None = None
     """Router and experts of the layers that have them in place of the MLP in `groups`."""
@@ -180,6 +184,10 @@ class Family:
             return False
         parent, _, name = self.experts.experts.rpartition(".")
         return hasattr(layer.get_submodule(parent), name)
+
+    def rotates(self, config: Any) -> bool:
+        """Return whether a base with this configuration has a rotary embedding."""
+        return not self.may_lack_positions or getattr(config, "position_embedding_type", None) == "rope"
 
     def groups_of(self, layer: Any) -> tuple[tuple[str, ...], ...]:
         """Return the groups of a layer: empty ones in place of an MLP, where it has experts."""

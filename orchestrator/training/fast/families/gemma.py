@@ -1,7 +1,8 @@
-"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786), text only.
+"""Gemma (arXiv 2403.08295), Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786), text only.
 
-Both have norms before and after attention and MLP, a window in most layers, and an MLP with GELU. Gemma 2 caps scores
-and logits; Gemma 3 has norms of query and key heads, and another rotary embedding in the layers with a window.
+All multiply norms by 1 + w and embeddings by the square root of the hidden size, and have an MLP with GELU. Gemma 2
+and 3 have norms before and after attention and MLP, and a window in most layers. Gemma 2 caps scores and logits; Gemma
+3 has norms of query and key heads, and another rotary embedding in the layers with a window.
 """
 
 from dataclasses import replace
@@ -30,6 +31,17 @@ _FIXED_FIELDS = {name: values for name, values in FIXED_FIELDS.items() if name !
     "hidden_activation": ("gelu_pytorch_tanh",),
     "use_bidirectional_attention": (False,),
 }
+
+GEMMA = Family(
+    model_type="gemma",
+    norm_weight="plus_one",
+    activation="gelu_tanh",
+    scales_embedding=True,
+    used_fields=USED_FIELDS | {"attention_bias"},
+    # transformers 5.23 reads `hidden_act`, and takes "gelu" for the approximation by tanh.
+    fixed_fields={**FIXED_FIELDS, "hidden_act": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
+    harmless_fields=HARMLESS_FIELDS | {"hidden_activation"},
+)
 
 GEMMA2 = Family(
     model_type="gemma2",

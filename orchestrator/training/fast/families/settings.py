@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Values of `layer_types` that the decoder computes."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     ropes = types if types and _ropes_by_layer(config) else [None] * count
     # It may be longer than there are layers.
     rotated = [bool(each) for each in getattr(config, "no_rope_layers", None) or [True] * count][:count]
+    if not FAMILIES[config.model_type].rotates(config):
+        rotated = [False] * count
     return tuple(LayerKind(*each) for each in zip(windows, ropes, rotated, strict=True))
 
 

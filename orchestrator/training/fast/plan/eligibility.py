@@ -10,7 +10,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import Family
-from orchestrator.training.fast.families.settings import rope_parameters
+from orchestrator.training.fast.families.settings import LAYER_TYPES, rope_parameters
 from orchestrator.training.fast.families.text_model import TextModel, find_text_model, text_config, text_model
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.sizes import LONGEST_STEP
@@ -136,7 +136,10 @@ def unknown_module(model: Any, text: TextModel, family: Family) -> str | None:
         if id(module) not in in_layers
         and (name == text.path or name.startswith(in_text) or (name and not name.startswith("model")))
     }
-    if reason := _difference(outside, family.model_modules, "the model", family):
+    listed = family.model_modules
+    if not family.rotates(text.config):
+        listed -= {"model.rotary_emb"}
+    if reason := _difference(outside, listed, "the model", family):
         return reason
     for index, layer in enumerate(layers):
         names = {name for name, _ in layer.named_modules() if name}
@@ -173,7 +176,7 @@ def _unsupported_positions(config: Any, longest: int) -> str | None:
     The decoder reads angles from one table, so that they must depend on nothing but the position.
     """
     longest += -longest % LONGEST_STEP  # positions in the table
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if kinds:
         return f"layers of type {min(kinds)!r}"
     limit = independent_length(config)

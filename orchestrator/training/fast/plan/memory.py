@@ -114,16 +114,7 @@ def predict(
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
     activations = tokens * _activations_per_token(shape, option.recompute, rank, len(adapted))
-    concatenated = [shape.hidden * shape.qkv, 0 if shape.experts else 2 * shape.hidden * shape.inner]
-    # Layers that read the same input are dequantized one by one, then concatenated; experts are one tensor.
-    dequantized = (2 if quantized else 1) * max(concatenated)
-    dequantized *= BF16
-    if quantized:  # experts with the scales of 64 weights, in four steps of undoing double quantization
-        dequantized = max(
-            dequantized, int(2 * shape.experts * shape.hidden * shape.expert_inner * (BF16 + 4 * FLOAT / 64))
-        )
-    if option.keeps_base:
-        dequantized = 0
+    dequantized = 0 if option.keeps_base else _dequantized_at_use(shape, quantized)
     in_backward, in_evaluation = (
         count * BF16 * each for count, each in zip((tokens, evaluation_tokens), _transient_features(shape), strict=True)
     )
@@ -138,7 +129,7 @@ def predict(
     evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
-    copied = shape.num_linear_weights if quantized else 0 if shape.is_fused else shape.layers * sum(concatenated)
+    copied = shape.num_linear_weights if quantized else shape.layers * sum(_concatenated(shape))
     return MemoryPrediction(
         base=_loaded_base(shape, quantized, double_quant),
         dequantized=BF16 * copied if option.keeps_base else 0,
@@ -149,6 +140,24 @@ def predict(
         head=head,
         transient=transient + WORKSPACE,
     )
+
+
+def _concatenated(shape: BaseShape) -> list[int]:
+    """Return the numbers of weights of a layer that are concatenated, because several layers read the same input."""
+    weights = zip(shape.groups, (shape.hidden * shape.qkv, 0, 2 * shape.hidden * shape.inner, 0), strict=False)
+    return [number for group, number in weights if len(group) > 1]
+
+
+def _dequantized_at_use(shape: BaseShape, quantized: bool) -> int:
+    """Return the bytes of the largest weights that exist dequantized, within one product."""
+    mlp = 0 if shape.experts else 2 * shape.hidden * shape.inner
+    # Layers that read the same input are dequantized one by one, then concatenated.
+    layers = (2 if quantized else 1) * BF16 * max(shape.hidden * shape.qkv, mlp)
+    if not quantized:
+        return layers
+    # All experts are one tensor. Their scales exist in four forms while double quantization is undone.
+    experts = 2 * shape.experts * shape.hidden * shape.expert_inner
+    return max(layers, experts * BF16 + experts // 64 * 4 * FLOAT)
 
 
 def _transient_features(shape: BaseShape) -> tuple[int, int]:

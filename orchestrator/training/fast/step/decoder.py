@@ -142,7 +142,7 @@ def _attention_config(
     """Describe the attention of the layers of one kind.
 
     Args:
-        rotary_embedding: of transformers. It computes the tables.
+        rotary_embedding: of transformers. It computes the tables, unless the layers rotate nothing.
         kind: of the layers.
         family: of the base.
         shape: sizes of the base.
@@ -151,15 +151,16 @@ def _attention_config(
         longest: positions in the tables.
         device: of the tables.
     """
-    positions = torch.arange(longest, device=device)[None]
-    arguments = () if kind.rope is None else (kind.rope,)
-    cos, sin = (
-        table[0] for table in rotary_embedding(torch.empty(0, dtype=dtype, device=device), positions, *arguments)
-    )
-    if family.has_half_tables:
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    if not kind.is_rotated:
-        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    if kind.is_rotated:
+        positions = torch.arange(longest, device=device)[None]
+        arguments = () if kind.rope is None else (kind.rope,)
+        states = torch.empty(0, dtype=dtype, device=device)
+        cos, sin = (table[0] for table in rotary_embedding(states, positions, *arguments))
+        if family.has_half_tables:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    else:
+        cos = torch.ones(longest, shape.head_size, dtype=dtype, device=device)
+        sin = torch.zeros_like(cos)
     return AttentionConfig(
         shape.queries,
         shape.keys,

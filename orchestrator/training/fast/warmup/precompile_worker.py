@@ -9,7 +9,7 @@ imported: they take longer than most kernels.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.family import ExpertNames, Family
-from orchestrator.training.fast.families.settings import layer_kinds, rope_parameters
+from orchestrator.training.fast.families.settings import LAYER_TYPES, layer_kinds, rope_parameters
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import compile_kernels
 from orchestrator.training.fast.sizes import LONGEST_STEP
@@ -37,7 +37,6 @@ _DONE = "done"
 
 _NEEDED = {
     "hidden_size",
-    "intermediate_size",
     "num_attention_heads",
     "num_hidden_layers",
     "rms_norm_eps",
@@ -73,6 +72,7 @@ def small_base(config: Any, dtype: torch.dtype) -> Any:
     )
     rotary_size = int(shape.head_size * share) // (2 if family.has_half_tables else 1)
     angles = torch.float32 if family.has_float32_angles else dtype
+    # Without positions it is not called.
     inner.rotary_emb = lambda _, positions, *__: [torch.empty(*positions.shape, rotary_size, dtype=angles)] * 2
     base = nn.ModuleDict({"model": inner, "lm_head": head}).to_empty(device="cpu")
     base.config = config
@@ -160,7 +160,8 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         return
     document = json.loads(file.read_text(encoding="utf-8"))
     fields = {"head_dim": None, "tie_word_embeddings": False} | (document.get("text_config") or document)
-    if fields.get("model_type") not in FAMILIES or not fields.keys() >= _NEEDED:
+    family = FAMILIES.get(fields.get("model_type", ""))
+    if family is None or not fields.keys() >= {*_NEEDED, family.inner_field} or _is_refused(fields, family):
         return
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if "rope_parameters" not in fields:  # files of transformers 4
@@ -177,6 +178,16 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         if eligible:
             with _EmptyProducts():
                 compile_kernels(base_model, eligible, num_slots)
+
+
+def _is_refused(fields: Mapping[str, Any], family: Family) -> bool:
+    """Return whether the engine will refuse a base for the value of a field in its file, or for a type of layers.
+
+    Files from before transformers 5 say "attention" for "full_attention".
+    """
+    if not {*(fields.get("layer_types") or ())} <= {"attention", *LAYER_TYPES}:
+        return True
+    return any(fields.get(name) not in (None, *values) for name, values in family.fixed_fields.items())
 
 
 def once(task: str, do: Callable[[], None]) -> None:
