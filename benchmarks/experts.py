@@ -11,6 +11,7 @@ experts in NF4, as trials by trl do. All have rank 16 on all linear layers of th
 import argparse
 import gc
 import json
+import logging
 import statistics
 import sys
 import time
@@ -41,6 +42,7 @@ GIB = 2**30
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO)  # how far the engine is from transformers
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="decoder layers; by default all")
@@ -58,15 +60,14 @@ def main() -> None:
     figures: dict[str, Any] = {"shape": args.shape, "layers": config.num_hidden_layers, "rows": args.rows}
     ids = np.random.default_rng(0).integers(1, 30_000, (args.rows * args.slots, args.tokens)).tolist()
     rows = TokenizedRows(ids, ids)
-    one = args.rows * args.tokens
     figures["transformers, 16 bits"] = by_transformers(base, ids[: args.rows])
     pack_experts(base, "nf4", True, torch.bfloat16)
     free()
     figures["base_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
     figures["transformers"] = by_transformers(base, ids[: args.rows])
-    figures["dequantized at use"] = timed(by_engine(base, rows, args, False, 1), one)
-    figures["dequantized once"] = timed(by_engine(base, rows, args, True, 1), one)
-    figures["together"] = timed(by_engine(base, rows, args, True, args.slots), args.slots * one)
+    figures["dequantized at use"] = by_engine(base, rows, args, False, 1)
+    figures["dequantized once"] = by_engine(base, rows, args, True, 1)
+    figures["together"] = by_engine(base, rows, args, True, args.slots)
     write(args.out / f"experts-{args.shape}.json", figures)
     print(json.dumps(figures | environment(), indent=2))
 
@@ -112,8 +113,9 @@ def by_transformers(base: Any, ids: list[list[int]]) -> dict[str, float]:
     return figures
 
 
-def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots: int) -> Callable[[], object]:
-    """Prepare a step of the fast engine."""
+def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots: int) -> dict[str, float]:
+    """Time a step of the fast engine."""
+    free()
     layers = adapted_layers(base, expected_modules(base, LoraSection()))
     adapters = Adapters(layers, slots, RANK, torch.float32, torch.bfloat16, torch.device("cuda"))
     decoder = Decoder(base, torch.bfloat16, args.tokens, keeps_base)
@@ -127,7 +129,7 @@ def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots
     table |= {"applies": 1, "threshold": int(0.1 * 2**31), "learning_rate": 1e-4, "max_norm": 1.0, "epsilon": 1e-8}
     table |= {"one_minus_beta1": 0.1, "one_minus_beta2": 0.001, "bias_correction1": 1.0, "bias_correction2": 1.0}
     spans = [Span(slot, rows, range(slot * args.rows, (slot + 1) * args.rows), table) for slot in range(slots)]
-    return lambda: engine.step(spans).read()
+    return timed(lambda: engine.step(spans).read(), slots * args.rows * args.tokens)
 
 
 if __name__ == "__main__":

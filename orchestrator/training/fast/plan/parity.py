@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from orchestrator.errors import TrialError
 from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import text_config, text_model
+from orchestrator.training.fast.plan.choices import ExpertChoices
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Span, TokenizedRows
 
@@ -34,6 +35,10 @@ is more, and of all gradients together, relative to their norm.
 
 A layer computed wrongly changes the gradients by about their own size. Rounding to bfloat16 changes them by some
 hundredths; where it may be more, what it does on the base itself is measured (docs/log.md, 2026-11-30)."""
+
+AGREEMENTS = {torch.float32: 0.99, torch.bfloat16: 0.7}
+"""Smallest share of choices of experts that must be the same. Rounding decides between experts of nearly equal scores:
+most often in a base with random weights, whose scores are close."""
 
 ROUNDINGS, MOST = 1.5, 0.35
 """In bfloat16, gradients may be apart by this many times what rounding changes on the base itself, up to `MOST`."""
@@ -113,27 +118,38 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
         values = torch.randn(matrix.shape, generator=generator) / matrix.shape[1] ** 0.5
         # As after some training: the adapter adds less to a layer's output than the base does.
         matrix.copy_(values if name.endswith(".lora_A") else 0.05 * values)
-    loss, gradients = _by_engine(engine, row, rank)
+    choices = ExpertChoices(base, engine)
     try:
-        exact, exact_gradients = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
+        with choices.recorded():
+            exact, exact_gradients = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         _log.warning("transformers cannot compute this base on rows of text alone", exc_info=True)
         return f"the fast engine cannot be compared with transformers on this base: {error}"
+    with choices.given():
+        loss, gradients = _by_engine(engine, row, rank)
     count = int(row.num_targets_per_row[0])
     # Of a base that predicts the row well, the loss is near zero; its rounding is not.
     loss_apart = abs(loss - exact) / max(exact, count)
     apart = _apart(gradients, exact_gradients)
-    _log.info("fast engine against transformers: loss apart by %.1e, gradients by %.1e", loss_apart, apart)
+    agreement = choices.agreement()
+    _log.info(
+        "fast engine against transformers: loss apart by %.1e, gradients by %.1e, choices of experts the same in %.3f",
+        loss_apart,
+        apart,
+        agreement,
+    )
     is_exact = {base.get_input_embeddings().weight.dtype, engine.adapters.compute_dtype} == {torch.float32}
     allowed_loss, allowed = TOLERANCES[torch.float32 if is_exact else torch.bfloat16]
     if apart > allowed and not is_exact:
-        with _rounded(base):
+        with choices.given(), _rounded(base):
             _, rounded = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
         rounding = _apart(rounded, exact_gradients)
         _log.info("rounding to bfloat16 alone changes the gradients by %.1e of their norm", rounding)
         allowed = max(allowed, min(ROUNDINGS * rounding, MOST))
+    if agreement < AGREEMENTS[torch.float32 if is_exact else torch.bfloat16]:
+        return f"on this base the fast engine differs from transformers: {1 - agreement:.0%} of the chosen experts do"
     if loss_apart <= allowed_loss and apart <= allowed:
         return None
     return (

@@ -13,6 +13,7 @@ from orchestrator.training.fast.families.settings import LayerKind, Settings
 from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
 from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
+from orchestrator.training.fast.step.experts import Experts
 from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.fast.step.modules import Norm
 from orchestrator.training.fast.step.pass_inputs import PassInputs
@@ -75,6 +76,11 @@ class Decoder:
             Layer(layer, family, settings, configs[kind], dtype, epsilon, keeps_base)
             for layer, kind in zip(inner.layers, settings.kinds, strict=True)
         ]
+
+    @property
+    def experts(self) -> dict[int, Experts]:
+        """Experts of the layers that have them, by the layer's number."""
+        return {index: layer.mlp for index, layer in enumerate(self._layers) if isinstance(layer.mlp, Experts)}
 
     def train(self, inputs: PassInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Make a forward and a backward pass, and add to the gradients of the adapters.

@@ -20,6 +20,7 @@ from orchestrator.training.fast.ops.protocol import ops_for
 from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder
+from orchestrator.training.fast.step.experts import Experts
 from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
 from orchestrator.training.fast.step.pass_inputs import PassInputs
 
@@ -113,6 +114,11 @@ class Engine:
         self.peak_bytes: int | None = None
         """GPU memory at the peak of the probe, which the graphs' pool keeps from then on, with all that is loaded."""
         self._buckets: dict[tuple[BucketShape, bool], _Bucket] = {}
+
+    @property
+    def experts(self) -> dict[int, Experts]:
+        """Experts of the base, as in `Decoder.experts`."""
+        return self._decoder.experts
 
     def step(self, spans: Sequence[Span]) -> Pending:
         """Make forward, backward and, where a slot's batch ends here, its update. Does not wait for the device.

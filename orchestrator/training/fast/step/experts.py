@@ -67,6 +67,10 @@ class Experts:
         self._normalizes = settings.normalizes_scores
         self._count = settings.experts_per_token
         self._activation = family.activation
+        self.given: torch.Tensor | None = None
+        """(tokens, K) choices for the first tokens in place of the router's own; None for none."""
+        self.agreement = torch.ones(())
+        """Share of the router's own choices that were among the given ones, in the last pass that had any."""
 
     def forward(
         self, x: torch.Tensor, inputs: PassInputs, _: Sequence[LayerGroup | None]
@@ -101,20 +105,26 @@ class Experts:
         dx = rows.unflatten(0, routing.scores.shape).sum(1)
         return dx + self._route_backward(dscores, x, routing).to(dy.dtype) @ self._router
 
+    def scores_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the scores (T, K) in float32 of chosen experts (T, K), from the router's logits (T, E)."""
+        if self._scores == "chosen":
+            return logits.gather(1, chosen).softmax(-1, torch.float32)
+        scores = logits.softmax(-1, torch.float32).gather(1, chosen)
+        return scores / scores.sum(-1, keepdim=True) if self._normalizes else scores
+
     def _route(self, x: torch.Tensor) -> Routing:
         """Choose the experts of each token, as the routers of transformers do."""
         logits = self._logits(x)
-        if self._scores == "chosen":
-            values, chosen = logits.topk(self._count)
-            scores = values.softmax(-1, torch.float32)
-        else:
-            scores, chosen = logits.softmax(-1, torch.float32).topk(self._count)
-            if self._normalizes:
-                scores = scores / scores.sum(-1, keepdim=True)
+        # Of equal values, it must choose those that transformers does: the same operation on the same numbers.
+        chosen = (logits if self._scores == "chosen" else logits.softmax(-1, torch.float32)).topk(self._count).indices
+        if self.given is not None:
+            own = chosen[: len(self.given)]
+            self.agreement = (own[:, :, None] == self.given[:, None]).any(-1).float().mean()
+            own.copy_(self.given)
         experts, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(len(self._router), device=x.device), right=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        return Routing(scores, chosen, order // self._count, places, ends.int())
+        return Routing(self.scores_of(logits, chosen), chosen, order // self._count, places, ends.int())
 
     def _route_backward(self, dscores: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Compute the gradient of the router's logits (T, E) from that of the scores (T, K), both float32."""
