@@ -333,11 +333,13 @@ def test_a_capture_that_runs_out_of_memory_is_repeated_after_its_memory_is_freed
     monkeypatch.setattr(engine_module, "_Bucket", FakeBucket)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "another pool")
     fake: Any = object.__new__(Engine)
     fake._on_gpu, fake._buckets, fake._pool, fake._capture = True, {}, "pool", capture
     fake.adapters = SimpleNamespace(weights=torch.zeros(1))
     assert fake._run([], "shape", True) == "values"
     assert steps == ["empty", "replay"]
+    assert fake._pool == "another pool"
 
 
 def test_a_pass_without_a_loss(model: Any, make_table: MakeTable) -> None:

@@ -278,6 +278,9 @@ class Engine:
         if bucket.graph is None:  # again, with the memory that torch holds in reserve; freeing it waits for the device
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            if not any(each.graph for each in self._buckets.values()):
+                # torch 2.11 refuses a pool whose only capture has failed (INTERNAL ASSERT in CachingHostAllocator.h).
+                self._pool = torch.cuda.graph_pool_handle()
             bucket.graph, bucket.values = self._capture(bucket.batch, trains)
         bucket.graph.replay()
         return bucket.download(bucket.values)
