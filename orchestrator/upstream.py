@@ -124,7 +124,6 @@ def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     Returns:
         For each name, the name in the model. It may be one that the model does not have: transformers ignores such
         weights. None for a weight that transformers computes from others while it loads.
-
     """
     return {name: None if converter else renamed for name, renamed, _, converter in renamed_weights(model, stored)}
 
