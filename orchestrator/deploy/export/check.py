@@ -148,8 +148,12 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
+    from orchestrator.adapters.expert_updates import apply_by_expert
+
     if stored_quantization(base) or model_class(configuration(base)) is not AutoModelForCausalLM:
-        return PeftModel.from_pretrained(load_base(base, _device_map(on_gpu)), str(folder))  # PEFT's class cannot
+        model = PeftModel.from_pretrained(load_base(base, _device_map(on_gpu)), str(folder))  # PEFT's class cannot
+        apply_by_expert(model)
+        return model
     model = AutoPeftModelForCausalLM.from_pretrained(
         str(folder),
         quantization_config=quantization_config(base),
@@ -157,6 +161,7 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
         device_map=_device_map(on_gpu),
         trust_remote_code=base.trust_remote_code,
     )
+    apply_by_expert(model)
     keep_trainable(model)  # as in `load_base`: on some CPUs, bitsandbytes computes differently for inference
     forget_earlier_batches(model)
     return model
