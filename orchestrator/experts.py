@@ -107,7 +107,7 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
             num_parts: see the attribute.
         """
         codes, states = [], []
-        for matrix in weight.reshape(len(weight) * num_parts, -1):
+        for matrix in weight.detach().reshape(len(weight) * num_parts, -1):
             values = torch.nn.functional.pad(matrix, (0, -len(matrix) % _BLOCK))  # zeros change no scale
             settings = {"compress_statistics": double_quant, "quant_type": quant_type}
             code, state = quantize_4bit(values, blocksize=_BLOCK, **settings)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from family_bases import base_model, save, write_base
-from small_bases import save_mxfp4, save_quantized
+from small_bases import save_fp8, save_mxfp4, save_quantized
 from transformers import BitsAndBytesConfig
 
 from orchestrator.base import load_base, share_modules
@@ -126,11 +126,13 @@ def test_a_base_is_loaded_with_packed_experts(family: str, dtype: str, tmp_path:
     assert model.config.quantization_config.quant_method == "bitsandbytes"
 
 
+@pytest.mark.parametrize("files", ["float32", "mxfp4"])
 def test_no_plain_parameter_of_experts_outlives_its_quantization(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base is never in memory as a whole: when a matrix is quantized, all earlier ones are packed already."""
-    base = BaseSection(model=str(write_base("qwen3_moe", tmp_path)), compute_dtype="float32")
+    folder = write_base("qwen3_moe", tmp_path) if files == "float32" else save_mxfp4(tmp_path)
+    base = BaseSection(model=str(folder), compute_dtype="float32")
     quantize = PackedExperts.quantized.__func__  # type: ignore[attr-defined]
     given: list[Any] = []
 
@@ -145,19 +147,27 @@ def test_no_plain_parameter_of_experts_outlives_its_quantization(
     assert len(given) == len(expert_matrices(model)) == 4
 
 
-@pytest.mark.parametrize("stored", ["mxfp4", "bitsandbytes"])
+@pytest.mark.parametrize("stored", ["mxfp4", "fp8", "bitsandbytes"])
 def test_experts_of_quantized_files_are_packed(stored: str, tmp_path: Path) -> None:
-    if stored == "mxfp4":
-        folder = save_mxfp4(tmp_path / "base")
-    else:
+    if stored == "bitsandbytes":
         plain = save(base_model("qwen3_moe"), tmp_path / "plain")
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         folder = save_quantized(plain, tmp_path / "base", settings)
-    model = load_base(BaseSection(model=str(folder), compute_dtype="float32"))
+    else:
+        folder = save_mxfp4(tmp_path / "base") if stored == "mxfp4" else save_fp8(tmp_path / "base", "qwen3_next")
+    base = BaseSection(model=str(folder), compute_dtype="float32")
+    model = load_base(base)
     matrices = expert_matrices(model)
     assert matrices
     assert all(isinstance(each, PackedExperts) for each in matrices.values())
+    assert model.config.get_text_config()._experts_implementation == BY_EXPERT
     assert torch.isfinite(model(input_ids=IDS % 500).logits).all()
+    if stored != "bitsandbytes":
+        plain = load_base(base.model_copy(update={"quantization": "none"}))
+        for name, packed in matrices.items():
+            weight = plain.get_parameter(name)
+            found = packed.all().mT if packed.is_transposed else packed.all()
+            assert 0 < (found - weight).norm() < 0.15 * weight.norm(), name
 
 
 def test_trials_share_packed_experts() -> None:
