@@ -25,7 +25,7 @@ from orchestrator.base_weights import (
     dequantization_config,
     dequantize_head,
     keep_trainable,
-    quantization_config,
+    loading_config,
     quantize_experts,
     quantize_linears,
     require_quantized,
@@ -164,7 +164,7 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
         elif names := weight_map(base):
             where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
     elif base.quantization != "none":
-        where["quantization_config"] = quantization_config(base)
+        where["quantization_config"] = loading_config(base)
     model = kind.from_pretrained(
         base_location(base),
         dtype=getattr(torch, base.compute_dtype),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from orchestrator.base_weights import quantization_config
+from orchestrator.base_weights import loading_config
 from orchestrator.spec.sections import BaseSection
 
 FEW = 0.85
@@ -57,7 +57,7 @@ class BaseSize:
         """
         from transformers.quantizers import AutoHfQuantizer
 
-        config = quantization_config(base)
+        config = loading_config(base)
         quantizer = None if config is None else AutoHfQuantizer.from_config(config, pre_quantized=False)
         if quantizer is not None:
             quantizer.preprocess_model(model=model, device_map=None)

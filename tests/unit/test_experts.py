@@ -14,7 +14,6 @@ from small_bases import save_fp8, save_mxfp4, save_quantized
 from transformers import BitsAndBytesConfig
 
 from orchestrator.base import load_base, share_modules
-from orchestrator.base_weights import quantization_config
 from orchestrator.experts import BY_EXPERT, PackedExperts, compute_by_expert, expert_matrices, pack_experts
 from orchestrator.spec.sections import BaseSection
 
@@ -195,6 +194,8 @@ def test_experts_that_train_are_refused() -> None:
         model(input_ids=IDS)
 
 
-def test_8_bits_and_16_bits_leave_experts_as_they_are() -> None:
-    base = BaseSection(model="embedded", quantization="int8")
-    assert quantization_config(base).quant_method == "bitsandbytes"
+def test_8_bits_leave_experts_as_they_are(tmp_path: Path) -> None:
+    folder = write_base("qwen3_moe", tmp_path)
+    model = load_base(BaseSection(model=str(folder), quantization="int8", compute_dtype="float32"))
+    assert not any(isinstance(each, PackedExperts) for each in expert_matrices(model).values())
+    assert model.config._experts_implementation != BY_EXPERT

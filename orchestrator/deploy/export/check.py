@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from orchestrator.adapters.bundle import Format
 from orchestrator.base import configuration, device_map, device_name, evict, load_base, model_class
 from orchestrator.base_folder import stored_quantization
-from orchestrator.base_weights import keep_trainable, quantization_config
+from orchestrator.base_weights import keep_trainable, loading_config
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export import gguf, ray_serve
@@ -156,7 +156,7 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
         return model
     model = AutoPeftModelForCausalLM.from_pretrained(
         str(folder),
-        quantization_config=quantization_config(base),
+        quantization_config=loading_config(base),
         dtype=getattr(torch, base.compute_dtype),
         device_map=_device_map(on_gpu),
         trust_remote_code=base.trust_remote_code,
