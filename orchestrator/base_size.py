@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from orchestrator.base_weights import loading_config
 from orchestrator.spec.sections import BaseSection
+from orchestrator.words import say_gib
 
 FEW = 0.85
 """A trial warns if a smaller share of a quantized base is quantized. Large dense bases reach 0.86: embedding and head
@@ -96,13 +97,13 @@ class BaseSize:
         named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest)
         return (
             f"base.quantization {base.quantization}: only {self.quantized_share:.0%} of the base's weights are in "
-            f"{_bits(base)} bits ({self.gib:.3g} GiB in all); not quantized are {named}"
+            f"{_bits(base)} bits ({say_gib(self.gib)} in all); not quantized are {named}"
         )
 
     def say(self, base: BaseSection) -> str:
         """Return a phrase such as `97% of its weights in 4 bits, 17.3 GiB`."""
         share = f"{self.quantized_share:.0%} of its weights in {_bits(base)} bits, "
-        return f"{'' if base.quantization == 'none' else share}{self.gib:.3g} GiB"
+        return f"{'' if base.quantization == 'none' else share}{say_gib(self.gib)}"
 
 
 def _bits(base: BaseSection) -> int:

@@ -74,7 +74,7 @@ def test_a_base_of_which_nearly_all_is_quantized_is_not_warned_of(tmp_path: Path
     size = BaseSize.of(model)
     assert size.quantized_share > 0.9
     assert size.warning(base) is None
-    assert size.say(base) == f"{size.quantized_share:.0%} of its weights in 4 bits, {size.gib:.3g} GiB"
+    assert size.say(base) == f"{size.quantized_share:.0%} of its weights in 4 bits, {1024 * size.gib:.3g} MiB"
     assert BaseSize.of(load_base(BaseSection(model="embedded"))).warning(BaseSection(model="embedded")) is None
 
 
