@@ -14,6 +14,7 @@ from small_bases import save_fp8, save_mxfp4, save_quantized
 from transformers import BitsAndBytesConfig
 
 from orchestrator.base import load_base, share_modules
+from orchestrator.errors import RequestError
 from orchestrator.experts import BY_EXPERT, PackedExperts, compute_by_expert, expert_matrices, pack_experts
 from orchestrator.spec.sections import BaseSection
 
@@ -185,6 +186,14 @@ def test_plain_experts_are_computed_by_expert_too() -> None:
         expected = model(input_ids=IDS).logits
         compute_by_expert(model)
         assert (model(input_ids=IDS).logits - expected).abs().max() < 1e-6
+
+
+def test_a_class_that_takes_no_implementation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base_model("mixtral")
+    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
+    monkeypatch.setattr(type(model.model), "_can_set_experts_implementation", classmethod(lambda _: False))
+    with pytest.raises(RequestError, match="MixtralForCausalLM cannot be computed from 4-bit weights"):
+        pack_experts(model, "nf4", True, torch.float32)
 
 
 def test_experts_that_train_are_refused() -> None:

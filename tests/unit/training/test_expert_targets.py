@@ -116,6 +116,20 @@ def test_ranks_and_layers_of_experts_are_as_configured(trial: MakeConfig) -> Non
     assert layer.lora_A["default"].weight.shape == (4 * 2, 24)
 
 
+def test_experts_alone_in_some_layers_with_a_scale_of_their_own(trial: MakeConfig, tmp_path: Path) -> None:
+    base = packed("qwen3_moe")
+    config = trial(target_modules=["experts"], layers_to_transform=[1], rslora=True, alpha_pattern={"down_proj": 3})
+    model = adapted(base, config)
+    down = "model.layers.1.mlp.experts.down_proj"
+    assert set(adapted_parts(model)) == {down, "model.layers.1.mlp.experts.gate_up_proj"}
+    assert adapted_parts(model)[down].scaling["default"] == pytest.approx(3 / 4**0.5)
+    Adapter.of(model).save(tmp_path)
+    again = PeftModel.from_pretrained(base_model("qwen3_moe"), tmp_path)
+    layer = again.get_base_model().model.layers[1].mlp.experts
+    assert (layer.parameter_name, layer.scaling["default"]) == ("down_proj", pytest.approx(3 / 4**0.5))
+    assert not hasattr(again.get_base_model().model.layers[0].mlp.experts, "lora_A")
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_updates_and_their_gradients_are_pefts(family: str, trial: MakeConfig, tmp_path: Path) -> None:
     """PEFT adds the whole update to plain weights; here each expert's inputs go through A and B."""
