@@ -45,7 +45,7 @@ class BaseSize:
             num_quantized += number
             num_bytes += parameter.nbytes + scales
             if not number:
-                plain[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
+                plain[_by_kind(name)] += parameter.numel()
         return cls(num_quantized, dict(plain), num_bytes)
 
     @classmethod
@@ -70,7 +70,7 @@ class BaseSize:
                 num_quantized += parameter.numel()
                 num_bytes += parameter.numel() * bytes_each
             else:
-                plain[name] += parameter.numel()
+                plain[_by_kind(name)] += parameter.numel()
                 num_bytes += parameter.numel() * (4 if base.compute_dtype == "float32" else 2)
         return cls(num_quantized, dict(plain), int(num_bytes))
 
@@ -94,7 +94,7 @@ class BaseSize:
             return None
         total = self.num_quantized + sum(self.plain.values())
         largest = sorted(self.plain.items(), key=lambda item: -item[1])[:_MAX_NAMED]
-        named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest)
+        named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest if number >= 0.01 * total)
         return (
             f"base.quantization {base.quantization}: only {self.quantized_share:.0%} of the base's weights are in "
             f"{_bits(base)} bits ({say_gib(self.gib)} in all); not quantized are {named}"
@@ -104,6 +104,11 @@ class BaseSize:
         """Return a phrase such as `97% of its weights in 4 bits, 17.3 GiB`."""
         share = f"{self.quantized_share:.0%} of its weights in {_bits(base)} bits, "
         return f"{'' if base.quantization == 'none' else share}{say_gib(self.gib)}"
+
+
+def _by_kind(name: str) -> str:
+    """Return the name of a parameter with `*` for numbers in it."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _bits(base: BaseSection) -> int:

@@ -56,6 +56,7 @@ def test_check_foresees_what_a_trial_measures(family: str, quantization: Any, tm
         empty = model_class(base_config(family)).from_config(base_config(family))
     foreseen, measured = BaseSize.foreseen(base, empty), BaseSize.of(model)
     assert foreseen.num_quantized == measured.num_quantized
+    assert foreseen.plain == measured.plain
     assert foreseen.quantized_share == pytest.approx(measured.quantized_share)
     assert foreseen.num_bytes == pytest.approx(measured.num_bytes, rel=0.1)
 
@@ -66,6 +67,7 @@ def test_a_base_of_which_little_is_quantized_is_warned_of(tmp_path: Path) -> Non
     assert warning is not None
     assert "base.quantization nf4: only " in warning
     assert "not quantized are model.layers.*.feed_forward.experts.gate_up_proj (" in warning
+    assert "(0%)" not in warning
     assert BaseSize.of(model).warning(base.model_copy(update={"quantization": "none"})) is None
 
 
