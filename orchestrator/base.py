@@ -14,6 +14,7 @@ from orchestrator.base_folder import (
     StoredQuantization,
     base_location,
     config_file,
+    has_experts,
     not_loadable,
     quantization_of,
     require_folder,
@@ -24,7 +25,7 @@ from orchestrator.base_weights import (
     dequantization_config,
     dequantize_head,
     keep_trainable,
-    quantization_config,
+    loading_config,
     quantize_experts,
     quantize_linears,
     require_quantized,
@@ -154,12 +155,16 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
     kind, stored = model_class(config), quantization_of(config.to_dict())
     if stored is not None:
         stored.require_trainable(base.model)
-        if stored.is_dequantized:
+        if stored.is_dequantized and base.is_4bit and has_experts(base):
+            from orchestrator.experts_quantizer import pack_while_dequantizing
+
+            where["config"] = pack_while_dequantizing(config, stored.method, base)
+        elif stored.is_dequantized:
             where["quantization_config"] = dequantization_config(stored.method)
         elif names := weight_map(base):
             where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
     elif base.quantization != "none":
-        where["quantization_config"] = quantization_config(base)
+        where["quantization_config"] = loading_config(base)
     model = kind.from_pretrained(
         base_location(base),
         dtype=getattr(torch, base.compute_dtype),

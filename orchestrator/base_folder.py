@@ -180,6 +180,24 @@ def model_type(base: BaseSection) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of configurations that give the number of experts (transformers 5.23)."""
+
+
+def has_experts(base: BaseSection) -> bool:
+    """Return whether a base's configuration declares several experts; False for a base that is not on this machine."""
+    file = config_file(base)
+    if file is None or not file.is_file():
+        return False
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # transformers reports it
+        return False
+    parts = [document, document.get("text_config") or {}]
+    numbers = [part.get(name) for part in parts for name in _NUM_EXPERTS]
+    return any(isinstance(number, int) and number > 1 for number in numbers)
+
+
 def weight_map(base: BaseSection) -> dict[str, str]:
     """Return the names of the weights in the base's safetensors files, with the file that has each; {} without such."""
     if index := find_file(base, INDEX):

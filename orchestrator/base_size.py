@@ -1,4 +1,4 @@
-"""How much of a base is quantized, and how much memory its weights take: measured on the loaded base."""
+"""How much of a base is quantized, and how much memory its weights take."""
 
 import re
 from collections import Counter
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from orchestrator.base_weights import loading_config
 from orchestrator.spec.sections import BaseSection
+from orchestrator.words import say_gib
 
 FEW = 0.85
 """A trial warns if a smaller share of a quantized base is quantized. Large dense bases reach 0.86: embedding and head
@@ -43,8 +45,34 @@ class BaseSize:
             num_quantized += number
             num_bytes += parameter.nbytes + scales
             if not number:
-                plain[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
+                plain[_by_kind(name)] += parameter.numel()
         return cls(num_quantized, dict(plain), num_bytes)
+
+    @classmethod
+    def foreseen(cls, base: BaseSection, model: Any) -> "BaseSize":
+        """Foresee the size of a base without its weights: what transformers and this project select to be quantized.
+
+        Args:
+            base: its section.
+            model: the model on the meta device; it is changed.
+        """
+        from transformers.quantizers import AutoHfQuantizer
+
+        config = loading_config(base)
+        quantizer = None if config is None else AutoHfQuantizer.from_config(config, pre_quantized=False)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, device_map=None)
+        scales = (1 + 4 / 256 if base.double_quant else 4) / 64
+        bytes_each = {"none": 0.0, "int8": 1.0}.get(base.quantization, 0.5 + scales)
+        num_quantized, num_bytes, plain = 0, 0.0, Counter[str]()
+        for name, parameter in model.named_parameters():
+            if quantizer is not None and quantizer.param_needs_quantization(model, name):
+                num_quantized += parameter.numel()
+                num_bytes += parameter.numel() * bytes_each
+            else:
+                plain[_by_kind(name)] += parameter.numel()
+                num_bytes += parameter.numel() * (4 if base.compute_dtype == "float32" else 2)
+        return cls(num_quantized, dict(plain), int(num_bytes))
 
     @property
     def quantized_share(self) -> float:
@@ -66,16 +94,25 @@ class BaseSize:
             return None
         total = self.num_quantized + sum(self.plain.values())
         largest = sorted(self.plain.items(), key=lambda item: -item[1])[:_MAX_NAMED]
-        named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest)
+        named = ", ".join(f"{name} ({number / total:.0%})" for name, number in largest if number >= 0.01 * total)
         return (
-            f"base.quantization {base.quantization}: only {say_share(self.quantized_share, base)} "
-            f"({self.gib:.3g} GiB in all); not quantized are {named}"
+            f"base.quantization {base.quantization}: only {self.quantized_share:.0%} of the base's weights are in "
+            f"{_bits(base)} bits ({say_gib(self.gib)} in all); not quantized are {named}"
         )
 
+    def say(self, base: BaseSection) -> str:
+        """Return a phrase such as `97% of its weights in 4 bits, 17.3 GiB`."""
+        share = f"{self.quantized_share:.0%} of its weights in {_bits(base)} bits, "
+        return f"{'' if base.quantization == 'none' else share}{say_gib(self.gib)}"
 
-def say_share(share: float, base: BaseSection) -> str:
-    """Return a phrase such as `97% of the base's weights are in 4 bits`."""
-    return f"{share:.0%} of the base's weights are in {8 if base.quantization == 'int8' else 4} bits"
+
+def _by_kind(name: str) -> str:
+    """Return the name of a parameter with `*` for numbers in it."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _bits(base: BaseSection) -> int:
+    return 8 if base.quantization == "int8" else 4
 
 
 def _quantized(parameter: Any) -> tuple[int, int]:

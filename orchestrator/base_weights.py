@@ -25,24 +25,31 @@ def plain_layers(base: BaseSection) -> list[str]:
 
 
 def quantization_config(base: BaseSection) -> Any:
-    """Return transformers' quantization settings for the base, or None. In 4 bits they include fused experts."""
+    """Return transformers' quantization settings for the base, or None."""
     import torch
     from transformers import BitsAndBytesConfig
-
-    from orchestrator.experts_quantizer import with_experts
 
     left_out = plain_layers(base) or None
     if base.quantization == "none":
         return None
     if base.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=base.quantization,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
         llm_int8_skip_modules=left_out,
     )
+
+
+def loading_config(base: BaseSection) -> Any:
+    """Return the settings with which `from_pretrained` quantizes a base: in 4 bits, fused experts are quantized too."""
+    config = quantization_config(base)
+    if not base.is_4bit:
+        return config
+    from orchestrator.experts_quantizer import with_experts
+
     return with_experts(config)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from orchestrator.errors import RequestError
+
 BY_EXPERT = "by_expert"
 """The name of `by_expert` among transformers' implementations of experts."""
 
@@ -107,7 +109,7 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
             num_parts: see the attribute.
         """
         codes, states = [], []
-        for matrix in weight.reshape(len(weight) * num_parts, -1):
+        for matrix in weight.detach().reshape(len(weight) * num_parts, -1):
             values = torch.nn.functional.pad(matrix, (0, -len(matrix) % _BLOCK))  # zeros change no scale
             settings = {"compress_statistics": double_quant, "quant_type": quant_type}
             code, state = quantize_4bit(values, blocksize=_BLOCK, **settings)
@@ -289,10 +291,20 @@ def compute_by_expert(model: Any) -> None:
 
     Args:
         model: a model of transformers, without an adapter. Its configuration is changed.
+
+    Raises:
+        RequestError: its class takes no other implementation.
     """
     if BY_EXPERT not in ALL_EXPERTS_FUNCTIONS.valid_keys():
         ALL_EXPERTS_FUNCTIONS.register(BY_EXPERT, by_expert)
     model.set_experts_implementation(BY_EXPERT)
+    for module in model.modules():
+        if matrix_names(module) and module.config._experts_implementation != BY_EXPERT:
+            raise RequestError(
+                f"base.quantization: the experts of {type(model).__name__} cannot be computed from 4-bit weights, nor "
+                "adapted: its class takes no other implementation of experts",
+                "Set base.quantization: int8 or none, and leave the experts out of lora.target_modules.",
+            )
 
 
 def by_expert(module: Any, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:

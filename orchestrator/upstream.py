@@ -124,7 +124,6 @@ def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     Returns:
         For each name, the name in the model. It may be one that the model does not have: transformers ignores such
         weights. None for a weight that transformers computes from others while it loads.
-
     """
     return {name: None if converter else renamed for name, renamed, _, converter in renamed_weights(model, stored)}
 
@@ -346,6 +345,22 @@ PRIVATE: tuple[Private, ...] = (
     Private(
         "transformers 5.23", "transformers/modeling_utils.py", ("PreTrainedModel._get_dtype_plan(self, dtype)",
         "PreTrainedModel._is_stateful"), "upstream.py", "see float32_weights and keeps_state",
+    ),
+    Private(
+        "transformers 5.23", "transformers/integrations/moe.py",
+        ("_apply_gate", "ALL_EXPERTS_FUNCTIONS", "grouped_mm_experts_forward(self, hidden_states, top_k_index,"
+         " top_k_weights)"),
+        "experts.py", "packed experts are computed by an implementation of our own",
+    ),
+    Private(
+        "transformers 5.23", "transformers/quantizers/quantizer_bnb_4bit.py",
+        ("Bnb4BitHfQuantizer._process_model_after_weight_loading(self, model)",), "experts_quantizer.py",
+        "experts are quantized while transformers loads a base",
+    ),
+    Private(
+        "peft 0.21", "peft/tuners/lora/layer.py",
+        ("ParamWrapper._activate_lora(self, active_adapters)",), "adapters/expert_updates.py",
+        "the update of experts is applied to their inputs",
     ),
     Private(
         "accelerate 1.15", "accelerate/utils/imports.py", ("_is_package_available(pkg_name, metadata_name)",),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from orchestrator.base import is_only_multimodal
-from orchestrator.base_folder import DEQUANTIZED, hub_id, stored_quantization
+from orchestrator.base_folder import DEQUANTIZED, has_experts, hub_id, stored_quantization
 from orchestrator.base_weights import plain_layers
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -163,6 +163,10 @@ def _variants(config: TrialConfig) -> list[str]:
         found.append(f"Initialized by {lora.init}; the files contain trained minus initial weights, at twice the rank")
     if lora.modules_to_save:
         found.append(f"Fully trained modules: {', '.join(lora.modules_to_save)}")
+    if lora.names_experts:
+        found.append("Adapted experts: see `target_parameters` in `adapter_config.json`")
+    if config.base.is_4bit and has_experts(config.base):
+        found.append("Trained on experts in 4 bits, which transformers alone keeps in 16; losses differ a little")
     if tokens:
         named = ", ".join(f"`{token}`" for token in tokens)
         found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` resizes the embedding for them")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
-from orchestrator.words import counted
+from orchestrator.words import counted, say_gib
 
 EARLIER_NAMES = {
     "alone": "not_packed_reason",
@@ -170,7 +170,7 @@ class TrialResult(Record):
             return None
         bits = {"none": None, "int8": 8}.get(self.config.base.quantization, 4)
         share = f"{self.base_quantized_share:.0%} of its weights in {bits} bits, " if bits else ""
-        return f"base: {share}{self.base_gib:.3g} GiB"
+        return f"base: {share}{say_gib(self.base_gib)}"
 
     @property
     def num_parameters(self) -> int | None:

@@ -12,8 +12,13 @@ from tiny import Witness
 
 from orchestrator.adapters.bundle import WEIGHTS
 from orchestrator.data import load
+from orchestrator.deploy.adapter_ref import AdapterRef
+from orchestrator.deploy.export.export import export
+from orchestrator.deploy.finished import open_sweep
+from orchestrator.deploy.scoring.forms import Form, open_form
 from orchestrator.deploy.scoring.row_scores import score_rows
-from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.experts import PackedExperts
+from orchestrator.record import SweepPaths, TrialResult, read_sweep
 from orchestrator.training.local import resume_local_trial, run_local_trial
 
 pytestmark = pytest.mark.slow
@@ -63,3 +68,51 @@ def test_a_trial_with_adapted_experts_resumes_to_the_same_result(tiny: Tiny, tmp
     assert whole.best is not None
     assert resumed is not None
     assert resumed.best == whole.best
+
+
+def trained(family: str, folder: Path, tiny: Tiny) -> tuple[SweepPaths, TrialResult]:
+    """Train an adapter of attention and experts on a small base in 4 bits."""
+    base, paths = write_base(family, folder / "base"), SweepPaths(folder / "run")
+    result = run(tiny(*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4"), paths)
+    return paths, result
+
+
+def test_an_adapter_of_experts_is_scored_in_every_form_and_exported(tiny: Tiny, tmp_path: Path) -> None:
+    paths, result = trained("qwen3_moe", tmp_path, tiny)
+    record = read_sweep(paths.root)
+    adapter, rows = AdapterRef.of_trial(record, result), load(paths.data).held_out
+    assert result.best is not None
+    recorded = result.best.value
+    forms: list[tuple[Form, float]] = [
+        ("adapter", 1e-5),
+        ("merged", 1e-5),
+        ("merged-4bit", 0.1),
+        ("adapter-16bit", 0.1),
+    ]
+    for form, tolerance in forms:
+        with open_form(adapter, form, "float32") as opened:
+            packed = [each for each in opened.model.parameters() if isinstance(each, PackedExperts)]
+            assert len(packed) == (4 if form in ("adapter", "merged-4bit") else 0)
+            assert score_rows(opened.model, rows, 4).loss == pytest.approx(recorded, rel=tolerance)
+    for kind in ("adapter", "merged"):
+        export(adapter, tmp_path / kind, kind, dtype=None if kind == "adapter" else "fp16")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert score_rows(merged, rows, 4).loss == pytest.approx(recorded, rel=2e-3)
+
+
+def test_the_record_says_how_much_of_the_base_is_quantized(tiny: Tiny, tmp_path: Path) -> None:
+    paths, result = trained("mixtral", tmp_path, tiny)
+    model = load_base(result.config.base)
+    quantized = sum(
+        each.num_weights if isinstance(each, PackedExperts) else each.quant_state.shape.numel()
+        for each in model.parameters()
+        if hasattr(each, "scales") or hasattr(each, "quant_state")
+    )
+    plain = AutoModelForCausalLM.from_pretrained(result.config.base.model).num_parameters()
+    assert result.base_quantized_share == pytest.approx(quantized / plain, abs=1e-4)
+    assert result.base_gib is not None
+    assert 0 < result.base_gib < plain * 4 / 2**30
+    (warning,) = [each for each in result.warnings if each.startswith("base.quantization")]
+    assert "not quantized are model.embed_tokens.weight (" in warning
+    best = open_sweep(str(paths.root)).best().as_dict()
+    assert best["base_quantized_share"] == result.base_quantized_share

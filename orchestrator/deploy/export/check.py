@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from orchestrator.adapters.bundle import Format
 from orchestrator.base import configuration, device_map, device_name, evict, load_base, model_class
 from orchestrator.base_folder import stored_quantization
-from orchestrator.base_weights import keep_trainable, quantization_config
+from orchestrator.base_weights import keep_trainable, loading_config
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export import gguf, ray_serve
@@ -148,15 +148,20 @@ def _load_adapter_export(folder: Path, base: BaseSection, on_gpu: bool) -> Any:
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
+    from orchestrator.adapters.expert_updates import apply_by_expert
+
     if stored_quantization(base) or model_class(configuration(base)) is not AutoModelForCausalLM:
-        return PeftModel.from_pretrained(load_base(base, _device_map(on_gpu)), str(folder))  # PEFT's class cannot
+        model = PeftModel.from_pretrained(load_base(base, _device_map(on_gpu)), str(folder))  # PEFT's class cannot
+        apply_by_expert(model)
+        return model
     model = AutoPeftModelForCausalLM.from_pretrained(
         str(folder),
-        quantization_config=quantization_config(base),
+        quantization_config=loading_config(base),
         dtype=getattr(torch, base.compute_dtype),
         device_map=_device_map(on_gpu),
         trust_remote_code=base.trust_remote_code,
     )
+    apply_by_expert(model)
     keep_trainable(model)  # as in `load_base`: on some CPUs, bitsandbytes computes differently for inference
     forget_earlier_batches(model)
     return model

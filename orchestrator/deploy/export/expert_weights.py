@@ -63,7 +63,7 @@ class StoredExperts:
         a, b = a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
         if self.expert is None:
             whole = (b @ a).mul_(scale)
-            return whole.mT if self.is_transposed else whole
+            return whole.mT.contiguous() if self.is_transposed else whole
         return (b[self.expert].chunk(self.num_parts)[self.part] @ a[self.expert]).mul_(scale)
 
 
@@ -119,7 +119,7 @@ def _expert_parts(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, int
         number = re.search(r"\.experts\.(\d+)\.", name)
         if converter is None:
             found[name] = renamed, None, 0
-        elif number and [type(each).__name__ for each in converter.operations][:2] in (
+        elif number and [type(each).__name__ for each in converter.operations] in (
             ["MergeModulelist"],
             ["MergeModulelist", "Concatenate"],
         ):

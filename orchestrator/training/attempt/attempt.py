@@ -128,7 +128,7 @@ class Attempt:
             self._probed_gib = slot.plan.measured_gib  # a cached engine is not probed again
         size = BaseSize.of(self._inputs.base)
         fields = engine_fields(slot) | {
-            "base_gib": round(size.gib, 4),
+            "base_gib": round(size.gib, 6),
             "base_quantized_share": round(size.quantized_share, 4),
             "data_fingerprint": self._inputs.data.fingerprint,
             "device": device_name(),

@@ -195,6 +195,18 @@ def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
 
 
+def test_the_card_says_what_transformers_alone_does_with_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
+    for quantization, is_said in (("nf4", True), ("none", False)):
+        base = {"model": str(tmp_path), "quantization": quantization}
+        card = adapter_card(config_of(base=base), "t1", 7, "eval/loss", VALUES)
+        assert ("Trained on experts in 4 bits, which transformers alone keeps in 16" in card) == is_said
+    lora = {"target_modules": ["experts"], "dropout": 0}
+    assert "Adapted experts: see `target_parameters`" in adapter_card(
+        config_of(base=base, lora=lora), "t1", 7, "eval/loss", VALUES
+    )
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_code_of_a_card_loads_the_base_as_in_training(quantization: str, dtype: str) -> None:

@@ -152,6 +152,7 @@ def test_vllm_is_not_used_for_float32_on_a_gpu(plan: Plan, monkeypatch: pytest.M
         ({"lora_bias": True}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trained tokens"),
+        ({"target_parameters": ["experts.down_proj"]}, "adapted experts"),
         ({"peft_type": "IA3"}, "parts of IA3"),
         ({"init_lora_weights": "olora"}, "a base that was changed by olora"),
         ({"init_lora_weights": "pissa_niter_4"}, "a base that was changed by pissa_niter_4"),

@@ -1,0 +1,242 @@
+"""Which experts `lora.target_modules` adapts, with which values, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_bases import base_config, base_model
+from peft import PeftModel
+
+from orchestrator.adapters.bundle import Adapter
+from orchestrator.adapters.expert_updates import AdaptedExperts, expert_layers
+from orchestrator.base import load_tokenizer
+from orchestrator.errors import RequestError, SpecError, TrialError
+from orchestrator.experts import pack_experts
+from orchestrator.spec import TrialConfig, parse_spec
+from orchestrator.spec.sections import LoraSection
+from orchestrator.training.model.adapter_init import init_adapter
+from orchestrator.training.model.check_targets import check_targets
+from orchestrator.training.model.peft_model import adapted_parts, load_adapter_weights, model_from_peft
+from orchestrator.training.model.targets import (
+    expected,
+    expected_experts,
+    expected_extra_trainables,
+    expected_modules,
+    left_out_warning,
+)
+
+MakeConfig = Callable[..., TrialConfig]
+IDS = torch.tensor([[5, 17, 300, 42, 8, 99, 4]])
+
+
+@pytest.fixture
+def trial(document: dict[str, Any]) -> MakeConfig:
+    """`trial(rank=4)`: a trial with these fields of lora."""
+    base = {"model": "embedded", "quantization": "nf4", "compute_dtype": "float32"}
+    lora = {"rank": 4, "dropout": 0}
+    return lambda **fields: parse_spec(document | {"base": base, "lora": lora | fields}).trial_config({})
+
+
+def adapted(base: Any, config: TrialConfig) -> Any:
+    modules = expected_modules(base, config.lora)
+    extra = expected_extra_trainables(base, config, modules, load_tokenizer(config.base))
+    model = model_from_peft(base, config, modules, extra)
+    init_adapter(model, config.lora, 0, torch.float32)
+    return model
+
+
+def packed(family: str, **changes: Any) -> Any:
+    base = base_model(family, **changes).requires_grad_(False)
+    pack_experts(base, "nf4", True, torch.float32)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        (["experts"], ["gate_up_proj", "down_proj"]),
+        (["mlp.experts"], ["gate_up_proj", "down_proj"]),
+        (["experts.down_proj"], ["down_proj"]),
+        (["q_proj", "mlp.experts.gate_up_proj"], ["gate_up_proj"]),
+        (["model.layers.1.mlp.experts.down_proj"], ["1.mlp.experts.down_proj"]),
+        (["q_proj"], []),
+        ("all-linear", []),
+    ],
+)
+def test_experts_are_adapted_if_they_are_named(targets: Any, chosen: list[str]) -> None:
+    lora = LoraSection(target_modules=targets, dropout=0)
+    for base in (base_model("qwen3_moe"), packed("qwen3_moe")):
+        expected_modules(base, lora)
+        found = expected_experts(base, lora)
+        layers = ["1"] if chosen and chosen[0].startswith("1.") else ["0", "1"]
+        leaves = [each.rpartition(".")[2] for each in chosen]
+        assert set(found) == {f"model.layers.{i}.mlp.experts.{leaf}" for i in layers for leaf in leaves}
+        shapes = {"gate_up_proj": (4, 32, 48), "down_proj": (4, 24, 32)}
+        assert all(shape == shapes[name.rpartition(".")[2]] for name, shape in found.items())
+    said = left_out_warning(base, lora) or ""
+    assert ("fused experts" in said) == (targets == "all-linear")
+
+
+def test_down_proj_alone_means_no_experts() -> None:
+    """A shared expert or a dense layer has a linear layer of that name."""
+    lora = LoraSection(target_modules=["o_proj", "down_proj"], dropout=0)
+    assert expected_experts(base_model("hunyuan_v1_moe"), lora) == {}
+
+
+def test_transposed_experts_have_the_shapes_of_their_products() -> None:
+    lora = LoraSection(target_modules=["experts"], dropout=0)
+    for base in (base_model("gpt_oss"), packed("gpt_oss")):
+        found = expected_experts(base, lora)
+        assert found["model.layers.0.mlp.experts.gate_up_proj"] == (4, 32, 96)
+        assert found["model.layers.0.mlp.experts.down_proj"] == (4, 48, 32)
+
+
+def test_ranks_and_layers_of_experts_are_as_configured(trial: MakeConfig) -> None:
+    base = packed("qwen3_moe")
+    config = trial(target_modules=["q_proj", "experts"], layers_to_transform=[1], rank_pattern={"experts.down_proj": 2})
+    model, modules = adapted(base, config), expected_modules(base, config.lora)
+    extra = expected_extra_trainables(base, config, modules, load_tokenizer(config.base))
+    wanted = expected(config, modules, extra)
+    assert (
+        set(adapted_parts(model))
+        == set(wanted["lora.rank"])
+        == {
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.experts.gate_up_proj",
+            "model.layers.1.mlp.experts.down_proj",
+        }
+    )
+    assert wanted["lora.rank"]["model.layers.1.mlp.experts.down_proj"] == 2
+    assert wanted["lora.target_modules"] == ["experts.down_proj", "experts.gate_up_proj", "q_proj"]
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert wanted["num_trainable_parameters"] == trainable
+    layer = adapted_parts(model)["model.layers.1.mlp.experts.down_proj"]
+    assert layer.lora_A["default"].weight.shape == (4 * 2, 24)
+
+
+def test_experts_alone_in_some_layers_with_a_scale_of_their_own(trial: MakeConfig, tmp_path: Path) -> None:
+    base = packed("qwen3_moe")
+    config = trial(target_modules=["experts"], layers_to_transform=[1], rslora=True, alpha_pattern={"down_proj": 3})
+    model = adapted(base, config)
+    down = "model.layers.1.mlp.experts.down_proj"
+    assert set(adapted_parts(model)) == {down, "model.layers.1.mlp.experts.gate_up_proj"}
+    assert adapted_parts(model)[down].scaling["default"] == pytest.approx(3 / 4**0.5)
+    Adapter.of(model).save(tmp_path)
+    again = PeftModel.from_pretrained(base_model("qwen3_moe"), tmp_path)
+    layer = again.get_base_model().model.layers[1].mlp.experts
+    assert (layer.parameter_name, layer.scaling["default"]) == ("down_proj", pytest.approx(3 / 4**0.5))
+    assert not hasattr(again.get_base_model().model.layers[0].mlp.experts, "lora_A")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_updates_and_their_gradients_are_pefts(family: str, trial: MakeConfig, tmp_path: Path) -> None:
+    """PEFT adds the whole update to plain weights; here each expert's inputs go through A and B."""
+    quantized, config = packed(family), trial(target_modules=["experts"])
+    model = adapted(quantized, config)
+    assert all(isinstance(layer, AdaptedExperts) for layer in expert_layers(model).values())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    Adapter.of(model).save(tmp_path)
+    plain = base_model(family)
+    for name, _ in list(plain.named_parameters()):
+        weight = quantized.get_parameter(name)
+        if hasattr(weight, "scales"):
+            plain.get_parameter(name).data = (weight.all().mT if weight.is_transposed else weight.all()).contiguous()
+    peft = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    losses = []
+    for each in (model, peft):
+        loss = each(input_ids=IDS).logits.square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    theirs = {name: each.grad for name, each in peft.named_parameters() if each.requires_grad}
+    ours = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+        assert (gradient - theirs[name]).abs().max() <= 1e-5 * theirs[name].abs().max(), name
+
+
+def test_recomputed_layers_apply_the_update_again(trial: MakeConfig) -> None:
+    base, config = packed("mixtral"), trial(target_modules=["experts"])
+    gradients = []
+    for recompute in (False, True):
+        model = adapted(base, config).train()
+        if recompute:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        model(input_ids=IDS).logits.square().mean().backward()
+        gradients.append([each.grad for each in model.parameters() if each.requires_grad])
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*gradients, strict=True))
+
+
+def test_saved_matrices_of_experts_are_loaded_into_the_model_of_the_trial(trial: MakeConfig) -> None:
+    base, config = packed("qwen3_moe"), trial(target_modules=["q_proj", "experts"])
+    model = adapted(base, config)
+    weights = Adapter.of(model).copied().weights
+    other = adapted(base, config)
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    load_adapter_weights(other, weights)
+    again = Adapter.of(other).weights
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_first_weights_of_experts_are_drawn_from_the_seed(trial: MakeConfig) -> None:
+    base = packed("qwen3_moe")
+    for init, std in (("default", 1 / (3 * 32) ** 0.5), ("gaussian", 1 / 4)):
+        layers = [adapted_parts(adapted(base, trial(target_modules=["experts"], init=init))) for _ in range(2)]
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        one, other = (each[name].lora_A["default"].weight for each in layers)
+        assert torch.equal(one, other)
+        assert one.std().item() == pytest.approx(std, rel=0.1)
+        assert not layers[0][name].lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dropout": 0.05}, r"target_modules names experts, .* with dropout 0.05; set dropout: 0"),
+        ({"dora": True}, "with dora true; set dora: false"),
+        ({"init": "eva"}, "with init eva; use default or gaussian"),
+        ({"init": "olora"}, "with init olora; use default or gaussian"),
+        ({"bias": "all"}, "with bias all; set bias: none"),
+    ],
+)
+def test_what_peft_cannot_do_with_experts_is_refused(
+    document: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    lora = {"target_modules": ["q_proj", "experts"], "dropout": 0} | fields
+    with pytest.raises(SpecError, match=message):
+        parse_spec(document | {"lora": lora})
+    parse_spec(document | {"lora": fields})  # without experts
+
+
+def test_the_fast_engine_leaves_adapted_experts_to_trl(trial: MakeConfig) -> None:
+    assert trial(target_modules=["experts"]).fast_unsupported_reason() == "lora.target_modules with experts"
+    assert trial(target_modules=["q_proj"]).fast_unsupported_reason() is None
+
+
+def test_experts_of_another_form_are_refused() -> None:
+    lora = LoraSection(target_modules=["experts"], dropout=0)
+    with pytest.raises(TrialError, match="'experts' names experts of a form that this version cannot adapt"):
+        expected_modules(base_model("llama4_text"), lora)
+    with pytest.raises(TrialError, match="'experts' is not a linear layer of this base"):
+        expected_modules(base_model("jamba"), lora)
+
+
+def test_experts_are_checked_before_the_base_is_loaded(document: dict[str, Any], tmp_path: Path) -> None:
+    base_config("qwen3_moe").save_pretrained(str(tmp_path))  # without weights
+    section = {"base": {"model": str(tmp_path)}}
+    check_targets(parse_spec(document | section | {"lora": {"target_modules": ["experts"], "dropout": 0}}))
+    wrong = {"target_modules": ["experts.up_proj"], "dropout": 0}
+    with pytest.raises(RequestError, match=r"'experts.up_proj' is not a linear layer.* experts.gate_up_proj"):
+        check_targets(parse_spec(document | section | {"lora": wrong}))
