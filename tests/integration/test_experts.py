@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 from family_bases import write_base
 from one_trial import Tiny, curve, run
 from peft import PeftModel
 from plain import plain_base
 from safetensors.torch import load_file
 from tiny import Witness
+from transformers import AutoModelForCausalLM
 
 from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export.export import export
