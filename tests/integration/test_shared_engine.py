@@ -11,7 +11,7 @@ from shared_engine import LATE, LOSS, OTHER, SINGLE, UPDATE, WILD, A, B, Bench, 
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.errors import TrialError
-from orchestrator.record import RowScores
+from orchestrator.record import RowScores, TrialPaths
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.plan.factory import release
 from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
@@ -230,7 +230,7 @@ def test_reused_slot_keeps_nothing_of_earlier_trials(inputs: TrialInputs, tmp_pa
 
 def held_write_queue() -> tuple[WriteQueue, threading.Event, Callable[[], None]]:
     """Return a worker's file writer that waits for the event, the event, and a function that waits for its end."""
-    writer, gate = FileWriter(SlotLease(0, None, None)), threading.Event()  # type: ignore[arg-type]
+    writer, gate = FileWriter(SlotLease("1", 0, None, TrialPaths(Path("/none"), "a"))), threading.Event()  # type: ignore[arg-type]
     writer.do(lambda: (gate.wait(300), None)[1])
 
     def finish() -> None:

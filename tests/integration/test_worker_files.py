@@ -10,6 +10,7 @@ from followed_worker import SIX_STEPS, FollowedWorker
 from safetensors.torch import load_file
 from shared_engine import train_alone, trial
 
+from orchestrator.record import TrialPaths
 from orchestrator.training.attempt import reporter as reporter_module
 from orchestrator.training.attempt.events import (
     Completed,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_files_of_an_earlier_attempt_are_written_first() -> None:
-    lease, done, gate = SlotLease(0, None, None), [], threading.Event()  # type: ignore[arg-type]
+    lease, done, gate = SlotLease("1", 0, None, TrialPaths(Path("/none"), "a")), [], threading.Event()  # type: ignore[arg-type]
     earlier = FileWriter(lease)
     later = FileWriter(lease, earlier.thread)
     later.do(lambda: done.append("later"))

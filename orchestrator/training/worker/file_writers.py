@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator.training.attempt.events import Left, fault_fields
 from orchestrator.training.attempt.log_file import log_traceback
@@ -47,15 +48,20 @@ class FileWriter:
         lease = self._lease
         while (job := self._jobs.get()) is not None:
             try:
-                if not lease.has_ended:
+                if not lease.has_ended and lease.is_replaced():
+                    self._leave(lost="another attempt has claimed the trial")
+                elif not lease.has_ended:
                     job()
             except Exception as error:  # a fault of the disk; another attempt can continue from what is written
                 log_traceback()
-                lease.emit(Left(0.0, lease.gpu_seconds, 0.0, 0, **fault_fields(error)))
-                lease.release()
+                self._leave(**fault_fields(error))
             finally:
                 self._jobs.task_done()
                 del job  # while the thread waits for the next job, nothing of this one may stay in memory
+
+    def _leave(self, **fields: Any) -> None:
+        self._lease.emit(Left(0.0, self._lease.gpu_seconds, 0.0, 0, **fields))
+        self._lease.release()
 
 
 class FileWriters:

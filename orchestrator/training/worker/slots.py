@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.training.attempt.events import END, Event, LeaseLost, Left
@@ -15,13 +16,15 @@ _POLL_S = 0.05
 class SlotLease:
     """One trial's hold on a slot. It is the trial's `Listener`, and keeps its events until they are taken."""
 
-    def __init__(self, slot: int, start: TrialResult, paths: TrialPaths) -> None:
+    def __init__(self, name: str, slot: int, start: TrialResult, paths: TrialPaths) -> None:
         """
         Args:
+            name: by which the recording process asks for events.
             slot: number of the slot.
             start: the trial so far.
             paths: the trial's files.
         """
+        self.name = name
         self.slot = slot
         self.start = start
         self.paths = paths
@@ -42,6 +45,15 @@ class SlotLease:
     def is_expired(self) -> bool:
         """Whether nobody has asked for the lease for `LEASE_TIMEOUT_S`."""
         return time.monotonic() - self._renewed_at > LEASE_TIMEOUT_S
+
+    def is_replaced(self) -> bool:
+        """Return whether another lease has claimed the trial on storage.
+
+        After its driver was killed, a worker trains on until the lease expires, beside an attempt of the resumed sweep.
+        """
+        with suppress(FileNotFoundError):  # a trial without a sweep has no claim
+            return self.paths.lease.read_text() != self.name
+        return False
 
     @property
     def stopping(self) -> bool:
@@ -111,7 +123,7 @@ class SlotPool:
                     del self._leases[known]
             if not self._free or self._interrupted:
                 return None
-            made = self._leases[name] = SlotLease(self._free.pop(0), start, paths)
+            made = self._leases[name] = SlotLease(name, self._free.pop(0), start, paths)
             return made
 
     def get(self, name: str) -> SlotLease:

@@ -117,6 +117,25 @@ def test_write_error_ends_the_attempt_and_names_the_reason(number: int, is_stora
     writer.close()
 
 
+def test_attempt_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
+    """A worker outlives its killed driver, and must not write beside an attempt of the resumed sweep."""
+    lease, done = SlotPool(1).lease("1", START, TrialPaths(tmp_path, "a")), []
+    assert lease is not None
+    lease.paths.root.mkdir(parents=True)
+    lease.paths.lease.write_text("1")
+    writer = FileWriter(lease)
+    writer.do(lambda: done.append("own"))
+    writer.wait()
+    lease.paths.lease.write_text("2")
+    writer.do(lambda: done.append("replaced"))
+    (event,) = lease.take_events(10.0)
+    assert isinstance(event, Left)
+    assert event.lost == "another attempt has claimed the trial"
+    assert lease.stopping
+    assert done == ["own"]
+    writer.close()
+
+
 def test_log_on_a_full_disk_blocks_nothing() -> None:
     """The writer thread prints tracebacks there. If that ended the thread, its trial would never end."""
     lease = lease_slot(SlotPool(1), "1", "a")
