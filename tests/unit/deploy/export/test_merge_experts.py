@@ -78,6 +78,9 @@ def test_the_adapter_on_its_4_bit_base_has_the_logits_of_the_merge(tmp_path: Pat
         expected = PeftModel.from_pretrained(plain_base(adapter.base, "dequantized"), adapter.folder)(input_ids=ids)
         found = model(input_ids=ids).logits
         assert (found - expected.logits).abs().max() <= 1e-5 * expected.logits.abs().max()
+        peft = PeftModel.from_pretrained(plain_base(adapter.base, "dequantized"), adapter.folder)
+        answers = [each.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for each in (model, peft)]
+        assert torch.equal(*answers)
         with model.disable_adapter():
             assert (model(input_ids=ids).logits - found).abs().max() > 1e-2
 
