@@ -25,8 +25,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import ROOT, environment, write
+from orchestrator.base_size import BaseSize
 from orchestrator.experts import pack_experts
 from orchestrator.spec.sections import LoraSection
+from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.plan.memory import MemoryOption, predict
 from orchestrator.training.fast.plan.parity import require_parity
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
@@ -65,10 +68,16 @@ def main() -> None:
     free()
     figures["base_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
     figures["transformers"] = by_transformers(base, ids[: args.rows])
-    figures["dequantized at use"] = by_engine(base, rows, args, False, 1)
-    figures["dequantized once"] = by_engine(base, rows, args, True, 1)
-    figures["together"] = by_engine(base, rows, args, True, args.slots)
-    write(args.out / f"experts-{args.shape}.json", figures)
+    for name, keeps_base, slots in (
+        ("dequantized at use", False, 1),
+        ("dequantized once", True, 1),
+        ("together", True, args.slots),
+    ):
+        try:
+            figures[name] = by_engine(base, rows, args, keeps_base, slots)
+        except torch.OutOfMemoryError as error:
+            figures[name] = str(error)
+        write(args.out / f"experts-{args.shape}.json", figures)
     print(json.dumps(figures | environment(), indent=2))
 
 
@@ -129,7 +138,14 @@ def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots
     table |= {"applies": 1, "threshold": int(0.1 * 2**31), "learning_rate": 1e-4, "max_norm": 1.0, "epsilon": 1e-8}
     table |= {"one_minus_beta1": 0.1, "one_minus_beta2": 0.001, "bias_correction1": 1.0, "bias_correction2": 1.0}
     spans = [Span(slot, rows, range(slot * args.rows, (slot + 1) * args.rows), table) for slot in range(slots)]
-    return timed(lambda: engine.step(spans).read(), slots * args.rows * args.tokens)
+    tokens = slots * args.rows * args.tokens
+    names, option = (
+        {layer.name.rpartition(".")[2] for group in layers for layer in group},
+        MemoryOption(keeps_base, "nothing", tokens),
+    )
+    predicted = predict(BaseShape.of(base.config), option, tokens, 0, RANK, names, num_slots=slots)
+    total = predicted.total - predicted.base + BaseSize.of(base).num_bytes
+    return timed(lambda: engine.step(spans).read(), tokens) | {"predicted_gib": round(total / GIB, 2)}
 
 
 if __name__ == "__main__":

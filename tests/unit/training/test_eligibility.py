@@ -32,6 +32,7 @@ from orchestrator.training.fast.plan.eligibility import (
     unknown_field,
     unknown_module,
     unsupported_reason,
+    unsupported_reason_by_shape,
     unsupported_shape,
 )
 from orchestrator.training.fast.step.decoder import Decoder
@@ -199,6 +200,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": GRANITE_4_MICRO,
     "smollm3": {"pretraining_tp": 2, "max_window_layers": 28, "use_sliding_window": False},
     "llama": {"pretraining_tp": 1, "unk_token_id": 0},
+    # Qwen3-Coder-30B-A3B, and gpt-oss-20b.
+    "qwen3_moe": {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0, "max_window_layers": 28,
+                  "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "use_sliding_window": False},
+    "gpt_oss": {"experts_per_token": 4, "initial_context_length": 4096, "swiglu_limit": 7.0},
 }  # fmt: skip
 """Fields of published configuration files that transformers does not read."""
 
@@ -363,3 +368,29 @@ def test_shapes_are_those_of_the_model(model_type: str) -> None:
     assert shape.linears == linears
     experts = [each for each in model.model.layers[0].parameters() if each.ndim == 3]
     assert shape.num_linear_weights == sum(i * o for i, o in linears.values()) + sum(each.numel() for each in experts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((9, 0), None), ((10, 3), None), ((8, 9), "capability"), ((12, 0), "capability")]
+)
+def test_experts_need_grouped_products(
+    trial: Callable[..., TrialConfig], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    shape = BaseShape.of(default_config("mixtral", hidden_size=64, intermediate_size=48))
+    config = trial(base={"compute_dtype": "bfloat16"}, training={"precision": "bf16"})
+    found = unsupported_reason_by_shape(config, shape, (), 64, on_gpu=True)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+
+
+def test_sizes_of_experts(trial: Callable[..., TrialConfig]) -> None:
+    odd = BaseShape.of(default_config("mixtral", hidden_size=64, intermediate_size=36))
+    assert "experts of 64 and 36 features" in str(unsupported_reason_by_shape(trial(), odd, (), 64, on_gpu=False))
+    # Mixtral-8x22B: an expert's rows of all tokens are one tensor.
+    large = BaseShape.of(default_config("mixtral", hidden_size=6144, intermediate_size=16384))
+    config = trial(base={"compute_dtype": "bfloat16"}, training={"precision": "bf16"})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        reasons = [unsupported_reason_by_shape(config, large, (), longest, on_gpu=True) for longest in (16_384, 40_000)]
+    assert reasons == [None, "tensors of 2**31 elements and more"]

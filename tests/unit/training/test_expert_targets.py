@@ -24,7 +24,7 @@ from orchestrator.training.model.targets import (
     expected_experts,
     expected_extra_trainables,
     expected_modules,
-    left_out_warning,
+    target_warnings,
 )
 
 MakeConfig = Callable[..., TrialConfig]
@@ -75,7 +75,7 @@ def test_experts_are_adapted_if_they_are_named(targets: Any, chosen: list[str]) 
         assert set(found) == {f"model.layers.{i}.mlp.experts.{leaf}" for i in layers for leaf in leaves}
         shapes = {"gate_up_proj": (4, 32, 48), "down_proj": (4, 24, 32)}
         assert all(shape == shapes[name.rpartition(".")[2]] for name, shape in found.items())
-    said = left_out_warning(base, lora) or ""
+    said = " ".join(target_warnings(base, lora))
     assert ("fused experts" in said) == (targets == "all-linear")
 
 

@@ -207,9 +207,9 @@ def bytes_of(kept: SavedActivations, config: Any) -> int:
 
 
 def test_options_are_ordered_by_time() -> None:
-    found = list(memory_options(500, 6000, keeps_base=None, recompute=None, max_pass_tokens=8192))
+    found = list(memory_options(LLAMA_7B, 500, 6000, keeps_base=None, recompute=None, max_pass_tokens=8192))
     assert found[0] == MemoryOption(True, "nothing", 6000)
-    times = [option.relative_time() for option in found]
+    times = [option.relative_time(LLAMA_7B) for option in found]
     assert times == sorted(times)
     assert {option.max_tokens for option in found} == {6000, 4096, 2048, 1024, 512, 500}
     assert set(Counter((option.keeps_base, option.recompute) for option in found).values()) == {6}
@@ -220,7 +220,7 @@ def test_options_are_ordered_by_time() -> None:
 @pytest.mark.parametrize("keeps", [None, True, False])
 @pytest.mark.parametrize("recompute", [None, True, False])
 def test_options_respect_explicit_settings(keeps: bool | None, recompute: bool | None) -> None:
-    found = list(memory_options(100, 300, keeps_base=keeps, recompute=recompute, max_pass_tokens=8192))
+    found = list(memory_options(LLAMA_7B, 100, 300, keeps_base=keeps, recompute=recompute, max_pass_tokens=8192))
     assert {option.keeps_base for option in found} == ({True, False} if keeps is None else {keeps})
     levels = {None: set(LEVELS), True: {"layers"}, False: {"nothing"}}[recompute]
     assert {option.recompute for option in found} == levels
@@ -230,7 +230,7 @@ def test_options_respect_explicit_settings(keeps: bool | None, recompute: bool |
     ("longest", "largest", "tokens"), [(700, 300, {700}), (700, 9000, {8192, 4096, 2048, 1024, 700})]
 )
 def test_no_pass_is_shorter_than_a_row_nor_longer_than_a_batch(longest: int, largest: int, tokens: set[int]) -> None:
-    found = memory_options(longest, largest, keeps_base=None, recompute=None, max_pass_tokens=8192)
+    found = memory_options(LLAMA_7B, longest, largest, keeps_base=None, recompute=None, max_pass_tokens=8192)
     assert {option.max_tokens for option in found} == tokens
 
 

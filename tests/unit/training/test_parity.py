@@ -91,6 +91,13 @@ def change_scores(base: Any) -> None:
     base.model.layers[0].mlp.gate.norm_topk_prob ^= True
 
 
+def scale_scores(base: Any) -> None:
+    """Rounding would hide it, if the engine's own scores were in what rounding is measured with."""
+    for layer in base.model.layers:
+        router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+        router.register_forward_hook(lambda _router, _inputs, output: (output[0], 1.2 * output[1], output[2]))
+
+
 def change_router(base: Any) -> None:
     gate = base.model.layers[1].mlp.gate
     gate.weight = torch.nn.Parameter(gate.weight.flip(0), requires_grad=False)
@@ -106,8 +113,8 @@ def change_limit(base: Any) -> None:
 
 
 CHANGES = {
-    "qwen3_moe": (change_scores, change_router, scale_attention),
-    "gpt_oss with a window, nf4": (change_sinks, change_limit, widen_window),
+    "qwen3_moe": (change_scores, scale_scores, change_router, scale_attention),
+    "gpt_oss with a window, nf4": (scale_scores, change_sinks, change_limit, widen_window),
     "qwen3 with a window": (scale_attention, widen_window, change_norm, change_activation),
     "phi3 with heads that are rotated in part, nf4": (scale_attention, widen_window),
     "gemma2": (scale_attention, change_activation),

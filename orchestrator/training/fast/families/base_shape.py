@@ -68,7 +68,7 @@ class BaseShape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Linear layers of one decoder layer that may have adapters: name -> (in features, out features).
 
-        Beside experts, PEFT 0.21 takes those of an MLP by their names for experts: they have none.
+        In a family with experts those of an MLP have none: PEFT 0.21 takes them for experts because of their names.
         """
         attended, keys = self.queries * self.head_size, self.keys * self.head_size
         sizes = (
@@ -87,6 +87,12 @@ class BaseShape:
     def mlp_features(self) -> int:
         """Features of a token between the layers of its MLP, or of all its experts."""
         return self.experts_per_token * self.expert_inner if self.experts else self.inner
+
+    @property
+    def used_share(self) -> float:
+        """Share of the weights of linear layers and experts that a token uses."""
+        used = self.layers * (self.hidden * self.qkv + self.queries * self.head_size * self.hidden)
+        return (used + self.layers * 3 * self.hidden * self.mlp_features) / self.num_linear_weights
 
     @property
     def num_linear_weights(self) -> int:

@@ -36,6 +36,9 @@ USED_FIELDS = frozenset(
 
 EXPERT_FIELDS = frozenset({"num_experts", "num_experts_per_tok", "num_local_experts"})
 
+EXPERT_HARMLESS_FIELDS = frozenset({"output_router_logits", "router_aux_loss_coef"})
+"""The loss of a router, which no trial trains with (`base.load_base`)."""
+
 FIXED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "hidden_act": ("silu",),

@@ -39,7 +39,7 @@ GEMMA = Family(
     scales_embedding=True,
     used_fields=USED_FIELDS | {"attention_bias"},
     # transformers 5.23 reads `hidden_act`, and takes "gelu" for the approximation by tanh.
-    fixed_fields={**FIXED_FIELDS, "hidden_act": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
+    fixed_fields={**FIXED_FIELDS, "hidden_act": ("gelu_pytorch_tanh", "gelu"), "use_bidirectional_attention": (False,)},
     harmless_fields=HARMLESS_FIELDS | {"hidden_activation"},
 )
 

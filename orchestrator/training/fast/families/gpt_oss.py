@@ -2,6 +2,7 @@
 
 from orchestrator.training.fast.families.family import (
     EXPERT_FIELDS,
+    EXPERT_HARMLESS_FIELDS,
     FIXED_FIELDS,
     GROUPS,
     HARMLESS_FIELDS,
@@ -28,10 +29,9 @@ GPT_OSS = Family(
     used_fields=USED_FIELDS | EXPERT_FIELDS | {"attention_bias", "layer_types", "sliding_window"},
     fixed_fields={
         **FIXED_FIELDS,
-        "output_router_logits": (False,),
         "swiglu_alpha": (1.702,),
         "swiglu_limit": (7.0,),
     },
     # `initial_context_length` and `experts_per_token` are in the published files; transformers reads neither.
-    harmless_fields=HARMLESS_FIELDS | {"experts_per_token", "initial_context_length", "router_aux_loss_coef"},
+    harmless_fields=HARMLESS_FIELDS | EXPERT_HARMLESS_FIELDS | {"experts_per_token", "initial_context_length"},
 )

@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
-from orchestrator.training.fast.families.family import EXPERT_FIELDS, FIXED_FIELDS, HARMLESS_FIELDS, ExpertNames
+from orchestrator.training.fast.families.family import (
+    EXPERT_FIELDS,
+    EXPERT_HARMLESS_FIELDS,
+    FIXED_FIELDS,
+    HARMLESS_FIELDS,
+    ExpertNames,
+)
 from orchestrator.training.fast.families.mistral import MISTRAL
 
 MIXTRAL = replace(
@@ -10,6 +16,6 @@ MIXTRAL = replace(
     model_type="mixtral",
     experts=ExpertNames(),
     used_fields=MISTRAL.used_fields | EXPERT_FIELDS,
-    fixed_fields={**FIXED_FIELDS, "output_router_logits": (False,), "router_jitter_noise": (0.0,)},
-    harmless_fields=HARMLESS_FIELDS | {"router_aux_loss_coef"},
+    fixed_fields={**FIXED_FIELDS, "router_jitter_noise": (0.0,)},
+    harmless_fields=HARMLESS_FIELDS | EXPERT_HARMLESS_FIELDS,
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from orchestrator.training.fast.families.family import (
     EXPERT_FIELDS,
+    EXPERT_HARMLESS_FIELDS,
     FIXED_FIELDS,
     HARMLESS_FIELDS,
     USED_FIELDS,
@@ -46,6 +47,6 @@ OLMOE = replace(
     has_float32_angles=False,
     experts=ExpertNames(),
     used_fields=OLMO2.used_fields | EXPERT_FIELDS | {"norm_topk_prob"},
-    fixed_fields={**FIXED_FIELDS, "clip_qkv": (), "output_router_logits": (False,)},
-    harmless_fields=HARMLESS_FIELDS | {"router_aux_loss_coef"},
+    fixed_fields={**FIXED_FIELDS, "clip_qkv": ()},
+    harmless_fields=HARMLESS_FIELDS | EXPERT_HARMLESS_FIELDS,
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from orchestrator.training.fast.families.family import (
     EXPERT_FIELDS,
+    EXPERT_HARMLESS_FIELDS,
     FIXED_FIELDS,
     HARMLESS_FIELDS,
     USED_FIELDS,
@@ -22,8 +23,19 @@ QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
     experts=ExpertNames(),
-    used_fields=QWEN3.used_fields | EXPERT_FIELDS | {"moe_intermediate_size", "norm_topk_prob", "use_sliding_window"},
-    fixed_fields={**FIXED_FIELDS, "output_router_logits": (False,)},
+    # transformers 5.23 reads no `layer_types` here: all layers have the same window.
+    used_fields=QWEN3.used_fields - {"layer_types", "max_window_layers"}
+    | EXPERT_FIELDS
+    | {"moe_intermediate_size", "norm_topk_prob"},
+    # Fields of Qwen3-Coder's files, which transformers does not read.
+    fixed_fields={
+        **FIXED_FIELDS,
+        "qkv_bias": (False,),
+        "shared_expert_intermediate_size": (0,),
+        "use_qk_norm": (True,),
+    },
     # Which layers have experts is seen from their modules.
-    harmless_fields=HARMLESS_FIELDS | {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"},
+    harmless_fields=HARMLESS_FIELDS
+    | EXPERT_HARMLESS_FIELDS
+    | {"decoder_sparse_step", "max_window_layers", "mlp_only_layers"},
 )

@@ -106,7 +106,7 @@ class Ops(Protocol):
     def glu(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """Compute activation(gate) * up (arXiv 2002.05202): (T, 2 I) to (T, I).
 
-        Gates come first, then ups; of "clamped_silu" they alternate (`families.family.Activation`).
+        Gates come first, then ups; with "clamped_silu" they alternate (`families.family.Activation`).
         """
         ...
 

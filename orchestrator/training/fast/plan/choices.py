@@ -1,7 +1,7 @@
 """The experts that each token is sent to, while an engine is compared with transformers.
 
 Rounding decides between experts of nearly equal scores, and another expert changes a token's output by about its own
-size. So both compute with the experts that transformers has chosen, and the choices are compared by themselves.
+size. So both compute with the experts that transformers has chosen. Choices and scores are compared by themselves.
 """
 
 from collections.abc import Iterator
@@ -30,13 +30,18 @@ class ExpertChoices:
         self._experts = engine.experts
         self._routers = [] if names is None else [layers[each].get_submodule(names.router) for each in self._experts]
         self._chosen: dict[Any, torch.Tensor] = {}
+        self.scores_apart = 0.0
+        """Largest difference of a score from that of transformers, relative to it, for the same logits and choices."""
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record what the routers of transformers choose, within."""
+        """Record what the routers of transformers choose, and compare their scores, within."""
+        experts_of = dict(zip(self._routers, self._experts.values(), strict=True))
 
         def record(router: Any, _: Any, output: Any) -> None:
-            self._chosen[router] = output[2]
+            logits, scores, self._chosen[router] = output
+            own = experts_of[router].scores_of(logits, self._chosen[router])
+            self.scores_apart = max(self.scores_apart, float((own / scores.float() - 1).abs().max()))
 
         with ExitStack() as hooks:
             for router in self._routers:
@@ -46,20 +51,17 @@ class ExpertChoices:
     @contextmanager
     def given(self) -> Iterator[None]:
         """Have transformers and the engine compute with the recorded choices, within."""
-        with ExitStack() as hooks:
+        with ExitStack() as undo:
             for router, experts in zip(self._routers, self._experts.values(), strict=True):
+                undo.callback(setattr, experts, "given", None)
                 experts.given = chosen = self._chosen[router]
 
                 def replace(_router: Any, _: Any, output: Any, experts: Any = experts, chosen: Any = chosen) -> Any:
                     logits, scores, _ = output
                     return logits, experts.scores_of(logits, chosen).to(scores.dtype), chosen
 
-                hooks.callback(router.register_forward_hook(replace).remove)
-            try:
-                yield
-            finally:
-                for experts in self._experts.values():
-                    experts.given = None
+                undo.callback(router.register_forward_hook(replace).remove)
+            yield
 
     def agreement(self) -> float:
         """Return the share of choices in which the engine, in its last pass, agreed with the given ones."""

@@ -67,7 +67,11 @@ def unsupported_reason_by_shape(
     precision, dtype = resolve_precision(config.training), config.base.compute_dtype
     if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
         return f"base.compute_dtype {dtype} under precision {precision}"
+    if shape.experts and (shape.hidden % 8 or shape.expert_inner % 8):
+        return f"experts of {shape.hidden} and {shape.expert_inner} features (grouped products take multiples of 8)"
     if on_gpu:
+        if shape.experts and not has_grouped_products():
+            return "experts on a GPU of compute capability other than 9.x and 10.x"
         if precision != "bf16":
             return f"precision {precision} on a GPU"
         if shape.head_size % 16 or shape.head_size > MAX_HEAD:
@@ -75,9 +79,20 @@ def unsupported_reason_by_shape(
         if config.lora.rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
         adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
-        if max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, shape.qkv)) >= MAX_ELEMENTS:
+        if (
+            max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, 2 * shape.mlp_features, shape.qkv))
+            >= MAX_ELEMENTS
+        ):
             return "tensors of 2**31 elements and more"
     return None
+
+
+def has_grouped_products() -> bool:
+    """Return whether the GPU has grouped products that read their sizes on the device, as a CUDA graph must.
+
+    torch 2.11 to 2.13 copies the sizes to the host on others (pytorch/pytorch issue 169970).
+    """
+    return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def unsupported_shape(model: Any, longest: int) -> str | None:

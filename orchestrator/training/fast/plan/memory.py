@@ -1,8 +1,8 @@
 """Predicts the GPU memory of the fast engine from the shapes of base, adapters and batch: arithmetic alone.
 
-The formulas follow `step/layer.py` (what a layer keeps), `step/adapters.py` (what a slot holds) and bitsandbytes' NF4
-layout: one scale for 64 weights; quantized again, the scales take a byte each and one float32 for 256 of them
-(arXiv 2305.14314, section 3).
+The formulas follow `step/layer.py`, `mlp.py` and `experts.py` (what a layer keeps), `step/adapters.py` (what a slot
+holds) and bitsandbytes' NF4 layout: one scale for 64 weights; quantized again, the scales take a byte each and one
+float32 for 256 of them (arXiv 2305.14314, section 3).
 """
 
 from collections.abc import Collection
@@ -35,15 +35,18 @@ class MemoryOption:
     max_tokens: int
     """Most tokens of one pass."""
 
-    def relative_time(self) -> float:
+    def relative_time(self, shape: BaseShape) -> float:
         """Estimate the time of a token, relative to keeping everything. Options are ordered by it.
 
         Recomputing a layer repeats its forward, which is half of the work with a frozen base. Dequantizing moves the
-        same bytes whatever the number of tokens: on an H200 it costs about 237 / T of a product of T tokens. Short
-        passes do not fill the GPU.
+        same bytes whatever the number of tokens: on an H200 it costs about 237 / T of a product of T tokens, and more
+        where a token uses only a part of what is dequantized. Short passes do not fill the GPU.
+
+        Args:
+            shape: sizes of the base.
         """
         time = {"nothing": 1.0, "elementwise": 1.03, "layers": 1.5}[self.recompute]
-        time *= 1.0 if self.keeps_base else 1 + 237 / self.max_tokens
+        time *= 1.0 if self.keeps_base else 1 + 237 / self.max_tokens / shape.used_share
         return time * (1 + 128 / self.max_tokens)
 
 
@@ -202,11 +205,18 @@ def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, nu
 
 
 def memory_options(
-    longest: int, largest_batch: int, *, keeps_base: bool | None, recompute: bool | None, max_pass_tokens: int
+    shape: BaseShape,
+    longest: int,
+    largest_batch: int,
+    *,
+    keeps_base: bool | None,
+    recompute: bool | None,
+    max_pass_tokens: int,
 ) -> list[MemoryOption]:
     """List the ways to hold a trial, the fastest first.
 
     Args:
+        shape: sizes of the base.
         longest: tokens of the longest row. No pass is shorter.
         largest_batch: tokens of the largest batch. No pass needs to be longer.
         keeps_base: whether the dequantized base is kept; None leaves it open.
@@ -223,4 +233,4 @@ def memory_options(
         for level in levels
         for count in tokens
     ]
-    return sorted(options, key=MemoryOption.relative_time)
+    return sorted(options, key=lambda option: option.relative_time(shape))

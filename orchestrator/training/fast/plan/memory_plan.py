@@ -72,7 +72,9 @@ def feasible_plans(
         too_large: an option that ran out of memory although its probe had succeeded. All plans need less.
     """
     longest, on_gpu = max(train.longest, held_out.longest), torch.cuda.is_available()
+    shape = BaseShape.of(text_config(base.config))
     options = memory_options(
+        shape,
         longest,
         pass_tokens(spec, train) if on_gpu else CPU_TOKENS,
         keeps_base=spec.keeps_base,
@@ -84,7 +86,7 @@ def feasible_plans(
         options = [option for option in options if option.max_tokens == whole]
 
     # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
-    shape, base_bytes = BaseShape.of(text_config(base.config)), BaseSize.of(base).num_bytes
+    base_bytes = BaseSize.of(base).num_bytes
 
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
@@ -140,9 +142,10 @@ def plan_slots(
         count = min(wanted, -(-CPU_FULL // one))
         return count, f"a batch has up to {one} tokens, and {CPU_FULL} tokens keep a core busy"
     times: dict[int, float] = {}
+    shape = BaseShape.of(text_config(base.config))
     for spec in specs:
         if plans := feasible_plans(base, spec, configs[0], train, held_out):
-            times[spec.num_slots] = plans[0].option.relative_time()
+            times[spec.num_slots] = plans[0].option.relative_time(shape)
     gib = memory_budget() / GIB
     if not times:
         return 1, f"not even one fits into {gib:.0f} GiB of GPU memory"

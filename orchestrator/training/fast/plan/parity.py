@@ -36,12 +36,12 @@ is more, and of all gradients together, relative to their norm.
 A layer computed wrongly changes the gradients by about their own size. Rounding to bfloat16 changes them by some
 hundredths; where it may be more, what it does on the base itself is measured (docs/log.md, 2026-11-30)."""
 
-AGREEMENTS = {torch.float32: 0.99, torch.bfloat16: 0.7}
-"""Smallest share of choices of experts that must be the same. Rounding decides between experts of nearly equal scores:
-most often in a base with random weights, whose scores are close."""
+EXPERT_BOUNDS = {torch.float32: (0.99, 1e-5), torch.bfloat16: (0.7, 0.03)}
+"""Coarsest dtype of the products -> smallest share of choices of experts that must be the same, and largest difference
+of a score, relative to it. Rounding decides between nearly equal scores: most often where weights are random."""
 
-ROUNDINGS, MOST = 1.5, 0.35
-"""In bfloat16, gradients may be apart by this many times what rounding changes on the base itself, up to `MOST`."""
+MAX_ROUNDINGS, MAX_APART = 1.5, 0.35
+"""In bfloat16, gradients may be apart by this many times what rounding changes on the base, up to `MAX_APART`."""
 
 BFLOAT16_ROUNDING = 2.0**-8
 """The largest error of rounding to bfloat16, relative to the number."""
@@ -147,9 +147,13 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
             _, rounded = _by_transformers(base, row, matrices, engine.adapters.compute_dtype)
         rounding = _apart(rounded, exact_gradients)
         _log.info("rounding to bfloat16 alone changes the gradients by %.1e of their norm", rounding)
-        allowed = max(allowed, min(ROUNDINGS * rounding, MOST))
-    if agreement < AGREEMENTS[torch.float32 if is_exact else torch.bfloat16]:
-        return f"on this base the fast engine differs from transformers: {1 - agreement:.0%} of the chosen experts do"
+        allowed = max(allowed, min(MAX_ROUNDINGS * rounding, MAX_APART))
+    least_agreement, most_apart = EXPERT_BOUNDS[torch.float32 if is_exact else torch.bfloat16]
+    if agreement < least_agreement or choices.scores_apart > most_apart:
+        return (
+            f"on this base the fast engine differs from transformers: {1 - agreement:.0%} of its choices of experts "
+            f"are others, and scores of experts are apart by up to {choices.scores_apart:.1%}"
+        )
     if loss_apart <= allowed_loss and apart <= allowed:
         return None
     return (

@@ -115,7 +115,7 @@ class Experts:
     def _route(self, x: torch.Tensor) -> Routing:
         """Choose the experts of each token, as the routers of transformers do."""
         logits = self._logits(x)
-        # Of equal values, it must choose those that transformers does: the same operation on the same numbers.
+        # Where scores are equal, the same experts must be chosen as in transformers: by the same operation on them.
         chosen = (logits if self._scores == "chosen" else logits.softmax(-1, torch.float32)).topk(self._count).indices
         if self.given is not None:
             own = chosen[: len(self.given)]

@@ -136,7 +136,10 @@ class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips tor
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is nn.functional.linear:
             return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
-        if function is nn.functional.grouped_mm:
+        if getattr(function, "__name__", "") in (
+            "grouped_mm",
+            "_grouped_mm",
+        ):  # torch 2.13 calls the second in the first
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[2])
         if function is torch.Tensor.__matmul__:
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
@@ -161,7 +164,7 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     document = json.loads(file.read_text(encoding="utf-8"))
     fields = {"head_dim": None, "tie_word_embeddings": False} | (document.get("text_config") or document)
     family = FAMILIES.get(fields.get("model_type", ""))
-    if family is None or not fields.keys() >= {*_NEEDED, family.inner_field} or _is_refused(fields, family):
+    if family is None or not _has_sizes(fields, family) or _is_refused(fields, family):
         return
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if "rope_parameters" not in fields:  # files of transformers 4
@@ -178,6 +181,13 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         if eligible:
             with _EmptyProducts():
                 compile_kernels(base_model, eligible, num_slots)
+
+
+def _has_sizes(fields: Mapping[str, Any], family: Family) -> bool:
+    """Return whether a file has the fields that `BaseShape` reads; others have defaults in transformers."""
+    needed = {*_NEEDED, family.inner_field} | ({"num_experts_per_tok"} if family.experts is not None else set())
+    has_experts = family.experts is None or bool(fields.keys() & {"num_experts", "num_local_experts"})
+    return has_experts and fields.keys() >= needed
 
 
 def _is_refused(fields: Mapping[str, Any], family: Family) -> bool:
