@@ -377,7 +377,7 @@ def test_experts_need_grouped_products(
     trial: Callable[..., TrialConfig], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    shape = BaseShape.of(default_config("mixtral", hidden_size=64, intermediate_size=48))
+    shape = BaseShape.of(default_config("mixtral", hidden_size=512, intermediate_size=48))
     config = trial(base={"compute_dtype": "bfloat16"}, training={"precision": "bf16"})
     found = unsupported_reason_by_shape(config, shape, (), 64, on_gpu=True)
     assert (found is None) == (reason is None)
