@@ -40,8 +40,7 @@ def test_a_skipped_rung_stays_empty(make_stage: MakeStage) -> None:
     stage = make_stage({"kind": "asha", "grace_tokens": 10, "reduction_factor": 3})
     stage.add(a=falling(0))
     stage.run()
-    (bracket,) = stage.conductor._inner._brackets
-    filled = {rung: -score["a"] for rung, score in bracket._rungs if score}
+    filled = {rung: scores["a"] for rung, scores in stage.conductor._inner.rungs.items()}
     assert filled == pytest.approx({30: 0.4, 90: 0.3, 270: 0.1}), "evaluations at 70, 140, 210 and 280 tokens"
 
 
@@ -128,8 +127,7 @@ def test_an_end_that_waited_is_processed_after_a_resume(make_stage: MakeStage, e
     stage.report(stage.trial("b"))
     stage.ask()
     assert not stage.conductor._reports._order.is_running("a")
-    (bracket,) = stage.conductor._inner._brackets
-    assert dict(bracket._rungs)[20]["a"] == -0.3
+    assert stage.conductor._inner.rungs[20]["a"] == 0.3
 
 
 def stage_with_a_waiting_report(make_stage: MakeStage) -> Any:
@@ -175,8 +173,8 @@ def test_a_step_is_counted_once(make_stage: MakeStage) -> None:
     again = {"step": 10, "tokens": 70, "eval/loss": 99.0, "training_iteration": 2}
     assert stage.conductor.on_trial_result(stage, trial, again) == TrialScheduler.CONTINUE
     stage.report(trial)
-    (results,) = stage.conductor._inner._results.values()
-    assert [result["step"] for result in results] == [10, 20]
+    (curve,) = stage.conductor._inner.heard.values()
+    assert [each.step for each in curve] == [10, 20]
 
 
 def test_decisions_after_the_saved_state_are_repeated_and_recorded_once(make_stage: MakeStage) -> None:
