@@ -38,8 +38,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     Under schedulers with brackets or a population all trials must be known before the first one reports; otherwise the
     Tune scheduler would compare only the few that have a slot. Such trials are added as PAUSED and start as slots
-    become free. ASHA, the median rule and the forecast judge reports of one moment together: these wait in a
-    `ReportQueue`.
+    become free. Reports of rules that judge a moment together wait in a `ReportQueue`.
     """
 
     _supports_buffered_results = False
@@ -294,11 +293,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def _restore(self) -> None:
         """Restore the state of the previous driver, once all of its trials are known again."""
-        assert self._frozen is not None
-        self.__dict__.update(thaw(self._frozen, self._trials))
-        self._frozen = None
-        if isinstance(self._inner, JudgedTogether):
-            self._inner.use(self._spec, self._record.info.num_rows)
+        rule, frozen, self._frozen = self._inner, self._frozen, None
+        assert frozen is not None
+        self.__dict__.update(thaw(frozen, self._trials))
+        if isinstance(rule, JudgedTogether):
+            rule.take_over(self._inner)
+            self._inner = rule
         if self._reports is not None:
             self._reports.resume(self._num_slots, self._spec.search.total_trials, self._trials)
         self._budget.budget = self._spec.search.budget  # a resume may have changed it

@@ -15,6 +15,7 @@ from orchestrator.spec.sections import TrialConfig
 from orchestrator.spec.sections.scheduler import Rungs
 from orchestrator.sweep.tune_trial import plain_values
 
+_OF_THE_EXPERIMENT = ("_spec", "_num_rows", "_least_rows")
 _ROWS = ("training.batch_size", "training.accumulation")
 
 
@@ -52,16 +53,20 @@ class JudgedTogether(FIFOScheduler):  # type: ignore[misc]  # mypy skips ray
         """Trials of which no more evaluations come."""
         self._values: dict[str, dict[str, Any]] = {}
         """Trial -> its searched values."""
-        self.use(spec, num_rows)
-
-    def use(self, spec: SweepSpec, num_rows: int) -> None:
-        """Take the experiment, which a resume may have changed."""
         self._spec, self._num_rows = spec, num_rows
         differ = any(path in spec.search.space or path in spec.search.tied for path in _ROWS)
         self._least_rows = min(map(_rows_of_step, spec.samples())) if differ else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_spec", "_num_rows")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_EXPERIMENT}
+
+    def take_over(self, saved: Any) -> None:
+        """Continue from a rule of an earlier driver, under this experiment, which a resume may have changed.
+
+        Earlier versions saved Tune's own scheduler. Its state is dropped.
+        """
+        if type(saved) is type(self):
+            self.__dict__.update(saved.__dict__)
 
     def judge(self, reports: list[tuple[Any, dict[str, Any]]]) -> dict[str, str]:
         """Hear the reports of one moment, then decide about each trial.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from simulated import ASHA, MEDIAN, MakeStage, falling
 
 
@@ -68,6 +68,20 @@ def test_a_bad_trial_is_stopped_after_a_resume_too(scheduler: dict[str, Any], ma
     stage.add(behind=falling(3))
     stage.run()
     assert ("behind", 10) in stage.decisions("stopped")
+
+
+def test_the_state_of_another_class_is_dropped(make_stage: MakeStage) -> None:
+    """Earlier versions saved Tune's own scheduler."""
+    stage = make_stage(ASHA)
+    stage.add(a=falling(0))
+    stage.run()
+    rule = stage.conductor._inner
+    rule.take_over(AsyncHyperBandScheduler())
+    assert [*rule.heard] == ["a"]
+    other = type(rule)(stage.conductor._spec, 9)
+    other.take_over(rule)
+    assert other.rungs == rule.rungs
+    assert other._num_rows == 9
 
 
 def test_without_saved_state_the_first_report_passes(make_stage: MakeStage) -> None:
