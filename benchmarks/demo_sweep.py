@@ -18,16 +18,18 @@ from benchmarks.common import write
 from benchmarks.sweep import Swept, sweep_one_process, sweep_ours
 from orchestrator.spec.load import load_spec
 
+SCHEDULERS = {"asha": "{kind: asha, grace_steps: 40, reduction_factor: 2}", "none": "{kind: none}"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scheduler", choices=["asha", "none"], default="asha", help="asha as in the demo, or none")
+    parser.add_argument("--scheduler", choices=[*SCHEDULERS], default="asha", help="asha, or none")
     parser.add_argument("--set", nargs="+", default=[], help="overrides, such as training.steps=100")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     arguments = parser.parse_args()
     spec = load_spec(
         "experiments/demo.yaml",
-        ["tracking.wandb.mode=disabled", f"scheduler.kind={arguments.scheduler}", *arguments.set],
+        ["tracking.wandb.mode=disabled", f"scheduler={SCHEDULERS[arguments.scheduler]}", *arguments.set],
     )
     document = spec.model_dump(mode="json")
     with tempfile.TemporaryDirectory() as scratch:

@@ -55,7 +55,7 @@ def main(spec_file: str, folder: str, points_file: str) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     spec = parse_spec(json.loads(Path(spec_file).read_text()))
-    start_sweep(spec, SweepPaths(Path(folder)))
+    info = start_sweep(spec, SweepPaths(Path(folder)))
     trial = tune.with_parameters(train, spec_file=spec_file, folder=folder)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": 1 if ray.cluster_resources().get("GPU") else 0}
     began = time.monotonic()
@@ -65,7 +65,7 @@ def main(spec_file: str, folder: str, points_file: str) -> None:
         tune_config=tune.TuneConfig(
             metric=spec.search.metric,
             mode=spec.search.resolved_mode,
-            scheduler=make_scheduler(spec),
+            scheduler=make_scheduler(spec, info.num_rows),
             max_concurrent_trials=spec.resources.max_concurrent,
         ),
         run_config=tune.RunConfig(storage_path=str(Path(folder) / "tune"), verbose=0),

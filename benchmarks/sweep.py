@@ -61,8 +61,7 @@ def document_of(setting: Setting, form: str, steps: int) -> dict[str, Any]:
     """Return the experiment in one of the forms."""
     spec = spec_of(setting, steps=steps, eval_steps=steps // 4, **BASELINES.get(form, {}))
     document: dict[str, Any] = spec.model_dump(mode="json")
-    if form == "ours_asha":
-        document["scheduler"] = {"kind": "asha"}
+    document["scheduler"] = {"kind": "asha" if form == "ours_asha" else "none"}
     if form in BASELINES:
         document["resources"]["max_concurrent"] = 1
     return document
@@ -91,11 +90,11 @@ def time_under_asha(
     asha: dict[str, Any], losses: list[dict[str, float]], before_s: float, to_evaluation_s: dict[str, float]
 ) -> float:
     """Return the seconds of trials that run one after another, each stopped where ASHA stops it by its losses."""
-    scheduler = make_scheduler(parse_spec(asha))
+    scheduler = make_scheduler(parse_spec(asha), num_rows=1)  # the experiment gives its steps
     scheduler.set_search_properties("eval/loss", "min")
     seconds = before_s
     for index, of_trial in enumerate(losses):
-        trial = SimpleNamespace(trial_id=str(index), is_finished=lambda: False)
+        trial = SimpleNamespace(trial_id=str(index), config={}, is_finished=lambda: False)
         scheduler.on_trial_add(None, trial)
         for step, loss in of_trial.items():
             last = step

@@ -353,6 +353,10 @@ PRIVATE: tuple[Private, ...] = (
         "experts.py", "packed experts are computed by an implementation of our own",
     ),
     Private(
+        "transformers 5.23", "transformers/configuration_utils.py", ("_experts_implementation",),
+        "experts.py", "tells whether the implementation was taken",
+    ),
+    Private(
         "transformers 5.23", "transformers/quantizers/quantizer_bnb_4bit.py",
         ("Bnb4BitHfQuantizer._process_model_after_weight_loading(self, model)",), "experts_quantizer.py",
         "experts are quantized while transformers loads a base",

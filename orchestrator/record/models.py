@@ -263,6 +263,11 @@ class SweepInfo(Record):
     """Commit of the working directory, with `-dirty` if it had changes."""
 
     @property
+    def num_rows(self) -> int:
+        """Training rows, or the sequences into which they were packed."""
+        return self.num_sequences or self.num_train
+
+    @property
     def num_trials(self) -> int:
         """Number of trials of the sweep, unless its budget is spent before."""
         return 1 if self.is_single_trial else self.spec.search.total_trials

@@ -11,6 +11,7 @@ from orchestrator.spec.sections import ResourcesSection, SchedulerSection, Train
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
+    ForecastScheduler,
     HyperBandScheduler,
     NoScheduler,
     Pb2Scheduler,
@@ -56,7 +57,7 @@ def check_sections_together(
     elif isinstance(scheduler, Population):
         _population_can_change(search, scheduler)
         _interval_meets_evaluations(scheduler, training)
-    elif not isinstance(scheduler, NoScheduler):
+    elif not isinstance(scheduler, NoScheduler | ForecastScheduler):
         assert_never(scheduler)
     if isinstance(scheduler, Brackets | Population):
         _checkpoints_meet_evaluations(search, scheduler, training)

@@ -22,6 +22,8 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
         return [str(error)]
     rules_of: dict[tuple[str, str], list[str]] = {}  # (field, value) -> the rules of each type that the field takes
     for fault in error.errors():
+        if fault["type"] == "default_factory_not_called":  # it needs a section that has a fault of its own
+            continue
         parts, model, members, inner = _walk(fault["loc"], root)
         path = ".".join(parts)
         if fault["type"] == "extra_forbidden":

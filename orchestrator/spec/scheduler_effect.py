@@ -16,6 +16,7 @@ from orchestrator.spec.axis_checks import config_at
 from orchestrator.spec.sections.scheduler import (
     BohbScheduler,
     Brackets,
+    ForecastScheduler,
     MedianScheduler,
     NoScheduler,
     Population,
@@ -49,6 +50,8 @@ class _Reach:
 def require_scheduler_effect(spec: SweepSpec, num_rows: int | None = None) -> None:
     """Refuse a scheduler that would change nothing, whatever the trials report. A single trial may have any scheduler.
 
+    `forecast` is never refused, because it is the default.
+
     Args:
         spec: the experiment.
         num_rows: training rows, or packed sequences; without it, steps are unknown if the experiment gives epochs.
@@ -57,7 +60,7 @@ def require_scheduler_effect(spec: SweepSpec, num_rows: int | None = None) -> No
         SpecError: the scheduler has no effect; the message says why, and what to write instead.
     """
     scheduler, total = spec.scheduler, spec.search.total_trials
-    if isinstance(scheduler, NoScheduler) or total == 1:
+    if isinstance(scheduler, NoScheduler | ForecastScheduler) or total == 1:
         return
     if isinstance(scheduler, MedianScheduler) and scheduler.min_trials >= total:
         raise SpecError(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.axis_checks import check_axes
@@ -22,8 +22,15 @@ from orchestrator.spec.sections import (
     TrainingSection,
     TrialConfig,
 )
-from orchestrator.spec.sections.scheduler import Brackets, NoScheduler, Population
+from orchestrator.spec.sections.scheduler import Brackets, ForecastScheduler, NoScheduler, Population
 from orchestrator.spec.trial_space import TRIAL_SECTIONS, TrialSpace
+
+
+def _default_scheduler(search: SearchSection) -> ForecastScheduler | NoScheduler:
+    """Return the scheduler of an experiment that names none."""
+    if search.total_trials == 1 or search.metric != "eval/loss" or search.algorithm == "bohb":
+        return NoScheduler()
+    return ForecastScheduler()
 
 
 class SweepSpec(Section):
@@ -41,8 +48,9 @@ class SweepSpec(Section):
     """Metrics in addition to the loss."""
     search: SearchSection = SearchSection()
     """The space of trials."""
-    scheduler: SchedulerSection = NoScheduler()
-    """Which trials are stopped, paused or cloned."""
+    scheduler: SchedulerSection = Field(default_factory=lambda sections: _default_scheduler(sections["search"]))
+    """Which trials are stopped, paused or cloned. Default: forecast, if trials are searched by their loss; else
+    none."""
     resources: ResourcesSection = ResourcesSection()
     """Resources of the cluster."""
     tracking: TrackingSection = TrackingSection()

@@ -23,6 +23,7 @@ from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
+from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.snapshot import restore_snapshot
@@ -110,10 +111,14 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
 
     from orchestrator.sweep.interruption import Interruption, storage_error
     from orchestrator.sweep.results import cancel_unknown
+    from orchestrator.sweep.schedulers.forecast.calibration import coverage_of
+    from orchestrator.sweep.schedulers.forecast.plans import why_median
 
     spec = record.info.spec
     workers, num_slots, choice = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
     say(choice)
+    if isinstance(spec.scheduler, ForecastScheduler) and (reason := why_median(spec, record.info.num_rows)) is not None:
+        say(f"note: scheduler forecast: the median rule decides, because {reason}")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
     with deferred_signals(say) as stop:
         try:
@@ -138,6 +143,8 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
         begun = len(record.paths.trial_ids())
         say(f"{spent}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
     _conclude(record)
+    if isinstance(spec.scheduler, ForecastScheduler) and (coverage := coverage_of(record)) is not None:
+        say(coverage)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).exploit_checkpoints, ignore_errors=True)
     return record

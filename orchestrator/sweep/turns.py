@@ -8,6 +8,7 @@ from typing import assert_never
 from orchestrator.spec.sections.scheduler import (
     AshaScheduler,
     BohbScheduler,
+    ForecastScheduler,
     HyperBandScheduler,
     MedianScheduler,
     NoScheduler,
@@ -22,7 +23,7 @@ def trials_take_turns(scheduler: SchedulerSection) -> bool:
     match scheduler:
         case HyperBandScheduler() | BohbScheduler() | PbtScheduler() | Pb2Scheduler():
             return True
-        case NoScheduler() | AshaScheduler() | MedianScheduler():
+        case NoScheduler() | AshaScheduler() | MedianScheduler() | ForecastScheduler():
             return False
         case _:
             assert_never(scheduler)
@@ -31,7 +32,7 @@ def trials_take_turns(scheduler: SchedulerSection) -> bool:
 def reports_need_order(scheduler: SchedulerSection) -> bool:
     """Return whether the scheduler compares a report with earlier ones, so that their order changes its decisions."""
     match scheduler:
-        case AshaScheduler() | MedianScheduler():
+        case AshaScheduler() | MedianScheduler() | ForecastScheduler():
             return True
         case NoScheduler() | HyperBandScheduler() | BohbScheduler() | PbtScheduler() | Pb2Scheduler():
             return False

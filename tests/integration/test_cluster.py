@@ -26,7 +26,12 @@ Tiny = Callable[..., SweepSpec]
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo.yaml"
 BIN = Path(sys.executable).parent
-SHORT = ["search.num_trials=4", "training.steps=4", "training.eval_steps=2", "scheduler.grace_steps=2"]
+SHORT = [
+    "search.num_trials=4",
+    "training.steps=4",
+    "training.eval_steps=2",
+    "scheduler={kind: asha, grace_steps: 2, reduction_factor: 2}",
+]
 ONE_EACH = ["resources.gpus_per_trial=0", "resources.trials_per_gpu=1"]
 """Settings with which one trial fills a worker: the next trial waits for the worker that opens later."""
 SECOND, BLIND, ELSEWHERE = "127.0.0.2", "127.0.0.3", "127.0.0.4"

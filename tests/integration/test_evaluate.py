@@ -46,7 +46,11 @@ Q = "model.layers.0.self_attn.q_proj"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
     """A sweep of one trial that has learned the task."""
     folder = SweepPaths(tmp_path_factory.mktemp("runs") / "one")
-    steps = ["training.steps=180", "training.eval_steps=60", "scheduler.grace_steps=60"]
+    steps = [
+        "training.steps=180",
+        "training.eval_steps=60",
+        "scheduler={kind: asha, grace_steps: 60, reduction_factor: 2}",
+    ]
     run_local_trial(load_spec(DEMO, [*TINY, "data.max_rows=2000", *steps]), folder, Witness())
     return folder
 

@@ -59,7 +59,11 @@ WAYS: list[tuple[Dtype, Onto, float]] = [
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     """An adapter trained for some steps."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "tiny")
-    settings = ["training.steps=60", "training.eval_steps=60", "scheduler.grace_steps=60"]
+    settings = [
+        "training.steps=60",
+        "training.eval_steps=60",
+        "scheduler={kind: asha, grace_steps: 60, reduction_factor: 2}",
+    ]
     run_local_trial(load_spec(DEMO, [*TINY, *settings]), paths, Witness())
     return find_adapter(str(paths.root), "runs")
 

@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
             "data.max_rows=2000",
             "training.steps=120",
             "training.eval_steps=40",
-            "scheduler.grace_steps=40",
+            "scheduler={kind: asha, grace_steps: 40, reduction_factor: 2}",
             "evaluation.metrics=[exact_match]",
         ],
     )

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics, read_sweep, read_trial
 from orchestrator.spec import SweepSpec
@@ -128,32 +127,37 @@ def test_asha_stops_by_the_recorded_values_and_no_slot_leaks(witness: Witness, t
 
 def replayed(spec: SweepSpec, record: SweepRecord, reports: list[tuple[str, int, int]]) -> dict[str, int]:
     """Return trial -> step for the trials that the scheduler stops, by the recorded values in order of reports."""
-    scheduler = make_scheduler(spec)
+    scheduler = make_scheduler(spec, record.info.num_rows)
     scheduler.set_search_properties("eval/loss", "min")
     losses = {trial.trial_id: evaluations(record, trial) for trial in record.trials()}
+    configs = {trial.trial_id: trial.config.varied for trial in record.trials()}
     order, stopped, steps = ReportOrder(4, len(losses)), {}, dict[str, int]()
     for name in sorted(losses):
         order.add(name)
 
-    def process(name: str) -> None:
-        step = steps[name]
-        trial = TrialStub(trial_id=name, is_finished=lambda: False)
-        result = {"step": step, "eval/loss": losses[name][step], "training_iteration": 1}
-        if step == 4:
-            scheduler.on_trial_add(None, trial)
-        if step == spec.training.steps:
-            scheduler.on_trial_complete(None, trial, result | {"eval/loss": min(losses[name].values())})
-            order.end(name)
-        elif scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
-            stopped[name] = step
-            order.end(name)
-        else:
-            order.processed(name)
+    def process(names: list[str]) -> None:
+        heard = []
+        for name in names:
+            step = steps[name]
+            trial = TrialStub(trial_id=name, config=configs[name])
+            result = {"step": step, "eval/loss": losses[name][step]}
+            if step == spec.training.steps:
+                scheduler.on_trial_complete(None, trial, result | {"eval/loss": min(losses[name].values())})
+                order.end(name)
+            else:
+                heard.append((trial, result))
+        stops = scheduler.judge(heard)
+        for trial, result in heard:
+            if trial.trial_id in stops:
+                stopped[trial.trial_id] = result["step"]
+                order.end(trial.trial_id)
+            else:
+                order.processed(trial.trial_id)
 
     for name, step, _ in reports:
         steps[name] = step
         order.report(name, step, 0.0)
-        while (due := order.next(0.0)) is not None:
+        while due := order.next(0.0):
             process(due)
     return stopped
 

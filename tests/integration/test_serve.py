@@ -76,7 +76,12 @@ def serving(sweep: Path, *options: str) -> Iterator[Server]:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
     """A sweep with two trials: one has learned the task, the adapter of the other changes nothing."""
     paths = SweepPaths(tmp_path_factory.mktemp("runs") / "one")
-    lengths = ["data.max_rows=2000", "training.steps=120", "training.eval_steps=40", "scheduler.grace_steps=40"]
+    lengths = [
+        "data.max_rows=2000",
+        "training.steps=120",
+        "training.eval_steps=40",
+        "scheduler={kind: asha, grace_steps: 40, reduction_factor: 2}",
+    ]
     run_local_trial(load_spec(DEMO, [*TINY, *lengths]), paths, Witness())
     (trained,) = read_sweep(paths.root).trials()
     shutil.copytree(paths.trial(trained.trial_id).root, paths.trial(UNTRAINED).root)

@@ -86,7 +86,7 @@ def test_it_trains(tmp_path: Path, name: str) -> None:
             f"base.model={tmp_path / 'base'}", f"data.source={tmp_path / 'train.jsonl'}", "data.config=", "data.split=",
             f"data.held_out={json.dumps(held_out)}", f"training.{length}={4 if length == 'steps' else 1}",
             "training.eval_steps=2", "training.learning_rate=1e-2", "evaluation.max_new_tokens=4",
-            "resources.gpus_per_trial=auto", "scheduler.grace_steps=2", "tracking.tensorboard=false",
+            "resources.gpus_per_trial=auto", "tracking.tensorboard=false",
             "tracking.wandb.mode=disabled",
         ],
     )  # fmt: skip

@@ -71,7 +71,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     ]
     overrides += [
         "training.eval_steps=100",
-        "scheduler.grace_steps=100",
+        "scheduler={kind: asha, grace_steps: 100, reduction_factor: 2}",
         "tracking.tensorboard=false",
         "tracking.wandb.mode=disabled",
     ]

@@ -91,7 +91,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             "training.steps=16",
             "training.eval_steps=4",
             "training.logging_steps=2",
-            "scheduler.grace_steps=4",
+            "scheduler={kind: asha, grace_steps: 4, reduction_factor: 2}",
             "search.num_trials=6",
             "search.seed=3",
             "search.space.training.learning_rate={choice: [1e-5, 1e-4, 1e-3, 3e-3]}",

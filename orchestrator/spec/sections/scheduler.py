@@ -57,6 +57,18 @@ class MedianScheduler(_Rungs):
     """Number of other trials that must be there to compare with before any trial is stopped."""
 
 
+class ForecastScheduler(Section):
+    """Forecasts each trial's last loss from its curve, its learning rates and all other curves of the sweep. It stops
+    trials that have little chance to end below the leader. Where a loss cannot be forecast, it takes the median rule
+    and says why."""
+
+    kind: Literal["forecast"] = "forecast"
+    """Which scheduler."""
+    chance: Annotated[float, Field(gt=0, le=0.5)] | None = None
+    """A trial is stopped if its chance to end below the leader is less than this, after two or more evaluations.
+    Default: 0.1, or 1.6 / number of trials if that is less."""
+
+
 class _Brackets(_Rungs):
     """A scheduler whose trials wait at each rung of a bracket for the others. The best continue, the others end."""
 
@@ -135,6 +147,7 @@ class Pb2Scheduler(_Population):
 
 _KINDS: tuple[type[Section], ...] = (
     NoScheduler,
+    ForecastScheduler,
     AshaScheduler,
     HyperBandScheduler,
     BohbScheduler,
@@ -153,6 +166,7 @@ def _kind_of(written: Any) -> str | None:
 
 SchedulerSection = Annotated[
     Annotated[NoScheduler, Tag("none")]
+    | Annotated[ForecastScheduler, Tag("forecast")]
     | Annotated[AshaScheduler, Tag("asha")]
     | Annotated[HyperBandScheduler, Tag("hyperband")]
     | Annotated[BohbScheduler, Tag("bohb")]

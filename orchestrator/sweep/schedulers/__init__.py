@@ -2,8 +2,9 @@
 
 Everything here runs in the driver's main thread, in Tune's loop. A resume restores its state from the snapshot.
 
-Reading order: `conductor` (the scheduler that Tune asks), `factory` (makes the Tune scheduler that decides),
-`decisions` (the sentences that are recorded), `budget`, `report_queue` and `report_order` (in which order ASHA and the
-median rule see reports), `scheduler_state` (state as bytes), and the corrected Tune schedulers: `brackets` (HyperBand
-and BOHB), `population` (PBT) and `pb2` (extra `pb2`, imported only where the experiment asks for it).
+Reading order: `conductor` (the scheduler that Tune asks), `factory` (makes the scheduler that decides), `together` (a
+rule that judges the reports of one moment together), `asha`, `median`, `forecast_rule` and its package `forecast`,
+`decisions` (the sentences that are recorded), `budget`, `report_queue` and `report_order` (in which order rules see
+reports), `scheduler_state` (state as bytes), and the corrected Tune schedulers: `brackets` (HyperBand and BOHB),
+`population` (PBT) and `pb2` (extra `pb2`, imported only where the experiment asks for it).
 """

@@ -23,6 +23,7 @@ from orchestrator.sweep.schedulers.factory import make_scheduler, time_unit
 from orchestrator.sweep.schedulers.population import CloneRecorder
 from orchestrator.sweep.schedulers.report_queue import ReportQueue
 from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
+from orchestrator.sweep.schedulers.together import JudgedTogether
 from orchestrator.sweep.tune_trial import COMPLETE, set_folder
 from orchestrator.sweep.turns import reports_need_order, trials_take_turns
 from orchestrator.upstream import continue_training, set_trial_status
@@ -37,7 +38,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     Under schedulers with brackets or a population all trials must be known before the first one reports; otherwise the
     Tune scheduler would compare only the few that have a slot. Such trials are added as PAUSED and start as slots
-    become free. ASHA and the median rule compare a report with earlier ones: their reports wait in a `ReportQueue`.
+    become free. Reports of rules that judge a moment together wait in a `ReportQueue`.
     """
 
     _supports_buffered_results = False
@@ -64,7 +65,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         scheduler = self._spec.scheduler
         self._takes_turns = trials_take_turns(scheduler)
         self._holds_new_trials = self._takes_turns and not isinstance(scheduler, BohbScheduler)
-        self._inner = make_scheduler(self._spec)
+        self._inner = make_scheduler(self._spec, record.info.num_rows)
         self._budget = BudgetTracker(self._spec.search.budget)
         needs_order = reports_need_order(scheduler)
         self._reports = ReportQueue(num_slots, self._spec.search.total_trials) if needs_order else None
@@ -148,28 +149,37 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             The action for that trial; NOOP where its report waits.
         """
         action = str(TrialScheduler.NOOP)
-        while (
-            self._reports is not None and (due := self._reports.take(bool(self._check_budget(controller)))) is not None
-        ):
-            trial, result = due
-            if result.get(COMPLETE):
-                self._end(trial)
-                if self._budget_spent is None:
-                    self._inner.on_trial_complete(controller, trial, self._with_units(result))
-                continue
-            decision = self._process(controller, trial, result)
-            if decision == TrialScheduler.STOP:
-                self._reports.end(trial)
-            else:
-                self._reports.continues(trial)
-            if trial is reporting:
-                action = decision
-            elif decision == TrialScheduler.STOP:
-                controller.stop_trial(trial)
-            else:
-                assert decision == TrialScheduler.CONTINUE, decision
-                continue_training(controller, trial)
+        while self._reports is not None and (due := self._reports.take(bool(self._check_budget(controller)))):
+            for trial, result in due:
+                if result.get(COMPLETE):
+                    self._end(trial)
+                    if self._budget_spent is None:
+                        self._inner.on_trial_complete(controller, trial, self._with_units(result))
+            going_on = [(trial, result) for trial, result in due if not result.get(COMPLETE)]
+            for (trial, _), decision in zip(going_on, self._judge(controller, going_on), strict=True):
+                if decision == TrialScheduler.STOP:
+                    self._reports.end(trial)
+                else:
+                    self._reports.continues(trial)
+                if trial is reporting:
+                    action = decision
+                elif decision == TrialScheduler.STOP:
+                    controller.stop_trial(trial)
+                else:
+                    continue_training(controller, trial)
         return action
+
+    def _judge(self, controller: Any, reports: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+        """Have the rule judge the reports of one moment together, and record its decisions; return an action each."""
+        assert isinstance(self._inner, JudgedTogether)
+        for trial, result in reports:
+            self._steps[trial.trial_id] = result["step"]
+        spent = self._check_budget(controller)
+        stops = {trial.trial_id: str(spent) for trial, _ in reports} if spent else self._inner.judge(reports)
+        for trial, _ in reports:
+            if trial.trial_id in stops:
+                self._record_decision(trial, "stopped", stops[trial.trial_id])
+        return [str(TrialScheduler.STOP if t.trial_id in stops else TrialScheduler.CONTINUE) for t, _ in reports]
 
     def _process(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ask the Tune scheduler about a report, and record what it decides."""
@@ -283,9 +293,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def _restore(self) -> None:
         """Restore the state of the previous driver, once all of its trials are known again."""
-        assert self._frozen is not None
-        self.__dict__.update(thaw(self._frozen, self._trials))
-        self._frozen = None
+        rule, frozen, self._frozen = self._inner, self._frozen, None
+        assert frozen is not None
+        self.__dict__.update(thaw(frozen, self._trials))
+        if isinstance(rule, JudgedTogether):
+            rule.take_over(self._inner)
+            self._inner = rule
         if self._reports is not None:
             self._reports.resume(self._num_slots, self._spec.search.total_trials, self._trials)
         self._budget.budget = self._spec.search.budget  # a resume may have changed it

@@ -6,6 +6,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections.scheduler import (
     AshaScheduler,
     BohbScheduler,
+    ForecastScheduler,
     HyperBandScheduler,
     MedianScheduler,
     NoScheduler,
@@ -21,12 +22,10 @@ def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
     scheduler, metric = spec.scheduler, spec.search.metric
     report = f"{scheduler.kind}: {metric} {result[metric]:.6g} at step {result['step']}"
     match scheduler:
-        case AshaScheduler():
-            return f"{report} is not among the best 1 in {scheduler.reduction_factor} that have come to its rung"
         case HyperBandScheduler() | BohbScheduler():
             return f"{report} is not among the best 1 in {scheduler.reduction_factor} of its bracket"
-        case MedianScheduler():
-            return f"{report} and before is worse than the median of the other trials' means up to there"
+        case AshaScheduler() | MedianScheduler() | ForecastScheduler():  # these say why as they decide
+            return f"{report} was the last report"
         case NoScheduler() | PbtScheduler() | Pb2Scheduler():  # these stop no trial by themselves
             return f"{report} was the last report"
         case _:

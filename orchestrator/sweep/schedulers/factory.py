@@ -1,15 +1,15 @@
 """Make the Tune scheduler that an experiment asks for. Its time is optimizer steps or tokens, not reports."""
 
-import math
 from typing import Any, assert_never
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections.scheduler import (
     AshaScheduler,
     BohbScheduler,
     Brackets,
+    ForecastScheduler,
     HyperBandScheduler,
     MedianScheduler,
     NoScheduler,
@@ -19,35 +19,30 @@ from orchestrator.spec.sections.scheduler import (
     Rungs,
 )
 from orchestrator.sweep.rng import IsolatedRng
+from orchestrator.sweep.schedulers.asha import Asha
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb, HyperBand
+from orchestrator.sweep.schedulers.forecast_rule import ForecastRule
+from orchestrator.sweep.schedulers.median import Median
 from orchestrator.sweep.schedulers.population import NearestValues, Pbt, mutations
 
-_NO_LAST_STEP = 2**31
-"""More steps than any trial has: rungs continue to each trial's own end, where it is complete, not stopped."""
-_NO_LAST_TOKEN = 2**60
 
+def make_scheduler(spec: SweepSpec, num_rows: int) -> TrialScheduler:
+    """Return the Tune scheduler that decides. Tune passes metric and mode to it from its own configuration.
 
-def make_scheduler(spec: SweepSpec) -> TrialScheduler:
-    """Return the Tune scheduler that decides. Tune passes metric and mode to it from its own configuration."""
+    Args:
+        spec: the experiment.
+        num_rows: training rows, or packed sequences.
+    """
     scheduler = spec.scheduler
     match scheduler:
         case NoScheduler():
             return FIFOScheduler()
         case AshaScheduler():
-            return AsyncHyperBandScheduler(
-                time_attr=scheduler.counts,
-                grace_period=_grace(spec, scheduler),
-                reduction_factor=scheduler.reduction_factor,
-                max_t=_NO_LAST_STEP if scheduler.counts == "step" else _NO_LAST_TOKEN,
-                stop_last_trials=False,  # otherwise a later report is written into a skipped rung
-            )
+            return Asha(spec, num_rows)
         case MedianScheduler():
-            return MedianStoppingRule(
-                time_attr=scheduler.counts,
-                grace_period=_grace(spec, scheduler),
-                min_samples_required=scheduler.min_trials,
-                min_time_slice=math.inf,  # a smaller value pauses each trial for others at least once (ray 2.60)
-            )
+            return Median(spec, num_rows)
+        case ForecastScheduler():
+            return ForecastRule(spec, num_rows)
         case HyperBandScheduler():
             return HyperBand(**_bracket_settings(spec, scheduler))
         case BohbScheduler():

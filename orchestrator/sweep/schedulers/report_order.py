@@ -2,7 +2,7 @@
 
 Reports of trials that train at the same pace arrive in an order that depends on the machine. A rule such as ASHA's,
 which compares a report with earlier ones, would decide differently in every run. So a report waits until all trials
-beside it have reached the same time, and reports of the same time are processed in the order of the trials. The workers
+beside it have reached the same time, and reports of the same time are judged together. The workers
 keep training meanwhile.
 
 This is a conservative discrete-event simulation (Chandy and Misra, IEEE TSE 5(5), 1979). Its clock, called simulated
@@ -123,8 +123,11 @@ class ReportOrder:
         for running in self._running.values():
             running.reported_s = None
 
-    def next(self, now_s: float) -> str | None:
-        """Return the trial whose report the scheduler must process now; None while all reports wait for others.
+    def next(self, now_s: float) -> list[str]:
+        """Return the trials whose reports the scheduler must process now, together, in the order of the trials.
+
+        They are the waiting reports of the earliest simulated time. The list is empty while all reports wait for
+        others.
 
         Args:
             now_s: current time, in seconds.
@@ -137,17 +140,17 @@ class ReportOrder:
         placed = {name: each for name, each in self._running.items() if each.start is not None}
         waiting = [name for name, each in placed.items() if each.reported_s is not None]
         if not waiting:
-            return None
-        name = min(waiting, key=lambda each: (placed[each].sim_time, self._index[each]))
-        running = placed[name]
+            return []
+        waiting.sort(key=lambda each: (placed[each].sim_time, self._index[each]))
+        running = placed[waiting[0]]
         behind = [each for each in placed.values() if each.holds_up(running)]
         if behind or self._awaits_new_trial(running.sim_time):
             if not self._is_out_of_patience(running, now_s):
-                return None
+                return []
             for each in behind:
                 each.is_overdue = True
             self._overdue_at = self._num_placed
-        return name
+        return [each for each in waiting if placed[each].sim_time == running.sim_time]
 
     @property
     def _num_placed(self) -> int:

@@ -46,10 +46,10 @@ class ReportQueue:
         self._held[trial.trial_id] = trial, report
         self._order.report(trial.trial_id, report["step"], time.monotonic(), report["seconds"])
 
-    def take(self, all_are_due: bool) -> tuple[Any, Report] | None:
-        """Return the next report that is due, with its trial; None if there is none."""
-        name = next(iter(self._held), None) if all_are_due else self._order.next(time.monotonic())
-        return None if name is None else self._held.pop(name)
+    def take(self, all_are_due: bool) -> list[tuple[Any, Report]]:
+        """Return the reports of the next moment that is due, with their trials; none if no report is due."""
+        names = [*self._held] if all_are_due else self._order.next(time.monotonic())
+        return [self._held.pop(name) for name in names]
 
     def continues(self, trial: Any) -> None:
         """Note that a trial continues after its report was processed."""

@@ -222,7 +222,19 @@ def test_an_interval_after_the_last_evaluation_is_refused(document: Document, ki
 
 
 def test_check_refuses_it_but_a_single_trial_may_be_run() -> None:
-    checked = CliRunner().invoke(app, ["check", str(DEMO), "--set", "training.steps=50"])
+    checked = CliRunner().invoke(
+        app,
+        [
+            "check",
+            str(DEMO),
+            "--set",
+            "training.eval_steps=50",
+            "--set",
+            "training.steps=50",
+            "--set",
+            "scheduler={kind: asha}",
+        ],
+    )
     assert isinstance(checked.exception, SpecError)
     assert "with training.eval_steps 50 no trial is evaluated before its last step (50)" in str(checked.exception)
     assert "`orchestrator trial` has no scheduler and would run" in str(checked.exception)

@@ -188,29 +188,32 @@ def test_each_kind_has_its_own_fields(document: Document) -> None:
     with pytest.raises(SpecError, match=r"scheduler\.reduction_factor: Input should be .* 2 \(got 1\)"):
         parse_spec(document | scheduler("asha", reduction_factor=1))
     for wrong in ({"kind": "ahsa"}, "asha", {"kind": ["asha"]}):
-        with pytest.raises(SpecError, match="scheduler: must be a section whose kind is one of none, asha, hyperband"):
+        with pytest.raises(
+            SpecError, match="scheduler: must be a section whose kind is one of none, forecast, asha, hyperband"
+        ):
             parse_spec(document | {"scheduler": wrong})
 
 
 def test_another_kind_keeps_the_fields_that_it_has() -> None:
-    asha = load_spec(DEMO, ["scheduler.reduction_factor=4"]).scheduler
-    assert (asha.kind, asha.grace_steps, asha.reduction_factor) == ("asha", 50, 4)  # type: ignore[union-attr]
-    band = load_spec(DEMO, ["scheduler.kind=hyperband"]).scheduler
-    assert (band.kind, band.grace_steps, band.reduction_factor) == ("hyperband", 50, 2)  # type: ignore[union-attr]
-    median = load_spec(DEMO, ["scheduler.kind=median", "scheduler.min_trials=7"]).scheduler
-    assert (median.grace_steps, median.min_trials) == (50, 7)  # type: ignore[union-attr]
+    asha_section = "scheduler={kind: asha, grace_steps: 40, reduction_factor: 2}"
+    asha = load_spec(DEMO, [asha_section, "scheduler.reduction_factor=4"]).scheduler
+    assert (asha.kind, asha.grace_steps, asha.reduction_factor) == ("asha", 40, 4)  # type: ignore[union-attr]
+    band = load_spec(DEMO, [asha_section, "scheduler.kind=hyperband"]).scheduler
+    assert (band.kind, band.grace_steps, band.reduction_factor) == ("hyperband", 40, 2)  # type: ignore[union-attr]
+    median = load_spec(DEMO, [asha_section, "scheduler.kind=median", "scheduler.min_trials=7"]).scheduler
+    assert (median.grace_steps, median.min_trials) == (40, 7)  # type: ignore[union-attr]
     assert load_spec(DEMO, ["scheduler.kind=none"]).scheduler.model_dump() == {"kind": "none"}
     with pytest.raises(SpecError, match=r"scheduler\.reduction_factor: unknown field; it belongs to kind asha"):
         load_spec(DEMO, ["scheduler.kind=none", "scheduler.reduction_factor=3"])
     with pytest.raises(SpecError, match=r"scheduler\.grace: unknown field"):
-        load_spec(DEMO, ["scheduler.grace=3", "scheduler.kind=median"])
+        load_spec(DEMO, [asha_section, "scheduler.grace=3", "scheduler.kind=median"])
 
 
 def test_a_file_may_leave_out_the_kind(document: Document) -> None:
     assert parse_spec(document | {"scheduler": {}}).scheduler.kind == "none"
     with pytest.raises(SpecError, match=r"scheduler\.grace_steps: unknown field; it belongs to kind asha, "):
         parse_spec(document | {"scheduler": {"grace_steps": 50}})
-    assert set(FIELDS_OF_KIND) == {"none", "asha", "hyperband", "bohb", "median", "pbt", "pb2"}
+    assert set(FIELDS_OF_KIND) == {"none", "forecast", "asha", "hyperband", "bohb", "median", "pbt", "pb2"}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ class Stage:
     def __init__(self, paths: SweepPaths, num_slots: int) -> None:
         self.paths = paths
         self.num_slots = num_slots
+        self.every = read_sweep(paths.root).info.spec.training.eval_steps
+        """Steps between two evaluations."""
         self.trials: list[Any] = []
         self.draw: random.Random | None = None
         """If set, it chooses which trial reports next; otherwise the trial with the fewest steps does."""
@@ -60,6 +62,8 @@ class Stage:
         self._forgotten: set[str] = set()
         """Trials that were stopped while they waited: in the state that Tune restores they still wait."""
         self.losses: dict[str, Sequence[float]] = {}
+        self.configs: dict[str, dict[str, Any]] = {}
+        """Searched values of trials; others have a learning rate of 1e-3."""
         self.reported: list[tuple[str, float, float]] = []
         """Reports to the searcher: trial, loss, budget."""
         self.is_search_over = False
@@ -84,7 +88,7 @@ class Stage:
     def add(self, **losses: Sequence[float]) -> None:
         self.losses |= losses
         for name in losses:
-            self._add(name, False, {"training.learning_rate": 1e-3}, {})
+            self._add(name, False, self.configs.get(name, {"training.learning_rate": 1e-3}), {})
 
     def _add(self, name: str, is_finished: bool, config: dict[str, Any], last: dict[str, Any]) -> None:
         trial = Trial("idle", stub=True, trial_id=name, config=config)
@@ -137,17 +141,17 @@ class Stage:
 
     def report(self, trial: Any) -> None:
         """Report the next evaluation of a trial, and do with the answer what Tune does."""
-        step = trial.last_result.get("step", 0) + EVERY
+        step = trial.last_result.get("step", 0) + self.every
         losses = self.losses[trial.trial_id]
-        loss = losses[step // EVERY - 1]
-        result = {"step": step, "tokens": TOKENS * step, "eval/loss": loss, "training_iteration": step // EVERY}
+        loss = losses[step // self.every - 1]
+        result = {"step": step, "tokens": TOKENS * step, "eval/loss": loss, "training_iteration": step // self.every}
         result["seconds"] = float(step)
         if loss != loss:
             self.conductor.on_trial_error(self, trial)
             trial.set_status(Trial.ERROR)
             return
-        self._record(trial, step, "COMPLETE" if step == EVERY * len(losses) else "RUNNING")
-        if step == EVERY * len(losses):
+        self._record(trial, step, "COMPLETE" if step == self.every * len(losses) else "RUNNING")
+        if step == self.every * len(losses):
             trial.update_last_result(result | {COMPLETE: True})
             self.stop_trial(trial)
             return
@@ -245,13 +249,20 @@ def make_stage(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
 
     number = itertools.count()
 
-    def make(scheduler: dict[str, Any], num_slots: int = 9, is_patient: bool = False, **search: Any) -> Stage:
+    def make(
+        scheduler: dict[str, Any],
+        num_slots: int = 9,
+        is_patient: bool = False,
+        training: dict[str, Any] | None = None,
+        **search: Any,
+    ) -> Stage:
         if not is_patient:
             monkeypatch.setattr(report_order, "MIN_PATIENCE_S", 0.0)
             monkeypatch.setattr(report_order, "PATIENCE", 0.0)
         section = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}, **search}
         spec = parse_spec(
-            document | {"training": {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
+            document
+            | {"training": training or {"steps": 40, "eval_steps": EVERY}, "scheduler": scheduler, "search": section}
         )
         paths = SweepPaths(tmp_path / f"sweep-{next(number)}")
         begin_record(paths, spec)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from simulated import ASHA, MEDIAN, MakeStage, falling
 
 
@@ -40,8 +40,7 @@ def test_a_skipped_rung_stays_empty(make_stage: MakeStage) -> None:
     stage = make_stage({"kind": "asha", "grace_tokens": 10, "reduction_factor": 3})
     stage.add(a=falling(0))
     stage.run()
-    (bracket,) = stage.conductor._inner._brackets
-    filled = {rung: -score["a"] for rung, score in bracket._rungs if score}
+    filled = {rung: scores["a"] for rung, scores in stage.conductor._inner.rungs.items()}
     assert filled == pytest.approx({30: 0.4, 90: 0.3, 270: 0.1}), "evaluations at 70, 140, 210 and 280 tokens"
 
 
@@ -69,6 +68,20 @@ def test_a_bad_trial_is_stopped_after_a_resume_too(scheduler: dict[str, Any], ma
     stage.add(behind=falling(3))
     stage.run()
     assert ("behind", 10) in stage.decisions("stopped")
+
+
+def test_the_state_of_another_class_is_dropped(make_stage: MakeStage) -> None:
+    """Earlier versions saved Tune's own scheduler."""
+    stage = make_stage(ASHA)
+    stage.add(a=falling(0))
+    stage.run()
+    rule = stage.conductor._inner
+    rule.take_over(AsyncHyperBandScheduler())
+    assert [*rule.heard] == ["a"]
+    other = type(rule)(stage.conductor._spec, 9)
+    other.take_over(rule)
+    assert other.rungs == rule.rungs
+    assert other._num_rows == 9
 
 
 def test_without_saved_state_the_first_report_passes(make_stage: MakeStage) -> None:
@@ -128,8 +141,7 @@ def test_an_end_that_waited_is_processed_after_a_resume(make_stage: MakeStage, e
     stage.report(stage.trial("b"))
     stage.ask()
     assert not stage.conductor._reports._order.is_running("a")
-    (bracket,) = stage.conductor._inner._brackets
-    assert dict(bracket._rungs)[20]["a"] == -0.3
+    assert stage.conductor._inner.rungs[20]["a"] == 0.3
 
 
 def stage_with_a_waiting_report(make_stage: MakeStage) -> Any:
@@ -175,8 +187,8 @@ def test_a_step_is_counted_once(make_stage: MakeStage) -> None:
     again = {"step": 10, "tokens": 70, "eval/loss": 99.0, "training_iteration": 2}
     assert stage.conductor.on_trial_result(stage, trial, again) == TrialScheduler.CONTINUE
     stage.report(trial)
-    (results,) = stage.conductor._inner._results.values()
-    assert [result["step"] for result in results] == [10, 20]
+    (curve,) = stage.conductor._inner.heard.values()
+    assert [each.step for each in curve] == [10, 20]
 
 
 def test_decisions_after_the_saved_state_are_repeated_and_recorded_once(make_stage: MakeStage) -> None:

@@ -71,7 +71,10 @@ def test_a_refused_scheduler_would_stop_no_trial_and_an_accepted_one_may(
 
 
 def test_rows_of_an_epoch_are_counted_before_anything_is_written(tmp_path: Path) -> None:
-    epochs = ["data.max_rows=240", "data.held_out={count: 40}", "training.steps=null", "training.epochs=2"]
+    epochs = [
+        "data.max_rows=240", "data.held_out={count: 40}", "training.steps=null", "training.epochs=2",
+        "training.eval_steps=50", "scheduler={kind: asha}",
+    ]  # fmt: skip
     paths = SweepPaths(tmp_path / "runs" / "sweep")
     with pytest.raises(SpecError, match=r"eval_steps 50 no trial is evaluated before its last step \(50\)"):
         start_sweep(load_spec("experiments/demo.yaml", epochs), paths)

@@ -11,9 +11,10 @@ from orchestrator.sweep.schedulers.report_order import MIN_PATIENCE_S, PATIENCE,
 def process_due(order: ReportOrder, now_s: float = 0.0) -> list[str]:
     """Return the trials whose reports are due now; all of them continue."""
     found = []
-    while (name := order.next(now_s)) is not None:
-        order.processed(name)
-        found.append(name)
+    while names := order.next(now_s):
+        for name in names:
+            order.processed(name)
+        found += names
     return found
 
 
@@ -31,6 +32,17 @@ def test_a_report_waits_for_others_of_its_time_and_they_are_processed_in_the_ord
     assert process_due(order) == []
     order.report("b", 10, 3.0)
     assert process_due(order) == ["a", "b", "c"]
+
+
+def test_reports_of_one_moment_are_due_together_and_others_are_not() -> None:
+    order = begun("a", "b", "c")
+    order.report("c", 10, 1.0)
+    order.report("a", 10, 2.0)
+    order.report("b", 20, 3.0)
+    assert order.next(3.0) == ["a", "c"]
+    for name in ("a", "c"):
+        order.processed(name)
+    assert order.next(3.0) == [], "both may still report at 20"
 
 
 def test_an_earlier_step_comes_first_and_a_later_one_waits_for_it() -> None:
@@ -94,7 +106,7 @@ def test_a_new_trial_starts_at_the_time_at_which_its_slot_was_freed() -> None:
     order.add("c")
     for name in ("a", "b"):
         order.report(name, 10, 1.0)
-    assert order.next(1.0) == "a"
+    assert order.next(1.0) == ["a", "b"]
     order.end("a")  # stopped at 10
     assert process_due(order) == ["b"]
     order.report("b", 20, 2.0)
@@ -157,14 +169,15 @@ def sweep(draw: random.Random, decide: Callable[[str, int], str]) -> list[tuple[
             else:
                 order.report(name, done[name], 0.0)
                 waiting.add(name)
-        while (name := order.next(0.0)) is not None:
-            processed.append((name, done[name]))
-            waiting.discard(name)
-            if decide(name, done[name]) == "stop":
-                order.end(name)
-                running.remove(name)
-            else:
-                order.processed(name)
+        while names_due := order.next(0.0):
+            for name in names_due:
+                processed.append((name, done[name]))
+                waiting.discard(name)
+                if decide(name, done[name]) == "stop":
+                    order.end(name)
+                    running.remove(name)
+                else:
+                    order.processed(name)
     return processed
 
 
