@@ -8,6 +8,7 @@ from pydantic import model_validator
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.axis_checks import check_axes
 from orchestrator.spec.cross_checks import check_sections_together, check_trials, first_rung_steps, perturbation_steps
+from orchestrator.spec.default_search import complete_search
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -49,6 +50,11 @@ class SweepSpec(Section):
     """Experiment trackers."""
     output: OutputSection = OutputSection()
     """The sweep's folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_is_complete(cls, written: Any) -> Any:
+        return complete_search(written) if isinstance(written, dict) else written
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:

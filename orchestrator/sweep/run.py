@@ -16,6 +16,7 @@ from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
+from orchestrator.rate_prior import with_prior
 from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
@@ -67,8 +68,9 @@ def run_sweep(
     require_extras(spec)
     require_scheduler_effect(spec)
     require_servers(spec.tracking)
-    spec, notes = as_stored(spec)
-    for note in notes:
+    spec, notes = with_prior(spec)
+    spec, notes_on_base = as_stored(spec)
+    for note in notes + notes_on_base:
         say(f"note: {note}")
     imports = begin(import_tokenizers)  # meanwhile Ray starts, which takes about as long
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:

@@ -14,7 +14,6 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
-from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
 from orchestrator.sweep.schedulers.budget import BudgetTracker
@@ -233,7 +232,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         A failure of the machines says nothing about the values. Tune itself reports no value of a failed trial.
         """
         paths = self._paths_of(trial)
-        if self._spec.search.algorithm not in MODEL_BASED or not paths.result.is_file():
+        if not self._spec.search.learns or not paths.result.is_file():
             return
         if read_result(paths).failure in (None, "infrastructure"):
             return
