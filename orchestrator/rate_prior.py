@@ -95,7 +95,7 @@ def _rate(spec: SweepSpec) -> tuple[float, str]:
 
 
 def _start(path: str, axis: Axis, own: Any) -> Any:
-    """Return the value at which a field begins; None where the experiment's own value is not on a list without order."""
+    """Return the value at which a field begins; None if the experiment's own value is not among those of a category."""
     values = axis.probes()
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return own if axis.holds(own) else None

@@ -120,7 +120,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     with deferred_signals(say) as stop:
         try:
             tuner = _make_tuner(record, workers, max_concurrent, stop)
-            with follow(record, watch):
+            with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
             assert stop.signal is not None

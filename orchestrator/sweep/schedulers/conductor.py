@@ -123,6 +123,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 self._restore()
         else:
             self._inner.on_trial_add(controller, trial)
+            if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
+                self._record_decision(trial, "chosen", why)
         if not trial.is_finished():
             self._set_first_status(trial)
 
@@ -373,7 +375,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         return self._budget_spent
 
     def _record_decision(
-        self, trial: Any, action: Literal["stopped", "paused", "resumed", "cloned"], why: str, donor: str | None = None
+        self,
+        trial: Any,
+        action: Literal["chosen", "stopped", "paused", "resumed", "cloned"],
+        why: str,
+        donor: str | None = None,
     ) -> None:
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why

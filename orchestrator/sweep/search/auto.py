@@ -201,5 +201,7 @@ def _everywhere(search: SearchSection) -> Point:
 
 
 def _told(how: str, prior: Point) -> str:
-    values = ", ".join(f"{path} {value:.3g}" if isinstance(value, float) else f"{path} {value}" for path, value in prior.items())
+    values = ", ".join(
+        f"{path} {value:.3g}" if isinstance(value, float) else f"{path} {value}" for path, value in prior.items()
+    )
     return f"{how} the prior ({values})"
