@@ -143,6 +143,11 @@ class SweepPaths:
         """Reports of `evaluate`, one file for each run."""
         return self.root / "evaluations"
 
+    @property
+    def repeats(self) -> Path:
+        """Folder of a sweep of its own: the finalists with other seeds (`search.repeats`)."""
+        return self.root / "repeats"
+
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)
 

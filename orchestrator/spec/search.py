@@ -16,6 +16,7 @@ MODEL_BASED = ("auto", "optuna", "hyperopt", "bohb")
 """Algorithms that learn from what earlier trials have reported."""
 
 RATE = "training.learning_rate"
+SEED = "training.seed"
 
 _NOT_ALGORITHMS = {
     "tpe": "is a sampler of optuna: write algorithm: optuna, sampler: tpe",
@@ -53,6 +54,9 @@ class SearchSection(Section):
     own number. With no space but a number of trials or a budget, `auto` searches a default space."""
     budget: Budget = Budget()
     """Further limits."""
+    repeats: PositiveInt = 1
+    """Runs of each finalist, which differ in `training.seed`; with 2 or more, `best` compares finalists over rows and
+    seeds. Finalists are the best trial and those that cannot be told apart from it, two to four."""
     space: dict[str, Axis] = {}
     """Dotted field -> axis, such as `training.learning_rate: {loguniform: [1e-5, 1e-3]}`."""
     tied: dict[str, str] = {}
@@ -119,6 +123,9 @@ class SearchSection(Section):
             raise ValueError(f"sampler {self.sampler} belongs to algorithm optuna, but algorithm is {self.algorithm}")
         if self.startup_trials is not None and self.algorithm not in MODEL_BASED:
             raise ValueError(f"startup_trials belongs to {', '.join(MODEL_BASED)}, but algorithm is {self.algorithm}")
+        if self.repeats > 1 and (SEED in self.space or SEED in self.tied):
+            how = "searched" if SEED in self.space else "tied"
+            raise ValueError(f"repeats differ in {SEED}, which is {how} here; take it out of search")
         if self.prior and self.algorithm != "auto":
             raise ValueError(f"prior belongs to algorithm auto, but algorithm is {self.algorithm}; leave it out")
         if self.startup_trials is not None and self.startup_trials >= self.total_trials:

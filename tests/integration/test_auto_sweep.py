@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from searched import by_age, decided
 
-from orchestrator.record import SweepPaths, TrialState
+from orchestrator.deploy import open_sweep
+from orchestrator.record import SweepPaths, TrialState, read_sweep
 from orchestrator.spec import parse_spec
 from orchestrator.spec.default_search import DEFAULT_SPACE
 from orchestrator.spec.search import RATE
-from orchestrator.sweep import run_sweep
+from orchestrator.sweep import resume_sweep, run_sweep
 from orchestrator.sweep.search.factory import make_searcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
@@ -56,3 +57,26 @@ def test_a_number_of_trials_is_all_that_a_search_needs(tmp_path: Path) -> None:
     best = min(trials, key=lambda trial: trial.best.value if trial.best else float("inf"))
     assert best.best
     assert best.best.value < 2.0, "the demo's trials begin at 4 and end at 0.3 after 200 steps"
+
+
+def test_finalists_run_again_with_other_seeds_and_a_resume_does_not_repeat_them(tmp_path: Path) -> None:
+    said: list[str] = []
+    search = {"num_trials": 3, "repeats": 3, "space": {RATE: {"loguniform": [1e-4, 1e-2]}}}
+    spec = parse_spec(EXPERIMENT | {"search": search, "resources": {"cpus_per_trial": 2}})
+    record = run_sweep(spec, SweepPaths(tmp_path / "sweep"), lambda _: None, say=said.append)
+    again = read_sweep(record.paths.repeats)
+    assert len(again.trials()) == 2 * (len(again.info.spec.search.first) // 2) >= 4
+    assert {trial.config.training.seed for trial in again.trials()} == {1, 2}
+    assert any(line.startswith("the finalists run again with other seeds: ") for line in said)
+    choice = open_sweep(record.paths.root).best().recommendation
+    assert choice.leader.trial.trial_id in choice.over_seeds
+    assert {len(values) for values in choice.over_seeds.values()} == {3}
+    for name, values in choice.over_seeds.items():
+        trial = next(trial for trial in record.trials() if trial.trial_id == name)
+        assert trial.best is not None
+        assert values[0] == trial.best.value
+        assert len(set(values)) == 3, "seeds make a difference"
+
+    began = {trial.trial_id: trial.seconds for trial in again.trials()}
+    resume_sweep(read_sweep(record.paths.root), lambda _: None)
+    assert {trial.trial_id: trial.seconds for trial in read_sweep(record.paths.repeats).trials()} == began

@@ -78,3 +78,26 @@ def test_schedulers_whose_trials_all_exist_at_the_start_draw_at_random(document:
 def test_a_prior_that_does_not_fit_is_refused(document: Document, search: Document, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_spec(document | {"search": {"space": SPACE} | search})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"search": {"space": {"training.seed": {"choice": [1, 2]}}}},
+            "repeats differ in training.seed, which is s",
+        ),
+        (
+            {"search": {"space": SPACE, "tied": {"training.seed": "3"}}},
+            "differ in training.seed, which is tied",
+        ),
+        (
+            {"search": {"space": SPACE}, "scheduler": {"kind": "pbt"}},
+            "search.repeats runs finalists again with the values that they began with, but scheduler.kind pbt",
+        ),
+    ],
+)
+def test_repeats_that_make_no_sense_are_refused(document: Document, sections: Document, message: str) -> None:
+    sections["search"]["repeats"] = 3
+    with pytest.raises(SpecError, match=message):
+        parse_spec(document | {"training": {"steps": 90, "eval_steps": 10}} | sections)
