@@ -20,7 +20,7 @@ from orchestrator.deploy.recommend import (
 )
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths, SweepRecord, TrialResult, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, read_sweep
 from orchestrator.spec.search import SEED
 
 
@@ -37,6 +37,17 @@ class ChosenTrial:
     """Trials that were left out because their adapter is damaged: trial id -> what is wrong."""
     in_doubt: dict[str, str]
     """Damaged trials that might have been chosen instead: trial id -> why."""
+
+    @property
+    def test_score(self) -> TestScore | None:
+        """The scores of this adapter on the test rows, if the sweep has measured them."""
+        score, point = self.record.test_score(), self.trial.best
+        is_of_it = (
+            score is not None
+            and point is not None
+            and (score.trial_id, score.step) == (self.trial.trial_id, point.step)
+        )
+        return score if is_of_it else None
 
     def adapter_ref(self) -> AdapterRef:
         """Refer to the adapter.
@@ -79,6 +90,7 @@ class ChosenTrial:
             "num_parameters": trial.num_parameters,
             "num_compared": self.recommendation.num_compared,
             "choice": self.recommendation.as_dict(),
+            "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
             "config": trial.config.dotted(),
             "varied": trial.config.varied,

@@ -200,6 +200,16 @@ def _why_not_compared(leader: Candidate, metric: str) -> str | None:
     return None if len(found[0]) >= MIN_ROWS else f"{len(found[0])} held-out rows are too few to compare"
 
 
+def mean_interval(scores: RowScores) -> tuple[float, float]:
+    """Return the bounds of the bootstrap `CONFIDENCE` interval of the mean loss over these rows."""
+    import numpy as np
+
+    losses, tokens = np.array(scores.losses), np.array(scores.tokens)
+    drawn = np.concatenate([counts @ losses / (counts @ tokens) for counts in resampled_counts(len(losses))])
+    low, high = np.quantile(drawn, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)
+
+
 def resampled_counts(rows: int) -> Iterator[Any]:
     """Yield the `RESAMPLES` draws of rows in blocks: how often each row was drawn, (draws of the block, rows)."""
     import numpy as np

@@ -139,6 +139,11 @@ class SweepPaths:
         return self.root / "workers"
 
     @property
+    def test(self) -> Path:
+        """TestScore of the winner; exists once it was measured on the rows of `data.test`."""
+        return self.root / "test.json"
+
+    @property
     def evaluations(self) -> Path:
         """Reports of `evaluate`, one file for each run."""
         return self.root / "evaluations"

@@ -5,7 +5,8 @@ from statistics import fmean
 from rich.console import Console
 
 from orchestrator.deploy import ChosenTrial
-from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation
+from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation, mean_interval
+from orchestrator.record import TestScore
 
 _MOST_NAMED = 6
 
@@ -40,6 +41,8 @@ def say_best(console: Console, best: ChosenTrial) -> None:
             f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
         )
     lines += [f"left out, because its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
+    if (test := best.test_score) is not None:
+        lines += _on_test_rows(test)
     lines.append(f"adapter: {best.adapter}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
@@ -54,6 +57,15 @@ def _over_seeds(choice: Recommendation) -> list[str]:
         f"over {len(values)} seeds: {name}, mean {fmean(values):.6g} ({min(values):.6g} to {max(values):.6g})"
         f"{intervals.get(name, '')}"
         for name, values in choice.over_seeds.items()
+    ]
+
+
+def _on_test_rows(test: TestScore) -> list[str]:
+    scores, (low, high) = test.scores, mean_interval(test.scores)
+    return [
+        f"on {len(scores.losses)} test rows, which no decision has seen: {test.trial_id}, loss {scores.loss:.6g} "
+        f"({CONFIDENCE:.0%}: {low:.6g} to {high:.6g}), token accuracy {scores.token_accuracy:.4g}",
+        f"  on the held-out rows it has loss {test.held_out['eval/loss']:.6g}: the test rows add {test.optimism:+.2g}",
     ]
 
 

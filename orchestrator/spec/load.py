@@ -19,8 +19,8 @@ from orchestrator.spec.sweep_spec import SweepSpec
 from orchestrator.spec.template import is_chat_template
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
-_MIX_FIELDS = ("data.mix", "data.held_out.mix")
+_PATH_FIELDS = ("base.model", "data.source", "data.held_out.source", "data.test.source")
+_MIX_FIELDS = ("data.mix", "data.held_out.mix", "data.test.mix")
 _TEMPLATE = "data.chat_template"
 # The keys of these maps are dotted names, so the rest of an override's path is one key.
 _FLAT_MAPS = ("search.space.", "search.tied.", "lora.rank_pattern.", "lora.alpha_pattern.")

@@ -67,7 +67,8 @@ class SweepSpec(Section):
 
     @model_validator(mode="after")
     def _embedded_rows_have_the_columns(self) -> Self:
-        for source in (*self.data.sources, *self.data.held_out.sources):
+        test = self.data.test.sources if self.data.test else []
+        for source in (*self.data.sources, *self.data.held_out.sources, *test):
             missing = [column for column in self.data.columns if column not in COLUMNS]
             if source.source == "embedded" and missing:
                 raise ValueError(

@@ -123,6 +123,11 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
             again, before = begin_repeats(record), record.trials()
             say(f"the finalists run again with other seeds: {counted(again.info.num_trials, 'trial')}")
             _run_trials(again, workers, max_concurrent, lambda trials: watch(before + trials), say, home=record.paths)
+    if spec.data.test is not None:
+        from orchestrator.sweep.winner import measure_winner
+
+        fleet.end()  # the winner's process gets its GPU
+        measure_winner(record, *fleet.resources)
     return record
 
 

@@ -59,10 +59,11 @@ def test_a_number_of_trials_is_all_that_a_search_needs(tmp_path: Path) -> None:
     assert best.best.value < 2.0, "the demo's trials begin at 4 and end at 0.3 after 200 steps"
 
 
-def test_finalists_run_again_with_other_seeds_and_a_resume_does_not_repeat_them(tmp_path: Path) -> None:
+def test_finalists_run_again_and_the_winner_is_measured_and_a_resume_repeats_neither(tmp_path: Path) -> None:
     said: list[str] = []
     search = {"num_trials": 3, "repeats": 3, "space": {RATE: {"loguniform": [1e-4, 1e-2]}}}
-    spec = parse_spec(EXPERIMENT | {"search": search, "resources": {"cpus_per_trial": 2}})
+    data = EXPERIMENT["data"] | {"test": {"count": 30}}
+    spec = parse_spec(EXPERIMENT | {"data": data, "search": search, "resources": {"cpus_per_trial": 2}})
     record = run_sweep(spec, SweepPaths(tmp_path / "sweep"), lambda _: None, say=said.append)
     again = read_sweep(record.paths.repeats)
     assert len(again.trials()) == 2 * (len(again.info.spec.search.first) // 2) >= 4
@@ -77,6 +78,14 @@ def test_finalists_run_again_with_other_seeds_and_a_resume_does_not_repeat_them(
         assert values[0] == trial.best.value
         assert len(set(values)) == 3, "seeds make a difference"
 
+    best = open_sweep(record.paths.root).best()
+    assert best.test_score is not None
+    assert (len(best.test_score.scores.losses), record.info.num_test, record.info.num_held_out) == (30, 30, 40)
+    assert best.test_score.scores.loss == pytest.approx(best.test_score.held_out["eval/loss"], rel=0.5)
+    assert best.as_dict()["test"] == best.test_score.scores.values()
+    measured = record.paths.test.stat().st_mtime_ns
+
     began = {trial.trial_id: trial.seconds for trial in again.trials()}
     resume_sweep(read_sweep(record.paths.root), lambda _: None)
     assert {trial.trial_id: trial.seconds for trial in read_sweep(record.paths.repeats).trials()} == began
+    assert record.paths.test.stat().st_mtime_ns == measured, "the same winner is not measured again"
