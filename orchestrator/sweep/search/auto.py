@@ -52,8 +52,6 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         self._trials: dict[str, _Trial] = {}
         self._drawn = DrawnPoints(search)
         self._enqueued: list[Point] = []
-        self.last_forecast: Forecast | None = None
-        """What the model expected of its last proposal; None before the first one."""
 
     def suggest(self, trial_id: str) -> Point | None:
         """Return a new point for a trial."""
@@ -160,7 +158,6 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             seed=random.Random(f"{self._search.seed} {number}").randrange(2**31),
         )
         point = self._search.active({path: coordinates[path].decode(value) for path, value in proposal.drawn.items()})
-        self.last_forecast = proposal.forecast
         return point, self._told_proposal(proposal.sampler, proposal.forecast, finished)
 
     def _told_proposal(self, sampler: str, forecast: Forecast | None, finished: list[_Trial]) -> str:
@@ -169,8 +166,8 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         if forecast is None:
             return f"{model}; the best is {self._told_value(best)}"
         return (
-            f"{model} expects {self._told_value(forecast.mean)} +- {forecast.spread:.2g}; "
-            f"the best is {self._told_value(best)}"
+            f"{model} expects {self._told_value(forecast.mean)} +- {forecast.spread:.2g}, "
+            f"a gain of {forecast.gain:.2g}; the best is {self._told_value(best)}"
         )
 
     def _told_value(self, value: float | None) -> str:
@@ -181,12 +178,12 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
 
     def save(self, checkpoint_path: str) -> None:
         """Save the state. Tune calls this after each event."""
-        Path(checkpoint_path).write_bytes(pickle.dumps((self._trials, self._drawn, self._enqueued, self.last_forecast)))
+        Path(checkpoint_path).write_bytes(pickle.dumps((self._trials, self._drawn, self._enqueued)))
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore a state of `save`."""
         state = pickle.loads(Path(checkpoint_path).read_bytes())
-        self._trials, self._drawn, self._enqueued, self.last_forecast = state
+        self._trials, self._drawn, self._enqueued = state
 
 
 def prior_point(search: SearchSection) -> Point:
