@@ -86,7 +86,8 @@ def override_spec(
     num_axes = _num_axes(document)
     for override in overrides:
         _apply_override(document, override, folder or Path.cwd())
-    if _num_axes(document) < num_axes and not any(each.startswith("search.num_trials=") for each in overrides):
+    gives_trials = any(each.startswith(("search.num_trials=", "search=")) for each in overrides)
+    if _num_axes(document) < num_axes and not gives_trials:
         _limit_trials_to_points(document["search"])
     spec = parse_spec(document, source)
     require_extras(spec)

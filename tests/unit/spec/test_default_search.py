@@ -1,11 +1,13 @@
 """What a search is where the experiment does not say."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.spec.default_search import DEFAULT_SPACE
 
 Document = dict[str, Any]
@@ -51,6 +53,13 @@ def test_a_tied_field_is_not_searched(document: Document) -> None:
 def test_a_space_that_is_written_stays_in_force(document: Document) -> None:
     spec = parse_spec(document | {"search": {"space": SPACE}})
     assert (spec.search.algorithm, [*spec.search.space]) == ("auto", [*SPACE])
+
+
+def test_a_search_that_is_set_as_a_whole_keeps_its_number_of_trials(tmp_path: Path, document: Document) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(json.dumps(document | {"search": {"space": SPACE, "num_trials": 9}}))
+    assert load_spec(file, ["search={num_trials: 6}"]).search.total_trials == 6
+    assert load_spec(file, ["training.learning_rate=1e-3"]).search.total_trials == 1, "nothing is searched any more"
 
 
 def test_nothing_left_to_search_is_refused(document: Document) -> None:
