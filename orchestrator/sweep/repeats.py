@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from orchestrator.deploy import FinishedSweep
-from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, read_sweep, write_record
+from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, TrialState, read_sweep, write_record
 from orchestrator.record.files import building_beside
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.search import SEED
@@ -13,15 +13,18 @@ from orchestrator.spec.search import SEED
 MAX_FINALISTS = 4
 
 
-def begin_repeats(record: SweepRecord) -> SweepRecord:
-    """Return the record of the repeats, made now or by an earlier driver.
+def begin_repeats(record: SweepRecord) -> SweepRecord | None:
+    """Return the record of the repeats, made now or by an earlier driver; None if no trial has run to its end.
 
     Repeats of other finalists, from before the sweep was given more trials, are replaced.
 
     Raises:
         RecordError: no trial of the sweep has finished with an adapter.
     """
-    spec = repeats_of(record.info.spec, finalists(record))
+    trials = finalists(record)
+    if not trials:
+        return None
+    spec = repeats_of(record.info.spec, trials)
     paths = SweepPaths(record.paths.repeats)
     if paths.sweep.is_file():
         before = read_sweep(paths.root)
@@ -41,10 +44,17 @@ def finalists(record: SweepRecord) -> list[TrialResult]:
     """Return the best trial and those that cannot be told apart from it on the held-out rows, best first.
 
     There are at least two, where two trials have scores of these rows: the lead over the second may be that of a seed.
+    A trial that was stopped is no finalist: its run of fewer steps says nothing about whole runs with other seeds.
+
+    Raises:
+        RecordError: no trial of the sweep has finished with an adapter.
     """
     choice = FinishedSweep(record, uses_repeats=False).best(strict=True).recommendation
-    rivals = choice.tied or choice.rivals[:1]
-    return [each.trial for each in (choice.leader, *(rival.candidate for rival in rivals))][:MAX_FINALISTS]
+    tied = [choice.leader, *(rival.candidate for rival in choice.tied)]
+    others = [rival.candidate for rival in choice.rivals if not rival.is_tied]
+    ranked = [each.trial for each in (*tied, *others) if each.trial.state == TrialState.COMPLETE]
+    num_tied = sum(each.trial.state == TrialState.COMPLETE for each in tied)
+    return ranked[: min(max(num_tied, 2), MAX_FINALISTS)]
 
 
 def repeats_of(spec: SweepSpec, trials: list[TrialResult]) -> SweepSpec:

@@ -121,8 +121,9 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
             from orchestrator.sweep.repeats import begin_repeats
 
             again, before = begin_repeats(record), record.trials()
-            say(f"the finalists run again with other seeds: {counted(again.info.num_trials, 'trial')}")
-            _run_trials(again, workers, max_concurrent, lambda trials: watch(before + trials), say, home=record.paths)
+            if again is not None:
+                say(f"the finalists run again with other seeds: {counted(again.info.num_trials, 'trial')}")
+                _run_trials(again, workers, max_concurrent, lambda found: watch(before + found), say, home=record.paths)
     if spec.data.test is not None:
         from orchestrator.sweep.winner import measure_winner
 

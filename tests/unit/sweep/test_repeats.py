@@ -1,15 +1,19 @@
 """The experiment that runs finalists again with other seeds."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.record import TrialResult, TrialState
+from orchestrator.adapters.bundle import SCORES, WEIGHTS, Facts, seal
+from orchestrator.record import RowScores, SweepPaths, TrialResult, TrialState, read_sweep
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import SEED
-from orchestrator.sweep.repeats import repeats_of
+from orchestrator.sweep.repeats import finalists, repeats_of
 
 Document = dict[str, Any]
+MakeSweep = Callable[..., SweepPaths]
 COMPLETE: Document = {"state": TrialState.COMPLETE, "metric": "eval/loss", "mode": "min"}
 SPACE = {
     "training.learning_rate": {"loguniform": [1e-5, 1e-2]},
@@ -50,3 +54,17 @@ def test_points_of_a_grid_are_repeated(document: Document) -> None:
     spec = parse_spec(document | {"search": search})
     trial = TrialResult(trial_id="a", config=spec.trial_config({"lora.rank": 16}), **COMPLETE)
     assert repeats_of(spec, [trial]).search.first == [{"lora.rank": 16, SEED: 1}]
+
+
+def test_finalists_are_whole_trials_and_at_least_two(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    """Rows differ by the trials' levels only, so that every lead is significant; the leader was stopped."""
+    levels = {"stopped": 0.9, "a": 1.0, "b": 1.1, "c": 1.5}
+    states = {name: "STOPPED" if name == "stopped" else "COMPLETE" for name in levels}
+    paths = make_sweep(tmp_path / "s", {name: (states[name], level) for name, level in levels.items()})
+    for name, level in levels.items():
+        scores = RowScores(losses=[level * (1 + i / 100) for i in range(20)], hits=[0] * 20, tokens=[1] * 20)
+        folder = paths.trial(name).adapter(7)
+        (folder / SCORES).write_text(scores.model_dump_json())
+        (folder / WEIGHTS).write_bytes(b"weights")
+        seal(folder, Facts(format="adapter", base={}, versions={}, metrics={}))
+    assert [trial.trial_id for trial in finalists(read_sweep(paths.root))] == ["a", "b"]
