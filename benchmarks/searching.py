@@ -109,7 +109,10 @@ def main() -> None:
 
 
 def judge(method: str, problems: Sequence[Problem], seeds: int, at_a_time: int, off: float) -> dict[str, Any]:
-    """Run a method on each problem and seed, and report its regrets at `SHARE` of the grid's tokens."""
+    """Run a method on each problem and seed, and report its regrets at `SHARE` of the grid's tokens.
+
+    Runs in which every trial diverges are counted apart (`diverged`), and in `within_reach` as missed.
+    """
     regrets, seconds = [], []
     for problem in problems:
         number = max(1, int(SHARE * problem.num_cells))
@@ -123,10 +126,11 @@ def judge(method: str, problems: Sequence[Problem], seeds: int, at_a_time: int, 
     return {
         "runs": len(regrets),
         "within_reach": round(sum(each <= REACH for each in regrets) / len(regrets), 3),
-        "regret_mean": round(statistics.fmean(regrets), 5),
+        "diverged": sum(map(math.isinf, regrets)),
+        "regret_mean": round(statistics.fmean(filter(math.isfinite, regrets)), 5),
         "regret_median": round(statistics.median(regrets), 5),
         "regret_90": round(ordered[int(0.9 * (len(ordered) - 1))], 5),
-        "regret_worst": round(ordered[-1], 5),
+        "regret_worst": round(max(filter(math.isfinite, ordered)), 5),
         "s_a_trial": round(statistics.fmean(seconds), 4),
     }
 

@@ -7,10 +7,11 @@ from statistics import fmean
 
 import pytest
 
-from orchestrator.deploy.recommend import Candidate, recommend
+from orchestrator.deploy.finished import ChosenTrial
+from orchestrator.deploy.recommend import Candidate, mean_interval, recommend
 from orchestrator.deploy.repeated import recommend_repeated
-from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_sweep
-from orchestrator.report.best import _over_seeds
+from orchestrator.record import BestPoint, RowScores, SweepPaths, TestScore, TrialResult, read_sweep, write_record
+from orchestrator.report.best import _on_test_rows, _over_seeds
 
 ROWS = 60
 MakeSweep = Callable[..., SweepPaths]
@@ -92,3 +93,26 @@ def test_seeds_are_told(pattern: TrialResult) -> None:
     assert second.startswith(f"over 2 seeds: b, mean {means[1]:.6g} (")
     assert "+0.45 (" in second
     assert found.as_dict()["over_seeds"] == found.over_seeds
+
+
+def test_the_winner_on_test_rows_is_told_with_its_interval_and_what_selection_added() -> None:
+    scores = RowScores(losses=[1.0, 3.0] * 50, hits=[1] * 100, tokens=[2] * 100)
+    test = TestScore(trial_id="a", step=7, scores=scores, held_out={"eval/loss": 0.9})
+    low, high = mean_interval(scores)
+    assert (low, high) == pytest.approx((1 - 1.96 * 0.05, 1 + 1.96 * 0.05), abs=0.01)
+    first, second = _on_test_rows(test)
+    assert first.startswith("on 100 test rows, which no decision has seen: a, loss 1 (95%: 0.9")
+    assert second == "  on the held-out rows it has loss 0.9: the test rows add +0.1"
+
+
+def test_a_score_of_another_winner_is_not_shown(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.4)})
+    record = read_sweep(paths.root)
+    scores = RowScores(losses=[1.0], hits=[1], tokens=[2])
+    chosen = [
+        ChosenTrial(record, trial, paths.root, recommend([Candidate(trial, None)], "eval/loss", "min"), {}, {})
+        for trial in record.trials()
+    ]
+    assert [each.test_score for each in chosen] == [None, None]
+    write_record(paths.test, TestScore(trial_id="b", step=7, scores=scores, held_out={"eval/loss": 0.4}))
+    assert [each.test_score and each.test_score.trial_id for each in chosen] == ["b", None]
