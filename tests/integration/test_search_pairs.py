@@ -64,7 +64,14 @@ RULES: dict[str, tuple[str, Callable[[list[Losses], Losses], int | None], str]] 
 
 @pytest.mark.parametrize(
     ("search", "rule"),
-    [("grid", "asha"), ("random", "median"), ("tpe", "asha"), ("cmaes", "median"), ("hyperopt", "asha")],
+    [
+        ("grid", "asha"),
+        ("auto", "asha"),
+        ("random", "median"),
+        ("tpe", "asha"),
+        ("cmaes", "median"),
+        ("hyperopt", "asha"),
+    ],
 )
 def test_points_and_stops_follow_from_the_records(tmp_path: Path, search: str, rule: str) -> None:
     scheduler, stops, reason = RULES[rule]
