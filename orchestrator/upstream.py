@@ -261,7 +261,27 @@ PRIVATE: tuple[Private, ...] = (
          "PB2._hyperparam_bounds", "PB2.current", "PB2.data"),
         "sweep/schedulers/pb2.py", "log axes are searched by the logarithm, and values are drawn where none is learned",
     ),
-    # Ray Tune: search algorithms
+    # Search algorithms
+    Private(
+        "optuna 5.0", "optuna/samplers/_gp/sampler.py",
+        ("GPSampler._optimize_acqf(self, acqf, best_params)", "GPSampler._gprs_cache_list"),
+        "sweep/search/models.py", "a prior is added to the expected improvement, and the forecast at the point is read",
+    ),
+    Private(
+        "optuna 5.0", "optuna/_gp/acqf.py",
+        ("BaseAcquisitionFunc.eval_acqf(self, x)", "BaseAcquisitionFunc.length_scales",
+         "BaseAcquisitionFunc.search_space"),
+        "sweep/search/models.py", "an expected improvement with a prior is one of these",
+    ),
+    Private(
+        "optuna 5.0", "optuna/_gp/search_space.py",
+        ("SearchSpace.get_normalized_params(self, trials, trial_params)", "SearchSpace.is_categorical"),
+        "sweep/search/models.py", "the prior's center in the coordinates of the model",
+    ),
+    Private(
+        "optuna 5.0", "optuna/_gp/gp.py", ("GPRegressor.posterior(self, x, joint)",), "sweep/search/models.py",
+        "what the model expects at the point that it proposes",
+    ),
     Private(
         _RAY, f"{_TUNE}/search/basic_variant.py",
         ("BasicVariantGenerator._finished", "BasicVariantGenerator._live_trials",

@@ -117,7 +117,7 @@ def say_rows(console: "Console", record: "SweepRecord") -> None:
         line = f"rows: {source.num_taken} of {source.num_read} from {source.source}{weight}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     num_bad = sum(bad.num_rows for bad in info.bad_rows)
-    used, cut = info.num_train + info.num_held_out, info.spec.data.truncate
+    used, cut = info.num_train + info.num_held_out + info.num_test, info.spec.data.truncate
     read = used + info.num_dropped
     lines = [f"  {bad}" for bad in info.bad_rows]
     if num_bad:

@@ -11,7 +11,7 @@ from orchestrator.data.sources import read_rows
 from orchestrator.data.turns import in_two_columns
 from orchestrator.errors import DataError
 from orchestrator.record import SourceRows
-from orchestrator.spec.sections import DataSection, Source
+from orchestrator.spec.sections import DataSection, HeldOut, Source
 from orchestrator.words import counted
 
 
@@ -20,9 +20,11 @@ class MixedRows:
     """Rows of all sources, as they were read."""
 
     rows: list[Row]
-    """Training rows; the held-out rows too, if they are taken from these."""
+    """Training rows; the held-out and test rows too, if they are taken from these."""
     held_out: list[Row]
     """Held-out rows from separate sources."""
+    test: list[Row]
+    """Test rows from separate sources."""
     sources: list[SourceRows]
     """Sources of `rows`."""
 
@@ -33,29 +35,46 @@ def read_mixed(data: DataSection) -> MixedRows:
     Raises:
         DataError: a source cannot be read, or provides both training rows and held-out rows.
     """
-    held_out = data.held_out
-    _require_apart(data.sources, held_out.sources)
+    held_out, test = data.held_out.sources, data.test.sources if data.test else []
+    _require_apart("data.held_out", held_out, data.sources)
+    _require_apart("data.test", test, [*data.sources, *held_out])
     rows, sources = _mixed(data.sources, data)
     _require_optional(rows, data)
-    return MixedRows(rows, _mixed(held_out.sources, data)[0] if held_out.sources else [], sources)
+    apart, test_rows = (_mixed(part, data)[0] if part else [] for part in (held_out, test))
+    return MixedRows(rows, apart, test_rows, sources)
 
 
-def held_out_indices(num_rows: int, data: DataSection) -> set[int]:
-    """Choose which rows are held out. The choice depends only on the number of rows and the data section.
+def split_indices(num_rows: int, data: DataSection) -> tuple[set[int], set[int]]:
+    """Choose which of the training source's rows are held out, and which are test rows.
+
+    The choice depends only on the number of rows and the data section, and held-out rows do not depend on `data.test`.
+
+    Returns:
+        The indices of both; empty for a part with sources of its own.
 
     Raises:
         DataError: no row is left to train on.
     """
-    held_out = data.held_out
-    num_held_out = held_out.count or max(1, round((held_out.share or 0) * num_rows))
-    if num_held_out >= num_rows:
+    numbers = [_num_taken(part, num_rows) for part in (data.held_out, data.test)]
+    if sum(numbers) >= max(num_rows, 1):
+        taken = " and ".join(
+            f"{name} takes {number}"
+            for name, number in zip(("data.held_out", "data.test"), numbers, strict=True)
+            if number
+        )
         raise DataError(
-            f"data.held_out takes {num_held_out} of {counted(num_rows, 'row')}: none is left to train on",
+            f"{taken} of {counted(num_rows, 'row')}: none is left to train on",
             "Hold out fewer rows, add rows, or give separate held-out rows: data.held_out.source.",
         )
     order = list(range(num_rows))
     random.Random(data.seed).shuffle(order)
-    return set(order[:num_held_out])
+    return set(order[: numbers[0]]), set(order[numbers[0] : sum(numbers)])
+
+
+def _num_taken(part: HeldOut | None, num_rows: int) -> int:
+    if part is None or part.sources:
+        return 0
+    return part.count or max(1, round((part.share or 0) * num_rows))
 
 
 def rows_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -105,14 +124,19 @@ def _require_optional(rows: Sequence[Row], data: DataSection) -> None:
         )
 
 
-def _require_apart(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+def _require_apart(section: str, part: Sequence[Source], others: Sequence[Source]) -> None:
     """Refuse a file or saved data set that is read twice: by name, in a folder, or by a glob."""
-    training = _paths(train, "data")
-    for path, (named, _) in _paths(held_out, "data.held_out").items():
-        if path in training:
+    known = _paths(others, "data")
+    for path, (named, _) in _paths(part, section).items():
+        if path in known and section == "data.held_out":
             raise DataError(
-                f"data.held_out: {named} is among the training rows ({training[path][1]})",
+                f"data.held_out: {named} is among the training rows ({known[path][1]})",
                 "Trials would be scored on what they were trained on: keep held-out rows out of the training rows.",
+            )
+        if path in known:
+            raise DataError(
+                f"{section}: {named} is among the other rows ({known[path][1]})",
+                "The winner would be measured on rows that have chosen it: keep test rows apart.",
             )
 
 

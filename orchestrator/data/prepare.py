@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.base import load_tokenizer
 from orchestrator.data.bad_rows import RowError, bad_rows_error, group_faults
 from orchestrator.data.encode import IGNORED, Tokens, encode_all
-from orchestrator.data.mix import held_out_indices, read_mixed
+from orchestrator.data.mix import read_mixed, split_indices
 from orchestrator.data.packing import pack_rows
 from orchestrator.data.render import Example, render
 from orchestrator.data.row import Row
@@ -55,17 +55,18 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """All encoded rows, in two parts, and the sequences into which the training rows are packed."""
+    """All encoded rows, in three parts, and the sequences into which the training rows are packed."""
 
     train: list[EncodedRow]
     held_out: list[EncodedRow]
+    test: list[EncodedRow]
     sequences: list[list[int]] | None
     """Rows of each sequence, as indices into the kept training rows; None without packing."""
     sources: list[SourceRows]
     ends: RowEnds
     """How the training rows end."""
     bad: list[BadRows]
-    """Rows that the format cannot use and that were left out; they are in neither part."""
+    """Rows that the format cannot use and that were left out; they are in no part."""
     unread: dict[str, int]
     """Columns, and keys of turns, that nothing reads -> number of rows that have them."""
 
@@ -80,13 +81,18 @@ class EncodedRows:
         return [row.kept for row in self.held_out if row.kept is not None]
 
     @property
+    def kept_test(self) -> list[Tokens]:
+        """Test rows that are not dropped."""
+        return [row.kept for row in self.test if row.kept is not None]
+
+    @property
     def num_truncated(self) -> int:
-        """Rows in both parts that were too long."""
+        """Rows in all parts that were too long."""
         return sum(row.num_cut > 0 for row in self._all)
 
     @property
     def num_dropped(self) -> int:
-        """Rows in both parts that have no token in the loss after the cut."""
+        """Rows in all parts that have no token in the loss after the cut."""
         return sum(row.kept is None for row in self._all)
 
     @property
@@ -97,7 +103,7 @@ class EncodedRows:
 
     @property
     def _all(self) -> list[EncodedRow]:
-        return [*self.train, *self.held_out]
+        return [*self.train, *self.held_out, *self.test]
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class PreparedData:
     """Ids of the tokens that end an answer."""
     bad_rows: list[BadRows] = field(default_factory=list)
     """Rows that the format cannot use and that were left out."""
+    test: Any = None
+    """Tokenized rows of data.test, which no decision sees, like `held_out`; None without them."""
 
 
 def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> EncodedRows:
@@ -144,21 +152,27 @@ def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> En
     """
     say("reading rows")
     mixed = read_mixed(data)
-    if not mixed.held_out:
-        held_out_indices(len(mixed.rows), data)  # refuses an impossible number before rows are tokenized
+    split_indices(len(mixed.rows), data)  # refuses an impossible number before rows are tokenized
     faults: list[RowError] = []
-    own, held_out = (_tokenized(rows, data, tokenizer, faults, say) for rows in (mixed.rows, mixed.held_out))
+    read = mixed.rows, mixed.held_out, mixed.test
+    own, held_out, test = (_tokenized(rows, data, tokenizer, faults, say) for rows in read)
     if faults and data.bad_rows == "error":
-        raise bad_rows_error(faults, len(mixed.rows) + len(mixed.held_out))
-    if not own or (mixed.held_out and not held_out):
-        reasons = "; ".join(map(str, group_faults(faults)))
-        raise DataError(f"data.bad_rows: drop leaves no {'held-out' if own else 'training'} row: {reasons}")
-    chosen: set[int] = set() if mixed.held_out else held_out_indices(len(own), data)
-    train = [row for i, row in enumerate(own) if i not in chosen]
-    held_out += [row for i, row in enumerate(own) if i in chosen]
+        raise bad_rows_error(faults, sum(map(len, read)))
+    for name, before, after in (
+        ("training", [1], own),
+        ("held-out", mixed.held_out, held_out),
+        ("test", mixed.test, test),
+    ):
+        if before and not after:
+            reasons = "; ".join(map(str, group_faults(faults)))
+            raise DataError(f"data.bad_rows: drop leaves no {name} row: {reasons}")
+    for_held_out, for_test = split_indices(len(own), data)
+    train = [row for i, row in enumerate(own) if i not in for_held_out | for_test]
+    held_out += [row for i, row in enumerate(own) if i in for_held_out]
+    test += [row for i, row in enumerate(own) if i in for_test]
     if data.truncate == "error":
-        _require_short([*train, *held_out], data.max_length)
-    for name, part in (("training", train), ("held-out", held_out)):
+        _require_short([*train, *held_out, *test], data.max_length)
+    for name, part in (("training", train), ("held-out", held_out), *([("test", test)] if data.test else [])):
         if all(row.kept is None for row in part):
             raise DataError(
                 f"data.max_length={data.max_length} is too short: after truncation no {name} row has a token in the "
@@ -168,8 +182,8 @@ def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> En
     kept = [row.kept for row in train if row.kept is not None]
     sequences = pack_rows([len(row.ids) for row in kept], data.max_length) if data.packing else None
     ends = StopFinder(tokenizer).ends_of([row.tokens for row in train], data)
-    unread = find_unread([*mixed.rows, *mixed.held_out], data, tokenizer)
-    return EncodedRows(train, held_out, sequences, mixed.sources, ends, group_faults(faults), unread)
+    unread = find_unread([*mixed.rows, *mixed.held_out, *mixed.test], data, tokenizer)
+    return EncodedRows(train, held_out, test, sequences, mixed.sources, ends, group_faults(faults), unread)
 
 
 def prepare(data: DataSection, base: BaseSection) -> PreparedData:
@@ -202,6 +216,7 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         bad_rows=rows.bad,
         chat_template=data.chat_template,
         stop_tokens=rows.ends.stop_tokens,
+        test=_dataset(rows.kept_test) if data.test else None,
     )
 
 
@@ -236,6 +251,8 @@ def save(prepared: PreparedData, folder: Path) -> None:
     with building_beside(folder) as building:
         prepared.train.save_to_disk(building / "train")
         prepared.held_out.save_to_disk(building / "held_out")
+        if prepared.test is not None:
+            prepared.test.save_to_disk(building / "test")
         (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         building.rename(folder)
 
@@ -250,6 +267,19 @@ def load(folder: Path, in_memory: bool = False) -> PreparedData:
     bad = [BadRows.model_validate(each) for each in meta.pop("bad_rows")]
     train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
     return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
+
+
+def load_test(folder: Path) -> Any:
+    """Return the test rows that `save` has written, a `datasets.Dataset`. Trials and workers do not read them.
+
+    Raises:
+        DataError: the sweep has none.
+    """
+    from datasets import load_from_disk
+
+    if not (folder / "test").is_dir():
+        raise DataError(f"{folder}: has no test rows", "They are those of data.test, at the start of a sweep.")
+    return load_from_disk(folder / "test")
 
 
 def _tokenized(

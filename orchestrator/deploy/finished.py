@@ -18,8 +18,10 @@ from orchestrator.deploy.recommend import (
     recommend,
     why_it_may_differ,
 )
+from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepRecord, TrialResult, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, read_sweep
+from orchestrator.spec.search import SEED
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class ChosenTrial:
     """Trials that were left out because their adapter is damaged: trial id -> what is wrong."""
     in_doubt: dict[str, str]
     """Damaged trials that might have been chosen instead: trial id -> why."""
+
+    @property
+    def test_score(self) -> TestScore | None:
+        """The scores of this adapter on the test rows, if the sweep has measured them."""
+        score, point = self.record.test_score(), self.trial.best
+        is_of_it = (
+            score is not None
+            and point is not None
+            and (score.trial_id, score.step) == (self.trial.trial_id, point.step)
+        )
+        return score if is_of_it else None
 
     def adapter_ref(self) -> AdapterRef:
         """Refer to the adapter.
@@ -77,6 +90,7 @@ class ChosenTrial:
             "num_parameters": trial.num_parameters,
             "num_compared": self.recommendation.num_compared,
             "choice": self.recommendation.as_dict(),
+            "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
@@ -96,6 +110,8 @@ class FinishedSweep:
     """
 
     record: SweepRecord
+    uses_repeats: bool = True
+    """Whether `best` compares finalists that were run again (`search.repeats`) over their seeds."""
 
     def trials(self) -> list[TrialResult]:
         """Return all trials, best first; trials without an evaluation come last."""
@@ -124,7 +140,7 @@ class FinishedSweep:
             except RecordError as error:
                 damaged[each.trial.trial_id] = error.message
         while whole:
-            recommendation = recommend(whole, metric, mode, strict)
+            recommendation = self._recommend(whole, metric, mode, strict)
             trial = recommendation.recommended.trial
             try:
                 adapter = self.record.adapter(trial)
@@ -141,6 +157,31 @@ class FinishedSweep:
         raise RecordError(
             f"{self.record.paths.root}: no finished trial with {metric} has an undamaged adapter:\n  {faults}"
         )
+
+    def _recommend(self, whole: list[Candidate], metric: str, mode: Mode, strict: bool) -> Recommendation:
+        """Compare trials by their held-out rows; finalists that were run again by their means over seeds too."""
+        by_rows = recommend(whole, metric, mode, strict)
+        if by_rows.why_not_compared:
+            return by_rows
+        again = self._repeats
+        runs = {each.trial.trial_id: [each, *again[key]] for each in whole if (key := _point_of(each.trial)) in again}
+        finalists = [each for each in whole if each.trial.trial_id in runs and each.scores]
+        if len(finalists) < 2:
+            return by_rows
+        return recommend_repeated(finalists, runs, metric, mode, strict, by_rows.num_compared)
+
+    @cached_property
+    def _repeats(self) -> dict[str, list[Candidate]]:
+        """Finished runs of the finalists with other seeds, by their point."""
+        paths = SweepPaths(self.record.paths.repeats)
+        if not (self.uses_repeats and paths.sweep.is_file()):
+            return {}
+        record, found = read_sweep(paths.root), dict[str, list[Candidate]]()
+        for trial in record.finished():
+            scores = read_scores(record.adapter_path(trial))
+            if scores is not None:
+                found.setdefault(_point_of(trial), []).append(Candidate(trial, scores))
+        return found
 
     def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
         """Return the best `number` finished trials by value, best first."""
@@ -167,6 +208,11 @@ class FinishedSweep:
                 f"`orchestrator status {root}` shows where the trials are.",
             )
         return [Candidate(trial, scores=None) for trial in finished]
+
+
+def _point_of(trial: TrialResult) -> str:
+    """Return the values of a trial but its seed, for comparison."""
+    return repr(sorted((path, value) for path, value in trial.config.varied.items() if path != SEED))
 
 
 def open_sweep(sweep: str | Path, output: str | Path = "runs") -> FinishedSweep:

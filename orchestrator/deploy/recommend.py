@@ -1,7 +1,7 @@
 """Recommend an adapter: find the best one, the ones statistically tied with it, and the smallest of these."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.errors import RequestError
@@ -71,6 +71,9 @@ class Recommendation:
     """Number of candidates, including the leader."""
     why_not_compared: str | None
     """Why no candidate could be compared with the leader row by row; None if they were compared."""
+    over_seeds: dict[str, list[float]] = field(default_factory=dict)
+    """Finalist -> values of its runs with different seeds, if finalists were run again (`search.repeats`). The rivals
+    are then the other finalists, and differences those of means over seeds."""
 
     @property
     def tied(self) -> list[ComparedCandidate]:
@@ -93,6 +96,7 @@ class Recommendation:
                 for rival in self.tied
             ],
             "confidence": CONFIDENCE,
+            "over_seeds": self.over_seeds,
             "why_not_compared": self.why_not_compared,
         }
 
@@ -174,7 +178,7 @@ def pareto(candidates: Sequence[Candidate], objectives: dict[str, Mode]) -> list
     return [each for each in complete if not any(beats(costs(other), costs(each)) for other in complete)]
 
 
-def _columns(metric: str, scores: RowScores) -> tuple[list[float], list[float]] | None:
+def metric_columns(metric: str, scores: RowScores) -> tuple[list[float], list[float]] | None:
     """Return numerators and denominators, per row, of a metric; None if row scores do not contain the metric."""
     if metric == "eval/loss":
         return scores.losses, [float(each) for each in scores.tokens]
@@ -190,10 +194,29 @@ def _why_not_compared(leader: Candidate, metric: str) -> str | None:
         return "sizes are exact"
     if leader.scores is None:
         return "its adapter folder has no scores of single rows"
-    found = _columns(metric, leader.scores)
+    found = metric_columns(metric, leader.scores)
     if found is None:
         return f"{metric} was not recorded per row"
     return None if len(found[0]) >= MIN_ROWS else f"{len(found[0])} held-out rows are too few to compare"
+
+
+def mean_interval(scores: RowScores) -> tuple[float, float]:
+    """Return the bounds of the bootstrap `CONFIDENCE` interval of the mean loss over these rows."""
+    import numpy as np
+
+    losses, tokens = np.array(scores.losses), np.array(scores.tokens)
+    drawn = np.concatenate([counts @ losses / (counts @ tokens) for counts in resampled_counts(len(losses))])
+    low, high = np.quantile(drawn, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)
+
+
+def resampled_counts(rows: int) -> Iterator[Any]:
+    """Yield the `RESAMPLES` draws of rows in blocks: how often each row was drawn, (draws of the block, rows)."""
+    import numpy as np
+
+    random, each_block = np.random.default_rng(0), max(1, _MAX_COUNTS // rows)
+    for start in range(0, RESAMPLES, each_block):
+        yield random.multinomial(rows, np.full(rows, 1 / rows), size=min(each_block, RESAMPLES - start))
 
 
 def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> list[ComparedCandidate]:
@@ -201,16 +224,15 @@ def _compare(leader: Candidate, others: Sequence[Candidate], metric: str) -> lis
 
     columns = {}
     for each in (leader, *others):
-        found = _columns(metric, each.scores) if each.scores else None
+        found = metric_columns(metric, each.scores) if each.scores else None
         if found:
             columns[each.trial.trial_id] = np.array(found)
     own = columns[leader.trial.trial_id]
     known = [each for each in others if columns.get(each.trial.trial_id, own[:, :0]).shape == own.shape]
     stacked = np.stack([own, *(columns[each.trial.trial_id] for each in known)])  # (candidates, 2, rows)
     rows = stacked.shape[2]
-    random, each_block, drawn = np.random.default_rng(0), max(1, _MAX_COUNTS // rows), []
-    for start in range(0, RESAMPLES, each_block):
-        counts = random.multinomial(rows, np.full(rows, 1 / rows), size=min(each_block, RESAMPLES - start))
+    drawn = []
+    for counts in resampled_counts(rows):
         above, below = (stacked[:, part] @ counts.T for part in (0, 1))
         drawn.append(above / below)
     values = np.concatenate(drawn, axis=1)  # (candidates, resamples)

@@ -2,7 +2,8 @@
 
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` and `budget` (the scheduler's log, the
-limit that was reached). `files` writes atomically, `lock` keeps a second driver out.
+limit that was reached), `test_score` (the winner on test rows). `files` writes atomically, `lock` keeps a second
+driver out.
 """
 
 from orchestrator.record.budget import BudgetSpent
@@ -30,6 +31,7 @@ from orchestrator.record.sweep_record import (
     resumable,
     write_record,
 )
+from orchestrator.record.test_score import TestScore
 
 __all__ = [
     "OPEN",
@@ -44,6 +46,7 @@ __all__ = [
     "SweepInfo",
     "SweepPaths",
     "SweepRecord",
+    "TestScore",
     "TrialPaths",
     "TrialResult",
     "TrialState",

@@ -1,4 +1,4 @@
-"""The log of a scheduler's decisions: which trial was stopped, paused or cloned, when, and why."""
+"""The log of decisions: why a trial was chosen, and which one was stopped, paused or cloned, when, and why."""
 
 from typing import Literal
 
@@ -13,8 +13,9 @@ class Decision(Record):
     trial_id: str
     step: int
     """Optimizer step of the trial's last evaluation."""
-    action: Literal["stopped", "paused", "resumed", "cloned"]
-    """What happened to the trial. cloned: it continues from the state of `donor`, with other values."""
+    action: Literal["chosen", "stopped", "paused", "resumed", "cloned"]
+    """What happened to the trial. chosen: the search made it. cloned: it continues from the state of `donor`, with
+    other values."""
     why: str
     donor: str | None = None
     """Trial whose state it takes over."""

@@ -245,6 +245,8 @@ class SweepInfo(Record):
     """Training rows."""
     num_held_out: int
     """Held-out rows."""
+    num_test: int = 0
+    """Test rows, on which only the winner is measured."""
     num_truncated: int
     """Rows that were cut to max_length."""
     num_dropped: int

@@ -139,9 +139,19 @@ class SweepPaths:
         return self.root / "workers"
 
     @property
+    def test(self) -> Path:
+        """TestScore of the winner; exists once it was measured on the rows of `data.test`."""
+        return self.root / "test.json"
+
+    @property
     def evaluations(self) -> Path:
         """Reports of `evaluate`, one file for each run."""
         return self.root / "evaluations"
+
+    @property
+    def repeats(self) -> Path:
+        """Folder of a sweep of its own: the finalists with other seeds (`search.repeats`)."""
+        return self.root / "repeats"
 
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)

@@ -12,9 +12,10 @@ from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState, with_current_names
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent)
+_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, TestScore)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -44,6 +45,10 @@ class SweepRecord:
     def budget_spent(self) -> BudgetSpent | None:
         """Return the limit that was reached, if one was; there may then be fewer trials than requested."""
         return _read(BudgetSpent, self.paths.budget) if self.paths.budget.is_file() else None
+
+    def test_score(self) -> TestScore | None:
+        """Return the winner's scores on the test rows, if they were measured."""
+        return _read(TestScore, self.paths.test) if self.paths.test.is_file() else None
 
     def adapter_path(self, trial: TrialResult) -> Path:
         """Return where the adapter of a trial's best evaluation should be."""
@@ -150,7 +155,7 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     return result
 
 
-def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | BudgetSpent) -> None:
+def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | BudgetSpent | TestScore) -> None:
     """Write a record in one atomic step."""
     write_atomic(path, record.model_dump_json(indent=2) + "\n")
 

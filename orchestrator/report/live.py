@@ -58,6 +58,7 @@ class SweepView:
         """Show these trials, best first."""
         self._print_title()
         self._trials = trials
+        self._total = max(self._total, len(trials))  # finalists that run again come after the trials of the search
         self._say_warnings()
         steps = sum(trial.step for trial in trials)
         if self._first_seen is None and steps:

@@ -192,6 +192,11 @@ def _explores(search: SearchSection, scheduler: PbtScheduler) -> bool:
 
 def _population_can_change(search: SearchSection, scheduler: Population) -> None:
     kind = scheduler.kind
+    if search.repeats > 1:
+        raise ValueError(
+            f"search.repeats runs finalists again with the values that they began with, but scheduler.kind {kind} "
+            "changes values during a trial; leave repeats out"
+        )
     if not search.space:
         raise ValueError(f"scheduler.kind {kind} changes searched values, and search.space has none")
     if isinstance(scheduler, PbtScheduler) and not _explores(search, scheduler):

@@ -19,8 +19,8 @@ from orchestrator.spec.sweep_spec import SweepSpec
 from orchestrator.spec.template import is_chat_template
 
 _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_PATH_FIELDS = ("base.model", "data.source", "data.held_out.source")
-_MIX_FIELDS = ("data.mix", "data.held_out.mix")
+_PATH_FIELDS = ("base.model", "data.source", "data.held_out.source", "data.test.source")
+_MIX_FIELDS = ("data.mix", "data.held_out.mix", "data.test.mix")
 _TEMPLATE = "data.chat_template"
 # The keys of these maps are dotted names, so the rest of an override's path is one key.
 _FLAT_MAPS = ("search.space.", "search.tied.", "lora.rank_pattern.", "lora.alpha_pattern.")
@@ -86,7 +86,8 @@ def override_spec(
     num_axes = _num_axes(document)
     for override in overrides:
         _apply_override(document, override, folder or Path.cwd())
-    if _num_axes(document) < num_axes and not any(each.startswith("search.num_trials=") for each in overrides):
+    gives_trials = any(each.startswith(("search.num_trials=", "search=")) for each in overrides)
+    if _num_axes(document) < num_axes and not gives_trials:
         _limit_trials_to_points(document["search"])
     spec = parse_spec(document, source)
     require_extras(spec)

@@ -12,8 +12,11 @@ from orchestrator.spec.sections import PositiveInt, Section, Seed
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.words import counted
 
-MODEL_BASED = ("optuna", "hyperopt", "bohb")
+MODEL_BASED = ("auto", "optuna", "hyperopt", "bohb")
 """Algorithms that learn from what earlier trials have reported."""
+
+RATE = "training.learning_rate"
+SEED = "training.seed"
 
 _NOT_ALGORITHMS = {
     "tpe": "is a sampler of optuna: write algorithm: optuna, sampler: tpe",
@@ -37,25 +40,32 @@ class Budget(Section):
 class SearchSection(Section):
     """Which trials there are, and which of them is the best."""
 
-    algorithm: Literal["grid", "random", "optuna", "hyperopt", "bohb"] = "random"
-    """Draw every combination (grid), independently (random), or by a model of earlier results: optuna, hyperopt's TPE,
-    BOHB's KDE."""
+    algorithm: Literal["auto", "grid", "random", "optuna", "hyperopt", "bohb"] = "auto"
+    """Begin where good values are believed to lie and follow a model of the results (auto), draw every combination
+    (grid), independently (random), or by a model alone: optuna, hyperopt's TPE, BOHB's KDE. Default under schedulers
+    hyperband, pbt and pb2: random."""
     sampler: Literal["tpe", "cmaes"] | None = None
     """Sampler of optuna: tpe (default), or cmaes (CMA-ES, arXiv 1604.00772) for spaces of numbers."""
     startup_trials: PositiveInt | None = None
-    """Trials drawn at random before results count; default optuna 10 (cmaes 1), hyperopt 20, bohb one more than there
-    are axes at each rung."""
+    """Trials before the model proposes points; default auto 3, optuna 10 (cmaes 1), hyperopt 20, bohb one more than
+    there are axes at each rung."""
     num_trials: PositiveInt | None = None
     """Maximum number of trials; default 10, or the number of points in the space if that is smaller. A grid has its
-    own number."""
+    own number. With no space but a number of trials or a budget, `auto` searches a default space."""
     budget: Budget = Budget()
     """Further limits."""
+    repeats: PositiveInt = 1
+    """Runs of each finalist, which differ in `training.seed`; with 2 or more, `best` compares finalists over rows and
+    seeds. Finalists are the best trial and those that cannot be told apart from it, two to four."""
     space: dict[str, Axis] = {}
     """Dotted field -> axis, such as `training.learning_rate: {loguniform: [1e-5, 1e-3]}`."""
     tied: dict[str, str] = {}
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
     first: list[dict[str, Any]] = []
     """Points to try first: a value for each searched field that exists there."""
+    prior: dict[str, Any] = {}
+    """Dotted field -> value around which `auto` begins. Default: a learning rate by the base's width, the largest rank,
+    and the experiment's own values of other fields."""
     metric: str = "eval/loss"
     """Metric by which trials are compared, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
@@ -103,7 +113,7 @@ class SearchSection(Section):
             raise ValueError(f"{grids[0]} is a grid axis, but algorithm is {self.algorithm}; use choice")
         if both := sorted(set(self.space) & set(self.tied)):
             raise ValueError(f"{both[0]} is both searched and tied")
-        if self.algorithm in MODEL_BASED and not self.space:
+        if self.algorithm in MODEL_BASED and self.algorithm != "auto" and not self.space:
             raise ValueError(f"algorithm {self.algorithm} needs a space to search; give one, or use random")
         return self
 
@@ -113,10 +123,15 @@ class SearchSection(Section):
             raise ValueError(f"sampler {self.sampler} belongs to algorithm optuna, but algorithm is {self.algorithm}")
         if self.startup_trials is not None and self.algorithm not in MODEL_BASED:
             raise ValueError(f"startup_trials belongs to {', '.join(MODEL_BASED)}, but algorithm is {self.algorithm}")
+        if self.repeats > 1 and (SEED in self.space or SEED in self.tied):
+            how = "searched" if SEED in self.space else "tied"
+            raise ValueError(f"repeats differ in {SEED}, which is {how} here; take it out of search")
+        if self.prior and self.algorithm != "auto":
+            raise ValueError(f"prior belongs to algorithm auto, but algorithm is {self.algorithm}; leave it out")
         if self.startup_trials is not None and self.startup_trials >= self.total_trials:
             trials = counted(self.total_trials, "trial")
             raise ValueError(
-                f"startup_trials are drawn at random, and {self.startup_trials} of {trials} leave none for "
+                f"startup_trials come before the model's own, and {self.startup_trials} of {trials} leave none for "
                 f"{self.algorithm}; give fewer, or algorithm random"
             )
         least = len(self.space) + 1
@@ -180,6 +195,20 @@ class SearchSection(Section):
                 if not self.space[path].holds(value):
                     raise ValueError(f"first.{i}: {value!r} is not a value of {path}: {self.space[path].model_dump()}")
         return self
+
+    @model_validator(mode="after")
+    def _prior_is_on_the_axes(self) -> Self:
+        for path, value in self.prior.items():
+            if path not in self.space:
+                raise ValueError(f"prior: {path} is not searched; axes: {', '.join(self.space) or 'none'}")
+            if not self.space[path].holds(value):
+                raise ValueError(f"prior: {value!r} is not a value of {path}: {self.space[path].model_dump()}")
+        return self
+
+    @property
+    def learns(self) -> bool:
+        """Whether trials are chosen by what earlier ones have reported."""
+        return self.algorithm in MODEL_BASED and bool(self.space)
 
     @property
     def total_trials(self) -> int:

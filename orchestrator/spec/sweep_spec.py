@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.axis_checks import check_axes
 from orchestrator.spec.cross_checks import check_sections_together, check_trials, first_rung_steps, perturbation_steps
+from orchestrator.spec.default_search import complete_search
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -58,6 +59,11 @@ class SweepSpec(Section):
     output: OutputSection = OutputSection()
     """The sweep's folder."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _search_is_complete(cls, written: Any) -> Any:
+        return complete_search(written) if isinstance(written, dict) else written
+
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:
         if self.evaluation.metrics and self.data.format == "text":
@@ -69,7 +75,8 @@ class SweepSpec(Section):
 
     @model_validator(mode="after")
     def _embedded_rows_have_the_columns(self) -> Self:
-        for source in (*self.data.sources, *self.data.held_out.sources):
+        test = self.data.test.sources if self.data.test else []
+        for source in (*self.data.sources, *self.data.held_out.sources, *test):
             missing = [column for column in self.data.columns if column not in COLUMNS]
             if source.source == "embedded" and missing:
                 raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepRecord, TrialResult
+from orchestrator.record import SweepRecord, TrialResult, read_decisions
 
 Watch = Callable[[list[TrialResult]], None]
 """Called with all trials that have begun, best first, whenever something has changed."""
@@ -17,14 +17,25 @@ _PERIOD_S = 0.5
 
 
 @contextmanager
-def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
-    """Call `watch` from a thread until the block ends, and once more at its end."""
+def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Iterator[None]:
+    """Call `watch` from a thread until the block ends, and once more at its end.
+
+    `say` is called once for each trial that the search explains, when it is chosen.
+    """
     done = threading.Event()
+    explained = {choice.trial_id for choice in read_decisions(record.paths)}
+
+    def explain() -> None:
+        for decision in read_decisions(record.paths):
+            if decision.action == "chosen" and decision.trial_id not in explained:
+                explained.add(decision.trial_id)
+                say(f"{decision.trial_id}: {decision.why}")
 
     def run() -> None:
         seen: list[TrialResult] = []
         while not done.wait(_PERIOD_S):
             try:
+                explain()
                 trials = record.trials()
             except (RecordError, OSError):  # shared storage may fail for a moment; read again next time
                 continue
@@ -40,4 +51,5 @@ def follow(record: SweepRecord, watch: Watch) -> Iterator[None]:
         done.set()
         thread.join()
         with suppress(RecordError, OSError):  # an error that ended the block is reported by its caller
+            explain()
             watch(record.trials())

@@ -16,6 +16,7 @@ from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
+from orchestrator.rate_prior import with_prior
 from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
@@ -68,8 +69,9 @@ def run_sweep(
     require_extras(spec)
     require_scheduler_effect(spec)
     require_servers(spec.tracking)
-    spec, notes = as_stored(spec)
-    for note in notes:
+    spec, notes = with_prior(spec)
+    spec, notes_on_base = as_stored(spec)
+    for note in notes + notes_on_base:
         say(f"note: {note}")
     imports = begin(import_tokenizers)  # meanwhile Ray starts, which takes about as long
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
@@ -107,6 +109,43 @@ def resume_sweep(
 
 
 def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRecord:
+    """Run the trials of the search, then the finalists again with other seeds, if the experiment asks for that."""
+    spec = record.info.spec
+    workers, num_slots, choice = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
+    say(choice)
+    max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
+    _run_trials(record, workers, max_concurrent, watch, say, home=record.paths)
+    if spec.search.repeats > 1:
+        if record.budget_spent():
+            say("search.repeats: the finalists do not run again, because the budget is spent")
+        else:
+            from orchestrator.sweep.repeats import begin_repeats
+
+            again, before = begin_repeats(record), record.trials()
+            if again is not None:
+                say(f"the finalists run again with other seeds: {counted(again.info.num_trials, 'trial')}")
+                _run_trials(again, workers, max_concurrent, lambda found: watch(before + found), say, home=record.paths)
+    if spec.data.test is not None:
+        from orchestrator.sweep.winner import measure_winner
+
+        fleet.end()  # the winner's process gets its GPU
+        measure_winner(record, *fleet.resources)
+    return record
+
+
+def _run_trials(
+    record: SweepRecord, workers: Workers, max_concurrent: int, watch: Watch, say: Say, home: SweepPaths
+) -> None:
+    """Run all trials of a record to their end.
+
+    Args:
+        record: the sweep's record, or that of its repeats.
+        workers: train the trials.
+        max_concurrent: number of trials that run at a time.
+        watch: called with the trials whenever something changes.
+        say: called with messages.
+        home: the sweep's own paths, which a resume is given.
+    """
     from ray.tune.error import TuneError
 
     from orchestrator.sweep.interruption import Interruption, storage_error
@@ -115,39 +154,35 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     from orchestrator.sweep.schedulers.forecast.plans import why_median
 
     spec = record.info.spec
-    workers, num_slots, choice = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
-    say(choice)
     if isinstance(spec.scheduler, ForecastScheduler) and (reason := why_median(spec, record.info.num_rows)) is not None:
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
-    max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
     with deferred_signals(say) as stop:
         try:
             tuner = _make_tuner(record, workers, max_concurrent, stop)
-            with follow(record, watch):
+            with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
             assert stop.signal is not None
-            _raise_interrupted(record, f"by {signal_name(stop.signal)}", 128 + stop.signal)
+            _raise_interrupted(record, home, f"by {signal_name(stop.signal)}", 128 + stop.signal)
         except (OSError, TuneError) as error:
             if fault := storage_fault(error):
-                raise storage_error(record.paths, fault) from error
+                raise storage_error(home, fault) from error
             if isinstance(error, OSError):
                 raise
             raise SweepError(
                 f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
-                f"All results are kept; continue with: orchestrator resume {record.paths.root}",
+                f"All results are kept; continue with: orchestrator resume {home.root}",
             ) from error
     cancel_unknown(record)
     catch_up(record, say)
     if spent := record.budget_spent():
         begun = len(record.paths.trial_ids())
         say(f"{spent}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
-    _conclude(record)
+    _conclude(record, home)
     if isinstance(spec.scheduler, ForecastScheduler) and (coverage := coverage_of(record)) is not None:
         say(coverage)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).exploit_checkpoints, ignore_errors=True)
-    return record
 
 
 def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest) -> Any:
@@ -225,7 +260,7 @@ def _quiet_tune() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _conclude(record: SweepRecord) -> None:
+def _conclude(record: SweepRecord, home: SweepPaths) -> None:
     """Raise if the sweep has not come to its end, or if no trial has finished.
 
     Raises:
@@ -235,11 +270,11 @@ def _conclude(record: SweepRecord) -> None:
     trials = record.trials()
     is_budget_spent = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
     if len(_ended(trials)) < record.info.num_trials and not is_budget_spent:
-        _raise_interrupted(record, "before its end")
+        _raise_interrupted(record, home, "before its end")
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next((trial for trial in trials if trial.error), None)
         if first is None:
-            remedy = f"Raise it with: orchestrator resume {record.paths.root} --budget LIMIT=V"
+            remedy = f"Raise it with: orchestrator resume {home.root} --budget LIMIT=V"
             raise SweepError("the budget was spent before a trial finished", remedy)
         log = record.paths.trial(first.trial_id).log
         raise SweepError(
@@ -252,11 +287,13 @@ def _ended(trials: list[TrialResult]) -> list[TrialResult]:
     return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
 
 
-def _raise_interrupted(record: SweepRecord, how: str, exit_code: int = Interrupted.exit_code) -> NoReturn:
+def _raise_interrupted(
+    record: SweepRecord, home: SweepPaths, how: str, exit_code: int = Interrupted.exit_code
+) -> NoReturn:
     ended, total = len(_ended(record.trials())), record.info.num_trials
     raise Interrupted(
         f"interrupted {how} with {ended} of {counted(total, 'trial')} ended; the others can continue from their last "
         "steps",
-        f"Continue with: orchestrator resume {record.paths.root}",
+        f"Continue with: orchestrator resume {home.root}",
         exit_code,
     )

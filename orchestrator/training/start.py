@@ -40,6 +40,7 @@ def start_sweep(
         data_fingerprint=prepared.fingerprint,
         num_train=prepared.num_train,
         num_held_out=len(prepared.held_out),
+        num_test=0 if prepared.test is None else len(prepared.test),
         num_truncated=prepared.num_truncated,
         num_dropped=prepared.num_dropped,
         num_shared=prepared.num_shared,

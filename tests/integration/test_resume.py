@@ -18,12 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["search.algorithm=auto"],
         ["search.algorithm=optuna"],
         # Only rows of full length would reach this rung: all trials run to their end, and the scheduler processes the
         # ended ones again after the resume.
         ["search.algorithm=random", f"scheduler={{kind: asha, grace_tokens: {(STEPS - 4) * 8 * 64}}}"],
     ],
-    ids=["optuna", "random-asha"],
+    ids=["auto", "optuna", "random-asha"],
 )
 def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[str]) -> None:
     with start_sweep(tmp_path, *overrides) as driver:

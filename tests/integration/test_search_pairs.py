@@ -22,6 +22,7 @@ MEDIAN = "{kind: median, grace_steps: 2, min_trials: 2}"
 GRID = "search.space={training.learning_rate: {grid: [1e-3, 1e-5, 5e-3]}, training.weight_decay: {grid: [0.0, 0.1]}}"
 SEARCHES = {
     "grid": ["search={algorithm: grid}", GRID],
+    "auto": ["search={algorithm: auto, num_trials: 6}", TWO_AXES],
     "random": ["search={algorithm: random, num_trials: 6}", TWO_AXES],
     "tpe": ["search={algorithm: optuna, startup_trials: 2, num_trials: 6}", TWO_AXES],
     "cmaes": ["search={algorithm: optuna, sampler: cmaes, num_trials: 6}", TWO_AXES],
@@ -63,7 +64,14 @@ RULES: dict[str, tuple[str, Callable[[list[Losses], Losses], int | None], str]] 
 
 @pytest.mark.parametrize(
     ("search", "rule"),
-    [("grid", "asha"), ("random", "median"), ("tpe", "asha"), ("cmaes", "median"), ("hyperopt", "asha")],
+    [
+        ("grid", "asha"),
+        ("auto", "asha"),
+        ("random", "median"),
+        ("tpe", "asha"),
+        ("cmaes", "median"),
+        ("hyperopt", "asha"),
+    ],
 )
 def test_points_and_stops_follow_from_the_records(tmp_path: Path, search: str, rule: str) -> None:
     scheduler, stops, reason = RULES[rule]

@@ -15,6 +15,7 @@ _GIVEN: dict[str, Any] = {
     "data.template": "<s>[INST] {question} [/INST] {answer} </s>",
     "search.space": {"lora.rank": {"choice": [8, 16, 32]}, "training.learning_rate": {"loguniform": [5e-5, 1e-3]}},
     "search.tied": {"lora.alpha": "2 * lora.rank"},
+    "search.prior": {"lora.rank": 16},
 }
 """Values shown instead of a default: if there is none, or if it would show nothing."""
 

@@ -246,6 +246,8 @@ class DataSection(Section):
     """Put several training rows into one sequence of up to max_length tokens. Rows do not see each other."""
     held_out: HeldOut = HeldOut(share=0.1)
     """Rows for evaluation."""
+    test: HeldOut | None = None
+    """More rows apart, which no decision of the sweep sees: `sweep` measures its winner on them at the end."""
     seed: Seed = 42
     """Seed of the split, of a mix and of a stream."""
 
@@ -285,6 +287,9 @@ class DataSection(Section):
                 f"held_out.{name} is the training source: trials would be scored on what they were trained on; "
                 "give other rows"
             )
+        for name, others in (("the training source", self.sources), ("held_out.source", self.held_out.sources)):
+            if self.test is not None and (twice := _shared(product(others, self.test.sources))):
+                raise ValueError(f"test: {twice} is {name} too: no decision may see test rows; give other rows")
         return self
 
     @model_validator(mode="after")

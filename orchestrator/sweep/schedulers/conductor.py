@@ -14,7 +14,6 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
 from orchestrator.record.decisions import append_decision, keep_decisions
-from orchestrator.spec.search import MODEL_BASED
 from orchestrator.spec.sections.scheduler import BohbScheduler
 from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
 from orchestrator.sweep.schedulers.budget import BudgetTracker
@@ -125,6 +124,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 self._restore()
         else:
             self._inner.on_trial_add(controller, trial)
+            if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
+                self._record_decision(trial, "chosen", why)
         if not trial.is_finished():
             self._set_first_status(trial)
 
@@ -243,7 +244,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         A failure of the machines says nothing about the values. Tune itself reports no value of a failed trial.
         """
         paths = self._paths_of(trial)
-        if self._spec.search.algorithm not in MODEL_BASED or not paths.result.is_file():
+        if not self._spec.search.learns or not paths.result.is_file():
             return
         if read_result(paths).failure in (None, "infrastructure"):
             return
@@ -387,7 +388,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         return self._budget_spent
 
     def _record_decision(
-        self, trial: Any, action: Literal["stopped", "paused", "resumed", "cloned"], why: str, donor: str | None = None
+        self,
+        trial: Any,
+        action: Literal["chosen", "stopped", "paused", "resumed", "cloned"],
+        why: str,
+        donor: str | None = None,
     ) -> None:
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why

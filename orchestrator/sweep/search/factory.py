@@ -30,7 +30,11 @@ def make_searcher(spec: SweepSpec, max_concurrent: int) -> Searcher | SearchAlgo
     """Return the algorithm, seeded and limited to `max_concurrent` trials. Tied values are resolved after it."""
     search, algorithm = spec.search, spec.search.algorithm
     match algorithm:
-        case "grid" | "random":
+        case "auto" if search.space:
+            from orchestrator.sweep.search.auto import Auto
+
+            return Limiter(Auto(search), max_concurrent)
+        case "auto" | "grid" | "random":
             # Trials that take turns must all be there from the start.
             return GridRandom(search, 0 if trials_take_turns(spec.scheduler) else max_concurrent)
         case "optuna":
@@ -62,6 +66,11 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
         super().__init__(searcher)
         self._num_trials = num_trials
         self._is_budget_spent = is_budget_spent
+
+    def why_chosen(self, trial_id: str) -> str | None:
+        """Return the searcher's reason for a trial's values; None from a searcher that gives none."""
+        explain = getattr(getattr(self.searcher, "searcher", None), "why_chosen", None)
+        return explain(trial_id) if explain else None
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current number of trials."""

@@ -145,12 +145,17 @@ class Fleet:
         )
         return workers, slots * plan.num_workers, message
 
+    @property
+    def resources(self) -> tuple[float, int]:
+        """GPUs and CPU cores of a worker."""
+        return self._plan.gpus, self._plan.cpus
+
     def end(self) -> None:
-        """End the workers."""
+        """End the workers, if that was not done before."""
         if self._notice is not None:
             self._notice.stop()
-        for handle in self._handles:
-            ray.kill(handle)
+        while self._handles:
+            ray.kill(self._handles.pop())
 
 
 @contextmanager

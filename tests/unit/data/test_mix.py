@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare
-from orchestrator.data.mix import held_out_indices, read_mixed, rows_per_source
+from orchestrator.data.mix import read_mixed, rows_per_source, split_indices
 from orchestrator.data.sources import read_rows
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection, Source
@@ -38,7 +38,7 @@ def section(**fields: Any) -> DataSection:
 
 def texts(data: DataSection) -> tuple[list[str], list[str]]:
     mixed = read_mixed(data)
-    chosen: set[int] = set() if mixed.held_out else held_out_indices(len(mixed.rows), data)
+    chosen: set[int] = split_indices(len(mixed.rows), data)[0]
     found = [row.values["text"] for row in mixed.rows]
     held_out = [text for i, text in enumerate(found) if i in chosen]
     return [text for i, text in enumerate(found) if i not in chosen], [

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.base import load_tokenizer
 from orchestrator.data import PreparedData, load, prepare, save
 from orchestrator.data.encode import IGNORED
+from orchestrator.data.prepare import load_test
 from orchestrator.errors import DataError
 from orchestrator.spec.sections import BaseSection, DataSection
 
@@ -252,3 +253,48 @@ def _decode(ids: list[int]) -> str:
 @functools.cache
 def _tokenizer() -> Any:
     return load_tokenizer(BASE)
+
+
+def test_test_rows_are_apart_and_leave_the_held_out_rows_as_they_are(tmp_path: Path) -> None:
+    base = BaseSection(model="embedded")
+    section = {
+        "source": "embedded", "format": "template", "template": "<s>[INST] {question} [/INST] {answer} </s>",
+        "max_rows": 60, "held_out": {"count": 7},
+    }  # fmt: skip
+    without = prepare(DataSection.model_validate(section), base)
+    with_test = prepare(DataSection.model_validate(section | {"test": {"count": 5}}), base)
+    assert without.test is None
+    assert with_test.held_out.to_dict() == without.held_out.to_dict()
+    three = with_test.train, with_test.held_out, with_test.test
+    parts = [[tuple(ids) for ids in part["input_ids"]] for part in three]
+    assert [len(part) for part in parts] == [48, 7, 5]
+    assert sorted(ids for part in parts for ids in part) == sorted(
+        [tuple(ids) for part in (without.train, without.held_out) for ids in part["input_ids"]]
+    )
+    save(with_test, tmp_path / "data")
+    assert load_test(tmp_path / "data").to_dict() == with_test.test.to_dict()
+    save(without, tmp_path / "none")
+    with pytest.raises(DataError, match="has no test rows"):
+        load_test(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"test": {"count": 53}, "held_out": {"count": 7}}, "data.held_out takes 7 and data.test takes 53 of 60 rows"),
+        (
+            {"test": {"source": "FILE"}, "held_out": {"source": "FILE"}},
+            "is held_out.source too: no decision",
+        ),
+        ({"test": {"source": "FILE/../*.jsonl"}, "held_out": {"source": "FILE"}}, "is among the other rows"),
+    ],
+)
+def test_test_rows_that_are_not_apart_are_refused(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    common = {"source": "embedded", "format": "template", "template": "{question} {answer}", "max_rows": 60}
+    for part in section.values():
+        if "source" in part:
+            part["source"] = part["source"].replace("FILE/..", str(tmp_path)).replace("FILE", str(file))
+    with pytest.raises((DataError, ValueError), match=message):
+        prepare(DataSection.model_validate(common | section), BaseSection(model="embedded"))

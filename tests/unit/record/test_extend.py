@@ -67,7 +67,7 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
     ("search", "num_trials", "budget", "message"),
     [
         ({}, 4, [], "--trials 4: the sweep already has 4; give the total number, not the difference"),
-        ({"space": {}}, 6, [], "--trials: nothing is searched here"),
+        ({"space": {}, "num_trials": None}, 6, [], "--trials: nothing is searched here"),
         (
             {"algorithm": "grid", "num_trials": None, "space": RANKS},
             6,
@@ -89,7 +89,7 @@ def test_changes_that_are_not_possible_are_refused(
 
 @pytest.mark.parametrize("kind", ["hyperband", "pbt"])
 def test_schedulers_whose_trials_begin_together_take_no_later_ones(make: Make, kind: str) -> None:
-    record = make()
+    record = make(algorithm="random")
     scheduler = {"scheduler": {"kind": kind}, "training": {"steps": 90, "eval_steps": 10}}
     spec = record.info.spec.model_validate(record.info.spec.model_dump(mode="json") | scheduler)
     record = SweepRecord(record.paths, record.info.model_copy(update={"spec": spec}))

@@ -183,7 +183,7 @@ def test_defaults_are_resolved(file: Path) -> None:
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.target_modules) == (16, 32, "all-linear")
     assert (spec.training.learning_rate, spec.training.batch_size) == (2e-4, 4)
     assert spec.data.held_out.share == 0.1
-    assert (spec.search.algorithm, spec.search.total_trials) == ("random", 1)
+    assert (spec.search.algorithm, spec.search.total_trials) == ("auto", 1)
     assert spec.grace_steps == spec.training.eval_steps == 50
     assert load_spec(file, ["training.eval_steps=20"]).grace_steps == 20
     assert load_spec(file, ["scheduler={kind: asha, grace_steps: 200}"]).grace_steps == 200

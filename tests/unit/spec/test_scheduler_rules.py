@@ -57,9 +57,9 @@ def scheduler(kind: str, **fields: Any) -> Document:
         ),
         (search("random", sampler="tpe"), "sampler tpe belongs to algorithm optuna, but algorithm is random"),
         (search("hyperopt", sampler="cmaes"), "sampler cmaes belongs to algorithm optuna"),
-        (search("random", startup_trials=3), "startup_trials belongs to optuna, hyperopt, bohb"),
+        (search("random", startup_trials=3), "startup_trials belongs to auto, optuna, hyperopt, bohb"),
         (search("bohb", startup_trials=1) | scheduler("bohb"), "startup_trials must be at least 2 for bohb"),
-        (search("optuna", startup_trials=10), "startup_trials are drawn at random, and 10 of 10 trials leave none for"),
+        (search("optuna", startup_trials=10), "startup_trials come before the model's own, and 10 of 10 trials"),
         (search("hyperopt", startup_trials=9, num_trials=4), "leave none for hyperopt; give fewer"),
         # scheduler x axes
         (search("random", {}) | scheduler("pbt"), "pbt changes searched values, and search.space has none"),

@@ -213,7 +213,9 @@ def test_fields_that_change_the_held_out_tokens_cannot_be_searched(document: Doc
     ("search", "total"),
     [
         ({}, 1),
-        ({"num_trials": 3}, 1),
+        ({"num_trials": 3}, 3),
+        ({"num_trials": 3, "algorithm": "random"}, 1),
+        ({"budget": {"tokens": 1000}}, 64),
         ({"num_trials": 3, "space": {"lora.rank": {"choice": [1, 2, 3]}}}, 3),
         ({"algorithm": "optuna", "space": {"lora.rank": {"choice": [1, 2]}}}, 2),
         ({"algorithm": "optuna", "space": {"lora.dropout": {"uniform": [0.1, 0.2]}}}, 10),

@@ -19,7 +19,7 @@ def test_a_budget_that_is_spent_before_a_trial_starts(tmp_path: Path, make_sweep
     paths = make_sweep(tmp_path / "s", {})
     write_record(paths.budget, BudgetSpent(limit="wall_clock_hours", allowed=0.001, spent=0.002))
     with pytest.raises(SweepError, match="the budget was spent before a trial finished"):
-        _conclude(read_sweep(paths.root))
+        _conclude(read_sweep(paths.root), paths)
 
 
 class Begun(Exception):

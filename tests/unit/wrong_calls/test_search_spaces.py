@@ -39,7 +39,7 @@ SEARCHES = [
     overridden(
         "grid with a range", ["search={algorithm: grid, space: {lora.dropout: {uniform: [0, 0.1]}}}"], "lora.dropout"
     ),
-    overridden("grid axis at random", ["search.space.lora.rank={grid: [8]}"], "lora.rank is a grid axis", "random"),
+    overridden("grid axis without grid", ["search.space.lora.rank={grid: [8]}"], "lora.rank is a grid axis", "is auto"),
     overridden("number of grid trials", ["search={algorithm: grid, num_trials: 3}"], "search: num_trials"),
     overridden("no such algorithm", ["search.algorithm=bayes"], "search.algorithm", "'optuna'", "'bayes'"),
 ]

@@ -28,7 +28,7 @@ VALUES = [None, True, -1, 0, 0.5, 1, 7, 8, 10**6, "", "text", "auto", "none", []
 
 AXES = ("search", "space")
 METRIC = ("search", "metric")
-MAPS = ("space", "tied", "rank_pattern", "alpha_pattern", "roles")
+MAPS = ("space", "tied", "prior", "rank_pattern", "alpha_pattern", "roles")
 
 
 def test_the_schema_is_valid() -> None:

@@ -1,0 +1,189 @@
+"""The default search: it begins at the prior, follows the results, explains itself, and survives a resume."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.rate_prior import with_prior
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec.axes import Axis
+from orchestrator.spec.search import RATE
+from orchestrator.sweep.search import models
+from orchestrator.sweep.search.coordinates import Coordinate
+from orchestrator.sweep.search.factory import make_searcher
+from orchestrator.sweep.search.models import expected_gain, propose
+
+Document = dict[str, Any]
+Point = dict[str, Any]
+Make = Callable[..., SweepSpec]
+
+SPACE = {
+    RATE: {"loguniform": [1e-5, 1e-1]},
+    "lora.rank": {"choice": [64, 8, 16]},
+    "lora.dropout": {"choice": [0.0, 0.05, 0.1]},
+}
+BEST_RATE = 2e-3
+
+
+@pytest.fixture
+def make(document: Document) -> Make:
+    """Return a function that makes an experiment of algorithm auto, with its prior."""
+
+    def build(space: Any = SPACE, **search: Any) -> SweepSpec:
+        written = {"space": space, "num_trials": 30, "prior": {RATE: 1e-3}} | search
+        return with_prior(parse_spec(document | {"search": written}))[0]
+
+    return build
+
+
+def loss_of(point: Point) -> float:
+    """Return a loss whose minimum is at BEST_RATE and rank 16; it hardly depends on the dropout."""
+    away = math.log10(point[RATE] / BEST_RATE)
+    return 1 + away**2 + 0.2 * abs(math.log2(point["lora.rank"] / 16)) + 0.01 * point["lora.dropout"]
+
+
+def searched(searcher: Any, first: int, last: int, loss: Callable[[Point], float] = loss_of) -> list[Point]:
+    """Return points of a search in which each trial reports before the next one is drawn."""
+    points = []
+    for i in range(first, last):
+        points.append(searcher.suggest(f"t{i}"))
+        searcher.on_trial_complete(f"t{i}", {searcher.metric: loss(points[-1]), "training_iteration": 1})
+    return points
+
+
+def test_it_begins_at_the_prior_and_at_other_rates_with_the_largest_rank(make: Make) -> None:
+    points = searched(make_searcher(make(), 4), 0, 3)
+    assert points[0] == {RATE: 1e-3, "lora.rank": 64, "lora.dropout": 0.05}
+    assert [each[RATE] for each in points] == pytest.approx([1e-3, 3e-3, 1e-3 / 3])
+    assert [{**each, RATE: 0} for each in points] == [{**points[0], RATE: 0}] * 3
+
+
+def test_points_of_the_user_come_first(make: Make) -> None:
+    given = {RATE: 5e-5, "lora.rank": 8, "lora.dropout": 0.1}
+    points = searched(make_searcher(make(first=[given]), 4), 0, 2)
+    assert points[0] == given
+    assert points[1][RATE] == 1e-3
+
+
+def test_results_lead_it_to_the_best_values(make: Make) -> None:
+    points = searched(make_searcher(make(), 4), 0, 16)
+    best = min(points, key=loss_of)
+    assert best["lora.rank"] == 16
+    assert best[RATE] == pytest.approx(BEST_RATE, rel=0.25)
+
+
+def test_a_metric_to_maximize_is_searched_at_its_other_end(make: Make) -> None:
+    spec = make(metric="eval/token_accuracy")
+    points = searched(make_searcher(spec, 4), 0, 12, lambda point: -loss_of(point))
+    assert points == searched(make_searcher(make(), 4), 0, 12)
+
+
+def test_a_wrong_prior_is_left(make: Make) -> None:
+    points = searched(make_searcher(make(prior={RATE: 3e-5}), 4), 0, 20)
+    assert min(map(loss_of, points)) < 1.05
+
+
+def test_trials_that_run_are_not_repeated_and_none_waits_for_results(make: Make) -> None:
+    searcher = make_searcher(make(), 30)
+    points = [searcher.suggest(f"t{i}") for i in range(12)]
+    assert len({repr(point) for point in points}) == 12
+    assert len({point["lora.rank"] for point in points}) > 1
+
+
+def test_failures_and_repeated_reports_count_as_they_should(make: Make) -> None:
+    searcher = make_searcher(make(), 4)
+    for i, rate_fails in enumerate([False, True, False]):
+        searcher.suggest(f"t{i}")
+        searcher.on_trial_result(f"t{i}", {"eval/loss": 2.0 - i, "training_iteration": 1})
+        if rate_fails:
+            searcher.report_failure(f"t{i}")
+        else:
+            searcher.on_trial_complete(f"t{i}", {"eval/loss": 5.0, "training_iteration": 2})
+    assert [trial.best for trial in searcher.searcher._trials.values()] == [2.0, math.inf, 0.0]
+
+
+def test_each_trial_has_a_reason(make: Make) -> None:
+    searcher = make_searcher(make(), 4)
+    searched(searcher, 0, 5)
+    reasons = [searcher.searcher.why_chosen(f"t{i}") for i in range(5)]
+    assert reasons[0].startswith("begins at the prior (training.learning_rate 0.001, lora.rank 64")
+    assert reasons[1].startswith("3 times the rate of the prior")
+    assert reasons[3].startswith("Gaussian process on 3 results expects eval/loss ")
+    assert "the best is eval/loss" in reasons[4]
+    assert searcher.searcher.why_chosen("of another sweep") is None
+
+
+@pytest.mark.parametrize("when", [None, {"lora.rank": 64}])
+def test_a_restored_search_continues_as_without_the_interruption(
+    make: Make, tmp_path: Path, when: Point | None
+) -> None:
+    space = SPACE | ({"lora.alpha": {"choice": [16, 32], "when": when}} if when else {})
+    spec = make(space)
+    whole = searched(make_searcher(spec, 9), 0, 12)
+    before, after = make_searcher(spec, 9), make_searcher(spec, 3)
+    assert searched(before, 0, 7) == whole[:7]
+    before.save(str(tmp_path / "state"))
+    after.restore(str(tmp_path / "state"))
+    assert searched(after, 7, 12) == whole[7:]
+    assert after.max_concurrent == 3
+    assert after.searcher.why_chosen("t0") is not None
+
+
+def test_fields_that_exist_only_with_others_are_searched_there(make: Make) -> None:
+    space = SPACE | {"lora.alpha": {"choice": [16, 32], "when": {"lora.rank": [8, 16]}}}
+    points = searched(make_searcher(make(space), 4), 0, 12)
+    assert all(("lora.alpha" in point) == (point["lora.rank"] != 64) for point in points)
+    assert {point["lora.rank"] for point in points} > {64}
+
+
+def test_a_small_space_is_tried_whole(make: Make) -> None:
+    space = {"lora.rank": {"choice": [8, 16]}, "lora.dropout": {"choice": [0.0, 0.1]}}
+    spec = make(space, num_trials=4, prior={})
+    points = searched(make_searcher(spec, 4), 0, 4, lambda point: float(point["lora.rank"]))
+    assert {repr(point) for point in points} == {repr(point) for point in spec.search.points()}
+
+
+@pytest.mark.parametrize(
+    ("axis", "ends", "category"),
+    [
+        ({"choice": [64, 8, 16]}, [8, 64], False),
+        ({"loguniform": [1e-5, 1e-3]}, [1e-5, 1e-3], False),
+        ({"qrandint": [4, 12, 4]}, [4, 12], False),
+        ({"choice": ["cosine", "linear"]}, ["cosine", "linear"], True),
+        ({"choice": [True, False]}, [True, False], True),
+    ],
+)
+def test_a_coordinate_gives_back_each_value(axis: Point, ends: list[Any], category: bool) -> None:
+    coordinate = Coordinate.of(Axis.model_validate(axis))
+    assert coordinate.is_category == category
+    drawn = [coordinate.encode(value) for value in ends]
+    assert [coordinate.decode(each) for each in drawn] == pytest.approx(ends)
+    assert coordinate.decode(drawn[0]) == ends[0]
+
+
+def test_the_expected_gain_is_that_of_a_normal_distribution() -> None:
+    assert expected_gain(1.0, 1.0, 0.5) == pytest.approx(0.5 / math.sqrt(2 * math.pi))
+    assert expected_gain(1.0, 0.4, 0.0) == pytest.approx(0.6)
+    assert expected_gain(1.0, 1.4, 0.0) == 0.0
+
+
+def test_a_strong_prior_decides_where_results_say_little() -> None:
+    """Without the prior, the model goes to where it knows nothing."""
+    space = {"x": Coordinate.of(Axis.model_validate({"uniform": [0.0, 1.0]})).distribution()}
+    finished = [({"x": 0.5}, 1.0), ({"x": 0.55}, 1.01), ({"x": 0.45}, 1.01)]
+
+    def proposed(weight: float) -> float:
+        found = propose(space, finished, [], {"x": 0.5}, weight, has_conditions=False, seed=0)
+        return abs(float(found.drawn["x"]) - 0.5)
+
+    assert proposed(1000.0) < 0.1 < proposed(0.0)
+
+
+def test_without_scipy_tpe_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    space = {"x": Coordinate.of(Axis.model_validate({"uniform": [0.0, 1.0]})).distribution()}
+    found = propose(space, [({"x": 0.5}, 1.0)], [{"x": 0.4}], {"x": 0.5}, 1.0, has_conditions=False, seed=0)
+    assert (found.sampler, found.forecast) == ("TPE", None)
