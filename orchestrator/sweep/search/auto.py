@@ -115,14 +115,14 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         prior = prior_point(self._search)
         designed = [(point, "one of search.first") for point in self._search.first]
         if RATE not in prior:
-            return [*designed, (prior, _told("begins at", prior))]
+            return [*designed, (prior, _prior_phrase("begins at", prior))]
         coordinate = Coordinate.of(self._search.space[RATE])
         for factor in _RATE_FACTORS:
             point = prior | {RATE: coordinate.nearest(factor * prior[RATE])}
             how = "begins at" if factor == 1 else f"{factor:.2g} times the rate of"
-            told = _told(how, prior)
+            phrase = _prior_phrase(how, prior)
             if all(point != other for other, _ in designed):
-                designed.append((point, told))
+                designed.append((point, phrase))
         return designed
 
     def _draw_by_belief(self, generator: random.Random) -> tuple[Point, str]:
@@ -131,7 +131,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             return self._search.active(drawn), "drawn anywhere in the space, in case the prior is wrong"
         center = _everywhere(self._search)
         drawn = {path: each.draw_around(center[path], generator) for path, each in self._coordinates().items()}
-        return self._search.active(drawn), _told("drawn around", prior_point(self._search))
+        return self._search.active(drawn), _prior_phrase("drawn around", prior_point(self._search))
 
     def _draw_around_best(self, finished: list[_Trial], generator: random.Random) -> tuple[Point, str]:
         best = min(finished, key=lambda trial: trial.best or 0.0)
@@ -140,7 +140,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             path: each.draw_around(center[path], generator) if generator.random() < _CHANGE_SHARE else center[path]
             for path, each in self._coordinates().items()
         }
-        return self._search.active(drawn), f"drawn around the best trial so far ({self._told_value(best.best)})"
+        return self._search.active(drawn), f"drawn around the best trial so far ({self._value_phrase(best.best)})"
 
     def _propose(self, finished: list[_Trial], number: int) -> tuple[Point, str]:
         coordinates = self._coordinates()
@@ -158,19 +158,19 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             seed=random.Random(f"{self._search.seed} {number}").randrange(2**31),
         )
         point = self._search.active({path: coordinates[path].decode(value) for path, value in proposal.drawn.items()})
-        return point, self._told_proposal(proposal.sampler, proposal.forecast, finished)
+        return point, self._proposal_phrase(proposal.sampler, proposal.forecast, finished)
 
-    def _told_proposal(self, sampler: str, forecast: Forecast | None, finished: list[_Trial]) -> str:
+    def _proposal_phrase(self, sampler: str, forecast: Forecast | None, finished: list[_Trial]) -> str:
         best = min(trial.best or 0.0 for trial in finished)
         model = f"{sampler} on {len(finished)} results"
         if forecast is None:
-            return f"{model}; the best is {self._told_value(best)}"
+            return f"{model}; the best is {self._value_phrase(best)}"
         return (
-            f"{model} expects {self._told_value(forecast.mean)} +- {forecast.spread:.2g}, "
-            f"a gain of {forecast.gain:.2g}; the best is {self._told_value(best)}"
+            f"{model} expects {self._value_phrase(forecast.mean)} +- {forecast.spread:.2g}, "
+            f"a gain of {forecast.gain:.2g}; the best is {self._value_phrase(best)}"
         )
 
-    def _told_value(self, value: float | None) -> str:
+    def _value_phrase(self, value: float | None) -> str:
         return "no value" if value is None else f"{self.metric} {value if self.mode == 'min' else -value:.4g}"
 
     def _coordinates(self) -> dict[str, Coordinate]:
@@ -197,7 +197,7 @@ def _everywhere(search: SearchSection) -> Point:
     return {path: search.prior.get(path, each.middle()) for path, each in coordinates.items()}
 
 
-def _told(how: str, prior: Point) -> str:
+def _prior_phrase(how: str, prior: Point) -> str:
     values = ", ".join(
         f"{path} {value:.3g}" if isinstance(value, float) else f"{path} {value}" for path, value in prior.items()
     )
