@@ -5,7 +5,7 @@ import gc
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from types import NoneType
 from typing import Any
@@ -151,13 +151,15 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
     import torch
 
     where: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    reading: AbstractContextManager[None] = nullcontext()
     config = configuration(base)
     kind, stored = model_class(config), quantization_of(config.to_dict())
     if stored is not None:
         stored.require_trainable(base.model)
         if stored.is_dequantized and base.is_4bit and has_experts(base):
-            from orchestrator.experts_quantizer import pack_while_dequantizing
+            from orchestrator.experts_quantizer import pack_while_dequantizing, read_one_by_one
 
+            reading = read_one_by_one()
             where["config"] = pack_while_dequantizing(config, stored.method, base)
         elif stored.is_dequantized:
             where["quantization_config"] = dequantization_config(stored.method)
@@ -165,12 +167,13 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
             where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
     elif base.quantization != "none":
         where["quantization_config"] = loading_config(base)
-    model = kind.from_pretrained(
-        base_location(base),
-        dtype=getattr(torch, base.compute_dtype),
-        device_map=device_map() if place is None else place,
-        **where,
-    )
+    with reading:
+        model = kind.from_pretrained(
+            base_location(base),
+            dtype=getattr(torch, base.compute_dtype),
+            device_map=device_map() if place is None else place,
+            **where,
+        )
     return model, stored
 
 

@@ -7,6 +7,7 @@ transformers (5.23, `integrations/moe.py`).
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,12 @@ class ExpertScales:
             absmax = self.nested_code[absmax.int()] * nested + self.offset[experts, ..., None]
         return absmax.flatten(1)
 
+    def on(self, device: torch.device) -> "ExpertScales":
+        """Return the scales on a device. A module that moves takes along the codes only."""
+        if self.absmax.device == device:
+            return self
+        return ExpertScales(**{name: each if each is None else each.to(device) for name, each in vars(self).items()})
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
@@ -123,21 +130,6 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
         return packed
 
     @property
-    def num_experts(self) -> int:
-        """Number of experts."""
-        return self.ds_shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs of an expert."""
-        return self.ds_shape[2 if self.is_transposed else 1]
-
-    @property
-    def in_features(self) -> int:
-        """Number of inputs of an expert."""
-        return self.ds_shape[1 if self.is_transposed else 2]
-
-    @property
     def double_quant(self) -> bool:
         """Whether the scales are quantized too."""
         return self.scales.offset is not None
@@ -147,12 +139,8 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
         """Number of weights that are packed."""
         return self.ds_shape[0] * self.ds_shape[1] * self.ds_shape[2]
 
-    def absmax_of(self, experts: Any = slice(None)) -> Tensor:
-        """Return the scales of some experts in float32 (experts, parts * blocks); see `ExpertScales.of`."""
-        return self.scales.of(experts)
-
-    def some(self, experts: Any) -> Tensor:
-        """Dequantize some experts.
+    def dequantized(self, experts: Any = slice(None)) -> Tensor:
+        """Dequantize experts, by default all.
 
         Args:
             experts: selects them: a slice, or a tensor of their numbers.
@@ -160,7 +148,8 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
         Returns:
             (experts, out_features, in_features), a transposed view where the family stores the transpose.
         """
-        codes, absmax = self.data[experts].contiguous(), self.absmax_of(experts).contiguous()
+        self.scales = self.scales.on(self.device)
+        codes, absmax = self.data[experts].contiguous(), self.scales.of(experts).contiguous()
         state = QuantState(
             absmax.view(-1),
             torch.Size((absmax.numel() * _BLOCK,)),
@@ -176,11 +165,23 @@ class PackedExperts(torch.nn.Parameter):  # type: ignore[misc]
 
     def expert(self, number: int) -> Tensor:
         """Dequantize one expert: (out_features, in_features)."""
-        return self.some(slice(number, number + 1))[0]
+        return self.dequantized(slice(number, number + 1))[0]
 
-    def all(self) -> Tensor:
-        """Dequantize all experts: (num_experts, out_features, in_features)."""
-        return self.some(slice(None))
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedExperts":
+        if id(self) not in memo:
+            memo[id(self)] = _restored(self.data.clone(), deepcopy(self.__dict__, memo))
+        copied: PackedExperts = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _restored, (self.data, self.__dict__)
+
+
+def _restored(codes: Tensor, attributes: dict[str, Any]) -> PackedExperts:
+    """Build packed experts from their codes and attributes."""
+    packed = PackedExperts(codes, requires_grad=False)
+    packed.__dict__.update(attributes)
+    return packed
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ A base is therefore never in memory as a whole in 16 bits. This holds for files 
 FP8, whose weights are dequantized while they are read.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -178,3 +181,21 @@ class PackingMxfp4Quantizer(_Packing, Mxfp4HfQuantizer):  # type: ignore[misc]
 @register_quantizer("fp8" + _THEN_PACKED)
 class PackingFP8Quantizer(_Packing, FineGrainedFP8HfQuantizer):  # type: ignore[misc]
     """Dequantizes FP8 files, and packs their experts."""
+
+
+@contextmanager
+def read_one_by_one() -> Iterator[None]:
+    """Have transformers read one tensor after another, within.
+
+    It reads ahead if files are quantized (5.23, `core_model_loading.py`). The whole base could then be in memory
+    beside its packed experts.
+    """
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before

@@ -11,11 +11,23 @@ from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
 
-from orchestrator.experts import ExpertUpdate, compute_by_expert, matrix_names
+from orchestrator.experts import ExpertUpdate, PackedExperts, compute_by_expert, matrix_names
 
 
 class AdaptedExperts(ParamWrapper):  # type: ignore[misc]
     """PEFT's wrapper of one parameter of fused experts, whose update `by_expert` applies to each expert's inputs."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update to plain weights.
+
+        Raises:
+            NotImplementedError: the weights are in 4 bits.
+        """
+        if isinstance(self.get_param(), PackedExperts):
+            raise NotImplementedError(
+                "experts in 4 bits cannot be merged in memory; use: orchestrator best SWEEP --export merged"
+            )
+        super().merge(safe_merge, adapter_names)
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -44,6 +56,10 @@ class AdaptedExperts(ParamWrapper):  # type: ignore[misc]
             b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1),
             self.scaling[adapter],
         )
+
+
+# PEFT 0.21 finds an existing wrapper by the name of its class, when a second adapter is loaded.
+AdaptedExperts.__name__ = ParamWrapper.__name__
 
 
 def apply_by_expert(model: Any) -> None:

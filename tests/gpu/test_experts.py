@@ -31,7 +31,7 @@ def test_packed_experts_compute_what_their_dequantized_values_do(family: str, dt
     pack_experts(quantized, "nf4", True, dtype)
     for name, weight in expert_matrices(plain).items():
         packed = quantized.get_parameter(name)
-        whole = packed.all()
+        whole = packed.dequantized()
         assert whole.dtype == dtype
         weight.data = (whole.mT if packed.is_transposed else whole).contiguous()
     plain.set_experts_implementation("eager")
@@ -41,3 +41,14 @@ def test_packed_experts_compute_what_their_dequantized_values_do(family: str, dt
         loss_and_gradient(quantized, precision), loss_and_gradient(plain, precision), strict=True
     ):
         assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_scales_move_with_the_codes() -> None:
+    quantized = base_model("qwen3_moe").requires_grad_(False)
+    pack_experts(quantized, "nf4", True, torch.float32)
+    before = {name: weight.dequantized() for name, weight in expert_matrices(quantized).items()}
+    for device in ("cuda", "cpu"):
+        quantized.to(device)
+        for name, weight in expert_matrices(quantized).items():
+            assert weight.dequantized().device.type == device
+            assert torch.allclose(weight.dequantized().cpu(), before[name], rtol=1e-6)

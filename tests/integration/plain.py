@@ -50,7 +50,7 @@ def plain_base(folder: Path, quantization: str) -> Any:
             model.get_submodule(name).weight.data.copy_(dequantize_module_weight(module))
     for name, parameter in base.named_parameters():
         if isinstance(parameter, PackedExperts):
-            whole = parameter.all()
+            whole = parameter.dequantized()
             model.get_parameter(name).data.copy_(whole.mT if parameter.is_transposed else whole)
     return model.eval()
 

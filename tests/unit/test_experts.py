@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from family_bases import base_model, save, write_base
+from peft import LoraConfig, get_peft_model
 from small_bases import save_fp8, save_mxfp4, save_quantized
 from transformers import BitsAndBytesConfig
 
+from orchestrator.adapters.expert_updates import apply_by_expert
 from orchestrator.base import load_base, share_modules
 from orchestrator.errors import RequestError
 from orchestrator.experts import BY_EXPERT, PackedExperts, compute_by_expert, expert_matrices, pack_experts
@@ -29,7 +32,7 @@ def pairs_of(family: str, **changes: Any) -> tuple[Any, Any]:
     pack_experts(quantized, "nf4", True, torch.float32)
     for name, weight in expert_matrices(plain).items():
         packed = quantized.get_parameter(name)
-        whole = packed.all()
+        whole = packed.dequantized()
         assert not torch.equal(whole.mT if packed.is_transposed else whole, weight)
         weight.data = (whole.mT if packed.is_transposed else whole).contiguous()
     assert plain.config.get_text_config()._experts_implementation != BY_EXPERT
@@ -68,7 +71,7 @@ def test_each_matrix_is_quantized_as_bitsandbytes_quantizes_it(
         expected = torch.cat([dequantize_4bit(*part).view(-1) for part in parts]).view(shape[1:])
         assert torch.equal(packed.expert(number), expected)
         assert (expected - matrix).norm() < 0.2 * matrix.norm()
-    assert torch.equal(packed.all(), torch.stack([packed.expert(number) for number in range(shape[0])]))
+    assert torch.equal(packed.dequantized(), torch.stack([packed.expert(number) for number in range(shape[0])]))
     assert packed.num_weights == weight.numel()
     bits = 8 * (packed.nbytes + packed.scales.nbytes) / weight.numel()
     assert bits < (4.6 if weight.numel() > 10_000 else 100)
@@ -77,9 +80,8 @@ def test_each_matrix_is_quantized_as_bitsandbytes_quantizes_it(
 def test_a_transposed_parameter_gives_out_and_in_features() -> None:
     weight = torch.randn(2, 64, 96)
     packed = PackedExperts.quantized(weight, "nf4", False, is_transposed=True)
-    assert (packed.out_features, packed.in_features) == (96, 64)
     assert packed.expert(1).shape == (96, 64)
-    assert torch.equal(packed.all().mT, PackedExperts.quantized(weight, "nf4", False).all())
+    assert torch.equal(packed.dequantized().mT, PackedExperts.quantized(weight, "nf4", False).dequantized())
 
 
 def test_only_experts_with_tokens_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_a_base_is_loaded_with_packed_experts(family: str, dtype: str, tmp_path:
         parts = 2 if name.endswith("gate_up_proj") and not module.is_transposed else 1
         again = PackedExperts.quantized(weight, "fp4", base.double_quant, packed.is_transposed, parts)
         assert torch.equal(packed.data, again.data)
-        assert torch.equal(packed.all(), again.all())
+        assert torch.equal(packed.dequantized(), again.dequantized())
         assert packed.compute_dtype == getattr(torch, dtype)
     assert model.config.get_text_config()._experts_implementation == BY_EXPERT
     assert model.config.quantization_config.quant_method == "bitsandbytes"
@@ -166,7 +168,7 @@ def test_experts_of_quantized_files_are_packed(stored: str, tmp_path: Path) -> N
         plain = load_base(base.model_copy(update={"quantization": "none"}))
         for name, packed in matrices.items():
             weight = plain.get_parameter(name)
-            found = packed.all().mT if packed.is_transposed else packed.all()
+            found = packed.dequantized().mT if packed.is_transposed else packed.dequantized()
             assert 0 < (found - weight).norm() < 0.15 * weight.norm(), name
 
 
@@ -208,3 +210,33 @@ def test_8_bits_leave_experts_as_they_are(tmp_path: Path) -> None:
     model = load_base(BaseSection(model=str(folder), quantization="int8", compute_dtype="float32"))
     assert not any(isinstance(each, PackedExperts) for each in expert_matrices(model).values())
     assert model.config._experts_implementation != BY_EXPERT
+
+
+def test_packed_experts_are_copied_and_pickled_whole() -> None:
+    weight = torch.randn(3, 8, 64)
+    packed = PackedExperts.quantized(weight, "nf4", True)
+    module = torch.nn.Module()
+    module.gate_up_proj = packed
+    copied, loaded = copy.deepcopy(module).gate_up_proj, pickle.loads(pickle.dumps(packed))
+    for again in (copied, loaded):
+        assert type(again) is PackedExperts
+        assert again.data_ptr() != packed.data_ptr()
+        assert torch.equal(again.dequantized(), packed.dequantized())
+
+
+def test_a_second_adapter_of_experts_is_loaded_and_chosen(tmp_path: Path) -> None:
+    base, _ = pairs_of("qwen3_moe")
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"], lora_dropout=0.0)
+    model = get_peft_model(base, config)
+    apply_by_expert(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        first = model(input_ids=IDS).logits
+        model.load_adapter(str(tmp_path), "two")
+        model.set_adapter("two")
+        assert torch.allclose(model(input_ids=IDS).logits, first)
+        with pytest.raises(NotImplementedError, match="experts in 4 bits cannot be merged in memory"):
+            model.merge_adapter()

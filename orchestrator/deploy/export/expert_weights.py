@@ -51,7 +51,7 @@ class StoredExperts:
 
         if self.expert is not None:
             return PackedExperts.quantized(weight[None], quant_type, double_quant).expert(0)
-        return PackedExperts.quantized(weight, quant_type, double_quant, num_parts=self.num_parts).all()
+        return PackedExperts.quantized(weight, quant_type, double_quant, num_parts=self.num_parts).dequantized()
 
     def delta(self, a: Any, b: Any, scale: float) -> Any:
         """Return the update in the shape of the stored tensor.
@@ -90,13 +90,15 @@ def stored_experts(
             module = model.get_submodule(name.rpartition(".")[0])
             parts = num_parts(module, name.rpartition(".")[2])
             whole = StoredExperts(name, module.num_experts, module.is_transposed, parts, update=updates.get(name))
-            found[stored] = replace(whole, expert=expert, part=part)
+            if expert is None or not module.is_transposed:  # no family stores transposed experts one by one
+                found[stored] = replace(whole, expert=expert, part=part)
     for name in wanted:
         parts_of = [each for each in found.values() if each.parameter == name]
         if sum(1 if each.expert is None else 1 / each.num_parts / each.num_experts for each in parts_of) < 0.99:
+            onto = "" if name in updates else "Merge onto the original weights (`--onto original`), or export"
             raise RequestError(
                 f"base.model {base_files.base.model}: its files contain {name} in a form that cannot be merged",
-                "Export it as an adapter (`--format adapter`).",
+                f"{onto or 'Export'} it as an adapter (`--format adapter`).",
             )
     return found
 
@@ -119,9 +121,9 @@ def _expert_parts(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, int
         number = re.search(r"\.experts\.(\d+)\.", name)
         if converter is None:
             found[name] = renamed, None, 0
-        elif number and [type(each).__name__ for each in converter.operations] in (
-            ["MergeModulelist"],
-            ["MergeModulelist", "Concatenate"],
+        elif number and [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations] in (
+            [("MergeModulelist", 0)],
+            [("MergeModulelist", 0), ("Concatenate", 1)],
         ):
             found[name] = renamed, int(number[1]), converter.source_patterns.index(pattern)
     return found

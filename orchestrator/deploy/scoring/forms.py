@@ -139,7 +139,7 @@ def _dequantize(model: Any) -> list[str]:
     for name, parameter in list(model.named_parameters()):
         if isinstance(parameter, PackedExperts):
             module, _, leaf = name.rpartition(".")
-            whole = parameter.all()
+            whole = parameter.dequantized()
             plain = Parameter((whole.mT if parameter.is_transposed else whole).contiguous(), requires_grad=False)
             setattr(model.get_submodule(module), leaf, plain)
     if names:

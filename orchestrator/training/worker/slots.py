@@ -2,7 +2,6 @@
 
 import threading
 import time
-from contextlib import suppress
 
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.training.attempt.events import END, Event, LeaseLost, Left
@@ -38,6 +37,7 @@ class SlotLease:
         self._has_events = threading.Condition()
         self._renewed_at = time.monotonic()
         self._is_released = False
+        self._was_claimed = False
         self.wants_checkpoint = False
         """Whether the trial should write a checkpoint before it stops."""
 
@@ -47,13 +47,16 @@ class SlotLease:
         return time.monotonic() - self._renewed_at > LEASE_TIMEOUT_S
 
     def is_replaced(self) -> bool:
-        """Return whether another lease has claimed the trial on storage.
+        """Return whether another lease has claimed the trial on storage, or had claimed it and has ended.
 
         After its driver was killed, a worker trains on until the lease expires, beside an attempt of the resumed sweep.
         """
-        with suppress(FileNotFoundError):  # a trial without a sweep has no claim
-            return self.paths.lease.read_text() != self.name
-        return False
+        try:
+            is_own = self.paths.lease.read_text() == self.name
+        except FileNotFoundError:
+            return self._was_claimed  # a trial without a sweep never has a claim
+        self._was_claimed = self._was_claimed or is_own
+        return not is_own
 
     @property
     def stopping(self) -> bool:

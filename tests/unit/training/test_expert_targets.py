@@ -144,7 +144,9 @@ def test_updates_and_their_gradients_are_pefts(family: str, trial: MakeConfig, t
     for name, _ in list(plain.named_parameters()):
         weight = quantized.get_parameter(name)
         if hasattr(weight, "scales"):
-            plain.get_parameter(name).data = (weight.all().mT if weight.is_transposed else weight.all()).contiguous()
+            plain.get_parameter(name).data = (
+                weight.dequantized().mT if weight.is_transposed else weight.dequantized()
+            ).contiguous()
     peft = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
     losses = []
     for each in (model, peft):

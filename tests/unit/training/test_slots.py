@@ -117,8 +117,9 @@ def test_write_error_ends_the_attempt_and_names_the_reason(number: int, is_stora
     writer.close()
 
 
-def test_attempt_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
-    """A worker outlives its killed driver, and must not write beside an attempt of the resumed sweep."""
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_attempt_that_was_replaced_begins_no_file(tmp_path: Path, has_ended: bool) -> None:
+    """A worker outlives its killed driver, and an attempt of the resumed sweep may have ended meanwhile."""
     lease, done = SlotPool(1).lease("1", START, TrialPaths(tmp_path, "a")), []
     assert lease is not None
     lease.paths.root.mkdir(parents=True)
@@ -127,6 +128,8 @@ def test_attempt_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
     writer.do(lambda: done.append("own"))
     writer.wait()
     lease.paths.lease.write_text("2")
+    if has_ended:
+        lease.paths.lease.unlink()
     writer.do(lambda: done.append("replaced"))
     (event,) = lease.take_events(10.0)
     assert isinstance(event, Left)

@@ -110,7 +110,7 @@ class ExpertMatrices:
     def _dequantized(self) -> torch.Tensor:
         """Return (E, out, in)."""
         if type(self._stored) is not torch.nn.Parameter:  # `PackedExperts`, whose import takes seconds
-            return self._stored.all().to(self._dtype)
+            return self._stored.dequantized().to(self._dtype)
         weights = self._stored.detach()
         return (weights.mT if self._is_transposed else weights).to(self._dtype)
 

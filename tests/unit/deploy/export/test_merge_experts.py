@@ -50,7 +50,7 @@ def plain_base(base: BaseSection, onto: Onto) -> Any:
                 plain.get_submodule(name).weight.data = dequantize_module_weight(module)
         for name, parameter in loaded.named_parameters():
             if isinstance(parameter, PackedExperts):
-                whole = parameter.all()
+                whole = parameter.dequantized()
                 plain.get_parameter(name).data = whole.mT if parameter.is_transposed else whole
     return plain
 
