@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator
-from orchestrator.upstream import PRIVATE, Private
+from orchestrator.private_names import PRIVATE, Private
 
 PACKAGE = Path(orchestrator.__file__).parent
 PUBLIC = {"_exit", "_replace", "_private", "_foreach_copy_", "_version", "_modules"}
@@ -99,4 +99,4 @@ def test_each_private_attribute_of_another_object_is_listed() -> None:
         and not isinstance(node.value, ast.Call)  # super()
         and node.attr not in own | listed | PUBLIC
     }  # fmt: skip
-    assert not missing, "add an entry to orchestrator/upstream.py"
+    assert not missing, "add an entry to orchestrator/private_names.py"
