@@ -6,6 +6,7 @@ Files hold the experts of a layer as one tensor for each expert (`experts.3.up_p
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.deploy.export.base_files import BaseFiles
@@ -65,6 +66,28 @@ class StoredExperts:
             whole = (b @ a).mul_(scale)
             return whole.mT.contiguous() if self.is_transposed else whole
         return (b[self.expert].chunk(self.num_parts)[self.part] @ a[self.expert]).mul_(scale)
+
+
+def expert_update(
+    name: str, matrices: str, layer: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> ExpertLora:
+    """Return the update of a parameter of fused experts.
+
+    Args:
+        name: name of PEFT's wrapper.
+        matrices: how the names of its matrices begin in the adapter's file.
+        layer: the wrapper, on the meta device.
+        shapes: shape of each tensor of the adapter's file.
+        folder: the adapter's, for messages.
+
+    Raises:
+        RequestError: the file has no such matrices, or of other shapes.
+    """
+    update = ExpertLora(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"])
+    expected = tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)
+    if (found := (shapes.get(update.a), shapes.get(update.b))) != expected:
+        raise RequestError(f"{folder}: adapter and base do not match: {name} has matrices {found}, not {expected}")
+    return update
 
 
 def stored_experts(

@@ -14,7 +14,12 @@ from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import PromptForm, question_template
 from orchestrator.deploy.dtypes import DTYPES, Dtype
 from orchestrator.deploy.export.base_files import BaseFiles, find_base_files
-from orchestrator.deploy.export.expert_weights import ExpertLora, StoredExperts, stored_experts
+from orchestrator.deploy.export.expert_weights import (
+    ExpertLora,
+    StoredExperts,
+    expert_update,
+    stored_experts,
+)
 from orchestrator.deploy.export.memory_limit import why_out_of_memory
 from orchestrator.deploy.load import load_own_tokenizer, stop_tokens
 from orchestrator.errors import RecordError, RequestError
@@ -298,7 +303,7 @@ def _updates(
             continue
         if isinstance(layer, ParamWrapper):
             parameter = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
-            experts[parameter] = _expert_update(name, layer, shapes, folder)
+            experts[parameter] = expert_update(name, f"{_PREFIX}{name}.lora_", layer, shapes, folder)
             continue
         adapted = f"{folder}: adapts {name}"
         variant = layer.lora_variant.get("default")
@@ -318,22 +323,6 @@ def _updates(
             raise RequestError(f"{folder}: {name} has rank {rank} in adapter_config.json, but {ranks} in {WEIGHTS}")
         updates[f"{name}.weight"] = update
     return updates, experts
-
-
-def _expert_update(name: str, layer: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> ExpertLora:
-    """Return the update of a parameter of fused experts.
-
-    Args:
-        name: name of PEFT's wrapper.
-        layer: the wrapper, on the meta device.
-        shapes, folder: see `_updates`.
-    """
-    matrices = f"{_PREFIX}{name}.lora_"
-    update = ExpertLora(f"{matrices}A.weight", f"{matrices}B.weight", layer.scaling["default"])
-    expected = tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)
-    if (found := (shapes.get(update.a), shapes.get(update.b))) != expected:
-        raise RequestError(f"{folder}: adapter and base do not match: {name} has matrices {found}, not {expected}")
-    return update
 
 
 def _trained_rows(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TrainedRows]:
