@@ -196,6 +196,14 @@ def test_little_memory(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, cap
     assert "compared with transformers on 48 tokens only" in caplog.text
 
 
+def test_a_router_is_not_called(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_base("qwen3_moe")
+    engine = open_engine(base)
+    monkeypatch.setattr(base.model.layers[0].mlp, "forward", lambda states: states)
+    with pytest.raises(TrialError, match="not all routers of experts were called"):
+        require_parity(base, engine, make_rows(9))
+
+
 def test_transformers_fails(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
     base = open_base("olmo2")
     engine = open_engine(base)

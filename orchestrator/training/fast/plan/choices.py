@@ -48,6 +48,11 @@ class ExpertChoices:
                 hooks.callback(router.register_forward_hook(record).remove)
             yield
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every router was called. transformers may compute a layer by a kernel that calls none."""
+        return len(self._chosen) == len(self._routers)
+
     @contextmanager
     def given(self) -> Iterator[None]:
         """Have transformers and the engine compute with the recorded choices, within."""

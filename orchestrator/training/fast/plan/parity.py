@@ -127,6 +127,10 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
             raise
         _log.warning("transformers cannot compute this base on rows of text alone", exc_info=True)
         return f"the fast engine cannot be compared with transformers on this base: {error}"
+    if not choices.is_complete:
+        return (
+            "the fast engine cannot be compared with transformers on this base: not all routers of experts were called"
+        )
     with choices.given():
         loss, gradients = _by_engine(engine, row, rank)
     count = int(row.num_targets_per_row[0])
