@@ -41,7 +41,8 @@ class ExpertChoices:
         def record(router: Any, _: Any, output: Any) -> None:
             logits, scores, self._chosen[router] = output
             own = experts_of[router].scores_of(logits, self._chosen[router])
-            self.scores_apart = max(self.scores_apart, float((own / scores.float() - 1).abs().max()))
+            apart = (own / scores.detach().float() - 1).abs().max()
+            self.scores_apart = max(self.scores_apart, float(apart))
 
         with ExitStack() as hooks:
             for router in self._routers:
