@@ -189,13 +189,15 @@ def _with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_c
         trust_remote_code: run Python code that comes with the model.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
+    linear = torch.nn.Linear | Conv1D
     with torch.device("meta"):
         model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     packed = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in stored if _is_scale(name)}
     names = names_in_model(model, [f"{name}.weight" for name in packed])
     quantized = {name and name.removesuffix(".weight") for name in names.values()}
-    plain = [name for name, module in model.named_modules() if _is_linear(module) and name not in quantized]
+    plain = [name for name, module in model.named_modules() if isinstance(module, linear) and name not in quantized]
     holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
     holder.quantization_config["llm_int8_skip_modules"] = [f"^{re.escape(name)}$" for name in plain]
     return config
@@ -204,13 +206,6 @@ def _with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_c
 def _is_scale(name: str) -> bool:
     """Return whether a stored tensor holds the scales of a quantized weight (bitsandbytes 0.50)."""
     return name.endswith((".weight.absmax", ".SCB"))
-
-
-def _is_linear(module: Any) -> bool:
-    from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Linear | Conv1D)
 
 
 def configuration(base: BaseSection) -> Any:
@@ -245,12 +240,33 @@ def is_only_multimodal(base: BaseSection) -> bool:
 
     False for a base that is not on this machine, and for one with its own code, which is not run for this.
     """
+    config = _own_configuration(base)
+    return config is not None and _is_only_multimodal(config)
+
+
+def empty_model(base: BaseSection) -> Any:
+    """Build a base without its weights. None for one with its own code, or one that is not on this machine.
+
+    Raises:
+        RequestError: transformers cannot build it.
+    """
+    import torch
+
+    try:
+        config = _own_configuration(base)
+        with torch.device("meta"):
+            return config and model_class(config).from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise not_loadable(base, error) from error
+
+
+def _own_configuration(base: BaseSection) -> Any:
     from transformers import AutoConfig
 
     file = config_file(base)
     if file is None or not file.is_file() or base.trust_remote_code:
-        return False
-    return _is_only_multimodal(AutoConfig.from_pretrained(str(file.parent)))
+        return None
+    return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
 
 
 def _grow_vocabulary(model: Any, num_tokens: int) -> None:

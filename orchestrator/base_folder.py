@@ -70,6 +70,11 @@ def not_loadable(base: BaseSection, error: Exception) -> RequestError:
             "Give a model whose config.json names an architecture that ends with ForCausalLM or "
             "ForConditionalGeneration of text and images.",
         )
+    if "contains custom code" in reason:
+        return RequestError(
+            f"base.model {base.model}: brings its own Python code, which would run to load it",
+            "If you trust that code, set base.trust_remote_code: true.",
+        )
     if "model type" in reason and "does not recognize" in reason:
         return RequestError(
             f"base.model {base.model}: cannot be loaded: {reason}",

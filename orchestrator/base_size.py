@@ -101,9 +101,10 @@ class BaseSize:
         )
 
     def say(self, base: BaseSection) -> str:
-        """Return a phrase such as `97% of its weights in 4 bits, 17.3 GiB`."""
-        share = f"{self.quantized_share:.0%} of its weights in {_bits(base)} bits, "
-        return f"{'' if base.quantization == 'none' else share}{say_gib(self.gib)}"
+        """Return a phrase such as `97% of its weights are in 4 bits, 17.3 GiB in all`."""
+        if base.quantization == "none":
+            return f"its weights take {say_gib(self.gib)}"
+        return f"{self.quantized_share:.0%} of its weights are in {_bits(base)} bits, {say_gib(self.gib)} in all"
 
 
 def _by_kind(name: str) -> str:

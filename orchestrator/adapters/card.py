@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.base import is_only_multimodal
+from orchestrator.base import empty_model, is_only_multimodal
 from orchestrator.base_folder import DEQUANTIZED, has_experts, hub_id, stored_quantization
 from orchestrator.base_weights import plain_layers
 from orchestrator.spec import TrialConfig
@@ -165,12 +166,22 @@ def _variants(config: TrialConfig) -> list[str]:
         found.append(f"Fully trained modules: {', '.join(lora.modules_to_save)}")
     if lora.names_experts:
         found.append("Adapted experts: see `target_parameters` in `adapter_config.json`")
-    if config.base.is_4bit and has_experts(config.base):
+    if _packs_experts(config.base):
         found.append("Trained on experts in 4 bits, which transformers alone keeps in 16; losses differ a little")
     if tokens:
         named = ", ".join(f"`{token}`" for token in tokens)
         found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` resizes the embedding for them")
     return found
+
+
+@cache
+def _packs_experts(base: BaseSection) -> bool:
+    """Return whether the experts of a base are in 4 bits. False for a base with its own code, which is not run here."""
+    if not base.is_4bit or not has_experts(base) or (model := empty_model(base)) is None:
+        return False
+    from orchestrator.experts import expert_matrices
+
+    return bool(expert_matrices(model))
 
 
 def _load(base: BaseSection) -> str:

@@ -57,12 +57,12 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
             "data.chat_template: no row ends with a stop token; nothing after an answer is in the loss",
             "Write a stop token there, such as {{ eos_token }}; or set data.require_stop: false.",
         )
-    from orchestrator.training.model.check_targets import check_targets, note_on_size
+    from orchestrator.training.model.check_targets import EmptyBases, check_targets, notes_on_size
 
     spec, notes = as_stored(spec, fetch=False)
-    check_targets(spec)
-    if size := note_on_size(spec.base):
-        notes.append(size)
+    empty = EmptyBases()
+    check_targets(spec, empty)
+    notes += notes_on_size(spec, empty)
     document = spec.model_dump(mode="json")
     if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
         document["search"]["num_trials"] = spec.search.total_trials

@@ -245,7 +245,7 @@ def test_settings_train(
 
 
 def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
-    with pytest.raises(TrialError, match=r"'w_proj' is not a linear layer of this base; it has down_proj, "):
+    with pytest.raises(TrialError, match=r"'w_proj' names no layer of this base; it has down_proj, "):
         run(tiny("lora.target_modules=[q_proj, w_proj]"), folder)
 
 

@@ -1,5 +1,8 @@
 """The share of a base's weights that are quantized, and its size."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from orchestrator.base_size import BaseSize
 from orchestrator.cli import app
 from orchestrator.spec.sections import BaseSection
 
+DEMO = Path("experiments/demo.yaml")
 WIDE = {"num_experts": 8, "moe_intermediate_size": 256, "hidden_size": 64}
 """A base most of whose weights are those of experts."""
 
@@ -76,18 +80,58 @@ def test_a_base_of_which_nearly_all_is_quantized_is_not_warned_of(tmp_path: Path
     size = BaseSize.of(model)
     assert size.quantized_share > 0.9
     assert size.warning(base) is None
-    assert size.say(base) == f"{size.quantized_share:.0%} of its weights in 4 bits, {1024 * size.gib:.3g} MiB"
+    assert size.say(base) == (
+        f"{size.quantized_share:.0%} of its weights are in 4 bits, {1024 * size.gib:.3g} MiB in all"
+    )
     assert BaseSize.of(load_base(BaseSection(model="embedded"))).warning(BaseSection(model="embedded")) is None
 
 
+def checked(folder: Path, base: str, *overrides: str) -> list[str]:
+    """Return the notes that `check` prints for a base."""
+    file = folder / "one.yaml"
+    file.write_text(
+        f"base: {base}\ndata: {{source: embedded, format: template, template: '{{question}} {{answer}}'}}\n"
+        "training: {steps: 2}\n"
+    )
+    options = [word for each in overrides for word in ("--set", each)]
+    answer = CliRunner().invoke(app, ["check", str(file), *options])
+    assert answer.exit_code == 0, answer.output
+    notes = [line.removeprefix("# note: ") for line in answer.stdout.splitlines() if line.startswith("# note: ")]
+    return [note for note in notes if not note.startswith("data.max_length")]
+
+
 def test_check_says_how_much_of_a_base_with_experts_is_quantized(tmp_path: Path) -> None:
-    save(base_model("mixtral"), tmp_path / "base")
-    file = tmp_path / "one.yaml"
-    for quantization, said in (("nf4", "in 4 bits"), ("none", "has experts; it will hold")):
-        file.write_text(
-            f"base: {{model: {tmp_path / 'base'}, quantization: {quantization}}}\n"
-            "data: {source: embedded, format: template, template: '{question} {answer}'}\ntraining: {steps: 2}\n"
-        )
-        answer = CliRunner().invoke(app, ["check", str(file)])
-        assert answer.exit_code == 0, answer.output
-        assert said in answer.output
+    base = save(base_model("qwen3_moe", **WIDE | {"moe_intermediate_size": 1024}), tmp_path / "base")
+    (note,) = checked(tmp_path, f"{{model: {base}, quantization: nf4}}")
+    said = rf"base.model {base}: has experts; after loading, 9\d% of its weights are in 4 bits, .* MiB in all"
+    assert re.fullmatch(said, note)
+    (note,) = checked(tmp_path, f"{{model: {base}, quantization: none}}")
+    assert re.fullmatch(rf"base.model {base}: has experts; after loading, its weights take \S+ MiB", note)
+
+
+def test_check_notes_the_bases_of_the_trials_alone(tmp_path: Path) -> None:
+    base = save(base_model("mixtral"), tmp_path / "base")
+    space = "search={algorithm: grid, space: {base.quantization: {grid: [none, int8]}, lora.rank: {grid: [4, 8]}}}"
+    none, int8 = checked(tmp_path, f"{{model: {base}, quantization: nf4}}", space)
+    assert f"base.model {base}: has experts; after loading, its weights take " in none
+    assert "base.quantization int8: only " in int8
+
+
+def test_check_shows_no_warning_of_bitsandbytes(tmp_path: Path) -> None:
+    """A process of its own imports bitsandbytes, whose CPU part warns of kernels that are not installed."""
+    base = save(base_model("mixtral"), tmp_path / "base")
+    code = (
+        "import logging, sys\n"
+        "class Warns:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'bitsandbytes.backends.cpu.ops':\n"
+        "            logging.getLogger(name).warning('kernels are missing')\n"
+        "            print('imported')\n"
+        "sys.meta_path.insert(0, Warns())\n"
+        "from orchestrator.cli import app\n"
+        "app(sys.argv[1:])\n"
+    )
+    call = [sys.executable, "-c", code, "check", str(DEMO), "--json", "--set", f"base.model={base}"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert "imported" in done.stdout
+    assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == []

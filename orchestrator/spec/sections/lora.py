@@ -56,8 +56,11 @@ class LoraSection(Section):
 
     @property
     def names_experts(self) -> bool:
-        """Whether target_modules names fused experts or their parameters. They are called experts in all families."""
-        return isinstance(self.target_modules, list) and any("experts" in n.split(".") for n in self.target_modules)
+        """Whether target_modules names fused experts or their parameters. They are called experts in all families.
+
+        A number after this word, as in `experts.0.w1`, names a linear layer of a single expert.
+        """
+        return isinstance(self.target_modules, list) and any(map(_names_fused_experts, self.target_modules))
 
     @property
     def starts_from_base(self) -> bool:
@@ -106,3 +109,8 @@ class LoraSection(Section):
                     f"target_modules names experts, whose adapters cannot be combined with {field} "
                     f"{str(value).lower()}; {remedy}, or take the experts out"
                 )
+
+
+def _names_fused_experts(target: str) -> bool:
+    _, experts, inside = f".{target}.".partition(".experts.")
+    return bool(experts) and not any(part.isdigit() for part in inside.split("."))

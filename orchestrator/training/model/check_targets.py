@@ -4,73 +4,113 @@ The module is cheap to import. It builds the model without its weights only for 
 `PEFT_REFUSES`.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.base_folder import config_file, has_experts, model_type, stored_quantization
+from orchestrator.base_folder import has_experts, model_type, stored_quantization
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
-from orchestrator.training.model.linear_layers import PEFT_REFUSES, LinearLayers, linear_layers
+from orchestrator.training.model.linear_layers import PEFT_REFUSES, linear_layers
 from orchestrator.training.model.targets import require_adaptable
 
 
-def check_targets(spec: SweepSpec) -> None:
+class EmptyBases:
+    """The bases of an experiment without their weights. Each is built once."""
+
+    def __init__(self) -> None:
+        self._built: dict[tuple[str, str | None, bool], Any] = {}
+
+    def of(self, base: BaseSection) -> Any:
+        """Return the model of a base on the meta device. None for one with its own code, or not on this machine.
+
+        A base's own code is not run to check an experiment.
+
+        Raises:
+            RequestError: transformers cannot build it.
+        """
+        key = base.model, base.revision, base.trust_remote_code
+        if key not in self._built:
+            with importing(), _only_errors_of("bitsandbytes"):
+                import bitsandbytes  # noqa: F401  # what looks at the model imports it
+
+                from orchestrator.base import empty_model
+
+                self._built[key] = empty_model(base)
+        return self._built[key]
+
+
+@contextmanager
+def _only_errors_of(library: str) -> Iterator[None]:
+    """Silence the warnings of a library, such as those on optional kernels that are not installed."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_targets(spec: SweepSpec, empty: EmptyBases | None = None) -> None:
     """Check that PEFT adapts the layers that the trials ask for, for each base whose configuration is at hand.
 
+    The layers that text reaches in a multimodal base are found with its weights; there, the trial checks this.
+
+    Args:
+        spec: the experiment.
+        empty: models that are built already, or will be used again.
+
     Raises:
-        RequestError: it does not; the remedy is a list that it adapts.
+        RequestError: PEFT does not; the remedy is a list that it adapts. Or transformers cannot build the base.
     """
-    known: dict[BaseSection, LinearLayers | None] = {}
+    empty = EmptyBases() if empty is None else empty
     for config in spec.samples():
-        base = config.base
-        if base not in known or (known[base] is None and config.lora.names_experts):
-            known[base] = _layers_to_check(base, config.lora.names_experts)
-        if (layers := known[base]) is None:
+        if not _may_be_refused(config) or (model := empty.of(config.base)) is None:
             continue
         try:
-            require_adaptable(layers, config.lora)
+            require_adaptable(linear_layers(model), config.lora)
         except TrialError as error:
-            raise RequestError(f"{error.message} of base.model {base.model}", error.remedy) from error
+            is_multimodal = bool(model.config.sub_configs)  # the list has layers that text does not reach
+            remedy = "Name layers of the text model in lora.target_modules." if is_multimodal else error.remedy
+            raise RequestError(f"base.model {config.base.model}: {error.message}", remedy) from error
 
 
-def _layers_to_check(base: BaseSection, names_experts: bool) -> LinearLayers | None:
-    """Return the linear layers of a base from its configuration alone; None where nothing can be refused.
-
-    A base's own code is not run to check an experiment, and the layers that text reaches in a multimodal base are found
-    with its weights; there, the trial checks its layers.
-    """
-    if model_type(base) not in PEFT_REFUSES and not names_experts:
-        return None
-    model = _meta_model(base)
-    return None if model is None or model.config.sub_configs else linear_layers(model)
+def _may_be_refused(config: TrialConfig) -> bool:
+    """Return whether the targets are checked: names of layers in a base with experts, and what PEFT refuses."""
+    base, lora = config.base, config.lora
+    names_layers = lora.target_modules != "all-linear" and has_experts(base)
+    return names_layers or lora.names_experts or model_type(base) in PEFT_REFUSES
 
 
-def _meta_model(base: BaseSection) -> Any:
-    """Build a base without its weights; None for a base with code of its own, or one that is not on this machine."""
-    file = config_file(base)
-    if base.trust_remote_code or file is None or not file.is_file():
-        return None
-    with importing():
-        import torch
-        from transformers import AutoConfig
-
-        from orchestrator.base import model_class
-
-    config = AutoConfig.from_pretrained(str(file.parent))
-    with torch.device("meta"):
-        return model_class(config).from_config(config)
-
-
-def note_on_size(base: BaseSection) -> str | None:
-    """Say how much of a base with experts will be quantized, and its size. None for other bases.
+def notes_on_size(spec: SweepSpec, empty: EmptyBases) -> list[str]:
+    """Say how much of each base with experts will be quantized, and its size.
 
     A trial measures both on the loaded base, also where there are no experts.
+
+    Args:
+        spec: the experiment.
+        empty: models that are built already.
     """
-    if not has_experts(base) or stored_quantization(base) is not None or (model := _meta_model(base)) is None:
+    notes = [_note_on_size(base, empty) for base in dict.fromkeys(config.base for config in spec.samples())]
+    return list(dict.fromkeys(filter(None, notes)))
+
+
+def _note_on_size(base: BaseSection, empty: EmptyBases) -> str | None:
+    """Return None for a base without experts, and for one that cannot be built, which its trials report."""
+    if not has_experts(base) or stored_quantization(base) is not None:
         return None
+    try:
+        model = empty.of(base)
+    except RequestError:
+        return None
+    if model is None:
+        return None
+    from orchestrator.base import share_modules
     from orchestrator.base_size import BaseSize
 
-    size = BaseSize.foreseen(base, model)
-    warning = size.warning(base)
-    return warning or f"base.model {base.model}: has experts; it will hold {size.say(base)}"
+    size = BaseSize.foreseen(base, share_modules(model))
+    return size.warning(base) or f"base.model {base.model}: has experts; after loading, {size.say(base)}"

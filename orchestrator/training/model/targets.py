@@ -74,7 +74,11 @@ def expected_experts(model: Any, lora: LoraSection) -> ExpertShapes:
         model: the bare base.
         lora: the configuration, checked by `expected_modules`.
     """
-    experts, numbers = _targeted_experts(linear_layers(model), lora), lora.layers_to_transform
+    return _adapted_experts(linear_layers(model), lora)
+
+
+def _adapted_experts(layers: LinearLayers, lora: LoraSection) -> ExpertShapes:
+    experts, numbers = _targeted_experts(layers, lora), lora.layers_to_transform
     return {name: shape for name, shape in experts.items() if numbers is None or _layer_number(name) in numbers}
 
 
@@ -95,7 +99,7 @@ def _names_expert(name: str, target: str) -> bool:
 
 
 def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
-    """Check that `lora.target_modules` names layers that can be adapted.
+    """Check that `lora.target_modules` names layers that can be adapted, and no experts that train in full.
 
     Args:
         layers: the linear layers of the base.
@@ -119,13 +123,22 @@ def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
             )
         if not named:
             leaves = sorted({name.rpartition(".")[2] for name in layers.shapes} | expert_leaves(layers.expert_shapes))
-            raise TrialError(
-                f"lora.target_modules: {target!r} is not a linear layer of this base; it has {', '.join(leaves)}"
-            )
+            raise TrialError(f"lora.target_modules: {target!r} names no layer of this base; it has {', '.join(leaves)}")
         if impossible := [name for name in named if name in layers.impossible]:
             raise TrialError(f"lora.target_modules: {target!r} names {layers.why_impossible(impossible)}", remedy)
         if all(layers.left_out.get(name) == "unreached" for name in named):
             raise TrialError(f"lora.target_modules: {target!r} names only layers that text does not reach", remedy)
+    _require_not_saved(_adapted_experts(layers, lora), lora)
+
+
+def _require_not_saved(experts: ExpertShapes, lora: LoraSection) -> None:
+    """Check that no adapted experts are inside a module that trains in full."""
+    for module in lora.modules_to_save or ():
+        if inside := expert_leaves(name for name in experts if _is_inside(name, module)):
+            raise TrialError(
+                f"lora.modules_to_save: {module} contains the adapted experts {', '.join(sorted(inside))}; adapt them "
+                "or train them in full"
+            )
 
 
 def expert_leaves(names: Iterable[str]) -> set[str]:

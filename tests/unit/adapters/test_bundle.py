@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from family_bases import base_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
@@ -29,7 +30,7 @@ from orchestrator.adapters.bundle import (
 )
 from orchestrator.adapters.card import adapter_card
 from orchestrator.base import load_tokenizer
-from orchestrator.base_folder import base_commit
+from orchestrator.base_folder import base_commit, has_experts
 from orchestrator.base_weights import quantization_config
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RecordError
@@ -205,6 +206,24 @@ def test_the_card_says_what_transformers_alone_does_with_experts(tmp_path: Path)
     assert "Adapted experts: see `target_parameters`" in adapter_card(
         config_of(base=base, lora=lora), "t1", 7, "eval/loss", VALUES
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "is_said"),
+    [
+        ("qwen3_moe", {}, True),
+        ("doge", {"is_moe": False}, False),
+        ("jetmoe", {}, False),
+        ("llama4_text", {}, False),
+    ],
+)
+def test_the_card_speaks_of_experts_in_4_bits_only_if_they_are(
+    family: str, changes: dict[str, Any], is_said: bool, tmp_path: Path
+) -> None:
+    base_config(family, **changes).save_pretrained(str(tmp_path))
+    assert has_experts(BaseSection(model=str(tmp_path)))
+    config = config_of(base={"model": str(tmp_path), "quantization": "nf4"})
+    assert ("Trained on experts in 4 bits" in adapter_card(config, "t1", 7, "eval/loss", VALUES)) == is_said
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])

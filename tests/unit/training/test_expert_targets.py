@@ -1,23 +1,28 @@
 """Which experts `lora.target_modules` adapts, with which values, and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_bases import base_config, base_model
+from family_bases import MOE, base_config, base_model
 from peft import PeftModel
+from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.adapters.expert_updates import AdaptedExperts, expert_layers
-from orchestrator.base import load_tokenizer
+from orchestrator.base import empty_model, load_tokenizer
+from orchestrator.cli import app
 from orchestrator.errors import RequestError, SpecError, TrialError
 from orchestrator.experts import pack_experts
 from orchestrator.spec import TrialConfig, parse_spec
-from orchestrator.spec.sections import LoraSection
+from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.model.adapter_init import init_adapter
-from orchestrator.training.model.check_targets import check_targets
+from orchestrator.training.model.check_targets import EmptyBases, check_targets, notes_on_size
+from orchestrator.training.model.linear_layers import linear_layers
 from orchestrator.training.model.peft_model import adapted_parts, load_adapter_weights, model_from_peft
 from orchestrator.training.model.targets import (
     expected,
@@ -231,7 +236,7 @@ def test_experts_of_another_form_are_refused() -> None:
     lora = LoraSection(target_modules=["experts"], dropout=0)
     with pytest.raises(TrialError, match="'experts' names experts of a form that this version cannot adapt"):
         expected_modules(base_model("llama4_text"), lora)
-    with pytest.raises(TrialError, match="'experts' is not a linear layer of this base"):
+    with pytest.raises(TrialError, match="'experts' names no layer of this base"):
         expected_modules(base_model("jamba"), lora)
 
 
@@ -239,6 +244,121 @@ def test_experts_are_checked_before_the_base_is_loaded(document: dict[str, Any],
     base_config("qwen3_moe").save_pretrained(str(tmp_path))  # without weights
     section = {"base": {"model": str(tmp_path)}}
     check_targets(parse_spec(document | section | {"lora": {"target_modules": ["experts"], "dropout": 0}}))
-    wrong = {"target_modules": ["experts.up_proj"], "dropout": 0}
-    with pytest.raises(RequestError, match=r"'experts.up_proj' is not a linear layer.* experts.gate_up_proj"):
-        check_targets(parse_spec(document | section | {"lora": wrong}))
+    for target in ("experts.up_proj", "down_proj"):
+        wrong = {"target_modules": [target], "dropout": 0}
+        said = rf"^base.model {tmp_path}: .*'{target}' names no layer of this base; .* experts.gate_up_proj"
+        with pytest.raises(RequestError, match=said):
+            check_targets(parse_spec(document | section | {"lora": wrong}))
+
+
+def test_targets_of_a_multimodal_base_are_checked_before_it_is_loaded(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    text = base_config("qwen3_moe").to_dict() | {"rope_parameters": rope}
+    del text["model_type"], text["architectures"]
+    vision["deepstack_visual_indexes"] = [0]  # type: ignore[assignment]
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    config.save_pretrained(str(tmp_path))
+    built = []
+    monkeypatch.setattr("orchestrator.base.empty_model", lambda base: built.append(base) or empty_model(base))
+    section = {"base": {"model": str(tmp_path)}, "search": {"space": {"lora.rank": {"choice": [2, 4, 8]}}}}
+    for targets in (["q_proj", "experts"], ["experts.down_proj"], ["q_proj"]):
+        check_targets(parse_spec(document | section | {"lora": {"target_modules": targets, "dropout": 0}}))
+    assert len(built) == 3
+    for wrong in ("experts.nonsense", "nonsense"):
+        lora = {"target_modules": ["q_proj", wrong], "dropout": 0}
+        said = f"'{wrong}' names no layer of this base; it has experts.down_proj, "
+        with pytest.raises(RequestError, match=said) as refused:
+            check_targets(parse_spec(document | section | {"lora": lora}))
+        assert refused.value.remedy == "Name layers of the text model in lora.target_modules."
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_the_layers_of_a_base_without_weights_are_those_of_the_loaded_one(family: str, tmp_path: Path) -> None:
+    base_config(family).save_pretrained(str(tmp_path))
+    assert linear_layers(empty_model(BaseSection(model=str(tmp_path)))) == linear_layers(base_model(family))
+
+
+def test_check_and_note_build_a_base_once(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_config("qwen3_moe").save_pretrained(str(tmp_path))
+    built = []
+    monkeypatch.setattr("orchestrator.base.empty_model", lambda base: built.append(base) or empty_model(base))
+    space = {"base.quantization": {"choice": ["none", "int8", "nf4"]}}
+    spec = parse_spec(
+        document
+        | {"base": {"model": str(tmp_path)}, "lora": {"target_modules": ["q_proj"]}, "search": {"space": space}}
+    )
+    empty = EmptyBases()
+    check_targets(spec, empty)
+    assert len(notes_on_size(spec, empty)) == 3
+    assert len(built) == 1
+    kinds = {type(module) for module in empty.of(spec.base).modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {torch.nn.Linear}, "a note quantizes a copy"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "remedy"),
+    [
+        ({"model_type": "unheard_of"}, "cannot be loaded: .*does not recognize", "A newer transformers may know it"),
+        (
+            {"model_type": "unheard_of", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}},
+            "brings its own Python code",
+            "If you trust that code, set base.trust_remote_code: true",
+        ),
+        ({"model_type": "clip"}, "no class that generates text", "Give a model whose config.json names"),
+    ],
+)
+def test_a_base_with_experts_that_cannot_be_built_is_refused_or_not_noted(
+    fields: dict[str, Any], message: str, remedy: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_experts": 4}))
+    section = {"base": {"model": str(tmp_path)}}
+    spec = parse_spec(document | section)
+    check_targets(spec)
+    assert notes_on_size(spec, EmptyBases()) == []
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(document | section))
+    answer = CliRunner().invoke(app, ["check", str(file)])
+    assert answer.exit_code == 0, answer.output
+    with pytest.raises(RequestError, match=message) as refused:
+        check_targets(parse_spec(document | section | {"lora": {"target_modules": ["q_proj"]}}))
+    assert refused.value.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize("saved", ["experts", "mlp", "layers.1"])
+def test_experts_are_adapted_or_trained_in_full_but_not_both(
+    saved: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = {"target_modules": ["q_proj", "experts.down_proj"], "dropout": 0, "modules_to_save": [saved]}
+    said = f"lora.modules_to_save: {saved} contains the adapted experts experts.down_proj; adapt them or train them in"
+    with pytest.raises(TrialError, match=said):
+        expected_modules(base_model("qwen3_moe"), LoraSection(**fields))
+    base_config("qwen3_moe").save_pretrained(str(tmp_path))
+    base = {"model": str(tmp_path), "quantization": "none"}
+    with pytest.raises(RequestError, match=f"base.model {tmp_path}: {said}"):
+        check_targets(parse_spec(document | {"base": base, "lora": fields}))
+    expected_modules(base_model("qwen3_moe"), LoraSection(**fields | {"target_modules": ["q_proj"]}))
+    elsewhere = {"modules_to_save": ["layers.1.mlp"], "layers_to_transform": [0]}
+    expected_modules(base_model("qwen3_moe"), LoraSection(**fields | elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("target", "are_fused"),
+    [
+        ("experts", True),
+        ("mlp.experts.down_proj", True),
+        ("layers.1.mlp.experts", True),
+        ("experts.0.w1", False),
+        ("layers.1.experts.10", False),
+        ("shared_experts.down_proj", False),
+    ],
+)
+def test_linear_layers_of_single_experts_are_no_fused_experts(target: str, are_fused: bool) -> None:
+    lora = LoraSection(target_modules=["q_proj", target], dropout=0)
+    assert lora.names_experts == are_fused
+    if not are_fused:
+        LoraSection(target_modules=["q_proj", target], dropout=0.05, dora=True)

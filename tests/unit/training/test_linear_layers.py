@@ -217,7 +217,7 @@ def test_a_listed_name_means_no_layer_of_a_tower(trial: MakeConfig) -> None:
         (
             "mixtral",
             "gate",
-            "'gate' is not a linear layer of this base; it has experts.down_proj, experts.gate_up_proj, k_",
+            "'gate' names no layer of this base; it has experts.down_proj, experts.gate_up_proj, k_",
         ),
     ],
 )
