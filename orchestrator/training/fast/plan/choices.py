@@ -40,7 +40,7 @@ class ExpertChoices:
 
         def record(router: Any, _: Any, output: Any) -> None:
             logits, scores, self._chosen[router] = output
-            own = experts_of[router].scores_of(logits, self._chosen[router])
+            own = experts_of[router].scores_of(logits.detach(), self._chosen[router])
             apart = (own / scores.detach().float() - 1).abs().max()
             self.scores_apart = max(self.scores_apart, float(apart))
 
