@@ -167,7 +167,8 @@ def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> En
             reasons = "; ".join(map(str, group_faults(faults)))
             raise DataError(f"data.bad_rows: drop leaves no {name} row: {reasons}")
     for_held_out, for_test = split_indices(len(own), data)
-    train = [row for i, row in enumerate(own) if i not in for_held_out | for_test]
+    apart = for_held_out | for_test
+    train = [row for i, row in enumerate(own) if i not in apart]
     held_out += [row for i, row in enumerate(own) if i in for_held_out]
     test += [row for i, row in enumerate(own) if i in for_test]
     if data.truncate == "error":
