@@ -157,21 +157,20 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                     if self._budget_spent is None:
                         self._inner.on_trial_complete(controller, trial, self._with_units(result))
             going_on = [(trial, result) for trial, result in due if not result.get(COMPLETE)]
-            for (trial, _), decision in zip(going_on, self._judge(controller, going_on), strict=True):
-                if decision == TrialScheduler.STOP:
-                    self._reports.end(trial)
-                else:
-                    self._reports.continues(trial)
+            stops = self._judge(controller, going_on)
+            for trial, _ in going_on:
+                is_stopped = trial.trial_id in stops
+                (self._reports.end if is_stopped else self._reports.continues)(trial)
                 if trial is reporting:
-                    action = decision
-                elif decision == TrialScheduler.STOP:
+                    action = str(TrialScheduler.STOP if is_stopped else TrialScheduler.CONTINUE)
+                elif is_stopped:
                     controller.stop_trial(trial)
                 else:
                     continue_training(controller, trial)
         return action
 
-    def _judge(self, controller: Any, reports: list[tuple[Any, dict[str, Any]]]) -> list[str]:
-        """Have the rule judge the reports of one moment together, and record its decisions; return an action each."""
+    def _judge(self, controller: Any, reports: list[tuple[Any, dict[str, Any]]]) -> dict[str, str]:
+        """Have the rule judge the reports of one moment together, and record which trials stop, and why."""
         assert isinstance(self._inner, JudgedTogether)
         for trial, result in reports:
             self._steps[trial.trial_id] = result["step"]
@@ -180,7 +179,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self._record_decision(trial, "stopped", stops[trial.trial_id])
-        return [str(TrialScheduler.STOP if t.trial_id in stops else TrialScheduler.CONTINUE) for t, _ in reports]
+        return stops
 
     def _process(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ask the Tune scheduler about a report, and record what it decides."""
