@@ -2,9 +2,8 @@
 
 import copy
 import gc
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from types import NoneType
@@ -29,12 +28,12 @@ from orchestrator.base_weights import (
     quantize_experts,
     quantize_linears,
     require_quantized,
+    with_left_out,
 )
 from orchestrator.errors import RequestError
 from orchestrator.imports import importing
 from orchestrator.positions import forget_earlier_batches
 from orchestrator.spec.sections import BaseSection
-from orchestrator.upstream import names_in_model
 
 _cached: tuple[BaseSection, Any] | None = None
 """The base that this process holds, and the section it was loaded from."""
@@ -164,7 +163,7 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
         elif stored.is_dequantized:
             where["quantization_config"] = dequantization_config(stored.method)
         elif names := weight_map(base):
-            where["config"] = _with_left_out(config, kind, list(names), base.trust_remote_code)
+            where["config"] = with_left_out(config, kind, list(names), base.trust_remote_code)
     elif base.quantization != "none":
         where["quantization_config"] = loading_config(base)
     with reading:
@@ -175,37 +174,6 @@ def _from_pretrained(base: BaseSection, place: Any) -> tuple[Any, StoredQuantiza
             **where,
         )
     return model, stored
-
-
-def _with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_code: bool) -> Any:
-    """Return the configuration with exactly those layers left out of the quantization that the files hold unquantized.
-
-    Its own list may have the names of another version of transformers, which then takes plain weights for 4-bit ones.
-
-    Args:
-        config: configuration of a base that bitsandbytes has quantized.
-        kind: from `model_class`.
-        stored: names of the weights in its files.
-        trust_remote_code: run Python code that comes with the model.
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    linear = torch.nn.Linear | Conv1D
-    with torch.device("meta"):
-        model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    packed = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in stored if _is_scale(name)}
-    names = names_in_model(model, [f"{name}.weight" for name in packed])
-    quantized = {name and name.removesuffix(".weight") for name in names.values()}
-    plain = [name for name, module in model.named_modules() if isinstance(module, linear) and name not in quantized]
-    holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
-    holder.quantization_config["llm_int8_skip_modules"] = [f"^{re.escape(name)}$" for name in plain]
-    return config
-
-
-def _is_scale(name: str) -> bool:
-    """Return whether a stored tensor holds the scales of a quantized weight (bitsandbytes 0.50)."""
-    return name.endswith((".weight.absmax", ".SCB"))
 
 
 def configuration(base: BaseSection) -> Any:

@@ -174,15 +174,23 @@ class StoredQuantization:
 
 def model_type(base: BaseSection) -> str | None:
     """Return transformers' name of the base's architecture; None for a base that is not on this machine."""
+    kind = config_document(base).get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def config_document(base: BaseSection) -> dict[str, Any]:
+    """Return the base's config.json; {} for a base that is not on this machine, and for a file that is no JSON object.
+
+    transformers reports such a file where it loads the base.
+    """
     file = config_file(base)
     if file is None or not file.is_file():
-        return None
+        return {}
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # transformers reports it
-        return None
-    kind = document.get("model_type") if isinstance(document, dict) else None
-    return kind if isinstance(kind, str) else None
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -191,13 +199,7 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 def has_experts(base: BaseSection) -> bool:
     """Return whether a base's configuration declares several experts; False for a base that is not on this machine."""
-    file = config_file(base)
-    if file is None or not file.is_file():
-        return False
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # transformers reports it
-        return False
+    document = config_document(base)
     parts = [document, document.get("text_config") or {}]
     numbers = [part.get(name) for part in parts for name in _NUM_EXPERTS]
     return any(isinstance(number, int) and number > 1 for number in numbers)
@@ -255,13 +257,7 @@ def stored_quantization(base: BaseSection) -> StoredQuantization | None:
     Returns:
         None if they hold none, or if the base is not on this machine.
     """
-    file = config_file(base)
-    if file is None or not file.is_file():
-        return None
-    try:
-        return quantization_of(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError:  # invalid JSON or UTF-8; transformers reports it
-        return None
+    return quantization_of(config_document(base))
 
 
 def quantization_of(config: dict[str, Any]) -> StoredQuantization | None:

@@ -1,11 +1,14 @@
 """Quantized weights of a base: how they are requested, and what is changed after they have been loaded."""
 
+import copy
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.base_folder import DEQUANTIZED, model_type
 from orchestrator.errors import RequestError
 from orchestrator.spec.sections import BaseSection
-from orchestrator.upstream import float32_weights
+from orchestrator.upstream import float32_weights, names_in_model
 
 _MAMBA, _MAMBA2 = ("dt_proj", "x_proj", "out_proj"), ("out_proj",)
 _READ_LAYERS = {
@@ -182,3 +185,34 @@ def keep_trainable(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def with_left_out(config: Any, kind: Any, stored: Sequence[str], trust_remote_code: bool) -> Any:
+    """Return the configuration with exactly those layers left out of the quantization that the files hold unquantized.
+
+    Its own list may have the names of another version of transformers, which then takes plain weights for 4-bit ones.
+
+    Args:
+        config: configuration of a base that bitsandbytes has quantized.
+        kind: from `model_class`.
+        stored: names of the weights in its files.
+        trust_remote_code: run Python code that comes with the model.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    linear = torch.nn.Linear | Conv1D
+    with torch.device("meta"):
+        model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    packed = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in stored if _is_scale(name)}
+    names = names_in_model(model, [f"{name}.weight" for name in packed])
+    quantized = {name and name.removesuffix(".weight") for name in names.values()}
+    plain = [name for name, module in model.named_modules() if isinstance(module, linear) and name not in quantized]
+    holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
+    holder.quantization_config["llm_int8_skip_modules"] = [f"^{re.escape(name)}$" for name in plain]
+    return config
+
+
+def _is_scale(name: str) -> bool:
+    """Return whether a stored tensor holds the scales of a quantized weight (bitsandbytes 0.50)."""
+    return name.endswith((".weight.absmax", ".SCB"))

@@ -206,6 +206,18 @@ class ExpertUpdate:
         return torch.cat(parts) * self.scale
 
 
+def per_expert(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the matrices of each expert, (experts, rank, in_features) and (experts, out_features, rank).
+
+    Args:
+        a: PEFT's A, (experts * rank, in_features), expert by expert.
+        b: PEFT's B, (out_features, rank * experts), in which the experts are the last dimension (0.21,
+            `ParamWrapper.get_delta_weight`).
+        num_experts: number of experts.
+    """
+    return a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+
+
 def expert_matrix(weight: Tensor, expert: int, is_transposed: bool) -> Tensor:
     """Return the weight (out_features, in_features) of one expert.
 

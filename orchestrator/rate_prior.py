@@ -1,10 +1,9 @@
 """Where a search begins: the learning rate that fits the base, and the other values around which good ones lie."""
 
-import json
 import math
 from typing import Any
 
-from orchestrator.base_folder import config_file
+from orchestrator.base_folder import config_document
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.dotted import read_path
@@ -37,13 +36,7 @@ def rate_of(width: int, family: str) -> float:
 
 def width_and_family(base: BaseSection) -> tuple[int, str] | None:
     """Return the size of the hidden states and the model_type; None if the base's configuration does not say them."""
-    file = config_file(base)
-    if file is None or not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # transformers reports it
-        return None
+    config = config_document(base)
     for part in (config, config.get("text_config") or {}):
         for name in ("hidden_size", "n_embd", "d_model"):
             if isinstance(width := part.get(name), int) and width > 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
 
-from orchestrator.experts import ExpertUpdate, PackedExperts, compute_by_expert, matrix_names
+from orchestrator.experts import ExpertUpdate, PackedExperts, compute_by_expert, matrix_names, per_expert
 
 
 class AdaptedExperts(ParamWrapper):  # type: ignore[misc]
@@ -45,17 +45,9 @@ class AdaptedExperts(ParamWrapper):  # type: ignore[misc]
             updates.pop(self.parameter_name, None)
 
     def update(self, adapter: str) -> ExpertUpdate:
-        """Return an adapter's update.
-
-        PEFT keeps A as (experts * rank, in_features), expert by expert, and B as (out_features, rank * experts), in
-        which the experts are the last dimension (0.21, `ParamWrapper.get_delta_weight`).
-        """
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return ExpertUpdate(
-            a.unflatten(0, (self.num_experts, -1)),
-            b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1),
-            self.scaling[adapter],
-        )
+        """Return an adapter's update."""
+        a, b = per_expert(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.num_experts)
+        return ExpertUpdate(a, b, self.scaling[adapter])
 
 
 # PEFT 0.21 finds an existing wrapper by the name of its class, when a second adapter is loaded.

@@ -16,7 +16,7 @@ from orchestrator.upstream import renamed_weights
 
 @dataclass(frozen=True)
 class ExpertLora:
-    """The LoRA update of a parameter of fused experts, by PEFT's layout: see `AdaptedExperts.update`."""
+    """The LoRA update of a parameter of fused experts, by PEFT's layout: see `experts.per_expert`."""
 
     a: str
     b: str
@@ -61,7 +61,9 @@ class StoredExperts:
             a, b: the two matrices in float32.
             scale: factor of their products.
         """
-        a, b = a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        from orchestrator.experts import per_expert
+
+        a, b = per_expert(a, b, self.num_experts)
         if self.expert is None:
             whole = (b @ a).mul_(scale)
             return whole.mT.contiguous() if self.is_transposed else whole

@@ -52,7 +52,7 @@ class BaseShape:
             size,
             config.vocab_size,
             config.tie_word_embeddings,
-            groups=tuple(each for each in family.groups if family.experts is None or not each[0].startswith("mlp.")),
+            groups=family.groups if family.experts is None else tuple(filter(None, family.groups_beside_experts)),
             norms_before=sum(name is not None for name in (norms.before_attention, norms.before_mlp)),
             norms_after=sum(name is not None for name in (norms.after_attention, norms.after_mlp)),
             qk_norms=0 if family.qk_norms is None else 2 if family.normalizes_all_heads else heads,

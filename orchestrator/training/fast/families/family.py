@@ -194,8 +194,11 @@ class Family:
 
     def groups_of(self, layer: Any) -> tuple[tuple[str, ...], ...]:
         """Return the groups of a layer: empty ones in place of an MLP, where it has experts."""
-        if not self.has_experts(layer):
-            return self.groups
+        return self.groups_beside_experts if self.has_experts(layer) else self.groups
+
+    @property
+    def groups_beside_experts(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of a layer with experts: empty ones in place of an MLP."""
         return tuple(() if each[0].startswith("mlp.") else each for each in self.groups)
 
     def layer_modules(self, layer: Any) -> frozenset[str]:

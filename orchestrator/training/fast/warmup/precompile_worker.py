@@ -136,10 +136,8 @@ class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips tor
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is nn.functional.linear:
             return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
-        if getattr(function, "__name__", "") in (
-            "grouped_mm",
-            "_grouped_mm",
-        ):  # torch 2.13 calls the second in the first
+        # torch 2.13 calls `_grouped_mm` within `grouped_mm`.
+        if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[2])
         if function is torch.Tensor.__matmul__:
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
