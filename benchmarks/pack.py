@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import Heard, Setting, main, together
 from orchestrator.spec import SweepSpec
 from orchestrator.training.attempt.events import Logged
@@ -72,16 +74,20 @@ def _run(setting: Setting, slots: int, batch: int, optimizer: str) -> dict[str, 
 
 
 def speed(heard: Heard) -> dict[str, Any]:
-    """Return real tokens a second while all trials train, and the peak GPU memory."""
+    """Return real tokens a second while all trials train, and the peak GPU memory.
+
+    A trial reports its tokens every few steps. Between two reports they are interpolated: the trials report one after
+    another, and without this up to two intervals of each trial would be left out.
+    """
     logs = [[(at, event) for at, event in each if isinstance(event, Logged)] for each in heard]
     began, ended = (
         max(at for each in logs for at, event in each if event.step == WARM),
         min(each[-1][0] for each in logs),
     )
-    tokens = 0
+    tokens = 0.0
     for each in logs:
-        inside = [event.tokens for at, event in each if began <= at <= ended]
-        tokens += inside[-1] - inside[0]
+        at, counted = zip(*((at, event.tokens) for at, event in each), strict=True)
+        tokens += np.interp(ended, at, counted) - np.interp(began, at, counted)
     return {
         "tokens_per_second": round(tokens / (ended - began)),
         "peak_gib": max(each[-1][1].peak_memory_gib for each in heard),
