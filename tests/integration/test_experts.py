@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import Witness
 from transformers import AutoModelForCausalLM
 
-from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.bundle import WEIGHTS, read_manifest
 from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
@@ -49,6 +49,7 @@ def test_adapted_experts_train_and_plain_peft_loads_them(
     assert result.applied["base.quantization"] == quantization
     assert {"experts.down_proj", "experts.gate_up_proj"} <= set(result.applied["lora.target_modules"])
     adapter = folder.trial(result.trial_id).adapter(4)
+    assert read_manifest(adapter).facts.has_packed_experts == (quantization == "nf4")
     weights = load_file(adapter / WEIGHTS)
     assert len(weights) == 2 * result.applied["lora.num_modules"]
     assert all(weight.any() for weight in weights.values()), "a matrix did not train"
