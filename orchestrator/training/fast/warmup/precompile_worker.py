@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.base_folder import config_file
+from orchestrator.base_folder import text_document
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
@@ -156,11 +156,8 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         configs: trials on one base whose own fields allow the fast engine.
         num_slots: trials at a time.
     """
-    base, file = configs[0].base, config_file(configs[0].base)
-    if file is None:
-        return
-    document = json.loads(file.read_text(encoding="utf-8"))
-    fields = {"head_dim": None, "tie_word_embeddings": False} | (document.get("text_config") or document)
+    base = configs[0].base
+    fields = {"head_dim": None, "tie_word_embeddings": False} | text_document(base)
     family = FAMILIES.get(fields.get("model_type", ""))
     if family is None or not _has_sizes(fields, family) or _is_refused(fields, family):
         return
