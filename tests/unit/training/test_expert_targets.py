@@ -20,8 +20,8 @@ from orchestrator.errors import RequestError, SpecError, TrialError
 from orchestrator.experts import pack_experts
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection, LoraSection
+from orchestrator.training.engines.check_targets import EmptyBases, check_targets, notes_on_size
 from orchestrator.training.model.adapter_init import init_adapter
-from orchestrator.training.model.check_targets import EmptyBases, check_targets, notes_on_size
 from orchestrator.training.model.linear_layers import linear_layers
 from orchestrator.training.model.peft_model import adapted_parts, load_adapter_weights, model_from_peft
 from orchestrator.training.model.targets import (
