@@ -26,6 +26,7 @@ INTEGERS = (
     "keys",
     "thresholds",
     "slot_ranks",
+    "layer_ranks",
     "rank_layout",
     "applies",
     "programs",

@@ -384,6 +384,25 @@ def test_experts_need_grouped_products(
     assert reason is None or reason in str(found)
 
 
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"rank": 256}, None),
+        ({"rank": 257}, "a rank over 256 on a GPU"),
+        ({"rank": 8, "rank_pattern": {"v_proj": 257}}, "a rank over 256 on a GPU"),
+        ({"rank": 257, "rank_pattern": {"[qv]_proj": 256}}, None),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_no_layer_has_a_rank_over_256(
+    trial: Callable[..., TrialConfig], lora: dict[str, Any], reason: str | None
+) -> None:
+    shape = BaseShape.of(LlamaConfig(**SIZES))
+    config = trial(base={"compute_dtype": "bfloat16"}, training={"precision": "bf16"}, lora=lora)
+    names = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "v_proj")]
+    assert unsupported_reason_by_shape(config, shape, names, 64, on_gpu=True) == reason
+
+
 def test_sizes_of_experts(trial: Callable[..., TrialConfig]) -> None:
     odd = BaseShape.of(default_config("mixtral", hidden_size=64, intermediate_size=36))
     assert "experts of 64 and 36 features" in str(unsupported_reason_by_shape(trial(), odd, (), 64, on_gpu=False))

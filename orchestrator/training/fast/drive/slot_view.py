@@ -21,7 +21,7 @@ class SlotView:
         Args:
             adapters: the adapters of all slots.
             slot: number of the trial's slot.
-            rank: rank of the trial's adapter.
+            rank: largest rank of the layers of the trial's adapter.
             parameters: LoRA parameters of the trial's model, by the names of `Adapters.matrices`.
         """
         self._adapters = adapters

@@ -50,10 +50,12 @@ class MatrixLayout:
     """Elements of one rank: in_features of A, out_features of B."""
     is_b: bool
     """True for B, (features, R), of which an adapter of rank r uses the first r columns; False for A, (R, features)."""
+    layer: int
+    """Number of its layer among all adapted layers."""
 
 
 class EightBitMoments:
-    """Scales and tables of the moments of all slots, and the place of each matrix among their bytes."""
+    """Scales, ranks and tables of the moments of all slots, and the place of each matrix among their bytes."""
 
     def __init__(self, matrices: Sequence[MatrixLayout], rank: int, num_slots: int, device: torch.device) -> None:
         """Plan the layout for matrices of the full stack rank.
@@ -74,14 +76,17 @@ class EightBitMoments:
             max_elements = matrix.features * rank
             self._offsets.append((self.bytes_per_slot, blocks))
             programs += [
-                (matrix.offset, matrix.features, matrix.is_b, self.bytes_per_slot, blocks, first)
+                (matrix.offset, matrix.features, matrix.is_b, self.bytes_per_slot, blocks, first, matrix.layer)
                 for first in range(0, max_elements, CHUNK)
             ]
             self.bytes_per_slot += num_bytes(max_elements)
             blocks += num_absmax(max_elements)
         self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
-        """(programs, 6) for each program of the kernel: the three fields of `MatrixLayout`, the matrix's first byte and
-        first `absmax`, and the first element of the matrix that the program updates."""
+        """(programs, 7) for each program of the kernel: the first three fields of `MatrixLayout`, the matrix's first
+        byte and first `absmax`, the first element of the matrix that the program updates, and the matrix's layer."""
+        num_layers = 1 + max((matrix.layer for matrix in matrices), default=-1)
+        self.ranks = torch.full((num_layers, num_slots), rank, dtype=torch.int32, device=device)
+        """(layers, S) the largest rank that each adapted layer may use."""
         self.absmax = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
         """(moment, slot, block) largest magnitude of a block."""
         self.code = torch.stack([dynamic_code(signed=True), dynamic_code(signed=False)]).to(device)
@@ -89,15 +94,17 @@ class EightBitMoments:
         self.midpoints = (self.code[:, 1:] + self.code[:, :-1]) / 2
         """(moment, 255) bounds half way between these values."""
 
-    def moments(self, slot: int, rank: int, flat: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
+    def moments(
+        self, slot: int, ranks: Sequence[int], flat: Sequence[torch.Tensor]
+    ) -> Iterator[tuple["Moment", "Moment"]]:
         """Yield both moments of each matrix of a slot. Writing to them changes the slot.
 
         Args:
             slot: the slot.
-            rank: of its adapter.
+            ranks: of each matrix.
             flat: all bytes of its first moment, and of its second.
         """
-        for features, (byte, block) in zip(self._features, self._offsets, strict=True):
+        for features, rank, (byte, block) in zip(self._features, ranks, self._offsets, strict=True):
             length = features * rank
             if length < SMALL:
                 whole = slice(byte, byte + FLOAT * length)

@@ -16,7 +16,7 @@ from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import padded_rank
 from orchestrator.training.model.precision import resolve_precision
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import expected_modules, largest_rank
 
 MAX_RANK, MAX_HEAD = 256, 256
 """The largest rank and head size whose blocks fit into the shared memory of a multiprocessor."""
@@ -76,9 +76,10 @@ def unsupported_reason_by_shape(
             return f"precision {precision} on a GPU"
         if shape.head_size % 16 or shape.head_size > MAX_HEAD:
             return f"heads of {shape.head_size} features on a GPU (its kernels take multiples of 16 up to {MAX_HEAD})"
-        if config.lora.rank > MAX_RANK:
+        rank = largest_rank(config.lora, modules)
+        if rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
-        adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
+        adapter = padded_rank(rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
         if (
             max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, 2 * shape.mlp_features, shape.qkv))
             >= MAX_ELEMENTS

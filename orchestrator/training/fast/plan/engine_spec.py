@@ -13,7 +13,7 @@ from orchestrator.training.fast.sizes import EVALUATION_TOKENS
 from orchestrator.training.fast.step.adapters import padded_rank
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.precision import resolve_precision
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import expected_modules, largest_rank
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EngineSpec:
 
     num_slots: int
     rank: int
-    """Stack rank: the largest rank of the trials; on a GPU, padded."""
+    """Stack rank: the largest rank of the trials' layers; on a GPU, padded."""
     modules: frozenset[str]
     """Names of all linear layers that any of the trials adapts."""
     precision: str
@@ -44,11 +44,12 @@ class EngineSpec:
     def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
         """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
         training = configs[0].training
-        rank = max(config.lora.rank for config in configs)
+        modules = [expected_modules(base, config.lora) for config in configs]
+        rank = max(largest_rank(config.lora, names) for config, names in zip(configs, modules, strict=True))
         return cls(
             num_slots,
             padded_rank(rank) if torch.cuda.is_available() else rank,
-            frozenset(name for config in configs for name in expected_modules(base, config.lora)),
+            frozenset().union(*modules),
             resolve_precision(training),
             training.adapter_dtype,
             "8bit" in training.optimizer,

@@ -88,6 +88,7 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     num_tokens = _num_tokens(base, rows)
     if base not in _compared or _compared[base].num_tokens < num_tokens:
         ids = rows.ids(int(rows.lengths.argmax()))
+        engine.adapters.clear(0)
         try:
             reason = _difference(base, engine, ids[:num_tokens])
         except torch.OutOfMemoryError:  # transformers takes more memory than the engine

@@ -5,11 +5,11 @@ The row of a slot, for each group of layers that share an input:
     | A of layer 0 (R, in) | A of layer 1 | ... | pad | B of layer 0 (out, R) | B of layer 1 | ... | pad |
     ^ a_offset                                        ^ b_offset
 
-R is the stack rank. An adapter of rank r < R uses the first r rows of each A and the first r columns of each B. Padding
+R is the stack rank. A layer of rank r < R uses the first r rows of its A and the first r columns of its B. Padding
 makes each part a whole number of `BLOCK`s.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class LayerGroup:
     """First element of the A part in a slot's row: (layers * R, in_features)."""
     b_offset: int
     """First element of the B part: (sum of out_features, R)."""
+    first_layer: int
+    """Number of its first layer among all adapted layers."""
 
     @property
     def in_features(self) -> int:
@@ -60,8 +62,8 @@ class Adapters:
 
     Moments in eight bits have another layout: see `eight_bit`.
 
-    What lies beyond an adapter's own rank is zero, and stays zero: where a column of B is zero, so is the gradient of
-    the row of A, and the other way round. AdamW then moves neither.
+    What lies beyond a layer's own rank is zero, and stays zero: where a column of B is zero, so is the gradient of the
+    row of A, and the other way round. AdamW then moves neither.
     """
 
     def __init__(
@@ -90,22 +92,28 @@ class Adapters:
         self.compute_dtype = compute_dtype
         self.groups: list[LayerGroup | None] = []
         """In the order of `adapted`; None where no layer is adapted."""
+        self._layers = [layer.name for layers in adapted for layer in layers]
         at, rank_layout = 0, []
         for layers in adapted:
             if not layers:
                 self.groups.append(None)
                 continue
             b_offset = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
-            group = LayerGroup(tuple(layers), at, b_offset)
+            first_layer = sum(len(group.layers) for group in self.groups if group is not None)
+            group = LayerGroup(tuple(layers), at, b_offset, first_layer)
             self.groups.append(group)
             at = b_offset + _whole_blocks(group.out_features * rank)
             rank_layout += [(group.a_offset, layers[0].in_features)] * ((b_offset - group.a_offset) // BLOCK)
             rank_layout += [(b_offset, 1)] * ((at - b_offset) // BLOCK)
+        self.factors = torch.ones(len(self._layers), num_slots, dtype=torch.float32, device=device)
+        """(layers, S) factor of the slot's scale in each adapted layer."""
+        self._ranks = [[rank] * len(self._layers) for _ in range(num_slots)]
+        """Slot -> the largest rank that each adapted layer may use, on the host."""
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
         self._matrices = dict(self._matrix_layouts())
         """Layouts by PEFT's names."""
         self.eight_bit = EightBitMoments(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
-        """Scales and tables of moments in eight bits; None where the moments have another dtype."""
+        """Scales, ranks and tables of moments in eight bits; None where the moments have another dtype."""
         if self.eight_bit is None:
             self.moment1, self.moment2 = (torch.zeros_like(self.weights) for _ in range(2))
         else:
@@ -132,39 +140,60 @@ class Adapters:
         part = flat[:, group.b_offset : group.b_offset + group.out_features * self.rank]
         return part.unflatten(1, (group.out_features, self.rank))
 
-    def matrices(self, slot: int, rank: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield views of a slot's A (rank, in) and B (out, rank) by PEFT's names, without the adapter's name.
+    def set_patterns(self, slot: int, ranks: Mapping[str, int], factors: Mapping[str, float]) -> None:
+        """Give the layers of a slot ranks and scales of their own. `clear` takes them back.
 
         Args:
             slot: the slot.
-            rank: of its adapter.
+            ranks: name of a layer -> its rank.
+            factors: name of a layer -> factor of the slot's scale.
+        """
+        self._ranks[slot] = [ranks.get(name, self.rank) for name in self._layers]
+        own_factors = torch.tensor([factors.get(name, 1.0) for name in self._layers])
+        self.factors[:, slot].copy_(own_factors, non_blocking=True)
+        if self.eight_bit is not None:
+            own_ranks = torch.tensor(self._ranks[slot], dtype=torch.int32)
+            self.eight_bit.ranks[:, slot].copy_(own_ranks, non_blocking=True)
+
+    def layer_factors(self, slot: int) -> dict[str, float]:
+        """Return each layer's factor of a slot's scale, by the layer's name. On a GPU this waits for the device."""
+        return dict(zip(self._layers, self.factors[:, slot].tolist(), strict=True))
+
+    def matrices(self, slot: int, rank: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield views of a slot's A (r, in) and B (out, r) by PEFT's names, without the adapter's name.
+
+        Args:
+            slot: the slot.
+            rank: largest rank of its layers. A layer's r may be smaller (`set_patterns`).
             flat: weights, gradients, or moments that are not in eight bits.
         """
         for name, matrix in self._matrices.items():
+            own = min(rank, self._ranks[slot][matrix.layer])
             stack = flat[slot, matrix.offset : matrix.offset + matrix.features * self.rank]
             if matrix.is_b:
-                yield name, stack.unflatten(0, (matrix.features, self.rank))[:, :rank]
+                yield name, stack.unflatten(0, (matrix.features, self.rank))[:, :own]
             else:
-                yield name, stack.unflatten(0, (self.rank, matrix.features))[:rank]
+                yield name, stack.unflatten(0, (self.rank, matrix.features))[:own]
 
     def eight_bit_moments(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
         """Yield both moments of each of a slot's matrices by the names of `matrices`. Writing to them changes the slot.
 
         Args:
             slot: the slot.
-            rank: of its adapter.
+            rank: largest rank of its layers.
         """
         assert self.eight_bit is not None
-        moments = self.eight_bit.moments(slot, rank, (self.moment1[slot], self.moment2[slot]))
+        ranks = [min(rank, self._ranks[slot][matrix.layer]) for matrix in self._matrices.values()]
+        moments = self.eight_bit.moments(slot, ranks, (self.moment1[slot], self.moment2[slot]))
         return zip(self._matrices, moments, strict=True)
 
     def _matrix_layouts(self) -> Iterator[tuple[str, MatrixLayout]]:
         for group in filter(None, self.groups):
             b_offset = group.b_offset
             for index, layer in enumerate(group.layers):
-                a_offset = group.a_offset + index * self.rank * group.in_features
-                yield f"{layer.name}.lora_A", MatrixLayout(a_offset, group.in_features, is_b=False)
-                yield f"{layer.name}.lora_B", MatrixLayout(b_offset, layer.out_features, is_b=True)
+                a_offset, number = group.a_offset + index * self.rank * group.in_features, group.first_layer + index
+                yield f"{layer.name}.lora_A", MatrixLayout(a_offset, group.in_features, is_b=False, layer=number)
+                yield f"{layer.name}.lora_B", MatrixLayout(b_offset, layer.out_features, is_b=True, layer=number)
                 b_offset += layer.out_features * self.rank
 
     def clear(self, slot: int) -> None:
@@ -173,6 +202,9 @@ class Adapters:
             flat[slot].zero_()
         if self.eight_bit is not None:
             self.eight_bit.absmax[:, slot].zero_()
+            self.eight_bit.ranks[:, slot] = self.rank
+        self.factors[:, slot] = 1.0
+        self._ranks[slot] = [self.rank] * len(self._layers)
 
 
 def _whole_blocks(size: int) -> int:

@@ -112,6 +112,7 @@ def _step_eight_bit(
         *eight_bit.midpoints,
         adapters.gradients,
         eight_bit.programs,
+        eight_bit.ranks,
         table["rank"],
         norms,
         *(table[name] for name in _TABLE_FIELDS),
@@ -310,7 +311,8 @@ def _update_eight_bit(
     midpoints1,  # (255,) float32
     midpoints2,  # (255,) float32
     gradients,  # (S, size) float32
-    programs,  # (programs, 6) int32, see `EightBitMoments.programs`
+    programs,  # (programs, 7) int32, see `EightBitMoments.programs`
+    layer_ranks,  # (layers, S) int32
     slot_ranks,  # (S,) int32
     norms,  # (S,) float32
     applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
@@ -339,10 +341,11 @@ def _update_eight_bit(
     program, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         norm = tl.load(norms + slot)
-        entry = programs + program * 6
+        entry = programs + program * 7
         offset, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         first_byte, first_absmax, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-        rank = tl.load(slot_ranks + slot)
+        rank = tl.load(layer_ranks + tl.load(entry + 6) * tl.num_programs(1) + slot)
+        rank = tl.minimum(rank, tl.load(slot_ranks + slot))
         length = features * rank
         if first < length:
             block_start = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
