@@ -133,7 +133,8 @@ SETTINGS = {
     ],
     "ranks by layer, moments in eight bits": [
         "training.optimizer=adamw_8bit", "lora.rank=48", "lora.rank_pattern={v_proj: 40, up_proj: 64}",
-        "lora.alpha_pattern={up_proj: 70}", "training.weight_decay=0.1", "training.steps=8", "training.eval_steps=4",
+        "lora.alpha_pattern={up_proj: 20}", "training.weight_decay=0.1", "training.learning_rate=5e-4",
+        "training.steps=5", "training.eval_steps=5",
     ],
     "moments in eight bits": [
         "training.optimizer=adamw_8bit", "lora.rank=64", "training.weight_decay=0.1", "training.steps=8",

@@ -56,6 +56,15 @@ def test_each_family_is_the_same(name: str, rank: int, make_rows: MakeRows) -> N
     assert not any(module._forward_hooks for module in base.modules())
 
 
+def test_what_an_earlier_trial_left_in_the_first_slot_does_not_count(make_rows: MakeRows) -> None:
+    base = open_base("olmo2")
+    engine = open_engine(base)
+    layers = expected_modules(base, LoraSection())
+    engine.adapters.set_patterns(0, dict.fromkeys(layers, 3), dict.fromkeys(layers, 5.0))
+    engine.adapters.weights[0].normal_()
+    require_parity(base, engine, make_rows(5, LONGEST))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_family_is_the_same_in_bfloat16(name: str, make_rows: MakeRows) -> None:
     base = open_base(name).to(torch.bfloat16)
