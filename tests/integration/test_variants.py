@@ -300,8 +300,9 @@ def test_what_this_machine_does_not_support_is_refused_at_the_start(tiny: Tiny, 
     [
         ["lora.dora=true", "lora.rslora=true", "base.new_tokens=['<|reply|>']"],
         ["base.quantization=int8", "lora.init=olora"],
+        ["lora.rank_pattern={down_proj: 4, q_proj: 12}", "lora.alpha_pattern={'.*mlp.*': 3}"],
     ],
-    ids=["DoRA, new token", "8-bit OLoRA"],
+    ids=["DoRA, new token", "8-bit OLoRA", "ranks by layer"],
 )
 def test_variant_is_exported(tiny: Tiny, tmp_path: Path, overrides: list[str], format: Format) -> None:
     """The export itself compares its logits with the source, and refuses a wrong merge."""
