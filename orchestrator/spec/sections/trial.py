@@ -94,8 +94,6 @@ class TrialConfig(Section):
                 if not declared.fast_supports(value, info.default):
                     note = f" ({declared.fast_note})" if declared.fast_note else ""
                     return f"{name}.{field}{f' {value}' if isinstance(value, str) else ''}{note}"
-        if self.lora.names_experts:
-            return "lora.target_modules with experts"
         training = self.training
         if "bit" in training.optimizer and training.adapter_dtype != "float32":
             return f"training.optimizer {training.optimizer} with adapter_dtype bfloat16"

@@ -13,7 +13,7 @@ from orchestrator.adapters.expert_updates import AdaptedExperts, apply_by_expert
 from orchestrator.base import share_modules
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.targets import ExtraTrainables, expected_modules
+from orchestrator.training.model.targets import ExtraTrainables, expected_experts, expected_modules
 
 ADAPTER = "default"
 """The name that PEFT gives the adapter."""
@@ -83,7 +83,8 @@ def peft_template(base: Any, config: TrialConfig) -> Any:
     key = repr((lora.target_modules, lora.layers_to_transform))
     if key not in templates:
         small = config.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
-        templates[key] = get_peft_model(share_modules(base), lora_config(small, expected_modules(base, lora)))
+        extra = ExtraTrainables({}, 0, {}, 0, expected_experts(base, lora))
+        templates[key] = model_from_peft(base, small, expected_modules(base, lora), extra)
     return templates[key]
 
 
@@ -100,20 +101,21 @@ def model_from_template(base: Any, config: TrialConfig) -> Any:
     known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
     known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights
-    for layer in lora_layers(model).values():
+    for layer in adapted_parts(model).values():
         _resize(layer, lora)
     return model
 
 
 def _resize(layer: Any, lora: LoraSection) -> None:
-    """Set what `LoraLayer.update_layer` sets (peft 0.21, `tuners/lora/layer.py`)."""
+    """Set what `LoraLayer.update_layer` and `ParamWrapper.update_layer` set (peft 0.21, `tuners/lora/layer.py`)."""
     layer.r[ADAPTER] = lora.rank
     layer.lora_alpha[ADAPTER] = lora.alpha
     layer.use_rslora[ADAPTER] = lora.rslora
     layer.scaling[ADAPTER] = lora.scale(lora.rank, lora.alpha)
     layer.lora_dropout[ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
     lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    lora_a.out_features = lora_b.in_features = lora.rank
+    count = layer.num_experts if isinstance(layer, AdaptedExperts) else 1
+    lora_a.out_features = lora_b.in_features = lora.rank * count
     lora_a.weight, lora_b.weight = (nn.Parameter(torch.empty(0)) for _ in range(2))
 
 

@@ -77,6 +77,14 @@ def expected_experts(model: Any, lora: LoraSection) -> ExpertShapes:
     return _adapted_experts(linear_layers(model), lora)
 
 
+def adapted_names(model: Any, lora: LoraSection) -> set[str]:
+    """Return the names of all linear layers and parameters of fused experts that the adapter should adapt.
+
+    The arguments and the error are those of `expected_modules`.
+    """
+    return {*expected_modules(model, lora), *expected_experts(model, lora)}
+
+
 def _adapted_experts(layers: LinearLayers, lora: LoraSection) -> ExpertShapes:
     experts, numbers = _targeted_experts(layers, lora), lora.layers_to_transform
     return {name: shape for name, shape in experts.items() if numbers is None or _layer_number(name) in numbers}

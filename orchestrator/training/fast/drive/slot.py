@@ -24,6 +24,7 @@ from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
 from orchestrator.training.fast.drive.slot_view import SlotView
+from orchestrator.training.fast.families.base_shape import adapted_part
 from orchestrator.training.fast.step.adapters import lora_parameters
 from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
@@ -134,7 +135,7 @@ class Slot:
         in_slot = {
             "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
             "lora.dropout": 1 - 1 / table["keep_scale"],
-            "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
+            "lora.target_modules": sorted({adapted_part(name) for name in names}),
             "lora.num_modules": len(names),
             "training.weight_decay": table["weight_decay"],
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
@@ -184,8 +185,8 @@ class Slot:
             raise RuntimeError(
                 f"the slot has no place for layers that PEFT adapts: {self._parameters.keys() - weights.keys()}"
             )
-        for name, matrix in weights.items():
-            matrix.copy_(self._parameters[name].detach())
+        for name, parameter in self._parameters.items():
+            self._view.load(adapters.weights, name, parameter.detach())
         self._optimizer_steps = self._view.load_optimizer_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):

@@ -42,14 +42,40 @@ def dynamic_code(signed: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Place of one matrix of an adapter in a slot's flat weights."""
+    """Place of one parameter of an adapter in a slot's flat weights.
+
+    PEFT keeps a parameter as (outer, rank, inner): A of a linear layer is (1, rank, in_features) and B is
+    (out_features, rank, 1); A of experts is (num_experts, rank, in_features) and B is (out_features, rank,
+    num_experts).
+    """
 
     offset: int
     """Its first element."""
-    features: int
-    """Elements of one rank: in_features of A, out_features of B."""
-    is_b: bool
-    """True for B, (features, R), of which an adapter of rank r uses the first r columns; False for A, (R, features)."""
+    outer: int
+    inner: int
+    strides: tuple[int, int, int]
+    """Distances in elements between neighbors in the three dimensions. An adapter of rank r uses the first r ranks."""
+
+    @classmethod
+    def of_a(cls, offset: int, num_matrices: int, rank: int, features: int) -> "MatrixLayout":
+        """Describe (num_matrices, R, in_features), for the stack rank R."""
+        return cls(offset, num_matrices, features, (rank * features, features, 1))
+
+    @classmethod
+    def of_b(cls, offset: int, num_matrices: int, rank: int, features: int) -> "MatrixLayout":
+        """Describe (num_matrices, out_features, R), for the stack rank R."""
+        return cls(offset, features, num_matrices, (rank, 1, features * rank))
+
+    @property
+    def features(self) -> int:
+        """Elements of one rank."""
+        return self.outer * self.inner
+
+    def view(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """View the parameter in a slot's row: (outer, rank, inner), without a dimension of 1 at one of the ends."""
+        sizes, start = (self.outer, rank, self.inner), flat.storage_offset() + self.offset
+        view = flat.as_strided(sizes, self.strides, start)
+        return view[0] if self.outer == 1 else view[..., 0] if self.inner == 1 else view
 
 
 class EightBitMoments:
@@ -73,15 +99,14 @@ class EightBitMoments:
         for matrix in matrices:
             max_elements = matrix.features * rank
             self._offsets.append((self.bytes_per_slot, blocks))
-            programs += [
-                (matrix.offset, matrix.features, matrix.is_b, self.bytes_per_slot, blocks, first)
-                for first in range(0, max_elements, CHUNK)
-            ]
+            shared = (matrix.offset, matrix.features, matrix.inner, *matrix.strides, self.bytes_per_slot, blocks)
+            first = torch.arange(0, max_elements, CHUNK, dtype=torch.int32)[:, None]
+            programs.append(torch.cat((torch.tensor([shared], dtype=torch.int32).expand(len(first), -1), first), 1))
             self.bytes_per_slot += num_bytes(max_elements)
             blocks += num_absmax(max_elements)
-        self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
-        """(programs, 6) for each program of the kernel: the three fields of `MatrixLayout`, the matrix's first byte and
-        first `absmax`, and the first element of the matrix that the program updates."""
+        self.programs = torch.cat(programs).to(device)
+        """(programs, 9) int32 for each program of the kernel: offset, features, inner and the three strides of
+        `MatrixLayout`, the matrix's first byte and first `absmax`, and the first element that the program updates."""
         self.absmax = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
         """(moment, slot, block) largest magnitude of a block."""
         self.code = torch.stack([dynamic_code(signed=True), dynamic_code(signed=False)]).to(device)

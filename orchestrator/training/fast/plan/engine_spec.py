@@ -9,11 +9,11 @@ import torch
 
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.memory import MemoryOption
-from orchestrator.training.fast.sizes import EVALUATION_TOKENS
+from orchestrator.training.fast.sizes import EVALUATION_TOKENS, GROUPED_MULTIPLE
 from orchestrator.training.fast.step.adapters import padded_rank
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.precision import resolve_precision
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class EngineSpec:
 
     num_slots: int
     rank: int
-    """Stack rank: the largest rank of the trials; on a GPU, padded."""
+    """Stack rank: the largest rank of the trials, padded on a GPU and where experts are adapted."""
     modules: frozenset[str]
-    """Names of all linear layers that any of the trials adapts."""
+    """Names of all linear layers and parameters of experts that any of the trials adapts."""
     precision: str
     adapter_dtype: str
     eight_bit: bool
@@ -45,10 +45,14 @@ class EngineSpec:
         """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
         training = configs[0].training
         rank = max(config.lora.rank for config in configs)
+        if torch.cuda.is_available():
+            rank = padded_rank(rank)
+        elif any(config.lora.names_experts for config in configs):
+            rank += -rank % GROUPED_MULTIPLE
         return cls(
             num_slots,
-            padded_rank(rank) if torch.cuda.is_available() else rank,
-            frozenset(name for config in configs for name in expected_modules(base, config.lora)),
+            rank,
+            frozenset(name for config in configs for name in adapted_names(base, config.lora)),
             resolve_precision(training),
             training.adapter_dtype,
             "8bit" in training.optimizer,

@@ -14,7 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+from orchestrator.adapters.expert_updates import updated_experts
 from orchestrator.errors import TrialError
+from orchestrator.experts import ExpertUpdate
 from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import text_config, text_model
 from orchestrator.training.fast.plan.choices import ExpertChoices
@@ -115,9 +117,10 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
     matrices = dict(engine.adapters.matrices(0, rank, engine.adapters.weights))
     generator = torch.Generator().manual_seed(0)
     for name, matrix in matrices.items():
-        values = torch.randn(matrix.shape, generator=generator) / matrix.shape[1] ** 0.5
+        is_a = name.endswith(".lora_A")
+        values = torch.randn(matrix.shape, generator=generator) / matrix.shape[-1 if is_a else 1] ** 0.5
         # As after some training: the adapter adds less to a layer's output than the base does.
-        matrix.copy_(values if name.endswith(".lora_A") else 0.05 * values)
+        matrix.copy_(values if is_a else 0.05 * values)
     choices = ExpertChoices(base, engine)
     try:
         with choices.recorded():
@@ -217,9 +220,14 @@ def _rounded(base: Any) -> Iterator[None]:
             each.remove()
 
 
+def _expert_update(a: torch.Tensor, b: torch.Tensor, compute: torch.dtype) -> ExpertUpdate:
+    """Return the update by A (experts, rank, in) and B (out, rank, experts)."""
+    return ExpertUpdate(a.to(compute), b.permute(2, 0, 1).to(compute), 1.0)
+
+
 @contextmanager
 def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype) -> Iterator[None]:
-    """Add the products of A and B to the outputs of the base's layers, within."""
+    """Add the products of A and B to the outputs of the base's layers and experts, within."""
 
     def add(a: torch.Tensor, b: torch.Tensor) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -228,13 +236,13 @@ def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype
 
         return hook
 
-    layers = [name.removesuffix(".lora_A") for name in leaves if name.endswith(".lora_A")]
-    hooks = [
-        base.get_submodule(name).register_forward_hook(add(leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]))
-        for name in layers
-    ]
+    names = [name.removesuffix(".lora_A") for name in leaves if name.endswith(".lora_A")]
+    pairs = {name: (leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]) for name in names}
+    experts = {name: pairs.pop(name) for name in names if pairs[name][1].ndim == 3}
+    hooks = [base.get_submodule(name).register_forward_hook(add(*pair)) for name, pair in pairs.items()]
     try:
-        yield
+        with updated_experts(base, {name: _expert_update(*pair, compute) for name, pair in experts.items()}):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,6 +5,9 @@ The row of a slot, for each group of layers that share an input:
     | A of layer 0 (R, in) | A of layer 1 | ... | pad | B of layer 0 (out, R) | B of layer 1 | ... | pad |
     ^ a_offset                                        ^ b_offset
 
+The matrices of all experts of a layer (`step.experts`) are a group of their own, with the A of expert 0, of expert 1,
+and so on, then the B of each.
+
 R is the stack rank. An adapter of rank r < R uses the first r rows of each A and the first r columns of each B. Padding
 makes each part a whole number of `BLOCK`s.
 """
@@ -21,18 +24,25 @@ BLOCK = 1024
 """Elements of a slot's row that all belong to the A part of one group, or all to its B part."""
 
 
+NO_DROPOUT = -1
+"""In place of the number of a layer whose adapter has no dropout."""
+
+
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A linear layer that has an adapter."""
+    """A linear layer, or one matrix of all experts of a layer, that has an adapter."""
 
     name: str
+    """Name of the layer, or of the parameter that holds the matrices."""
     module_id: int
     """Number of the layer among all layers of the model that could have an adapter. Its dropout mask is derived from
-    it, so that the mask does not depend on which other layers have one."""
+    it, so that the mask does not depend on which other layers have one. `NO_DROPOUT` for experts."""
     in_features: int
     column: int
     """First column of its output within the output of its group."""
     out_features: int
+    num_matrices: int = 1
+    """Number of the experts; 1 for a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,9 @@ class LayerGroup:
 
     layers: tuple[AdaptedLayer, ...]
     a_offset: int
-    """First element of the A part in a slot's row: (layers * R, in_features)."""
+    """First element of the A part in a slot's row: (layers * R, in_features); of experts (num_matrices, R, ...)."""
     b_offset: int
-    """First element of the B part: (sum of out_features, R)."""
+    """First element of the B part: (sum of out_features, R); of experts (num_matrices, out_features, R)."""
 
     @property
     def in_features(self) -> int:
@@ -53,6 +63,11 @@ class LayerGroup:
     def out_features(self) -> int:
         """Output features of all adapted layers together."""
         return sum(layer.out_features for layer in self.layers)
+
+    @property
+    def num_matrices(self) -> int:
+        """Number of the experts; 1 for linear layers."""
+        return self.layers[0].num_matrices
 
 
 class Adapters:
@@ -95,12 +110,13 @@ class Adapters:
             if not layers:
                 self.groups.append(None)
                 continue
-            b_offset = at + _whole_blocks(len(layers) * rank * layers[0].in_features)
+            count = layers[0].num_matrices
+            b_offset = at + _whole_blocks(len(layers) * count * rank * layers[0].in_features)
             group = LayerGroup(tuple(layers), at, b_offset)
             self.groups.append(group)
-            at = b_offset + _whole_blocks(group.out_features * rank)
-            rank_layout += [(group.a_offset, layers[0].in_features)] * ((b_offset - group.a_offset) // BLOCK)
-            rank_layout += [(b_offset, 1)] * ((at - b_offset) // BLOCK)
+            at = b_offset + _whole_blocks(count * group.out_features * rank)
+            rank_layout.append((group.a_offset, layers[0].in_features, (b_offset - group.a_offset) // BLOCK))
+            rank_layout.append((b_offset, 1, (at - b_offset) // BLOCK))
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
         self._matrices = dict(self._matrix_layouts())
         """Layouts by PEFT's names."""
@@ -112,7 +128,8 @@ class Adapters:
             shape = num_slots, self.eight_bit.bytes_per_slot
             self.moment1, self.moment2 = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
         self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
-        self.rank_layout = torch.tensor(rank_layout, dtype=torch.int32, device=device)
+        parts = torch.tensor(rank_layout, dtype=torch.int32).view(-1, 3)
+        self.rank_layout = parts[:, :2].repeat_interleave(parts[:, 2], dim=0).to(device)
         """(size / BLOCK, 2) for each block: the first element of its part, and the distance in elements from a rank to
         the next. The rank of element i is thus (i - first) // distance % R."""
 
@@ -123,17 +140,29 @@ class Adapters:
 
     def a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the A part of a group in one of the flat tensors: (S, layers * R, in_features)."""
-        rows = len(group.layers) * self.rank
+        rows = len(group.layers) * group.num_matrices * self.rank
         part = flat[:, group.a_offset : group.a_offset + rows * group.in_features]
         return part.unflatten(1, (rows, group.in_features))
 
     def b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the B part of a group in one of the flat tensors: (S, out_features, R)."""
-        part = flat[:, group.b_offset : group.b_offset + group.out_features * self.rank]
-        return part.unflatten(1, (group.out_features, self.rank))
+        rows = group.num_matrices * group.out_features
+        part = flat[:, group.b_offset : group.b_offset + rows * self.rank]
+        return part.unflatten(1, (rows, self.rank))
+
+    def expert_a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
+        """View the A part of experts in one of the flat tensors: (S, experts, R, in_features)."""
+        return self.a(group, flat).unflatten(1, (group.num_matrices, self.rank))
+
+    def expert_b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
+        """View the B part of experts in one of the flat tensors: (S, experts, out_features, R)."""
+        return self.b(group, flat).unflatten(1, (group.num_matrices, group.out_features))
 
     def matrices(self, slot: int, rank: int, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield views of a slot's A (rank, in) and B (out, rank) by PEFT's names, without the adapter's name.
+        """Yield views of a slot's A (rank, in) and B (out, rank) by the layers' names and `lora_A` or `lora_B`.
+
+        Of experts they are (experts, rank, in) and (out, rank, experts), which PEFT keeps in two dimensions: (experts *
+        rank, in) and (out, rank * experts).
 
         Args:
             slot: the slot.
@@ -141,11 +170,7 @@ class Adapters:
             flat: weights, gradients, or moments that are not in eight bits.
         """
         for name, matrix in self._matrices.items():
-            stack = flat[slot, matrix.offset : matrix.offset + matrix.features * self.rank]
-            if matrix.is_b:
-                yield name, stack.unflatten(0, (matrix.features, self.rank))[:, :rank]
-            else:
-                yield name, stack.unflatten(0, (self.rank, matrix.features))[:rank]
+            yield name, matrix.view(flat[slot], rank)
 
     def eight_bit_moments(self, slot: int, rank: int) -> Iterator[tuple[str, tuple[Moment, Moment]]]:
         """Yield both moments of each of a slot's matrices by the names of `matrices`. Writing to them changes the slot.
@@ -159,13 +184,14 @@ class Adapters:
         return zip(self._matrices, moments, strict=True)
 
     def _matrix_layouts(self) -> Iterator[tuple[str, MatrixLayout]]:
+        rank = self.rank
         for group in filter(None, self.groups):
-            b_offset = group.b_offset
+            b_offset, count = group.b_offset, group.num_matrices
             for index, layer in enumerate(group.layers):
-                a_offset = group.a_offset + index * self.rank * group.in_features
-                yield f"{layer.name}.lora_A", MatrixLayout(a_offset, group.in_features, is_b=False)
-                yield f"{layer.name}.lora_B", MatrixLayout(b_offset, layer.out_features, is_b=True)
-                b_offset += layer.out_features * self.rank
+                a_offset = group.a_offset + index * rank * group.in_features
+                yield f"{layer.name}.lora_A", MatrixLayout.of_a(a_offset, count, rank, group.in_features)
+                yield f"{layer.name}.lora_B", MatrixLayout.of_b(b_offset, count, rank, layer.out_features)
+                b_offset += layer.out_features * rank
 
     def clear(self, slot: int) -> None:
         """Reset a slot to the state before its first use."""
@@ -185,9 +211,19 @@ def padded_rank(rank: int) -> int:
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the LoRA parameters of a PEFT model by the names of `Adapters.matrices`."""
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
+    """Return the LoRA parameters of a PEFT model by the names of `Adapters.matrices`, in the order of the model.
+
+    PEFT 0.21 wraps a module once for each of its parameters that is adapted (`ParamWrapper`). Which wrapper is inside
+    depends on the others, so the parameter's own name is used.
+    """
+    adapted = {
+        name: f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
     }
+    found = {}
+    for name, parameter in model.named_parameters():
+        layer, _, matrix = name.removesuffix(".default.weight").rpartition(".")
+        if matrix in ("lora_A", "lora_B"):
+            found[f"{adapted.get(layer, layer)}.{matrix}".removeprefix("base_model.model.")] = parameter
+    return found

@@ -121,7 +121,6 @@ def _step_eight_bit(
         ELEMENTS=CHUNK,
         SHARED=SHARED,
         SMALL=SMALL,
-        RANK=adapters.rank,
         num_warps=8,
     )
 
@@ -310,7 +309,7 @@ def _update_eight_bit(
     midpoints1,  # (255,) float32
     midpoints2,  # (255,) float32
     gradients,  # (S, size) float32
-    programs,  # (programs, 6) int32, see `EightBitMoments.programs`
+    programs,  # (programs, 9) int32, see `EightBitMoments.programs`
     slot_ranks,  # (S,) int32
     norms,  # (S,) float32
     applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
@@ -328,7 +327,6 @@ def _update_eight_bit(
     ELEMENTS: tl.constexpr,
     SHARED: tl.constexpr,
     SMALL: tl.constexpr,
-    RANK: tl.constexpr,
 ):
     """Step ELEMENTS elements of one matrix: dequantize both moments, step, quantize them, clear the gradient.
 
@@ -339,16 +337,18 @@ def _update_eight_bit(
     program, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         norm = tl.load(norms + slot)
-        entry = programs + program * 6
-        offset, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        first_byte, first_absmax, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+        entry = programs + program * 9
+        offset, features, inner = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        outer_stride, rank_stride, inner_stride = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+        first_byte, first_absmax, first = tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8)
         rank = tl.load(slot_ranks + slot)
         length = features * rank
         if first < length:
             block_start = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
             element = block_start[:, None] + tl.arange(0, SHARED)[None, :]
             own = element < length
-            at = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
+            of_rank = element // inner  # (outer, rank) of the element
+            at = of_rank // rank * outer_stride + of_rank % rank * rank_stride + element % inner * inner_stride
             at += slot.to(tl.int64) * size + offset
             if norm < float("inf"):
                 one_minus_beta1, one_minus_beta2, decay, step_size, bias_correction2, epsilon = _load_hyperparameters(
