@@ -57,6 +57,8 @@ class _Comparison:
 
     num_tokens: int
     """Tokens of the row."""
+    adapts_experts: bool
+    """Whether experts had adapters."""
     reason: str | None
     """How the engine differs from transformers; None where it does not."""
 
@@ -78,6 +80,8 @@ def refuse_mismatch(base: Any) -> None:
 def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     """Compare an engine with transformers, unless one on the same base has been compared with a row as long.
 
+    An engine that adapts experts is compared, too, where only engines that do not have been.
+
     Args:
         base: the base without adapters.
         engine: on that base. Its first slot must be free, and is cleared.
@@ -87,8 +91,9 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
         TrialError: loss or gradients differ by more than `TOLERANCES`.
     """
     rows = max(data, key=lambda each: each.longest)
-    num_tokens = _num_tokens(base, rows)
-    if base not in _compared or _compared[base].num_tokens < num_tokens:
+    num_tokens, adapts_experts = _num_tokens(base, rows), engine.adapters.adapts_experts
+    known = _compared.get(base)
+    if known is None or known.num_tokens < num_tokens or known.adapts_experts < adapts_experts:
         ids = rows.ids(int(rows.lengths.argmax()))
         try:
             reason = _difference(base, engine, ids[:num_tokens])
@@ -100,7 +105,7 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
             engine.adapters.clear(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # leaves the memory to the graphs' pool
-        _compared[base] = _Comparison(num_tokens, reason)
+        _compared[base] = _Comparison(num_tokens, adapts_experts, reason)
     refuse_mismatch(base)
 
 

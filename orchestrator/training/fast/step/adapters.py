@@ -134,6 +134,11 @@ class Adapters:
         the next. The rank of element i is thus (i - first) // distance % R."""
 
     @property
+    def adapts_experts(self) -> bool:
+        """Whether any matrix of experts has adapters."""
+        return any(group.num_matrices > 1 for group in self.groups if group is not None)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights, moments and gradients."""
         return sum(flat.nbytes for flat in (self.weights, self.moment1, self.moment2, self.gradients))
