@@ -35,7 +35,7 @@ from orchestrator.spec.sections import LoraSection
 from orchestrator.training.fast.families.base_shape import BaseShape, adapted_part
 from orchestrator.training.fast.plan.memory import MemoryOption, predict
 from orchestrator.training.fast.plan.parity import require_parity
-from orchestrator.training.fast.step.adapters import Adapters, padded_rank
+from orchestrator.training.fast.step.adapters import Adapters, grouped_rank, padded_rank
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TABLE, Span, TokenizedRows
@@ -158,8 +158,9 @@ def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots
     """Time a step of the fast engine."""
     free()
     layers, dropout = adapted_layers(base, adapted_names(base, lora_section(args, base))), 0 if args.experts else 0.1
-    rank = padded_rank(args.rank)
-    adapters = Adapters(layers, slots, rank, torch.float32, torch.bfloat16, torch.device("cuda"), args.eight_bit)
+    rank, expert_rank = padded_rank(args.rank), grouped_rank(args.rank)
+    device = torch.device("cuda")
+    adapters = Adapters(layers, slots, rank, torch.float32, torch.bfloat16, device, args.eight_bit, expert_rank)
     decoder = Decoder(base, torch.bfloat16, args.tokens, keeps_base)
     engine = Engine(decoder, adapters, args.recompute, torch.cuda.graph_pool_handle(), on_gpu=True)
     require_parity(base, engine, rows)
@@ -178,7 +179,8 @@ def by_engine(base: Any, rows: TokenizedRows, args: Any, keeps_base: bool, slots
         MemoryOption(keeps_base, args.recompute, tokens),
     )
     shape = BaseShape.of(base.config)
-    predicted = predict(shape, option, tokens, 0, rank, names, num_slots=slots, eight_bit=args.eight_bit)
+    options: dict[str, Any] = {"expert_rank": expert_rank, "num_slots": slots, "eight_bit": args.eight_bit}
+    predicted = predict(shape, option, tokens, 0, rank, names, **options)
     total = predicted.total - predicted.base + BaseSize.of(base).num_bytes
     return timed(lambda: engine.step(spans).read(), tokens) | {"predicted_gib": round(total / GIB, 2)}
 

@@ -87,7 +87,7 @@ def test_grouped_products_of_any_number_of_rows(num_groups: int) -> None:
 
 
 EXPERT_CASES = [name for name, (config, _) in FAMILY_CASES.items() if FAMILIES[config.model_type].experts is not None]
-RANKS = (16, 4)
+RANKS = (8, 4)
 
 
 def open_engine(name: str, recompute: Recompute = "nothing") -> tuple[Any, Engine]:
@@ -104,7 +104,8 @@ def open_engine(name: str, recompute: Recompute = "nothing") -> tuple[Any, Engin
     if quantization == "nf4":
         pack_experts(base, "nf4", True, torch.bfloat16)
     names = adapted_names(base, LoraSection(dropout=0, target_modules=["q_proj", "experts"]))
-    adapters = Adapters(adapted_layers(base, names), 2, 16, torch.float32, torch.bfloat16, torch.device("cuda"))
+    device = torch.device("cuda")
+    adapters = Adapters(adapted_layers(base, names), 2, 16, torch.float32, torch.bfloat16, device, expert_rank=8)
     pool = torch.cuda.graph_pool_handle()
     engine = Engine(Decoder(base, torch.bfloat16, 64, quantization == "none"), adapters, recompute, pool, on_gpu=True)
     return base, engine

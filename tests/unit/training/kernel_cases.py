@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 """Largest norm of the difference, relative to the norm of the reference, which is computed in float32."""
-NUM_SLOTS = 4
+NUM_SLOTS, EXPERT_RANK = 4, 8
 RANKS = {0: 50, 1: 16, 2: 4, 3: 20, 4: 64, 5: 8, 6: 33, 7: 12}
 """Rank of each slot where there are several; the stack rank where that is smaller."""
 
@@ -181,7 +181,8 @@ def make_adapters(
     """Make adapters for the kernels, and the same for the reference in float32. Several slots have a rank each."""
     num_slots = len(batch.table["key"])
     ours, exact = (
-        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit) for compute in (DTYPE, torch.float32)
+        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit, EXPERT_RANK)
+        for compute in (DTYPE, torch.float32)
     )
     ours.weights.normal_()
     batch.table["rank"].clamp_(max=rank)
@@ -196,10 +197,10 @@ def clear_beyond(adapters: Adapters, flat: Any) -> None:
     flat.zero_()
     for slot in range(adapters.num_slots):
         own = min(RANKS[slot], adapters.rank) if adapters.num_slots > 1 else adapters.rank
-        for group in filter(None, adapters.groups):
-            a, was_a = (adapters.a(group, each)[slot].unflatten(0, (-1, adapters.rank)) for each in (flat, whole))
-            a[:, :own] = was_a[:, :own]
-            adapters.b(group, flat)[slot][:, :own] = adapters.b(group, whole)[slot][:, :own]
+        for (_, matrix), (_, was) in zip(
+            adapters.matrices(slot, own, flat), adapters.matrices(slot, own, whole), strict=True
+        ):
+            matrix.copy_(was)
 
 
 GROUPS = {

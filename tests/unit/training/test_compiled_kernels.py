@@ -45,8 +45,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"ELEMENTS": 512, "SHARED": 256, "SMALL": 4096},
     ),
     "norms": (adamw._norms, {"BLOCK": 1024}),
-    "squares": (adamw._sum_squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED_RANKS": True}),
-    "update": (adamw._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED_RANKS": True}),
+    "squares": (adamw._sum_squares, {"ELEMENTS": 16384, "BLOCK": 1024, "MIXED_RANKS": True}),
+    "update": (adamw._update, {"ELEMENTS": 16384, "BLOCK": 1024, "MIXED_RANKS": True}),
 }
 
 

@@ -31,7 +31,7 @@ MakeTable = Callable[..., dict[str, float]]
 
 CASES = [name for name, (config, _) in FAMILY_CASES.items() if FAMILIES[config.model_type].experts is not None]
 LENGTHS = (5, 19, 2, 11)
-STACK = 8
+STACK, EXPERT_STACK = 16, 8
 TARGETS = (["q_proj", "experts"], ["experts.down_proj"], ["experts.gate_up_proj"])
 
 
@@ -76,7 +76,7 @@ def open_engine(
     base: Any, lora: LoraSection, num_slots: int = 1, recompute: Recompute = "nothing", eight_bit: bool = False
 ) -> Engine:
     groups, cpu = adapted_layers(base, adapted_names(base, lora)), torch.device("cpu")
-    adapters = Adapters(groups, num_slots, STACK, torch.float32, torch.float32, cpu, eight_bit)
+    adapters = Adapters(groups, num_slots, STACK, torch.float32, torch.float32, cpu, eight_bit, EXPERT_STACK)
     return Engine(Decoder(base, torch.float32, max(LENGTHS), True), adapters, recompute, None, on_gpu=False)
 
 
@@ -123,7 +123,7 @@ def test_slots_that_step_together_are_as_each_alone(
     eight_bit = optimizer == "8 bits"
     joint = open_engine(base, lora, 3, eight_bit=eight_bit)
     alone = [open_engine(base, lora, eight_bit=eight_bit) for _ in range(3)]
-    ranks, rows = (4, 8, 3), [make_rows(*LENGTHS, seed=1), make_rows(7, 18, seed=2), make_rows(12, seed=3)]
+    ranks, rows = (4, 8, 16), [make_rows(*LENGTHS, seed=1), make_rows(7, 18, seed=2), make_rows(12, seed=3)]
     tables = [
         make_table(rank=rank, scale=scale, learning_rate=1e-2)
         for rank, scale in zip(ranks, (1.0, 2.5, 4.0), strict=True)

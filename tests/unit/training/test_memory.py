@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 MIXED = "qwen3_moe with one layer without experts"
 """All layers are taken to have experts, which take more."""
 
-RANK = 16
+RANK, EXPERT_RANK = 16, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEVELS: list[Recompute] = ["nothing", "elementwise", "layers"]
 LLAMA_7B = BaseShape(4096, 11008, 32, 32, 32, 128, 32000, tied=False)
@@ -47,10 +47,9 @@ def half() -> Any:
 def predicted_for(
     model: Any, recompute: Recompute = "nothing", keeps: bool = True, tokens: int = 64, **options: Any
 ) -> Any:
-    targets = options.pop("targets", TARGETS)
-    return predict(
-        BaseShape.of(model.config), MemoryOption(keeps, recompute, 64), tokens, tokens, RANK, targets, **options
-    )
+    targets, option = options.pop("targets", TARGETS), MemoryOption(keeps, recompute, 64)
+    options["expert_rank"] = EXPERT_RANK
+    return predict(BaseShape.of(model.config), option, tokens, tokens, RANK, targets, **options)
 
 
 def tensors_of(model: Any) -> Iterator[torch.Tensor]:
@@ -121,7 +120,8 @@ def make_adapters(
 ) -> Adapters:
     names = adapted_names(model, LoraSection(dropout=0, target_modules=list(targets)))
     cpu = torch.device("cpu")
-    return Adapters(adapted_layers(model, names), num_slots, RANK, dtype, torch.bfloat16, cpu, eight_bit)
+    layers = adapted_layers(model, names)
+    return Adapters(layers, num_slots, RANK, dtype, torch.bfloat16, cpu, eight_bit, EXPERT_RANK)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)

@@ -86,9 +86,8 @@ EXPERTS = LoraSection(dropout=0, target_modules=["q_proj", "experts"])
 
 
 def open_expert_engine(base: Any, dtype: torch.dtype) -> Engine:
-    adapters = Adapters(
-        adapted_layers(base, adapted_names(base, EXPERTS)), 2, 16, torch.float32, dtype, torch.device("cpu")
-    )
+    layers, cpu = adapted_layers(base, adapted_names(base, EXPERTS)), torch.device("cpu")
+    adapters = Adapters(layers, 2, 16, torch.float32, dtype, cpu, expert_rank=8)
     return Engine(Decoder(base, dtype, LONGEST, keeps_base=True), adapters, "nothing", None, on_gpu=False)
 
 

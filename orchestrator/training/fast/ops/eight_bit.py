@@ -52,28 +52,34 @@ class MatrixLayout:
     offset: int
     """Its first element."""
     outer: int
+    rank: int
+    """Stack rank R. An adapter of rank r uses the first r ranks, all of them where r is more than R."""
     inner: int
     strides: tuple[int, int, int]
-    """Distances in elements between neighbors in the three dimensions. An adapter of rank r uses the first r ranks."""
+    """Distances in elements between neighbors in the three dimensions."""
 
     @classmethod
     def of_a(cls, offset: int, num_matrices: int, rank: int, features: int) -> "MatrixLayout":
         """Describe (num_matrices, R, in_features), for the stack rank R."""
-        return cls(offset, num_matrices, features, (rank * features, features, 1))
+        return cls(offset, num_matrices, rank, features, (rank * features, features, 1))
 
     @classmethod
     def of_b(cls, offset: int, num_matrices: int, rank: int, features: int) -> "MatrixLayout":
         """Describe (num_matrices, out_features, R), for the stack rank R."""
-        return cls(offset, features, num_matrices, (rank, 1, features * rank))
+        return cls(offset, features, rank, num_matrices, (rank, 1, features * rank))
 
     @property
     def features(self) -> int:
         """Elements of one rank."""
         return self.outer * self.inner
 
+    def num_elements(self, rank: int) -> int:
+        """Return the number of elements of an adapter of this rank."""
+        return self.features * min(rank, self.rank)
+
     def view(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         """View the parameter in a slot's row: (outer, rank, inner), without a dimension of 1 at one of the ends."""
-        sizes, start = (self.outer, rank, self.inner), flat.storage_offset() + self.offset
+        sizes, start = (self.outer, min(rank, self.rank), self.inner), flat.storage_offset() + self.offset
         view = flat.as_strided(sizes, self.strides, start)
         return view[0] if self.outer == 1 else view[..., 0] if self.inner == 1 else view
 
@@ -81,31 +87,31 @@ class MatrixLayout:
 class EightBitMoments:
     """Scales and tables of the moments of all slots, and the place of each matrix among their bytes."""
 
-    def __init__(self, matrices: Sequence[MatrixLayout], rank: int, num_slots: int, device: torch.device) -> None:
+    def __init__(self, matrices: Sequence[MatrixLayout], num_slots: int, device: torch.device) -> None:
         """Plan the layout for matrices of the full stack rank.
 
         Args:
             matrices: in the order of `Adapters.matrices`.
-            rank: stack rank R.
             num_slots: adapters that train together.
             device: of all tensors.
         """
-        self._features = [matrix.features for matrix in matrices]
+        self._matrices = matrices
         self._offsets: list[tuple[int, int]] = []
         """For each matrix: its first byte in a slot's moment, and its first `absmax`."""
         self.bytes_per_slot = blocks = 0
         """Bytes of one moment of a slot."""
         programs = []
         for matrix in matrices:
-            max_elements = matrix.features * rank
+            max_elements = matrix.num_elements(matrix.rank)
             self._offsets.append((self.bytes_per_slot, blocks))
-            shared = (matrix.offset, matrix.features, matrix.inner, *matrix.strides, self.bytes_per_slot, blocks)
+            sizes = matrix.features, matrix.rank, matrix.inner
+            shared = (matrix.offset, *sizes, *matrix.strides, self.bytes_per_slot, blocks)
             first = torch.arange(0, max_elements, CHUNK, dtype=torch.int32)[:, None]
             programs.append(torch.cat((torch.tensor([shared], dtype=torch.int32).expand(len(first), -1), first), 1))
             self.bytes_per_slot += num_bytes(max_elements)
             blocks += num_absmax(max_elements)
         self.programs = torch.cat(programs).to(device)
-        """(programs, 9) int32 for each program of the kernel: offset, features, inner and the three strides of
+        """(programs, 10) int32 for each program of the kernel: offset, features, rank, inner and the three strides of
         `MatrixLayout`, the matrix's first byte and first `absmax`, and the first element that the program updates."""
         self.absmax = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
         """(moment, slot, block) largest magnitude of a block."""
@@ -122,8 +128,8 @@ class EightBitMoments:
             rank: of its adapter.
             flat: all bytes of its first moment, and of its second.
         """
-        for features, (byte, block) in zip(self._features, self._offsets, strict=True):
-            length = features * rank
+        for matrix, (byte, block) in zip(self._matrices, self._offsets, strict=True):
+            length = matrix.num_elements(rank)
             if length < SMALL:
                 whole = slice(byte, byte + FLOAT * length)
                 yield Moment(flat[0][whole], None, self.code[0]), Moment(flat[1][whole], None, self.code[1])

@@ -15,7 +15,7 @@ from orchestrator.training.fast.families.settings import LAYER_TYPES, rope_param
 from orchestrator.training.fast.families.text_model import TextModel, find_text_model, text_config, text_model
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
 from orchestrator.training.fast.sizes import GROUPED_MULTIPLE, LONGEST_STEP
-from orchestrator.training.fast.step.adapters import padded_rank
+from orchestrator.training.fast.step.adapters import grouped_rank, padded_rank
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import adapted_names
 
@@ -81,13 +81,19 @@ def unsupported_reason_by_shape(
             return f"heads of {shape.head_size} features on a GPU (its kernels take multiples of 16 up to {MAX_HEAD})"
         if config.lora.rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
-        adapter = padded_rank(config.lora.rank) * sum(shape.adapted_features(adapted_part(name)) for name in names)
+        adapter = sum(_stack_elements(shape, adapted_part(name), config.lora.rank) for name in names)
         if (
             max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, 2 * shape.mlp_features, shape.qkv))
             >= MAX_ELEMENTS
         ):
             return "tensors of 2**31 elements and more"
     return None
+
+
+def _stack_elements(shape: BaseShape, name: str, rank: int) -> int:
+    """Return the elements of an adapter's stack on a GPU for one layer, or one matrix of all experts of a layer."""
+    stack = grouped_rank(rank) if name in shape.expert_matrices else padded_rank(rank)
+    return stack * shape.adapted_features(name)
 
 
 def has_grouped_products() -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.memory import MemoryOption
-from orchestrator.training.fast.sizes import EVALUATION_TOKENS, GROUPED_MULTIPLE
-from orchestrator.training.fast.step.adapters import padded_rank
+from orchestrator.training.fast.sizes import EVALUATION_TOKENS
+from orchestrator.training.fast.step.adapters import grouped_rank, padded_rank
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.targets import adapted_names
@@ -22,7 +22,9 @@ class EngineSpec:
 
     num_slots: int
     rank: int
-    """Stack rank: the largest rank of the trials, padded on a GPU and where experts are adapted."""
+    """Stack rank: the largest rank of the trials; on a GPU, padded."""
+    expert_rank: int
+    """The same for the trials that adapt experts; 0 where none does."""
     modules: frozenset[str]
     """Names of all linear layers and parameters of experts that any of the trials adapts."""
     precision: str
@@ -45,13 +47,10 @@ class EngineSpec:
         """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
         training = configs[0].training
         rank = max(config.lora.rank for config in configs)
-        if torch.cuda.is_available():
-            rank = padded_rank(rank)
-        elif any(config.lora.names_experts for config in configs):
-            rank += -rank % GROUPED_MULTIPLE
         return cls(
             num_slots,
-            rank,
+            padded_rank(rank) if torch.cuda.is_available() else rank,
+            max((grouped_rank(config.lora.rank) for config in configs if config.lora.names_experts), default=0),
             frozenset(name for config in configs for name in adapted_names(base, config.lora)),
             resolve_precision(training),
             training.adapter_dtype,
@@ -69,7 +68,7 @@ class EngineSpec:
         for name, field in _SHARED_FIELDS.items():
             if getattr(own, name) != getattr(self, name):
                 return f"{field} differs from that of the trials that share the engine"
-        if own.rank > self.rank or not own.modules <= self.modules:
+        if own.rank > self.rank or own.expert_rank > self.expert_rank or not own.modules <= self.modules:
             return "its rank or its adapted layers exceed what the slots were built for"
         return None
 
@@ -97,7 +96,14 @@ def separate_specs(base: Any, configs: Sequence[TrialConfig]) -> list[EngineSpec
     if torch.cuda.is_available():
         ranks = {1 << power for power in range(min(ranks).bit_length() - 1, max(ranks).bit_length())}
     # Kernels are compiled for modules, moments and rank: keep one spec for each combination.
-    distinct = {(spec.modules, spec.eight_bit, rank): replace(spec, rank=rank) for spec in specs for rank in ranks}
+    expert_rank = max(spec.expert_rank for spec in specs)
+    distinct = {
+        (spec.modules, spec.eight_bit, rank): replace(
+            spec, rank=rank, expert_rank=expert_rank if spec.expert_rank else 0
+        )
+        for spec in specs
+        for rank in ranks
+    }
     return sorted(distinct.values(), key=lambda spec: (spec.rank, len(spec.modules)), reverse=True)
 
 

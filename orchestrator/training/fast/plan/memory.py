@@ -88,6 +88,7 @@ def predict(
     rank: int,
     targets: Collection[str],
     *,
+    expert_rank: int = 0,
     num_slots: int = 1,
     adapter_bytes: int = FLOAT,
     eight_bit: bool = False,
@@ -103,6 +104,7 @@ def predict(
         evaluation_tokens: tokens of the largest evaluation bucket.
         rank: stack rank, padded.
         targets: adapted linear layers and matrices of experts, by their names in `BaseShape`.
+        expert_rank: stack rank of experts, where any are adapted.
         num_slots: number of adapters that train together.
         adapter_bytes: bytes of one LoRA weight.
         eight_bit: whether the optimizer's moments are in eight bits.
@@ -112,17 +114,17 @@ def predict(
     linears = [sizes for name, sizes in shape.linears.items() if name in targets]
     experts = [sizes for name, sizes in shape.expert_matrices.items() if name in targets]
     matrices = [rank * size for sizes in linears for size in sizes]
-    matrices += [shape.experts * rank * size for sizes in experts for size in sizes]
+    matrices += [shape.experts * expert_rank * size for sizes in experts for size in sizes]
     adapter = shape.layers * sum(matrices)
     slots = num_slots * adapter
     in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_absmax(each) for each in matrices)
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
-    hidden = rank * (len(linears) + shape.experts_per_token * len(experts))
+    hidden = rank * len(linears) + shape.experts_per_token * expert_rank * len(experts)
     activations = tokens * _activations_per_token(shape, option.recompute, hidden)
     dequantized = 0 if option.keeps_base else _dequantized_at_use(shape, quantized)
     # A product with the base and one with the adapters follow each other.
-    at_use = max(dequantized, num_slots * rank * shape.experts * _converted_at_use(experts))
+    at_use = max(dequantized, num_slots * expert_rank * shape.experts * _converted_at_use(experts))
     features = _transient_features(shape, bool(experts), num_slots * shape.experts > MAX_GROUPS)
     in_backward, in_evaluation = (
         count * BF16 * each + at_use for count, each in zip((tokens, evaluation_tokens), features, strict=True)

@@ -178,6 +178,7 @@ def _predicted(
         evaluated,
         spec.rank,
         {adapted_part(name) for name in spec.modules},
+        expert_rank=spec.expert_rank,
         num_slots=spec.num_slots,
         adapter_bytes=4 if spec.adapter_dtype == "float32" else 2,
         eight_bit=spec.eight_bit,

@@ -8,8 +8,8 @@ The row of a slot, for each group of layers that share an input:
 The matrices of all experts of a layer (`step.experts`) are a group of their own, with the A of expert 0, of expert 1,
 and so on, then the B of each.
 
-R is the stack rank. An adapter of rank r < R uses the first r rows of each A and the first r columns of each B. Padding
-makes each part a whole number of `BLOCK`s.
+R is the stack rank; experts have one of their own. An adapter of rank r < R uses the first r rows of each A and the
+first r columns of each B. Padding makes each part a whole number of `BLOCK`s.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from orchestrator.training.fast.ops.eight_bit import EightBitMoments, MatrixLayout, Moment
+from orchestrator.training.fast.sizes import GROUPED_MULTIPLE
 
 BLOCK = 1024
 """Elements of a slot's row that all belong to the A part of one group, or all to its B part."""
@@ -52,6 +53,8 @@ class LayerGroup:
     layers: tuple[AdaptedLayer, ...]
     a_offset: int
     """First element of the A part in a slot's row: (layers * R, in_features); of experts (num_matrices, R, ...)."""
+    rank: int
+    """Stack rank R of its matrices."""
     b_offset: int
     """First element of the B part: (sum of out_features, R); of experts (num_matrices, out_features, R)."""
 
@@ -88,6 +91,7 @@ class Adapters:
         compute_dtype: torch.dtype,
         device: torch.device,
         eight_bit: bool = False,
+        expert_rank: int = 0,
     ) -> None:
         """Allocate everything, filled with zeros.
 
@@ -99,6 +103,7 @@ class Adapters:
             compute_dtype: of the products with A and B.
             device: of all tensors.
             eight_bit: whether to keep the moments in eight bits.
+            expert_rank: stack rank of experts, where any are adapted.
         """
         self.num_slots = num_slots
         self.rank = rank
@@ -111,16 +116,17 @@ class Adapters:
                 self.groups.append(None)
                 continue
             count = layers[0].num_matrices
-            b_offset = at + _whole_blocks(len(layers) * count * rank * layers[0].in_features)
-            group = LayerGroup(tuple(layers), at, b_offset)
+            own_rank = expert_rank if count > 1 else rank
+            b_offset = at + _whole_blocks(len(layers) * count * own_rank * layers[0].in_features)
+            group = LayerGroup(tuple(layers), at, own_rank, b_offset)
             self.groups.append(group)
-            at = b_offset + _whole_blocks(count * group.out_features * rank)
-            rank_layout.append((group.a_offset, layers[0].in_features, (b_offset - group.a_offset) // BLOCK))
-            rank_layout.append((b_offset, 1, (at - b_offset) // BLOCK))
+            at = b_offset + _whole_blocks(count * group.out_features * own_rank)
+            rank_layout.append((group.a_offset, layers[0].in_features, own_rank - 1, (b_offset - group.a_offset)))
+            rank_layout.append((b_offset, 1, own_rank - 1, (at - b_offset)))
         self.weights = torch.zeros(num_slots, at, dtype=dtype, device=device)
         self._matrices = dict(self._matrix_layouts())
         """Layouts by PEFT's names."""
-        self.eight_bit = EightBitMoments(list(self._matrices.values()), rank, num_slots, device) if eight_bit else None
+        self.eight_bit = EightBitMoments(list(self._matrices.values()), num_slots, device) if eight_bit else None
         """Scales and tables of moments in eight bits; None where the moments have another dtype."""
         if self.eight_bit is None:
             self.moment1, self.moment2 = (torch.zeros_like(self.weights) for _ in range(2))
@@ -128,10 +134,10 @@ class Adapters:
             shape = num_slots, self.eight_bit.bytes_per_slot
             self.moment1, self.moment2 = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
         self.gradients = torch.zeros(num_slots, at, dtype=torch.float32, device=device)
-        parts = torch.tensor(rank_layout, dtype=torch.int32).view(-1, 3)
-        self.rank_layout = parts[:, :2].repeat_interleave(parts[:, 2], dim=0).to(device)
-        """(size / BLOCK, 2) for each block: the first element of its part, and the distance in elements from a rank to
-        the next. The rank of element i is thus (i - first) // distance % R."""
+        parts = torch.tensor(rank_layout, dtype=torch.int32).view(-1, 4)
+        self.rank_layout = parts[:, :3].repeat_interleave(parts[:, 3] // BLOCK, dim=0).to(device)
+        """(size / BLOCK, 3) for each block: the first element of its part, the distance in elements from a rank to the
+        next, and the last rank R - 1. The rank of element i is thus (i - first) // distance % R."""
 
     @property
     def adapts_experts(self) -> bool:
@@ -145,19 +151,19 @@ class Adapters:
 
     def a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the A part of a group in one of the flat tensors: (S, layers * R, in_features)."""
-        rows = len(group.layers) * group.num_matrices * self.rank
+        rows = len(group.layers) * group.num_matrices * group.rank
         part = flat[:, group.a_offset : group.a_offset + rows * group.in_features]
         return part.unflatten(1, (rows, group.in_features))
 
     def b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the B part of a group in one of the flat tensors: (S, out_features, R)."""
         rows = group.num_matrices * group.out_features
-        part = flat[:, group.b_offset : group.b_offset + rows * self.rank]
-        return part.unflatten(1, (rows, self.rank))
+        part = flat[:, group.b_offset : group.b_offset + rows * group.rank]
+        return part.unflatten(1, (rows, group.rank))
 
     def expert_a(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the A part of experts in one of the flat tensors: (S, experts, R, in_features)."""
-        return self.a(group, flat).unflatten(1, (group.num_matrices, self.rank))
+        return self.a(group, flat).unflatten(1, (group.num_matrices, group.rank))
 
     def expert_b(self, group: LayerGroup, flat: torch.Tensor) -> torch.Tensor:
         """View the B part of experts in one of the flat tensors: (S, experts, out_features, R)."""
@@ -171,7 +177,7 @@ class Adapters:
 
         Args:
             slot: the slot.
-            rank: of its adapter.
+            rank: of its adapter. It may exceed the stack rank of experts, if the adapter has none.
             flat: weights, gradients, or moments that are not in eight bits.
         """
         for name, matrix in self._matrices.items():
@@ -189,9 +195,8 @@ class Adapters:
         return zip(self._matrices, moments, strict=True)
 
     def _matrix_layouts(self) -> Iterator[tuple[str, MatrixLayout]]:
-        rank = self.rank
         for group in filter(None, self.groups):
-            b_offset, count = group.b_offset, group.num_matrices
+            b_offset, count, rank = group.b_offset, group.num_matrices, group.rank
             for index, layer in enumerate(group.layers):
                 a_offset = group.a_offset + index * rank * group.in_features
                 yield f"{layer.name}.lora_A", MatrixLayout.of_a(a_offset, count, rank, group.in_features)
@@ -213,6 +218,11 @@ def _whole_blocks(size: int) -> int:
 def padded_rank(rank: int) -> int:
     """Return the stack rank for an adapter: the next power of two from 16 on, so that few graphs serve all ranks."""
     return max(16, 1 << (rank - 1).bit_length())
+
+
+def grouped_rank(rank: int) -> int:
+    """Return the stack rank of experts for an adapter: a power of two, and a size that grouped products take."""
+    return max(GROUPED_MULTIPLE, 1 << (rank - 1).bit_length())
 
 
 def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -56,7 +56,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
     grid = (blocks, adapters.num_slots)
     # The step in eight bits clears the gradient within a slot's own rank only: what lies beyond must not count.
     eight_bit = adapters.eight_bit
-    ranks = {"RANK": adapters.rank, "MIXED_RANKS": adapters.num_slots > 1 or eight_bit is not None}
+    is_mixed = adapters.num_slots > 1 or eight_bit is not None
     launch(
         _sum_squares,
         grid,
@@ -69,7 +69,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         blocks,
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
-        **ranks,
+        MIXED_RANKS=is_mixed,
     )
     if eight_bit is not None:
         launch(_norms, (adapters.num_slots,), block_squares, norms, table["applies"], blocks, BLOCK=BLOCK)
@@ -92,7 +92,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
         num_warps=8,
-        **ranks,
+        MIXED_RANKS=is_mixed,
     )
     return norms
 
@@ -126,22 +126,21 @@ def _step_eight_bit(
 
 
 @triton.jit
-def _is_within_rank(
-    start, index, size, rank_layout, rank, RANK: tl.constexpr, BLOCK: tl.constexpr, MIXED_RANKS: tl.constexpr
-):  # fmt: skip
+def _is_within_rank(start, index, size, rank_layout, rank, BLOCK: tl.constexpr, MIXED_RANKS: tl.constexpr):
     """Return whether elements of one block are of the slot's own rank. Those beyond are zero, and stay zero."""
     inside = index < size
     if MIXED_RANKS:
-        entry = rank_layout + start // BLOCK * 2
+        entry = rank_layout + start // BLOCK * 3
         first, distance = tl.load(entry, mask=start < size, other=0), tl.load(entry + 1, mask=start < size, other=1)
-        inside &= (index - first) // distance % RANK < rank
+        last = tl.load(entry + 2, mask=start < size, other=0)  # the remainder by a power of two, without a division
+        inside &= ((index - first) // distance & last) < rank
     return inside
 
 
 @triton.jit(do_not_specialize=["slot_ranks", "applies", "blocks"])
 def _sum_squares(
     gradients,  # (S, size) float32
-    rank_layout,  # (size / BLOCK, 2) int32
+    rank_layout,  # (size / BLOCK, 3) int32
     slot_ranks,  # (S,) int32
     applies,  # (S,) int32
     block_squares,  # out: (S, blocks) float32, where the slot steps
@@ -149,7 +148,6 @@ def _sum_squares(
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
     MIXED_RANKS: tl.constexpr,
 ):
     wait_for_previous()
@@ -160,7 +158,7 @@ def _sum_squares(
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            own = _is_within_rank(start, at, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS)
+            own = _is_within_rank(start, at, size, rank_layout, rank, BLOCK, MIXED_RANKS)
             gradient = tl.load(gradients + at, mask=own, other=0.0)
             total += gradient * gradient
         tl.store(block_squares + slot * blocks + block, tl.sum(total))
@@ -237,7 +235,7 @@ def _update(
     moments1,  # (S, size)
     moments2,  # (S, size)
     gradients,  # (S, size) float32
-    rank_layout,  # (size / BLOCK, 2) int32
+    rank_layout,  # (size / BLOCK, 3) int32
     slot_ranks,  # (S,) int32
     block_squares,  # (S, blocks) float32
     norms,  # out: (S,) float32
@@ -254,7 +252,6 @@ def _update(
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
     MIXED_RANKS: tl.constexpr,
 ):
     wait_for_previous()
@@ -270,7 +267,7 @@ def _update(
         offset, rank = slot.to(tl.int64) * size, tl.load(slot_ranks + slot)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            own, at = _is_within_rank(start, index, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS), offset + index
+            own, at = _is_within_rank(start, index, size, rank_layout, rank, BLOCK, MIXED_RANKS), offset + index
             if norm < float("inf"):
                 gradient = tl.load(gradients + at, mask=own) * clip
                 moment1 = tl.load(moments1 + at, mask=own).to(tl.float32)
@@ -309,7 +306,7 @@ def _update_eight_bit(
     midpoints1,  # (255,) float32
     midpoints2,  # (255,) float32
     gradients,  # (S, size) float32
-    programs,  # (programs, 9) int32, see `EightBitMoments.programs`
+    programs,  # (programs, 10) int32, see `EightBitMoments.programs`
     slot_ranks,  # (S,) int32
     norms,  # (S,) float32
     applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
@@ -337,11 +334,11 @@ def _update_eight_bit(
     program, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         norm = tl.load(norms + slot)
-        entry = programs + program * 9
-        offset, features, inner = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        outer_stride, rank_stride, inner_stride = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-        first_byte, first_absmax, first = tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8)
-        rank = tl.load(slot_ranks + slot)
+        entry = programs + program * 10
+        offset, features, inner = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3)
+        outer_stride, rank_stride, inner_stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+        first_byte, first_absmax, first = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
+        rank = tl.minimum(tl.load(slot_ranks + slot), tl.load(entry + 2))
         length = features * rank
         if first < length:
             block_start = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
