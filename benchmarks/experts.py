@@ -7,7 +7,7 @@ The weights are random and made on the GPU, because a folder of them would be la
 NF4; other weights stay in bfloat16. The fast engine keeps the dequantized base, or dequantizes at each use.
 transformers computes with experts in bfloat16, by its own grouped products, which is the fastest that it has; and with
 experts in NF4, as trials by trl do. All have adapters on all linear layers of the attention; with --experts on the
-experts, too. The fast engine then never keeps the dequantized base, because the adapters need the memory. Needs a GPU.
+experts, too. What does not fit into memory is left out. Needs a GPU.
 """
 
 import argparse
@@ -46,7 +46,14 @@ from make_base import SHAPES
 
 STEPS, WARM = 20, 5
 GIB = 2**30
-VARIANTS = ("transformers, 16 bits", "transformers", "dequantized at use", "dequantized once", "together")
+VARIANTS = (
+    "transformers, 16 bits",
+    "transformers",
+    "dequantized at use",
+    "dequantized once",
+    "together",
+    "together, at use",
+)
 """What is timed. The base is quantized before the second and stays so."""
 
 
@@ -81,14 +88,12 @@ def main() -> None:
             pack_experts(base, "nf4", True, torch.bfloat16)
             free()
             figures["base_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
-        if args.experts and name == "dequantized once":
-            continue
         try:
             if name.startswith("transformers"):
                 figures[name] = by_transformers(base, ids[: args.rows], args)
             else:
-                keeps_base = name != "dequantized at use" and not args.experts
-                figures[name] = by_engine(base, rows, args, keeps_base, args.slots if name == "together" else 1)
+                slots = args.slots if name.startswith("together") else 1
+                figures[name] = by_engine(base, rows, args, not name.endswith("at use"), slots)
         except torch.OutOfMemoryError as error:
             figures[name] = str(error)
         kind = "adapted-experts" if args.experts else "experts"
