@@ -10,6 +10,7 @@ from one_trial import Tiny, curve, run
 from peft import PeftModel
 from plain import plain_base
 from safetensors.torch import load_file
+from shared_engine import Bench, open_inputs, train_alone, trial
 from tiny import Witness
 from transformers import AutoModelForCausalLM
 
@@ -67,6 +68,7 @@ def test_a_trial_with_adapted_experts_resumes_to_the_same_result(tiny: Tiny, tmp
     base = write_base("qwen3_moe", tmp_path / "base")
     spec = tiny(*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4")
     whole = run(spec, SweepPaths(tmp_path / "whole"))
+    assert whole.engine == "fast"
     broken = SweepPaths(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, broken, Witness(die_at=3))
@@ -132,3 +134,27 @@ def test_both_engines_train_adapted_experts_the_same(family: str, optimizer: str
     fast, exact = (train(engine, tmp_path / engine, *settings) for engine in ("fast", "trl"))
     bound = 1e-5 if optimizer == "adamw_torch" else 1e-3  # 8-bit moments round
     assert_same(fast, exact, update=bound)
+
+
+def test_trials_that_share_an_engine_train_as_each_alone(tmp_path: Path) -> None:
+    """Two adapt experts, one of them a part; the third has a rank beyond the stack rank of experts."""
+    common = [
+        f"base.model={write_base('qwen3_moe', tmp_path / 'base')}", "base.compute_dtype=float32", "lora.dropout=0",
+        "training.learning_rate=1e-2", "training.steps=5", "training.eval_steps=5",
+    ]  # fmt: skip
+    trials = [
+        trial(*common, "lora.rank=4", "lora.alpha=16", "training.seed=1", ADAPTED),
+        trial(*common, "lora.rank=8", "training.seed=2", "lora.target_modules=[experts.down_proj]"),
+        trial(*common, "lora.rank=16", "training.seed=3", "lora.target_modules=[q_proj]"),
+    ]
+    inputs = open_inputs(*common)
+    bench = Bench(inputs, tmp_path / "together", len(trials), trials)
+    together = [bench.join(slot, config) for slot, config in enumerate(trials)]
+    bench.run()
+    for index, (config, seen) in enumerate(zip(trials, together, strict=True)):
+        alone = train_alone(inputs, tmp_path / str(index), config)
+        assert seen.error is None
+        assert seen.losses == pytest.approx(alone.losses, abs=1e-5)
+        assert seen.norms == pytest.approx(alone.norms, rel=1e-3)
+        assert seen.evaluations[5]["eval/loss"] == pytest.approx(alone.evaluations[5]["eval/loss"], abs=1e-5)
+        assert (seen.update - alone.update).norm() <= 1e-3 * alone.update.norm()
