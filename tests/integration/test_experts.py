@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from both_engines import assert_same, train
+from both_engines import assert_same, difference, train
 from family_bases import write_base
 from one_trial import Tiny, curve, run
 from peft import PeftModel
@@ -134,6 +134,20 @@ def test_both_engines_train_adapted_experts_the_same(family: str, optimizer: str
     fast, exact = (train(engine, tmp_path / engine, *settings) for engine in ("fast", "trl"))
     bound = 1e-5 if optimizer == "adamw_torch" else 1e-3  # 8-bit moments round
     assert_same(fast, exact, update=bound)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [("fast", "trl"), ("trl", "fast")])
+def test_one_engine_continues_adapted_experts_from_the_others_checkpoint(
+    saved_by: str, resumed_by: str, optimizer: str, tmp_path: Path
+) -> None:
+    base = write_base("qwen3_moe", tmp_path / "base")
+    settings = [*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4", f"training.optimizer={optimizer}"]
+    whole = train(saved_by, tmp_path / "saved", *settings)
+    checkpoint = str(tmp_path / "saved" / "checkpoint-2")
+    resumed = train(resumed_by, tmp_path / "resumed", *settings, checkpoint=checkpoint)
+    assert [each["step"] for each in resumed.logs] == [3, 4]
+    assert difference(resumed, whole) <= (1e-5 if optimizer == "adamw_torch" else 1e-3)
 
 
 def test_trials_that_share_an_engine_train_as_each_alone(tmp_path: Path) -> None:
