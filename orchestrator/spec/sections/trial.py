@@ -93,8 +93,6 @@ class TrialConfig(Section):
                 declared, value = honored_by(info), getattr(section, field)
                 if not declared.fast_supports(value, info.default):
                     return f"{name}.{field}{f' {value}' if isinstance(value, str) else ''}"
-        if self.lora.names_experts:
-            return "lora.target_modules with experts"
         training = self.training
         if "bit" in training.optimizer and training.adapter_dtype != "float32":
             return f"training.optimizer {training.optimizer} with adapter_dtype bfloat16"

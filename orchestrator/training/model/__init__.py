@@ -3,6 +3,7 @@
 Reading order:
 
     linear_layers   the linear layers of a base, and those that `all-linear` leaves out
+    patterns        ranks and alphas of single layers
     device          the device of this process, and its peak memory
     precision       the dtype of the forward pass, and whether the device supports a trial
     targets         the layers and parameters that a configuration should train, and the values to find there

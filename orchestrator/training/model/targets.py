@@ -12,6 +12,7 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.linear_layers import ExpertShapes, LayerShapes, LinearLayers, linear_layers
+from orchestrator.training.model.patterns import layer_alphas, layer_ranks, matches_pattern
 
 _LIVE_OPTIMIZERS = {
     "adamw_torch": "torch.AdamW",
@@ -62,7 +63,7 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
         raise TrialError("lora.target_modules: nothing is left to adapt; all layers are in lora.modules_to_save")
     for pattern in ("rank_pattern", "alpha_pattern"):
         for each in getattr(lora, pattern):
-            if not any(_matches_pattern(name, each) for name in (*found, *experts)):
+            if not any(matches_pattern(name, each) for name in (*found, *experts)):
                 one = next(iter((*found, *experts)))
                 raise TrialError(f"lora.{pattern}: {each!r} matches no adapted layer; one is named {one}")
     return found
@@ -76,6 +77,14 @@ def expected_experts(model: Any, lora: LoraSection) -> ExpertShapes:
         lora: the configuration, checked by `expected_modules`.
     """
     return _adapted_experts(linear_layers(model), lora)
+
+
+def adapted_names(model: Any, lora: LoraSection) -> set[str]:
+    """Return the names of all linear layers and parameters of fused experts that the adapter should adapt.
+
+    The arguments and the error are those of `expected_modules`.
+    """
+    return {*expected_modules(model, lora), *expected_experts(model, lora)}
 
 
 def _adapted_experts(layers: LinearLayers, lora: LoraSection) -> ExpertShapes:
@@ -347,31 +356,6 @@ def ends_with(name: str, target: str) -> bool:
 def _is_inside(name: str, module: str) -> bool:
     """Return whether a layer is, or is part of, a module of that name."""
     return f".{module}." in f".{name}."
-
-
-def _matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a pattern matches this layer, by PEFT's rule (0.21, `utils/other.py`, `get_pattern_key`)."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def layer_ranks(lora: LoraSection, names: Iterable[str]) -> dict[str, int]:
-    """Return the rank of each of these adapted layers, by its name."""
-    return {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in names}
-
-
-def layer_alphas(lora: LoraSection, names: Iterable[str]) -> dict[str, float]:
-    """Return the alpha of each of these adapted layers, by its name."""
-    return {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in names}
-
-
-def largest_rank(lora: LoraSection, names: Iterable[str]) -> int:
-    """Return the largest rank of these adapted layers; without layers, `lora.rank`."""
-    return max(layer_ranks(lora, names).values(), default=lora.rank)
-
-
-def _pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first pattern that matches this layer."""
-    return next((value for pattern, value in patterns.items() if _matches_pattern(name, pattern)), default)
 
 
 def _layer_number(name: str) -> int | None:

@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 """Largest norm of the difference, relative to the norm of the reference, which is computed in float32."""
-NUM_SLOTS = 4
+NUM_SLOTS, EXPERT_RANK = 4, 8
 RANKS = {0: 50, 1: 16, 2: 4, 3: 20, 4: 64, 5: 8, 6: 33, 7: 12}
 """Rank of each slot where there are several; the stack rank where that is smaller."""
 
@@ -189,7 +189,8 @@ def make_adapters(
     """
     num_slots = len(batch.table["key"])
     ours, exact = (
-        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit) for compute in (DTYPE, torch.float32)
+        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit, EXPERT_RANK)
+        for compute in (DTYPE, torch.float32)
     )
     for adapters in (ours, exact):
         adapters.set_patterns(0, layer_ranks or {}, {})

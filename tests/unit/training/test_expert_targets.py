@@ -227,11 +227,6 @@ def test_what_peft_cannot_do_with_experts_is_refused(
     parse_spec(document | {"lora": fields})  # without experts
 
 
-def test_the_fast_engine_leaves_adapted_experts_to_trl(trial: MakeConfig) -> None:
-    assert trial(target_modules=["experts"]).fast_unsupported_reason() == "lora.target_modules with experts"
-    assert trial(target_modules=["q_proj"]).fast_unsupported_reason() is None
-
-
 def test_experts_of_another_form_are_refused() -> None:
     lora = LoraSection(target_modules=["experts"], dropout=0)
     with pytest.raises(TrialError, match="'experts' names experts of a form that this version cannot adapt"):

@@ -24,12 +24,14 @@ from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
 from orchestrator.training.fast.drive.slot_view import SlotView
+from orchestrator.training.fast.families.base_shape import adapted_part
 from orchestrator.training.fast.step.adapters import lora_parameters
 from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
 from orchestrator.training.finite import require_finite
+from orchestrator.training.model.patterns import layer_alphas, layer_ranks
 from orchestrator.training.model.readback import read_back, same, set_rate
-from orchestrator.training.model.targets import layer_alphas, layer_ranks, shared_or_by_layer
+from orchestrator.training.model.targets import shared_or_by_layer
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -134,7 +136,8 @@ class Slot:
         """Return the settings that the slot and its optimizer really hold, by the names of `readback`."""
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
         matrices = self._view.matrices(adapters.weights)
-        ranks = {name.removesuffix(".lora_A"): len(a) for name, a in matrices.items() if name.endswith(".lora_A")}
+        # A is (rank, in), of experts (experts, rank, in).
+        ranks = {n.removesuffix(".lora_A"): a.shape[-2] for n, a in matrices.items() if n.endswith(".lora_A")}
         factors = adapters.layer_factors(self._index)
         alphas = {name: table["scale"] * factors[name] / lora.scale(rank, 1.0) for name, rank in ranks.items()}
         alpha = next(iter(alphas.values()))
@@ -142,7 +145,7 @@ class Slot:
             "lora.rank": shared_or_by_layer(ranks),
             "lora.alpha": alpha if all(same(alpha, each) for each in alphas.values()) else alphas,
             "lora.dropout": 1 - 1 / table["keep_scale"],
-            "lora.target_modules": sorted({name.rpartition(".")[2] for name in ranks}),
+            "lora.target_modules": sorted({adapted_part(name) for name in ranks}),
             "lora.num_modules": len(ranks),
             "training.weight_decay": table["weight_decay"],
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
@@ -193,8 +196,8 @@ class Slot:
             raise RuntimeError(
                 f"the slot has no place for layers that PEFT adapts: {self._parameters.keys() - weights.keys()}"
             )
-        for name, matrix in weights.items():
-            matrix.copy_(self._parameters[name].detach())
+        for name, parameter in self._parameters.items():
+            self._view.load(adapters.weights, name, parameter.detach())
         self._optimizer_steps = self._view.load_optimizer_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
