@@ -44,7 +44,7 @@ class Routing:
     slot_ends: torch.Tensor
     """(E S,) int32: end of the rows of each expert and slot."""
     slots: torch.Tensor
-    """(T K,) slot of each row."""
+    """(T K,) int32: slot of each row."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Experts:
         ends = slot_ends[num_slots - 1 :: num_slots].contiguous()
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         scores = self.scores_of(logits, chosen)
-        return Routing(scores, chosen, order // self._count, places, ends, slot_ends, groups % num_slots)
+        return Routing(scores, chosen, order // self._count, places, ends, slot_ends, (groups % num_slots).int())
 
     def _route_backward(self, dscores: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Compute the gradient of the router's logits (T, E) from that of the scores (T, K), both float32."""
