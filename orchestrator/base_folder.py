@@ -193,6 +193,12 @@ def config_document(base: BaseSection) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def text_document(base: BaseSection) -> dict[str, Any]:
+    """Return the part of `config_document` that describes the text model: of most bases, all of it."""
+    document = config_document(base)
+    return document.get("text_config") or document
+
+
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Fields of configurations that give the number of experts (transformers 5.23)."""
 

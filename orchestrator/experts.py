@@ -257,6 +257,11 @@ def expert_matrices(model: Any) -> dict[str, Any]:
     }
 
 
+def has_packed_experts(model: Any) -> bool:
+    """Return whether any experts of a loaded model are in 4 bits."""
+    return any(isinstance(parameter, PackedExperts) for parameter in model.parameters())
+
+
 def packed(module: Any, name: str, weight: Tensor, quant_type: str, double_quant: bool) -> PackedExperts:
     """Quantize a matrix of all experts.
 
@@ -295,7 +300,7 @@ def pack_experts(model: Any, quant_type: str, double_quant: bool, compute_dtype:
             if not isinstance(weight, PackedExperts):
                 plain = weight.detach().to(compute_dtype)
                 setattr(module, name, packed(module, name, plain, quant_type, double_quant))
-    if any(isinstance(parameter, PackedExperts) for parameter in model.parameters()):
+    if has_packed_experts(model):
         compute_by_expert(model)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 _NO_TABLE = ("mpt",)
 """Model types that fail on rows beyond their limit without a table of positions: MPT's ALiBi has a fixed length."""
 
+_NAMES_IN_FILES = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names of the limit in files of configurations, Llama's, GPT-2's and MPT's."""
+
 _MOST_SPARE_ROWS = 4
 """Rows that a table of positions may have beyond the limit; OPT and BART use two for padding."""
 
@@ -25,6 +28,17 @@ def position_limit(config: Any) -> int | None:
         return None
     scaled = [_original(rope, stated) * (rope.get("factor") or 1) for rope in _ropes(text)]
     return int(max(stated, *scaled)) if scaled else stated
+
+
+def limit_in_file(document: dict[str, Any]) -> int | None:
+    """Return the limit that a config.json states, without RoPE scaling; None if it states none.
+
+    Args:
+        document: what the file holds; {} without a file.
+    """
+    parts = (document.get("text_config"), document)
+    found = [part[name] for part in parts if isinstance(part, dict) for name in _NAMES_IN_FILES if part.get(name)]
+    return found[0] if found and isinstance(found[0], int) and found[0] > 0 else None
 
 
 def independent_length(config: Any) -> int | None:

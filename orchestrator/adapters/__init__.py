@@ -2,10 +2,11 @@
 
 Modules, in reading order:
 
-    stops      stop tokens of a model and of a bundle
-    generate   answers in batches; exact match
-    card       the README of a bundle, with the hub's metadata
-    bundle     write, verify and replace a bundle; its manifest with a sha256 of every file
+    stops            stop tokens of a model and of a bundle
+    tokenizer_files  the files of a tokenizer
+    generate         answers in batches; exact match
+    card             the README of a bundle, with the hub's metadata
+    bundle           write, verify and replace a bundle; its manifest with a sha256 of every file
 
 Training writes bundles, `orchestrator.deploy` reads them. torch, peft and transformers are imported inside functions:
 the commands that only read a manifest need none of them.

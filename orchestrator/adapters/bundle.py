@@ -5,16 +5,15 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 
 from orchestrator.adapters.card import adapter_card
 from orchestrator.adapters.stops import write_stops
+from orchestrator.adapters.tokenizer_files import tokenizer_files
 from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
@@ -62,6 +61,8 @@ class Facts(Record):
     """Optimizer step of these weights."""
     parity: dict[str, Any] | None = None
     """For an export: how closely its answers match those of the adapter on its base."""
+    has_packed_experts: bool = False
+    """Whether fused experts of the base were in 4 bits while the adapter trained."""
 
 
 class FileChecksum(Record):
@@ -155,6 +156,8 @@ class Origin:
     data_fingerprint: str
     stop_tokens: list[int]
     """Token ids that end its answers."""
+    has_packed_experts: bool = False
+    """Whether fused experts of the loaded base are in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
     # PEFT loads the base at this revision, even if its branch has moved since.
     adapter.config.revision = commit or config.base.revision
     adapter.save(building)
-    for name, content in _files_of(tokenizer).items():
+    for name, content in tokenizer_files(tokenizer).items():
         (building / name).parent.mkdir(parents=True, exist_ok=True)
         (building / name).write_bytes(content)
     write_stops(building, origin.stop_tokens, tokenizer)
@@ -313,32 +316,16 @@ def _fill(building: Path, adapter: Adapter, tokenizer: Any, origin: Origin, scor
         metrics=origin.values,
         trial_id=origin.trial_id,
         step=origin.step,
+        has_packed_experts=origin.has_packed_experts,
     )
     _describe(building, config, facts, origin.metric, scores)
-
-
-_tokenizer_files: WeakKeyDictionary[Any, dict[str, bytes]] = WeakKeyDictionary()
-
-
-def _files_of(tokenizer: Any) -> dict[str, bytes]:
-    """Return the files that `save_pretrained` writes for a tokenizer.
-
-    They are cached: `save_pretrained` holds Python's global lock, which stalls training threads.
-    """
-    if (files := _tokenizer_files.get(tokenizer)) is None:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-            files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-        _tokenizer_files[tokenizer] = files
-    return files
 
 
 def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, scores: RowScores) -> None:
     """Write scores, card and manifest of an adapter folder, the manifest last."""
     assert facts.trial_id is not None
     assert facts.step is not None
-    card = adapter_card(config, facts.trial_id, facts.step, metric, facts.metrics)
+    card = adapter_card(config, facts.trial_id, facts.step, metric, facts.metrics, facts.has_packed_experts)
     (building / SCORES).write_text(scores.model_dump_json() + "\n", encoding="utf-8")
     (building / CARD).write_text(card, encoding="utf-8")
     seal(building, facts)

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.base import empty_model, is_only_multimodal
-from orchestrator.base_folder import DEQUANTIZED, has_experts, hub_id, stored_quantization
+from orchestrator.base import is_only_multimodal
+from orchestrator.base_folder import DEQUANTIZED, hub_id, stored_quantization
 from orchestrator.base_weights import plain_layers
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
@@ -39,7 +38,14 @@ The LoRA adapter `{name}`, merged onto the {onto} weights of its base, in {dtype
 """
 
 
-def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, values: Mapping[str, float]) -> str:
+def adapter_card(
+    config: TrialConfig,
+    trial_id: str,
+    step: int,
+    metric: str,
+    values: Mapping[str, float],
+    has_packed_experts: bool = False,
+) -> str:
     """Write the model card of an adapter.
 
     Args:
@@ -48,6 +54,7 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
         step: optimizer step of its weights.
         metric: metric that the step was chosen by.
         values: metrics on the held-out rows at this step, including `metric`.
+        has_packed_experts: whether fused experts of its base were in 4 bits.
     """
     title = f"LoRA adapter of trial {trial_id}"
     metadata = card_metadata(config, title, values, library="peft", relation="adapter")
@@ -64,7 +71,7 @@ def adapter_card(config: TrialConfig, trial_id: str, step: int, metric: str, val
         base=_base(config),
         quantization=config.base.quantization,
         prompts=_prompts(config.data),
-        variants="".join(f"\n- {line}." for line in _variants(config)),
+        variants="".join(f"\n- {line}." for line in _variants(config, has_packed_experts)),
         load=_load(config.base),
     )
     return f"---\n{metadata.to_yaml()}\n---\n{page}"
@@ -149,7 +156,7 @@ def _base(config: TrialConfig) -> str:
     return f"`{base.model}`" + (f" at `{base.revision}`" if base.revision else "")
 
 
-def _variants(config: TrialConfig) -> list[str]:
+def _variants(config: TrialConfig, has_packed_experts: bool) -> list[str]:
     """Describe how the adapter differs from plain LoRA with the same rank on all layers."""
     lora, tokens = config.lora, config.base.new_tokens
     found = []
@@ -166,22 +173,12 @@ def _variants(config: TrialConfig) -> list[str]:
         found.append(f"Fully trained modules: {', '.join(lora.modules_to_save)}")
     if lora.names_experts:
         found.append("Adapted experts: see `target_parameters` in `adapter_config.json`")
-    if _packs_experts(config.base):
+    if has_packed_experts:
         found.append("Trained on experts in 4 bits, which transformers alone keeps in 16; losses differ a little")
     if tokens:
         named = ", ".join(f"`{token}`" for token in tokens)
         found.append(f"Trained tokens: {named}; `AutoPeftModelForCausalLM` resizes the embedding for them")
     return found
-
-
-@cache
-def _packs_experts(base: BaseSection) -> bool:
-    """Return whether the experts of a base are in 4 bits. False for a base with its own code, which is not run here."""
-    if not base.is_4bit or not has_experts(base) or (model := empty_model(base)) is None:
-        return False
-    from orchestrator.experts import expert_matrices
-
-    return bool(expert_matrices(model))
 
 
 def _load(base: BaseSection) -> str:

@@ -5,7 +5,7 @@ plain weights of all experts of a layer, twice, and it does not work on a parame
 parametrization holds the parameter, `_remove_parametrizations` does not find the update that it should remove.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,3 +78,27 @@ def expert_layers(model: Any) -> dict[str, AdaptedExperts]:
         for name, module in model.named_modules()
         if isinstance(module, AdaptedExperts)
     }
+
+
+@contextmanager
+def updated_experts(model: Any, updates: Mapping[str, ExpertUpdate]) -> Iterator[None]:
+    """Have the experts of a model computed with updates, within.
+
+    Args:
+        model: without an adapter. Its implementation of experts is another one, within.
+        updates: name of a parameter of experts -> its update. Without any, nothing is changed.
+    """
+    if not updates:
+        yield
+        return
+    implementation = model.config._experts_implementation
+    compute_by_expert(model)
+    of_modules = [vars(model.get_submodule(name.rpartition(".")[0])).setdefault("updates", {}) for name in updates]
+    for of_module, (name, update) in zip(of_modules, updates.items(), strict=True):
+        of_module[name.rpartition(".")[2]] = update
+    try:
+        yield
+    finally:
+        for of_module in of_modules:
+            of_module.clear()
+        model.set_experts_implementation(implementation)

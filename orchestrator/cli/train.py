@@ -57,7 +57,7 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
             "data.chat_template: no row ends with a stop token; nothing after an answer is in the loss",
             "Write a stop token there, such as {{ eos_token }}; or set data.require_stop: false.",
         )
-    from orchestrator.training.model.check_targets import EmptyBases, check_targets, notes_on_size
+    from orchestrator.training.engines.check_targets import EmptyBases, check_targets, notes_on_size
 
     spec, notes = as_stored(spec, fetch=False)
     empty = EmptyBases()

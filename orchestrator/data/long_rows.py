@@ -1,20 +1,13 @@
 """Rows that are longer than the base has positions: found before anything is trained."""
 
-import json
-from collections.abc import Sequence
-from typing import Any
-
 from orchestrator.base import configuration
-from orchestrator.base_folder import config_file
-from orchestrator.positions import position_limit
+from orchestrator.base_folder import config_document
+from orchestrator.positions import limit_in_file, position_limit
 from orchestrator.spec.sections import BaseSection, DataSection
 
 REMEDY = "Lower data.max_length to that number."
 
 NOT_READ = "A base with learned positions cannot read such rows at all"
-
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names of the limit in files of configurations, Llama's, GPT-2's and MPT's."""
 
 
 def load_position_limit(base: BaseSection) -> int | None:
@@ -31,11 +24,7 @@ def note_on_max_length(data: DataSection, base: BaseSection) -> str | None:
     Reads the base's config.json only, unless its limit is exceeded. RoPE scaling may then raise the limit. A base with
     its own code is left out: that code is not run to check an experiment.
     """
-    file = None if base.trust_remote_code else config_file(base)
-    try:
-        stated = _stated_limit(json.loads(file.read_text(encoding="utf-8"))) if file else None
-    except (OSError, ValueError):
-        return None
+    stated = None if base.trust_remote_code else limit_in_file(config_document(base))
     if stated is None or data.max_length <= stated:
         return None
     limit = load_position_limit(base)
@@ -61,9 +50,3 @@ def describe_long_rows(num_long: int, num_rows: int, longest: int, limit: int, m
     return (
         f"{num_long} of {num_rows} rows {verb} more tokens (up to {longest}) than base {model} has positions ({limit})"
     )
-
-
-def _stated_limit(config: dict[str, Any]) -> int | None:
-    parts: Sequence[Any] = (config.get("text_config"), config)
-    found = [part[name] for part in parts if isinstance(part, dict) for name in _LIMITS if part.get(name)]
-    return found[0] if found and isinstance(found[0], int) and found[0] > 0 else None

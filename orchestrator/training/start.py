@@ -9,7 +9,7 @@ from orchestrator.record.files import building_beside
 from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
-from orchestrator.training.model.check_targets import check_targets
+from orchestrator.training.engines.check_targets import check_targets
 
 
 def start_sweep(

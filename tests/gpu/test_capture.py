@@ -52,6 +52,16 @@ def test_a_graph_sends_each_row_to_its_own_experts(name: str, recompute: Recompu
         assert evaluated == pytest.approx(losses, rel=1e-3)
 
 
+def test_a_graph_reads_the_scales_of_layers_that_it_was_not_captured_with() -> None:
+    engine, span = open_engine("olmo2"), span_of([*range(1, 61)])
+    plain = engine.step([span]).read().losses
+    names = [layer.name for group in engine.adapters.groups if group is not None for layer in group.layers]
+    engine.adapters.set_patterns(0, {}, {name: 0.2 + at for at, name in enumerate(names)})
+    losses = engine.step([span]).read().losses
+    assert losses != pytest.approx(plain, rel=1e-3)
+    assert engine.step_once(span).losses == pytest.approx(losses, rel=1e-5)
+
+
 def test_the_first_capture_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, span = open_engine("olmo2"), span_of([*range(1, 61)])
     expected, compute, failed = engine.step_once(span).losses, engine._compute, []

@@ -22,6 +22,13 @@ pytestmark = pytest.mark.gpu
         ["training.optimizer=paged_adamw_8bit", "training.recompute=true"],
         ["training.precision=none", "training.tf32=true"],
         ["lora.rslora=true", "lora.layers_to_transform=[0, 3]"],
+        ["lora.rank_pattern={down_proj: 4, q_proj: 40}", "lora.alpha_pattern={'.*mlp.*': 3}"],
+        [
+            "lora.rank_pattern={v_proj: 40}",
+            "lora.alpha_pattern={q_proj: 3}",
+            "lora.rank=64",
+            "training.optimizer=adamw_8bit",
+        ],
         ["lora.dora=true"],
         ["lora.init=eva", "lora.rank=4"],
         ["lora.init=olora", "lora.modules_to_save=[norm]"],

@@ -32,12 +32,14 @@ A = ["lora.rank=8", "lora.alpha=16", "training.steps=14", "training.eval_steps=6
 B = [
     "lora.rank=5", "lora.alpha=9", "lora.rslora=true", "lora.layers_to_transform=[0, 1, 3]",
     "lora.target_modules=[q_proj, up_proj, down_proj]", "training.steps=12",
+    "lora.rank_pattern={q_proj: 9, 'layers.1.mlp.up_proj': 2}", "lora.alpha_pattern={'layers.3.*': 20, down_proj: 3}",
     "training.eval_steps=5", "training.seed=2", "training.batch_size=3", "training.accumulation=2",
     "training.weight_decay=0.1", "training.max_grad_norm=0.5", "training.schedule=cosine", "training.warmup=3",
 ]  # fmt: skip
 # Trials that train beside them.
 OTHER = [
-    "lora.rank=16", "lora.alpha=4", "lora.dropout=0.4", "lora.target_modules=[q_proj, v_proj]", "training.steps=7",
+    "lora.rank=16", "lora.alpha=4", "lora.alpha_pattern={v_proj: 40}", "lora.dropout=0.4",
+    "lora.target_modules=[q_proj, v_proj]", "training.steps=7",
     "training.eval_steps=3", "training.seed=11", "training.batch_size=7", "training.accumulation=2",
     "training.learning_rate=5e-3", "training.weight_decay=0.3", "training.max_grad_norm=0.01",
     "training.schedule=linear", "training.warmup=2",

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from both_engines import assert_same, difference, train
 from family_bases import write_base
 from one_trial import Tiny, curve, run
 from peft import PeftModel
 from plain import plain_base
 from safetensors.torch import load_file
+from shared_engine import Bench, open_inputs, train_alone, trial
 from tiny import Witness
 from transformers import AutoModelForCausalLM
 
-from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.bundle import WEIGHTS, read_manifest
 from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.deploy.adapter_ref import AdapterRef
@@ -32,6 +34,8 @@ SHORT = [
     "lora.dropout=0", "lora.rank=4",
 ]  # fmt: skip
 ADAPTED = "lora.target_modules=[q_proj, experts]"
+FAST = {"qwen3_moe": {}, "mixtral": {}, "olmoe": {"moe_intermediate_size": None}, "gpt_oss": {}}
+"""Families that the fast engine holds -> changes of the base, because the engine refuses a field of another family."""
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "gpt_oss", "granitemoe")
 
 
@@ -40,15 +44,16 @@ FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_n
 def test_adapted_experts_train_and_plain_peft_loads_them(
     family: str, quantization: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    base, folder = write_base(family, tmp_path / "base"), SweepPaths(tmp_path / "run")
+    base, folder = write_base(family, tmp_path / "base", **FAST.get(family, {})), SweepPaths(tmp_path / "run")
     target = "lora.target_modules=[experts]" if family == "granitemoe" else ADAPTED
     if family == "deepseek_v3":
         target = "lora.target_modules=[o_proj, experts]"
     result = run(tiny(*SHORT, target, f"base.model={base}", f"base.quantization={quantization}"), folder)
-    assert (result.engine, result.engine_reason) == ("trl", "lora.target_modules with experts")
+    assert result.engine == ("fast" if family in FAST else "trl")
     assert result.applied["base.quantization"] == quantization
     assert {"experts.down_proj", "experts.gate_up_proj"} <= set(result.applied["lora.target_modules"])
     adapter = folder.trial(result.trial_id).adapter(4)
+    assert read_manifest(adapter).facts.has_packed_experts == (quantization == "nf4")
     weights = load_file(adapter / WEIGHTS)
     assert len(weights) == 2 * result.applied["lora.num_modules"]
     assert all(weight.any() for weight in weights.values()), "a matrix did not train"
@@ -64,6 +69,7 @@ def test_a_trial_with_adapted_experts_resumes_to_the_same_result(tiny: Tiny, tmp
     base = write_base("qwen3_moe", tmp_path / "base")
     spec = tiny(*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4")
     whole = run(spec, SweepPaths(tmp_path / "whole"))
+    assert whole.engine == "fast"
     broken = SweepPaths(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         run_local_trial(spec, broken, Witness(die_at=3))
@@ -119,3 +125,63 @@ def test_the_record_says_how_much_of_the_base_is_quantized(tiny: Tiny, tmp_path:
     assert "not quantized are model.embed_tokens.weight (" in warning
     best = open_sweep(str(paths.root)).best().as_dict()
     assert best["base_quantized_share"] == result.base_quantized_share
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("family", sorted(FAST))
+def test_both_engines_train_adapted_experts_the_same(family: str, optimizer: str, tmp_path: Path) -> None:
+    base = write_base(family, tmp_path / "base", **FAST[family])
+    settings = [*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4", f"training.optimizer={optimizer}"]
+    fast, exact = (train(engine, tmp_path / engine, *settings) for engine in ("fast", "trl"))
+    bound = 1e-5 if optimizer == "adamw_torch" else 1e-3  # 8-bit moments round
+    assert_same(fast, exact, update=bound)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+def test_both_engines_train_experts_with_ranks_and_alphas_of_their_own_the_same(optimizer: str, tmp_path: Path) -> None:
+    settings = [
+        *SHORT, ADAPTED, f"base.model={write_base('qwen3_moe', tmp_path / 'base')}", "base.quantization=nf4",
+        "lora.rank_pattern={experts.down_proj: 2, q_proj: 9}", "lora.alpha_pattern={experts.gate_up_proj: 5}",
+        f"training.optimizer={optimizer}",
+    ]  # fmt: skip
+    fast, exact = (train(engine, tmp_path / engine, *settings) for engine in ("fast", "trl"))
+    assert_same(fast, exact, update=1e-5 if optimizer == "adamw_torch" else 1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [("fast", "trl"), ("trl", "fast")])
+def test_one_engine_continues_adapted_experts_from_the_others_checkpoint(
+    saved_by: str, resumed_by: str, optimizer: str, tmp_path: Path
+) -> None:
+    base = write_base("qwen3_moe", tmp_path / "base")
+    settings = [*SHORT, ADAPTED, f"base.model={base}", "base.quantization=nf4", f"training.optimizer={optimizer}"]
+    whole = train(saved_by, tmp_path / "saved", *settings)
+    checkpoint = str(tmp_path / "saved" / "checkpoint-2")
+    resumed = train(resumed_by, tmp_path / "resumed", *settings, checkpoint=checkpoint)
+    assert [each["step"] for each in resumed.logs] == [3, 4]
+    assert difference(resumed, whole) <= (1e-5 if optimizer == "adamw_torch" else 1e-3)
+
+
+def test_trials_that_share_an_engine_train_as_each_alone(tmp_path: Path) -> None:
+    """Three adapt experts, one of them a part; one without has a rank beyond the stack rank of experts."""
+    common = [
+        f"base.model={write_base('qwen3_moe', tmp_path / 'base')}", "base.compute_dtype=float32", "lora.dropout=0",
+        "training.learning_rate=1e-2", "training.steps=5", "training.eval_steps=5",
+    ]  # fmt: skip
+    trials = [
+        trial(*common, "lora.rank=4", "lora.alpha=16", "training.seed=1", ADAPTED),
+        trial(*common, "lora.rank=8", "training.seed=2", "lora.target_modules=[experts.down_proj]"),
+        trial(*common, "lora.rank=16", "training.seed=3", "lora.target_modules=[q_proj]"),
+        trial(*common, "lora.rank=4", "training.seed=4", ADAPTED, "lora.rank_pattern={experts.gate_up_proj: 2}"),
+    ]
+    inputs = open_inputs(*common)
+    bench = Bench(inputs, tmp_path / "together", len(trials), trials)
+    together = [bench.join(slot, config) for slot, config in enumerate(trials)]
+    bench.run()
+    for index, (config, seen) in enumerate(zip(trials, together, strict=True)):
+        alone = train_alone(inputs, tmp_path / str(index), config)
+        assert seen.error is None
+        assert seen.losses == pytest.approx(alone.losses, abs=1e-5)
+        assert seen.norms == pytest.approx(alone.norms, rel=1e-3)
+        assert seen.evaluations[5]["eval/loss"] == pytest.approx(alone.evaluations[5]["eval/loss"], abs=1e-5)
+        assert (seen.update - alone.update).norm() <= 1e-3 * alone.update.norm()

@@ -86,7 +86,10 @@ IN_EIGHT_BITS = 1e-4, 1e-2
 def test_one_engine_continues_from_the_others_bitsandbytes_checkpoint(
     tmp_path: Path, optimizer: str, saved_by: str, resumed_by: str
 ) -> None:
-    settings = [f"training.optimizer={optimizer}", "lora.rank=64", "training.steps=6", "training.save_steps=3"]
+    settings = [
+        f"training.optimizer={optimizer}", "lora.rank=64", "lora.rank_pattern={v_proj: 40}", "training.steps=6",
+        "training.save_steps=3",
+    ]  # fmt: skip
     train(saved_by, tmp_path / "saved", *settings)
     whole = train(resumed_by, tmp_path / "whole", *settings)
     resumed = train(resumed_by, tmp_path / "on", *settings, checkpoint=str(tmp_path / "saved" / "checkpoint-3"))
@@ -118,6 +121,20 @@ SETTINGS = {
         "lora.rslora=true", "lora.alpha=8", "lora.layers_to_transform=[0, 2]", "lora.init=gaussian",
         "training.beta1=0.8", "training.beta2=0.95", "training.epsilon=1e-6", "training.schedule=cosine_with_min_lr",
         "training.final_rate=0.3", "training.steps=4",
+    ],
+    "ranks and alphas by layer": [
+        "lora.rank_pattern={down_proj: 4, 'layers.0.self_attn.q_proj': 20, k_proj: 1}",
+        "lora.alpha_pattern={v_proj: 3, '.*mlp.(up|down)_proj': 50}", "training.weight_decay=0.1",
+        "training.batch_size=4", "training.accumulation=2", "training.steps=8", "training.eval_steps=4",
+    ],
+    "rsLoRA with ranks and alphas by layer, each layer its own": [
+        "lora.rslora=true", "lora.alpha=4", "lora.rank_pattern={'.*attn.*': 3, '.*mlp.*': 20}",
+        "lora.alpha_pattern={'layers.[01].*': 7}", "lora.init=gaussian", "training.steps=4",
+    ],
+    "ranks by layer, moments in eight bits": [
+        "training.optimizer=adamw_8bit", "lora.rank=48", "lora.rank_pattern={v_proj: 40, up_proj: 64}",
+        "lora.alpha_pattern={up_proj: 20}", "training.weight_decay=0.1", "training.learning_rate=5e-4",
+        "training.steps=5", "training.eval_steps=5",
     ],
     "moments in eight bits": [
         "training.optimizer=adamw_8bit", "lora.rank=64", "training.weight_decay=0.1", "training.steps=8",

@@ -109,10 +109,10 @@ def test_a_trial_that_fails_by_itself_does_not_stop_the_sweep(tmp_path: Path) ->
 
 
 def test_a_sweep_of_failures_fails(tmp_path: Path) -> None:
-    with start_sweep(tmp_path, "search={algorithm: grid}", "lora.target_modules=[nowhere]") as driver:
+    with start_sweep(tmp_path, "search={algorithm: grid}", "lora.rank_pattern={nowhere: 4}") as driver:
         _, message = driver.communicate(timeout=240)
     assert driver.returncode == 1
-    assert "'nowhere' names no layer of this base" in message
+    assert "lora.rank_pattern: 'nowhere' matches no adapted layer" in message
     assert f"logs: {tmp_path / 's' / 'workers'}" in message
     assert list((tmp_path / "s" / "workers").glob("*.log"))
     assert "Traceback" not in message

@@ -12,7 +12,7 @@ from one_trial import ENGINES, Tiny, curve, run
 from tiny import Witness
 
 from orchestrator.embedded import BASE_DIR
-from orchestrator.errors import TrialError
+from orchestrator.errors import RequestError, TrialError
 from orchestrator.record import SweepPaths, TrialState, read_sweep
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.search import SearchSection
@@ -87,6 +87,7 @@ def test_result_has_what_was_measured_and_applied(tiny: Tiny, folder: SweepPaths
         ("trl", "lora", "dora", True, "lora.dora: configured False, live True"),
         ("trl", "lora", "init", "olora", "lora.starts_from_base: configured False, live True"),
         ("trl", "lora", "alpha_pattern", {"down_proj": 3}, "lora.alpha: configured 32.0, live {'model.layers.0"),
+        ("fast", "lora", "alpha_pattern", {"down_proj": 3}, "lora.alpha: configured 32.0, live [{'model.layers.0"),
         ("trl", "lora", "layers_to_transform", [0], "lora.num_modules: configured 28, live 7"),
         (
             "trl",
@@ -244,9 +245,10 @@ def test_settings_train(
     assert result.engine_reason == reason
 
 
-def test_unknown_target_module_is_named(tiny: Tiny, folder: SweepPaths) -> None:
-    with pytest.raises(TrialError, match=r"'w_proj' names no layer of this base; it has down_proj, "):
+def test_unknown_target_module_is_named_before_the_trial_has_a_folder(tiny: Tiny, folder: SweepPaths) -> None:
+    with pytest.raises(RequestError, match=r"'w_proj' names no layer of this base; it has down_proj, "):
         run(tiny("lora.target_modules=[q_proj, w_proj]"), folder)
+    assert not folder.root.exists()
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,14 @@ ADAPTERS = {
     "patterns": (
         ["lora.rank_pattern={down_proj: 4, 'layers.0.self_attn.q_proj': 2}", "lora.alpha_pattern={'.*mlp.*': 3}"],
         NF4,
-        "lora.rank_pattern (a slot has one scale)",
+        FAST,
     ),
     "EVA": (["lora.init=eva", "lora.rank=4"], NF4, "lora.init eva"),
     "OLoRA 4-bit": (["lora.init=olora", "lora.dropout=0", "training.learning_rate=1e-3"], NF4, "lora.init olora"),
     "OLoRA patterns": (
         ["lora.init=olora", "lora.rslora=true", "lora.rank_pattern={down_proj: 4}", "lora.alpha_pattern={up_proj: 3}"],
         NF4,
-        "lora.rank_pattern (a slot has one scale)",
+        "lora.init olora",
     ),
     "PiSSA unquantized": (["lora.init=pissa", "base.quantization=none"], None, "lora.init pissa"),
     "norms": (["lora.modules_to_save=[norm, input_layernorm]"], NF4, "lora.modules_to_save"),
@@ -250,6 +250,7 @@ RESUMED = {
     "OLoRA": ["lora.init=olora"],
     "EVA": ["lora.init=eva", "lora.rank=4"],
     "norms and new tokens": ["lora.modules_to_save=[norm]", "base.new_tokens=['<|reply|>']"],
+    "ranks by layer": ["lora.rank_pattern={down_proj: 4, q_proj: 12}", "lora.alpha_pattern={'.*mlp.*': 3}"],
     "8-bit state": ["training.optimizer=paged_adamw_8bit", "lora.rank=64"],
     "8-bit state, by trl": ["training.optimizer=paged_adamw_8bit", "lora.rank=64", "training.engine=trl"],
 }
@@ -299,8 +300,9 @@ def test_what_this_machine_does_not_support_is_refused_at_the_start(tiny: Tiny, 
     [
         ["lora.dora=true", "lora.rslora=true", "base.new_tokens=['<|reply|>']"],
         ["base.quantization=int8", "lora.init=olora"],
+        ["lora.rank_pattern={down_proj: 4, q_proj: 12}", "lora.alpha_pattern={'.*mlp.*': 3}"],
     ],
-    ids=["DoRA, new token", "8-bit OLoRA"],
+    ids=["DoRA, new token", "8-bit OLoRA", "ranks by layer"],
 )
 def test_variant_is_exported(tiny: Tiny, tmp_path: Path, overrides: list[str], format: Format) -> None:
     """The export itself compares its logits with the source, and refuses a wrong merge."""

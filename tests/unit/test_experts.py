@@ -18,7 +18,14 @@ from transformers import BitsAndBytesConfig
 from orchestrator.adapters.expert_updates import apply_by_expert
 from orchestrator.base import load_base, share_modules
 from orchestrator.errors import RequestError
-from orchestrator.experts import BY_EXPERT, PackedExperts, compute_by_expert, expert_matrices, pack_experts
+from orchestrator.experts import (
+    BY_EXPERT,
+    PackedExperts,
+    compute_by_expert,
+    expert_matrices,
+    has_packed_experts,
+    pack_experts,
+)
 from orchestrator.spec.sections import BaseSection
 
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "gpt_oss", "granitemoe")
@@ -52,6 +59,22 @@ def test_packed_experts_compute_what_their_dequantized_values_do(family: str) ->
     quantized, plain = pairs_of(family)
     for found, expected in zip(logits_and_gradient(quantized), logits_and_gradient(plain), strict=True):
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "is_packed"),
+    [
+        ("qwen3_moe", {}, True),
+        ("doge", {"is_moe": False}, False),
+        ("jetmoe", {}, False),
+        ("llama4_text", {}, False),
+    ],
+)
+def test_only_experts_of_a_known_form_are_packed(family: str, changes: dict[str, Any], is_packed: bool) -> None:
+    model = base_model(family, **changes)
+    assert not has_packed_experts(model)
+    pack_experts(model, "nf4", True, torch.float32)
+    assert has_packed_experts(model) == is_packed
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

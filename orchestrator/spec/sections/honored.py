@@ -29,8 +29,6 @@ class HonoredBy:
     """Whether code around the engines does: it loads the base, chooses the engine, draws trials."""
     fast_values: tuple[Any, ...] | None = None
     """The only values with which the fast engine can train; None if this follows from the other fields."""
-    fast_note: str = ""
-    """Why the fast engine does not act on the field, in a few words."""
 
     def fast_supports(self, value: Any, default: Any) -> bool:
         """Whether the fast engine can train a trial whose field has this value."""

@@ -11,7 +11,6 @@ from orchestrator.spec.sections.section import PositiveInt, Section
 
 Alpha = Annotated[float, Field(gt=0)]
 LayerName = Annotated[str, Field(min_length=1)]
-_TRL_SCALES = HonoredBy(trl=True, fast_note="a slot has one scale")
 
 
 class LoraSection(Section):
@@ -30,9 +29,9 @@ class LoraSection(Section):
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None, ENGINES
     ] = None
     """Numbers of the decoder layers that are adapted, from 0. Default: all."""
-    rank_pattern: Annotated[dict[LayerName, PositiveInt], _TRL_SCALES] = {}
+    rank_pattern: Annotated[dict[LayerName, PositiveInt], ENGINES] = {}
     """Ranks of single layers, by the end of their name or a regular expression for it: `down_proj: 32`."""
-    alpha_pattern: Annotated[dict[LayerName, Alpha], _TRL_SCALES] = {}
+    alpha_pattern: Annotated[dict[LayerName, Alpha], ENGINES] = {}
     """Alphas of single layers, as in rank_pattern."""
     bias: Annotated[Literal["none", "lora_only", "all"], TRL_ONLY] = "none"
     """Which biases train."""

@@ -92,10 +92,7 @@ class TrialConfig(Section):
             for field, info in type(section).model_fields.items():
                 declared, value = honored_by(info), getattr(section, field)
                 if not declared.fast_supports(value, info.default):
-                    note = f" ({declared.fast_note})" if declared.fast_note else ""
-                    return f"{name}.{field}{f' {value}' if isinstance(value, str) else ''}{note}"
-        if self.lora.names_experts:
-            return "lora.target_modules with experts"
+                    return f"{name}.{field}{f' {value}' if isinstance(value, str) else ''}"
         training = self.training
         if "bit" in training.optimizer and training.adapter_dtype != "float32":
             return f"training.optimizer {training.optimizer} with adapter_dtype bfloat16"

@@ -6,5 +6,6 @@ Reading order: `conductor` (the scheduler that Tune asks), `factory` (makes the 
 rule that judges the reports of one moment together), `asha`, `median`, `forecast_rule` and its package `forecast`,
 `decisions` (the sentences that are recorded), `budget`, `report_queue` and `report_order` (in which order rules see
 reports), `scheduler_state` (state as bytes), and the corrected Tune schedulers: `brackets` (HyperBand and BOHB),
-`population` (PBT) and `pb2` (extra `pb2`, imported only where the experiment asks for it).
+`population` (PBT) and `pb2` (extra `pb2`, imported only where the experiment asks for it). `stuck` gives a sweep up in
+which no trial can go on.
 """

@@ -15,6 +15,7 @@ from orchestrator.adapters.stops import stop_at
 from orchestrator.base import device_name, guarded
 from orchestrator.base_size import BaseSize
 from orchestrator.errors import OrchestratorError, StorageError
+from orchestrator.experts import has_packed_experts
 from orchestrator.record import RowScores, TrialPaths, TrialResult
 from orchestrator.storage import storage_fault
 from orchestrator.training.attempt.events import Answered, Completed, Failed, Left, Listener, Noted, fault_fields
@@ -77,6 +78,7 @@ class Attempt:
             inputs.tokenizer,
             inputs.data.fingerprint,
             inputs.stop_tokens,
+            has_packed_experts(inputs.base),
         )
         self._probed_gib = 0.0
         self._is_alone = is_alone

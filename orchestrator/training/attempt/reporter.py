@@ -31,6 +31,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         tokenizer: Any,
         data_fingerprint: str,
         stop_tokens: list[int],
+        has_packed_experts: bool = False,
     ) -> None:
         """
         Args:
@@ -42,6 +43,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             tokenizer: saved with each adapter.
             data_fingerprint: saved with each adapter.
             stop_tokens: ids that end an answer; saved with each adapter.
+            has_packed_experts: whether fused experts of the base are in 4 bits; saved with each adapter.
         """
         self.step = start.step
         """Steps done."""
@@ -57,6 +59,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._tokenizer = tokenizer
         self._data_fingerprint = data_fingerprint
         self._stop_tokens = stop_tokens
+        self._has_packed_experts = has_packed_experts
         self._began = self._saved_at = time.monotonic()
         self._saved_step = start.step
         self._training_since: float | None = None
@@ -180,6 +183,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         start, adapter, tokenizer = self._start, self._adapter(), self._tokenizer
         folder = self._paths.adapter(step)
         origin = Origin(
-            start.config, start.trial_id, step, start.metric, values, self._data_fingerprint, self._stop_tokens
+            start.config,
+            start.trial_id,
+            step,
+            start.metric,
+            values,
+            self._data_fingerprint,
+            self._stop_tokens,
+            self._has_packed_experts,
         )
         self._write_queue.do(lambda: save_adapter(adapter, tokenizer, folder, origin, scores))

@@ -2,6 +2,7 @@
 
 Reading order:
 
+    check_targets   checks the layers that trials adapt before a sweep starts, from the base's configuration alone
     trial_inputs    what the trials of a process train on: base, tokenizer and rows
     loop            the `Loop` protocol, which both engines implement
     choose          picks the engine of a trial and opens its loop

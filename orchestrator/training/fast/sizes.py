@@ -13,6 +13,12 @@ Recompute = Literal["nothing", "elementwise", "layers"]
 EVALUATION_TOKENS = 8192
 """Most tokens of one evaluation pass, which keeps no activations."""
 
+GROUPED_MULTIPLE = 8
+"""Grouped products take matrices whose sizes are multiples of this: rows begin at multiples of 16 bytes."""
+
+MAX_GROUPS = 1023
+"""Most groups of one grouped product on a GPU (torch 2.11 to 2.13, `GroupMM.cu`)."""
+
 MAX_LOGITS = 1 << 26
 """Most elements of the logits that exist at a time."""
 

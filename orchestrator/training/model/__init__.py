@@ -3,10 +3,10 @@
 Reading order:
 
     linear_layers   the linear layers of a base, and those that `all-linear` leaves out
+    patterns        ranks and alphas of single layers
     device          the device of this process, and its peak memory
     precision       the dtype of the forward pass, and whether the device supports a trial
     targets         the layers and parameters that a configuration should train, and the values to find there
-    check_targets   the same check before a sweep starts, from the base's configuration alone
     peft_model      builds the `PeftModel` of a trial over the shared base
     adapter_init    draws the adapter's first weights
     readback        reads the values back from the live model and optimizer, and compares them with `targets`

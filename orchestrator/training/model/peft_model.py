@@ -13,7 +13,8 @@ from orchestrator.adapters.expert_updates import AdaptedExperts, apply_by_expert
 from orchestrator.base import share_modules
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.targets import ExtraTrainables, expected_modules
+from orchestrator.training.model.patterns import layer_alphas, layer_ranks
+from orchestrator.training.model.targets import ExtraTrainables, expected_experts, expected_modules
 
 ADAPTER = "default"
 """The name that PEFT gives the adapter."""
@@ -82,8 +83,10 @@ def peft_template(base: Any, config: TrialConfig) -> Any:
     lora, templates = config.lora, _templates.setdefault(base, {})
     key = repr((lora.target_modules, lora.layers_to_transform))
     if key not in templates:
-        small = config.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
-        templates[key] = get_peft_model(share_modules(base), lora_config(small, expected_modules(base, lora)))
+        plain = lora.model_copy(update={"rank": 1, "rank_pattern": {}, "alpha_pattern": {}})
+        small = config.model_copy(update={"lora": plain})
+        extra = ExtraTrainables({}, 0, {}, 0, expected_experts(base, lora))
+        templates[key] = model_from_peft(base, small, expected_modules(base, lora), extra)
     return templates[key]
 
 
@@ -99,21 +102,25 @@ def model_from_template(base: Any, config: TrialConfig) -> Any:
     model, lora = share_modules(peft_template(base, config)), config.lora
     known, wanted = model.peft_config[ADAPTER], lora_config(config, ())
     known.r, known.lora_alpha, known.lora_dropout = lora.rank, lora.alpha, lora.dropout
+    known.rank_pattern, known.alpha_pattern = wanted.rank_pattern, wanted.alpha_pattern
     known.use_rslora, known.init_lora_weights = wanted.use_rslora, wanted.init_lora_weights
-    for layer in lora_layers(model).values():
-        _resize(layer, lora)
+    parts = adapted_parts(model)
+    ranks, alphas = layer_ranks(lora, parts), layer_alphas(lora, parts)
+    for name, layer in parts.items():
+        _resize(layer, lora, ranks[name], alphas[name])
     return model
 
 
-def _resize(layer: Any, lora: LoraSection) -> None:
-    """Set what `LoraLayer.update_layer` sets (peft 0.21, `tuners/lora/layer.py`)."""
-    layer.r[ADAPTER] = lora.rank
-    layer.lora_alpha[ADAPTER] = lora.alpha
+def _resize(layer: Any, lora: LoraSection, rank: int, alpha: float) -> None:
+    """Set what `LoraLayer.update_layer` and `ParamWrapper.update_layer` set (peft 0.21, `tuners/lora/layer.py`)."""
+    layer.r[ADAPTER] = rank
+    layer.lora_alpha[ADAPTER] = alpha
     layer.use_rslora[ADAPTER] = lora.rslora
-    layer.scaling[ADAPTER] = lora.scale(lora.rank, lora.alpha)
+    layer.scaling[ADAPTER] = lora.scale(rank, alpha)
     layer.lora_dropout[ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
     lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    lora_a.out_features = lora_b.in_features = lora.rank
+    count = layer.num_experts if isinstance(layer, AdaptedExperts) else 1
+    lora_a.out_features = lora_b.in_features = rank * count
     lora_a.weight, lora_b.weight = (nn.Parameter(torch.empty(0)) for _ in range(2))
 
 

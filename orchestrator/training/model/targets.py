@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from orchestrator.base import new_token_ids
@@ -11,6 +12,7 @@ from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.model.linear_layers import ExpertShapes, LayerShapes, LinearLayers, linear_layers
+from orchestrator.training.model.patterns import layer_alphas, layer_ranks, matches_pattern
 
 _LIVE_OPTIMIZERS = {
     "adamw_torch": "torch.AdamW",
@@ -61,7 +63,7 @@ def expected_modules(model: Any, lora: LoraSection) -> LayerShapes:
         raise TrialError("lora.target_modules: nothing is left to adapt; all layers are in lora.modules_to_save")
     for pattern in ("rank_pattern", "alpha_pattern"):
         for each in getattr(lora, pattern):
-            if not any(_matches_pattern(name, each) for name in (*found, *experts)):
+            if not any(matches_pattern(name, each) for name in (*found, *experts)):
                 one = next(iter((*found, *experts)))
                 raise TrialError(f"lora.{pattern}: {each!r} matches no adapted layer; one is named {one}")
     return found
@@ -75,6 +77,14 @@ def expected_experts(model: Any, lora: LoraSection) -> ExpertShapes:
         lora: the configuration, checked by `expected_modules`.
     """
     return _adapted_experts(linear_layers(model), lora)
+
+
+def adapted_names(model: Any, lora: LoraSection) -> set[str]:
+    """Return the names of all linear layers and parameters of fused experts that the adapter should adapt.
+
+    The arguments and the error are those of `expected_modules`.
+    """
+    return {*expected_modules(model, lora), *expected_experts(model, lora)}
 
 
 def _adapted_experts(layers: LinearLayers, lora: LoraSection) -> ExpertShapes:
@@ -95,7 +105,7 @@ def _names_expert(name: str, target: str) -> bool:
 
     `down_proj` alone names linear layers only, `experts.down_proj` the experts.
     """
-    return _ends_with(name.rpartition(".")[0], target) or ("." in target and _ends_with(name, target))
+    return ends_with(name.rpartition(".")[0], target) or ("." in target and ends_with(name, target))
 
 
 def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
@@ -114,16 +124,20 @@ def require_adaptable(layers: LinearLayers, lora: LoraSection) -> None:
             raise TrialError(f"lora.target_modules: all-linear includes {layers.why_impossible(refused)}", remedy)
         return
     for target in lora.target_modules:
-        named = [name for name in layers.shapes if _ends_with(name, target)]
+        named = [name for name in layers.shapes if ends_with(name, target)]
         if not named and any(_names_expert(name, target) for name in layers.expert_shapes):
             continue
-        if any(_ends_with(name, target) for name in layers.experts):
+        if any(ends_with(name, target) for name in layers.experts):
             raise TrialError(
                 f"lora.target_modules: {target!r} names experts of a form that this version cannot adapt", remedy
             )
         if not named:
             leaves = sorted({name.rpartition(".")[2] for name in layers.shapes} | expert_leaves(layers.expert_shapes))
-            raise TrialError(f"lora.target_modules: {target!r} names no layer of this base; it has {', '.join(leaves)}")
+            close = get_close_matches(target.rpartition(".")[2], leaves, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TrialError(
+                f"lora.target_modules: {target!r} names no layer of this base; it has {', '.join(leaves)}{hint}"
+            )
         if impossible := [name for name in named if name in layers.impossible]:
             raise TrialError(f"lora.target_modules: {target!r} names {layers.why_impossible(impossible)}", remedy)
         if all(layers.left_out.get(name) == "unreached" for name in named):
@@ -153,7 +167,7 @@ def _targeted(layers: LinearLayers, lora: LoraSection) -> list[str]:
     return [
         name
         for name in layers.shapes
-        if any(_ends_with(name, target) for target in lora.target_modules) and layers.left_out.get(name) != "unreached"
+        if any(ends_with(name, target) for target in lora.target_modules) and layers.left_out.get(name) != "unreached"
     ]
 
 
@@ -168,7 +182,7 @@ def target_warnings(model: Any, lora: LoraSection) -> list[str]:
     if lora.target_modules == "all-linear":
         left_out = layers.say_left_out(list(layers.left_out), with_experts=True)
         return [left_out] if left_out else []
-    named = [name for name in layers.left_out if any(_ends_with(name, target) for target in lora.target_modules)]
+    named = [name for name in layers.left_out if any(ends_with(name, target) for target in lora.target_modules)]
     unreached = [name for name in named if layers.left_out[name] == "unreached"]
     said = (
         layers.say_left_out(unreached, with_experts=False),
@@ -232,9 +246,9 @@ def _expected_saved_modules(model: Any, config: TrialConfig) -> dict[str, int]:
     """Return the modules that should train in full, with their numbers of parameters."""
     asked = config.lora.modules_to_save or []
     every = dict(model.named_modules())
-    found = {name: module for name, module in every.items() if any(_ends_with(name, each) for each in asked)}
+    found = {name: module for name, module in every.items() if any(ends_with(name, each) for each in asked)}
     for each in asked:
-        if not any(_ends_with(name, each) for name in every):
+        if not any(ends_with(name, each) for name in every):
             leaves = sorted({name.rpartition(".")[2] for name in every} - {""} - {str(i) for i in range(1000)})
             raise TrialError(f"lora.modules_to_save: this base has no {each!r}; it has {', '.join(leaves)}")
     shared = model.get_input_embeddings(), model.get_output_embeddings()
@@ -291,8 +305,7 @@ def expected(
     held = {name: ("none", None) if name in left_out else (base.quantization, double_quant) for name in modules}
     held |= dict.fromkeys(extra.experts, (base.quantization if base.is_4bit else "none", double_quant))
     lora, training = config.lora, config.training
-    ranks = {name: _pattern_value(name, lora.rank_pattern, lora.rank) for name in (*modules, *extra.experts)}
-    alphas = {name: _pattern_value(name, lora.alpha_pattern, lora.alpha) for name in (*modules, *extra.experts)}
+    ranks, alphas = layer_ranks(lora, (*modules, *extra.experts)), layer_alphas(lora, (*modules, *extra.experts))
     matrices = sum(ranks[name] * (i + o) + o * lora.dora for name, (i, o) in modules.items())
     matrices += sum(ranks[name] * number * (i + o) for name, (number, i, o) in extra.experts.items())
     return {
@@ -335,7 +348,7 @@ def _num_trained_biases(model: Any, lora: LoraSection, modules: LayerShapes) -> 
     )
 
 
-def _ends_with(name: str, target: str) -> bool:
+def ends_with(name: str, target: str) -> bool:
     """Return whether `target` is the layer's name or its last parts."""
     return name == target or name.endswith(f".{target}")
 
@@ -343,16 +356,6 @@ def _ends_with(name: str, target: str) -> bool:
 def _is_inside(name: str, module: str) -> bool:
     """Return whether a layer is, or is part of, a module of that name."""
     return f".{module}." in f".{name}."
-
-
-def _matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a pattern matches this layer, by PEFT's rule (0.21, `utils/other.py`, `get_pattern_key`)."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first pattern that matches this layer."""
-    return next((value for pattern, value in patterns.items() if _matches_pattern(name, pattern)), default)
 
 
 def _layer_number(name: str) -> int | None:

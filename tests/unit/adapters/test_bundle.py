@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from family_bases import base_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
@@ -30,7 +29,7 @@ from orchestrator.adapters.bundle import (
 )
 from orchestrator.adapters.card import adapter_card
 from orchestrator.base import load_tokenizer
-from orchestrator.base_folder import base_commit, has_experts
+from orchestrator.base_folder import base_commit
 from orchestrator.base_weights import quantization_config
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RecordError
@@ -49,9 +48,9 @@ def config_of(**sections: Any) -> TrialConfig:
     return TrialConfig.model_validate({"base": {"model": "embedded"}, "data": data} | sections)
 
 
-def save(folder: Path, config: TrialConfig, tokenizer: Any) -> Path:
+def save(folder: Path, config: TrialConfig, tokenizer: Any, has_packed_experts: bool = False) -> Path:
     weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}
-    origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64, [2])
+    origin = Origin(config, "t1", 7, "eval/loss", VALUES, "f" * 64, [2], has_packed_experts)
     scores = RowScores(losses=[2.5], hits=[9], tokens=[10])
     save_adapter(Adapter(weights, LoraConfig(r=2, inference_mode=True)), tokenizer, folder, origin, scores)
     return folder
@@ -196,34 +195,18 @@ def test_the_hub_reads_the_card(tmp_path: Path, tokenizer: Any) -> None:
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
 
 
-def test_the_card_says_what_transformers_alone_does_with_experts(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
-    for quantization, is_said in (("nf4", True), ("none", False)):
-        base = {"model": str(tmp_path), "quantization": quantization}
-        card = adapter_card(config_of(base=base), "t1", 7, "eval/loss", VALUES)
+@pytest.mark.parametrize("is_said", [True, False])
+def test_the_card_says_what_transformers_alone_does_with_experts(tmp_path: Path, tokenizer: Any, is_said: bool) -> None:
+    """The trial has recorded whether experts were in 4 bits, and answers that come later do not change it."""
+    folder = save(tmp_path / "adapter", config_of(), tokenizer, has_packed_experts=is_said)
+    for _ in range(2):
+        card = (folder / "README.md").read_text()
         assert ("Trained on experts in 4 bits, which transformers alone keeps in 16" in card) == is_said
+        assert read_manifest(folder).facts.has_packed_experts == is_said
+        add_answers(folder, "eval/loss", [True])
     lora = {"target_modules": ["experts"], "dropout": 0}
-    assert "Adapted experts: see `target_parameters`" in adapter_card(
-        config_of(base=base, lora=lora), "t1", 7, "eval/loss", VALUES
-    )
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "is_said"),
-    [
-        ("qwen3_moe", {}, True),
-        ("doge", {"is_moe": False}, False),
-        ("jetmoe", {}, False),
-        ("llama4_text", {}, False),
-    ],
-)
-def test_the_card_speaks_of_experts_in_4_bits_only_if_they_are(
-    family: str, changes: dict[str, Any], is_said: bool, tmp_path: Path
-) -> None:
-    base_config(family, **changes).save_pretrained(str(tmp_path))
-    assert has_experts(BaseSection(model=str(tmp_path)))
-    config = config_of(base={"model": str(tmp_path), "quantization": "nf4"})
-    assert ("Trained on experts in 4 bits" in adapter_card(config, "t1", 7, "eval/loss", VALUES)) == is_said
+    card = adapter_card(config_of(lora=lora), "t1", 7, "eval/loss", VALUES)
+    assert "Adapted experts: see `target_parameters`" in card
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])

@@ -16,8 +16,6 @@ REFUSED = [
     ({"lora": {"bias": "lora_only"}}, "lora.bias lora_only"),
     ({"lora": {"dora": True}}, "lora.dora"),
     ({"lora": {"modules_to_save": ["norm"]}}, "lora.modules_to_save"),
-    ({"lora": {"rank_pattern": {"q_proj": 4}}}, "lora.rank_pattern (a slot has one scale)"),
-    ({"lora": {"alpha_pattern": {"q_proj": 4}}}, "lora.alpha_pattern (a slot has one scale)"),
     ({"lora": {"init": "eva"}}, "lora.init eva"),
     ({"lora": {"init": "olora"}}, "lora.init olora"),
     ({"base": {"model": "embedded", "quantization": "int8"}}, "base.quantization int8"),

@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
 """Largest norm of the difference, relative to the norm of the reference, which is computed in float32."""
-NUM_SLOTS = 4
+NUM_SLOTS, EXPERT_RANK = 4, 8
 RANKS = {0: 50, 1: 16, 2: 4, 3: 20, 4: 64, 5: 8, 6: 33, 7: 12}
 """Rank of each slot where there are several; the stack rank where that is smaller."""
 
@@ -176,13 +176,26 @@ def assert_close(value: Any, exact: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def make_adapters(
-    batch: FlatBatch, groups: list[list[AdaptedLayer]], rank: int, dtype: Any = torch.float32, eight_bit: bool = False
+    batch: FlatBatch,
+    groups: list[list[AdaptedLayer]],
+    rank: int,
+    dtype: Any = torch.float32,
+    eight_bit: bool = False,
+    layer_ranks: dict[str, int] | None = None,
 ) -> tuple[Any, Any]:
-    """Make adapters for the kernels, and the same for the reference in float32. Several slots have a rank each."""
+    """Make adapters for the kernels, and the same for the reference in float32. All layers have scales of their own.
+
+    Several slots have a rank each, and in the first slot some layers may have other ranks.
+    """
     num_slots = len(batch.table["key"])
     ours, exact = (
-        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit) for compute in (DTYPE, torch.float32)
+        Adapters(groups, num_slots, rank, dtype, compute, DEVICE, eight_bit, EXPERT_RANK)
+        for compute in (DTYPE, torch.float32)
     )
+    for adapters in (ours, exact):
+        adapters.set_patterns(0, layer_ranks or {}, {})
+    ours.factors.uniform_(0.5, 2.0)
+    exact.factors.copy_(ours.factors)
     ours.weights.normal_()
     batch.table["rank"].clamp_(max=rank)
     clear_beyond(ours, ours.weights)
@@ -191,15 +204,14 @@ def make_adapters(
 
 
 def clear_beyond(adapters: Adapters, flat: Any) -> None:
-    """Set to zero what lies beyond each slot's own rank."""
+    """Set to zero what lies beyond each slot's own ranks."""
     whole = flat.clone()
     flat.zero_()
     for slot in range(adapters.num_slots):
         own = min(RANKS[slot], adapters.rank) if adapters.num_slots > 1 else adapters.rank
-        for group in filter(None, adapters.groups):
-            a, was_a = (adapters.a(group, each)[slot].unflatten(0, (-1, adapters.rank)) for each in (flat, whole))
-            a[:, :own] = was_a[:, :own]
-            adapters.b(group, flat)[slot][:, :own] = adapters.b(group, whole)[slot][:, :own]
+        kept, before = (adapters.matrices(slot, own, each) for each in (flat, whole))
+        for (_, matrix), (_, was) in zip(kept, before, strict=True):
+            matrix.copy_(was)
 
 
 GROUPS = {

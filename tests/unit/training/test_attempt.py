@@ -40,7 +40,7 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
     data = SimpleNamespace(fingerprint="f")
-    inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[])
+    inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[], base=torch.nn.Module())
     attempt = Attempt(start, SweepPaths(folder).trial("a"), inputs, listener, WriteNow(), lambda _: 0.0, is_alone=True)
     assert list(attempt.run(fail)) == []
     return listener.events[-1]

@@ -26,6 +26,7 @@ INTEGERS = (
     "keys",
     "thresholds",
     "slot_ranks",
+    "layer_ranks",
     "rank_layout",
     "applies",
     "programs",
@@ -42,11 +43,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "down backward": (lora_backward._down_backward, SEVERAL_SLOTS | {"SPLITS": 2, "LAYERS": 2, "BLOCK_K": 32}),
     "update in eight bits": (
         adamw._update_eight_bit,
-        {"ELEMENTS": 512, "SHARED": 256, "SMALL": 4096, "RANK": 64},
+        {"ELEMENTS": 512, "SHARED": 256, "SMALL": 4096},
     ),
     "norms": (adamw._norms, {"BLOCK": 1024}),
-    "squares": (adamw._sum_squares, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED_RANKS": True}),
-    "update": (adamw._update, {"ELEMENTS": 16384, "BLOCK": 1024, "RANK": 32, "MIXED_RANKS": True}),
+    "squares": (adamw._sum_squares, {"ELEMENTS": 16384, "BLOCK": 1024, "MIXED_RANKS": True}),
+    "update": (adamw._update, {"ELEMENTS": 16384, "BLOCK": 1024, "MIXED_RANKS": True}),
 }
 
 

@@ -384,6 +384,42 @@ def test_experts_need_grouped_products(
     assert reason is None or reason in str(found)
 
 
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"rank": 256}, None),
+        ({"rank": 257}, "a rank over 256 on a GPU"),
+        ({"rank": 8, "rank_pattern": {"v_proj": 257}}, "a rank over 256 on a GPU"),
+        ({"rank": 257, "rank_pattern": {"[qv]_proj": 256}}, None),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_no_layer_has_a_rank_over_256(
+    trial: Callable[..., TrialConfig], lora: dict[str, Any], reason: str | None
+) -> None:
+    shape = BaseShape.of(LlamaConfig(**SIZES))
+    config = trial(base={"compute_dtype": "bfloat16"}, training={"precision": "bf16"}, lora=lora)
+    names = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "v_proj")]
+    assert unsupported_reason_by_shape(config, shape, names, 64, on_gpu=True) == reason
+
+
+def test_adapters_of_experts_are_counted(trial: Callable[..., TrialConfig]) -> None:
+    """128 experts of 6,400 features are 629 million weights in 48 layers at rank 16."""
+    fields = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_hidden_layers": 48}
+    shape = BaseShape.of(default_config("qwen3_moe", **fields, head_dim=128))
+    names = [
+        f"model.layers.{index}.mlp.experts.{leaf}" for index in range(48) for leaf in ("gate_up_proj", "down_proj")
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        reasons = []
+        for rank in (32, 64):
+            on_gpu = {"base": {"compute_dtype": "bfloat16"}, "training": {"precision": "bf16"}}
+            config = trial(**on_gpu, lora={"rank": rank})
+            reasons.append(unsupported_reason_by_shape(config, shape, names, 64, on_gpu=True))
+    assert reasons == [None, "tensors of 2**31 elements and more"]
+
+
 def test_sizes_of_experts(trial: Callable[..., TrialConfig]) -> None:
     odd = BaseShape.of(default_config("mixtral", hidden_size=64, intermediate_size=36))
     assert "experts of 64 and 36 features" in str(unsupported_reason_by_shape(trial(), odd, (), 64, on_gpu=False))

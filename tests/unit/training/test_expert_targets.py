@@ -20,8 +20,8 @@ from orchestrator.errors import RequestError, SpecError, TrialError
 from orchestrator.experts import pack_experts
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import BaseSection, LoraSection
+from orchestrator.training.engines.check_targets import EmptyBases, check_targets, notes_on_size
 from orchestrator.training.model.adapter_init import init_adapter
-from orchestrator.training.model.check_targets import EmptyBases, check_targets, notes_on_size
 from orchestrator.training.model.linear_layers import linear_layers
 from orchestrator.training.model.peft_model import adapted_parts, load_adapter_weights, model_from_peft
 from orchestrator.training.model.targets import (
@@ -225,11 +225,6 @@ def test_what_peft_cannot_do_with_experts_is_refused(
     with pytest.raises(SpecError, match=message):
         parse_spec(document | {"lora": lora})
     parse_spec(document | {"lora": fields})  # without experts
-
-
-def test_the_fast_engine_leaves_adapted_experts_to_trl(trial: MakeConfig) -> None:
-    assert trial(target_modules=["experts"]).fast_unsupported_reason() == "lora.target_modules with experts"
-    assert trial(target_modules=["q_proj"]).fast_unsupported_reason() is None
 
 
 def test_experts_of_another_form_are_refused() -> None:

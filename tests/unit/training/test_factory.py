@@ -89,7 +89,7 @@ def test_a_joint_engine_has_the_largest_rank_and_all_layers(trial: MakeConfig, b
     rows = TokenizedRows([[1, 2, 3]], [[1, 2, 3]])
     configs = [
         trial(lora={"rank": 4, "target_modules": ["q_proj"]}),
-        trial(lora={"rank": 12, "target_modules": ["mlp.up_proj"]}),
+        trial(lora={"rank": 3, "target_modules": ["mlp.up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 12}}),
     ]
     engine, _ = engine_for(base, configs, rows, rows, 3)
     names = {name.rpartition(".")[0] for name, _ in engine.adapters.matrices(2, 12, engine.adapters.weights)}
@@ -106,6 +106,11 @@ def test_a_joint_engine_has_the_largest_rank_and_all_layers(trial: MakeConfig, b
         ({"lora": {"rank": 2, "target_modules": ["v_proj"]}}, None),
         ({"training": {"learning_rate": 0.5, "batch_size": 64, "seed": 3, "weight_decay": 0.1}}, None),
         ({"lora": {"rank": 9}}, "its rank or its adapted layers exceed what the slots were built for"),
+        ({"lora": {"rank": 9, "target_modules": ["v_proj"], "rank_pattern": {"v_proj": 8}}}, None),
+        (
+            {"lora": {"rank": 8, "target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 9}}},
+            "its rank or its adapted layers exceed what the slots were built for",
+        ),
         (
             {"lora": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}},
             "its rank or its adapted layers exceed what the slots were built for",

@@ -18,10 +18,14 @@ from kernel_cases import (
 
 from orchestrator.training.fast.ops import reference
 from orchestrator.training.fast.ops.eight_bit import Moment
-from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters
+from orchestrator.training.fast.step.adapters import NO_DROPOUT, AdaptedLayer, Adapters
 from orchestrator.training.fast.step.flat_batch import FlatBatch
 
 pytestmark = pytest.mark.usefixtures("seed")
+
+
+EXPERTS = [AdaptedLayer("experts", NO_DROPOUT, 96, 0, 40, num_matrices=3)]
+"""Their stack rank is below the ranks of most slots, which then use all of it."""
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -36,7 +40,7 @@ def test_update(rank: int) -> None:
         learning_rate={0: 1e-2, 1: 1e-3, 2: 1e-2, 3: 1e-2},
         rank=RANKS,
     )
-    ours, exact = make_adapters(batch, [GROUPS["three"], GROUPS["one, wide"]], rank)
+    ours, exact = make_adapters(batch, [GROUPS["three"], EXPERTS, GROUPS["one, wide"]], rank)
     for adapters in (ours, exact):
         torch.manual_seed(1)
         for flat in (adapters.moment1, adapters.gradients):
@@ -72,7 +76,10 @@ def write_nearest(moment: Moment, values: Any) -> None:
 
 
 def test_update_with_eight_bit_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several steps of slots with different ranks and one infinite gradient, with small and large matrices."""
+    """Make several steps of slots with different ranks and one infinite gradient, with small and large matrices.
+
+    In the first slot, a layer has a smaller rank than the other.
+    """
     monkeypatch.setattr(Moment, "write", write_nearest)
     layers = [[AdaptedLayer("q", 0, 256, 0, 300), AdaptedLayer("k", 1, 256, 300, 24)]]
     batch = make_batch(
@@ -84,7 +91,8 @@ def test_update_with_eight_bit_moments(monkeypatch: pytest.MonkeyPatch) -> None:
         learning_rate=dict.fromkeys(range(NUM_SLOTS), 1e-2),
         rank=RANKS,
     )
-    ours, exact = make_adapters(batch, layers, 64, eight_bit=True)
+    ranks = {"k": 17, EXPERTS[0].name: 5}
+    ours, exact = make_adapters(batch, [EXPERTS, *layers], 64, eight_bit=True, layer_ranks=ranks)
     assert ours.eight_bit is not None
     assert exact.eight_bit is not None
     began = ours.weights.clone()
@@ -115,5 +123,5 @@ def moments_of(adapters: Adapters, batch: FlatBatch) -> Iterator[Moment]:
     """Yield the moments of the three slots that have stepped."""
     assert adapters.eight_bit is not None
     for slot, rank in enumerate(batch.table["rank"].tolist()[:3]):
-        for pair in adapters.eight_bit.moments(slot, rank, (adapters.moment1[slot], adapters.moment2[slot])):
+        for _, pair in adapters.eight_bit_moments(slot, rank):
             yield from pair

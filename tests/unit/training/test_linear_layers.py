@@ -18,7 +18,7 @@ from orchestrator.base import load_tokenizer, share_modules
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.spec import TrialConfig, parse_spec
 from orchestrator.spec.sections import LoraSection
-from orchestrator.training.model.check_targets import check_targets
+from orchestrator.training.engines.check_targets import check_targets
 from orchestrator.training.model.linear_layers import PEFT_REFUSES, linear_layers
 from orchestrator.training.model.peft_model import lora_layers, model_from_peft
 from orchestrator.training.model.targets import expected, expected_extra_trainables, expected_modules, target_warnings

@@ -13,6 +13,7 @@ from family_cases import FAMILY_CASES
 from orchestrator.base import load_base
 from orchestrator.base_size import BaseSize
 from orchestrator.spec.sections import BaseSection, LoraSection
+from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.memory import MemoryOption, memory_options, predict
 from orchestrator.training.fast.sizes import Recompute
@@ -22,14 +23,14 @@ from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.fast.step.modules import FusedLinear
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 MIXED = "qwen3_moe with one layer without experts"
 """All layers are taken to have experts, which take more."""
 
-RANK = 16
+RANK, EXPERT_RANK = 16, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEVELS: list[Recompute] = ["nothing", "elementwise", "layers"]
 LLAMA_7B = BaseShape(4096, 11008, 32, 32, 32, 128, 32000, tied=False)
@@ -46,10 +47,9 @@ def half() -> Any:
 def predicted_for(
     model: Any, recompute: Recompute = "nothing", keeps: bool = True, tokens: int = 64, **options: Any
 ) -> Any:
-    targets = options.pop("targets", TARGETS)
-    return predict(
-        BaseShape.of(model.config), MemoryOption(keeps, recompute, 64), tokens, tokens, RANK, targets, **options
-    )
+    targets, option = options.pop("targets", TARGETS), MemoryOption(keeps, recompute, 64)
+    options["expert_rank"] = EXPERT_RANK
+    return predict(BaseShape.of(model.config), option, tokens, tokens, RANK, targets, **options)
 
 
 def tensors_of(model: Any) -> Iterator[torch.Tensor]:
@@ -118,9 +118,10 @@ def test_moments_in_eight_bits(half: Any, targets: tuple[str, ...]) -> None:
 def make_adapters(
     model: Any, targets: tuple[str, ...], num_slots: int, dtype: torch.dtype, eight_bit: bool = False
 ) -> Adapters:
-    modules = expected_modules(model, LoraSection(target_modules=list(targets)))
+    names = adapted_names(model, LoraSection(dropout=0, target_modules=list(targets)))
     cpu = torch.device("cpu")
-    return Adapters(adapted_layers(model, modules), num_slots, RANK, dtype, torch.bfloat16, cpu, eight_bit)
+    layers = adapted_layers(model, names)
+    return Adapters(layers, num_slots, RANK, dtype, torch.bfloat16, cpu, eight_bit, EXPERT_RANK)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")], ids=len)
@@ -148,6 +149,33 @@ def test_activations_and_weights_of_each_family(
     assert predicted_for(model, quantized=False).base == weights
 
 
+WITH_EXPERTS = [name for name, (config, _) in FAMILY_CASES.items() if FAMILIES[config.model_type].experts is not None]
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("targets", [("q_proj", "experts.gate_up_proj", "experts.down_proj"), ("experts.down_proj",)])
+@pytest.mark.parametrize("name", [name for name in WITH_EXPERTS if name != MIXED])
+def test_adapted_experts(
+    kept_by: Callable[..., tuple[int, int]], name: str, targets: tuple[str, ...], recompute: Recompute
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILY_CASES[name][0]), dtype=torch.bfloat16)
+    predicted, kept = kept_by(model, recompute, targets)
+    assert predicted == kept
+    for eight_bit in (False, True):
+        adapters = make_adapters(model, targets, 3, torch.float32, eight_bit)
+        memory = predicted_for(model, targets=targets, num_slots=3, eight_bit=eight_bit)
+        # Each part of a slot's row is rounded up to a block of 1,024 elements, which counts in a base this small.
+        one = 4 * sum(matrix.numel() for _, matrix in adapters.matrices(0, RANK, adapters.weights))
+        assert one <= adapters.weights[0].nbytes <= one + 4 * 1024 * len(adapters.groups)
+        assert memory.adapters == 4 * one
+        assert memory.gradients == 3 * one
+        moments = adapters.moment1.nbytes + adapters.moment2.nbytes
+        absmax = 0 if adapters.eight_bit is None else adapters.eight_bit.absmax.nbytes
+        assert memory.optimizer == (moments + absmax if eight_bit else 2 * 3 * one)
+
+
 @pytest.fixture
 def kept_by(
     make_rows: Callable[..., TokenizedRows],
@@ -168,7 +196,8 @@ def kept_by(
 
         monkeypatch.setattr(Layer, "forward", watched)
         rows = make_rows(32, 32)  # of equal length: on a CPU, attention pads
-        present = [name for name in targets if any(each.endswith(f".{name}") for each, _ in model.named_modules())]
+        every = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+        present = [name for name in targets if any(each.endswith(f".{name}") for each in every)]
         adapters = make_adapters(model, tuple(present), 1, torch.float32)
         engine = Engine(Decoder(model, torch.bfloat16, 32, keeps_base=True), adapters, recompute, None, on_gpu=False)
         engine.step([Span(0, rows, [0, 1], make_table(0.1))]).read()
@@ -187,10 +216,10 @@ def kept_by(
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Yield the tensors of nested activations, without the ends of each expert's rows, some hundred bytes."""
+    """Yield the tensors of nested activations, without the ends of each expert's rows, some thousand bytes."""
     if is_dataclass(value):
         for name, each in vars(value).items():
-            if name != "ends":
+            if name not in ("ends", "slot_ends"):
                 yield from leaves(each)
     elif value is not None:
         yield value

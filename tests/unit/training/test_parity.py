@@ -14,13 +14,16 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.engines import choose
 from orchestrator.training.engines.trial_inputs import TrialInputs
+from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan import parity
 from orchestrator.training.fast.plan.parity import require_parity
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine
+from orchestrator.training.fast.step.expert_adapters import ExpertAdapters
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names, expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -56,6 +59,15 @@ def test_each_family_is_the_same(name: str, rank: int, make_rows: MakeRows) -> N
     assert not any(module._forward_hooks for module in base.modules())
 
 
+def test_what_an_earlier_trial_left_in_the_first_slot_does_not_count(make_rows: MakeRows) -> None:
+    base = open_base("olmo2")
+    engine = open_engine(base)
+    layers = expected_modules(base, LoraSection())
+    engine.adapters.set_patterns(0, dict.fromkeys(layers, 3), dict.fromkeys(layers, 5.0))
+    engine.adapters.weights[0].normal_()
+    require_parity(base, engine, make_rows(5, LONGEST))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_family_is_the_same_in_bfloat16(name: str, make_rows: MakeRows) -> None:
     base = open_base(name).to(torch.bfloat16)
@@ -76,6 +88,37 @@ def scale_attention(base: Any) -> None:
 
 def widen_window(base: Any) -> None:
     base.config.sliding_window += 2  # masks are made from it
+
+
+WITH_EXPERTS = [name for name, (config, _) in CASES.items() if FAMILIES[text_config(config).model_type].experts]
+EXPERTS = LoraSection(dropout=0, target_modules=["q_proj", "experts"])
+
+
+def open_expert_engine(base: Any, dtype: torch.dtype) -> Engine:
+    layers, cpu = adapted_layers(base, adapted_names(base, EXPERTS)), torch.device("cpu")
+    adapters = Adapters(layers, 2, 16, torch.float32, dtype, cpu, expert_rank=8)
+    return Engine(Decoder(base, dtype, LONGEST, keeps_base=True), adapters, "nothing", None, on_gpu=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_adapted_experts_are_the_same(name: str, dtype: torch.dtype, make_rows: MakeRows) -> None:
+    base = open_base(name).to(dtype)
+    implementation = base.config._experts_implementation
+    require_parity(base, open_engine(base, dtype), make_rows(9))
+    require_parity(base, open_expert_engine(base, dtype), make_rows(9))
+    assert base.config._experts_implementation == implementation
+    assert not any(vars(module).get("updates") for module in base.modules())
+
+
+def test_wrong_adapters_of_experts_are_noticed(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an engine without such adapters was right on the same base."""
+    base = open_base("qwen3_moe")
+    require_parity(base, open_engine(base), make_rows(9))
+    monkeypatch.setattr(ExpertAdapters, "forward", lambda own, y, rows: y.new_zeros(len(rows), own._a.shape[1]))
+    require_parity(base, open_engine(base), make_rows(9))
+    with pytest.raises(TrialError, match="on this base the fast engine differs from transformers"):
+        require_parity(base, open_expert_engine(base, torch.float32), make_rows(9))
 
 
 def change_norm(base: Any) -> None:

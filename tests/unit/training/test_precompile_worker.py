@@ -125,6 +125,20 @@ def test_kernels_of_each_family(compiled: list[str], tmp_path: Path, name: str) 
     assert len(precompiled) > 10
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss with a window, nf4"])
+def test_adapted_experts_have_the_same_kernels(compiled: list[str], tmp_path: Path, name: str, optimizer: str) -> None:
+    FAMILY_CASES[name][0].save_pretrained(tmp_path)
+    targets = ["lora.target_modules=[q_proj, experts]", "lora.dropout=0", "search.space={}", "search.tied={}"]
+    trials = configs(f"base.model={tmp_path}", *targets, f"training.optimizer={optimizer}")
+    precompile_worker.compile_for(trials, SLOTS)
+    precompiled = set(compiled)
+    compiled.clear()
+    compile_with_real_base(trials, 64, 2 * kernels.TILE, tmp_path)
+    assert set(compiled) == precompiled
+    assert len(precompiled) > 10
+
+
 @triton.jit
 def filled(out, value):  # type: ignore[no-untyped-def]
     tl.store(out, value)

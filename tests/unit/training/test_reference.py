@@ -167,6 +167,7 @@ def test_adapters_and_their_backward(
     batch = make_row(*spans, num_slots=len(slots), num_tokens=80)
     slot_of = batch.tile_slots.repeat_interleave(reference.TILE).long()
     adapters = make_adapters(len(slots), layers)
+    adapters.factors.uniform_(0.5, 2.0)
     stacked = adapters.groups[0]
     assert stacked is not None
     a, b = (part(stacked, adapters.weights).clone().requires_grad_() for part in (adapters.a, adapters.b))
@@ -180,7 +181,8 @@ def test_adapters_and_their_backward(
     for index, layer in enumerate(layers):
         dropped = x * reference.dropout_mask(batch, layer.module_id, 24) / (1 - rates)[:, None]
         lora_hidden = torch.einsum("ti,tri->tr", dropped, a[slot_of, index * rank : (index + 1) * rank])
-        up = torch.einsum("tr,tor->to", lora_hidden, b[slot_of, at : at + layer.out_features]) * scales[:, None]
+        up = torch.einsum("tr,tor->to", lora_hidden, b[slot_of, at : at + layer.out_features])
+        up = up * (scales * adapters.factors[index][slot_of])[:, None]
         exact = exact + F.pad(up, (layer.column, 28 - layer.column - layer.out_features))
         at += layer.out_features
     da, db, dx = torch.autograd.grad(exact, [a, b, x], gradient)
@@ -199,13 +201,14 @@ def test_adapters_and_their_backward(
 
 
 def test_matrices_by_name_are_what_the_products_read() -> None:
-    """Write A and B of a rank below the stack rank by PEFT's names, and read them as the products do."""
+    """Write A and B of ranks below the stack rank by PEFT's names, and read them as the products do."""
     layers = GROUPS["two of three"]
     adapters = make_adapters(2, layers, rank=8)
     adapters.weights.zero_()
+    adapters.set_patterns(1, {"v": 2}, {})
     written = {name: matrix.normal_() for name, matrix in adapters.matrices(1, 3, adapters.weights)}
     assert {name: tuple(matrix.shape) for name, matrix in written.items()} == {
-        "q.lora_A": (3, 24), "q.lora_B": (12, 3), "v.lora_A": (3, 24), "v.lora_B": (8, 3),
+        "q.lora_A": (3, 24), "q.lora_B": (12, 3), "v.lora_A": (2, 24), "v.lora_B": (8, 2),
     }  # fmt: skip
     assert not adapters.weights[0].any()
     stacked = adapters.groups[0]

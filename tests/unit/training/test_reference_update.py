@@ -84,13 +84,15 @@ def test_dynamic_code_is_that_of_bitsandbytes(signed: bool) -> None:
     assert torch.equal(dynamic_code(signed), create_dynamic_map(signed))
 
 
-def test_update_with_eight_bit_moments_is_that_of_bitsandbytes() -> None:
-    """Step a slot whose rank is below the stack rank, with matrices above and below 4,096 elements."""
+@pytest.mark.parametrize("ranks", [{}, {"m.k": 9}], ids=["one rank", "two ranks"])
+def test_update_with_eight_bit_moments_is_that_of_bitsandbytes(ranks: dict[str, int]) -> None:
+    """Step a slot whose ranks are below the stack rank, with matrices above and below 4,096 elements."""
     rank, betas = 12, (0.9, 0.99)
     layers = [AdaptedLayer("m.q", 0, 512, 0, 320), AdaptedLayer("m.k", 1, 512, 320, 96)]
     cpu = torch.device("cpu")
     adapters = Adapters([layers], 2, 16, torch.float32, torch.float32, cpu, eight_bit=True)
     assert adapters.eight_bit is not None
+    adapters.set_patterns(1, ranks, {})
     own = dict(adapters.matrices(1, rank, adapters.weights))
     for matrix in own.values():
         matrix.normal_()
@@ -136,6 +138,7 @@ def test_update_with_eight_bit_moments_is_that_of_bitsandbytes() -> None:
     before = adapters.moment1[1].clone(), adapters.eight_bit.absmax[0, 1].clone()
     adapters.clear(1)
     assert not adapters.eight_bit.absmax.any()
+    adapters.set_patterns(1, ranks, {})
     for name, (moment, _) in adapters.eight_bit_moments(1, rank):
         assert not moment.read().any()
         moment.load(1, states[name])

@@ -136,6 +136,21 @@ def test_the_table_holds_the_trials_hyperparameters(slot: Any, multi_lora: FakeM
     assert (first["bias_correction1"], first["bias_correction2"]) == (pytest.approx(0.2), pytest.approx(0.01))
 
 
+@pytest.mark.parametrize(("ranks", "largest"), [({}, 8), ({"q_proj": 12}, 12), ({".*_proj": 5, "k": 9}, 5)])
+def test_kernels_are_told_the_largest_rank_of_the_layers(
+    document: dict[str, Any], slot: Any, ranks: dict[str, int], largest: int
+) -> None:
+    lora = {"rank": 8, "alpha": 4.0, "rank_pattern": ranks}
+    names = [f"base_model.model.layers.0.{layer}.lora_A.default.weight" for layer in ("q_proj", "v_proj")]
+    model = SimpleNamespace(named_modules={}.items, named_parameters=dict.fromkeys(names).items)
+    slot.trainer.model = model
+    config = parse_spec(document | {"lora": lora}).trial_config({})
+    rows = slot.batch([0]).rows
+    made = Slot(1, slot.trainer, SimpleNamespace(adapters=None), config, rows, rows, WriteNow())  # type: ignore[arg-type]
+    table = made.batch([0]).table
+    assert (table["rank"], table["scale"]) == (largest, 0.5)
+
+
 def test_metrics_are_read_at_most_a_few_steps_late(slot: Any, multi_lora: FakeMultiLora) -> None:
     for step in range(10):
         send(slot, multi_lora, [step % 4])

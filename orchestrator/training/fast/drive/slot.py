@@ -24,11 +24,14 @@ from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
 from orchestrator.training.fast.drive.slot_view import SlotView
+from orchestrator.training.fast.families.base_shape import adapted_part
 from orchestrator.training.fast.step.adapters import lora_parameters
 from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
 from orchestrator.training.finite import require_finite
+from orchestrator.training.model.patterns import layer_alphas, layer_ranks
 from orchestrator.training.model.readback import read_back, same, set_rate
+from orchestrator.training.model.targets import shared_or_by_layer
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -63,7 +66,10 @@ class Slot:
         self._held_out = held_out
         self._write_queue = write_queue
         self._parameters = lora_parameters(trainer.model)
-        self._view = SlotView(engine.adapters, index, config.lora.rank, self._parameters)
+        layers = [name.removesuffix(".lora_A") for name in self._parameters if name.endswith(".lora_A")]
+        self._ranks, self._alphas = layer_ranks(config.lora, layers), layer_alphas(config.lora, layers)
+        self._rank = max(self._ranks.values(), default=config.lora.rank)
+        self._view = SlotView(engine.adapters, index, self._rank, self._parameters)
         self._pending: deque[tuple[int, list[Pending]]] = deque()
         self._losses: list[float] = []
         self._rate_to_log: float | None = None
@@ -130,12 +136,17 @@ class Slot:
         """Return the settings that the slot and its optimizer really hold, by the names of `readback`."""
         adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
         matrices = self._view.matrices(adapters.weights)
-        names = {name.rpartition(".")[0] for name in matrices}
+        # A is (rank, in), of experts (experts, rank, in).
+        ranks = {n.removesuffix(".lora_A"): a.shape[-2] for n, a in matrices.items() if n.endswith(".lora_A")}
+        factors = adapters.layer_factors(self._index)
+        alphas = {name: table["scale"] * factors[name] / lora.scale(rank, 1.0) for name, rank in ranks.items()}
+        alpha = next(iter(alphas.values()))
         in_slot = {
-            "lora.alpha": table["scale"] / lora.scale(lora.rank, 1.0),
+            "lora.rank": shared_or_by_layer(ranks),
+            "lora.alpha": alpha if all(same(alpha, each) for each in alphas.values()) else alphas,
             "lora.dropout": 1 - 1 / table["keep_scale"],
-            "lora.target_modules": sorted({name.rpartition(".")[2] for name in names}),
-            "lora.num_modules": len(names),
+            "lora.target_modules": sorted({adapted_part(name) for name in ranks}),
+            "lora.num_modules": len(ranks),
             "training.weight_decay": table["weight_decay"],
             "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
             "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
@@ -179,13 +190,14 @@ class Slot:
         if checkpoint is not None:
             set_rate(trainer, self._config.training)
         adapters.clear(self._index)
+        adapters.set_patterns(self._index, self._ranks, self._factors())
         weights = self._view.matrices(adapters.weights)
         if weights.keys() != self._parameters.keys():
             raise RuntimeError(
                 f"the slot has no place for layers that PEFT adapts: {self._parameters.keys() - weights.keys()}"
             )
-        for name, matrix in weights.items():
-            matrix.copy_(self._parameters[name].detach())
+        for name, parameter in self._parameters.items():
+            self._view.load(adapters.weights, name, parameter.detach())
         self._optimizer_steps = self._view.load_optimizer_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
@@ -251,7 +263,7 @@ class Slot:
             "threshold": min(round(lora.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1),
             "keep_scale": 1 / (1 - lora.dropout),
             "scale": lora.scale(lora.rank, lora.alpha),
-            "rank": lora.rank,
+            "rank": self._rank,
             "loss_weight": 1 / max(1, num_targets),
             "applies": 1,
             "learning_rate": group["lr"],
@@ -263,6 +275,12 @@ class Slot:
             "bias_correction2": 1 - beta2**steps,
             "max_norm": args.max_grad_norm or math.inf,
         }
+
+    def _factors(self) -> dict[str, float]:
+        """Return the factor of the slot's scale in each adapted layer, by its name."""
+        lora = self._config.lora
+        own = lora.scale(lora.rank, lora.alpha)
+        return {name: lora.scale(rank, self._alphas[name]) / own for name, rank in self._ranks.items()}
 
     def collect(self, wait: bool = True) -> None:
         """Read the metrics that have arrived, in the order of the steps.

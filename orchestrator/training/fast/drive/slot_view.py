@@ -21,7 +21,7 @@ class SlotView:
         Args:
             adapters: the adapters of all slots.
             slot: number of the trial's slot.
-            rank: rank of the trial's adapter.
+            rank: largest rank of the layers of the trial's adapter.
             parameters: LoRA parameters of the trial's model, by the names of `Adapters.matrices`.
         """
         self._adapters = adapters
@@ -37,16 +37,23 @@ class SlotView:
             known = self._views[id(flat)] = {name: matrix for name, matrix in every if name in self._parameters}
         return known
 
-    def on_host(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the same matrices copied to the host, one after another in storage that holds nothing else.
+    def load(self, flat: torch.Tensor, name: str, values: torch.Tensor) -> None:
+        """Copy values in the shape of a parameter into one of the flat tensors."""
+        matrix = self.matrices(flat)[name]
+        matrix.copy_(values.reshape(matrix.shape))
 
-        Saving a view writes its whole storage, and an adapter of rank 8 is an eighth of a stack of rank 64.
+    def on_host(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the matrices in the shapes of the parameters, copied to the host.
+
+        They lie one after another in storage that holds nothing else. Saving a view writes its whole storage, and an
+        adapter of rank 8 is an eighth of a stack of rank 64.
         """
         matrices = self.matrices(flat)
         like = list(matrices.values())
         packed = torch.empty(sum(matrix.numel() for matrix in like), dtype=flat.dtype, device=flat.device)
         torch._foreach_copy_(_unflatten_dense_tensors(packed, like), like)
-        return dict(zip(matrices, _unflatten_dense_tensors(_to_host(packed), like), strict=True))
+        copies = zip(matrices, _unflatten_dense_tensors(_to_host(packed), like), strict=True)
+        return {name: copy.view(self._parameters[name].shape) for name, copy in copies}
 
     def optimizer_states(self, steps: int, of_bitsandbytes: bool) -> dict[torch.nn.Parameter, dict[str, Any]]:
         """Return the optimizer's present state, on the host, in the form of the trial's own optimizer.
@@ -89,7 +96,7 @@ class SlotView:
             for name, state in found.items():
                 keys = _moment_names("state1" in state)
                 for flat, key in zip((adapters.moment1, adapters.moment2), keys, strict=True):
-                    self.matrices(flat)[name].copy_(state[key])
+                    self.load(flat, name, state[key])
         return max((int(state["step"]) for state in found.values()), default=0)
 
     def _in_eight_bits(self) -> Iterator[tuple[str, tuple[Moment, Moment]]]:

@@ -84,6 +84,25 @@ class BaseShape:
         return linears
 
     @property
+    def expert_matrices(self) -> dict[str, tuple[int, int]]:
+        """Matrices of one expert that may have adapters: last two parts of the parameter's name -> (in, out features).
+
+        Their order is that in which a layer uses them.
+        """
+        gate_up, down = (self.hidden, 2 * self.expert_inner), (self.expert_inner, self.hidden)
+        return {"experts.gate_up_proj": gate_up, "experts.down_proj": down} if self.experts else {}
+
+    def adapted_features(self, name: str) -> int:
+        """Return the in and out features of a layer that has an adapter, together; of experts those of all of them.
+
+        Args:
+            name: from `linears` or `expert_matrices`.
+        """
+        if name in self.expert_matrices:
+            return self.experts * sum(self.expert_matrices[name])
+        return sum(self.linears[name])
+
+    @property
     def mlp_features(self) -> int:
         """Features of a token between the layers of its MLP, or of all its experts."""
         return self.experts_per_token * self.expert_inner if self.experts else self.inner
@@ -100,6 +119,12 @@ class BaseShape:
         attention = self.hidden * self.qkv + self.queries * self.head_size * self.hidden
         inner = self.experts * self.expert_inner if self.experts else self.inner
         return self.layers * (attention + 3 * self.hidden * inner)
+
+
+def adapted_part(name: str) -> str:
+    """Return the part of the full name of an adapted layer or parameter of experts that `BaseShape` lists."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-2:-1] == ["experts"] else parts[-1]
 
 
 def _experts(config: Any) -> dict[str, int]:

@@ -42,46 +42,85 @@ def dynamic_code(signed: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Place of one matrix of an adapter in a slot's flat weights."""
+    """Place of one parameter of an adapter in a slot's flat weights.
+
+    PEFT keeps a parameter as (outer, rank, inner): A of a linear layer is (1, rank, in_features) and B is
+    (out_features, rank, 1); A of experts is (num_experts, rank, in_features) and B is (out_features, rank,
+    num_experts).
+    """
 
     offset: int
     """Its first element."""
-    features: int
-    """Elements of one rank: in_features of A, out_features of B."""
-    is_b: bool
-    """True for B, (features, R), of which an adapter of rank r uses the first r columns; False for A, (R, features)."""
+    outer: int
+    rank: int
+    """Stack rank R. An adapter of rank r uses the first r ranks, all of them where r is more than R."""
+    inner: int
+    strides: tuple[int, int, int]
+    """Distances in elements between neighbors in the three dimensions."""
+    layer: int
+    """Number of its layer among all adapted layers."""
+
+    @classmethod
+    def of_a(cls, offset: int, num_matrices: int, rank: int, features: int, layer: int) -> "MatrixLayout":
+        """Describe (num_matrices, R, in_features), for the stack rank R."""
+        return cls(offset, num_matrices, rank, features, (rank * features, features, 1), layer)
+
+    @classmethod
+    def of_b(cls, offset: int, num_matrices: int, rank: int, features: int, layer: int) -> "MatrixLayout":
+        """Describe (num_matrices, out_features, R), for the stack rank R."""
+        return cls(offset, features, rank, num_matrices, (rank, 1, features * rank), layer)
+
+    @property
+    def features(self) -> int:
+        """Elements of one rank."""
+        return self.outer * self.inner
+
+    def num_elements(self, rank: int) -> int:
+        """Return the number of elements of an adapter of this rank."""
+        return self.features * min(rank, self.rank)
+
+    def view(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """View the parameter in a slot's row: (outer, rank, inner), without a dimension of 1 at one of the ends."""
+        sizes, start = (self.outer, min(rank, self.rank), self.inner), flat.storage_offset() + self.offset
+        view = flat.as_strided(sizes, self.strides, start)
+        return view[0] if self.outer == 1 else view[..., 0] if self.inner == 1 else view
 
 
 class EightBitMoments:
-    """Scales and tables of the moments of all slots, and the place of each matrix among their bytes."""
+    """Scales, ranks and tables of the moments of all slots, and the place of each matrix among their bytes."""
 
-    def __init__(self, matrices: Sequence[MatrixLayout], rank: int, num_slots: int, device: torch.device) -> None:
+    def __init__(self, matrices: Sequence[MatrixLayout], num_slots: int, device: torch.device) -> None:
         """Plan the layout for matrices of the full stack rank.
 
         Args:
             matrices: in the order of `Adapters.matrices`.
-            rank: stack rank R.
             num_slots: adapters that train together.
             device: of all tensors.
         """
-        self._features = [matrix.features for matrix in matrices]
+        self._matrices = matrices
         self._offsets: list[tuple[int, int]] = []
         """For each matrix: its first byte in a slot's moment, and its first `absmax`."""
         self.bytes_per_slot = blocks = 0
         """Bytes of one moment of a slot."""
         programs = []
         for matrix in matrices:
-            max_elements = matrix.features * rank
+            max_elements = matrix.num_elements(matrix.rank)
             self._offsets.append((self.bytes_per_slot, blocks))
-            programs += [
-                (matrix.offset, matrix.features, matrix.is_b, self.bytes_per_slot, blocks, first)
-                for first in range(0, max_elements, CHUNK)
-            ]
+            sizes = matrix.features, matrix.rank, matrix.inner
+            shared = (matrix.offset, *sizes, *matrix.strides, self.bytes_per_slot, blocks, matrix.layer)
+            first = torch.arange(0, max_elements, CHUNK, dtype=torch.int32)[:, None]
+            programs.append(torch.cat((torch.tensor([shared], dtype=torch.int32).expand(len(first), -1), first), 1))
             self.bytes_per_slot += num_bytes(max_elements)
             blocks += num_absmax(max_elements)
-        self.programs = torch.tensor(programs, dtype=torch.int32, device=device)
-        """(programs, 6) for each program of the kernel: the three fields of `MatrixLayout`, the matrix's first byte and
-        first `absmax`, and the first element of the matrix that the program updates."""
+        self.programs = torch.cat(programs).to(device)
+        """(programs, 11) int32 for each program of the kernel: offset, features, rank, inner and the three strides of
+        `MatrixLayout`, the matrix's first byte and first `absmax`, its layer, and the first element that the program
+        updates."""
+        ranks = {matrix.layer: matrix.rank for matrix in matrices}
+        self.ranks = torch.tensor([[ranks[layer]] * num_slots for layer in range(len(ranks))], dtype=torch.int32).to(
+            device
+        )
+        """(layers, S) the largest rank that each adapted layer may use."""
         self.absmax = torch.zeros(2, num_slots, blocks, dtype=torch.float32, device=device)
         """(moment, slot, block) largest magnitude of a block."""
         self.code = torch.stack([dynamic_code(signed=True), dynamic_code(signed=False)]).to(device)
@@ -89,16 +128,18 @@ class EightBitMoments:
         self.midpoints = (self.code[:, 1:] + self.code[:, :-1]) / 2
         """(moment, 255) bounds half way between these values."""
 
-    def moments(self, slot: int, rank: int, flat: Sequence[torch.Tensor]) -> Iterator[tuple["Moment", "Moment"]]:
+    def moments(
+        self, slot: int, ranks: Sequence[int], flat: Sequence[torch.Tensor]
+    ) -> Iterator[tuple["Moment", "Moment"]]:
         """Yield both moments of each matrix of a slot. Writing to them changes the slot.
 
         Args:
             slot: the slot.
-            rank: of its adapter.
+            ranks: of each matrix.
             flat: all bytes of its first moment, and of its second.
         """
-        for features, (byte, block) in zip(self._features, self._offsets, strict=True):
-            length = features * rank
+        for matrix, rank, (byte, block) in zip(self._matrices, ranks, self._offsets, strict=True):
+            length = matrix.num_elements(rank)
             if length < SMALL:
                 whole = slice(byte, byte + FLOAT * length)
                 yield Moment(flat[0][whole], None, self.code[0]), Moment(flat[1][whole], None, self.code[1])

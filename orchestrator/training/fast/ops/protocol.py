@@ -210,7 +210,7 @@ class Ops(Protocol):
             lora_hidden: (T, layers * R) from `lora_down`.
             adapters: weights of the layers.
             group: the layers.
-            batch: slots and scales (alpha / rank) of the tokens.
+            batch: slots of the tokens, and scales. A layer's own scale is that times `Adapters.factors`.
         """
         ...
 

@@ -194,10 +194,10 @@ def lora_up_(
     y: torch.Tensor, lora_hidden: torch.Tensor, adapters: Adapters, group: LayerGroup, batch: FlatBatch
 ) -> None:
     b, rank, b_row = adapters.b(group, adapters.weights), adapters.rank, 0
-    scale = _per_token(batch.table["scale"], batch)
     for index, layer in enumerate(group.layers):
         layer_b = b[:, b_row : b_row + layer.out_features]
         up = _matmul_by_slot(lora_hidden[:, rank * index : rank * (index + 1)], layer_b.mT, batch)
+        scale = _layer_scale(adapters, group.first_layer + index, batch)
         y[:, layer.column : layer.column + layer.out_features] += up * scale[:, None]
         b_row += layer.out_features
 
@@ -214,9 +214,9 @@ def lora_backward(
     a, b = adapters.a(group, adapters.weights), adapters.b(group, adapters.weights)
     da, db = adapters.a(group, adapters.gradients), adapters.b(group, adapters.gradients)
     dtype, rank, b_row = lora_hidden.dtype, adapters.rank, 0
-    scale = _per_token(batch.table["scale"], batch)
     x, keep_scale = x.to(dtype), _per_token(batch.table["keep_scale"], batch)[:, None].to(dtype)
     for index, layer in enumerate(group.layers):
+        scale = _layer_scale(adapters, group.first_layer + index, batch)
         dup = (dy[:, layer.column : layer.column + layer.out_features] * scale[:, None]).to(dtype)
         ranks, b_rows = slice(rank * index, rank * (index + 1)), slice(b_row, b_row + layer.out_features)
         dlora_hidden = _matmul_by_slot(dup, b[:, b_rows], batch)
@@ -322,6 +322,11 @@ def dropout_mask(batch: FlatBatch, module_id: int, features: int) -> torch.Tenso
 def _drop(x: torch.Tensor, module_id: int, batch: FlatBatch) -> torch.Tensor:
     """Set dropped features to zero; the kept ones are not scaled yet."""
     return torch.where(dropout_mask(batch, module_id, x.shape[1]), x, 0) if batch.has_dropout else x
+
+
+def _layer_scale(adapters: Adapters, layer: int, batch: FlatBatch) -> torch.Tensor:
+    """Return the scale of each token in the adapted layer of this number, (T,)."""
+    return _per_token(batch.table["scale"] * adapters.factors[layer], batch)
 
 
 def _per_token(values: torch.Tensor, batch: FlatBatch) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Decides which trials the fast engine can hold: by their configuration, their base and the limits of the kernels."""
 
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,15 +9,16 @@ import torch
 from orchestrator.positions import independent_length
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
-from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.base_shape import BaseShape, adapted_part
 from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LAYER_TYPES, rope_parameters
 from orchestrator.training.fast.families.text_model import TextModel, find_text_model, text_config, text_model
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS
-from orchestrator.training.fast.sizes import LONGEST_STEP
-from orchestrator.training.fast.step.adapters import padded_rank
+from orchestrator.training.fast.sizes import GROUPED_MULTIPLE, LONGEST_STEP
+from orchestrator.training.fast.step.adapters import grouped_rank, padded_rank
+from orchestrator.training.model.patterns import largest_rank
 from orchestrator.training.model.precision import resolve_precision
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names
 
 MAX_RANK, MAX_HEAD = 256, 256
 """The largest rank and head size whose blocks fit into the shared memory of a multiprocessor."""
@@ -39,36 +41,38 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     """
     if reason := config.fast_unsupported_reason():
         return reason
-    modules = expected_modules(base, config.lora)
+    names = adapted_names(base, config.lora)
     if reason := unsupported_shape(base, longest):
         return reason
     text = text_model(base)
-    known = {name for names in FAMILIES[text.config.model_type].groups for name in names}
-    if others := sorted({name.rpartition(".")[2] for name in modules if not name.endswith(tuple(known))}):
+    shape, family = BaseShape.of(text.config), FAMILIES[text.config.model_type]
+    known = {f".{each}" for each in (*chain.from_iterable(family.groups), *shape.expert_matrices)}
+    if others := sorted({adapted_part(name) for name in names if not name.endswith(tuple(known))}):
         return f"an adapter on {', '.join(others)}"
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         return f"a base on {len(devices)} devices"
-    return unsupported_reason_by_shape(config, BaseShape.of(text.config), modules, longest, torch.cuda.is_available())
+    return unsupported_reason_by_shape(config, shape, names, longest, torch.cuda.is_available())
 
 
 def unsupported_reason_by_shape(
-    config: TrialConfig, shape: BaseShape, modules: Collection[str], longest: int, on_gpu: bool
+    config: TrialConfig, shape: BaseShape, names: Collection[str], longest: int, on_gpu: bool
 ) -> str | None:
     """Check the part of `unsupported_reason` that needs no loaded base.
 
     Args:
         config: the trial.
         shape: sizes of the base.
-        modules: names of the modules that the trial adapts.
+        names: modules and parameters of experts that the trial adapts.
         longest: tokens of the longest row.
         on_gpu: whether the trial is to run on a GPU.
     """
     precision, dtype = resolve_precision(config.training), config.base.compute_dtype
     if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
         return f"base.compute_dtype {dtype} under precision {precision}"
-    if shape.experts and (shape.hidden % 8 or shape.expert_inner % 8):
-        return f"experts of {shape.hidden} and {shape.expert_inner} features (grouped products take multiples of 8)"
+    if shape.experts and (shape.hidden % GROUPED_MULTIPLE or shape.expert_inner % GROUPED_MULTIPLE):
+        features, multiple = f"{shape.hidden} and {shape.expert_inner} features", GROUPED_MULTIPLE
+        return f"experts of {features} (grouped products take multiples of {multiple})"
     if on_gpu:
         if shape.experts and not has_grouped_products():
             return "experts on a GPU of compute capability other than 9.x and 10.x"
@@ -76,15 +80,22 @@ def unsupported_reason_by_shape(
             return f"precision {precision} on a GPU"
         if shape.head_size % 16 or shape.head_size > MAX_HEAD:
             return f"heads of {shape.head_size} features on a GPU (its kernels take multiples of 16 up to {MAX_HEAD})"
-        if config.lora.rank > MAX_RANK:
+        rank = largest_rank(config.lora, names)
+        if rank > MAX_RANK:
             return f"a rank over {MAX_RANK} on a GPU"
-        adapter = padded_rank(config.lora.rank) * sum(sum(shape.linears[name.rpartition(".")[2]]) for name in modules)
+        adapter = sum(_stack_elements(shape, adapted_part(name), rank) for name in names)
         if (
             max(adapter, max(longest, MAX_PASS_TOKENS) * max(2 * shape.inner, 2 * shape.mlp_features, shape.qkv))
             >= MAX_ELEMENTS
         ):
             return "tensors of 2**31 elements and more"
     return None
+
+
+def _stack_elements(shape: BaseShape, name: str, rank: int) -> int:
+    """Return the elements of an adapter's stack on a GPU for one layer, or one matrix of all experts of a layer."""
+    stack = grouped_rank(rank) if name in shape.expert_matrices else padded_rank(rank)
+    return stack * shape.adapted_features(name)
 
 
 def has_grouped_products() -> bool:

@@ -10,10 +10,11 @@ import torch
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.sizes import EVALUATION_TOKENS
-from orchestrator.training.fast.step.adapters import padded_rank
+from orchestrator.training.fast.step.adapters import grouped_rank, padded_rank
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
+from orchestrator.training.model.patterns import largest_rank
 from orchestrator.training.model.precision import resolve_precision
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names, expected_experts
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,11 @@ class EngineSpec:
 
     num_slots: int
     rank: int
-    """Stack rank: the largest rank of the trials; on a GPU, padded."""
+    """Stack rank: the largest rank of the trials' layers; on a GPU, padded."""
+    expert_rank: int
+    """The same for the experts of the trials that adapt them; 0 where none does."""
     modules: frozenset[str]
-    """Names of all linear layers that any of the trials adapts."""
+    """Names of all linear layers and parameters of experts that any of the trials adapts."""
     precision: str
     adapter_dtype: str
     eight_bit: bool
@@ -44,11 +47,16 @@ class EngineSpec:
     def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
         """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
         training = configs[0].training
-        rank = max(config.lora.rank for config in configs)
+        names = [adapted_names(base, config.lora) for config in configs]
+        rank = max(largest_rank(config.lora, each) for config, each in zip(configs, names, strict=True))
+        expert_ranks = [
+            largest_rank(config.lora, experts) for config in configs if (experts := expected_experts(base, config.lora))
+        ]
         return cls(
             num_slots,
             padded_rank(rank) if torch.cuda.is_available() else rank,
-            frozenset(name for config in configs for name in expected_modules(base, config.lora)),
+            max((grouped_rank(each) for each in expert_ranks), default=0),
+            frozenset().union(*names),
             resolve_precision(training),
             training.adapter_dtype,
             "8bit" in training.optimizer,
@@ -65,7 +73,7 @@ class EngineSpec:
         for name, field in _SHARED_FIELDS.items():
             if getattr(own, name) != getattr(self, name):
                 return f"{field} differs from that of the trials that share the engine"
-        if own.rank > self.rank or not own.modules <= self.modules:
+        if own.rank > self.rank or own.expert_rank > self.expert_rank or not own.modules <= self.modules:
             return "its rank or its adapted layers exceed what the slots were built for"
         return None
 
@@ -93,7 +101,14 @@ def separate_specs(base: Any, configs: Sequence[TrialConfig]) -> list[EngineSpec
     if torch.cuda.is_available():
         ranks = {1 << power for power in range(min(ranks).bit_length() - 1, max(ranks).bit_length())}
     # Kernels are compiled for modules, moments and rank: keep one spec for each combination.
-    distinct = {(spec.modules, spec.eight_bit, rank): replace(spec, rank=rank) for spec in specs for rank in ranks}
+    expert_rank = max(spec.expert_rank for spec in specs)
+    distinct = {
+        (spec.modules, spec.eight_bit, rank): replace(
+            spec, rank=rank, expert_rank=expert_rank if spec.expert_rank else 0
+        )
+        for spec in specs
+        for rank in ranks
+    }
     return sorted(distinct.values(), key=lambda spec: (spec.rank, len(spec.modules)), reverse=True)
 
 

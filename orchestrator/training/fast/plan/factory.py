@@ -68,13 +68,16 @@ def cached_engine(
         release(base)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
         cached = _engines[base] = _CachedEngines(decoder_key, Decoder(base, *decoder_key), pool, {})
-    key = (spec.num_slots, spec.rank, adapter_dtype, spec.eight_bit, lora_dtype, spec.modules, option.recompute)
+    ranks = spec.rank, spec.expert_rank
+    key = (spec.num_slots, ranks, adapter_dtype, spec.eight_bit, lora_dtype, spec.modules, option.recompute)
     if (slot, key) not in cached.engines:
         if slot is not None:
             for earlier in [each for each in cached.engines if each[0] == slot]:
                 del cached.engines[earlier]
         adapted = adapted_layers(base, spec.modules)
-        adapters = Adapters(adapted, spec.num_slots, spec.rank, adapter_dtype, lora_dtype, device, spec.eight_bit)
+        adapters = Adapters(
+            adapted, spec.num_slots, spec.rank, adapter_dtype, lora_dtype, device, spec.eight_bit, spec.expert_rank
+        )
         cached.engines[slot, key] = Engine(cached.decoder, adapters, option.recompute, cached.graph_pool, on_gpu)
     engine = cached.engines[slot, key]
     engine.max_tokens = option.max_tokens

@@ -5,11 +5,11 @@ holds) and bitsandbytes' NF4 layout: one scale for 64 weights; quantized again, 
 float32 for 256 of them (arXiv 2305.14314, section 3).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orchestrator.training.fast.families.base_shape import BaseShape
-from orchestrator.training.fast.sizes import FLOAT, MAX_LOGITS, Recompute, num_absmax, num_bytes
+from orchestrator.training.fast.sizes import FLOAT, MAX_GROUPS, MAX_LOGITS, Recompute, num_absmax, num_bytes
 
 GIB = 2**30
 
@@ -88,6 +88,7 @@ def predict(
     rank: int,
     targets: Collection[str],
     *,
+    expert_rank: int = 0,
     num_slots: int = 1,
     adapter_bytes: int = FLOAT,
     eight_bit: bool = False,
@@ -102,24 +103,31 @@ def predict(
         tokens: tokens of the largest training bucket.
         evaluation_tokens: tokens of the largest evaluation bucket.
         rank: stack rank, padded.
-        targets: adapted linear layers, by the last part of their names.
+        targets: adapted linear layers and matrices of experts, by their names in `BaseShape`.
+        expert_rank: stack rank of experts, where any are adapted.
         num_slots: number of adapters that train together.
         adapter_bytes: bytes of one LoRA weight.
         eight_bit: whether the optimizer's moments are in eight bits.
         quantized: whether the base's weights are in 4 bits rather than 16.
         double_quant: whether the base's scales are quantized too.
     """
-    adapted = {name: sizes for name, sizes in shape.linears.items() if name in targets}
-    adapter = shape.layers * rank * sum(i + o for i, o in adapted.values())
+    linears = [sizes for name, sizes in shape.linears.items() if name in targets]
+    experts = [sizes for name, sizes in shape.expert_matrices.items() if name in targets]
+    matrices = [rank * size for sizes in linears for size in sizes]
+    matrices += [shape.experts * expert_rank * size for sizes in experts for size in sizes]
+    adapter = shape.layers * sum(matrices)
     slots = num_slots * adapter
-    matrices = [rank * size for sizes in adapted.values() for size in sizes]
     in_eight_bits = shape.layers * sum(num_bytes(each) + FLOAT * num_absmax(each) for each in matrices)
     moment = in_eight_bits if eight_bit else adapter * adapter_bytes
 
-    activations = tokens * _activations_per_token(shape, option.recompute, rank, len(adapted))
+    hidden = rank * len(linears) + shape.experts_per_token * expert_rank * len(experts)
+    activations = tokens * _activations_per_token(shape, option.recompute, hidden)
     dequantized = 0 if option.keeps_base else _dequantized_at_use(shape, quantized)
+    # A product with the base and one with the adapters follow each other.
+    at_use = max(dequantized, num_slots * expert_rank * shape.experts * _converted_at_use(experts))
+    features = _transient_features(shape, bool(experts), num_slots * shape.experts > MAX_GROUPS)
     in_backward, in_evaluation = (
-        count * BF16 * each for count, each in zip((tokens, evaluation_tokens), _transient_features(shape), strict=True)
+        count * BF16 * each + at_use for count, each in zip((tokens, evaluation_tokens), features, strict=True)
     )
 
     def logits(count: int, states: int) -> int:
@@ -128,8 +136,8 @@ def predict(
     # All tokens may have a loss. Beside the logits there are normed states, those of tokens with a loss, and gradients.
     head = logits(tokens, 3)
     # A step peaks either at the head, where the activations of all layers exist, or in the last layer's backward.
-    transient = max(head, in_backward + dequantized) - head
-    evaluating = max(logits(evaluation_tokens, 2), in_evaluation + dequantized)
+    transient = max(head, in_backward) - head
+    evaluating = max(logits(evaluation_tokens, 2), in_evaluation)
     transient = max(transient, evaluating - activations - head)
     # Of 16-bit weights, only those that are concatenated are copied.
     copied = shape.num_linear_weights if quantized else shape.layers * sum(_concatenated(shape))
@@ -163,13 +171,34 @@ def _dequantized_at_use(shape: BaseShape, quantized: bool) -> int:
     return max(layers, experts * BF16 + experts // 64 * 4 * FLOAT)
 
 
-def _transient_features(shape: BaseShape) -> tuple[int, int]:
-    """Return how many features of a token live only within the backward of a layer's MLP, and within its forward."""
+def _converted_at_use(experts: Sequence[tuple[int, int]]) -> int:
+    """Return the bytes, for each rank, slot and expert, of the adapters of one matrix within its backward.
+
+    A and B exist in the compute dtype beside the larger of their gradients in it.
+
+    Args:
+        experts: (in, out features) of each adapted matrix.
+    """
+    return BF16 * max((i + o + max(i, o) for i, o in experts), default=0)
+
+
+def _transient_features(shape: BaseShape, adapts_experts: bool, in_parts: bool) -> tuple[int, int]:
+    """Return how many features of a token live only within the backward of a layer's MLP, and within its forward.
+
+    Args:
+        shape: sizes of the base.
+        adapts_experts: whether any matrix of experts has adapters. Their products exist beside those of the base.
+        in_parts: whether such a product is made in parts, so that there is another one beside it.
+    """
     if not shape.experts:
         return 3 * shape.inner + 2 * shape.hidden, 3 * shape.inner + 3 * shape.hidden
     # Rows of the grouped products, sorted by expert and by token.
-    rows = 2 * shape.experts_per_token * shape.hidden
-    return 5 * shape.mlp_features + rows + 3 * shape.hidden, 3 * shape.mlp_features + rows + 3 * shape.hidden
+    row = shape.experts_per_token * shape.hidden
+    backward, forward = (5 * shape.mlp_features + 2 * row, 3 * shape.mlp_features + 2 * row)
+    if adapts_experts:
+        backward += row * (2 if in_parts else 1)
+        forward += shape.mlp_features * (3 if in_parts else 1)
+    return backward + 3 * shape.hidden, forward + 3 * shape.hidden
 
 
 def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
@@ -182,21 +211,20 @@ def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
     return BF16 * (embedded + norms + routers) + int(linears * (0.5 + scales) if quantized else linears * BF16)
 
 
-def _activations_per_token(shape: BaseShape, recompute: Recompute, rank: int, num_adapted: int) -> int:
+def _activations_per_token(shape: BaseShape, recompute: Recompute, lora_features: int) -> int:
     """Return the bytes that the forward keeps for each token, in all layers.
 
     Args:
         shape: sizes of the base.
         recompute: what the backward computes again. With "layers", one whole layer exists beside all inputs.
-        rank: stack rank.
-        num_adapted: number of adapted linear layers in a decoder layer.
+        lora_features: features between A and B of all adapters in a decoder layer.
     """
     width, norms = shape.queries * shape.head_size, shape.norms_before + shape.norms_after + shape.qk_norms
-    features = (2 + shape.norms_after) * shape.hidden + shape.qkv + width + 2 * shape.mlp_features + rank * num_adapted
+    features = (2 + shape.norms_after) * shape.hidden + shape.qkv + width + 2 * shape.mlp_features + lora_features
     if shape.qk_norms:  # queries and keys are kept before and after their norms
         features += shape.qkv
-    # For each expert of a token: its score and number, and the places of its row.
-    routing = (FLOAT + 3 * INT64) * shape.experts_per_token
+    # For each expert of a token: its score, its adapter's scale, its number, and the places of its row.
+    routing = (2 * FLOAT + 3 * INT64) * shape.experts_per_token
     kept = BF16 * features + FLOAT * (norms + shape.queries) + routing
     # Also the gated product and the normed inputs. Without a norm the input is the residual sum.
     whole = kept + BF16 * (shape.norms_before * shape.hidden + shape.mlp_features)

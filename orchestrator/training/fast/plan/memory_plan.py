@@ -9,7 +9,7 @@ import torch
 from orchestrator.base_size import BaseSize
 from orchestrator.errors import TooLargeError
 from orchestrator.spec import TrialConfig
-from orchestrator.training.fast.families.base_shape import BaseShape
+from orchestrator.training.fast.families.base_shape import BaseShape, adapted_part
 from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens
 from orchestrator.training.fast.plan.memory import (
@@ -177,7 +177,8 @@ def _predicted(
         tokens,
         evaluated,
         spec.rank,
-        {name.rpartition(".")[2] for name in spec.modules},
+        {adapted_part(name) for name in spec.modules},
+        expert_rank=spec.expert_rank,
         num_slots=spec.num_slots,
         adapter_bytes=4 if spec.adapter_dtype == "float32" else 2,
         eight_bit=spec.eight_bit,

@@ -14,7 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+from orchestrator.adapters.expert_updates import updated_experts
 from orchestrator.errors import TrialError
+from orchestrator.experts import ExpertUpdate
 from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import text_config, text_model
 from orchestrator.training.fast.plan.choices import ExpertChoices
@@ -55,6 +57,8 @@ class _Comparison:
 
     num_tokens: int
     """Tokens of the row."""
+    adapts_experts: bool
+    """Whether experts had adapters."""
     reason: str | None
     """How the engine differs from transformers; None where it does not."""
 
@@ -76,6 +80,8 @@ def refuse_mismatch(base: Any) -> None:
 def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     """Compare an engine with transformers, unless one on the same base has been compared with a row as long.
 
+    An engine that adapts experts is compared, too, where only engines that do not have been.
+
     Args:
         base: the base without adapters.
         engine: on that base. Its first slot must be free, and is cleared.
@@ -85,9 +91,11 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
         TrialError: loss or gradients differ by more than `TOLERANCES`.
     """
     rows = max(data, key=lambda each: each.longest)
-    num_tokens = _num_tokens(base, rows)
-    if base not in _compared or _compared[base].num_tokens < num_tokens:
+    num_tokens, adapts_experts = _num_tokens(base, rows), engine.adapters.adapts_experts
+    known = _compared.get(base)
+    if known is None or known.num_tokens < num_tokens or known.adapts_experts < adapts_experts:
         ids = rows.ids(int(rows.lengths.argmax()))
+        engine.adapters.clear(0)
         try:
             reason = _difference(base, engine, ids[:num_tokens])
         except torch.OutOfMemoryError:  # transformers takes more memory than the engine
@@ -98,7 +106,7 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
             engine.adapters.clear(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # leaves the memory to the graphs' pool
-        _compared[base] = _Comparison(num_tokens, reason)
+        _compared[base] = _Comparison(num_tokens, adapts_experts, reason)
     refuse_mismatch(base)
 
 
@@ -115,9 +123,10 @@ def _difference(base: Any, engine: Engine, ids: Any) -> str | None:
     matrices = dict(engine.adapters.matrices(0, rank, engine.adapters.weights))
     generator = torch.Generator().manual_seed(0)
     for name, matrix in matrices.items():
-        values = torch.randn(matrix.shape, generator=generator) / matrix.shape[1] ** 0.5
+        is_a = name.endswith(".lora_A")
+        values = torch.randn(matrix.shape, generator=generator) / matrix.shape[-1 if is_a else 1] ** 0.5
         # As after some training: the adapter adds less to a layer's output than the base does.
-        matrix.copy_(values if name.endswith(".lora_A") else 0.05 * values)
+        matrix.copy_(values if is_a else 0.05 * values)
     choices = ExpertChoices(base, engine)
     try:
         with choices.recorded():
@@ -217,9 +226,14 @@ def _rounded(base: Any) -> Iterator[None]:
             each.remove()
 
 
+def _expert_update(a: torch.Tensor, b: torch.Tensor, compute: torch.dtype) -> ExpertUpdate:
+    """Return the update by A (experts, rank, in) and B (out, rank, experts)."""
+    return ExpertUpdate(a.to(compute), b.permute(2, 0, 1).to(compute), 1.0)
+
+
 @contextmanager
 def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype) -> Iterator[None]:
-    """Add the products of A and B to the outputs of the base's layers, within."""
+    """Add the products of A and B to the outputs of the base's layers and experts, within."""
 
     def add(a: torch.Tensor, b: torch.Tensor) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -228,13 +242,13 @@ def _adapted(base: Any, leaves: Mapping[str, torch.Tensor], compute: torch.dtype
 
         return hook
 
-    layers = [name.removesuffix(".lora_A") for name in leaves if name.endswith(".lora_A")]
-    hooks = [
-        base.get_submodule(name).register_forward_hook(add(leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]))
-        for name in layers
-    ]
+    names = [name.removesuffix(".lora_A") for name in leaves if name.endswith(".lora_A")]
+    pairs = {name: (leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]) for name in names}
+    experts = {name: pairs.pop(name) for name in names if pairs[name][1].ndim == 3}
+    hooks = [base.get_submodule(name).register_forward_hook(add(*pair)) for name, pair in pairs.items()]
     try:
-        yield
+        with updated_experts(base, {name: _expert_update(*pair, compute) for name, pair in experts.items()}):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

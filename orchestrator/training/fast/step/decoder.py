@@ -12,7 +12,7 @@ from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LayerKind, Settings
 from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
-from orchestrator.training.fast.step.adapters import AdaptedLayer, Adapters, LayerGroup
+from orchestrator.training.fast.step.adapters import NO_DROPOUT, AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.experts import Experts
 from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.fast.step.modules import Norm
@@ -20,14 +20,17 @@ from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 
 def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer]]:
-    """List the layers to adapt by the input that they share: the family's groups of the first decoder layer, and so on.
+    """List the layers to adapt by the input that they share: the groups of the first decoder layer, and so on.
+
+    A decoder layer has four: queries, keys and values; output of the attention; gate and up; down. The last two are
+    those of an MLP, or of all experts.
 
     Args:
         model: the base, without adapters.
-        names: modules to adapt, by their full names.
+        names: modules, and parameters of experts, to adapt, by their full names.
     """
     text = text_model(model)
-    family = FAMILIES[text.config.model_type]
+    family, shape = FAMILIES[text.config.model_type], BaseShape.of(text.config)
     groups, module_id = [], 0
     for index, layer in enumerate(text.module.layers):
         for group in family.groups_of(layer):
@@ -38,8 +41,20 @@ def adapted_layers(model: Any, names: Collection[str]) -> list[list[AdaptedLayer
                     adapted.append(AdaptedLayer(path, module_id, linear.in_features, column, linear.out_features))
                 column += linear.out_features
                 module_id += 1
-            groups.append(adapted)
+            if group:
+                groups.append(adapted)
+        if family.experts is not None and family.has_experts(layer):
+            experts = _matrices_of_experts(shape, f"{text.path}.layers.{index}.{family.experts.experts}")
+            groups += [[each] if each.name in names else [] for each in experts]
     return groups
+
+
+def _matrices_of_experts(shape: BaseShape, module: str) -> list[AdaptedLayer]:
+    """List the matrices of all experts of a layer, by the full name of the module that holds them."""
+    return [
+        AdaptedLayer(f"{module}.{name.rpartition('.')[2]}", NO_DROPOUT, inputs, 0, outputs, shape.experts)
+        for name, (inputs, outputs) in shape.expert_matrices.items()
+    ]
 
 
 class Decoder:

@@ -23,8 +23,8 @@ TABLE = (
     "key",  # of this trial's and this step's dropout masks
     "threshold",  # a feature of a token is dropped where its 31 random bits are below this
     "keep_scale",  # 1 / (1 - dropout)
-    "scale",  # alpha / rank
-    "rank",  # of the slot's adapter: kernels leave out what the stack has beyond it
+    "scale",  # alpha / rank; a layer's own is this times `Adapters.factors`
+    "rank",  # largest of the slot's layers: kernels leave out what the stack has beyond it
     "loss_weight",  # 1 / number of tokens with a loss in the whole batch
     "applies",  # 1 where the batch ends with this pass: the slot's optimizer steps
     "learning_rate",

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.base_folder import config_file
+from orchestrator.base_folder import text_document
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.families import FAMILIES
@@ -31,7 +31,7 @@ from orchestrator.training.fast.families.settings import LAYER_TYPES, layer_kind
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import compile_kernels
 from orchestrator.training.fast.sizes import LONGEST_STEP
-from orchestrator.training.model.targets import expected_modules
+from orchestrator.training.model.targets import adapted_names
 
 _DONE = "done"
 
@@ -127,6 +127,10 @@ def _experts(shape: BaseShape, names: ExpertNames, dtype: torch.dtype) -> dict[s
         modules[path] = nn.Module()
         for name, sizes in parameters.items():
             modules[path].register_parameter(name, nn.Parameter(torch.empty(sizes, dtype=dtype)))
+    # By these attributes of transformers' classes, `experts.matrix_names` finds what can be adapted.
+    fused: Any = modules[names.experts]
+    fused.has_gate, fused.is_transposed, fused.num_experts = True, names.is_transposed, shape.experts
+    fused._apply_gate = None
     return modules
 
 
@@ -138,7 +142,10 @@ class _EmptyProducts(TorchFunctionMode):  # type: ignore[misc]  # mypy skips tor
             return arguments[0].new_empty(len(arguments[0]), len(arguments[1]))
         # torch 2.13 calls `_grouped_mm` within `grouped_mm`.
         if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
-            return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[2])
+            rows, matrices = arguments
+            if matrices.ndim == 2:
+                return rows.new_empty(len(options["offs"]), len(rows), matrices.shape[1])
+            return rows.new_empty(len(rows), matrices.shape[2])
         if function is torch.Tensor.__matmul__:
             return arguments[0].new_empty(len(arguments[0]), arguments[1].shape[1])
         if function is torch.mm:
@@ -156,11 +163,8 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         configs: trials on one base whose own fields allow the fast engine.
         num_slots: trials at a time.
     """
-    base, file = configs[0].base, config_file(configs[0].base)
-    if file is None:
-        return
-    document = json.loads(file.read_text(encoding="utf-8"))
-    fields = {"head_dim": None, "tie_word_embeddings": False} | (document.get("text_config") or document)
+    base = configs[0].base
+    fields = {"head_dim": None, "tie_word_embeddings": False} | text_document(base)
     family = FAMILIES.get(fields.get("model_type", ""))
     if family is None or not _has_sizes(fields, family) or _is_refused(fields, family):
         return
@@ -173,8 +177,8 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
         for config in configs:
             every_layer = config.lora.model_copy(update={"layers_to_transform": None})
             one_layer = config.model_copy(update={"lora": every_layer})
-            modules = expected_modules(base_model, one_layer.lora)
-            if unsupported_reason_by_shape(one_layer, shape, modules, LONGEST_STEP, on_gpu=True) is None:
+            names = adapted_names(base_model, one_layer.lora)
+            if unsupported_reason_by_shape(one_layer, shape, names, LONGEST_STEP, on_gpu=True) is None:
                 eligible.append(one_layer)
         if eligible:
             with _EmptyProducts():

@@ -56,7 +56,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
     grid = (blocks, adapters.num_slots)
     # The step in eight bits clears the gradient within a slot's own rank only: what lies beyond must not count.
     eight_bit = adapters.eight_bit
-    ranks = {"RANK": adapters.rank, "MIXED_RANKS": adapters.num_slots > 1 or eight_bit is not None}
+    is_mixed = adapters.num_slots > 1 or eight_bit is not None
     launch(
         _sum_squares,
         grid,
@@ -69,7 +69,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         blocks,
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
-        **ranks,
+        MIXED_RANKS=is_mixed,
     )
     if eight_bit is not None:
         launch(_norms, (adapters.num_slots,), block_squares, norms, table["applies"], blocks, BLOCK=BLOCK)
@@ -92,7 +92,7 @@ def update(adapters: Adapters, batch: FlatBatch) -> torch.Tensor:
         ELEMENTS=_ELEMENTS,
         BLOCK=BLOCK,
         num_warps=8,
-        **ranks,
+        MIXED_RANKS=is_mixed,
     )
     return norms
 
@@ -112,6 +112,7 @@ def _step_eight_bit(
         *eight_bit.midpoints,
         adapters.gradients,
         eight_bit.programs,
+        eight_bit.ranks,
         table["rank"],
         norms,
         *(table[name] for name in _TABLE_FIELDS),
@@ -121,28 +122,26 @@ def _step_eight_bit(
         ELEMENTS=CHUNK,
         SHARED=SHARED,
         SMALL=SMALL,
-        RANK=adapters.rank,
         num_warps=8,
     )
 
 
 @triton.jit
-def _is_within_rank(
-    start, index, size, rank_layout, rank, RANK: tl.constexpr, BLOCK: tl.constexpr, MIXED_RANKS: tl.constexpr
-):  # fmt: skip
+def _is_within_rank(start, index, size, rank_layout, rank, BLOCK: tl.constexpr, MIXED_RANKS: tl.constexpr):
     """Return whether elements of one block are of the slot's own rank. Those beyond are zero, and stay zero."""
     inside = index < size
     if MIXED_RANKS:
-        entry = rank_layout + start // BLOCK * 2
+        entry = rank_layout + start // BLOCK * 3
         first, distance = tl.load(entry, mask=start < size, other=0), tl.load(entry + 1, mask=start < size, other=1)
-        inside &= (index - first) // distance % RANK < rank
+        last = tl.load(entry + 2, mask=start < size, other=0)  # the remainder by a power of two, without a division
+        inside &= ((index - first) // distance & last) < rank
     return inside
 
 
 @triton.jit(do_not_specialize=["slot_ranks", "applies", "blocks"])
 def _sum_squares(
     gradients,  # (S, size) float32
-    rank_layout,  # (size / BLOCK, 2) int32
+    rank_layout,  # (size / BLOCK, 3) int32
     slot_ranks,  # (S,) int32
     applies,  # (S,) int32
     block_squares,  # out: (S, blocks) float32, where the slot steps
@@ -150,7 +149,6 @@ def _sum_squares(
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
     MIXED_RANKS: tl.constexpr,
 ):
     wait_for_previous()
@@ -161,7 +159,7 @@ def _sum_squares(
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            own = _is_within_rank(start, at, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS)
+            own = _is_within_rank(start, at, size, rank_layout, rank, BLOCK, MIXED_RANKS)
             gradient = tl.load(gradients + at, mask=own, other=0.0)
             total += gradient * gradient
         tl.store(block_squares + slot * blocks + block, tl.sum(total))
@@ -238,7 +236,7 @@ def _update(
     moments1,  # (S, size)
     moments2,  # (S, size)
     gradients,  # (S, size) float32
-    rank_layout,  # (size / BLOCK, 2) int32
+    rank_layout,  # (size / BLOCK, 3) int32
     slot_ranks,  # (S,) int32
     block_squares,  # (S, blocks) float32
     norms,  # out: (S,) float32
@@ -255,7 +253,6 @@ def _update(
     blocks,
     ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
     MIXED_RANKS: tl.constexpr,
 ):
     wait_for_previous()
@@ -271,7 +268,7 @@ def _update(
         offset, rank = slot.to(tl.int64) * size, tl.load(slot_ranks + slot)
         for start in range(block * ELEMENTS, (block + 1) * ELEMENTS, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            own, at = _is_within_rank(start, index, size, rank_layout, rank, RANK, BLOCK, MIXED_RANKS), offset + index
+            own, at = _is_within_rank(start, index, size, rank_layout, rank, BLOCK, MIXED_RANKS), offset + index
             if norm < float("inf"):
                 gradient = tl.load(gradients + at, mask=own) * clip
                 moment1 = tl.load(moments1 + at, mask=own).to(tl.float32)
@@ -310,7 +307,8 @@ def _update_eight_bit(
     midpoints1,  # (255,) float32
     midpoints2,  # (255,) float32
     gradients,  # (S, size) float32
-    programs,  # (programs, 6) int32, see `EightBitMoments.programs`
+    programs,  # (programs, 11) int32, see `EightBitMoments.programs`
+    layer_ranks,  # (layers, S) int32
     slot_ranks,  # (S,) int32
     norms,  # (S,) float32
     applies,  # (S,) int32; the fields of the table from here to `max_norms` are (S,) float32
@@ -328,7 +326,6 @@ def _update_eight_bit(
     ELEMENTS: tl.constexpr,
     SHARED: tl.constexpr,
     SMALL: tl.constexpr,
-    RANK: tl.constexpr,
 ):
     """Step ELEMENTS elements of one matrix: dequantize both moments, step, quantize them, clear the gradient.
 
@@ -339,16 +336,19 @@ def _update_eight_bit(
     program, slot = tl.program_id(0), tl.program_id(1)
     if tl.load(applies + slot) != 0:
         norm = tl.load(norms + slot)
-        entry = programs + program * 6
-        offset, features, is_b = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        first_byte, first_absmax, first = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-        rank = tl.load(slot_ranks + slot)
+        entry = programs + program * 11
+        offset, features, inner = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3)
+        outer_stride, rank_stride, inner_stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+        first_byte, first_absmax, first = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 10)
+        rank = tl.load(layer_ranks + tl.load(entry + 9) * tl.num_programs(1) + slot)
+        rank = tl.minimum(tl.minimum(rank, tl.load(slot_ranks + slot)), tl.load(entry + 2))
         length = features * rank
         if first < length:
             block_start = first + tl.arange(0, ELEMENTS // SHARED) * SHARED
             element = block_start[:, None] + tl.arange(0, SHARED)[None, :]
             own = element < length
-            at = tl.where(is_b != 0, element // rank * RANK + element % rank, element)
+            of_rank = element // inner  # (outer, rank) of the element
+            at = of_rank // rank * outer_stride + of_rank % rank * rank_stride + element % inner * inner_stride
             at += slot.to(tl.int64) * size + offset
             if norm < float("inf"):
                 one_minus_beta1, one_minus_beta2, decay, step_size, bias_correction2, epsilon = _load_hyperparameters(

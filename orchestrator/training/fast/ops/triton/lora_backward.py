@@ -43,6 +43,7 @@ from orchestrator.training.fast.ops.triton.lora_common import (
     dropout_fields,
     is_kept,
     is_last_split,
+    layer_factors,
     layer_key,
     locate_block,
     lora_kernel,
@@ -78,9 +79,10 @@ def _backward_of_up(
     launch(_up_backward, (num_tiles * num_layers * splits + num_sums,),
         dy, lora_hidden, dlora_hidden, new_workspace(lora_hidden, splits), semaphores_on(lora_hidden.device),
         adapters.b(group, adapters.weights), adapters.b(group, adapters.gradients), batch.tile_slots,
-        batch.table["first_tile"], batch.table["end_tile"], batch.table["scale"], batch.table["rank"], num_tiles,
-        adapters.num_slots, adapters.weights.stride(0), dy.stride(0), *column_ranges(group), SPLITS=splits,
-        LAYERS=num_layers, RANK=adapters.rank, RANK_VARIANTS=rank_variants(adapters), TILE=batch.tile, **options,
+        batch.table["first_tile"], batch.table["end_tile"], batch.table["scale"], layer_factors(adapters, group),
+        batch.table["rank"], num_tiles, adapters.num_slots, adapters.weights.stride(0), dy.stride(0),
+        *column_ranges(group), SPLITS=splits, LAYERS=num_layers, RANK=adapters.rank,
+        RANK_VARIANTS=rank_variants(adapters), TILE=batch.tile, **options,
     )  # fmt: skip
     return dlora_hidden
 
@@ -126,7 +128,8 @@ def _down_backward_options(adapters: Adapters, group: LayerGroup) -> dict[str, i
 @lora_kernel
 def _up_backward(
     dy, lora_hidden, dlora_hidden, split_k_workspace, split_k_semaphores, b, db, tile_slots, first_tiles, end_tiles,
-    scales, slot_ranks, num_tiles, num_slots, slot_stride, y_stride, column0, width0, column1, width1, column2, width2,
+    scales, factors, slot_ranks, num_tiles, num_slots, slot_stride, y_stride, column0, width0, column1, width1,
+    column2, width2,
     SPLITS: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, RANK_VARIANTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +156,8 @@ def _up_backward(
                         RANK >> variant, TILE,
                     )  # fmt: skip
                     at = rows + tl.arange(0, RANK >> variant)[None, :]
-                    tl.store(at, tl.load(at, mask=inside) + total * tl.load(scales + slot), mask=inside)
+                    scale = tl.load(scales + slot) * tl.load(factors + layer * num_slots + slot)
+                    tl.store(at, tl.load(at, mask=inside) + total * scale, mask=inside)
     else:
         program -= index
         split, layer, tile = program % SPLITS, program // SPLITS % LAYERS, program // (SPLITS * LAYERS)
@@ -167,7 +171,7 @@ def _up_backward(
                 total = _dlora_hidden(
                     dy + column, b, tokens, split, y_stride, width, RANK, RANK >> variant, SPLITS, BLOCK_N
                 )
-                total *= tl.load(scales + slot)
+                total *= tl.load(scales + slot) * tl.load(factors + layer * num_slots + slot)
                 reduce_split_k(
                     total, dlora_hidden, split_k_workspace, split_k_semaphores, tokens, tile, layer, split,
                     num_tiles, LAYERS, RANK, SPLITS,

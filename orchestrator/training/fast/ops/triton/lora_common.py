@@ -11,7 +11,8 @@ sets it back to zero, so that the next kernel finds it so. Kernels that use the 
 another on the same stream.
 
 Rank variants. A kernel for several slots is compiled for the stack rank R, R/2 and R/4. A slot takes the smallest
-variant that holds its rank. What lies beyond is neither read nor written, in `lora_hidden` and its gradient either.
+variant that holds the largest rank of its layers. What lies beyond is neither read nor written, in `lora_hidden` and
+its gradient either.
 
 Names of kernel arguments, with their shapes (T tokens, S slots, R = RANK):
 
@@ -26,6 +27,7 @@ Names of kernel arguments, with their shapes (T tokens, S slots, R = RANK):
     first_tiles, end_tiles      (S,) int32 tiles of each slot
     dropout_positions           (T,) int32
     keys, thresholds, keep_scales, scales, slot_ranks   (S,) fields of `flat_batch.TABLE`
+    factors                     (layers, S); the scale of a layer in a slot is `scales` times `factors`
     column0, width0, ...        first column of layer 0 in y, and the number of its columns; 0 where there is no layer
     module_id0, ...             `AdaptedLayer.module_id` of layer 0; likewise
 """
@@ -46,7 +48,7 @@ MAX_LAYERS = 3
 # What differs between layers and buckets, and a table's place in its buffer, must not make a kernel of its own.
 lora_kernel: Any = triton.jit(
     do_not_specialize=[
-        "keys", "thresholds", "keep_scales", "scales", "slot_ranks", "first_tiles", "end_tiles", "num_tiles",
+        "keys", "thresholds", "keep_scales", "scales", "factors", "slot_ranks", "first_tiles", "end_tiles", "num_tiles",
         "module_id0", "module_id1", "module_id2",
     ],
     do_not_specialize_on_alignment=["num_slots"],
@@ -72,6 +74,11 @@ def semaphores_on(device: torch.device) -> torch.Tensor:
 
 def dropout_fields(batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return batch.table["key"], batch.table["threshold"], batch.table["keep_scale"]
+
+
+def layer_factors(adapters: Adapters, group: LayerGroup) -> torch.Tensor:
+    """Return the argument factors."""
+    return adapters.factors[group.first_layer :]
 
 
 def module_ids(group: LayerGroup) -> list[int]:

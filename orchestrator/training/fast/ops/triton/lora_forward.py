@@ -37,6 +37,7 @@ from orchestrator.training.fast.ops.triton.lora_common import (
     column_ranges,
     dropout_fields,
     is_kept,
+    layer_factors,
     layer_key,
     locate_block,
     lora_kernel,
@@ -75,7 +76,8 @@ def lora_up_(
     options = _up_options(adapters)
     launch(_up, (num_column_blocks(group, options["BLOCK_N"]), len(batch.tile_slots)),
         y, lora_hidden, adapters.b(group, adapters.weights), batch.tile_slots, batch.table["scale"],
-        batch.table["rank"], adapters.weights.stride(0), y.stride(0), lora_hidden.stride(0), *column_ranges(group),
+        layer_factors(adapters, group), batch.table["rank"], adapters.num_slots, adapters.weights.stride(0),
+        y.stride(0), lora_hidden.stride(0), *column_ranges(group),
         RANK=adapters.rank, RANK_VARIANTS=rank_variants(adapters), TILE=batch.tile, **options,
     )  # fmt: skip
 
@@ -154,7 +156,7 @@ def _down_sum(
 
 @lora_kernel
 def _up(
-    y, lora_hidden, b, tile_slots, scales, slot_ranks, slot_stride, y_stride, hidden_stride,
+    y, lora_hidden, b, tile_slots, scales, factors, slot_ranks, num_slots, slot_stride, y_stride, hidden_stride,
     column0, width0, column1, width1, column2, width2,
     RANK: tl.constexpr, RANK_VARIANTS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -179,5 +181,6 @@ def _up(
             ranks = tl.arange(0, RANK >> variant)
             hidden = tl.load(hidden_at + ranks[None, :])
             weights = tl.load(weights_at + ranks[None, :], mask=inside[:, None], other=0.0)
-            update = tl.dot(hidden, weights.to(hidden.dtype).T, input_precision="ieee") * tl.load(scales + slot)
+            scale = tl.load(scales + slot) * tl.load(factors + layer * num_slots + slot)
+            update = tl.dot(hidden, weights.to(hidden.dtype).T, input_precision="ieee") * scale
             tl.store(at, (values + update).to(values.dtype), mask=inside[None, :])

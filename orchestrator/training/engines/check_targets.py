@@ -1,21 +1,22 @@
 """Check before a sweep starts that `lora.target_modules` suits the family of a base, without loading the base.
 
-The module is cheap to import. It builds the model without its weights only for bases with experts, and for families of
-`PEFT_REFUSES`.
+The module is cheap to import. It builds the model without its weights only where names may be wrong: for layers of
+bases with experts, for names that are not those of a family of the fast engine, and for families of `PEFT_REFUSES`.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.base_folder import has_experts, model_type, stored_quantization
+from orchestrator.base_folder import has_experts, model_type, stored_quantization, text_document
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
+from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.model.linear_layers import PEFT_REFUSES, linear_layers
-from orchestrator.training.model.targets import require_adaptable
+from orchestrator.training.model.targets import ends_with, require_adaptable
 
 
 class EmptyBases:
@@ -71,6 +72,8 @@ def check_targets(spec: SweepSpec, empty: EmptyBases | None = None) -> None:
     for config in spec.samples():
         if not _may_be_refused(config) or (model := empty.of(config.base)) is None:
             continue
+        if config.base.quantization != "none" and _has_conv1d(model):  # quantization makes linear layers of these
+            continue
         try:
             require_adaptable(linear_layers(model), config.lora)
         except TrialError as error:
@@ -80,10 +83,26 @@ def check_targets(spec: SweepSpec, empty: EmptyBases | None = None) -> None:
 
 
 def _may_be_refused(config: TrialConfig) -> bool:
-    """Return whether the targets are checked: names of layers in a base with experts, and what PEFT refuses."""
+    """Return whether the targets are checked: names that may be wrong, and what PEFT refuses."""
     base, lora = config.base, config.lora
-    names_layers = lora.target_modules != "all-linear" and has_experts(base)
-    return names_layers or lora.names_experts or model_type(base) in PEFT_REFUSES
+    if lora.names_experts or model_type(base) in PEFT_REFUSES:
+        return True
+    if lora.target_modules == "all-linear" or base.trust_remote_code or model_type(base) is None:
+        return False
+    return has_experts(base) or not _names_known_layers(base, lora.target_modules)
+
+
+def _names_known_layers(base: BaseSection, targets: Collection[str]) -> bool:
+    """Return whether each name is that of layers which all bases of the family have, by the fast engine's data."""
+    family = FAMILIES.get(text_document(base).get("model_type", ""))
+    layers = [name for group in family.groups for name in group] if family is not None else []
+    return all(any(ends_with(name, target) for name in layers) for target in targets)
+
+
+def _has_conv1d(model: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def notes_on_size(spec: SweepSpec, empty: EmptyBases) -> list[str]:
