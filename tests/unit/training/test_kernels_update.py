@@ -24,8 +24,9 @@ from orchestrator.training.fast.step.flat_batch import FlatBatch
 pytestmark = pytest.mark.usefixtures("seed")
 
 
-EXPERTS = [AdaptedLayer("experts", NO_DROPOUT, 96, 0, 40, num_matrices=3)]
-"""Their stack rank is below the ranks of most slots, which then use all of it."""
+EXPERTS = [AdaptedLayer("experts", NO_DROPOUT, 200, 0, 300, num_matrices=3)]
+"""Their stack rank is below the ranks of most slots, which then use all of it. At rank 8 both matrices have 4,096
+elements and more, and at rank 4 less: those stay in 32 bits."""
 
 
 @pytest.mark.parametrize("rank", [16, 64])

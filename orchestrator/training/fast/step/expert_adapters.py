@@ -8,7 +8,8 @@ one grouped product serves all experts and slots (2 slots, 3 experts):
     ends     1  3  5  5  5  6           one for each group; groups 3 and 4 have no row
 
 A gradient is a grouped product too, whose groups divide the dimension that is summed over. Where groups end is data, so
-that a CUDA graph does not depend on the routing. There is no dropout: PEFT 0.21 refuses it here (`ParamWrapper`).
+that a CUDA graph does not depend on the routing. A pass's gradient has the compute dtype before it is added to the
+float32 one. There is no dropout: PEFT 0.21 refuses it here (`ParamWrapper`).
 """
 
 import torch
