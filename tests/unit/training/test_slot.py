@@ -142,7 +142,8 @@ def test_kernels_are_told_the_largest_rank_of_the_layers(
 ) -> None:
     lora = {"rank": 8, "alpha": 4.0, "rank_pattern": ranks}
     names = [f"base_model.model.layers.0.{layer}.lora_A.default.weight" for layer in ("q_proj", "v_proj")]
-    slot.trainer.model = SimpleNamespace(named_parameters=lambda: dict.fromkeys(names).items())
+    model = SimpleNamespace(named_modules={}.items, named_parameters=dict.fromkeys(names).items)
+    slot.trainer.model = model
     config = parse_spec(document | {"lora": lora}).trial_config({})
     rows = slot.batch([0]).rows
     made = Slot(1, slot.trainer, SimpleNamespace(adapters=None), config, rows, rows, WriteNow())  # type: ignore[arg-type]
