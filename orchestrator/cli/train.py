@@ -206,7 +206,7 @@ def resume(
             from orchestrator.sweep import resume_sweep
 
             title = f"resuming the sweep in {record.paths.root}"
-            with SweepView(console, record.info.num_trials, title) as view:
+            with SweepView(console, record.info.num_trials, title, record.paths.search_ended.is_file) as view:
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
         show_best(console, record)
@@ -219,7 +219,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
-    trials, over = record.trials(), record.budget_spent()
+    trials, spent, ended = record.trials(), record.budget_spent(), record.search_ended()
     if as_json:
         search = record.info.spec.search
         print_json(
@@ -229,7 +229,8 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
                 "metric": search.metric,
                 "mode": search.resolved_mode,
                 "num_trials": record.info.num_trials,
-                "budget_spent": over and over.model_dump(mode="json"),
+                "budget_spent": spent and spent.model_dump(mode="json"),
+                "search_ended": ended and ended.model_dump(mode="json"),
                 "trials": [trial.model_dump(mode="json") for trial in trials],
             }
         )
@@ -239,8 +240,9 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"))
-    if over:
-        console.print(str(over), highlight=False)
+    for over in (spent, ended):
+        if over:
+            console.print(str(over), highlight=False, soft_wrap=True)
     say_failures(console, trials)
     for warning, number in distinct_warnings(trials).values():
         console.print(f"warning ({counted(number, 'trial')}): {warning}", soft_wrap=True, highlight=False, markup=False)
@@ -293,7 +295,8 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "E
         from orchestrator.sweep import run_sweep
 
         total = spec.search.total_trials
-        with SweepView(console, total, f"sweep of {counted(total, 'trial')} in {paths.root}") as view:
+        title = f"sweep of {counted(total, 'trial')} in {paths.root}"
+        with SweepView(console, total, title, paths.search_ended.is_file) as view:
             record = run_sweep(spec, paths, view.update, address, view.say, source)
         _show_trials(console, record)
         show_best(console, record)

@@ -129,6 +129,11 @@ class SweepPaths:
         return self.root / "budget.json"
 
     @property
+    def search_ended(self) -> Path:
+        """SearchEnded; exists once the sweep has ended itself (`search.stop`)."""
+        return self.root / "search-ended.json"
+
+    @property
     def first_step(self) -> Path:
         """Empty file; exists once a trial has made a step under the present driver."""
         return self.root / ".first-step"

@@ -4,11 +4,9 @@ The wrapper records decisions, keeps its state for a resume, lets trials take tu
 the searcher, and ends the sweep when its budget is spent.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
@@ -22,14 +20,11 @@ from orchestrator.sweep.schedulers.factory import make_scheduler, time_unit
 from orchestrator.sweep.schedulers.population import CloneRecorder
 from orchestrator.sweep.schedulers.report_queue import ReportQueue
 from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
+from orchestrator.sweep.schedulers.stuck import ACTIVE, StuckWatch
 from orchestrator.sweep.schedulers.together import JudgedTogether
 from orchestrator.sweep.tune_trial import COMPLETE, set_folder
 from orchestrator.sweep.turns import reports_need_order, trials_take_turns
 from orchestrator.upstream import continue_training, set_trial_status
-
-_STUCK_S = 60.0
-"""Time after which a sweep in which all trials wait is given up, in seconds."""
-_ACTIVE = (Trial.RUNNING, Trial.PENDING)
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
@@ -78,7 +73,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._stop_reasons: dict[str, str] = {}
         self._num_decisions = 0
         self._budget_spent = record.budget_spent()
-        self._stuck_since: float | None = None
+        self._stuck = StuckWatch(scheduler.kind)
         self._trials: dict[str, Any] = {}
         before = None if saved_state is None else thaw(saved_state, {})
         self._frozen: bytes | None = None if before is None else before["frozen"]
@@ -255,6 +250,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """Return the next trial to start or resume. Tune calls this ten times a second."""
+        if self._reports is not None and controller.search_alg.is_finished():
+            self._reports.await_no_more()
         self._process_due_reports(controller)
         if self._check_budget(controller):
             for trial in [*controller.get_trials()]:
@@ -264,28 +261,17 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if not self._takes_turns:
             return self._inner.choose_trial_to_run(controller)
         trials = controller.get_trials()
-        if sum(trial.status in _ACTIVE for trial in trials) >= self._num_slots:
+        if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
             return None
         chosen = next(
             (trial for trial in trials if trial.trial_id in self._unstarted and trial.status == Trial.PAUSED), None
         )
         if chosen is None:
             chosen = self._inner.choose_trial_to_run(controller)
-        self._raise_if_stuck(trials, chosen)
+        self._stuck.check(trials, chosen)
         if chosen is not None and chosen.status == Trial.PAUSED:
             self._resume(chosen)
         return chosen
-
-    def _raise_if_stuck(self, trials: list[Any], chosen: Any) -> None:
-        """Raise TuneError where Tune would loop forever: all trials that are left wait, and none is chosen."""
-        waiting = [trial.trial_id for trial in trials if trial.status == Trial.PAUSED]
-        if chosen is not None or not waiting or any(trial.status in _ACTIVE for trial in trials):
-            self._stuck_since = None
-            return
-        self._stuck_since = self._stuck_since or time.monotonic()
-        if time.monotonic() - self._stuck_since > _STUCK_S:
-            kind = self._spec.scheduler.kind
-            raise TuneError(f"scheduler {kind} lets {', '.join(waiting)} wait, and no trial trains")
 
     def debug_string(self) -> str:
         """Return the description that Tune prints."""

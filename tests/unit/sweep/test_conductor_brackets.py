@@ -74,7 +74,7 @@ def test_tunes_hyperband_would_wait_forever(make_stage: MakeStage, monkeypatch: 
     losses = band()
     losses["t7"][1] = math.nan
     stage.add(**losses)
-    monkeypatch.setattr("orchestrator.sweep.schedulers.conductor._STUCK_S", 0.0)
+    monkeypatch.setattr("orchestrator.sweep.schedulers.stuck._STUCK_S", 0.0)
     with pytest.raises(TuneError, match="scheduler hyperband lets t6 wait, and no trial trains"):
         stage.run()
 
