@@ -158,6 +158,11 @@ class SweepPaths:
         """Folder of a sweep of its own: the finalists with other seeds (`search.repeats`)."""
         return self.root / "repeats"
 
+    @property
+    def audits(self) -> Path:
+        """Folders of sweeps of their own: stopped trials that ran to their end (`orchestrator audit`)."""
+        return self.root / "audit"
+
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)
 

@@ -133,6 +133,33 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     return record
 
 
+def finish_audit(
+    record: SweepRecord, audit: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
+) -> None:
+    """Run the trials of an audit that have not ended, while no other driver holds the sweep.
+
+    Args:
+        record: the sweep.
+        audit: the record of `audit.begin_audit`.
+        watch, address, say: as in `run_sweep`.
+
+    Raises:
+        The same errors as `run_sweep`.
+    """
+    with only_driver(record.paths):
+        if len(_ended(audit.trials())) == audit.info.num_trials:
+            watch(audit.trials())
+            return
+        spec = audit.info.spec
+        with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
+            require_shared_folder(record.paths.root)
+            rows = load(audit.paths.data, in_memory=True)
+            workers, num_slots, choice = fleet.open(rows, audit.paths, say)
+            say(choice)
+            max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
+            _run_trials(audit, workers, max_concurrent, watch, say, home=audit.paths)
+
+
 def _run_trials(
     record: SweepRecord, workers: Workers, max_concurrent: int, watch: Watch, say: Say, home: SweepPaths
 ) -> None:

@@ -45,10 +45,7 @@ class EndRule:
         return found is not None
 
     def _small_gain(self, ended: Sequence[str]) -> SearchEnded | None:
-        """Return the end of the sweep, if another trial is expected to gain less than `search.stop.gain`.
-
-        The model must say so before and after the last result: a single one may change its mind.
-        """
+        """Return the end of the sweep, if another trial is expected to gain less than `search.stop.gain`."""
         share, trials = self._search.stop.gain, self._judged(ended)
         measured = self._measured(trials)
         if share is None or len(measured) < 2:
@@ -56,15 +53,11 @@ class EndRule:
         running = [self._point(self._read(name)) for name in self._record.paths.trial_ids() if name not in ended]
         results = [(self._point(trial), self._value(trial)) for trial in trials]
         leader = min(measured, key=self._value)
-        least = share * abs(self._value(leader))
-        last = forecast_next(self._search, results, running)
-        if last is None or last.gain >= least:
-            return None
-        before = forecast_next(self._search, results[:-1], [*running, results[-1][0]])
-        if before is None or before.gain >= least:
+        gain = small_gain(self._search, results, running)
+        if gain is None:
             return None
         tokens = sum(trial.tokens for trial in measured) // len(measured)
-        return self._ended(leader, len(ended), rule="gain", share=share, expected_gain=last.gain, tokens=tokens)
+        return self._ended(leader, len(ended), rule="gain", share=share, expected_gain=gain, tokens=tokens)
 
     def _unmoved(self, ended: Sequence[str]) -> SearchEnded | None:
         """Return the end of the sweep, if the last `search.stop.unmoved` trials have not moved the leader."""
@@ -114,6 +107,28 @@ class EndRule:
         return SearchEnded(
             leader=leader.trial_id, num_ended=num_ended, metric=leader.metric, best=leader.best.value, **fields
         )
+
+
+def small_gain(search: SearchSection, results: Sequence[tuple[Point, float]], running: Sequence[Point]) -> float | None:
+    """Return what another trial is expected to gain, if that is less than `search.stop.gain` of the best value.
+
+    The model must say so before and after the last result: a single one may change its mind.
+
+    Args:
+        search: the search section; its space has no `when`.
+        results: points and their values in the order of their ends, two or more; lower is better, infinite for a trial
+            that failed by its values.
+        running: points of trials that have not ended.
+
+    Returns:
+        The gain in the unit of the values; None if it is not less, or if the model cannot say it.
+    """
+    least = (search.stop.gain or 0.0) * abs(min(value for _, value in results))
+    last = forecast_next(search, results, running)
+    if last is None or last.gain >= least:
+        return None
+    before = forecast_next(search, results[:-1], [*running, results[-1][0]])
+    return None if before is None or before.gain >= least else last.gain
 
 
 def forecast_next(
