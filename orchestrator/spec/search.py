@@ -40,7 +40,7 @@ class Budget(Section):
 
 def _share(written: Any) -> Any:
     """Return a share that is written as a percentage, such as 0.3%, as a number."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", written) if isinstance(written, str) else None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", written) if isinstance(written, str) else None
     return float(found[1]) / 100 if found else written
 
 
@@ -52,7 +52,7 @@ Share = Annotated[
         {
             "anyOf": [
                 {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                {"type": "string", "pattern": r"^\s*[0-9.]+\s*%\s*$"},
+                {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"},
             ]
         }
     ),
