@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.sections import PositiveInt, Section, Seed
@@ -40,8 +41,12 @@ class Budget(Section):
 
 def _share(written: Any) -> Any:
     """Return a share that is written as a percentage, such as 0.3%, as a number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", written) if isinstance(written, str) else None
-    return float(found[1]) / 100 if found else written
+    if not isinstance(written, str):
+        return written
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", written)
+    if found is None:
+        raise PydanticCustomError("share", "must be a share, such as 0.3% or 0.003")
+    return float(found[1]) / 100
 
 
 Share = Annotated[

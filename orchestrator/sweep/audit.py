@@ -30,7 +30,7 @@ class AuditedTrial:
     value: float | None
     """Best value of the whole trial; None if it failed by its own values."""
     gain: float | None
-    """By how much that is better than the sweep's best value; negative if it is worse."""
+    """Distance by which that is better than the sweep's best value; negative if it is worse."""
     difference: float
     """Largest difference between the two trials' values until the stop."""
 

@@ -43,7 +43,7 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_the_reason(
 
 
 def test_a_sweep_that_has_ended_itself_waits_for_its_own_trials_only(trials: list[TrialResult]) -> None:
-    """Of 20 trials that were asked for two exist, and one of them has half of its 40 steps to go."""
+    """Two of 20 trials exist, and one of them has half of its 40 steps to go."""
     console = Console(file=io.StringIO(), width=160)
     with SweepView(console, 20, "sweep of 20 trials", has_ended_itself=lambda: True) as view:
         running = trials[0].model_copy(update={"step": 10, "total_steps": 40})
