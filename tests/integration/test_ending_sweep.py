@@ -15,6 +15,7 @@ from orchestrator.record import TrialState, read_sweep
 from orchestrator.record.extend import extend_sweep
 from orchestrator.report.live import SweepView
 from orchestrator.sweep import resume_sweep
+from orchestrator.sweep.schedulers import report_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -52,3 +53,17 @@ def test_a_sweep_ends_itself_and_more_trials_lift_its_rule(tmp_path: Path) -> No
         "search.num_trials",
         "search.stop.unmoved",
     ]
+
+
+def test_trials_that_run_end_as_their_scheduler_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slots; nobody expects to halve the loss once more. No report waits for a trial that will not come."""
+    monkeypatch.setattr(report_order, "MIN_PATIENCE_S", 10_000.0)
+    rule = ["search.num_trials=30", "search.stop={gain: 50%, min_trials: 4}"]
+    record = sweep(tmp_path, RATE, "search.algorithm=auto", *rule, "scheduler={kind: median, grace_steps: 2}")
+    ended, trials = record.search_ended(), record.trials()
+    assert ended is not None
+    assert (ended.rule, ended.share) == ("gain", 0.5)
+    assert ended.num_ended >= 4
+    assert ended.num_ended <= len(trials) <= ended.num_ended + 3
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.STOPPED}
+    assert all(trial.step == 8 for trial in trials if trial.state == TrialState.COMPLETE)
