@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.bundle import read_scores
 from orchestrator.deploy.recommend import Candidate, recommend
-from orchestrator.record import SearchEnded, SweepRecord, TrialResult, read_trial, write_record
+from orchestrator.record import OPEN, SearchEnded, SweepRecord, TrialResult, read_trial, write_record
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.coordinates import Coordinate
 from orchestrator.sweep.search.models import Forecast, propose
@@ -50,7 +50,8 @@ class EndRule:
         measured = self._measured(trials)
         if share is None or len(measured) < 2:
             return None
-        running = [self._point(self._read(name)) for name in self._record.paths.trial_ids() if name not in ended]
+        others = [self._read(name) for name in self._record.paths.trial_ids() if name not in ended]
+        running = [self._point(trial) for trial in others if trial.state in OPEN]
         results = [(self._point(trial), self._value(trial)) for trial in trials]
         leader = min(measured, key=self._value)
         gain = small_gain(self._search, results, running)

@@ -20,10 +20,12 @@ from orchestrator.record import (
     TrialResult,
     TrialState,
     read_sweep,
+    read_trial,
     write_record,
 )
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import RATE
+from orchestrator.sweep.search import ending
 from orchestrator.sweep.search.factory import make_search_algorithm
 from orchestrator.sweep.search.grid_random import tune_space
 
@@ -162,6 +164,26 @@ def test_trials_that_machines_have_lost_say_nothing(simulate: Callable[..., Simu
         lost = result.model_copy(update={"state": TrialState.FAILED, "failure": "infrastructure"})
         write_record(sweep.paths.trial(name).result, lost)
     assert sweep.run(lambda _: 2.0) == 8, "four more after the only one that counts"
+
+
+def test_trials_that_run_count_as_such_and_lost_ones_do_not(
+    simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two further trials one runs, and one was lost with an earlier driver."""
+    heard: list[list[Point]] = []
+
+    monkeypatch.setattr(ending, "small_gain", lambda _search, _results, running: heard.append(running))
+    sweep = simulate(algorithm="random", stop={"gain": "1%", "min_trials": 2})
+    rates = {"runs": 2e-3, "lost": 3e-3}
+    for name, state in {"runs": TrialState.RUNNING, "lost": TrialState.CANCELLED}.items():
+        point = {RATE: rates[name], "lora.rank": 8}
+        sweep.finish(name, point, 2.0, None)
+        paths = sweep.paths.trial(name)
+        result = read_trial(paths, sweep.record.info).model_copy(update={"state": state})
+        paths.result.unlink()
+        write_record(paths.progress, result)
+    sweep.run(bowl, number=2)
+    assert heard == [[{RATE: 2e-3, "lora.rank": 8}]]
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
