@@ -32,7 +32,9 @@ def files_of(record: SweepRecord) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in found if path.name not in (".driver.lock", "driver.log")}
 
 
-def test_stopped_trials_run_to_their_end_beside_a_sweep_that_stays_as_it_is(tmp_path: Path) -> None:
+def test_stopped_trials_run_to_their_end_beside_a_sweep_that_stays_as_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     record = sweep(tmp_path, *SETTINGS)
     stopped = {trial.trial_id: trial for trial in stopped_trials(record)}
     assert len(stopped) >= 2
@@ -50,8 +52,10 @@ def test_stopped_trials_run_to_their_end_beside_a_sweep_that_stays_as_it_is(tmp_
     assert [trial.state for trial in begun.trials() if trial.state == TrialState.COMPLETE] == []
 
     arguments = ["audit", str(record.paths.root), "--trials", "2"]
-    said = CliRunner().invoke(app, arguments)
-    assert said.exit_code == 0, said.output
+    capfd.readouterr()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.exception
+    said = capfd.readouterr().out
     ended = {trial.trial_id: trial for trial in read_sweep(begun.paths.root).trials()}
     assert {(trial.state, trial.step) for trial in ended.values()} == {(TrialState.COMPLETE, 40)}
     shown = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
@@ -76,6 +80,6 @@ def test_stopped_trials_run_to_their_end_beside_a_sweep_that_stays_as_it_is(tmp_
         stopped[name].tokens / stopped[name].step * (stopped[name].step + stopped[name].extra_steps) for name in stopped
     )
     assert shown["saving"]["tokens"] == pytest.approx(saved, abs=1)
-    assert "stopped trials would have won" in said.output
-    assert f"stopping saved about {shown['saving']['tokens']:,} tokens" in said.output
+    assert "stopped trials would have won" in said
+    assert f"stopping saved about {shown['saving']['tokens']:,} tokens" in said
     assert files_of(record) == before
