@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 from simulated import begin_record
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.errors import RequestError
 from orchestrator.record import (
     BestPoint,
@@ -192,3 +194,19 @@ def test_the_interval_is_exact_where_all_were_tried_and_that_of_a_large_populati
     assert [num_bounds(won, 5, 5) for won in (0, 2, 5)] == [(0, 0), (2, 2), (5, 5)]
     low, high = num_bounds(2, 20, 100_000)
     assert (low / 100_000, high / 100_000) == pytest.approx((0.01235, 0.31698), abs=2e-4), "Clopper and Pearson's"
+
+
+def test_the_command_shows_an_audit_that_has_ended(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    record = make()
+    audit = begin_audit(record, 3, 5)
+    for name, end in {"a": 0.8, "b": 1.3, "c": 1.4}.items():
+        write_trial(audit, f"again-{name}", RATES[name], "COMPLETE", [3.0, 2.0, 1.5, end])
+    command = ["audit", str(record.paths.root), "--trials", "3", "--seed", "5"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.exception
+    said = capfd.readouterr().out
+    assert "a: stopped at step 10 at 3; ends at eval/loss 0.8: would have won" in said
+    assert "1 of 3 stopped trials would have won" in said
+    shown = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert capfd.readouterr().out == "", "everything but the document goes elsewhere"
+    assert (shown["num_won"], shown["seed"], shown["leader"]) == (1, 5, "winner")
