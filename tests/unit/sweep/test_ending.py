@@ -169,7 +169,7 @@ def test_trials_that_machines_have_lost_say_nothing(simulate: Callable[..., Simu
 def test_trials_that_run_count_as_such_and_lost_ones_do_not(
     simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two further trials one runs, and one was lost with an earlier driver."""
+    """One further trial runs, and another was lost with an earlier driver."""
     heard: list[list[Point]] = []
 
     monkeypatch.setattr(ending, "small_gain", lambda _search, _results, running: heard.append(running))
