@@ -13,6 +13,9 @@ Two tables, each given by its path; nothing is trained.
   a failure of the trial's values.
 
 The searchers are the product's own. `gp` is `auto`'s model without a prior; `grid` is the grid in random order.
+
+`--stop` lets a search end itself (`search.stop`), such as `--stop gain=0.3%`: `saved` is the share of its trials that
+were not drawn, and so of its tokens, because all trials of a table have as many.
 """
 
 import argparse
@@ -33,8 +36,9 @@ import optuna
 from benchmarks.common import write
 from orchestrator.rate_prior import RANK, rate_of, with_prior
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.spec.search import RATE
+from orchestrator.spec.search import RATE, SearchSection, Stop
 from orchestrator.sweep.search import auto
+from orchestrator.sweep.search.ending import small_gain
 from orchestrator.sweep.search.factory import make_searcher
 
 Point = dict[str, Any]
@@ -85,6 +89,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--at-a-time", type=int, default=1, help="trials that run side by side")
     parser.add_argument("--off", type=float, default=1.0, help="factor by which auto's first rate is wrong")
+    parser.add_argument("--share", type=float, default=SHARE, help="share of the grid's tokens that may be spent")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--stop", default="", help="rule by which auto, gp and tpe end themselves: gain=0.3%%, unmoved=8"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -97,7 +106,10 @@ def main() -> None:
         parser.error("give --curves or --rates")
     figures: dict[str, Any] = {
         name: {
-            method: judge(method, problems, arguments.seeds, arguments.at_a_time, arguments.off) for method in METHODS
+            method: judge(
+                method, problems, arguments.seeds, arguments.at_a_time, arguments.off, arguments.share, arguments.stop
+            )
+            for method in arguments.methods
         }
         for name, problems in tables.items()
     }
@@ -108,25 +120,29 @@ def main() -> None:
     write(arguments.out / "searching.json", figures)
 
 
-def judge(method: str, problems: Sequence[Problem], seeds: int, at_a_time: int, off: float) -> dict[str, Any]:
-    """Run a method on each problem and seed, and report its regrets at `SHARE` of the grid's tokens.
+def judge(
+    method: str, problems: Sequence[Problem], seeds: int, at_a_time: int, off: float, share: float, stop: str
+) -> dict[str, Any]:
+    """Run a method on each problem and seed, and report its regrets at a share of the grid's tokens.
 
     Runs in which every trial diverges are counted apart (`diverged`), and in `within_reach` as missed.
     """
-    regrets, seconds = [], []
+    regrets, seconds, saved = [], [], []
     for problem in problems:
-        number = max(1, int(SHARE * problem.num_cells))
+        number = max(1, int(share * problem.num_cells))
         best = min(problem.loss(point) for point in cells(problem.grid))
         for seed in range(seeds):
             began = time.perf_counter()
-            found = run(method, problem, number, seed, at_a_time, off)
-            seconds.append((time.perf_counter() - began) / number)
+            found, drawn = run(method, problem, number, seed, at_a_time, off, stop)
+            seconds.append((time.perf_counter() - began) / drawn)
+            saved.append(1 - drawn / number)
             regrets.append(found / best - 1)
     ordered = sorted(regrets)
     return {
         "runs": len(regrets),
         "within_reach": round(sum(each <= REACH for each in regrets) / len(regrets), 3),
         "diverged": sum(map(math.isinf, regrets)),
+        "saved": round(statistics.fmean(saved), 3),
         "regret_mean": round(statistics.fmean(filter(math.isfinite, regrets)), 5),
         "regret_median": round(statistics.median(regrets), 5),
         "regret_90": round(ordered[int(0.9 * (len(ordered) - 1))], 5),
@@ -135,33 +151,50 @@ def judge(method: str, problems: Sequence[Problem], seeds: int, at_a_time: int, 
     }
 
 
-def run(method: str, problem: Problem, number: int, seed: int, at_a_time: int, off: float) -> float:
-    """Search with so many trials; return the loss of the trial with the best report."""
+def run(
+    method: str, problem: Problem, number: int, seed: int, at_a_time: int, off: float, stop: str
+) -> tuple[float, int]:
+    """Search with so many trials; return the loss of the trial with the best report, and the number of trials drawn."""
     if method == "grid":
         points = cells(problem.grid)
         random.Random(seed).shuffle(points)
-        return min(problem.loss(point) for point in points[:number])
-    spec = spec_of(method, problem, number, seed, off)
+        return min(problem.loss(point) for point in points[:number]), number
+    spec = spec_of(method, problem, number, seed, off, stop)
     if method == "random":
         generator = random.Random(seed)
         draws = [
             spec.search.decode({path: axis.draw(generator) for path, axis in spec.search.space.items()})
             for _ in range(number)
         ]
-        return min(map(problem.loss, draws))
+        return min(map(problem.loss, draws)), number
     noise = random.Random(f"noise {seed}")
     searcher = make_searcher(spec, at_a_time)
     if method == "gp":
         searcher.searcher._designed = list
     running: list[tuple[str, Point]] = []
     reports: list[tuple[float, float]] = []
+    results: list[tuple[Point, float]] = []
     with mock.patch.object(auto, "_PRIOR_WEIGHT", auto._PRIOR_WEIGHT if method == "auto" else 0.0):
         for i in range(number):
             if len(running) == at_a_time:
-                reports.append(report(searcher, *running.pop(0), problem, noise))
+                name, point = running.pop(0)
+                reports.append(report(searcher, name, point, problem, noise))
+                results.append((point, reports[-1][0]))
+                if ends(spec.search, results, [each for _, each in running]):
+                    break
             running.append((str(i), searcher.suggest(str(i))))
         reports += [report(searcher, *each, problem, noise) for each in running]
-    return min(reports)[1]
+    return min(reports)[1], len(reports)
+
+
+def ends(search: SearchSection, results: list[tuple[Point, float]], running: list[Point]) -> bool:
+    """Return whether a search ends itself. Rows of the held-out part are not in the tables, so every lead is a move."""
+    stop, values = search.stop, [value for _, value in results]
+    if not stop.is_set or len(results) < stop.min_trials:
+        return False
+    if stop.unmoved is not None and len(results) > stop.unmoved and min(values[: -stop.unmoved]) == min(values):
+        return True
+    return stop.gain is not None and small_gain(search, results, running) is not None
 
 
 def report(searcher: Any, name: str, point: Point, problem: Problem, noise: random.Random) -> tuple[float, float]:
@@ -175,12 +208,16 @@ def report(searcher: Any, name: str, point: Point, problem: Problem, noise: rand
     return reported, loss
 
 
-def spec_of(method: str, problem: Problem, number: int, seed: int, off: float) -> SweepSpec:
+def spec_of(method: str, problem: Problem, number: int, seed: int, off: float, stop: str) -> SweepSpec:
     """Make the experiment of a method. `tpe` and `gp` draw a third of the trials at random, at most 10."""
     search: dict[str, Any] = {"space": problem.space, "num_trials": number, "seed": seed}
     search["algorithm"] = {"tpe": "optuna", "random": "random"}.get(method, "auto")
     if method in ("tpe", "gp") and number > 1:
         search["startup_trials"] = max(1, min(10, number // 3))
+    rule, _, limit = stop.partition("=")
+    written = {rule: limit if "%" in limit else json.loads(limit)} if stop else {}
+    if Stop.model_validate(written).first_end < number:
+        search["stop"] = written
     training = {"learning_rate": problem.rate * off}
     return with_prior(parse_spec(_BASE | {"training": training, "search": search}))[0]
 

@@ -143,8 +143,8 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
     spec = load_spec(file, set_ or [])
     with (
         claim_folder(spec, file.name, name, output) as paths,
-        _resumable(paths.root),
-        _screen(paths.root) as console,
+        resumable(paths.root),
+        screen(paths.root) as console,
     ):
         from orchestrator.training.local import run_local_trial
 
@@ -195,7 +195,7 @@ def resume(
     from orchestrator.report.live import SweepView, TrialView
 
     record = extend_sweep(read_sweep(sweep, output), trials, budget or [])
-    with _resumable(record.paths.root), _screen(record.paths.root) as console:
+    with resumable(record.paths.root), screen(record.paths.root) as console:
         _say_changed_file(console, record)
         if record.info.is_single_trial:
             from orchestrator.training.local import resume_local_trial
@@ -206,7 +206,7 @@ def resume(
             from orchestrator.sweep import resume_sweep
 
             title = f"resuming the sweep in {record.paths.root}"
-            with SweepView(console, record.info.num_trials, title) as view:
+            with SweepView(console, record.info.num_trials, title, record.paths.search_ended.is_file) as view:
                 resume_sweep(record, view.update, address, view.say)
             _show_trials(console, record)
         show_best(console, record)
@@ -219,7 +219,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
-    trials, over = record.trials(), record.budget_spent()
+    trials, spent, ended = record.trials(), record.budget_spent(), record.search_ended()
     if as_json:
         search = record.info.spec.search
         print_json(
@@ -229,7 +229,8 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
                 "metric": search.metric,
                 "mode": search.resolved_mode,
                 "num_trials": record.info.num_trials,
-                "budget_spent": over and over.model_dump(mode="json"),
+                "budget_spent": spent and spent.model_dump(mode="json"),
+                "search_ended": ended and ended.model_dump(mode="json"),
                 "trials": [trial.model_dump(mode="json") for trial in trials],
             }
         )
@@ -239,8 +240,9 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"))
-    if over:
-        console.print(str(over), highlight=False)
+    for over in (spent, ended):
+        if over:
+            console.print(str(over), highlight=False, soft_wrap=True)
     say_failures(console, trials)
     for warning, number in distinct_warnings(trials).values():
         console.print(f"warning ({counted(number, 'trial')}): {warning}", soft_wrap=True, highlight=False, markup=False)
@@ -280,7 +282,7 @@ def demo(
     spec = load_spec(EXPERIMENT, set_ or [])
     with claim_folder(spec, "demo", name, output) as paths:
         record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
-    with _screen(paths.root) as console:
+    with screen(paths.root) as console:
         show_side_by_side(console, FinishedSweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
     _require_no_failures(record)
@@ -289,11 +291,12 @@ def demo(
 def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "ExperimentSource") -> "SweepRecord":
     from orchestrator.report.live import SweepView
 
-    with _resumable(paths.root), _screen(paths.root) as console:
+    with resumable(paths.root), screen(paths.root) as console:
         from orchestrator.sweep import run_sweep
 
         total = spec.search.total_trials
-        with SweepView(console, total, f"sweep of {counted(total, 'trial')} in {paths.root}") as view:
+        title = f"sweep of {counted(total, 'trial')} in {paths.root}"
+        with SweepView(console, total, title, paths.search_ended.is_file) as view:
             record = run_sweep(spec, paths, view.update, address, view.say, source)
         _show_trials(console, record)
         show_best(console, record)
@@ -340,11 +343,16 @@ def _require_no_failures(record: "SweepRecord") -> None:
 
 
 @contextmanager
-def _screen(root: Path) -> Iterator["Console"]:
-    """Yield a console for the command's own lines. Output of libraries goes to `driver.log` in the sweep's folder."""
+def screen(root: Path, descriptor: int = 1) -> Iterator["Console"]:
+    """Yield a console for the command's own lines. Output of libraries goes to `driver.log` in the sweep's folder.
+
+    Args:
+        root: the sweep's folder.
+        descriptor: where the console prints: 1 for standard output, 2 for standard error.
+    """
     from orchestrator.training.attempt.log_file import output_to
 
-    with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(1), "w", encoding="utf-8") as own:
+    with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as own:
         log = Path(folder) / "driver.log"
         try:
             with output_to(log):
@@ -357,11 +365,17 @@ def _screen(root: Path) -> Iterator["Console"]:
 
 
 @contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    """Turn a signal or a storage fault into an error that says how to resume, each with its own exit code."""
+def resumable(folder: Path, command: str = "") -> Iterator[None]:
+    """Turn a signal or a storage fault into an error that says how to resume, each with its own exit code.
+
+    Args:
+        folder: the sweep's folder.
+        command: what continues it; default `resume`.
+    """
 
     def remedy() -> str:
-        return f"Continue with: orchestrator resume {folder}" if (folder / "sweep.json").is_file() else ""
+        resume = command or f"orchestrator resume {folder}"
+        return f"Continue with: {resume}" if (folder / "sweep.json").is_file() else ""
 
     try:
         with raising_signals():

@@ -1,9 +1,9 @@
 """The records of a sweep: one folder on disk, which every view of the sweep is read from.
 
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
-folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` and `budget` (the scheduler's log, the
-limit that was reached), `test_score` (the winner on test rows). `files` writes atomically, `lock` keeps a second
-driver out.
+folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
+`search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows). `files` writes
+atomically, `lock` keeps a second driver out.
 """
 
 from orchestrator.record.budget import BudgetSpent
@@ -20,6 +20,7 @@ from orchestrator.record.models import (
     TrialState,
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
@@ -42,6 +43,7 @@ __all__ = [
     "ExperimentSource",
     "MetricPoint",
     "RowScores",
+    "SearchEnded",
     "SourceRows",
     "SweepInfo",
     "SweepPaths",

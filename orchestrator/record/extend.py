@@ -16,6 +16,7 @@ from orchestrator.spec.search import Budget
 from orchestrator.spec.sections.scheduler import Brackets, Population
 
 _BUDGET = "search.budget."
+_STOP = "search.stop."
 _MAX_SHOWN = 60
 """Maximum length of a value in a message, in characters."""
 
@@ -25,7 +26,8 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
 
     Args:
         record: the sweep.
-        num_trials: total number of trials that it is to have; None leaves the number as it is.
+        num_trials: total number of trials that it is to have; None leaves the number as it is. In a sweep that has
+            ended itself, it lifts `search.stop`, whose rule would end the sweep again at once.
         budget: `field=value` for fields of `search.budget`; the value `null` removes the limit.
 
     Raises:
@@ -33,8 +35,10 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
     """
     overrides = []
     if num_trials is not None:
-        _require_extensible(record.info, num_trials)
+        _require_extensible(record, num_trials)
         overrides.append(f"search.num_trials={num_trials}")
+        if record.search_ended() is not None:
+            overrides += [f"{_STOP}{rule}=null" for rule, value in _rules(record.info) if value is not None]
     for limit in budget:
         _require_limit(record.info, limit)
         overrides.append(_BUDGET + limit)
@@ -60,6 +64,8 @@ def save_extension(record: SweepRecord) -> None:
     write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
     if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
         record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
+    if any(change.field.startswith(_STOP) for change in record.info.changes[len(known) :]):
+        record.paths.search_ended.unlink(missing_ok=True)
 
 
 def changed_since(info: SweepInfo) -> list[str]:
@@ -84,8 +90,14 @@ def changed_since(info: SweepInfo) -> list[str]:
     ]
 
 
-def _require_extensible(info: SweepInfo, num_trials: int) -> None:
+def _rules(info: SweepInfo) -> list[tuple[str, Any]]:
+    stop = info.spec.search.stop
+    return [("gain", stop.gain), ("unmoved", stop.unmoved)]
+
+
+def _require_extensible(record: SweepRecord, num_trials: int) -> None:
     """Raise RequestError if a sweep cannot have this total number of trials."""
+    info = record.info
     search, scheduler = info.spec.search, info.spec.scheduler
     if info.is_single_trial or not search.space:
         raise RequestError("--trials: nothing is searched here, there is one trial; start a sweep over a search.space")
@@ -96,9 +108,10 @@ def _require_extensible(info: SweepInfo, num_trials: int) -> None:
             f"--trials: scheduler {scheduler.kind} compares trials that begin together, and later ones would have "
             "none to compare with; start a new sweep"
         )
-    if num_trials <= info.num_trials:
+    present = info.num_trials if record.search_ended() is None else len(record.paths.trial_ids())
+    if num_trials <= present:
         raise RequestError(
-            f"--trials {num_trials}: the sweep already has {info.num_trials}; give the total number, not the difference"
+            f"--trials {num_trials}: the sweep already has {present}; give the total number, not the difference"
         )
 
 

@@ -129,6 +129,11 @@ class SweepPaths:
         return self.root / "budget.json"
 
     @property
+    def search_ended(self) -> Path:
+        """SearchEnded; exists once the sweep has ended itself (`search.stop`)."""
+        return self.root / "search-ended.json"
+
+    @property
     def first_step(self) -> Path:
         """Empty file; exists once a trial has made a step under the present driver."""
         return self.root / ".first-step"
@@ -152,6 +157,11 @@ class SweepPaths:
     def repeats(self) -> Path:
         """Folder of a sweep of its own: the finalists with other seeds (`search.repeats`)."""
         return self.root / "repeats"
+
+    @property
+    def audits(self) -> Path:
+        """Folders of sweeps of their own: stopped trials that ran to their end (`orchestrator audit`)."""
+        return self.root / "audit"
 
     def trial(self, trial_id: str) -> TrialPaths:
         return TrialPaths(self.root, trial_id)

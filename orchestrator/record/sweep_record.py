@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from orchestrator.errors import RecordError
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
-from orchestrator.record.models import MetricPoint, SweepInfo, TrialResult, TrialState, with_current_names
+from orchestrator.record.models import MetricPoint, Record, SweepInfo, TrialResult, TrialState, with_current_names
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, TestScore)
+_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -45,6 +46,14 @@ class SweepRecord:
     def budget_spent(self) -> BudgetSpent | None:
         """Return the limit that was reached, if one was; there may then be fewer trials than requested."""
         return _read(BudgetSpent, self.paths.budget) if self.paths.budget.is_file() else None
+
+    def search_ended(self) -> SearchEnded | None:
+        """Return why the sweep has ended itself, if it has; no further trial is then drawn."""
+        return _read(SearchEnded, self.paths.search_ended) if self.paths.search_ended.is_file() else None
+
+    def why_over(self) -> BudgetSpent | SearchEnded | None:
+        """Return why no further trial begins, if that is so; there may then be fewer trials than requested."""
+        return self.budget_spent() or self.search_ended()
 
     def test_score(self) -> TestScore | None:
         """Return the winner's scores on the test rows, if they were measured."""
@@ -155,7 +164,7 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     return result
 
 
-def write_record(path: Path, record: SweepInfo | TrialResult | TrialConfig | BudgetSpent | TestScore) -> None:
+def write_record(path: Path, record: Record | TrialConfig) -> None:
     """Write a record in one atomic step."""
     write_atomic(path, record.model_dump_json(indent=2) + "\n")
 

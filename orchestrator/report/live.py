@@ -1,6 +1,7 @@
 """Live views of a running sweep and of a running trial, for the terminal."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,19 +19,23 @@ from orchestrator.words import counted
 class SweepView:
     """Shows a running sweep: a live table on a terminal, else a line for each change."""
 
-    def __init__(self, console: Console, total_trials: int, title: str) -> None:
+    def __init__(
+        self, console: Console, total_trials: int, title: str, has_ended_itself: Callable[[], bool] = lambda: False
+    ) -> None:
         """Create a view. Nothing is printed yet.
 
         Args:
             console: where to print.
             total_trials: number of trials that the sweep will have.
             title: printed before the first message or table, because the sweep may be refused before that.
+            has_ended_itself: returns whether no trial comes beside those that `update` shows.
         """
         self._console = console
         # Decided once: after the terminal is closed this would be False, while the live table still has to be stopped.
         self._is_live = console.is_terminal
         self._title: str | None = title
         self._total = total_trials
+        self._has_ended_itself = has_ended_itself
         self._trials: list[TrialResult] = []
         self._began = time.monotonic()
         self._first_seen: tuple[float, int] | None = None
@@ -58,6 +63,8 @@ class SweepView:
         """Show these trials, best first."""
         self._print_title()
         self._trials = trials
+        if self._has_ended_itself():
+            self._total = len(trials)
         self._total = max(self._total, len(trials))  # finalists that run again come after the trials of the search
         self._say_warnings()
         steps = sum(trial.step for trial in trials)

@@ -50,6 +50,11 @@ def check_sections_together(
     _searcher_fits(search, scheduler)
     if search.budget.gpu_hours is not None and resources.gpus_per_trial == 0:
         raise ValueError("search.budget.gpu_hours would never be spent: resources.gpus_per_trial is 0")
+    if search.stop.is_set and isinstance(scheduler, Brackets | Population):
+        raise ValueError(
+            f"search.stop ends the drawing of trials, but scheduler.kind {scheduler.kind} compares trials that begin "
+            "together; use search.budget, or another scheduler"
+        )
     if isinstance(scheduler, Rungs):
         _rungs_meet_evaluations(search, scheduler, training)
         if isinstance(scheduler, Brackets):

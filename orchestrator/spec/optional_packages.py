@@ -22,6 +22,8 @@ def require_extras(spec: SweepSpec) -> None:
             require_package(package, "search.algorithm bohb", "bohb", "one of its packages needs a C compiler")
     if search.sampler == "cmaes":
         require_package("cmaes", "search.sampler cmaes", "cmaes")
+    if search.stop.gain is not None:
+        require_package("scipy", "search.stop.gain", "pb2")
     if scheduler.kind == "pb2":
         require_package("sklearn", "scheduler.kind pb2", "pb2")
     if spec.tracking.mlflow:

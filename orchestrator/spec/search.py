@@ -2,10 +2,12 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.sections import PositiveInt, Section, Seed
@@ -37,6 +39,56 @@ class Budget(Section):
     """Real (not padding) tokens trained on."""
 
 
+def _share(written: Any) -> Any:
+    """Return a share that is written as a percentage, such as 0.3%, as a number."""
+    if not isinstance(written, str):
+        return written
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", written)
+    if found is None:
+        raise PydanticCustomError("share", "must be a share, such as 0.3% or 0.003")
+    return float(found[1]) / 100
+
+
+Share = Annotated[
+    float,
+    BeforeValidator(_share),
+    Field(gt=0, lt=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"},
+            ]
+        }
+    ),
+]
+"""A share of something, as a number between 0 and 1 or as a percentage."""
+
+
+class Stop(Section):
+    """When the sweep ends itself: it then draws no further trial, and those that run end as their scheduler decides.
+    Either rule is enough."""
+
+    gain: Share | None = None
+    """Least gain that another trial must promise, as a share of the best value, such as 0.3%. A Gaussian process on the
+    results so far says what it is expected to gain."""
+    unmoved: PositiveInt | None = None
+    """Trials that may end without a new leader. A new leader that the held-out rows cannot tell apart from the one
+    before does not count."""
+    min_trials: PositiveInt = 12
+    """Trials that must have ended before a rule may act."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the sweep may end itself."""
+        return self.gain is not None or self.unmoved is not None
+
+    @property
+    def first_end(self) -> int:
+        """Smallest number of ended trials after which the sweep may end itself."""
+        return self.min_trials if self.gain is not None else max(self.min_trials, (self.unmoved or 0) + 1)
+
+
 class SearchSection(Section):
     """Which trials there are, and which of them is the best."""
 
@@ -54,6 +106,8 @@ class SearchSection(Section):
     own number. With no space but a number of trials or a budget, `auto` searches a default space."""
     budget: Budget = Budget()
     """Further limits."""
+    stop: Stop = Stop()
+    """When the sweep ends itself before its number of trials: `{gain: 0.3%}`, or `{unmoved: 8}`."""
     repeats: PositiveInt = 1
     """Runs of each finalist, which differ in `training.seed`; with 2 or more, `best` compares finalists over rows and
     seeds. Finalists are the best trial and those that cannot be told apart from it, two to four."""
@@ -142,6 +196,23 @@ class SearchSection(Section):
             )
         if self.sampler == "cmaes":
             self._cmaes_can_search()
+        return self
+
+    @model_validator(mode="after")
+    def _stop_can_act(self) -> Self:
+        stop, total = self.stop, self.total_trials
+        if not stop.is_set:
+            return self
+        if stop.first_end >= total:
+            raise ValueError(
+                f"stop could end no search of {counted(total, 'trial')}: it acts once {stop.first_end} have ended; "
+                "give more trials, or a smaller stop.min_trials or stop.unmoved"
+            )
+        conditional = next((path for path, axis in self.space.items() if axis.when), None)
+        if stop.gain is not None and conditional is not None:
+            raise ValueError(
+                f"stop.gain needs a model of all fields together, but {conditional} has `when`; use stop.unmoved"
+            )
         return self
 
     def _cmaes_can_search(self) -> None:

@@ -4,6 +4,7 @@ Only this package and `orchestrator.cluster` use Ray. Reading order, from the to
 
 - `run`: runs or resumes a sweep; builds the tuner from the parts below.
 - `results`: writes the results that only the driver can know; `interruption`: ends a sweep after a signal.
+- `repeats`, `audit`: trials that run again, as small sweeps inside the sweep (`reruns`).
 - `workers/`: the processes that train, and the clients that talk to them.
 - `schedulers/`: which trials are stopped, paused or cloned.
 - `search/`: which points of the search space are tried.
@@ -25,9 +26,9 @@ Heavy libraries (Tune, torch) are imported inside functions, so that processes s
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.sweep.run import resume_sweep, run_sweep
+    from orchestrator.sweep.run import finish_audit, resume_sweep, run_sweep
 
-__all__ = ["resume_sweep", "run_sweep"]
+__all__ = ["finish_audit", "resume_sweep", "run_sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,16 +20,20 @@ _PERIOD_S = 0.5
 def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Iterator[None]:
     """Call `watch` from a thread until the block ends, and once more at its end.
 
-    `say` is called once for each trial that the search explains, when it is chosen.
+    `say` is called once for each trial that the search explains, when it is chosen, and when the sweep ends itself.
     """
     done = threading.Event()
     explained = {choice.trial_id for choice in read_decisions(record.paths)}
+    ended = record.search_ended()
 
     def explain() -> None:
         for decision in read_decisions(record.paths):
             if decision.action == "chosen" and decision.trial_id not in explained:
                 explained.add(decision.trial_id)
                 say(f"{decision.trial_id}: {decision.why}")
+        nonlocal ended
+        if ended is None and (ended := record.search_ended()) is not None:
+            say(str(ended))
 
     def run() -> None:
         seen: list[TrialResult] = []

@@ -1,14 +1,10 @@
 """Run the finalists of a sweep again with other seeds: a small sweep of its own, in the folder `repeats`."""
 
-import os
-import shutil
-from typing import Any
-
 from orchestrator.deploy import FinishedSweep
-from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, TrialState, read_sweep, write_record
-from orchestrator.record.files import building_beside
+from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.search import SEED
+from orchestrator.sweep.reruns import begin_rerun, point_of, rerun_spec
 
 MAX_FINALISTS = 4
 
@@ -24,20 +20,7 @@ def begin_repeats(record: SweepRecord) -> SweepRecord | None:
     trials = finalists(record)
     if not trials:
         return None
-    spec = repeats_of(record.info.spec, trials)
-    paths = SweepPaths(record.paths.repeats)
-    if paths.sweep.is_file():
-        before = read_sweep(paths.root)
-        if before.info.spec == spec:
-            return before
-        shutil.rmtree(paths.root)
-    info = record.info.model_copy(update={"name": paths.name, "spec": spec, "changes": [], "source": None})
-    with building_beside(paths.root) as building:
-        inside = SweepPaths(building)
-        inside.data.symlink_to(os.path.relpath(record.paths.data, paths.root))
-        write_record(inside.sweep, SweepInfo.model_validate(info.model_dump()))
-        building.rename(paths.root)
-    return read_sweep(paths.root)
+    return begin_rerun(record, record.paths.repeats, repeats_of(record.info.spec, trials))
 
 
 def finalists(record: SweepRecord) -> list[TrialResult]:
@@ -59,25 +42,6 @@ def finalists(record: SweepRecord) -> list[TrialResult]:
 
 def repeats_of(spec: SweepSpec, trials: list[TrialResult]) -> SweepSpec:
     """Return the experiment that runs these trials again with other seeds. No scheduler stops them, nor a budget."""
-    document: dict[str, Any] = spec.model_dump(mode="json")
-    first_seed, search = spec.training.seed, document["search"]
-    seeds = [first_seed + i for i in range(1, spec.search.repeats)]
-    space = {
-        path: {"choice" if kind == "grid" else kind: values for kind, values in axis.items()}
-        for path, axis in search["space"].items()
-    }
-    points = [
-        {path: value for path, value in trial.config.varied.items() if path in space} | {SEED: seed}
-        for trial in trials
-        for seed in seeds
-    ]
-    kept = {name: search[name] for name in ("tied", "metric", "mode")}
-    document["search"] = kept | {
-        "algorithm": "random",
-        "space": space | {SEED: {"choice": seeds}},
-        "first": points,
-        "num_trials": len(points),
-    }
-    document["scheduler"] = {"kind": "none"}
-    document["tracking"] = {"tensorboard": False, "wandb": {"mode": "disabled"}}
-    return SweepSpec.model_validate(document)
+    seeds = [spec.training.seed + i for i in range(1, spec.search.repeats)]
+    points = [point_of(trial, spec) | {SEED: seed} for trial in trials for seed in seeds]
+    return rerun_spec(spec, points, {SEED: {"choice": seeds}})

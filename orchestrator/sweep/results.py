@@ -42,7 +42,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
             save_snapshot(staging_folder(trials[0]), self._record.paths, self._conductor.state)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
-        if have_ended and (len(trials) == self._record.info.num_trials or self._record.budget_spent()):
+        if have_ended and (len(trials) == self._record.info.num_trials or self._record.why_over()):
             _await_trainables([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -133,6 +133,33 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     return record
 
 
+def finish_audit(
+    record: SweepRecord, audit: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
+) -> None:
+    """Run the trials of an audit that have not ended, while no other driver holds the sweep.
+
+    Args:
+        record: the sweep.
+        audit: the record of `audit.begin_audit`.
+        watch, address, say: as in `run_sweep`.
+
+    Raises:
+        The same errors as `run_sweep`.
+    """
+    with only_driver(record.paths):
+        if len(_ended(audit.trials())) == audit.info.num_trials:
+            watch(audit.trials())
+            return
+        spec = audit.info.spec
+        with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
+            require_shared_folder(record.paths.root)
+            rows = load(audit.paths.data, in_memory=True)
+            workers, num_slots, choice = fleet.open(rows, audit.paths, say)
+            say(choice)
+            max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
+            _run_trials(audit, workers, max_concurrent, watch, say, home=audit.paths)
+
+
 def _run_trials(
     record: SweepRecord, workers: Workers, max_concurrent: int, watch: Watch, say: Say, home: SweepPaths
 ) -> None:
@@ -175,9 +202,9 @@ def _run_trials(
             ) from error
     cancel_unknown(record)
     catch_up(record, say)
-    if spent := record.budget_spent():
+    if over := record.why_over():
         begun = len(record.paths.trial_ids())
-        say(f"{spent}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
+        say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
     _conclude(record, home)
     if isinstance(spec.scheduler, ForecastScheduler) and (coverage := coverage_of(record)) is not None:
         say(coverage)
@@ -208,7 +235,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
     trainable = tune.with_resources(
         tune.with_parameters(TrialTrainable, folder=str(paths.root), workers=workers), {"cpu": TRAINABLE_CPUS}
     )
-    algorithm = make_search_algorithm(spec, max_concurrent, is_budget_spent=record.budget_spent() is not None)
+    algorithm = make_search_algorithm(record, max_concurrent)
     interrupter = Interrupter(stop, workers, paths)
     conductor = Conductor(record, max_concurrent, restore_snapshot(paths), interrupter.check_trial)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
@@ -268,8 +295,8 @@ def _conclude(record: SweepRecord, home: SweepPaths) -> None:
         SweepError: no trial finished.
     """
     trials = record.trials()
-    is_budget_spent = record.budget_spent() and all(trial.state not in OPEN for trial in trials)
-    if len(_ended(trials)) < record.info.num_trials and not is_budget_spent:
+    is_over = record.why_over() and all(trial.state not in OPEN for trial in trials)
+    if len(_ended(trials)) < record.info.num_trials and not is_over:
         _raise_interrupted(record, home, "before its end")
     if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
         first = next((trial for trial in trials if trial.error), None)
@@ -290,7 +317,8 @@ def _ended(trials: list[TrialResult]) -> list[TrialResult]:
 def _raise_interrupted(
     record: SweepRecord, home: SweepPaths, how: str, exit_code: int = Interrupted.exit_code
 ) -> NoReturn:
-    ended, total = len(_ended(record.trials())), record.info.num_trials
+    trials = record.trials()
+    ended, total = len(_ended(trials)), record.info.num_trials if record.search_ended() is None else len(trials)
     raise Interrupted(
         f"interrupted {how} with {ended} of {counted(total, 'trial')} ended; the others can continue from their last "
         "steps",

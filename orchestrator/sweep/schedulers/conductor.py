@@ -250,6 +250,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """Return the next trial to start or resume. Tune calls this ten times a second."""
+        if self._reports is not None and controller.search_alg.is_finished():
+            self._reports.await_no_more()
         self._process_due_reports(controller)
         if self._check_budget(controller):
             for trial in [*controller.get_trials()]:

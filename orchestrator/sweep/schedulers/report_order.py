@@ -78,6 +78,10 @@ class ReportOrder:
             self._index[trial] = len(self._index)
             self._unplaced.append(trial)
 
+    def await_no_more(self) -> None:
+        """Note that the sweep has no other trials than those that were added."""
+        self.num_trials = len(self._index)
+
     def report(self, trial: str, step: int, now_s: float, ran_s: float = 0.0) -> None:
         """Note a trial's report, which waits until `next` returns the trial.
 

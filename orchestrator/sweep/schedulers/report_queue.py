@@ -41,6 +41,10 @@ class ReportQueue:
         else:
             self._order.end(trial.trial_id, trial.last_result.get("step"))
 
+    def await_no_more(self) -> None:
+        """Note that no trial comes after those that were added."""
+        self._order.await_no_more()
+
     def hold(self, trial: Any, report: Report) -> None:
         """Hold a report until it is due."""
         self._held[trial.trial_id] = trial, report

@@ -5,25 +5,28 @@ from typing import Any, assert_never
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
+from orchestrator.record import SweepRecord
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.search.ending import EndRule, Ends
 from orchestrator.sweep.search.grid_random import GridRandom
 from orchestrator.sweep.search.space import worst_value
 from orchestrator.sweep.turns import trials_take_turns
 
 
-def make_search_algorithm(spec: SweepSpec, max_concurrent: int, is_budget_spent: bool) -> SearchAlgorithm:
+def make_search_algorithm(record: SweepRecord, max_concurrent: int) -> SearchAlgorithm:
     """Return the algorithm in the form that Tune takes. It makes as many trials as the experiment asks for now.
 
     Args:
-        spec: the experiment; a resume may have increased its number of trials.
+        record: the sweep; a resume may have increased its number of trials. If its budget is spent or it has ended
+            itself, a restored search draws no further trial.
         max_concurrent: number of trials at a time.
-        is_budget_spent: whether a restored search draws no further trial.
     """
+    spec, is_over, ends = record.info.spec, record.why_over() is not None, EndRule(record).ends
     searcher = make_searcher(spec, max_concurrent)
     if isinstance(searcher, GridRandom):
-        searcher.is_budget_spent = is_budget_spent
+        searcher.is_over, searcher.ends = is_over, ends
         return searcher
-    return TrialGenerator(searcher, spec.search.total_trials, is_budget_spent)
+    return TrialGenerator(searcher, spec.search.total_trials, is_over, ends)
 
 
 def make_searcher(spec: SweepSpec, max_concurrent: int) -> Searcher | SearchAlgorithm:
@@ -56,25 +59,41 @@ def make_searcher(spec: SweepSpec, max_concurrent: int) -> Searcher | SearchAlgo
 class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
     """Makes trials of a searcher's points. After a resume their number is the one that the experiment has now."""
 
-    def __init__(self, searcher: Searcher, num_trials: int, is_budget_spent: bool) -> None:
+    def __init__(self, searcher: Searcher, num_trials: int, is_over: bool, ends: Ends) -> None:
         """
         Args:
             searcher: suggests the points.
-            num_trials: number of trials in all.
-            is_budget_spent: whether a restored search draws no further trial.
+            num_trials: number of trials in all, if the search does not end before.
+            is_over: whether a restored search draws no further trial.
+            ends: says whether the search is over, whenever a trial has ended.
         """
         super().__init__(searcher)
         self._num_trials = num_trials
-        self._is_budget_spent = is_budget_spent
+        self._is_over = is_over
+        self._ends = ends
+        self._ended: list[str] = []
+        """Trials that have ended, in that order."""
 
     def why_chosen(self, trial_id: str) -> str | None:
         """Return the searcher's reason for a trial's values; None from a searcher that gives none."""
         explain = getattr(getattr(self.searcher, "searcher", None), "why_chosen", None)
         return explain(trial_id) if explain else None
 
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take over the end of a trial; it may be that of the search."""
+        super().on_trial_complete(trial_id, result, error)
+        self._ended.append(trial_id)
+        if not self.is_finished() and self._ends(self._ended):
+            self.set_finished()
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state that a resume needs, without that of the searcher."""
+        return {**super().get_state(), "ended": self._ended}
+
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current number of trials."""
-        super().set_state(state | {"total_samples": self._num_trials, "finished": self._is_budget_spent})
+        self._ended = state.get("ended", [])
+        super().set_state(state | {"total_samples": self._num_trials, "finished": self._is_over})
 
 
 class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray

@@ -9,6 +9,7 @@ from ray.tune.search import BasicVariantGenerator
 from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.drawn_points import DrawnPoints
+from orchestrator.sweep.search.ending import Ends
 from orchestrator.sweep.search.space import Point
 from orchestrator.sweep.tune_trial import plain_values
 
@@ -34,8 +35,12 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
             max_concurrent: number of trials at a time; 0 for no limit.
         """
         super().__init__(random_state=search.seed, max_concurrent=max_concurrent)
-        self.is_budget_spent = False
+        self.is_over = False
         """Whether a restored search draws no further trial."""
+        self.ends: Ends = lambda _: False
+        """Says whether the search is over, whenever a trial has ended."""
+        self._ended: list[str] = []
+        """Trials that have ended, in that order."""
         self._search = search
         self._drawn = DrawnPoints(search)
         self._points = list(search.points()) if search.algorithm == "grid" else copy.deepcopy(search.first)
@@ -46,6 +51,13 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         Trials that take turns still need them.
         """
         return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take over the end of a trial; it may be that of the search."""
+        super().on_trial_complete(trial_id, result, error)
+        self._ended.append(trial_id)
+        if not self._finished and self.ends(self._ended):
+            self.set_finished()
 
     def next_trial(self) -> Any:
         """Return the next trial, at a point that no other trial has; None where there is none at the moment."""
@@ -71,11 +83,12 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         current = {
             "max_concurrent": self.max_concurrent,
             "_search": self._search,
-            "is_budget_spent": self.is_budget_spent,
-            "_finished": self.is_budget_spent,
+            "is_over": self.is_over,
+            "ends": self.ends,
+            "_finished": self.is_over,
             "_total_samples": self._search.total_trials,
         }
-        super().set_state(state | current)
+        super().set_state({"_ended": []} | state | current)
         for iterator in self._iterators:
             iterator.num_samples_left += self._search.total_trials - state["_total_samples"]
 

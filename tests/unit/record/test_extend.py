@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record import BudgetSpent, SweepRecord, read_sweep, write_record
+from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, read_sweep, write_record
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
 from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
@@ -53,6 +53,32 @@ def test_more_trials_and_a_larger_budget_are_recorded(make: Make) -> None:
     assert record.budget_spent() is None, "whether the new budget is spent is found out when the sweep continues"
     again = extend_sweep(read_sweep(record.paths.root), 8, [])
     assert [change.after for change in again.info.changes] == [6, 500, 2.0, 8]
+
+
+def test_more_trials_lift_the_rule_that_has_ended_a_sweep(make: Make) -> None:
+    record = make(num_trials=40, stop={"gain": "0.3%", "min_trials": 20})
+    ended = SearchEnded(
+        rule="gain", num_ended=20, leader="a", metric="eval/loss", best=1.0, share=0.003, expected_gain=0.001, tokens=9
+    )
+    write_record(record.paths.search_ended, ended)
+    assert record.why_over() == ended
+    extended = extend_sweep(record, 30, [])
+    assert record.search_ended() is not None, "nothing is written before the sweep is driven"
+    save_extension(extended)
+    info = read_sweep(record.paths.root).info
+    assert (info.num_trials, info.spec.search.stop.gain, info.spec.search.stop.min_trials) == (30, None, 20)
+    assert [(change.field, change.before, change.after) for change in info.changes] == [
+        ("search.num_trials", 40, 30),
+        ("search.stop.gain", 0.003, None),
+    ]
+    assert record.why_over() is None
+
+
+def test_a_rule_that_has_not_ended_the_sweep_stays_in_force(make: Make) -> None:
+    record = make(num_trials=40, stop={"unmoved": 8})
+    with pytest.raises(RequestError, match="--trials 30: the sweep already has 40"):
+        extend_sweep(record, 30, [])
+    assert extend_sweep(record, 50, []).info.spec.search.stop.unmoved == 8
 
 
 def test_a_resume_without_changes_writes_nothing(make: Make) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -39,6 +40,18 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_the_reason(
         view.update(trials)
         assert "1 of 2 trials ended (1 failed)" in view._summary().plain
     assert file.getvalue().count(LINE) == 1
+
+
+def test_a_sweep_that_has_ended_itself_waits_for_its_own_trials_only(trials: list[TrialResult]) -> None:
+    """Two of 20 trials exist, and one of them has half of its 40 steps to go."""
+    console = Console(file=io.StringIO(), width=160)
+    with SweepView(console, 20, "sweep of 20 trials", has_ended_itself=lambda: True) as view:
+        running = trials[0].model_copy(update={"step": 10, "total_steps": 40})
+        view.update([running, trials[1]])
+        view._first_seen = time.monotonic() - 10, 0
+        view.update([running.model_copy(update={"step": 20}), trials[1]])
+        assert view._summary().plain.startswith("1 of 2 trials ended")
+        assert view._seconds_left() == pytest.approx(10, abs=1)
 
 
 def test_standard_streams_are_restored_after_the_terminal_is_closed() -> None:

@@ -2,10 +2,12 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
 from orchestrator.spec.axes import AXIS_KINDS, Axis
+from orchestrator.spec.manual.schema import spec_schema
 from orchestrator.spec.tied_values import evaluate_tied
 
 Document = dict[str, Any]
@@ -392,3 +394,18 @@ def test_arithmetic_too_large_is_refused_too(document: Document, expression: str
 def test_an_axis_is_finite(document: Document) -> None:
     with pytest.raises(SpecError):
         _spec(document, space={"training.learning_rate": {"uniform": [1e-5, float("inf")]}})
+
+
+@pytest.mark.parametrize(("written", "share"), [("0.3%", 0.003), ("2 %", 0.02), (0.003, 0.003)])
+def test_a_share_is_a_number_or_a_percentage(written: Any, share: float, document: Document) -> None:
+    search = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}, "num_trials": 40}
+    assert _spec(document, **search, stop={"gain": written}).search.stop.gain == pytest.approx(share)
+    validated = Draft202012Validator(spec_schema())
+    assert validated.is_valid(document | {"search": search | {"stop": {"gain": written}}})
+
+
+@pytest.mark.parametrize("written", ["0%", "100%", "1.2.3%", "0.3", "-1%", 1.0, 0])
+def test_no_other_share_is_accepted(written: Any, document: Document) -> None:
+    search = {"space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}, "num_trials": 40}
+    with pytest.raises(SpecError, match=r"search\.stop\.gain"):
+        _spec(document, **search, stop={"gain": written})

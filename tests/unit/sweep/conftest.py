@@ -72,7 +72,9 @@ class Stage:
         searcher = SimpleNamespace(
             on_pause=self._going_on.discard, on_unpause=self._going_on.add, on_trial_result=self._on_report
         )
-        self.search_alg = SimpleNamespace(set_finished=self._end_search, searcher=searcher)
+        self.search_alg = SimpleNamespace(
+            set_finished=self._end_search, is_finished=lambda: self.is_search_over, searcher=searcher
+        )
         self.conductor = self.resume(None)
 
     def resume(self, saved_state: bytes | None) -> Conductor:

@@ -204,3 +204,16 @@ def test_decisions_after_the_saved_state_are_repeated_and_recorded_once(make_sta
     assert stage.decisions("stopped") == []
     stage.run()
     assert stage.decisions("stopped") == [("b", 10)]
+
+
+def test_reports_do_not_wait_for_trials_of_a_search_that_is_over(make_stage: MakeStage) -> None:
+    stage = make_stage(MEDIAN, num_slots=3, is_patient=True, num_trials=9)
+    stage.add(a=falling(0), b=falling(1))
+    for trial in stage.trials:
+        trial.set_status(Trial.RUNNING)
+        stage.report(trial)
+    stage.ask()
+    assert stage._idle == {"a", "b"}, "there is a slot for a third trial"
+    stage.is_search_over = True
+    stage.run()
+    assert all(trial.is_finished() for trial in stage.trials)

@@ -190,3 +190,18 @@ def test_the_order_does_not_depend_on_speed(stopped: tuple[str, ...]) -> None:
     assert len(first) > 10
     for seed in range(1, 200):
         assert sweep(random.Random(seed), decide) == first
+
+
+def test_no_report_waits_for_trials_that_will_not_come() -> None:
+    order = ReportOrder(num_slots=2, num_trials=9)
+    for name in "ab":
+        order.add(name)
+    order.report("a", 10, now_s=0.0)
+    order.report("b", 10, now_s=0.0)
+    assert order.next(0.0) == ["a", "b"]
+    order.end("b")
+    order.processed("a")
+    order.report("a", 20, now_s=1.0)
+    assert order.next(1.0) == [], "a third trial should have taken the slot of the second"
+    order.await_no_more()
+    assert order.next(1.0) == ["a"]

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from ray import tune
+from simulated import begin_record
 
+from orchestrator.record import BudgetSpent, SweepPaths, read_sweep, write_record
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.sweep.search.factory import make_search_algorithm, make_searcher
 from orchestrator.sweep.search.grid_random import tune_space
@@ -250,9 +252,9 @@ def test_a_population_repeats_points_once_all_are_drawn(document: Document) -> N
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt"])
-@pytest.mark.parametrize("is_budget_spent", [False, True])
+@pytest.mark.parametrize("is_over", [False, True])
 def test_a_restored_search_draws_the_current_number_of_trials(
-    algorithm: str, is_budget_spent: bool, make: Callable[..., SweepSpec], tmp_path: Path
+    algorithm: str, is_over: bool, make: Callable[..., SweepSpec], tmp_path: Path
 ) -> None:
     tune.register_trainable("idle", lambda _: None)
     startup = {} if algorithm == "random" else {"startup_trials": 2}
@@ -264,14 +266,19 @@ def test_a_restored_search_draws_the_current_number_of_trials(
             search.on_trial_complete(trial.trial_id, {"eval/loss": float(len(trials))})
         return trials
 
+    paths = SweepPaths(tmp_path / "sweep")
     spec = make(algorithm, RATE, num_trials=3, **startup)
-    before = make_search_algorithm(spec, 2, is_budget_spent=False)
+    begin_record(paths, spec)
+    before = make_search_algorithm(read_sweep(paths.root), 2)
     before.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 3}})
     first = drawn(before)
     before.set_finished()  # as when the budget is spent
     before.save_to_dir(str(tmp_path), "one")
-    after = make_search_algorithm(make(algorithm, RATE, num_trials=5, **startup), 2, is_budget_spent=is_budget_spent)
+    begin_record(paths, make(algorithm, RATE, num_trials=5, **startup))
+    if is_over:
+        write_record(paths.budget, BudgetSpent(limit="tokens", allowed=9, spent=9))
+    after = make_search_algorithm(read_sweep(paths.root), 2)
     after.restore_from_dir(str(tmp_path))
     rest = drawn(after)
-    assert (len(first), len(rest)) == (3, 0 if is_budget_spent else 2)
+    assert (len(first), len(rest)) == (3, 0 if is_over else 2)
     assert not [point for point in rest if point in first]

@@ -20,7 +20,7 @@ CALLS = [
     command("no such port", ["board", "sweeps/open", "--port", "70000"], "--port", "65535"),
     *(
         command(f"{verb} of no sweep", [verb, "nope"], "nope: there is no such sweep", "--output")
-        for verb in ("status", "best", "resume", "board", "chat")
+        for verb in ("status", "best", "resume", "audit", "board", "chat")
     ),
     command("sweep of another folder", ["status", "open", "--output", "nope"], "open: there is no such sweep"),
     command("damaged sweep", ["status", "sweeps/damaged"], "damaged/sweep.json", "damaged"),
@@ -30,6 +30,8 @@ CALLS = [
     command("push of no bundle", ["push", "sweeps/half", "--repo", "a/b"], "half: has no manifest.json"),
     command("push to no name", ["push", "sweeps/half", "--repo", "a/b/c"], "--repo 'a/b/c'", "owner/name"),
     command("best of none", ["best", "sweeps/open"], "sweeps/open: no trial has finished", "status"),
+    command("audit before the end", ["audit", "sweeps/open"], "sweeps/open: the sweep has not ended", "resume"),
+    command("audit of nothing", ["audit", "sweeps/done", "--trials", "0"], "--trials", "greater than or equal to 1"),
     command("chat with none", ["chat", "sweeps/open", "--prompt", "a"], "sweeps/open: no trial has finished"),
     command("export of none", ["best", "sweeps/open", "--export", "out"], "no trial has finished"),
     command("export over files", ["best", "sweeps/done", "--export", "sweeps"], "sweeps: already exists"),

@@ -1,0 +1,220 @@
+"""Sweeps that end themselves (`search.stop`), simulated: when they end, when they do not, and what they record."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from simulated import begin_record
+
+from orchestrator.adapters.bundle import SCORES
+from orchestrator.rate_prior import with_prior
+from orchestrator.record import (
+    BestPoint,
+    RowScores,
+    SweepPaths,
+    SweepRecord,
+    TrialResult,
+    TrialState,
+    read_sweep,
+    read_trial,
+    write_record,
+)
+from orchestrator.spec import parse_spec
+from orchestrator.spec.search import RATE
+from orchestrator.sweep.search import ending
+from orchestrator.sweep.search.factory import make_search_algorithm
+from orchestrator.sweep.search.grid_random import tune_space
+
+Point = dict[str, Any]
+Loss = Callable[[Point], float]
+SPACE = {RATE: {"loguniform": [1e-5, 1e-1]}, "lora.rank": {"choice": [8, 16, 64]}}
+
+
+class Simulated:
+    """A sweep of the real search algorithm, whose trials report a given loss one after another."""
+
+    def __init__(self, folder: Path, search: dict[str, Any], document: dict[str, Any]) -> None:
+        tune.register_trainable("idle", lambda _: None)
+        self.paths = SweepPaths(folder)
+        written = {"space": SPACE, "num_trials": 40} | search
+        begin_record(self.paths, with_prior(parse_spec(document | {"search": written}))[0])
+        self.search = self.driver()
+        self.search.add_configurations(
+            {"sweep": {"run": "idle", "config": tune_space(self.record.info.spec.search), "num_samples": 40}}
+        )
+
+    @property
+    def record(self) -> SweepRecord:
+        return read_sweep(self.paths.root)
+
+    def driver(self) -> Any:
+        return make_search_algorithm(self.record, 1)
+
+    def run(self, loss: Loss, rows: Callable[[float], list[float]] | None = None, number: int = 40) -> int:
+        """Run trials until no more come; return how many there were in all."""
+        for _ in range(number):
+            trial = self.search.next_trial()
+            if trial is None:
+                break
+            value = loss(trial.config)
+            self.finish(trial.trial_id, dict(trial.config), value, rows)
+            self.search.on_trial_complete(trial.trial_id, {"eval/loss": value})
+        return len(self.paths.trial_ids())
+
+    def finish(self, name: str, point: Point, value: float, rows: Callable[[float], list[float]] | None) -> None:
+        paths, config = self.paths.trial(name), self.record.info.spec.trial_config(point)
+        best = BestPoint(value=value, step=7, values={"eval/loss": value}, adapter="adapters/step-7")
+        result = TrialResult(
+            trial_id=name, state=TrialState.COMPLETE, config=config, metric="eval/loss", mode="min", best=best,
+            tokens=1000,
+        )  # fmt: skip
+        if math.isinf(value):
+            result = result.model_copy(update={"state": TrialState.FAILED, "best": None, "failure": "diverged"})
+        write_record(paths.config, config)
+        write_record(paths.result, result)
+        if rows is not None:
+            losses = rows(value)
+            paths.adapter(7).mkdir(parents=True)
+            scores = RowScores(losses=losses, hits=[0] * len(losses), tokens=[1] * len(losses))
+            (paths.adapter(7) / SCORES).write_text(scores.model_dump_json())
+
+
+@pytest.fixture
+def simulate(tmp_path: Path, document: dict[str, Any]) -> Callable[..., Simulated]:
+    return lambda **search: Simulated(tmp_path / "sweep", search, document)
+
+
+def bowl(point: Point) -> float:
+    """Return a loss whose minimum, 1, is soon found."""
+    return 1 + 0.05 * math.log10(point[RATE] / 1e-3) ** 2 + 0.01 * (point["lora.rank"] != 16)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "random", "optuna"])
+def test_it_ends_when_another_trial_promises_too_little(algorithm: str, simulate: Callable[..., Simulated]) -> None:
+    sweep = simulate(algorithm=algorithm, stop={"gain": "2%", "min_trials": 8})
+    number = sweep.run(bowl)
+    assert 8 <= number < 40
+    ended = sweep.record.search_ended()
+    assert ended is not None
+    values = [trial.best.value for trial in sweep.record.trials() if trial.best]
+    assert (ended.rule, ended.num_ended, ended.share, ended.tokens) == ("gain", number, 0.02, 1000)
+    assert ended.best == min(values) < 1.02
+    assert ended.expected_gain is not None
+    assert ended.expected_gain < 0.02 * ended.best
+    assert str(ended).startswith(f"the sweep ends itself after {number} trials: another 1,000 tokens are expected to")
+    assert f"less than 2.00%; the best is eval/loss {ended.best:.4g} ({ended.leader})" in str(ended)
+
+
+def test_it_does_not_end_while_there_is_gain_to_have(simulate: Callable[..., Simulated]) -> None:
+    """The loss falls with the rate, faster and faster, up to the end of the axis."""
+    sweep = simulate(algorithm="random", stop={"gain": "0.1%"})
+    assert sweep.run(lambda point: 3 - 0.4 * math.log10(point[RATE] / 1e-5) ** 1.5 / 3, number=20) == 20
+    assert sweep.record.search_ended() is None
+
+
+def test_it_never_ends_before_its_least_number_of_trials(simulate: Callable[..., Simulated]) -> None:
+    assert simulate(stop={"gain": "50%", "min_trials": 5}).run(bowl) == 5
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_leader_that_stands_ends_the_sweep(algorithm: str, simulate: Callable[..., Simulated]) -> None:
+    sweep = simulate(algorithm=algorithm, stop={"unmoved": 4, "min_trials": 3})
+    losses = iter([5.0, 4.0, 3.0, 2.0, 2.5, math.inf, 2.1, 2.6, 1.0])
+    assert sweep.run(lambda _: next(losses)) == 8, "a failed trial counts too"
+    ended = sweep.record.search_ended()
+    assert ended is not None
+    assert (ended.rule, ended.unmoved, ended.best) == ("unmoved", 4, 2.0)
+    assert "none of the last 4 has beaten the best before them" in str(ended)
+
+
+def slightly_better() -> Loss:
+    """Return a loss that falls by a ten-thousandth with each trial."""
+    values = itertools.count(2.0, -1e-4)
+    return lambda _: next(values)
+
+
+def test_a_lead_that_the_held_out_rows_cannot_tell_is_no_move(simulate: Callable[..., Simulated]) -> None:
+    """Rows differ by a hundred times as much as trials do."""
+
+    def noisy(value: float) -> list[float]:
+        return [value + 0.01 * ((7 * i + round(1e4 * value)) % 11 - 5) for i in range(40)]
+
+    sweep = simulate(algorithm="random", stop={"unmoved": 4, "min_trials": 3})
+    assert sweep.run(slightly_better(), noisy) == 5
+
+
+def test_a_lead_that_the_held_out_rows_can_tell_is_a_move(simulate: Callable[..., Simulated]) -> None:
+
+    def exact(value: float) -> list[float]:
+        return [value * (1 + i / 100) for i in range(40)]
+
+    sweep = simulate(algorithm="random", stop={"unmoved": 4, "min_trials": 3})
+    assert sweep.run(slightly_better(), exact, number=15) == 15
+
+
+def test_trials_that_machines_have_lost_say_nothing(simulate: Callable[..., Simulated]) -> None:
+    sweep = simulate(algorithm="random", stop={"unmoved": 4, "min_trials": 3})
+    sweep.run(lambda _: 2.0, number=4)
+    for name in sweep.paths.trial_ids()[1:]:
+        result = next(trial for trial in sweep.record.trials() if trial.trial_id == name)
+        lost = result.model_copy(update={"state": TrialState.FAILED, "failure": "infrastructure"})
+        write_record(sweep.paths.trial(name).result, lost)
+    assert sweep.run(lambda _: 2.0) == 8, "four more after the only one that counts"
+
+
+def test_trials_that_run_count_as_such_and_lost_ones_do_not(
+    simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One further trial runs, and another was lost with an earlier driver."""
+    heard: list[list[Point]] = []
+
+    monkeypatch.setattr(ending, "small_gain", lambda _search, _results, running: heard.append(running))
+    sweep = simulate(algorithm="random", stop={"gain": "1%", "min_trials": 2})
+    rates = {"runs": 2e-3, "lost": 3e-3}
+    for name, state in {"runs": TrialState.RUNNING, "lost": TrialState.CANCELLED}.items():
+        point = {RATE: rates[name], "lora.rank": 8}
+        sweep.finish(name, point, 2.0, None)
+        paths = sweep.paths.trial(name)
+        result = read_trial(paths, sweep.record.info).model_copy(update={"state": state})
+        paths.result.unlink()
+        write_record(paths.progress, result)
+    sweep.run(bowl, number=2)
+    assert heard == [[{RATE: 2e-3, "lora.rank": 8}]]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+@pytest.mark.parametrize("before", [5, 7])
+def test_a_resumed_sweep_ends_where_it_would_have_ended(
+    algorithm: str, before: int, simulate: Callable[..., Simulated], tmp_path: Path
+) -> None:
+    losses = iter([5.0, 4.0, 3.0, 2.0, 2.5, 2.4, 2.1, 2.6, 1.0])
+
+    def loss(_: Point) -> float:
+        return next(losses)
+
+    sweep = simulate(algorithm=algorithm, stop={"unmoved": 4, "min_trials": 3})
+    assert sweep.run(loss, number=before) == before
+    sweep.search.save_to_dir(str(tmp_path), "one")
+    sweep.search = sweep.driver()
+    sweep.search.restore_from_dir(str(tmp_path))
+    assert sweep.run(loss) == 8
+    sweep.search.save_to_dir(str(tmp_path), "two")
+    sweep.search = sweep.driver()
+    sweep.search.restore_from_dir(str(tmp_path))
+    assert sweep.run(loss) == 8, "a sweep that has ended itself draws nothing when it is resumed"
+
+
+def test_the_record_of_an_earlier_driver_holds_even_if_tune_lost_the_last_end(
+    simulate: Callable[..., Simulated], tmp_path: Path
+) -> None:
+    sweep = simulate(algorithm="random", stop={"unmoved": 4, "min_trials": 3})
+    sweep.run(lambda _: 2.0, number=4)
+    sweep.search.save_to_dir(str(tmp_path), "one")
+    assert sweep.run(lambda _: 2.0) == 5
+    sweep.search = sweep.driver()
+    sweep.search.restore_from_dir(str(tmp_path))
+    assert sweep.run(lambda _: 2.0) == 5
