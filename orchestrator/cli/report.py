@@ -16,7 +16,7 @@ from orchestrator.cli.frame import Where, app
 def report(
     sweeps: Annotated[
         list[str],
-        typer.Argument(metavar="SWEEP...", help="Folders of sweeps, or their names under --output."),
+        typer.Argument(metavar="SWEEP", help="Folders of sweeps, or their names under --output."),
     ],
     open_: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     format: Annotated[

@@ -106,9 +106,11 @@ def rungs(data: SweepData) -> "Figure | str":
     import plotly.graph_objects as go
 
     said = {(each.trial_id, each.step): (each.action, each.why) for each in data.decisions if each.action != "chosen"}
-    steps = _compared_steps(data, {step for _, step in said})
     if not said:
         return "no trial was stopped, paused or cloned"
+    steps = _compared_steps(data, {step for _, step in said})
+    if not steps:
+        return "no trial has an evaluation"
     groups: dict[str, list[tuple[int, float, str]]] = {}
     for trial in data.trials:
         for point in data.evaluations(trial.trial_id, data.metric):
