@@ -29,7 +29,7 @@ class Importance:
 
     field: str
     share: float
-    """Share of the importance of all fields by PED-ANOVA, 0 to 1."""
+    """Share of the importance of all fields by PED-ANOVA, 0 to 1: mean over bootstrap draws."""
     share_low: float
     share_high: float
     """Bounds of the bootstrap `CONFIDENCE` interval of the share."""
@@ -90,22 +90,34 @@ def _holm(p_values: dict[str, float]) -> set[str]:
 
 
 def _shares(axes: dict[str, Axis], outcomes: Outcomes, sign: int) -> dict[str, tuple[float, float, float]]:
-    """Return share, low and high of each field."""
-    costs = [sign * each.value for each in outcomes.known]
-    worst = max(costs)
+    """Return share, low and high of each field: mean and interval over draws of the trials and of their forecasts."""
     trials = [each.trial for each in outcomes.known] + outcomes.diverged
-    costs += [worst + 1.0] * len(outcomes.diverged)
     points = [{name: trial.config.varied[name] for name in axes if name in trial.config.varied} for trial in trials]
     with _quiet_optuna():
-        frozen = [_optuna_trial(axes, point, cost) for point, cost in zip(points, costs, strict=True)]
-        whole = _ped_anova(list(axes), frozen)
         random, draws = np.random.default_rng(0), []
-        for _ in range(max(10, min(RESAMPLES, _MOST_DRAWN // len(frozen)))):
-            drawn = random.integers(len(frozen), size=len(frozen))
-            draws.append(_ped_anova(list(axes), [frozen[i] for i in drawn]))
+        for _ in range(max(10, min(RESAMPLES, _MOST_DRAWN // len(trials)))):
+            costs = _drawn_costs(outcomes, sign, random)
+            drawn = random.integers(len(trials), size=len(trials))
+            draws.append(_ped_anova(list(axes), [_optuna_trial(axes, points[i], costs[i]) for i in drawn]))
     tail = (1 - CONFIDENCE) / 2
-    bounds = {name: np.quantile([draw[name] for draw in draws], (tail, 1 - tail)) for name in axes}
-    return {name: (whole[name], float(bounds[name][0]), float(bounds[name][1])) for name in axes}
+    found = {name: np.array([draw[name] for draw in draws]) for name in axes}
+    return {
+        name: (float(each.mean()), float(np.quantile(each, tail)), float(np.quantile(each, 1 - tail)))
+        for name, each in found.items()
+    }
+
+
+def _drawn_costs(outcomes: Outcomes, sign: int, random: np.random.Generator) -> list[float]:
+    """Return costs, lower is better: a forecast is drawn from its distribution; diverged trials are the worst."""
+    best = min(each.value for each in outcomes.known)
+    costs = []
+    for each in outcomes.known:
+        value = each.value
+        if each.is_forecast and each.trial.best:
+            drawn = value * float(np.exp(np.clip(each.log_sd * random.standard_normal(), -50, 50)))
+            value = min(max(drawn, best), each.trial.best.value)
+        costs.append(sign * value)
+    return costs + [max(costs) + 1.0] * len(outcomes.diverged)
 
 
 def _optuna_trial(axes: dict[str, Axis], point: dict[str, Any], cost: float) -> Any:

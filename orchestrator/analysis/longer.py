@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from orchestrator.analysis.outcomes import forecast_trials
+from orchestrator.analysis.outcomes import Z95, forecast_trials, widening
 from orchestrator.analysis.sweep_data import LOSS, SweepData
 from orchestrator.record import TrialState
 from orchestrator.sweep.schedulers.forecast.law import Plan
@@ -15,8 +15,9 @@ from orchestrator.sweep.schedulers.forecast.verdicts import teaching_curves
 
 WORTH: Final = 0.02
 """Relative gain in loss above which twice the steps count as a help."""
-_Z95: Final = 1.96
 _RISEN: Final = 0.01
+_WIDE: Final = 4.0
+"""Ratio of the ends of an interval above which a forecast says too little."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Longer:
     """Bounds of the 95% interval of the forecast."""
     chance: float
     """Chance that twice the steps lower the loss by `WORTH` or more."""
+    widened: float
+    """Factor by which the interval was widened, because this sweep's own forecasts were off by more than they said."""
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the interval is too wide to say anything."""
+        return self.high > _WIDE * self.low
 
     @property
     def has_risen(self) -> bool:
@@ -62,7 +70,8 @@ def find_longer(data: SweepData) -> Longer | str:
     plans = [each.plan for each in trials]
     plans[at] = twice(trial.plan)
     found = forecast(plans, curves, teaching_curves(trials, curves))
-    mean, sd = float(found.mean[at]), float(found.sd()[at])
+    factor = widening(trials, len(trial.losses) // 2)  # from half-way to the end, as from the end to twice the steps
+    mean, sd = float(found.mean[at]), factor * float(found.sd()[at])
     last, lowest = math.log(float(trial.losses[-1])), int(trial.losses.argmin())
     margin = last + math.log(1 - WORTH) - mean
     return Longer(
@@ -71,9 +80,10 @@ def find_longer(data: SweepData) -> Longer | str:
         lowest=float(trial.losses[lowest]),
         lowest_step=int(trial.plan.steps[lowest]),
         forecast=math.exp(mean),
-        low=math.exp(mean - _Z95 * sd),
-        high=math.exp(mean + _Z95 * sd),
+        low=math.exp(mean - Z95 * sd),
+        high=math.exp(mean + Z95 * sd),
         chance=0.5 * math.erfc(-margin / math.sqrt(2) / max(sd, 1e-9)),
+        widened=factor,
     )
 
 

@@ -110,7 +110,7 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
             steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", _sweep(data)))
         return steps
     steps += [step for edge in _worth_following(edges, found) if (step := _beyond(data, edge))]
-    if isinstance(longer, Longer) and longer.chance >= 0.5 and not longer.has_risen:
+    if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
         steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
     is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
     if is_tied and data.info.spec.search.repeats == 1 and data.info.spec.search.total_trials > 1:
@@ -184,15 +184,25 @@ def _longer_trial(data: SweepData, steps: int) -> str:
     values = {name: value for name, value in leader.config.varied.items() if name not in tied or name == RATE}
     sets = [f"{name}={_yaml(value)}" for name, value in values.items() if name != "training.steps"]
     sets += [f"{name}={_yaml(leader.config.varied[name])}" for name in tied if name in leader.config.varied]
-    return _command("trial", _file(data), [*_overrides(data), *dict.fromkeys(sets), f"training.steps={steps}"])
+    return _command(
+        "trial",
+        _file(data),
+        [*_overrides(data, "search", "scheduler"), *dict.fromkeys(sets), f"training.steps={steps}"],
+    )
 
 
 def _sweep(data: SweepData, *sets: str) -> str:
-    return _command("sweep", _file(data), [*_overrides(data), *sets])
+    replaced = {each.partition("=")[0] for each in sets}
+    kept = [each for each in _overrides(data) if each.partition("=")[0] not in replaced]
+    return _command("sweep", _file(data), [*kept, *sets])
 
 
-def _overrides(data: SweepData) -> list[str]:
-    return list(data.info.source.overrides) if data.info.source else []
+def _overrides(data: SweepData, *without: str) -> list[str]:
+    """Return the overrides of the sweep, without those of the sections that a trial by itself does not use."""
+    given = data.info.source.overrides if data.info.source else []
+    return [
+        each for each in given if not each.startswith(tuple(f"{section}{end}" for section in without for end in ".="))
+    ]
 
 
 def _file(data: SweepData) -> str:

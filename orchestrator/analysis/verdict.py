@@ -3,11 +3,14 @@
 Each answer gives its numbers. Where the records do not hold the evidence, it says that this cannot be said, and why.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Final
 
 from orchestrator.analysis.cost import Cost, find_cost
+from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
 from orchestrator.analysis.next_step import Edge, Step, find_edges, next_steps
@@ -19,6 +22,9 @@ from orchestrator.record import OPEN, TrialState
 from orchestrator.report.tables import duration
 from orchestrator.spec.sections.scheduler import Population
 from orchestrator.words import counted
+
+_MUCH: Final = 1.2
+"""Widening of forecast intervals that is worth a sentence."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def find_verdict(data: SweepData) -> Verdict:
         Answer("Which trial won?", list(_winner(data))),
         Answer("How sure is the winner?", list(_certainty(data))),
         Answer("What mattered?", list(_mattered(data, found))),
-        Answer("Do the best trials touch the edge of a range?", list(_edges(data, edges))),
+        Answer("Do the best trials touch the edge of a range?", list(_edges(data, edges, found))),
         Answer("Would longer training help?", list(_longer(data, longer))),
         Answer("What did it cost?", list(_cost(data, cost))),
     ]
@@ -101,6 +107,18 @@ def _winner(data: SweepData) -> Iterator[str]:
         )
     if data.choice is None:
         yield f"No adapter can be recommended: {data.why_no_choice}."
+    yield from _failed(data)
+
+
+def _failed(data: SweepData) -> Iterator[str]:
+    causes = Counter(
+        (trial.failure or "unknown cause").replace("_", " ")
+        for trial in data.trials
+        if trial.state == TrialState.FAILED
+    )
+    if causes:
+        named = listed([f"{number} {cause}" for cause, number in causes.most_common()])
+        yield f"{causes.total()} of {counted(len(data.trials), 'trial')} failed: {named}."
 
 
 def _certainty(data: SweepData) -> Iterator[str]:
@@ -174,6 +192,7 @@ def _on_new_rows(data: SweepData) -> str:
 
 
 def _mattered(data: SweepData, found: Importances) -> Iterator[str]:
+    yield from _divergence(data, found)
     if found.why_none:
         yield f"Cannot be said: {found.why_none}."
         return
@@ -196,6 +215,23 @@ def _mattered(data: SweepData, found: Importances) -> Iterator[str]:
     yield from _how_trials_count(data, found)
 
 
+def _divergence(data: SweepData, found: Importances) -> Iterator[str]:
+    """Name the fields whose highest or lowest values alone have diverged."""
+    diverged, others = found.outcomes.diverged, [each.trial for each in found.outcomes.known]
+    for name, axis in data.info.spec.search.space.items() if diverged and others else []:
+        if coordinate_of(axis).is_category:
+            continue
+        bad = [trial.config.varied[name] for trial in diverged if name in trial.config.varied]
+        good = [trial.config.varied[name] for trial in others if name in trial.config.varied]
+        if bad and good and (min(bad) > max(good) or max(bad) < min(good)):
+            side, edge, inside = (
+                ("or more", min(bad), f"the highest that did not is {say_short(max(good))}")
+                if min(bad) > max(good)
+                else ("or less", max(bad), f"the lowest that did not is {say_short(min(good))}")
+            )
+            yield f"{counted(len(bad), 'trial')} diverged, all with {name} of {say_short(edge)} {side}; {inside}."
+
+
 def _how_trials_count(data: SweepData, found: Importances) -> Iterator[str]:
     num_forecast = sum(each.is_forecast for each in found.outcomes.known)
     if num_forecast:
@@ -211,7 +247,7 @@ def _how_trials_count(data: SweepData, found: Importances) -> Iterator[str]:
         yield "Values changed while trials trained (PBT); each counts with its last values."
 
 
-def _edges(data: SweepData, edges: list[Edge]) -> Iterator[str]:
+def _edges(data: SweepData, edges: list[Edge], found: Importances) -> Iterator[str]:
     if data.leader is None:
         yield "Cannot be said: there is no winner."
     elif not data.fields():
@@ -220,9 +256,10 @@ def _edges(data: SweepData, edges: list[Edge]) -> Iterator[str]:
         yield "No: the best trials lie inside every range."
     for edge in edges:
         values = sorted({say_short(value) for value in edge.values})
+        is_shown = any(each.field == edge.field and each.matters for each in found.fields)
         yield (
             f"Yes: {edge.field} {listed(values)} is at the {edge.side} end of its range ({say_short(edge.limit)}); "
-            "better values may lie beyond it."
+            "better values may lie beyond it" + ("." if is_shown else ", though no effect of it can be shown.")
         )
 
 
@@ -236,15 +273,32 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
             f"({say_number(longer.lowest)}) and rose to {say_number(longer.loss)}; it overfits."
         )
         return
+    interval = f"{say_number(longer.low)} to {say_number(longer.high)}"
+    if longer.is_unsure:
+        yield (
+            f"Cannot be said: with {2 * longer.steps} steps instead of {longer.steps}, the leader's loss "
+            f"({say_number(longer.loss)} now) is forecast to be anywhere in {interval}."
+        )
+        yield from _how_wide(longer)
+        return
     verdict = "Probably" if longer.chance >= 0.8 else "Perhaps" if longer.chance >= 0.2 else "Hardly"
     yield (
         f"{verdict}: with {2 * longer.steps} steps instead of {longer.steps}, the leader's loss is forecast to be "
-        f"{say_number(longer.forecast)} ({CONFIDENCE:.0%} interval {say_number(longer.low)} to "
-        f"{say_number(longer.high)}), from {say_number(longer.loss)} now. The chance that it falls by {WORTH:.0%} or "
+        f"{say_number(longer.forecast)} ({CONFIDENCE:.0%} interval {interval}), "
+        f"from {say_number(longer.loss)} now. The chance that it falls by {WORTH:.0%} or "
         f"more is {longer.chance:.0%}."
     )
+    yield from _how_wide(longer)
     if data.metric != "eval/loss":
         yield f"What that does to {data.metric} cannot be said: only the loss can be forecast."
+
+
+def _how_wide(longer: Longer) -> Iterator[str]:
+    if longer.widened > _MUCH:
+        yield (
+            f"The interval is {longer.widened:.1f} times as wide as the forecast's own, because forecasts of this "
+            "sweep's trials from half-way were off by that much."
+        )
 
 
 def _cost(data: SweepData, cost: Cost) -> Iterator[str]:

@@ -8,7 +8,7 @@ from orchestrator.analysis.importance import Importances
 from orchestrator.analysis.outcomes import Outcome, Outcomes
 from orchestrator.analysis.sweep_data import LOSS, SweepData
 from orchestrator.analysis.wording import say_effect, say_short
-from orchestrator.page.style import BLUE, SCALE, log_axis, log_ticks, plain
+from orchestrator.page.style import BLUE, GRAY, SCALE, log_axis, log_ticks, plain
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -128,7 +128,9 @@ def effects(data: SweepData, found: Importances) -> "Figure | str":
             low, high = (float(value) for value in data.info.spec.search.space[name].probes())
             figure.update_xaxes(**log_axis([low, high]), row=row, col=column)
         if is_log:
-            figure.update_yaxes(**log_axis([each.value for each in known]), row=row, col=column)
+            values = [each.value for each in known]
+            span = [math.log10(min(values)) - 0.15, math.log10(max(values)) + 0.15]
+            figure.update_yaxes(**log_axis(values), range=span, row=row, col=column)
         if column == 1:
             figure.update_yaxes(title=plain(data.metric), row=row, col=column)
     figure.update_layout(showlegend=False, height=90 + 250 * rows, margin={"t": 50})
@@ -141,7 +143,10 @@ def _panel(data: SweepData, name: str, known: list[Outcome]) -> Any:
     shown = [each for each in known if name in each.trial.config.varied]
     coordinate = coordinate_of(data.info.spec.search.space[name])
     values = [each.trial.config.varied[name] for each in shown]
+    up, down = ([each.value * abs(math.expm1(sign * each.log_sd)) for each in shown] for sign in (1, -1))
+    error = {"symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 0, "color": GRAY}
     return go.Scatter(
+        error_y=error if any(each.log_sd for each in shown) else None,
         x=[plain(say_short(value)) for value in values] if coordinate.values else values,
         y=[each.value for each in shown],
         text=[plain(each.trial.trial_id) for each in shown],

@@ -54,7 +54,8 @@ FIGURES: Final = (
     Drawn(
         "effects",
         "Each field against the outcome",
-        "Filled: measured at the end. Hollow: stopped early, with the value forecast for the end.",
+        "Filled: measured at the end. Hollow: stopped early, with the value forecast for the end and its standard "
+        "deviation; a forecast counts as no better than the best value measured.",
         lambda data, found: fields.effects(data, found),
     ),
     Drawn(

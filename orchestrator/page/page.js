@@ -37,15 +37,23 @@
 
   const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
-  const drawNext = (queue) => {
-    if (queue.length === 0) { document.body.dataset.drawn = "all"; return; }
-    const element = queue.shift();
+  /* A figure is drawn when it comes near the window, so that a page with many of them opens at once. */
+  const waiting = new Set(elements);
+  const draw = (element) => {
+    if (!waiting.delete(element)) return;
+    near.unobserve(element);
     const plot = plots[element.dataset.plot];
-    Plotly.newPlot(element, plot.data, layoutOf(plot), config).then(() => setTimeout(() => drawNext(queue), 0));
+    Plotly.newPlot(element, plot.data, layoutOf(plot), config).then(() => { element.dataset.drawn = "yes"; });
   };
+  const near = new IntersectionObserver(
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
+    { rootMargin: "300px" },
+  );
+  elements.forEach((element) => near.observe(element));
+  window.addEventListener("beforeprint", () => elements.forEach(draw));
 
   dark.addEventListener("change", () => {
-    for (const element of elements) {
+    for (const element of elements.filter((each) => !waiting.has(each))) {
       const plot = plots[element.dataset.plot];
       Plotly.react(element, plot.data, layoutOf(plot), config);
     }
@@ -83,5 +91,5 @@
     }
   });
 
-  drawNext([...elements]);
+  document.body.dataset.ready = "yes";
 })();

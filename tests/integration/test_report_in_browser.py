@@ -67,7 +67,14 @@ class Opened:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri(), wait_until="commit")
-        self.page.wait_for_function("document.body?.dataset.drawn === 'all'", timeout=120_000)
+        self.page.wait_for_function("document.body?.dataset.ready === 'yes'", timeout=120_000)
+
+    def draw(self, *names: str) -> None:
+        """Scroll to figures, and wait until they are drawn."""
+        for name in names or [figure.name for figure in FIGURES]:
+            plot = self.page.locator(f"#plot-0-{name}")
+            plot.scroll_into_view_if_needed()
+            self.page.locator(f"#plot-0-{name}[data-drawn=yes]").wait_for(timeout=120_000)
 
     def _hear(self, message: Any) -> None:
         if message.type == "error":
@@ -76,6 +83,7 @@ class Opened:
 
 def test_every_figure_is_drawn_without_an_error_and_without_network(browser: Any, small: Path) -> None:
     opened = Opened(browser, small, DESKTOP)
+    opened.draw()
     for figure in FIGURES:
         plot = opened.page.locator(f"#plot-0-{figure.name}")
         assert plot.locator(".main-svg").count() >= 1, figure.name
@@ -89,18 +97,17 @@ def test_every_figure_is_drawn_without_an_error_and_without_network(browser: Any
 
 
 def test_a_report_of_500_trials_opens_within_2_seconds(browser: Any, large: Path) -> None:
-    """Processor time of the page's process counts: other work on the machine does not slow it."""
+    """Text, tables and the figures in view are there. Processor time counts, as the machine has other work."""
     opened = Opened(browser, large, DESKTOP)
+    opened.draw("curves")
     session = opened.page.context.new_cdp_session(opened.page)
     session.send("Performance.enable")
     metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
     assert opened.faults == []
     assert opened.page.locator("#leaders-0 tbody tr").count() == 500
     assert opened.page.locator("#leaders-0 tbody tr:visible").count() == 20
-    first_seen = opened.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    print(f"first paint {first_seen / 1000:.2f} s, processor {metrics['ProcessTime']:.2f} s")
-    assert first_seen / 1000 < OPEN_SECONDS
-    assert metrics["ProcessTime"] < 2 * OPEN_SECONDS
+    print(f"500 trials: {metrics['ProcessTime']:.2f} s of the processor")
+    assert metrics["ProcessTime"] < OPEN_SECONDS
 
 
 def test_a_click_on_a_head_sorts_both_ways(browser: Any, large: Path) -> None:
@@ -123,9 +130,10 @@ def test_a_click_on_a_head_sorts_both_ways(browser: Any, large: Path) -> None:
 
 
 def test_hovering_over_a_curve_names_its_trial(browser: Any, small: Path) -> None:
-    page = Opened(browser, small, DESKTOP).page
+    opened = Opened(browser, small, DESKTOP)
+    opened.draw("curves")
+    page = opened.page
     plot = page.locator("#plot-0-curves")
-    plot.scroll_into_view_if_needed()
     point = plot.locator("path.point").last
     box = point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -136,7 +144,9 @@ def test_hovering_over_a_curve_names_its_trial(browser: Any, small: Path) -> Non
 
 
 def test_buttons_change_the_unit_of_the_curves(browser: Any, small: Path) -> None:
-    page = Opened(browser, small, DESKTOP).page
+    opened = Opened(browser, small, DESKTOP)
+    opened.draw("curves")
+    page = opened.page
     for label, last in (("tokens", 20_000), ("GPU seconds", 10), ("optimizer steps", 200)):
         page.locator("#plot-0-curves .updatemenu-button", has_text=label).click()
         longest = "Math.max(...document.getElementById('plot-0-curves').data.flatMap((t) => t.x))"
@@ -149,6 +159,7 @@ def test_the_page_fits_its_width_and_its_colors_follow_the_scheme(
     browser: Any, small: Path, size: dict[str, int], scheme: str
 ) -> None:
     opened = Opened(browser, small, size, scheme)
+    opened.draw()
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size["width"]
     brightness = "getComputedStyle(document.{}).{}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
     background = opened.page.evaluate(brightness.format("body", "backgroundColor"))
@@ -164,7 +175,9 @@ def test_the_page_fits_its_width_and_its_colors_follow_the_scheme(
 
 
 def test_figures_follow_a_change_of_the_scheme(browser: Any, small: Path) -> None:
-    page = Opened(browser, small, DESKTOP, "light").page
+    opened = Opened(browser, small, DESKTOP, "light")
+    opened.draw("importances")
+    page = opened.page
     fill = "getComputedStyle(document.querySelector('#plot-0-importances .ytick text')).fill"
     light = page.evaluate(fill)
     page.emulate_media(color_scheme="dark")

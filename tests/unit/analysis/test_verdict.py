@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def test_a_tie_is_not_called_a_lead(tmp_path: Path) -> None:
     scores = record.adapter_path(first) / "held_out.json"
     rows = RowScores.model_validate_json(scores.read_text())
     nudged = [loss * (1.02 if i % 2 else 0.985) for i, loss in enumerate(rows.losses)]
-    (record.adapter_path(second) / "held_out.json").write_text(
-        rows.model_copy(update={"losses": nudged}).model_dump_json()
-    )
+    nudged_rows = rows.model_copy(update={"losses": nudged})
+    (record.adapter_path(second) / "held_out.json").write_text(nudged_rows.model_dump_json())
     sure = said(find_verdict(data_of(paths)), SURE)
     assert sure.startswith("Not very: on the 40 held-out rows 1 trial cannot be told apart from it: " + second.trial_id)
 
@@ -80,8 +80,8 @@ def test_test_rows_and_their_optimism_are_told(tmp_path: Path) -> None:
     rows = RowScores(losses=[1.0] * 20, hits=[1] * 20, tokens=[4] * 20)
     write_record(paths.test, TestScore(trial_id=best.trial_id, step=200, scores=rows, held_out={"eval/loss": 0.2}))
     assert (
-        f"On 20 test rows, which no decision has seen, {best.trial_id} has loss 0.25 (95% interval 0.25 to 0.25), +0.05 "
-        "against the held-out rows."
+        f"On 20 test rows, which no decision has seen, {best.trial_id} has loss 0.25 (95% interval 0.25 to 0.25), "
+        "+0.05 against the held-out rows."
     ) in said(find_verdict(data_of(paths)), SURE)
 
 
@@ -125,8 +125,9 @@ def test_longer_helps_a_curve_that_still_falls_and_not_one_that_rises(tmp_path: 
     assert said(find_verdict(data_of(paths)), LONGER).startswith(f"{word}: with 400 steps instead of 200")
     lines = paths.trial(best.trial_id).metrics.read_text().splitlines()
     at_100 = yaml.safe_load(lines[4])["values"]["eval/loss"]
-    lines = [line if i < 5 else line.replace(str(yaml.safe_load(line)["values"]["eval/loss"]), str(at_100 * (1 + i / 50)))
-             for i, line in enumerate(lines)]  # fmt: skip
+    losses = [str(yaml.safe_load(line)["values"]["eval/loss"]) for line in lines]
+    for i in range(5, len(lines)):
+        lines[i] = lines[i].replace(losses[i], str(at_100 * (1 + i / 50)))
     paths.trial(best.trial_id).metrics.write_text("\n".join(lines) + "\n")
     assert best.best is not None
     change(paths, best.trial_id, best=best.best.model_copy(update={"value": at_100 * 0.5}))
@@ -192,7 +193,7 @@ def test_every_command_is_one_that_the_project_takes(tmp_path: Path) -> None:
     for command in commands:
         assert command[0] == "orchestrator"
         if command[1] in ("sweep", "trial"):
-            sets = [word for before, word in zip(command, command[1:], strict=False) if before == "--set"]
+            sets = [word for before, word in pairwise(command) if before == "--set"]
             spec = load_spec(command[2], sets)
             if command[1] == "trial":
                 best = read_sweep(paths.root).trials()[0].config

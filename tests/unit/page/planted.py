@@ -113,7 +113,7 @@ def _write_trial(
     stopped = f"forecast: too slow, loss {best.value:.3g} at step {end}" if state == "STOPPED" else None
     result = TrialResult(
         trial_id=name, state=TrialState(state), config=config, metric="eval/loss", mode="min",
-        best=None if is_failed else best, step=end, total_steps=STEPS, tokens=100 * end, tokens_per_second=1000.0 + place,
+        best=None if is_failed else best, step=end, total_steps=STEPS, tokens=100 * end, tokens_per_second=1e3 + place,
         peak_memory_gib=1.5, seconds=end / 10, gpu_seconds=end / 20, device="NVIDIA H200", worker=f"host:{place % 2}",
         started=start.isoformat(), ended=(start + timedelta(seconds=end / 10)).isoformat(), stopped=stopped,
         error=f"loss is NaN {HTML} {SCRIPT}" if is_failed else None, failure="diverged" if is_failed else None,
