@@ -24,7 +24,7 @@ class Cell:
 
     text: str
     key: float | str
-    """By what the column is sorted."""
+    """Sort key within its column."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ import typer
 from orchestrator.cli.frame import Where, app
 
 
-@app.command(
-    epilog="Examples: orchestrator report runs/demo --open; orchestrator report runs/a runs/b --to both.html; "
-    "orchestrator report runs/demo --format csv"
-)
+@app.command(epilog="Example: orchestrator report runs/demo --open")
 def report(
     sweeps: Annotated[
         list[str],
@@ -39,9 +36,10 @@ def report(
     ] = None,
     output: Where = "runs",
 ) -> None:
-    """Write what a sweep has shown: the verdict, figures, and how to go on.
+    """Write a page that says what a sweep has shown.
 
-    The page is one file that needs no network. Several sweeps are compared.
+    It has the verdict in words, figures, and what to try next. It is one file that needs no network. Several sweeps
+    are compared.
     """
     from orchestrator.analysis.sweep_data import read_data
     from orchestrator.deploy import open_sweep
