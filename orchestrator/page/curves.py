@@ -1,5 +1,6 @@
 """Figures of the metric over time: learning curves, and where trials were compared."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from orchestrator.analysis.sweep_data import LOSS, SweepData
@@ -17,16 +18,38 @@ _MOST_COMPARED: Final = 24
 
 def learning_curves(data: SweepData) -> "Figure | str":
     """Return the curves of the metric, with buttons for steps, tokens and time."""
-    import plotly.graph_objects as go
-
     shown = [trial for trial in data.trials if data.evaluations(trial.trial_id, data.metric)]
     if not shown:
         return "no trial has an evaluation"
     has_gpu = any(trial.gpu_seconds for trial in shown)
-    units = {"step": "optimizer steps", "tokens": "tokens", "time": "GPU seconds" if has_gpu else "seconds of work"}
     leaders, others = shown[: len(LEADERS)], shown[len(LEADERS) :]
     traces = [_gray(data, others, has_gpu)] if others else []
     traces += [_curve(data, trial, color, has_gpu) for trial, color in zip(leaders, LEADERS, strict=False)][::-1]
+    return _by_unit(traces, has_gpu, {"title": plain(data.metric)} | _value_axis([data]))
+
+
+def leaders_compared(sweeps: Sequence[SweepData]) -> "Figure | str":
+    """Return the curve of each sweep's leader, with buttons for steps, tokens and time."""
+    if len({data.metric for data in sweeps}) > 1:
+        return "the sweeps have different metrics"
+    found = [(data, data.leader) for data in sweeps]
+    led = [(data, leader) for data, leader in found if leader and data.evaluations(leader.trial_id, data.metric)]
+    if not led:
+        return "no sweep has a trial that has finished"
+    has_gpu = all(leader.gpu_seconds for _, leader in led)
+    traces = []
+    for place, (data, leader) in enumerate(led):
+        trace = _curve(data, leader, LEADERS[place % len(LEADERS)], has_gpu)
+        trace["of"]["name"] = f"{plain(data.name)}: {plain(leader.trial_id)}"
+        traces.append(trace)
+    return _by_unit(traces, has_gpu, {"title": plain(led[0][0].metric)} | _value_axis([data for data, _ in led]))
+
+
+def _by_unit(traces: Sequence[dict[str, Any]], has_gpu: bool, y_axis: dict[str, Any]) -> "Figure":
+    """Return a figure of curves with buttons that change the unit of the x axis."""
+    import plotly.graph_objects as go
+
+    units = {"step": "optimizer steps", "tokens": "tokens", "time": "GPU seconds" if has_gpu else "seconds of work"}
     figure = go.Figure([go.Scatter(x=trace["x"]["step"], **trace["of"]) for trace in traces])
     buttons = [
         {
@@ -41,7 +64,8 @@ def learning_curves(data: SweepData) -> "Figure | str":
         updatemenus=[menu | {"yanchor": "bottom", "showactive": True}],
         hovermode="closest",
         xaxis_title=units["step"],
-        yaxis={"title": plain(data.metric)} | _value_axis(data),
+        yaxis=y_axis,
+        showlegend=True,
         legend={"orientation": "h", "y": -0.22, "traceorder": "reversed"},
         height=480,
         margin={"t": 60},
@@ -144,7 +168,7 @@ def rungs(data: SweepData) -> "Figure | str":
             "ticktext": [f"{step}<br>{total} there" for step, total in zip(steps, totals, strict=True)],
             "title": "optimizer step",
         },
-        yaxis={"title": plain(data.metric)} | _value_axis(data),
+        yaxis={"title": plain(data.metric)} | _value_axis([data]),
         legend={"orientation": "h", "y": 1.08},
         height=440,
     )
@@ -174,7 +198,8 @@ def _wrapped(text: str, width: int = 70) -> str:
     return "<br>".join(plain(line) for line in textwrap.wrap(text, width))
 
 
-def _value_axis(data: SweepData) -> dict[str, Any]:
+def _value_axis(sweeps: Sequence[SweepData]) -> dict[str, Any]:
     """Return the settings of the metric's axis: logarithmic for a loss."""
-    values = [p.values[data.metric] for t in data.trials for p in data.evaluations(t.trial_id, data.metric)]
-    return log_axis(values) if data.metric == LOSS and min(values) > 0 else {}
+    metric = sweeps[0].metric
+    values = [p.values[metric] for data in sweeps for t in data.trials for p in data.evaluations(t.trial_id, metric)]
+    return log_axis(values) if metric == LOSS and min(values) > 0 else {}

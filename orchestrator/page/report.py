@@ -10,7 +10,7 @@ from typing import Any, Literal
 from orchestrator.analysis.frames import curves_frame, decisions_frame, importances_frame, save_tables, trials_frame
 from orchestrator.analysis.importance import find_importances
 from orchestrator.analysis.sweep_data import SweepData
-from orchestrator.page.sections import comparison, comparison_notes, sections_of
+from orchestrator.page.sections import compared_leaders, comparison, comparison_notes, sections_of
 from orchestrator.record.files import write_atomic
 from orchestrator.record.versions import installed_versions
 
@@ -55,17 +55,21 @@ def html_page(sweeps: Sequence[SweepData]) -> str:
     from plotly.offline import get_plotlyjs
 
     parts = [sections_of(data) for data in sweeps]
+    compared = compared_leaders(parts) if len(parts) > 1 else None
     plots = {
         f"{number}-{plot.name}": json.loads(plot.json)
         for number, part in enumerate(parts)
         for plot in part.plots
         if plot.json is not None
     }
+    if compared is not None and compared.json is not None:
+        plots["all-leaders"] = json.loads(compared.json)
     rendered: str = (
         _environment()
         .get_template("page.html.jinja")
         .render(
             **_common(parts),
+            compared=compared,
             style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
             script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
             plotly=get_plotlyjs().replace("</script", "<\\/script"),

@@ -11,6 +11,7 @@ from orchestrator.analysis.next_step import reproduce_command
 from orchestrator.analysis.sweep_data import SweepData, value_of
 from orchestrator.analysis.verdict import Verdict, find_verdict
 from orchestrator.analysis.wording import say_number, say_short
+from orchestrator.page.curves import leaders_compared
 from orchestrator.page.figures import FIGURES, figure_height
 from orchestrator.record import OPEN, TrialState
 from orchestrator.report.tables import duration
@@ -88,7 +89,10 @@ def sections_of(data: SweepData, with_figures: bool = True) -> SweepSections:
         state=_state(data),
         verdict=verdict,
         leaders=_leaders(data),
-        plots=[_plot(each, data, verdict) for each in FIGURES] if with_figures else [],
+        plots=[
+            _plot(each.name, each.title, each.note, each.draw(data, verdict.importances))
+            for each in (FIGURES if with_figures else ())
+        ],
         failures=_failures(data),
         warnings=_warnings(data),
         reproduce=reproduce_command(data),
@@ -204,12 +208,18 @@ def _table(columns: list[str], rows: list[list[Cell]]) -> Table:
     return Table(columns, rows, kinds)
 
 
-def _plot(figure: Any, data: SweepData, verdict: Verdict) -> Plot:
-    drawn = figure.draw(data, verdict.importances)
+def compared_leaders(sweeps: Sequence[SweepSections]) -> Plot:
+    """Return the curves of the sweeps' leaders in one figure."""
+    drawn = leaders_compared([each.data for each in sweeps])
+    return _plot("leaders", "The leaders of the sweeps", "The curve of each sweep's best trial.", drawn)
+
+
+def _plot(name: str, title: str, note: str, drawn: Any) -> Plot:
+    """Return a figure for the page, or the reason why there is none."""
     if isinstance(drawn, str):
-        return Plot(figure.name, figure.title, figure.note, None, 0, drawn)
+        return Plot(name, title, note, None, 0, drawn)
     drawn.update_layout(template=None)
-    return Plot(figure.name, figure.title, figure.note, drawn.to_json(), figure_height(drawn), "")
+    return Plot(name, title, note, drawn.to_json(), figure_height(drawn), "")
 
 
 def _failures(data: SweepData) -> list[Failure]:

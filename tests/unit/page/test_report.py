@@ -111,7 +111,12 @@ def test_several_sweeps_are_compared(tmp_path: Path) -> None:
     best = min(values, key=lambda name: values[name].value)  # type: ignore[union-attr]
     assert f"Best is {best} with eval/loss" in words
     assert "two differs from one in: search.num_trials (6 / 8), search.repeats (1 / 2)." in words
-    assert {name[0] for name in plots_of(page)} == {"0", "1"}
+    plots = plots_of(page)
+    assert {name.partition("-")[0] for name in plots} == {"0", "1", "all"}
+    leaders = {paths.name: read_sweep(paths.root).trials()[0].trial_id for paths in (one, two)}
+    drawn = plots["all-leaders"]
+    assert isinstance(drawn, dict)
+    assert [trace["name"] for trace in drawn["data"]] == [f"{name}: {trial}" for name, trial in leaders.items()]
 
 
 @pytest.mark.parametrize("odd", ["empty", "one", "failed", "running", "damaged", "nan", "no adapters", "early version"])
