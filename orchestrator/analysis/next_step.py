@@ -126,10 +126,10 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
 
 
 def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
-    """Return the edges of fields that matter; if none is known to, that of the most important one."""
+    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field."""
     order = {each.field: place for place, each in enumerate(found.fields)}
     matters = {each.field for each in found.fields if each.matters}
-    ranked = sorted(edges, key=lambda edge: order.get(edge.field, len(order)))
+    ranked = sorted(edges, key=lambda edge: (edge.field != RATE, order.get(edge.field, len(order))))
     return [edge for edge in ranked if edge.field in matters] if matters else ranked[:1]
 
 

@@ -133,6 +133,7 @@ def effects(data: SweepData, found: Importances) -> "Figure | str":
             figure.update_yaxes(**log_axis(values), range=span, row=row, col=column)
         if column == 1:
             figure.update_yaxes(title=plain(data.metric), row=row, col=column)
+    figure.update_annotations(font_size=13)
     figure.update_layout(showlegend=False, height=90 + 250 * rows, margin={"t": 50})
     return figure
 
