@@ -6,8 +6,7 @@ The public API, with the same steps as the command line:
 
     spec = load_spec("experiments/demo.yaml", ["search.num_trials=2"])
     sweep = run(spec, name="first")
-    for trial in sweep.trials():
-        print(trial.trial_id, trial.state, trial.config.varied)
+    print(sweep.trials()[["trial", "state", "value"]])
     model, tokenizer = sweep.best().load()
 
 `resume("runs/first")` continues an interrupted sweep, and `open_sweep("runs/first")` opens one without running it.

@@ -2,18 +2,87 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.deploy import FinishedSweep, open_sweep
-from orchestrator.record import MetricPoint, SweepRecord, TrialResult
+from orchestrator.deploy import FinishedSweep
+from orchestrator.record import MetricPoint, SweepRecord, TrialResult, read_sweep
 from orchestrator.spec import SweepSpec
 
-__all__ = ["open_sweep", "resume", "run"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+    from orchestrator.analysis.sweep_data import SweepData
+
+__all__ = ["Sweep", "open_sweep", "resume", "run"]
 
 Watch = Callable[[list[TrialResult]], None]
 """Called with all trials that have started, best first, whenever one of them changes."""
 
 Say = Callable[[str], None]
 """Called with messages to the user, such as warnings."""
+
+
+class Sweep(FinishedSweep):
+    """A sweep with its results, as pandas frames and as Plotly figures.
+
+    Each call reads the records anew. What is damaged is left out; `orchestrator report` names it.
+    """
+
+    def trials(self) -> "DataFrame":
+        """Return one row for each trial, best first: state, values, costs, searched fields. See `record.trials()` for
+        the records themselves."""
+        from orchestrator.analysis.frames import trials_frame
+
+        return trials_frame(self._data())
+
+    def curves(self) -> "DataFrame":
+        """Return one row for each metric point: trial, step, tokens, seconds, GPU seconds and metrics."""
+        from orchestrator.analysis.frames import curves_frame
+
+        return curves_frame(self._data())
+
+    def decisions(self) -> "DataFrame":
+        """Return one row for each decision of search and scheduler: trial, step, action and reason."""
+        from orchestrator.analysis.frames import decisions_frame
+
+        return decisions_frame(self._data())
+
+    def importances(self) -> "DataFrame":
+        """Return one row for each searched field: its share of the importance and its effect, with intervals.
+
+        The frame is empty if nothing can be said; `attrs["why_none"]` then says why.
+        """
+        from orchestrator.analysis.frames import importances_frame
+        from orchestrator.analysis.importance import find_importances
+
+        return importances_frame(find_importances(self._data()))
+
+    def figure(self, name: str) -> "Figure":
+        """Return a figure of the report: curves, rungs, parallel, importances, effects, timeline or machines.
+
+        Raises:
+            RequestError: there is no such figure, or nothing to draw in it.
+        """
+        from orchestrator.analysis.importance import find_importances
+        from orchestrator.page.figures import draw
+
+        data = self._data()
+        return draw(name, data, find_importances(data))
+
+    def _data(self) -> "SweepData":
+        from orchestrator.analysis.sweep_data import read_data
+
+        return read_data(self.record)
+
+
+def open_sweep(sweep: str | Path, output: str | Path = "runs") -> Sweep:
+    """Open a sweep by its folder, or by its name under `output`.
+
+    Raises:
+        RecordError: there is no such sweep, or its record cannot be read.
+    """
+    return Sweep(read_sweep(sweep, output))
 
 
 def run(
@@ -25,10 +94,10 @@ def run(
     address: str | None = None,
     watch: Watch = lambda _: None,
     say: Say = print,
-) -> FinishedSweep:
+) -> Sweep:
     """Run an experiment and return the finished sweep.
 
-    Trials that fail do not raise: `FinishedSweep.trials()` shows them with their states and errors.
+    Trials that fail do not raise: `Sweep.trials()` shows them with their states and errors.
 
     Args:
         spec: the experiment, from `load_spec`.
@@ -71,7 +140,7 @@ def resume(
     address: str | None = None,
     watch: Watch = lambda _: None,
     say: Say = print,
-) -> FinishedSweep:
+) -> Sweep:
     """Continue an interrupted sweep and return it. Finished trials do not run again.
 
     Args:
@@ -88,7 +157,6 @@ def resume(
         RequestError: another process runs the sweep, or it cannot have these trials or limits.
         OrchestratorError: the errors that `run` raises.
     """
-    from orchestrator.record import read_sweep
     from orchestrator.record.extend import extend_sweep
 
     record: SweepRecord = extend_sweep(read_sweep(sweep, output), num_trials, budget)

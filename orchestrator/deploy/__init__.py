@@ -9,6 +9,7 @@ Modules, lowest layer first (`pyproject.toml` enforces this order):
     finished      `FinishedSweep`, `ChosenTrial`: the trials of a sweep, and its best adapter
     find          resolves what a user named to one of these
     chat          prompts in the form of the training rows; streamed answers
+    side_by_side  the base and the best adapter, asked the same held-out prompts
     prompts       questions from a file, answers to a file
     serving/      HTTP server with OpenAI's protocol
     scoring/      metrics of an adapter in each form it may be deployed in

@@ -113,10 +113,6 @@ class FinishedSweep:
     uses_repeats: bool = True
     """Whether `best` compares finalists that were run again (`search.repeats`) over their seeds."""
 
-    def trials(self) -> list[TrialResult]:
-        """Return all trials, best first; trials without an evaluation come last."""
-        return self.record.trials()
-
     def best(self, metric: str | None = None, strict: bool = False) -> ChosenTrial:
         """Choose the smallest adapter among the finished trials that are tied with the best one.
 

@@ -1,6 +1,7 @@
 """The records that a sweep leaves on disk, as pydantic models."""
 
 import re
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -17,6 +18,11 @@ EARLIER_NAMES = {
     "training.dequantise": "training.dequantize",
 }
 """Keys of records as earlier versions wrote them -> their names today."""
+
+
+def time_now() -> str:
+    """Return the time as records hold it: in UTC, ISO 8601, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def with_current_names(document: str) -> str:
@@ -140,6 +146,10 @@ class TrialResult(Record):
     """Name of the GPU, or cpu."""
     worker: str | None = None
     """`host:pid` of the process that ran the trial last."""
+    started: str | None = None
+    """Time at which the first attempt began, in UTC, ISO 8601; None in records of earlier versions."""
+    ended: str | None = None
+    """Time at which the trial ended for good, likewise."""
     applied: dict[str, Any] = {}
     """Settings read back from the live modules and optimizer after the first step."""
     checkpoint: str | None = None

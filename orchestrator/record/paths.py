@@ -149,6 +149,11 @@ class SweepPaths:
         return self.root / "test.json"
 
     @property
+    def answers(self) -> Path:
+        """Answers of the base and of the recommended adapter to the same held-out prompts, if they were recorded."""
+        return self.root / "answers.json"
+
+    @property
     def evaluations(self) -> Path:
         """Reports of `evaluate`, one file for each run."""
         return self.root / "evaluations"

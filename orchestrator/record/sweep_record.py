@@ -8,15 +8,24 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from orchestrator.errors import RecordError
+from orchestrator.record.answers import Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
-from orchestrator.record.models import MetricPoint, Record, SweepInfo, TrialResult, TrialState, with_current_names
+from orchestrator.record.models import (
+    MetricPoint,
+    Record,
+    SweepInfo,
+    TrialResult,
+    TrialState,
+    time_now,
+    with_current_names,
+)
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore)
+_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -58,6 +67,10 @@ class SweepRecord:
     def test_score(self) -> TestScore | None:
         """Return the winner's scores on the test rows, if they were measured."""
         return _read(TestScore, self.paths.test) if self.paths.test.is_file() else None
+
+    def answers(self) -> Answers | None:
+        """Return answers of the base and of the recommended adapter, if they were recorded."""
+        return _read(Answers, self.paths.answers) if self.paths.answers.is_file() else None
 
     def adapter_path(self, trial: TrialResult) -> Path:
         """Return where the adapter of a trial's best evaluation should be."""
@@ -158,7 +171,7 @@ def resumable(paths: TrialPaths, config: TrialConfig) -> TrialResult | None:
 
 def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     """Write the final result of a trial, and remove its checkpoints."""
-    result = result.model_copy(update={"checkpoint": None})
+    result = result.model_copy(update={"checkpoint": None, "ended": time_now()})
     write_record(paths.result, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return result

@@ -4,10 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.adapters.generate import answer
-from orchestrator.data import load
 from orchestrator.deploy import FinishedSweep
-from orchestrator.deploy.chat import open_chat
+from orchestrator.deploy.side_by_side import record_answers
 from orchestrator.report.tables import trials_table
 
 _NUM_PROMPTS = 6
@@ -15,22 +13,13 @@ _NUM_PROMPTS = 6
 
 def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     """Print the best trial's row, then prompts with the expected answer, the base's and the adapter's."""
-    winner = sweep.best()
-    config = winner.trial.config
-    chat = open_chat(winner.adapter_ref())
-    prompts = load(sweep.record.paths.data).prompts[:_NUM_PROMPTS]
-    ids = [prompt.ids for prompt in prompts]
-    new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
-    with chat.model.disable_adapter():
-        before = answer(chat.model, chat.tokenizer, ids, new, batch)
-    after = answer(chat.model, chat.tokenizer, ids, new, batch)
-    console.print(trials_table([winner.trial]))
+    answers = record_answers(sweep, _NUM_PROMPTS)
+    console.print(trials_table([sweep.best().trial]))
     table = Table(title="held-out prompts", title_justify="left", header_style="bold")
     for name in ("prompt", "expected", "base", "best adapter"):
         table.add_column(name)
-    for prompt, base_answer, adapter_answer in zip(prompts, before, after, strict=True):
-        question = chat.tokenizer.decode(prompt.ids, skip_special_tokens=True)
-        color = "green" if adapter_answer == prompt.answer else "red"
+    for each in answers.prompts:
+        color = "green" if each.adapter == each.expected else "red"
         # Text instead of a string, which rich would read as markup: the template has square brackets.
-        table.add_row(*map(Text, (question, prompt.answer, base_answer)), Text(adapter_answer, style=color))
+        table.add_row(*map(Text, (each.prompt, each.expected, each.base)), Text(each.adapter, style=color))
     console.print(table)

@@ -15,27 +15,42 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 
 from orchestrator.spec import SweepSpec, TrialConfig
 
+STATE = "state"
+"""Column of the trial's state."""
+PROGRESS = {"progress/step": "step", "progress/tokens": "tokens"}
+"""Tag -> name of the columns that say how far a trial is."""
+
+_LOGARITHMIC = "Searched on a logarithmic scale; choose Logarithmic under Scale in the views."
+
 _SHOWN_ANYWAY = ("lora.rank", "training.learning_rate")
 """Columns of a sweep that searches no field."""
 
 
 def experiment(spec: SweepSpec) -> Experiment:
-    """Return the table's columns: all searched and tied fields, and the metrics of the best evaluation.
+    """Return the table's columns: state, all searched and tied fields, metrics of the best evaluation, progress.
 
-    Every trial of a sweep writes the same columns, because TensorBoard uses the first description that it finds.
+    The protocol has no scale for a field, so the description of a logarithmic one says it. Every trial of a sweep
+    writes the same columns, because TensorBoard uses the first description that it finds.
     """
     names = dict.fromkeys(
         [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.metrics)]
     )
     return Experiment(
-        hparam_infos=[HParamInfo(name=name, type=kind) for name, kind in _columns(spec).items()],
-        metric_infos=[MetricInfo(name=MetricName(tag=best_tag(name))) for name in names],
+        hparam_infos=[
+            HParamInfo(name=STATE, type=DATA_TYPE_STRING),
+            *(_field_info(spec, name, kind) for name, kind in _columns(spec).items()),
+        ],
+        metric_infos=[
+            *(MetricInfo(name=MetricName(tag=best_tag(name))) for name in names),
+            *(MetricInfo(name=MetricName(tag=tag), display_name=name) for tag, name in PROGRESS.items()),
+        ],
     )
 
 
-def session_start(spec: SweepSpec, config: TrialConfig) -> SessionStartInfo:
+def session_start(spec: SweepSpec, config: TrialConfig, state: str) -> SessionStartInfo:
     """Return a trial's row. A field that the trial does not have, or None in a column of numbers, is an empty cell."""
     start = SessionStartInfo()
+    start.hparams[STATE].string_value = state
     columns, fields = _columns(spec), config.dotted()
     # A trial without search has the experiment's own values.
     values = config.varied or {name: fields[name] for name in columns if name in fields}
@@ -62,6 +77,16 @@ def _columns(spec: SweepSpec) -> dict[str, int]:
     columns = {path: _kind(axis.values) for path, axis in spec.search.space.items()}
     columns |= dict.fromkeys(spec.search.tied, DATA_TYPE_FLOAT64)  # a tie is arithmetic
     return columns or dict.fromkeys(_SHOWN_ANYWAY, DATA_TYPE_FLOAT64)
+
+
+def _field_info(spec: SweepSpec, name: str, kind: int) -> HParamInfo:
+    """Describe a column: the ends of a range, and whether it is logarithmic."""
+    info, axis = HParamInfo(name=name, type=kind), spec.search.space.get(name)
+    if axis is not None and not axis.is_discrete:
+        low, high = axis.probes()
+        info.domain_interval.min_value, info.domain_interval.max_value = low, high
+        info.description = _LOGARITHMIC if "log" in axis.kind else ""
+    return info
 
 
 def _kind(values: list[Any]) -> int:

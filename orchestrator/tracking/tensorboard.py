@@ -48,14 +48,8 @@ class TensorBoardTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._metric, self._mode = start.metric, start.mode
         self._best = (start.best.step, start.best.values) if start.best else None
-        # TensorBoard keeps the first record of a tag. The file is replaced here, because PBT may have changed values.
-        records = {
-            metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment(identity.spec)),
-            metadata.SESSION_START_INFO_TAG: HParamsPluginData(
-                session_start_info=session_start(identity.spec, identity.config)
-            ),
-        }
-        _replace(folder / _HPARAMS_FILE, _event_file(records))
+        self._identity = identity
+        self._write_row(start.state)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter((folder / name).open("xb"))
         self._write(Event(file_version="brain.Event:2"))
@@ -81,10 +75,22 @@ class TensorBoardTracker:
     def finish(self, result: TrialResult) -> None:
         if result.best:
             self._log_best(result.best.step, result.best.values)
+        self._write_row(result.state)
         if result.state in _STATUS:
             end = SessionEndInfo(status=_STATUS[result.state], end_time_secs=time.time())
             self._write(_hparams_event(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end)))
         self._writer.close()
+
+    def _write_row(self, state: str) -> None:
+        """Replace the file of the hparams: TensorBoard keeps the first record of a tag, and state and values change."""
+        identity = self._identity
+        records = {
+            metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment(identity.spec)),
+            metadata.SESSION_START_INFO_TAG: HParamsPluginData(
+                session_start_info=session_start(identity.spec, identity.config, state)
+            ),
+        }
+        _replace(identity.paths.tensorboard / _HPARAMS_FILE, _event_file(records))
 
     def _is_better(self, value: float) -> bool:
         if not math.isfinite(value):
@@ -100,7 +106,7 @@ class TensorBoardTracker:
                 self._scalar(best_tag(name), value, step)
 
     def _scalars(self, point: MetricPoint) -> None:
-        for name, value in {**point.values, "progress/tokens": point.tokens}.items():
+        for name, value in {**point.values, "progress/step": point.step, "progress/tokens": point.tokens}.items():
             self._scalar(name, value, point.step)
 
     def _scalar(self, name: str, value: float, step: int) -> None:

@@ -16,12 +16,13 @@ def test_a_trial_without_search_is_run_opened_and_resumed(tmp_path: Path) -> Non
     spec = load_spec(DEMO, [*TINY, "training.steps=4"])
     said: list[str] = []
     sweep = run(spec, "one", tmp_path, without_search=True, say=said.append)
-    (trial,) = sweep.trials()
+    (trial,) = sweep.record.trials()
+    assert list(sweep.trials()["state"]) == ["COMPLETE"]
     assert (trial.state, trial.step) == (TrialState.COMPLETE, 4)
     assert any(line.startswith("step 4: eval/loss ") for line in said)
     assert sweep.record.paths.root == tmp_path / "one"
     assert open_sweep("one", tmp_path).best().trial == trial
-    assert resume("one", tmp_path, say=said.append).trials() == [trial], "a finished trial does not run again"
+    assert resume("one", tmp_path, say=said.append).record.trials() == [trial], "a finished trial does not run again"
     with pytest.raises(RequestError, match="already exists"):
         run(spec, "one", tmp_path, without_search=True)
 
@@ -30,7 +31,7 @@ def test_a_sweep_is_run_on_a_local_ray(tmp_path: Path) -> None:
     spec = load_spec(DEMO, [*TINY, "training.steps=4", "search.num_trials=2", "scheduler.kind=none"])
     updates: list[int] = []
     sweep = run(spec, "two", tmp_path, watch=lambda trials: updates.append(len(trials)), say=lambda _: None)
-    assert [trial.state for trial in sweep.trials()] == [TrialState.COMPLETE] * 2
+    assert [trial.state for trial in sweep.record.trials()] == [TrialState.COMPLETE] * 2
     assert updates[-1] == 2
 
 

@@ -85,7 +85,7 @@ def outside(adapter: AdapterRef, folder: Path) -> Path:
 
 
 def test_the_form_adapter_has_the_recorded_loss(trained: SweepPaths, report: EvaluationReport) -> None:
-    (trial,) = open_sweep(trained.root).trials()
+    (trial,) = open_sweep(trained.root).record.trials()
     assert trial.best is not None
     as_trained = values(report, "adapter")
     assert as_trained["loss"] == pytest.approx(trial.best.values["eval/loss"], abs=1e-5)

@@ -16,6 +16,7 @@ from orchestrator.record import (
     read_result,
     write_record,
 )
+from orchestrator.record.models import time_now
 from orchestrator.spec import SweepSpec
 from orchestrator.tracking import open_trackers, wanted
 from orchestrator.tracking.protocol import TrialIdentity
@@ -50,7 +51,8 @@ class TrialRecorder:
             paths: the trial's files.
             spec: the experiment, which names the trackers to use.
         """
-        start = start.model_copy(update={"untracked": wanted(spec.tracking)})
+        started = start.started or time_now()
+        start = start.model_copy(update={"untracked": wanted(spec.tracking), "started": started})
         self.result = start
         self._start = start
         self._paths = paths

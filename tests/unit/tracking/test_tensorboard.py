@@ -105,6 +105,7 @@ def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(paths: Trial
         TensorBoardTracker(identify(paths.__class__(paths.sweep, name), spec, config=spec.trial_config(point)))
     columns = {info.name: api_pb2.DataType.Name(info.type)[10:] for info in _experiment(paths).hparam_infos}
     assert columns == {
+        "state": "STRING",
         "training.schedule": "STRING",
         "training.final_rate": "FLOAT64",
         "lora.rank": "FLOAT64",
@@ -116,6 +117,7 @@ def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(paths: Trial
     }
     rows = {row.name.rstrip("/"): row for row in _table(paths)}
     assert _cells(rows["a"]) == {
+        "state": "RUNNING",
         "training.schedule": "cosine",
         "lora.rank": 4,
         "lora.rslora": False,
@@ -124,6 +126,7 @@ def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(paths: Trial
         "lora.alpha": 8,
     }
     assert _cells(rows["b"]) == {
+        "state": "RUNNING",
         "training.schedule": "polynomial",
         "training.final_rate": 0.2,
         "lora.rank": 8,
@@ -138,17 +141,20 @@ def test_trials_are_rows_of_one_table_with_the_columns_of_the_sweep(paths: Trial
 def test_the_table_shows_the_best_evaluation_instead_of_the_last(paths: TrialPaths, spec: SweepSpec) -> None:
     tracker = TensorBoardTracker(identify(paths, spec))
     _log(tracker, (10, 0.5), (20, 0.25), (30, 0.75))
-    assert [info.name.tag for info in _experiment(paths).metric_infos] == ["best/eval/loss", "best/eval/token_accuracy"]
-    assert _metrics(paths) == {"best/eval/loss": (20, 0.25)}, "also while the trial runs"
+    tags = ["best/eval/loss", "best/eval/token_accuracy", "progress/step", "progress/tokens"]
+    assert [info.name.tag for info in _experiment(paths).metric_infos] == tags
+    progress = {"progress/step": (30, 30), "progress/tokens": (30, 3000)}
+    assert _metrics(paths) == {"best/eval/loss": (20, 0.25)} | progress, "also while the trial runs"
     best = BestPoint(value=0.25, step=20, values={"eval/loss": 0.25, "eval/token_accuracy": 0.5}, adapter="x")
     tracker.finish(_result(spec, TrialState.COMPLETE, best))
-    assert _metrics(paths) == {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
+    values = {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
+    assert _metrics(paths) == values | progress
 
 
 def test_the_largest_value_is_the_best_if_the_search_maximizes(paths: TrialPaths, document: Any) -> None:
     spec, metric = parse_spec(document | {"search": {"metric": "eval/token_accuracy"}}), "eval/token_accuracy"
     _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), (40, 0.625), metric=metric)
-    assert _metrics(paths) == {"best/eval/token_accuracy": (30, 0.75)}
+    assert _metrics(paths)["best/eval/token_accuracy"] == (30, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,21 @@ def test_a_row_has_the_status_of_its_trial(paths: TrialPaths, spec: SweepSpec, s
     tracker.finish(_result(spec, TrialState(state)))
     (ended,) = _table(paths)
     assert api_pb2.Status.Name(ended.sessions[0].status) == f"STATUS_{status}"
+    assert (_cells(running)["state"], _cells(ended)["state"]) == ("RUNNING", state)
+
+
+def test_answers_have_a_column_and_a_logarithmic_range_says_so(paths: TrialPaths, document: Any) -> None:
+    space = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}, "lora.dropout": {"uniform": [0.0, 0.1]}}
+    search = {"num_trials": 4, "algorithm": "random", "space": space}
+    spec = parse_spec(document | {"search": search, "evaluation": {"metrics": ["exact_match"]}})
+    tracker = TensorBoardTracker(identify(paths, spec))
+    tracker.log(MetricPoint(step=10, tokens=100, time_s=1, values={"eval/loss": 0.5, "eval/exact_match": 0.75}))
+    assert _metrics(paths)["best/eval/exact_match"] == (10, 0.75)
+    infos = {info.name: info for info in _experiment(paths).hparam_infos}
+    assert "logarithmic scale" in infos["training.learning_rate"].description
+    assert infos["lora.dropout"].description == ""
+    ends = infos["training.learning_rate"].domain_interval
+    assert (ends.min_value, ends.max_value) == (1e-5, 1e-3)
 
 
 def test_a_trial_that_pbt_has_changed_shows_its_present_values(paths: TrialPaths, spec: SweepSpec) -> None:
@@ -175,7 +196,7 @@ def test_a_trial_that_pbt_has_changed_shows_its_present_values(paths: TrialPaths
 def test_a_sweep_without_searched_fields_still_has_a_row(paths: TrialPaths, document: Any) -> None:
     TensorBoardTracker(identify(paths, parse_spec(document)))
     (row,) = _table(paths)
-    assert _cells(row) == {"lora.rank": 16, "training.learning_rate": 2e-4}
+    assert _cells(row) == {"state": "RUNNING", "lora.rank": 16, "training.learning_rate": 2e-4}
 
 
 def test_a_single_trial_of_a_search_experiment_shows_the_experiments_own_values(
@@ -184,7 +205,7 @@ def test_a_single_trial_of_a_search_experiment_shows_the_experiments_own_values(
     search = {"num_trials": 4, "space": {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}}
     TensorBoardTracker(identify(paths, parse_spec(document | {"search": search})))
     (row,) = _table(paths)
-    assert _cells(row) == {"training.learning_rate": 2e-4}
+    assert _cells(row) == {"state": "RUNNING", "training.learning_rate": 2e-4}
 
 
 def test_neither_torch_nor_tensorflow_is_loaded(tmp_path: Path) -> None:

@@ -1,0 +1,224 @@
+"""What to try next, each with its command."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from orchestrator.analysis.effects import coordinate_of
+from orchestrator.analysis.importance import Importances
+from orchestrator.analysis.longer import Longer
+from orchestrator.analysis.sweep_data import SweepData
+from orchestrator.errors import SpecError
+from orchestrator.record import OPEN, TrialState
+from orchestrator.spec import parse_spec
+from orchestrator.spec.axes import Axis
+from orchestrator.spec.search import RATE
+from orchestrator.spec.sections.scheduler import Brackets, Population
+
+EDGE: Final = 0.1
+"""Share of a range at each end that counts as its edge."""
+_WIDER: Final = 4
+"""Factor by which a logarithmic range or a list of numbers is extended."""
+EXPERIMENT: Final = "experiment.yaml"
+"""Name of the experiment file where the sweep was not read from one."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A range at whose end the best trials are."""
+
+    field: str
+    side: str
+    """`lowest` or `highest`."""
+    limit: Any
+    """The end of the range."""
+    values: list[Any]
+    """Values of the leader and of the trials tied with it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do, and the command for it."""
+
+    why: str
+    command: str
+
+
+def find_edges(data: SweepData) -> list[Edge]:
+    """Return the ranges of numbers at whose end the leader is, and every trial tied with it."""
+    leader = data.leader
+    if leader is None:
+        return []
+    tied = [each.candidate.trial for each in data.choice.recommendation.tied] if data.choice else []
+    found = []
+    for name, axis in data.info.spec.search.space.items():
+        coordinate = coordinate_of(axis)
+        values = [trial.config.varied[name] for trial in (leader, *tied) if name in trial.config.varied]
+        if coordinate.is_category or name not in leader.config.varied or len(axis.probes()) < 2:
+            continue
+        places = [coordinate.at(value) for value in values]
+        ends = (coordinate.values[0], coordinate.values[-1]) if coordinate.values else tuple(axis.probes())
+        margin = 0.0 if coordinate.values else 2 * EDGE
+        for side, limit, is_there in (
+            ("lowest", ends[0], all(place <= -1 + margin for place in places)),
+            ("highest", ends[1], all(place >= 1 - margin for place in places)),
+        ):
+            if is_there:
+                found.append(Edge(name, side, limit, values))
+    return found
+
+
+def widened(axis: Axis, side: str) -> dict[str, Any] | None:
+    """Return an axis that goes on beyond one end; None if there is nothing sensible beyond it."""
+    if axis.is_discrete:
+        values = sorted(axis.values)
+        more = values[-1] * 2 if side == "highest" else values[0] / 2
+        if more == values[0] or (side == "lowest" and isinstance(values[0], int) and values[0] < 2):
+            return None
+        more = int(more) if all(isinstance(value, int) for value in values) else more
+        if "log" not in axis.kind and side == "highest" and values[-1] <= 0:
+            return None
+        return {axis.kind: sorted({*values, more})}
+    low, high, *step = axis.values
+    if "log" in axis.kind:
+        low, high = (low / _WIDER, high) if side == "lowest" else (low, high * _WIDER)
+    else:
+        width = high - low
+        low, high = (low - width, high) if side == "lowest" else (low, high + width)
+    if axis.is_whole:
+        low, high = int(low), int(high)
+    rounded = [each if isinstance(each, int) else float(f"{each:.6g}") for each in (low, high)]
+    return None if rounded[0] <= 0 < axis.values[0] or rounded[0] < 0 <= axis.values[0] else {axis.kind: rounded + step}
+
+
+def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: Longer | str) -> list[Step]:
+    """Return what to try next, the most useful first."""
+    folder = shlex.quote(str(data.record.paths.root))
+    leader, choice = data.leader, data.choice
+    steps: list[Step] = []
+    if not data.is_over:
+        left = max(data.info.num_trials - sum(trial.state not in OPEN for trial in data.trials), 0)
+        steps.append(
+            Step(f"{left} trials have not ended; continue them if no driver is running.", resume_command(data))
+        )
+    if leader is None:
+        failed = [trial for trial in data.trials if trial.state == TrialState.FAILED]
+        if failed:
+            rate = " Diverged trials usually need a lower learning rate." if _any_diverged(data) else ""
+            steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", _sweep(data)))
+        return steps
+    steps += [step for edge in _worth_following(edges, found) if (step := _beyond(data, edge))]
+    if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
+        steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
+    is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
+    if is_tied and data.info.spec.search.repeats == 1 and data.info.spec.search.total_trials > 1:
+        why = "Run the tied trials with other seeds, to see whether the order holds."
+        steps.append(Step(why, _sweep(data, "search.repeats=3")))
+    if data.is_over and data.fields() and not any(each.matters for each in found.fields) and _can_grow(data):
+        num = 2 * len(data.trials)
+        why = "No field's effect could be shown: run more trials."
+        steps.append(Step(why, f"{resume_command(data)} --trials {num}"))
+    if choice is not None:
+        steps.append(Step("Score the adapter in the forms in which it can be used.", f"orchestrator evaluate {folder}"))
+    return steps
+
+
+def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
+    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field."""
+    order = {each.field: place for place, each in enumerate(found.fields)}
+    matters = {each.field for each in found.fields if each.matters}
+    ranked = sorted(edges, key=lambda edge: (edge.field != RATE, order.get(edge.field, len(order))))
+    return [edge for edge in ranked if edge.field in matters] if matters else ranked[:1]
+
+
+def _can_grow(data: SweepData) -> bool:
+    spec = data.info.spec
+    is_fixed = spec.search.algorithm == "grid" or isinstance(spec.scheduler, Brackets | Population)
+    return not is_fixed and spec.search.num_points >= 2 * len(data.trials)
+
+
+def reproduce_command(data: SweepData) -> str:
+    """Return the command that runs the same sweep again."""
+    verb = "trial" if data.info.is_single_trial else "sweep"
+    source = data.info.source
+    overrides = source.overrides if source else []
+    changes = [f"{change.field}={_yaml(change.after)}" for change in data.info.changes]
+    return _command(verb, _file(data), [*overrides, *changes])
+
+
+def resume_command(data: SweepData) -> str:
+    """Return the command that continues the sweep."""
+    return f"orchestrator resume {shlex.quote(str(data.record.paths.root))}"
+
+
+def _beyond(data: SweepData, edge: Edge) -> Step | None:
+    axis = widened(data.info.spec.search.space[edge.field], edge.side)
+    when = data.info.spec.search.space[edge.field].when
+    if axis is None or not _is_valid(data, edge.field, axis := axis | ({"when": when} if when else {})):
+        return None
+    why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
+    space = {name: each.model_dump(mode="json") for name, each in data.info.spec.search.space.items()}
+    return Step(why, _sweep(data, f"search.space={_yaml(space | {edge.field: axis})}"))
+
+
+def _is_valid(data: SweepData, field: str, axis: dict[str, Any]) -> bool:
+    """Return whether the experiment allows this axis."""
+    document = data.info.spec.model_dump(mode="json")
+    document["search"]["space"][field] = axis
+    if data.info.spec.search.algorithm == "grid":
+        document["search"]["num_trials"] = None
+    try:
+        parse_spec(document)
+    except SpecError:
+        return False
+    return True
+
+
+def _longer_trial(data: SweepData, steps: int) -> str:
+    """Return the command that trains the leader's values for so many steps."""
+    leader = data.leader
+    assert leader is not None
+    tied = data.info.spec.search.tied
+    values = {name: value for name, value in leader.config.varied.items() if name not in tied or name == RATE}
+    sets = [f"{name}={_yaml(value)}" for name, value in values.items() if name != "training.steps"]
+    sets += [f"{name}={_yaml(leader.config.varied[name])}" for name in tied if name in leader.config.varied]
+    return _command(
+        "trial",
+        _file(data),
+        [*_overrides(data, "search", "scheduler"), *dict.fromkeys(sets), f"training.steps={steps}"],
+    )
+
+
+def _sweep(data: SweepData, *sets: str) -> str:
+    replaced = {each.partition("=")[0] for each in sets}
+    kept = [each for each in _overrides(data) if each.partition("=")[0] not in replaced]
+    return _command("sweep", _file(data), [*kept, *sets])
+
+
+def _overrides(data: SweepData, *without: str) -> list[str]:
+    """Return the overrides of the sweep, without those of the sections that a trial by itself does not use."""
+    given = data.info.source.overrides if data.info.source else []
+    return [
+        each for each in given if not each.startswith(tuple(f"{section}{end}" for section in without for end in ".="))
+    ]
+
+
+def _file(data: SweepData) -> str:
+    return data.info.source.file if data.info.source else EXPERIMENT
+
+
+def _command(verb: str, file: str, overrides: list[str]) -> str:
+    sets = [f"--set {shlex.quote(override)}" for override in overrides]
+    return " ".join(["orchestrator", verb, shlex.quote(file), *sets])
+
+
+def _yaml(value: Any) -> str:
+    """Return a value on one line, as `--set` reads it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def _any_diverged(data: SweepData) -> bool:
+    return any(trial.failure == "diverged" for trial in data.trials)

@@ -1,0 +1,64 @@
+"""The command that reports on sweeps: report."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orchestrator.cli.frame import Where, app
+
+
+@app.command(epilog="Example: orchestrator report runs/demo --open")
+def report(
+    sweeps: Annotated[
+        list[str],
+        typer.Argument(metavar="SWEEP", help="Folders of sweeps, or their names under --output."),
+    ],
+    open_: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    format: Annotated[
+        Literal["html", "md", "csv", "parquet"],
+        typer.Option(metavar="html|md|csv|parquet", help="html or md: a page; csv or parquet: the tables behind it."),
+    ] = "html",
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="File of the page, or folder of the tables. Default: report.html, report.md or tables in the (first) "
+            "sweep's folder.",
+        ),
+    ] = None,
+    answers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="First ask the base and the best adapter N held-out prompts; loads the base."
+        ),
+    ] = None,
+    output: Where = "runs",
+) -> None:
+    """Write a page that says what a sweep has shown.
+
+    It has the verdict in words, figures, and what to try next. It is one file that needs no network. Several sweeps
+    are compared.
+    """
+    from orchestrator.analysis.sweep_data import read_data
+    from orchestrator.deploy import open_sweep
+    from orchestrator.page.report import write_report
+    from orchestrator.training.attempt.log_file import output_to
+
+    opened = [open_sweep(sweep, output) for sweep in sweeps]
+    if answers is not None:
+        from orchestrator.deploy.side_by_side import record_answers
+
+        with output_to(Path(os.devnull)):
+            for each in opened:
+                record_answers(each, answers)
+    name = f"report.{format}" if format in ("html", "md") else "tables"
+    target = to or opened[0].record.paths.root / name
+    files = write_report([read_data(each.record) for each in opened], target, format)
+    for file in files:
+        print(file)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(files[0].resolve().as_uri())

@@ -1,0 +1,161 @@
+"""Figures of the searched fields: parallel coordinates, importances, and each field against the outcome."""
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from orchestrator.analysis.effects import coordinate_of
+from orchestrator.analysis.importance import Importances
+from orchestrator.analysis.outcomes import Outcome, Outcomes
+from orchestrator.analysis.sweep_data import LOSS, SweepData
+from orchestrator.analysis.wording import say_effect, say_short
+from orchestrator.page.style import BLUE, GRAY, SCALE, log_axis, log_ticks, plain
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_MOST_PANELS: Final = 12
+
+
+def parallel(data: SweepData, outcomes: Outcomes) -> "Figure | str":
+    """Return parallel coordinates: one axis for each searched field and one for the outcome."""
+    import plotly.graph_objects as go
+
+    fields, known = data.fields(), outcomes.known
+    if not fields:
+        return "no field was searched"
+    if len(known) < 2:
+        return f"{len(known)} of the trials have a value"
+    dimensions = [_dimension(data, name, known) for name in fields]
+    values = [each.value for each in known]
+    is_log = data.metric == LOSS and min(values) > 0
+    shown = [math.log10(value) if is_log else value for value in values]
+    last: dict[str, Any] = {"label": plain(data.metric), "values": shown}
+    if is_log:
+        last["tickvals"], last["ticktext"] = log_ticks(min(values), max(values))
+    figure = go.Figure(
+        go.Parcoords(
+            dimensions=[*dimensions, last],
+            line={"color": [data.sign * each for each in shown], "colorscale": SCALE},
+            labelangle=-12 if len(fields) > 4 else 0,
+        )
+    )
+    figure.update_layout(height=440, margin={"l": 70, "r": 70, "t": 90, "b": 30})
+    return figure
+
+
+def _dimension(data: SweepData, name: str, known: list[Outcome]) -> dict[str, Any]:
+    """Return an axis: logarithmic for a logarithmic range, places for listed values, one more place for none."""
+    axis = data.info.spec.search.space[name]
+    coordinate = coordinate_of(axis)
+    given = [each.trial.config.varied.get(name) for each in known]
+    exists = [name in each.trial.config.varied for each in known]
+    label = plain(name)
+    if coordinate.values:
+        texts = [plain(say_short(value)) for value in coordinate.values]
+        places = {repr(value): place for place, value in enumerate(coordinate.values)}
+        at = [places.get(repr(v), -1) if has else -1 for v, has in zip(given, exists, strict=True)]
+        first = min([0, *at])
+        ticks = list(range(first, len(texts)))
+        return {"label": label, "values": at, "tickvals": ticks, "ticktext": (["none"] if first else []) + texts,
+                "range": [first, max(len(texts) - 1, first + 1)]}  # fmt: skip
+    low, high = (float(value) for value in axis.probes())
+    numbers = [float(value) if has and value is not None else low for value, has in zip(given, exists, strict=True)]
+    if not coordinate.is_log:
+        return {"label": label, "values": numbers, "range": [low, high]}
+    powers, texts = log_ticks(low, high)
+    inside = [math.log10(low), math.log10(high)]
+    return {"label": label, "values": [math.log10(x) for x in numbers], "tickvals": powers, "ticktext": texts,
+            "range": inside}  # fmt: skip
+
+
+def importances(found: Importances) -> "Figure | str":
+    """Return the share of each field, with its interval."""
+    import plotly.graph_objects as go
+
+    if found.why_none:
+        return found.why_none
+    shown = found.fields[::-1]
+    shares = [each.share for each in shown]
+    figure = go.Figure(
+        go.Bar(
+            x=shares,
+            y=[plain(each.field) for each in shown],
+            orientation="h",
+            marker={"color": BLUE, "opacity": [1.0 if each.matters else 0.35 for each in shown]},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [max(each.share_high - each.share, 0.0) for each in shown],
+                "arrayminus": [max(each.share - each.share_low, 0.0) for each in shown],
+                "color": "#8a9099",
+            },
+            text=[plain(say_effect(each.effect, "the metric", found.is_log)) for each in shown],
+            textposition="none",
+            hovertemplate="%{y}: %{x:.0%}<br>%{text}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        xaxis={"tickformat": ".0%", "range": [0, 1.02]},
+        yaxis={"automargin": True, "type": "category"},
+        height=110 + 42 * len(shown),
+        margin={"t": 20},
+    )
+    return figure
+
+
+def effects(data: SweepData, found: Importances) -> "Figure | str":
+    """Return a panel for each searched field: its values against the outcomes."""
+    from plotly.subplots import make_subplots
+
+    known, fields = found.outcomes.known, data.fields()[:_MOST_PANELS]
+    if not fields:
+        return "no field was searched"
+    if len(known) < 2:
+        return f"{len(known)} of the trials have a value"
+    columns = min(3, len(fields))
+    rows = -(-len(fields) // columns)
+    titles = [plain(name) for name in fields]
+    figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    is_log = data.metric == LOSS and all(each.value > 0 for each in known)
+    for place, name in enumerate(fields):
+        row, column = place // columns + 1, place % columns + 1
+        figure.add_trace(_panel(data, name, known), row, column)
+        coordinate = coordinate_of(data.info.spec.search.space[name])
+        if coordinate.values:
+            order = [plain(say_short(value)) for value in coordinate.values]
+            figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, row=row, col=column)
+        elif coordinate.is_log:
+            low, high = (float(value) for value in data.info.spec.search.space[name].probes())
+            figure.update_xaxes(**log_axis([low, high]), row=row, col=column)
+        if is_log:
+            values = [each.value for each in known]
+            span = [math.log10(min(values)) - 0.15, math.log10(max(values)) + 0.15]
+            figure.update_yaxes(**log_axis(values), range=span, row=row, col=column)
+        if column == 1:
+            figure.update_yaxes(title=plain(data.metric), row=row, col=column)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(showlegend=False, height=90 + 250 * rows, margin={"t": 50})
+    return figure
+
+
+def _panel(data: SweepData, name: str, known: list[Outcome]) -> Any:
+    import plotly.graph_objects as go
+
+    shown = [each for each in known if name in each.trial.config.varied]
+    coordinate = coordinate_of(data.info.spec.search.space[name])
+    values = [each.trial.config.varied[name] for each in shown]
+    up, down = ([each.value * abs(math.expm1(sign * each.log_sd)) for each in shown] for sign in (1, -1))
+    error = {"symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 0, "color": GRAY}
+    return go.Scatter(
+        error_y=error if any(each.log_sd for each in shown) else None,
+        x=[plain(say_short(value)) for value in values] if coordinate.values else values,
+        y=[each.value for each in shown],
+        text=[plain(each.trial.trial_id) for each in shown],
+        mode="markers",
+        marker={
+            "color": BLUE,
+            "size": 8,
+            "symbol": ["circle-open" if each.is_forecast else "circle" for each in shown],
+        },
+        hovertemplate="%{text}<br>%{x}: %{y:.4g}<extra></extra>",
+    )
