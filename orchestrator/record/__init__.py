@@ -2,8 +2,8 @@
 
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
-`search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base and
-winner side by side). `files` writes atomically, `lock` keeps a second driver out.
+`search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base
+and winner side by side). `files` writes atomically, `lock` keeps a second driver out.
 """
 
 from orchestrator.record.answers import AnsweredPrompt, Answers
