@@ -42,7 +42,7 @@ def tally(curves: list[stopping.Curve], rule: str, draws: int = 20, size: int = 
 
 
 def test_the_forecast_keeps_the_best_where_asha_stops_it(table: Path) -> None:
-    curves = stopping.read_table(table)
+    curves = stopping.curves_of(json.loads(table.read_text()))
     ahead, asha = tally(curves, "forecast"), tally(curves, "asha 3")
     assert np.mean(ahead.was_stopped) <= 0.1
     assert np.mean(ahead.was_stopped) < np.mean(asha.was_stopped)
@@ -51,7 +51,7 @@ def test_the_forecast_keeps_the_best_where_asha_stops_it(table: Path) -> None:
 
 
 def test_a_rule_that_stops_none_spends_all_and_loses_nothing(table: Path) -> None:
-    curves, found = stopping.read_table(table), stopping.Tally()
+    curves, found = stopping.curves_of(json.loads(table.read_text())), stopping.Tally()
     stopping.replay(curves[:20], stopping.never, found)
     assert found.tokens == [1.0]
     assert found.regret == [0.0]
@@ -59,14 +59,14 @@ def test_a_rule_that_stops_none_spends_all_and_loses_nothing(table: Path) -> Non
 
 
 def test_fewer_trials_stay_within_their_tokens(table: Path) -> None:
-    curves, found = stopping.read_table(table), stopping.Tally()
+    curves, found = stopping.curves_of(json.loads(table.read_text())), stopping.Tally()
     stopping.replay(curves[:20], stopping.never, found, allowed=0.52)
     assert found.tokens == [0.5]
 
 
 def test_a_freed_slot_takes_the_next_trial_at_once(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "NUM_SLOTS", 2)
-    curves, most, found = stopping.read_table(table)[:5], [], stopping.Tally()
+    curves, most, found = stopping.curves_of(json.loads(table.read_text()))[:5], [], stopping.Tally()
 
     def rule(sweep: stopping.Sweep, reporting: list[str]) -> set[str]:
         most.append(len(reporting))

@@ -30,7 +30,8 @@ class ForecastRule(JudgedTogether):
         known = {name: self._trial(name) for name in self.heard if name not in stops and not self._not_a_loss(name)}
         field = [trial for trial in known.values() if isinstance(trial, Trial)]
         found = verdicts(field, {name for name in names if name in known}, chance)
-        stops |= {name: f"forecast: {why}" for name, why in found.items()}
+        stops |= {name: f"forecast: {verdict.why}" for name, verdict in found.items()}
+        self.forecasts |= {name: verdict.outcome for name, verdict in found.items()}
         for name in names:
             unknown = known.get(name)
             if isinstance(unknown, str) and len(self.heard[name]) >= MIN_SEEN and self._is_below_median(name):
