@@ -31,7 +31,9 @@ def begin_repeats(record: SweepRecord) -> SweepRecord | None:
         if before.info.spec == spec:
             return before
         shutil.rmtree(paths.root)
-    info = record.info.model_copy(update={"name": paths.name, "spec": spec, "changes": [], "source": None})
+    info = record.info.model_copy(
+        update={"name": paths.name, "spec": spec, "changes": [], "source": None, "prior_sweeps": []}
+    )
     with building_beside(paths.root) as building:
         inside = SweepPaths(building)
         inside.data.symlink_to(os.path.relpath(record.paths.data, paths.root))
