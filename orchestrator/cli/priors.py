@@ -7,7 +7,7 @@ import typer
 from orchestrator.cli.frame import Json, Where, app, console_on, print_json
 
 priors = typer.Typer(
-    help="Keep the best values of finished sweeps, by base and data, for `search.prior: auto`.",
+    help="Keep the best values of finished sweeps, where later ones begin.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -25,9 +25,9 @@ Library = Annotated[
 ]
 
 
-@priors.command(epilog="Example: orchestrator priors add runs/first runs/second --file team/priors.yaml")
+@priors.command(epilog="Example: orchestrator priors add runs/first --file priors.yaml")
 def add(
-    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Finished sweeps.", show_default=False)],
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP", help="Finished sweeps.", show_default=False)],
     file: Library = None,
     output: Where = "runs",
 ) -> None:
@@ -68,7 +68,7 @@ def list_(file: Library = None, as_json: Json = False) -> None:
 @priors.command(epilog="Example: orchestrator priors remove first")
 def remove(
     sweeps: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names of sweeps in the library.", show_default=False)
+        list[str], typer.Argument(metavar="NAME", help="Names of sweeps in the library.", show_default=False)
     ],
     file: Library = None,
 ) -> None:

@@ -154,7 +154,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         show_best(console, read_sweep(paths.root))
 
 
-@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name second --warm-from runs/first")
+@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --warm-from runs/first")
 def sweep(
     file: File,
     set_: Set = None,
