@@ -89,28 +89,45 @@ def simulated(name: str, seed: int = 0) -> Table:
     base = SIMULATED[name]
     draw = np.random.default_rng([seed, *name.encode()])
     trials = [_configuration(base, draw) for _ in range(NUM_TRIALS)]
-    sections = [_section(base, trial) for trial in trials]
-    rates = np.stack([learning_rates(section, base.steps) for section in sections])
+    return {"steps": base.steps, "trials": trained(base, trials, trials, draw)}
+
+
+def trained(
+    base: Base, trials: list[dict[str, Any]], reference: list[dict[str, Any]], draw: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Return the curves of trials, in the form of a table.
+
+    Args:
+        base: the simulated base.
+        trials: configurations.
+        reference: configurations of the trials whose last losses have the base's `loss` and `spread`.
+        draw: draws seeds, drift and noise.
+    """
     at = np.unique(np.linspace(0, base.steps, base.evaluations + 1)[1:].round().astype(int))
-    left = _quadratic(base, rates, np.array([section.batch_size for section in sections]), _ranks(trials))[:, at - 1]
-    last = np.sort(left[:, -1])
+    left, rates = _left(base, trials)
+    others, other_rates = _left(base, reference)
+    last = np.sort(others[:, -1])
     lowest, median = last[0], last[len(last) // 2]
-    relative = 1 + base.spread * (left - lowest) / (median - lowest)
+    relative = 1 + base.spread * (left[:, at - 1] - lowest) / (median - lowest)
     summed = np.cumsum(rates, axis=1)[:, at - 1]
-    relative += base.overfit * base.spread * (summed / np.median(summed[:, -1])) ** 2 / 4
+    relative += base.overfit * base.spread * (summed / np.median(other_rates.sum(axis=1))) ** 2 / 4
     logs = np.log(np.minimum(relative, 12 / base.loss))
     gaps = np.diff(np.log(at), prepend=np.log(at[0] / 2))
-    logs += base.seeds * base.spread * draw.normal(size=(NUM_TRIALS, 1))
+    logs += base.seeds * base.spread * draw.normal(size=(len(trials), 1))
     logs += 0.03 * base.spread * np.cumsum(draw.normal(size=logs.shape) * np.sqrt(gaps), axis=1)
     logs += base.noise * draw.normal(size=logs.shape)
     losses = base.loss * np.exp(logs)
-    return {
-        "steps": base.steps,
-        "trials": [
-            {"config": trial, "evaluations": [[int(s), int(s) * 1000, float(x)] for s, x in zip(at, row, strict=True)]}
-            for trial, row in zip(trials, losses, strict=True)
-        ],
-    }
+    return [
+        {"config": trial, "evaluations": [[int(s), int(s) * 1000, float(x)] for s, x in zip(at, row, strict=True)]}
+        for trial, row in zip(trials, losses, strict=True)
+    ]
+
+
+def _left(base: Base, trials: list[dict[str, Any]]) -> tuple[Array, Array]:
+    """Return what is left to learn after each step, and the rates of all steps, both (trials, steps)."""
+    sections = [_section(base, trial) for trial in trials]
+    rates = np.stack([learning_rates(section, base.steps) for section in sections])
+    return _quadratic(base, rates, np.array([section.batch_size for section in sections]), _ranks(trials)), rates
 
 
 def _configuration(base: Base, draw: np.random.Generator) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import stopping
+from benchmarks import curves, stopping
 
 STEPS, EVERY, NUM = 200, 10, 24
 
@@ -89,3 +89,36 @@ def test_the_command_prints_a_line_for_each_rule(
     assert "| 6 | fewer trials, 0." in shown
     assert "(the table has 24 trials: no sweep of 64)" in shown
     assert "95% intervals of the forecast held: " in shown
+
+
+def test_a_simulated_base_has_the_range_that_it_should_and_losses_that_diverge_stay() -> None:
+    found = stopping.curves_of(curves.simulated("high rates"))
+    lowest = np.sort([curve.losses[-1] for curve in found])
+    assert lowest[32] / lowest[0] == pytest.approx(1.2, rel=0.05)
+    diverged = [curve for curve in found if curve.losses.max() > 5]
+    assert diverged
+    assert all(curve.losses[-1] > 2 for curve in diverged)
+    assert all(curve.plan.peak > 5e-3 for curve in diverged)
+
+
+@pytest.mark.parametrize("name", ["plain", "range 5%", "cosine only, range 5%"])
+def test_the_forecast_reaches_its_target_on_simulated_bases(name: str) -> None:
+    """At most 0.45 of the tokens and 0.2% regret; with a unit that is fixed, a range of 5% took 0.5 of the tokens."""
+    found = stopping.curves_of(curves.simulated(name))
+    seen = tally(found, "forecast", size=16)
+    assert np.mean(seen.tokens) < 0.45
+    assert np.mean(seen.regret) < 0.002
+
+
+def test_altered_tables_keep_what_they_should() -> None:
+    table = curves.simulated("plain")
+    few = curves.every(table, 5)["trials"][0]["evaluations"]
+    assert [step for step, _, _ in few] == [100, 200, 300, 400]
+    narrow = curves.powered(table, 0.5)
+    lows = [min(p[2] for t in each["trials"] for p in t["evaluations"]) for each in (table, narrow)]
+    highs = [max(p[2] for t in each["trials"] for p in t["evaluations"]) for each in (table, narrow)]
+    assert lows[1] == pytest.approx(lows[0])
+    assert highs[1] / lows[1] == pytest.approx((highs[0] / lows[0]) ** 0.5)
+    halves = [curves.half(table, i)["trials"] for i in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == 32
+    assert not [trial for trial in halves[0] if trial in halves[1]]
