@@ -19,7 +19,7 @@ from benchmarks.stopping import Curve, curves_of
 from orchestrator.rate_prior import with_prior
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import RATE
-from orchestrator.sweep.schedulers.forecast.verdicts import Trial, default_chance, verdicts
+from orchestrator.sweep.schedulers.forecast.verdicts import Trial, default_chance, outcomes, verdicts
 from orchestrator.sweep.search.factory import make_searcher
 
 NUM_TRIALS, AT_A_TIME = 16, 4
@@ -58,6 +58,7 @@ def search(name: str, table: Table, seed: int, by_forecast: bool) -> tuple[float
     curves: dict[str, Curve] = {}
     seen: dict[str, int] = {}
     running: list[str] = []
+    stopped: set[str] = set()
     while running or len(curves) < NUM_TRIALS:
         while len(running) < AT_A_TIME and len(curves) < NUM_TRIALS:
             number = str(len(curves))
@@ -73,9 +74,12 @@ def search(name: str, table: Table, seed: int, by_forecast: bool) -> tuple[float
         trials = [Trial(each, curves[each].plan, curves[each].losses[: seen[each]], each in running) for each in curves]
         stops = verdicts(trials, {*running}, default_chance(NUM_TRIALS))
         for each in sorted(ended | stops.keys()):
-            if by_forecast and each in stops:
-                searcher.count_as(each, stops[each].outcome)
             searcher.on_trial_complete(each, _report(curves[each], seen[each]))
+        stopped |= stops.keys()
+        if by_forecast and stopped:
+            expected = outcomes(trials)
+            for each in stopped:
+                searcher.count_as(each, expected[each])
         running = [each for each in running if each not in stops]
     best = min(float(curves[each].losses[: seen[each]].min()) for each in curves)
     return best / lowest - 1, sum(seen.values()) / sum(len(curve.losses) for curve in curves.values())

@@ -179,14 +179,15 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self._record_decision(trial, "stopped", stops[trial.trial_id])
-                self._report_forecast(controller, trial)
+        self._report_forecasts(controller)
         return stops
 
-    def _report_forecast(self, controller: Any, trial: Any) -> None:
-        """Let the searcher count a stopped trial by the forecast of its end; Tune passes its last report alone."""
+    def _report_forecasts(self, controller: Any) -> None:
+        """Let the searcher count stopped trials by the present forecast of their ends; Tune passes reports alone."""
         assert isinstance(self._inner, JudgedTogether)
-        if self._spec.search.learns and trial.trial_id in self._inner.forecasts:
-            controller.search_alg.searcher.count_as(trial.trial_id, self._inner.forecasts[trial.trial_id])
+        if self._spec.search.learns:
+            for trial_id, value in self._inner.forecasts.items():
+                controller.search_alg.searcher.count_as(trial_id, value)
 
     def _process(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ask the Tune scheduler about a report, and record what it decides."""

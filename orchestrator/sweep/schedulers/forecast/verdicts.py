@@ -87,6 +87,16 @@ def verdicts(trials: list[Trial], reporting: set[str], chance: float) -> dict[st
     return {each.name: field.verdict(each, p) for each in ready if (p := field.chance(each)) < chance}
 
 
+def outcomes(trials: list[Trial]) -> dict[str, float]:
+    """Return the loss with which each trial ends, by name: its forecast, or its lowest loss so far if that is lower.
+
+    A stopped trial is forecast like one that runs. Early forecasts are often too low, so ask again as others go on.
+    """
+    curves = [np.log(trial.losses) for trial in trials]
+    mean = forecast([trial.plan for trial in trials], curves, teaching_curves(trials, curves)).mean
+    return {trial.name: math.exp(min(float(mean[i]), float(curves[i].min()))) for i, trial in enumerate(trials)}
+
+
 class _Field:
     """The trials of a sweep at one moment, with their forecasts."""
 
