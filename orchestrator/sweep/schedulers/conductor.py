@@ -179,15 +179,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self._record_decision(trial, "stopped", stops[trial.trial_id])
-        self._report_forecasts(controller)
-        return stops
-
-    def _report_forecasts(self, controller: Any) -> None:
-        """Let the searcher count stopped trials by the present forecast of their ends; Tune passes reports alone."""
-        assert isinstance(self._inner, JudgedTogether)
-        if self._spec.search.learns:
+        if self._spec.search.learns:  # stopped trials count by their present forecasts; Tune passes reports alone
             for trial_id, value in self._inner.forecasts.items():
                 controller.search_alg.searcher.count_as(trial_id, value)
+        return stops
 
     def _process(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ask the Tune scheduler about a report, and record what it decides."""
