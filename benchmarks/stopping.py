@@ -6,20 +6,27 @@ The table holds trials that all ran to their end: `steps`, `eval_steps`, and for
 experiment by dotted names) and `evaluations` as [step, tokens, loss]. A draw is a random subset of the trials in random
 order, on 16 slots. Trials that run step together, report together, and a freed slot takes the next trial at once. The
 best trial is the one with the lowest evaluation of all. Forecast and median rule are the product's own code. The
-constants of the forecast are those of the product: nothing is fitted to the trials that are judged, or to any others.
+constants of the forecast are those of the product. `--fit` chooses its two levels anew on one half of the trials and
+judges the other half.
+
+`--tables` adds tables on which the rule may fail: alterations of the one that is given, and simulated bases
+(`benchmarks/curves.py`), whose curves do not follow the forecast's law.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.curves import ALTERED, SIMULATED, Table, half, simulated
 from orchestrator.spec.sections import TrainingSection
+from orchestrator.sweep.schedulers.forecast import verdicts as levels
 from orchestrator.sweep.schedulers.forecast.calibration import intervals_held
 from orchestrator.sweep.schedulers.forecast.law import Plan
 from orchestrator.sweep.schedulers.forecast.rates import learning_rates
@@ -65,12 +72,12 @@ Rule = Callable[[Sweep, list[str]], set[str]]
 """Returns the trials that stop among those that report now."""
 
 
-def by_forecast(sweep: Sweep, reporting: list[str]) -> set[str]:
+def by_forecast(sweep: Sweep, reporting: list[str], chance: float | None = None) -> set[str]:
     """Apply the product's forecast."""
     trials = [
         Trial(curve.name, curve.plan, curve.losses[:seen], curve.name in sweep.running) for curve, seen in sweep.begun()
     ]
-    return set(verdicts(trials, set(reporting), default_chance(len(sweep.curves))))
+    return set(verdicts(trials, set(reporting), chance or default_chance(len(sweep.curves))))
 
 
 def by_median(sweep: Sweep, reporting: list[str]) -> set[str]:
@@ -212,13 +219,8 @@ def coverage(curves: list[Curve], size: int, draws: int, seed: int) -> str:
     return ", ".join(f"{share:.0%} after {seen}" for seen, share in found.items())
 
 
-def read_table(path: Path) -> list[Curve]:
-    """Return the trials of a table.
-
-    Raises:
-        KeyError: the table lacks a key.
-    """
-    table = json.loads(path.read_text(encoding="utf-8"))
+def curves_of(table: Table) -> list[Curve]:
+    """Return the trials of a table."""
     return [_curve(f"t{i}", trial, int(table["steps"])) for i, trial in enumerate(table["trials"])]
 
 
@@ -242,15 +244,28 @@ def _curve(name: str, trial: dict[str, object], steps: int) -> Curve:
 
 
 def main() -> None:
-    """Replay the rules and print a table."""
+    """Replay the rules and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="table of whole curves")
+    parser.add_argument("--tables", choices=("own", "altered", "simulated"), default="own", help="which tables")
+    parser.add_argument("--fit", action="store_true", help="choose levels on one half, judge the other")
     parser.add_argument("--sizes", default="8,16,32,64", help="trials of a sweep")
     parser.add_argument("--draws", type=int, default=300, help="sweeps of each size")
     parser.add_argument("--rules", default=",".join(RULES), help="which rules")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     options = parser.parse_args()
-    curves = read_table(options.table)
+    table = json.loads(options.table.read_text(encoding="utf-8"))
+    if options.fit:
+        _print_halves(table, options)
+    elif options.tables == "own":
+        _print_rules(curves_of(table), options)
+    else:
+        altered = options.tables == "altered"
+        names = ALTERED if altered else SIMULATED
+        _print_tables(((name, ALTERED[name](table) if altered else simulated(name)) for name in names), options)
+
+
+def _print_rules(curves: list[Curve], options: argparse.Namespace) -> None:
     print("| trials | rule | tokens | best stopped | regret | 90th | worst | over 0.5% | ms a moment |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for size in map(int, options.sizes.split(",")):
@@ -265,6 +280,39 @@ def main() -> None:
         fewer = _tally(curves, size, options, lambda: never, share)
         print(fewer.row(size, f"fewer trials, {share:.2f} of the tokens"), flush=True)
     print("\n95% intervals of the forecast held: " + coverage(curves, min(16, len(curves)), 50, options.seed))
+
+
+def _print_tables(tables: Iterable[tuple[str, Table]], options: argparse.Namespace) -> None:
+    """Replay the forecast on each table, at each size."""
+    print("| trials | table | tokens | best stopped | regret | 90th | worst | over 0.5% | ms a moment |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, table in tables:
+        for size in map(int, options.sizes.split(",")):
+            print(_tally(curves_of(table), size, options, RULES["forecast"]).row(size, name), flush=True)
+
+
+LEVELS = [(chance, sure) for chance in (0.06, 0.09, 0.13, 0.17) for sure in (0.5, 0.75)]
+"""Levels of the forecast for 16 trials: the chance below which a trial stops, and `verdicts.SURE`."""
+
+
+def _print_halves(table: Table, options: argparse.Namespace) -> None:
+    """Choose the levels that spend least on one half, with at most 0.1% regret, and judge them on the other half."""
+    for fitted in (0, 1):
+        found = {}
+        for chance, sure in LEVELS:
+            tally = _tally(curves_of(half(table, fitted)), 16, options, lambda at=(chance, sure): _by_levels(*at))
+            found[chance, sure] = (np.mean(tally.regret) > 0.001, np.mean(tally.tokens))
+        best = min(found, key=lambda levels: found[levels])
+        tally = _tally(curves_of(half(table, 1 - fitted)), 16, options, lambda at=best: _by_levels(*at))
+        print(tally.row(16, f"half {1 - fitted} by the levels {best} of half {fitted}"), flush=True)
+
+
+def _by_levels(chance: float, sure: float) -> Rule:
+    def rule(sweep: Sweep, reporting: list[str]) -> set[str]:
+        with mock.patch.object(levels, "SURE", sure):
+            return by_forecast(sweep, reporting, chance)
+
+    return rule
 
 
 def _tally(

@@ -54,10 +54,10 @@ def with_prior(spec: SweepSpec) -> tuple[SweepSpec, list[str]]:
         The experiment, and what to tell the user about it.
     """
     search = spec.search
-    if search.algorithm != "auto" or not search.space or set(search.prior) == set(search.space):
+    if search.algorithm != "auto" or not search.space or set(search.written_prior) == set(search.space):
         return spec, []
     document = spec.model_dump(mode="json")
-    prior, said = dict(search.prior), []
+    prior, said = dict(search.written_prior), []
     if RATE in search.space and RATE not in prior:
         rate, why = _rate(spec)
         prior[RATE] = nearest(search.space[RATE], rate)

@@ -63,6 +63,15 @@ Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Set search.seed. The same seed gives the same sequence of trials.")
 ]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the sweep's folder.")]
+WarmFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--warm-from",
+        metavar="SWEEP",
+        help="A finished sweep on the same family of bases and kind of data: its trials are evidence for the search. "
+        "Repeatable.",
+    ),
+]
 Output = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Parent folder of sweeps. Default: output.folder of the experiment (runs)."),

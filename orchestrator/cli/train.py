@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import Signals
@@ -22,6 +22,7 @@ from orchestrator.cli.frame import (
     Seed,
     Set,
     Sweep,
+    WarmFrom,
     Where,
     app,
     console_on,
@@ -153,22 +154,25 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         show_best(console, read_sweep(paths.root))
 
 
-@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --name first --seed 7")
+@app.command(epilog="Example: orchestrator sweep experiments/demo.yaml --warm-from runs/first")
 def sweep(
     file: File,
     set_: Set = None,
     name: Name = None,
     seed: Seed = None,
+    warm_from: WarmFrom = None,
     address: Address = None,
     output: Output = None,
 ) -> None:
     """Run a sweep on this machine or on a Ray cluster."""
+    from orchestrator.record import read_sweep
     from orchestrator.record.new_sweep import claim_folder, source_of
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
     spec = load_spec(file, overrides)
+    earlier = [read_sweep(each, output or spec.output.folder) for each in warm_from or []]
     with claim_folder(spec, file.name, name, output) as paths:
-        record = _sweep(spec, paths, address, source_of(file, overrides))
+        record = _sweep(spec, paths, address, source_of(file, overrides), earlier)
     _require_no_failures(record)
 
 
@@ -231,6 +235,7 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
                 "num_trials": record.info.num_trials,
                 "budget_spent": spent and spent.model_dump(mode="json"),
                 "search_ended": ended and ended.model_dump(mode="json"),
+                "prior_sweeps": [prior.model_dump(mode="json") for prior in record.info.prior_sweeps],
                 "trials": [trial.model_dump(mode="json") for trial in trials],
             }
         )
@@ -240,6 +245,9 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
     console = console_on()
     console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"))
+    for prior in record.info.prior_sweeps:
+        taken = counted(len(prior.trials), "trial")
+        console.print(f"prior evidence, no trials of this sweep: {taken} of {prior.name} ({prior.created[:10]})")
     for over in (spent, ended):
         if over:
             console.print(str(over), highlight=False, soft_wrap=True)
@@ -288,7 +296,13 @@ def demo(
     _require_no_failures(record)
 
 
-def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "ExperimentSource") -> "SweepRecord":
+def _sweep(
+    spec: SweepSpec,
+    paths: "SweepPaths",
+    address: str | None,
+    source: "ExperimentSource",
+    warm_from: "Sequence[SweepRecord]" = (),
+) -> "SweepRecord":
     from orchestrator.report.live import SweepView
 
     with resumable(paths.root), screen(paths.root) as console:
@@ -297,7 +311,7 @@ def _sweep(spec: SweepSpec, paths: "SweepPaths", address: str | None, source: "E
         total = spec.search.total_trials
         title = f"sweep of {counted(total, 'trial')} in {paths.root}"
         with SweepView(console, total, title, paths.search_ended.is_file) as view:
-            record = run_sweep(spec, paths, view.update, address, view.say, source)
+            record = run_sweep(spec, paths, view.update, address, view.say, source, warm_from)
         _show_trials(console, record)
         show_best(console, record)
     return record

@@ -236,6 +236,28 @@ class SpecChange(Record):
     after: Any
 
 
+class PriorTrial(Record):
+    """A finished trial of an earlier sweep, as evidence for another."""
+
+    trial_id: str
+    point: dict[str, Any]
+    """Field that is searched now -> value of the trial."""
+    value: float
+    """Its best evaluation, on the earlier sweep's held-out rows."""
+
+
+class PriorSweep(Record):
+    """What a sweep has taken from an earlier one (`sweep --warm-from`). A resume does not need the earlier folder."""
+
+    name: str
+    created: str
+    """Time in UTC, ISO 8601."""
+    base: str
+    trials: list[PriorTrial]
+    left_out: list[str] = []
+    """Numbers of trials that were not taken, each with the reason."""
+
+
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
@@ -248,6 +270,8 @@ class SweepInfo(Record):
     """None for an experiment that was not read from a file."""
     changes: list[SpecChange] = []
     """Changes made by `resume`, oldest first."""
+    prior_sweeps: list[PriorSweep] = []
+    """Earlier sweeps whose trials are evidence for the search; they are no trials of this sweep."""
     is_single_trial: bool
     """Whether this is one trial with the experiment's own values, run without Ray."""
     data_fingerprint: str

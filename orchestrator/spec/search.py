@@ -117,9 +117,10 @@ class SearchSection(Section):
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
     first: list[dict[str, Any]] = []
     """Points to try first: a value for each searched field that exists there."""
-    prior: dict[str, Any] = {}
+    prior: dict[str, Any] | str = {}
     """Dotted field -> value around which `auto` begins. Default: a learning rate by the base's width, the largest rank,
-    and the experiment's own values of other fields."""
+    and the experiment's own values of other fields. `auto` or the path of a file: begin at the best values of earlier
+    sweeps, from the library that `orchestrator priors` keeps."""
     metric: str = "eval/loss"
     """Metric by which trials are compared, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
@@ -269,12 +270,17 @@ class SearchSection(Section):
 
     @model_validator(mode="after")
     def _prior_is_on_the_axes(self) -> Self:
-        for path, value in self.prior.items():
+        for path, value in self.written_prior.items():
             if path not in self.space:
                 raise ValueError(f"prior: {path} is not searched; axes: {', '.join(self.space) or 'none'}")
             if not self.space[path].holds(value):
                 raise ValueError(f"prior: {value!r} is not a value of {path}: {self.space[path].model_dump()}")
         return self
+
+    @property
+    def written_prior(self) -> dict[str, Any]:
+        """The prior's values; {} for one that is read from a library when the sweep starts."""
+        return {} if isinstance(self.prior, str) else self.prior
 
     @property
     def learns(self) -> bool:

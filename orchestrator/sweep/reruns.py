@@ -53,7 +53,8 @@ def begin_rerun(record: SweepRecord, root: Path, spec: SweepSpec) -> SweepRecord
         if before.info.spec == spec:
             return before
         shutil.rmtree(root)
-    info = record.info.model_copy(update={"name": paths.name, "spec": spec, "changes": [], "source": None})
+    own = {"name": paths.name, "spec": spec, "changes": [], "source": None, "prior_sweeps": []}
+    info = record.info.model_copy(update=own)
     with building_beside(root) as building:
         inside = SweepPaths(building)
         inside.data.symlink_to(os.path.relpath(record.paths.data, root))

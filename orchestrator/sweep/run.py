@@ -7,7 +7,7 @@ take longer.
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from orchestrator.base import import_tokenizers
@@ -16,6 +16,8 @@ from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.imports import begin
+from orchestrator.priors.evidence import evidence_from, with_evidence
+from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
 from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
@@ -47,6 +49,7 @@ def run_sweep(
     address: str | None = None,
     say: Say = lambda _: None,
     source: ExperimentSource | None = None,
+    warm_from: Sequence[SweepRecord] = (),
 ) -> SweepRecord:
     """Run all trials of an experiment.
 
@@ -57,10 +60,13 @@ def run_sweep(
         address: address of a Ray cluster; None starts Ray on this machine.
         say: called with messages about the workers and about what the sweep waits for.
         source: the file that the experiment was read from.
+        warm_from: earlier sweeps whose finished trials are evidence for the search. What is taken from them is in the
+            record.
 
     Raises:
-        RequestError: base or data do not match the experiment, a package is missing, the scheduler would change
-            nothing, or a tracker's server does not accept the sweep; nothing is written.
+        RequestError: base or data do not match the experiment, an earlier sweep or the library of priors does not fit,
+            a package is missing, the scheduler would change nothing, or a tracker's server does not accept the sweep;
+            nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. Trials have written a checkpoint of their last step.
@@ -69,15 +75,16 @@ def run_sweep(
     require_extras(spec)
     require_scheduler_effect(spec)
     require_servers(spec.tracking)
-    spec, notes = with_prior(spec)
-    spec, notes_on_base = as_stored(spec)
-    for note in notes + notes_on_base:
-        say(f"note: {note}")
+    prior_sweeps = evidence_from(spec, warm_from)
+    for change in (with_library, lambda spec: with_evidence(spec, prior_sweeps), with_prior, as_stored):
+        spec, notes = change(spec)
+        for note in notes:
+            say(f"note: {note}")
     imports = begin(import_tokenizers)  # meanwhile Ray starts, which takes about as long
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         imports.join()
-        info = start_sweep(spec, paths, source)
+        info = start_sweep(spec, paths, source, prior_sweeps=prior_sweeps)
         with only_driver(paths):
             return _drive(SweepRecord(paths, info), fleet, watch, say)
 

@@ -1,11 +1,13 @@
 """Write a new sweep to disk. Its data is prepared first, so that a bad row is reported before anything is written."""
 
 import errno
+from collections.abc import Sequence
 
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
 from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
 from orchestrator.record.files import building_beside
+from orchestrator.record.models import PriorSweep
 from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
@@ -13,7 +15,11 @@ from orchestrator.training.engines.check_targets import check_targets
 
 
 def start_sweep(
-    spec: SweepSpec, paths: SweepPaths, source: ExperimentSource | None = None, is_single_trial: bool = False
+    spec: SweepSpec,
+    paths: SweepPaths,
+    source: ExperimentSource | None = None,
+    is_single_trial: bool = False,
+    prior_sweeps: Sequence[PriorSweep] = (),
 ) -> SweepInfo:
     """Tokenize the data, then write the data and the sweep's record. The folder appears with both, or not at all.
 
@@ -22,6 +28,7 @@ def start_sweep(
         paths: a folder that does not exist yet, or the empty one from `record.new_sweep.claim_folder`.
         source: where the experiment was read from. A resume compares itself with it.
         is_single_trial: whether the sweep is one trial of the experiment's own values, without Ray.
+        prior_sweeps: what the search takes from earlier sweeps.
 
     Raises:
         RequestError: the base's layers, its tokenizer or the data do not match the experiment, the scheduler would
@@ -47,7 +54,7 @@ def start_sweep(
         num_sequences=prepared.num_sequences,
         sources=prepared.sources,
         bad_rows=prepared.bad_rows,
-    )
+    ).model_copy(update={"prior_sweeps": [*prior_sweeps]})
     try:
         with building_beside(paths.root) as building:
             inside = SweepPaths(building)

@@ -51,6 +51,7 @@ def test_relative_links_lead_to_a_file_of_the_repository(page: Path) -> None:
 
 def test_every_command_is_in_the_table_and_every_shown_command_exists() -> None:
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands |= {group.name for group in app.registered_groups if group.name}
     assert (
         set(re.findall(r"^\| `(\w+)", read("guide/commands.md").partition("## Exit")[0], flags=re.MULTILINE))
         == commands

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import stopping
+from benchmarks import curves, stopping
 
 STEPS, EVERY, NUM = 200, 10, 24
 
@@ -42,7 +42,7 @@ def tally(curves: list[stopping.Curve], rule: str, draws: int = 20, size: int = 
 
 
 def test_the_forecast_keeps_the_best_where_asha_stops_it(table: Path) -> None:
-    curves = stopping.read_table(table)
+    curves = stopping.curves_of(json.loads(table.read_text()))
     ahead, asha = tally(curves, "forecast"), tally(curves, "asha 3")
     assert np.mean(ahead.was_stopped) <= 0.1
     assert np.mean(ahead.was_stopped) < np.mean(asha.was_stopped)
@@ -51,7 +51,7 @@ def test_the_forecast_keeps_the_best_where_asha_stops_it(table: Path) -> None:
 
 
 def test_a_rule_that_stops_none_spends_all_and_loses_nothing(table: Path) -> None:
-    curves, found = stopping.read_table(table), stopping.Tally()
+    curves, found = stopping.curves_of(json.loads(table.read_text())), stopping.Tally()
     stopping.replay(curves[:20], stopping.never, found)
     assert found.tokens == [1.0]
     assert found.regret == [0.0]
@@ -59,14 +59,14 @@ def test_a_rule_that_stops_none_spends_all_and_loses_nothing(table: Path) -> Non
 
 
 def test_fewer_trials_stay_within_their_tokens(table: Path) -> None:
-    curves, found = stopping.read_table(table), stopping.Tally()
+    curves, found = stopping.curves_of(json.loads(table.read_text())), stopping.Tally()
     stopping.replay(curves[:20], stopping.never, found, allowed=0.52)
     assert found.tokens == [0.5]
 
 
 def test_a_freed_slot_takes_the_next_trial_at_once(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "NUM_SLOTS", 2)
-    curves, most, found = stopping.read_table(table)[:5], [], stopping.Tally()
+    curves, most, found = stopping.curves_of(json.loads(table.read_text()))[:5], [], stopping.Tally()
 
     def rule(sweep: stopping.Sweep, reporting: list[str]) -> set[str]:
         most.append(len(reporting))
@@ -89,3 +89,36 @@ def test_the_command_prints_a_line_for_each_rule(
     assert "| 6 | fewer trials, 0." in shown
     assert "(the table has 24 trials: no sweep of 64)" in shown
     assert "95% intervals of the forecast held: " in shown
+
+
+def test_a_simulated_base_has_the_range_that_it_should_and_losses_that_diverge_stay() -> None:
+    found = stopping.curves_of(curves.simulated("high rates"))
+    lowest = np.sort([curve.losses[-1] for curve in found])
+    assert lowest[32] / lowest[0] == pytest.approx(1.2, rel=0.05)
+    diverged = [curve for curve in found if curve.losses.max() > 5]
+    assert diverged
+    assert all(curve.losses[-1] > 2 for curve in diverged)
+    assert all(curve.plan.peak > 5e-3 for curve in diverged)
+
+
+@pytest.mark.parametrize("name", ["plain", "range 5%", "cosine only, range 5%"])
+def test_the_forecast_reaches_its_target_on_simulated_bases(name: str) -> None:
+    """At most 0.45 of the tokens and 0.2% regret; with a unit that is fixed, a range of 5% took 0.5 of the tokens."""
+    found = stopping.curves_of(curves.simulated(name))
+    seen = tally(found, "forecast", size=16)
+    assert np.mean(seen.tokens) < 0.45
+    assert np.mean(seen.regret) < 0.002
+
+
+def test_altered_tables_keep_what_they_should() -> None:
+    table = curves.simulated("plain")
+    few = curves.every(table, 5)["trials"][0]["evaluations"]
+    assert [step for step, _, _ in few] == [100, 200, 300, 400]
+    narrow = curves.powered(table, 0.5)
+    lows = [min(p[2] for t in each["trials"] for p in t["evaluations"]) for each in (table, narrow)]
+    highs = [max(p[2] for t in each["trials"] for p in t["evaluations"]) for each in (table, narrow)]
+    assert lows[1] == pytest.approx(lows[0])
+    assert highs[1] / lows[1] == pytest.approx((highs[0] / lows[0]) ** 0.5)
+    halves = [curves.half(table, i)["trials"] for i in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == 32
+    assert not [trial for trial in halves[0] if trial in halves[1]]

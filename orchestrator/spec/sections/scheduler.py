@@ -66,7 +66,7 @@ class ForecastScheduler(Section):
     """Which scheduler."""
     chance: Annotated[float, Field(gt=0, le=0.5)] | None = None
     """A trial is stopped if its chance to end below the leader is less than this, after two or more evaluations.
-    Default: 0.1, or 1.6 / number of trials if that is less."""
+    Default: 0.16, or 2.1 / number of trials if that is less."""
 
 
 class _Brackets(_Rungs):

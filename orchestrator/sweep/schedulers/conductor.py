@@ -174,6 +174,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self._record_decision(trial, "stopped", stops[trial.trial_id])
+        if self._spec.search.learns:  # stopped trials count by their present forecasts; Tune passes reports alone
+            for trial_id, value in self._inner.forecasts.items():
+                controller.search_alg.searcher.count_as(trial_id, value)
         return stops
 
     def _process(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:

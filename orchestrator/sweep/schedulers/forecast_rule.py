@@ -7,7 +7,7 @@ import numpy as np
 from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.sweep.schedulers.forecast.law import Plan
 from orchestrator.sweep.schedulers.forecast.plans import LOSS, plan_trial
-from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, default_chance, verdicts
+from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, default_chance, outcomes, verdicts
 from orchestrator.sweep.schedulers.median import is_below_median
 from orchestrator.sweep.schedulers.together import JudgedTogether
 
@@ -30,7 +30,11 @@ class ForecastRule(JudgedTogether):
         known = {name: self._trial(name) for name in self.heard if name not in stops and not self._not_a_loss(name)}
         field = [trial for trial in known.values() if isinstance(trial, Trial)]
         found = verdicts(field, {name for name in names if name in known}, chance)
-        stops |= {name: f"forecast: {why}" for name, why in found.items()}
+        stops |= {name: f"forecast: {verdict.why}" for name, verdict in found.items()}
+        self.forecasts |= {name: verdict.outcome for name, verdict in found.items()}
+        if self.forecasts:
+            expected = outcomes(field)
+            self.forecasts |= {name: expected[name] for name in self.forecasts if name in expected}
         for name in names:
             unknown = known.get(name)
             if isinstance(unknown, str) and len(self.heard[name]) >= MIN_SEEN and self._is_below_median(name):

@@ -51,6 +51,8 @@ class JudgedTogether(FIFOScheduler):  # type: ignore[misc]  # mypy skips ray
         """Trial -> its evaluations, in order."""
         self.ended: set[str] = set()
         """Trials of which no more evaluations come."""
+        self.forecasts: dict[str, float] = {}
+        """Stopped trial -> value of the metric with which it would have ended, where the rule has forecast it."""
         self._values: dict[str, dict[str, Any]] = {}
         """Trial -> its searched values."""
         self._spec, self._num_rows = spec, num_rows

@@ -4,16 +4,19 @@ import itertools
 import math
 import pickle
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from orchestrator.record.models import PriorSweep
 from orchestrator.spec.search import RATE, SearchSection
 from orchestrator.sweep.search.coordinates import Coordinate
 from orchestrator.sweep.search.drawn_points import DrawnPoints
 from orchestrator.sweep.search.models import Forecast, propose
+from orchestrator.sweep.search.prior_evidence import comparable, not_replaced
 from orchestrator.sweep.search.space import Point
 
 _RATE_FACTORS = (1.0, 3.0, 1 / 3)
@@ -35,6 +38,8 @@ class _Trial:
     best: float | None = None
     """Best result so far, where lower is better; infinite if the trial failed by its values."""
     has_ended: bool = False
+    is_forecast: bool = False
+    """Whether `best` is the forecast of its end; its own evaluations then do not count any more."""
 
 
 class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
@@ -45,10 +50,17 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
     so far, and the state is pickled with the sweep, so a resumed search continues as it would have.
     """
 
-    def __init__(self, search: SearchSection) -> None:
-        """Take the experiment's search section, with `search.prior` as `rate_prior.with_prior` has completed it."""
+    def __init__(self, search: SearchSection, prior_sweeps: Sequence[PriorSweep] = ()) -> None:
+        """Take the experiment's search section, with `search.prior` as `rate_prior.with_prior` has completed it.
+
+        Args:
+            search: the section.
+            prior_sweeps: earlier sweeps. The search begins at the prior alone, and the model proposes from the first
+                result on.
+        """
         super().__init__(metric=search.metric, mode=search.resolved_mode)
         self._search = search
+        self._prior_sweeps = prior_sweeps
         self._trials: dict[str, _Trial] = {}
         self._drawn = DrawnPoints(search)
         self._enqueued: list[Point] = []
@@ -80,8 +92,16 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             self._take_over(trial_id, result)
         self._trials[trial_id].has_ended = True
 
+    def count_as(self, trial_id: str, value: float) -> None:
+        """Have a stopped trial count by the forecast of its end. Its best evaluation so far depends on how early it was
+        stopped, and on how much its rate had yet to fall."""
+        trial = self._trials[trial_id]
+        trial.best, trial.is_forecast = value if self.mode == "min" else -value, True
+
     def _take_over(self, trial_id: str, result: dict[str, Any]) -> None:
         trial, value = self._trials[trial_id], float(result[self.metric])
+        if trial.is_forecast:
+            return
         value = math.inf if math.isnan(value) else value if self.mode == "min" else -value
         # A failure is reported as the worst value, whatever came before it.
         trial.best = value if trial.best is None or math.isinf(value) else min(trial.best, value)
@@ -108,7 +128,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
 
     @property
     def _num_startup(self) -> int:
-        return self._search.startup_trials or len(_RATE_FACTORS)
+        return self._search.startup_trials or (1 if self._prior_sweeps else len(_RATE_FACTORS))
 
     def _designed(self) -> list[tuple[Point, str]]:
         """Return the points that do not depend on results."""
@@ -117,7 +137,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         if RATE not in prior:
             return [*designed, (prior, _prior_phrase("begins at", prior))]
         coordinate = Coordinate.of(self._search.space[RATE])
-        for factor in _RATE_FACTORS:
+        for factor in _RATE_FACTORS[:1] if self._prior_sweeps else _RATE_FACTORS:
             point = prior | {RATE: coordinate.nearest(factor * prior[RATE])}
             how = "begins at" if factor == 1 else f"{factor:.2g} times the rate of"
             phrase = _prior_phrase(how, prior)
@@ -150,7 +170,8 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
 
         proposal = propose(
             {path: each.distribution() for path, each in coordinates.items()},
-            [(drawn(trial.point), trial.best or 0.0) for trial in finished],
+            [(drawn(trial.point), trial.best or 0.0) for trial in finished]
+            + [(drawn(point), value) for point, value in self._prior_results(finished)],
             [drawn(trial.point) for trial in self._trials.values() if not trial.has_ended],
             prior=drawn(_everywhere(self._search)),
             prior_weight=_PRIOR_WEIGHT / len(finished),
@@ -160,9 +181,16 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         point = self._search.active({path: coordinates[path].decode(value) for path, value in proposal.drawn.items()})
         return point, self._proposal_phrase(proposal.sampler, proposal.forecast, finished)
 
+    def _prior_results(self, finished: list[_Trial]) -> list[tuple[Point, float]]:
+        best = min(trial.best or 0.0 for trial in finished)
+        earlier = comparable(self._prior_sweeps, self._search.resolved_mode, best)
+        return not_replaced(earlier, [trial.point for trial in finished], self._coordinates())
+
     def _proposal_phrase(self, sampler: str, forecast: Forecast | None, finished: list[_Trial]) -> str:
         best = min(trial.best or 0.0 for trial in finished)
         model = f"{sampler} on {len(finished)} results"
+        if self._prior_sweeps:
+            model += f" and {len(self._prior_results(finished))} of earlier sweeps"
         if forecast is None:
             return f"{model}; the best is {self._value_phrase(best)}"
         return (
@@ -194,7 +222,7 @@ def prior_point(search: SearchSection) -> Point:
 def _everywhere(search: SearchSection) -> Point:
     """Return the prior with a value for every axis, also for those that do not exist there."""
     coordinates = {path: Coordinate.of(axis) for path, axis in search.space.items()}
-    return {path: search.prior.get(path, each.middle()) for path, each in coordinates.items()}
+    return {path: search.written_prior.get(path, each.middle()) for path, each in coordinates.items()}
 
 
 def _prior_phrase(how: str, prior: Point) -> str:

@@ -71,6 +71,14 @@ class Coordinate:
             return self.axis.values[0]
         return self.ordered[(len(self.ordered) - 1) // 2] if self.ordered is not None else self._at(0.5)
 
+    def distance(self, one: Any, other: Any) -> float:
+        """Return how far two values are from each other, from 0 to 1; values without an order are 0 or 1 apart."""
+        if self.is_category:
+            return float(one != other)
+        if self.ordered is not None:
+            return abs(self.ordered.index(one) - self.ordered.index(other)) / max(1, len(self.ordered) - 1)
+        return abs(self._share(one) - self._share(other))
+
     def draw(self, generator: random.Random) -> Any:
         """Draw a value, each as likely as the others."""
         if self.axis.is_discrete:

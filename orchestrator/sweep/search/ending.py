@@ -153,7 +153,7 @@ def forecast_next(
         {path: each.distribution() for path, each in coordinates.items()},
         [(drawn(point), value) for point, value in finished],
         [drawn(point) for point in running],
-        prior=drawn({path: search.prior.get(path, each.middle()) for path, each in coordinates.items()}),
+        prior=drawn({path: search.written_prior.get(path, each.middle()) for path, each in coordinates.items()}),
         prior_weight=0.0,
         has_conditions=False,
         seed=random.Random(f"{search.seed} end {len(finished)}").randrange(2**31),

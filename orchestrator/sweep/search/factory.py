@@ -1,11 +1,13 @@
 """Make the search algorithm that an experiment asks for."""
 
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
 from orchestrator.record import SweepRecord
+from orchestrator.record.models import PriorSweep
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.search.ending import EndRule, Ends
 from orchestrator.sweep.search.grid_random import GridRandom
@@ -22,28 +24,30 @@ def make_search_algorithm(record: SweepRecord, max_concurrent: int) -> SearchAlg
         max_concurrent: number of trials at a time.
     """
     spec, is_over, ends = record.info.spec, record.why_over() is not None, EndRule(record).ends
-    searcher = make_searcher(spec, max_concurrent)
+    searcher = make_searcher(spec, max_concurrent, record.info.prior_sweeps)
     if isinstance(searcher, GridRandom):
         searcher.is_over, searcher.ends = is_over, ends
         return searcher
     return TrialGenerator(searcher, spec.search.total_trials, is_over, ends)
 
 
-def make_searcher(spec: SweepSpec, max_concurrent: int) -> Searcher | SearchAlgorithm:
+def make_searcher(
+    spec: SweepSpec, max_concurrent: int, prior_sweeps: Sequence[PriorSweep] = ()
+) -> Searcher | SearchAlgorithm:
     """Return the algorithm, seeded and limited to `max_concurrent` trials. Tied values are resolved after it."""
     search, algorithm = spec.search, spec.search.algorithm
     match algorithm:
         case "auto" if search.space:
             from orchestrator.sweep.search.auto import Auto
 
-            return Limiter(Auto(search), max_concurrent)
+            return Limiter(Auto(search, prior_sweeps), max_concurrent)
         case "auto" | "grid" | "random":
             # Trials that take turns must all be there from the start.
             return GridRandom(search, 0 if trials_take_turns(spec.scheduler) else max_concurrent)
         case "optuna":
             from orchestrator.sweep.search.optuna import make_optuna
 
-            return Limiter(make_optuna(search), max_concurrent)
+            return Limiter(make_optuna(search, prior_sweeps), max_concurrent)
         case "hyperopt":
             from orchestrator.sweep.search.hyperopt import make_hyperopt
 
@@ -102,6 +106,11 @@ class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray
     def report_failure(self, trial_id: str) -> None:
         """Report the worst value for a trial that failed by its own values. Tune's later report is then ignored."""
         self.on_trial_complete(trial_id, {self.metric: worst_value(self.mode)})
+
+    def count_as(self, trial_id: str, value: float) -> None:
+        """Have a stopped trial count by the forecast of its end, where the algorithm can."""
+        if count_as := getattr(self.searcher, "count_as", None):
+            count_as(trial_id, value)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current limit."""

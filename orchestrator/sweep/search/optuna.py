@@ -1,19 +1,24 @@
 """Optuna's TPE and CMA-ES under Ray Tune."""
 
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 from optuna.samplers import CmaEsSampler, TPESampler
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestrator.record.models import PriorSweep
 from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.drawn_points import DrawnPoints
+from orchestrator.sweep.search.prior_evidence import first_points
 from orchestrator.sweep.search.space import Point, by_depth, encode
 
 
-def make_optuna(search: SearchSection) -> "Optuna":
-    """Return the searcher, seeded."""
+def make_optuna(search: SearchSection, prior_sweeps: Sequence[PriorSweep] = ()) -> "Optuna":
+    """Return the searcher, seeded. It tries the best points of earlier sweeps first; their results are on other data,
+    so the model does not see them."""
+    first = [*search.first, *first_points(prior_sweeps, search.resolved_mode)]
     match search.sampler:
         case "cmaes":
             sampler = CmaEsSampler(n_startup_trials=search.startup_trials or 1, seed=search.seed)
@@ -27,7 +32,7 @@ def make_optuna(search: SearchSection) -> "Optuna":
         metric=search.metric,
         mode=search.resolved_mode,
         sampler=sampler,
-        points_to_evaluate=[encode(search, point) for point in search.first],
+        points_to_evaluate=[encode(search, point) for point in first],
     )
 
 

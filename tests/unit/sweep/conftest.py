@@ -69,8 +69,13 @@ class Stage:
         self.is_search_over = False
         self.to_come: dict[str, Sequence[float]] = {}
         """Trials that are added when others end or wait."""
+        self.counted: dict[str, float] = {}
+        """Stopped trial -> forecast that the searcher was given."""
         searcher = SimpleNamespace(
-            on_pause=self._going_on.discard, on_unpause=self._going_on.add, on_trial_result=self._on_report
+            on_pause=self._going_on.discard,
+            on_unpause=self._going_on.add,
+            on_trial_result=self._on_report,
+            count_as=self.counted.__setitem__,
         )
         self.search_alg = SimpleNamespace(
             set_finished=self._end_search, is_finished=lambda: self.is_search_over, searcher=searcher

@@ -105,6 +105,26 @@ def test_failures_and_repeated_reports_count_as_they_should(make: Make) -> None:
     assert [trial.best for trial in searcher.searcher._trials.values()] == [2.0, math.inf, 0.0]
 
 
+def test_a_stopped_trial_counts_by_its_forecast(make: Make) -> None:
+    """Tune passes its last report after that, which changes nothing."""
+    searcher = make_searcher(make(), 4)
+    for name in ("whole", "stopped"):
+        searcher.suggest(name)
+        searcher.on_trial_result(name, {"eval/loss": 2.0, "training_iteration": 1})
+    searcher.count_as("stopped", 1.25)
+    for name in ("whole", "stopped"):
+        searcher.on_trial_complete(name, {"eval/loss": 1.5, "training_iteration": 2})
+    assert [trial.best for trial in searcher.searcher._trials.values()] == [1.5, 1.25]
+
+
+def test_a_forecast_is_given_to_searchers_that_cannot_take_it(make: Make) -> None:
+    spec = make(algorithm="optuna", prior={})
+    searcher = make_searcher(spec, 4)
+    searcher.suggest("stopped")
+    searcher.count_as("stopped", 1.25)
+    searcher.on_trial_complete("stopped", {"eval/loss": 1.5, "training_iteration": 2})
+
+
 def test_each_trial_has_a_reason(make: Make) -> None:
     searcher = make_searcher(make(), 4)
     searched(searcher, 0, 5)

@@ -78,7 +78,8 @@ def test_a_curve_that_does_not_teach_changes_no_other_forecast() -> None:
     assert forecast(plans, odd, teaches).mean[:5] == pytest.approx(forecast(plans, seen, teaches).mean[:5])
 
 
-def test_the_posterior_is_that_of_the_joint_normal_distribution() -> None:
+@pytest.mark.parametrize("power", [1.0, 0.3, 0.06])
+def test_the_posterior_is_that_of_the_joint_normal_distribution(power: float) -> None:
     """The same forecast by conditioning one large normal vector, without whitening or effects."""
     plans, curves = sweep(4, 5)
     num_seen = [3, 5, 2, 7]
@@ -91,15 +92,27 @@ def test_the_posterior_is_that_of_the_joint_normal_distribution() -> None:
         covariance[block, block] += law.covariance[i]
     seen = np.concatenate([i * k + np.arange(num) for i, num in enumerate(num_seen)])
     ends = np.arange(1, n + 1) * k - 1
-    y = np.log(np.concatenate([curve[:num] for curve, num in zip(curves, num_seen, strict=True)]))
+    logs = [power * np.log(curve[:num]) for curve, num in zip(curves, num_seen, strict=True)]
+    center = np.median([each[0] for each in logs])
+    y = np.concatenate(logs) - center
     inner = covariance[np.ix_(seen, seen)] + np.diag(law.noise.ravel()[seen])
     gain = np.linalg.solve(inner, covariance[np.ix_(seen, ends)])
-    off = y - flat[seen] @ PRIOR_MEAN
-    scale = (SCALE_STRENGTH + off @ np.linalg.solve(inner, off)) / (SCALE_STRENGTH + len(y))
     expected = covariance[np.ix_(ends, ends)] - covariance[np.ix_(ends, seen)] @ gain
-    found = forecast(plans, [np.log(c[:num]) for c, num in zip(curves, num_seen, strict=True)], np.ones(4, bool))
-    assert found.mean == pytest.approx(flat[ends] @ PRIOR_MEAN + off @ gain, abs=1e-6)
-    assert found.covariance == pytest.approx(scale * expected, rel=1e-4, abs=1e-8)
+    expected += np.diag(law.noise.ravel()[ends])
+    spread = 1.4826 * np.median(np.abs([each[0] - center for each in logs]))
+    unit = min(1.0, spread / 0.13)
+    off = y / unit - flat[seen] @ PRIOR_MEAN
+    scale = (SCALE_STRENGTH + off @ np.linalg.solve(inner, off)) / (SCALE_STRENGTH + len(y))
+    found = forecast(plans, logs, np.ones(4, bool))
+    assert found.mean == pytest.approx(center + unit * (flat[ends] @ PRIOR_MEAN + off @ gain), abs=1e-6)
+    assert found.covariance == pytest.approx(unit**2 * scale * expected, rel=1e-4, abs=1e-9)
+
+
+def test_a_small_range_of_losses_is_forecast_as_closely_as_a_large_one() -> None:
+    """Intervals follow the range; a prior in one fixed unit would leave them as wide as those of the large range."""
+    plans, curves = sweep(16, 3)
+    wide, narrow = after(3, plans, curves), after(3, plans, [curve**0.05 for curve in curves])
+    assert narrow.sd().mean() < 0.08 * wide.sd().mean(), "a twentieth, but for the largest unit, which is 1"
 
 
 def test_the_unit_of_the_loss_does_not_matter() -> None:

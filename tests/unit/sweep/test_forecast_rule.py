@@ -58,6 +58,19 @@ def test_a_slow_trial_stops_early_and_the_best_runs_to_its_end(pack: Any) -> Non
     assert "chance of beating it" in why
 
 
+def test_a_stopped_trial_counts_for_the_search_by_its_forecast(pack: Any) -> None:
+    """Other trials count by their evaluations, which Tune passes."""
+    found = curves()
+    stage = play(pack(), found)
+    stopped = dict(stage.decisions("stopped"))
+    assert stage.counted.keys() == stopped.keys()
+    for name, step in stopped.items():
+        assert stage.counted[name] < min(found[name][: step // EVERY])
+    assert stage.counted == stage.conductor._inner.forecasts
+    whys = {name: stage.conductor.why_stopped(name) for name in stopped}
+    assert any(f"forecast {stage.counted[name]:.3g} " not in whys[name] for name in stopped), "forecast anew later"
+
+
 def test_a_resume_decides_the_same(pack: Any) -> None:
     found = curves()
     whole = play(pack(), found).all_decisions()

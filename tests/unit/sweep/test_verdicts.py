@@ -17,7 +17,7 @@ def trials(plans: dict[str, Plan], seen: int, seed: int = 0, **changed: list[flo
 
 
 def judged(found: list[Trial], chance: float = CHANCE) -> dict[str, str]:
-    return verdicts(found, {trial.name for trial in found}, chance)
+    return {name: each.why for name, each in verdicts(found, {trial.name for trial in found}, chance).items()}
 
 
 GOOD = {f"good{i}": plan(rate) for i, rate in enumerate((6e-4, 8e-4, 1e-3, 1.2e-3, 1.5e-3))}
@@ -25,10 +25,12 @@ GOOD = {f"good{i}": plan(rate) for i, rate in enumerate((6e-4, 8e-4, 1e-3, 1.2e-
 
 def test_a_trial_that_is_too_slow_stops_with_its_numbers() -> None:
     stops = judged(trials(GOOD | {"slow": plan(5e-5)}, 6))
-    assert [*stops] == ["slow"]
+    best = min(trials(GOOD, 20), key=lambda trial: trial.losses[-1]).name
+    assert "slow" in stops
+    assert best not in stops
     assert stops["slow"].startswith("too slow, loss ")
     assert " at step 120: forecast " in stops["slow"]
-    assert "the second best, as the leader is not half-way, is forecast" in stops["slow"]
+    assert "the second best, as the leader has over a quarter to go, is forecast" in stops["slow"]
     assert stops["slow"].endswith("% chance of beating it")
 
 
@@ -37,6 +39,21 @@ def test_no_trial_stops_before_its_second_evaluation() -> None:
     assert MIN_SEEN == 2
     assert judged(trials(plans, 1), 0.5) == {}
     assert "slow" in judged(trials(plans, 5))
+
+
+def test_a_verdict_holds_the_outcome_that_its_sentence_gives() -> None:
+    found = trials(GOOD | {"slow": plan(5e-5)}, 6)
+    verdict = verdicts(found, {"slow"}, CHANCE)["slow"]
+    slow = next(trial for trial in found if trial.name == "slow")
+    assert f"forecast {verdict.outcome:.3g} +- " in verdict.why
+    assert verdict.outcome < slow.losses[-1]
+
+
+def test_the_outcome_of_a_trial_that_overfits_is_its_lowest_loss() -> None:
+    plans = GOOD | {"rising": plan(6e-4, "constant_with_warmup")}
+    rising = [0.9, 0.85, 0.84, *np.linspace(0.85, 1.0, 17)]
+    found = trials(plans, 17, rising=rising)
+    assert verdicts(found, {"rising"}, CHANCE)["rising"].outcome == pytest.approx(0.84)
 
 
 def test_a_high_rate_that_has_yet_to_fall_is_kept_though_its_loss_is_the_worst() -> None:
@@ -87,7 +104,9 @@ def test_the_leader_is_never_stopped_nor_a_trial_alone() -> None:
 
 def test_only_trials_that_report_are_stopped() -> None:
     found = trials(GOOD | {"slow": plan(5e-5)}, 6)
-    assert verdicts(found, {trial.name for trial in found} - {"slow"}, CHANCE) == {}
+    names = {trial.name for trial in found}
+    assert "slow" in verdicts(found, names, CHANCE)
+    assert "slow" not in verdicts(found, names - {"slow"}, CHANCE)
 
 
 def test_a_trial_that_has_ended_counts_by_its_lowest_loss() -> None:

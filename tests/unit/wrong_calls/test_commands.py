@@ -22,6 +22,9 @@ CALLS = [
         command(f"{verb} of no sweep", [verb, "nope"], "nope: there is no such sweep", "--output")
         for verb in ("status", "best", "resume", "audit", "board", "chat")
     ),
+    command("warm start from no sweep", ["sweep", "x.yaml", "--warm-from", "nope"], "nope: there is no such sweep"),
+    command("priors of no sweep", ["priors", "add", "nope", "--file", "p.yaml"], "nope: there is no such sweep"),
+    command("priors that are none", ["priors", "list", "--file", "x.yaml"], "x.yaml: is not a library of priors"),
     command("sweep of another folder", ["status", "open", "--output", "nope"], "open: there is no such sweep"),
     command("damaged sweep", ["status", "sweeps/damaged"], "damaged/sweep.json", "damaged"),
     command("draws without a temperature", ["chat", "sweeps/done", "--seed", "1"], "--seed: has no effect on greedy"),

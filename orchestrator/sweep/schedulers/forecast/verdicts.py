@@ -1,9 +1,9 @@
 """Decide which of the trials that report now stop, and say why.
 
 A trial stops when its chance to end below the yardstick falls under a stated level. The yardstick is the leader, the
-trial whose outcome is forecast lowest. Until the leader is half-way, the trial after it is the yardstick: the lowest of
-many uncertain forecasts is too low on average, and the field must not be judged by it. A trial at a high rate is
-neither while its loss is above where the sweep began.
+trial whose outcome is forecast lowest. Until it has done three quarters of its steps, the trial after it is the
+yardstick: the lowest of many uncertain forecasts is too low on average, and the field must not be judged by it. A trial
+at a high rate is neither while its loss is above where the sweep began.
 """
 
 import math
@@ -24,6 +24,8 @@ DIVERGED: Final = 0.15
 """A trial has diverged if its log loss exceeds that of the sweep's first evaluations (median) by this much."""
 RISEN: Final = 0.15
 """A curve that has risen by this much log loss above its lowest point teaches the other trials nothing."""
+SURE: Final = 0.75
+"""Share of the leader's steps after which it is the yardstick. Before, the second best is."""
 PLATEAU: Final = 0.01
 """A trial is on a plateau if less log loss than this is forecast to go."""
 OVERFIT: Final = 0.01
@@ -47,17 +49,27 @@ class Trial:
         return int(self.plan.steps[len(self.losses) - 1])
 
     @property
-    def is_half_way(self) -> bool:
-        """Whether half of its steps are done."""
-        return bool(self.step >= self.plan.steps[-1] / 2)
+    def is_sure(self) -> bool:
+        """Whether so many of its steps are done that it may be the yardstick."""
+        return bool(self.step >= SURE * self.plan.steps[-1])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The end of a trial that is stopped."""
+
+    why: str
+    """A sentence with the numbers."""
+    outcome: float
+    """Loss that the trial would have reached: its forecast, or its lowest loss so far if that is lower."""
 
 
 def default_chance(num_trials: int) -> float:
     """Return the chance of beating the leader below which a trial of a sweep of this size is stopped."""
-    return min(0.1, 1.6 / num_trials)
+    return min(0.16, 2.1 / num_trials)
 
 
-def verdicts(trials: list[Trial], reporting: set[str], chance: float) -> dict[str, str]:
+def verdicts(trials: list[Trial], reporting: set[str], chance: float) -> dict[str, Verdict]:
     """Decide about the trials that report now, together.
 
     Args:
@@ -66,13 +78,23 @@ def verdicts(trials: list[Trial], reporting: set[str], chance: float) -> dict[st
         chance: a trial stops if its chance to end below the yardstick is less.
 
     Returns:
-        Why a trial stops, by its name; trials that go on are left out.
+        Trials that stop, by name, with the reason; trials that go on are left out.
     """
     ready = [trial for trial in trials if trial.name in reporting and len(trial.losses) >= MIN_SEEN]
     if len(trials) < 2 or not ready:
         return {}
     field = _Field(trials)
-    return {each.name: field.sentence(each, p) for each in ready if (p := field.chance(each)) < chance}
+    return {each.name: field.verdict(each, p) for each in ready if (p := field.chance(each)) < chance}
+
+
+def outcomes(trials: list[Trial]) -> dict[str, float]:
+    """Return the loss with which each trial ends, by name: its forecast, or its lowest loss so far if that is lower.
+
+    A stopped trial is forecast like one that runs. Early forecasts are often too low, so ask again as others go on.
+    """
+    curves = [np.log(trial.losses) for trial in trials]
+    mean = forecast([trial.plan for trial in trials], curves, teaching_curves(trials, curves)).mean
+    return {trial.name: math.exp(min(float(mean[i]), float(curves[i].min()))) for i, trial in enumerate(trials)}
 
 
 class _Field:
@@ -90,7 +112,7 @@ class _Field:
         outcome = np.where(is_running, np.minimum(self.forecast.mean, self._lowest), self._lowest)
         order = np.lexsort((outcome, _stands_above_start(trials, curves, 0.0)))
         self._leader = trials[order[0]]
-        is_sure = self._leader.is_half_way or not self._leader.is_running
+        is_sure = self._leader.is_sure or not self._leader.is_running
         self._yardstick = self._leader if is_sure else trials[order[1]]
         self._outcome = outcome
         self._median_first = float(np.exp(np.median([curve[0] for curve in curves])))
@@ -107,12 +129,20 @@ class _Field:
         margin = self._outcome[j] - self.forecast.mean[i]
         return 0.5 * math.erfc(-margin / math.sqrt(2 * max(variance, 1e-12)))
 
-    def sentence(self, trial: Trial, chance: float) -> str:
+    def verdict(self, trial: Trial, chance: float) -> Verdict:
+        """Return the verdict on a trial that stops."""
+        return Verdict(self._sentence(trial, chance), math.exp(self._outcome[self._index[trial.name]]))
+
+    def _sentence(self, trial: Trial, chance: float) -> str:
         """Say why a trial stops."""
         i, j = self._index[trial.name], self._index[self._yardstick.name]
         mean = math.exp(self.forecast.mean[i])
         half_width = mean * float(self.forecast.sd()[i])
-        rank = "the leader" if self._yardstick is self._leader else "the second best, as the leader is not half-way"
+        rank = (
+            "the leader"
+            if self._yardstick is self._leader
+            else "the second best, as the leader has over a quarter to go"
+        )
         return (
             f"{self._state(trial)}: forecast {mean:.3g} +- {half_width:.2g} at step {trial.plan.steps[-1]:.0f}; "
             f"{self._yardstick.name}, {rank}, is forecast {math.exp(self._outcome[j]):.3g}; "
