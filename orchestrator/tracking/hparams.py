@@ -25,7 +25,7 @@ def experiment(spec: SweepSpec) -> Experiment:
     Every trial of a sweep writes the same columns, because TensorBoard uses the first description that it finds.
     """
     names = dict.fromkeys(
-        [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.metrics)]
+        [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.names)]
     )
     return Experiment(
         hparam_infos=[HParamInfo(name=name, type=kind) for name, kind in _columns(spec).items()],
