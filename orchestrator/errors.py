@@ -84,6 +84,10 @@ class TooLargeError(TrialError):
     cause = "out_of_memory"
 
 
+class MetricError(OrchestratorError):
+    """A user's own metric cannot be computed. The values of the trial are not the cause."""
+
+
 class SweepError(OrchestratorError):
     """A sweep ended without a finished trial. Exit code 1."""
 

@@ -233,13 +233,13 @@ def save_adapter(adapter: Adapter, tokenizer: Any, folder: Path, origin: Origin,
         _replace_folder(building, folder)
 
 
-def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
-    """Add the results of exact match to an adapter folder. Scores, card and manifest are rewritten, all or none.
+def add_metrics(folder: Path, metric: str, metrics: dict[str, list[float]]) -> None:
+    """Add metrics of generated answers to an adapter folder. Scores, card and manifest are rewritten, all or none.
 
     Args:
         folder: a folder written by `save_adapter`.
         metric: metric that its step was chosen by.
-        answers: for each answered held-out prompt, whether the answer was correct.
+        metrics: name -> a number for each answered held-out prompt.
 
     Raises:
         RecordError: the folder is incomplete or changed; a new manifest must not hide the damage.
@@ -247,14 +247,14 @@ def add_answers(folder: Path, metric: str, answers: list[bool]) -> None:
     """
     facts, scores = verify(folder).facts, read_scores(folder)
     assert scores is not None
-    scores = scores.model_copy(update={"answers": answers})
-    metrics = facts.metrics | scores.values()
+    scores = scores.model_copy(update={"metrics": metrics})
+    values = facts.metrics | scores.values()
     config = TrialConfig.model_validate(facts.config)
     with building_beside(folder) as building:
         for name, file in _files(folder).items():
             if name not in (SCORES, CARD):
                 _link(file, building / name)
-        _describe(building, config, facts.model_copy(update={"metrics": metrics}), metric, scores)
+        _describe(building, config, facts.model_copy(update={"metrics": values}), metric, scores)
         _replace_folder(building, folder)
 
 

@@ -10,6 +10,7 @@ from orchestrator.base_folder import DEQUANTIZED, hub_id, stored_quantization
 from orchestrator.base_weights import plain_layers
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection, DataSection
+from orchestrator.spec.sections.evaluation import STDERR
 
 _PAGE = """
 # {title}
@@ -133,7 +134,7 @@ def card_metadata(config: TrialConfig, name: str, values: Mapping[str, float], l
             metric_value=value,
         )
         for metric, value in values.items()
-        if math.isfinite(value)
+        if math.isfinite(value) and not metric.endswith(STDERR)
     ]
     return ModelCardData(
         library_name=library,

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.adapters.stops import stops_of
-from orchestrator.data import Prompt
 from orchestrator.errors import RequestError
 from orchestrator.positions import fails_beyond_limit, position_limit, rows_per_pass
 
@@ -43,10 +42,27 @@ def answer(
     Raises:
         RequestError: a prompt with its answer has no room in the model's positions, and the model would fail.
     """
+    return texts_of(tokenizer, generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size, sampling))
+
+
+def texts_of(tokenizer: Any, answers: Sequence[list[int]]) -> list[str]:
+    """Return the text of answers, given as token ids without their stop token: without special tokens, stripped."""
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Mapping[str, Any] = GREEDY,
+) -> list[list[int]]:
+    """Return the token ids of the answers before their first stop token; arguments and errors are those of `answer`."""
     import torch
 
     model.eval()
-    answers, stops = [""] * len(prompts), stops_of(model)
+    answers, stops = [list[int]()] * len(prompts), stops_of(model)
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths, default=0) + max_new_tokens
     require_room(model, longest - max_new_tokens, max_new_tokens)
@@ -68,7 +84,7 @@ def answer(
                 **sampling,
             )
         for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):
-            answers[i] = tokenizer.decode(before_stop(new, stops), skip_special_tokens=True).strip()
+            answers[i] = before_stop(new, stops)
     return answers
 
 
@@ -87,13 +103,16 @@ def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
         )
 
 
-def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Group prompts into batches, shortest first: at most `batch_size` prompts and `MAX_BATCH_TOKENS` tokens each.
+def batches(
+    lengths: Sequence[int], max_new_tokens: int, batch_size: int, max_tokens: int = MAX_BATCH_TOKENS
+) -> Iterator[list[int]]:
+    """Group prompts into batches, shortest first: at most `batch_size` prompts and `max_tokens` tokens each.
 
     Args:
         lengths: number of tokens of each prompt.
         max_new_tokens: maximum number of tokens of each answer.
         batch_size: maximum number of prompts of a batch.
+        max_tokens: maximum number of tokens of a batch, with padding and answers. A single prompt may exceed it.
 
     Yields:
         The indices of the prompts of one batch.
@@ -101,7 +120,7 @@ def batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Ite
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         padded = (len(batch) + 1) * (lengths[i] + max_new_tokens)
-        if batch and (len(batch) == batch_size or padded > MAX_BATCH_TOKENS):
+        if batch and (len(batch) == batch_size or padded > max_tokens):
             yield batch
             batch = []
         batch.append(i)
@@ -113,14 +132,6 @@ def before_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
     """Cut an answer before its first stop token. Decoding alone would keep a stop token that is not a special token."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return list(ids[:end])
-
-
-def exact_matches(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
-) -> list[bool]:
-    """Tell for each prompt whether its greedy answer equals the expected one, ignoring outer whitespace."""
-    answers = answer(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens, batch_size)
-    return matches(answers, [prompt.answer for prompt in prompts])
 
 
 def matches(answers: Sequence[str], expected: Sequence[str]) -> list[bool]:

@@ -64,7 +64,15 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     empty = EmptyBases()
     check_targets(spec, empty)
     notes += notes_on_size(spec, empty)
+    if spec.evaluation.own:
+        from orchestrator.adapters.row_metrics import try_own_metrics
+        from orchestrator.data.preview import first_example
+
+        example = first_example(spec.data, spec.base)
+        try_own_metrics(spec.evaluation.own, example.prompt, example.answer)
     document = spec.model_dump(mode="json")
+    metrics = [each if isinstance(each, str) else each.written for each in spec.evaluation.metrics]
+    document["evaluation"]["metrics"] = metrics
     if spec.search.algorithm != "grid":  # a grid has its own number of trials, and its file must not give another
         document["search"]["num_trials"] = spec.search.total_trials
     document["search"]["mode"] = spec.search.resolved_mode

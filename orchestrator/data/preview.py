@@ -8,6 +8,8 @@ from typing import Any
 from orchestrator.base import load_tokenizer
 from orchestrator.data.long_rows import load_position_limit
 from orchestrator.data.prepare import EncodedRow, EncodedRows, Say, fingerprint, tokenize
+from orchestrator.data.render import Example, render
+from orchestrator.data.sources import read_rows
 from orchestrator.data.stop_tokens import RowEnds
 from orchestrator.record import BadRows, SourceRows
 from orchestrator.record.models import Record
@@ -123,6 +125,17 @@ class DataPreview(Record):
     require_stop: bool
     fingerprint: str
     rows: list[ShownRow]
+
+
+def first_example(data: DataSection, base: BaseSection) -> Example:
+    """Return the first row of the held-out rows' source, rendered. No other row is read.
+
+    Raises:
+        DataError: the source cannot be read, or the row is not what the section says.
+    """
+    source = (data.held_out.sources or data.sources)[0].model_copy(update={"max_rows": 1})
+    tokenizer = load_tokenizer(base, data.chat_template) if data.has_turns else None
+    return render(read_rows(source, data.seed)[0], data, tokenizer)
 
 
 def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lambda _: None) -> DataPreview:

@@ -21,7 +21,7 @@ from orchestrator.deploy.recommend import (
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, read_sweep
-from orchestrator.spec.search import SEED
+from orchestrator.spec.search import BETTER_END, SEED
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class FinishedSweep:
         search = self.record.info.spec.search
         if metric == search.metric:
             return search.resolved_mode
-        return "min" if metric in ("eval/loss", SIZE) else "max"
+        return "min" if metric == SIZE else BETTER_END.get(metric, "max")
 
     @cached_property
     def _candidates(self) -> list[Candidate]:

@@ -184,9 +184,8 @@ def metric_columns(metric: str, scores: RowScores) -> tuple[list[float], list[fl
         return scores.losses, [float(each) for each in scores.tokens]
     if metric == "eval/token_accuracy":
         return [float(each) for each in scores.hits], [float(each) for each in scores.tokens]
-    if metric == "eval/exact_match" and scores.answers:
-        return [float(each) for each in scores.answers], [1.0] * len(scores.answers)
-    return None
+    rows = scores.metrics.get(metric.removeprefix("eval/"))
+    return (rows, [1.0] * len(rows)) if rows else None
 
 
 def _why_not_compared(leader: Candidate, metric: str) -> str | None:

@@ -3,12 +3,15 @@
 import re
 from datetime import UTC, datetime
 from enum import StrEnum
+from math import sqrt
+from statistics import fmean, stdev
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted, say_gib
 
 EARLIER_NAMES = {
@@ -84,8 +87,18 @@ class RowScores(Record):
     """Number of these tokens that the model ranked first."""
     tokens: list[int]
     """Number of these tokens."""
-    answers: list[bool] = []
-    """For each held-out prompt that was answered, whether the answer was right."""
+    metrics: dict[str, list[float]] = {}
+    """Metric of generated answers -> its value for each held-out prompt that was answered, such as exact_match: 1 for a
+    right answer, else 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_todays_form(cls, written: Any) -> Any:
+        """Read `answers`, under which earlier versions wrote whether each answer was right."""
+        if isinstance(written, dict) and "answers" in written:
+            rest = {name: value for name, value in written.items() if name != "answers"}
+            return rest | ({"metrics": {"exact_match": written["answers"]}} if written["answers"] else {})
+        return written
 
     @property
     def loss(self) -> float:
@@ -99,8 +112,23 @@ class RowScores(Record):
 
     def values(self) -> dict[str, float]:
         """Return the metrics under the names that trial records use."""
-        values = {"eval/loss": self.loss, "eval/token_accuracy": self.token_accuracy}
-        return values | ({"eval/exact_match": sum(self.answers) / len(self.answers)} if self.answers else {})
+        return {"eval/loss": self.loss, "eval/token_accuracy": self.token_accuracy} | metric_values(self.metrics)
+
+
+def metric_values(metrics: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean and the standard error of metrics of generated answers, under the names that records use.
+
+    The standard error of a mean over n rows is their standard deviation (with n - 1) over sqrt(n); one row has none.
+
+    Args:
+        metrics: name -> a number for each row.
+    """
+    values = {}
+    for name, rows in metrics.items():
+        values[f"eval/{name}"] = fmean(rows)
+        if len(rows) > 1:
+            values[f"eval/{name}{STDERR}"] = stdev(rows) / sqrt(len(rows))
+    return values
 
 
 class TrialResult(Record):
@@ -129,6 +157,10 @@ class TrialResult(Record):
     gpu_seconds: float = 0.0
     """GPU time in seconds, 0 on a CPU. A trial that trains by itself counts `seconds` times the GPUs of its process.
     A trial that shares an engine counts an equal share of the time of each step that it took part in."""
+    generated_tokens: int = 0
+    """Tokens of all answers that were generated to measure `evaluation.metrics`."""
+    generation_s: float = 0.0
+    """Seconds that the trial has waited for these answers; trials that generate together wait for all of them."""
     engine: Literal["fast", "trl"] | None = None
     """Engine that trained the trial."""
     engine_reason: str | None = None

@@ -105,6 +105,11 @@ class SweepPaths:
         return self.root / "data"
 
     @property
+    def metrics(self) -> Path:
+        """Copies of the files of the user's own metrics, to read; trials use the text in the spec."""
+        return self.root / "metrics"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

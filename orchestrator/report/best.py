@@ -7,6 +7,8 @@ from rich.console import Console
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation, mean_interval
 from orchestrator.record import TestScore
+from orchestrator.report.tables import duration
+from orchestrator.spec.sections.evaluation import STDERR
 
 _MOST_NAMED = 6
 
@@ -18,7 +20,7 @@ def say_best(console: Console, best: ChosenTrial) -> None:
     point = leader.trial.best
     assert point is not None
     lines = [
-        f"best of {choice.num_compared}: {leader.trial.trial_id}, {metric} {leader.value(metric):.6g} "
+        f"best of {choice.num_compared}: {leader.trial.trial_id}, {_value(leader, metric)} "
         f"at step {point.step}{_size(leader)}"
     ]
     left_out = choice.num_compared - 1 - len(choice.rivals)
@@ -36,12 +38,12 @@ def say_best(console: Console, best: ChosenTrial) -> None:
             f"no significant difference to {', '.join(named + more)} on {on} (paired bootstrap, {CONFIDENCE:.0%})"
         )
     if choice.recommended is not leader:
-        value = choice.recommended.value(metric)
-        lines.append(
-            f"recommended: {best.trial.trial_id}, the smallest of them, {metric} {value:.6g}{_size(choice.recommended)}"
-        )
+        value = _value(choice.recommended, metric)
+        lines.append(f"recommended: {best.trial.trial_id}, the smallest of them, {value}{_size(choice.recommended)}")
     lines += [f"left out, because its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
     lines += [best.trial.base_size] if best.trial.base_size else []
+    if tokens := best.trial.generated_tokens:
+        lines.append(f"its answers for evaluation.metrics: {tokens:,} tokens in {duration(best.trial.generation_s)}")
     if (test := best.test_score) is not None:
         lines += _on_test_rows(test)
     lines.append(f"adapter: {best.adapter}")
@@ -68,6 +70,12 @@ def _on_test_rows(test: TestScore) -> list[str]:
         f"({CONFIDENCE:.0%}: {low:.6g} to {high:.6g}), token accuracy {scores.token_accuracy:.4g}",
         f"  on the held-out rows it has loss {test.held_out['eval/loss']:.6g}: the test rows add {test.optimism:+.2g}",
     ]
+
+
+def _value(candidate: Candidate, metric: str) -> str:
+    """Return the value of a metric, with its standard error over the rows if that is recorded."""
+    error = candidate.value(f"{metric}{STDERR}")
+    return f"{metric} {candidate.value(metric):.6g}" + ("" if error is None else f" +- {error:.2g}")
 
 
 def _size(candidate: Candidate) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.record import TrialResult, TrialState
+from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted
 
 _COLORS = {
@@ -31,7 +32,7 @@ def trials_table(trials: Sequence[TrialResult], title: str | None = None, sizes:
     fields = list(dict.fromkeys(name for trial in trials for name in trial.config.varied))
     metrics = list(dict.fromkeys(name for trial in trials if trial.best for name in trial.best.values))
     metric = trials[0].metric if trials else "eval/loss"
-    others = [name for name in metrics if name not in (metric, "eval/token_accuracy")]
+    others = [name for name in metrics if name not in (metric, "eval/token_accuracy") and not name.endswith(STDERR)]
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("trial", "state"):
         table.add_column(name, no_wrap=True)

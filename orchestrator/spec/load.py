@@ -13,7 +13,7 @@ from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.messages import describe
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.search import SearchSection
-from orchestrator.spec.sections import GLOB, file_kind
+from orchestrator.spec.sections import GLOB, OwnMetric, file_kind
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.sweep_spec import SweepSpec
 from orchestrator.spec.template import is_chat_template
@@ -22,6 +22,7 @@ _Parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PATH_FIELDS = ("base.model", "data.source", "data.held_out.source", "data.test.source")
 _MIX_FIELDS = ("data.mix", "data.held_out.mix", "data.test.mix")
 _TEMPLATE = "data.chat_template"
+_METRICS = "evaluation.metrics"
 # The keys of these maps are dotted names, so the rest of an override's path is one key.
 _FLAT_MAPS = ("search.space.", "search.tied.", "lora.rank_pattern.", "lora.alpha_pattern.")
 
@@ -188,7 +189,7 @@ def _drop_fields_of_other_kinds(scheduler: dict[str, Any], kind: Any) -> None:
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
-    """Make local paths absolute, and replace the path of a chat template by the file's text."""
+    """Make local paths absolute, and replace the path of a chat template or of a metric's file by the file's text."""
     for field in _PATH_FIELDS:
         if (value := _look_up(document, field)) is not None:
             write_keys(document, field.split("."), _anchored(field, value, folder))
@@ -197,6 +198,10 @@ def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             if isinstance(source, dict) and "source" in source:
                 source["source"] = _anchored(f"{field}.{i}.source", source["source"], folder)
+    metrics = _look_up(document, _METRICS)
+    for i, metric in enumerate(metrics if isinstance(metrics, list) else []):
+        if isinstance(metric, str):
+            metrics[i] = _read_metric(f"{_METRICS}.{i}", metric, folder)
     value = _look_up(document, _TEMPLATE)
     if isinstance(value, str) and not is_chat_template(value):
         write_keys(document, _TEMPLATE.split("."), _read_template(value, folder))
@@ -237,3 +242,17 @@ def _read_template(value: str, folder: Path) -> str:
         raise SpecError(
             f"{_TEMPLATE}: {value!r:.80} cannot be read: {reason}", "Give a file with a Jinja template."
         ) from error
+
+
+def _read_metric(field: str, written: str, folder: Path) -> str | dict[str, str]:
+    """Return a metric that is written as FILE.py:FUNCTION with the text of its file; any other one as it is."""
+    try:
+        metric = OwnMetric.read(written, folder)
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(
+            f"{field}: {written!r:.80} cannot be read: {reason}", "Give a Python file and the name of a function in it."
+        ) from error
+    except ValueError as error:
+        raise SpecError(f"{field}: {describe(error)[0].removeprefix(': ')}") from error
+    return written if metric is None else metric.model_dump()

@@ -17,6 +17,13 @@ from orchestrator.words import counted
 MODEL_BASED = ("auto", "optuna", "hyperopt", "bohb")
 """Algorithms that learn from what earlier trials have reported."""
 
+BETTER_END: dict[str, Literal["min", "max"]] = {
+    "eval/loss": "min",
+    "eval/token_accuracy": "max",
+    "eval/exact_match": "max",
+}
+"""Metric -> its better end. The better end of a user's own metric is that of `search.mode`."""
+
 RATE = "training.learning_rate"
 SEED = "training.seed"
 
@@ -124,8 +131,8 @@ class SearchSection(Section):
     metric: str = "eval/loss"
     """Metric by which trials are compared, each at its best evaluation."""
     mode: Literal["min", "max"] | None = None
-    """Which end is better: min for eval/loss, max for all others. It follows from the metric; the other one is
-    refused."""
+    """Which end is better: min for eval/loss, max for eval/token_accuracy and eval/exact_match, where the other one is
+    refused; max for a metric of your own, unless you write min."""
     seed: Seed = 0
     """Seed of the search algorithm, and of the draws of PBT and PB2. `--seed` overrides it."""
 
@@ -148,7 +155,7 @@ class SearchSection(Section):
 
     @model_validator(mode="after")
     def _mode_is_the_better_end(self) -> Self:
-        if self.mode not in (None, self.resolved_mode):
+        if self.metric in BETTER_END and self.mode not in (None, self.resolved_mode):
             end = "highest" if self.mode == "max" else "lowest"
             raise ValueError(
                 f"mode {self.mode} would choose the trial with the {end} {self.metric}, which is the worst one; "
@@ -315,7 +322,7 @@ class SearchSection(Section):
     @property
     def resolved_mode(self) -> Literal["min", "max"]:
         """Which end of the metric is better."""
-        return "min" if self.metric == "eval/loss" else "max"
+        return BETTER_END.get(self.metric) or self.mode or "max"
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield each point of a space once; the space must have no range of real numbers.

@@ -66,9 +66,10 @@ class SweepSpec(Section):
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:
-        if self.evaluation.metrics and self.data.format == "text":
-            raise ValueError(f"evaluation.metrics {self.evaluation.metrics} need prompts; data.format text has none")
-        known = ["eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in self.evaluation.metrics)]
+        names = self.evaluation.names
+        if names and self.data.format == "text":
+            raise ValueError(f"evaluation.metrics {', '.join(names)} need prompts; data.format text has none")
+        known = ["eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in names)]
         if self.search.metric not in known:
             raise ValueError(f"search.metric {self.search.metric!r} is not measured; one of {', '.join(known)}")
         return self

@@ -33,7 +33,7 @@ def experiment(spec: SweepSpec) -> Experiment:
     writes the same columns, because TensorBoard uses the first description that it finds.
     """
     names = dict.fromkeys(
-        [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.metrics)]
+        [spec.search.metric, "eval/loss", "eval/token_accuracy", *(f"eval/{name}" for name in spec.evaluation.names)]
     )
     return Experiment(
         hparam_infos=[

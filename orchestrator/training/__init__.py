@@ -10,6 +10,7 @@ Reading order, from the entry points down. An import contract in `pyproject.toml
     engines/       the choice between trl's SFTTrainer and the fast engine, and the loop that both implement
     fast/          the fast engine: trains many adapters on one shared base
     model/         the base with a new adapter: its layers, first weights, precision and read-back
+    questions      the prompts that a trial answers, and the metrics of its answers
     write_queue    the interface to whatever writes a trial's files
     finite         the check that ends a trial whose loss is not a number
 

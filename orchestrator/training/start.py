@@ -3,6 +3,9 @@
 import errno
 from collections.abc import Sequence
 
+from orchestrator.adapters.generate import texts_of
+from orchestrator.adapters.row_metrics import try_own_metrics
+from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
 from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
@@ -31,14 +34,17 @@ def start_sweep(
         prior_sweeps: what the search takes from earlier sweeps.
 
     Raises:
-        RequestError: the base's layers, its tokenizer or the data do not match the experiment, the scheduler would
-            change nothing with so many rows, another sweep has taken the folder, or it cannot be written. Nothing is
-            left behind.
+        RequestError: the base's layers, its tokenizer or the data do not match the experiment, a metric of the user's
+            own fails on the first held-out row, the scheduler would change nothing with so many rows, another sweep has
+            taken the folder, or it cannot be written. Nothing is left behind.
     """
     check_targets(spec)
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
         require_scheduler_effect(spec, prepared.num_sequences or prepared.num_train)
+    if spec.evaluation.own:
+        tokenizer, first = load_tokenizer(spec.base, spec.data.chat_template), prepared.prompts[0]
+        try_own_metrics(spec.evaluation.own, texts_of(tokenizer, [first.ids])[0], first.answer)
     info = describe_sweep(
         spec,
         paths,
@@ -59,6 +65,9 @@ def start_sweep(
         with building_beside(paths.root) as building:
             inside = SweepPaths(building)
             save(prepared, inside.data)
+            for metric in spec.evaluation.own:
+                inside.metrics.mkdir(exist_ok=True)
+                (inside.metrics / f"{metric.function}.py").write_text(metric.source, encoding="utf-8")
             write_record(inside.sweep, info)
             building.rename(paths.root)  # replaces an empty folder, but no other
     except OSError as error:

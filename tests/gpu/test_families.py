@@ -1,12 +1,11 @@
 """Families on a GPU: their kernels compute what transformers does, with heads as large as in published models."""
 
 from copy import deepcopy
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from family_cases import FAMILY_CASES
+from family_cases import FAMILY_CASES, LARGE
 from transformers import AutoModelForCausalLM
 
 from orchestrator.spec.sections import LoraSection
@@ -18,17 +17,6 @@ from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.gpu
-
-LARGE: dict[str, dict[str, Any]] = {
-    "qwen3 with wide heads and biases, nf4": {"head_dim": 128},
-    "phi3 with heads that are rotated in part, nf4": {"hidden_size": 384},  # heads of 96
-    "gemma2": {"head_dim": 256},
-    "gemma3_text with two rotary embeddings, nf4": {"head_dim": 256},
-    "granite 4, nf4": {"hidden_size": 256},  # heads of 64
-    "gemma with one key head": {"head_dim": 256},
-    "olmo3": {"hidden_size": 320},  # heads of 80
-}
-"""Sizes of the heads in published models."""
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)

@@ -46,8 +46,8 @@ def test_the_best_adapter_contains_the_scores_of_each_row(tiny: Tiny, folder: Sw
     assert len(set(plain.tokens)) > 1, "another order would show"
     assert best.trial.best is not None
     assert kept.loss == best.trial.best.values["eval/loss"]
-    assert len(kept.answers) == 7
-    assert sum(kept.answers) / 7 == best.trial.best.value
+    assert len(kept.metrics["exact_match"]) == 7
+    assert sum(kept.metrics["exact_match"]) / 7 == best.trial.best.value
 
 
 def test_answers_generated_after_training_are_saved_with_the_best_adapter(tiny: Tiny, folder: SweepPaths) -> None:
@@ -58,7 +58,7 @@ def test_answers_generated_after_training_are_saved_with_the_best_adapter(tiny: 
     assert best.trial.best is not None
     kept = read_scores(best.adapter)
     assert kept is not None
-    assert len(kept.answers) == 12
+    assert len(kept.metrics["exact_match"]) == 12
     assert kept.values() == best.trial.best.values == verify(best.adapter).facts.metrics
     assert "name: eval/exact_match" in (best.adapter / "README.md").read_text()
 

@@ -214,7 +214,7 @@ def test_the_rows_of_an_adapter_outside_its_sweep_are_prepared_again(adapter: Ad
     recorded = read_scores(adapter.folder)
     assert recorded is not None
     assert found.scores.losses == pytest.approx(recorded.losses[:10], abs=1e-4)
-    assert len(found.scores.answers) == 10
+    assert len(found.scores.metrics["exact_match"]) == 10
 
 
 def test_a_loss_that_differs_from_the_recorded_one_gives_a_warning(adapter: AdapterRef, tmp_path: Path) -> None:

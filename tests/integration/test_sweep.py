@@ -7,14 +7,15 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 from tiny import DEMO, TINY
 
-from orchestrator.adapters.generate import exact_matches
-from orchestrator.data import load
+from orchestrator.adapters.generate import answer, matches
+from orchestrator.data import Prompt, load
 from orchestrator.deploy import FinishedSweep
 from orchestrator.deploy.chat import open_chat
 from orchestrator.record import SweepPaths, SweepRecord, TrialState, read_metrics
@@ -65,11 +66,16 @@ def test_the_base_without_adapter_cannot_do_the_task(learned: SweepRecord) -> No
     chat = open_chat(winner.adapter_ref())
     prompts = load(learned.paths.data).prompts[:64]
     with chat.model.disable_adapter():
-        assert np.mean(exact_matches(chat.model, chat.tokenizer, prompts, 8, 64)) <= 0.05
+        assert share_right(chat, prompts) <= 0.05
     recorded = winner.trial.best
     assert recorded is not None
-    again = np.mean(exact_matches(chat.model, chat.tokenizer, prompts, 8, 64))
+    again = share_right(chat, prompts)
     assert again == pytest.approx(recorded.values["eval/exact_match"], abs=1 / 64)
+
+
+def share_right(chat: Any, prompts: list[Prompt]) -> float:
+    answers = answer(chat.model, chat.tokenizer, [prompt.ids for prompt in prompts], 8, 64)
+    return float(np.mean(matches(answers, [prompt.answer for prompt in prompts])))
 
 
 def test_workers_and_data_are_shared(learned: SweepRecord) -> None:

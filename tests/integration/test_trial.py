@@ -41,7 +41,12 @@ def test_result_has_what_was_measured_and_applied(tiny: Tiny, folder: SweepPaths
     assert result.grad_norm
     assert result.gpu_seconds == (0 if result.device == "cpu" else pytest.approx(result.seconds))
     assert result.best is not None
-    assert result.best.values.keys() == {"eval/loss", "eval/token_accuracy", "eval/exact_match"}
+    assert result.best.values.keys() == {
+        "eval/loss",
+        "eval/token_accuracy",
+        "eval/exact_match",
+        "eval/exact_match_stderr",
+    }
     inner, hidden, layers = 448, 192, 4
     per_layer = 4 * (hidden + hidden) + 3 * (hidden + inner)
     assert result.applied == {

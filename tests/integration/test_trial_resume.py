@@ -12,8 +12,8 @@ from tiny import Witness
 from orchestrator.adapters.bundle import verify_adapter
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec.search import SearchSection
-from orchestrator.training.attempt import attempt as attempt_module
 from orchestrator.training.local import resume_local_trial, run_local_trial
+from orchestrator.training.questions import Questions
 from orchestrator.training.trial import run_trial
 
 pytestmark = pytest.mark.slow
@@ -131,7 +131,7 @@ def test_trial_interrupted_while_it_answers_trains_no_further_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempt_module, "exact_matches", interrupt)
+        patched.setattr(Questions, "score", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_local_trial(spec, broken, Witness())
     resumed = resume_local_trial(read_sweep(broken.root), Witness())

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from followed_worker import SIX_STEPS, FollowedWorker
-from shared_engine import LOSS, train_alone, trial
+from shared_engine import COMMON, LOSS, train_alone, trial
+from tiny import DEMO
 
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training.attempt.events import (
     Answered,
     Completed,
@@ -84,6 +85,35 @@ def test_trials_started_first_make_their_first_step_together(
     worker.close()
 
 
+@pytest.mark.usefixtures("joint")
+def test_trials_that_evaluate_together_answer_in_one_batch(
+    inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They begin together, and evaluate after three and after six steps."""
+    asks = ["evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 3}", "search.metric=eval/exact_match"]
+    space = "search.space={lora.rank: {choice: [4, 8]}}"
+    worker = FollowedWorker(
+        tmp_path / "sweep", load_spec(DEMO, [*COMMON, *SIX_STEPS, *asks, "scheduler.kind=none", space]), inputs.data
+    )
+    generate, sizes = Engine.generate, []
+
+    def counted(engine: Engine, batches: Any) -> Any:
+        sizes.append(len(batches))
+        return generate(engine, batches)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    for rank in (4, 8):
+        assert worker.start(f"rank-{rank}", worker.spec.trial_config({"lora.rank": rank}))
+    worker.follow(lambda: all(followed.end for followed in worker.all))
+    worker.close()
+    assert sizes == [2, 2]
+    for followed in worker.all:
+        assert isinstance(followed.end, Completed)
+        assert [event.values["eval/exact_match"] for event in followed.of(Evaluated)] == [0.0, 0.0]
+        assert 0 < followed.fields["generated_tokens"] <= 2 * 4 * 3
+        assert followed.fields["generation_s"] > 0
+
+
 def test_best_adapter_answers_while_others_wait(worker: FollowedWorker, inputs: TrialInputs, tmp_path: Path) -> None:
     """The best adapter is read back from disk once it is written."""
     asks = ["evaluation={metrics: [exact_match], rows: 4, max_new_tokens: 3}", "training.learning_rate=3e-2"]
@@ -94,7 +124,7 @@ def test_best_adapter_answers_while_others_wait(worker: FollowedWorker, inputs: 
     worker.follow(lambda: answering.end and other.end)
     received = [type(event) for event in answering.of(Saved, Answered, Completed)]
     assert received == [Saved, Saved, Answered, Completed]
-    assert answering.of(Answered)[0].values.keys() == {"eval/exact_match"}
+    assert answering.of(Answered)[0].values.keys() == {"eval/exact_match", "eval/exact_match_stderr"}
     solo = train_alone(inputs, tmp_path / "alone", other.start.config)
     losses = {event.step: event.values["train/loss"] for event in other.of(Logged)}
     assert losses == pytest.approx(solo.losses, abs=LOSS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.adapters.row_metrics import AnsweredRows, score_rows_by
 from orchestrator.embedded import EXPERIMENT
 from orchestrator.spec import SweepSpec, TrialConfig, load_spec
 from orchestrator.spec.axes import Axis
@@ -29,6 +30,13 @@ def test_there_are_experiments() -> None:
         "tinyllama-gsm8k",
     }
     assert names <= {file.stem for file in FILES}
+
+
+def test_the_metric_of_gsm8k_compares_the_final_numbers() -> None:
+    (metric,) = load_spec(FOLDER / "tinyllama-gsm8k.yaml").evaluation.own
+    answers = ["so 3 * 400 = 1,200.", "#### 1199", "no number", "it is -1200"]
+    rows = AnsweredRows(["?"] * 4, answers, ["3 * 400 = <<3*400=1200>>1200\n#### 1200"] * 4)
+    assert score_rows_by([metric], rows) == {"final_number": [1, 0, 0, 0]}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

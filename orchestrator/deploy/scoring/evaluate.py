@@ -270,7 +270,7 @@ def _measure(
         ids, expected = [prompt.ids for prompt in rows.prompts], [prompt.answer for prompt in rows.prompts]
         answers = answer(opened.model, opened.tokenizer, ids, max_new_tokens, batch_size)
         values |= answer_metrics(answers, expected, metrics)
-        scores = scores.model_copy(update={"answers": matches(answers, expected)})
+        scores = scores.model_copy(update={"metrics": {"exact_match": [*map(float, matches(answers, expected))]}})
     if harness is not None:
         values |= harness.measure(opened, rows_per_pass(opened.model.config, batch_size, None))
     return scores, values

@@ -15,12 +15,13 @@ from orchestrator.spec.sections.data import (
     Source,
     file_kind,
 )
+from orchestrator.spec.sections.evaluation import EvaluationSection, OwnMetric
 from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
 from orchestrator.spec.sections.resources import ResourcesSection
 from orchestrator.spec.sections.scheduler import SchedulerSection
 from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, Section, Seed
-from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
+from orchestrator.spec.sections.training import TrainingSection
 from orchestrator.spec.sections.trial import TrialConfig
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "HeldOut",
     "LoraSection",
     "OutputSection",
+    "OwnMetric",
     "PositiveInt",
     "ResourcesSection",
     "SchedulerSection",

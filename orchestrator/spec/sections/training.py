@@ -240,15 +240,3 @@ class TrainingSection(Section):
         if self.decay_steps is not None and warmup + self.decay_steps > steps:
             return f"warmup ({warmup} steps) and decay_steps ({self.decay_steps}) exceed the steps ({steps})"
         return None
-
-
-class EvaluationSection(Section):
-    """Metrics on the held-out rows, in addition to the loss and the token accuracy."""
-
-    metrics: list[Literal["exact_match"]] = []
-    """Metrics that need generated answers. They are computed with the best adapter of COMPLETE trials, or at every
-    evaluation if search.metric is one of them."""
-    rows: PositiveInt = 64
-    """Number of held-out prompts that are answered."""
-    max_new_tokens: PositiveInt = 64
-    """Maximum number of tokens in an answer."""

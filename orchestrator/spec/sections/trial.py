@@ -6,10 +6,11 @@ from pydantic import model_validator
 
 from orchestrator.spec.sections.base import BaseSection
 from orchestrator.spec.sections.data import DataSection
+from orchestrator.spec.sections.evaluation import EvaluationSection
 from orchestrator.spec.sections.honored import honored_by
 from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.section import Section
-from orchestrator.spec.sections.training import EvaluationSection, TrainingSection
+from orchestrator.spec.sections.training import TrainingSection
 
 
 class TrialConfig(Section):

@@ -9,14 +9,13 @@ from typing import Any
 
 from peft import load_peft_weights
 
-from orchestrator.adapters.bundle import add_answers, recover_interrupted_saves
-from orchestrator.adapters.generate import exact_matches
-from orchestrator.adapters.stops import stop_at
+from orchestrator.adapters.bundle import add_metrics, recover_interrupted_saves
 from orchestrator.base import device_name, guarded
 from orchestrator.base_size import BaseSize
 from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.experts import has_packed_experts
 from orchestrator.record import RowScores, TrialPaths, TrialResult
+from orchestrator.record.models import metric_values
 from orchestrator.storage import storage_fault
 from orchestrator.training.attempt.events import Answered, Completed, Failed, Left, Listener, Noted, fault_fields
 from orchestrator.training.attempt.log_file import log_traceback
@@ -27,7 +26,6 @@ from orchestrator.training.engines.position_checks import check_positions
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.model.device import peak_memory_gib
-from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import require_device
 from orchestrator.training.model.readback import require_applied
 from orchestrator.training.model.targets import (
@@ -37,6 +35,7 @@ from orchestrator.training.model.targets import (
     left_out_layers,
     target_warnings,
 )
+from orchestrator.training.questions import Questions
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -145,24 +144,29 @@ class Attempt:
             self._write_queue.do(partial(self._reporter.warn, warning))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
-        loop = open_loop(config, self._inputs, slot, self._paths.checkpoints, self._write_queue)
+        inputs, metric = self._inputs, self._start.metric
+        questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
+        loop = open_loop(config, inputs, slot, self._paths.checkpoints, self._write_queue, questions)
         try:
-            yield from self._follow(loop, wanted)
+            yield from self._follow(loop, wanted, questions)
         finally:  # a remaining reference to the model must not keep its adapter's memory
             loop.trainer.model.get_base_model()._modules.clear()
 
-    def _follow(self, loop: Loop, wanted: dict[str, Any]) -> TrialSteps:
-        """Train, then evaluate the answers of the best adapter.
+    def _follow(self, loop: Loop, wanted: dict[str, Any], questions: Questions) -> TrialSteps:
+        """Train; then the best adapter answers, unless each evaluation has asked.
 
         Args:
             loop: the trial's loop.
             wanted: the values that the live model must have, from `model.targets.expected`.
+            questions: the prompts to answer.
         """
-        config, start, reporter = self._config, self._start, self._reporter
+        start, reporter = self._start, self._reporter
 
         def scores() -> RowScores:
-            is_searched = start.metric.removeprefix("eval/") in config.evaluation.metrics
-            return loop.scores().model_copy(update={"answers": self._answers(loop)} if is_searched else {})
+            measured = loop.scores()
+            if questions.at_evaluations:
+                self._report_cost(questions)
+            return measured
 
         def read_applied() -> dict[str, Any]:
             live = loop.read_back()
@@ -173,37 +177,31 @@ class Attempt:
         trains = start.step != start.total_steps  # with no step left, the Trainer would still do one
         if trains:
             yield from loop.train(str(self._paths.root / start.checkpoint) if start.checkpoint else None)
-        metrics = config.evaluation.metrics
-        if metrics and start.metric.removeprefix("eval/") not in metrics and not reporter.stopped:
+        if questions.after_training and not reporter.stopped:
             assert reporter.best is not None
             self._write_queue.wait()  # until the best adapter is written
             folder = self._paths.adapter(reporter.best[1])
-            load_adapter_weights(loop.trainer.model, load_peft_weights(str(folder)))
-            answers = self._answers(loop)
-            self._write_queue.do(partial(self._keep_answers, folder, answers))
-            reporter.report(Answered, values={"eval/exact_match": sum(answers) / len(answers)})
+            metrics = yield from loop.answer(load_peft_weights(str(folder)))
+            self._report_cost(questions)
+            self._write_queue.do(partial(self._keep_metrics, folder, metrics))
+            reporter.report(Answered, values=metric_values(metrics))
 
-    def _keep_answers(self, folder: Path, answers: list[bool]) -> None:
-        """Add the answers to the best adapter's folder. If that fails, folder and trial are complete without them."""
+    def _report_cost(self, questions: Questions) -> None:
+        """Report what the answers have cost so far, in all attempts."""
+        tokens = self._start.generated_tokens + questions.num_tokens
+        seconds = round(self._start.generation_s + questions.seconds, 3)
+        self._reporter.report(Noted, fields={"generated_tokens": tokens, "generation_s": seconds})
+
+    def _keep_metrics(self, folder: Path, metrics: dict[str, list[float]]) -> None:
+        """Add metrics to the best adapter's folder. If that fails, folder and trial are complete without them."""
         try:
-            add_answers(folder, self._start.metric, answers)
+            add_metrics(folder, self._start.metric, metrics)
         except OSError as error:
             if not folder.exists() or storage_fault(error):
                 raise
             self._reporter.warn(
                 f"{folder}: the answers are only in the trial's record; the folder cannot be rewritten: {error}"
             )
-
-    def _answers(self, loop: Loop) -> list[bool]:
-        """For each held-out prompt, return whether the adapter in the trainer's model answers it as wanted."""
-        model, data, config = loop.trainer.model, self._inputs.data, self._config
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.device.type == "cpu":  # the fast engine keeps it on the host
-                parameter.data = parameter.data.to(model.device)
-        stop_at(model, self._inputs.stop_tokens)
-        prompts = data.prompts[: config.evaluation.rows]
-        new, batch = config.evaluation.max_new_tokens, config.training.eval_batch_size
-        return exact_matches(model, self._inputs.tokenizer, prompts, new, batch)
 
     def _usage(self, seconds: float) -> tuple[float, float]:
         return self._gpu_seconds(seconds), max(peak_memory_gib(), self._probed_gib)

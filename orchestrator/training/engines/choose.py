@@ -21,6 +21,7 @@ from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.adapter_init import eva_components
 from orchestrator.training.model.peft_model import model_from_peft, model_from_template
 from orchestrator.training.model.targets import expected_extra_trainables, expected_modules
+from orchestrator.training.questions import Questions
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -71,6 +72,7 @@ def open_loop(
     slot: EngineSlot | str | None,
     checkpoints: Path,
     write_queue: WriteQueue,
+    questions: Questions | None = None,
 ) -> Loop:
     """Open the trial's loop, with a model that shares the base's weights.
 
@@ -80,11 +82,12 @@ def open_loop(
         slot: from `find_slot`; anything but a slot means SFTTrainer's own loop.
         checkpoints: the folder of checkpoints.
         write_queue: writes them.
+        questions: the prompts that it answers; None for none.
     """
     base, tokenizer, data = inputs.base, inputs.tokenizer, inputs.data
     if isinstance(slot, EngineSlot):
         trainer = build_trainer(config, model_from_template(base, config), tokenizer, data, checkpoints)
-        return Slot(slot.index, trainer, slot.engine, config, inputs.train, inputs.held_out, write_queue)
+        return Slot(slot.index, trainer, slot.engine, config, inputs.train, inputs.held_out, write_queue, questions)
     modules = expected_modules(base, config.lora)
     is_eva = config.lora.init == "eva"
     components = eva_components(share_modules(base), config, data, list(modules)) if is_eva else None
@@ -92,7 +95,7 @@ def open_loop(
     trainer = build_trainer(config, model, tokenizer, data, checkpoints, components)
     if config.data.packing:
         require_independent_sequences(trainer)
-    return TrlLoop(trainer, config)
+    return TrlLoop(trainer, config, questions)
 
 
 def engine_fields(slot: EngineSlot | str | None) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The interface of a training loop. SFTTrainer's own loop and the fast engine's implement it with the same results."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
+from orchestrator.training.fast.drive.answers import Answering
 from orchestrator.training.fast.drive.multi_lora import TrialSteps
 
 
@@ -20,7 +22,14 @@ class Loop(Protocol):
         """Return the trained adapter, as a copy that later steps do not change. Call it at evaluations and the end."""
 
     def scores(self) -> RowScores:
-        """Return the scores of the evaluation that has just run."""
+        """Return the scores of the evaluation that has just run, with those of answers if it asks for them."""
+
+    def answer(self, weights: Mapping[str, Any]) -> Answering:
+        """Load an adapter in place of the trained one, and have it answer. No step may follow.
+
+        Args:
+            weights: tensors by their names in PEFT's file.
+        """
 
     def read_back(self) -> dict[str, Any]:
         """Return the live values, by the names of `model.targets.expected`."""

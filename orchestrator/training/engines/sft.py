@@ -1,5 +1,6 @@
 """The classic engine: trl's SFTTrainer, built from a trial's configuration, with its own training loop."""
 
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 
 from orchestrator.adapters.bundle import Adapter
+from orchestrator.adapters.generate import generate_ids
+from orchestrator.adapters.stops import stop_at
 from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.positions import independent_length, rows_per_pass
@@ -18,10 +21,13 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.engines.loss_meter import LossMeter
 from orchestrator.training.engines.sampler import LengthGroupedSampler, row_lengths
+from orchestrator.training.fast.drive.answers import Answering
 from orchestrator.training.fast.drive.multi_lora import TrialSteps
 from orchestrator.training.model.adapter_init import init_adapter
+from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import resolve_precision
 from orchestrator.training.model.readback import read_back, set_rate
+from orchestrator.training.questions import Questions
 
 MAX_LOGIT_CHANGE = 1e-3
 """How much the logits of a packed sequence may change when the tokens of the sequence before it change."""
@@ -54,8 +60,9 @@ def _patch_accelerate() -> None:
 class TrlLoop:
     """SFTTrainer's own loop, as a `Loop`."""
 
-    def __init__(self, trainer: Any, config: TrialConfig) -> None:
+    def __init__(self, trainer: Any, config: TrialConfig, questions: Questions | None) -> None:
         self.trainer = trainer
+        self._questions = questions
         self._training = config.training
         self._initial = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
         """The first weights, if a hook subtracts their update from the base's output (olora, pissa)."""
@@ -75,8 +82,30 @@ class TrlLoop:
         return trained if self._initial is None else trained.minus(self._initial)
 
     def scores(self) -> RowScores:
-        """Return the scores of the evaluation that has just run."""
-        return self._meter.read()
+        """Return the scores of the evaluation that has just run, with those of answers if it asks for them."""
+        scores = self._meter.read()
+        if self._questions is None or not self._questions.at_evaluations:
+            return scores
+        return scores.model_copy(update={"metrics": self._answer()})
+
+    def answer(self, weights: Mapping[str, Any]) -> Answering:
+        """Load an adapter in place of the trained one, and have it answer."""
+        yield from ()
+        load_adapter_weights(self.trainer.model, weights)
+        return self._answer()
+
+    def _answer(self) -> dict[str, list[float]]:
+        began, model, questions = time.monotonic(), self.trainer.model, self._questions
+        assert questions is not None
+        stop_at(model, questions.stop_tokens)
+        answers = generate_ids(
+            model,
+            self.trainer.processing_class,
+            questions.ids,
+            questions.max_new_tokens,
+            self._training.eval_batch_size,
+        )
+        return questions.score(answers, time.monotonic() - began)
 
     def read_back(self) -> dict[str, Any]:
         """Return the live values, by the names of `model.targets.expected`."""

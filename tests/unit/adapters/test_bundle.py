@@ -19,7 +19,7 @@ from orchestrator.adapters.bundle import (
     Adapter,
     Facts,
     Origin,
-    add_answers,
+    add_metrics,
     read_manifest,
     read_scores,
     recover_interrupted_saves,
@@ -203,7 +203,7 @@ def test_the_card_says_what_transformers_alone_does_with_experts(tmp_path: Path,
         card = (folder / "README.md").read_text()
         assert ("Trained on experts in 4 bits, which transformers alone keeps in 16" in card) == is_said
         assert read_manifest(folder).facts.has_packed_experts == is_said
-        add_answers(folder, "eval/loss", [True])
+        add_metrics(folder, "eval/loss", {"exact_match": [1.0]})
     lora = {"target_modules": ["experts"], "dropout": 0}
     card = adapter_card(config_of(lora=lora), "t1", 7, "eval/loss", VALUES)
     assert "Adapted experts: see `target_parameters`" in card
@@ -266,15 +266,15 @@ def test_a_card_contains_no_path_of_this_machine(tmp_path: Path, tokenizer: Any)
 
 def test_added_answers_are_in_scores_card_and_manifest(bundle: Path) -> None:
     before = verify(bundle)
-    add_answers(bundle, "eval/loss", [True, True, False, True])
+    add_metrics(bundle, "eval/loss", {"exact_match": [1.0, 1.0, 0.0, 1.0]})
     after = verify(bundle)
-    assert after.facts.metrics == before.facts.metrics | {"eval/exact_match": 0.75}
+    assert after.facts.metrics == before.facts.metrics | {"eval/exact_match": 0.75, "eval/exact_match_stderr": 0.25}
     assert after.facts.model_copy(update={"metrics": {}}) == before.facts.model_copy(update={"metrics": {}})
     changed = {name for name, file in after.files.items() if file != before.files[name]}
     assert (changed, after.files.keys()) == ({"README.md", "held_out.json"}, before.files.keys())
     scores = read_scores(bundle)
     assert scores is not None
-    assert (scores.losses, scores.answers) == ([2.5], [True, True, False, True])
+    assert (scores.losses, scores.metrics) == ([2.5], {"exact_match": [1.0, 1.0, 0.0, 1.0]})
     results = ModelCard.load(bundle / "README.md").data.eval_results or []
     assert [(each.metric_type, each.metric_value) for each in results] == [
         ("loss", 0.25), ("token_accuracy", 0.9), ("exact_match", 0.75)
@@ -283,11 +283,11 @@ def test_added_answers_are_in_scores_card_and_manifest(bundle: Path) -> None:
 
 def test_answers_that_are_added_again_replace_the_old_ones(bundle: Path) -> None:
     """A trial that was interrupted at its end answers again after a resume."""
-    add_answers(bundle, "eval/loss", [True, False])
-    add_answers(bundle, "eval/loss", [True, True])
+    add_metrics(bundle, "eval/loss", {"exact_match": [1.0, 0.0]})
+    add_metrics(bundle, "eval/loss", {"exact_match": [1.0, 1.0]})
     scores = read_scores(bundle)
     assert scores is not None
-    assert scores.answers == [True, True]
+    assert scores.metrics == {"exact_match": [1.0, 1.0]}
     assert verify(bundle).facts.metrics == VALUES | scores.values()
     assert verify(bundle).facts.metrics["eval/exact_match"] == 1
 
@@ -303,7 +303,7 @@ def test_adding_answers_does_not_copy_the_weights(
     seal(bundle, facts := read_manifest(bundle).facts)
     weights = bundle / "adapter_model.safetensors"
     before, content = weights.stat().st_ino, weights.read_bytes()
-    add_answers(bundle, "eval/loss", [True])
+    add_metrics(bundle, "eval/loss", {"exact_match": [1.0]})
     assert verify(bundle).facts.metrics == facts.metrics | {"eval/exact_match": 1}
     assert (weights.stat().st_ino == before, weights.stat().st_nlink) == (has_hard_links, 1)
     assert weights.read_bytes() == content
@@ -323,7 +323,7 @@ def test_a_bundle_is_unchanged_if_answers_cannot_be_written(
     with monkeypatch.context() as full:
         full.setattr(Path, operation, until_full)
         with pytest.raises(OSError, match="No space left"):
-            add_answers(bundle, "eval/loss", [True])
+            add_metrics(bundle, "eval/loss", {"exact_match": [1.0]})
     assert verify(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
@@ -332,7 +332,7 @@ def test_leftovers_of_the_replaced_folder_are_removed_later(bundle: Path, monkey
     """A network file system may keep files that are open."""
     with monkeypatch.context() as busy:
         busy.setattr(os, "rmdir", _fails(errno.EBUSY))
-        add_answers(bundle, "eval/loss", [True])
+        add_metrics(bundle, "eval/loss", {"exact_match": [1.0]})
     assert verify(bundle).facts.metrics["eval/exact_match"] == 1.0
     assert len(list(bundle.parent.iterdir())) == 2
     recover_interrupted_saves(bundle.parent)
@@ -349,7 +349,7 @@ def _fails(number: int) -> Callable[..., Any]:
 def test_answers_are_not_added_to_a_damaged_bundle(bundle: Path) -> None:
     (bundle / "tokenizer.json").write_text("{}")
     with pytest.raises(RecordError, match=r"tokenizer\.json: has changed"):
-        add_answers(bundle, "eval/loss", [True])
+        add_metrics(bundle, "eval/loss", {"exact_match": [1.0]})
     assert [path.name for path in bundle.parent.iterdir()] == ["adapter"]
 
 

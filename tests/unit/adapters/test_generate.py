@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches, exact_matches
+from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches
 from orchestrator.adapters.stops import GENERATION, read_stops, stop_at, stops_of, write_stops
 from orchestrator.base import load_tokenizer
-from orchestrator.data import Prompt
 from orchestrator.errors import RecordError
 from orchestrator.spec.sections import BaseSection
 
@@ -44,7 +43,6 @@ def test_an_answer_ends_before_a_stop_token_that_is_not_special(tokenizer: Any) 
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     ids = tokenizer(" 4 <|end|> 5", add_special_tokens=False)["input_ids"]
     assert answer(Model(ids, [end, 2]), tokenizer, [[1, 70]], 8, 4) == ["4"]
-    assert exact_matches(Model(ids, [end]), tokenizer, [Prompt([1, 70], "4")], 8, 4) == [True]
     assert answer(Model(ids, [2]), tokenizer, [[1, 70]], 8, 4) == ["4 <|end|> 5"]
 
 

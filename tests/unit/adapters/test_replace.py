@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from orchestrator.adapters.bundle import Adapter, Origin, add_answers, recover_interrupted_saves, save_adapter, verify
+from orchestrator.adapters.bundle import Adapter, Origin, add_metrics, recover_interrupted_saves, save_adapter, verify
 from orchestrator.base import load_tokenizer
 from orchestrator.record import RowScores
 from orchestrator.spec import parse_spec
@@ -54,11 +54,11 @@ def test_answers_are_added_completely_or_not_at_all_after_a_kill(
     origin = Origin(config, "t1", 4, "eval/loss", {"eval/loss": 0.25}, "f" * 64, [2])
     save_adapter(adapter, load_tokenizer(config.base), folder, origin, RowScores(losses=[0.5], hits=[1], tokens=[2]))
     with killed_after(operations, monkeypatch):
-        add_answers(folder, "eval/loss", [True, False])
+        add_metrics(folder, "eval/loss", {"exact_match": [1.0, 0.0]})
     recover_interrupted_saves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
     assert ("eval/exact_match" in verify(folder).facts.metrics) == answered
-    add_answers(folder, "eval/loss", [True, False])  # the resumed attempt adds them again
+    add_metrics(folder, "eval/loss", {"exact_match": [1.0, 0.0]})  # the resumed attempt adds them again
     assert verify(folder).facts.metrics["eval/exact_match"] == 0.5
 
 

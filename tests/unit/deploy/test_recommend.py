@@ -31,7 +31,7 @@ def make(tmp_path: Path, make_sweep: MakeSweep) -> Make:
             losses=losses,
             hits=[5] * len(losses),
             tokens=[10] * len(losses),
-            answers=[i < answers for i in range(ROWS)] if answers else [],
+            metrics={"exact_match": [float(i < answers) for i in range(ROWS)]} if answers else {},
         )
         values = {"eval/loss": scores.loss} | ({"eval/exact_match": answers / ROWS} if answers else {})
         trial = pattern.model_copy(

@@ -148,3 +148,19 @@ def test_a_changed_file_is_described_field_by_field(
     assert message.startswith("it is no longer a valid experiment: ")
     file.unlink()
     assert changed_since(info) == []
+
+
+def test_a_changed_metric_is_told_by_its_checksum(make: Make, tmp_path: Path) -> None:
+    """The sweep continues with the recorded text, whatever becomes of the file."""
+    own, file = tmp_path / "own.py", tmp_path / "x.yaml"
+    own.write_text("def score(prompts, answers, references): return [1.0] * len(answers)\n")
+    file.write_text(EXPERIMENT + "evaluation: {metrics: [own.py:score]}\n")
+    spec = load_spec(file)
+    info = make().info.model_copy(update={"source": source_of(file, []), "spec": spec})
+    assert changed_since(info) == []
+    own.write_text(own.read_text().replace("1.0", "0.5"))
+    (message,) = changed_since(info)
+    assert spec.evaluation.own[0].sha256[:12] in message
+    assert load_spec(file).evaluation.own[0].sha256[:12] in message
+    own.unlink()
+    assert changed_since(info)[0].startswith("it is no longer a valid experiment: evaluation.metrics.0: 'own.py:score'")

@@ -26,3 +26,21 @@ def test_best_says_how_much_of_the_base_is_quantized(make_sweep: MakeSweep, tmp_
         assert any(line.startswith("base:") for line in lines) == (share is not None)
         assert best.as_dict()["base_quantized_share"] == share
         assert best.as_dict()["base_gib"] == (share and 17.34)
+
+
+def test_best_says_the_standard_error_of_a_metric_of_answers_and_what_it_cost(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    paths = make_sweep(tmp_path / "run", {"a": ("COMPLETE", 0.5)})
+    file = paths.trial("a").result
+    result = TrialResult.model_validate_json(file.read_text())
+    assert result.best is not None
+    values = result.best.values | {"eval/exact_match": 0.25, "eval/exact_match_stderr": 0.0546}
+    best = result.best.model_copy(update={"values": values})
+    update = {"best": best, "generated_tokens": 12_345, "generation_s": 75.4}
+    write_record(file, result.model_copy(update=update))
+    console, sweep = Console(record=True, width=200), FinishedSweep(read_sweep(paths.root))
+    say_best(console, sweep.best("eval/exact_match"))
+    text = console.export_text()
+    assert ": a, eval/exact_match 0.25 +- 0.055 at step " in text
+    assert "its answers for evaluation.metrics: 12,345 tokens in 1m15s" in text

@@ -1,4 +1,5 @@
 import json
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ from orchestrator.errors import SpecError
 from orchestrator.spec import SweepSpec, TrialConfig, parse_spec
 from orchestrator.spec.axes import AXIS_KINDS, Axis
 from orchestrator.spec.manual.schema import spec_schema
+from orchestrator.spec.sections import OwnMetric
 from orchestrator.spec.tied_values import evaluate_tied
 
 Document = dict[str, Any]
+
+SCORE = "def score(prompts, answers, references):\n    return [1.0] * len(answers)\n"
 
 
 def _spec(document: Document, **search: Any) -> SweepSpec:
@@ -238,10 +242,14 @@ def test_number_of_trials(document: Document, search: dict[str, Any], total: int
         ("eval/exact_match", None, "max"),
         ("eval/loss", "min", "min"),
         ("eval/token_accuracy", "max", "max"),
+        ("eval/score", None, "max"),
+        ("eval/score", "max", "max"),
+        ("eval/score", "min", "min"),
     ],
 )
 def test_which_end_is_better(document: Document, metric: str, mode: str | None, resolved: str) -> None:
-    document["evaluation"] = {"metrics": ["exact_match"]}
+    own = OwnMetric(file="/m.py", function="score", sha256=sha256(SCORE.encode()).hexdigest(), source=SCORE)
+    document["evaluation"] = {"metrics": ["exact_match", own.model_dump()]}
     assert _spec(document, metric=metric, mode=mode).search.resolved_mode == resolved
 
 

@@ -17,6 +17,7 @@ from tracked import identify
 
 from orchestrator.record import BestPoint, MetricPoint, SweepPaths, TrialPaths, TrialResult, TrialState
 from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.spec.sections import OwnMetric
 from orchestrator.tracking import open_trackers
 from orchestrator.tracking.tensorboard import TensorBoardTracker
 
@@ -149,6 +150,17 @@ def test_the_table_shows_the_best_evaluation_instead_of_the_last(paths: TrialPat
     tracker.finish(_result(spec, TrialState.COMPLETE, best))
     values = {"best/eval/loss": (20, 0.25), "best/eval/token_accuracy": (20, 0.5)}
     assert _metrics(paths) == values | progress
+
+
+def test_a_users_own_metric_is_a_column_under_its_name(paths: TrialPaths, document: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def score(prompts, answers, references): ...")
+    own = OwnMetric.read("own.py:score", tmp_path)
+    assert own is not None
+    evaluation = {"metrics": [own.model_dump()]}
+    spec = parse_spec(document | {"evaluation": evaluation, "search": {"metric": "eval/score", "mode": "min"}})
+    _log(TensorBoardTracker(identify(paths, spec)), (10, 0.5), (20, 0.25), (30, 0.75), metric="eval/score")
+    assert next(info.name.tag for info in _experiment(paths).metric_infos) == "best/eval/score"
+    assert _metrics(paths) == {"best/eval/score": (20, 0.25)}
 
 
 def test_the_largest_value_is_the_best_if_the_search_maximizes(paths: TrialPaths, document: Any) -> None:

@@ -132,3 +132,14 @@ MULTIMODAL_CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     ),
 }
 """The same for bases with towers that text does not reach."""
+
+LARGE: dict[str, dict[str, Any]] = {
+    "qwen3 with wide heads and biases, nf4": {"head_dim": 128},
+    "phi3 with heads that are rotated in part, nf4": {"hidden_size": 384},  # heads of 96
+    "gemma2": {"head_dim": 256},
+    "gemma3_text with two rotary embeddings, nf4": {"head_dim": 256},
+    "granite 4, nf4": {"hidden_size": 256},  # heads of 64
+    "gemma with one key head": {"head_dim": 256},
+    "olmo3": {"hidden_size": 320},  # heads of 80
+}
+"""Sizes of the heads in published models."""

@@ -107,6 +107,17 @@ def test_requirements_on_the_base(trial: MakeConfig, config: PreTrainedConfig, r
     assert unsupported_reason(trial(), model, LONGEST) == reason
 
 
+def test_answers_count_as_part_of_a_row(trial: MakeConfig) -> None:
+    """Where angles depend on the longest row, an answer must not go beyond the limit either."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = model_of(LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters=rope))
+    asks = trial(evaluation={"metrics": ["exact_match"], "max_new_tokens": 64})
+    assert unsupported_reason(trial(), model, LONGEST) is None
+    reason = unsupported_reason(asks, model, LONGEST)
+    assert reason is not None
+    assert reason.startswith("RoPE type 'dynamic' with rows of up to 128 tokens: beyond 64")
+
+
 @pytest.mark.parametrize("name", MULTIMODAL_CASES)
 def test_the_text_decoder_of_a_multimodal_base_is_accepted(trial: MakeConfig, name: str) -> None:
     config = deepcopy(MULTIMODAL_CASES[name][0])

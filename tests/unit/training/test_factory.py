@@ -12,11 +12,13 @@ from orchestrator.base import load_base
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.drive.joint import engine_for
+from orchestrator.training.fast.drive.separate import SeparateEngines
 from orchestrator.training.fast.plan import factory
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, pass_tokens
 from orchestrator.training.fast.plan.memory_plan import CPU_FULL, plan_slots
-from orchestrator.training.fast.step.engine import CPU_TOKENS, EvaluationBatch
-from orchestrator.training.fast.step.flat_batch import TABLE, TokenizedRows
+from orchestrator.training.fast.step.engine import CPU_TOKENS, EvaluationBatch, GenerationBatch
+from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, TokenizedRows
+from orchestrator.training.fast.step.generation import Asked
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -80,6 +82,17 @@ def test_the_filler_of_a_tile_has_rotary_angles_when_all_rows_are_shorter(trial:
     table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
     (scores,) = engine.evaluate([EvaluationBatch(engine, 0, rows, table)])
     assert scores.loss > 0
+
+
+def test_an_answer_may_be_longer_than_all_rows(trial: MakeConfig, base: Any) -> None:
+    """Rotary angles reach to the end of the longest answer, also in engines that step separately."""
+    config = trial(evaluation={"metrics": ["exact_match"], "max_new_tokens": 150})
+    rows, prompt = TokenizedRows([[1, 2, 3]], [[1, 2, 3]]), TokenizedRows([[1, 2, 3]], [[IGNORED] * 3])
+    table = dict.fromkeys(TABLE, 0.0) | {"keep_scale": 1.0}
+    separate = SeparateEngines(base, [config], rows, rows, 2).engine(1, config)
+    for engine in (engine_for(base, [trial(), config], rows, rows)[0], separate):
+        ((answer,),) = engine.generate([GenerationBatch(engine, Asked(0, prompt, 150, frozenset(), table))])
+        assert len(answer) == 150
 
 
 # Several trials at a time

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from orchestrator.training.fast.drive.multi_lora import Batch, MultiLora, Task, TrialSteps
-from orchestrator.training.fast.step.engine import EvaluationBatch
+from orchestrator.training.fast.step.engine import EvaluationBatch, GenerationBatch
 from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
+from orchestrator.training.fast.step.generation import Asked
 
 TILE = 8
 NO_ENGINE: Any = None
@@ -29,6 +30,7 @@ class FakeEngine:
         self.max_tokens = max_tokens
         self.passes: list[list[Span]] = []
         self.evaluations: list[list[EvaluationBatch]] = []
+        self.generated: list[list[Asked]] = []
         self.calls: list[str] = []
         self.error: Exception | None = None
 
@@ -48,6 +50,11 @@ class FakeEngine:
             raise self.error
         self.evaluations.append(list(evaluations))
         return [(float(each.slot), len(each.rows) / 10) for each in evaluations]
+
+    def generate(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+        self.calls.append("generate")
+        self.generated.append([batch.asked for batch in batches])
+        return [[[batch.asked.slot]] for batch in batches]
 
     @property
     def indices(self) -> list[dict[int, list[int]]]:
@@ -265,6 +272,27 @@ def test_evaluations_of_several_members_are_one_call(batch: Callable[..., Batch]
     assert [index for span in spans for index in span.indices] == [0, 1, 2]
     assert [span.first_token for span in spans] == [8 * span.indices[0] for span in spans]
     assert [span.table["applies"] for span in spans] == [0] * (len(spans) - 1) + [1]
+
+
+def test_members_that_evaluate_together_answer_together(batch: Callable[..., Batch], make_rows: MakeRows) -> None:
+    """Answers come after the evaluations of all members, and before the next pass."""
+    engine, multi_lora = FakeEngine(max_tokens=64), MultiLora()
+    asked = {slot: Asked(slot, make_rows(3), 4, frozenset(), {}) for slot in (0, 1)}
+    one, other = (
+        Trial(
+            batch(slot, 8),
+            EvaluationBatch(NO_ENGINE, slot, make_rows(5), {}),
+            GenerationBatch(NO_ENGINE, asked[slot]),
+            batch(slot, 8),
+        )
+        for slot in (0, 1)
+    )
+    for member in (one, other, Trial(*[batch(2, 8)] * 2)):
+        multi_lora.join(member.steps(engine))
+    run(multi_lora)
+    assert engine.calls == ["step", "evaluate", "generate", "step"]
+    assert engine.generated == [[asked[0], asked[1]]]
+    assert (one.answers[2], other.answers[2]) == ([[0]], [[1]])
 
 
 def test_an_evaluation_delays_other_members_by_one_turn(batch: Callable[..., Batch], make_rows: MakeRows) -> None:

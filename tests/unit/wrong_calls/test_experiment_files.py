@@ -83,7 +83,7 @@ FIELDS = [
         "evaluation.metrics",
         "format text",
     ),
-    overridden("unknown metric", ["evaluation.metrics=[bleu]"], "evaluation.metrics.0", "'exact_match'", "'bleu'"),
+    overridden("unknown metric", ["evaluation.metrics=[bleu]"], "evaluation.metrics: ", "'exact_match'", "'bleu'"),
     overridden(
         "metric not measured", ["search.metric=eval/exact_match"], "search.metric", "'eval/exact_match'", "eval/loss"
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from orchestrator.spec import TrialConfig
-from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens
+from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, longest_sequence, pass_tokens
 from orchestrator.training.fast.plan.factory import cached_engine, is_cached, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, too_large_error
@@ -40,7 +40,8 @@ def engine_for(
         TrialError: on this base the engine differs from transformers.
     """
     refuse_mismatch(base)
-    spec, longest = EngineSpec.of(base, configs, num_slots), max(train.longest, held_out.longest)
+    spec = EngineSpec.of(base, configs, num_slots)
+    longest = longest_sequence(spec, train, held_out)
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
     for plan in feasible_plans(base, spec, configs[0], train, held_out, too_large):
         if not on_gpu:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.step.engine import Engine, EvaluationBatch, Pending
+from orchestrator.training.fast.step.engine import Engine, EvaluationBatch, GenerationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 
 
@@ -29,8 +29,9 @@ class Batch:
     """The slot's values of `flat_batch.TABLE`, for the pass that ends the batch."""
 
 
-Task = Batch | EvaluationBatch
-"""What a trial needs next. The answer to an `EvaluationBatch` is its element of what `Engine.evaluate` returns."""
+Task = Batch | EvaluationBatch | GenerationBatch
+"""What a trial needs next. The answer to an `EvaluationBatch` is its element of what `Engine.evaluate` returns, that to
+a `GenerationBatch` its element of what `Engine.generate` returns."""
 
 TrialSteps = Generator[Task, Any, None]
 """A trial: yields its tasks, receives their answers, and ends by itself. It catches its own errors."""
@@ -57,7 +58,9 @@ class MultiLora:
             self._members.append(member)
 
     def turn(self) -> None:
-        """Run one pass on each engine: the evaluations that its members wait for, or else one training pass.
+        """Run one task on each engine: the evaluations its members wait for, or else the answers, or a training pass.
+
+        Trials that evaluate at the same time thus generate at the same time too.
 
         An error that an engine raises ends all members of that engine.
         """
@@ -86,11 +89,16 @@ class MultiLora:
         return iter(found.values())
 
     def _turn(self, engine: Engine, members: Sequence["Member"]) -> None:
-        done = [member for member in members if isinstance(member.task, EvaluationBatch)]
+        evaluations = [member.task for member in members if isinstance(member.task, EvaluationBatch)]
+        questions = [member.task for member in members if isinstance(member.task, GenerationBatch)]
+        answers: Sequence[Any]
         try:
-            if done:
-                batches = [member.task for member in done if isinstance(member.task, EvaluationBatch)]
-                answers: Sequence[Any] = engine.evaluate(batches)
+            if evaluations:
+                done = [member for member in members if isinstance(member.task, EvaluationBatch)]
+                answers = engine.evaluate(evaluations)
+            elif questions:
+                done = [member for member in members if isinstance(member.task, GenerationBatch)]
+                answers = engine.generate(questions)
             else:
                 done = self._train(engine, members)
                 answers = [member.pending for member in done]

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from orchestrator.spec import TrialConfig
-from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, pass_tokens, separate_specs
+from orchestrator.training.fast.plan.engine_spec import (
+    EngineSpec,
+    evaluation_tokens,
+    longest_sequence,
+    pass_tokens,
+    separate_specs,
+)
 from orchestrator.training.fast.plan.factory import cached_engine, release
 from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, memory_budget, too_large_error
@@ -41,10 +47,10 @@ class SeparateEngines:
         refuse_mismatch(base)
         self._base = base
         self._compute = getattr(torch, configs[0].base.compute_dtype)
-        self._longest = max(train.longest, held_out.longest)
         self._on_gpu = torch.cuda.is_available()
         self._slot_specs = separate_specs(base, configs)
         self._spec = spec = EngineSpec.of(base, configs, num_slots, separate=True)
+        self._longest = longest_sequence(spec, train, held_out)
         plans = feasible_plans(base, spec, configs[0], train, held_out, too_large)
         for plan in plans:
             try:

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
 from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
+from orchestrator.training.fast.drive.answers import Answering, ask
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
 from orchestrator.training.fast.drive.slot_view import SlotView
 from orchestrator.training.fast.families.base_shape import adapted_part
@@ -30,8 +31,10 @@ from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatc
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
 from orchestrator.training.finite import require_finite
 from orchestrator.training.model.patterns import layer_alphas, layer_ranks
+from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.readback import read_back, same, set_rate
 from orchestrator.training.model.targets import shared_or_by_layer
+from orchestrator.training.questions import Questions
 from orchestrator.training.write_queue import WriteQueue
 
 
@@ -47,6 +50,7 @@ class Slot:
         train: TokenizedRows,
         held_out: TokenizedRows,
         write_queue: WriteQueue,
+        questions: Questions | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +61,7 @@ class Slot:
             train: rows of the trainer's data set.
             held_out: rows to evaluate on.
             write_queue: writes checkpoints.
+            questions: the prompts that the trial answers; None for none.
         """
         self._index = index
         self.trainer = trainer
@@ -65,6 +70,7 @@ class Slot:
         self._rows = train
         self._held_out = held_out
         self._write_queue = write_queue
+        self._questions = questions
         self._parameters = lora_parameters(trainer.model)
         layers = [name.removesuffix(".lora_A") for name in self._parameters if name.endswith(".lora_A")]
         self._ranks, self._alphas = layer_ranks(config.lora, layers), layer_alphas(config.lora, layers)
@@ -109,6 +115,9 @@ class Slot:
             if trainer.control.should_evaluate:
                 began = time.monotonic()
                 self._scores = yield self.evaluation()
+                if self._questions is not None and self._questions.at_evaluations:
+                    metrics = yield from ask(self._engine, self._index, self._config.lora, self._questions)
+                    self._scores = self._scores.model_copy(update={"metrics": metrics})
                 self._evaluated(time.monotonic() - began)
             if trainer.control.should_save:
                 self._save()
@@ -131,6 +140,13 @@ class Slot:
     def scores(self) -> RowScores:
         """Return the last evaluation's scores of each held-out row."""
         return self._scores
+
+    def answer(self, weights: Mapping[str, torch.Tensor]) -> Answering:
+        """Load an adapter in place of the trained one, and have it answer; see `engines.loop.Loop`."""
+        assert self._questions is not None
+        load_adapter_weights(self.trainer.model, weights)
+        self._fill_slot()
+        return (yield from ask(self._engine, self._index, self._config.lora, self._questions))
 
     def read_back(self) -> dict[str, Any]:
         """Return the settings that the slot and its optimizer really hold, by the names of `readback`."""
@@ -170,7 +186,7 @@ class Slot:
         Returns:
             Iterator of (epochs done after the batch, batch).
         """
-        trainer, adapters = self.trainer, self._engine.adapters
+        trainer = self.trainer
         loader = trainer.get_train_dataloader()
         epochs, updates_per_epoch, _, _, _, batches_per_epoch, max_steps = trainer.set_initial_training_values(
             trainer.args, loader
@@ -189,15 +205,7 @@ class Slot:
         trainer.optimizer._opt_called = True  # the engine steps, and a schedule warns unless its optimizer has stepped
         if checkpoint is not None:
             set_rate(trainer, self._config.training)
-        adapters.clear(self._index)
-        adapters.set_patterns(self._index, self._ranks, self._factors())
-        weights = self._view.matrices(adapters.weights)
-        if weights.keys() != self._parameters.keys():
-            raise RuntimeError(
-                f"the slot has no place for layers that PEFT adapts: {self._parameters.keys() - weights.keys()}"
-            )
-        for name, parameter in self._parameters.items():
-            self._view.load(adapters.weights, name, parameter.detach())
+        self._fill_slot()
         self._optimizer_steps = self._view.load_optimizer_states(trainer.optimizer.state)
         trainer.optimizer.state.clear()
         if any(parameter.is_cuda for parameter in self._parameters.values()):
@@ -205,6 +213,17 @@ class Slot:
         else:
             self._copied_at = self._optimizer_steps
         return self._batches(loader, range(first, epochs), skipped, batches_per_epoch)
+
+    def _fill_slot(self) -> None:
+        """Clear the slot, and copy the adapter of the trainer's model into it."""
+        adapters = self._engine.adapters
+        adapters.clear(self._index)
+        adapters.set_patterns(self._index, self._ranks, self._factors())
+        weights = self._view.matrices(adapters.weights)
+        if missing := self._parameters.keys() - weights.keys():
+            raise RuntimeError(f"the slot has no place for layers that PEFT adapts: {missing}")
+        for name, parameter in self._parameters.items():
+            self._view.load(adapters.weights, name, parameter.detach())
 
     def _batches(
         self, loader: Any, epochs: range, skipped: int, batches_per_epoch: int

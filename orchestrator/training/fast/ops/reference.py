@@ -130,7 +130,7 @@ def attention(
         (config.num_heads, config.num_kv_heads, config.num_kv_heads), 1
     )
     cos, sin = config.cos[batch.positions][:, None], config.sin[batch.positions][:, None]
-    q, k = (_rotate(heads, cos, sin) for heads in (q, k))
+    q, k = (rotate(heads, cos, sin) for heads in (q, k))
     indices, is_real = batch.padded
     # Sequences are padded on the right, so that no mask of the padding is needed.
     leaves = tuple(heads[indices].transpose(1, 2).detach().requires_grad_() for heads in (q, k, v))
@@ -158,22 +158,47 @@ def _attend(
 ) -> torch.Tensor:
     """Attend causally: q (sequences, num_heads, length, D) and k, v (sequences, num_kv_heads, length, D)."""
     length, gqa = q.shape[2], config.num_heads != config.num_kv_heads
-    is_plain = config.softcap is None and sinks is None
-    if is_plain and (config.window is None or config.window >= length):
+    if config.softcap is None and sinks is None and (config.window is None or config.window >= length):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, scale=config.scale)
     position = torch.arange(length, device=q.device)
     distance = position[:, None] - position
     visible = (distance >= 0) & (distance < (config.window or length))
-    if is_plain:
+    return attend_to(q, k, v, visible, config, None if sinks is None else sinks[:, None, None])
+
+
+def attend_to(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    config: AttentionConfig,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend to the visible keys: q (sequences, heads, queries, D), k and v (sequences, key heads, keys, D).
+
+    Args:
+        q: queries; consecutive heads share a key head.
+        k: keys.
+        v: values.
+        visible: bool that broadcasts to (sequences, heads, queries, keys).
+        config: scale and cap.
+        sinks: as in `Ops.attention`, in a shape that broadcasts to (sequences, heads, queries, 1).
+
+    Returns:
+        (sequences, heads, queries, D).
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if config.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa, scale=config.scale)
-    k, v = (heads.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for heads in (k, v))
+    if gqa:
+        k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
     scores = q @ k.mT * config.scale
     if config.softcap is not None:
         scores = config.softcap * torch.tanh(scores / config.softcap)
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        sink = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
         return torch.cat((scores, sink), -1).softmax(-1, wide)[..., :-1].to(v.dtype) @ v
     return scores.softmax(-1, wide).to(v.dtype) @ v
 
@@ -353,7 +378,7 @@ def _accumulate_by_slot_(sums: torch.Tensor, x: torch.Tensor, y: torch.Tensor, b
         sums[slot] += (x[tokens].mT @ y[tokens]).float()
 
 
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first features of each head, as many as `cos` has."""
     rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
     # Some families have tables in float32.
@@ -361,7 +386,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def _rotate_back(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Compute the gradient of the input of `_rotate` from that of its result."""
+    """Compute the gradient of the input of `rotate` from that of its result."""
     rotated, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
     return torch.cat(((rotated * cos - _rotate_half(rotated * sin)).to(heads.dtype), rest), -1)
 

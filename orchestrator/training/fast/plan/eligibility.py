@@ -42,6 +42,7 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     if reason := config.fast_unsupported_reason():
         return reason
     names = adapted_names(base, config.lora)
+    longest += config.evaluation.answer_tokens
     if reason := unsupported_shape(base, longest):
         return reason
     text = text_model(base)

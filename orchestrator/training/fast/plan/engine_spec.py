@@ -40,6 +40,8 @@ class EngineSpec:
     """Rows of the largest batch."""
     reproducible: bool
     """Whether a trial's metrics must not depend on memory or on neighboring trials. Always so on a CPU, hence False."""
+    answer_tokens: int = 0
+    """Most tokens that are generated after a held-out prompt; 0 where nothing is generated."""
     separate: bool = False
     """Whether each slot has an engine of its own, which steps by itself."""
 
@@ -64,6 +66,7 @@ class EngineSpec:
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
             training.reproducible and torch.cuda.is_available(),
+            max(config.evaluation.answer_tokens for config in configs),
             separate,
         )
 
@@ -87,6 +90,11 @@ _SHARED_FIELDS = {
     "reproducible": "training.reproducible",
 }
 """Fields of `EngineSpec` in which the trials of an engine must agree -> their names for the user."""
+
+
+def longest_sequence(spec: EngineSpec, train: TokenizedRows, held_out: TokenizedRows) -> int:
+    """Return the tokens of the longest sequence: a row, or a held-out prompt with its answer."""
+    return max(train.longest, held_out.longest + spec.answer_tokens)
 
 
 def separate_specs(base: Any, configs: Sequence[TrialConfig]) -> list[EngineSpec]:

@@ -12,8 +12,10 @@ from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LayerKind, Settings
 from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
+from orchestrator.training.fast.sizes import MAX_LOGITS
 from orchestrator.training.fast.step.adapters import NO_DROPOUT, AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.experts import Experts
+from orchestrator.training.fast.step.kv_cache import CachedInputs, LayerCache
 from orchestrator.training.fast.step.layer import Layer, SavedActivations
 from orchestrator.training.fast.step.modules import Norm
 from orchestrator.training.fast.step.pass_inputs import PassInputs
@@ -74,6 +76,7 @@ class Decoder:
         family = FAMILIES[config.model_type]
         settings, epsilon = Settings.of(config, family), config.rms_norm_eps
         self.longest = longest
+        self._dtype = dtype
         self.keeps_base = keeps_base
         self._embedding = inner.embed_tokens.weight.detach()
         self._embedding_scale = settings.embedding_scale
@@ -138,6 +141,42 @@ class Decoder:
         normed = inputs.add_norm(residual, delta, self._norm)[1]
         losses, hits, _ = ops.cross_entropy(normed, self._lm_head, inputs.batch, with_gradient=False)
         return losses, hits
+
+    def new_cache(self, sequences: int, positions: int) -> list[LayerCache]:
+        """Return an empty cache for each layer, for so many sequences of so many tokens."""
+        return [LayerCache.empty(sequences, positions, layer.attention_config, self._dtype) for layer in self._layers]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        return sum(
+            2 * layer.attention_config.num_kv_heads * layer.attention_config.head_dim * self._dtype.itemsize
+            for layer in self._layers
+        )
+
+    def next_tokens(self, inputs: CachedInputs, caches: Sequence[LayerCache], last: torch.Tensor) -> torch.Tensor:
+        """Make a forward pass that writes keys and values into the caches, and return the likeliest next tokens.
+
+        Args:
+            inputs: of the pass.
+            caches: one for each layer, from `new_cache`.
+            last: (N,) int64 tokens of the flat batch after which the next one is wanted.
+
+        Returns:
+            (N,) int64 tokens; of equally likely ones the first.
+        """
+        residual, delta = self._embed(inputs), None
+        for layer, groups, cache in zip(self._layers, self._groups(inputs.adapters), caches, strict=True):
+            residual, delta, _ = layer.forward(residual, delta, inputs.of_layer(cache), groups, False)
+        normed = inputs.add_norm(residual, delta, self._norm)[1]
+        head = self._lm_head
+        parts = []
+        for part in last.split(max(1, MAX_LOGITS // len(head.weight))):
+            logits = F.linear(normed[part], head.weight).float() / head.divisor
+            if head.softcap is not None:
+                logits = head.softcap * torch.tanh(logits / head.softcap)
+            parts.append(logits.argmax(-1))
+        return torch.cat(parts)
 
     def _embed(self, inputs: PassInputs) -> torch.Tensor:
         """Return the embeddings of the tokens, (T, H)."""

@@ -21,7 +21,15 @@ from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder
 from orchestrator.training.fast.step.experts import Experts
-from orchestrator.training.fast.step.flat_batch import BucketShape, FlatBatch, Span, TokenizedRows
+from orchestrator.training.fast.step.flat_batch import (
+    WITHOUT_DROPOUT,
+    BucketShape,
+    FlatBatch,
+    Span,
+    TokenizedRows,
+    split_into_passes,
+)
+from orchestrator.training.fast.step.generation import Asked, Generator
 from orchestrator.training.fast.step.pass_inputs import PassInputs
 
 # At import: torch reads the setting when CUDA starts.
@@ -58,6 +66,14 @@ class EvaluationBatch:
     rows: TokenizedRows
     table: dict[str, float]
     """The slot's values of `flat_batch.TABLE`."""
+
+
+@dataclass(frozen=True)
+class GenerationBatch:
+    """The prompts that a slot's adapter answers."""
+
+    engine: "Engine"
+    asked: Asked
 
 
 class Pending:
@@ -189,22 +205,10 @@ class Engine:
         total = sum(self.whole_tiles(int(evaluation.rows.lengths.sum())) for evaluation in evaluations)
         even = -(-total // -(-total // limit))
         max_tokens = min(limit, even + max(evaluation.rows.longest for evaluation in evaluations))
-        passes: list[list[Span]] = [[]]
-        left = max_tokens
-        for evaluation in evaluations:
-            table = evaluation.table | {"threshold": 0, "keep_scale": 1.0, "applies": 0, "loss_weight": 1.0}
-            rows, at = evaluation.rows, 0
-            while at < len(rows):
-                fits = rows.fitting(range(at, len(rows)), left)
-                if not fits and passes[-1]:
-                    passes.append([])
-                    left = max_tokens
-                    continue
-                # At least one row: one that is longer than a pass has a pass of its own.
-                span = Span(evaluation.slot, rows, range(at, at + max(fits, 1)), table)
-                passes[-1].append(span)
-                left -= self.whole_tiles(span.num_tokens)
-                at += len(span.indices)
+        whole = [
+            Span(each.slot, each.rows, range(len(each.rows)), each.table | WITHOUT_DROPOUT) for each in evaluations
+        ]
+        passes = split_into_passes(whole, max_tokens, self.whole_tiles)
         shape = self._bucket_shape(passes)
         sums: dict[int, list[Any]] = {evaluation.slot: [] for evaluation in evaluations}
         for spans, pending in zip(passes, [self._run(spans, shape, trains=False) for spans in passes], strict=True):
@@ -215,6 +219,20 @@ class Engine:
             tokens = evaluation.rows.num_targets_per_row.tolist()
             measured.append(RowScores(losses=losses, hits=[round(each) for each in hits], tokens=tokens))
         return measured
+
+    def generate(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+        """Answer prompts greedily, those of all slots together.
+
+        Args:
+            batches: at most one for each slot.
+
+        Returns:
+            For each batch the token ids of its answers, without their stop tokens, in the order of its prompts.
+        """
+        limit = EVALUATION_TOKENS if self._on_gpu else CPU_TOKENS
+        return Generator(self._decoder, self.adapters, self._ops, limit, self._bucket_shape).answer(
+            [batch.asked for batch in batches]
+        )
 
     def _sum_by_row(self, spans: Sequence[Span], values: Any, sums: dict[int, list[Any]]) -> None:
         """Append to each slot's `sums` the (2, rows) losses and hits of its rows in this pass.

@@ -8,8 +8,8 @@ flat batch, to the size of its bucket:
     tile         slot 2   |   slot 2   |   slot 0   |  padding of the bucket
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,9 @@ TABLE = (
     "max_norm",  # of the gradient; infinite where nothing is clipped
 )
 """Fields that a trial gives for its slot, 4 bytes each."""
+
+WITHOUT_DROPOUT = {"threshold": 0, "keep_scale": 1.0, "applies": 0, "loss_weight": 1.0}
+"""Values of `TABLE` for a pass that trains nothing."""
 
 TILE_RANGE = ("first_tile", "end_tile")
 """Fields that `BucketShape.fill` adds: the slot's first tile, and the tile after its last; 0 and 0 without tokens."""
@@ -151,6 +154,31 @@ class Span:
     def max_sequences(self) -> int:
         """Upper bound of sequences, padding included. It depends on the number of rows, not on which rows they are."""
         return len(self.indices) * self.rows.max_sequences + 1
+
+
+def split_into_passes(spans: Sequence[Span], max_tokens: int, whole_tiles: Callable[[int], int]) -> list[list[Span]]:
+    """Cut spans into parts of whole rows that fill passes one after another, in their order.
+
+    Args:
+        spans: at most one for each slot.
+        max_tokens: tokens of a pass. A row that is longer has a pass of its own.
+        whole_tiles: rounds the tokens of a span up to whole tiles.
+    """
+    passes: list[list[Span]] = [[]]
+    left = max_tokens
+    for span in spans:
+        at = 0
+        while at < len(span.indices):
+            fits = span.rows.fitting(span.indices[at:], left)
+            if not fits and passes[-1]:
+                passes.append([])
+                left = max_tokens
+                continue
+            part = replace(span, indices=span.indices[at : at + max(fits, 1)])
+            passes[-1].append(part)
+            left -= whole_tiles(part.num_tokens)
+            at += len(part.indices)
+    return passes
 
 
 @dataclass(frozen=True)

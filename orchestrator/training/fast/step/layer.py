@@ -113,7 +113,7 @@ class Layer:
         self.out_norm, self.mlp_norm = norm(family.norms.after_attention), norm(family.norms.after_mlp)
         self.q_norm, self.k_norm = map(norm, family.qk_norms or (None, None))
         self._residual_scale = settings.residual_scale
-        self._config = config
+        self.attention_config = config
 
     def forward(
         self,
@@ -141,8 +141,10 @@ class Layer:
         unnormed_qkv, qk_rstd = None, None
         if self.q_norm is not None and self.k_norm is not None:
             unnormed_qkv = qkv
-            qkv, qk_rstd = ops.qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon, self._config)
-        attention, saved_attention = ops.attention(qkv, inputs.batch, self._config, self._sinks)
+            qkv, qk_rstd = ops.qk_norm(
+                qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon, self.attention_config
+            )
+        attention, saved_attention = inputs.attention(qkv, self.attention_config, self._sinks)
         out, out_hidden = inputs.linear(self.out, attention, out_group)
         out_delta, out_rstd = self._delta(out, self.out_norm, inputs)
         residual2, normed2, rstd2 = inputs.add_norm(residual1, out_delta, self.norm2)
@@ -186,12 +188,12 @@ class Layer:
         dresidual = inputs.add_norm_backward(dresidual, dnormed2, saved.residual2, saved.rstd2, self.norm2)
         dout = self._delta_backward(dresidual, saved.out, saved.out_rstd, self.out_norm, inputs)
         dattention = inputs.linear_backward(self.out, dout, saved.attention, out_hidden, out_group)
-        dqkv = ops.attention_backward(dattention, saved.saved_attention, inputs.batch, self._config)
+        dqkv = ops.attention_backward(dattention, saved.saved_attention, inputs.batch, self.attention_config)
         if saved.qkv is not None and saved.qk_rstd is not None:
             assert self.q_norm is not None
             assert self.k_norm is not None
             weights = self.q_norm.weight, self.k_norm.weight
-            ops.qk_norm_backward_(dqkv, saved.qkv, saved.qk_rstd, *weights, self._config)
+            ops.qk_norm_backward_(dqkv, saved.qkv, saved.qk_rstd, *weights, self.attention_config)
         normed1 = inputs.add_norm(saved.residual1, None, self.norm1)[1] if saved.normed1 is None else saved.normed1
         dnormed1 = inputs.linear_backward(self.qkv, dqkv, normed1, qkv_hidden, qkv_group)
         return inputs.add_norm_backward(dresidual, dnormed1, saved.residual1, saved.rstd1, self.norm1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.training.fast.ops.protocol import Ops
+from orchestrator.training.fast.ops.protocol import AttentionConfig, Ops
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step.adapters import Adapters, LayerGroup
 from orchestrator.training.fast.step.flat_batch import FlatBatch
@@ -24,6 +24,12 @@ class PassInputs:
     def saves_elementwise(self) -> bool:
         """Whether the forward keeps the results of operations that go element by element or row by row."""
         return self.recompute != "elementwise"
+
+    def attention(
+        self, qkv: torch.Tensor, config: AttentionConfig, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Attend within each sequence of the batch, as `Ops.attention` does."""
+        return self.ops.attention(qkv, self.batch, config, sinks)
 
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None
