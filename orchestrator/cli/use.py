@@ -40,7 +40,7 @@ def best(
     """
     from orchestrator.deploy import open_sweep
     from orchestrator.report.best import say_best
-    from orchestrator.report.tables import trials_table
+    from orchestrator.report.tables import TrialsTable, axes_of
 
     opened, metrics = open_sweep(sweep, output), metric or []
     winner = opened.best(metrics[0] if metrics else None, strict)
@@ -59,7 +59,7 @@ def best(
     console = console_on()
     for title, trials in ((f"best {top} trials", leaders), (f"Pareto set by {', '.join(metrics)}", front)):
         if trials:
-            console.print(trials_table(trials, title, sizes=True))
+            console.print(TrialsTable(trials, title, axes_of(opened.record.info.spec), with_sizes=True))
     say_rows(console, opened.record)
     say_best(console, winner)
     if export is not None:

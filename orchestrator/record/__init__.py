@@ -3,7 +3,7 @@
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` and `budget` (the scheduler's log, the
 limit that was reached), `test_score` (the winner on test rows). `files` writes atomically, `lock` keeps a second
-driver out.
+driver out and tells whether one runs. `present` reads a sweep while it runs, `standing` sums it up.
 """
 
 from orchestrator.record.budget import BudgetSpent
@@ -20,6 +20,8 @@ from orchestrator.record.models import (
     TrialState,
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.present import PresentTrials
+from orchestrator.record.standing import is_finished, repeats_record, totals
 from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
@@ -41,6 +43,7 @@ __all__ = [
     "Decision",
     "ExperimentSource",
     "MetricPoint",
+    "PresentTrials",
     "RowScores",
     "SourceRows",
     "SweepInfo",
@@ -51,11 +54,14 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "is_finished",
     "read_decisions",
     "read_metrics",
     "read_result",
     "read_sweep",
     "read_trial",
+    "repeats_record",
     "resumable",
+    "totals",
     "write_record",
 ]

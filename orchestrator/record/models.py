@@ -114,6 +114,8 @@ class TrialResult(Record):
     """Real tokens trained on."""
     tokens_per_second: float | None = None
     """Real tokens per second of training; evaluation and saving are not counted."""
+    train_loss: float | None = None
+    """Training loss of the last logged steps."""
     grad_norm: float | None = None
     """Largest gradient norm before clipping."""
     peak_memory_gib: float | None = None

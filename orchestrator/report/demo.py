@@ -8,7 +8,7 @@ from orchestrator.adapters.generate import answer
 from orchestrator.data import load
 from orchestrator.deploy import FinishedSweep
 from orchestrator.deploy.chat import open_chat
-from orchestrator.report.tables import trials_table
+from orchestrator.report.tables import TrialsTable, axes_of
 
 _NUM_PROMPTS = 6
 
@@ -24,7 +24,7 @@ def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     with chat.model.disable_adapter():
         before = answer(chat.model, chat.tokenizer, ids, new, batch)
     after = answer(chat.model, chat.tokenizer, ids, new, batch)
-    console.print(trials_table([winner.trial]))
+    console.print(TrialsTable([winner.trial], axes=axes_of(sweep.record.info.spec)))
     table = Table(title="held-out prompts", title_justify="left", header_style="bold")
     for name in ("prompt", "expected", "base", "best adapter"):
         table.add_column(name)
