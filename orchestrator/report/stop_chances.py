@@ -16,8 +16,9 @@ from orchestrator.spec.sections.scheduler import (
 
 _PLACES = 12
 """Most places of a trial, evenly apart, at which a rule without rungs may stop it."""
-_LEAVES = 0.5
-"""Share of the trials that a rule without rungs leaves to the end, before anything is known of the sweep."""
+_FIRST, _LATER = 0.4, 0.5
+"""Chance of a stop by a rule without rungs, before anything is known of the sweep: at the first place, and at all later
+ones together. So a third of the trials make all their steps."""
 _PRIOR_TRIALS = 2.0
 """Number of trials that the expectation before the sweep counts for at each place."""
 
@@ -67,12 +68,19 @@ class StopChances:
         """
         self._spec = spec
 
-    def seen(self, trials: Sequence[TrialResult]) -> list[Place]:
-        """Return the places, with the trials that ended or passed there so far."""
+    def seen(self, trials: Sequence[TrialResult], is_late: bool) -> list[Place]:
+        """Return the places, with the trials that ended or passed there so far.
+
+        Args:
+            trials: the trials to count.
+            is_late: whether the trials began when others were half done. They are compared with better ones, so that
+                more of them stop at the first place.
+        """
         whole = max((trial.total_steps or 0 for trial in trials), default=0) or self._spec.training.steps or 0
         found = []
         places = self._expected(whole)
         for index, (share, chance) in enumerate(places):
+            chance = (1 + chance) / 2 if is_late and not index else chance
             until = places[index + 1][0] if index + 1 < len(places) else 1.0
             stopped = passed = 0
             for trial in trials:
@@ -102,7 +110,8 @@ class StopChances:
             first = (grace or 2 * interval) / whole
             apart = max(interval / whole, (1 - first) / _PLACES) if first < 1 else 1.0
             number = max(int((1 - first) / apart + 0.999), 0)
-            return [(first + index * apart, 1 - _LEAVES ** (1 / number)) for index in range(number)]
+            later = 1 - (1 - _LATER) ** (1 / max(number - 1, 1))
+            return [(first + index * apart, later if index else _FIRST) for index in range(number)]
         return []
 
 

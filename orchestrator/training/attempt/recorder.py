@@ -86,6 +86,8 @@ class TrialRecorder:
         match event:
             case Noted(fields=fields):
                 self._update(**fields)
+                if "total_steps" in fields:  # views show it from the first step on
+                    self._write_progress()
             case Logged():
                 self._record_metrics(event)
             case Stepped(step=step):
