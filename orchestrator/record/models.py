@@ -28,7 +28,7 @@ def with_current_names(document: str) -> str:
 class Record(BaseModel):
     """A record on disk: frozen and closed. NaN is written as "NaN", not as null, and infinities likewise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
 
 
 class TrialState(StrEnum):
