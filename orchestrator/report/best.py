@@ -7,6 +7,7 @@ from rich.console import Console
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation, mean_interval
 from orchestrator.record import TestScore
+from orchestrator.words import counted
 
 _MOST_NAMED = 6
 
@@ -17,8 +18,9 @@ def say_best(console: Console, best: ChosenTrial) -> None:
     metric, leader, tied = choice.metric, choice.leader, choice.tied
     point = leader.trial.best
     assert point is not None
+    failed = f" ({counted(best.num_failed, 'other')} failed)" if best.num_failed else ""
     lines = [
-        f"best of {choice.num_compared}: {leader.trial.trial_id}, {metric} {leader.value(metric):.6g} "
+        f"best of {choice.num_compared}{failed}: {leader.trial.trial_id}, {metric} {leader.value(metric):.6g} "
         f"at step {point.step}{_size(leader)}"
     ]
     left_out = choice.num_compared - 1 - len(choice.rivals)

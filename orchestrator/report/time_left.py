@@ -26,7 +26,7 @@ _EVERY_S = 2.0
 _SAMPLES = 256
 """Measurements of the pace that are kept. With more, every second one is dropped."""
 _FEW = 12
-"""Fewest samples in which a recent pace is measured."""
+"""Fewest samples in which a recent pace is measured, and most starts of trials that are looked back on."""
 _PACE_ERROR = 0.25
 """Standard deviation of the logarithm of the future pace, relative to the measured one: at most, and as long
 as it is not known."""
@@ -189,7 +189,7 @@ class TimeLeft:
         """Return the seconds in which so many trials start, all slots together."""
         if not self._start_s:
             return 0.0
-        return sum(rng.choice(self._start_s) for _ in range(number)) / self._slots
+        return sum(rng.choice(self._start_s[-_FEW:]) for _ in range(number)) / self._slots
 
     def _pace(self, samples: Sequence[_Sample], sharing: float) -> float:
         """Return the steps per second of a trial when all slots are taken.
