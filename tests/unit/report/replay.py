@@ -25,7 +25,7 @@ class Estimate:
 
 
 def replay(file: Path) -> list[Estimate]:
-    """Return the estimates at some sixty moments of a recorded sweep, as far as there is one.
+    """Return the estimates at some forty moments of a recorded sweep, as far as there is one.
 
     A recording has for each trial: the seconds of its begin and end, its last state, its planned steps, and the seconds
     and steps of its logged points.
@@ -35,7 +35,7 @@ def replay(file: Path) -> list[Estimate]:
     now = 0.0
     time_left = TimeLeft(spec, clock=lambda: now)
     config, found = spec.trial_config({}), []
-    for second in range(0, int(recorded["end"]) + 1, max(int(recorded["end"] / 60), 1)):
+    for second in range(0, int(recorded["end"]) + 1, max(int(recorded["end"] / 40), 1)):
         now = float(second)
         trials = []
         for index, (begin, end, state, total, points) in enumerate(recorded["trials"]):
