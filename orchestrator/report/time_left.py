@@ -17,10 +17,12 @@ from itertools import pairwise
 from statistics import stdev
 
 from orchestrator.record import OPEN, TrialResult, TrialState
+from orchestrator.report.budget_left import BudgetLeft
 from orchestrator.report.stop_chances import StopChances, draw_survival
 from orchestrator.spec import SweepSpec
 
 _FUTURES = 40
+"""Futures of a sweep of up to a hundred trials; of a larger one fewer, which differ less."""
 _EVERY_S = 2.0
 """Shortest time between two estimates, in seconds. In between, the last one counts down."""
 _SAMPLES = 256
@@ -59,10 +61,12 @@ class TimeLeft:
         """
         self._clock = clock
         self._stops = StopChances(spec)
+        self._budget = BudgetLeft(spec.search.budget, clock)
         self._default_steps = spec.training.steps
         self._max_concurrent = spec.resources.max_concurrent
         self._repeats = spec.search.repeats
         self._logging_steps = spec.training.logging_steps
+        self._eval_steps = spec.training.eval_steps
         self._samples: list[_Sample] = []
         self._starts: dict[str, float] = {}
         """Trials that have made no step yet, with the times at which they were seen first."""
@@ -88,6 +92,7 @@ class TimeLeft:
         now, running = self._clock(), [trial for trial in trials if trial.state == TrialState.RUNNING]
         self._slots = max(self._slots, len(running))
         self._time_starts(running, now)
+        self._budget.update(trials)
         if any(trial.step * 2 > (trial.total_steps or 0) for trial in trials if trial.step):
             self._late |= {trial.trial_id for trial in trials} - self._begun
         self._begun |= {trial.trial_id for trial in trials}
@@ -137,7 +142,7 @@ class TimeLeft:
         late = self._stops.seen([trial for trial in trials if trial.trial_id in self._late], is_late=True)
         num_starting = waiting + sum(not step for step, *_ in begun)
         futures, error = [], self._pace_error()
-        for _ in range(_FUTURES):
+        for _ in range(max(8, min(_FUTURES, 100 * _FUTURES // (len(begun) + waiting + 1)))):
             rules = draw_survival(early, rng), draw_survival(late, rng)
             work = [
                 self._beyond(step, rules[is_late].steps_left(step, total, rng), rng) for step, total, is_late in begun
@@ -148,7 +153,10 @@ class TimeLeft:
         futures.sort()
         tail = len(futures) // 20
         # Trials are also faster than any was so far, beside fewer others.
-        return max(futures[tail] * (1 - error) - _CLOSING_S, 0.0), futures[-1 - tail]
+        low, high = max(futures[tail] * (1 - error) - _CLOSING_S, 0.0), futures[-1 - tail]
+        if (spent_in := self._budget.seconds()) is not None:  # then each trial ends at its next evaluation
+            low, high = min(low, spent_in * (1 - error)), min(high, spent_in * (1 + error) + self._to_evaluation())
+        return low, high
 
     def _beyond(self, step: int, left: float, rng: random.Random) -> float:
         """Return the steps that are left of a trial, without those that it has made since they were counted last.
@@ -159,6 +167,10 @@ class TimeLeft:
             return max(left - rng.random() * self._logging_steps, 0.0)
         first = list(self._first_steps.values())
         return max(left - rng.choice(first), 0.0) if first else left
+
+    def _to_evaluation(self) -> float:
+        """Return the seconds between two evaluations of a trial."""
+        return self._eval_steps / max(self._pace(self._samples, 0.0), 1e-9)
 
     def _repeated(self, num_trials: int, whole: int, rng: random.Random) -> list[float]:
         """Return the steps of the finalists that will run again, if they have not begun: two to four of them."""

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.record import TrialResult, TrialState
 from orchestrator.report.time_left import TimeLeft
+from orchestrator.spec.search import Budget
 from tests.unit.report.made_up import made_up_spec
 from tests.unit.report.replay import FOLDER, Estimate, replay
 
@@ -74,6 +75,24 @@ def test_trials_that_will_take_free_slots_are_foreseen(num_trials: int) -> None:
     assert found is not None
     low, high = found
     assert 0.5 * truth < low < truth < high < 2 * truth
+
+
+@pytest.mark.parametrize(
+    ("limit", "truth"), [({"tokens": 50_000}, 2000.0), ({"wall_clock_hours": 0.5}, 1305.0), ({"gpu_hours": 1}, 3105.0)]
+)
+def test_a_budget_ends_a_sweep_that_would_take_longer(limit: dict[str, float], truth: float) -> None:
+    """A trial makes a step, 20 tokens and a GPU second each second; there are fifty trials."""
+    spec = made_up_spec()
+    search = spec.search.model_copy(update={"budget": Budget.model_validate(limit)})
+    now = 0.0
+    time_left = TimeLeft(spec.model_copy(update={"search": search}), clock=lambda: now)
+    for second in range(20, 501, 20):
+        now = float(second)
+        running = trial(0, second).model_copy(update={"tokens": 20 * second, "gpu_seconds": float(second)})
+        time_left.update([running], 50)
+    found = time_left.range()
+    assert found is not None
+    assert 0.7 * truth < found[0] < truth < found[1] < 1.3 * truth
 
 
 def test_nothing_is_estimated_before_the_pace_is_known() -> None:
