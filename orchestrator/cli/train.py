@@ -240,6 +240,7 @@ def demo(
     with claim_folder(spec, "demo", name, output) as paths:
         record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with _screen(paths.root) as console:
+        console.print("loading the base and the best adapter ...", highlight=False)
         show_side_by_side(console, FinishedSweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
     _require_no_failures(record)

@@ -127,6 +127,9 @@ class SweepView:
         second = []
         if best is not None and best.best is not None:
             second.append(f"best {best.metric} {number(best.best.value)} at step {best.best.step} ({best.trial_id})")
+        if losses := [t.train_loss for t in self._trials if t.state == TrialState.RUNNING and t.train_loss is not None]:
+            low, high = number(min(losses)), number(max(losses))
+            second.append(f"train/loss {low}" + (f" to {high}" if low != high else ""))
         if num_running and (pace := self._tokens.per_second()) is not None:
             second.append(f"{pace:,.0f} tokens/s")
         lines = [", ".join(parts), ", ".join(second), f"{self._doing} ..." if self._doing else ""]

@@ -76,9 +76,9 @@ if __name__ == "__main__":
         Console().print(TrialsTable(made, axes=axes_of(experiment)))
     else:
         with SweepView(Console(), experiment, 100, "sweep of 100 trials in runs/x") as view:
-            view.update([trial.model_copy(update={"step": trial.step // 2}) for trial in made])
-            time.sleep(0.1)
-            view.update(made)
-            time.sleep(1.2)
+            for part in (4, 3, 2, 1):  # so that a pace can be measured
+                view.update([trial.model_copy(update={"step": trial.step // part}) for trial in made])
+                time.sleep(0.05)
+            time.sleep(0.8)
             if what == "interrupted":
                 raise SystemExit(130)

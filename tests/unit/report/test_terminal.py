@@ -27,7 +27,8 @@ def test_leaders_running_trials_and_the_summary_stay_if_there_are_more_trials_th
     assert "64 of 100" not in text
     assert f"{96 - 16} of 100 trials ended (8 failed), 16 running, " in text
     assert " left" in text
-    assert "best eval/loss 0.401 at step 1000 (5a91c_00000)" in text
+    assert "best eval/loss 0.401 at step 1000 (5a91c_00000), train/loss 0.512, " in text
+    assert " tokens/s" in text
     assert f"and {96 - len(in_rows)} more: " in text
     assert "…" not in text
     assert all(line == "" or len(line) <= columns for line in shown)
