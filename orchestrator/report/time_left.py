@@ -64,6 +64,7 @@ class TimeLeft:
         self._budget = BudgetLeft(spec.search.budget, clock)
         self._default_steps = spec.training.steps
         self._max_concurrent = spec.resources.max_concurrent
+        self._num_searched = spec.search.total_trials
         self._repeats = spec.search.repeats
         self._logging_steps = spec.training.logging_steps
         self._eval_steps = spec.training.eval_steps
@@ -93,7 +94,7 @@ class TimeLeft:
         self._slots = max(self._slots, len(running))
         self._time_starts(running, now)
         self._budget.update(trials)
-        if any(trial.step * 2 > (trial.total_steps or 0) for trial in trials if trial.step):
+        if any(trial.step * 2 > trial.total_steps for trial in trials if trial.total_steps):
             self._late |= {trial.trial_id for trial in trials} - self._begun
         self._begun |= {trial.trial_id for trial in trials}
         steps = sum(
@@ -148,7 +149,7 @@ class TimeLeft:
                 self._beyond(step, rules[is_late].steps_left(step, total, rng), rng) for step, total, is_late in begun
             ]
             work += [self._beyond(0, rules[True].steps_left(0, whole, rng), rng) for _ in range(waiting)]
-            work += self._repeated(num_trials, whole, rng)
+            work += self._repeated(len(trials), whole, rng)
             futures.append(self._duration(work, error, rng) + self._starting(num_starting, rng))
         futures.sort()
         tail = len(futures) // 20
@@ -172,11 +173,10 @@ class TimeLeft:
         """Return the seconds between two evaluations of a trial."""
         return self._eval_steps / max(self._pace(self._samples, 0.0), 1e-9)
 
-    def _repeated(self, num_trials: int, whole: int, rng: random.Random) -> list[float]:
-        """Return the steps of the finalists that will run again, if they have not begun: two to four of them."""
-        if self._repeats < 2:
-            return []
-        return [float(whole)] * (rng.randint(2, 4) * (self._repeats - 1))
+    def _repeated(self, num_begun: int, whole: int, rng: random.Random) -> list[float]:
+        """Return the steps of the finalists that will run again and have not begun; there are two to four finalists."""
+        planned = rng.randint(2, 4) * (self._repeats - 1)
+        return [float(whole)] * max(planned - max(num_begun - self._num_searched, 0), 0)
 
     def _duration(self, work: Sequence[float], error: float, rng: random.Random) -> float:
         """Return the seconds in which the slots make these steps, one number for each trial.
@@ -214,7 +214,8 @@ class TimeLeft:
             (after.at - before.at) * max(before.running, 1) * (self._slots / max(before.running, 1)) ** sharing
             for before, after in pairwise(samples)
         )
-        return (samples[-1].steps - samples[0].steps) / max(slot_seconds, 1e-9)
+        steps = max(samples[-1].steps - samples[0].steps, 1)  # a trial that goes back to a checkpoint loses some
+        return steps / max(slot_seconds, 1e-9)
 
     def _pace_error(self) -> float:
         """Return the standard deviation of the logarithm of the pace, between the quarters of the time so far."""

@@ -95,6 +95,26 @@ def test_a_budget_ends_a_sweep_that_would_take_longer(limit: dict[str, float], t
     assert 0.7 * truth < found[0] < truth < found[1] < 1.3 * truth
 
 
+def test_finalists_that_run_again_are_foreseen_and_a_step_back_breaks_nothing() -> None:
+    spec = made_up_spec()
+    search = spec.search.model_copy(update={"repeats": 3, "num_trials": 1})
+    now = 0.0
+    time_left = TimeLeft(spec.model_copy(update={"search": search}), clock=lambda: now)
+    for second in range(5, 500, 5):
+        now = float(second)
+        time_left.update([trial(0, second)], 1)
+    found = time_left.range()
+    assert found is not None
+    assert found[0] > 505 + 0.8 * 4 * 1000  # two finalists, each run twice more, on one slot
+    again = [trial(0, 1000), *(trial(index, 5) for index in range(1, 9))]
+    for _ in range(20):
+        now += 5.0
+        time_left.update(again, 9)
+    found = time_left.range()
+    assert found is not None
+    assert 0 < found[0] <= found[1]
+
+
 def test_nothing_is_estimated_before_the_pace_is_known() -> None:
     time_left = TimeLeft(made_up_spec(), clock=lambda: 0.0)
     for _ in range(5):
