@@ -45,11 +45,11 @@ class StopRequest:
         self.signal = number
         self._has_arrived.set()
 
-    def announce(self, say: Callable[[str], None]) -> None:
+    def announce(self, say: Callable[[str], None], describe: Callable[[], str]) -> None:
         """Wait for the first signal, then say how it is handled. Run in a thread: a signal handler must not print."""
         self._has_arrived.wait()
         if self.signal is not None:
-            say(f"{signal_name(self.signal)}: writing checkpoints; a second signal stops at once")
+            say(f"{signal_name(self.signal)}: {describe()}; a second signal stops at once")
 
     def end(self) -> None:
         """Release the thread that waits in `announce`."""
@@ -73,14 +73,18 @@ def raising_signals() -> Iterator[None]:
 
 
 @contextmanager
-def deferred_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def deferred_signals(
+    say: Callable[[str], None],
+    describe: Callable[[], str] = lambda: "stopping at the next step, 1 checkpoint to write",
+) -> Iterator[StopRequest]:
     """Let the work in this block poll whether it should end. A second signal ends it at once.
 
     Args:
         say: called once with a message when the first signal arrives, from another thread.
+        describe: returns what the work does now, for the message; called from that thread.
     """
     request = StopRequest()
-    threading.Thread(target=request.announce, args=(say,), name="signals", daemon=True).start()
+    threading.Thread(target=request.announce, args=(say, describe), name="signals", daemon=True).start()
     try:
         with _handling(request.take):
             yield request

@@ -2,7 +2,12 @@
 
 import sys
 
-from orchestrator.cli import audit, priors, train, use, write_report  # noqa: F401 (their import registers the commands)
+from orchestrator.cli import train  # noqa: F401 (its import registers commands, in the order of the help)
+
+# isort: split
+from orchestrator.cli import audit, look, priors, use, write_report  # noqa: F401
+
+# isort: split
 from orchestrator.cli.frame import app
 from orchestrator.errors import OrchestratorError
 from orchestrator.signals import leave_dead_terminal

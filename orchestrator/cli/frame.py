@@ -119,34 +119,13 @@ def print_json(document: Any) -> None:
 
 def say_rows(console: "Console", record: "SweepRecord") -> None:
     """Print how many rows each source gave, and how many were left out, truncated or shared with training."""
-    info, most = record.info, record.info.spec.data.max_length
-    sources = info.sources if len(info.sources) > 1 else []
-    for source in sources:
-        weight = f", weight {source.weight:g}" if source.weight is not None else ""
-        line = f"rows: {source.num_taken} of {source.num_read} from {source.source}{weight}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    num_bad = sum(bad.num_rows for bad in info.bad_rows)
-    used, cut = info.num_train + info.num_held_out + info.num_test, info.spec.data.truncate
-    read = used + info.num_dropped
-    lines = [f"  {bad}" for bad in info.bad_rows]
-    if num_bad:
-        lines.insert(0, f"note: {num_bad} of {read + num_bad} rows do not fit data.format and were left out")
-    notes = [
-        (info.num_truncated, read, f"rows were truncated to data.max_length={most} tokens ({cut})"),
-        (info.num_dropped, read, "rows had no token in the loss after truncation and were left out"),
-        (
-            info.num_shared,
-            info.num_held_out,
-            "held-out rows are also training rows; their loss says little about new data",
-        ),
-    ]
-    lines += [f"note: {number} of {total} {what}" for number, total, what in notes if number]
-    for line in lines:
+    from orchestrator.record.rows import notes_on_rows
+
+    for line in notes_on_rows(record.info):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_best(console: "Console", record: "SweepRecord") -> None:
-    say_rows(console, record)
     from orchestrator.deploy import FinishedSweep
     from orchestrator.report.best import say_best
 

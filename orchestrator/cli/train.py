@@ -1,4 +1,4 @@
-"""Commands for experiments and sweeps: check, schema, data, trial, sweep, resume, status, board and demo."""
+"""Commands for experiments and sweeps: check, schema, data, trial, sweep, resume and demo."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, RequestError, SpecError, StorageError, TrialsFailedError
+from orchestrator.errors import Interrupted, SpecError, StorageError, TrialsFailedError
 from orchestrator.signals import Signalled, raising_signals, signal_name
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
@@ -147,7 +147,7 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
     """
     from orchestrator.record import read_sweep
     from orchestrator.record.new_sweep import claim_folder, source_of
-    from orchestrator.report.live import TrialView
+    from orchestrator.report.trial_view import TrialView
 
     spec = load_spec(file, set_ or [])
     with (
@@ -155,9 +155,10 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
         resumable(paths.root),
         screen(paths.root) as console,
     ):
-        from orchestrator.training.local import run_local_trial
-
         with TrialView(console, f"trial in {paths.root}") as view:
+            view.doing("importing libraries, reading the data, loading the base")
+            from orchestrator.training.local import run_local_trial
+
             run_local_trial(spec, paths, view, source_of(file, set_ or []))
         show_best(console, read_sweep(paths.root))
 
@@ -202,82 +203,35 @@ def resume(
 
     The recorded experiment is used, even if its file has changed. Changes by --trials and --budget are recorded.
     """
-    from orchestrator.record import read_sweep
+    from orchestrator.record import is_finished, read_sweep
     from orchestrator.record.extend import extend_sweep
-    from orchestrator.report.live import SweepView, TrialView
+    from orchestrator.report.live import SweepView
+    from orchestrator.report.trial_view import TrialView
 
-    record = extend_sweep(read_sweep(sweep, output), trials, budget or [])
+    found = read_sweep(sweep, output)
+    record = extend_sweep(found, trials, budget or [])
+    if record == found and is_finished(record):
+        _show_finished(record)
+        return
     with resumable(record.paths.root), screen(record.paths.root) as console:
         _say_changed_file(console, record)
         if record.info.is_single_trial:
-            from orchestrator.training.local import resume_local_trial
-
             with TrialView(console, f"resuming the trial in {record.paths.root}") as trial_view:
+                trial_view.doing("importing libraries, loading the base")
+                from orchestrator.training.local import resume_local_trial
+
                 resume_local_trial(record, trial_view)
         else:
-            from orchestrator.sweep import resume_sweep
-
             title = f"resuming the sweep in {record.paths.root}"
-            with SweepView(console, record.info.num_trials, title, record.paths.search_ended.is_file) as view:
-                resume_sweep(record, view.update, address, view.say)
+            has_ended = record.paths.search_ended.is_file
+            with SweepView(console, record.info.spec, record.info.num_trials, title, has_ended) as view:
+                view.doing("importing libraries")
+                from orchestrator.sweep import resume_sweep
+
+                resume_sweep(record, view.update, address, view.say, view.doing)
             _show_trials(console, record)
         show_best(console, record)
     _require_no_failures(record)
-
-
-@app.command(epilog="Example: orchestrator status runs/demo --json")
-def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
-    """Show a sweep's trials, best first."""
-    from orchestrator.record import read_sweep
-
-    record = read_sweep(sweep, output)
-    trials, spent, ended = record.trials(), record.budget_spent(), record.search_ended()
-    if as_json:
-        search = record.info.spec.search
-        print_json(
-            {
-                "sweep": record.paths.name,
-                "folder": str(record.paths.root),
-                "metric": search.metric,
-                "mode": search.resolved_mode,
-                "num_trials": record.info.num_trials,
-                "budget_spent": spent and spent.model_dump(mode="json"),
-                "search_ended": ended and ended.model_dump(mode="json"),
-                "prior_sweeps": [prior.model_dump(mode="json") for prior in record.info.prior_sweeps],
-                "trials": [trial.model_dump(mode="json") for trial in trials],
-            }
-        )
-        return
-    from orchestrator.report.tables import say_failures, trials_table
-    from orchestrator.report.warnings import distinct_warnings
-
-    console = console_on()
-    console.print(trials_table(trials, title=f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"))
-    for prior in record.info.prior_sweeps:
-        taken = counted(len(prior.trials), "trial")
-        console.print(f"prior evidence, no trials of this sweep: {taken} of {prior.name} ({prior.created[:10]})")
-    for over in (spent, ended):
-        if over:
-            console.print(str(over), highlight=False, soft_wrap=True)
-    say_failures(console, trials)
-    for warning, number in distinct_warnings(trials).values():
-        console.print(f"warning ({counted(number, 'trial')}): {warning}", soft_wrap=True, highlight=False, markup=False)
-
-
-@app.command(epilog="Example: orchestrator board runs/demo --port 6006")
-def board(
-    sweep: Sweep,
-    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Port; 0 picks a free one.")] = 6006,
-    output: Where = "runs",
-) -> None:
-    """Open TensorBoard on a sweep: curves, and all trials in a table."""
-    from orchestrator.record import read_sweep
-
-    record = read_sweep(sweep, output)
-    if not record.paths.tensorboard.is_dir():
-        raise RequestError(f"{record.paths.root}: there are no TensorBoard files", "tracking.tensorboard was false.")
-    arguments = ["-m", "tensorboard.main", "--logdir", str(record.paths.tensorboard), "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 @app.command(epilog="Example: orchestrator demo --name first")
@@ -299,6 +253,7 @@ def demo(
     with claim_folder(spec, "demo", name, output) as paths:
         record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with screen(paths.root) as console:
+        console.print("loading the base and the best adapter ...", highlight=False)
         show_side_by_side(console, FinishedSweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
     _require_no_failures(record)
@@ -314,12 +269,13 @@ def _sweep(
     from orchestrator.report.live import SweepView
 
     with resumable(paths.root), screen(paths.root) as console:
-        from orchestrator.sweep import run_sweep
-
         total = spec.search.total_trials
         title = f"sweep of {counted(total, 'trial')} in {paths.root}"
-        with SweepView(console, total, title, paths.search_ended.is_file) as view:
-            record = run_sweep(spec, paths, view.update, address, view.say, source, warm_from)
+        with SweepView(console, spec, total, title, paths.search_ended.is_file) as view:
+            view.doing("importing libraries")
+            from orchestrator.sweep import run_sweep
+
+            record = run_sweep(spec, paths, view.update, address, view.say, source, warm_from, view.doing)
         _show_trials(console, record)
         show_best(console, record)
     return record
@@ -339,12 +295,29 @@ def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
-def _show_trials(console: "Console", record: "SweepRecord") -> None:
-    """Print all trials, then the failed ones with their reasons."""
-    from orchestrator.report.tables import say_failures, trials_table
+def _show_finished(record: "SweepRecord") -> None:
+    """Print the result of a sweep of which nothing is left to run."""
+    console = console_on()
+    _say_changed_file(console, record)
+    line = f"{record.paths.root}: is finished; nothing is left to run"
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not record.info.is_single_trial:
+        _show_trials(console, record)
+    show_best(console, record)
+    _require_no_failures(record)
 
-    console.print(trials_table(record.trials()))
-    say_failures(console, record.trials())
+
+def _show_trials(console: "Console", record: "SweepRecord") -> None:
+    """Print the trials, as many as a terminal shows at once; then the failed ones with their reasons."""
+    from orchestrator.report.tables import TrialsTable, axes_of, say_failures
+
+    trials = record.trials()
+    max_lines = max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None
+    console.print(TrialsTable(trials, axes=axes_of(record.info.spec), max_lines=max_lines))
+    if max_lines is not None and len(trials) > max_lines:
+        line = f"all trials: orchestrator status {record.paths.root}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    say_failures(console, trials)
 
 
 def _require_no_failures(record: "SweepRecord") -> None:
@@ -353,15 +326,20 @@ def _require_no_failures(record: "SweepRecord") -> None:
     Raises:
         TrialsFailedError: a trial of the sweep has failed.
     """
-    from orchestrator.record import TrialState
+    from orchestrator.record import TrialState, repeats_record
 
-    trials = record.trials()
+    repeats = repeats_record(record)
+    trials = record.trials() + (repeats.trials() if repeats else [])
     num_failed = sum(trial.state == TrialState.FAILED for trial in trials)
     if num_failed:
         raise TrialsFailedError(
             f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter comes from the others",
             f"See the reasons with: orchestrator status {record.paths.root}",
         )
+
+
+_LINES_BELOW = 8
+"""Lines of a terminal that the final table leaves for the lines below it."""
 
 
 @contextmanager

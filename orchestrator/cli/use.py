@@ -13,6 +13,13 @@ import typer
 from orchestrator.cli.frame import Json, Sweep, SweepOrAdapter, Trust, Where, app, console_on, print_json, say_rows
 from orchestrator.errors import RequestError
 
+Bundle = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR", help="An adapter folder, an export, or a sweep (its best adapter is used).", show_default=False
+    ),
+]
+
 _DEFAULT_DTYPE = "fp16 if base.compute_dtype is float16, else bf16"
 
 
@@ -40,7 +47,7 @@ def best(
     """
     from orchestrator.deploy import open_sweep
     from orchestrator.report.best import say_best
-    from orchestrator.report.tables import trials_table
+    from orchestrator.report.tables import TrialsTable, axes_of
 
     opened, metrics = open_sweep(sweep, output), metric or []
     winner = opened.best(metrics[0] if metrics else None, strict)
@@ -59,7 +66,7 @@ def best(
     console = console_on()
     for title, trials in ((f"best {top} trials", leaders), (f"Pareto set by {', '.join(metrics)}", front)):
         if trials:
-            console.print(trials_table(trials, title, sizes=True))
+            console.print(TrialsTable(trials, title, axes_of(opened.record.info.spec), with_sizes=True))
     say_rows(console, opened.record)
     say_best(console, winner)
     if export is not None:
@@ -188,7 +195,7 @@ def chat(
 ) -> None:
     """Chat with the best adapter.
 
-    Interactive questions form one conversation: /clear restarts it, /quit ends it.
+    Interactive questions form one conversation: /clear restarts it, /exit ends it, /help lists all commands.
     """
     from orchestrator.deploy.chat import Conversation, open_chat, open_prompt_form, sampling_of
     from orchestrator.deploy.find import find_adapter
@@ -277,12 +284,15 @@ def export(
 
 @app.command(epilog="Example: orchestrator verify adapter")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or an export.", show_default=False)],
+    bundle: Bundle,
     as_json: Json = False,
+    output: Where = "runs",
 ) -> None:
     """Check all files of an adapter or an export against its manifest."""
     from orchestrator.adapters.bundle import verify as verify_bundle
+    from orchestrator.deploy.find import find_bundle
 
+    folder = find_bundle(bundle, output)
     manifest = verify_bundle(folder)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
@@ -294,7 +304,7 @@ def verify(
 
 @app.command(epilog="Example: orchestrator push adapter --repo me/my-adapter --private --dry-run")
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or an export.", show_default=False)],
+    bundle: Bundle,
     repo: Annotated[
         str, typer.Option(metavar="REPO", help="Model repo: owner/name, or a name under the token's own account.")
     ],
@@ -302,14 +312,16 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be uploaded, without using the network.")
     ] = False,
+    output: Where = "runs",
 ) -> None:
     """Upload an adapter or an export to the Hugging Face Hub.
 
     The upload is one commit. It needs HF_TOKEN or `hf auth login`.
     """
     from orchestrator.deploy.export.push import push as push_bundle
+    from orchestrator.deploy.find import find_bundle
 
-    push_bundle(folder, repo, private, dry_run, say=lambda line: print(line, flush=True))
+    push_bundle(find_bundle(bundle, output), repo, private, dry_run, say=lambda line: print(line, flush=True))
 
 
 @app.command(epilog="Example: orchestrator serve runs/demo --top 3 --port 8000")
@@ -364,7 +376,9 @@ def _questions() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if line == "/quit":
+        if line in ("/quit", "/exit"):
             return
-        if line:
+        if line == "/help":
+            print("/clear restarts the conversation; /exit or /quit or Ctrl-D ends it; anything else is a question")
+        elif line:
             yield line

@@ -52,6 +52,25 @@ def find_adapter(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
     return find_sweep(sweep_or_adapter, output).best().adapter_ref()
 
 
+def find_bundle(bundle_or_sweep: str, output: str) -> Path:
+    """Find the folder of a bundle; of a sweep, that of its best adapter.
+
+    Args:
+        bundle_or_sweep: an adapter folder, an export, or a sweep or its name.
+        output: folder that holds sweeps.
+
+    Raises:
+        RecordError: the sweep cannot be read, or has no adapter.
+    """
+    folder = Path(bundle_or_sweep)
+    is_sweep = _has_file(folder, "sweep.json")
+    if not is_sweep and (_is_invalid_path(folder) or folder.exists()):
+        return folder
+    if is_sweep or _has_file(Path(output) / bundle_or_sweep, "sweep.json"):
+        return open_sweep(bundle_or_sweep, output).best().adapter_ref().folder
+    return folder
+
+
 def find_sweep(sweep: str, output: str) -> FinishedSweep:
     """Open a sweep, for a command that also accepts an adapter folder.
 

@@ -20,7 +20,7 @@ from orchestrator.deploy.recommend import (
 )
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
 from orchestrator.spec.search import BETTER_END, SEED
 
 
@@ -48,6 +48,11 @@ class ChosenTrial:
             and (score.trial_id, score.step) == (self.trial.trial_id, point.step)
         )
         return score if is_of_it else None
+
+    @property
+    def num_failed(self) -> int:
+        """Number of the sweep's trials that have failed."""
+        return sum(trial.state == TrialState.FAILED for trial in self.record.trials())
 
     def adapter_ref(self) -> AdapterRef:
         """Refer to the adapter.
@@ -89,6 +94,7 @@ class ChosenTrial:
             "values": best.values,
             "num_parameters": trial.num_parameters,
             "num_compared": self.recommendation.num_compared,
+            "num_failed": self.num_failed,
             "choice": self.recommendation.as_dict(),
             "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
@@ -127,7 +133,7 @@ class FinishedSweep:
             RecordError: no finished trial has an undamaged adapter.
             RequestError: no finished trial has this metric.
         """
-        metric = metric or self.record.info.spec.search.metric
+        metric = self._metric(metric)
         mode, damaged, whole = self._mode(metric), dict[str, str](), list[Candidate]()
         ranked = rank(self._candidates, metric, mode)
         for each in ranked:
@@ -181,12 +187,21 @@ class FinishedSweep:
 
     def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
         """Return the best `number` finished trials by value, best first."""
-        metric = metric or self.record.info.spec.search.metric
+        metric = self._metric(metric)
         return [each.trial for each in rank(self._candidates, metric, self._mode(metric))[:number]]
 
     def pareto(self, metrics: list[str]) -> list[TrialResult]:
         """Return the Pareto set of the finished trials by these metrics (`size`: parameters of the adapter)."""
-        return [each.trial for each in pareto(self._candidates, {name: self._mode(name) for name in metrics})]
+        names = [self._metric(name) for name in metrics]
+        return [each.trial for each in pareto(self._candidates, {name: self._mode(name) for name in names})]
+
+    def _metric(self, written: str | None) -> str:
+        """Return the name of a metric, which may be written as tables head it: `exact_match` for `eval/exact_match`."""
+        if written is None:
+            return self.record.info.spec.search.metric
+        known = {name for each in self._candidates if each.trial.best for name in each.trial.best.values}
+        whole = f"eval/{written}"
+        return whole if written not in known and whole in known else written
 
     def _mode(self, metric: str) -> Mode:
         search = self.record.info.spec.search

@@ -3,7 +3,8 @@
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
 `search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base
-and winner side by side). `files` writes atomically, `lock` keeps a second driver out.
+and winner side by side). `files` writes atomically, `lock` keeps a second driver out and tells whether one runs.
+`present` reads a sweep while it runs, `standing` sums it up.
 """
 
 from orchestrator.record.answers import AnsweredPrompt, Answers
@@ -21,7 +22,9 @@ from orchestrator.record.models import (
     TrialState,
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.present import PresentTrials
 from orchestrator.record.search_ended import SearchEnded
+from orchestrator.record.standing import is_finished, repeats_record, totals
 from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
@@ -45,6 +48,7 @@ __all__ = [
     "Decision",
     "ExperimentSource",
     "MetricPoint",
+    "PresentTrials",
     "RowScores",
     "SearchEnded",
     "SourceRows",
@@ -56,11 +60,14 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "is_finished",
     "read_decisions",
     "read_metrics",
     "read_result",
     "read_sweep",
     "read_trial",
+    "repeats_record",
     "resumable",
+    "totals",
     "write_record",
 ]

@@ -1,12 +1,44 @@
-"""Allow one driver for each sweep: a second one would write into the same trials."""
+"""Allow one driver for each sweep: a second one would write into the same trials. Tell whether a driver runs."""
 
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import RequestError
+from orchestrator.record.files import write_atomic
+from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
+
+_BEAT_S = 5.0
+"""Seconds between two signs of life of a driver."""
+_SILENCE_S = 60.0
+"""Seconds without a sign after which a driver on another machine counts as dead."""
+_PROBE_S = 1.0
+"""Longest time for which a new driver waits for a lock, which `driver_state` takes for a moment."""
+
+
+class DriverInfo(Record):
+    """The process that runs a sweep."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """Whether a driver runs a sweep, as far as its files tell."""
+
+    is_running: bool
+    driver: DriverInfo | None
+    """The driver that runs, or the last one if it was killed."""
+    silent_s: float
+    """Seconds since the last sign of life: of the driver, or of a trial."""
 
 
 @contextmanager
@@ -16,9 +48,9 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
     Raises:
         RequestError: another process holds the sweep, or its folder cannot be written to.
     """
-    lock = FileLock(paths.root / ".driver.lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+    lock = FileLock(paths.driver_lock, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=_PROBE_S)
     except Timeout:
         raise RequestError(
             f"{paths.root}: another process is running this sweep",
@@ -29,7 +61,64 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
             f"{paths.root}: cannot be written: {error.strerror}",
             "A sweep that continues writes into its folder: make it writable, or copy it and resume the copy.",
         ) from error
+    over = threading.Event()
+    with suppress(OSError):  # on a full disk the lock alone tells that this process runs the sweep
+        write_atomic(paths.driver, DriverInfo(host=socket.gethostname(), pid=os.getpid()).model_dump_json())
+    threading.Thread(target=_beat, args=(paths, over), name="heartbeat", daemon=True).start()
     try:
         yield
     finally:
+        over.set()
+        with suppress(OSError):
+            paths.driver.unlink()
         lock.release()
+
+
+def driver_state(paths: SweepPaths) -> DriverState:
+    """Tell whether a driver runs the sweep: by its lock, and on another machine by its last sign of life.
+
+    Not every shared file system passes locks from machine to machine.
+    """
+    driver, silent_s = _read_driver(paths), max(time.time() - _last_sign(paths), 0.0)
+    is_elsewhere = driver is not None and driver.host != socket.gethostname()
+    is_running = _is_locked(paths) or (is_elsewhere and silent_s < _SILENCE_S)
+    return DriverState(is_running, driver, silent_s)
+
+
+def _beat(paths: SweepPaths, over: threading.Event) -> None:
+    while not over.wait(_BEAT_S):
+        with suppress(OSError):  # shared storage may fail for a moment
+            os.utime(paths.driver)
+
+
+def _is_locked(paths: SweepPaths) -> bool:
+    if not paths.driver_lock.is_file():
+        return False
+    lock = FileLock(paths.driver_lock, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:  # the folder cannot be written to: the last sign decides
+        return False
+    lock.release()
+    return False
+
+
+def _read_driver(paths: SweepPaths) -> DriverInfo | None:
+    try:
+        return DriverInfo.model_validate_json(paths.driver.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _last_sign(paths: SweepPaths) -> float:
+    """Return when a driver or a trial last wrote something, in seconds since 1970."""
+    names = ("progress.json", "metrics.jsonl", ".step", "result.json")
+    files = [paths.sweep, paths.driver, paths.decisions]
+    files += [paths.trial(trial_id).root / name for trial_id in paths.trial_ids() for name in names]
+    times = [0.0]
+    for file in files:
+        with suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)

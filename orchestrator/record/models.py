@@ -37,7 +37,7 @@ def with_current_names(document: str) -> str:
 class Record(BaseModel):
     """A record on disk: frozen and closed. NaN is written as "NaN", not as null, and infinities likewise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
 
 
 class TrialState(StrEnum):
@@ -148,6 +148,8 @@ class TrialResult(Record):
     """Real tokens trained on."""
     tokens_per_second: float | None = None
     """Real tokens per second of training; evaluation and saving are not counted."""
+    train_loss: float | None = None
+    """Training loss of the last logged steps."""
     grad_norm: float | None = None
     """Largest gradient norm before clipping."""
     peak_memory_gib: float | None = None

@@ -16,6 +16,9 @@ from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections import NAME_PATTERN
 
+_LONGEST_NAME = 80
+"""Characters of a file's name that a default name has; the time follows."""
+
 
 @contextmanager
 def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | None) -> Iterator[SweepPaths]:
@@ -55,7 +58,7 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
             if not _make(root):
                 raise already_exists(root)
         else:
-            dated = f"{Path(source).stem}-{datetime.now():%m%d-%H%M%S}"
+            dated = f"{_name_of(source)}-{datetime.now():%m%d-%H%M%S}"
             candidates = chain([dated], (f"{dated}-{number}" for number in count(2)))
             root = next(parent / candidate for candidate in candidates if _make(parent / candidate))
     except OSError as error:
@@ -68,6 +71,11 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
             for path in (root, *made):
                 with suppress(OSError):  # another sweep may have begun in the parent
                     path.rmdir()
+
+
+def _name_of(source: str) -> str:
+    """Return the name of a file as a name that `--name` takes: other characters become a hyphen."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-._")[:_LONGEST_NAME] or "sweep"
 
 
 def _make(folder: Path) -> bool:

@@ -31,6 +31,11 @@ class TrialPaths:
         return self.root / "progress.json"
 
     @property
+    def step(self) -> Path:
+        """Steps made by now, rewritten every few seconds while no point is added to the metrics. Views read it."""
+        return self.root / ".step"
+
+    @property
     def result(self) -> Path:
         """Final TrialResult; exists once the trial has ended."""
         return self.root / "result.json"
@@ -142,6 +147,16 @@ class SweepPaths:
     def first_step(self) -> Path:
         """Empty file; exists once a trial has made a step under the present driver."""
         return self.root / ".first-step"
+
+    @property
+    def driver(self) -> Path:
+        """DriverInfo; exists while a driver runs, which touches it every few seconds."""
+        return self.root / ".driver.json"
+
+    @property
+    def driver_lock(self) -> Path:
+        """Locked by the driver. Whoever can lock it is the only driver."""
+        return self.root / ".driver.lock"
 
     @property
     def workers(self) -> Path:

@@ -1,6 +1,7 @@
 """Read a sweep back from its folder. What is on disk is authoritative; everything else is a view of it."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,10 +44,7 @@ class SweepRecord:
 
     def trials(self) -> list[TrialResult]:
         """Return all trials, best first; those without an evaluation last."""
-        spec = self.info.spec
-        results = [read_trial(self.paths.trial(trial_id), self.info) for trial_id in self.paths.trial_ids()]
-        sign = 1 if spec.search.resolved_mode == "min" else -1
-        return sorted(results, key=lambda r: (r.best is None, sign * r.best.value if r.best else 0.0))
+        return best_first([read_trial(self.paths.trial(trial_id), self.info) for trial_id in self.paths.trial_ids()])
 
     def finished(self) -> list[TrialResult]:
         """Return trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
@@ -114,6 +112,13 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
     raise RecordError(
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
         "Give the sweep's folder, or its name together with --output.",
+    )
+
+
+def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:
+    """Sort trials by their best evaluations; those without an evaluation come last."""
+    return sorted(
+        trials, key=lambda r: (r.best is None, (r.best.value if r.mode == "min" else -r.best.value) if r.best else 0.0)
     )
 
 

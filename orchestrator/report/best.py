@@ -9,6 +9,7 @@ from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation,
 from orchestrator.record import TestScore
 from orchestrator.report.tables import duration
 from orchestrator.spec.sections.evaluation import STDERR
+from orchestrator.words import counted
 
 _MOST_NAMED = 6
 
@@ -19,8 +20,9 @@ def say_best(console: Console, best: ChosenTrial) -> None:
     metric, leader, tied = choice.metric, choice.leader, choice.tied
     point = leader.trial.best
     assert point is not None
+    failed = f" ({counted(best.num_failed, 'other')} failed)" if best.num_failed else ""
     lines = [
-        f"best of {choice.num_compared}: {leader.trial.trial_id}, {_value(leader, metric)} "
+        f"best of {choice.num_compared}{failed}: {leader.trial.trial_id}, {_value(leader, metric)} "
         f"at step {point.step}{_size(leader)}"
     ]
     left_out = choice.num_compared - 1 - len(choice.rivals)

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from orchestrator.deploy import FinishedSweep
 from orchestrator.deploy.side_by_side import record_answers
-from orchestrator.report.tables import trials_table
+from orchestrator.report.tables import TrialsTable, axes_of
 
 _NUM_PROMPTS = 6
 
@@ -14,7 +14,7 @@ _NUM_PROMPTS = 6
 def show_side_by_side(console: Console, sweep: FinishedSweep) -> None:
     """Print the best trial's row, then prompts with the expected answer, the base's and the adapter's."""
     answers = record_answers(sweep, _NUM_PROMPTS)
-    console.print(trials_table([sweep.best().trial]))
+    console.print(TrialsTable([sweep.best().trial], axes=axes_of(sweep.record.info.spec)))
     table = Table(title="held-out prompts", title_justify="left", header_style="bold")
     for name in ("prompt", "expected", "base", "best adapter"):
         table.add_column(name)

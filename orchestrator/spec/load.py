@@ -52,6 +52,8 @@ _Loader.add_implicit_resolver(
 def load_spec(file: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> SweepSpec:
     """Read an experiment file, apply the overrides and validate the result.
 
+    A `trial.json` of a trial or an adapter is an experiment too, with the values of that trial.
+
     Relative paths in the file start at the file's folder, those in overrides at `folder`.
 
     Args:
@@ -66,6 +68,7 @@ def load_spec(file: str | Path, overrides: Sequence[str] = (), folder: Path | No
     """
     path = Path(file)
     document = _read_yaml(path)
+    document.pop("varied", None)  # a trial's own file, trial.json, has it beside its sections
     _anchor_paths(document, path.resolve().parent)
     return override_spec(document, overrides, str(path), folder)
 

@@ -1,11 +1,13 @@
 """Turn validation errors into messages for people."""
 
+import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
-from orchestrator.spec.suggestions import suggested_field
+from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
+from orchestrator.spec.suggestions import suggested_field, suggested_value
 
 _Members = dict[str, type[BaseModel]]
 """Kind -> section, for a field that takes one of several sections."""
@@ -30,11 +32,23 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
             rules_of[_unknown_field(path, model, members, root), ""] = []
             continue
         shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
+        shown += _value_meant(fault)
         rule = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "model_type" and inner:
             rule = f"must be a section of {', '.join(inner.model_fields)}"
         rules_of.setdefault((path, shown), []).append(rule)
     return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in rules_of.items()]
+
+
+def _value_meant(fault: Any) -> str:
+    """Return a question such as `; did you mean cosine?` for a value that is not one of the field's; else nothing."""
+    values, written = re.findall(r"'([^']*)'", str(fault.get("ctx", {}).get("expected", ""))), fault["input"]
+    if fault["type"] == "scheduler_kind":
+        values, written = [*FIELDS_OF_KIND], written.get("kind") if isinstance(written, dict) else None
+    elif fault["type"] != "literal_error":
+        return ""
+    found = suggested_value(written, values)
+    return f"; did you mean {found}?" if found else ""
 
 
 def _walk(

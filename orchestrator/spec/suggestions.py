@@ -1,6 +1,7 @@
 """Suggest what an unknown field may mean: names of PEFT, transformers, trl and Tune, and fields of other sections."""
 
 import difflib
+from collections.abc import Sequence
 
 from pydantic import BaseModel
 
@@ -54,6 +55,47 @@ FIELD_OF_NAME = {
     "search.kind": "search.algorithm",
 }
 """Name in another library, or a likely mistake -> our field, with a value if the name implies one."""
+
+
+VALUE_OF_NAME = {
+    "adam": "adamw_torch",
+    "adamw": "adamw_torch",
+    "adamw_hf": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "4bit": "nf4",
+    "8bit": "int8",
+    "tpe": "optuna",
+    "pruner": "median",
+    "successive_halving": "asha",
+    "chatml": "messages",
+    "chat": "messages",
+}
+"""Value in another library, or a likely mistake -> ours, if the field has it."""
+
+
+def suggested_value(written: object, values: Sequence[str]) -> str | None:
+    """Return the value that an unknown one probably means, or None.
+
+    Args:
+        written: the value as it was written.
+        values: the values that the field has.
+    """
+    if not isinstance(written, str):
+        return None
+    plain = {_plain(value): value for value in values}
+    named = VALUE_OF_NAME.get(written.lower())
+    if found := plain.get(_plain(written)) or (named if named in values else None):
+        return found
+    close = difflib.get_close_matches(_plain(written), plain, n=1)
+    return plain[close[0]] if close else None
+
+
+def _plain(value: str) -> str:
+    return value.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def suggested_field(where: str, model: type[BaseModel], root: type[BaseModel]) -> str | None:

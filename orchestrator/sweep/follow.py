@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepRecord, TrialResult, read_decisions
+from orchestrator.record import PresentTrials, SweepRecord, TrialResult, read_decisions
 
 Watch = Callable[[list[TrialResult]], None]
-"""Called with all trials that have begun, best first, whenever something has changed."""
+"""Called with all trials that have begun, best first, whenever something has changed. Running trials have the steps
+that they have made by then."""
 
 _PERIOD_S = 0.5
 
@@ -24,7 +25,7 @@ def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Ite
     """
     done = threading.Event()
     explained = {choice.trial_id for choice in read_decisions(record.paths)}
-    ended = record.search_ended()
+    present, ended = PresentTrials(record), record.search_ended()
 
     def explain() -> None:
         for decision in read_decisions(record.paths):
@@ -40,7 +41,7 @@ def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Ite
         while not done.wait(_PERIOD_S):
             try:
                 explain()
-                trials = record.trials()
+                trials = present.read()
             except (RecordError, OSError):  # shared storage may fail for a moment; read again next time
                 continue
             if trials != seen:

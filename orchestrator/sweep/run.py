@@ -22,6 +22,7 @@ from orchestrator.rate_prior import with_prior
 from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
+from orchestrator.record.rows import notes_on_rows
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
@@ -50,6 +51,7 @@ def run_sweep(
     say: Say = lambda _: None,
     source: ExperimentSource | None = None,
     warm_from: Sequence[SweepRecord] = (),
+    doing: Say = lambda _: None,
 ) -> SweepRecord:
     """Run all trials of an experiment.
 
@@ -62,6 +64,7 @@ def run_sweep(
         source: the file that the experiment was read from.
         warm_from: earlier sweeps whose finished trials are evidence for the search. What is taken from them is in the
             record.
+        doing: called with the name of each piece of work that takes seconds, such as `starting Ray`.
 
     Raises:
         RequestError: base or data do not match the experiment, an earlier sweep or the library of priors does not fit,
@@ -80,17 +83,25 @@ def run_sweep(
         spec, notes = change(spec)
         for note in notes:
             say(f"note: {note}")
+    doing("starting Ray and the workers")
     imports = begin(import_tokenizers)  # meanwhile Ray starts, which takes about as long
     with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
         require_shared_folder(paths.root.parent)
         imports.join()
+        doing("reading and tokenizing the data")
         info = start_sweep(spec, paths, source, prior_sweeps=prior_sweeps)
+        for note in notes_on_rows(info):
+            say(note)
         with only_driver(paths):
-            return _drive(SweepRecord(paths, info), fleet, watch, say)
+            return _drive(SweepRecord(paths, info), fleet, watch, say, doing)
 
 
 def resume_sweep(
-    record: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
+    record: SweepRecord,
+    watch: Watch,
+    address: str | None = None,
+    say: Say = lambda _: None,
+    doing: Say = lambda _: None,
 ) -> SweepRecord:
     """Resume a sweep whose driver died or was interrupted. Finished trials do not run again.
 
@@ -104,6 +115,7 @@ def resume_sweep(
     spec = record.info.spec
     for fault in server_faults(spec.tracking):
         say(f"warning: {fault.message}")
+    doing("starting Ray and the workers")
     with (
         only_driver(record.paths),
         compiling_early(spec, address),
@@ -112,14 +124,16 @@ def resume_sweep(
     ):
         require_shared_folder(record.paths.root)
         save_extension(record)
-        return _drive(record, fleet, watch, say)
+        return _drive(record, fleet, watch, say, doing)
 
 
-def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRecord:
+def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say) -> SweepRecord:
     """Run the trials of the search, then the finalists again with other seeds, if the experiment asks for that."""
     spec = record.info.spec
+    doing("loading the base in the workers")
     workers, num_slots, choice = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
     say(choice)
+    doing("starting the search")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
     _run_trials(record, workers, max_concurrent, watch, say, home=record.paths)
     if spec.search.repeats > 1:
@@ -135,6 +149,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say) -> SweepRe
     if spec.data.test is not None:
         from orchestrator.sweep.winner import measure_winner
 
+        doing("measuring the winner on the test rows")
         fleet.end()  # the winner's process gets its GPU
         measure_winner(record, *fleet.resources)
     return record
@@ -190,7 +205,7 @@ def _run_trials(
     spec = record.info.spec
     if isinstance(spec.scheduler, ForecastScheduler) and (reason := why_median(spec, record.info.num_rows)) is not None:
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
-    with deferred_signals(say) as stop:
+    with deferred_signals(say, lambda: _checkpoints_to_write(record)) as stop:
         try:
             tuner = _make_tuner(record, workers, max_concurrent, stop)
             with follow(record, watch, say):
@@ -217,6 +232,11 @@ def _run_trials(
         say(coverage)
     for trial_id in record.paths.trial_ids():
         shutil.rmtree(record.paths.trial(trial_id).exploit_checkpoints, ignore_errors=True)
+
+
+def _checkpoints_to_write(record: SweepRecord) -> str:
+    running = sum(trial.state == TrialState.RUNNING for trial in record.trials())
+    return f"stopping at the next step, {counted(running, 'checkpoint')} to write"
 
 
 def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest) -> Any:

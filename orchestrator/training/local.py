@@ -9,6 +9,7 @@ from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
+from orchestrator.record.rows import notes_on_rows
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.sections import ResourcesSection
@@ -48,6 +49,8 @@ def run_local_trial(
         watcher.say(f"note: {note}")
     _take_device(spec)
     info = start_sweep(spec, paths, source, is_single_trial=True)
+    for note in notes_on_rows(info):
+        watcher.say(note)
     return _run(SweepRecord(paths, info), uuid.uuid4().hex[:8], watcher)
 
 

@@ -47,7 +47,7 @@ def test_a_sweep_with_a_diverged_trial_reports_it_and_can_be_resumed_with_more_t
     assert failed.error
     line = f"{failed.trial_id} FAILED at step {failed.step} (diverged): {failed.error.splitlines()[0]}; Try a lower"
     assert done.stdout.count(line) == 2, "once when it failed, once at the end"
-    assert f"best of 1: {best.trial_id}" in done.stdout
+    assert f"best of 1 (1 other failed): {best.trial_id}" in done.stdout
     assert reported(record.paths) == [math.inf, best.best and best.best.value]
     assert done.stderr.startswith("error: 1 of 2 trials failed; the best adapter comes from the others")
 

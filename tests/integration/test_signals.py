@@ -134,7 +134,7 @@ def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
         said, message = process.communicate(timeout=60)
     assert process.returncode == 128 + number, message
     name = "Ctrl-C" if number == Signals.SIGINT else number.name
-    assert f"{name}: writing checkpoints" in said
+    assert f"{name}: stopping at the next step, " in said
     assert message.startswith(f"error: interrupted by {name}")
     assert f"orchestrator resume {tmp_path / 's'}" in message
     begun = assert_kept(record)

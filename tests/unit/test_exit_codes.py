@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.cli.train import _require_no_failures
+from orchestrator.errors import TrialsFailedError
 from orchestrator.record import read_sweep, write_record
 from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
@@ -36,6 +38,13 @@ def test_a_sweep_with_failed_trials_ends_with_3(
     if code:
         assert "1 of 2 trials failed:\n  b FAILED at step 0" in printed
         assert errors.startswith("error: 1 of 2 trials failed; the best adapter comes from the others\n")
+
+
+def test_a_finalist_that_fails_when_it_runs_again_counts_too(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    paths = make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)})
+    make_sweep(paths.repeats, {"b": ("COMPLETE", 0.5), "c": ("FAILED", None)})
+    with pytest.raises(TrialsFailedError, match="1 of 3 trials failed"):
+        _require_no_failures(read_sweep(paths.root))
 
 
 def test_resume_prints_how_the_experiment_file_has_changed(

@@ -1,11 +1,15 @@
 """`check`, `schema`, `--help` and `import orchestrator` answer at once: they import no heavy library."""
 
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from orchestrator.record import SweepPaths
 
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "ray", "numpy"}
 TRACKERS = {"wandb", "mlflow", "trackio"}
@@ -32,6 +36,20 @@ def test_the_answer_takes_hardly_longer_than_its_libraries(call: list[str]) -> N
     assert min(answers) < 6 * min(libraries)
 
 
+@pytest.mark.parametrize("command", ["status", "best", "list", "check"])
+def test_looking_at_a_sweep_takes_at_most_four_tenths_of_a_second_of_cpu(
+    command: str, tmp_path: Path, make_sweep: Callable[..., SweepPaths]
+) -> None:
+    make_sweep(tmp_path / "s", {f"t{index}": ("COMPLETE", 0.5 + index) for index in range(8)})
+    places = {"check": "experiments/demo.yaml", "list": f"--output={tmp_path}"}
+    call = ["-m", "orchestrator", command, places.get(command, str(tmp_path / "s"))]
+    libraries, answers = [], []
+    for _ in range(5):  # in turns, so that other load on the machine affects both
+        libraries.append(_cpu_seconds("-c", "import typer, pydantic, yaml; print(1)"))
+        answers.append(_cpu_seconds(*call))
+    assert min(answers) < max(0.4, 4.5 * min(libraries))  # on a slow machine, in terms of the libraries
+
+
 def test_the_public_api_is_lazy() -> None:
     """`import orchestrator` loads no other module, and `load_spec` no heavy library."""
     code = (
@@ -50,6 +68,13 @@ def _seconds(*arguments: str) -> float:
     began = time.perf_counter()
     _run(*arguments)
     return time.perf_counter() - began
+
+
+def _cpu_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _run(*arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":

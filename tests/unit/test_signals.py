@@ -56,7 +56,7 @@ def test_a_signal_is_raised_as_an_interrupt_that_holds_its_number(number: Signal
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
 def test_the_first_signal_is_deferred_and_announced_once_and_the_second_is_raised(number: Signals) -> None:
     said: list[str] = []
-    with deferred_signals(said.append) as stop:
+    with deferred_signals(said.append, lambda: "stopping, 2 checkpoints to write") as stop:
         assert stop.signal is None
         signal.raise_signal(number)
         assert stop.signal == number
@@ -64,7 +64,7 @@ def test_the_first_signal_is_deferred_and_announced_once_and_the_second_is_raise
         with pytest.raises(Signalled):
             signal.raise_signal(Signals.SIGTERM)
     name = "Ctrl-C" if number == Signals.SIGINT else number.name
-    assert said == [f"{name}: writing checkpoints; a second signal stops at once"]
+    assert said == [f"{name}: stopping, 2 checkpoints to write; a second signal stops at once"]
 
 
 def test_a_signal_is_raised_at_once_while_nothing_defers() -> None:

@@ -99,7 +99,7 @@ class AdapterServer(ABC):
         Args:
             ids: the prompt, (tokens,); its length plus `max_new_tokens` must not exceed `context`.
             max_new_tokens: maximum number of tokens of the answer.
-            sampling: how tokens are selected; `seed` has no effect, and `top_k` none where requests are batched.
+            sampling: how tokens are selected; `top_k` has no effect where requests are batched.
             stop: stop strings; the answer ends before the first one.
             strip: strip whitespace at both ends.
 
@@ -127,6 +127,8 @@ class BatchingServer(AdapterServer):
     def __init__(self, model: Any, form: PromptForm) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
+        from orchestrator.deploy.serving.seeded import add_seeds
+
         super().__init__(model, form)
         config = ContinuousBatchingConfig(
             per_request_processors=True,
@@ -145,6 +147,7 @@ class BatchingServer(AdapterServer):
             pad_token_id=form.tokenizer.pad_token_id,
         )
         self._manager = self._plain.init_continuous_batching(sampled, config)
+        add_seeds(self._manager.logit_processor)
 
     @property
     def alive(self) -> bool:
@@ -283,6 +286,7 @@ class SingleServer(AdapterServer):
         def is_cancelled(ids: Any, *_: Any, **__: Any) -> Any:
             return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
 
+        sampling.begin()
         inputs = torch.tensor([ids], device=self._plain.device)
         with torch.no_grad():
             self._plain.generate(
@@ -334,11 +338,12 @@ def open_adapter_servers(adapters: Sequence[AdapterRef]) -> Iterator[list[Adapte
             server.stop()
 
 
-def _arguments(sampling: Sampling) -> dict[str, float]:
+def _arguments(sampling: Sampling) -> dict[str, Any]:
     """Return the sampling arguments of `add_request`. With `top_p` 0, only the most likely token remains."""
     if sampling.temperature < MIN_TEMPERATURE:
         return {"temperature": 1.0, "top_p": 0.0}
-    return {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    arguments: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    return arguments if sampling.seed is None else arguments | {"seed": sampling.seed}
 
 
 class _TextStream:

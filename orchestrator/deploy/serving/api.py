@@ -97,7 +97,7 @@ class _Request(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Annotated[list[_Text], Field(max_length=4), BeforeValidator(_listed)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     n: _One = None
@@ -117,7 +117,7 @@ class _Request(_Strict):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p)
+        return Sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, seed=self.seed)
 
     @property
     def stops(self) -> list[str]:
@@ -275,8 +275,6 @@ async def _complete(
             f"max_tokens: the prompt has {len(ids)} tokens and the answer may have {max_tokens}; "
             f"their sum must not exceed {server.context}"
         )
-    if asked.seed is not None and asked.sampling.temperature > 0:
-        raise RequestError("seed: needs temperature 0, as concurrent requests share one random generator")
     if not server.alive:
         return _error(503, f"{asked.model}: no longer answers; restart the server")
     head = {"id": f"{shape.prefix}-{uuid4().hex}", "created": int(time.time()), "model": asked.model}

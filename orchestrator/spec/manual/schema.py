@@ -11,10 +11,11 @@ from pydantic_core import core_schema
 
 from orchestrator.spec.axes import AXIS_KINDS, Axis
 from orchestrator.spec.axis_checks import check_searchable
+from orchestrator.spec.manual.docstrings import field_docstrings
 from orchestrator.spec.sections import Section
 from orchestrator.spec.sweep_spec import SweepSpec
 
-_WHEN = Axis.model_fields["when"].description
+_WHEN = field_docstrings(Axis)["when"]
 
 
 def spec_schema() -> dict[str, Any]:
@@ -42,6 +43,10 @@ class _AsWritten(GenerateJsonSchema):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         written = _axis() if schema["cls"] is Axis else super().model_schema(schema)
+        if schema["cls"] is not Axis:
+            for name, sentence in field_docstrings(schema["cls"]).items():
+                if name in written.get("properties", {}):
+                    written["properties"][name]["description"] = sentence
         written.pop("title", None)
         return written
 

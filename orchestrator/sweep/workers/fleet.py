@@ -43,7 +43,7 @@ class FleetPlan:
     is_fixed: bool
     """Whether `slots` does not depend on memory."""
     why: str
-    """Why there are this many, for the user."""
+    """Why there are this many, for the user; empty if nothing limits them."""
 
 
 def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
@@ -69,9 +69,10 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     elif slots == 1:
         why = "there are no more trials at a time than workers"
     else:
-        why = f"{max_concurrent} trials at a time share {counted(num_workers, 'worker')}"
+        why = ""  # if memory lets a worker have fewer slots, it says so
     if max_concurrent < spec.search.total_trials:
-        why += f"; resources.max_concurrent lets {max_concurrent} of {spec.search.total_trials} trials run at a time"
+        limit = f"resources.max_concurrent lets {max_concurrent} of {spec.search.total_trials} trials run at a time"
+        why = f"{why}; {limit}" if why else limit
     is_fixed = slots == 1 or requested != "auto"
     return FleetPlan(num_workers, gpus / workers_per_gpu, resources.cpus_per_trial, slots, is_fixed, why)
 
@@ -139,9 +140,9 @@ class Fleet:
         else:
             slots, why = _first_answer([workers.open(handle) for handle in self._handles])
         device = f"{plan.gpus:g} GPU" if plan.gpus else f"{counted(plan.cpus, 'CPU core')}"
-        message = (
-            f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each: "
-            f"{plan.why}{f'; {why}' if why else ''}"
+        reasons = "; ".join(filter(None, [plan.why, why]))
+        message = f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each" + (
+            f": {reasons}" if reasons else ""
         )
         return workers, slots * plan.num_workers, message
 

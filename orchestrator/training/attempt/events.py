@@ -40,6 +40,13 @@ class Logged(Event):
 
 
 @dataclass(frozen=True)
+class Stepped(Event):
+    """The steps made by now, between two `Logged`. Only views show it; it is no part of the record."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """An evaluation on the held-out rows."""
 

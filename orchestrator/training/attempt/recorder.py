@@ -30,6 +30,7 @@ from orchestrator.training.attempt.events import (
     Logged,
     Noted,
     Saved,
+    Stepped,
     Warned,
 )
 
@@ -60,6 +61,7 @@ class TrialRecorder:
         self._warnings = list(start.warnings)
         write_record(paths.config, start.config)
         write_record(paths.progress, start)
+        paths.step.unlink(missing_ok=True)  # of an earlier attempt
         self._trackers = open_trackers(TrialIdentity(paths, start, spec))
         if self._trackers.warnings:
             self._write_progress()  # so that the driver sees the warnings now
@@ -86,8 +88,12 @@ class TrialRecorder:
         match event:
             case Noted(fields=fields):
                 self._update(**fields)
+                if "total_steps" in fields:  # views show it from the first step on
+                    self._write_progress()
             case Logged():
                 self._record_metrics(event)
+            case Stepped(step=step):
+                self._paths.step.write_text(f"{step}\n")
             case Evaluated():
                 measured = self._record_evaluation(event)
                 if not event.saves:
@@ -122,6 +128,7 @@ class TrialRecorder:
 
     def close(self) -> None:
         """Close the record of a trial that will continue later, or that the driver has ended by writing its result."""
+        self._paths.step.unlink(missing_ok=True)
         if self._paths.result.is_file():
             ended = read_result(self._paths)
             self._trackers.finish(ended)
@@ -140,7 +147,7 @@ class TrialRecorder:
             start = self._start
             before = start.tokens / start.tokens_per_second if start.tokens_per_second else 0.0
             self._update(tokens_per_second=round(self.result.tokens / (before + event.training_s), 1))
-        self._update(step=event.step)
+        self._update(step=event.step, train_loss=event.values["train/loss"])
         self._log_point(event.step, event.values)
         norm = event.values["train/grad_norm"]
         if norm < float("inf"):
@@ -167,6 +174,7 @@ class TrialRecorder:
 
     def _finish(self, state: TrialState, error: str | None = None) -> None:
         """Close the trackers, then write the result. Once that exists, nothing more of the trial comes."""
+        self._paths.step.unlink(missing_ok=True)
         self._update(state=state, error=error)
         self._trackers.finish(self.result)
         self._note_trackers()

@@ -10,10 +10,12 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Warned
+from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Stepped, Warned
 from orchestrator.training.finite import require_finite
 from orchestrator.training.write_queue import WriteQueue
 
+STEP_EVERY_S = 3.0
+"""Seconds after which the number of steps is reported if no metrics have been."""
 SAVE_EVERY_S = 60.0
 """Seconds between checkpoints if `training.save_steps` is not set. They are written at evaluations only."""
 
@@ -60,7 +62,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._data_fingerprint = data_fingerprint
         self._stop_tokens = stop_tokens
         self._has_packed_experts = has_packed_experts
-        self._began = self._saved_at = time.monotonic()
+        self._began = self._saved_at = self._told_at = time.monotonic()
         self._saved_step = start.step
         self._training_since: float | None = None
         self._training_s = 0.0
@@ -121,6 +123,11 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             control.should_save = False
         if control.should_save or control.should_evaluate:  # so that a checkpoint's metrics are those of its step
             control.should_log = True
+        if control.should_log:
+            self._told_at = time.monotonic()
+        elif time.monotonic() > self._told_at + STEP_EVERY_S:
+            self._told_at = time.monotonic()
+            self.report(Stepped, step=self.step)
         self._listener.on_step(self.step, state.max_steps)
         self._stop_if_asked(control)
 

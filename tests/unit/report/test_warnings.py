@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.cli.train import status
+from orchestrator.cli.look import status
 from orchestrator.record import SweepPaths, TrialResult, read_sweep, write_record
 from orchestrator.report.live import SweepView
+from tests.unit.report.made_up import made_up_spec
 
 
 @pytest.fixture
@@ -25,10 +26,10 @@ def trials(make_sweep: Callable[..., SweepPaths], tmp_path: Path) -> list[TrialR
 
 def test_a_warning_of_many_trials_is_printed_once_in_the_live_view(trials: list[TrialResult]) -> None:
     shown = StringIO()
-    view = SweepView(Console(file=shown, width=80), 2, "a sweep")
+    view = SweepView(Console(file=shown, width=80), made_up_spec(), 2, "a sweep")
     view.update(trials[:1])
     view.update(trials)
-    printed = [line for line in shown.getvalue().splitlines() if line.startswith("warning: ")]
+    printed = [line[len("19:30:00 ") :] for line in shown.getvalue().splitlines() if " warning: " in line]
     assert printed == ["warning: W&B failed: no status of run t_1", "warning: MLflow failed: [gone]"]
 
 

@@ -67,3 +67,29 @@ def test_seeds_that_some_library_refuses_are_refused(document: Document, section
     message = message_of(document, **{section: document.get(section, {}) | {"seed": seed}})
     assert f"{section}.seed: Input should be " in message
     assert f"(got {seed})" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "written", "meant"),
+    [
+        ("scheduler", "kind", "ASHA", "asha"),
+        ("scheduler", "kind", "hyper_band", "hyperband"),
+        ("training", "schedule", "cosin", "cosine"),
+        ("training", "optimizer", "adamw", "adamw_torch"),
+        ("training", "optimizer", "AdamW_8bit", "adamw_8bit"),
+        ("search", "algorithm", "Random", "random"),
+        ("base", "compute_dtype", "bf16", "bfloat16"),
+        ("data", "format", "alpacca", "alpaca"),
+    ],
+)
+def test_an_unknown_value_suggests_the_one_that_is_meant(
+    document: Document, section: str, field: str, written: str, meant: str
+) -> None:
+    message = message_of(_with(document, section, {field: written}))
+    assert f"; did you mean {meant}?" in message
+
+
+def test_a_value_like_no_other_suggests_nothing(document: Document) -> None:
+    assert "did you mean" not in message_of(_with(document, "training", {"schedule": "xyz"}))
+    assert "did you mean" not in message_of(_with(document, "scheduler", {"kind": "xyz"}))
+    assert "did you mean" not in message_of(_with(document, "training", {"schedule": 3}))

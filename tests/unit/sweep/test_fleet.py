@@ -165,9 +165,12 @@ def test_a_request_beyond_the_machine_is_refused(cluster: Any, wanted: str) -> N
 
 def test_the_reasons_that_are_given(cluster: Any) -> None:
     cluster({"CPU": 16, "GPU": 2})
-    assert plan_fleet(spec(8), None).why == "8 trials at a time share 2 workers"
+    assert plan_fleet(spec(8), None).why == ""
     assert plan_fleet(spec(8, "resources.trials_per_gpu=2"), None).why == "resources.trials_per_gpu is 2"
     limited = plan_fleet(spec(8, "resources.max_concurrent=1"), None).why
+    assert plan_fleet(spec(8, "resources.max_concurrent=4"), None).why == (
+        "resources.max_concurrent lets 4 of 8 trials run at a time"
+    )
     assert limited.endswith("; resources.max_concurrent lets 1 of 8 trials run at a time")
     assert "max_concurrent" not in plan_fleet(spec(8, "resources.max_concurrent=8"), None).why
     assert "engine trl" in plan_fleet(spec(8, "training.engine=trl"), None).why

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
-from orchestrator.training.attempt.events import Event, Saved
+from orchestrator.training.attempt.events import Event, Saved, Stepped
 from orchestrator.training.attempt.reporter import Reporter
 from orchestrator.training.write_queue import WriteNow
 
@@ -66,3 +66,17 @@ def test_step_with_a_checkpoint_gets_no_second_one(document: dict[str, Any], tmp
     assert not asked.should_save
     (saved,) = [event for event in listener.events if isinstance(event, Saved)]
     assert (saved.step, saved.checkpoint) == (7, "checkpoints/checkpoint-7")
+
+
+def test_steps_are_reported_every_few_seconds_while_nothing_is_logged(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("orchestrator.training.attempt.reporter.time.monotonic", lambda: now)
+    listener = Listener(stopping=False, wants_checkpoint=False)
+    reporter = make(document, tmp_path, listener)
+    for step in range(6, 20):
+        now += 1.0
+        should_log = step == 12
+        reporter.on_step_end(None, SimpleNamespace(global_step=step, max_steps=40), control(should_log=should_log))
+    assert [event.step for event in listener.events if isinstance(event, Stepped)] == [9, 16]

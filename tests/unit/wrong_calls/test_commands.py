@@ -7,6 +7,7 @@ import pytest
 
 from orchestrator.cli import main
 from tests.unit.wrong_calls.calls import Wrong, command, trial
+from tests.unit.wrong_calls.conftest import without_work
 from tests.unit.wrong_calls.test_data import DATA
 from tests.unit.wrong_calls.test_experiment_files import FIELDS, FILES
 from tests.unit.wrong_calls.test_search_spaces import MISUSES, SEARCHES
@@ -69,13 +70,15 @@ def test_a_wrong_call_is_refused(wrong: Wrong, assert_refused: Callable[[Wrong],
 
 
 @pytest.mark.usefixtures("work")
-def test_a_refused_trial_prints_not_even_an_empty_line(
+def test_a_refused_trial_prints_what_it_does_and_not_even_an_empty_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["orchestrator", "trial", "x.yaml", "--set", "base.pad_token=<fill>"])
     with pytest.raises(SystemExit):
         main()
-    assert capfd.readouterr().out == ""
+    printed = capfd.readouterr().out
+    assert "importing libraries, reading the data" in printed
+    assert without_work(printed) == ""
 
 
 @pytest.mark.usefixtures("work")

@@ -1,0 +1,140 @@
+"""Commands that look at sweeps: status, list and board."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.frame import Json, Sweep, Where, app, console_on, print_json
+from orchestrator.errors import RequestError
+from orchestrator.words import counted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.record import SweepRecord
+
+
+@app.command(epilog="Example: orchestrator status runs/demo --watch")
+def status(
+    sweep: Sweep,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the sweep, as the command that runs it does, until it ends.")
+    ] = False,
+    as_json: Json = False,
+    output: Where = "runs",
+) -> None:
+    """Show a sweep's trials, best first, and whether a driver runs it."""
+    from orchestrator.record import read_sweep
+
+    record = read_sweep(sweep, output)
+    if watch and as_json:
+        raise RequestError("--watch and --json cannot be used together", "Leave one of them out.")
+    if as_json:
+        print_json(_as_document(record))
+        return
+    console = console_on()
+    if watch:
+        from orchestrator.report.watch import watch_sweep
+
+        watch_sweep(console, record)
+    _show(console, record)
+
+
+def _show(console: "Console", record: "SweepRecord") -> None:
+    from orchestrator.record import PresentTrials
+    from orchestrator.report.standing import standing_lines
+    from orchestrator.report.tables import TrialsTable, axes_of, say_failures
+    from orchestrator.report.warnings import distinct_warnings
+
+    trials = PresentTrials(record).read()
+    title = f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"
+    console.print(TrialsTable(trials, title, axes_of(record.info.spec)))
+    say_failures(console, trials)
+    lines = [
+        f"warning ({counted(number, 'trial')}): {warning}" for warning, number in distinct_warnings(trials).values()
+    ]
+    lines += [
+        f"prior evidence, no trials of this sweep: {counted(len(prior.trials), 'trial')} of {prior.name} "
+        f"({prior.created[:10]})"
+        for prior in record.info.prior_sweeps
+    ]
+    lines += [str(over) for over in (record.budget_spent(), record.search_ended()) if over]
+    for line in lines + standing_lines(record, trials):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _as_document(record: "SweepRecord") -> dict[str, object]:
+    from orchestrator.record import PresentTrials, is_finished, totals
+    from orchestrator.record.lock import driver_state
+
+    search, driver = record.info.spec.search, driver_state(record.paths)
+    spent, ended = record.budget_spent(), record.search_ended()
+    trials = PresentTrials(record).read()
+    used = totals(trials)
+    return {
+        "sweep": record.paths.name,
+        "folder": str(record.paths.root),
+        "metric": search.metric,
+        "mode": search.resolved_mode,
+        "num_trials": record.info.num_trials,
+        "is_running": driver.is_running,
+        "is_finished": is_finished(record, trials),
+        "seconds_since_last_sign": round(driver.silent_s, 1),
+        "tokens": used.tokens,
+        "gpu_hours": round(used.gpu_hours, 6),
+        "budget_spent": spent and spent.model_dump(mode="json"),
+        "search_ended": ended and ended.model_dump(mode="json"),
+        "prior_sweeps": [prior.model_dump(mode="json") for prior in record.info.prior_sweeps],
+        "trials": [trial.model_dump(mode="json") for trial in trials],
+    }
+
+
+@app.command(epilog="Example: orchestrator list --output runs")
+def list(as_json: Json = False, output: Where = "runs") -> None:  # the command's name
+    """List all sweeps in a folder, the newest first."""
+    from orchestrator.report.sweeps import sweep_rows, sweeps_lines
+
+    rows = sweep_rows(Path(output))
+    if as_json:
+        print_json(rows)
+        return
+    console = console_on()
+    for line in sweeps_lines(rows, output, console.width):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command(epilog="Example: orchestrator board runs/demo --port 6006")
+def board(
+    sweep: Sweep,
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Port; 0 picks a free one.")] = 6006,
+    output: Where = "runs",
+) -> None:
+    """Open TensorBoard on a sweep: curves, and all trials in a table."""
+    from orchestrator.record import read_sweep
+
+    record = read_sweep(sweep, output)
+    if not record.paths.tensorboard.is_dir():
+        raise RequestError(f"{record.paths.root}: there are no TensorBoard files", "tracking.tensorboard was false.")
+    _require_free(port)
+    arguments = ["-m", "tensorboard.main", "--logdir", str(record.paths.tensorboard), "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _require_free(port: int) -> None:
+    """Check that a port of this machine can be listened on.
+
+    Raises:
+        RequestError: another process has it.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except OSError as error:
+            raise RequestError(
+                f"port {port}: cannot be used: {error.strerror}", "Give another one: --port 0 picks a free one."
+            ) from error

@@ -1,0 +1,71 @@
+"""Read the trials of a running sweep, with the steps that they have made by now."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+from orchestrator.record.models import TrialResult, TrialState
+from orchestrator.record.paths import TrialPaths
+from orchestrator.record.sweep_record import SweepRecord, best_first, read_result, read_trial
+
+_TAIL = 8192
+"""Bytes at the end of the metrics in which the last point is looked for."""
+
+
+class PresentTrials:
+    """Reads the trials of a sweep again and again. A trial that has ended is read once."""
+
+    def __init__(self, record: SweepRecord) -> None:
+        """
+        Args:
+            record: the sweep.
+        """
+        self._record = record
+        self._ended: dict[str, tuple[int, TrialResult]] = {}
+        """Trials that have ended, with the times at which their results were written, in nanoseconds."""
+
+    def read(self) -> list[TrialResult]:
+        """Return all trials, best first. Running ones have the steps, tokens and training loss of this moment.
+
+        Raises:
+            RecordError: a record is damaged.
+            OSError: the storage fails.
+        """
+        return best_first([self._read(trial_id) for trial_id in self._record.paths.trial_ids()])
+
+    def _read(self, trial_id: str) -> TrialResult:
+        paths = self._record.paths.trial(trial_id)
+        try:
+            written = paths.result.stat().st_mtime_ns
+        except FileNotFoundError:
+            return _at_this_moment(read_trial(paths, self._record.info), paths)
+        known = self._ended.get(trial_id)
+        if known is None or known[0] != written:
+            known = self._ended[trial_id] = written, read_result(paths)
+        return known[1]
+
+
+def _at_this_moment(trial: TrialResult, paths: TrialPaths) -> TrialResult:
+    """Return a running trial with the values of its last logged steps, which `progress.json` has not yet."""
+    if trial.state not in (TrialState.RUNNING, TrialState.PAUSED):
+        return trial
+    point = _last_point(paths)
+    if point.get("step", 0) > trial.step:
+        update = {"step": point["step"], "tokens": max(trial.tokens, point["tokens"])}
+        loss = point["values"].get("train/loss", trial.train_loss)
+        trial = trial.model_copy(update=update | {"train_loss": None if loss is None else float(loss)})
+    with suppress(OSError, ValueError):  # there is none, or it is being written
+        trial = trial.model_copy(update={"step": max(trial.step, int(paths.step.read_text()))})
+    return trial
+
+
+def _last_point(paths: TrialPaths) -> dict[str, Any]:
+    """Return the last complete line of a trial's metrics; an empty document if there is none yet."""
+    try:
+        with paths.metrics.open("rb") as file:
+            end = file.seek(0, 2)
+            file.seek(max(end - _TAIL, 0))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return {}

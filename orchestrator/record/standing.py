@@ -1,0 +1,74 @@
+"""Sum up where a sweep stands: what it has used, and whether anything is left to run."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.record.models import TrialResult, TrialState
+from orchestrator.record.paths import SweepPaths
+from orchestrator.record.sweep_record import CHOOSABLE, OPEN, SweepRecord, read_sweep
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What trials have used together."""
+
+    states: dict[TrialState, int]
+    """Number of trials in each state."""
+    tokens: int
+    """Real tokens trained on. Tokens that a trial took over from another do not count again."""
+    gpu_hours: float
+    """GPU time, 0 on a CPU."""
+    trial_hours: float
+    """Wall-clock time of all trials, one after another."""
+
+    @property
+    def num_ended(self) -> int:
+        """Trials that have ended."""
+        return sum(number for state, number in self.states.items() if state not in OPEN)
+
+
+def totals(trials: Sequence[TrialResult]) -> Totals:
+    """Add up what trials have used."""
+    return Totals(
+        states=dict(Counter(trial.state for trial in trials)),
+        tokens=sum(trial.tokens - trial.adopted_tokens for trial in trials),
+        gpu_hours=sum(trial.gpu_seconds for trial in trials) / 3600,
+        trial_hours=sum(trial.seconds for trial in trials) / 3600,
+    )
+
+
+def repeats_record(record: SweepRecord) -> SweepRecord | None:
+    """Return the record of the finalists' repeats; None if they have not begun.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    paths = SweepPaths(record.paths.repeats)
+    return read_sweep(paths.root) if paths.sweep.is_file() else None
+
+
+def is_finished(record: SweepRecord, trials: Sequence[TrialResult] | None = None) -> bool:
+    """Return whether a sweep has an adapter and nothing is left to run, measure or send to trackers.
+
+    Args:
+        record: the sweep.
+        trials: its trials, if they have been read already.
+    """
+    trials, spec = record.trials() if trials is None else trials, record.info.spec
+    if not _have_ended(record, trials) or not any(trial.state in CHOOSABLE for trial in trials):
+        return False
+    if any(trial.untracked for trial in trials) or (spec.data.test is not None and not record.paths.test.is_file()):
+        return False
+    if record.info.is_single_trial or spec.search.repeats < 2 or record.budget_spent():
+        return True
+    repeats = repeats_record(record)
+    return repeats is not None and _have_ended(repeats, repeats.trials())
+
+
+def _have_ended(record: SweepRecord, trials: Sequence[TrialResult]) -> bool:
+    if any(trial.state in OPEN for trial in trials):
+        return False
+    # Another trial takes a canceled one's place.
+    num_ended = sum(trial.state != TrialState.CANCELLED for trial in trials)
+    return num_ended >= record.info.num_trials or record.why_over() is not None

@@ -1,0 +1,50 @@
+"""A real terminal for tests: a program runs in a pseudoterminal, and pyte draws what a person would see."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Sequence
+
+import pyte
+
+SIZES = [(80, 24), (100, 30), (160, 50)]
+
+
+def screens(
+    arguments: Sequence[str], columns: int, lines: int, term: str = "xterm-256color", code: int = 0
+) -> list[list[str]]:
+    """Run Python with these arguments in a terminal; return the screen after each piece of output.
+
+    Args:
+        arguments: arguments of Python.
+        columns: width of the terminal.
+        lines: height of the terminal.
+        term: the variable TERM.
+        code: exit code that the program must have.
+    """
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment | {"TERM": term}
+    )
+    os.close(theirs)
+    screen = pyte.Screen(columns, lines)
+    stream = pyte.ByteStream(screen)
+    seen = []
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the program has closed its end
+            break
+        if not piece:
+            break
+        stream.feed(piece)
+        seen.append([line.rstrip() for line in screen.display])
+    os.close(ours)
+    assert process.wait() == code, "\n".join(seen[-1] if seen else [])
+    return seen
