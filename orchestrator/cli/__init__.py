@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli import train, use  # noqa: F401 (their import registers the commands)
+from orchestrator.cli import plan, train, use  # noqa: F401 (their import registers the commands)
 from orchestrator.cli.frame import app
 from orchestrator.errors import OrchestratorError
 from orchestrator.signals import leave_dead_terminal

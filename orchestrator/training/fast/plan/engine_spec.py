@@ -41,21 +41,37 @@ class EngineSpec:
     """Whether each slot has an engine of its own, which steps by itself."""
 
     @classmethod
-    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
-        """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
-        training = configs[0].training
+    def of(
+        cls,
+        base: Any,
+        configs: Sequence[TrialConfig],
+        num_slots: int,
+        separate: bool = False,
+        on_gpu: bool | None = None,
+    ) -> "EngineSpec":
+        """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides.
+
+        Args:
+            base: the base without adapters; its weights are not read.
+            configs: the trials.
+            num_slots: trials at a time.
+            separate: whether each slot has an engine of its own.
+            on_gpu: whether the engine is to run on a GPU; None asks this machine.
+        """
+        training, has_bf16 = configs[0].training, on_gpu
+        on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         rank = max(config.lora.rank for config in configs)
         return cls(
             num_slots,
-            padded_rank(rank) if torch.cuda.is_available() else rank,
+            padded_rank(rank) if on_gpu else rank,
             frozenset(name for config in configs for name in expected_modules(base, config.lora)),
-            resolve_precision(training),
+            resolve_precision(training, has_bf16),
             training.adapter_dtype,
             "8bit" in training.optimizer,
             None if training.dequantize == "auto" else training.dequantize == "once",
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
-            training.reproducible and torch.cuda.is_available(),
+            training.reproducible and on_gpu,
             separate,
         )
 
