@@ -46,8 +46,8 @@ GPUS = {
     )
 }
 """Name -> GPU. Rates without sparsity are those of NVIDIA's data sheets: "H200 Tensor Core GPU", "H100 Tensor Core
-GPU", "A100 Tensor Core GPU" (80 GB and 40 GB), "L40S", "A10" and "L4". Where a sheet gives the rate with sparsity alone,
-it is halved."""
+GPU", "A100 Tensor Core GPU" (80 GB and 40 GB), "L40S", "A10" and "L4". Where a sheet gives the rate with sparsity
+alone, it is halved."""
 
 _NAMES_HERE = (
     ("H200", "h200"),
