@@ -48,7 +48,7 @@ class Figure:
     rank: int = 16
     """Stack rank."""
     targets: float = 1.0
-    """Share of the tokens whose logits were computed. Until the commit "logits only for tokens with a loss" it was 1."""
+    """Share of the tokens whose logits were computed: 1 until the commit "logits only for tokens with a loss"."""
     row_tokens: float = OF_A_TOKEN
     trains: bool = True
 
