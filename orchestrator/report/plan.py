@@ -127,9 +127,12 @@ def _notes(plan: SweepPlan) -> Iterator[str]:
 
 def _corners_table(corners: Sequence[CornerPlan]) -> Table:
     """Return a row for each corner: its values, GiB of each part, whether it fits, and the time of a step alone."""
-    table = Table(title="one trial alone, GiB", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = "one trial alone, GiB" if any(corner.memory_gib for corner in corners) else "one trial alone"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("corner", overflow="fold")
-    for name in (*_PARTS, "all", "fits", "step"):
+    is_foreseen = any(corner.memory_gib for corner in corners)
+    names = [*_PARTS, "all", "fits"] if is_foreseen else []
+    for name in (*names, "step"):
         table.add_column(name, justify="right", no_wrap=True)
     for corner in corners:
         memory, measured = corner.memory_gib, corner.measured
@@ -141,7 +144,7 @@ def _corners_table(corners: Sequence[CornerPlan]) -> Table:
         if measured is not None:
             step = f"{_milliseconds(measured.step_s)}*"
         fits = {True: "yes", False: "no", None: "?"}[corner.fits]
-        table.add_row(_short(corner), *parts, total, fits, step)
+        table.add_row(_short(corner), *([*parts, total, fits] if is_foreseen else []), step)
     if any(corner.measured for corner in corners):
         table.caption, table.caption_justify = "* measured on this machine", "left"
     return table
@@ -167,10 +170,15 @@ def _time_table(plan: SweepPlan, whole: Duration) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     durations = list(columns.values())
-    table.add_row("start", *(say_seconds(each.start_s) for each in durations))
-    table.add_row("training", *(say_seconds(each.train_s) for each in durations))
-    table.add_row("evaluation", *(say_seconds(each.evaluate_s) for each in durations))
-    table.add_row("whole command", *(say_seconds(each.total_s) for each in durations))
+    parts = [
+        ("start", [each.start_s for each in durations]),
+        ("training", [each.train_s for each in durations]),
+        ("evaluation", [each.evaluate_s for each in durations]),
+        ("whole command", [each.total_s for each in durations]),
+    ]
+    for name, seconds in parts:
+        if any(seconds):  # a probe on a CPU knows only the training
+            table.add_row(name, *map(say_seconds, seconds))
     table.add_row("tokens", *(f"{each.tokens:,}" for each in durations))
     return table
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.planning.conftest import MakeSpec
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.embedded import EXPERIMENT as DEMO
 from orchestrator.planning.doubts import doubts_of
+from tests.unit.planning.conftest import MakeSpec
 
 SPACE = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.unit.planning.conftest import MakeSpec
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -21,6 +20,7 @@ from orchestrator.report.plan import say_plan, say_seconds
 from orchestrator.spec import load_spec
 from orchestrator.training.model.check_targets import EmptyBases
 from orchestrator.training.model.targets import expected_modules
+from tests.unit.planning.conftest import MakeSpec
 
 BF16 = "base.compute_dtype=bfloat16"
 
