@@ -151,7 +151,9 @@ def _form(option: MemoryOption) -> str:
 
 
 def plan_corners(spec: SweepSpec, outlooks: dict[BaseSection, Outlook]) -> list[CornerPlan]:
-    """Foresee each kind of trial once, the largest first. Corners that need the same are one.
+    """Foresee each kind of trial once. Corners that need the same are one.
+
+    Those that cannot fit come first, then those with the largest batches, and of these the largest ranks.
 
     Args:
         spec: the experiment.
@@ -164,7 +166,7 @@ def plan_corners(spec: SweepSpec, outlooks: dict[BaseSection, Outlook]) -> list[
         corner = outlook.corner(config)
         key = (config.base, corner.engine, corner.reason, corner.rank, corner.batch_rows, *corner.memory_gib.values())
         found.setdefault(key, corner)
-    return sorted(found.values(), key=lambda each: (-(each.total_gib or 0.0), -each.rank, -each.batch_rows))
+    return sorted(found.values(), key=lambda each: (each.fits is not False, -each.batch_rows, -each.rank))
 
 
 def together_reason(config: TrialConfig, spec: SweepSpec, outlook: Outlook) -> str | None:

@@ -43,7 +43,7 @@ def probe_corners(spec: SweepSpec, plan: SweepPlan) -> SweepPlan:
     """
     configs = [config for config in spec.samples() if config.base == spec.base]
     alone = (corner_alone(config) for config in configs)
-    corners = plan.corners or sorted(alone, key=lambda each: (-each.rank * each.batch_rows, each.name))
+    corners = plan.corners or sorted(alone, key=lambda each: (-each.batch_rows, -each.rank))
     chosen = extreme_corners([corner for corner in corners if corner.fits is not False])
     found = {
         corner.name: measure(spec, next(each for each in configs if each.varied == corner.values)) for corner in chosen
