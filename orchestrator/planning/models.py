@@ -116,7 +116,7 @@ class SweepPlan(Record):
     slots_why: str
     rows: RowsPlan
     corners: list[CornerPlan]
-    """Those that cannot fit first, then the largest."""
+    """Corners that cannot fit come first, then the largest."""
     whole: Duration | None
     """If every trial runs to its end; None where the time is not foreseen."""
     stopped: list[Duration] | None
