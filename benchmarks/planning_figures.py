@@ -19,6 +19,7 @@ from benchmarks.pack import spec_of
 from orchestrator.planning.gpus import GPUS
 from orchestrator.planning.step_time import PassWork, bucket_tokens, evaluation_seconds, train_seconds
 from orchestrator.planning.sweep_plan import plan_sweep
+from orchestrator.spec.load import parse_spec
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.plan.memory import MemoryOption
 
@@ -86,8 +87,9 @@ FIGURES = (
     Figure("7b", "evaluation (39,205)", 8192 / 39_205, bucket=8192, trains=False),
 )
 
-MAKESPANS = {"1.1b": (66.3, 68.8), "7b": (207.8,)}
-"""Shape -> seconds of the whole command with 16 trials of 200 steps (`benchmarks.sweep`), on the H200's hosts."""
+MAKESPANS = (("1.1b", 16, 1, 67.5), ("7b", 16, 1, 207.8), ("1.1b", 32, 1, 107.6), ("1.1b", 32, 2, 69.2))
+"""Shape, trials of 200 steps, GPUs and seconds of the whole command, by `benchmarks.sweep` (at 1.1B the mean of two
+hosts) and `benchmarks.gpus`. Nothing was fitted to those of 32 trials."""
 
 
 def shape_of(name: str) -> BaseShape:
@@ -105,16 +107,19 @@ def base_without_weights(name: str, rows: Path, folder: Path) -> Path:
     return folder
 
 
-def makespans(rows: Path) -> Iterator[tuple[str, float, float]]:
-    """Yield shape, foreseen and measured seconds of each sweep of `MAKESPANS`."""
-    for name, measured in MAKESPANS.items():
+def makespans(rows: Path) -> Iterator[tuple[str, str, float, float]]:
+    """Yield shape, kind of sweep, foreseen and measured seconds of each sweep of `MAKESPANS`."""
+    for name, num_trials, num_gpus, measured in MAKESPANS:
         with tempfile.TemporaryDirectory() as folder:
             base = base_without_weights(name, rows, Path(folder))
-            spec = spec_of(Setting(name, base, rows, base), steps=200, eval_steps=50)
-            whole = plan_sweep(spec, name, H200).whole
-            assert whole is not None
-            print(f"{name}: {json.dumps(whole.model_dump())}", file=sys.stderr)
-            yield name, whole.total_s, sum(measured) / len(measured)
+            document = spec_of(Setting(name, base, rows, base), steps=200, eval_steps=50).model_dump(mode="json")
+            if num_trials == 32:
+                document["search"]["space"]["training.seed"] = {"grid": [1, 2]}
+            plan = plan_sweep(parse_spec(document), name, H200, num_gpus)
+            assert plan.whole is not None
+            assert plan.num_trials == num_trials
+            print(f"{name}, {plan.slots} at a time: {json.dumps(plan.whole.model_dump())}", file=sys.stderr)
+            yield name, f"{num_trials} trials on {num_gpus}", plan.whole.total_s, measured
 
 
 def main() -> None:
@@ -126,8 +131,8 @@ def main() -> None:
         foreseen = each.foreseen()
         milliseconds = f"{foreseen * 1e3:.1f} ms | {each.seconds * 1e3:.1f} ms"
         print(f"| {each.shape} | {each.what} | {milliseconds} | {foreseen / each.seconds:.2f} |")
-    for name, foreseen, measured in makespans(arguments.rows.resolve()) if arguments.rows else ():
-        print(f"| {name} | sweep of 16 trials | {foreseen:.0f} s | {measured:.0f} s | {foreseen / measured:.2f} |")
+    for name, what, foreseen, measured in makespans(arguments.rows.resolve()) if arguments.rows else ():
+        print(f"| {name} | sweep: {what} | {foreseen:.0f} s | {measured:.0f} s | {foreseen / measured:.2f} |")
 
 
 if __name__ == "__main__":
