@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,3 +166,13 @@ def test_the_command_prints_json(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_command_refuses_what_cannot_be() -> None:
     assert "--probe measures on this machine" in str(run("--gpu", "h200", "--probe").exception)
     assert isinstance(run("--gpu", "b300").exception, RequestError)
+
+
+def test_the_command_refuses_trials_that_cannot_fit(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(GPUS, "l4", replace(GPUS["l4"], memory_gib=0.66))
+    error = run("--gpu", "l4").exception
+    assert isinstance(error, RequestError)
+    assert "4 kinds of trials cannot fit into the memory of an L4, such as lora.rank 32" in error.message
+    assert "Memory: 4 of 4 corners cannot fit" in capfd.readouterr().out
