@@ -1,5 +1,6 @@
 """GPUs by name: their memory, and the rates by which the time of a step scales from one to another."""
 
+import re
 from dataclasses import dataclass
 
 from orchestrator.errors import RequestError
@@ -78,13 +79,23 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_here() -> Gpu | None:
-    """Return the kind of this machine's first GPU; None without a GPU, or for one that is not in `GPUS`."""
+    """Return the kind of this machine's first GPU; None without a GPU.
+
+    Raises:
+        RequestError: it is not in `GPUS`.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     reported = torch.cuda.get_device_name()
-    return next((GPUS[name] for part, name in _NAMES_HERE if part in reported), None)
+    for part, name in _NAMES_HERE:
+        if re.search(rf"\b{part}(?!\d)", reported):
+            return GPUS[name]
+    raise RequestError(
+        f"this machine's GPU, {reported}: its rates are not known, so that no time can be foreseen",
+        f"Give --gpu the most similar of {', '.join(GPUS)}.",
+    )
 
 
 def budget_here() -> int:

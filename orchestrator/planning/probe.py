@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -42,8 +43,7 @@ def probe_corners(spec: SweepSpec, plan: SweepPlan) -> SweepPlan:
         TrialError: a trial fails, also for want of memory.
     """
     configs = [config for config in spec.samples() if config.base == spec.base]
-    alone = (corner_alone(config) for config in configs)
-    corners = plan.corners or sorted(alone, key=lambda each: (-each.batch_rows, -each.rank))
+    corners = plan.corners or _unforeseen(configs)
     chosen = extreme_corners([corner for corner in corners if corner.fits is not False])
     found = {
         corner.name: measure(spec, next(each for each in configs if each.varied == corner.values)) for corner in chosen
@@ -53,6 +53,12 @@ def probe_corners(spec: SweepSpec, plan: SweepPlan) -> SweepPlan:
     else:  # on a CPU nothing is foreseen
         corners = [each.model_copy(update={"measured": found[each.name]}) for each in chosen]
     return retimed(plan.model_copy(update={"corners": corners}), spec.resources.cpus_per_trial)
+
+
+def _unforeseen(configs: Sequence[TrialConfig]) -> list[CornerPlan]:
+    """Return a corner for each rank and number of rows, the largest first."""
+    found = {(corner.batch_rows, corner.rank, corner.engine): corner for corner in map(corner_alone, configs)}
+    return [found[key] for key in sorted(found, reverse=True)]
 
 
 def corner_alone(config: TrialConfig) -> CornerPlan:

@@ -17,7 +17,7 @@ def test_a_probe_measures_steps_and_leaves_nothing(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fixed = [f"training.engine={engine}", "search.space={}", "search.num_trials=null", "lora.rank=4"]
+    fixed = [f"training.engine={engine}", "lora.rank=4"]
     options = [word for each in fixed for word in ("--set", each)]
     done = CliRunner().invoke(app, ["plan", str(DEMO), *options, "--probe", "--json"])
     assert done.exit_code == 0, done.exception

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.errors import RequestError
 from orchestrator.planning.corners import Outlook, empty_outlook, plan_corners
-from orchestrator.planning.gpus import GPUS, find_gpu
+from orchestrator.planning.gpus import GPUS, find_gpu, gpu_here
 from orchestrator.spec import SweepSpec
 from orchestrator.training.model.check_targets import EmptyBases
 from tests.unit.planning.conftest import MakeSpec
@@ -95,3 +95,33 @@ def test_a_gpu_that_is_not_known_is_refused() -> None:
     assert find_gpu("H200") is GPUS["h200"]
     with pytest.raises(RequestError, match="--gpu b300: is not a GPU that plans are made for"):
         find_gpu("b300")
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10G", "a10"),
+        ("NVIDIA L4", "l4"),
+    ],
+)
+def test_the_gpu_of_this_machine_is_known_by_its_name(
+    reported: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: reported)
+    assert gpu_here() is GPUS[name]
+
+
+@pytest.mark.parametrize("reported", ["NVIDIA GeForce RTX 4090", "NVIDIA L40"])
+def test_a_gpu_of_unknown_rates_is_refused(reported: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: reported)
+    with pytest.raises(RequestError, match=f"{reported}: its rates are not known"):
+        gpu_here()
