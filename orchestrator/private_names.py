@@ -191,6 +191,11 @@ PRIVATE: tuple[Private, ...] = (
         "training/engines/sft.py", "rows are drawn by a sampler with its own random state",
     ),
     Private(
+        "transformers 5.23", "transformers/generation/continuous_batching/cb_logits_processors.py",
+        ("ContinuousBatchingLogitsProcessorList._retrieve_processors_kwargs(self)",), "deploy/serving/seeded.py",
+        "the list collects the arguments of its processors once; one is added to it",
+    ),
+    Private(
         "transformers 5.23", "transformers/models/llama/modeling_llama.py",
         ("LlamaRotaryEmbedding.max_seq_len_cached", "LlamaRotaryEmbedding.original_max_seq_len",
          "LlamaRotaryEmbedding.original_inv_freq"),

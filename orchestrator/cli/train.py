@@ -80,6 +80,9 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
 
     if note := note_on_max_length(spec.data, spec.base):
         notes.append(note)
+    from orchestrator.planning.doubts import doubts_of
+
+    notes += doubts_of(spec)
     if as_json:
         print_json(document)
         for note in notes:

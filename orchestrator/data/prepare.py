@@ -194,7 +194,21 @@ def prepare(data: DataSection, base: BaseSection) -> PreparedData:
         DataError: a row or a source is not what the section says, or no row has a stop token (data.require_stop).
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows, finder = tokenize(data, tokenizer), StopFinder(tokenizer)
+    return prepare_encoded(tokenize(data, tokenizer), data, tokenizer)
+
+
+def prepare_encoded(rows: EncodedRows, data: DataSection, tokenizer: Any) -> PreparedData:
+    """Prepare rows that are encoded already.
+
+    Args:
+        rows: from `tokenize`.
+        data: the section.
+        tokenizer: the one that encoded them.
+
+    Raises:
+        DataError: no row has a stop token (data.require_stop).
+    """
+    finder = StopFinder(tokenizer)
     if data.require_stop:
         rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out

@@ -151,7 +151,19 @@ def preview(data: DataSection, base: BaseSection, num_rows: int, say: Say = lamb
         DataError: a row or a source is not what the section says.
     """
     tokenizer = load_tokenizer(base, data.chat_template)
-    rows = tokenize(data, tokenizer, say)
+    return preview_encoded(tokenize(data, tokenizer, say), data, base, num_rows, tokenizer)
+
+
+def preview_encoded(
+    rows: EncodedRows, data: DataSection, base: BaseSection, num_rows: int, tokenizer: Any
+) -> DataPreview:
+    """Preview rows that are encoded already.
+
+    Args:
+        rows: from `tokenize`.
+        data, base, num_rows: as in `preview`.
+        tokenizer: the one that encoded them.
+    """
     every = [*rows.train, *rows.held_out]
     lengths = sorted(len(row.tokens.ids) for row in every)
     kept, positions = rows.kept, load_position_limit(base)

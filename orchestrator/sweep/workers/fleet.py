@@ -1,11 +1,10 @@
 """The workers of a sweep: how many, how large, and how many trials at a time in each. Runs in the driver."""
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -20,6 +19,7 @@ from orchestrator.sweep.workers.placement import PlacementNotice
 from orchestrator.sweep.workers.worker import Worker
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.training.fast.warmup import precompile
+from orchestrator.training.worker.spread import max_concurrent_trials, spread
 from orchestrator.words import counted
 
 TRAINABLE_CPUS = 0.001
@@ -53,13 +53,13 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
         RequestError: the cluster cannot run them, see `_choose_gpus`.
     """
     resources, gpus = spec.resources, _choose_gpus(spec, address)
-    max_concurrent, requested = _max_concurrent(spec), resources.trials_per_gpu
+    max_concurrent, requested = max_concurrent_trials(spec), resources.trials_per_gpu
     # SFTTrainer's training loop cannot share a process: trials that share a GPU have a process each.
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
     workers_per_gpu = requested if is_alone and gpus == 1 and requested != "auto" else 1
     # The capacity is 0 on a cluster that has not started its nodes yet.
     capacity = _capacity(gpus, resources.cpus_per_trial, workers_per_gpu) or max_concurrent
-    num_workers, slots = _spread(max_concurrent, "auto" if is_alone else requested, capacity)
+    num_workers, slots = spread(max_concurrent, "auto" if is_alone else requested, capacity)
     if is_alone:
         slots, why = 1, "training.engine trl has a process for each trial"
     elif gpus > 1:
@@ -87,7 +87,7 @@ def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     num_gpus, gpus = upstream.num_visible_gpus() if is_local else 0, resources.gpus_per_trial
     if num_gpus and gpus != 0:
         capacity = max(1, min(num_gpus, (os.cpu_count() or 1) // resources.cpus_per_trial))
-        _, slots = _spread(_max_concurrent(spec), resources.trials_per_gpu, capacity)
+        _, slots = spread(max_concurrent_trials(spec), resources.trials_per_gpu, capacity)
         precompile.start(spec.corners_on_base(), slots if gpus in ("auto", 1) else 1)
     try:
         yield
@@ -205,18 +205,6 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
             "Change resources.gpus_per_trial (auto uses the GPUs that exist) or cpus_per_trial, or give --address.",
         )
     return gpus
-
-
-def _max_concurrent(spec: SweepSpec) -> int:
-    """Return the number of trials that may run at a time."""
-    return min(spec.search.total_trials, spec.resources.max_concurrent or spec.search.total_trials)
-
-
-def _spread(max_concurrent: int, requested: int | Literal["auto"], capacity: int) -> tuple[int, int]:
-    """Return the number of workers, and of trials at a time in each, which is at most `requested`."""
-    num_workers = min(capacity, max_concurrent if requested == "auto" else math.ceil(max_concurrent / requested))
-    slots = math.ceil(max_concurrent / num_workers)
-    return num_workers, slots if requested == "auto" else min(requested, slots)
 
 
 def _capacity(gpus: int, cpus: int, workers_per_gpu: int) -> int:

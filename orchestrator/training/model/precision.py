@@ -5,13 +5,20 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 
 
-def resolve_precision(training: TrainingSection) -> str:
-    """Return the autocast dtype of the forward pass: bf16, fp16 or none."""
-    import torch
+def resolve_precision(training: TrainingSection, has_bf16: bool | None = None) -> str:
+    """Return the autocast dtype of the forward pass: bf16, fp16 or none.
 
+    Args:
+        training: the section.
+        has_bf16: whether the trial is to run on a GPU with bfloat16; None asks this machine.
+    """
     if training.precision != "auto":
         return training.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "none"
+    if has_bf16 is None:
+        import torch
+
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16" if has_bf16 else "none"
 
 
 def require_device(config: TrialConfig) -> None:

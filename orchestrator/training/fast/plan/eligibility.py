@@ -31,13 +31,17 @@ MAX_ELEMENTS = 2**31
 """Elements of one tensor: the kernels index in 32 bits."""
 
 
-def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | None:
+def unsupported_reason(
+    config: TrialConfig, base: Any, longest: int, grouped_products: bool | None = None
+) -> str | None:
     """Return why the fast engine cannot hold a trial, or None where it can.
 
     Args:
         config: the trial.
         base: the base without adapters.
         longest: tokens of the longest row.
+        grouped_products: whether the GPU on which the trial is to run has them (`has_grouped_products`); None asks
+            this machine, which need not have a GPU.
     """
     if reason := config.fast_unsupported_reason():
         return reason
@@ -53,11 +57,17 @@ def unsupported_reason(config: TrialConfig, base: Any, longest: int) -> str | No
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         return f"a base on {len(devices)} devices"
-    return unsupported_reason_by_shape(config, shape, names, longest, torch.cuda.is_available())
+    on_gpu = grouped_products is not None or torch.cuda.is_available()
+    return unsupported_reason_by_shape(config, shape, names, longest, on_gpu, grouped_products)
 
 
 def unsupported_reason_by_shape(
-    config: TrialConfig, shape: BaseShape, names: Collection[str], longest: int, on_gpu: bool
+    config: TrialConfig,
+    shape: BaseShape,
+    names: Collection[str],
+    longest: int,
+    on_gpu: bool,
+    grouped_products: bool | None = None,
 ) -> str | None:
     """Check the part of `unsupported_reason` that needs no loaded base.
 
@@ -67,15 +77,17 @@ def unsupported_reason_by_shape(
         names: modules and parameters of experts that the trial adapts.
         longest: tokens of the longest row.
         on_gpu: whether the trial is to run on a GPU.
+        grouped_products: whether a GPU that is not this machine's has them, and bfloat16; None asks this machine.
     """
-    precision, dtype = resolve_precision(config.training), config.base.compute_dtype
+    has_bf16 = None if grouped_products is None else True
+    precision, dtype = resolve_precision(config.training, has_bf16), config.base.compute_dtype
     if (precision == "bf16" and dtype != "bfloat16") or dtype == "float16":
         return f"base.compute_dtype {dtype} under precision {precision}"
     if shape.experts and (shape.hidden % GROUPED_MULTIPLE or shape.expert_inner % GROUPED_MULTIPLE):
         features, multiple = f"{shape.hidden} and {shape.expert_inner} features", GROUPED_MULTIPLE
         return f"experts of {features} (grouped products take multiples of {multiple})"
     if on_gpu:
-        if shape.experts and not has_grouped_products():
+        if shape.experts and not (has_grouped_products() if grouped_products is None else grouped_products):
             return "experts on a GPU of compute capability other than 9.x and 10.x"
         if precision != "bf16":
             return f"precision {precision} on a GPU"

@@ -46,9 +46,25 @@ class EngineSpec:
     """Whether each slot has an engine of its own, which steps by itself."""
 
     @classmethod
-    def of(cls, base: Any, configs: Sequence[TrialConfig], num_slots: int, separate: bool = False) -> "EngineSpec":
-        """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides."""
-        training = configs[0].training
+    def of(
+        cls,
+        base: Any,
+        configs: Sequence[TrialConfig],
+        num_slots: int,
+        separate: bool = False,
+        on_gpu: bool | None = None,
+    ) -> "EngineSpec":
+        """Describe the engine for these trials. Where they differ in what must be the same, the first trial decides.
+
+        Args:
+            base: the base without adapters; its weights are not read.
+            configs: the trials.
+            num_slots: trials at a time.
+            separate: whether each slot has an engine of its own.
+            on_gpu: whether the engine is to run on a GPU; None asks this machine.
+        """
+        training, has_bf16 = configs[0].training, on_gpu
+        on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         names = [adapted_names(base, config.lora) for config in configs]
         rank = max(largest_rank(config.lora, each) for config, each in zip(configs, names, strict=True))
         expert_ranks = [
@@ -56,16 +72,16 @@ class EngineSpec:
         ]
         return cls(
             num_slots,
-            padded_rank(rank) if torch.cuda.is_available() else rank,
+            padded_rank(rank) if on_gpu else rank,
             max((grouped_rank(each) for each in expert_ranks), default=0),
             frozenset().union(*names),
-            resolve_precision(training),
+            resolve_precision(training, has_bf16),
             training.adapter_dtype,
             "8bit" in training.optimizer,
             None if training.dequantize == "auto" else training.dequantize == "once",
             None if training.recompute == "auto" else training.recompute,
             max(config.training.batch_size * config.training.accumulation for config in configs),
-            training.reproducible and torch.cuda.is_available(),
+            training.reproducible and on_gpu,
             max(config.evaluation.answer_tokens for config in configs),
             separate,
         )

@@ -1,6 +1,6 @@
-"""Chooses how trials are held in the memory of this process, and how many train together."""
+"""Chooses how trials are held in the memory of this process, or of a GPU, and how many train together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,6 +53,23 @@ class MemoryPlan:
         return record
 
 
+@dataclass(frozen=True)
+class Target:
+    """The base and the device for which engines are planned: those of this process, or foreseen ones."""
+
+    shape: BaseShape
+    base_bytes: int
+    """The base as loaded. It counts layers that are left out of quantization, and towers that text skips."""
+    budget: int | None
+    """Bytes of GPU memory that trials may use; None on a CPU."""
+
+    @classmethod
+    def here(cls, base: Any) -> "Target":
+        """Describe a loaded base and the device of this process."""
+        budget = memory_budget() if torch.cuda.is_available() else None
+        return cls(BaseShape.of(text_config(base.config)), BaseSize.of(base).num_bytes, budget)
+
+
 def feasible_plans(
     base: Any,
     spec: EngineSpec,
@@ -71,8 +88,49 @@ def feasible_plans(
         held_out: rows to evaluate on.
         too_large: an option that ran out of memory although its probe had succeeded. All plans need less.
     """
-    longest, on_gpu = max(train.longest, held_out.longest), torch.cuda.is_available()
-    shape = BaseShape.of(text_config(base.config))
+    return plans_on(Target.here(base), spec, config, train, held_out, too_large)
+
+
+def plans_on(
+    target: Target,
+    spec: EngineSpec,
+    config: TrialConfig,
+    train: TokenizedRows,
+    held_out: TokenizedRows,
+    too_large: MemoryOption | None = None,
+) -> list[MemoryPlan]:
+    """List the ways to hold an engine that should fit into a device's memory, the fastest first.
+
+    Args:
+        target: the base and the device.
+        spec, config, train, held_out, too_large: as in `feasible_plans`.
+    """
+    options, predicted = _options(target, spec, config, train, held_out)
+    if too_large is not None:
+        limit = predicted(too_large).total
+        options = [option for option in options if predicted(option).total < limit]
+    if target.budget is None:
+        return [MemoryPlan(option) for option in options]
+    return [MemoryPlan(option, memory) for option in options if (memory := predicted(option)).total <= target.budget]
+
+
+def smallest_plan(
+    target: Target, spec: EngineSpec, config: TrialConfig, train: TokenizedRows, held_out: TokenizedRows
+) -> MemoryPlan:
+    """Return the way to hold an engine that takes the least GPU memory, whether it fits or not.
+
+    The arguments are those of `plans_on`.
+    """
+    options, predicted = _options(target, spec, config, train, held_out)
+    plans = [MemoryPlan(option, predicted(option)) for option in options]
+    return min(plans, key=lambda plan: 0 if plan.predicted is None else plan.predicted.total)
+
+
+def _options(
+    target: Target, spec: EngineSpec, config: TrialConfig, train: TokenizedRows, held_out: TokenizedRows
+) -> tuple[list[MemoryOption], Callable[[MemoryOption], MemoryPrediction]]:
+    """Return the ways to hold an engine, the fastest first, and a function that predicts the memory of one."""
+    longest, on_gpu, shape = max(train.longest, held_out.longest), target.budget is not None, target.shape
     options = memory_options(
         shape,
         longest,
@@ -85,21 +143,12 @@ def feasible_plans(
         whole = max(option.max_tokens for option in options)
         options = [option for option in options if option.max_tokens == whole]
 
-    # The base is loaded: its own bytes count layers that are left out of quantization, and towers that text skips.
-    base_bytes = BaseSize.of(base).num_bytes
-
     def predicted(option: MemoryOption) -> MemoryPrediction:
         tokens = pass_tokens(spec, train, option)
         prediction = _predicted(shape, spec, config, option, tokens, evaluation_tokens(spec, held_out))
-        return replace(prediction, base=base_bytes)
+        return replace(prediction, base=target.base_bytes)
 
-    if too_large is not None:
-        limit = predicted(too_large).total
-        options = [option for option in options if predicted(option).total < limit]
-    if not on_gpu:
-        return [MemoryPlan(option) for option in options]
-    budget = memory_budget()
-    return [MemoryPlan(option, memory) for option in options if (memory := predicted(option)).total <= budget]
+    return options, predicted
 
 
 def too_large_error(spec: EngineSpec, longest: int) -> TooLargeError:
@@ -135,18 +184,39 @@ def plan_slots(
     Returns:
         The number, and the reason for it.
     """
-    separate = steps_separately(configs[0])
-    specs = [EngineSpec.of(base, configs, count, separate) for count in range(1, wanted + 1)]
-    if not torch.cuda.is_available():
+    return slots_on(Target.here(base), base, configs, train, held_out, wanted)
+
+
+def slots_on(
+    target: Target,
+    base: Any,
+    configs: Sequence[TrialConfig],
+    train: TokenizedRows,
+    held_out: TokenizedRows,
+    wanted: int,
+) -> tuple[int, str]:
+    """Choose how many trials train together on a device, and say why.
+
+    Args:
+        target: the base and the device.
+        base: the base without adapters; its weights are not read.
+        configs, train, held_out, wanted: as in `plan_slots`.
+
+    Returns:
+        The number, and the reason for it.
+    """
+    on_gpu = target.budget is not None
+    separate = configs[0].training.reproducible or not on_gpu
+    specs = [EngineSpec.of(base, configs, count, separate, on_gpu) for count in range(1, wanted + 1)]
+    if target.budget is None:
         one = pass_tokens(specs[0], train)
         count = min(wanted, -(-CPU_FULL // one))
         return count, f"a batch has up to {one} tokens, and {CPU_FULL} tokens keep a core busy"
     times: dict[int, float] = {}
-    shape = BaseShape.of(text_config(base.config))
     for spec in specs:
-        if plans := feasible_plans(base, spec, configs[0], train, held_out):
-            times[spec.num_slots] = plans[0].option.relative_time(shape)
-    gib = memory_budget() / GIB
+        if plans := plans_on(target, spec, configs[0], train, held_out):
+            times[spec.num_slots] = plans[0].option.relative_time(target.shape)
+    gib = target.budget / GIB
     if not times:
         return 1, f"not even one fits into {gib:.0f} GiB of GPU memory"
     count = max(times, key=lambda slots: (-round(times[slots], 3), slots))
