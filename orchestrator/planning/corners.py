@@ -13,6 +13,7 @@ from orchestrator.planning.makespan import PackTimes, TrialSize
 from orchestrator.planning.models import CornerPlan
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
+from orchestrator.training.engines.check_targets import EmptyBases
 from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
@@ -28,7 +29,6 @@ from orchestrator.training.fast.plan.memory_plan import (
     too_large_error,
 )
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
-from orchestrator.training.model.check_targets import EmptyBases
 from orchestrator.training.worker.compatibility import not_packed_reason
 
 _CONTEXT = int(0.6 * GIB)

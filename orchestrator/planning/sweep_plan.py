@@ -23,9 +23,9 @@ from orchestrator.planning.models import CornerPlan, Duration, RowsPlan, SweepPl
 from orchestrator.planning.saved_tokens import shares_of, trained_shares
 from orchestrator.planning.trials import drawn_trials, rungs_of
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.training.engines.check_targets import EmptyBases, check_targets
 from orchestrator.training.fast.plan.memory_plan import CPU_FULL
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
-from orchestrator.training.model.check_targets import EmptyBases, check_targets
 from orchestrator.training.worker.spread import max_concurrent_trials, spread
 from orchestrator.words import counted
 

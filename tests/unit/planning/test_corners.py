@@ -9,7 +9,7 @@ from orchestrator.errors import RequestError
 from orchestrator.planning.corners import Outlook, empty_outlook, plan_corners
 from orchestrator.planning.gpus import GPUS, find_gpu, gpu_here
 from orchestrator.spec import SweepSpec
-from orchestrator.training.model.check_targets import EmptyBases
+from orchestrator.training.engines.check_targets import EmptyBases
 from tests.unit.planning.conftest import MakeSpec
 
 MakeRows = Callable[..., Any]

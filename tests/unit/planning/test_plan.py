@@ -19,7 +19,7 @@ from orchestrator.planning.probe import STEPS, retimed, short_trial
 from orchestrator.planning.sweep_plan import extreme_corners, plan_sweep
 from orchestrator.report.plan import say_plan, say_seconds
 from orchestrator.spec import load_spec
-from orchestrator.training.model.check_targets import EmptyBases
+from orchestrator.training.engines.check_targets import EmptyBases
 from orchestrator.training.model.targets import expected_modules
 from tests.unit.planning.conftest import MakeSpec
 
