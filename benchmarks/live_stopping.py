@@ -1,7 +1,8 @@
 """The same sweep under several stopping rules, trained for real: the winner's loss, tokens and GPU time of each.
 
     python -m benchmarks.live_stopping build/smollm2-135m-instruct --rows train.jsonl
-    python -m benchmarks.live_stopping build/smollm2-135m-instruct --rows train.jsonl --rules none forecast --trials 16
+    python -m benchmarks.live_stopping build/smollm2-135m-instruct --rows train.jsonl --rules forecast \\
+        --earlier benchmarks/out/live_stopping.json
 
 The base is the one that `scripts/smollm2_base.py` makes, the rows are GSM8K's in its chat form. Random search with one
 seed draws the same points for each rule: rank, learning rate, dropout, batch size and schedule. The regret of a rule
@@ -89,10 +90,11 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--earlier", type=Path, help="JSON of an earlier run on the same GPU, whose rules are reused")
     parser.add_argument("--held-out", type=int, default=200, help="rows of an evaluation")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the JSON output")
     asked = parser.parse_args()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(asked.earlier.read_text()) if asked.earlier else {}
     with tempfile.TemporaryDirectory() as folder:
         for rule in asked.rules:
             document = document_of(rule, asked)
