@@ -57,14 +57,16 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
 
 
 def save_extension(record: SweepRecord) -> None:
-    """Write the changes of `extend_sweep`, if there are any. The caller must be the only driver of the sweep."""
+    """Write the changes of `extend_sweep`, and remove records that no longer hold.
+
+    The caller must be the only driver of the sweep.
+    """
     known = read_sweep(record.paths.root).info.changes
-    if record.info.changes == known:
-        return
-    write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
-    if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
-        record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
-    if any(change.field.startswith(_STOP) for change in record.info.changes[len(known) :]):
+    if record.info.changes != known:
+        write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
+        if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
+            record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
+    if not record.info.spec.search.stop.is_set:  # lifted now, or by a driver that was killed before the next line
         record.paths.search_ended.unlink(missing_ok=True)
 
 

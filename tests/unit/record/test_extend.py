@@ -72,6 +72,11 @@ def test_more_trials_lift_the_rule_that_has_ended_a_sweep(make: Make) -> None:
         ("search.stop.gain", 0.003, None),
     ]
     assert record.why_over() is None
+    write_record(record.paths.search_ended, ended)
+    for num_trials in (None, 30):
+        save_extension(extend_sweep(read_sweep(record.paths.root), num_trials, []))
+        assert record.why_over() is None, "the driver that lifted the rule may have been killed before it removed this"
+        write_record(record.paths.search_ended, ended)
 
 
 def test_a_rule_that_has_not_ended_the_sweep_stays_in_force(make: Make) -> None:
