@@ -94,6 +94,18 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
     assert record.paths.sweep.stat().st_mtime_ns == written
 
 
+def test_a_grid_that_has_ended_itself_can_try_the_rest_of_its_points(make: Make) -> None:
+    record = make(algorithm="grid", num_trials=None, space=RANKS, stop={"unmoved": 1, "min_trials": 2})
+    ended = SearchEnded(rule="unmoved", num_ended=2, leader="a", metric="eval/loss", best=1.0, unmoved=1)
+    write_record(record.paths.search_ended, ended)
+    with pytest.raises(RequestError, match="--trials 6: the grid has 4 points; give that number"):
+        extend_sweep(record, 6, [])
+    save_extension(extend_sweep(record, 4, []))
+    info = read_sweep(record.paths.root).info
+    assert (info.num_trials, [change.field for change in info.changes]) == (4, ["search.stop.unmoved"])
+    assert record.why_over() is None
+
+
 @pytest.mark.parametrize(
     ("search", "num_trials", "budget", "message"),
     [

@@ -23,6 +23,7 @@ from orchestrator.record import (
     read_trial,
     write_record,
 )
+from orchestrator.record.extend import extend_sweep, save_extension
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import RATE
 from orchestrator.sweep.search import ending
@@ -272,6 +273,23 @@ def test_a_resumed_sweep_ends_where_it_would_have_ended(
     sweep.search = sweep.driver()
     sweep.search.restore_from_dir(str(tmp_path))
     assert sweep.run(loss) == 8, "a sweep that has ended itself draws nothing when it is resumed"
+
+
+@pytest.mark.parametrize("algorithm", ["grid", "random", "optuna"])
+def test_more_trials_continue_a_sweep_that_has_ended_itself(
+    algorithm: str, simulate: Callable[..., Simulated], tmp_path: Path
+) -> None:
+    number = {"space": {RATE: {"grid": [i * 1e-3 for i in range(1, 9)]}}, "num_trials": None}
+    sweep = simulate(
+        algorithm=algorithm, stop={"unmoved": 4, "min_trials": 3}, **(number if algorithm == "grid" else {})
+    )
+    assert sweep.run(lambda _: 2.0) == 5
+    sweep.search.save_to_dir(str(tmp_path), "one")
+    save_extension(extend_sweep(sweep.record, 8, []))
+    sweep.search = sweep.driver()
+    sweep.search.restore_from_dir(str(tmp_path))
+    assert sweep.run(lambda _: 2.0) == 8
+    assert len({trial.config.training.learning_rate for trial in sweep.record.trials()}) == 8
 
 
 def test_the_record_of_an_earlier_driver_holds_even_if_tune_lost_the_last_end(
