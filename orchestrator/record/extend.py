@@ -64,9 +64,10 @@ def save_extension(record: SweepRecord) -> None:
     """
     known = read_sweep(record.paths.root).info.changes
     if record.info.changes != known:
-        write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
         if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
-            record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
+            # First, because a killed driver leaves no other sign of it. It is written again when the budget is spent.
+            record.paths.budget.unlink(missing_ok=True)
+        write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
     if not record.info.spec.search.stop.is_set:  # lifted now, or by a driver that was killed before the next line
         record.paths.search_ended.unlink(missing_ok=True)
 

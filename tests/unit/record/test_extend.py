@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, read_sweep, write_record
+from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, extend, read_sweep, write_record
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
+from orchestrator.record.files import write_atomic
 from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
@@ -53,6 +54,25 @@ def test_more_trials_and_a_larger_budget_are_recorded(make: Make) -> None:
     assert record.budget_spent() is None, "whether the new budget is spent is found out when the sweep continues"
     again = extend_sweep(read_sweep(record.paths.root), 8, [])
     assert [change.after for change in again.info.changes] == [6, 500, 2.0, 8]
+
+
+def test_a_larger_budget_holds_if_the_driver_is_killed_once_it_is_recorded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make(budget={"tokens": 100})
+    write_record(record.paths.budget, BudgetSpent(limit="tokens", allowed=100, spent=120))
+
+    def write_and_die(path: Path, text: str) -> None:
+        write_atomic(path, text)
+        raise KeyboardInterrupt
+
+    extended = extend_sweep(record, None, ["tokens=500"])
+    with monkeypatch.context() as patched:
+        patched.setattr(extend, "write_atomic", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            save_extension(extended)
+    save_extension(extend_sweep(read_sweep(record.paths.root), None, ["tokens=500"]))
+    assert record.budget_spent() is None
 
 
 def test_more_trials_lift_the_rule_that_has_ended_a_sweep(make: Make) -> None:
