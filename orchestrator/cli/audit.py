@@ -6,7 +6,7 @@ import typer
 
 from orchestrator.cli.frame import Address, Json, Sweep, Where, app, print_json
 from orchestrator.cli.train import resumable, screen
-from orchestrator.errors import Interrupted
+from orchestrator.errors import OrchestratorError
 from orchestrator.words import counted
 
 
@@ -49,8 +49,10 @@ def audit(
         with SweepView(console, begun.info.spec, begun.info.num_trials, title) as view:
             try:
                 finish_audit(record, begun, view.update, address, view.say)
-            except Interrupted as error:
-                raise Interrupted(error.message, f"Continue with: {command}", error.exit_code) from error
+            except OrchestratorError as error:
+                # `resume` would run the same trials, but neither hold the sweep nor say what the audit has found.
+                error.remedy = error.remedy.replace(f"orchestrator resume {begun.paths.root}", command)
+                raise
         found = find(record, begun, seed)
         if not as_json:
             say_audit(console, found)

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.record.files import write_atomic
-from orchestrator.record.models import SpecChange, SweepInfo
+from orchestrator.record.models import SpecChange, SweepInfo, TrialState
 from orchestrator.record.sweep_record import SweepRecord, read_sweep
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.dotted import read_path
@@ -36,7 +36,8 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
     overrides = []
     if num_trials is not None:
         _require_extensible(record, num_trials)
-        overrides.append(f"search.num_trials={num_trials}")
+        if record.info.spec.search.algorithm != "grid":  # which always has as many as points
+            overrides.append(f"search.num_trials={num_trials}")
         if record.search_ended() is not None:
             overrides += [f"{_STOP}{rule}=null" for rule, value in _rules(record.info) if value is not None]
     for limit in budget:
@@ -57,14 +58,17 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
 
 
 def save_extension(record: SweepRecord) -> None:
-    """Write the changes of `extend_sweep`, if there are any. The caller must be the only driver of the sweep."""
+    """Write the changes of `extend_sweep`, and remove records that no longer hold.
+
+    The caller must be the only driver of the sweep.
+    """
     known = read_sweep(record.paths.root).info.changes
-    if record.info.changes == known:
-        return
-    write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
-    if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
-        record.paths.budget.unlink(missing_ok=True)  # it is written again when the new budget is spent
-    if any(change.field.startswith(_STOP) for change in record.info.changes[len(known) :]):
+    if record.info.changes != known:
+        if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
+            # First, because a killed driver leaves no other sign of it. It is written again when the budget is spent.
+            record.paths.budget.unlink(missing_ok=True)
+        write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
+    if not record.info.spec.search.stop.is_set:  # lifted now, or by a driver that was killed before the next line
         record.paths.search_ended.unlink(missing_ok=True)
 
 
@@ -101,14 +105,19 @@ def _require_extensible(record: SweepRecord, num_trials: int) -> None:
     search, scheduler = info.spec.search, info.spec.scheduler
     if info.is_single_trial or not search.space:
         raise RequestError("--trials: nothing is searched here, there is one trial; start a sweep over a search.space")
-    if search.algorithm == "grid":
+    if search.algorithm == "grid" and record.search_ended() is not None:
+        if num_trials != info.num_trials:
+            raise RequestError(f"--trials {num_trials}: the grid has {info.num_trials} points; give that number")
+    elif search.algorithm == "grid":
         raise RequestError("--trials: a grid tries each of its points once; start a new sweep over another space")
     if isinstance(scheduler, Brackets | Population):
         raise RequestError(
             f"--trials: scheduler {scheduler.kind} compares trials that begin together, and later ones would have "
             "none to compare with; start a new sweep"
         )
-    present = info.num_trials if record.search_ended() is None else len(record.paths.trial_ids())
+    present = info.num_trials
+    if record.search_ended() is not None:
+        present = sum(trial.state != TrialState.CANCELLED for trial in record.trials())
     if num_trials <= present:
         raise RequestError(
             f"--trials {num_trials}: the sweep already has {present}; give the total number, not the difference"

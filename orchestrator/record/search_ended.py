@@ -11,7 +11,7 @@ class SearchEnded(Record):
     rule: Literal["gain", "unmoved"]
     """Name of the rule."""
     num_ended: int
-    """Trials that had ended by then."""
+    """Trials that had ended by then, without those that machines have lost."""
     leader: str
     """Trial with the best value by then."""
     metric: str

@@ -127,8 +127,9 @@ def begin_audit(record: SweepRecord, number: int | None, seed: int) -> SweepReco
         RequestError: the sweep has not ended, or there are not as many stopped trials.
     """
     root, trials = record.paths.root, record.trials()
-    num_ended = sum(trial.state not in OPEN for trial in trials)
-    if num_ended < len(trials) or (num_ended < record.info.num_trials and record.why_over() is None):
+    num_ended = sum(trial.state not in (*OPEN, TrialState.CANCELLED) for trial in trials)
+    are_open = any(trial.state in OPEN for trial in trials)
+    if are_open or (num_ended < record.info.num_trials and record.why_over() is None):
         raise RequestError(
             f"{root}: the sweep has not ended, and its best trial may change",
             f"Continue it with: orchestrator resume {root}",

@@ -171,6 +171,7 @@ def finish_audit(
     with only_driver(record.paths):
         if len(_ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
+            _conclude(audit, audit.paths, failures_count=True)
             return
         spec = audit.info.spec
         with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
@@ -179,11 +180,17 @@ def finish_audit(
             workers, num_slots, choice = fleet.open(rows, audit.paths, say)
             say(choice)
             max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
-            _run_trials(audit, workers, max_concurrent, watch, say, home=audit.paths)
+            _run_trials(audit, workers, max_concurrent, watch, say, home=audit.paths, failures_count=True)
 
 
 def _run_trials(
-    record: SweepRecord, workers: Workers, max_concurrent: int, watch: Watch, say: Say, home: SweepPaths
+    record: SweepRecord,
+    workers: Workers,
+    max_concurrent: int,
+    watch: Watch,
+    say: Say,
+    home: SweepPaths,
+    failures_count: bool = False,
 ) -> None:
     """Run all trials of a record to their end.
 
@@ -194,6 +201,7 @@ def _run_trials(
         watch: called with the trials whenever something changes.
         say: called with messages.
         home: the sweep's own paths, which a resume is given.
+        failures_count: see `_conclude`.
     """
     from ray.tune.error import TuneError
 
@@ -227,7 +235,7 @@ def _run_trials(
     if over := record.why_over():
         begun = len(record.paths.trial_ids())
         say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
-    _conclude(record, home)
+    _conclude(record, home, failures_count)
     if isinstance(spec.scheduler, ForecastScheduler) and (coverage := coverage_of(record)) is not None:
         say(coverage)
     for trial_id in record.paths.trial_ids():
@@ -314,8 +322,13 @@ def _quiet_tune() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _conclude(record: SweepRecord, home: SweepPaths) -> None:
+def _conclude(record: SweepRecord, home: SweepPaths, failures_count: bool = False) -> None:
     """Raise if the sweep has not come to its end, or if no trial has finished.
+
+    Args:
+        record: the sweep's record, or that of its repeats or of an audit.
+        home: the sweep's own paths, which a resume is given.
+        failures_count: whether a trial that has failed by its own values is a result too, as in an audit.
 
     Raises:
         Interrupted: trials are left to run.
@@ -325,7 +338,11 @@ def _conclude(record: SweepRecord, home: SweepPaths) -> None:
     is_over = record.why_over() and all(trial.state not in OPEN for trial in trials)
     if len(_ended(trials)) < record.info.num_trials and not is_over:
         _raise_interrupted(record, home, "before its end")
-    if not any(trial.state in (TrialState.COMPLETE, TrialState.STOPPED) for trial in trials):
+    if not any(
+        trial.state in (TrialState.COMPLETE, TrialState.STOPPED)
+        or (failures_count and trial.failure not in (None, "infrastructure"))
+        for trial in trials
+    ):
         first = next((trial for trial in trials if trial.error), None)
         if first is None:
             remedy = f"Raise it with: orchestrator resume {home.root} --budget LIMIT=V"

@@ -2,25 +2,39 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from orchestrator.adapters.bundle import read_scores
 from orchestrator.deploy.recommend import Candidate, recommend
-from orchestrator.record import OPEN, SearchEnded, SweepRecord, TrialResult, read_trial, write_record
+from orchestrator.errors import RecordError
+from orchestrator.record import SearchEnded, SweepRecord, TrialResult, read_trial, write_record
 from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.coordinates import Coordinate
 from orchestrator.sweep.search.models import Forecast, propose
 from orchestrator.sweep.search.space import Point
 
-Ends = Callable[[Sequence[str]], bool]
-"""Takes the trials that have ended, in the order of their ends; returns whether no further trial is drawn."""
+
+class Ends(Protocol):
+    """Says whether a search draws no further trial, whenever a trial has ended."""
+
+    def __call__(self, ended: Sequence[str], running: Collection[Point], has_failed: bool) -> bool:
+        """Return whether no further trial is drawn.
+
+        Args:
+            ended: trials that have ended, in that order.
+            running: points of the trials that were drawn and have not ended.
+            has_failed: whether the last one has failed.
+        """
+        ...
 
 
 class EndRule:
     """Decides by the records whether a sweep draws no further trial, and records why.
 
-    A decision depends only on the trials that have ended, in this order, and on the values of those that run.
+    A decision depends only on the arguments of `ends` and on the records of the trials that have ended. Which trials
+    run is the search's own knowledge: the record of a trial may not be written yet, or may say that it has ended
+    before the search hears of that, and a trial that was lost with an earlier driver has one too.
     """
 
     def __init__(self, record: SweepRecord) -> None:
@@ -28,53 +42,53 @@ class EndRule:
         self._record = record
         self._search = record.info.spec.search
 
-    def ends(self, ended: Sequence[str]) -> bool:
-        """Return whether no further trial is drawn, and record the reason when that is found out.
-
-        Args:
-            ended: trials that have ended, in that order.
-        """
+    def ends(self, ended: Sequence[str], running: Collection[Point], has_failed: bool) -> bool:
+        """Return whether no further trial is drawn, and record the reason when that is found out. See `Ends`."""
         if self._record.search_ended() is not None:
             return True
         stop = self._search.stop
         if not stop.is_set or len(ended) < stop.min_trials:
             return False
-        found = self._unmoved(ended) or self._small_gain(ended)
+        if has_failed and not self._record.paths.trial(ended[-1]).result.is_file():
+            ended = ended[:-1]  # the machines have lost it; the driver writes its result after this
+        trials = self._judged(ended)
+        if len(trials) < stop.min_trials:
+            return False
+        found = self._unmoved(trials) or self._small_gain(trials, running)
         if found is not None:
             write_record(self._record.paths.search_ended, found)
         return found is not None
 
-    def _small_gain(self, ended: Sequence[str]) -> SearchEnded | None:
+    def _small_gain(self, trials: Sequence[TrialResult], running: Collection[Point]) -> SearchEnded | None:
         """Return the end of the sweep, if another trial is expected to gain less than `search.stop.gain`."""
-        share, trials = self._search.stop.gain, self._judged(ended)
-        measured = self._measured(trials)
+        share, measured = self._search.stop.gain, self._measured(trials)
         if share is None or len(measured) < 2:
             return None
-        others = [self._read(name) for name in self._record.paths.trial_ids() if name not in ended]
-        running = [self._point(trial) for trial in others if trial.state in OPEN]
-        results = [(self._point(trial), self._value(trial)) for trial in trials]
-        leader = min(measured, key=self._value)
-        gain = small_gain(self._search, results, running)
+        results = [(self._searched(trial.config.varied), self._value(trial)) for trial in trials]
+        gain = small_gain(self._search, results, [self._searched(point) for point in running])
         if gain is None:
             return None
         tokens = sum(trial.tokens for trial in measured) // len(measured)
-        return self._ended(leader, len(ended), rule="gain", share=share, expected_gain=gain, tokens=tokens)
+        leader = min(measured, key=self._value)
+        return self._ended(leader, len(trials), rule="gain", share=share, expected_gain=gain, tokens=tokens)
 
-    def _unmoved(self, ended: Sequence[str]) -> SearchEnded | None:
+    def _unmoved(self, trials: Sequence[TrialResult]) -> SearchEnded | None:
         """Return the end of the sweep, if the last `search.stop.unmoved` trials have not moved the leader."""
         number = self._search.stop.unmoved
-        trials = self._judged(ended)
         before = [] if number is None else self._measured(trials[:-number])
         if not before:
             return None
         earlier, leader = min(before, key=self._value), min(self._measured(trials), key=self._value)
         if leader is not earlier and not self._are_tied(leader, earlier):
             return None
-        return self._ended(leader, len(ended), rule="unmoved", unmoved=number)
+        return self._ended(leader, len(trials), rule="unmoved", unmoved=number)
 
     def _are_tied(self, leader: TrialResult, earlier: TrialResult) -> bool:
         """Return whether the held-out rows cannot tell two trials apart (paired bootstrap)."""
-        pair = [Candidate(trial, read_scores(self._record.adapter_path(trial))) for trial in (leader, earlier)]
+        try:
+            pair = [Candidate(trial, read_scores(self._record.adapter_path(trial))) for trial in (leader, earlier)]
+        except RecordError:  # damaged scores, which `best` reports; raised here, Tune would take them for a lost trial
+            return False
         choice = recommend(pair, self._search.metric, self._search.resolved_mode)
         return any(rival.is_tied for rival in choice.rivals)
 
@@ -84,18 +98,16 @@ class EndRule:
 
     def _judged(self, ended: Sequence[str]) -> list[TrialResult]:
         """Return the ended trials that say something about their values, in the order of their ends."""
-        trials = [self._read(name) for name in ended if self._record.paths.trial(name).config.is_file()]
+        folders = [self._record.paths.trial(name) for name in ended]
+        trials = [read_trial(folder, self._record.info) for folder in folders if folder.config.is_file()]
         return [
             trial
             for trial in trials
             if trial.failure != "infrastructure" and (trial.best is not None or trial.failure is not None)
         ]
 
-    def _read(self, trial_id: str) -> TrialResult:
-        return read_trial(self._record.paths.trial(trial_id), self._record.info)
-
-    def _point(self, trial: TrialResult) -> Point:
-        return {path: value for path, value in trial.config.varied.items() if path in self._search.space}
+    def _searched(self, values: Mapping[str, Any]) -> Point:
+        return {path: value for path, value in values.items() if path in self._search.space}
 
     def _value(self, trial: TrialResult) -> float:
         """Return a trial's best value, where lower is better; infinity if it failed by its values."""

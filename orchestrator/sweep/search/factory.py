@@ -11,7 +11,8 @@ from orchestrator.record.models import PriorSweep
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.search.ending import EndRule, Ends
 from orchestrator.sweep.search.grid_random import GridRandom
-from orchestrator.sweep.search.space import worst_value
+from orchestrator.sweep.search.space import Point, worst_value
+from orchestrator.sweep.tune_trial import plain_values
 from orchestrator.sweep.turns import trials_take_turns
 
 
@@ -75,8 +76,17 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
         self._num_trials = num_trials
         self._is_over = is_over
         self._ends = ends
+        self._running: dict[str, Point] = {}
+        """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
         """Trials that have ended, in that order."""
+
+    def next_trial(self) -> Any:
+        """Return the next trial; None where there is none at the moment."""
+        trial = super().next_trial()
+        if trial is not None:
+            self._running[trial.trial_id] = plain_values(trial.config)
+        return trial
 
     def why_chosen(self, trial_id: str) -> str | None:
         """Return the searcher's reason for a trial's values; None from a searcher that gives none."""
@@ -86,17 +96,18 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take over the end of a trial; it may be that of the search."""
         super().on_trial_complete(trial_id, result, error)
+        self._running.pop(trial_id, None)
         self._ended.append(trial_id)
-        if not self.is_finished() and self._ends(self._ended):
+        if not self.is_finished() and self._ends(self._ended, self._running.values(), error):
             self.set_finished()
 
     def get_state(self) -> dict[str, Any]:
         """Return the state that a resume needs, without that of the searcher."""
-        return {**super().get_state(), "ended": self._ended}
+        return {**super().get_state(), "running": self._running, "ended": self._ended}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current number of trials."""
-        self._ended = state.get("ended", [])
+        self._running, self._ended = state.get("running", {}), state.get("ended", [])
         super().set_state(state | {"total_samples": self._num_trials, "finished": self._is_over})
 
 

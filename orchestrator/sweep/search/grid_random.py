@@ -37,8 +37,10 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         super().__init__(random_state=search.seed, max_concurrent=max_concurrent)
         self.is_over = False
         """Whether a restored search draws no further trial."""
-        self.ends: Ends = lambda _: False
-        """Says whether the search is over, whenever a trial has ended."""
+        self.ends: Ends | None = None
+        """Says whether the search is over, whenever a trial has ended; None if it never ends before its last trial."""
+        self._running: dict[str, Point] = {}
+        """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
         """Trials that have ended, in that order."""
         self._search = search
@@ -55,8 +57,10 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take over the end of a trial; it may be that of the search."""
         super().on_trial_complete(trial_id, result, error)
+        self._running.pop(trial_id, None)
         self._ended.append(trial_id)
-        if not self._finished and self.ends(self._ended):
+        are_left = not self._finished and len(self._ended) + len(self._running) < self._search.total_trials
+        if are_left and self.ends is not None and self.ends(self._ended, self._running.values(), error):
             self.set_finished()
 
     def next_trial(self) -> Any:
@@ -71,6 +75,7 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
             )
             trial.set_config(point)
             trial.evaluated_params = dict(trial.config)
+            self._running[trial.trial_id] = plain_values(trial.config)
         return trial
 
     def _draw(self) -> Point:
@@ -88,7 +93,7 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
             "_finished": self.is_over,
             "_total_samples": self._search.total_trials,
         }
-        super().set_state({"_ended": []} | state | current)
+        super().set_state({"_running": {}, "_ended": []} | state | current)
         for iterator in self._iterators:
             iterator.num_samples_left += self._search.total_trials - state["_total_samples"]
 

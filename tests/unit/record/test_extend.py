@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, read_sweep, write_record
+from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, extend, read_sweep, write_record
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
+from orchestrator.record.files import write_atomic
 from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
@@ -55,6 +56,25 @@ def test_more_trials_and_a_larger_budget_are_recorded(make: Make) -> None:
     assert [change.after for change in again.info.changes] == [6, 500, 2.0, 8]
 
 
+def test_a_larger_budget_holds_if_the_driver_is_killed_once_it_is_recorded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make(budget={"tokens": 100})
+    write_record(record.paths.budget, BudgetSpent(limit="tokens", allowed=100, spent=120))
+
+    def write_and_die(path: Path, text: str) -> None:
+        write_atomic(path, text)
+        raise KeyboardInterrupt
+
+    extended = extend_sweep(record, None, ["tokens=500"])
+    with monkeypatch.context() as patched:
+        patched.setattr(extend, "write_atomic", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            save_extension(extended)
+    save_extension(extend_sweep(read_sweep(record.paths.root), None, ["tokens=500"]))
+    assert record.budget_spent() is None
+
+
 def test_more_trials_lift_the_rule_that_has_ended_a_sweep(make: Make) -> None:
     record = make(num_trials=40, stop={"gain": "0.3%", "min_trials": 20})
     ended = SearchEnded(
@@ -72,6 +92,11 @@ def test_more_trials_lift_the_rule_that_has_ended_a_sweep(make: Make) -> None:
         ("search.stop.gain", 0.003, None),
     ]
     assert record.why_over() is None
+    write_record(record.paths.search_ended, ended)
+    for num_trials in (None, 30):
+        save_extension(extend_sweep(read_sweep(record.paths.root), num_trials, []))
+        assert record.why_over() is None, "the driver that lifted the rule may have been killed before it removed this"
+        write_record(record.paths.search_ended, ended)
 
 
 def test_a_rule_that_has_not_ended_the_sweep_stays_in_force(make: Make) -> None:
@@ -87,6 +112,18 @@ def test_a_resume_without_changes_writes_nothing(make: Make) -> None:
     assert extend_sweep(record, None, []) == record
     save_extension(record)
     assert record.paths.sweep.stat().st_mtime_ns == written
+
+
+def test_a_grid_that_has_ended_itself_can_try_the_rest_of_its_points(make: Make) -> None:
+    record = make(algorithm="grid", num_trials=None, space=RANKS, stop={"unmoved": 1, "min_trials": 2})
+    ended = SearchEnded(rule="unmoved", num_ended=2, leader="a", metric="eval/loss", best=1.0, unmoved=1)
+    write_record(record.paths.search_ended, ended)
+    with pytest.raises(RequestError, match="--trials 6: the grid has 4 points; give that number"):
+        extend_sweep(record, 6, [])
+    save_extension(extend_sweep(record, 4, []))
+    info = read_sweep(record.paths.root).info
+    assert (info.num_trials, [change.field for change in info.changes]) == (4, ["search.stop.unmoved"])
+    assert record.why_over() is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import io
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from simulated import begin_record
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.errors import RequestError
+from orchestrator.errors import RequestError, SweepError
 from orchestrator.record import (
     BestPoint,
     MetricPoint,
@@ -28,6 +30,7 @@ from orchestrator.record import (
 from orchestrator.report.audit import say_audit
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import RATE
+from orchestrator.sweep import run
 from orchestrator.sweep.audit import CONFIDENCE, audit_paths, begin_audit, find, num_bounds, stopped_trials
 
 STEPS, TOKENS = 40, 10
@@ -123,6 +126,14 @@ def test_what_cannot_be_audited_is_refused(
         begin_audit(make(**change), number, 0)
 
 
+def test_a_trial_that_was_lost_with_a_driver_is_no_end_of_the_sweep(make: Make) -> None:
+    """Of six trials five have ended, and another was replaced after a driver was killed."""
+    record = make(num_trials=6)
+    write_trial(record, "lost", 6e-3, "CANCELLED", [9.0])
+    with pytest.raises(RequestError, match="the sweep has not ended"):
+        begin_audit(record, None, 0)
+
+
 def test_a_sweep_that_ended_itself_can_be_audited(make: Make) -> None:
     record = make(num_trials=40)
     ended = SearchEnded(rule="unmoved", num_ended=5, leader="winner", metric="eval/loss", best=1.0, unmoved=4)
@@ -179,6 +190,40 @@ def test_trials_that_machines_have_lost_are_left_out(make: Make) -> None:
     assert "of all 3 trials that forecast has stopped, between 0 and 2 would have won (95%; a random" in file.getvalue()
 
 
+def test_an_audit_in_which_every_trial_fails_by_its_values_is_a_result(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped trials are often those whose learning rate is too high."""
+    record = make()
+    audit = begin_audit(record, 1, 0)
+    rate = audit.info.spec.search.first[0][RATE]
+
+    def fit() -> None:
+        write_trial(audit, "again", rate, "FAILED", [4.0], failure="diverged", error="the loss is not finite")
+        (audit.paths.tune / "again").mkdir(parents=True)
+
+    fleet = SimpleNamespace(open=lambda *_: (None, 1, ""))
+    monkeypatch.setattr(run, "compiling_early", lambda *_: nullcontext())
+    monkeypatch.setattr(run, "connection", lambda *_: nullcontext())
+    monkeypatch.setattr(run, "start_fleet", lambda *_: nullcontext(fleet))
+    monkeypatch.setattr(run, "require_shared_folder", lambda *_: None)
+    monkeypatch.setattr(run, "load", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_make_tuner", lambda *_: SimpleNamespace(fit=fit))
+    for _ in range(2):
+        run.finish_audit(record, audit, lambda _: None)
+        assert [trial.value for trial in find(record, audit, 0).trials] == [None]
+        monkeypatch.setattr(run, "_make_tuner", None)
+
+
+def test_an_audit_whose_trials_machines_have_lost_says_so(make: Make) -> None:
+    record = make()
+    audit = begin_audit(record, 1, 0)
+    rate = audit.info.spec.search.first[0][RATE]
+    write_trial(audit, "again", rate, "FAILED", [4.0], failure="infrastructure", error="its worker died")
+    with pytest.raises(SweepError, match="all of 1 trial failed; the first one: its worker died"):
+        run.finish_audit(record, audit, lambda _: None)
+
+
 @pytest.mark.parametrize(("sampled", "population"), [(4, 12), (3, 7), (8, 40)])
 def test_the_interval_holds_as_often_as_it_says(sampled: int, population: int) -> None:
     for winners in range(population + 1):
@@ -194,6 +239,18 @@ def test_the_interval_is_exact_where_all_were_tried_and_that_of_a_large_populati
     assert [num_bounds(won, 5, 5) for won in (0, 2, 5)] == [(0, 0), (2, 2), (5, 5)]
     low, high = num_bounds(2, 20, 100_000)
     assert (low / 100_000, high / 100_000) == pytest.approx((0.01235, 0.31698), abs=2e-4), "Clopper and Pearson's"
+
+
+def test_an_audit_that_ends_early_is_continued_by_its_own_command(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make().paths.root
+
+    def give_up(_: SweepRecord, audit: SweepRecord, *__: Any) -> None:
+        raise SweepError("Ray Tune gave up", f"continue with: orchestrator resume {audit.paths.root}")
+
+    monkeypatch.setattr(run, "finish_audit", give_up)
+    error = CliRunner().invoke(app, ["audit", str(root), "--trials", "2", "--seed", "3"]).exception
+    assert isinstance(error, SweepError)
+    assert error.remedy == f"continue with: orchestrator audit {root} --trials 2 --seed 3"
 
 
 def test_the_command_shows_an_audit_that_has_ended(make: Make, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,13 @@ from orchestrator.record import (
     read_trial,
     write_record,
 )
+from orchestrator.record.extend import extend_sweep, save_extension
 from orchestrator.spec import parse_spec
 from orchestrator.spec.search import RATE
 from orchestrator.sweep.search import ending
 from orchestrator.sweep.search.factory import make_search_algorithm
 from orchestrator.sweep.search.grid_random import tune_space
+from orchestrator.sweep.tune_trial import plain_values
 
 Point = dict[str, Any]
 Loss = Callable[[Point], float]
@@ -42,17 +44,20 @@ class Simulated:
         self.paths = SweepPaths(folder)
         written = {"space": SPACE, "num_trials": 40} | search
         begin_record(self.paths, with_prior(parse_spec(document | {"search": written}))[0])
-        self.search = self.driver()
-        self.search.add_configurations(
-            {"sweep": {"run": "idle", "config": tune_space(self.record.info.spec.search), "num_samples": 40}}
-        )
+        self.search = self.begin(1)
 
     @property
     def record(self) -> SweepRecord:
         return read_sweep(self.paths.root)
 
-    def driver(self) -> Any:
-        return make_search_algorithm(self.record, 1)
+    def begin(self, num_slots: int) -> Any:
+        search, section = self.driver(num_slots), self.record.info.spec.search
+        experiment = {"run": "idle", "config": tune_space(section), "num_samples": section.total_trials}
+        search.add_configurations({"sweep": experiment})
+        return search
+
+    def driver(self, num_slots: int = 1) -> Any:
+        return make_search_algorithm(self.record, num_slots)
 
     def run(self, loss: Loss, rows: Callable[[float], list[float]] | None = None, number: int = 40) -> int:
         """Run trials until no more come; return how many there were in all."""
@@ -166,24 +171,86 @@ def test_trials_that_machines_have_lost_say_nothing(simulate: Callable[..., Simu
     assert sweep.run(lambda _: 2.0) == 8, "four more after the only one that counts"
 
 
-def test_trials_that_run_count_as_such_and_lost_ones_do_not(
-    simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One further trial runs, and another was lost with an earlier driver."""
-    heard: list[list[Point]] = []
+def test_only_trials_that_say_something_count_for_the_least_number(simulate: Callable[..., Simulated]) -> None:
+    sweep = simulate(algorithm="random", stop={"unmoved": 1, "min_trials": 4})
+    sweep.run(lambda _: 2.0, number=3)
+    for name in sweep.paths.trial_ids()[:2]:
+        result = read_trial(sweep.paths.trial(name), sweep.record.info)
+        lost = result.model_copy(update={"state": TrialState.FAILED, "failure": "infrastructure"})
+        write_record(sweep.paths.trial(name).result, lost)
+    assert sweep.run(lambda _: 2.0) == 6
+    ended = sweep.record.search_ended()
+    assert ended is not None
+    assert ended.num_ended == 4
 
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_trial_that_machines_lose_says_nothing_at_its_own_end(
+    algorithm: str, simulate: Callable[..., Simulated]
+) -> None:
+    """The search hears of the loss before the driver writes the result; until then the record says RUNNING."""
+    sweep = simulate(algorithm=algorithm, stop={"unmoved": 4, "min_trials": 3})
+    assert sweep.run(lambda _: 2.0, number=4) == 4
+    trial = sweep.search.next_trial()
+    sweep.finish(trial.trial_id, dict(trial.config), 1.0, None)
+    paths = sweep.paths.trial(trial.trial_id)
+    so_far = read_trial(paths, sweep.record.info).model_copy(update={"state": TrialState.RUNNING})
+    write_record(paths.progress, so_far)
+    paths.result.unlink()
+    sweep.search.on_trial_complete(trial.trial_id, error=True)
+    assert sweep.record.search_ended() is None
+    lost = so_far.model_copy(update={"state": TrialState.FAILED, "failure": "infrastructure"})
+    write_record(paths.result, lost)
+    assert sweep.run(lambda _: 2.0) == 6
+    ended = sweep.record.search_ended()
+    assert ended is not None
+    assert (ended.best, ended.num_ended) == (2.0, 5)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_the_search_knows_which_trials_run(
+    algorithm: str, simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of four drawn trials one has no record yet, and the record of another says that it has ended.
+
+    A trial that was lost with an earlier driver has a record and does not run.
+    """
+    heard: list[list[Point]] = []
     monkeypatch.setattr(ending, "small_gain", lambda _search, _results, running: heard.append(running))
-    sweep = simulate(algorithm="random", stop={"gain": "1%", "min_trials": 2})
-    rates = {"runs": 2e-3, "lost": 3e-3}
-    for name, state in {"runs": TrialState.RUNNING, "lost": TrialState.CANCELLED}.items():
-        point = {RATE: rates[name], "lora.rank": 8}
-        sweep.finish(name, point, 2.0, None)
-        paths = sweep.paths.trial(name)
-        result = read_trial(paths, sweep.record.info).model_copy(update={"state": state})
-        paths.result.unlink()
-        write_record(paths.progress, result)
-    sweep.run(bowl, number=2)
-    assert heard == [[{RATE: 2e-3, "lora.rank": 8}]]
+    sweep = simulate(algorithm=algorithm, stop={"gain": "1%", "min_trials": 2})
+    search = sweep.begin(4)
+    drawn = [search.next_trial() for _ in range(4)]
+    sweep.finish("lost", {RATE: 3e-3, "lora.rank": 8}, 2.0, None)
+    paths = sweep.paths.trial("lost")
+    write_record(paths.progress, read_trial(paths, sweep.record.info).model_copy(update={"state": TrialState.RUNNING}))
+    paths.result.unlink()
+    for trial in drawn[:3]:
+        sweep.finish(trial.trial_id, dict(trial.config), 2.0, None)
+    search.on_trial_complete(drawn[0].trial_id, {"eval/loss": 2.0})
+    search.save_to_dir(str(tmp_path), "one")
+    search = sweep.driver(4)
+    search.restore_from_dir(str(tmp_path))
+    search.on_trial_complete(drawn[1].trial_id, {"eval/loss": 2.0})
+    assert heard == [[plain_values(trial.config) for trial in drawn[2:]]]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_search_that_has_drawn_all_of_its_trials_does_not_end_itself(
+    algorithm: str, simulate: Callable[..., Simulated]
+) -> None:
+    sweep = simulate(algorithm=algorithm, num_trials=8, stop={"unmoved": 4, "min_trials": 3})
+    losses = iter([5.0, 4.0, 3.0, 2.0, 2.5, 2.4, 2.1, 2.6])
+    assert sweep.run(lambda _: next(losses)) == 8
+    assert sweep.record.search_ended() is None
+
+
+def test_a_lead_with_damaged_scores_is_a_move(simulate: Callable[..., Simulated]) -> None:
+    """An error here would look to Tune as if the trial that ends were lost."""
+    sweep = simulate(algorithm="random", stop={"unmoved": 4, "min_trials": 3})
+    sweep.run(slightly_better(), lambda value: [value] * 40, number=4)
+    (sweep.paths.trial(sweep.paths.trial_ids()[0]).adapter(7) / SCORES).write_text("{")
+    assert sweep.run(lambda _: 1.0, lambda value: [value] * 40, number=1) == 5
+    assert sweep.record.search_ended() is None
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -206,6 +273,23 @@ def test_a_resumed_sweep_ends_where_it_would_have_ended(
     sweep.search = sweep.driver()
     sweep.search.restore_from_dir(str(tmp_path))
     assert sweep.run(loss) == 8, "a sweep that has ended itself draws nothing when it is resumed"
+
+
+@pytest.mark.parametrize("algorithm", ["grid", "random", "optuna"])
+def test_more_trials_continue_a_sweep_that_has_ended_itself(
+    algorithm: str, simulate: Callable[..., Simulated], tmp_path: Path
+) -> None:
+    number = {"space": {RATE: {"grid": [i * 1e-3 for i in range(1, 9)]}}, "num_trials": None}
+    sweep = simulate(
+        algorithm=algorithm, stop={"unmoved": 4, "min_trials": 3}, **(number if algorithm == "grid" else {})
+    )
+    assert sweep.run(lambda _: 2.0) == 5
+    sweep.search.save_to_dir(str(tmp_path), "one")
+    save_extension(extend_sweep(sweep.record, 8, []))
+    sweep.search = sweep.driver()
+    sweep.search.restore_from_dir(str(tmp_path))
+    assert sweep.run(lambda _: 2.0) == 8
+    assert len({trial.config.training.learning_rate for trial in sweep.record.trials()}) == 8
 
 
 def test_the_record_of_an_earlier_driver_holds_even_if_tune_lost_the_last_end(
