@@ -6,4 +6,5 @@
 - `slot`: drives one trial in its slot.
 - `answers`: how the adapter in a slot answers a trial's questions.
 - `slot_view`: a trial's LoRA matrices and optimizer state in its slot.
+- `slot_settings`: the settings that a slot really holds.
 """

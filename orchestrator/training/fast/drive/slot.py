@@ -24,16 +24,15 @@ from orchestrator.record.files import building_beside
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.drive.answers import Answering, ask
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
+from orchestrator.training.fast.drive.slot_settings import compared, held_settings
 from orchestrator.training.fast.drive.slot_view import SlotView
-from orchestrator.training.fast.families.base_shape import adapted_part
 from orchestrator.training.fast.step.adapters import lora_parameters
 from orchestrator.training.fast.step.engine import AHEAD, Engine, EvaluationBatch, Pending
 from orchestrator.training.fast.step.flat_batch import TokenizedRows, as_int32
 from orchestrator.training.finite import require_finite
 from orchestrator.training.model.patterns import layer_alphas, layer_ranks
 from orchestrator.training.model.peft_model import load_adapter_weights
-from orchestrator.training.model.readback import read_back, same, set_rate
-from orchestrator.training.model.targets import shared_or_by_layer
+from orchestrator.training.model.readback import read_back, set_rate
 from orchestrator.training.questions import Questions
 from orchestrator.training.write_queue import WriteQueue
 
@@ -150,32 +149,9 @@ class Slot:
 
     def read_back(self) -> dict[str, Any]:
         """Return the settings that the slot and its optimizer really hold, by the names of `readback`."""
-        adapters, lora, table = self._engine.adapters, self._config.lora, self._table(0, 1)
-        matrices = self._view.matrices(adapters.weights)
-        # A is (rank, in), of experts (experts, rank, in).
-        ranks = {n.removesuffix(".lora_A"): a.shape[-2] for n, a in matrices.items() if n.endswith(".lora_A")}
-        factors = adapters.layer_factors(self._index)
-        alphas = {name: table["scale"] * factors[name] / lora.scale(rank, 1.0) for name, rank in ranks.items()}
-        alpha = next(iter(alphas.values()))
-        in_slot = {
-            "lora.rank": shared_or_by_layer(ranks),
-            "lora.alpha": alpha if all(same(alpha, each) for each in alphas.values()) else alphas,
-            "lora.dropout": 1 - 1 / table["keep_scale"],
-            "lora.target_modules": sorted({adapted_part(name) for name in ranks}),
-            "lora.num_modules": len(ranks),
-            "training.weight_decay": table["weight_decay"],
-            "training.adapter_dtype": str(adapters.weights.dtype).removeprefix("torch."),
-            "num_trainable_parameters": sum(matrix.numel() for matrix in matrices.values()),
-        }
-        live = read_back(self.trainer)
-        optimizer, moments = live["training.optimizer"], adapters.moment1.dtype
-        is_right = ("8-bit" in optimizer) == (adapters.eight_bit is not None)
-        in_slot["training.optimizer"] = optimizer if is_right else f"{moments} moments"
-        # Where model and slot differ, both values are returned, and the read-back check refuses the trial.
-        return {
-            name: value if same(value, in_slot.get(name, value)) else [value, in_slot[name]]
-            for name, value in live.items()
-        }
+        adapters, table = self._engine.adapters, self._table(0, 1)
+        held = held_settings(adapters, self._index, self._view.matrices(adapters.weights), table, self._config.lora)
+        return compared(read_back(self.trainer), held, adapters)
 
     def begin(self, checkpoint: str | None) -> Iterator[tuple[float, Batch]]:
         """Build loader, state, optimizer and schedule as `Trainer.train` does, and copy the adapter into its slot.
