@@ -211,7 +211,7 @@ def test_a_trial_that_machines_lose_says_nothing_at_its_own_end(
 def test_the_search_knows_which_trials_run(
     algorithm: str, simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of four drawn trials one has no record yet, and the record of another says that it has ended.
+    """One of four drawn trials has no record yet, and the record of another says that it has ended.
 
     A trial that was lost with an earlier driver has a record and does not run.
     """

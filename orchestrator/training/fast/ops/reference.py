@@ -174,7 +174,7 @@ def attend_to(
     config: AttentionConfig,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend to the visible keys: q (sequences, heads, queries, D), k and v (sequences, key heads, keys, D).
+    """Attend to the visible keys: q (sequences, heads, queries, D), k and v (sequences, key heads, keys, D) -> as q.
 
     Args:
         q: queries; consecutive heads share a key head.
@@ -183,9 +183,6 @@ def attend_to(
         visible: bool that broadcasts to (sequences, heads, queries, keys).
         config: scale and cap.
         sinks: as in `Ops.attention`, in a shape that broadcasts to (sequences, heads, queries, 1).
-
-    Returns:
-        (sequences, heads, queries, D).
     """
     gqa = q.shape[1] != k.shape[1]
     if config.softcap is None and sinks is None:
