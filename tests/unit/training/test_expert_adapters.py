@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +169,19 @@ def test_a_slot_without_a_finite_gradient_leaves_the_others_alone(
     assert not engine.adapters.gradients[0].isfinite().all()
     assert engine.adapters.gradients[1].isfinite().all()
     assert engine.adapters.gradients[1].any()
+
+
+@pytest.mark.parametrize("most", [4, 1023])
+def test_sums_of_groups_without_rows_are_zero_on_any_device(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves_other_values(x: torch.Tensor, y: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        counts = torch.diff(offs, prepend=offs.new_zeros(1))
+        return torch.nn.functional.grouped_mm(x, y, offs=offs).masked_fill_((counts == 0)[:, None, None], torch.nan)
+
+    monkeypatch.setattr(expert_adapters, "MAX_GROUPS", most)
+    monkeypatch.setattr(expert_adapters, "F", SimpleNamespace(grouped_mm=leaves_other_values))
+    counts = torch.tensor([0, 3, 1, 0, 5, 0])
+    sums = grouped_sum(torch.ones(9, 16), torch.ones(9, 8), counts.cumsum(0).int())
+    assert torch.equal(sums, counts[:, None, None].expand(6, 16, 8).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
