@@ -72,8 +72,9 @@ class ExpertAdapters:
             (adapters.expert_a(group, adapters.gradients), dhidden, rows),
             (adapters.expert_b(group, adapters.gradients), dy, hidden),
         ):
-            sums = grouped_sum(left, right, self._ends).unflatten(0, (group.num_matrices, adapters.num_slots))
-            gradients += sums.transpose(0, 1)
+            # Without a name for the sums: one that is kept would exist beside the next.
+            by_group = group.num_matrices, adapters.num_slots
+            gradients += grouped_sum(left, right, self._ends).unflatten(0, by_group).transpose(0, 1)
 
 
 def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
