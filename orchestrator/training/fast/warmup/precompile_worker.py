@@ -189,7 +189,7 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
                 compile_kernels(base_model, eligible, num_slots)
 
 
-_NO_SINGLE_LAYERS = {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+_NO_SINGLE_LAYERS: dict[str, Any] = {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
 """Fields of `lora` that may name layers which the small base lacks, and their values without such names."""
 
 
