@@ -3,24 +3,28 @@
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from family_cases import FAMILY_CASES
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.adapters.expert_updates import apply_by_expert
 from orchestrator.base import load_base, share_modules
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.families import FAMILIES
+from orchestrator.training.fast.plan.memory import converted_at_use
 from orchestrator.training.fast.sizes import Recompute
 from orchestrator.training.fast.step import expert_adapters
-from orchestrator.training.fast.step.adapters import Adapters, lora_parameters
+from orchestrator.training.fast.step.adapters import NO_DROPOUT, AdaptedLayer, Adapters, lora_parameters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine, EvaluationBatch
-from orchestrator.training.fast.step.expert_adapters import grouped_product, grouped_sum
+from orchestrator.training.fast.step.expert_adapters import ExpertAdapters, grouped_product, grouped_sum
 from orchestrator.training.fast.step.flat_batch import Span, TokenizedRows
 from orchestrator.training.model.targets import adapted_names, expected_experts, expected_modules
 
@@ -170,6 +174,19 @@ def test_a_slot_without_a_finite_gradient_leaves_the_others_alone(
     assert engine.adapters.gradients[1].any()
 
 
+@pytest.mark.parametrize("most", [4, 1023])
+def test_sums_of_groups_without_rows_are_zero_on_any_device(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves_other_values(x: torch.Tensor, y: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        counts = torch.diff(offs, prepend=offs.new_zeros(1))
+        return torch.nn.functional.grouped_mm(x, y, offs=offs).masked_fill_((counts == 0)[:, None, None], torch.nan)
+
+    monkeypatch.setattr(expert_adapters, "MAX_GROUPS", most)
+    monkeypatch.setattr(expert_adapters, "F", SimpleNamespace(grouped_mm=leaves_other_values))
+    counts = torch.tensor([0, 3, 1, 0, 5, 0])
+    sums = grouped_sum(torch.ones(9, 16), torch.ones(9, 8), counts.cumsum(0).int())
+    assert torch.equal(sums, counts[:, None, None].expand(6, 16, 8).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_groups", [3, 4, 5, 12])
 def test_products_of_more_groups_than_the_most(
@@ -186,3 +203,36 @@ def test_products_of_more_groups_than_the_most(
     torch.testing.assert_close(grouped_product(x, matrices, ends), product)
     sums = torch.stack([left.mT @ right for left, right, _ in parts])
     torch.testing.assert_close(grouped_sum(x, y, ends), sums)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Measures the bytes of tensors that are made within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        known = {each.untyped_storage()._cdata for each in arguments if isinstance(each, torch.Tensor)}
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and (storage := result.untyped_storage())._cdata not in known:
+            self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return result
+
+
+@pytest.mark.parametrize("most", [7, 1023])
+def test_a_backward_takes_the_memory_that_is_predicted(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_adapters, "MAX_GROUPS", most)
+    layer, cpu, num_slots = AdaptedLayer("experts", NO_DROPOUT, 512, 0, 256, num_matrices=4), torch.device("cpu"), 2
+    adapters = Adapters([[layer]], num_slots, 16, torch.float32, torch.bfloat16, cpu, expert_rank=8)
+    (group,) = adapters.groups
+    assert group is not None
+    ends = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2]).int()
+    dy, rows, hidden, dx = (torch.ones(2, features, dtype=torch.bfloat16) for features in (256, 512, 8, 512))
+    with PeakBytes() as measured:
+        ExpertAdapters(adapters, group, ends, torch.ones(2)).backward(dy, rows, hidden, dx)
+    predicted = num_slots * 8 * 4 * converted_at_use([(512, 256)], most < num_slots * 4)
+    assert predicted <= measured.peak <= 1.05 * predicted

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import LoraSection
 from orchestrator.training.engines import choose
 from orchestrator.training.engines.trial_inputs import TrialInputs
+from orchestrator.training.fast.drive.separate import SeparateEngines
 from orchestrator.training.fast.families import FAMILIES
 from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan import parity
@@ -119,6 +121,20 @@ def test_wrong_adapters_of_experts_are_noticed(make_rows: MakeRows, monkeypatch:
     require_parity(base, open_engine(base), make_rows(9))
     with pytest.raises(TrialError, match="on this base the fast engine differs from transformers"):
         require_parity(base, open_expert_engine(base, torch.float32), make_rows(9))
+
+
+def test_separate_engines_that_adapt_experts_are_compared(
+    trial: Callable[..., TrialConfig], make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an engine without such adapters has more layers."""
+    base, rows = open_base("qwen3_moe"), make_rows(9)
+    targets = (["q_proj", "k_proj", "v_proj", "o_proj"], ["experts"])
+    configs = [trial(lora={"rank": 4, "dropout": 0, "target_modules": each}) for each in targets]
+    SeparateEngines(base, configs, rows, rows, 2)
+    monkeypatch.setattr(parity, "_compared", WeakKeyDictionary())
+    monkeypatch.setattr(ExpertAdapters, "forward", lambda own, y, rows: y.new_zeros(len(rows), own._a.shape[1]))
+    with pytest.raises(TrialError, match="on this base the fast engine differs from transformers"):
+        SeparateEngines(base, configs, rows, rows, 2)
 
 
 def change_norm(base: Any) -> None:

@@ -97,6 +97,8 @@ def compile_with_real_base(trials: list[TrialConfig], longest: int, tokens: int,
         ("lora.target_modules=[q_proj, v_proj]",),
         ("training.optimizer=adamw_8bit",),
         ("training.reproducible=true",),
+        ("lora.rank_pattern={layers.3.mlp.up_proj: 100}",),
+        ("lora.rank_pattern={layers.0.mlp.up_proj: 100}", "lora.layers_to_transform=[0, 2]"),
     ],
 )
 @pytest.mark.parametrize(("longest", "tiles"), [(64, 1), (448, 64)])

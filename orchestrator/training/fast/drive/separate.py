@@ -59,7 +59,9 @@ class SeparateEngines:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
-            require_parity(base, self._engine(self._slot_specs[0], 0, plan), train, held_out)
+            # The largest engine may adapt no experts where another one does.
+            for each in dict.fromkeys((self._slot_specs[0], max(self._slot_specs, key=lambda spec: spec.expert_rank))):
+                require_parity(base, self._engine(each, 0, plan), train, held_out)
             return
         raise too_large_error(spec, self._longest)
 

@@ -124,8 +124,9 @@ def predict(
     activations = tokens * _activations_per_token(shape, option.recompute, hidden)
     dequantized = 0 if option.keeps_base else _dequantized_at_use(shape, quantized)
     # A product with the base and one with the adapters follow each other.
-    at_use = max(dequantized, num_slots * expert_rank * shape.experts * _converted_at_use(experts))
-    features = _transient_features(shape, bool(experts), num_slots * shape.experts > MAX_GROUPS)
+    in_parts = num_slots * shape.experts > MAX_GROUPS
+    at_use = max(dequantized, num_slots * expert_rank * shape.experts * converted_at_use(experts, in_parts))
+    features = _transient_features(shape, bool(experts), in_parts)
     in_backward, in_evaluation = (
         count * BF16 * each + at_use for count, each in zip((tokens, evaluation_tokens), features, strict=True)
     )
@@ -171,15 +172,16 @@ def _dequantized_at_use(shape: BaseShape, quantized: bool) -> int:
     return max(layers, experts * BF16 + experts // 64 * 4 * FLOAT)
 
 
-def _converted_at_use(experts: Sequence[tuple[int, int]]) -> int:
+def converted_at_use(experts: Sequence[tuple[int, int]], in_parts: bool) -> int:
     """Return the bytes, for each rank, slot and expert, of the adapters of one matrix within its backward.
 
     A and B exist in the compute dtype beside the larger of their gradients in it.
 
     Args:
         experts: (in, out features) of each adapted matrix.
+        in_parts: whether a gradient is computed in parts, which exist beside the whole.
     """
-    return BF16 * max((i + o + max(i, o) for i, o in experts), default=0)
+    return BF16 * max((i + o + max(i, o) * (2 if in_parts else 1) for i, o in experts), default=0)
 
 
 def _transient_features(shape: BaseShape, adapts_experts: bool, in_parts: bool) -> tuple[int, int]:

@@ -72,8 +72,9 @@ class ExpertAdapters:
             (adapters.expert_a(group, adapters.gradients), dhidden, rows),
             (adapters.expert_b(group, adapters.gradients), dy, hidden),
         ):
-            sums = grouped_sum(left, right, self._ends).unflatten(0, (group.num_matrices, adapters.num_slots))
-            gradients += sums.transpose(0, 1)
+            # Without a name for the sums: one that is kept would exist beside the next.
+            by_group = group.num_matrices, adapters.num_slots
+            gradients += grouped_sum(left, right, self._ends).unflatten(0, by_group).transpose(0, 1)
 
 
 def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,9 @@ def grouped_sum(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.T
     """Compute x^T y over the rows of each group: (rows, m), (rows, n) -> (groups, m, n); 0 for a group without rows."""
     sums = [F.grouped_mm(x.mT, y, offs=ends[:MAX_GROUPS])]
     sums += [F.grouped_mm(x.mT, y, offs=ends[part])[1:] for part in _further_parts(len(ends))]
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
+    # On GPUs of compute capability 10.x, groups without rows may get other values (pytorch issue 172439).
+    has_no_rows = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).masked_fill_(has_no_rows[:, None, None], 0)
 
 
 def _further_parts(groups: int) -> list[slice]:

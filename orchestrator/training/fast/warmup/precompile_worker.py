@@ -8,6 +8,7 @@ imported: they take longer than most kernels.
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ from orchestrator.training.fast.families.settings import LAYER_TYPES, layer_kind
 from orchestrator.training.fast.plan.eligibility import unsupported_reason_by_shape
 from orchestrator.training.fast.plan.factory import compile_kernels
 from orchestrator.training.fast.sizes import LONGEST_STEP
+from orchestrator.training.model.patterns import largest_rank
 from orchestrator.training.model.targets import adapted_names
 
 _DONE = "done"
@@ -175,14 +177,25 @@ def compile_for(configs: Sequence[TrialConfig], num_slots: int) -> None:
     eligible, shape = [], BaseShape.of(base_model.config)
     with suppress(TrialError):  # for example targets in layers other than the first
         for config in configs:
-            every_layer = config.lora.model_copy(update={"layers_to_transform": None})
-            one_layer = config.model_copy(update={"lora": every_layer})
-            names = adapted_names(base_model, one_layer.lora)
+            every_layer = config.lora.model_copy(update=_NO_SINGLE_LAYERS)
+            names = adapted_names(base_model, every_layer)
+            numbers = config.lora.layers_to_transform or range(fields["num_hidden_layers"])
+            rank = largest_rank(config.lora, {_in_layer(name, number) for name in names for number in numbers})
+            one_layer = config.model_copy(update={"lora": every_layer.model_copy(update={"rank": rank})})
             if unsupported_reason_by_shape(one_layer, shape, names, LONGEST_STEP, on_gpu=True) is None:
                 eligible.append(one_layer)
         if eligible:
             with _EmptyProducts():
                 compile_kernels(base_model, eligible, num_slots)
+
+
+_NO_SINGLE_LAYERS: dict[str, Any] = {"layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+"""Fields of `lora` that may name layers which the small base lacks, and their values without such names."""
+
+
+def _in_layer(name: str, number: int) -> str:
+    """Return the name that a layer of the small base has in the decoder layer of this number."""
+    return re.sub(r"\.\d+\.", f".{number}.", name, count=1)
 
 
 def _has_sizes(fields: Mapping[str, Any], family: Family) -> bool:
