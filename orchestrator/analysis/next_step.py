@@ -16,6 +16,7 @@ from orchestrator.spec import parse_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.search import RATE
 from orchestrator.spec.sections.scheduler import Brackets, Population
+from orchestrator.words import counted
 
 EDGE: Final = 0.1
 """Share of a range at each end that counts as its edge."""
@@ -100,21 +101,20 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
     steps: list[Step] = []
     if not data.is_over:
         left = max(data.info.num_trials - sum(trial.state not in OPEN for trial in data.trials), 0)
-        steps.append(
-            Step(f"{left} trials have not ended; continue them if no driver is running.", resume_command(data))
-        )
+        why = f"{counted(left, 'trial has', 'trials have')} not ended; continue if no driver is running."
+        steps.append(Step(why, resume_command(data)))
     if leader is None:
         failed = [trial for trial in data.trials if trial.state == TrialState.FAILED]
         if failed:
             rate = " Diverged trials usually need a lower learning rate." if _any_diverged(data) else ""
-            steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", _sweep(data)))
+            steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", reproduce_command(data)))
         return steps
     steps += [step for edge in _worth_following(edges, found) if (step := _beyond(data, edge))]
     if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
         steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
     is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
-    if is_tied and data.info.spec.search.repeats == 1 and data.info.spec.search.total_trials > 1:
-        why = "Run the tied trials with other seeds, to see whether the order holds."
+    if is_tied and data.info.spec.search.repeats == 1 and _is_valid(data, repeats=3):
+        why = "Search again, with the finalists run with other seeds too, to see whether the order holds."
         steps.append(Step(why, _sweep(data, "search.repeats=3")))
     if data.is_over and data.fields() and not any(each.matters for each in found.fields) and _can_grow(data):
         num = 2 * len(data.trials)
@@ -136,7 +136,7 @@ def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
 def _can_grow(data: SweepData) -> bool:
     spec = data.info.spec
     is_fixed = spec.search.algorithm == "grid" or isinstance(spec.scheduler, Brackets | Population)
-    return not is_fixed and spec.search.num_points >= 2 * len(data.trials)
+    return not is_fixed and data.budget_spent is None and spec.search.num_points >= 2 * len(data.trials)
 
 
 def reproduce_command(data: SweepData) -> str:
@@ -145,7 +145,7 @@ def reproduce_command(data: SweepData) -> str:
     source = data.info.source
     overrides = source.overrides if source else []
     changes = [f"{change.field}={_yaml(change.after)}" for change in data.info.changes]
-    return _command(verb, _file(data), [*overrides, *changes])
+    return _command(data, verb, [*overrides, *changes])
 
 
 def resume_command(data: SweepData) -> str:
@@ -155,18 +155,21 @@ def resume_command(data: SweepData) -> str:
 
 def _beyond(data: SweepData, edge: Edge) -> Step | None:
     axis = widened(data.info.spec.search.space[edge.field], edge.side)
+    if axis is None:
+        return None
     when = data.info.spec.search.space[edge.field].when
-    if axis is None or not _is_valid(data, edge.field, axis := axis | ({"when": when} if when else {})):
+    space = {name: each.model_dump(mode="json") for name, each in data.info.spec.search.space.items()}
+    space[edge.field] = axis | ({"when": when} if when else {})
+    if not _is_valid(data, space=space):
         return None
     why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
-    space = {name: each.model_dump(mode="json") for name, each in data.info.spec.search.space.items()}
-    return Step(why, _sweep(data, f"search.space={_yaml(space | {edge.field: axis})}"))
+    return Step(why, _sweep(data, f"search.space={_yaml(space)}"))
 
 
-def _is_valid(data: SweepData, field: str, axis: dict[str, Any]) -> bool:
-    """Return whether the experiment allows this axis."""
+def _is_valid(data: SweepData, **search: Any) -> bool:
+    """Return whether the experiment allows these fields of the search section."""
     document = data.info.spec.model_dump(mode="json")
-    document["search"]["space"][field] = axis
+    document["search"] |= search
     if data.info.spec.search.algorithm == "grid":
         document["search"]["num_trials"] = None
     try:
@@ -177,24 +180,30 @@ def _is_valid(data: SweepData, field: str, axis: dict[str, Any]) -> bool:
 
 
 def _longer_trial(data: SweepData, steps: int) -> str:
-    """Return the command that trains the leader's values for so many steps."""
+    """Return the command that trains the leader's values for so many steps.
+
+    The search is replaced by its metric, which names the best evaluation: most searches are refused without their axes.
+    """
     leader = data.leader
     assert leader is not None
-    tied = data.info.spec.search.tied
-    values = {name: value for name, value in leader.config.varied.items() if name not in tied or name == RATE}
-    sets = [f"{name}={_yaml(value)}" for name, value in values.items() if name != "training.steps"]
-    sets += [f"{name}={_yaml(leader.config.varied[name])}" for name in tied if name in leader.config.varied]
-    return _command(
-        "trial",
-        _file(data),
-        [*_overrides(data, "search", "scheduler"), *dict.fromkeys(sets), f"training.steps={steps}"],
-    )
+    training = leader.config.training
+    values = leader.config.varied | {"training.steps": steps}
+    # The forecast is for the same schedule, stretched: lengths in steps grow with it, and shares of the steps stay.
+    if training.epochs is not None:
+        values["training.epochs"] = None
+    if training.warmup >= 1:
+        values["training.warmup"] = 2 * training.warmup
+    if training.decay_steps is not None:
+        values["training.decay_steps"] = 2 * training.decay_steps
+    fixed = [f"search={_yaml({'metric': data.metric})}", "scheduler={kind: none}"]
+    sets = [f"{name}={_yaml(value)}" for name, value in values.items()]
+    return _command(data, "trial", [*_overrides(data, "search", "scheduler"), *fixed, *sets])
 
 
 def _sweep(data: SweepData, *sets: str) -> str:
     replaced = {each.partition("=")[0] for each in sets}
     kept = [each for each in _overrides(data) if each.partition("=")[0] not in replaced]
-    return _command("sweep", _file(data), [*kept, *sets])
+    return _command(data, "sweep", [*kept, *sets])
 
 
 def _overrides(data: SweepData, *without: str) -> list[str]:
@@ -205,13 +214,17 @@ def _overrides(data: SweepData, *without: str) -> list[str]:
     ]
 
 
-def _file(data: SweepData) -> str:
-    return data.info.source.file if data.info.source else EXPERIMENT
+def _command(data: SweepData, verb: str, overrides: list[str]) -> str:
+    """Return a command on the sweep's experiment, which starts where its relative paths do and has a folder of its own.
 
-
-def _command(verb: str, file: str, overrides: list[str]) -> str:
-    sets = [f"--set {shlex.quote(override)}" for override in overrides]
-    return " ".join(["orchestrator", verb, shlex.quote(file), *sets])
+    Without `output.name` a new sweep is named after its file and the time; with it, this sweep's folder would be taken.
+    """
+    source = data.info.source
+    is_relative = any(each.startswith(("base", "data")) for each in overrides)
+    place = f"cd {shlex.quote(source.folder)} && " if source and is_relative else ""
+    name = ["output.name=null"] if data.info.spec.output.name is not None else []
+    sets = [f"--set {shlex.quote(override)}" for override in [*overrides, *name]]
+    return place + " ".join(["orchestrator", verb, shlex.quote(source.file if source else EXPERIMENT), *sets])
 
 
 def _yaml(value: Any) -> str:

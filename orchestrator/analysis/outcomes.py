@@ -53,7 +53,7 @@ def find_outcomes(data: SweepData) -> Outcomes:
         value = value_of(trial)
         if value is None or trial.state == TrialState.FAILED:
             continue
-        if trial.trial_id in forecasts and trial.state != TrialState.COMPLETE:
+        if trial.trial_id in forecasts and trial.state != TrialState.COMPLETE and value > 0:
             mean, sd = forecasts[trial.trial_id]
             is_lower = mean < math.log(value)
             outcome = min(max(math.exp(mean), best), value)

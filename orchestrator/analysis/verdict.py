@@ -14,7 +14,7 @@ from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
 from orchestrator.analysis.next_step import Edge, Step, find_edges, next_steps
-from orchestrator.analysis.sweep_data import SweepData, value_of
+from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
 from orchestrator.analysis.wording import listed, say_effect, say_number, say_share, say_short
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, mean_interval
@@ -272,6 +272,7 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
             f"No: the leader's loss was lowest at step {longer.lowest_step} of {longer.steps} "
             f"({say_number(longer.lowest)}) and rose to {say_number(longer.loss)}; it overfits."
         )
+        yield from _other_metric(data)
         return
     interval = f"{say_number(longer.low)} to {say_number(longer.high)}"
     if longer.is_unsure:
@@ -289,7 +290,11 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
         f"more is {longer.chance:.0%}."
     )
     yield from _how_wide(longer)
-    if data.metric != "eval/loss":
+    yield from _other_metric(data)
+
+
+def _other_metric(data: SweepData) -> Iterator[str]:
+    if data.metric != LOSS:
         yield f"What that does to {data.metric} cannot be said: only the loss can be forecast."
 
 
