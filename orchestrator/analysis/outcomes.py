@@ -57,6 +57,8 @@ def find_outcomes(data: SweepData) -> Outcomes:
             mean, sd = forecasts[trial.trial_id]
             is_lower = mean < math.log(value)
             outcome = min(max(math.exp(mean), best), value)
+            if 0 < best <= value:  # no number between two bounds deviates by more than half of their distance
+                sd = min(sd, math.log(value / best) / 2)
             known.append(Outcome(trial, outcome, sd if is_lower else 0.0, is_forecast=is_lower))
         else:
             num_short += trial.state != TrialState.COMPLETE
