@@ -223,12 +223,20 @@ def _command(data: SweepData, verb: str, overrides: list[str]) -> str:
     is_relative = any(each.startswith(("base", "data")) for each in overrides)
     place = f"cd {shlex.quote(source.folder)} && " if source and is_relative else ""
     name = ["output.name=null"] if data.info.spec.output.name is not None else []
-    sets = [f"--set {shlex.quote(override)}" for override in [*overrides, *name]]
+    sets = [f"--set {_quoted(override)}" for override in [*overrides, *name]]
     return place + " ".join(["orchestrator", verb, shlex.quote(source.file if source else EXPERIMENT), *sets])
 
 
+def _quoted(text: str) -> str:
+    """Return text as one word of a shell, on one line: bash and zsh read `$'...'` with escaped line breaks."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
+
+
 def _yaml(value: Any) -> str:
-    """Return a value on one line, as `--set` reads it."""
+    """Return a value as `--set` reads it."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
     return text.removesuffix("...\n").strip()
 

@@ -1,7 +1,9 @@
 """The verdict's sentences: right numbers where there is evidence, and `cannot be said` where there is none."""
 
 import math
+import re
 import shlex
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from orchestrator.analysis.next_step import find_edges, reproduce_command, widen
 from orchestrator.analysis.sweep_data import SweepData, read_data
 from orchestrator.analysis.verdict import Verdict, find_verdict
 from orchestrator.deploy import FinishedSweep
+from orchestrator.page.report import markdown_page
 from orchestrator.record import (
     BudgetSpent,
     ExperimentSource,
@@ -349,3 +352,15 @@ def test_a_rising_loss_says_nothing_of_another_metric(tmp_path: Path) -> None:
     told = said(find_verdict(data_of(paths)), LONGER)
     assert told.startswith("No: the leader's loss was lowest at step 20")
     assert told.endswith("What that does to eval/token_accuracy cannot be said: only the loss can be forecast.")
+
+
+def test_an_override_of_several_lines_stays_one_word_on_one_line(tmp_path: Path) -> None:
+    override = "data.template='Don''t \\ {question}\n\n  A: {answer}'"
+    paths = plant(tmp_path / "s", 1)
+    write_experiment(paths, tmp_path / "x.yaml", document_of(paths), [override])
+    text = markdown_page([data_of(paths)])
+    (command,) = re.findall(r"^cd .* && orchestrator sweep .*$", text, re.MULTILINE)
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command.rpartition('--set ')[2]}"], capture_output=True, text=True, check=True
+    )
+    assert words.stdout.split("\0") == [override, ""]
