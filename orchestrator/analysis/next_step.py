@@ -14,7 +14,7 @@ from orchestrator.errors import SpecError
 from orchestrator.record import OPEN, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.spec.axes import Axis
-from orchestrator.spec.search import RATE
+from orchestrator.spec.search import RATE, SEED
 from orchestrator.spec.sections.scheduler import Brackets, Population
 from orchestrator.words import counted
 
@@ -37,6 +37,8 @@ class Edge:
     """The end of the range."""
     values: list[Any]
     """Values of the leader and of the trials tied with it."""
+    space: dict[str, Any] | None
+    """The search space with this range widened there; None if values beyond its end are not valid."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def find_edges(data: SweepData) -> list[Edge]:
     for name, axis in data.info.spec.search.space.items():
         coordinate = coordinate_of(axis)
         values = [trial.config.varied[name] for trial in (leader, *tied) if name in trial.config.varied]
-        if coordinate.is_category or name not in leader.config.varied or len(axis.probes()) < 2:
+        if name == SEED or coordinate.is_category or name not in leader.config.varied or len(axis.probes()) < 2:
             continue
         places = [coordinate.at(value) for value in values]
         ends = (coordinate.values[0], coordinate.values[-1]) if coordinate.values else tuple(axis.probes())
@@ -67,7 +69,7 @@ def find_edges(data: SweepData) -> list[Edge]:
             ("highest", ends[1], all(place >= 1 - margin for place in places)),
         ):
             if is_there:
-                found.append(Edge(name, side, limit, values))
+                found.append(Edge(name, side, limit, values, _wider_space(data, name, side)))
     return found
 
 
@@ -109,7 +111,9 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
             rate = " Diverged trials usually need a lower learning rate." if _any_diverged(data) else ""
             steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", reproduce_command(data)))
         return steps
-    steps += [step for edge in _worth_following(edges, found) if (step := _beyond(data, edge))]
+    for edge in _worth_following(edges, found):
+        why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
+        steps.append(Step(why, _sweep(data, f"search.space={_yaml(edge.space)}")))
     if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
         steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
     is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
@@ -126,7 +130,11 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
 
 
 def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
-    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field."""
+    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field.
+
+    Edges beyond which nothing is valid are left out.
+    """
+    edges = [edge for edge in edges if edge.space is not None]
     order = {each.field: place for place, each in enumerate(found.fields)}
     matters = {each.field for each in found.fields if each.matters}
     ranked = sorted(edges, key=lambda edge: (edge.field != RATE, order.get(edge.field, len(order))))
@@ -153,17 +161,15 @@ def resume_command(data: SweepData) -> str:
     return f"orchestrator resume {shlex.quote(str(data.record.paths.root))}"
 
 
-def _beyond(data: SweepData, edge: Edge) -> Step | None:
-    axis = widened(data.info.spec.search.space[edge.field], edge.side)
-    if axis is None:
+def _wider_space(data: SweepData, field: str, side: str) -> dict[str, Any] | None:
+    """Return the search space with a range that goes on beyond one end; None if the experiment refuses it."""
+    axes = data.info.spec.search.space
+    wider = widened(axes[field], side)
+    if wider is None:
         return None
-    when = data.info.spec.search.space[edge.field].when
-    space = {name: each.model_dump(mode="json") for name, each in data.info.spec.search.space.items()}
-    space[edge.field] = axis | ({"when": when} if when else {})
-    if not _is_valid(data, space=space):
-        return None
-    why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
-    return Step(why, _sweep(data, f"search.space={_yaml(space)}"))
+    space = {name: each.model_dump(mode="json") for name, each in axes.items()}
+    space[field] |= wider
+    return space if _is_valid(data, space=space) else None
 
 
 def _is_valid(data: SweepData, **search: Any) -> bool:

@@ -257,10 +257,12 @@ def _edges(data: SweepData, edges: list[Edge], found: Importances) -> Iterator[s
     for edge in edges:
         values = sorted({say_short(value) for value in edge.values})
         is_shown = any(each.field == edge.field and each.matters for each in found.fields)
-        yield (
-            f"Yes: {edge.field} {listed(values)} is at the {edge.side} end of its range ({say_short(edge.limit)}); "
-            "better values may lie beyond it" + ("." if is_shown else ", though no effect of it can be shown.")
-        )
+        place = f"{edge.field} {listed(values)} is at the {edge.side} end of its range ({say_short(edge.limit)})"
+        if edge.space is None:
+            yield f"Yes: {place}; a wider range there is not valid."
+        else:
+            unsure = "" if is_shown else ", though no effect of it can be shown"
+            yield f"Yes: {place}; better values may lie beyond it{unsure}."
 
 
 def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:

@@ -31,6 +31,7 @@ from orchestrator.record import (
 )
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.axes import Axis
+from orchestrator.spec.search import SEED
 
 WON, SURE, MATTERED, EDGE, LONGER, COST = range(6)
 
@@ -364,3 +365,17 @@ def test_an_override_of_several_lines_stays_one_word_on_one_line(tmp_path: Path)
         ["bash", "-c", f"printf '%s\\0' {command.rpartition('--set ')[2]}"], capture_output=True, text=True, check=True
     )
     assert words.stdout.split("\0") == [override, ""]
+
+
+def test_beyond_an_end_that_nothing_valid_follows_nothing_is_promised(tmp_path: Path) -> None:
+    space = {"lora.dropout": {"uniform": [0.0, 0.1]}, "lora.rank": {"choice": [4, 8]}, SEED: {"randint": [1, 9]}}
+    paths = plant(tmp_path / "s", 3, space=space)
+    best = read_sweep(paths.root).trials()[0]
+    at_ends = {"lora.dropout": 0.0, "lora.rank": 8, SEED: 8}
+    change(paths, best.trial_id, config=read_sweep(paths.root).info.spec.trial_config(at_ends))
+    verdict = find_verdict(data_of(paths))
+    assert [edge.field for edge in verdict.edges] == ["lora.dropout", "lora.rank"]
+    first, second = verdict.answers[EDGE].sentences
+    assert first == "Yes: lora.dropout 0 is at the lowest end of its range (0); a wider range there is not valid."
+    assert "lora.rank 8 is at the highest end of its range (8); better values may lie beyond it" in second
+    assert "search beyond 8" in verdict.next_steps[0].why
