@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planted import HTML, SCRIPT, plant
@@ -11,10 +12,13 @@ from typer.testing import CliRunner
 
 from orchestrator.analysis.sweep_data import read_data
 from orchestrator.cli import app
+from orchestrator.deploy import open_sweep
+from orchestrator.deploy.side_by_side import record_answers
 from orchestrator.errors import RequestError
 from orchestrator.page.figures import FIGURES
 from orchestrator.page.report import html_page, markdown_page, write_report
 from orchestrator.record import AnsweredPrompt, Answers, SweepPaths, TrialResult, TrialState, read_sweep, write_record
+from orchestrator.spec import parse_spec
 
 
 class Page(HTMLParser):
@@ -215,3 +219,18 @@ def test_a_damaged_file_of_metrics_is_named_whatever_it_holds(tmp_path: Path) ->
     file.write_bytes(b"\xff\xfe\n")
     (message,) = read_data(read_sweep(paths.root)).damaged
     assert message.startswith(f"{file}: ")
+
+
+def test_rows_without_prompts_are_not_to_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = plant(tmp_path / "s", 2)
+    info = read_sweep(paths.root).info
+    document = info.spec.model_dump(mode="json", exclude={"data": {"template"}})
+    document["data"] |= {"source": str(tmp_path / "rows.jsonl"), "format": "text", "loss_on": "all"}
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    write_record(paths.sweep, info.model_copy(update={"spec": parse_spec(document)}))
+    assert "--answers" not in Page(page_of(paths)).words
+    assert "--answers" not in markdown_page([read_data(read_sweep(paths.root))])
+    monkeypatch.setattr("orchestrator.deploy.side_by_side.load", lambda _: SimpleNamespace(prompts=[]))
+    monkeypatch.setattr("orchestrator.deploy.finished.verify_adapter", lambda _: None)
+    with pytest.raises(RequestError, match="its held-out rows have no prompts"):
+        record_answers(open_sweep(paths.root), 2)
