@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from orchestrator.analysis.sweep_data import SweepData
-from orchestrator.record import TrialResult, TrialState
+from orchestrator.record import OPEN, TrialResult, TrialState
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Cost:
     """Seconds from the start of the first trial to the end of the last; None if the records have no times."""
     steps: int
     planned_steps: int
-    """Steps that all trials would have made without a stop or a failure."""
+    """Steps that all trials would have made without a stop or a failure; trials that can go on count with theirs."""
     failed_share: float
     """Share of the trial seconds that went into failed trials."""
     winner_share: float | None
@@ -49,7 +49,7 @@ def find_cost(data: SweepData) -> Cost:
         gpu_hours=sum(trial.gpu_seconds for trial in trials) / 3600,
         wall_seconds=_wall_seconds(trials),
         steps=sum(trial.step for trial in data.trials),
-        planned_steps=sum(trial.total_steps or usual for trial in data.trials),
+        planned_steps=sum(trial.step if trial.state in OPEN else trial.total_steps or usual for trial in data.trials),
         failed_share=failed / seconds if seconds else 0.0,
         winner_share=leader.seconds / seconds if leader and seconds else None,
         devices=sorted({trial.device for trial in trials if trial.device}),

@@ -58,7 +58,7 @@ def find_importances(data: SweepData) -> Importances:
     """
     outcomes, is_log = find_outcomes(data), data.metric == LOSS
     num = len(outcomes.known)
-    axes = dict(data.info.spec.search.space)
+    axes = {name: data.info.spec.search.space[name] for name in data.fields()}
     effects: dict[str, Effect] = {}
     if not axes:
         why = "no field was searched"

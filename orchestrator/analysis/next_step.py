@@ -14,8 +14,9 @@ from orchestrator.errors import SpecError
 from orchestrator.record import OPEN, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.spec.axes import Axis
-from orchestrator.spec.search import RATE
+from orchestrator.spec.search import RATE, SEED
 from orchestrator.spec.sections.scheduler import Brackets, Population
+from orchestrator.words import counted
 
 EDGE: Final = 0.1
 """Share of a range at each end that counts as its edge."""
@@ -36,6 +37,8 @@ class Edge:
     """The end of the range."""
     values: list[Any]
     """Values of the leader and of the trials tied with it."""
+    space: dict[str, Any] | None
+    """The search space with this range widened there; None if values beyond its end are not valid."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def find_edges(data: SweepData) -> list[Edge]:
     for name, axis in data.info.spec.search.space.items():
         coordinate = coordinate_of(axis)
         values = [trial.config.varied[name] for trial in (leader, *tied) if name in trial.config.varied]
-        if coordinate.is_category or name not in leader.config.varied or len(axis.probes()) < 2:
+        if name == SEED or coordinate.is_category or name not in leader.config.varied or len(axis.probes()) < 2:
             continue
         places = [coordinate.at(value) for value in values]
         ends = (coordinate.values[0], coordinate.values[-1]) if coordinate.values else tuple(axis.probes())
@@ -66,7 +69,7 @@ def find_edges(data: SweepData) -> list[Edge]:
             ("highest", ends[1], all(place >= 1 - margin for place in places)),
         ):
             if is_there:
-                found.append(Edge(name, side, limit, values))
+                found.append(Edge(name, side, limit, values, _wider_space(data, name, side)))
     return found
 
 
@@ -100,21 +103,22 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
     steps: list[Step] = []
     if not data.is_over:
         left = max(data.info.num_trials - sum(trial.state not in OPEN for trial in data.trials), 0)
-        steps.append(
-            Step(f"{left} trials have not ended; continue them if no driver is running.", resume_command(data))
-        )
+        why = f"{counted(left, 'trial has', 'trials have')} not ended; continue if no driver is running."
+        steps.append(Step(why, resume_command(data)))
     if leader is None:
         failed = [trial for trial in data.trials if trial.state == TrialState.FAILED]
         if failed:
             rate = " Diverged trials usually need a lower learning rate." if _any_diverged(data) else ""
-            steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", _sweep(data)))
+            steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", reproduce_command(data)))
         return steps
-    steps += [step for edge in _worth_following(edges, found) if (step := _beyond(data, edge))]
+    for edge in _worth_following(edges, found):
+        why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
+        steps.append(Step(why, _sweep(data, f"search.space={_yaml(edge.space)}")))
     if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
         steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
     is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
-    if is_tied and data.info.spec.search.repeats == 1 and data.info.spec.search.total_trials > 1:
-        why = "Run the tied trials with other seeds, to see whether the order holds."
+    if is_tied and data.info.spec.search.repeats == 1 and _is_valid(data, repeats=3):
+        why = "Search again, with the finalists run with other seeds too, to see whether the order holds."
         steps.append(Step(why, _sweep(data, "search.repeats=3")))
     if data.is_over and data.fields() and not any(each.matters for each in found.fields) and _can_grow(data):
         num = 2 * len(data.trials)
@@ -126,7 +130,11 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
 
 
 def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
-    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field."""
+    """Return the edges of fields that matter; if none is known to, that of the learning rate, or of the first field.
+
+    Edges beyond which nothing is valid are left out.
+    """
+    edges = [edge for edge in edges if edge.space is not None]
     order = {each.field: place for place, each in enumerate(found.fields)}
     matters = {each.field for each in found.fields if each.matters}
     ranked = sorted(edges, key=lambda edge: (edge.field != RATE, order.get(edge.field, len(order))))
@@ -136,7 +144,7 @@ def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
 def _can_grow(data: SweepData) -> bool:
     spec = data.info.spec
     is_fixed = spec.search.algorithm == "grid" or isinstance(spec.scheduler, Brackets | Population)
-    return not is_fixed and spec.search.num_points >= 2 * len(data.trials)
+    return not is_fixed and data.budget_spent is None and spec.search.num_points >= 2 * len(data.trials)
 
 
 def reproduce_command(data: SweepData) -> str:
@@ -145,7 +153,7 @@ def reproduce_command(data: SweepData) -> str:
     source = data.info.source
     overrides = source.overrides if source else []
     changes = [f"{change.field}={_yaml(change.after)}" for change in data.info.changes]
-    return _command(verb, _file(data), [*overrides, *changes])
+    return _command(data, verb, [*overrides, *changes])
 
 
 def resume_command(data: SweepData) -> str:
@@ -153,20 +161,21 @@ def resume_command(data: SweepData) -> str:
     return f"orchestrator resume {shlex.quote(str(data.record.paths.root))}"
 
 
-def _beyond(data: SweepData, edge: Edge) -> Step | None:
-    axis = widened(data.info.spec.search.space[edge.field], edge.side)
-    when = data.info.spec.search.space[edge.field].when
-    if axis is None or not _is_valid(data, edge.field, axis := axis | ({"when": when} if when else {})):
+def _wider_space(data: SweepData, field: str, side: str) -> dict[str, Any] | None:
+    """Return the search space with a range that goes on beyond one end; None if the experiment refuses it."""
+    axes = data.info.spec.search.space
+    wider = widened(axes[field], side)
+    if wider is None:
         return None
-    why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
-    space = {name: each.model_dump(mode="json") for name, each in data.info.spec.search.space.items()}
-    return Step(why, _sweep(data, f"search.space={_yaml(space | {edge.field: axis})}"))
+    space = {name: each.model_dump(mode="json") for name, each in axes.items()}
+    space[field] |= wider
+    return space if _is_valid(data, space=space) else None
 
 
-def _is_valid(data: SweepData, field: str, axis: dict[str, Any]) -> bool:
-    """Return whether the experiment allows this axis."""
+def _is_valid(data: SweepData, **search: Any) -> bool:
+    """Return whether the experiment allows these fields of the search section."""
     document = data.info.spec.model_dump(mode="json")
-    document["search"]["space"][field] = axis
+    document["search"] |= search
     if data.info.spec.search.algorithm == "grid":
         document["search"]["num_trials"] = None
     try:
@@ -177,24 +186,30 @@ def _is_valid(data: SweepData, field: str, axis: dict[str, Any]) -> bool:
 
 
 def _longer_trial(data: SweepData, steps: int) -> str:
-    """Return the command that trains the leader's values for so many steps."""
+    """Return the command that trains the leader's values for so many steps.
+
+    The search is replaced by its metric, which names the best evaluation: most searches are refused without their axes.
+    """
     leader = data.leader
     assert leader is not None
-    tied = data.info.spec.search.tied
-    values = {name: value for name, value in leader.config.varied.items() if name not in tied or name == RATE}
-    sets = [f"{name}={_yaml(value)}" for name, value in values.items() if name != "training.steps"]
-    sets += [f"{name}={_yaml(leader.config.varied[name])}" for name in tied if name in leader.config.varied]
-    return _command(
-        "trial",
-        _file(data),
-        [*_overrides(data, "search", "scheduler"), *dict.fromkeys(sets), f"training.steps={steps}"],
-    )
+    training = leader.config.training
+    values = leader.config.varied | {"training.steps": steps}
+    # The forecast is for the same schedule, stretched: lengths in steps grow with it, and shares of the steps stay.
+    if training.epochs is not None:
+        values["training.epochs"] = None
+    if training.warmup >= 1:
+        values["training.warmup"] = 2 * training.warmup
+    if training.decay_steps is not None:
+        values["training.decay_steps"] = 2 * training.decay_steps
+    fixed = [f"search={_yaml({'metric': data.metric})}", "scheduler={kind: none}"]
+    sets = [f"{name}={_yaml(value)}" for name, value in values.items()]
+    return _command(data, "trial", [*_overrides(data, "search", "scheduler"), *fixed, *sets])
 
 
 def _sweep(data: SweepData, *sets: str) -> str:
     replaced = {each.partition("=")[0] for each in sets}
     kept = [each for each in _overrides(data) if each.partition("=")[0] not in replaced]
-    return _command("sweep", _file(data), [*kept, *sets])
+    return _command(data, "sweep", [*kept, *sets])
 
 
 def _overrides(data: SweepData, *without: str) -> list[str]:
@@ -205,17 +220,29 @@ def _overrides(data: SweepData, *without: str) -> list[str]:
     ]
 
 
-def _file(data: SweepData) -> str:
-    return data.info.source.file if data.info.source else EXPERIMENT
+def _command(data: SweepData, verb: str, overrides: list[str]) -> str:
+    """Return a command on the sweep's experiment, which starts where its relative paths do and has a folder of its own.
+
+    Without `output.name` a new sweep is named after its file and the time; with it, this sweep's folder would be taken.
+    """
+    source = data.info.source
+    is_relative = any(each.startswith(("base", "data")) for each in overrides)
+    place = f"cd {shlex.quote(source.folder)} && " if source and is_relative else ""
+    name = ["output.name=null"] if data.info.spec.output.name is not None else []
+    sets = [f"--set {_quoted(override)}" for override in [*overrides, *name]]
+    return place + " ".join(["orchestrator", verb, shlex.quote(source.file if source else EXPERIMENT), *sets])
 
 
-def _command(verb: str, file: str, overrides: list[str]) -> str:
-    sets = [f"--set {shlex.quote(override)}" for override in overrides]
-    return " ".join(["orchestrator", verb, shlex.quote(file), *sets])
+def _quoted(text: str) -> str:
+    """Return text as one word of a shell, on one line: bash and zsh read `$'...'` with escaped line breaks."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def _yaml(value: Any) -> str:
-    """Return a value on one line, as `--set` reads it."""
+    """Return a value as `--set` reads it."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
     return text.removesuffix("...\n").strip()
 

@@ -53,10 +53,12 @@ def find_outcomes(data: SweepData) -> Outcomes:
         value = value_of(trial)
         if value is None or trial.state == TrialState.FAILED:
             continue
-        if trial.trial_id in forecasts and trial.state != TrialState.COMPLETE:
+        if trial.trial_id in forecasts and trial.state != TrialState.COMPLETE and value > 0:
             mean, sd = forecasts[trial.trial_id]
             is_lower = mean < math.log(value)
             outcome = min(max(math.exp(mean), best), value)
+            if 0 < best <= value:  # no number between two bounds deviates by more than half of their distance
+                sd = min(sd, math.log(value / best) / 2)
             known.append(Outcome(trial, outcome, sd if is_lower else 0.0, is_forecast=is_lower))
         else:
             num_short += trial.state != TrialState.COMPLETE

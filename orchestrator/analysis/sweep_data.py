@@ -1,8 +1,9 @@
 """Read all records of a sweep. What is damaged is left out and named, so that the rest can still be analyzed."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,8 @@ class SweepData:
     """Answers of the base and of a recommended adapter to held-out prompts."""
     damaged: list[str] = field(default_factory=list)
     """What could not be read, one message for each file."""
+    title: str = ""
+    """Name among several sweeps, if another one has a folder of the same name."""
 
     @property
     def info(self) -> SweepInfo:
@@ -63,8 +66,8 @@ class SweepData:
 
     @property
     def name(self) -> str:
-        """Name of the sweep's folder."""
-        return self.record.paths.name
+        """Name of the sweep's folder, or the title."""
+        return self.title or self.record.paths.name
 
     @property
     def metric(self) -> str:
@@ -91,8 +94,8 @@ class SweepData:
         return has_all and not any(trial.state in OPEN for trial in self.trials)
 
     def fields(self) -> list[str]:
-        """Return the searched fields; tied ones follow from them."""
-        return list(self.info.spec.search.space)
+        """Return the searched fields; tied ones follow from them. A single trial searches none."""
+        return [] if self.info.is_single_trial else list(self.info.spec.search.space)
 
     def evaluations(self, trial_id: str, metric: str) -> list[MetricPoint]:
         """Return the points of a trial that hold a finite value of a metric, one for each step."""
@@ -113,10 +116,10 @@ def read_data(record: SweepRecord) -> SweepData:
     """Read all records of a sweep."""
     damaged: list[str] = []
     trials = _read_trials(record, damaged)
-    points = {
-        trial.trial_id: _attempt(lambda t=trial: read_metrics(record.paths.trial(t.trial_id)), [], damaged)  # type: ignore[misc]
-        for trial in trials
-    }
+    points = {}
+    for trial in trials:
+        paths = record.paths.trial(trial.trial_id)
+        points[trial.trial_id] = _attempt(partial(read_metrics, paths), [], damaged, paths.metrics)
     decisions = _attempt(lambda: read_decisions(record.paths), [], damaged, record.paths.decisions)
     choice, why = _choose(record, damaged)
     return SweepData(
@@ -132,6 +135,16 @@ def read_data(record: SweepRecord) -> SweepData:
         answers=_attempt(record.answers, None, damaged),
         damaged=damaged,
     )
+
+
+def with_distinct_names(sweeps: Sequence[SweepData]) -> list[SweepData]:
+    """Return the sweeps; if two have one name, all are named with their parent folders, or else with their places."""
+    names = [data.name for data in sweeps]
+    if len(set(names)) < len(names):
+        names = [f"{data.record.paths.root.parent.name}/{data.name}" for data in sweeps]
+    if len(set(names)) < len(names):
+        names = [f"{name}-{place}" for place, name in enumerate(names, 1)]
+    return [replace(data, title=name) for data, name in zip(sweeps, names, strict=True)]
 
 
 def _read_trials(record: SweepRecord, damaged: list[str]) -> list[TrialResult]:

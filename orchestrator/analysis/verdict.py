@@ -14,7 +14,7 @@ from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
 from orchestrator.analysis.next_step import Edge, Step, find_edges, next_steps
-from orchestrator.analysis.sweep_data import SweepData, value_of
+from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
 from orchestrator.analysis.wording import listed, say_effect, say_number, say_share, say_short
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, mean_interval
@@ -257,10 +257,12 @@ def _edges(data: SweepData, edges: list[Edge], found: Importances) -> Iterator[s
     for edge in edges:
         values = sorted({say_short(value) for value in edge.values})
         is_shown = any(each.field == edge.field and each.matters for each in found.fields)
-        yield (
-            f"Yes: {edge.field} {listed(values)} is at the {edge.side} end of its range ({say_short(edge.limit)}); "
-            "better values may lie beyond it" + ("." if is_shown else ", though no effect of it can be shown.")
-        )
+        place = f"{edge.field} {listed(values)} is at the {edge.side} end of its range ({say_short(edge.limit)})"
+        if edge.space is None:
+            yield f"Yes: {place}; a wider range there is not valid."
+        else:
+            unsure = "" if is_shown else ", though no effect of it can be shown"
+            yield f"Yes: {place}; better values may lie beyond it{unsure}."
 
 
 def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
@@ -272,6 +274,7 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
             f"No: the leader's loss was lowest at step {longer.lowest_step} of {longer.steps} "
             f"({say_number(longer.lowest)}) and rose to {say_number(longer.loss)}; it overfits."
         )
+        yield from _other_metric(data)
         return
     interval = f"{say_number(longer.low)} to {say_number(longer.high)}"
     if longer.is_unsure:
@@ -289,7 +292,11 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
         f"more is {longer.chance:.0%}."
     )
     yield from _how_wide(longer)
-    if data.metric != "eval/loss":
+    yield from _other_metric(data)
+
+
+def _other_metric(data: SweepData) -> Iterator[str]:
+    if data.metric != LOSS:
         yield f"What that does to {data.metric} cannot be said: only the loss can be forecast."
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.cli.frame import Where, app
+from orchestrator.errors import RequestError
 
 
 @app.command(epilog="Example: orchestrator report runs/demo --open")
@@ -55,7 +56,11 @@ def report(
                 record_answers(each, answers)
     name = f"report.{format}" if format in ("html", "md") else "tables"
     target = to or opened[0].record.paths.root / name
-    files = write_report([read_data(each.record) for each in opened], target, format)
+    data = [read_data(each.record) for each in opened]
+    try:
+        files = write_report(data, target, format)
+    except OSError as error:
+        raise RequestError(f"{target}: cannot be written: {error}", "Name another file or folder with --to.") from error
     for file in files:
         print(file)
     if open_:

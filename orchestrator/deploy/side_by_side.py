@@ -19,8 +19,8 @@ def record_answers(sweep: FinishedSweep, number: int) -> Answers:
     prompts = load(sweep.record.paths.data).prompts[:number]
     if not prompts:
         raise RequestError(
-            f"{sweep.record.paths.root}: no prompts were kept, so nothing can be asked",
-            "Prompts are kept where evaluation.metrics names a metric of answers, such as exact_match.",
+            f"{sweep.record.paths.root}: its held-out rows have no prompts, so nothing can be asked",
+            "Rows of data.format text have no prompts; `orchestrator chat` asks your own questions.",
         )
     config = winner.trial.config
     chat = open_chat(winner.adapter_ref())

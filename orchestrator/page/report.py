@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from orchestrator.analysis.frames import curves_frame, decisions_frame, importances_frame, save_tables, trials_frame
 from orchestrator.analysis.importance import find_importances
-from orchestrator.analysis.sweep_data import SweepData
+from orchestrator.analysis.sweep_data import SweepData, with_distinct_names
 from orchestrator.page.sections import compared_leaders, comparison, comparison_notes, sections_of
 from orchestrator.record.files import write_atomic
 from orchestrator.record.versions import installed_versions
@@ -34,7 +34,7 @@ def write_report(sweeps: Sequence[SweepData], to: Path, format: ReportFormat) ->
         write_atomic(to, markdown_page(sweeps))
         return [to]
     files = []
-    for data in sweeps:
+    for data in with_distinct_names(sweeps):
         folder = to if len(sweeps) == 1 else to / data.name
         files += save_tables(frames_of(data), folder, format)
     return files
@@ -54,7 +54,7 @@ def html_page(sweeps: Sequence[SweepData]) -> str:
     """Return a page that holds everything it needs: text, tables, data, styles, and Plotly."""
     from plotly.offline import get_plotlyjs
 
-    parts = [sections_of(data) for data in sweeps]
+    parts = [sections_of(data) for data in with_distinct_names(sweeps)]
     compared = compared_leaders(parts) if len(parts) > 1 else None
     plots = {
         f"{number}-{plot.name}": json.loads(plot.json)
@@ -81,7 +81,7 @@ def html_page(sweeps: Sequence[SweepData]) -> str:
 
 def markdown_page(sweeps: Sequence[SweepData]) -> str:
     """Return the report as Markdown, without figures."""
-    parts = [sections_of(data, with_figures=False) for data in sweeps]
+    parts = [sections_of(data, with_figures=False) for data in with_distinct_names(sweeps)]
     rendered: str = _environment().get_template("page.md.jinja").render(**_common(parts))
     return rendered
 

@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from planted import plant
 
 from orchestrator.analysis.importance import MIN_TRIALS, Importances, find_importances
 from orchestrator.analysis.outcomes import find_outcomes
 from orchestrator.analysis.sweep_data import read_data
+from orchestrator.page.fields import effects
 from orchestrator.record import read_sweep
 
 
@@ -71,3 +73,16 @@ def test_few_trials_and_no_fields_say_why(tmp_path: Path) -> None:
     assert "5 of the trials have a value, and at least 6 are needed" in few.why_none
     none = importances(plant(tmp_path / "none", 1, stops=False, space={}, algorithm="auto", num_trials=1).root)
     assert none.why_none == "no field was searched"
+
+
+def test_a_forecast_is_no_less_sure_than_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.analysis.outcomes.widening", lambda *_: 1e5)
+    data = read_data(read_sweep(plant(tmp_path / "s", 12).root))
+    outcomes = find_outcomes(data).known
+    lowest = min(each.trial.best.value for each in outcomes if each.trial.best)
+    forecast = [each for each in outcomes if each.is_forecast]
+    assert len(forecast) == 4
+    for each in forecast:
+        assert each.trial.best is not None
+        assert 0 < each.log_sd <= math.log(each.trial.best.value / lowest) / 2
+    assert not isinstance(effects(data, find_importances(data)), str)

@@ -1,7 +1,9 @@
 """The verdict's sentences: right numbers where there is evidence, and `cannot be said` where there is none."""
 
 import math
+import re
 import shlex
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import yaml
 from planted import LEARNING, STEPS, phi, plant
 
 from orchestrator.analysis.longer import Longer, find_longer
-from orchestrator.analysis.next_step import find_edges, widened
+from orchestrator.analysis.next_step import find_edges, reproduce_command, widened
 from orchestrator.analysis.sweep_data import SweepData, read_data
 from orchestrator.analysis.verdict import Verdict, find_verdict
 from orchestrator.deploy import FinishedSweep
+from orchestrator.page.report import markdown_page
 from orchestrator.record import (
+    BudgetSpent,
     ExperimentSource,
     RowScores,
     SweepPaths,
@@ -25,8 +29,9 @@ from orchestrator.record import (
     read_sweep,
     write_record,
 )
-from orchestrator.spec import load_spec
+from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.axes import Axis
+from orchestrator.spec.search import SEED
 
 WON, SURE, MATTERED, EDGE, LONGER, COST = range(6)
 
@@ -159,8 +164,8 @@ def test_an_inner_winner_touches_no_edge(tmp_path: Path) -> None:
     change(paths, best.trial_id, config=read_sweep(paths.root).info.spec.trial_config(inner))
     data = data_of(paths)
     assert data.choice is not None
-    if not data.choice.recommendation.tied:
-        assert find_edges(data) == []
+    assert not data.choice.recommendation.tied
+    assert find_edges(data) == []
 
 
 @pytest.mark.parametrize(
@@ -233,3 +238,144 @@ def test_one_trial_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     verdict = find_verdict(data_of(plant(tmp_path / "s", 1)))
     assert verdict.headline.startswith("The only trial, t000, reached eval/loss")
     assert said(verdict, SURE).startswith("Cannot be said: no other trial has finished")
+
+
+def write_experiment(paths: SweepPaths, file: Path, document: dict[str, Any], overrides: list[str]) -> None:
+    """Let the sweep be one of this experiment file, with the trials that it has."""
+    file.write_text(yaml.safe_dump(document))
+    spec, record = load_spec(file, overrides, file.parent), read_sweep(paths.root)
+    source = ExperimentSource(file=str(file), overrides=overrides, folder=str(file.parent))
+    write_record(paths.sweep, record.info.model_copy(update={"spec": spec, "source": source}))
+    for trial in record.trials():
+        values = {name: trial.config.varied[name] for name in spec.search.space}
+        change(paths, trial.trial_id, config=spec.trial_config(values))
+
+
+def document_of(paths: SweepPaths) -> dict[str, Any]:
+    return read_sweep(paths.root).info.spec.model_dump(mode="json", exclude={"search": {"mode"}})
+
+
+def loaded(command: str) -> SweepSpec:
+    words = shlex.split(command)
+    return load_spec(words[2], [word for before, word in pairwise(words) if before == "--set"])
+
+
+def test_the_longer_trial_needs_nothing_of_the_search_and_stretches_the_schedule(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 12, stops=False)
+    document = document_of(paths)
+    document["search"]["algorithm"] = "optuna"
+    document["training"] |= {"steps": None, "epochs": 2.5, "schedule": "constant_with_warmup", "warmup": 2}
+    document["output"]["name"] = "mine"
+    write_experiment(paths, tmp_path / "x.yaml", document, ["search.num_trials=12"])
+    (command,) = [step.command for step in find_verdict(data_of(paths)).next_steps if " trial " in step.command]
+    spec, leader = loaded(command), read_sweep(paths.root).trials()[0].config
+    assert (spec.training.steps, spec.training.epochs, spec.training.warmup) == (2 * STEPS, None, 4)
+    assert spec.training.learning_rate == leader.training.learning_rate
+    assert spec.search.metric == "eval/loss"
+    assert spec.output.name is None
+
+
+def test_commands_start_where_the_paths_of_overrides_do_and_take_a_new_folder(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 12)
+    document = document_of(paths)
+    document["output"]["name"] = "mine"
+    write_experiment(paths, tmp_path / "x.yaml", document, ["data.source=embedded"])
+    command = reproduce_command(data_of(paths))
+    place, _, rest = command.partition(" && ")
+    assert place == f"cd {tmp_path}"
+    assert loaded(rest).output.name is None
+
+
+def test_other_seeds_are_not_advised_where_they_are_refused(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 6, stops=False)
+    for scores in paths.root.rglob("held_out.json"):
+        rows = RowScores(losses=[5.0, 2.0] * 20, hits=[5] * 40, tokens=[10] * 40)
+        scores.write_text(rows.model_dump_json())
+    advice = "finalists run with other seeds"
+    assert any(advice in step.why for step in find_verdict(data_of(paths)).next_steps)
+    document = document_of(paths)
+    document["scheduler"] = {"kind": "pbt"}
+    document["search"]["space"].pop("lora.rank")
+    write_experiment(paths, tmp_path / "x.yaml", document, [])
+    assert not any(advice in step.why for step in find_verdict(data_of(paths)).next_steps)
+
+
+def test_more_trials_are_not_advised_once_the_budget_is_spent(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 8, effect=0.0)
+    assert any("--trials 16" in step.command for step in find_verdict(data_of(paths)).next_steps)
+    write_record(paths.budget, BudgetSpent(limit="gpu_hours", allowed=1.0, spent=1.0))
+    assert not any("--trials" in step.command for step in find_verdict(data_of(paths)).next_steps)
+
+
+def test_a_single_trial_searched_no_field_and_is_run_again_as_one(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 1)
+    info = read_sweep(paths.root).info
+    write_record(paths.sweep, info.model_copy(update={"is_single_trial": True}))
+    change(paths, "t000", config=info.spec.trial_config({}))
+    verdict = find_verdict(data_of(paths))
+    assert said(verdict, MATTERED) == "Cannot be said: no field was searched."
+    assert said(verdict, EDGE) == "No field was searched."
+    change(paths, "t000", state=TrialState.FAILED, best=None)
+    assert find_verdict(data_of(paths)).next_steps[0].command.startswith("orchestrator trial ")
+
+
+def test_steps_that_a_running_trial_has_yet_to_make_are_not_saved(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 3)
+    before = find_verdict(data_of(paths)).cost
+    assert before.steps_saved == pytest.approx(140 / 600)
+    change(paths, "t000", state=TrialState.RUNNING, step=20)
+    assert find_verdict(data_of(paths)).cost.steps_saved == pytest.approx(140 / 420)
+
+
+def test_a_stopped_trial_whose_loss_is_zero_has_that_outcome(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 8)
+    best = TrialResult.model_validate_json(paths.trial("t001").result.read_text()).best
+    assert best is not None
+    change(paths, "t001", best=best.model_copy(update={"value": 0.0}))
+    found = find_verdict(data_of(paths)).importances.outcomes.known
+    assert [each.value for each in found if each.trial.trial_id == "t001"] == [0.0]
+
+
+def test_a_rising_loss_says_nothing_of_another_metric(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 6, stops=False, metric="eval/token_accuracy")
+    for trial in read_sweep(paths.root).trials():
+        assert trial.best is not None
+        value = trial.best.values["eval/token_accuracy"]
+        change(paths, trial.trial_id, best=trial.best.model_copy(update={"value": value}), mode="max",
+               metric="eval/token_accuracy")  # fmt: skip
+    leader = data_of(paths).leader
+    assert leader is not None
+    file = paths.trial(leader.trial_id).metrics
+    lines = file.read_text().splitlines()
+    losses = [str(yaml.safe_load(line)["values"]["eval/loss"]) for line in lines]
+    raised = [line.replace(loss, str(1 + i / 10)) for i, (line, loss) in enumerate(zip(lines, losses, strict=True))]
+    file.write_text("\n".join(raised) + "\n")
+    told = said(find_verdict(data_of(paths)), LONGER)
+    assert told.startswith("No: the leader's loss was lowest at step 20")
+    assert told.endswith("What that does to eval/token_accuracy cannot be said: only the loss can be forecast.")
+
+
+def test_an_override_of_several_lines_stays_one_word_on_one_line(tmp_path: Path) -> None:
+    override = "data.template='Don''t \\ {question}\n\n  A: {answer}'"
+    paths = plant(tmp_path / "s", 1)
+    write_experiment(paths, tmp_path / "x.yaml", document_of(paths), [override])
+    text = markdown_page([data_of(paths)])
+    (command,) = re.findall(r"^cd .* && orchestrator sweep .*$", text, re.MULTILINE)
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command.rpartition('--set ')[2]}"], capture_output=True, text=True, check=True
+    )
+    assert words.stdout.split("\0") == [override, ""]
+
+
+def test_beyond_an_end_that_nothing_valid_follows_nothing_is_promised(tmp_path: Path) -> None:
+    space = {"lora.dropout": {"uniform": [0.0, 0.1]}, "lora.rank": {"choice": [4, 8]}, SEED: {"randint": [1, 9]}}
+    paths = plant(tmp_path / "s", 3, space=space)
+    best = read_sweep(paths.root).trials()[0]
+    at_ends = {"lora.dropout": 0.0, "lora.rank": 8, SEED: 8}
+    change(paths, best.trial_id, config=read_sweep(paths.root).info.spec.trial_config(at_ends))
+    verdict = find_verdict(data_of(paths))
+    assert [edge.field for edge in verdict.edges] == ["lora.dropout", "lora.rank"]
+    first, second = verdict.answers[EDGE].sentences
+    assert first == "Yes: lora.dropout 0 is at the lowest end of its range (0); a wider range there is not valid."
+    assert "lora.rank 8 is at the highest end of its range (8); better values may lie beyond it" in second
+    assert "search beyond 8" in verdict.next_steps[0].why

@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planted import HTML, SCRIPT, plant
@@ -11,9 +12,13 @@ from typer.testing import CliRunner
 
 from orchestrator.analysis.sweep_data import read_data
 from orchestrator.cli import app
+from orchestrator.deploy import open_sweep
+from orchestrator.deploy.side_by_side import record_answers
+from orchestrator.errors import RequestError
 from orchestrator.page.figures import FIGURES
-from orchestrator.page.report import html_page, markdown_page
+from orchestrator.page.report import html_page, markdown_page, write_report
 from orchestrator.record import AnsweredPrompt, Answers, SweepPaths, TrialResult, TrialState, read_sweep, write_record
+from orchestrator.spec import parse_spec
 
 
 class Page(HTMLParser):
@@ -190,3 +195,42 @@ def test_open_shows_the_page_in_the_browser(tmp_path: Path, monkeypatch: pytest.
     root = plant(tmp_path / "s", 2).root
     assert CliRunner().invoke(app, ["report", str(root), "--open"]).exit_code == 0
     assert shown == [(root / "report.html").as_uri()]
+
+
+def test_sweeps_with_the_same_folder_name_are_told_apart(tmp_path: Path) -> None:
+    one, two = plant(tmp_path / "a" / "demo", 3), plant(tmp_path / "b" / "demo", 4, seed=5)
+    text = markdown_page([read_data(read_sweep(paths.root)) for paths in (one, two)])
+    assert "b/demo differs from a/demo in: search.num\\_trials (3 / 4)." in text
+    files = write_report([read_data(read_sweep(paths.root)) for paths in (one, two, one)], tmp_path / "t", "csv")
+    assert len(set(files)) == 12
+    assert all(file.is_relative_to(tmp_path / "t") for file in files)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    root = plant(tmp_path / "s", 2).root
+    done = CliRunner().invoke(app, ["report", str(root), "--to", str(tmp_path)])
+    assert isinstance(done.exception, RequestError)
+    assert "cannot be written" in str(done.exception)
+
+
+def test_a_damaged_file_of_metrics_is_named_whatever_it_holds(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 2)
+    file = paths.trial("t000").metrics
+    file.write_bytes(b"\xff\xfe\n")
+    (message,) = read_data(read_sweep(paths.root)).damaged
+    assert message.startswith(f"{file}: ")
+
+
+def test_rows_without_prompts_are_not_to_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = plant(tmp_path / "s", 2)
+    info = read_sweep(paths.root).info
+    document = info.spec.model_dump(mode="json", exclude={"data": {"template"}})
+    document["data"] |= {"source": str(tmp_path / "rows.jsonl"), "format": "text", "loss_on": "all"}
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    write_record(paths.sweep, info.model_copy(update={"spec": parse_spec(document)}))
+    assert "--answers" not in Page(page_of(paths)).words
+    assert "--answers" not in markdown_page([read_data(read_sweep(paths.root))])
+    monkeypatch.setattr("orchestrator.deploy.side_by_side.load", lambda _: SimpleNamespace(prompts=[]))
+    monkeypatch.setattr("orchestrator.deploy.finished.verify_adapter", lambda _: None)
+    with pytest.raises(RequestError, match="its held-out rows have no prompts"):
+        record_answers(open_sweep(paths.root), 2)
