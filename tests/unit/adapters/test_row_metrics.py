@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.adapters.row_metrics import AnsweredRows, score_rows_by, try_own_metrics
 from orchestrator.errors import MetricError, RequestError
-from orchestrator.record.models import RowScores, metric_values
+from orchestrator.record.models import metric_values
 from orchestrator.spec.sections import OwnMetric
 
 ROWS = AnsweredRows(["1 + 1 =", "2 + 2 =", "3 + 3 ="], ["2", "five", "6"], ["2", "4", " 6 "])
@@ -68,9 +68,3 @@ def test_the_standard_error_is_that_of_a_mean() -> None:
     """The rows 1, 0, 0, 1 have the standard deviation sqrt(1 / 3), which is divided by sqrt(4)."""
     values = metric_values({"score": [1.0, 0.0, 0.0, 1.0], "one": [0.5]})
     assert values == {"eval/score": 0.5, "eval/score_stderr": pytest.approx((1 / 3) ** 0.5 / 2), "eval/one": 0.5}
-
-
-def test_scores_of_earlier_versions_are_read() -> None:
-    written = '{"losses": [1.0], "hits": [1], "tokens": [2], "answers": [true, false]}'
-    assert RowScores.model_validate_json(written).metrics == {"exact_match": [1.0, 0.0]}
-    assert RowScores.model_validate_json(written.replace("true, false", "")).metrics == {}
