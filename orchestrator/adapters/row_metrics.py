@@ -71,16 +71,13 @@ def exact_match(_: list[str], answers: list[str], references: list[str]) -> list
 def try_own_metrics(metrics: Sequence[OwnMetric], prompt: str, reference: str) -> None:
     """Call each function on one row, whose answer is the expected one, before anything is trained.
 
-    What the functions print goes to stderr: the output of a command may be read by a program.
-
     Raises:
         RequestError: a function cannot be loaded, fails, or does not return what it should.
     """
     rows = AnsweredRows([prompt], [reference], [reference])
     for metric in metrics:
         try:
-            with redirect_stdout(sys.stderr):
-                _score_by_own(metric, rows)
+            _score_by_own(metric, rows)
         except MetricError as error:
             raise RequestError(
                 f"{error.message} (tried with its reference as the answer)", "Correct the function."
@@ -109,8 +106,9 @@ def _score_by_own(metric: OwnMetric, rows: AnsweredRows) -> list[float]:
 
 
 def _call(function: RowMetric, rows: AnsweredRows) -> Any:
-    """Call a function with lists of its own, which it may change."""
-    return function([*rows.prompts], [*rows.answers], [*rows.references])
+    """Call a function with lists of its own, which it may change. What it prints goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        return function([*rows.prompts], [*rows.answers], [*rows.references])
 
 
 def _failing_row(function: RowMetric, rows: AnsweredRows) -> int | None:
@@ -166,5 +164,6 @@ def _module(file: str, source: str) -> ModuleType:
     module = ModuleType(f"own_metric_{abs(hash((file, source)))}")
     module.__dict__.update(__file__=file, __own_metric__=True)
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
-    exec(compile(source, file, "exec"), module.__dict__)  # the user's own code, as an import would run it
+    with redirect_stdout(sys.stderr):  # a program may read the output of this command
+        exec(compile(source, file, "exec"), module.__dict__)  # the user's own code, as an import would run it
     return module

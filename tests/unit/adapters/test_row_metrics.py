@@ -65,6 +65,11 @@ def test_a_file_that_cannot_be_imported_is_named() -> None:
         score_rows_by([own("[]", "raise SystemExit(3)")], ROWS)
 
 
+def test_what_a_metric_prints_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert score_rows_by([own("print('called') or [1.0] * len(answers)", "print('loaded')")], ROWS)
+    assert capsys.readouterr() == ("", "loaded\ncalled\n")
+
+
 def test_a_file_with_two_metrics_runs_once() -> None:
     """Such a file may load a large model. Both functions return the address of what it has loaded."""
     source = "\n".join(["LOADED = object()", *(SCORE.format(name=name) for name in ("one", "other"))])
