@@ -7,8 +7,22 @@ from orchestrator.adapters.stops import stops_of
 from orchestrator.errors import RequestError
 from orchestrator.positions import fails_beyond_limit, position_limit, rows_per_pass
 
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
-"""Arguments of `generate` for greedy decoding. They override the generation settings of the base."""
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "use_cache": True,
+}
+"""Arguments of `generate` that choose the likeliest token. They override the generation settings of the base, such as
+the repetition penalty of Qwen 2.5: the fast engine has none, and both engines must measure the same answers."""
 
 MAX_BATCH_TOKENS = 16_384
 """Upper bound on the tokens of a batch, with padding and answers, which bounds the KV cache.

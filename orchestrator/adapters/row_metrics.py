@@ -8,6 +8,7 @@ kept, so that the standard error is known and trials can be compared row by row.
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -20,6 +21,9 @@ from orchestrator.spec.sections.evaluation import metric_name
 
 RowMetric = Callable[[list[str], list[str], list[str]], list[float]]
 """(prompts, answers, references) -> the metric of each row."""
+
+_FAULTS = (Exception, SystemExit)
+"""What a user's own code may raise. SystemExit would end the worker's thread, and with it the trials of others."""
 
 _MAX_SHOWN = 60
 """Characters of a text that a message shows."""
@@ -84,7 +88,7 @@ def _score_by_own(metric: OwnMetric, rows: AnsweredRows) -> list[float]:
     function = _load(metric)
     try:
         returned = _call(function, rows)
-    except Exception as error:
+    except _FAULTS as error:
         index = _failing_row(function, rows)
         if index is None:
             raise _fault(metric, f"failed on all rows together: {_describe(error)}") from error
@@ -102,8 +106,9 @@ def _score_by_own(metric: OwnMetric, rows: AnsweredRows) -> list[float]:
 
 
 def _call(function: RowMetric, rows: AnsweredRows) -> Any:
-    """Call a function with lists of its own, which it may change."""
-    return function([*rows.prompts], [*rows.answers], [*rows.references])
+    """Call a function with lists of its own, which it may change. What it prints goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        return function([*rows.prompts], [*rows.answers], [*rows.references])
 
 
 def _failing_row(function: RowMetric, rows: AnsweredRows) -> int | None:
@@ -111,7 +116,7 @@ def _failing_row(function: RowMetric, rows: AnsweredRows) -> int | None:
     for index in range(len(rows)):
         try:
             _call(function, rows.row(index))
-        except Exception:  # what the user must see is the row
+        except _FAULTS:  # what the user must see is the row
             return index
     return None
 
@@ -119,7 +124,7 @@ def _failing_row(function: RowMetric, rows: AnsweredRows) -> int | None:
 def _is_number(value: Any) -> bool:
     try:
         return not isinstance(value, str) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -128,11 +133,11 @@ def _place(rows: AnsweredRows, index: int) -> str:
     return f"row {index} (answer {answer}, reference {reference})"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Return an exception with the line of the user's file in which it was raised last."""
     lines, trace = [], error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(".py") and trace.tb_frame.f_globals.get("__own_metric__"):
+        if trace.tb_frame.f_globals.get("__own_metric__"):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
@@ -147,17 +152,18 @@ def _fault(metric: OwnMetric, what: str) -> MetricError:
 
 def _load(metric: OwnMetric) -> RowMetric:
     try:
-        return _function(metric.file, metric.function, metric.source)
-    except Exception as error:
+        function: RowMetric = getattr(_module(metric.file, metric.source), metric.function)
+    except _FAULTS as error:
         raise _fault(metric, f"cannot be loaded: {_describe(error)}") from error
+    return function
 
 
 @cache
-def _function(file: str, name: str, source: str) -> RowMetric:
-    """Run the text of a file as a module of its own, once per process, and return its function."""
+def _module(file: str, source: str) -> ModuleType:
+    """Run the text of a file as a module of its own, once per process, however many metrics it has."""
     module = ModuleType(f"own_metric_{abs(hash((file, source)))}")
     module.__dict__.update(__file__=file, __own_metric__=True)
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
-    exec(compile(source, file, "exec"), module.__dict__)  # the user's own code, as an import would run it
-    function: RowMetric = module.__dict__[name]
-    return function
+    with redirect_stdout(sys.stderr):  # a program may read the output of this command
+        exec(compile(source, file, "exec"), module.__dict__)  # the user's own code, as an import would run it
+    return module

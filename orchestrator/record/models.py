@@ -7,7 +7,7 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import FailureCause
 from orchestrator.spec import SweepSpec, TrialConfig
@@ -90,15 +90,6 @@ class RowScores(Record):
     metrics: dict[str, list[float]] = {}
     """Metric of generated answers -> its value for each held-out prompt that was answered, such as exact_match: 1 for a
     right answer, else 0."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _in_todays_form(cls, written: Any) -> Any:
-        """Read `answers`, under which earlier versions wrote whether each answer was right."""
-        if isinstance(written, dict) and "answers" in written:
-            rest = {name: value for name, value in written.items() if name != "answers"}
-            return rest | ({"metrics": {"exact_match": written["answers"]}} if written["answers"] else {})
-        return written
 
     @property
     def loss(self) -> float:

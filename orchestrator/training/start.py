@@ -34,14 +34,19 @@ def start_sweep(
         prior_sweeps: what the search takes from earlier sweeps.
 
     Raises:
-        RequestError: the base's layers, its tokenizer or the data do not match the experiment, a metric of the user's
-            own fails on the first held-out row, the scheduler would change nothing with so many rows, another sweep has
-            taken the folder, or it cannot be written. Nothing is left behind.
+        RequestError: the base's layers, its tokenizer or the data do not match the experiment, a held-out prompt has no
+            token, a metric of the user's own fails on the first held-out row, the scheduler would change nothing with
+            so many rows, another sweep has taken the folder, or it cannot be written. Nothing is left behind.
     """
     check_targets(spec)
     prepared = prepare(spec.data, spec.base)
     if not is_single_trial:
         require_scheduler_effect(spec, prepared.num_sequences or prepared.num_train)
+    if spec.evaluation.metrics and not all(prompt.ids for prompt in prepared.prompts[: spec.evaluation.rows]):
+        raise RequestError(
+            "evaluation.metrics: a held-out row has no token before its answer, so that nothing can be asked",
+            "Write text before the answer in data.template, or leave evaluation.metrics out.",
+        )
     if spec.evaluation.own:
         tokenizer, first = load_tokenizer(spec.base, spec.data.chat_template), prepared.prompts[0]
         try_own_metrics(spec.evaluation.own, texts_of(tokenizer, [first.ids])[0], first.answer)

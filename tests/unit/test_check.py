@@ -61,7 +61,9 @@ def test_the_printed_experiment_is_accepted_and_equal(overrides: list[str], tmp_
 @pytest.mark.parametrize("returned", ["[float(a == r) for a, r in zip(answers, references)]", "answers"])
 def test_a_metric_of_ones_own_is_tried_and_printed_as_it_is_written(returned: str, tmp_path: Path) -> None:
     own, again = tmp_path / "own.py", tmp_path / "again.yaml"
-    own.write_text(f"def score(prompts, answers, references):\n    return {returned}\n")
+    own.write_text(
+        f"print('loaded')\ndef score(prompts, answers, references):\n    print('called')\n    return {returned}\n"
+    )
     overrides = [f"evaluation.metrics=[exact_match, {own}:score]", "search.metric=eval/score"]
     options = [word for each in overrides for word in ("--set", each)]
     printed = CliRunner().invoke(app, ["check", str(DEMO), *options])

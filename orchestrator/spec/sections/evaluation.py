@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -63,14 +64,19 @@ class OwnMetric(Section):
         if _sha256(self.source) != self.sha256:
             raise ValueError(f"{self.file}: its recorded text does not match its sha256; start a new sweep")
         try:
-            parsed = ast.parse(self.source, self.file)
+            functions = _functions(self.source)
         except SyntaxError as error:
             raise ValueError(f"{self.file}: line {error.lineno}: is not Python: {error.msg}") from error
-        functions = [node.name for node in parsed.body if isinstance(node, ast.FunctionDef)]
         if self.function not in functions:
             found = ", ".join(functions) or "none"
             raise ValueError(f"{self.file}: there is no function {self.function!r}; functions there: {found}")
         return self
+
+
+@cache
+def _functions(source: str) -> tuple[str, ...]:
+    """Return the names of a text's functions. It is read once, because the record of each trial holds the text."""
+    return tuple(node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
 
 
 def _sha256(text: str) -> str:

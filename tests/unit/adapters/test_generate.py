@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches
+from orchestrator.adapters.generate import GREEDY, MAX_BATCH_TOKENS, answer, batches, generate_ids
 from orchestrator.adapters.stops import GENERATION, read_stops, stop_at, stops_of, write_stops
 from orchestrator.base import load_tokenizer
 from orchestrator.errors import RecordError
@@ -57,6 +57,37 @@ def test_prompts_of_similar_length_share_a_batch_within_the_limits(tokenizer: An
     model = Model([80], [2])
     answer(model, tokenizer, [[1] * length for length in lengths], 100, 4, GREEDY)
     assert model.shapes == [(3, 12), (2, 7000), (1, 9000), (1, 40_000)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 50.0},
+        {"encoder_repetition_penalty": 50.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"suppress_tokens": range(1, 64)},
+        {"begin_suppress_tokens": range(1, 64)},
+        {"bad_words_ids": [[token] for token in range(1, 64)]},
+    ],
+)
+def test_greedy_answers_do_not_depend_on_the_bases_generation_settings(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    stop_at(model, [1000])
+    prompts = [list(range(1, start)) for start in (20, 40)]
+
+    def answers(sampling: dict[str, Any]) -> list[list[int]]:
+        return generate_ids(model, SimpleNamespace(pad_token_id=0), prompts, 12, 1, sampling)
+
+    plain = answers(GREEDY)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value if isinstance(value, int | float) else list(value))
+    assert answers(GREEDY) == plain
+    assert answers({"do_sample": False}) != plain, "the settings have no effect, and the test shows nothing"
 
 
 def test_writing_stop_tokens_keeps_other_generation_settings(tokenizer: Any, tmp_path: Any) -> None:

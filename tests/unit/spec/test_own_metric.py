@@ -61,6 +61,13 @@ def test_what_is_no_metric_is_refused(file: Path, monkeypatch: pytest.MonkeyPatc
         load_spec(DEMO, [f"evaluation.metrics=[{metric}]"])
 
 
+def test_the_text_is_read_once_however_many_records_hold_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading Python takes a millisecond for 20 lines, and a sweep has a record for each trial."""
+    spec = load_spec(DEMO, [f"evaluation.metrics=[{file}:closeness]"])
+    monkeypatch.setattr("orchestrator.spec.sections.evaluation.ast", None)
+    assert SweepSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
 def test_a_record_whose_text_was_changed_is_refused(file: Path) -> None:
     spec = load_spec(DEMO, [f"evaluation.metrics=[{file}:closeness]"])
     text = spec.model_dump_json().replace("[0.0]", "[1.0]")

@@ -21,6 +21,7 @@ from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine, GenerationBatch
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 from orchestrator.training.fast.step.generation import Asked
+from orchestrator.training.fast.step.kv_cache import CachedInputs
 from orchestrator.training.model.targets import expected_modules
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -133,6 +134,23 @@ def test_a_cache_that_does_not_fit_is_halved(setup: Setup, monkeypatch: pytest.M
     rooms(monkeypatch, most=0)
     with pytest.raises(torch.OutOfMemoryError):
         setup.answers([])
+
+
+def test_the_lengths_that_attention_gets_are_few(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    next_tokens = Decoder.next_tokens
+
+    def noted(decoder: Decoder, inputs: CachedInputs, *arguments: Any) -> torch.Tensor:
+        if inputs.reads_cache:
+            lengths.append(inputs.length)
+        return next_tokens(decoder, inputs, *arguments)
+
+    monkeypatch.setattr(Decoder, "next_tokens", noted)
+    whole = setup.answers([])
+    assert lengths == [generation.LENGTH_STEP] * (NEW - 1)
+    monkeypatch.setattr(generation, "LENGTH_STEP", 16)
+    assert setup.answers([]) == whole
+    assert lengths[NEW - 1 :] == [32] * (NEW - 1), "19 tokens of a prompt and 11 of its answer"
 
 
 def test_each_slot_has_its_own_limit(setup: Setup) -> None:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.data.prepare import Prompt
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.record.new_sweep import claim_folder
@@ -30,6 +32,23 @@ def test_claimed_folder_is_used_and_one_with_a_sweep_is_refused(spec: SweepSpec,
         start_sweep(spec, paths)
     assert [path.name for path in tmp_path.iterdir()] == ["one"], "the second sweep leaves nothing"
     assert read_sweep(paths.root).info == info
+
+
+def test_a_prompt_without_tokens_is_refused_where_it_must_be_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template may begin with the answer, and a tokenizer may have no beginning-of-text token."""
+    prepare = start.prepare
+
+    def prepared(*arguments: Any) -> Any:
+        rows = prepare(*arguments)
+        return replace(rows, prompts=[*rows.prompts[:3], Prompt([], "4"), *rows.prompts[4:]])
+
+    monkeypatch.setattr(start, "prepare", prepared)
+    asks = ["data.max_rows=60", "data.held_out={count: 10}", "evaluation.metrics=[exact_match]"]
+    with pytest.raises(RequestError, match=r"evaluation\.metrics: a held-out row has no token before its answer"):
+        start_sweep(load_spec(DEMO, asks), SweepPaths(tmp_path / "one"))
+    assert start_sweep(load_spec(DEMO, [*asks, "evaluation.rows=3"]), SweepPaths(tmp_path / "two"))
 
 
 @pytest.mark.parametrize("place", ["save", "write_record"])

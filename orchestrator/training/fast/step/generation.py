@@ -32,6 +32,10 @@ from orchestrator.training.fast.step.flat_batch import (
 )
 from orchestrator.training.fast.step.kv_cache import CachedInputs, CachePlaces, LayerCache
 
+LENGTH_STEP = 64
+"""Caches, and what a pass reads of them, are a multiple of so many tokens long. On a GPU, attention prepares each new
+shape anew, and copies a mask whose rows are not aligned."""
+
 CACHE_SHARE = 32
 """A cache takes at most one part in so many of the GPU's memory. The memory plan leaves more than that (`MARGIN`)."""
 
@@ -131,7 +135,7 @@ class Generator:
     def _generate(self, group: list[_Answer]) -> None:
         lengths = [int(answer.asked.prompts.lengths[answer.row]) for answer in group]
         room = max(lengths) + max(answer.asked.max_new_tokens for answer in group)
-        caches = self._decoder.new_cache(len(group), room)
+        caches = self._decoder.new_cache(len(group), _rounded(room))
         tokens = self._first_tokens(group, caches)
         positions = torch.tensor(lengths, device=self._device)
         step = self._step_of(group)
@@ -144,7 +148,8 @@ class Generator:
             if 2 * len(going_on) <= len(group):  # otherwise copying the cache costs more than the tokens that are saved
                 kept = torch.tensor(going_on, device=self._device)
                 group, tokens, positions = [group[index] for index in going_on], tokens[kept], positions[kept]
-                caches = [cache.kept(kept) for cache in caches]
+                for layer, cache in enumerate(caches):  # one by one: two whole caches may not fit
+                    caches[layer] = cache.kept(kept)
                 step = self._step_of(group)
             tokens = self._next_tokens(group, step, tokens, positions, caches)
             positions = positions + 1
@@ -177,17 +182,18 @@ class Generator:
 
         Args:
             group: the answers, in the order of the cache.
-            step: from `_step_of`. Tokens and positions are written into its batch.
+            step: from `_step_of`. Tokens are written into its batch.
             tokens: (answers,) last tokens.
             positions: (answers,) their positions.
             caches: one for each layer.
         """
         batch, places = step
         batch.ids[places] = tokens.int()
-        batch.positions[places] = positions.int()
         sequences = torch.arange(len(group), device=self._device)
         length = max(int(answer.asked.prompts.lengths[answer.row]) + len(answer.tokens) for answer in group)
-        inputs = self._inputs(batch, CachePlaces(places, sequences, positions), reads_cache=True, length=length)
+        inputs = self._inputs(
+            batch, CachePlaces(places, sequences, positions), reads_cache=True, length=_rounded(length)
+        )
         return self._decoder.next_tokens(inputs, caches, places)
 
     def _inputs(self, batch: FlatBatch, places: CachePlaces, reads_cache: bool, length: int) -> CachedInputs:
@@ -218,6 +224,10 @@ class Generator:
 
     def _whole_tiles(self, tokens: int) -> int:
         return tokens + -tokens % self._ops.TILE
+
+
+def _rounded(length: int) -> int:
+    return length + -length % LENGTH_STEP
 
 
 def _spans(group: Sequence[_Answer]) -> list[Span]:
