@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from orchestrator.errors import RequestError
 from orchestrator.priors.kinship import Kin
+from orchestrator.rate_prior import begin_at
 from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.models import PriorSweep, PriorTrial
 from orchestrator.spec import SweepSpec
@@ -106,6 +107,4 @@ def with_evidence(spec: SweepSpec, sweeps: Sequence[PriorSweep]) -> tuple[SweepS
     ]
     if spec.search.algorithm != "auto":
         return spec, said
-    document = spec.model_dump(mode="json")
-    document["search"]["prior"] = best_trial(sweeps, spec.search.resolved_mode).point | spec.search.written_prior
-    return SweepSpec.model_validate(document), said
+    return begin_at(spec, best_trial(sweeps, spec.search.resolved_mode).point | spec.search.written_prior), said

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 
 from orchestrator.errors import RequestError
 from orchestrator.priors.kinship import Kin
-from orchestrator.rate_prior import RANK, nearest
+from orchestrator.rate_prior import RANK, begin_at, nearest
 from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.files import write_atomic
 from orchestrator.spec import SweepSpec
@@ -189,9 +189,7 @@ def with_library(spec: SweepSpec) -> tuple[SweepSpec, list[str]]:
         )
     kin = Kin.of(spec)
     rows = [row for row in read_library(path) if kin is not None and row.kin.difference(kin) is None]
-    document = spec.model_dump(mode="json")
-    document["search"]["prior"] = _prior_of(spec, rows) if rows else {}
-    found = SweepSpec.model_validate(document)
+    found = begin_at(spec, _prior_of(spec, rows) if rows else {})
     if not rows:
         return found, [f"search.prior: no row of {path} fits {kin or 'this base'}; the search begins as without it"]
     sweeps = ", ".join(row.sweep for row in rows)

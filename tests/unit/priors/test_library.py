@@ -19,6 +19,7 @@ from orchestrator.priors.library import (
     with_library,
     write_library,
 )
+from orchestrator.rate_prior import with_prior
 from orchestrator.record import read_sweep, write_record
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.spec.search import RATE
@@ -114,6 +115,7 @@ def test_without_a_row_that_fits_the_search_begins_as_without_a_library(
     monkeypatch.setenv("ORCHESTRATOR_PRIORS", str(tmp_path / "none.yaml"))
     spec, said = with_library(searching(document))
     assert spec.search.prior == {}
+    assert with_prior(spec)[0].search.prior == with_prior(searching(document, {}))[0].search.prior
     assert "no row of" in said[0]
     assert "the search begins as without it" in said[0]
     with pytest.raises(RequestError, match=r"search\.prior nowhere\.yaml: there is no such file"):
