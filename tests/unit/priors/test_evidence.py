@@ -72,6 +72,26 @@ def test_trials_with_another_scale_of_the_update_are_left_out(earlier: Earlier, 
         evidence_from(searching(document), [earlier(TRIALS[:2], rslora=True)])
 
 
+def test_trials_with_another_alpha_are_left_out_and_a_tied_alpha_is_resolved(
+    earlier: Earlier, document: Document
+) -> None:
+    """The update is scaled by alpha / rank, so the best rate goes with its inverse."""
+    other = earlier(TRIALS[:2], alpha=64.0)
+    here = parse_spec(document).lora.alpha
+    with pytest.raises(
+        RequestError, match=rf"none of its trials fits: 2 trials: lora\.alpha is 64\.0 there and {here}"
+    ):
+        evidence_from(searching(document), [other])
+    (found,) = evidence_from(searching(document, tied={"lora.alpha": "4 * lora.rank"}), [other])
+    assert [each.point["lora.rank"] for each in found.trials] == [16]
+    assert found.left_out == ["1 trial: lora.alpha is 64.0 there and 256.0 here"]
+
+
+def test_a_sweep_that_is_given_twice_counts_once(earlier: Earlier, document: Document) -> None:
+    other = earlier(TRIALS)
+    assert len(evidence_from(searching(document), [other, read_sweep(other.paths.root)])) == 1
+
+
 @pytest.mark.parametrize("algorithm", ["random", "hyperopt"])
 def test_algorithms_that_cannot_use_it_refuse_it(earlier: Earlier, document: Document, algorithm: str) -> None:
     with pytest.raises(RequestError, match=f"--warm-from: algorithm {algorithm} does not learn") as found:
