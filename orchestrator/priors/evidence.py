@@ -11,6 +11,7 @@ from orchestrator.rate_prior import begin_at
 from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.models import PriorSweep, PriorTrial
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.axes import Axis
 from orchestrator.spec.dotted import read_path
 from orchestrator.words import counted
 
@@ -78,7 +79,9 @@ def _point(spec: SweepSpec, trial: TrialResult) -> dict[str, Any] | str:
     if trial.state != TrialState.COMPLETE or trial.best is None or not math.isfinite(trial.best.value):
         return f"{trial.state.lower()}, without its last result" if trial.state != TrialState.COMPLETE else "no result"
     config = trial.config.model_dump(mode="json")
-    point = spec.search.active({path: read_path(config, path) for path in spec.search.space})
+    point = spec.search.active(
+        {path: _as_listed(axis, read_path(config, path)) for path, axis in spec.search.space.items()}
+    )
     for path, value in point.items():
         if not spec.search.space[path].holds(value):
             return f"{path} {value} is not a value of this search"
@@ -87,6 +90,15 @@ def _point(spec: SweepSpec, trial: TrialResult) -> dict[str, Any] | str:
         if read_path(config, path) != read_path(own, path):
             return f"{path} is {read_path(config, path)} there and {read_path(own, path)} here"
     return point
+
+
+def _as_listed(axis: Axis, value: Any) -> Any:
+    """Return the value as the axis lists it: a configuration holds 16.0 where the axis lists 16."""
+    if isinstance(value, bool):
+        return value
+    if not axis.is_discrete:
+        return int(value) if axis.is_whole and isinstance(value, float) and value.is_integer() else value
+    return next((each for each in axis.values if each == value and not isinstance(each, bool)), value)
 
 
 def best_trial(sweeps: Sequence[PriorSweep], mode: str) -> PriorTrial:

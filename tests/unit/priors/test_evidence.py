@@ -87,6 +87,27 @@ def test_trials_with_another_alpha_are_left_out_and_a_tied_alpha_is_resolved(
     assert found.left_out == ["1 trial: lora.alpha is 64.0 there and 256.0 here"]
 
 
+def test_a_configuration_has_16_as_16_0_where_the_axis_lists_it(earlier: Earlier, document: Document) -> None:
+    """The default space lists whole numbers of alpha, and a configuration holds it as a real number."""
+    space = SPACE | {
+        "lora.alpha": {"choice": [16, 32, 64]},
+        "lora.dropout": {"choice": [0, 0.1], "when": {"lora.alpha": [64]}},
+    }
+    spec = searching(document, space=space)
+    (found,) = evidence_from(spec, [earlier(TRIALS[:1], alpha=64.0, dropout=0.0)])
+    (trial,) = found.trials
+    assert repr(trial.point) == repr({RATE: 1e-3, "lora.rank": 16, "lora.alpha": 64, "lora.dropout": 0})
+    again = [PriorSweep.model_validate_json(found.model_dump_json())]
+    spec, _ = with_prior(with_evidence(spec, again)[0])
+    assert make_searcher(spec, 1, again).suggest("a") == trial.point
+
+
+def test_a_range_of_whole_numbers_takes_16_0_as_16(earlier: Earlier, document: Document) -> None:
+    spec = searching(document, space=SPACE | {"lora.alpha": {"randint": [8, 65]}})
+    (found,) = evidence_from(spec, [earlier(TRIALS[:1], alpha=64.0)])
+    assert repr(found.trials[0].point["lora.alpha"]) == "64"
+
+
 def test_a_sweep_that_is_given_twice_counts_once(earlier: Earlier, document: Document) -> None:
     other = earlier(TRIALS)
     assert len(evidence_from(searching(document), [other, read_sweep(other.paths.root)])) == 1
