@@ -7,7 +7,7 @@ from orchestrator.base_folder import config_document
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.dotted import read_path
-from orchestrator.spec.search import RATE
+from orchestrator.spec.search import RATE, SearchSection
 from orchestrator.spec.sections import BaseSection
 
 RANK = "lora.rank"
@@ -67,6 +67,12 @@ def with_prior(spec: SweepSpec) -> tuple[SweepSpec, list[str]]:
             prior[path] = value
     document["search"]["prior"] = prior
     return SweepSpec.model_validate(document), said
+
+
+def begin_at(spec: SweepSpec, prior: dict[str, Any]) -> SweepSpec:
+    """Return the experiment with another `search.prior`. `_rate` can still tell which fields the file gives."""
+    search = SearchSection.model_validate(spec.search.model_dump(mode="json") | {"prior": prior})
+    return spec.model_copy(update={"search": search})
 
 
 def nearest(axis: Axis, number: float) -> Any:

@@ -32,12 +32,12 @@ def add(
     output: Where = "runs",
 ) -> None:
     """Add the best values of finished sweeps. A sweep that is added again replaces its row."""
-    from orchestrator.priors.library import add_rows, library_path, read_library, row_of, write_library
+    from orchestrator.priors.library import add_rows, change_library, library_path, row_of
     from orchestrator.record import read_sweep
 
     path = library_path(file)
     new = [row_of(read_sweep(sweep, output)) for sweep in sweeps]
-    write_library(path, add_rows(read_library(path), new))
+    change_library(path, lambda rows: add_rows(rows, new))
     for row in new:
         print(f"{path}: {row.sweep}: learning rate {row.rate:.3g}, rank {row.rank} for {row.kin}")
 
@@ -73,7 +73,8 @@ def remove(
     file: Library = None,
 ) -> None:
     """Remove the rows of sweeps."""
-    from orchestrator.priors.library import library_path, read_library, remove_rows, write_library
+    from orchestrator.priors.library import change_library, library_path, remove_rows
 
     path = library_path(file)
-    write_library(path, remove_rows(read_library(path), sweeps))
+    change_library(path, lambda rows: remove_rows(rows, sweeps))
+    print(f"{path}: removed {', '.join(sweeps)}")

@@ -7,16 +7,19 @@ from typing import Any, Final
 
 from orchestrator.errors import RequestError
 from orchestrator.priors.kinship import Kin
+from orchestrator.rate_prior import begin_at
 from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.models import PriorSweep, PriorTrial
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.axes import Axis
 from orchestrator.spec.dotted import read_path
 from orchestrator.words import counted
 
 LEARNS: Final = ("auto", "optuna")
 """Algorithms that can use the evidence."""
-ALIKE: Final = ("lora.rslora", "lora.dora", "training.optimizer")
-"""Fields in which a trial must agree with the experiment where they are not searched: good rates depend on them."""
+ALIKE: Final = ("lora.rslora", "lora.dora", "lora.alpha", "training.optimizer")
+"""Fields in which a trial must agree with the experiment's trial of the same searched values: good rates depend on
+them."""
 
 
 def evidence_from(spec: SweepSpec, others: Sequence[SweepRecord]) -> list[PriorSweep]:
@@ -35,7 +38,8 @@ def evidence_from(spec: SweepSpec, others: Sequence[SweepRecord]) -> list[PriorS
             f"--warm-from: {what}, so it cannot use earlier trials",
             "Set search.algorithm: auto or optuna with a space, or leave --warm-from out.",
         )
-    return [_evidence(spec, other) for other in others]
+    different = {other.paths.root.resolve(): other for other in others}
+    return [_evidence(spec, other) for other in different.values()]
 
 
 def _evidence(spec: SweepSpec, other: SweepRecord) -> PriorSweep:
@@ -74,16 +78,27 @@ def _point(spec: SweepSpec, trial: TrialResult) -> dict[str, Any] | str:
     """Return a trial's values of the searched fields, or why it says nothing about this search."""
     if trial.state != TrialState.COMPLETE or trial.best is None or not math.isfinite(trial.best.value):
         return f"{trial.state.lower()}, without its last result" if trial.state != TrialState.COMPLETE else "no result"
-    config, own = trial.config.model_dump(mode="json"), spec.model_dump(mode="json")
-    for path in ALIKE:
-        if path not in spec.search.space and read_path(config, path) != read_path(own, path):
-            return f"{path} is {read_path(config, path)} there and {read_path(own, path)} here"
-    whole = {path: read_path(config, path) for path in spec.search.space}
-    point = spec.search.active(whole)
+    config = trial.config.model_dump(mode="json")
+    point = spec.search.active(
+        {path: _as_listed(axis, read_path(config, path)) for path, axis in spec.search.space.items()}
+    )
     for path, value in point.items():
         if not spec.search.space[path].holds(value):
             return f"{path} {value} is not a value of this search"
+    own = spec.trial_config(point).model_dump(mode="json")
+    for path in ALIKE:
+        if read_path(config, path) != read_path(own, path):
+            return f"{path} is {read_path(config, path)} there and {read_path(own, path)} here"
     return point
+
+
+def _as_listed(axis: Axis, value: Any) -> Any:
+    """Return the value as the axis lists it: a configuration holds 16.0 where the axis lists 16."""
+    if isinstance(value, bool):
+        return value
+    if not axis.is_discrete:
+        return int(value) if axis.is_whole and isinstance(value, float) and value.is_integer() else value
+    return next((each for each in axis.values if each == value and not isinstance(each, bool)), value)
 
 
 def best_trial(sweeps: Sequence[PriorSweep], mode: str) -> PriorTrial:
@@ -106,6 +121,4 @@ def with_evidence(spec: SweepSpec, sweeps: Sequence[PriorSweep]) -> tuple[SweepS
     ]
     if spec.search.algorithm != "auto":
         return spec, said
-    document = spec.model_dump(mode="json")
-    document["search"]["prior"] = best_trial(sweeps, spec.search.resolved_mode).point | spec.search.written_prior
-    return SweepSpec.model_validate(document), said
+    return begin_at(spec, best_trial(sweeps, spec.search.resolved_mode).point | spec.search.written_prior), said

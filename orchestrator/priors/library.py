@@ -7,16 +7,17 @@ It is a YAML file, so that it can lie in a repository and be reviewed. `search.p
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from orchestrator.errors import RequestError
 from orchestrator.priors.kinship import Kin
-from orchestrator.rate_prior import RANK, nearest
+from orchestrator.rate_prior import RANK, begin_at, nearest
 from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.files import write_atomic
 from orchestrator.spec import SweepSpec
@@ -27,6 +28,8 @@ VARIABLE: Final = "ORCHESTRATOR_PRIORS"
 """Environment variable with the path of the library."""
 AUTO: Final = "auto"
 """Value of `search.prior` for the library of `library_path`."""
+PATIENCE_S: Final = 30.0
+"""Seconds to wait for another process that changes the library."""
 NEAR: Final = 0.02
 """Trials whose result is worse than the best by at most this share are about as good; their rates give the spread."""
 
@@ -42,11 +45,11 @@ class PriorRow(BaseModel):
     """Size of the base's hidden states."""
     data: str
     """Kind of the data."""
-    rate: PositiveFloat
+    rate: float = Field(gt=0, allow_inf_nan=False)
     """Learning rate of the best trial."""
     rank: PositiveInt
     """Rank of the best trial."""
-    spread: float
+    spread: float = Field(ge=1, allow_inf_nan=False)
     """Factor by which rates of about as good trials differ from each other: their geometric standard deviation."""
     trials: PositiveInt
     """Finished trials of the sweep."""
@@ -75,13 +78,13 @@ def read_library(path: Path) -> list[PriorRow]:
     Raises:
         RequestError: the file cannot be read, or is no list of rows.
     """
-    if not path.exists():
-        return []
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8")) or []
         if not isinstance(document, list):
             raise ValueError("it must be a list of rows")
         return [PriorRow.model_validate(row) for row in document]
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, yaml.YAMLError) as error:  # pydantic's ValidationError is a ValueError
         if isinstance(error, ValidationError):
             first = error.errors()[0]
@@ -90,7 +93,7 @@ def read_library(path: Path) -> list[PriorRow]:
             why = str(error).splitlines()[0]
         raise RequestError(
             f"{path}: is not a library of priors: {why}",
-            "Correct the file, or write it anew with `orchestrator priors add`.",
+            "Correct the file; or move it away, and write it anew with `orchestrator priors add`.",
         ) from error
 
 
@@ -102,10 +105,34 @@ def write_library(path: Path, rows: Sequence[PriorRow]) -> None:
     """
     text = yaml.safe_dump([row.model_dump() for row in rows], sort_keys=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_atomic(path.resolve(), text)  # replaces the file that a symbolic link names, not the link
     except OSError as error:
-        raise RequestError(f"{path}: cannot be written: {error}", f"Give --file, or set {VARIABLE}.") from error
+        raise _cannot_be_written(path, error) from error
+
+
+def change_library(path: Path, change: Callable[[list[PriorRow]], list[PriorRow]]) -> None:
+    """Replace the rows of a library by those that `change` makes of them. Processes change it one after another.
+
+    Raises:
+        RequestError: the file is no library or cannot be written, or another process does not finish its change.
+    """
+    file = path.resolve()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=PATIENCE_S, fallback_to_soft=False)
+        lock.acquire()
+    except Timeout:
+        raise RequestError(f"{path}: another process is changing this library", "Try again later.") from None
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
+    try:
+        write_library(path, change(read_library(path)))
+    finally:
+        lock.release()
+
+
+def _cannot_be_written(path: Path, error: OSError) -> RequestError:
+    return RequestError(f"{path}: cannot be written: {error}", f"Give --file, or set {VARIABLE}.")
 
 
 def row_of(record: SweepRecord) -> PriorRow:
@@ -149,9 +176,9 @@ def _is_near(trial: TrialResult, best: TrialResult) -> bool:
 
 
 def add_rows(rows: Sequence[PriorRow], new: Sequence[PriorRow]) -> list[PriorRow]:
-    """Return rows with new ones at the end. A sweep that is added again replaces its row."""
-    known = {(row.sweep, row.date) for row in new}
-    return [*(row for row in rows if (row.sweep, row.date) not in known), *new]
+    """Return rows with new ones at the end. A sweep that is added again, or given twice, replaces its row."""
+    latest = {(row.sweep, row.date): row for row in new}
+    return [*(row for row in rows if (row.sweep, row.date) not in latest), *latest.values()]
 
 
 def remove_rows(rows: Sequence[PriorRow], sweeps: Sequence[str]) -> list[PriorRow]:
@@ -189,9 +216,7 @@ def with_library(spec: SweepSpec) -> tuple[SweepSpec, list[str]]:
         )
     kin = Kin.of(spec)
     rows = [row for row in read_library(path) if kin is not None and row.kin.difference(kin) is None]
-    document = spec.model_dump(mode="json")
-    document["search"]["prior"] = _prior_of(spec, rows) if rows else {}
-    found = SweepSpec.model_validate(document)
+    found = begin_at(spec, _prior_of(spec, rows) if rows else {})
     if not rows:
         return found, [f"search.prior: no row of {path} fits {kin or 'this base'}; the search begins as without it"]
     sweeps = ", ".join(row.sweep for row in rows)

@@ -1,13 +1,22 @@
 """The scheduler `forecast`: stops trials whose forecast loss has little chance to beat the leader's."""
 
 import math
+from typing import Any
 
 import numpy as np
 
+from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.sweep.schedulers.forecast.law import Plan
 from orchestrator.sweep.schedulers.forecast.plans import LOSS, plan_trial
-from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, default_chance, outcomes, verdicts
+from orchestrator.sweep.schedulers.forecast.verdicts import (
+    MIN_SEEN,
+    Trial,
+    default_chance,
+    forecast_trials,
+    outcomes,
+    verdicts,
+)
 from orchestrator.sweep.schedulers.median import is_below_median
 from orchestrator.sweep.schedulers.together import JudgedTogether
 
@@ -22,6 +31,19 @@ class ForecastRule(JudgedTogether):
     records, so a sweep that is resumed decides as one that was not interrupted.
     """
 
+    def __init__(self, spec: SweepSpec, num_rows: int) -> None:
+        """
+        Args:
+            spec: the experiment.
+            num_rows: training rows, or packed sequences.
+        """
+        super().__init__(spec, num_rows)
+        self._plans: dict[str, Plan | str] = {}
+        """Trial -> its plan, or why it has none. Most of the time of a decision would be spent on making them anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_plans"}
+
     def _stops(self, names: list[str]) -> dict[str, str]:
         scheduler = self._spec.scheduler
         assert isinstance(scheduler, ForecastScheduler)
@@ -29,12 +51,12 @@ class ForecastRule(JudgedTogether):
         stops = {name: f"forecast: diverged, {why}" for name in names if (why := self._not_a_loss(name))}
         known = {name: self._trial(name) for name in self.heard if name not in stops and not self._not_a_loss(name)}
         field = [trial for trial in known.values() if isinstance(trial, Trial)]
-        found = verdicts(field, {name for name in names if name in known}, chance)
-        stops |= {name: f"forecast: {verdict.why}" for name, verdict in found.items()}
-        self.forecasts |= {name: verdict.outcome for name, verdict in found.items()}
-        if self.forecasts:
-            expected = outcomes(field)
-            self.forecasts |= {name: expected[name] for name in self.forecasts if name in expected}
+        forecast = forecast_trials(field) if field else None
+        found = verdicts(field, {name for name in names if name in known}, chance, forecast)
+        stops |= {name: f"forecast: {why}" for name, why in found.items()}
+        if stopped := self.forecasts.keys() | found.keys():
+            expected = outcomes(field, forecast)
+            self.forecasts = {name: expected[name] for name in self.heard if name in stopped}
         for name in names:
             unknown = known.get(name)
             if isinstance(unknown, str) and len(self.heard[name]) >= MIN_SEEN and self._is_below_median(name):
@@ -59,7 +81,9 @@ class ForecastRule(JudgedTogether):
         """Return a trial for `verdicts`, or why it cannot be forecast."""
         if self._spec.search.metric != LOSS:
             return f"only {LOSS} can be forecast"
-        plan = plan_trial(self._config(name), self._num_rows)
+        if name not in self._plans:
+            self._plans[name] = plan_trial(self._config(name), self._num_rows)
+        plan = self._plans[name]
         if isinstance(plan, str):
             return plan
         losses = self._losses(name, plan)

@@ -38,8 +38,6 @@ class _Trial:
     best: float | None = None
     """Best result so far, where lower is better; infinite if the trial failed by its values."""
     has_ended: bool = False
-    is_forecast: bool = False
-    """Whether `best` is the forecast of its end; its own evaluations then do not count any more."""
 
 
 class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
@@ -94,14 +92,11 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
 
     def count_as(self, trial_id: str, value: float) -> None:
         """Have a stopped trial count by the forecast of its end. Its best evaluation so far depends on how early it was
-        stopped, and on how much its rate had yet to fall."""
-        trial = self._trials[trial_id]
-        trial.best, trial.is_forecast = value if self.mode == "min" else -value, True
+        stopped, and on how much its rate had yet to fall. The forecast is never worse than that evaluation."""
+        self._trials[trial_id].best = value if self.mode == "min" else -value
 
     def _take_over(self, trial_id: str, result: dict[str, Any]) -> None:
         trial, value = self._trials[trial_id], float(result[self.metric])
-        if trial.is_forecast:
-            return
         value = math.inf if math.isnan(value) else value if self.mode == "min" else -value
         # A failure is reported as the worst value, whatever came before it.
         trial.best = value if trial.best is None or math.isinf(value) else min(trial.best, value)

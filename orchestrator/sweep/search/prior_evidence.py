@@ -10,7 +10,7 @@ from orchestrator.sweep.search.space import Point
 
 WEIGHT: Final = 0.5
 """Share of a difference between earlier trials that is expected between the same points here. It is the correlation of
-results on different data, so that earlier trials count less than own ones (ours)."""
+results on different data, if these vary equally. The number is a guess, not measured."""
 NUM_FIRST: Final = 3
 """Earlier points that searchers without a prior try first."""
 

@@ -1,17 +1,21 @@
 """The library of priors: what a row holds, and where a search begins by it."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.cli import priors as command
 from orchestrator.errors import RequestError
 from orchestrator.priors.library import (
     PriorRow,
     add_rows,
+    change_library,
     library_path,
     read_library,
     remove_rows,
@@ -19,6 +23,7 @@ from orchestrator.priors.library import (
     with_library,
     write_library,
 )
+from orchestrator.rate_prior import with_prior
 from orchestrator.record import read_sweep, write_record
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.spec.search import RATE
@@ -78,12 +83,59 @@ def test_rows_are_added_replaced_and_removed(tmp_path: Path) -> None:
         remove_rows(read_library(path), ["third"])
 
 
-@pytest.mark.parametrize("text", ["a: 1", "- {family: llama}", "- [", "- {rate: -1}"])
+@pytest.mark.parametrize("text", ["a: 1", "- {family: llama}", "- [", "- {rate: -1}", "- !!python/name:os.system"])
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "priors.yaml"
     path.write_text(text)
     with pytest.raises(RequestError, match=r"priors\.yaml: is not a library of priors: "):
         read_library(path)
+
+
+@pytest.mark.parametrize("field", ["rate", "spread"])
+def test_a_row_with_an_infinite_number_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "priors.yaml"
+    write_library(path, [ROW.model_copy(update={field: float("inf")})])
+    with pytest.raises(RequestError, match=f"is not a library of priors: {field}: .*finite"):
+        read_library(path)
+
+
+def test_sweeps_that_are_given_twice_have_one_row() -> None:
+    assert add_rows([], [ROW, ROW]) == [ROW]
+
+
+def test_changes_at_the_same_time_lose_no_row(tmp_path: Path) -> None:
+    """A thread that read before another one wrote would drop its row."""
+    path = tmp_path / "priors.yaml"
+
+    def add(number: int) -> None:
+        def change(rows: list[PriorRow]) -> list[PriorRow]:
+            time.sleep(0.02)
+            return add_rows(rows, [ROW.model_copy(update={"sweep": f"sweep{number}"})])
+
+        change_library(path, change)
+
+    with ThreadPoolExecutor(6) as pool:
+        [*pool.map(add, range(6))]
+    assert sorted(row.sweep for row in read_library(path)) == [f"sweep{number}" for number in range(6)]
+
+
+def test_a_library_that_another_process_changes_for_too_long_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.priors.library.PATIENCE_S", 0.05)
+    path = tmp_path / "priors.yaml"
+    with FileLock(tmp_path / ".priors.yaml.lock"), pytest.raises(RequestError, match="another process is changing"):
+        change_library(path, lambda rows: rows)
+
+
+def test_a_linked_library_stays_a_link(tmp_path: Path) -> None:
+    """The user's own path may be a link into the team's repository."""
+    team, own = tmp_path / "team.yaml", tmp_path / "own.yaml"
+    write_library(team, [])
+    own.symlink_to(team)
+    change_library(own, lambda rows: add_rows(rows, [ROW]))
+    assert own.is_symlink()
+    assert read_library(team) == [ROW]
 
 
 def test_the_path_is_given_or_in_the_environment_or_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +166,7 @@ def test_without_a_row_that_fits_the_search_begins_as_without_a_library(
     monkeypatch.setenv("ORCHESTRATOR_PRIORS", str(tmp_path / "none.yaml"))
     spec, said = with_library(searching(document))
     assert spec.search.prior == {}
+    assert with_prior(spec)[0].search.prior == with_prior(searching(document, {}))[0].search.prior
     assert "no row of" in said[0]
     assert "the search begins as without it" in said[0]
     with pytest.raises(RequestError, match=r"search\.prior nowhere\.yaml: there is no such file"):

@@ -115,6 +115,8 @@ def test_a_stopped_trial_counts_by_its_forecast(make: Make) -> None:
     for name in ("whole", "stopped"):
         searcher.on_trial_complete(name, {"eval/loss": 1.5, "training_iteration": 2})
     assert [trial.best for trial in searcher.searcher._trials.values()] == [1.5, 1.25]
+    searcher.count_as("stopped", 1.375)
+    assert [trial.best for trial in searcher.searcher._trials.values()] == [1.5, 1.375], "forecast anew"
 
 
 def test_a_forecast_is_given_to_searchers_that_cannot_take_it(make: Make) -> None:

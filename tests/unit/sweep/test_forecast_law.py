@@ -115,6 +115,14 @@ def test_a_small_range_of_losses_is_forecast_as_closely_as_a_large_one() -> None
     assert narrow.sd().mean() < 0.08 * wide.sd().mean(), "a twentieth, but for the largest unit, which is 1"
 
 
+def test_first_evaluations_that_are_all_equal_leave_a_forecast() -> None:
+    """Such as those before the first step. Their spread is 0, and the unit must not be."""
+    plans, curves = sweep(6, 4)
+    found = after(5, plans, [np.array([2.0, *curve[1:]]) for curve in curves])
+    assert np.isfinite(found.mean).all()
+    assert (found.sd() > 0.001).all()
+
+
 def test_the_unit_of_the_loss_does_not_matter() -> None:
     plans, curves = sweep(8, 7)
     found, scaled = after(6, plans, curves), after(6, plans, [30 * curve for curve in curves])

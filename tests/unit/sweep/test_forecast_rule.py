@@ -1,6 +1,9 @@
 """The rules that judge the reports of one moment together, under the conductor."""
 
 import random
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from simulated import ASHA, MEDIAN, MakeStage, falling
 
 from orchestrator.record import SweepInfo
 from orchestrator.spec import parse_spec
+from orchestrator.sweep.schedulers import forecast_rule
+from orchestrator.sweep.schedulers.forecast import verdicts
 from orchestrator.sweep.schedulers.forecast.plans import MAX_EVALUATIONS, plan_trial, why_median
 
 FORECAST = {"kind": "forecast"}
@@ -69,6 +74,34 @@ def test_a_stopped_trial_counts_for_the_search_by_its_forecast(pack: Any) -> Non
     assert stage.counted == stage.conductor._inner.forecasts
     whys = {name: stage.conductor.why_stopped(name) for name in stopped}
     assert any(f"forecast {stage.counted[name]:.3g} " not in whys[name] for name in stopped), "forecast anew later"
+
+
+def test_a_moment_costs_one_forecast_and_a_trial_one_plan(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration takes longer to validate than a curve to forecast."""
+    calls: Counter[str] = Counter()
+
+    def counted(call: Any, *args: Any) -> Any:
+        calls[call.__name__] += 1
+        return call(*args)
+
+    monkeypatch.setattr(forecast_rule, "plan_trial", partial(counted, plan_trial))
+    monkeypatch.setattr(verdicts, "forecast", partial(counted, verdicts.forecast))
+    rule = forecast_rule.ForecastRule(pack().conductor._spec, 9)
+    moments = len(curves()["a"]) - 1
+    for i in range(moments):
+        rule.judge(
+            [
+                (
+                    SimpleNamespace(trial_id=name, config={"training.learning_rate": RATES[name]}),
+                    {"step": EVERY * (i + 1), "tokens": 1, "eval/loss": curve[i]},
+                )
+                for name, curve in curves().items()
+                if name not in rule.ended
+            ]
+        )
+    assert rule.forecasts
+    assert calls == {"plan_trial": len(RATES), "forecast": moments}
+    assert "_plans" not in rule.__getstate__(), "a plan follows from the configuration"
 
 
 def test_a_resume_decides_the_same(pack: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 from annealed import losses, plan, sweep
 
 from orchestrator.sweep.schedulers.forecast.law import Plan
-from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, default_chance, verdicts
+from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, default_chance, outcomes, verdicts
 
 CHANCE = 0.02
 
@@ -17,7 +17,7 @@ def trials(plans: dict[str, Plan], seen: int, seed: int = 0, **changed: list[flo
 
 
 def judged(found: list[Trial], chance: float = CHANCE) -> dict[str, str]:
-    return {name: each.why for name, each in verdicts(found, {trial.name for trial in found}, chance).items()}
+    return verdicts(found, {trial.name for trial in found}, chance)
 
 
 GOOD = {f"good{i}": plan(rate) for i, rate in enumerate((6e-4, 8e-4, 1e-3, 1.2e-3, 1.5e-3))}
@@ -41,19 +41,19 @@ def test_no_trial_stops_before_its_second_evaluation() -> None:
     assert "slow" in judged(trials(plans, 5))
 
 
-def test_a_verdict_holds_the_outcome_that_its_sentence_gives() -> None:
+def test_the_outcome_of_a_trial_that_stops_is_the_one_that_its_sentence_gives() -> None:
     found = trials(GOOD | {"slow": plan(5e-5)}, 6)
-    verdict = verdicts(found, {"slow"}, CHANCE)["slow"]
+    outcome = outcomes(found)["slow"]
     slow = next(trial for trial in found if trial.name == "slow")
-    assert f"forecast {verdict.outcome:.3g} +- " in verdict.why
-    assert verdict.outcome < slow.losses[-1]
+    assert f"forecast {outcome:.3g} +- " in judged(found)["slow"]
+    assert outcome < slow.losses[-1]
 
 
 def test_the_outcome_of_a_trial_that_overfits_is_its_lowest_loss() -> None:
     plans = GOOD | {"rising": plan(6e-4, "constant_with_warmup")}
     rising = [0.9, 0.85, 0.84, *np.linspace(0.85, 1.0, 17)]
     found = trials(plans, 17, rising=rising)
-    assert verdicts(found, {"rising"}, CHANCE)["rising"].outcome == pytest.approx(0.84)
+    assert outcomes(found)["rising"] == pytest.approx(0.84)
 
 
 def test_a_high_rate_that_has_yet_to_fall_is_kept_though_its_loss_is_the_worst() -> None:

@@ -99,8 +99,9 @@ def design(plans: list[Plan]) -> Design:
     The reference rate is the geometric mean of the learning rates, so that no constant depends on the space.
     """
     num = max(plan.num_evaluations for plan in plans)
+    at = [np.minimum(np.arange(num), plan.num_evaluations - 1) for plan in plans]
     steps, rates, summed = (
-        np.stack([np.pad(getattr(plan, name), (0, num - plan.num_evaluations), mode="edge") for plan in plans])
+        np.stack([getattr(plan, name)[places] for plan, places in zip(plans, at, strict=True)])
         for name in ("steps", "rates", "summed")
     )
     reference = geometric_mean([plan.peak for plan in plans])

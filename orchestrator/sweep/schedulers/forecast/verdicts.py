@@ -54,60 +54,59 @@ class Trial:
         return bool(self.step >= SURE * self.plan.steps[-1])
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The end of a trial that is stopped."""
-
-    why: str
-    """A sentence with the numbers."""
-    outcome: float
-    """Loss that the trial would have reached: its forecast, or its lowest loss so far if that is lower."""
-
-
 def default_chance(num_trials: int) -> float:
     """Return the chance of beating the leader below which a trial of a sweep of this size is stopped."""
     return min(0.16, 2.1 / num_trials)
 
 
-def verdicts(trials: list[Trial], reporting: set[str], chance: float) -> dict[str, Verdict]:
+def forecast_trials(trials: list[Trial]) -> Forecast:
+    """Return the forecast of trials, at least one, from their losses so far."""
+    curves = [np.log(trial.losses) for trial in trials]
+    return forecast([trial.plan for trial in trials], curves, teaching_curves(trials, curves))
+
+
+def verdicts(trials: list[Trial], reporting: set[str], chance: float, found: Forecast | None = None) -> dict[str, str]:
     """Decide about the trials that report now, together.
 
     Args:
         trials: all trials of the sweep with an evaluation, ended ones included.
         reporting: names of the trials that report now and could go on.
         chance: a trial stops if its chance to end below the yardstick is less.
+        found: the forecast of the trials, if it is known.
 
     Returns:
-        Trials that stop, by name, with the reason; trials that go on are left out.
+        Why a trial stops, by its name; trials that go on are left out.
     """
     ready = [trial for trial in trials if trial.name in reporting and len(trial.losses) >= MIN_SEEN]
     if len(trials) < 2 or not ready:
         return {}
-    field = _Field(trials)
-    return {each.name: field.verdict(each, p) for each in ready if (p := field.chance(each)) < chance}
+    field = _Field(trials, found or forecast_trials(trials))
+    return {each.name: field.sentence(each, p) for each in ready if (p := field.chance(each)) < chance}
 
 
-def outcomes(trials: list[Trial]) -> dict[str, float]:
+def outcomes(trials: list[Trial], found: Forecast | None = None) -> dict[str, float]:
     """Return the loss with which each trial ends, by name: its forecast, or its lowest loss so far if that is lower.
 
     A stopped trial is forecast like one that runs. Early forecasts are often too low, so ask again as others go on.
+
+    Args:
+        trials: all trials of the sweep with an evaluation, ended ones included.
+        found: the forecast of the trials, if it is known.
     """
-    curves = [np.log(trial.losses) for trial in trials]
-    mean = forecast([trial.plan for trial in trials], curves, teaching_curves(trials, curves)).mean
-    return {trial.name: math.exp(min(float(mean[i]), float(curves[i].min()))) for i, trial in enumerate(trials)}
+    mean = (found or forecast_trials(trials)).mean
+    return {trial.name: math.exp(min(float(mean[i]), math.log(trial.losses.min()))) for i, trial in enumerate(trials)}
 
 
 class _Field:
     """The trials of a sweep at one moment, with their forecasts."""
 
-    def __init__(self, trials: list[Trial]) -> None:
+    def __init__(self, trials: list[Trial], found: Forecast) -> None:
         curves = [np.log(trial.losses) for trial in trials]
         self._index = {trial.name: i for i, trial in enumerate(trials)}
         self._lowest = np.array([curve.min() for curve in curves])
         self._mean_rate = geometric_mean([trial.plan.peak for trial in trials])
         self._diverged = _stands_above_start(trials, curves, DIVERGED)
-        teaches = teaching_curves(trials, curves)
-        self.forecast: Forecast = forecast([trial.plan for trial in trials], curves, teaches)
+        self.forecast = found
         is_running = np.array([trial.is_running for trial in trials])
         outcome = np.where(is_running, np.minimum(self.forecast.mean, self._lowest), self._lowest)
         order = np.lexsort((outcome, _stands_above_start(trials, curves, 0.0)))
@@ -129,11 +128,7 @@ class _Field:
         margin = self._outcome[j] - self.forecast.mean[i]
         return 0.5 * math.erfc(-margin / math.sqrt(2 * max(variance, 1e-12)))
 
-    def verdict(self, trial: Trial, chance: float) -> Verdict:
-        """Return the verdict on a trial that stops."""
-        return Verdict(self._sentence(trial, chance), math.exp(self._outcome[self._index[trial.name]]))
-
-    def _sentence(self, trial: Trial, chance: float) -> str:
+    def sentence(self, trial: Trial, chance: float) -> str:
         """Say why a trial stops."""
         i, j = self._index[trial.name], self._index[self._yardstick.name]
         mean = math.exp(self.forecast.mean[i])
