@@ -34,7 +34,7 @@ def test_libraries_are_imported_while_ray_starts_and_before_the_rows_are_made(
     def note(name: str, value: Any = None) -> Callable[..., Any]:
         return lambda *_: (order.append(name), value)[1]
 
-    def start_sweep(*_: Any) -> None:
+    def start_sweep(*_: Any, **__: Any) -> None:
         order.append("rows")
         raise Begun
 
