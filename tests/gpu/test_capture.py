@@ -58,7 +58,7 @@ def test_a_graph_reads_the_scales_of_layers_that_it_was_not_captured_with() -> N
     names = [layer.name for group in engine.adapters.groups if group is not None for layer in group.layers]
     engine.adapters.set_patterns(0, {}, {name: 0.2 + at for at, name in enumerate(names)})
     losses = engine.step([span]).read().losses
-    assert losses != pytest.approx(plain, rel=1e-3)
+    assert losses != pytest.approx(plain, rel=1e-4)  # a graph gives the same bits for the same input
     assert engine.step_once(span).losses == pytest.approx(losses, rel=1e-5)
 
 
