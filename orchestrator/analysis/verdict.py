@@ -78,7 +78,9 @@ def _headline(data: SweepData) -> str:
             value = say_number(value_of(running))
             return f"There is no winner yet: no trial has finished. {running.trial_id} is ahead, {data.metric} {value}."
         return f"There is no winner: none of {num} has finished with a finite {data.metric}."
-    value = say_number(value_of(leader))
+    value, seeds = say_number(value_of(leader)), data.over_seeds.get(leader.trial_id)
+    if seeds:
+        value = f"{say_number(fmean(seeds))}, mean over {counted(len(seeds), 'seed')} ({value} with the first)"
     so_far = "" if data.is_over else " so far"
     if len(data.trials) == 1:
         return f"The only trial, {leader.trial_id}, reached {data.metric} {value}."

@@ -16,7 +16,7 @@ from orchestrator.deploy import open_sweep
 from orchestrator.deploy.side_by_side import record_answers
 from orchestrator.errors import RequestError
 from orchestrator.page.figures import FIGURES
-from orchestrator.page.report import html_page, markdown_page, write_report
+from orchestrator.page.report import _environment, html_page, markdown_page, write_report
 from orchestrator.record import AnsweredPrompt, Answers, SweepPaths, TrialResult, TrialState, read_sweep, write_record
 from orchestrator.spec import parse_spec
 
@@ -83,6 +83,12 @@ def test_html_in_names_and_errors_stays_text(tmp_path: Path) -> None:
     traces = json.dumps(plots_of(page))
     assert "&lt;img" in traces
     assert "<img" not in traces
+
+
+def test_long_heads_may_break_and_stay_escaped() -> None:
+    page = _environment().from_string("{{ name | breakable }}")
+    assert page.render(name="training.learning_rate") == "training.<wbr>learning_<wbr>rate"
+    assert "<img" not in page.render(name=HTML)
 
 
 def test_markdown_holds_the_verdict_and_escapes_what_it_would_read(tmp_path: Path) -> None:
