@@ -317,22 +317,25 @@ def _cost(data: SweepData, cost: Cost) -> Iterator[str]:
     device = listed(cost.devices) if cost.devices else "an unknown device"
     gpu = f"{cost.gpu_hours:.3g} GPU-hours" if cost.gpu_hours else "No GPU time"
     wall = f", {duration(cost.wall_seconds)} from start to end" if cost.wall_seconds is not None else ""
-    yield (
-        f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}. "
-        f"The winner took {say_share(cost.winner_share)} of that."
-        if cost.winner_share
-        else f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}."
-    )
+    runs = f"; {counted(len(data.repeats), 'run')} of finalists with other seeds included" if data.repeats else ""
+    yield f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}{runs}."
+    if cost.winner_share:
+        own = " (without its repeats)" if data.over_seeds else ""
+        yield f"The winner's own run{own} took {say_share(cost.winner_share)} of the trials' work."
     stopped = sum(trial.state == TrialState.STOPPED for trial in data.trials)
     if stopped:
+        search = " of the search (without the repeats)" if data.repeats else ""
         yield (
             f"{counted(stopped, 'trial was', 'trials were')} stopped early; {say_share(cost.steps_saved)} of all "
-            "planned steps were never made."
+            f"planned steps{search} were skipped."
         )
+        if cost.tokens_saved:
+            yield (
+                f"That saved about {int(float(f'{cost.tokens_saved:.2g}')):,} tokens and "
+                f"{duration(cost.seconds_saved)} of trials' work: an estimate, from each stopped trial's own speed."
+            )
     if cost.failed_share:
         yield f"{say_share(cost.failed_share)} of the work went into trials that failed."
-    if data.repeats:
-        yield f"This includes {counted(len(data.repeats), 'run')} of finalists with other seeds."
     if data.budget_spent is not None:
         yield f"The sweep ended early: {data.budget_spent}."
 
