@@ -151,7 +151,7 @@ def _more_seeds(data: SweepData) -> list[Step]:
         f"start a new sweep in which the finalists run with other seeds too, {num_seeds} seeds each."
     )
     sets: dict[str, Any] = {"search.repeats": num_seeds}
-    only: dict[str, Any] = {"search.algorithm": "random", "search.num_trials": len(points), "search.first": points}
+    only: dict[str, Any] = {"search.num_trials": len(points), "search.first": points}
     if _is_valid(data, **{name.removeprefix("search."): value for name, value in (sets | only).items()}):
         why += f" It tries only the {counted(len(points), 'best tied point')}."
         sets |= only | {"scheduler": {"kind": "none"}}

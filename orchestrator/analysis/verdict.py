@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Final
 
 from orchestrator.analysis.cost import Cost, find_cost
+from orchestrator.analysis.coverage import say_coverage, say_tied
 from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
@@ -214,6 +215,8 @@ def _mattered(data: SweepData, found: Importances) -> Iterator[str]:
         )
     elif others:
         yield f"With {basis}, no effect can be shown of {listed(others)}; that does not mean that there is none."
+    yield from say_tied(data)
+    yield from say_coverage(data)
     yield from _how_trials_count(data, found)
 
 
@@ -282,7 +285,8 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
     if longer.is_unsure:
         yield (
             f"Cannot be said: with {2 * longer.steps} steps instead of {longer.steps}, the leader's loss "
-            f"({say_number(longer.loss)} now) is forecast to be anywhere in {interval}."
+            f"({say_number(longer.loss)} now) is forecast to be anywhere in {interval} "
+            f"({CONFIDENCE:.0%} interval)."
         )
         yield from _how_wide(longer)
         return

@@ -45,6 +45,7 @@ def test_tied_finalists_are_advised_more_seeds_in_a_new_sweep(repeated: SweepDat
     assert values["search.first"] == points
     assert values["search.num_trials"] == len(points)
     assert values["scheduler"] == {"kind": "none"}
+    assert f"It tries only the {len(points)} best tied points." in step.why
 
 
 def test_searches_further_on_are_alternatives_and_the_total_is_explained(tmp_path: Path) -> None:
