@@ -62,7 +62,7 @@ FIGURES: Final = (
     Drawn(
         "timeline",
         "What ran when, and where",
-        "One row for each worker process; each bar is a trial.",
+        "One row for each worker process; each bar is a trial. Hatched: a finalist again, with another seed.",
         lambda data, _: machines.timeline(data),
     ),
     Drawn(

@@ -61,6 +61,8 @@ class SweepSections:
     failures: list[Failure]
     warnings: list[str]
     reproduce: str
+    caveats: list[str]
+    """Why the command may not give the same results."""
     facts: list[tuple[str, str]]
     experiment: str
 
@@ -84,6 +86,7 @@ def sections_of(data: SweepData, with_figures: bool = True) -> SweepSections:
         failures=_failures(data),
         warnings=_warnings(data),
         reproduce=reproduce_command(data),
+        caveats=_caveats(data),
         facts=_facts(data),
         experiment=yaml.safe_dump(data.info.spec.model_dump(mode="json"), sort_keys=False, default_flow_style=None),
     )
@@ -215,3 +218,21 @@ def _facts(data: SweepData) -> list[tuple[str, str]]:
     ]
     facts += [("changed by resume", f"{c.field}: {c.before} to {c.after} ({c.changed})") for c in info.changes]
     return facts
+
+
+def _caveats(data: SweepData) -> list[str]:
+    spec, commit, found = data.info.spec, data.info.git_commit, list[str]()
+    if commit is None:
+        found.append("The git commit of the code is unknown.")
+    elif commit.endswith("-dirty"):
+        found.append("The git checkout had uncommitted changes (-dirty), so its commit alone does not give what ran.")
+    if not spec.training.reproducible and any(trial.device not in (None, "cpu") for trial in data.trials):
+        found.append(
+            "training.reproducible was false: on a GPU, a trial that trains again gets similar values, not the same."
+        )
+    if len(data.trials) > 1 and (spec.search.algorithm not in ("random", "grid") or spec.scheduler.kind != "none"):
+        found.append(
+            "Which values are tried and which trials are stopped can depend on the order in which trials end; it can "
+            "differ in another run."
+        )
+    return found

@@ -240,3 +240,19 @@ def test_rows_without_prompts_are_not_to_be_asked(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("orchestrator.deploy.finished.verify_adapter", lambda _: None)
     with pytest.raises(RequestError, match="its held-out rows have no prompts"):
         record_answers(open_sweep(paths.root), 2)
+
+
+def test_the_command_to_reproduce_says_why_results_may_differ(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 3)
+    dirty, gpu = "The git checkout had uncommitted changes (-dirty)", "training.reproducible was false: on a GPU"
+    words = Page(page_of(paths)).words
+    assert dirty not in words
+    assert gpu in words
+    info = read_sweep(paths.root).info
+    write_record(paths.sweep, info.model_copy(update={"git_commit": "abc-dirty"}))
+    for trial in read_sweep(paths.root).trials():
+        write_record(paths.trial(trial.trial_id).result, trial.model_copy(update={"device": "cpu"}))
+    words = Page(page_of(paths)).words
+    assert dirty in words
+    assert gpu not in words
+    assert dirty in markdown_page([read_data(read_sweep(paths.root))])
