@@ -144,7 +144,8 @@ def effects(data: SweepData, found: Importances) -> "Figure | str":
         coordinate = coordinate_of(data.info.spec.search.space[name])
         if coordinate.values:
             order = [plain(say_short(value)) for value in coordinate.values]
-            figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, row=row, col=column)
+            shown = {"categoryarray": order, "range": [-0.5, len(order) - 0.5]}  # also values that no trial has tried
+            figure.update_xaxes(type="category", categoryorder="array", **shown, row=row, col=column)
         elif coordinate.is_log:
             low, high = (float(value) for value in data.info.spec.search.space[name].probes())
             figure.update_xaxes(**log_axis([low, high]), row=row, col=column)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from planted import plant
+from planted import SPACE, plant
 
 from orchestrator.analysis.importance import find_importances
 from orchestrator.analysis.sweep_data import SweepData, read_data
@@ -58,3 +58,17 @@ def test_a_sweep_in_which_nothing_has_ended_is_drawn_in_gray(tmp_path: Path) -> 
     (trace,) = draw("parallel", data, found).data
     assert set(trace.line.color) == {-1}
     assert {each for panel in draw("effects", data, found).data for each in panel.marker.color} == {GRAY}
+
+
+def test_listed_values_that_no_trial_has_tried_have_their_place(tmp_path: Path) -> None:
+    space = SPACE | {"lora.rank": {"choice": [4, 8, 16, 32]}}
+    paths = plant(tmp_path / "s", 6, space=space)
+    for trial in read_sweep(paths.root).trials():
+        values = trial.config.varied | {"lora.rank": 32}
+        config = read_sweep(paths.root).info.spec.trial_config(values)
+        write_record(paths.trial(trial.trial_id).result, trial.model_copy(update={"config": config}))
+    data = read_data(read_sweep(paths.root))
+    layout = draw("effects", data, find_importances(data)).layout
+    axis = next(each for each in (layout.xaxis, layout.xaxis2, layout.xaxis3) if each.type == "category")
+    assert list(axis.categoryarray) == ["4", "8", "16", "32"]
+    assert list(axis.range) == [-0.5, 3.5]
