@@ -18,10 +18,16 @@ _MOST_VALUES: Final = 8
 _THIRDS: Final = ("in the lowest third of its range", "in the middle third", "in the highest third")
 
 
+def moves_with(data: SweepData, field: str) -> list[str]:
+    """Return the tied fields whose expressions name a searched field."""
+    name = re.compile(rf"(?<![\w.]){re.escape(field)}(?![\w.])")
+    return [tied for tied, expression in data.info.spec.search.tied.items() if name.search(expression)]
+
+
 def say_tied(data: SweepData) -> Iterator[str]:
     """Yield a sentence for each tied field: an effect of a searched field is that of both together."""
-    for name, expression in data.info.spec.search.tied.items() if data.fields() else ():
-        moving = [each for each in data.fields() if re.search(rf"(?<![\w.]){re.escape(each)}(?![\w.])", expression)]
+    for name, expression in data.info.spec.search.tied.items():
+        moving = [each for each in data.fields() if name in moves_with(data, each)]
         if moving:
             verb = "moves" if len(moving) == 1 else "move"
             yield (

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from orchestrator.analysis.coverage import moves_with
 from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances
 from orchestrator.analysis.outcomes import Outcome, Outcomes
@@ -89,8 +90,8 @@ def _dimension(data: SweepData, name: str, known: list[Outcome]) -> dict[str, An
             "range": inside}  # fmt: skip
 
 
-def importances(found: Importances) -> "Figure | str":
-    """Return the share of each field, with its interval."""
+def importances(data: SweepData, found: Importances) -> "Figure | str":
+    """Return the share of each field, with its interval; tied fields are named with the field that they follow."""
     import plotly.graph_objects as go
 
     if found.why_none:
@@ -100,7 +101,7 @@ def importances(found: Importances) -> "Figure | str":
     figure = go.Figure(
         go.Bar(
             x=shares,
-            y=[plain(each.field) for each in shown],
+            y=[_with_tied(data, each.field) for each in shown],
             orientation="h",
             marker={"color": BLUE, "opacity": [1.0 if each.matters else 0.35 for each in shown]},
             error_x={
@@ -122,6 +123,11 @@ def importances(found: Importances) -> "Figure | str":
         margin={"t": 20},
     )
     return figure
+
+
+def _with_tied(data: SweepData, field: str) -> str:
+    tied = moves_with(data, field)
+    return plain(f"{field} (with {', '.join(tied)})" if tied else field)
 
 
 def effects(data: SweepData, found: Importances) -> "Figure | str":

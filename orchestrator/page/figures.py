@@ -50,7 +50,7 @@ FIGURES: Final = (
         "How much each field mattered",
         "Share of the importance (PED-ANOVA) with its 95% bootstrap interval. A full bar is an effect that chance does "
         "not explain; a pale one could be chance.",
-        lambda _, found: fields.importances(found),
+        lambda data, found: fields.importances(data, found),
     ),
     Drawn(
         "effects",
@@ -62,8 +62,8 @@ FIGURES: Final = (
     Drawn(
         "timeline",
         "What ran when, and where",
-        "One row for each trial that a worker process trains at a time; each bar is a trial. Hatched: a finalist again, "
-        "with another seed.",
+        "One row for each trial that a worker process trains at a time; each bar is a trial. Hatched: a finalist "
+        "again, with another seed.",
         lambda data, _: machines.timeline(data),
     ),
     Drawn(

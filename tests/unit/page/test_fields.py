@@ -72,3 +72,9 @@ def test_listed_values_that_no_trial_has_tried_have_their_place(tmp_path: Path) 
     axis = next(each for each in (layout.xaxis, layout.xaxis2, layout.xaxis3) if each.type == "category")
     assert list(axis.categoryarray) == ["4", "8", "16", "32"]
     assert list(axis.range) == [-0.5, 3.5]
+
+
+def test_importances_name_the_fields_that_move_along(tmp_path: Path) -> None:
+    data = read_data(read_sweep(plant(tmp_path / "s", 12, tied={"lora.alpha": "2 * lora.rank"}).root))
+    (trace,) = draw("importances", data, find_importances(data)).data
+    assert set(trace.y) == {"training.learning_rate", "lora.rank (with lora.alpha)", "lora.dropout"}
