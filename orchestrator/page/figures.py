@@ -62,8 +62,8 @@ FIGURES: Final = (
     Drawn(
         "timeline",
         "What ran when, and where",
-        "One row for each trial that a worker process trains at a time; each bar is a trial. Hatched: a finalist "
-        "again, with another seed.",
+        "One row for each trial that a worker process trains at a time; each bar is a trial. Hatched (repeat): a "
+        "finalist again, with another seed.",
         lambda data, _: machines.timeline(data),
     ),
     Drawn(

@@ -42,7 +42,7 @@ def timeline(data: SweepData) -> "Figure | str":
                 text=[plain(trial.trial_id) for trial, _, _, _ in shown],
                 customdata=[duration(seconds) for _, _, _, seconds in shown],
                 orientation="h",
-                name=f"{state}, again with another seed" if is_repeat else state,
+                name=f"{state}, repeat" if is_repeat else state,
                 textposition="none",
                 marker={
                     "color": STATE_COLORS[state],
@@ -59,7 +59,7 @@ def timeline(data: SweepData) -> "Figure | str":
         barmode="overlay",
         xaxis_title="seconds since the first trial began",
         yaxis={"automargin": True, "type": "category", "categoryorder": "category descending"},
-        legend={"orientation": "h", "y": 1.1},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         height=150 + min(26 * num_rows, 900),
     )
     return figure
@@ -85,6 +85,6 @@ def throughput_and_memory(data: SweepData) -> "Figure | str":
         figure.add_trace(go.Bar(x=names, y=values, marker_color=color, name=title, hovertemplate=hover), row, 1)
         figure.update_yaxes(title=title, row=row, col=1, rangemode="tozero")
     figure.update_xaxes(type="category", showticklabels=False)
-    figure.update_xaxes(showticklabels=len(known) <= 40, tickangle=-40, row=2, col=1)
+    figure.update_xaxes(showticklabels=len(known) <= 40, tickangle=-40 if len(known) <= 12 else -90, row=2, col=1)
     figure.update_layout(showlegend=False, height=460, margin={"t": 20})
     return figure

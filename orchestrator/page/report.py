@@ -118,7 +118,7 @@ def _breakable(text: Any) -> Any:
     """Return text for HTML that may break after each mark within a name, such as `training.learning_rate`."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub("(?<=[./_])", "<wbr>", str(escape(text))))
+    return Markup(re.sub("(?<=[._])", "<wbr>", str(escape(text))))
 
 
 def _md(text: Any) -> str:

@@ -18,7 +18,7 @@ def test_repeats_are_hatched_bars_of_the_timeline(tmp_path: Path) -> None:
     plant_repeats(paths, 4, "t000")
     data = read_data(read_sweep(paths.root))
     traces = {trace.name: trace for trace in draw("timeline", data, find_importances(data)).data}
-    assert list(traces) == ["COMPLETE", "COMPLETE, again with another seed"]
-    again = traces["COMPLETE, again with another seed"]
+    assert list(traces) == ["COMPLETE", "COMPLETE, repeat"]
+    again = traces["COMPLETE, repeat"]
     assert again.marker.pattern.shape == "/"
     assert sorted(again.text) == ["t000", "t001", "t002", "t003"]
