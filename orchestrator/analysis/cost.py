@@ -22,16 +22,21 @@ class Cost:
     """Seconds from the start of the first trial to the end of the last; None if the records have no times."""
     steps: int
     planned_steps: int
-    """Steps that all trials would have made without a stop or a failure; trials that can go on count with theirs."""
+    """Steps that all trials would have made without a stop or a failure; trials that can go on count with theirs.
+    Repeats of the finalists count neither here nor in `steps`."""
+    tokens_saved: int
+    """Estimated tokens of the steps that stopped trials skipped, at each trial's own tokens per step."""
+    seconds_saved: float
+    """Estimated seconds of these steps, at each trial's own speed."""
     failed_share: float
     """Share of the trial seconds that went into failed trials."""
     winner_share: float | None
-    """Share that went into the leader."""
+    """Share of the trial seconds that went into the leader's run, without its repeats."""
     devices: list[str]
 
     @property
     def steps_saved(self) -> float:
-        """Share of the planned steps that were not made."""
+        """Share of the planned steps that were skipped."""
         return 1 - self.steps / self.planned_steps if self.planned_steps else 0.0
 
 
@@ -43,6 +48,7 @@ def find_cost(data: SweepData) -> Cost:
     known = [trial.total_steps for trial in data.trials if trial.total_steps]
     usual = max(known, default=0)
     leader = data.leader
+    saved = [_saved(trial) for trial in data.trials if trial.state == TrialState.STOPPED]
     return Cost(
         tokens=sum(trial.tokens - trial.adopted_tokens for trial in trials),
         trial_seconds=seconds,
@@ -50,10 +56,21 @@ def find_cost(data: SweepData) -> Cost:
         wall_seconds=_wall_seconds(trials),
         steps=sum(trial.step for trial in data.trials),
         planned_steps=sum(trial.step if trial.state in OPEN else trial.total_steps or usual for trial in data.trials),
+        tokens_saved=round(sum(tokens for tokens, _ in saved)),
+        seconds_saved=sum(seconds for _, seconds in saved),
         failed_share=failed / seconds if seconds else 0.0,
         winner_share=leader.seconds / seconds if leader and seconds else None,
         devices=sorted({trial.device for trial in trials if trial.device}),
     )
+
+
+def _saved(trial: TrialResult) -> tuple[float, float]:
+    """Return the estimated tokens and seconds of the steps that a stopped trial skipped."""
+    own = trial.tokens - trial.adopted_tokens
+    if not (trial.total_steps and trial.step and own):
+        return 0.0, 0.0
+    tokens = max(trial.total_steps - trial.step, 0) * trial.tokens / trial.step
+    return tokens, tokens * trial.seconds / own
 
 
 def _wall_seconds(trials: Sequence[TrialResult]) -> float | None:

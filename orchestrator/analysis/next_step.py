@@ -1,7 +1,7 @@
 """What to try next, each with its command."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import yaml
@@ -16,6 +16,8 @@ from orchestrator.spec import parse_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.search import RATE, SEED
 from orchestrator.spec.sections.scheduler import Brackets, Population
+from orchestrator.sweep.repeats import MAX_FINALISTS
+from orchestrator.sweep.reruns import point_of
 from orchestrator.words import counted
 
 EDGE: Final = 0.1
@@ -111,22 +113,49 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
             rate = " Diverged trials usually need a lower learning rate." if _any_diverged(data) else ""
             steps.append(Step(f"Remove the cause of the failures, then start again.{rate}", reproduce_command(data)))
         return steps
+    searches = []
     for edge in _worth_following(edges, found):
         why = f"The best trials are at the {edge.side} end of {edge.field}: search beyond {edge.limit:.3g}."
-        steps.append(Step(why, _sweep(data, f"search.space={_yaml(edge.space)}")))
+        searches.append(Step(why, _sweep(data, f"search.space={_yaml(edge.space)}")))
+    if data.is_over and data.fields() and not any(each.matters for each in found.fields) and _can_grow(data):
+        num = len(data.trials)
+        why = f"No field's effect could be shown: run {num} more trials of this search (--trials is the new total)."
+        searches.append(Step(why, f"{resume_command(data)} --trials {2 * num}"))
+    steps += _as_alternatives(searches, len(steps) + 1)
     if isinstance(longer, Longer) and longer.chance >= 0.5 and not (longer.has_risen or longer.is_unsure):
         steps.append(Step("Train the leader with twice the steps.", _longer_trial(data, 2 * longer.steps)))
-    is_tied = choice is not None and choice.recommendation.tied and not choice.recommendation.over_seeds
-    if is_tied and data.info.spec.search.repeats == 1 and _is_valid(data, repeats=3):
-        why = "Search again, with the finalists run with other seeds too, to see whether the order holds."
-        steps.append(Step(why, _sweep(data, "search.repeats=3")))
-    if data.is_over and data.fields() and not any(each.matters for each in found.fields) and _can_grow(data):
-        num = 2 * len(data.trials)
-        why = "No field's effect could be shown: run more trials."
-        steps.append(Step(why, f"{resume_command(data)} --trials {num}"))
+    steps += _more_seeds(data)
     if choice is not None:
         steps.append(Step("Score the adapter in the forms in which it can be used.", f"orchestrator evaluate {folder}"))
     return steps
+
+
+def _as_alternatives(searches: list[Step], place: int) -> list[Step]:
+    """Return steps that search further; all but the first, which has this place in the list, say that it would do."""
+    mark = f" This is an alternative to suggestion {place}."
+    return [replace(step, why=step.why + mark) if number else step for number, step in enumerate(searches)]
+
+
+def _more_seeds(data: SweepData) -> list[Step]:
+    """Return how to run the tied trials with more seeds, if the experiment allows that."""
+    recommendation, repeats = data.choice.recommendation if data.choice else None, data.info.spec.search.repeats
+    num_seeds = 2 * repeats + 1
+    if recommendation is None or not recommendation.tied or not _is_valid(data, repeats=num_seeds):
+        return []
+    if repeats > 1 and not recommendation.over_seeds:  # the finalists are still to run again
+        return []
+    trials = [recommendation.leader.trial, *(each.candidate.trial for each in recommendation.tied)][:MAX_FINALISTS]
+    points = [point_of(trial, data.info.spec) for trial in trials]
+    why = (
+        f"{counted(len(recommendation.tied), 'trial is', 'trials are')} tied with the winner. Resume cannot add seeds: "
+        f"start a new sweep in which the finalists run with other seeds too, {num_seeds} seeds each."
+    )
+    sets: dict[str, Any] = {"search.repeats": num_seeds}
+    only: dict[str, Any] = {"search.num_trials": len(points), "search.first": points}
+    if _is_valid(data, **{name.removeprefix("search."): value for name, value in (sets | only).items()}):
+        why += f" It tries only the {counted(len(points), 'best tied point')}."
+        sets |= only | {"scheduler": {"kind": "none"}}
+    return [Step(why, _sweep(data, *(f"{name}={_yaml(value)}" for name, value in sets.items())))]
 
 
 def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:

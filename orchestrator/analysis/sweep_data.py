@@ -88,6 +88,11 @@ class SweepData:
         return next((trial for trial in self.trials if trial.state in ended and value_of(trial) is not None), None)
 
     @property
+    def over_seeds(self) -> dict[str, list[float]]:
+        """Finalist -> values of its runs with different seeds; empty if none ran again."""
+        return self.choice.recommendation.over_seeds if self.choice else {}
+
+    @property
     def is_over(self) -> bool:
         """Whether no trial of the sweep is left to run."""
         has_all = len(self.trials) >= self.info.num_trials or self.budget_spent is not None

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Final
 
 from orchestrator.analysis.cost import Cost, find_cost
+from orchestrator.analysis.coverage import say_coverage, say_tied
 from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
@@ -78,7 +79,9 @@ def _headline(data: SweepData) -> str:
             value = say_number(value_of(running))
             return f"There is no winner yet: no trial has finished. {running.trial_id} is ahead, {data.metric} {value}."
         return f"There is no winner: none of {num} has finished with a finite {data.metric}."
-    value = say_number(value_of(leader))
+    value, seeds = say_number(value_of(leader)), data.over_seeds.get(leader.trial_id)
+    if seeds:
+        value = f"{say_number(fmean(seeds))}, mean over {counted(len(seeds), 'seed')} ({value} with the first)"
     so_far = "" if data.is_over else " so far"
     if len(data.trials) == 1:
         return f"The only trial, {leader.trial_id}, reached {data.metric} {value}."
@@ -212,6 +215,8 @@ def _mattered(data: SweepData, found: Importances) -> Iterator[str]:
         )
     elif others:
         yield f"With {basis}, no effect can be shown of {listed(others)}; that does not mean that there is none."
+    yield from say_tied(data)
+    yield from say_coverage(data)
     yield from _how_trials_count(data, found)
 
 
@@ -280,7 +285,8 @@ def _longer(data: SweepData, longer: Longer | str) -> Iterator[str]:
     if longer.is_unsure:
         yield (
             f"Cannot be said: with {2 * longer.steps} steps instead of {longer.steps}, the leader's loss "
-            f"({say_number(longer.loss)} now) is forecast to be anywhere in {interval}."
+            f"({say_number(longer.loss)} now) is forecast to be anywhere in {interval} "
+            f"({CONFIDENCE:.0%} interval)."
         )
         yield from _how_wide(longer)
         return
@@ -315,22 +321,25 @@ def _cost(data: SweepData, cost: Cost) -> Iterator[str]:
     device = listed(cost.devices) if cost.devices else "an unknown device"
     gpu = f"{cost.gpu_hours:.3g} GPU-hours" if cost.gpu_hours else "No GPU time"
     wall = f", {duration(cost.wall_seconds)} from start to end" if cost.wall_seconds is not None else ""
-    yield (
-        f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}. "
-        f"The winner took {say_share(cost.winner_share)} of that."
-        if cost.winner_share
-        else f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}."
-    )
+    runs = f"; {counted(len(data.repeats), 'run')} of finalists with other seeds included" if data.repeats else ""
+    yield f"{gpu}, {cost.tokens:,} tokens and {duration(cost.trial_seconds)} of trials' work on {device}{wall}{runs}."
+    if cost.winner_share:
+        own = " (without its repeats)" if data.over_seeds else ""
+        yield f"The winner's own run{own} took {say_share(cost.winner_share)} of the trials' work."
     stopped = sum(trial.state == TrialState.STOPPED for trial in data.trials)
     if stopped:
+        search = " of the search (without the repeats)" if data.repeats else ""
         yield (
             f"{counted(stopped, 'trial was', 'trials were')} stopped early; {say_share(cost.steps_saved)} of all "
-            "planned steps were never made."
+            f"planned steps{search} were skipped."
         )
+        if cost.tokens_saved:
+            yield (
+                f"That saved about {int(float(f'{cost.tokens_saved:.2g}')):,} tokens and "
+                f"{duration(cost.seconds_saved)} of trials' work: an estimate, from each stopped trial's own speed."
+            )
     if cost.failed_share:
         yield f"{say_share(cost.failed_share)} of the work went into trials that failed."
-    if data.repeats:
-        yield f"This includes {counted(len(data.repeats), 'run')} of finalists with other seeds."
     if data.budget_spent is not None:
         yield f"The sweep ended early: {data.budget_spent}."
 

@@ -169,7 +169,7 @@ def rungs(data: SweepData) -> "Figure | str":
             "title": "optimizer step",
         },
         yaxis={"title": plain(data.metric)} | _value_axis([data]),
-        legend={"orientation": "h", "y": 1.08},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         height=440,
     )
     return figure

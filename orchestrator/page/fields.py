@@ -3,12 +3,14 @@
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from orchestrator.analysis.coverage import moves_with
 from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances
 from orchestrator.analysis.outcomes import Outcome, Outcomes
-from orchestrator.analysis.sweep_data import LOSS, SweepData
+from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
 from orchestrator.analysis.wording import say_effect, say_short
 from orchestrator.page.style import BLUE, GRAY, SCALE, log_axis, log_ticks, plain
+from orchestrator.record import TrialState
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -26,7 +28,7 @@ def parallel(data: SweepData, outcomes: Outcomes) -> "Figure | str":
     if len(known) < 2:
         return f"{len(known)} of the trials have a value"
     dimensions = [_dimension(data, name, known) for name in fields]
-    values = [each.value for each in known]
+    values = [measured(each) for each in known]
     is_log = data.metric == LOSS and min(values) > 0
     shown = [math.log10(value) if is_log else value for value in values]
     last: dict[str, Any] = {"label": plain(data.metric), "values": shown}
@@ -35,12 +37,32 @@ def parallel(data: SweepData, outcomes: Outcomes) -> "Figure | str":
     figure = go.Figure(
         go.Parcoords(
             dimensions=[*dimensions, last],
-            line={"color": [data.sign * each for each in shown], "colorscale": SCALE},
+            line=_line_colors([data.sign * each for each in shown], [is_at_end(each) for each in known]),
             labelangle=-12 if len(fields) > 4 else 0,
         )
     )
     figure.update_layout(height=440, margin={"l": 70, "r": 70, "t": 90, "b": 30})
     return figure
+
+
+def is_at_end(outcome: Outcome) -> bool:
+    """Return whether the trial has made all its steps, so that its value is that of its end."""
+    return outcome.trial.state == TrialState.COMPLETE
+
+
+def measured(outcome: Outcome) -> float:
+    """Return the best value that the trial itself has reached, never a forecast."""
+    value = value_of(outcome.trial)
+    return outcome.value if value is None else value
+
+
+def _line_colors(costs: list[float], at_end: list[bool]) -> dict[str, Any]:
+    """Return colors of lines: from the best value at an end (0) to the worst (1), and gray (-1) for all others."""
+    ends = [cost for cost, is_end in zip(costs, at_end, strict=True) if is_end]
+    low, width = min(ends, default=0.0), (max(ends) - min(ends) if ends else 0.0) or 1.0
+    color = [(cost - low) / width if is_end else -1.0 for cost, is_end in zip(costs, at_end, strict=True)]
+    scale = [(0.0, GRAY), (0.45, GRAY), *((0.5 + place / 2, each) for place, each in SCALE)]
+    return {"color": color, "colorscale": scale, "cmin": -1, "cmax": 1}
 
 
 def _dimension(data: SweepData, name: str, known: list[Outcome]) -> dict[str, Any]:
@@ -68,8 +90,8 @@ def _dimension(data: SweepData, name: str, known: list[Outcome]) -> dict[str, An
             "range": inside}  # fmt: skip
 
 
-def importances(found: Importances) -> "Figure | str":
-    """Return the share of each field, with its interval."""
+def importances(data: SweepData, found: Importances) -> "Figure | str":
+    """Return the share of each field, with its interval; tied fields are named with the field that they follow."""
     import plotly.graph_objects as go
 
     if found.why_none:
@@ -79,7 +101,7 @@ def importances(found: Importances) -> "Figure | str":
     figure = go.Figure(
         go.Bar(
             x=shares,
-            y=[plain(each.field) for each in shown],
+            y=[_with_tied(data, each.field) for each in shown],
             orientation="h",
             marker={"color": BLUE, "opacity": [1.0 if each.matters else 0.35 for each in shown]},
             error_x={
@@ -103,6 +125,11 @@ def importances(found: Importances) -> "Figure | str":
     return figure
 
 
+def _with_tied(data: SweepData, field: str) -> str:
+    tied = moves_with(data, field)
+    return plain(f"{field} (with {', '.join(tied)})" if tied else field)
+
+
 def effects(data: SweepData, found: Importances) -> "Figure | str":
     """Return a panel for each searched field: its values against the outcomes."""
     from plotly.subplots import make_subplots
@@ -116,19 +143,20 @@ def effects(data: SweepData, found: Importances) -> "Figure | str":
     rows = -(-len(fields) // columns)
     titles = [plain(name) for name in fields]
     figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
-    is_log = data.metric == LOSS and all(each.value > 0 for each in known)
+    is_log = data.metric == LOSS and all(measured(each) > 0 for each in known)
     for place, name in enumerate(fields):
         row, column = place // columns + 1, place % columns + 1
         figure.add_trace(_panel(data, name, known), row, column)
         coordinate = coordinate_of(data.info.spec.search.space[name])
         if coordinate.values:
             order = [plain(say_short(value)) for value in coordinate.values]
-            figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, row=row, col=column)
+            shown = {"categoryarray": order, "range": [-0.5, len(order) - 0.5]}  # also values that no trial has tried
+            figure.update_xaxes(type="category", categoryorder="array", **shown, row=row, col=column)
         elif coordinate.is_log:
             low, high = (float(value) for value in data.info.spec.search.space[name].probes())
             figure.update_xaxes(**log_axis([low, high]), row=row, col=column)
         if is_log:
-            values = [each.value for each in known]
+            values = [measured(each) for each in known]
             span = [math.log10(min(values)) - 0.15, math.log10(max(values)) + 0.15]
             figure.update_yaxes(**log_axis(values), range=span, row=row, col=column)
         if column == 1:
@@ -144,18 +172,23 @@ def _panel(data: SweepData, name: str, known: list[Outcome]) -> Any:
     shown = [each for each in known if name in each.trial.config.varied]
     coordinate = coordinate_of(data.info.spec.search.space[name])
     values = [each.trial.config.varied[name] for each in shown]
-    up, down = ([each.value * abs(math.expm1(sign * each.log_sd)) for each in shown] for sign in (1, -1))
-    error = {"symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 0, "color": GRAY}
+    at_end = [is_at_end(each) for each in shown]
     return go.Scatter(
-        error_y=error if any(each.log_sd for each in shown) else None,
         x=[plain(say_short(value)) for value in values] if coordinate.values else values,
-        y=[each.value for each in shown],
-        text=[plain(each.trial.trial_id) for each in shown],
+        y=[measured(each) for each in shown],
+        text=[
+            f"{plain(each.trial.trial_id)}{'' if end else _until(each)}"
+            for each, end in zip(shown, at_end, strict=True)
+        ],
         mode="markers",
         marker={
-            "color": BLUE,
+            "color": [BLUE if end else GRAY for end in at_end],
             "size": 8,
-            "symbol": ["circle-open" if each.is_forecast else "circle" for each in shown],
+            "symbol": ["circle" if end else "circle-open" for end in at_end],
         },
         hovertemplate="%{text}<br>%{x}: %{y:.4g}<extra></extra>",
     )
+
+
+def _until(outcome: Outcome) -> str:
+    return f", not trained to its end (step {outcome.trial.step})"

@@ -41,27 +41,29 @@ FIGURES: Final = (
     Drawn(
         "parallel",
         "All values together",
-        "One line for each trial; blue is best. Drag along an axis to keep only the lines that cross there.",
+        "One line for each trial. In color: trained to the end, blue is best. In gray: stopped early or not ended, at "
+        "the best value until then. Drag along an axis to keep only the lines that cross there.",
         lambda data, found: fields.parallel(data, found.outcomes),
     ),
     Drawn(
         "importances",
         "How much each field mattered",
-        "Share of the importance (PED-ANOVA) with its bootstrap interval. A full bar is an effect that chance does not "
-        "explain; a pale one could be chance.",
-        lambda _, found: fields.importances(found),
+        "Share of the importance (PED-ANOVA) with its 95% bootstrap interval. A full bar is an effect that chance does "
+        "not explain; a pale one could be chance.",
+        lambda data, found: fields.importances(data, found),
     ),
     Drawn(
         "effects",
         "Each field against the outcome",
-        "Filled: measured at the end. Hollow: stopped early, with the value forecast for the end and its standard "
-        "deviation; a forecast counts as no better than the best value measured.",
+        "Filled, blue: trained to the end. Hollow, gray: stopped early or not ended, at the best value until then, "
+        "which does not show what the end would have been.",
         lambda data, found: fields.effects(data, found),
     ),
     Drawn(
         "timeline",
         "What ran when, and where",
-        "One row for each worker process; each bar is a trial.",
+        "One row for each trial that a worker process trains at a time; each bar is a trial. Hatched (repeat): a "
+        "finalist again, with another seed.",
         lambda data, _: machines.timeline(data),
     ),
     Drawn(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.analysis.sweep_data import SweepData
 from orchestrator.page.style import BLUE, ORANGE, STATE_COLORS, plain
+from orchestrator.record import TrialResult
 from orchestrator.report.tables import duration
 
 if TYPE_CHECKING:
@@ -15,37 +16,42 @@ def timeline(data: SweepData) -> "Figure | str":
     """Return a bar for each trial, in the rows of its worker: one row for each trial that runs there at a time."""
     import plotly.graph_objects as go
 
-    known = sorted((t for t in data.trials if t.started and t.worker), key=lambda t: t.started or "")
+    runs = [(trial, False) for trial in data.trials] + [(trial, True) for trial in data.repeats]
+    known = sorted(((t, again) for t, again in runs if t.started and t.worker), key=lambda run: run[0].started or "")
     if not known:
         return "the records have no times; they were made by an earlier version"
-    ends = [datetime.fromisoformat(t.ended) for t in known if t.ended]
-    latest = max([*ends, *(datetime.fromisoformat(t.started) for t in known if t.started)])
+    ends = [datetime.fromisoformat(t.ended) for t, _ in known if t.ended]
+    latest = max([*ends, *(datetime.fromisoformat(t.started) for t, _ in known if t.started)])
     rows: dict[str, list[datetime]] = {}
-    bars = []
-    for trial in known:
+    bars: dict[tuple[str, bool], list[tuple[TrialResult, str, datetime, float]]] = {}
+    for trial, is_repeat in known:
         start = datetime.fromisoformat(trial.started or "")
         end = datetime.fromisoformat(trial.ended) if trial.ended else latest
         lanes = rows.setdefault(trial.worker or "", [])
         lane = next((i for i, free in enumerate(lanes) if free <= start), len(lanes))
         lanes[lane : lane + 1] = [end]
-        bars.append((trial, f"{plain(trial.worker)} #{lane + 1}", start, max((end - start).total_seconds(), 0.05)))
-    states = dict.fromkeys(str(trial.state) for trial in known)
-    first = min(start for _, _, start, _ in bars)
+        bar = (trial, f"{plain(trial.worker)} #{lane + 1}", start, max((end - start).total_seconds(), 0.05))
+        bars.setdefault((str(trial.state), is_repeat), []).append(bar)
+    first = min(start for shown in bars.values() for _, _, start, _ in shown)
     figure = go.Figure(
         [
             go.Bar(
-                base=[(start - first).total_seconds() for trial, _, start, _ in bars if trial.state == state],
-                x=[seconds for trial, _, _, seconds in bars if trial.state == state],
-                y=[row for trial, row, _, _ in bars if trial.state == state],
-                text=[plain(trial.trial_id) for trial, _, _, _ in bars if trial.state == state],
-                customdata=[duration(seconds) for trial, _, _, seconds in bars if trial.state == state],
+                base=[(start - first).total_seconds() for _, _, start, _ in shown],
+                x=[seconds for _, _, _, seconds in shown],
+                y=[row for _, row, _, _ in shown],
+                text=[plain(trial.trial_id) for trial, _, _, _ in shown],
+                customdata=[duration(seconds) for _, _, _, seconds in shown],
                 orientation="h",
-                name=state,
+                name=f"{state}, repeat" if is_repeat else state,
                 textposition="none",
-                marker={"color": STATE_COLORS[state], "line": {"width": 1, "color": "rgba(127,127,127,0.6)"}},
+                marker={
+                    "color": STATE_COLORS[state],
+                    "line": {"width": 1, "color": "rgba(127,127,127,0.6)"},
+                    "pattern": {"shape": "/" if is_repeat else ""},
+                },
                 hovertemplate="%{text}: %{customdata}<extra></extra>",
             )
-            for state in states
+            for (state, is_repeat), shown in bars.items()
         ]
     )
     num_rows = sum(len(lanes) for lanes in rows.values())
@@ -53,7 +59,7 @@ def timeline(data: SweepData) -> "Figure | str":
         barmode="overlay",
         xaxis_title="seconds since the first trial began",
         yaxis={"automargin": True, "type": "category", "categoryorder": "category descending"},
-        legend={"orientation": "h", "y": 1.1},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         height=150 + min(26 * num_rows, 900),
     )
     return figure
@@ -79,6 +85,6 @@ def throughput_and_memory(data: SweepData) -> "Figure | str":
         figure.add_trace(go.Bar(x=names, y=values, marker_color=color, name=title, hovertemplate=hover), row, 1)
         figure.update_yaxes(title=title, row=row, col=1, rangemode="tozero")
     figure.update_xaxes(type="category", showticklabels=False)
-    figure.update_xaxes(showticklabels=len(known) <= 40, tickangle=-40, row=2, col=1)
+    figure.update_xaxes(showticklabels=len(known) <= 40, tickangle=-40 if len(known) <= 12 else -90, row=2, col=1)
     figure.update_layout(showlegend=False, height=460, margin={"t": 20})
     return figure

@@ -35,7 +35,10 @@
     return layout;
   };
 
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  /* Without a pointer that hovers, the bar of buttons would always lie over the figure. */
+  const hovers = window.matchMedia("(hover: hover)").matches && !narrow.matches;
+  const config = { responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
+                   modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
   /* A figure is drawn when it comes near the window, so that a page with many of them opens at once. */
   const waiting = new Set(elements);
@@ -68,7 +71,7 @@
     head.setAttribute("aria-sort", order === 1 ? "ascending" : "descending");
     const keyOf = (row) => row.cells[column].dataset.key;
     const compare = isNumber ? (a, b) => a - b : (a, b) => a.localeCompare(b, undefined, { numeric: true });
-    const isEmpty = (row) => row.cells[column].textContent === "";
+    const isEmpty = (row) => row.cells[column].textContent === "" || row.cells[column].textContent === "not compared";
     const rows = [...table.tBodies[0].rows];
     rows.sort((a, b) => isEmpty(a) - isEmpty(b) || order * compare(keyOf(a), keyOf(b)));
     table.tBodies[0].append(...rows);

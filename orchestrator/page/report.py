@@ -1,6 +1,7 @@
 """Write the report of sweeps: HTML, Markdown, or their tables."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -109,7 +110,15 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["md"] = _md
+    environment.filters["breakable"] = _breakable
     return environment
+
+
+def _breakable(text: Any) -> Any:
+    """Return text for HTML that may break after each mark within a name, such as `training.learning_rate`."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("(?<=[._])", "<wbr>", str(escape(text))))
 
 
 def _md(text: Any) -> str:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -13,29 +13,11 @@ from orchestrator.analysis.verdict import Verdict, find_verdict
 from orchestrator.analysis.wording import say_number, say_short
 from orchestrator.page.curves import leaders_compared
 from orchestrator.page.figures import FIGURES, figure_height
+from orchestrator.page.trials_table import Cell, Table, cell, how_chosen, legend, table, trials_table
 from orchestrator.record import OPEN, TrialState
 from orchestrator.report.tables import duration
 from orchestrator.report.warnings import distinct_warnings
 from orchestrator.words import counted
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table."""
-
-    text: str
-    key: float | str
-    """Sort key within its column."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a head."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
-    is_number: list[bool] = field(default_factory=list)
-    """For each column, whether it holds numbers."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +53,16 @@ class SweepSections:
     state: str
     verdict: Verdict
     leaders: Table
+    how_chosen: str
+    """How the winner was chosen, in a sentence; empty if there is nothing to say."""
+    legend: str
+    """How to read the table of trials."""
     plots: list[Plot]
     failures: list[Failure]
     warnings: list[str]
     reproduce: str
+    caveats: list[str]
+    """Why the command may not give the same results."""
     facts: list[tuple[str, str]]
     experiment: str
 
@@ -88,7 +76,9 @@ def sections_of(data: SweepData, with_figures: bool = True) -> SweepSections:
         folder_word=shlex.quote(str(data.record.paths.root)),
         state=_state(data),
         verdict=verdict,
-        leaders=_leaders(data),
+        leaders=trials_table(data),
+        how_chosen=how_chosen(data),
+        legend=legend(data),
         plots=[
             _plot(each.name, each.title, each.note, each.draw(data, verdict.importances))
             for each in (FIGURES if with_figures else ())
@@ -96,6 +86,7 @@ def sections_of(data: SweepData, with_figures: bool = True) -> SweepSections:
         failures=_failures(data),
         warnings=_warnings(data),
         reproduce=reproduce_command(data),
+        caveats=_caveats(data),
         facts=_facts(data),
         experiment=yaml.safe_dump(data.info.spec.model_dump(mode="json"), sort_keys=False, default_flow_style=None),
     )
@@ -112,12 +103,12 @@ def comparison(sweeps: Sequence[SweepSections]) -> Table:
         tied = len(data.choice.recommendation.tied) if data.choice else None
         rows.append(
             [
-                _cell(each.name), _cell(data.metric), _cell(value), _cell(leader.trial_id if leader else None),
-                _cell(len(data.trials)), _cell(failed), _cell(tied), _cell(cost.tokens),
-                _cell(round(cost.gpu_hours, 3)), Cell(duration(cost.trial_seconds), cost.trial_seconds),
+                cell(each.name), cell(data.metric), cell(value), cell(leader.trial_id if leader else None),
+                cell(len(data.trials)), cell(failed), cell(tied), cell(cost.tokens),
+                cell(round(cost.gpu_hours, 3)), Cell(duration(cost.trial_seconds), cost.trial_seconds),
             ]
         )  # fmt: skip
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def comparison_notes(sweeps: Sequence[SweepSections]) -> list[str]:
@@ -165,47 +156,6 @@ def _state(data: SweepData) -> str:
     ended = sum(trial.state not in OPEN for trial in data.trials)
     text = f"{ended} of {counted(data.info.num_trials, 'trial')} ended"
     return text if data.is_over else f"{text}; this report shows the records as they were when it was made"
-
-
-def _leaders(data: SweepData) -> Table:
-    fields = list(dict.fromkeys(name for trial in data.trials for name in trial.config.varied))
-    metrics = dict.fromkeys(name for t in data.trials if t.best for name in t.best.values)
-    others = [name for name in metrics if name != data.metric]
-    rivals = {r.candidate.trial.trial_id: r for r in data.choice.recommendation.rivals} if data.choice else {}
-    columns = ["#", "trial", "state", data.metric, "behind the leader", "at step", "step", *others, *fields]
-    columns += ["parameters", "tokens", "tokens/s", "memory GiB", "time", "GPU time"]
-    rows = []
-    for place, trial in enumerate(data.trials, 1):
-        best, value = trial.best, value_of(trial)
-        rival = rivals.get(trial.trial_id)
-        behind = f"{rival.difference:+.2g} ({rival.low:+.2g} to {rival.high:+.2g})" if rival else ""
-        mark = " tied" if rival and rival.is_tied else ""
-        rows.append(
-            [
-                _cell(place), _cell(trial.trial_id), _cell(str(trial.state)), _cell(value),
-                Cell(behind + mark, rival.difference * data.sign if rival else 0.0 if trial == data.leader else 1e300),
-                _cell(best.step if best else None), Cell(f"{trial.step}/{trial.total_steps or '?'}", trial.step),
-                *(_cell(best.values.get(name) if best else None) for name in others),
-                *(_cell(trial.config.varied.get(name)) for name in fields),
-                _cell(trial.num_parameters), _cell(trial.tokens), _cell(trial.tokens_per_second),
-                _cell(trial.peak_memory_gib), Cell(duration(trial.seconds), trial.seconds),
-                Cell(duration(trial.gpu_seconds) if trial.gpu_seconds else "", trial.gpu_seconds),
-            ]
-        )  # fmt: skip
-    return _table(columns, rows)
-
-
-def _cell(value: Any) -> Cell:
-    if value is None:
-        return Cell("", 1e300)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Cell(say_number(value), float(value) if abs(value) < 1e300 else 1e300)
-    return Cell(str(value), str(value))
-
-
-def _table(columns: list[str], rows: list[list[Cell]]) -> Table:
-    kinds = [all(not isinstance(row[i].key, str) for row in rows) for i in range(len(columns))]
-    return Table(columns, rows, kinds)
 
 
 def compared_leaders(sweeps: Sequence[SweepSections]) -> Plot:
@@ -268,3 +218,21 @@ def _facts(data: SweepData) -> list[tuple[str, str]]:
     ]
     facts += [("changed by resume", f"{c.field}: {c.before} to {c.after} ({c.changed})") for c in info.changes]
     return facts
+
+
+def _caveats(data: SweepData) -> list[str]:
+    spec, commit, found = data.info.spec, data.info.git_commit, list[str]()
+    if commit is None:
+        found.append("The git commit of the code is unknown.")
+    elif commit.endswith("-dirty"):
+        found.append("The git checkout had uncommitted changes (-dirty), so its commit alone does not give what ran.")
+    if not spec.training.reproducible and any(trial.device not in (None, "cpu") for trial in data.trials):
+        found.append(
+            "training.reproducible was false: on a GPU, a trial that trains again gets similar values, not the same."
+        )
+    if len(data.trials) > 1 and (spec.search.algorithm not in ("random", "grid") or spec.scheduler.kind != "none"):
+        found.append(
+            "Which values are tried and which trials are stopped can depend on the order in which trials end; it can "
+            "differ in another run."
+        )
+    return found

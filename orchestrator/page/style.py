@@ -26,7 +26,7 @@ STATE_COLORS: Final = {
     "CANCELLED": GRAY,
     "PENDING": GRAY,
 }
-SCALE: Final = [[0.0, BLUE], [0.35, GREEN], [0.7, "#c4a000"], [1.0, RED]]
+SCALE: Final = ((0.0, BLUE), (0.35, GREEN), (0.7, "#c4a000"), (1.0, RED))
 """Color scale from the best value to the worst."""
 
 

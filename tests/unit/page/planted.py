@@ -132,3 +132,26 @@ def _write_trial(
         losses = [10 * best.value * math.exp(noise) for noise in row_noise]
         scores = RowScores(losses=losses, hits=[5] * ROWS, tokens=[10] * ROWS)
         write_atomic(adapter / SCORES, scores.model_dump_json())
+
+
+def plant_repeats(paths: SweepPaths, num: int, worse: str, factor: float = 1.5, **how: Any) -> None:
+    """Write a second run of each trial of a sweep without stops, with the same values; that of `worse` is worse.
+
+    Args:
+        paths: a sweep planted with the same `num` and `how`.
+        num: number of trials.
+        worse: the trial whose second run has a loss larger by `factor`.
+        factor: ratio of that loss to the one of the first run.
+        how: further arguments of `plant`.
+    """
+    again = plant(paths.repeats, num, stops=False, **how)
+    trial = again.trial(worse)
+    result = TrialResult.model_validate_json(trial.result.read_text())
+    assert result.best is not None
+    value = factor * result.best.value
+    best = result.best.model_copy(update={"value": value, "values": result.best.values | {"eval/loss": value}})
+    write_record(trial.result, result.model_copy(update={"best": best}))
+    file = trial.root / best.adapter / SCORES
+    scores = RowScores.model_validate_json(file.read_text())
+    raised = scores.model_copy(update={"losses": [factor * loss for loss in scores.losses]})
+    write_atomic(file, raised.model_dump_json())

@@ -16,7 +16,7 @@ from orchestrator.deploy import open_sweep
 from orchestrator.deploy.side_by_side import record_answers
 from orchestrator.errors import RequestError
 from orchestrator.page.figures import FIGURES
-from orchestrator.page.report import html_page, markdown_page, write_report
+from orchestrator.page.report import _environment, html_page, markdown_page, write_report
 from orchestrator.record import AnsweredPrompt, Answers, SweepPaths, TrialResult, TrialState, read_sweep, write_record
 from orchestrator.spec import parse_spec
 
@@ -83,6 +83,12 @@ def test_html_in_names_and_errors_stays_text(tmp_path: Path) -> None:
     traces = json.dumps(plots_of(page))
     assert "&lt;img" in traces
     assert "<img" not in traces
+
+
+def test_long_heads_may_break_and_stay_escaped() -> None:
+    page = _environment().from_string("{{ name | breakable }}")
+    assert page.render(name="training.learning_rate") == "training.<wbr>learning_<wbr>rate"
+    assert "<img" not in page.render(name=HTML)
 
 
 def test_markdown_holds_the_verdict_and_escapes_what_it_would_read(tmp_path: Path) -> None:
@@ -234,3 +240,19 @@ def test_rows_without_prompts_are_not_to_be_asked(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("orchestrator.deploy.finished.verify_adapter", lambda _: None)
     with pytest.raises(RequestError, match="its held-out rows have no prompts"):
         record_answers(open_sweep(paths.root), 2)
+
+
+def test_the_command_to_reproduce_says_why_results_may_differ(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 3)
+    dirty, gpu = "The git checkout had uncommitted changes (-dirty)", "training.reproducible was false: on a GPU"
+    words = Page(page_of(paths)).words
+    assert dirty not in words
+    assert gpu in words
+    info = read_sweep(paths.root).info
+    write_record(paths.sweep, info.model_copy(update={"git_commit": "abc-dirty"}))
+    for trial in read_sweep(paths.root).trials():
+        write_record(paths.trial(trial.trial_id).result, trial.model_copy(update={"device": "cpu"}))
+    words = Page(page_of(paths)).words
+    assert dirty in words
+    assert gpu not in words
+    assert dirty in markdown_page([read_data(read_sweep(paths.root))])
