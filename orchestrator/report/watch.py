@@ -18,7 +18,8 @@ def watch_sweep(console: Console, record: SweepRecord) -> None:
     present = PresentTrials(record)
     seen: list[TrialResult] = []
     title = f"watching {record.paths.root}; Ctrl-C ends this view, not the sweep"
-    with suppress(KeyboardInterrupt), SweepView(console, record.info.spec, record.info.num_trials, title) as view:
+    view = SweepView(console, record.info.spec, record.info.num_trials, title, record.paths.search_ended.is_file)
+    with suppress(KeyboardInterrupt), view:
         while driver_state(record.paths).is_running:
             with suppress(RecordError, OSError):  # shared storage may fail for a moment; read again next time
                 trials = present.read()

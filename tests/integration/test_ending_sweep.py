@@ -44,9 +44,10 @@ def test_a_sweep_ends_itself_and_more_trials_lift_its_rule(tmp_path: Path) -> No
     resumed = resume_sweep(read_sweep(record.paths.root), lambda _: None)
     assert {trial.trial_id: trial.seconds for trial in resumed.trials()} == began, "a resume decides the same"
 
-    with SweepView(Console(file=io.StringIO()), 6, "more", record.paths.search_ended.is_file) as view:
+    console, has_ended = Console(file=io.StringIO()), record.paths.search_ended.is_file
+    with SweepView(console, record.info.spec, 6, "more", has_ended) as view:
         more = resume_sweep(extend_sweep(read_sweep(record.paths.root), 6, []), view.update, say=view.say)
-        assert view._summary().plain.startswith("6 of 6 trials ended")
+        assert view._summary()[0].startswith("6 of 6 trials ended")
     assert len(more.trials()) == 6
     assert more.search_ended() is None
     assert [change.field for change in read_sweep(record.paths.root).info.changes] == [

@@ -127,7 +127,7 @@ def test_what_cannot_be_audited_is_refused(
 
 
 def test_a_trial_that_was_lost_with_a_driver_is_no_end_of_the_sweep(make: Make) -> None:
-    """Of six trials five have ended, and another was replaced after a driver was killed."""
+    """Five of six trials have ended, and another was replaced after a driver was killed."""
     record = make(num_trials=6)
     write_trial(record, "lost", 6e-3, "CANCELLED", [9.0])
     with pytest.raises(RequestError, match="the sweep has not ended"):
