@@ -1,5 +1,6 @@
 """Another process compiles the kernels. Its failures are logged and stop no trial."""
 
+import json
 import logging
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from tiny import DEMO
 
+from orchestrator.embedded import BASE_DIR
 from orchestrator.spec import load_spec
 from orchestrator.training.fast.warmup import precompile
 
@@ -49,10 +51,12 @@ def test_the_process_has_the_same_import_path(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_error_of_the_process_is_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    document = json.loads((BASE_DIR / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(document | {"hidden_size": "wide"}), encoding="utf-8")
     started(*BF16, f"base.model={tmp_path}")
     with caplog.at_level(logging.WARNING):
         precompile.join()
-    assert "config.json" in caplog.text
+    assert "Error" in caplog.text
 
 
 def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
