@@ -22,6 +22,10 @@ from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
 from orchestrator.spec.search import BETTER_END, SEED
+from orchestrator.words import counted
+
+_MOST_NAMED = 3
+"""Most damaged adapters that a message describes."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,12 @@ class FinishedSweep:
                 doubts = {each.trial.trial_id: why_it_may_differ(recommendation, each, ranked, strict) for each in lost}
                 in_doubt = {trial_id: why for trial_id, why in doubts.items() if why}
                 return ChosenTrial(self.record, trial, adapter, recommendation, damaged, in_doubt)
-        faults = "\n  ".join(damaged.values())
+        faults = [*damaged.values()][:_MOST_NAMED]
+        if len(damaged) > len(faults):
+            faults.append(f"and {counted(len(damaged) - len(faults), 'more adapter')}")
         raise RecordError(
-            f"{self.record.paths.root}: no finished trial with {metric} has an undamaged adapter:\n  {faults}"
+            f"{self.record.paths.root}: no finished trial with {metric} has an undamaged adapter:\n  "
+            + "\n  ".join(faults)
         )
 
     def _recommend(self, whole: list[Candidate], metric: str, mode: Mode, strict: bool) -> Recommendation:

@@ -199,6 +199,10 @@ def test_a_damaged_best_adapter_is_reported_and_the_next_one_recommended(
     with pytest.raises(RecordError, match="no finished trial with eval/loss has an undamaged adapter") as caught:
         open_sweep(paths.root).best()
     assert caught.value.message.count("is missing") == 2
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("orchestrator.deploy.finished._MOST_NAMED", 1)
+        with pytest.raises(RecordError, match="and 2 more adapters"):
+            open_sweep(paths.root).best()
 
 
 @pytest.mark.parametrize(
