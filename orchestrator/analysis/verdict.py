@@ -21,6 +21,7 @@ from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, mean_interval
 from orchestrator.record import OPEN, TrialState
 from orchestrator.report.tables import duration
+from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.spec.sections.scheduler import Population
 from orchestrator.words import counted
 
@@ -95,7 +96,11 @@ def _winner(data: SweepData) -> Iterator[str]:
         return
     assert leader.best is not None
     values = [f"{name} {say_short(value)}" for name, value in leader.config.varied.items()]
-    others = [f"{name} {say_number(value)}" for name, value in leader.best.values.items() if name != data.metric]
+    others = [
+        f"{name} {say_number(value)}"
+        for name, value in leader.best.values.items()
+        if name != data.metric and not name.endswith(STDERR)
+    ]
     yield (
         f"{leader.trial_id} with {listed(values, 20) if values else 'the values of the experiment'}, at step "
         f"{leader.best.step} of {leader.total_steps or '?'}" + (f"; {', '.join(others)}." if others else ".")

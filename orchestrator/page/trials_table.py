@@ -9,6 +9,7 @@ from orchestrator.analysis.wording import say_number
 from orchestrator.deploy.recommend import CONFIDENCE, ComparedCandidate
 from orchestrator.record import TrialResult
 from orchestrator.report.tables import duration
+from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted
 
 _LAST = 1e300
@@ -39,7 +40,7 @@ class Table:
 def trials_table(data: SweepData) -> Table:
     """Return a row for each trial, best value first; searched values come before what describes the run."""
     fields = list(dict.fromkeys(name for trial in data.trials for name in trial.config.varied))
-    metrics = dict.fromkeys(name for t in data.trials if t.best for name in t.best.values)
+    metrics = dict.fromkeys(name for t in data.trials if t.best for name in t.best.values if not name.endswith(STDERR))
     others = [name for name in metrics if name != data.metric]
     rivals = {r.candidate.trial.trial_id: r for r in data.choice.recommendation.rivals} if data.choice else {}
     seeds = data.over_seeds

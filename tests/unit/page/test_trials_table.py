@@ -92,3 +92,15 @@ def test_searched_values_come_before_what_describes_the_run(tmp_path: Path) -> N
         "#", "trial", "state", "eval/loss", "difference from winner",
         "training.learning_rate", "lora.rank", "lora.dropout",
     ]  # fmt: skip
+
+
+def test_standard_errors_of_metrics_are_not_listed_among_them(tmp_path: Path) -> None:
+    data = read_data(read_sweep(plant(tmp_path / "s", 4, stops=False).root))
+    assert data.leader is not None
+    for trial in (*data.trials, data.leader):
+        assert trial.best is not None
+        trial.best.values.update({"eval/score": 0.5, "eval/score_stderr": 0.1})
+    assert [name for name in trials_table(data).columns if "score" in name] == ["eval/score"]
+    page = html_page([data])
+    assert "eval/score 0.5" in page
+    assert "stderr" not in page
