@@ -103,4 +103,4 @@ def test_standard_errors_of_metrics_are_not_listed_among_them(tmp_path: Path) ->
     assert [name for name in trials_table(data).columns if "score" in name] == ["eval/score"]
     page = html_page([data])
     assert "eval/score 0.5" in page
-    assert "stderr" not in page
+    assert "score_stderr" not in page
