@@ -1,12 +1,14 @@
 """The posterior and the forecast, on simulated curves whose end is known."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from annealed import losses, plan, sweep
 from numpy.typing import NDArray
 
 from orchestrator.sweep.schedulers.forecast.calibration import intervals_held
-from orchestrator.sweep.schedulers.forecast.law import PRIOR_MEAN, PRIOR_SD, Plan, design
+from orchestrator.sweep.schedulers.forecast.law import PRIOR_MEAN, PRIOR_SD, Plan, design, geometric_mean
 from orchestrator.sweep.schedulers.forecast.posterior import SCALE_STRENGTH, Forecast, forecast
 from orchestrator.sweep.schedulers.forecast.verdicts import Trial
 
@@ -128,3 +130,8 @@ def test_the_unit_of_the_loss_does_not_matter() -> None:
     found, scaled = after(6, plans, curves), after(6, plans, [30 * curve for curve in curves])
     assert scaled.mean - np.log(30) == pytest.approx(found.mean, abs=0.02)
     assert scaled.sd() == pytest.approx(found.sd(), rel=0.1)
+
+
+def test_a_mean_has_the_same_bits_in_any_order() -> None:
+    """Trials come in another order after a resume, and one of them may have exactly the mean rate."""
+    assert len({geometric_mean(list(rates)) for rates in permutations([1e-5, 5e-3, 1e-4, 2e-5])}) == 1

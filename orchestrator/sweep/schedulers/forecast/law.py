@@ -14,6 +14,7 @@ sweep plus linear effects of its values plus effects of its own (a linear mixed 
 to one unknown common scale. The derivation is in docs/forecast.md.
 """
 
+import statistics
 from dataclasses import dataclass
 from typing import Final
 
@@ -129,8 +130,8 @@ def design(plans: list[Plan]) -> Design:
 
 
 def geometric_mean(values: Array | list[float]) -> float:
-    """Return the geometric mean of positive numbers."""
-    return float(np.exp(np.mean(np.log(values))))
+    """Return the geometric mean of positive numbers: the same bits in any order, so that a resume decides the same."""
+    return statistics.geometric_mean(values)
 
 
 def _values(plans: list[Plan]) -> Array:
