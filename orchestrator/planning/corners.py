@@ -23,8 +23,8 @@ from orchestrator.training.fast.plan.memory_plan import (
     MARGIN,
     MemoryPlan,
     Target,
-    plans_on,
-    slots_on,
+    feasible_plans,
+    plan_slots,
     smallest_plan,
     too_large_error,
 )
@@ -84,13 +84,13 @@ class Outlook:
         return unsupported_reason(config, self.model, longest, self.gpu.has_grouped_products)
 
     def slots(self, configs: Sequence[TrialConfig], wanted: int) -> tuple[int, str]:
-        """Return how many of these trials train together, and why (`memory_plan.slots_on`)."""
-        return slots_on(self._target, self.model, configs, *self.rows, wanted)
+        """Return how many of these trials train together, and why (`memory_plan.plan_slots`)."""
+        return plan_slots(self._target, self.model, configs, *self.rows, wanted)
 
     def pack(self, configs: Sequence[TrialConfig], slots: int) -> Pack | None:
         """Return the engine in which so many of these trials train together; None where they do not fit."""
         spec = self._spec(configs, slots)
-        plans = plans_on(self._target, spec, configs[0], *self.rows)
+        plans = feasible_plans(self._target, spec, configs[0], *self.rows)
         return Pack(spec, plans[0].option, self._target.shape) if plans else None
 
     def corner(self, config: TrialConfig) -> CornerPlan:
@@ -104,7 +104,7 @@ class Outlook:
         if reason is not None:
             return _unknown(config, reason)
         spec = self._spec([config], 1)
-        plans = plans_on(self._target, spec, config, *self.rows)
+        plans = feasible_plans(self._target, spec, config, *self.rows)
         plan = plans[0] if plans else smallest_plan(self._target, spec, config, *self.rows)
         return self._described(config, spec, plan, bool(plans))
 

@@ -124,11 +124,11 @@ class _Shared:
         outlook: Outlook | None,
         num_gpus: int,
     ) -> "_Shared":
-        """Choose the trials at a time on each GPU, by the rules of `sweep.workers.fleet` and `memory_plan.slots_on`."""
+        """Choose the trials at a time on each GPU, by the rules of `workers.fleet` and `memory_plan.plan_slots`."""
         requested = spec.resources.trials_per_gpu
         _, wanted = spread(max_concurrent_trials(spec), requested, num_gpus)
         if outlook is None:
-            # As `memory_plan.slots_on` for a CPU, with mean batches.
+            # As `memory_plan.plan_slots` for a CPU, with mean batches.
             slots = min(wanted, max(1, round(CPU_FULL / max(1.0, sizes[0].tokens))))
             why = f"{CPU_FULL} tokens keep a core busy"
             return cls(slots, why, num_gpus, "times on a CPU are not foreseen; give --gpu or --probe")

@@ -36,7 +36,8 @@ def plan_slots(spec: SweepSpec, data: PreparedData, wanted: int) -> tuple[int, s
     configs = supported_corners(spec, inputs)
     if not configs:
         return 1, "the fast engine cannot hold these trials"
-    return memory_plan.plan_slots(inputs.base, configs, inputs.train, inputs.held_out, wanted)
+    target = memory_plan.Target.here(inputs.base)
+    return memory_plan.plan_slots(target, inputs.base, configs, inputs.train, inputs.held_out, wanted)
 
 
 def supported_corners(spec: SweepSpec, inputs: TrialInputs) -> list[TrialConfig]:

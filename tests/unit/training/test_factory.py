@@ -15,7 +15,7 @@ from orchestrator.training.fast.drive.joint import engine_for
 from orchestrator.training.fast.drive.separate import SeparateEngines
 from orchestrator.training.fast.plan import factory
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, pass_tokens
-from orchestrator.training.fast.plan.memory_plan import CPU_FULL, plan_slots
+from orchestrator.training.fast.plan.memory_plan import CPU_FULL, Target, plan_slots
 from orchestrator.training.fast.step.engine import CPU_TOKENS, EvaluationBatch, GenerationBatch
 from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, TokenizedRows
 from orchestrator.training.fast.step.generation import Asked
@@ -172,6 +172,8 @@ def test_a_cpu_takes_as_many_trials_as_keep_it_busy(
     trial: MakeConfig, base: Any, wanted: int, batch_size: int, slots: int
 ) -> None:
     rows = TokenizedRows([[1] * 64] * 100, [[1] * 64] * 100)
-    count, reason = plan_slots(base, [trial(training={"batch_size": batch_size})], rows, rows, wanted)
+    count, reason = plan_slots(
+        Target.here(base), base, [trial(training={"batch_size": batch_size})], rows, rows, wanted
+    )
     assert count == slots
     assert reason == f"a batch has up to {64 * batch_size} tokens, and {CPU_FULL} tokens keep a core busy"

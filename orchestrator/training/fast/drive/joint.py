@@ -10,7 +10,7 @@ from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, evaluation_tokens, longest_sequence, pass_tokens
 from orchestrator.training.fast.plan.factory import cached_engine, is_cached, release
 from orchestrator.training.fast.plan.memory import MemoryOption
-from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, too_large_error
+from orchestrator.training.fast.plan.memory_plan import MemoryPlan, Target, feasible_plans, too_large_error
 from orchestrator.training.fast.plan.parity import refuse_mismatch, require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
@@ -43,7 +43,7 @@ def engine_for(
     spec = EngineSpec.of(base, configs, num_slots)
     longest = longest_sequence(spec, train, held_out)
     compute, on_gpu = getattr(torch, configs[0].base.compute_dtype), torch.cuda.is_available()
-    for plan in feasible_plans(base, spec, configs[0], train, held_out, too_large):
+    for plan in feasible_plans(Target.here(base), spec, configs[0], train, held_out, too_large):
         if not on_gpu:
             engine = cached_engine(base, spec, compute, longest, plan.option, on_gpu)
             require_parity(base, engine, train, held_out)

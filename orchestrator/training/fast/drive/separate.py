@@ -16,7 +16,13 @@ from orchestrator.training.fast.plan.engine_spec import (
 )
 from orchestrator.training.fast.plan.factory import cached_engine, release
 from orchestrator.training.fast.plan.memory import MemoryOption
-from orchestrator.training.fast.plan.memory_plan import MemoryPlan, feasible_plans, memory_budget, too_large_error
+from orchestrator.training.fast.plan.memory_plan import (
+    MemoryPlan,
+    Target,
+    feasible_plans,
+    memory_budget,
+    too_large_error,
+)
 from orchestrator.training.fast.plan.parity import refuse_mismatch, require_parity
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
@@ -51,7 +57,7 @@ class SeparateEngines:
         self._slot_specs = separate_specs(base, configs)
         self._spec = spec = EngineSpec.of(base, configs, num_slots, separate=True)
         self._longest = longest_sequence(spec, train, held_out)
-        plans = feasible_plans(base, spec, configs[0], train, held_out, too_large)
+        plans = feasible_plans(Target.here(base), spec, configs[0], train, held_out, too_large)
         for plan in plans:
             try:
                 peak = self._probe(plan, pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out))

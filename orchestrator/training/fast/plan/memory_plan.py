@@ -71,27 +71,6 @@ class Target:
 
 
 def feasible_plans(
-    base: Any,
-    spec: EngineSpec,
-    config: TrialConfig,
-    train: TokenizedRows,
-    held_out: TokenizedRows,
-    too_large: MemoryOption | None = None,
-) -> list[MemoryPlan]:
-    """List the ways to hold an engine that should fit into the memory of this process, the fastest first.
-
-    Args:
-        base: the base without adapters.
-        spec: the engine.
-        config: one of its trials.
-        train: rows to train on.
-        held_out: rows to evaluate on.
-        too_large: an option that ran out of memory although its probe had succeeded. All plans need less.
-    """
-    return plans_on(Target.here(base), spec, config, train, held_out, too_large)
-
-
-def plans_on(
     target: Target,
     spec: EngineSpec,
     config: TrialConfig,
@@ -103,7 +82,11 @@ def plans_on(
 
     Args:
         target: the base and the device.
-        spec, config, train, held_out, too_large: as in `feasible_plans`.
+        spec: the engine.
+        config: one of its trials.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        too_large: an option that ran out of memory although its probe had succeeded. All plans need less.
     """
     options, predicted = _options(target, spec, config, train, held_out)
     if too_large is not None:
@@ -119,7 +102,7 @@ def smallest_plan(
 ) -> MemoryPlan:
     """Return the way to hold an engine that takes the least GPU memory, whether it fits or not.
 
-    The arguments are those of `plans_on`.
+    The arguments are those of `feasible_plans`.
     """
     options, predicted = _options(target, spec, config, train, held_out)
     plans = [MemoryPlan(option, predicted(option)) for option in options]
@@ -167,27 +150,6 @@ def too_large_error(spec: EngineSpec, longest: int) -> TooLargeError:
 
 
 def plan_slots(
-    base: Any, configs: Sequence[TrialConfig], train: TokenizedRows, held_out: TokenizedRows, wanted: int
-) -> tuple[int, str]:
-    """Choose how many trials train together, and say why.
-
-    On a GPU it is the number with the least predicted time a token among those that fit into memory; the largest such
-    number where several take the same time.
-
-    Args:
-        base: the base without adapters.
-        configs: trials that represent all others.
-        train: rows to train on.
-        held_out: rows to evaluate on.
-        wanted: upper bound.
-
-    Returns:
-        The number, and the reason for it.
-    """
-    return slots_on(Target.here(base), base, configs, train, held_out, wanted)
-
-
-def slots_on(
     target: Target,
     base: Any,
     configs: Sequence[TrialConfig],
@@ -197,10 +159,16 @@ def slots_on(
 ) -> tuple[int, str]:
     """Choose how many trials train together on a device, and say why.
 
+    On a GPU it is the number with the least predicted time a token among those that fit into memory; the largest such
+    number where several take the same time.
+
     Args:
         target: the base and the device.
         base: the base without adapters; its weights are not read.
-        configs, train, held_out, wanted: as in `plan_slots`.
+        configs: trials that represent all others.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        wanted: upper bound.
 
     Returns:
         The number, and the reason for it.
@@ -214,7 +182,7 @@ def slots_on(
         return count, f"a batch has up to {one} tokens, and {CPU_FULL} tokens keep a core busy"
     times: dict[int, float] = {}
     for spec in specs:
-        if plans := plans_on(target, spec, configs[0], train, held_out):
+        if plans := feasible_plans(target, spec, configs[0], train, held_out):
             times[spec.num_slots] = plans[0].option.relative_time(target.shape)
     gib = target.budget / GIB
     if not times:
