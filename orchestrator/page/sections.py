@@ -15,6 +15,7 @@ from orchestrator.page.curves import leaders_compared
 from orchestrator.page.figures import FIGURES, figure_height
 from orchestrator.page.trials_table import Cell, Table, cell, how_chosen, legend, table, trials_table
 from orchestrator.record import OPEN, TrialState
+from orchestrator.record.rows import doubtful_rows
 from orchestrator.report.tables import duration
 from orchestrator.report.warnings import distinct_warnings
 from orchestrator.words import counted
@@ -186,15 +187,8 @@ def _failures(data: SweepData) -> list[Failure]:
 
 
 def _warnings(data: SweepData) -> list[str]:
-    info = data.info
     found = [f"could not be read: {message}" for message in data.damaged]
-    counts = (
-        (info.num_truncated, f"rows were truncated to data.max_length ({info.spec.data.max_length} tokens)"),
-        (info.num_dropped, "rows were left out, because no token in the loss remained after the cut"),
-        (info.num_shared, "held-out rows are also training rows; their loss says little about new data"),
-        (sum(bad.num_rows for bad in info.bad_rows), "rows do not fit data.format and were left out"),
-    )
-    found += [f"{number} {what}" for number, what in counts if number]
+    found += filter(None, doubtful_rows(data.info))
     for warning, number in distinct_warnings([*data.trials, *data.repeats]).values():
         found.append(f"{warning} ({counted(number, 'trial')})" if number > 1 else warning)
     untracked = sorted({name for trial in data.trials for name in trial.untracked})
