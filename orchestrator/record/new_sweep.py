@@ -10,7 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from orchestrator.errors import RequestError
-from orchestrator.record.models import BadRows, ExperimentSource, SourceRows, SweepInfo
+from orchestrator.record.models import BadRows, ExperimentSource, PriorSweep, SourceRows, SweepInfo
 from orchestrator.record.paths import SweepPaths
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import SweepSpec
@@ -121,6 +121,7 @@ def describe_sweep(
     num_sequences: int | None,
     sources: list[SourceRows],
     bad_rows: list[BadRows],
+    prior_sweeps: Sequence[PriorSweep] = (),
 ) -> SweepInfo:
     """Return the sweep's record, with the versions and the commit it runs on."""
     return SweepInfo(
@@ -139,6 +140,7 @@ def describe_sweep(
         num_sequences=num_sequences,
         sources=sources,
         bad_rows=bad_rows,
+        prior_sweeps=[*prior_sweeps],
         versions=installed_versions(),
         git_commit=_git_commit(),
     )

@@ -65,7 +65,8 @@ def start_sweep(
         num_sequences=prepared.num_sequences,
         sources=prepared.sources,
         bad_rows=prepared.bad_rows,
-    ).model_copy(update={"prior_sweeps": [*prior_sweeps]})
+        prior_sweeps=prior_sweeps,
+    )
     try:
         with building_beside(paths.root) as building:
             inside = SweepPaths(building)
