@@ -83,6 +83,11 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         drawn = {path: _domain(axis).sample(random_state=self._random_state) for path, axis in space.items()}
         return self._search.decode(plain_values(drawn))
 
+    def get_state(self) -> Any:
+        """Return the state that a resume needs, as Tune saves it: without the rule, which belongs to the driver."""
+        state = super().get_state()
+        return state and {name: value for name, value in state.items() if name != "ends"}
+
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current limit and number of trials."""
         current = {
