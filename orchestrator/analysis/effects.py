@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.analysis.outcomes import Outcome
+from orchestrator.deploy.recommend import CONFIDENCE
 from orchestrator.spec.axes import Axis
 
 Array = NDArray[np.float64]
@@ -24,7 +25,6 @@ PRIOR_PRECISION: Final = 0.3
 PERMUTATIONS: Final = 999
 GRID: Final = 21
 """Values of a range at which a curve is looked at."""
-CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from orchestrator.analysis.effects import CONFIDENCE, Effect, coordinate_of, find_effects
+from orchestrator.analysis.effects import Effect, coordinate_of, find_effects
 from orchestrator.analysis.outcomes import Outcomes, find_outcomes
-from orchestrator.analysis.sweep_data import LOSS, SweepData
+from orchestrator.analysis.sweep_data import SweepData
+from orchestrator.deploy.recommend import CONFIDENCE
 from orchestrator.spec.axes import Axis
+from orchestrator.spec.search import LOSS
 
 MIN_TRIALS: Final = 6
 """Trials with an outcome below which nothing is said of importances."""

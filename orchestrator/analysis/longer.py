@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 
 from orchestrator.analysis.outcomes import Z95, forecast_trials, widening
-from orchestrator.analysis.sweep_data import LOSS, SweepData
+from orchestrator.analysis.sweep_data import SweepData
 from orchestrator.record import TrialState
+from orchestrator.spec.search import LOSS
 from orchestrator.sweep.schedulers.forecast.law import Plan
 from orchestrator.sweep.schedulers.forecast.posterior import forecast
 from orchestrator.sweep.schedulers.forecast.verdicts import teaching_curves

@@ -11,7 +11,7 @@ from orchestrator.analysis.importance import Importances
 from orchestrator.analysis.longer import Longer
 from orchestrator.analysis.sweep_data import SweepData
 from orchestrator.errors import SpecError
-from orchestrator.record import OPEN, TrialState
+from orchestrator.record import OPEN, BudgetSpent, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.search import RATE, SEED
@@ -173,7 +173,8 @@ def _worth_following(edges: list[Edge], found: Importances) -> list[Edge]:
 def _can_grow(data: SweepData) -> bool:
     spec = data.info.spec
     is_fixed = spec.search.algorithm == "grid" or isinstance(spec.scheduler, Brackets | Population)
-    return not is_fixed and data.budget_spent is None and spec.search.num_points >= 2 * len(data.trials)
+    is_spent = isinstance(data.why_over, BudgetSpent)  # --trials continues a sweep that has ended itself
+    return not is_fixed and not is_spent and spec.search.num_points >= 2 * len(data.trials)
 
 
 def reproduce_command(data: SweepData) -> str:

@@ -7,9 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
+from orchestrator.analysis.sweep_data import SweepData, value_of
 from orchestrator.record import TrialResult, TrialState
 from orchestrator.record.sweep_record import CHOOSABLE
+from orchestrator.spec.search import LOSS
 from orchestrator.sweep.schedulers.forecast.plans import plan_trial
 from orchestrator.sweep.schedulers.forecast.posterior import forecast
 from orchestrator.sweep.schedulers.forecast.verdicts import Trial, teaching_curves

@@ -12,17 +12,18 @@ from pydantic import ValidationError
 from orchestrator.deploy import ChosenTrial, FinishedSweep
 from orchestrator.errors import OrchestratorError, RecordError
 from orchestrator.record import (
-    OPEN,
     Answers,
     BudgetSpent,
     Decision,
     MetricPoint,
+    SearchEnded,
     SweepInfo,
     SweepPaths,
     SweepRecord,
     TestScore,
     TrialResult,
     TrialState,
+    have_ended,
     read_decisions,
     read_metrics,
     read_sweep,
@@ -30,8 +31,6 @@ from orchestrator.record import (
 )
 
 _T = TypeVar("_T")
-
-LOSS = "eval/loss"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class SweepData:
     """The recommended trial, and the comparison by which it was chosen."""
     why_no_choice: str
     """Why there is no recommended trial; empty if there is one."""
-    budget_spent: BudgetSpent | None
+    why_over: BudgetSpent | SearchEnded | None
     test_score: TestScore | None
     answers: Answers | None
     """Answers of the base and of a recommended adapter to held-out prompts."""
@@ -95,8 +94,7 @@ class SweepData:
     @property
     def is_over(self) -> bool:
         """Whether no trial of the sweep is left to run."""
-        has_all = len(self.trials) >= self.info.num_trials or self.budget_spent is not None
-        return has_all and not any(trial.state in OPEN for trial in self.trials)
+        return have_ended(self.info, self.trials, self.why_over)
 
     def fields(self) -> list[str]:
         """Return the searched fields; tied ones follow from them. A single trial searches none."""
@@ -135,7 +133,7 @@ def read_data(record: SweepRecord) -> SweepData:
         repeats=_read_repeats(record, damaged),
         choice=choice,
         why_no_choice=why,
-        budget_spent=_attempt(record.budget_spent, None, damaged),
+        why_over=_attempt(record.why_over, None, damaged),
         test_score=_attempt(record.test_score, None, damaged),
         answers=_attempt(record.answers, None, damaged),
         damaged=damaged,

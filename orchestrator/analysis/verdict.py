@@ -15,12 +15,13 @@ from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances, find_importances
 from orchestrator.analysis.longer import WORTH, Longer, find_longer
 from orchestrator.analysis.next_step import Edge, Step, find_edges, next_steps
-from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
+from orchestrator.analysis.sweep_data import SweepData, value_of
 from orchestrator.analysis.wording import listed, say_effect, say_number, say_share, say_short
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, mean_interval
 from orchestrator.record import OPEN, TrialState
 from orchestrator.report.tables import duration
+from orchestrator.spec.search import LOSS
 from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.spec.sections.scheduler import Population
 from orchestrator.words import counted
@@ -345,8 +346,8 @@ def _cost(data: SweepData, cost: Cost) -> Iterator[str]:
             )
     if cost.failed_share:
         yield f"{say_share(cost.failed_share)} of the work went into trials that failed."
-    if data.budget_spent is not None:
-        yield f"The sweep ended early: {data.budget_spent}."
+    if data.why_over is not None:
+        yield f"The sweep ended early: {data.why_over}."
 
 
 def _chance(p_value: float) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from orchestrator.analysis.sweep_data import LOSS, SweepData
+from orchestrator.analysis.sweep_data import SweepData
 from orchestrator.analysis.wording import say_short
 from orchestrator.page.style import GRAY, GREEN, LEADERS, ORANGE, PURPLE, RED, log_axis, plain
 from orchestrator.record import MetricPoint, TrialResult, TrialState
+from orchestrator.spec.search import LOSS
 from orchestrator.spec.sections.scheduler import Rungs
 
 if TYPE_CHECKING:

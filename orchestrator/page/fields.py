@@ -7,10 +7,11 @@ from orchestrator.analysis.coverage import moves_with
 from orchestrator.analysis.effects import coordinate_of
 from orchestrator.analysis.importance import Importances
 from orchestrator.analysis.outcomes import Outcome, Outcomes
-from orchestrator.analysis.sweep_data import LOSS, SweepData, value_of
+from orchestrator.analysis.sweep_data import SweepData, value_of
 from orchestrator.analysis.wording import say_effect, say_short
 from orchestrator.page.style import BLUE, GRAY, SCALE, log_axis, log_ticks, plain
 from orchestrator.record import TrialState
+from orchestrator.spec.search import LOSS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

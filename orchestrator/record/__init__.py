@@ -24,7 +24,7 @@ from orchestrator.record.models import (
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.present import PresentTrials
 from orchestrator.record.search_ended import SearchEnded
-from orchestrator.record.standing import is_finished, repeats_record, totals
+from orchestrator.record.standing import have_ended, is_finished, repeats_record, totals
 from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
@@ -60,6 +60,7 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "have_ended",
     "is_finished",
     "read_decisions",
     "read_metrics",

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.record.models import TrialResult, TrialState
+from orchestrator.record.budget import BudgetSpent
+from orchestrator.record.models import SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths
+from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.sweep_record import CHOOSABLE, OPEN, SweepRecord, read_sweep
 
 
@@ -56,19 +58,26 @@ def is_finished(record: SweepRecord, trials: Sequence[TrialResult] | None = None
         trials: its trials, if they have been read already.
     """
     trials, spec = record.trials() if trials is None else trials, record.info.spec
-    if not _have_ended(record, trials) or not any(trial.state in CHOOSABLE for trial in trials):
+    if not have_ended(record.info, trials, record.why_over()) or not any(trial.state in CHOOSABLE for trial in trials):
         return False
     if any(trial.untracked for trial in trials) or (spec.data.test is not None and not record.paths.test.is_file()):
         return False
     if record.info.is_single_trial or spec.search.repeats < 2 or record.budget_spent():
         return True
     repeats = repeats_record(record)
-    return repeats is not None and _have_ended(repeats, repeats.trials())
+    return repeats is not None and have_ended(repeats.info, repeats.trials(), repeats.why_over())
 
 
-def _have_ended(record: SweepRecord, trials: Sequence[TrialResult]) -> bool:
+def have_ended(info: SweepInfo, trials: Sequence[TrialResult], why_over: BudgetSpent | SearchEnded | None) -> bool:
+    """Return whether no trial of a sweep is left to run.
+
+    Args:
+        info: of the sweep.
+        trials: all that have begun.
+        why_over: `SweepRecord.why_over`.
+    """
     if any(trial.state in OPEN for trial in trials):
         return False
     # Another trial takes a canceled one's place.
     num_ended = sum(trial.state != TrialState.CANCELLED for trial in trials)
-    return num_ended >= record.info.num_trials or record.why_over() is not None
+    return num_ended >= info.num_trials or why_over is not None

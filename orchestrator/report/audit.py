@@ -2,8 +2,9 @@
 
 from rich.console import Console
 
+from orchestrator.deploy.recommend import CONFIDENCE
 from orchestrator.report.tables import duration
-from orchestrator.sweep.audit import CONFIDENCE, Audit, AuditedTrial
+from orchestrator.sweep.audit import Audit, AuditedTrial
 from orchestrator.words import counted
 
 

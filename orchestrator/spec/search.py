@@ -17,8 +17,11 @@ from orchestrator.words import counted
 MODEL_BASED = ("auto", "optuna", "hyperopt", "bohb")
 """Algorithms that learn from what earlier trials have reported."""
 
+LOSS = "eval/loss"
+"""The metric that every trial has."""
+
 BETTER_END: dict[str, Literal["min", "max"]] = {
-    "eval/loss": "min",
+    LOSS: "min",
     "eval/token_accuracy": "max",
     "eval/exact_match": "max",
 }

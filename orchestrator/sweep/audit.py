@@ -5,12 +5,12 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.deploy.recommend import CONFIDENCE
 from orchestrator.errors import RequestError
-from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialResult, TrialState, read_metrics
+from orchestrator.record import SweepPaths, SweepRecord, TrialResult, TrialState, have_ended, read_metrics
 from orchestrator.spec.sections.scheduler import Population
 from orchestrator.sweep.reruns import begin_rerun, point_of, rerun_spec
 
-CONFIDENCE = 0.95
 DEFAULT_TRIALS = 8
 """Stopped trials that run to their end, if there are as many."""
 
@@ -126,10 +126,8 @@ def begin_audit(record: SweepRecord, number: int | None, seed: int) -> SweepReco
     Raises:
         RequestError: the sweep has not ended, or there are not as many stopped trials.
     """
-    root, trials = record.paths.root, record.trials()
-    num_ended = sum(trial.state not in (*OPEN, TrialState.CANCELLED) for trial in trials)
-    are_open = any(trial.state in OPEN for trial in trials)
-    if are_open or (num_ended < record.info.num_trials and record.why_over() is None):
+    root = record.paths.root
+    if not have_ended(record.info, record.trials(), record.why_over()):
         raise RequestError(
             f"{root}: the sweep has not ended, and its best trial may change",
             f"Continue it with: orchestrator resume {root}",

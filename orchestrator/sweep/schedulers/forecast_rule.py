@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.search import LOSS
 from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.sweep.schedulers.forecast.law import Plan
-from orchestrator.sweep.schedulers.forecast.plans import LOSS, plan_trial
+from orchestrator.sweep.schedulers.forecast.plans import plan_trial
 from orchestrator.sweep.schedulers.forecast.verdicts import (
     MIN_SEEN,
     Trial,

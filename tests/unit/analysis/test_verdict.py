@@ -22,6 +22,7 @@ from orchestrator.record import (
     BudgetSpent,
     ExperimentSource,
     RowScores,
+    SearchEnded,
     SweepPaths,
     TestScore,
     TrialResult,
@@ -233,6 +234,18 @@ def test_a_running_sweep_is_told_as_it_stands(tmp_path: Path) -> None:
     assert "is the best of 6 trials so far" in verdict.headline
     assert verdict.next_steps[0].command == f"orchestrator resume {paths.root}"
     assert verdict.next_steps[0].why.startswith("4 trials have not ended")
+
+
+def test_a_sweep_that_has_ended_itself_is_over(tmp_path: Path) -> None:
+    paths = plant(tmp_path / "s", 6, planned=10, effect=0.0)
+    ended = SearchEnded(rule="unmoved", num_ended=6, leader="t000", metric="eval/loss", best=0.5, unmoved=3)
+    write_record(paths.search_ended, ended)
+    verdict = find_verdict(data_of(paths))
+    assert "is the best of 6 trials:" in verdict.headline
+    assert said(verdict, COST).endswith(f"The sweep ended early: {ended}.")
+    commands = [step.command for step in verdict.next_steps]
+    assert f"orchestrator resume {paths.root}" not in commands
+    assert f"orchestrator resume {paths.root} --trials 12" in commands
 
 
 def test_one_trial_has_nothing_to_be_compared_with(tmp_path: Path) -> None:

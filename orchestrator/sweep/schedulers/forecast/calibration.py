@@ -3,7 +3,8 @@
 import numpy as np
 
 from orchestrator.record import SweepRecord, TrialState, read_metrics
-from orchestrator.sweep.schedulers.forecast.plans import LOSS, plan_trial
+from orchestrator.spec.search import LOSS
+from orchestrator.sweep.schedulers.forecast.plans import plan_trial
 from orchestrator.sweep.schedulers.forecast.posterior import forecast
 from orchestrator.sweep.schedulers.forecast.verdicts import MIN_SEEN, Trial, teaching_curves
 

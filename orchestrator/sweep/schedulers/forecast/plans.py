@@ -5,13 +5,12 @@ from typing import Final
 import numpy as np
 
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.search import LOSS
 from orchestrator.spec.sections import TrialConfig
 from orchestrator.sweep.schedulers.forecast.law import Plan
 from orchestrator.sweep.schedulers.forecast.rates import learning_rates
 from orchestrator.sweep.schedulers.forecast.verdicts import MIN_PLANNED
 
-LOSS: Final = "eval/loss"
-"""The metric that can be forecast."""
 MAX_EVALUATIONS: Final = 50
 """Evaluations of a trial that the forecast uses, evenly spaced: its time grows with their cube."""
 
