@@ -13,6 +13,7 @@ from orchestrator.training.attempt.events import Event, Failed, Left
 from orchestrator.training.attempt.log_file import output_to
 from orchestrator.training.attempt.recorder import TrialRecorder
 from orchestrator.training.attempt.watcher import Watcher
+from orchestrator.training.engines.memory_limits import MemoryLimits
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.model.device import reset_peak_memory, use_device
 from orchestrator.training.write_queue import WriteNow
@@ -68,19 +69,23 @@ def trial_so_far(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> Tri
 
 
 def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:
-    recorder = TrialRecorder(start, paths, spec)
     gpus = use_device(spec.resources.cpus_per_trial)
     reset_peak_memory()
     with deferred_signals(watcher.say) as stop:
-        stop.defers = False  # until there are steps to keep, a signal ends the process at once
-        listener = _LocalListener(recorder, watcher, paths, stop)
-        try:
-            inputs = TrialInputs.load(start.config.base, load(data_folder))
-            run_alone(start, paths, inputs, listener, WriteNow(), gpus)
-        except StorageError:
-            raise
-        except OrchestratorError as error:
-            listener.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
+        limits = MemoryLimits()
+        while True:
+            stop.defers = False  # until there are steps to keep, a signal ends the process at once
+            listener = _LocalListener(TrialRecorder(start, paths, spec), watcher, paths, stop)
+            try:
+                inputs = TrialInputs.load(start.config.base, load(data_folder))
+                run_alone(start, paths, inputs, listener, WriteNow(), gpus, limits)
+            except StorageError:
+                raise
+            except OrchestratorError as error:
+                listener.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
+            if not listener.needs_less_memory:
+                break
+            start = trial_so_far(start.config, spec, paths)
     if stop.signal is not None and not paths.result.is_file():
         raise Signalled(stop.signal)
 
@@ -93,6 +98,8 @@ class _LocalListener:
         self._watcher = watcher
         self._paths = paths
         self._stop = stop
+        self.needs_less_memory = False
+        """Whether the trial has run out of GPU memory, and another attempt takes less."""
         self._is_refused = False
         self._passed_on: set[str] = set()
         self._pass_on_warnings()
@@ -121,7 +128,9 @@ class _LocalListener:
         Raises:
             StorageError: the disk refused the event or has ended the trial, so that nothing more can be recorded.
         """
-        if isinstance(event, Left) and event.lost is not None:
+        if isinstance(event, Left) and event.is_memory:
+            self.needs_less_memory = True
+        elif isinstance(event, Left) and event.lost is not None:
             if event.is_storage:
                 raise _storage_error(self._paths, event.lost)
             # No other attempt follows in this process: the trial has failed.

@@ -12,7 +12,7 @@ from collections import deque
 from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.workers.worker_client import AttemptLost, Workers, claim, is_claimed
+from orchestrator.sweep.workers.worker_client import AttemptLost, OutOfMemory, Workers, claim, is_claimed
 from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 from orchestrator.training.attempt.recorder import TrialRecorder
 
@@ -85,6 +85,7 @@ class RemoteTrial:
         Raises:
             TrialError: the trial has failed; its result is on disk.
             StorageError: the worker's disk is full or fails.
+            OutOfMemory: the trial has run out of GPU memory; the next attempt takes less.
             AttemptLost: the attempt has ended by a fault outside the trial.
         """
         with self._lock:
@@ -94,6 +95,8 @@ class RemoteTrial:
                     self._close()
                     if event.is_storage:
                         raise StorageError(str(event.lost))
+                    if event.is_memory:
+                        raise OutOfMemory(str(event.lost))
                     raise AttemptLost(event.lost or "it was stopped: by another attempt, or with the whole sweep")
                 if isinstance(event, Noted) and "applied" in event.fields:  # sent after the first step
                     SweepPaths(self._paths.sweep).first_step.touch()

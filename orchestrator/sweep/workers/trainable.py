@@ -23,7 +23,7 @@ from orchestrator.record.files import BUILDING, building_beside
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
-from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.sweep.workers.worker_client import OutOfMemory, Workers
 
 _NUM_EXPLOIT_CHECKPOINTS = 3
 """Newest checkpoints that are kept for other trials of a population."""
@@ -67,12 +67,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         if self._trial is None and self._paths.result.is_file():  # it ended before its trainable or the driver died
             return _report_result(read_result(self._paths))
         if self._known:
-            return _report(self._known.pop(0))
-        if self._trial is None:
-            claim = self._claim_trial()
-            self._trial = RemoteTrial(self._so_far(), self._paths, self._sweep.info.spec, self._workers, claim)
-        progress = self._trial.next()
-        return _report_result(progress) if isinstance(progress, TrialResult) else _report(progress)
+            return self._report(self._known.pop(0))
+        progress = self._next()
+        return _report_result(progress) if isinstance(progress, TrialResult) else self._report(progress)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Copy the last complete checkpoint for other trials: the trial itself may delete it soon.
@@ -119,6 +116,29 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         self._trial = None
         self._warnings: list[str] = []
         self._known = self._known_points()
+        self._last_step = -1
+        """Step of the last evaluation that was reported."""
+
+    def _next(self) -> MetricPoint | TrialResult:
+        """Return what comes next of the trial. An attempt that runs out of GPU memory is followed by one with less.
+
+        Evaluations that the earlier attempt has reported are made again after its checkpoint, but not reported again.
+        """
+        while True:
+            if self._trial is None:
+                claim = self._claim_trial()
+                self._trial = RemoteTrial(self._so_far(), self._paths, self._sweep.info.spec, self._workers, claim)
+            try:
+                progress = self._trial.next()
+            except OutOfMemory:
+                self._trial = self._claim = None
+            else:
+                if isinstance(progress, TrialResult) or progress.step > self._last_step:
+                    return progress
+
+    def _report(self, point: MetricPoint) -> dict[str, Any]:
+        self._last_step = point.step
+        return {**point.values, "step": point.step, "tokens": point.tokens, "seconds": point.time_s, "done": False}
 
     def _end(self) -> None:
         if self._trial is not None:
@@ -201,10 +221,6 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             return []
         last = min(start.step, (start.total_steps or start.step + 1) - 1)
         return [point for point in read_metrics(self._paths) if point.step <= last and start.metric in point.values]
-
-
-def _report(point: MetricPoint) -> dict[str, Any]:
-    return {**point.values, "step": point.step, "tokens": point.tokens, "seconds": point.time_s, "done": False}
 
 
 def _report_result(result: TrialResult) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class AttemptLost(Exception):
     """An attempt at a trial has ended by a fault outside it; another attempt may continue from the last checkpoint."""
 
 
+class OutOfMemory(AttemptLost):
+    """An attempt has run out of GPU memory. The next one takes less."""
+
+
 @dataclass(frozen=True)
 class Workers:
     """The workers of a sweep, for code that trains on them. It is sent to other processes by Ray."""

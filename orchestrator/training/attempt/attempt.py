@@ -1,5 +1,6 @@
 """Run one attempt at a trial: open its loop, train, let the best adapter answer, and report how it ended."""
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import load_peft_weights
 
 from orchestrator.adapters.bundle import add_metrics, recover_interrupted_saves
@@ -22,6 +24,7 @@ from orchestrator.training.attempt.log_file import log_traceback
 from orchestrator.training.attempt.reporter import Reporter
 from orchestrator.training.engines.choose import EngineSlot, engine_fields, find_slot, open_loop
 from orchestrator.training.engines.loop import Loop
+from orchestrator.training.engines.memory_limits import MemoryLimits
 from orchestrator.training.engines.position_checks import check_positions
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
@@ -50,7 +53,7 @@ class Attempt:
         listener: Listener,
         write_queue: WriteQueue,
         gpu_seconds: Callable[[float], float],
-        is_alone: bool,
+        limits: MemoryLimits | None,
     ) -> None:
         """
         Args:
@@ -60,7 +63,8 @@ class Attempt:
             listener: receives the events.
             write_queue: writes the files.
             gpu_seconds: maps the seconds since the attempt began to the GPU seconds that it has used.
-            is_alone: whether no other trial can train in this process at the same time.
+            limits: what has run out of memory in this process. None for a trial that shares an engine: its owner then makes
+                a smaller one.
         """
         self._start = start
         self._config = start.config
@@ -80,7 +84,8 @@ class Attempt:
             has_packed_experts(inputs.base),
         )
         self._probed_gib = 0.0
-        self._is_alone = is_alone
+        self._limits = limits
+        self._slot: EngineSlot | str | None = None
 
     def run(self, find_slot: Callable[[], EngineSlot | str | None]) -> TrialSteps:
         """Train as a generator of steps. The last event says how the trial ended.
@@ -102,17 +107,18 @@ class Attempt:
         except OrchestratorError as error:
             report(Failed, error=error.message, remedy=error.remedy, traceback=None, cause=error.cause)
         except Exception as error:
-            if _is_out_of_memory(error) and self._is_alone:  # another attempt would run out of memory again
+            log_traceback()
+            is_memory = isinstance(error, torch.OutOfMemoryError)
+            if is_memory and self._limits is not None and not self._limits.lower(self._config, self._slot):
                 report(
                     Failed,
-                    error=f"out of GPU memory at batch_size={self._config.training.batch_size}: {error}",
-                    remedy="Lower training.batch_size and raise accumulation, or set training.recompute: true.",
+                    error=f"out of GPU memory with one row in a forward pass: {error}",
+                    remedy="Lower data.max_length or lora.rank, or set training.recompute: true.",
                     traceback=None,
                     cause="out_of_memory",
                 )
             else:
-                log_traceback()
-                report(Left, step=self._reporter.step, **fault_fields(error))
+                report(Left, step=self._reporter.step, is_memory=is_memory, **fault_fields(error))
         except BaseException:  # Ctrl-C, or the generator is closed
             report(Left, step=self._reporter.step, lost=None)
             raise
@@ -124,7 +130,7 @@ class Attempt:
 
     def _train(self, slot: EngineSlot | str | None) -> TrialSteps:
         """Open the trial's loop, train, and release its model at the end."""
-        config = self._config
+        config, limits, self._slot = self._config, self._limits, slot
         if isinstance(slot, EngineSlot):
             self._probed_gib = slot.plan.measured_gib  # a cached engine is not probed again
         size = BaseSize.of(self._inputs.base)
@@ -140,13 +146,15 @@ class Attempt:
         require_device(config)
         modules = expected_modules(base, config.lora)
         about_base = (*target_warnings(base, config.lora), size.warning(config.base))
-        for warning in (*check_positions(config, self._inputs), *filter(None, about_base)):
+        about_memory = None if limits is None else limits.warning(config, slot)
+        for warning in (*check_positions(config, self._inputs), *filter(None, (*about_base, about_memory))):
             self._write_queue.do(partial(self._reporter.warn, warning))
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         inputs, metric = self._inputs, self._start.metric
         questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
-        loop = open_loop(config, inputs, slot, self._paths.checkpoints, self._write_queue, questions)
+        micro_batch = None if limits is None else limits.micro_batch(config)
+        loop = open_loop(config, inputs, slot, self._paths.checkpoints, self._write_queue, questions, micro_batch)
         try:
             yield from self._follow(loop, wanted, questions)
         finally:  # a remaining reference to the model must not keep its adapter's memory
@@ -214,25 +222,23 @@ def run_alone(
     listener: Listener,
     write_queue: WriteQueue,
     gpus: float,
+    limits: MemoryLimits,
 ) -> None:
     """Run a trial that has the process to itself.
 
     Args:
         start, paths, inputs, listener, write_queue: see `Attempt`.
         gpus: the number of GPUs that the process holds, for the count of GPU seconds.
+        limits: what has run out of memory in this process.
     """
     config, driver = start.config, MultiLora()
-    attempt = Attempt(start, paths, inputs, listener, write_queue, lambda seconds: gpus * seconds, is_alone=True)
+    attempt = Attempt(start, paths, inputs, listener, write_queue, lambda seconds: gpus * seconds, limits)
     with guarded(config.base):
-        driver.join(attempt.run(partial(find_slot, config, inputs)))
+        driver.join(attempt.run(partial(find_slot, config, inputs, limits)))
         try:
             while len(driver):
                 driver.turn()
         finally:
             driver.close()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
+    del attempt, driver
+    gc.collect()  # what a trial that ran out of memory leaves in cycles

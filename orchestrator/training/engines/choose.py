@@ -10,6 +10,7 @@ from orchestrator.base import share_modules
 from orchestrator.errors import TrialError
 from orchestrator.spec import TrialConfig
 from orchestrator.training.engines.loop import Loop
+from orchestrator.training.engines.memory_limits import MemoryLimits
 from orchestrator.training.engines.sft import TrlLoop, build_trainer, require_independent_sequences
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.joint import engine_for
@@ -34,8 +35,13 @@ class EngineSlot:
     plan: MemoryPlan
 
 
-def find_slot(config: TrialConfig, inputs: TrialInputs) -> EngineSlot | str | None:
+def find_slot(config: TrialConfig, inputs: TrialInputs, limits: MemoryLimits | None = None) -> EngineSlot | str | None:
     """Return a slot of an engine that holds only this trial, or the reason why SFTTrainer must train it.
+
+    Args:
+        config: the trial.
+        inputs: what it trains on.
+        limits: what has run out of memory in this process; None for nothing.
 
     Returns:
         The slot; or a reason; or None if the configuration asks for trl.
@@ -47,7 +53,13 @@ def find_slot(config: TrialConfig, inputs: TrialInputs) -> EngineSlot | str | No
     reason = None if wanted == "trl" else unsupported_reason(config, inputs.base, inputs.longest)
     if wanted != "trl" and reason is None:
         try:
-            engine, plan = engine_for(inputs.base, [config], inputs.train, inputs.held_out)
+            engine, plan = engine_for(
+                inputs.base,
+                [config],
+                inputs.train,
+                inputs.held_out,
+                too_large=limits.too_large(config) if limits else None,
+            )
         except TrialError as error:  # not enough memory, or not the same as transformers
             if wanted == "fast":
                 raise
@@ -73,6 +85,7 @@ def open_loop(
     checkpoints: Path,
     write_queue: WriteQueue,
     questions: Questions | None = None,
+    micro_batch: int | None = None,
 ) -> Loop:
     """Open the trial's loop, with a model that shares the base's weights.
 
@@ -83,6 +96,7 @@ def open_loop(
         checkpoints: the folder of checkpoints.
         write_queue: writes them.
         questions: the prompts that it answers; None for none.
+        micro_batch: rows that SFTTrainer puts into a forward pass; None for `training.batch_size`.
     """
     base, tokenizer, data = inputs.base, inputs.tokenizer, inputs.data
     if isinstance(slot, EngineSlot):
@@ -92,7 +106,7 @@ def open_loop(
     is_eva = config.lora.init == "eva"
     components = eva_components(share_modules(base), config, data, list(modules)) if is_eva else None
     model = model_from_peft(base, config, modules, expected_extra_trainables(base, config, modules, tokenizer))
-    trainer = build_trainer(config, model, tokenizer, data, checkpoints, components)
+    trainer = build_trainer(config, model, tokenizer, data, checkpoints, components, micro_batch)
     if config.data.packing:
         require_independent_sequences(trainer)
     return TrlLoop(trainer, config, questions)

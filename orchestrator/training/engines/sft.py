@@ -103,7 +103,7 @@ class TrlLoop:
             self.trainer.processing_class,
             questions.ids,
             questions.max_new_tokens,
-            self._training.eval_batch_size,
+            self.trainer.args.per_device_eval_batch_size,
         )
         return questions.score(answers, time.monotonic() - began)
 
@@ -180,6 +180,7 @@ def build_trainer(
     data: PreparedData,
     checkpoints: Path,
     components: Mapping[str, torch.Tensor] | None = None,
+    micro_batch: int | None = None,
 ) -> Any:
     """Build an SFTTrainer that trains the adapter of `model` on `data`, and set the adapter's first weights.
 
@@ -190,14 +191,18 @@ def build_trainer(
         data: tokenized rows.
         checkpoints: folder of the trainer's checkpoints.
         components: for `init_adapter`.
+        micro_batch: rows in a forward pass, a divisor of `training.batch_size`; None for all of them. A step has the
+            same rows, and evaluations have as many times fewer rows in a pass.
     """
     # Not `from trl`: its lazy module lacks the name while another thread imports the trainer (trl 1.16).
     from trl.trainer.sft_trainer import SFTTrainer
 
     training = config.training
+    passes = training.batch_size // (micro_batch or training.batch_size)
+    eval_batch_size = max(1, _eval_batch_size(model.config, training, data) // passes)
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(training, checkpoints, _eval_batch_size(model.config, training, data)),
+        args=_arguments(training, checkpoints, eval_batch_size, passes),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
@@ -205,7 +210,7 @@ def build_trainer(
         data_collator=_Collator(tokenizer.pad_token_id),
     )
     if training.group_by_length:
-        step_rows = trainer.args.train_batch_size * training.accumulation
+        step_rows = training.batch_size * training.accumulation
         sampler = LengthGroupedSampler(row_lengths(data.train), step_rows, training.seed)
         trainer._get_train_sampler = lambda *_: sampler  # the default draws from the process's random state
     dtype = getattr(torch, training.adapter_dtype)
@@ -231,8 +236,8 @@ def _eval_batch_size(config: Any, training: TrainingSection, data: PreparedData)
     return rows_per_pass(config, training.eval_batch_size, max(row_lengths(data.held_out)))
 
 
-def _arguments(training: TrainingSection, checkpoints: Path, eval_batch_size: int) -> Any:
-    """Return SFTTrainer's arguments for a trial."""
+def _arguments(training: TrainingSection, checkpoints: Path, eval_batch_size: int, passes: int) -> Any:
+    """Return SFTTrainer's arguments for a trial whose batches take so many forward passes each."""
     from trl.trainer.sft_config import SFTConfig
 
     precision, on_cpu = resolve_precision(training), not torch.cuda.is_available()
@@ -240,9 +245,9 @@ def _arguments(training: TrainingSection, checkpoints: Path, eval_batch_size: in
         output_dir=str(checkpoints),
         max_steps=training.steps or -1,
         num_train_epochs=training.epochs or 1.0,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.batch_size // passes,
         per_device_eval_batch_size=eval_batch_size,
-        gradient_accumulation_steps=training.accumulation,
+        gradient_accumulation_steps=training.accumulation * passes,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,
         lr_scheduler_kwargs=_schedule_options(training),

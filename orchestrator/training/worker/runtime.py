@@ -17,6 +17,7 @@ from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.training.attempt.attempt import Attempt, run_alone
 from orchestrator.training.attempt.events import Event, Failed, LeaseLost, Left, Noted, fault_fields
 from orchestrator.training.attempt.log_file import log_traceback
+from orchestrator.training.engines.memory_limits import MemoryLimits
 from orchestrator.training.engines.sft import import_trainer
 from orchestrator.training.fast.drive.multi_lora import Member, MultiLora, TrialSteps
 from orchestrator.training.fast.plan import factory
@@ -71,6 +72,7 @@ class WorkerRuntime:
         self._writers = FileWriters()
         # Only the training thread uses what follows.
         self._inputs = InputsCache(data)
+        self._limits = MemoryLimits()
         self._shared_slots: Slots | str | None = None
         """The slots that trials share; or why there are none; None if they have not been opened."""
         self._too_large: MemoryOption | None = None
@@ -341,7 +343,7 @@ class WorkerRuntime:
         """Run a trial in a shared slot, as a generator of steps, until the slot is free again."""
         write_queue = self._writers.open(lease)
         attempt = Attempt(
-            lease.start, lease.paths, shared.inputs, lease, write_queue, lambda _: lease.gpu_seconds, is_alone=False
+            lease.start, lease.paths, shared.inputs, lease, write_queue, lambda _: lease.gpu_seconds, limits=None
         )
         try:
             yield from attempt.run(lambda: shared.engine_slot(lease.slot, lease.start.config))
@@ -364,7 +366,9 @@ class WorkerRuntime:
         try:
             reset_peak_memory()
             lease.emit(Noted(0.0, 0.0, 0.0, {"not_packed_reason": reason}))
-            run_alone(lease.start, lease.paths, self._inputs.get(config.base), lease, write_queue, self._gpus)
+            run_alone(
+                lease.start, lease.paths, self._inputs.get(config.base), lease, write_queue, self._gpus, self._limits
+            )
         except OrchestratorError as error:
             self._fail(lease, error)
         except Exception as error:

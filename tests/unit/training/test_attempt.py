@@ -12,6 +12,7 @@ from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
 from orchestrator.training.attempt.attempt import Attempt
 from orchestrator.training.attempt.events import Event, Failed, Left
+from orchestrator.training.engines.memory_limits import MemoryLimits
 from orchestrator.training.write_queue import WriteNow
 
 
@@ -41,7 +42,8 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
     data = SimpleNamespace(fingerprint="f")
     inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[], base=torch.nn.Module())
-    attempt = Attempt(start, SweepPaths(folder).trial("a"), inputs, listener, WriteNow(), lambda _: 0.0, is_alone=True)
+    paths, limits = SweepPaths(folder).trial("a"), MemoryLimits()
+    attempt = Attempt(start, paths, inputs, listener, WriteNow(), lambda _: 0.0, limits)
     assert list(attempt.run(fail)) == []
     return listener.events[-1]
 
@@ -51,7 +53,6 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     [
         (DivergedError("train/loss is nan at step 3"), "diverged"),
         (TooLargeError("1 trial of rank 512 does not fit"), "out_of_memory"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
         (TrialError("this base has no such layer"), "configuration"),
         (HubError("the hub cannot be reached"), "infrastructure"),
     ],
@@ -66,3 +67,34 @@ def test_failure_names_its_cause(
 
 def test_outside_fault_is_not_a_failure_of_the_trial(document: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(last_event(RuntimeError("CUDA error"), document, tmp_path), Left)
+
+
+def test_trial_that_runs_out_of_memory_leaves_until_no_smaller_form_is_left(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    document["training"] = {"batch_size": 2}
+    event = last_event(error, document, tmp_path)
+    assert isinstance(event, Left)
+    assert event.is_memory
+    document["training"] = {"batch_size": 1}
+    event = last_event(error, document, tmp_path)
+    assert isinstance(event, Failed)
+    assert event.cause == "out_of_memory"
+
+
+def test_limits_hold_for_trials_that_take_the_same_memory(document: dict[str, Any]) -> None:
+    spec = parse_spec(document | {"training": {"batch_size": 6}})
+    limits, config = MemoryLimits(), spec.trial_config({})
+    sizes = []
+    while limits.lower(config, None):
+        sizes.append(limits.micro_batch(config))
+    assert sizes == [3, 1]
+    for section, values, rows in (
+        ("training", {"learning_rate": 1e-3, "seed": 7}, 1),
+        ("lora", {"alpha": 3.0}, 1),
+        ("lora", {"rank": 64}, 6),
+        ("training", {"optimizer": "adamw_torch"}, 6),
+    ):
+        changed = getattr(config, section).model_copy(update=values)
+        assert limits.micro_batch(config.model_copy(update={section: changed})) == rows
