@@ -63,8 +63,8 @@ class Attempt:
             listener: receives the events.
             write_queue: writes the files.
             gpu_seconds: maps the seconds since the attempt began to the GPU seconds that it has used.
-            limits: what has run out of memory in this process. None for a trial that shares an engine: its owner then makes
-                a smaller one.
+            limits: what has run out of memory in this process. None for a trial that shares an engine, because the
+                owner of the engine then makes a smaller one.
         """
         self._start = start
         self._config = start.config
