@@ -15,6 +15,7 @@ from orchestrator.data.mix import read_mixed, split_indices
 from orchestrator.data.packing import pack_rows
 from orchestrator.data.render import Example, render
 from orchestrator.data.row import Row
+from orchestrator.data.shared_rows import id_types, write_rows
 from orchestrator.data.stop_tokens import RowEnds, StopFinder
 from orchestrator.data.unread_columns import find_unread
 from orchestrator.errors import DataError
@@ -212,14 +213,15 @@ def prepare_encoded(rows: EncodedRows, data: DataSection, tokenizer: Any) -> Pre
     if data.require_stop:
         rows.ends.require()
     train, held_out = rows.kept, rows.kept_held_out
+    types = id_types(1 + max(tokenizer.get_vocab().values()))
     prompts = [
         Prompt(row.tokens.prompt_after_cut(row.kept), finder.without_stop(row.answer))
         for row in rows.held_out
         if row.kept is not None
     ]
     return PreparedData(
-        train=_dataset(train) if rows.sequences is None else _packed_dataset(train, rows.sequences),
-        held_out=_dataset(held_out),
+        train=_dataset(train, types) if rows.sequences is None else _packed_dataset(train, rows.sequences, types),
+        held_out=_dataset(held_out, types),
         prompts=prompts if data.format != "text" else [],
         fingerprint=fingerprint(rows, data),
         num_train=len(train),
@@ -231,7 +233,7 @@ def prepare_encoded(rows: EncodedRows, data: DataSection, tokenizer: Any) -> Pre
         bad_rows=rows.bad,
         chat_template=data.chat_template,
         stop_tokens=rows.ends.stop_tokens,
-        test=_dataset(rows.kept_test) if data.test else None,
+        test=_dataset(rows.kept_test, types) if data.test else None,
     )
 
 
@@ -248,8 +250,14 @@ def fingerprint(rows: EncodedRows, data: DataSection) -> str:
     return digest.hexdigest()
 
 
-def save(prepared: PreparedData, folder: Path) -> None:
-    """Write prepared data into `folder`, which must not exist; complete or not at all."""
+def save(prepared: PreparedData, folder: Path, siblings: Path | None = None) -> None:
+    """Write prepared data into `folder`, which must not exist; complete or not at all.
+
+    Args:
+        prepared: the data.
+        folder: the target.
+        siblings: a folder of sweeps, whose equal files are linked instead of written; None writes all.
+    """
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -264,10 +272,10 @@ def save(prepared: PreparedData, folder: Path) -> None:
         "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
     }
     with building_beside(folder) as building:
-        prepared.train.save_to_disk(building / "train")
-        prepared.held_out.save_to_disk(building / "held_out")
+        write_rows(prepared.train, building / "train", siblings)
+        write_rows(prepared.held_out, building / "held_out", siblings)
         if prepared.test is not None:
-            prepared.test.save_to_disk(building / "test")
+            write_rows(prepared.test, building / "test", siblings)
         (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         building.rename(folder)
 
@@ -343,21 +351,24 @@ def _lengths(rows: Sequence[EncodedRow]) -> str:
     return named + (f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else "")
 
 
-def _dataset(rows: Sequence[Tokens]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
+def _dataset(rows: Sequence[Tokens], types: tuple[str, str]) -> Any:
+    return _typed({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}, types)
 
 
-def _packed_dataset(rows: Sequence[Tokens], sequences: Sequence[Sequence[int]]) -> Any:
+def _packed_dataset(rows: Sequence[Tokens], sequences: Sequence[Sequence[int]], types: tuple[str, str]) -> Any:
     """Join rows into sequences. The first token of each row is not in the loss: its own row does not predict it."""
-    from datasets import Dataset
-
     parts = [[rows[i] for i in sequence] for sequence in sequences]
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(chain.from_iterable(row.ids for row in part)) for part in parts],
-            "labels": [list(chain.from_iterable([IGNORED, *row.labels[1:]] for row in part)) for part in parts],
-            "seq_lengths": [[len(row.ids) for row in part] for part in parts],
-        }
-    )
+    columns = {
+        "input_ids": [list(chain.from_iterable(row.ids for row in part)) for part in parts],
+        "labels": [list(chain.from_iterable([IGNORED, *row.labels[1:]] for row in part)) for part in parts],
+        "seq_lengths": [[len(row.ids) for row in part] for part in parts],
+    }
+    return _typed(columns, (*types, "int32"))
+
+
+def _typed(columns: dict[str, list[list[int]]], types: Sequence[str]) -> Any:
+    """Return a data set whose columns hold lists of these types of integers."""
+    from datasets import Dataset, Features, List, Value
+
+    features = Features({name: List(Value(type_)) for name, type_ in zip(columns, types, strict=True)})
+    return Dataset.from_dict(columns, features=features)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.data.shared_rows import id_types
 from orchestrator.planning.models import DiskPlan
 from orchestrator.spec import TrialConfig
 from orchestrator.training.attempt.recorder import CHECKPOINTS_KEPT
 from orchestrator.training.model.targets import expected_modules
 
-_TOKEN = 16
-"""Bytes of a token and its label in the sweep's folder: int64 each."""
+_BYTES = {"uint16": 2, "int16": 2, "int32": 4}
+"""Bytes of a token or its label in the sweep's folder."""
 
 
 def plan_disk(base: Any, trials: Sequence[TrialConfig], num_running: int, num_tokens: int) -> DiskPlan:
@@ -33,7 +34,8 @@ def plan_disk(base: Any, trials: Sequence[TrialConfig], num_running: int, num_to
     whole = sorted((adapter + moment for adapter, moment in zip(adapters, moments, strict=True)), reverse=True)
     # The newest ones are kept, and one more is being written.
     checkpoints = (CHECKPOINTS_KEPT + 1) * sum(whole[:num_running])
-    return DiskPlan(data=_TOKEN * num_tokens, adapters=sum(adapters), checkpoints=checkpoints)
+    token = sum(_BYTES[each] for each in id_types(base.config.get_text_config().vocab_size))
+    return DiskPlan(data=token * num_tokens, adapters=sum(adapters), checkpoints=checkpoints)
 
 
 def _num_parameters(base: Any, config: TrialConfig) -> int:

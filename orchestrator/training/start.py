@@ -70,7 +70,7 @@ def start_sweep(
     try:
         with building_beside(paths.root) as building:
             inside = SweepPaths(building)
-            save(prepared, inside.data)
+            save(prepared, inside.data, siblings=paths.root.parent)
             for metric in spec.evaluation.own:
                 inside.metrics.mkdir(exist_ok=True)
                 (inside.metrics / f"{metric.function}.py").write_text(metric.source, encoding="utf-8")

@@ -55,7 +55,7 @@ def test_a_prompt_without_tokens_is_refused_where_it_must_be_answered(
 def test_full_disk_at_the_start_leaves_nothing(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(start, place, fail)
