@@ -10,6 +10,9 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +41,7 @@ def test_ray_refuses_an_unknown_key(written: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("field", ["resources", "node_config"])
 def test_ray_refuses_a_node_type_without(field: str, written: dict[str, Any]) -> None:
-    del written["available_node_types"]["gpu"][field]
+    del written["available_node_types"]["gpu_spot"][field]
     with pytest.raises(jsonschema.ValidationError, match=f"'{field}' is a required property"):
         accept(written)
 
@@ -95,3 +98,21 @@ def test_commands_are_valid_shell(written: dict[str, Any]) -> None:
 
 def test_the_usage_names_the_installed_ray() -> None:
     assert f'"ray[default]=={version("ray")}"' in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("availability", "started"), [(1.0, "gpu_spot"), (0.0, "gpu_on_demand")])
+def test_ray_starts_spot_machines_first_and_falls_back(
+    availability: float, started: str, written: dict[str, Any]
+) -> None:
+    """Ask the scheduler that `ray up` uses (Ray's autoscaler v2) which machine it would start for a worker."""
+    types = AutoscalingConfig(accept(written), skip_content_hash=True).get_node_type_configs()
+    request = SchedulingRequest(
+        node_type_configs=types,
+        max_num_nodes=4,
+        disable_launch_config_check=True,
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1})]),
+        recoverable_resource_availabilities={"gpu_spot": availability},
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    assert [(launch.instance_type, launch.count) for launch in reply.to_launch] == [(started, 1)]
+    assert not reply.infeasible_resource_requests
