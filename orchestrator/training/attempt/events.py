@@ -110,6 +110,8 @@ class Left(Event):
     """The outside fault that ended it, such as an error of CUDA or of the disk; None if it was asked to stop."""
     is_storage: bool = False
     """Whether `lost` is a fault of the storage. Every other attempt would meet it too until it is repaired."""
+    is_outside: bool = False
+    """Whether the whole process has ended its trials, such as before a preemption. The trial is not to blame."""
 
 
 END = (Completed, Failed, Left)
