@@ -1,0 +1,158 @@
+"""Kill parts of a sweep at random moments, again and again, until it is done. Nothing that was reported is lost.
+
+Each kind is tried with three seeds. So that all take half an hour on two cores, a seed has 7 kills of the driver (21 in
+all), 3 of workers, of relays (Tune's actors) and of a mixture, and one of the raylet of a second node.
+"""
+
+import os
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from killer import INTERVAL, LIMIT_S, RATES, Ledger, RunningSweep, Values, adapters_lost, curves, kill, pause
+from outcome import FaultOutcome, append_outcome
+
+from orchestrator.record import TrialState
+from orchestrator.record.faults import read_faults
+
+SEEDS = [1, 2, 3]
+NUM_DRIVER_KILLS = 7
+NUM_KILLS = 3
+WORKERS = ("ray::Worker",)
+RELAYS = ("ray::TrialTrainable", "ray::ResourceTrainable")
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, list[Values]]:
+    """The curves of the same sweep without a fault."""
+    sweep = RunningSweep(tmp_path_factory.mktemp("undisturbed"))
+    assert sweep.finish(time.monotonic() + LIMIT_S) == 0, sweep.tail()
+    assert sweep.record is not None
+    return curves(sweep.record)
+
+
+def check(fault: str, sweep: RunningSweep, ledger: Ledger, whole: dict[float, list[Values]], losses: int) -> None:
+    """Compare a sweep that is done with an undisturbed one, and add its outcome to the table.
+
+    Args:
+        fault: name of the fault.
+        sweep: the sweep.
+        ledger: what was on disk before each kill.
+        whole: curves of an undisturbed sweep.
+        losses: checkpoint intervals that one kill may cost a trial.
+    """
+    record = sweep.record
+    assert record is not None
+    states = [trial.state for trial in record.trials() if trial.state != TrialState.CANCELLED]
+    is_whole = states == [TrialState.COMPLETE] * len(RATES)
+    metrics, adapters = ledger.metrics_lost(record), adapters_lost(record)
+    survived = ledger.kills if is_whole else 0
+    append_outcome(FaultOutcome(fault, ledger.kills, survived, metrics, adapters, ledger.steps_lost))
+    assert is_whole, (record.trials(), sweep.tail())
+    assert (metrics, adapters) == (0, 0)
+    assert curves(record) == whole
+    for result, changed in ledger.finished.items():
+        assert result.stat().st_mtime_ns == changed, f"{result}: a finished trial ran again"
+    assert ledger.most_lost <= losses * INTERVAL
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drivers(tmp_path: Path, undisturbed: dict[float, list[Values]], seed: int) -> None:
+    rng, deadline = random.Random(seed), time.monotonic() + LIMIT_S
+    sweep, ledger = RunningSweep(tmp_path), Ledger()
+    while sweep.record is None:  # before that, no sweep has begun
+        assert sweep.driver.poll() is None, sweep.tail()
+        time.sleep(0.05)
+    for _ in range(NUM_DRIVER_KILLS):
+        pause(rng, sweep, deadline)
+        if sweep.driver.poll() is None:
+            sweep.driver.kill()
+            sweep.driver.wait()
+            ledger.note(sweep)
+        sweep.resume()
+    code = sweep.finish(deadline)
+    assert code == 0, sweep.tail()
+    check("driver killed (SIGKILL)", sweep, ledger, undisturbed, losses=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [("worker killed (SIGKILL)", WORKERS), ("relay killed (SIGKILL)", RELAYS)],
+    ids=["workers", "relays"],
+)
+def test_parts(
+    tmp_path: Path, undisturbed: dict[float, list[Values]], seed: int, fault: str, names: tuple[str, ...]
+) -> None:
+    rng, deadline = random.Random(seed), time.monotonic() + LIMIT_S
+    sweep, ledger = RunningSweep(tmp_path), Ledger()
+    for _ in range(NUM_KILLS):
+        if not sweep.wait_for_points(rng.randint(1, 16), deadline):
+            break
+        time.sleep(rng.uniform(0, 1))
+        if victims := sweep.processes(*names):
+            kill(rng.choice(victims))
+            ledger.note(sweep)
+    code = sweep.finish(deadline)
+    assert code == 0, sweep.tail()
+    check(fault, sweep, ledger, undisturbed, losses=2)
+    assert sweep.record is not None
+    assert read_faults(sweep.record.paths), "each restart is recorded"
+    assert "restarts" in sweep.tail() or "restarts" in (tmp_path / "output.log").read_text(), "and said"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_mixture(tmp_path: Path, undisturbed: dict[float, list[Values]], seed: int) -> None:
+    rng, deadline = random.Random(seed), time.monotonic() + LIMIT_S
+    sweep, ledger = RunningSweep(tmp_path), Ledger()
+    for names in rng.sample([None, WORKERS, RELAYS], k=NUM_KILLS):
+        if not sweep.wait_for_points(rng.randint(1, 16), deadline):
+            break
+        victims = [psutil.Process(sweep.driver.pid)] if names is None else sweep.processes(*names)
+        if victims:
+            kill(rng.choice(victims))
+            ledger.note(sweep)
+        if names is None:
+            sweep.driver.wait()
+            sweep.resume()
+    code = sweep.finish(deadline)
+    assert code == 0, sweep.tail()
+    check("driver, worker and relay killed (SIGKILL)", sweep, ledger, undisturbed, losses=2)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A cluster of two nodes with one core each."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)))
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_raylet_of_a_second_node(
+    tmp_path: Path, undisturbed: dict[float, list[Values]], cluster: object, seed: int
+) -> None:
+    """Its workers and relays die with it; another node takes its place."""
+    rng, deadline = random.Random(seed), time.monotonic() + LIMIT_S
+    node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.2")  # type: ignore[attr-defined]
+    sweep, ledger = RunningSweep(tmp_path, address=cluster.address), Ledger()  # type: ignore[attr-defined]
+    assert sweep.wait_for_points(rng.randint(1, 16), deadline), sweep.tail()
+    raylet = node.all_processes["raylet"][0].process
+    raylet.kill()
+    ledger.note(sweep)
+    cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
+    cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")  # type: ignore[attr-defined]
+    code = sweep.finish(deadline)
+    assert code == 0, sweep.tail()
+    check("raylet of a second node killed (SIGKILL)", sweep, ledger, undisturbed, losses=2)
