@@ -147,7 +147,8 @@ class Ledger:
     def metrics_lost(self, record: SweepRecord) -> int:
         """Return the points that are missing at the end, or have other values, or are there twice."""
         at_end = [(rate, values) for rate, points in curves(record).items() for values in points]
-        return len(self.seen - set(at_end)) + len(at_end) - len({(rate, step) for rate, (step, _) in at_end})
+        places = {(rate, step, tuple(name for name, _ in metrics)) for rate, (step, metrics) in at_end}
+        return len(self.seen - set(at_end)) + len(at_end) - len(places)
 
 
 def adapters_lost(record: SweepRecord) -> int:

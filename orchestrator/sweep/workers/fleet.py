@@ -141,6 +141,7 @@ class Fleet:
         else:
             slots, why = _first_answer([workers.open(handle) for handle in self._handles])
         self._supervisor = Supervisor(workers, paths, self._resources, say)
+        self._supervisor.start()
         device = f"{plan.gpus:g} GPU" if plan.gpus else f"{counted(plan.cpus, 'CPU core')}"
         reasons = "; ".join(filter(None, [plan.why, why]))
         message = f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each" + (

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import upstream
 from orchestrator.errors import OrchestratorError, SweepError
@@ -67,8 +68,7 @@ class Supervisor:
     """Watches the workers of a sweep from a thread of its own."""
 
     def __init__(self, workers: Workers, paths: SweepPaths, resources: ResourcesSection, say: Callable[[str], None]):
-        """Start the thread, which opens the workers.
-
+        """
         Args:
             workers: the workers of the sweep.
             paths: the sweep's paths.
@@ -82,7 +82,11 @@ class Supervisor:
         self._members = [_Member(handle, number) for number, handle in enumerate(workers.handles)]
         self._stopped = threading.Event()
         self._fault: OrchestratorError | None = None
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which opens the workers."""
         self._thread.start()
 
     def fault(self) -> OrchestratorError | None:
@@ -94,20 +98,25 @@ class Supervisor:
         self._stopped.set()
         self._thread.join(_STOP_S)
 
+    def look(self, now: float) -> None:
+        """Look at all workers once.
+
+        Args:
+            now: the time, by time.monotonic.
+        """
+        stalled_s, self._looked = now - self._looked - _PERIOD_S, now
+        if stalled_s > _PERIOD_S:  # this process itself was stopped: the workers are not to blame
+            for member in self._members:
+                member.asked_at += stalled_s
+        draining = upstream.draining_nodes()
+        for member in self._members:
+            if not member.is_gone:
+                self._look(member, now, draining)
+
     def _run(self) -> None:
-        looked = time.monotonic()
         while not self._stopped.wait(_PERIOD_S) and self._fault is None:
-            now = time.monotonic()
-            stalled_s = now - looked - _PERIOD_S
-            if stalled_s > _PERIOD_S:  # this process itself was stopped: the workers are not to blame
-                for member in self._members:
-                    member.asked_at += stalled_s
-            looked = now
             with suppress(RayError, OSError):  # Ray or the disk fails for a moment, or for good: others report that
-                draining = upstream.draining_nodes()
-                for member in self._members:
-                    if not member.is_gone:
-                        self._look(member, now, draining)
+                self.look(time.monotonic())
 
     def _look(self, member: _Member, now: float, draining: set[str]) -> None:
         state = upstream.actor_state(member.handle)
@@ -190,7 +199,7 @@ class Supervisor:
                     if isinstance(fault, OrchestratorError)
                     else SweepError(f"no worker could be started: {str(error).strip().splitlines()[-1]}")
                 )
-            except (RayActorError, ActorDiedError):
+            except RayActorError:
                 pass
             member.opening = None
 
@@ -203,7 +212,7 @@ class Supervisor:
         member.cause, member.asked = f"it hung: {why}", None
         self._say(f"worker {process}: it hangs: {why}; ended, and its trials continue elsewhere")
         task = ray.remote(num_cpus=0, max_retries=0)(_end_process)
-        on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(state.node_id, soft=False)
+        on_node = NodeAffinitySchedulingStrategy(state.node_id, soft=False)
         ray.wait([task.options(scheduling_strategy=on_node).remote(process)], timeout=SAVING_S)
         with suppress(RayError):
             ray.kill(member.handle, no_restart=False)
