@@ -19,11 +19,11 @@ demo: $(INSTALLED)   ## run a sweep of 8 QLoRA trials on the embedded base, and 
 	@$(BIN)/orchestrator demo
 
 test: lint       ## run lint and all tests except the long ones; GPU tests too if there is an NVIDIA GPU
-	@$(BIN)/pytest -m "not gpu and not long and not faults"
+	@$(BIN)/pytest -m "not gpu and not long"
 	@if command -v nvidia-smi > /dev/null; then $(BIN)/pytest tests/gpu; fi
 
 test-long: $(INSTALLED) ## run the long tests: whole sweeps that are killed, resumed, exported and served
-	@$(BIN)/pytest -m "not gpu and long and not faults"
+	@$(BIN)/pytest -m "not gpu and long"
 
 test-fast: lint  ## run lint and the tests that neither train nor start Ray
 	@$(BIN)/pytest -m "not gpu and not slow"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from outcome import FaultOutcome, append_outcome
 from tiny import DEMO, TINY
 
 from orchestrator.adapters.bundle import verify
@@ -55,12 +56,12 @@ def curves(record: SweepRecord) -> dict[float, list[Values]]:
 class RunningSweep:
     """A sweep whose driver is a process of its own."""
 
-    def __init__(self, folder: Path, *, address: str | None = None) -> None:
-        self.root = folder / "s"
+    def __init__(self, folder: Path, *settings: str, address: str | None = None, name: str = "s") -> None:
+        self.root = folder / name
         self._options = ["--address", address] if address else []
-        self._log = (folder / "output.log").open("ab")
-        options = [part for setting in SETTINGS for part in ("--set", setting)]
-        self._start("sweep", str(DEMO), "--output", str(folder), "--name", "s", *options)
+        self._log = (folder / f"{name}.log").open("ab")
+        options = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+        self._start("sweep", str(DEMO), "--output", str(folder), "--name", name, *options)
 
     def resume(self) -> None:
         """Start another driver."""
@@ -105,7 +106,11 @@ class RunningSweep:
 
     def tail(self) -> str:
         """Return the end of the drivers' output."""
-        return (self.root.parent / "output.log").read_text(errors="replace")[-4000:]
+        return self.output()[-4000:]
+
+    def output(self) -> str:
+        """Return the drivers' output."""
+        return (self.root.parent / f"{self.root.name}.log").read_text(errors="replace")
 
 
 def _command(process: psutil.Process) -> str:
@@ -176,3 +181,28 @@ def kill(process: psutil.Process) -> None:
     """Kill a process that may just have ended."""
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
+
+
+def check(fault: str, sweep: RunningSweep, ledger: Ledger, whole: dict[float, list[Values]], losses: int) -> None:
+    """Compare a sweep that is done with an undisturbed one, and add its outcome to the table.
+
+    Args:
+        fault: name of the fault.
+        sweep: the sweep.
+        ledger: what was on disk before each kill.
+        whole: curves of an undisturbed sweep.
+        losses: checkpoint intervals that one kill may cost a trial.
+    """
+    record = sweep.record
+    assert record is not None
+    states = [trial.state for trial in record.trials() if trial.state != TrialState.CANCELLED]
+    is_whole = states == [TrialState.COMPLETE] * len(RATES)
+    metrics, adapters = ledger.metrics_lost(record), adapters_lost(record)
+    survived = ledger.kills if is_whole else 0
+    append_outcome(FaultOutcome(fault, ledger.kills, survived, metrics, adapters, ledger.steps_lost))
+    assert is_whole, (record.trials(), sweep.tail())
+    assert (metrics, adapters) == (0, 0)
+    assert curves(record) == whole
+    for result, changed in ledger.finished.items():
+        assert result.stat().st_mtime_ns == changed, f"{result}: a finished trial ran again"
+    assert ledger.most_lost <= losses * INTERVAL
