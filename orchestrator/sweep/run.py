@@ -30,7 +30,7 @@ from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.leftovers import held
-from orchestrator.sweep.snapshot import restore_snapshot
+from orchestrator.sweep.snapshot import has_trials, restore_snapshot
 from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
@@ -303,13 +303,13 @@ def _make_tuner(
     saved = restore_snapshot(paths)
     conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
-    if tune.Tuner.can_restore(str(paths.tune)):
-        tuner = tune.Tuner.restore(
-            str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
-        )
-        replace_parts(tuner, algorithm, conductor, callbacks)  # the pickled ones know the earlier number of slots
-        return tuner
-    return _new_tuner(record, trainable, algorithm, conductor, callbacks)
+    new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
+    if not has_trials(paths):
+        return new
+    # An earlier driver may have been killed while it wrote tuner.pkl; all of it that matters is given or replaced here.
+    tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True)
+    replace_parts(tuner, algorithm, conductor, callbacks)
+    return tuner
 
 
 def _new_tuner(record: SweepRecord, trainable: Any, algorithm: Any, conductor: Any, callbacks: list[Any]) -> Any:

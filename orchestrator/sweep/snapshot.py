@@ -70,6 +70,11 @@ def restore_snapshot(paths: SweepPaths) -> bytes | None:
         return packed.read(_SCHEDULER)
 
 
+def has_trials(paths: SweepPaths) -> bool:
+    """Return whether Tune's folder holds the state of trials, so that a tuner can be restored."""
+    return any(paths.tune.glob(TUNE_STATE_FILES[0]))
+
+
 def _newest_state_files(folder: Path) -> list[Path]:
     """Return one file of each kind: the one that Tune would read."""
     found = (max(folder.glob(pattern), default=None) for pattern in TUNE_STATE_FILES)

@@ -36,6 +36,8 @@ def test_drivers(tmp_path: Path, undisturbed: dict[float, list[Values]], seed: i
             sweep.driver.kill()
             sweep.driver.wait()
             ledger.note(sweep)
+        else:
+            assert sweep.driver.returncode == 0, sweep.tail()
         sweep.resume()
     code = sweep.finish(deadline)
     assert code == 0, sweep.tail()

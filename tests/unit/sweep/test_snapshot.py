@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.record import SweepPaths
-from orchestrator.sweep.snapshot import SnapshotWriter, restore_snapshot
+from orchestrator.sweep.snapshot import SnapshotWriter, has_trials, restore_snapshot
 
 
 def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
@@ -79,6 +79,8 @@ def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     paths = SweepPaths(tmp_path)
     paths.tune.mkdir()
     (paths.tune / "experiment_state-1.json").write_text("{}")
+    assert not has_trials(SweepPaths(tmp_path / "none"))
+    assert has_trials(paths)
     assert restore_snapshot(paths) is None
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
 

@@ -178,8 +178,10 @@ def test_the_longest_pause_is_between_two_signs_of_progress(monkeypatch: pytest.
     now = 500.0  # nothing was to do
     lease = lease_slot(pool, "1", "a")
     assert pool.is_busy
-    for now in (507.0, 509.0):
-        lease.on_step(1, 9)
+    now = 507.0
+    lease.on_step(1, 9)
+    now = 509.0
+    lease.on_step(2, 9)
     now = 512.0
     assert (pool.clock.longest_s, pool.clock.idle_s) == (7.0, 3.0)
     assert (pool.clock.has_stepped, pool.clock.has_evaluated) == (True, False)
