@@ -23,7 +23,8 @@ _POLL_S = 10.0
 """Longest wait for events in one call; a worker gives an unused lease up after 30 s."""
 _RETRY_S = 0.2
 _RELEASE_S = 30.0
-_ANSWER_S = 5.0
+_ANSWER_S = 30.0
+"""Time in which a worker says how many slots are free; one that hangs is ended by the supervisor."""
 
 
 @dataclass(frozen=True)
