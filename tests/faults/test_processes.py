@@ -45,7 +45,7 @@ def test_processes_that_are_stopped_for_a_minute_lose_nothing(tmp_path: Path, un
 
 
 def test_a_worker_that_hangs_is_ended_and_its_trials_continue(tmp_path: Path, undisturbed: Whole) -> None:
-    sweep, ledger = RunningSweep(tmp_path, "resources.hang_minutes=0.3"), Ledger()
+    sweep, ledger = RunningSweep(tmp_path, "resources.hang_minutes=0.7"), Ledger()
     deadline = begun(sweep)
     sweep.processes(*WORKERS)[0].send_signal(signal.SIGSTOP)
     ledger.note(sweep)

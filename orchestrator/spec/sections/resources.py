@@ -27,7 +27,8 @@ class ResourcesSection(Section):
     infrastructure: a lost process or node, short host memory. They do not count as failures."""
     hang_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Minutes without a step, an evaluation or an answer after which a worker is ended and its trials continue
-    elsewhere. auto: 20 times the longest pause so far, at least 10 minutes; 30 until the first evaluation is done."""
+    elsewhere; at least 30 before its first step. auto: 20 times the longest pause so far, at least 10 minutes, and 30
+    before its first evaluation."""
 
     @model_validator(mode="after")
     def _whole_gpus_are_not_shared(self) -> Self:

@@ -252,7 +252,8 @@ def hang_s(setting: float | Literal["auto"], pulse: Pulse | None) -> float:
         pulse: the worker's last answer; None before the first.
     """
     if setting != "auto":
-        return 60 * setting
+        has_stepped = pulse is not None and pulse.has_stepped
+        return 60 * setting if has_stepped else max(60 * setting, _FIRST_HANG_S)
     if pulse is None or not pulse.has_evaluated:
         return _FIRST_HANG_S
     return max(_HANG_S, _HANG_FACTOR * pulse.longest_s)

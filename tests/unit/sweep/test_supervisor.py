@@ -222,6 +222,8 @@ def test_the_time_without_progress_that_counts_as_a_hang() -> None:
         return Pulse(ProcessId("host", 1, 1.0), **(OPEN | changes))
 
     assert hang_s(2.5, pulse()) == 150
+    assert hang_s(2.5, None) == hang_s(2.5, pulse(has_stepped=False)) == 1800, "it loads the base, or compiles"
+    assert hang_s(60.0, None) == 3600
     assert hang_s("auto", None) == hang_s("auto", pulse(has_evaluated=False)) == 1800
     assert hang_s("auto", pulse()) == 600
     assert hang_s("auto", pulse(longest_s=100.0)) == 2000
