@@ -114,7 +114,7 @@ def test_trials_on_a_node_that_goes_away_write_checkpoints(
     while not any(fault.trial_id and words in fault.cause for fault in read_faults(paths)):
         assert time.monotonic() < began + 40, (read_faults(paths), sweep.tail())
         time.sleep(0.1)
-    (fault,) = [fault for fault in read_faults(paths) if fault.trial_id and words in fault.cause]
+    fault = next(fault for fault in read_faults(paths) if fault.trial_id and words in fault.cause)
     assert fault.step is not None
     assert fault.step % INTERVAL or fault.step not in (0, 16), "a checkpoint of the last step, not of the interval"
     if how == "drain":
