@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check
 CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(shell sed -nE '$(if $(CONSTRAINTS),s/^(torch==.*)/\1/p,s/^ *"(torch>=[^"]*)".*/\1/p)' $(or $(CONSTRAINTS),pyproject.toml))
 
-.PHONY: help demo test test-long test-fast test-gpu lint format manual clean
+.PHONY: help demo test test-long test-fast test-faults test-gpu lint format manual clean
 
 help:            ## print this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ test-long: $(INSTALLED) ## run the long tests: whole sweeps that are killed, res
 
 test-fast: lint  ## run lint and the tests that neither train nor start Ray
 	@$(BIN)/pytest -m "not gpu and not slow"
+
+test-faults: $(INSTALLED) ## kill parts of sweeps at random moments, and print what was lost (half an hour on 2 cores)
+	@table=$$(mktemp) && FAULT_TABLE=$$table $(BIN)/pytest tests/faults -m faults; status=$$?; rm -f "$$table"; exit $$status
 
 test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest tests/gpu

@@ -7,11 +7,13 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ClusterError, RequestError, StorageError
+from orchestrator.ray_watch import watching_local_ray
+from orchestrator.record.lock import session
 from orchestrator.signals import shielding_children
 from orchestrator.storage import storage_fault
 from orchestrator.upstream import CONNECTION_ATTEMPTS_VARIABLE, kill_ray_processes_at_shutdown
@@ -55,7 +57,8 @@ def connection(address: str | None) -> Iterator[None]:
             "A cluster that requires a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too.",
         ) from error
     try:
-        yield
+        with watching_local_ray() if address is None else nullcontext():
+            yield
     finally:
         if address is None:
             kill_ray_processes_at_shutdown()  # they ignore SIGTERM, see `shielding_children`
@@ -181,6 +184,7 @@ def _one_attempt() -> Iterator[None]:
 
 def _prepare_local() -> None:
     """Set the environment of a local Ray, except for variables that the user has set."""
+    session()  # if this process is killed, its Ray processes are known by it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A new local Ray requires a token of its clients, and writes one into the home folder if there is none. This token

@@ -6,7 +6,8 @@ Exit codes of the commands:
 - 1: failed while running
 - 2: the request is wrong; nothing was started
 - 3: the sweep has a best adapter, but some of its trials failed
-- 74, 129, 130, 143: interrupted by a full or failing disk, SIGHUP, Ctrl-C or SIGTERM; `resume` continues
+- 69: Ray itself has died on this machine; `resume` continues
+- 74, 129, 130, 138, 143: interrupted by a full or failing disk, SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM; `resume` continues
 """
 
 from typing import ClassVar, Literal
@@ -101,7 +102,7 @@ class TrialsFailedError(OrchestratorError):
 class Interrupted(OrchestratorError):
     """A signal interrupted a sweep. Its results are kept, and it can be resumed.
 
-    The exit code is 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    The exit code is 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 138 for SIGUSR1.
     """
 
     exit_code = 130
@@ -115,3 +116,9 @@ class StorageError(OrchestratorError):
     """The disk is full, read-only or failing. The sweep is interrupted and can be resumed. Exit code 74 (EX_IOERR)."""
 
     exit_code = 74
+
+
+class RayLostError(OrchestratorError):
+    """Ray's own processes have died under a running sweep, which can be resumed. Exit code 69 (EX_UNAVAILABLE)."""
+
+    exit_code = 69

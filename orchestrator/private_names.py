@@ -43,6 +43,13 @@ PRIVATE: tuple[Private, ...] = (
         _RAY, "ray/_private/state.py", ("GlobalState.get_max_resources_from_cluster_config(self)", "state"),
         "upstream.py", "see autoscaler_limits",
     ),
+    Private(
+        _RAY, "ray/_private/state.py",
+        ("actors(actor_id, job_id, actor_state_name)", "GlobalState.get_draining_nodes(self)"),
+        "upstream.py", "see actor_state and draining_nodes",
+    ),
+    Private(_RAY, "ray/_private/node.py", ("Node.all_processes",), "upstream.py", "see local_ray_processes"),
+    Private(_RAY, "ray/actor.py", ("ActorHandle._ray_actor_id",), "upstream.py", "see actor_state"),
     Private(_RAY, "ray/actor.py", ("__ray_ready__(self)",), "upstream.py", "see when_ready"),
     Private(
         _RAY, "ray/train/_internal/session.py", ("_FutureTrainingResult",), "upstream.py",

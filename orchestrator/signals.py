@@ -1,4 +1,7 @@
-"""Handle the signals that ask this process to end: Ctrl-C (SIGINT), SIGTERM and SIGHUP."""
+"""Handle the signals that ask this process to end: Ctrl-C (SIGINT), SIGTERM, SIGHUP, and SIGUSR1 of Slurm.
+
+Slurm sends SIGUSR1 some time before it ends a job (`sbatch --signal=B:USR1@60`), so that the job can be requeued.
+"""
 
 import errno
 import os
@@ -11,7 +14,7 @@ from pathlib import Path
 from signal import Signals
 from types import FrameType
 
-SIGNALS = (Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP)
+SIGNALS = (Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP, Signals.SIGUSR1)
 
 _Handler = Callable[[Signals], None]
 
@@ -94,7 +97,7 @@ def deferred_signals(
 
 @contextmanager
 def shielding_children() -> Iterator[None]:
-    """Start processes in this block with SIGTERM and SIGHUP blocked, and keep this process's own handlers.
+    """Start processes in this block with all `SIGNALS` but SIGINT blocked, and keep this process's own handlers.
 
     `timeout`, systemd, Slurm and a closing terminal signal all processes together. Ray's processes would die at once,
     and the driver could no longer reach its workers to have them write checkpoints. A new process inherits the set of
@@ -105,7 +108,7 @@ def shielding_children() -> Iterator[None]:
         yield
         return
     on_term = signal.getsignal(Signals.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {Signals.SIGTERM, Signals.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {Signals.SIGINT})
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ Libraries are imported inside the functions, so that this module is cheap to imp
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,56 @@ def autoscaler_limits() -> dict[str, int]:
     import ray
 
     return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+
+
+@dataclass(frozen=True)
+class ActorState:
+    """What Ray's table of actors says about one actor."""
+
+    state: str
+    """Such as ALIVE, RESTARTING or DEAD."""
+    num_restarts: int
+    pid: int
+    """Process of the actor; 0 before it has started."""
+    node_id: str
+    cause: str
+    """Ray's text about its last death; empty before the first."""
+
+
+def actor_state(actor: Any) -> ActorState | None:
+    """Return the state of an actor; None if Ray does not know it yet.
+
+    ray 2.60: `ray.util.state` asks the dashboard, which a local Ray does not run here.
+    """
+    import ray
+
+    row = ray._private.state.actors(actor._ray_actor_id.hex())
+    if not row:
+        return None
+    cause = row["DeathCause"]
+    kind = cause.WhichOneof("context")
+    context = getattr(cause, kind) if kind else None
+    text = str(getattr(context, "error_message", "") or context or "")
+    if kind == "oom_context":
+        text = f"low on memory: {text}"
+    return ActorState(row["State"], row["NumRestarts"], row["Pid"], row["Address"]["NodeID"], text)
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of nodes that are being drained, for example before a preemption (ray 2.60, `ray drain-node`)."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def local_ray_processes() -> list[tuple[str, Any]]:
+    """Return raylet and GCS of the Ray that this process has started, as (name, `Popen`) (ray 2.60)."""
+    from ray._private import worker
+
+    node = worker._global_node
+    kinds = {"raylet": "raylet", "gcs_server": "GCS"}
+    running = {} if node is None else node.all_processes
+    return [(name, info.process) for kind, name in kinds.items() for info in running.get(kind, [])]
 
 
 def when_ready(actor: Any) -> Any:

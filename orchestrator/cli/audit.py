@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.frame import Address, Json, Sweep, Where, app, print_json
-from orchestrator.cli.train import resumable, screen
+from orchestrator.cli.screen import resumable, screen
 from orchestrator.errors import OrchestratorError
 from orchestrator.words import counted
 

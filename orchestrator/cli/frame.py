@@ -19,8 +19,8 @@ app = typer.Typer(
     name="orchestrator",
     help="QLoRA sweeps on Ray: from an experiment file to the best adapter.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the request is wrong, nothing was started; "
-    "3 there is a best adapter, but some trials failed; 130, 143, 129, 74 interrupted by Ctrl-C, SIGTERM, SIGHUP, "
-    "or a full or failing disk.",
+    "3 there is a best adapter, but some trials failed; 130, 143, 129, 138, 74, 69 interrupted by Ctrl-C, SIGTERM, "
+    "SIGHUP, SIGUSR1, a full or failing disk, or the death of Ray.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

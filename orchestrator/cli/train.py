@@ -3,11 +3,8 @@
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,11 +27,10 @@ from orchestrator.cli.frame import (
     print_json,
     show_best,
 )
-from orchestrator.errors import Interrupted, SpecError, StorageError, TrialsFailedError
-from orchestrator.signals import Signalled, raising_signals, signal_name
+from orchestrator.cli.screen import resumable, screen
+from orchestrator.errors import SpecError, TrialsFailedError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
-from orchestrator.storage import storage_fault
 from orchestrator.words import counted
 
 if TYPE_CHECKING:
@@ -343,53 +339,3 @@ def _require_no_failures(record: "SweepRecord") -> None:
 
 _LINES_BELOW = 8
 """Lines of a terminal that the final table leaves for the lines below it."""
-
-
-@contextmanager
-def screen(root: Path, descriptor: int = 1) -> Iterator["Console"]:
-    """Yield a console for the command's own lines. Output of libraries goes to `driver.log` in the sweep's folder.
-
-    Args:
-        root: the sweep's folder.
-        descriptor: where the console prints: 1 for standard output, 2 for standard error.
-    """
-    from orchestrator.training.attempt.log_file import output_to
-
-    with tempfile.TemporaryDirectory() as folder, os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as own:
-        log = Path(folder) / "driver.log"
-        try:
-            with output_to(log):
-                yield console_on(own)
-        finally:
-            if (root / "sweep.json").is_file():  # otherwise nothing was started, and nothing is written
-                # The command itself reports a full disk or a folder that cannot be written.
-                with suppress(OSError), (root / "driver.log").open("ab") as kept:
-                    kept.write(log.read_bytes())
-
-
-@contextmanager
-def resumable(folder: Path, command: str = "") -> Iterator[None]:
-    """Turn a signal or a storage fault into an error that says how to resume, each with its own exit code.
-
-    Args:
-        folder: the sweep's folder.
-        command: what continues it; default `resume`.
-    """
-
-    def remedy() -> str:
-        resume = command or f"orchestrator resume {folder}"
-        return f"Continue with: {resume}" if (folder / "sweep.json").is_file() else ""
-
-    try:
-        with raising_signals():
-            yield
-    except KeyboardInterrupt as error:
-        number = error.signal if isinstance(error, Signalled) else Signals.SIGINT
-        kept = "all measurements are kept" if remedy() else "nothing was started"
-        raise Interrupted(f"interrupted by {signal_name(number)}; {kept}", remedy(), 128 + number) from None
-    except OSError as error:
-        if fault := storage_fault(error):
-            raise StorageError(
-                f"{folder}: its storage fails: {fault}", f"Free space or repair the storage. {remedy()}"
-            ) from error
-        raise

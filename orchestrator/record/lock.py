@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from orchestrator.errors import RequestError
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
+
+_own_session: list[int | str] = [0, ""]
+"""Process and name of its session: a child process must not take over the name of its parent."""
 
 _BEAT_S = 5.0
 """Seconds between two signs of life of a driver."""
@@ -28,6 +32,12 @@ class DriverInfo(Record):
 
     host: str
     pid: int
+    session: str | None = None
+    """Value of `SESSION_VARIABLE` in the environment of all processes that the driver has started."""
+
+
+SESSION_VARIABLE = "ORCHESTRATOR_SESSION"
+"""Environment variable by which the processes of a killed driver are known."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,11 @@ class DriverState:
 
 
 @contextmanager
-def only_driver(paths: SweepPaths) -> Iterator[None]:
+def only_driver(paths: SweepPaths) -> Iterator[DriverInfo | None]:
     """Hold the sweep for this process. The lock ends with the process, however it ends.
+
+    Yields:
+        The driver that held the sweep before, if it was killed.
 
     Raises:
         RequestError: another process holds the sweep, or its folder cannot be written to.
@@ -61,17 +74,26 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
             f"{paths.root}: cannot be written: {error.strerror}",
             "A sweep that continues writes into its folder: make it writable, or copy it and resume the copy.",
         ) from error
-    over = threading.Event()
+    over, killed = threading.Event(), _read_driver(paths)
+    own = DriverInfo(host=socket.gethostname(), pid=os.getpid(), session=session())
     with suppress(OSError):  # on a full disk the lock alone tells that this process runs the sweep
-        write_atomic(paths.driver, DriverInfo(host=socket.gethostname(), pid=os.getpid()).model_dump_json())
+        write_atomic(paths.driver, own.model_dump_json())
     threading.Thread(target=_beat, args=(paths, over), name="heartbeat", daemon=True).start()
     try:
-        yield
+        yield killed
     finally:
         over.set()
         with suppress(OSError):
             paths.driver.unlink()
         lock.release()
+
+
+def session() -> str:
+    """Return the name of this process's session, and set it in the environment that child processes inherit."""
+    if _own_session[0] != os.getpid():
+        _own_session[:] = [os.getpid(), uuid.uuid4().hex]
+    os.environ[SESSION_VARIABLE] = str(_own_session[1])
+    return str(_own_session[1])
 
 
 def driver_state(paths: SweepPaths) -> DriverState:

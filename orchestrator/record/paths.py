@@ -134,6 +134,11 @@ class SweepPaths:
         return self.root / "decisions.jsonl"
 
     @property
+    def faults(self) -> Path:
+        """One Fault per line: trials and workers that were lost or ended, and why."""
+        return self.root / "faults.jsonl"
+
+    @property
     def budget(self) -> Path:
         """BudgetSpent; exists once the sweep has spent its budget."""
         return self.root / "budget.json"

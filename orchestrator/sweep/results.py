@@ -9,9 +9,10 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator.record import SweepRecord, TrialPaths, TrialState, end_trial, read_trial, write_record
+from orchestrator.record import SweepRecord, TrialPaths, TrialState, write_record
+from orchestrator.sweep.failures import end_unfinished, error_of, words_of
 from orchestrator.sweep.schedulers.conductor import Conductor
-from orchestrator.sweep.snapshot import save_snapshot
+from orchestrator.sweep.snapshot import SnapshotWriter
 from orchestrator.sweep.tune_trial import plain_values
 from orchestrator.upstream import staging_folder
 
@@ -35,11 +36,12 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
         self._record = record
         self._conductor = conductor
         self._check_stop = check_stop
+        self._snapshots = SnapshotWriter(record.paths)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Save a snapshot after Tune has handled an event and written its state on this machine."""
         if trials:
-            save_snapshot(staging_folder(trials[0]), self._record.paths, self._conductor.state)
+            self._snapshots.save(staging_folder(trials[0]), self._conductor.state)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
         if have_ended and (len(trials) == self._record.info.num_trials or self._record.why_over()):
@@ -49,17 +51,16 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
         """Write the result of a trial that has ended by itself or was stopped by the scheduler."""
         paths = self._paths_of(trial)
         if paths.config.is_file():  # otherwise it never began
-            _end(self._record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
+            end_unfinished(self._record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write the result of a trial that has failed and has no attempt left."""
         paths = self._paths_of(trial)
         if not paths.config.is_file():  # its trainable failed before it wrote the configuration
             write_record(paths.config, self._record.info.spec.trial_config(plain_values(trial.config)))
-        error = str(trial.get_error() or "its worker died").strip().splitlines()[-1]
         paths.lease.unlink(missing_ok=True)
-        why = f"gave up after {trial.num_failures} failures; the last: {error}"
-        _end(self._record, paths, TrialState.FAILED, error=why, failure="infrastructure")
+        why = f"gave up; the last failure: {words_of(error_of(trial))}"  # else `FailureCounter` has written a result
+        end_unfinished(self._record, paths, TrialState.FAILED, error=why, failure="infrastructure")
 
     def _paths_of(self, trial: Any) -> TrialPaths:
         return self._record.paths.trial(trial.trial_id)
@@ -71,7 +72,9 @@ def cancel_unknown(record: SweepRecord) -> None:
     for trial_id in record.paths.trial_ids():
         if trial_id not in known:
             paths = record.paths.trial(trial_id)
-            _end(record, paths, TrialState.CANCELLED, error="lost with the driver; another trial took its place")
+            end_unfinished(
+                record, paths, TrialState.CANCELLED, error="lost with the driver; another trial took its place"
+            )
 
 
 def _await_trainables(trials: list[TrialPaths]) -> None:
@@ -81,11 +84,3 @@ def _await_trainables(trials: list[TrialPaths]) -> None:
         while paths.lease.is_file() and time.monotonic() < deadline:
             time.sleep(0.05)
         paths.lease.unlink(missing_ok=True)  # left by a trainable that was killed
-
-
-def _end(record: SweepRecord, paths: TrialPaths, state: TrialState, **fields: str | None) -> None:
-    """Write the result of a trial that has none, from its progress; `fields` are those of `TrialResult` to set."""
-    if paths.result.is_file():
-        return
-    so_far = read_trial(paths, record.info)
-    end_trial(paths, so_far.model_copy(update={"state": state, **fields}))

@@ -14,14 +14,13 @@ from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
-from orchestrator.errors import Interrupted, SweepError
+from orchestrator.errors import Interrupted, OrchestratorError, SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
 from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
 from orchestrator.record.extend import save_extension
-from orchestrator.record.lock import only_driver
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
@@ -30,7 +29,8 @@ from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.follow import Watch, follow
-from orchestrator.sweep.snapshot import restore_snapshot
+from orchestrator.sweep.leftovers import held
+from orchestrator.sweep.snapshot import has_trials, restore_snapshot
 from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
@@ -41,6 +41,9 @@ from orchestrator.words import counted
 
 Say = Callable[[str], None]
 """Takes a message for the user who has started the sweep."""
+
+Fault = Callable[[], OrchestratorError | None]
+"""Returns why a sweep cannot go on; None while it can."""
 
 
 def run_sweep(
@@ -92,7 +95,7 @@ def run_sweep(
         info = start_sweep(spec, paths, source, prior_sweeps=prior_sweeps)
         for note in notes_on_rows(info):
             say(note)
-        with only_driver(paths):
+        with held(paths):
             return _drive(SweepRecord(paths, info), fleet, watch, say, doing)
 
 
@@ -117,7 +120,7 @@ def resume_sweep(
         say(f"warning: {fault.message}")
     doing("starting Ray and the workers")
     with (
-        only_driver(record.paths),
+        held(record.paths),
         compiling_early(spec, address),
         connection(address),
         start_fleet(spec, address) as fleet,
@@ -135,7 +138,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     say(choice)
     doing("starting the search")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
-    _run_trials(record, workers, max_concurrent, watch, say, home=record.paths)
+    _run_trials(record, workers, max_concurrent, watch, say, home=record.paths, worker_fault=fleet.fault)
     if spec.search.repeats > 1:
         if record.budget_spent():
             say("search.repeats: the finalists do not run again, because the budget is spent")
@@ -145,7 +148,15 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
             again, before = begin_repeats(record), record.trials()
             if again is not None:
                 say(f"the finalists run again with other seeds: {counted(again.info.num_trials, 'trial')}")
-                _run_trials(again, workers, max_concurrent, lambda found: watch(before + found), say, home=record.paths)
+                _run_trials(
+                    again,
+                    workers,
+                    max_concurrent,
+                    lambda found: watch(before + found),
+                    say,
+                    home=record.paths,
+                    worker_fault=fleet.fault,
+                )
     if spec.data.test is not None:
         from orchestrator.sweep.winner import measure_winner
 
@@ -168,7 +179,7 @@ def finish_audit(
     Raises:
         The same errors as `run_sweep`.
     """
-    with only_driver(record.paths):
+    with held(record.paths):
         if len(_ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
             _conclude(audit, audit.paths, failures_count=True)
@@ -180,7 +191,16 @@ def finish_audit(
             workers, num_slots, choice = fleet.open(rows, audit.paths, say)
             say(choice)
             max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
-            _run_trials(audit, workers, max_concurrent, watch, say, home=audit.paths, failures_count=True)
+            _run_trials(
+                audit,
+                workers,
+                max_concurrent,
+                watch,
+                say,
+                home=audit.paths,
+                worker_fault=fleet.fault,
+                failures_count=True,
+            )
 
 
 def _run_trials(
@@ -190,6 +210,7 @@ def _run_trials(
     watch: Watch,
     say: Say,
     home: SweepPaths,
+    worker_fault: Fault,
     failures_count: bool = False,
 ) -> None:
     """Run all trials of a record to their end.
@@ -201,6 +222,7 @@ def _run_trials(
         watch: called with the trials whenever something changes.
         say: called with messages.
         home: the sweep's own paths, which a resume is given.
+        worker_fault: returns why the workers cannot go on.
         failures_count: see `_conclude`.
     """
     from ray.tune.error import TuneError
@@ -215,7 +237,7 @@ def _run_trials(
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
     with deferred_signals(say, lambda: _checkpoints_to_write(record)) as stop:
         try:
-            tuner = _make_tuner(record, workers, max_concurrent, stop)
+            tuner = _make_tuner(record, workers, max_concurrent, stop, worker_fault, say)
             with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
@@ -247,7 +269,9 @@ def _checkpoints_to_write(record: SweepRecord) -> str:
     return f"stopping at the next step, {counted(running, 'checkpoint')} to write"
 
 
-def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest) -> Any:
+def _make_tuner(
+    record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest, fault: Fault, say: Say
+) -> Any:
     """Make a tuner, or restore the one whose state is in the sweep's folder.
 
     Args:
@@ -255,9 +279,12 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
         workers: train the trials.
         max_concurrent: number of trials that run at a time.
         stop: holds the signal that ends the sweep, once it has arrived.
+        fault: returns why the workers cannot go on.
+        say: called with a message about each failed attempt.
     """
     from ray import tune
 
+    from orchestrator.sweep.failures import FailureCounter
     from orchestrator.sweep.interruption import Interrupter
     from orchestrator.sweep.results import ResultKeeper
     from orchestrator.sweep.schedulers.conductor import Conductor
@@ -271,21 +298,24 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
         tune.with_parameters(TrialTrainable, folder=str(paths.root), workers=workers), {"cpu": TRAINABLE_CPUS}
     )
     algorithm = make_search_algorithm(record, max_concurrent)
-    interrupter = Interrupter(stop, workers, paths)
-    conductor = Conductor(record, max_concurrent, restore_snapshot(paths), interrupter.check_trial)
+    failures = FailureCounter(record, say)
+    interrupter = Interrupter(stop, workers, paths, failures, fault)
+    saved = restore_snapshot(paths)
+    conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
-    if tune.Tuner.can_restore(str(paths.tune)):
-        tuner = tune.Tuner.restore(
-            str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True
-        )
-        replace_parts(tuner, algorithm, conductor, callbacks)  # the pickled ones know the earlier number of slots
-        return tuner
-    return _new_tuner(record, trainable, algorithm, conductor, callbacks)
+    new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
+    if not has_trials(paths):
+        return new
+    # An earlier driver may have been killed while it wrote tuner.pkl; all of it that matters is given or replaced here.
+    tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True)
+    replace_parts(tuner, algorithm, conductor, callbacks)
+    return tuner
 
 
 def _new_tuner(record: SweepRecord, trainable: Any, algorithm: Any, conductor: Any, callbacks: list[Any]) -> Any:
     from ray import tune
 
+    from orchestrator.sweep.failures import UNLIMITED
     from orchestrator.sweep.search.grid_random import tune_space
 
     spec, paths = record.info.spec, record.paths
@@ -304,7 +334,7 @@ def _new_tuner(record: SweepRecord, trainable: Any, algorithm: Any, conductor: A
         run_config=tune.RunConfig(
             name=paths.tune.name,
             storage_path=str(paths.root),
-            failure_config=tune.FailureConfig(max_failures=spec.resources.max_failures),
+            failure_config=tune.FailureConfig(max_failures=UNLIMITED),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=callbacks,
             verbose=0,

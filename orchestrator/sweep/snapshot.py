@@ -4,8 +4,12 @@ Tune copies its state file by file into the sweep's folder while it runs (ray 2.
 driver that is killed in between leaves an incomplete state, from which Tune starts a new search without a warning. This
 module packs the files that Tune has just finished on the driver's machine into one archive, which is replaced in one
 atomic step.
+
+Names of state files contain the time at which their driver started, and Tune reads the file whose name sorts last. The
+clock may have been set back since then. Restored files therefore get names that sort before any time.
 """
 
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +19,37 @@ from orchestrator.record.files import replacing
 from orchestrator.upstream import TUNE_STATE_FILES
 
 _SCHEDULER = "scheduler.pkl"
+_RESTORED = "0000-restored"
+"""Takes the place of the time in the names of restored files."""
+
+_TICK_NS = 10_000_000
+"""Two changes of a file within this time may get the same time of change (Linux: 1 to 10 ms)."""
 
 
-def save_snapshot(staging: Path, paths: SweepPaths, scheduler_state: Callable[[], bytes]) -> None:
-    """Archive the state files in `staging` and the scheduler's state, if the files have changed.
+class SnapshotWriter:
+    """Saves snapshots of one driver."""
 
-    Call it from the thread of Tune's loop, which writes the files.
-    """
-    files = _state_files(staging)
-    archive = paths.tune_snapshot
-    changed = max((file.stat().st_mtime_ns for file in files), default=0)
-    if not files or (archive.is_file() and archive.stat().st_mtime_ns > changed):
-        return
-    with replacing(archive) as building, zipfile.ZipFile(building, "w") as packed:
-        for file in files:
-            packed.write(file, file.name)
-        packed.writestr(_SCHEDULER, scheduler_state())
+    def __init__(self, paths: SweepPaths) -> None:
+        self._paths = paths
+        self._saved: list[tuple[str, int, int]] = []
+        """Name, time of change and size of each file in the last snapshot; empty if they may change at that time."""
+
+    def save(self, staging: Path, scheduler_state: Callable[[], bytes]) -> None:
+        """Archive the state files in `staging` and the scheduler's state, if the files have changed since then.
+
+        Call it from the thread of Tune's loop, which writes the files.
+        """
+        began_ns = time.time_ns()
+        files = _newest_state_files(staging)
+        found = [(file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()]]
+        if not files or (found == self._saved and self._paths.tune_snapshot.is_file()):
+            return
+        with replacing(self._paths.tune_snapshot) as building, zipfile.ZipFile(building, "w") as packed:
+            for file in files:
+                packed.writestr(file.name, file.read_bytes())
+            packed.writestr(_SCHEDULER, scheduler_state())
+        changed_ns = max(changed_ns for _, changed_ns, _ in found)
+        self._saved = found if began_ns > changed_ns + _TICK_NS else []
 
 
 def restore_snapshot(paths: SweepPaths) -> bytes | None:
@@ -41,12 +60,22 @@ def restore_snapshot(paths: SweepPaths) -> bytes | None:
     """
     if not paths.tune_snapshot.is_file():
         return None
-    for file in _state_files(paths.tune):
-        file.unlink()
+    for pattern in TUNE_STATE_FILES:
+        for file in paths.tune.glob(pattern):
+            file.unlink()
     with zipfile.ZipFile(paths.tune_snapshot) as packed:
-        packed.extractall(paths.tune, [name for name in packed.namelist() if name != _SCHEDULER])
+        for pattern in TUNE_STATE_FILES:
+            if newest := max((name for name in packed.namelist() if Path(name).match(pattern)), default=None):
+                (paths.tune / pattern.replace("*", _RESTORED)).write_bytes(packed.read(newest))
         return packed.read(_SCHEDULER)
 
 
-def _state_files(folder: Path) -> list[Path]:
-    return [file for pattern in TUNE_STATE_FILES for file in folder.glob(pattern)]
+def has_trials(paths: SweepPaths) -> bool:
+    """Return whether Tune's folder holds the state of trials, so that a tuner can be restored."""
+    return any(paths.tune.glob(TUNE_STATE_FILES[0]))
+
+
+def _newest_state_files(folder: Path) -> list[Path]:
+    """Return one file of each kind: the one that Tune would read."""
+    found = (max(folder.glob(pattern), default=None) for pattern in TUNE_STATE_FILES)
+    return [file for file in found if file is not None]

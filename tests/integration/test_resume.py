@@ -32,6 +32,7 @@ def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[
         driver.send_signal(signal.SIGKILL)
     for torn in record.paths.tune.glob("searcher-state-*.pkl"):  # as after a kill while Tune copies it
         torn.write_bytes(b"")
+    (record.paths.tune / "tuner.pkl").write_bytes(b"")  # as after a kill at the start of an earlier resume
     before = finished(record)
     configs = {trial.trial_id: trial.config for trial in record.trials()}
     assert before

@@ -126,7 +126,9 @@ def test_a_trial_resumes_from_the_step_of_the_signal_with_identical_values(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "number", [Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP, Signals.SIGUSR1], ids=lambda each: each.name
+)
 def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
     with start("trial", tmp_path) as process:
         record = wait_for_steps(tmp_path, process)
@@ -143,7 +145,7 @@ def test_a_trial_keeps_its_last_step(tmp_path: Path, number: Signals) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM], ids=lambda each: each.name)
+@pytest.mark.parametrize("number", [Signals.SIGINT, Signals.SIGTERM, Signals.SIGUSR1], ids=lambda each: each.name)
 def test_a_sweep_keeps_the_last_step_of_every_trial(tmp_path: Path, number: Signals) -> None:
     """All processes of the sweep get the signal, as from `timeout`, systemd, Slurm or Ctrl-C in a terminal."""
     with start("sweep", tmp_path, start_new_session=True) as process:

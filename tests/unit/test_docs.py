@@ -19,7 +19,7 @@ GUIDE = sorted((DOCS / "guide").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 PLACEHOLDERS = r"\b(?:FILE|FOLDER|FIELD|NAME|VALUE|ADDRESS|N|M)\b"
 """Words of the troubleshooting page that stand for a value in a message."""
-EXIT_CODES = {0, 1, 2, 3, 74, 129, 130, 143}
+EXIT_CODES = {0, 1, 2, 3, 69, 74, 129, 130, 138, 143}
 
 
 def read(page: str) -> str:

@@ -20,7 +20,15 @@ class ResourcesSection(Section):
     max_concurrent: PositiveInt | None = None
     """Maximum number of trials at a time. Default: as many as fit."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts of a trial whose worker died; each continues from the last checkpoint."""
+    """Restarts of a trial after an error of its training without a new checkpoint since the last one. Each restart
+    continues from the last checkpoint."""
+    max_restarts: Annotated[int, Field(ge=0)] = 8
+    """Restarts in a row of a trial without a new checkpoint, or of a worker without a step, after faults of the
+    infrastructure: a lost process or node, short host memory. They do not count as failures."""
+    hang_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Minutes without a step, an evaluation or an answer after which a worker is ended and its trials continue
+    elsewhere; at least 30 before its first step. auto: 20 times the longest pause so far, at least 10 minutes, and 30
+    before its first evaluation."""
 
     @model_validator(mode="after")
     def _whole_gpus_are_not_shared(self) -> Self:

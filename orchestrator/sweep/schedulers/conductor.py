@@ -43,6 +43,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         num_slots: int,
         saved_state: bytes | None = None,
         check_failure: Callable[[Any], None] = lambda _: None,
+        allow_restarts: Callable[[Any], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -50,12 +51,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             num_slots: number of trials that run at a time.
             saved_state: the last `state` of the previous driver; None for a new sweep.
             check_failure: called with a trial whose attempt has failed; may end the sweep by raising.
+            allow_restarts: called with each trial that is added; sets how often Tune restarts it.
         """
         super().__init__()
         self._record = record
         self._spec = record.info.spec
         self._num_slots = num_slots
-        self._check_failure = check_failure
+        self._check_failure, self._allow_restarts = check_failure, allow_restarts
         scheduler = self._spec.scheduler
         self._takes_turns = trials_take_turns(scheduler)
         self._holds_new_trials = self._takes_turns and not isinstance(scheduler, BohbScheduler)
@@ -106,6 +108,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial. Tune adds it again when it restarts it after a fault; it then keeps its place."""
         set_folder(trial, self._record.paths)
+        self._allow_restarts(trial)
         if trial.trial_id in self._trials:
             if trial.trial_id in self._waiting:  # its trainable was lost while its checkpoint was written
                 set_trial_status(controller, trial, Trial.PAUSED)

@@ -12,7 +12,8 @@ from collections import deque
 from orchestrator.errors import StorageError, TrialError
 from orchestrator.record import MetricPoint, SweepPaths, TrialPaths, TrialResult, end_trial, read_result
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.workers.worker_client import AttemptLost, OutOfMemory, Workers, claim, is_claimed
+from orchestrator.sweep.workers.losses import AttemptLost, OutOfMemory
+from orchestrator.sweep.workers.worker_client import Workers, claim, is_claimed
 from orchestrator.training.attempt.events import END, Completed, Evaluated, Event, Failed, Left, Logged, Noted, Saved
 from orchestrator.training.attempt.recorder import TrialRecorder
 
@@ -95,9 +96,10 @@ class RemoteTrial:
                     self._close()
                     if event.is_storage:
                         raise StorageError(str(event.lost))
+                    lost = event.lost or "it was stopped: by another attempt, or with the whole sweep"
                     if event.is_memory:
-                        raise OutOfMemory(str(event.lost))
-                    raise AttemptLost(event.lost or "it was stopped: by another attempt, or with the whole sweep")
+                        raise OutOfMemory(lost)
+                    raise AttemptLost(lost, counts=event.lost is not None and not event.is_outside)
                 if isinstance(event, Noted) and "applied" in event.fields:  # sent after the first step
                     SweepPaths(self._paths.sweep).first_step.touch()
                 point = self._recorder.record(event)

@@ -16,6 +16,7 @@ from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.workers.placement import PlacementNotice
+from orchestrator.sweep.workers.supervisor import Supervisor
 from orchestrator.sweep.workers.worker import Worker
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.training.fast.warmup import precompile
@@ -109,6 +110,8 @@ class Fleet:
         )(Worker)
         self._plan = plan
         self._notice: PlacementNotice | None = None
+        self._supervisor: Supervisor | None = None
+        self._resources = spec.resources
         self._handles = [actor.remote(spec, plan.slots, plan.is_fixed, plan.gpus) for _ in range(plan.num_workers)]
 
     def open(self, data: PreparedData, paths: SweepPaths, say: Callable[[str], None]) -> tuple[Workers, int, str]:
@@ -135,10 +138,10 @@ class Fleet:
         self._notice = PlacementNotice(workers.ready, plan.gpus, plan.cpus, say)
         if plan.is_fixed:
             slots, why = plan.slots, ""
-            for handle in self._handles:
-                workers.open(handle)
         else:
             slots, why = _first_answer([workers.open(handle) for handle in self._handles])
+        self._supervisor = Supervisor(workers, paths, self._resources, say)
+        self._supervisor.start()
         device = f"{plan.gpus:g} GPU" if plan.gpus else f"{counted(plan.cpus, 'CPU core')}"
         reasons = "; ".join(filter(None, [plan.why, why]))
         message = f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each" + (
@@ -151,8 +154,14 @@ class Fleet:
         """GPUs and CPU cores of a worker."""
         return self._plan.gpus, self._plan.cpus
 
+    def fault(self) -> OrchestratorError | None:
+        """Return why the sweep cannot go on; None while it can."""
+        return None if self._supervisor is None else self._supervisor.fault()
+
     def end(self) -> None:
         """End the workers, if that was not done before."""
+        if self._supervisor is not None:
+            self._supervisor.stop()
         if self._notice is not None:
             self._notice.stop()
         while self._handles:

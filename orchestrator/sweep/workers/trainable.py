@@ -23,7 +23,8 @@ from orchestrator.record.files import BUILDING, building_beside
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
-from orchestrator.sweep.workers.worker_client import OutOfMemory, Workers
+from orchestrator.sweep.workers.losses import OutOfMemory
+from orchestrator.sweep.workers.worker_client import Workers
 
 _NUM_EXPLOIT_CHECKPOINTS = 3
 """Newest checkpoints that are kept for other trials of a population."""

@@ -1,11 +1,14 @@
 """The process that holds a base model and trains trials on it: one for each GPU, for the time of a sweep."""
 
 import os
+import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -13,7 +16,8 @@ import ray
 from orchestrator.imports import begin, importing, leave_out_compiler, leave_out_wandb
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.workers.worker_client import AttemptLost
+from orchestrator.sweep.workers.losses import AttemptLost
+from orchestrator.sweep.workers.pulse import ProcessId, Pulse
 from orchestrator.training.attempt.events import Event, LeaseLost
 from orchestrator.training.attempt.log_file import output_to
 from orchestrator.training.fast.warmup import precompile
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from orchestrator.training.worker.runtime import WorkerRuntime
 
 
+SAVING_S = 20.0
+"""Time in which trials write their checkpoints before this process ends by a signal, in seconds."""
+_CHECK_S = 0.1
 _LAST_EVENTS_S = 2.0
 """Time in which trainables fetch the last events of their trials, before the process ends."""
 
@@ -50,8 +57,14 @@ class Worker:
         self._runtime: WorkerRuntime | None = None
         self._opened = 0, ""
         self._interrupted = False
+        self._retired = False
+        self._opening_since: float | None = None
         self._output = ExitStack()
-        self._importing = begin(_import_libraries)
+        self._importing: threading.Thread | None = None
+        if not _is_restarted():  # it may have died of these imports
+            self._importing = begin(_import_libraries)
+        if ray.is_initialized():  # otherwise this is a test, in a process that is not the actor's own
+            retire_on_signals(self._end_by_signal)
 
     def open(self, data: list[Any], logs: str) -> tuple[int, str]:
         """Load the base model, unless that was done before.
@@ -66,7 +79,8 @@ class Worker:
         """
         with self._lock:
             if self._runtime is None:
-                self._importing.join()
+                self._opening_since = time.monotonic()
+                (self._importing or begin(_import_libraries)).join()
                 (rows,) = ray.get(data)
                 from orchestrator.training.model.device import use_device
                 from orchestrator.training.worker.compatibility import plan_slots
@@ -77,6 +91,7 @@ class Worker:
                 use_device(self._spec.resources.cpus_per_trial)
                 self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
                 self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
+                self._opening_since = None
             return self._opened
 
     def interrupt(self, wait_s: float) -> None:
@@ -84,6 +99,39 @@ class Worker:
         self._interrupted = True
         if self._runtime is not None:
             self._runtime.interrupt(wait_s)
+
+    def retire(self, reason: str, wait_s: float) -> None:
+        """Have all trials write a checkpoint and go on in another worker, within `wait_s` seconds.
+
+        No other trial starts here. Return once the events of these trials have been fetched.
+
+        Args:
+            reason: why, for the record of the trials.
+            wait_s: longest time to wait, in seconds.
+        """
+        self._retired = True
+        deadline = time.monotonic() + wait_s
+        if self._runtime is not None:
+            self._runtime.interrupt(wait_s, reason)
+            while self._runtime.has_unread and time.monotonic() < deadline:
+                time.sleep(_CHECK_S)
+
+    def pulse(self) -> Pulse:
+        """Return the state of this worker, for the supervisor."""
+        process, runtime, since = ProcessId.own(), self._runtime, self._opening_since
+        if runtime is None:
+            idle_s = 0.0 if since is None else time.monotonic() - since
+            return Pulse(process, False, since is not None, idle_s, 0.0, False, False)
+        clock = runtime.clock
+        return Pulse(
+            process, True, runtime.is_busy, clock.idle_s, clock.longest_s, clock.has_stepped, clock.has_evaluated
+        )
+
+    def _end_by_signal(self, number: Signals) -> None:
+        """Retire, then end this process with the code of the signal."""
+        self.retire(f"its process got {number.name}, as before a preemption", SAVING_S)
+        time.sleep(_LAST_EVENTS_S)
+        os._exit(128 + number)
 
     def is_interrupted(self) -> bool:
         """Return whether `interrupt` has been called."""
@@ -97,7 +145,9 @@ class Worker:
         """
         if self._interrupted:
             raise AttemptLost("the sweep is interrupted")
-        return None if self._runtime is None else self._runtime.free_slots()
+        if self._runtime is None:
+            return None
+        return 0 if self._retired else self._runtime.free_slots()
 
     def start(self, lease: str, start: TrialResult, paths: TrialPaths) -> bool:
         """Start a trial, see `WorkerRuntime.start`. End the process if its training thread has ended.
@@ -105,7 +155,7 @@ class Worker:
         Returns:
             Whether the trial was started.
         """
-        if self._runtime is None or self._interrupted:
+        if self._runtime is None or self._interrupted or self._retired:
             return False
         try:
             return self._runtime.start(lease, start, paths)
@@ -132,6 +182,35 @@ class Worker:
         """Give a slot back, see `WorkerRuntime.release`."""
         if self._runtime is not None:
             self._runtime.release(lease)
+
+
+def _is_restarted() -> bool:
+    """Return whether Ray has started this actor again, after another process of it has died."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def retire_on_signals(retire: Callable[[Signals], None]) -> None:
+    """Call `retire` in a thread of its own when SIGTERM or SIGHUP arrives in this process.
+
+    Ray's main thread waits outside Python most of the time, where no Python handler runs; the wakeup descriptor is
+    written to by the C handler itself. A local Ray's processes have these signals blocked (`shielding_children`): there
+    the driver gets them, and interrupts all workers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    numbers = (Signals.SIGTERM, Signals.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while arrived := os.read(reader, 1):
+            if arrived[0] in numbers:
+                retire(Signals(arrived[0]))
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _end_soon() -> None:

@@ -11,25 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
 from orchestrator.errors import SweepError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.record.files import write_atomic
+from orchestrator.sweep.workers.losses import AttemptLost, why_lost
 from orchestrator.training.attempt.events import END, Event
 
 _POLL_S = 10.0
 """Longest wait for events in one call; a worker gives an unused lease up after 30 s."""
 _RETRY_S = 0.2
 _RELEASE_S = 30.0
-
-
-class AttemptLost(Exception):
-    """An attempt at a trial has ended by a fault outside it; another attempt may continue from the last checkpoint."""
-
-
-class OutOfMemory(AttemptLost):
-    """An attempt has run out of GPU memory. The next one takes less."""
+_ANSWER_S = 30.0
+"""Time in which a worker says how many slots are free; one that hangs is ended by the supervisor."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +57,12 @@ class Workers:
             AttemptLost: the sweep is interrupted.
         """
         while True:
-            opened, closed = self._ask()
-            for free, _, handle in sorted(opened, key=lambda each: each[:2], reverse=True):
+            for free, _, handle in sorted(self._ask(), key=lambda each: each[:2], reverse=True):
                 try:
                     if free and ray.get(handle.start.remote(name, start, paths)):
                         return WorkerLease(handle, name)
                 except RayActorError:  # it has just died, perhaps after it started the trial
                     handle.release.remote(name)
-            for handle in closed:
-                try:
-                    ray.get(self.open(handle))
-                except RayError as error:
-                    if not opened and not isinstance(error, RayActorError):
-                        raise
             time.sleep(_RETRY_S)
 
     def interrupt(self, wait_s: float) -> None:
@@ -98,31 +86,31 @@ class Workers:
         started, _ = ray.wait(self.ready, num_returns=len(self.ready), timeout=0)
         return [handle for handle, ready in zip(self.handles, self.ready, strict=True) if ready in started]
 
-    def _ask(self) -> tuple[list[tuple[int, float, Any]], list[Any]]:
-        """Ask all workers for their free slots.
+    def _ask(self) -> list[tuple[int, float, Any]]:
+        """Ask all open workers for their free slots.
 
         Returns:
-            The open workers, each as (free slots, random number, actor), and the actors that are not open yet.
+            The workers that have answered, each as (free slots, random number, actor). The supervisor opens the others.
 
         Raises:
             SweepError: every worker has died for good.
         """
-        opened, closed, num_dead = [], [], 0
+        opened, num_dead = [], 0
         for handle in self._running():
             try:
-                free = ray.get(handle.free_slots.remote())
+                free = ray.get(handle.free_slots.remote(), timeout=_ANSWER_S)
+            except GetTimeoutError:  # it hangs; it counts as full
+                continue
             except ActorDiedError:
                 num_dead += 1
             except RayActorError:  # Ray restarts it; it counts as full
                 continue
             else:
-                if free is None:
-                    closed.append(handle)
-                else:
+                if free is not None:
                     opened.append((free, random.random(), handle))
         if num_dead == len(self.handles):
             raise SweepError("no worker is left: each has died for good")
-        return opened, closed
+        return opened
 
 
 class WorkerLease:
@@ -141,7 +129,7 @@ class WorkerLease:
         try:
             events: list[Event] | None = ray.get(self._worker.events.remote(self._name, _POLL_S))
         except RayError as error:
-            raise AttemptLost(f"its worker was lost: {str(error).strip().splitlines()[0]}") from error
+            raise AttemptLost(f"its worker was lost: {why_lost(error)}") from error
         if events is None:
             raise AttemptLost(
                 "its slot was lost: its worker has restarted, or this process did not contact it for too long"

@@ -112,6 +112,8 @@ class Left(Event):
     """Whether `lost` is a fault of the storage. Every other attempt would meet it too until it is repaired."""
     is_memory: bool = False
     """Whether the trial has run out of GPU memory. The next attempt takes less."""
+    is_outside: bool = False
+    """Whether the whole process has ended its trials, such as before a preemption. The trial is not to blame."""
 
 
 END = (Completed, Failed, Left)

@@ -26,7 +26,7 @@ from orchestrator.training.model.device import reset_peak_memory
 from orchestrator.training.worker.compatibility import Slots, not_packed_reason, open_slots
 from orchestrator.training.worker.file_writers import FileWriters
 from orchestrator.training.worker.inputs import InputsCache
-from orchestrator.training.worker.slots import SlotLease, SlotPool
+from orchestrator.training.worker.slots import ProgressClock, SlotLease, SlotPool
 
 MAX_ALONE_WAIT_S = 120.0
 """How long newcomers may overtake a trial that must run alone. After that, no other trial starts before it."""
@@ -131,9 +131,29 @@ class WorkerRuntime:
         with suppress(LeaseLost):
             self._pool.get(lease).release()
 
-    def interrupt(self, wait_s: float) -> bool:
-        """Have all trials write a checkpoint and stop; return whether all have ended within `wait_s` seconds."""
-        return self._pool.interrupt(wait_s)
+    def interrupt(self, wait_s: float, reason: str | None = None) -> bool:
+        """Have all trials write a checkpoint and stop; return whether all have ended within `wait_s` seconds.
+
+        Args:
+            wait_s: how long to wait.
+            reason: why, for trials that go on elsewhere; None if the whole sweep stops.
+        """
+        return self._pool.interrupt(wait_s, reason)
+
+    @property
+    def clock(self) -> ProgressClock:
+        """The progress of the trials."""
+        return self._pool.clock
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a trial has not ended."""
+        return self._pool.is_busy
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a lease that somebody still renews has events that were not taken."""
+        return self._pool.has_unread
 
     def free_slots(self) -> int:
         """Return how many trials could be started now."""

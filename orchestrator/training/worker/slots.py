@@ -2,9 +2,10 @@
 
 import threading
 import time
+from dataclasses import replace
 
 from orchestrator.record import TrialPaths, TrialResult
-from orchestrator.training.attempt.events import END, Event, LeaseLost, Left
+from orchestrator.training.attempt.events import END, Evaluated, Event, LeaseLost, Left
 
 LEASE_TIMEOUT_S = 30.0
 """A lease expires when nobody has asked for its events, or renewed it, for so long."""
@@ -12,17 +13,48 @@ LEASE_TIMEOUT_S = 30.0
 _POLL_S = 0.05
 
 
+class ProgressClock:
+    """Measures the pauses between signs of progress of a process: steps and events of its trials."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.longest_s = 0.0
+        """Longest pause so far, in seconds."""
+        self.has_stepped = False
+        """Whether a step has been made."""
+        self.has_evaluated = False
+        """Whether an evaluation has been done."""
+
+    def begin(self) -> None:
+        """Begin to measure, after a time without work."""
+        self._last = time.monotonic()
+
+    def mark(self) -> None:
+        """Note a sign of progress."""
+        now = time.monotonic()
+        self.longest_s, self._last = max(self.longest_s, now - self._last), now
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last sign of progress."""
+        return time.monotonic() - self._last
+
+
 class SlotLease:
     """One trial's hold on a slot. It is the trial's `Listener`, and keeps its events until they are taken."""
 
-    def __init__(self, name: str, slot: int, start: TrialResult, paths: TrialPaths) -> None:
+    def __init__(
+        self, name: str, slot: int, start: TrialResult, paths: TrialPaths, clock: ProgressClock | None = None
+    ) -> None:
         """
         Args:
             name: by which the recording process asks for events.
             slot: number of the slot.
             start: the trial so far.
             paths: the trial's files.
+            clock: measures the progress of the process.
         """
+        self._clock = clock or ProgressClock()
         self.name = name
         self.slot = slot
         self.start = start
@@ -37,6 +69,8 @@ class SlotLease:
         self._has_events = threading.Condition()
         self._renewed_at = time.monotonic()
         self._is_released = False
+        self.leave_reason: str | None = None
+        """Why the whole process ends its trials, if it does."""
         self._was_claimed = False
         self.wants_checkpoint = False
         """Whether the trial should write a checkpoint before it stops."""
@@ -85,13 +119,25 @@ class SlotLease:
             taken, self._events = self._events, []
         return taken
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether events were not taken yet."""
+        with self._has_events:
+            return bool(self._events)
+
     def on_step(self, step: int, total_steps: int) -> None:
-        """Ignore the step; see `Listener`."""
+        """Note the progress; see `Listener`."""
+        self._clock.has_stepped = True
+        self._clock.mark()
 
     def emit(self, event: Event) -> None:
         """Keep an event until it is taken. Events after the last one are dropped; see `Listener`."""
+        self._clock.has_evaluated = self._clock.has_evaluated or isinstance(event, Evaluated)
+        self._clock.mark()
         with self._has_events:
             if not self.has_ended:
+                if isinstance(event, Left) and event.lost is None and self.leave_reason is not None:
+                    event = replace(event, lost=self.leave_reason, is_outside=True)
                 self._events.append(event)
                 self.has_ended = isinstance(event, END)
                 self._has_events.notify_all()
@@ -104,6 +150,7 @@ class SlotPool:
         self._lock = threading.Lock()
         self._free = list(range(num_slots))
         self._leases: dict[str, SlotLease] = {}
+        self.clock = ProgressClock()
         self._lost: str | None = None
         self._interrupted = False
 
@@ -126,7 +173,9 @@ class SlotPool:
                     del self._leases[known]
             if not self._free or self._interrupted:
                 return None
-            made = self._leases[name] = SlotLease(name, self._free.pop(0), start, paths)
+            if not self._active():
+                self.clock.begin()
+            made = self._leases[name] = SlotLease(name, self._free.pop(0), start, paths, self.clock)
             return made
 
     def get(self, name: str) -> SlotLease:
@@ -140,6 +189,22 @@ class SlotPool:
                 raise LeaseLost(f"lease {name} is unknown here")
             return self._leases[name]
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a trial has not ended."""
+        with self._lock:
+            return bool(self._active())
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a lease that somebody still renews has events that were not taken."""
+        with self._lock:
+            return any(lease.has_unread and not lease.is_expired for lease in self._leases.values())
+
+    def _active(self) -> list[SlotLease]:
+        """Return the leases whose trials have not ended. The caller holds the lock."""
+        return [lease for lease in self._leases.values() if not lease.has_ended]
+
     def num_free(self) -> int:
         """Return the number of free slots."""
         with self._lock:
@@ -151,11 +216,12 @@ class SlotPool:
         with self._lock:
             self._free.append(lease.slot)
 
-    def interrupt(self, wait_s: float) -> bool:
+    def interrupt(self, wait_s: float, reason: str | None = None) -> bool:
         """Have all trials write a checkpoint and stop after their step. No trial gets a slot from now on.
 
         Args:
             wait_s: how long to wait for that, in seconds.
+            reason: why, for trials that go on elsewhere; None if the whole sweep stops.
 
         Returns:
             Whether all trials have ended in that time.
@@ -163,6 +229,7 @@ class SlotPool:
         with self._lock:
             self._interrupted, leases = True, list(self._leases.values())
         for lease in leases:
+            lease.leave_reason = reason
             lease.interrupt()
         deadline = time.monotonic() + wait_s
         while not (ended := all(lease.has_ended for lease in leases)) and time.monotonic() < deadline:
@@ -174,4 +241,4 @@ class SlotPool:
         with self._lock:
             self._lost = reason
             for lease in self._leases.values():
-                lease.emit(Left(0.0, 0.0, 0.0, 0, reason))
+                lease.emit(Left(0.0, 0.0, 0.0, 0, reason, is_outside=True))

@@ -179,6 +179,24 @@ def test_an_interrupted_trial_stays_as_it_was_reported(start: TrialResult, paths
     assert not paths.lease.exists()
 
 
+@pytest.mark.parametrize(
+    ("end", "counts"),
+    [
+        (Left(*USE, step=3, lost="RuntimeError: CUDA error"), True),
+        (Left(*USE, step=3, lost="its node is about to go away", is_outside=True), False),
+        (Left(*USE, step=3, lost=None), False),
+    ],
+    ids=["error", "preempted", "stopped"],
+)
+def test_only_an_error_of_the_training_counts_as_a_failure(
+    start: TrialResult, paths: TrialPaths, end: Left, counts: bool
+) -> None:
+    remote = trial(start, paths, Workers([begun(), end]))
+    with pytest.raises(AttemptLost) as raised:
+        remote.next()
+    assert raised.value.counts is counts
+
+
 @pytest.mark.parametrize("events", [[Left(*USE, step=3, lost="CUDA error")], []], ids=["events", "worker gone"])
 def test_a_fault_outside_the_trial_ends_the_attempt(start: TrialResult, paths: TrialPaths, events: list[Event]) -> None:
     batches = [[begun(), evaluated(paths, 2)], *([events] if events else [])]

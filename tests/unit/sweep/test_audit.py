@@ -202,7 +202,7 @@ def test_an_audit_in_which_every_trial_fails_by_its_values_is_a_result(
         write_trial(audit, "again", rate, "FAILED", [4.0], failure="diverged", error="the loss is not finite")
         (audit.paths.tune / "again").mkdir(parents=True)
 
-    fleet = SimpleNamespace(open=lambda *_: (None, 1, ""))
+    fleet = SimpleNamespace(open=lambda *_: (None, 1, ""), fault=lambda: None)
     monkeypatch.setattr(run, "compiling_early", lambda *_: nullcontext())
     monkeypatch.setattr(run, "connection", lambda *_: nullcontext())
     monkeypatch.setattr(run, "start_fleet", lambda *_: nullcontext(fleet))

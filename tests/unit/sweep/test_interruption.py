@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 
-from orchestrator.errors import StorageError, TrialError
+from orchestrator.errors import StorageError, SweepError, TrialError
 from orchestrator.record import SweepPaths
 from orchestrator.signals import StopRequest
 from orchestrator.sweep.interruption import Interrupter, Interruption
@@ -33,16 +33,28 @@ class Workers:
 def failed(tmp_path: Path, error: BaseException | None) -> Any:
     """Return a Tune trial whose attempt has failed by an error that Ray has passed on."""
     if error is None:
-        return SimpleNamespace(pickled_error_file=None)
+        return SimpleNamespace(pickled_error_file=None, status=Trial.ERROR)
     file = tmp_path / "error.pkl"
     file.write_bytes(cloudpickle.dumps(RayTaskError("step", "the traceback", error).as_instanceof_cause()))
-    return SimpleNamespace(pickled_error_file=str(file))
+    return SimpleNamespace(pickled_error_file=str(file), status=Trial.ERROR)
 
 
-def make(tmp_path: Path, signal: Signals | None = None) -> tuple[Interrupter, Workers]:
+class Failures:
+    """Counts the failed attempts."""
+
+    num_taken = 0
+
+    def take(self, trial: Any) -> None:
+        self.num_taken += 1
+
+
+def make(
+    tmp_path: Path, signal: Signals | None = None, failures: Failures | None = None, fault: SweepError | None = None
+) -> tuple[Interrupter, Workers]:
     stop, workers = StopRequest(), Workers()
     stop.signal = signal
-    return Interrupter(stop, workers, SweepPaths(tmp_path / "s")), workers  # type: ignore[arg-type]
+    paths = SweepPaths(tmp_path / "s")
+    return Interrupter(stop, workers, paths, failures or Failures(), lambda: fault), workers  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [FULL, StorageError("OSError: [Errno 28] No space left on device")])
@@ -57,10 +69,22 @@ def test_a_storage_fault_ends_the_sweep(tmp_path: Path, error: BaseException) ->
 
 @pytest.mark.parametrize("error", [None, TrialError("loss is nan at step 3"), PermissionError("of somebody else")])
 def test_any_other_error_is_left_to_the_trial(tmp_path: Path, error: BaseException | None) -> None:
-    interrupter, workers = make(tmp_path)
+    failures = Failures()
+    interrupter, workers = make(tmp_path, failures=failures)
     interrupter.check_trial(failed(tmp_path, error))
     interrupter.check()
     assert workers.num_asked == 0
+    assert failures.num_taken == 1
+    final = failed(tmp_path, error)
+    final.status = Trial.RUNNING  # Tune gives it up
+    interrupter.check_trial(final)
+    assert failures.num_taken == 1
+
+
+def test_a_fault_of_all_workers_ends_the_sweep(tmp_path: Path) -> None:
+    interrupter, _ = make(tmp_path, fault=SweepError("no worker is left"))
+    with pytest.raises(SweepError, match="no worker is left"):
+        interrupter.check()
 
 
 def test_a_signal_ends_the_sweep_after_checkpoints_and_before_a_failure_counts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.record import SweepPaths
-from orchestrator.sweep.snapshot import restore_snapshot, save_snapshot
+from orchestrator.sweep.snapshot import SnapshotWriter, has_trials, restore_snapshot
 
 
 def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
@@ -21,12 +21,13 @@ def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> 
     }
     for name, text in whole.items():
         (staging / name).write_text(text)
-    save_snapshot(staging, paths, lambda: b"rungs")
+    SnapshotWriter(paths).save(staging, lambda: b"rungs")
     for name in (*whole, "searcher-state-2.pkl"):  # the last is of a driver that died at once
         (paths.tune / name).write_text("")
     (paths.tune / "tuner.pkl").write_text("tuner")
     assert restore_snapshot(paths) == b"rungs"
-    assert {file.name: file.read_text() for file in paths.tune.iterdir()} == whole | {"tuner.pkl": "tuner"}
+    restored = {name.replace("-1.", "-0000-restored."): text for name, text in whole.items()}
+    assert {file.name: file.read_text() for file in paths.tune.iterdir()} == restored | {"tuner.pkl": "tuner"}
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
 
 
@@ -36,15 +37,50 @@ def test_the_newest_state_is_kept(tmp_path: Path) -> None:
     staging.mkdir()
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
-        save_snapshot(staging, paths, text.encode)
+        SnapshotWriter(paths).save(staging, text.encode)
     assert restore_snapshot(paths) == b"new", "both states are of the same time"
-    assert (paths.tune / "searcher-state-1.pkl").read_text() == "new"
+    assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "new"
+
+
+def test_a_clock_that_was_set_back_hides_no_later_state(tmp_path: Path) -> None:
+    """Tune names its files by the time and reads the name that sorts last."""
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    (staging / "experiment_state-2026-05-01_12-00-00.json").write_text("first driver")
+    SnapshotWriter(paths).save(staging, lambda: b"first")
+    assert restore_snapshot(paths) == b"first"
+    for file in staging.iterdir():
+        file.unlink()
+    for file in paths.tune.iterdir():  # Tune copies what it restores to its new folder on this machine
+        (staging / file.name).write_bytes(file.read_bytes())
+    second, writer = staging / "experiment_state-2026-05-01_11-00-00.json", SnapshotWriter(paths)
+    for text in ("second driver", "its later state"):
+        second.write_text(text)
+        os.utime(second, (1.0, 1.0 + len(text)))
+        writer.save(staging, text.encode)
+    assert restore_snapshot(paths) == b"its later state"
+    assert [file.read_text() for file in paths.tune.iterdir()] == ["its later state"]
+
+
+def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    (staging / "searcher-state-1.pkl").write_text("old")
+    os.utime(staging / "searcher-state-1.pkl", (1.0, 1.0))
+    writer = SnapshotWriter(paths)
+    writer.save(staging, lambda: b"first")
+    writer.save(staging, lambda: b"second")
+    assert restore_snapshot(paths) == b"first"
 
 
 def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
     paths = SweepPaths(tmp_path)
     paths.tune.mkdir()
     (paths.tune / "experiment_state-1.json").write_text("{}")
+    assert not has_trials(SweepPaths(tmp_path / "none"))
+    assert has_trials(paths)
     assert restore_snapshot(paths) is None
     assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
 
@@ -56,7 +92,7 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     paths.tune.mkdir(parents=True)
     staging.mkdir()
     (staging / "searcher-state-1.pkl").write_text("old")
-    save_snapshot(staging, paths, lambda: b"old")
+    SnapshotWriter(paths).save(staging, lambda: b"old")
     (staging / "searcher-state-1.pkl").write_text("new")
 
     def fail(*_: object) -> None:
@@ -65,6 +101,6 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     with monkeypatch.context() as patched:
         patched.setattr(zipfile.ZipFile, "writestr", fail)
         with pytest.raises(OSError, match="No space left"):
-            save_snapshot(staging, paths, lambda: b"new")
+            SnapshotWriter(paths).save(staging, lambda: b"new")
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
     assert restore_snapshot(paths) == b"old"

@@ -1,7 +1,10 @@
 """The start of a worker, before it trains."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from signal import Signals
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,3 +50,36 @@ def test_a_workers_rows_come_after_its_imports(
     handle = SimpleNamespace(open=SimpleNamespace(remote=open_))
     Workers([handle], [], rows, tmp_path).open(handle)
     assert order == ["imports", [rows]]
+
+
+@pytest.mark.parametrize("number", [Signals.SIGTERM, Signals.SIGHUP], ids=lambda each: each.name)
+def test_a_signal_reaches_a_worker_whose_main_thread_runs_no_python(number: Signals) -> None:
+    """Ray's main thread waits in its own code, where no Python handler of a signal runs."""
+    script = (
+        "import ctypes, os\n"
+        "from orchestrator.sweep.workers.worker import retire_on_signals\n"
+        "retire_on_signals(lambda number: os._exit(number + 100))\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(60): ctypes.CDLL(None).sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(30) == number + 100
+
+
+def test_a_retired_worker_takes_no_trial(document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_import_libraries", lambda: None)
+    monkeypatch.setattr(worker_module.ray, "get_gpu_ids", list)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    worker = Worker(parse_spec(document), slots=1, is_fixed=True, gpus=0)
+    asked: list[Any] = []
+    runtime = SimpleNamespace(interrupt=lambda *given: asked.append(given), has_unread=False, free_slots=lambda: 1)
+    worker._runtime = runtime  # type: ignore[assignment]
+    assert worker.free_slots() == 1
+    worker.retire("its node is about to go away", 3.0)
+    assert asked == [(3.0, "its node is about to go away")]
+    assert worker.free_slots() == 0
+    assert not worker.start("lease", None, None)  # type: ignore[arg-type]
+    assert not worker.is_interrupted(), "the sweep goes on"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.record import TrialPaths
-from orchestrator.training.attempt.events import Completed, LeaseLost, Left
+from orchestrator.training.attempt.events import Completed, Evaluated, LeaseLost, Left
 from orchestrator.training.worker import slots
 from orchestrator.training.worker.file_writers import FileWriter
 from orchestrator.training.worker.slots import SlotLease, SlotPool
@@ -154,3 +154,38 @@ def test_log_on_a_full_disk_blocks_nothing() -> None:
         patched.undo()
         with suppress(OSError):
             full.close()
+
+
+def test_trials_of_a_process_that_goes_away_leave_for_its_reason_and_not_as_failures() -> None:
+    pool = SlotPool(2)
+    lease, done = lease_slot(pool, "1", "a"), lease_slot(pool, "2", "b")
+    done.emit(Completed(0.0, 0.0, 0.0))
+    assert not pool.interrupt(wait_s=0.0, reason="its node is about to go away")
+    assert pool.has_unread
+    lease.emit(Left(0.0, 0.0, 0.0, 5, None))
+    (event,) = lease.take_events(0)
+    assert isinstance(event, Left)
+    assert (event.lost, event.is_outside) == ("its node is about to go away", True)
+    assert [type(each) for each in done.take_events(0)] == [Completed]
+    assert not pool.has_unread
+
+
+def test_the_longest_pause_is_between_two_signs_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now)
+    pool = SlotPool(1)
+    assert not pool.is_busy
+    now = 500.0  # nothing was to do
+    lease = lease_slot(pool, "1", "a")
+    assert pool.is_busy
+    now = 507.0
+    lease.on_step(1, 9)
+    now = 509.0
+    lease.on_step(2, 9)
+    now = 512.0
+    assert (pool.clock.longest_s, pool.clock.idle_s) == (7.0, 3.0)
+    assert (pool.clock.has_stepped, pool.clock.has_evaluated) == (True, False)
+    lease.emit(Evaluated(0.0, 0.0, 0.0, step=1, tokens=1, values={}, adapter=None, saves=False))
+    assert (pool.clock.idle_s, pool.clock.has_evaluated) == (0.0, True)
+    lease.emit(Completed(0.0, 0.0, 0.0))
+    assert not pool.is_busy

@@ -89,7 +89,7 @@ class Slot:
 
     def train(self, checkpoint: str | None) -> TrialSteps:
         """Train from the start, or from a checkpoint, to the last step or until a callback stops the trial."""
-        batches, start = self.begin(checkpoint), time.time()
+        batches, start = self.begin(checkpoint), time.monotonic()
         trainer, first = self.trainer, self.trainer.state.global_step
         for epoch, batch in batches:
             if self._rate_to_log is None:
@@ -122,7 +122,7 @@ class Slot:
                 self._save()
         self.collect()
         self._copy_to_model()
-        steps, seconds = trainer.state.global_step - first, time.time() - start
+        steps, seconds = trainer.state.global_step - first, time.monotonic() - start
         trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
         self._call("on_train_end")
 
