@@ -11,6 +11,7 @@ from orchestrator.record.answers import AnsweredPrompt, Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
+    AddedTrial,
     BadRows,
     BestPoint,
     ExperimentSource,
@@ -29,6 +30,7 @@ from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
     end_trial,
+    read_added,
     read_metrics,
     read_result,
     read_sweep,
@@ -40,6 +42,7 @@ from orchestrator.record.test_score import TestScore
 
 __all__ = [
     "OPEN",
+    "AddedTrial",
     "AnsweredPrompt",
     "Answers",
     "BadRows",
@@ -62,6 +65,7 @@ __all__ = [
     "end_trial",
     "have_ended",
     "is_finished",
+    "read_added",
     "read_decisions",
     "read_metrics",
     "read_result",

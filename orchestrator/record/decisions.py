@@ -13,9 +13,9 @@ class Decision(Record):
     trial_id: str
     step: int
     """Optimizer step of the trial's last evaluation."""
-    action: Literal["chosen", "stopped", "paused", "resumed", "cloned"]
-    """What happened to the trial. chosen: the search made it. cloned: it continues from the state of `donor`, with
-    other values."""
+    action: Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
+    """What happened to the trial. chosen: the search made it. added: somebody has asked for it. cloned:
+    it continues from the state of `donor`, with other values."""
     why: str
     donor: str | None = None
     """Trial whose state it takes over."""

@@ -19,7 +19,7 @@ from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
+from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState, read_sweep
 from orchestrator.record.extend import save_extension
 from orchestrator.record.lock import only_driver
 from orchestrator.record.rows import notes_on_rows
@@ -136,6 +136,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     doing("starting the search")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
     _run_trials(record, workers, max_concurrent, watch, say, home=record.paths)
+    record = read_sweep(record.paths.root)
     if spec.search.repeats > 1:
         if record.budget_spent():
             say("search.repeats: the finalists do not run again, because the budget is spent")
@@ -215,7 +216,7 @@ def _run_trials(
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
     with deferred_signals(say, lambda: _checkpoints_to_write(record)) as stop:
         try:
-            tuner = _make_tuner(record, workers, max_concurrent, stop)
+            tuner = _make_tuner(record, workers, max_concurrent, stop, say)
             with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
@@ -230,6 +231,7 @@ def _run_trials(
                 f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
                 f"All results are kept; continue with: orchestrator resume {home.root}",
             ) from error
+    record = read_sweep(record.paths.root)  # people may have extended it meanwhile
     cancel_unknown(record)
     catch_up(record, say)
     if over := record.why_over():
@@ -247,7 +249,7 @@ def _checkpoints_to_write(record: SweepRecord) -> str:
     return f"stopping at the next step, {counted(running, 'checkpoint')} to write"
 
 
-def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest) -> Any:
+def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest, say: Say) -> Any:
     """Make a tuner, or restore the one whose state is in the sweep's folder.
 
     Args:
@@ -255,6 +257,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
         workers: train the trials.
         max_concurrent: number of trials that run at a time.
         stop: holds the signal that ends the sweep, once it has arrived.
+        say: called with messages.
     """
     from ray import tune
 
@@ -272,7 +275,7 @@ def _make_tuner(record: SweepRecord, workers: Workers, max_concurrent: int, stop
     )
     algorithm = make_search_algorithm(record, max_concurrent)
     interrupter = Interrupter(stop, workers, paths)
-    conductor = Conductor(record, max_concurrent, restore_snapshot(paths), interrupter.check_trial)
+    conductor = Conductor(record, max_concurrent, restore_snapshot(paths), interrupter.check_trial, say)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
     if tune.Tuner.can_restore(str(paths.tune)):
         tuner = tune.Tuner.restore(

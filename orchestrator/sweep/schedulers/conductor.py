@@ -20,6 +20,7 @@ from orchestrator.sweep.schedulers.factory import make_scheduler, time_unit
 from orchestrator.sweep.schedulers.population import CloneRecorder
 from orchestrator.sweep.schedulers.report_queue import ReportQueue
 from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
+from orchestrator.sweep.schedulers.steering import Steering
 from orchestrator.sweep.schedulers.stuck import ACTIVE, StuckWatch
 from orchestrator.sweep.schedulers.together import JudgedTogether
 from orchestrator.sweep.tune_trial import COMPLETE, set_folder
@@ -43,6 +44,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         num_slots: int,
         saved_state: bytes | None = None,
         check_failure: Callable[[Any], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -50,6 +52,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             num_slots: number of trials that run at a time.
             saved_state: the last `state` of the previous driver; None for a new sweep.
             check_failure: called with a trial whose attempt has failed; may end the sweep by raising.
+            say: called with messages for the user.
         """
         super().__init__()
         self._record = record
@@ -57,8 +60,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._num_slots = num_slots
         self._check_failure = check_failure
         scheduler = self._spec.scheduler
-        self._takes_turns = trials_take_turns(scheduler)
-        self._holds_new_trials = self._takes_turns and not isinstance(scheduler, BohbScheduler)
+        self.takes_turns = trials_take_turns(scheduler)
+        self._holds_new_trials = self.takes_turns and not isinstance(scheduler, BohbScheduler)
         self._inner = make_scheduler(self._spec, record.info.num_rows)
         self._budget = BudgetTracker(self._spec.search.budget)
         needs_order = reports_need_order(scheduler)
@@ -74,11 +77,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._num_decisions = 0
         self._budget_spent = record.budget_spent()
         self._stuck_watch = StuckWatch(scheduler.kind)
-        self._trials: dict[str, Any] = {}
+        self.trials: dict[str, Any] = {}
         before = None if saved_state is None else thaw(saved_state, {})
         self._frozen: bytes | None = None if before is None else before["frozen"]
         """State of the previous driver, until Tune has restored all of its trials."""
         self._unrestored: set[str] = set() if before is None else set(before["trials"])
+        self.steering = Steering(record, say, before and before.get("steering"))
+        self.controller: Any = None
         if before is not None:
             self._waiting, self._stop_reasons = before["waiting"], before["stop_reasons"]
 
@@ -93,8 +98,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def state(self) -> bytes:
         """Return the state that a resume needs, for `saved_state`."""
-        trials = [*self._trials, *self._unrestored]
+        trials = [*self.trials, *self._unrestored]
         known = {"trials": trials, "waiting": self._waiting, "stop_reasons": self._stop_reasons}
+        known["steering"] = self.steering.state()
         # Until all trials are restored, the state of the previous driver stays as it is.
         frozen = self._frozen or freeze({name: self.__dict__[name] for name in _SAVED_ATTRIBUTES})
         return freeze(known | {"frozen": frozen})
@@ -105,12 +111,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial. Tune adds it again when it restarts it after a fault; it then keeps its place."""
+        self.controller = controller
         set_folder(trial, self._record.paths)
-        if trial.trial_id in self._trials:
+        if trial.trial_id in self.trials:
             if trial.trial_id in self._waiting:  # its trainable was lost while its checkpoint was written
                 set_trial_status(controller, trial, Trial.PAUSED)
             return
-        self._trials[trial.trial_id] = trial
+        self.trials[trial.trial_id] = trial
         if self._reports is not None:
             self._reports.add(trial)
         if trial.trial_id in self._unrestored:
@@ -119,10 +126,15 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 self._restore()
         else:
             self._inner.on_trial_add(controller, trial)
-            if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
-                self._record_decision(trial, "chosen", why)
+            if trial.trial_id not in self.steering.unstarted:
+                self._explain(controller, trial)
         if not trial.is_finished():
             self._set_first_status(trial)
+
+    def _explain(self, controller: Any, trial: Any) -> None:
+        """Record why the search has chosen a trial, if it says so."""
+        if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
+            self.log(trial, "chosen", why)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide about a trial that reports. A report that is repeated after a fault is ignored."""
@@ -155,11 +167,14 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             stops = self._judge(controller, going_on)
             for trial, _ in going_on:
                 is_stopped = trial.trial_id in stops
-                (self._reports.end if is_stopped else self._reports.continues)(trial)
+                pauses = not is_stopped and self._pauses_on_request(controller, trial)
+                (self._reports.end if is_stopped or pauses else self._reports.continues)(trial)
                 if trial is reporting:
-                    action = str(TrialScheduler.STOP if is_stopped else TrialScheduler.CONTINUE)
+                    action = str(_ACTIONS[is_stopped, pauses])
                 elif is_stopped:
                     controller.stop_trial(trial)
+                elif pauses:
+                    controller.pause_trial(trial)
                 else:
                     continue_training(controller, trial)
         return action
@@ -171,9 +186,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._steps[trial.trial_id] = result["step"]
         spent = self._check_budget(controller)
         stops = {trial.trial_id: str(spent) for trial, _ in reports} if spent else self._inner.judge(reports)
+        if not spent:
+            asked = [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]
+            stops |= {trial.trial_id: self.steering.stop(trial, controller) for trial in asked}
+            self._inner.ended |= {trial.trial_id for trial in asked}
         for trial, _ in reports:
             if trial.trial_id in stops:
-                self._record_decision(trial, "stopped", stops[trial.trial_id])
+                self.log(trial, "stopped", stops[trial.trial_id])
         if self._spec.search.learns:  # stopped trials count by their present forecasts; Tune passes reports alone
             for trial_id, value in self._inner.forecasts.items():
                 controller.search_alg.searcher.count_as(trial_id, value)
@@ -184,18 +203,23 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         trial_id, step = trial.trial_id, result["step"]
         self._steps[trial_id] = step
         if spent := self._check_budget(controller):
-            self._record_decision(trial, "stopped", str(spent))
+            self.log(trial, "stopped", str(spent))
+            return str(TrialScheduler.STOP)
+        if self.steering.leaves(trial) == "stop":
+            self.log(trial, "stopped", self.steering.stop(trial, controller))
             return str(TrialScheduler.STOP)
         action = str(self._inner.on_trial_result(controller, trial, self._with_units(result)))
         if action == TrialScheduler.STOP:
-            self._record_decision(trial, "stopped", why_stopped(self._spec, result))
+            self.log(trial, "stopped", why_stopped(self._spec, result))
+        elif action == TrialScheduler.CONTINUE and self._pauses_on_request(controller, trial):
+            action = str(TrialScheduler.PAUSE)
         elif action == TrialScheduler.PAUSE:
             self._wait(trial, f"{self._spec.scheduler.kind}: waits for the others at step {step}")
         if isinstance(self._inner, CloneRecorder):
             for clone in self._inner.take_clones():
-                cloned = self._trials[clone.trial_id]
+                cloned = self.trials[clone.trial_id]
                 why = why_cloned(self._spec, result if cloned is trial else cloned.last_result, clone)
-                self._record_decision(cloned, "cloned", why, clone.donor)
+                self.log(cloned, "cloned", why, clone.donor)
                 self._steps[clone.trial_id] = clone.step
                 self._wait(cloned, None)
         return action
@@ -261,8 +285,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 if trial.status in (Trial.PENDING, Trial.PAUSED):
                     controller.stop_trial(trial)
             return None
-        if not self._takes_turns:
-            return self._inner.choose_trial_to_run(controller)
+        if not self.takes_turns:
+            return self._next(controller.get_trials())
         trials = controller.get_trials()
         if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
             return None
@@ -276,6 +300,45 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._resume(chosen)
         return chosen
 
+    def _next(self, trials: list[Any]) -> Any:
+        """Return the next trial where trials do not take turns: one that waits for a slot, or a new one."""
+        self.steering.say_if_all_wait(trials)
+        if sum(trial.status in ACTIVE for trial in trials) < self._num_slots:
+            for trial in trials:
+                if trial.status == Trial.PAUSED and trial.trial_id not in self.steering.held:
+                    self._resume(trial)
+                    return trial
+        return next((trial for trial in trials if trial.status == Trial.PENDING), None)
+
+    def _pauses_on_request(self, controller: Any, trial: Any) -> bool:
+        """Have a trial that reports pause, if somebody has asked for it."""
+        if self.steering.leaves(trial) != "pause":
+            return False
+        self._wait(trial, self.steering.pause(trial, controller))
+        return True
+
+    def is_spent(self) -> bool:
+        """Return whether the budget is spent."""
+        return self._budget_spent is not None
+
+    @property
+    def num_trials(self) -> int:
+        """Number of trials of the sweep, with those that were added by now."""
+        return self._record.info.num_trials
+
+    def rejoin(self, trial: Any) -> None:
+        """Note that a trial that was paused by request will continue."""
+        if self._reports is not None:
+            self._reports.rejoin(trial, self._steps.get(trial.trial_id, 0))
+
+    def take_over(self, record: SweepRecord) -> None:
+        """Go on with a record that has more trials or another budget."""
+        self._record, self._spec = record, record.info.spec
+        self._budget.budget = self._spec.search.budget
+        self.controller.search_alg.extend(self._spec.search)
+        if self._reports is not None:
+            self._reports.expect(record.info.num_trials)
+
     def debug_string(self) -> str:
         """Return the description that Tune prints."""
         return str(self._inner.debug_string())
@@ -284,12 +347,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         """Restore the state of the previous driver, once all of its trials are known again."""
         rule, frozen, self._frozen = self._inner, self._frozen, None
         assert frozen is not None
-        self.__dict__.update(thaw(frozen, self._trials))
+        self.__dict__.update(thaw(frozen, self.trials))
         if isinstance(rule, JudgedTogether):
             rule.take_over(self._inner)
             self._inner = rule
         if self._reports is not None:
-            self._reports.resume(self._num_slots, self._spec.search.total_trials, self._trials)
+            self._reports.resume(self._num_slots, self._record.info.num_trials, self.trials)
         self._budget.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
 
@@ -304,7 +367,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             return
         if trial.trial_id not in self._waiting:
             self._paths_of(trial).paused.unlink(missing_ok=True)
-            if not self._holds_new_trials:
+            if not self._holds_new_trials and trial.trial_id not in self.steering.unstarted:
                 return
             self._unstarted.add(trial.trial_id)
         trial.set_status(Trial.PAUSED)
@@ -314,16 +377,17 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._waiting.add(trial.trial_id)
         self._paths_of(trial).paused.touch()
         if why is not None:
-            self._record_decision(trial, "paused", why)
+            self.log(trial, "paused", why)
 
     def _resume(self, trial: Any) -> None:
         """Have a trial that waits continue, or start."""
         self._unstarted.discard(trial.trial_id)
+        self.steering.unstarted.discard(trial.trial_id)
         if trial.trial_id in self._waiting:
             self._waiting.discard(trial.trial_id)
             self._paths_of(trial).paused.unlink(missing_ok=True)
-            why = f"{self._spec.scheduler.kind}: continues from step {self._steps[trial.trial_id]}"
-            self._record_decision(trial, "resumed", why)
+            why = f"{self._spec.scheduler.kind}: continues from step {self._steps.get(trial.trial_id, 0)}"
+            self.log(trial, "resumed", why)
 
     def _record_stop(self, trial: Any) -> None:
         """Record the end of a trial that was not decided at its own report.
@@ -337,15 +401,16 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         ended = read_result(paths) if paths.result.is_file() else None
         if ended is not None and ended.stopped is not None:
             self._steps[trial_id] = ended.step
-            self._record_decision(trial, "stopped", ended.stopped)
+            self.log(trial, "stopped", ended.stopped)
         elif trial_id in self._steps:
             why = str(self._budget_spent or why_stopped(self._spec, trial.last_result))
-            self._record_decision(trial, "stopped", why)
+            self.log(trial, "stopped", why)
 
     def _end(self, trial: Any) -> None:
         """Forget that a trial waits: it has ended."""
         if self._reports is not None:
             self._reports.end(trial)
+        self.steering.end(trial.trial_id)
         self._unstarted.discard(trial.trial_id)
         self._waiting.discard(trial.trial_id)
         self._paths_of(trial).paused.unlink(missing_ok=True)
@@ -375,13 +440,14 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             controller.search_alg.set_finished()
         return self._budget_spent
 
-    def _record_decision(
+    def log(
         self,
         trial: Any,
-        action: Literal["chosen", "stopped", "paused", "resumed", "cloned"],
+        action: Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"],
         why: str,
         donor: str | None = None,
     ) -> None:
+        """Record a decision about a trial."""
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why
         step = self._steps.get(trial.trial_id, 0)
@@ -389,5 +455,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         append_decision(self._record.paths, decision)
         self._num_decisions += 1
 
+
+_ACTIONS = {
+    (False, False): TrialScheduler.CONTINUE,
+    (True, False): TrialScheduler.STOP,
+    (False, True): TrialScheduler.PAUSE,
+}
+"""Whether a trial stops, and whether it pauses -> the answer to its report."""
 
 _SAVED_ATTRIBUTES = ("_inner", "_steps", "_num_decisions", "_budget", "_reports")

@@ -55,6 +55,14 @@ class ReportQueue:
         names = [*self._held] if all_are_due else self._order.next(time.monotonic())
         return [self._held.pop(name) for name in names]
 
+    def expect(self, num_trials: int) -> None:
+        """Note how many trials the sweep has now."""
+        self._order.num_trials = num_trials
+
+    def rejoin(self, trial: Any, step: int) -> None:
+        """Note that a trial whose end was noted at a step will continue from there."""
+        self._order.rejoin(trial.trial_id, step)
+
     def continues(self, trial: Any) -> None:
         """Note that a trial continues after its report was processed."""
         self._order.processed(trial.trial_id)

@@ -146,7 +146,9 @@ class Attempt:
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         inputs, metric = self._inputs, self._start.metric
         questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
-        loop = open_loop(config, inputs, slot, self._paths.checkpoints, self._write_queue, questions)
+        paths = self._paths
+        initial = paths.initial_adapter if paths.initial_adapter.is_dir() else None
+        loop = open_loop(config, inputs, slot, paths.checkpoints, self._write_queue, questions, initial)
         try:
             yield from self._follow(loop, wanted, questions)
         finally:  # a remaining reference to the model must not keep its adapter's memory

@@ -1,0 +1,122 @@
+"""Steer a running sweep: each request takes effect in the sweep and in its records, once, also after a kill."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import command, start_sweep, wait_until
+from safetensors.torch import load_file
+
+from orchestrator.errors import RequestError
+from orchestrator.record import (
+    SweepRecord,
+    TrialResult,
+    TrialState,
+    read_decisions,
+    read_metrics,
+    read_sweep,
+    read_trial,
+)
+from orchestrator.record.ask import ask
+from orchestrator.record.requests import read_answer, unanswered, write_request
+from orchestrator.spec.dotted import read_path
+
+pytestmark = pytest.mark.long
+
+STEPS = 120
+LONG = [f"training.steps={STEPS}", "search.num_trials=3", "resources.max_concurrent=2", "search.algorithm=random"]
+
+
+@contextmanager
+def running(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a sweep of three trials of which two run at a time; end it at the end of the block."""
+    driver = start_sweep(folder, *LONG, *overrides)
+    try:
+        yield driver
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
+
+
+def two_run(trials: list[TrialResult]) -> bool:
+    return sum(trial.state == TrialState.RUNNING and trial.best is not None for trial in trials) == 2
+
+
+def trial(record: SweepRecord, name: str) -> TrialResult:
+    return read_trial(record.paths.trial(name), record.info)
+
+
+def eventually(driver: subprocess.Popen[str], condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+    raise AssertionError("it has not come so far within 240 s")
+
+
+def end(driver: subprocess.Popen[str]) -> str:
+    out, err = driver.communicate(timeout=400)
+    assert driver.returncode == 0, out + err
+    return out
+
+
+def steps_of(record: SweepRecord, name: str) -> list[int]:
+    return [p.step for p in read_metrics(record.paths.trial(name)) if "eval/loss" in p.values]
+
+
+def test_each_verb_changes_a_running_sweep(tmp_path: Path) -> None:
+    with running(tmp_path) as driver:
+        record = wait_until(tmp_path, driver, two_run)
+        first, second = [each.trial_id for each in record.trials()]
+
+        assert ask(record, "pause", trial_id=first) == f"{first} pauses at its next evaluation"
+        eventually(driver, lambda: trial(record, first).state == TrialState.PAUSED)
+        paused_at = trial(record, first)
+        assert paused_at.checkpoint == f"checkpoints/checkpoint-{paused_at.step}"
+        eventually(driver, lambda: len(record.trials()) == 3)  # another trial has its slot
+
+        added = ask(record, "add", values={"training.learning_rate": 1.5e-3, "lora.dropout": 0.0})
+        assert "is added" in added
+        assert "outside the search space" not in added
+        warm = ask(record, "clone", trial_id=first, warm=True, values={"lora.rank": 4, "training.steps": 8})
+        assert f"a clone of {first}/adapters/step-" in warm
+        assert ask(record, "stop", trial_id=second) == f"{second} stops at its next evaluation"
+        with pytest.raises(RequestError, match="is paused already"):
+            ask(record, "pause", trial_id=first)
+        assert "goes on" in ask(record, "go-on", trial_id=first)
+        assert "search.num_trials 3 -> 4" in ask(record, "extend", num_trials=6)
+        out = end(driver)
+
+    record = read_sweep(tmp_path / "s")
+    assert len(record.trials()) == record.info.num_trials == 6
+    new, clone = record.info.added
+    stopped = trial(record, second)
+    assert stopped.state == TrialState.STOPPED
+    assert stopped.stopped.startswith("stopped on request of ")
+    assert stopped.stopped == f"stopped on request of {stopped.stopped_by}"
+    assert [each.trial_id for each in record.trials() if each.state != TrialState.COMPLETE] == [second]
+    assert steps_of(record, first) == list(range(4, STEPS + 1, 4)), "each step once, before and after the pause"
+    assert trial(record, new).config.training.learning_rate == 1.5e-3
+    assert trial(record, new).added_by == stopped.stopped_by
+    assert trial(record, clone).cloned_from.startswith(f"{first}/adapters/step-")
+    assert trial(record, clone).step == 8
+    assert trial(record, clone).config.lora.rank == 4
+    assert trial(record, first).added_by is None
+    actions = [(each.trial_id, each.action) for each in read_decisions(record.paths)]
+    for expected in ((first, "paused"), (first, "resumed"), (second, "stopped"), (new, "added"), (clone, "added")):
+        assert actions.count(expected) == 1
+    assert unanswered(record.paths) == []
+    assert f"pause {first}: {first} pauses" in out
+    begin = read_metrics(record.paths.trial(clone))[0].values["train/loss"]
+    cold = max(read_metrics(record.paths.trial(name))[0].values["train/loss"] for name in (first, new))
+    assert begin < cold, "the clone begins with a trained adapter"
