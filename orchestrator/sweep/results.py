@@ -47,7 +47,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
         self._conductor.steering.write_answers(self._conductor)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
-        if have_ended and (len(trials) == self._conductor.num_trials or self._record.why_over()):
+        if have_ended and (len(trials) == self._conductor.steering.num_trials or self._record.why_over()):
             _await_trainables([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -1,6 +1,5 @@
 """Steer a running sweep: each request takes effect in the sweep and in its records, once, also after a kill."""
 
-import os
 import signal
 import subprocess
 import time
@@ -12,13 +11,14 @@ from typing import Any
 
 import pytest
 from drivers import command, start_sweep, wait_until
-from safetensors.torch import load_file
 
 from orchestrator.errors import RequestError
 from orchestrator.record import (
+    OPEN,
     SweepRecord,
     TrialResult,
     TrialState,
+    is_finished,
     read_decisions,
     read_metrics,
     read_sweep,
@@ -26,12 +26,15 @@ from orchestrator.record import (
 )
 from orchestrator.record.ask import ask
 from orchestrator.record.requests import read_answer, unanswered, write_request
-from orchestrator.spec.dotted import read_path
 
 pytestmark = pytest.mark.long
 
 STEPS = 120
 LONG = [f"training.steps={STEPS}", "search.num_trials=3", "resources.max_concurrent=2", "search.algorithm=random"]
+
+
+POINT = {"training.learning_rate": 1.5e-3, "lora.rank": 8, "lora.dropout": 0.0}
+"""A point of the demo's space."""
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def test_each_verb_changes_a_running_sweep(tmp_path: Path) -> None:
         assert paused_at.checkpoint == f"checkpoints/checkpoint-{paused_at.step}"
         eventually(driver, lambda: len(record.trials()) == 3)  # another trial has its slot
 
-        added = ask(record, "add", values={"training.learning_rate": 1.5e-3, "lora.dropout": 0.0})
+        added = ask(record, "add", values=POINT)
         assert "is added" in added
         assert "outside the search space" not in added
         warm = ask(record, "clone", trial_id=first, warm=True, values={"lora.rank": 4, "training.steps": 8})
@@ -120,3 +123,60 @@ def test_each_verb_changes_a_running_sweep(tmp_path: Path) -> None:
     begin = read_metrics(record.paths.trial(clone))[0].values["train/loss"]
     cold = max(read_metrics(record.paths.trial(name))[0].values["train/loss"] for name in (first, new))
     assert begin < cold, "the clone begins with a trained adapter"
+
+
+def test_a_killed_driver_neither_loses_nor_repeats_a_request_and_two_may_ask_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, "search.algorithm=auto") as driver:
+        record = wait_until(tmp_path, driver, two_run)
+        first, second = [each.trial_id for each in record.trials()]
+        with ThreadPoolExecutor() as people:
+            asked = [
+                people.submit(ask, record, "add", values=POINT),
+                people.submit(ask, record, "pause", trial_id=first),
+                people.submit(ask, record, "add", values=POINT | {"lora.dropout": 0.1, "training.steps": 8}),
+            ]
+            answers = [each.result() for each in asked]
+        assert sum("is added" in answer for answer in answers) == 2
+        eventually(driver, lambda: trial(record, first).state == TrialState.PAUSED)
+        late = write_request(record.paths, "stop", trial_id=second)
+        driver.kill()  # perhaps before the request is taken up, perhaps after it
+        driver.wait()
+    assert trial(record, first).state == TrialState.PAUSED
+    resume = subprocess.Popen(
+        command("resume", str(tmp_path / "s")), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        eventually(resume, lambda: read_answer(record.paths, late))
+        others_end = lambda: [t.trial_id for t in record.trials() if t.state in OPEN] == [first]  # noqa: E731
+        eventually(resume, lambda: len(record.trials()) == 5 and others_end())
+        assert trial(record, first).state == TrialState.PAUSED, "a resume keeps it paused"
+        resume.send_signal(signal.SIGINT)
+        out, err = resume.communicate(timeout=120)
+        assert resume.returncode == 130, err
+        assert f"only 1 paused trial left: {first}; have them go on with: orchestrator go-on" in out
+        assert "no driver is running; the request is kept" in ask(record, "go-on", trial_id=first)
+        again = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, timeout=400)
+        assert again.returncode == 0, again.stderr
+    finally:
+        if resume.poll() is None:
+            resume.kill()
+            resume.wait()
+    record = read_sweep(tmp_path / "s")
+    assert len(record.info.added) == 2
+    assert len(record.trials()) == record.info.num_trials == 5
+    assert trial(record, second).state == TrialState.STOPPED
+    assert steps_of(record, first) == list(range(4, STEPS + 1, 4))
+    actions = [(each.trial_id, each.action) for each in read_decisions(record.paths)]
+    for expected in (*((name, "added") for name in record.info.added), (second, "stopped"), (first, "paused")):
+        assert actions.count(expected) == 1, expected
+    assert is_finished(record)
+
+    longer = subprocess.run(
+        command("extend", str(tmp_path / "s"), "--steps", "8"), capture_output=True, text=True, timeout=400
+    )
+    assert longer.returncode == 0, longer.stderr
+    record = read_sweep(tmp_path / "s")
+    last = trial(record, record.info.added[-1])
+    assert last.state == TrialState.COMPLETE
+    assert last.step == 8
+    assert "/adapters/step-" in last.cloned_from

@@ -77,7 +77,6 @@ def added_trial(like: Any, trial_id: str, values: Mapping[str, Any]) -> Any:
         evaluated_params=dict(values),
         experiment_tag="added",
         stub=like.stub,
-        placement_group_factory=like.placement_group_factory,
         stopping_criterion=like.stopping_criterion,
         checkpoint_config=like.run_metadata.checkpoint_manager.checkpoint_config,
         trial_dirname_creator=lambda trial: trial.trial_id,

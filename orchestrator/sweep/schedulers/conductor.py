@@ -5,27 +5,28 @@ the searcher, and ends the sweep when its budget is spent.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
-from orchestrator.record.decisions import append_decision, keep_decisions
+from orchestrator.record.decisions import Action, append_decision, keep_decisions
 from orchestrator.spec.sections.scheduler import BohbScheduler
-from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
 from orchestrator.sweep.schedulers.budget import BudgetTracker
-from orchestrator.sweep.schedulers.decisions import why_cloned, why_stopped
-from orchestrator.sweep.schedulers.factory import make_scheduler, time_unit
+from orchestrator.sweep.schedulers.decisions import why_chosen, why_cloned, why_stopped
+from orchestrator.sweep.schedulers.factory import make_scheduler, with_units
+from orchestrator.sweep.schedulers.failures import report_failure
 from orchestrator.sweep.schedulers.population import CloneRecorder
-from orchestrator.sweep.schedulers.report_queue import ReportQueue
+from orchestrator.sweep.schedulers.report_queue import ReportQueue, action_of, answer_late
 from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
 from orchestrator.sweep.schedulers.steering import Steering
 from orchestrator.sweep.schedulers.stuck import ACTIVE, StuckWatch
 from orchestrator.sweep.schedulers.together import JudgedTogether
+from orchestrator.sweep.schedulers.waiting import WaitingTrials, next_in_order
 from orchestrator.sweep.tune_trial import COMPLETE, set_folder
 from orchestrator.sweep.turns import reports_need_order, trials_take_turns
-from orchestrator.upstream import continue_training, set_trial_status
+from orchestrator.upstream import set_trial_status
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
@@ -69,10 +70,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         record.paths.first_step.unlink(missing_ok=True)
         self._steps: dict[str, int] = {}
         """Trial -> the last step that was processed."""
-        self._unstarted: set[str] = set()
-        """Trials that were added as PAUSED and have not started."""
-        self._waiting: set[str] = set()
-        """Trials that wait for others or for a slot, after a report."""
+        self._waiting = WaitingTrials(self._paths_of)
         self._stop_reasons: dict[str, str] = {}
         self._num_decisions = 0
         self._budget_spent = record.budget_spent()
@@ -85,7 +83,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self.steering = Steering(record, say, before and before.get("steering"))
         self.controller: Any = None
         if before is not None:
-            self._waiting, self._stop_reasons = before["waiting"], before["stop_reasons"]
+            self._waiting.after_report, self._stop_reasons = before["waiting"], before["stop_reasons"]
 
     @property
     def metric(self) -> Any:
@@ -99,7 +97,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def state(self) -> bytes:
         """Return the state that a resume needs, for `saved_state`."""
         trials = [*self.trials, *self._unrestored]
-        known = {"trials": trials, "waiting": self._waiting, "stop_reasons": self._stop_reasons}
+        known = {"trials": trials, "waiting": self._waiting.after_report, "stop_reasons": self._stop_reasons}
         known["steering"] = self.steering.state()
         # Until all trials are restored, the state of the previous driver stays as it is.
         frozen = self._frozen or freeze({name: self.__dict__[name] for name in _SAVED_ATTRIBUTES})
@@ -114,7 +112,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self.controller = controller
         set_folder(trial, self._record.paths)
         if trial.trial_id in self.trials:
-            if trial.trial_id in self._waiting:  # its trainable was lost while its checkpoint was written
+            if trial.trial_id in self._waiting.after_report:  # its trainable was lost while its checkpoint was written
                 set_trial_status(controller, trial, Trial.PAUSED)
             return
         self.trials[trial.trial_id] = trial
@@ -126,15 +124,10 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 self._restore()
         else:
             self._inner.on_trial_add(controller, trial)
-            if trial.trial_id not in self.steering.unstarted:
-                self._explain(controller, trial)
+            if trial.trial_id not in self.steering.unstarted and (why := why_chosen(controller, trial)):
+                self.log(trial, "chosen", why)
         if not trial.is_finished():
             self._set_first_status(trial)
-
-    def _explain(self, controller: Any, trial: Any) -> None:
-        """Record why the search has chosen a trial, if it says so."""
-        if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
-            self.log(trial, "chosen", why)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide about a trial that reports. A report that is repeated after a fault is ignored."""
@@ -162,7 +155,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 if result.get(COMPLETE):
                     self._end(trial)
                     if self._budget_spent is None:
-                        self._inner.on_trial_complete(controller, trial, self._with_units(result))
+                        self._inner.on_trial_complete(controller, trial, with_units(self._spec, result))
             going_on = [(trial, result) for trial, result in due if not result.get(COMPLETE)]
             stops = self._judge(controller, going_on)
             for trial, _ in going_on:
@@ -170,13 +163,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 pauses = not is_stopped and self._pauses_on_request(controller, trial)
                 (self._reports.end if is_stopped or pauses else self._reports.continues)(trial)
                 if trial is reporting:
-                    action = str(_ACTIONS[is_stopped, pauses])
-                elif is_stopped:
-                    controller.stop_trial(trial)
-                elif pauses:
-                    controller.pause_trial(trial)
+                    action = action_of(is_stopped, pauses)
                 else:
-                    continue_training(controller, trial)
+                    answer_late(controller, trial, is_stopped, pauses)
         return action
 
     def _judge(self, controller: Any, reports: list[tuple[Any, dict[str, Any]]]) -> dict[str, str]:
@@ -208,7 +197,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if self.steering.leaves(trial) == "stop":
             self.log(trial, "stopped", self.steering.stop(trial, controller))
             return str(TrialScheduler.STOP)
-        action = str(self._inner.on_trial_result(controller, trial, self._with_units(result)))
+        action = str(self._inner.on_trial_result(controller, trial, with_units(self._spec, result)))
         if action == TrialScheduler.STOP:
             self.log(trial, "stopped", why_stopped(self._spec, result))
         elif action == TrialScheduler.CONTINUE and self._pauses_on_request(controller, trial):
@@ -234,7 +223,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             return
         self._end(trial)
         if self._budget_spent is None:
-            self._inner.on_trial_complete(controller, trial, self._with_units(result))
+            self._inner.on_trial_complete(controller, trial, with_units(self._spec, result))
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
         """Handle a trial that was stopped while it waited."""
@@ -254,26 +243,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._reports.drop(trial)
         if trial.status == Trial.ERROR:
             return
-        self._report_failure(controller, trial)
+        if self._spec.search.learns:
+            report_failure(controller.search_alg.searcher, self._inner, trial, self._paths_of(trial))
         self._end(trial)
         if self._budget_spent is None:
             self._inner.on_trial_error(controller, trial)
-
-    def _report_failure(self, controller: Any, trial: Any) -> None:
-        """Let the searcher learn from a trial that failed by its own values, such as a rate at which it diverged.
-
-        A failure of the machines says nothing about the values. Tune itself reports no value of a failed trial.
-        """
-        paths = self._paths_of(trial)
-        if not self._spec.search.learns or not paths.result.is_file():
-            return
-        if read_result(paths).failure in (None, "infrastructure"):
-            return
-        searcher = controller.search_alg.searcher
-        if isinstance(self._inner, Bohb):
-            searcher.report_failure(trial.trial_id, self._inner.next_rung(trial))
-        else:
-            searcher.report_failure(trial.trial_id)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """Return the next trial to start or resume. Tune calls this ten times a second."""
@@ -290,9 +264,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         trials = controller.get_trials()
         if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
             return None
-        chosen = next(
-            (trial for trial in trials if trial.trial_id in self._unstarted and trial.status == Trial.PAUSED), None
-        )
+        chosen = self._waiting.first_unstarted(trials)
         if chosen is None:
             chosen = self._inner.choose_trial_to_run(controller)
         self._stuck_watch.look(trials, chosen)
@@ -301,14 +273,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         return chosen
 
     def _next(self, trials: list[Any]) -> Any:
-        """Return the next trial where trials do not take turns: one that waits for a slot, or a new one."""
         self.steering.say_if_all_wait(trials)
-        if sum(trial.status in ACTIVE for trial in trials) < self._num_slots:
-            for trial in trials:
-                if trial.status == Trial.PAUSED and trial.trial_id not in self.steering.held:
-                    self._resume(trial)
-                    return trial
-        return next((trial for trial in trials if trial.status == Trial.PENDING), None)
+        chosen = next_in_order(trials, self._num_slots, self.steering.held, ACTIVE)
+        if chosen is not None and chosen.status == Trial.PAUSED:
+            self._resume(chosen)
+        return chosen
 
     def _pauses_on_request(self, controller: Any, trial: Any) -> bool:
         """Have a trial that reports pause, if somebody has asked for it."""
@@ -320,11 +289,6 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def is_spent(self) -> bool:
         """Return whether the budget is spent."""
         return self._budget_spent is not None
-
-    @property
-    def num_trials(self) -> int:
-        """Number of trials of the sweep, with those that were added by now."""
-        return self._record.info.num_trials
 
     def rejoin(self, trial: Any) -> None:
         """Note that a trial that was paused by request will continue."""
@@ -365,28 +329,20 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if trial.trial_id in self._stop_reasons and self._paths_of(trial).result.is_file():
             trial.set_status(Trial.TERMINATED)
             return
-        if trial.trial_id not in self._waiting:
-            self._paths_of(trial).paused.unlink(missing_ok=True)
-            if not self._holds_new_trials and trial.trial_id not in self.steering.unstarted:
-                return
-            self._unstarted.add(trial.trial_id)
-        trial.set_status(Trial.PAUSED)
+        is_held = self._holds_new_trials or trial.trial_id in self.steering.unstarted
+        self._waiting.set_first_status(trial, is_held)
 
     def _wait(self, trial: Any, why: str | None) -> None:
         """Have a trial wait and give its slot back."""
-        self._waiting.add(trial.trial_id)
-        self._paths_of(trial).paused.touch()
+        self._waiting.wait(trial)
         if why is not None:
             self.log(trial, "paused", why)
 
     def _resume(self, trial: Any) -> None:
         """Have a trial that waits continue, or start."""
-        self._unstarted.discard(trial.trial_id)
         self.steering.unstarted.discard(trial.trial_id)
-        if trial.trial_id in self._waiting:
-            self._waiting.discard(trial.trial_id)
-            self._paths_of(trial).paused.unlink(missing_ok=True)
-            why = f"{self._spec.scheduler.kind}: continues from step {self._steps.get(trial.trial_id, 0)}"
+        if self._waiting.start(trial):
+            why = f"{self._spec.scheduler.kind}: continues from step {self._steps[trial.trial_id]}"
             self.log(trial, "resumed", why)
 
     def _record_stop(self, trial: Any) -> None:
@@ -411,15 +367,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if self._reports is not None:
             self._reports.end(trial)
         self.steering.end(trial.trial_id)
-        self._unstarted.discard(trial.trial_id)
-        self._waiting.discard(trial.trial_id)
-        self._paths_of(trial).paused.unlink(missing_ok=True)
-
-    def _with_units(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Add the time in units to a report, in place: Tune's schedulers leave data for the searcher in it."""
-        if (unit := time_unit(self._spec)) is not None:
-            result[UNIT] = result[self._spec.scheduler.counts] / unit  # type: ignore[union-attr]
-        return result
+        self._waiting.end(trial)
 
     def _paths_of(self, trial: Any) -> TrialPaths:
         return self._record.paths.trial(trial.trial_id)
@@ -440,27 +388,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             controller.search_alg.set_finished()
         return self._budget_spent
 
-    def log(
-        self,
-        trial: Any,
-        action: Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"],
-        why: str,
-        donor: str | None = None,
-    ) -> None:
+    def log(self, trial: Any, action: Action, why: str, donor: str | None = None) -> None:
         """Record a decision about a trial."""
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why
-        step = self._steps.get(trial.trial_id, 0)
-        decision = Decision(trial_id=trial.trial_id, step=step, action=action, why=why, donor=donor)
-        append_decision(self._record.paths, decision)
+        name, step = trial.trial_id, self._steps.get(trial.trial_id, 0)
+        append_decision(self._record.paths, Decision(trial_id=name, step=step, action=action, why=why, donor=donor))
         self._num_decisions += 1
 
-
-_ACTIONS = {
-    (False, False): TrialScheduler.CONTINUE,
-    (True, False): TrialScheduler.STOP,
-    (False, True): TrialScheduler.PAUSE,
-}
-"""Whether a trial stops, and whether it pauses -> the answer to its report."""
 
 _SAVED_ATTRIBUTES = ("_inner", "_steps", "_num_decisions", "_budget", "_reports")

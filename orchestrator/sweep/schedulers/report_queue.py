@@ -3,8 +3,11 @@
 import time
 from typing import Any
 
+from ray.tune.schedulers import TrialScheduler
+
 from orchestrator.sweep.schedulers.report_order import ReportOrder
 from orchestrator.sweep.tune_trial import COMPLETE
+from orchestrator.upstream import continue_training
 
 Report = dict[str, Any]
 """A report of a trial, see `workers.trainable`."""
@@ -76,3 +79,20 @@ class ReportQueue:
         """Drop the report of a trial that restarts and will make the report again."""
         if self._held.pop(trial.trial_id, None) is not None:
             self._order.processed(trial.trial_id)
+
+
+def action_of(is_stopped: bool, pauses: bool) -> str:
+    """Return Tune's name for the answer to a report."""
+    if is_stopped:
+        return str(TrialScheduler.STOP)
+    return str(TrialScheduler.PAUSE if pauses else TrialScheduler.CONTINUE)
+
+
+def answer_late(controller: Any, trial: Any, is_stopped: bool, pauses: bool) -> None:
+    """Answer a report that has waited, through Tune's wrapper of its controller."""
+    if is_stopped:
+        controller.stop_trial(trial)
+    elif pauses:
+        controller.pause_trial(trial)
+    else:
+        continue_training(controller, trial)

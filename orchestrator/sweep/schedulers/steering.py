@@ -131,6 +131,11 @@ class Steering:
             self._has_new = bool(unanswered(self._record.paths))
             sweep.controller.search_alg.hold_open = self._has_new
 
+    @property
+    def num_trials(self) -> int:
+        """Number of trials of the sweep, with those that were added by now."""
+        return self._record.info.num_trials
+
     def leaves(self, trial: Any) -> Leave | None:
         """Return whether a trial that reports is to be stopped or paused, as somebody has asked."""
         leave, _ = self._leaving.get(trial.trial_id, (None, ""))
