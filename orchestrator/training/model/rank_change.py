@@ -28,17 +28,16 @@ def change_rank(
         new_scale: factor of the new product.
         generator: draws the new rows of A, on the CPU.
     """
-    old, width = a.shape
-    if rank < old:
+    if rank < a.shape[0]:
         q_b, r_b = torch.linalg.qr(b.double())
         q_a, r_a = torch.linalg.qr(a.double().T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         root = (s[:rank] * scale / new_scale).sqrt()
-        new_a, new_b = root[:, None] * (vh[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
-        if len(root) < rank:  # a layer that is narrower than the rank
-            new_a = torch.cat([new_a, new_a.new_zeros(rank - len(root), width)])
-            new_b = torch.cat([new_b, new_b.new_zeros(len(b), rank - len(root))], dim=1)
-        return new_a.to(a.dtype), new_b.to(b.dtype)
+        kept = len(root)  # less than the rank where the layer is narrower
+        a = (root[:, None] * (vh[:kept] @ q_a.T)).to(a.dtype)
+        b = (q_b @ u[:, :kept] * root).to(b.dtype)
+        scale = new_scale
+    old, width = a.shape
     bound = 1 / math.sqrt(width)
     drawn = torch.empty(rank - old, width).uniform_(-bound, bound, generator=generator).to(a)
     return torch.cat([a, drawn]), torch.cat([b * (scale / new_scale), b.new_zeros(len(b), rank - old)], dim=1)
