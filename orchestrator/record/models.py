@@ -266,7 +266,7 @@ class AddedTrial(Record):
     values: dict[str, Any]
     """Dotted field -> value; all other fields are the experiment's own."""
     cloned_from: str | None = None
-    """See `TrialResult.cloned_from`."""
+    """Where a clone comes from, as in `TrialResult.cloned_from`."""
 
 
 class SpecChange(Record):

@@ -126,7 +126,7 @@ def test_each_verb_changes_a_running_sweep(tmp_path: Path) -> None:
 
 
 def test_a_killed_driver_neither_loses_nor_repeats_a_request_and_two_may_ask_at_once(tmp_path: Path) -> None:
-    with running(tmp_path, "search.algorithm=auto") as driver:
+    with running(tmp_path, "search.algorithm=auto", "training.steps=60") as driver:
         record = wait_until(tmp_path, driver, two_run)
         first, second = [each.trial_id for each in record.trials()]
         with ThreadPoolExecutor() as people:
@@ -165,7 +165,7 @@ def test_a_killed_driver_neither_loses_nor_repeats_a_request_and_two_may_ask_at_
     assert len(record.info.added) == 2
     assert len(record.trials()) == record.info.num_trials == 5
     assert trial(record, second).state == TrialState.STOPPED
-    assert steps_of(record, first) == list(range(4, STEPS + 1, 4))
+    assert steps_of(record, first) == list(range(4, 60 + 1, 4))
     actions = [(each.trial_id, each.action) for each in read_decisions(record.paths)]
     for expected in (*((name, "added") for name in record.info.added), (second, "stopped"), (first, "paused")):
         assert actions.count(expected) == 1, expected
