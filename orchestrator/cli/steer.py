@@ -79,7 +79,7 @@ def extend(
     wait: Wait = 60.0,
     output: Where = "runs",
 ) -> None:
-    """Give a sweep more trials, more budget, or its best trial more steps.
+    """Give a sweep more trials or budget, or a trial more steps.
 
     A running sweep takes it up. If no driver is running, this command resumes the sweep itself.
     """
