@@ -88,7 +88,7 @@ def extend(
     from orchestrator.record.ask import ask
     from orchestrator.record.lock import driver_state
 
-    if (trials is None and not budget) == (steps is None):
+    if (trials is not None or bool(budget)) == (steps is not None):
         raise RequestError("extend: give --steps N, or --trials N and --budget LIMIT=V, which may be used together")
     if steps is not None:
         record, trial_id = _best_or_given(sweep_or_trial, output)
