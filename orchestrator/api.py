@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.deploy import FinishedSweep
 from orchestrator.record import MetricPoint, SweepRecord, TrialResult, read_sweep
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from orchestrator.analysis.sweep_data import SweepData
+    from orchestrator.record.requests import Verb
 
 __all__ = ["Sweep", "open_sweep", "resume", "run"]
 
@@ -69,6 +70,21 @@ class Sweep(FinishedSweep):
 
         data = self._data()
         return draw(name, data, find_importances(data))
+
+    def ask(self, verb: "Verb", wait_s: float = 60.0, **fields: Any) -> str:
+        """Ask the driver of a running sweep for something, and return its answer.
+
+        Args:
+            verb: stop, pause, go-on, extend, add or clone.
+            wait_s: how long to wait for the answer, in seconds.
+            fields: what belongs to it: `trial_id`, `values` (dotted field -> value), `warm`, `num_trials`, `budget`.
+
+        Raises:
+            RequestError: the driver refuses it.
+        """
+        from orchestrator.record.ask import ask
+
+        return ask(self.record, verb, wait_s, **fields)
 
     def _data(self) -> "SweepData":
         from orchestrator.analysis.sweep_data import read_data

@@ -4,6 +4,7 @@ Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (rea
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
 `search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base
 and winner side by side). `files` writes atomically, `lock` keeps a second driver out and tells whether one runs.
+`requests` holds what people ask of a running sweep, `ask` waits for the driver's answer, `find_trial` finds the trial.
 `present` reads a sweep while it runs, `standing` sums it up.
 """
 
@@ -11,6 +12,7 @@ from orchestrator.record.answers import AnsweredPrompt, Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
+    AddedTrial,
     BadRows,
     BestPoint,
     ExperimentSource,
@@ -29,6 +31,7 @@ from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
     end_trial,
+    read_added,
     read_metrics,
     read_result,
     read_sweep,
@@ -40,6 +43,7 @@ from orchestrator.record.test_score import TestScore
 
 __all__ = [
     "OPEN",
+    "AddedTrial",
     "AnsweredPrompt",
     "Answers",
     "BadRows",
@@ -62,6 +66,7 @@ __all__ = [
     "end_trial",
     "have_ended",
     "is_finished",
+    "read_added",
     "read_decisions",
     "read_metrics",
     "read_result",

@@ -6,6 +6,9 @@ from orchestrator.record.files import append_line, write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
+Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
+"""What happened to a trial, see `Decision.action`."""
+
 
 class Decision(Record):
     """One line of decisions.jsonl."""
@@ -13,9 +16,9 @@ class Decision(Record):
     trial_id: str
     step: int
     """Optimizer step of the trial's last evaluation."""
-    action: Literal["chosen", "stopped", "paused", "resumed", "cloned"]
-    """What happened to the trial. chosen: the search made it. cloned: it continues from the state of `donor`, with
-    other values."""
+    action: Action
+    """What happened to the trial. chosen: the search made it. added: somebody has asked for it. cloned:
+    it continues from the state of `donor`, with other values."""
     why: str
     donor: str | None = None
     """Trial whose state it takes over."""

@@ -21,7 +21,9 @@ _MAX_SHOWN = 60
 """Maximum length of a value in a message, in characters."""
 
 
-def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[str]) -> SweepRecord:
+def extend_sweep(
+    record: SweepRecord, num_trials: int | None, budget: Sequence[str], request: str | None = None
+) -> SweepRecord:
     """Return the sweep with more trials or another budget. Nothing is written; `save_extension` does that.
 
     Args:
@@ -29,6 +31,7 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
         num_trials: total number of trials that it is to have; None leaves the number as it is. In a sweep that has
             ended itself, it lifts `search.stop`, whose rule would end the sweep again at once.
         budget: `field=value` for fields of `search.budget`; the value `null` removes the limit.
+        request: name of the request that asks for it; None for `resume`.
 
     Raises:
         RequestError: the sweep cannot be extended so; the message gives the reason.
@@ -37,7 +40,7 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
     if num_trials is not None:
         _require_extensible(record, num_trials)
         if record.info.spec.search.algorithm != "grid":  # which always has as many as points
-            overrides.append(f"search.num_trials={num_trials}")
+            overrides.append(f"search.num_trials={num_trials - len(record.info.added)}")
         if record.search_ended() is not None:
             overrides += [f"{_STOP}{rule}=null" for rule, value in _rules(record.info) if value is not None]
     for limit in budget:
@@ -50,7 +53,8 @@ def extend_sweep(record: SweepRecord, num_trials: int | None, budget: Sequence[s
     now = datetime.now(UTC).isoformat(timespec="seconds")
     paths = [override.partition("=")[0] for override in overrides]
     changes = [
-        SpecChange(changed=now, field=path, before=_value(before, path), after=_value(after, path)) for path in paths
+        SpecChange(changed=now, field=path, before=_value(before, path), after=_value(after, path), request=request)
+        for path in paths
     ]
     changes = [change for change in changes if change.before != change.after]
     info = record.info.model_copy(update={"spec": after, "changes": [*record.info.changes, *changes]})

@@ -184,7 +184,13 @@ class TrialResult(Record):
     adopted_tokens: int = 0
     """Change of `tokens` when the trial continued from another one: it has not trained on these tokens itself."""
     stopped: str | None = None
-    """Why the trial was stopped: a rule of the scheduler, or the budget."""
+    """Why the trial was stopped: a rule of the scheduler, the budget, or a request."""
+    stopped_by: str | None = None
+    """Who has asked for the stop, as user@host; None if nobody has. Such a stop says nothing about the values."""
+    added_by: str | None = None
+    """Who has asked for the trial (`add`, `clone`, `extend --steps`), as user@host; None if the search has made it."""
+    cloned_from: str | None = None
+    """Trial whose values a clone has, as TRIAL; or the adapter with which it began, as TRIAL/adapters/step-N."""
     extra_steps: int = 0
     """Steps made after the evaluation at which the scheduler stopped the trial; not part of the record."""
     data_fingerprint: str | None = None
@@ -250,8 +256,21 @@ class ExperimentSource(Record):
     """Working directory, where relative paths in the overrides start."""
 
 
+class AddedTrial(Record):
+    """A trial that was added by a request, in its folder."""
+
+    request: str
+    """Name of the request."""
+    by: str
+    """Who has asked, as user@host."""
+    values: dict[str, Any]
+    """Dotted field -> value; all other fields are the experiment's own."""
+    cloned_from: str | None = None
+    """Where a clone comes from, as in `TrialResult.cloned_from`."""
+
+
 class SpecChange(Record):
-    """A change of one field of the experiment, made by `resume`."""
+    """A change of one field of the experiment, made by `resume` or `extend`."""
 
     changed: str
     """Time in UTC, ISO 8601."""
@@ -259,6 +278,8 @@ class SpecChange(Record):
     """Dotted field."""
     before: Any
     after: Any
+    request: str | None = None
+    """Name of the request that has made it; None for a change by `resume`."""
 
 
 class PriorTrial(Record):
@@ -294,7 +315,9 @@ class SweepInfo(Record):
     source: ExperimentSource | None = None
     """None for an experiment that was not read from a file."""
     changes: list[SpecChange] = []
-    """Changes made by `resume`, oldest first."""
+    """Changes made by `resume` or `extend`, oldest first."""
+    added: list[str] = []
+    """Trials that were added by requests, besides those of the search."""
     prior_sweeps: list[PriorSweep] = []
     """Earlier sweeps whose trials are evidence for the search; they are no trials of this sweep."""
     is_single_trial: bool
@@ -331,4 +354,4 @@ class SweepInfo(Record):
     @property
     def num_trials(self) -> int:
         """Number of trials of the sweep, unless its budget is spent before."""
-        return 1 if self.is_single_trial else self.spec.search.total_trials
+        return 1 if self.is_single_trial else self.spec.search.total_trials + len(self.added)

@@ -66,6 +66,21 @@ class TrialPaths:
         return self.root / ".paused"
 
     @property
+    def pausing(self) -> Path:
+        """Exists while somebody waits for the trial to pause: its next evaluation writes a checkpoint."""
+        return self.root / ".pausing"
+
+    @property
+    def added(self) -> Path:
+        """AddedTrial; exists if the trial was added by a request."""
+        return self.root / "added.json"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """The adapter with which a warm clone begins; absent for other trials."""
+        return self.root / "initial_adapter"
+
+    @property
     def adapters(self) -> Path:
         """PEFT adapters."""
         return self.root / "adapters"
@@ -137,6 +152,11 @@ class SweepPaths:
     def faults(self) -> Path:
         """One Fault per line: trials and workers that were lost or ended, and why."""
         return self.root / "faults.jsonl"
+
+    @property
+    def requests(self) -> Path:
+        """Requests of people to the driver, and its answers, one file for each."""
+        return self.root / "requests"
 
     @property
     def budget(self) -> Path:

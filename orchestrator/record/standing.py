@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.models import SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths
+from orchestrator.record.requests import unanswered
 from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.sweep_record import CHOOSABLE, OPEN, SweepRecord, read_sweep
 
@@ -57,6 +58,8 @@ def is_finished(record: SweepRecord, trials: Sequence[TrialResult] | None = None
         record: the sweep.
         trials: its trials, if they have been read already.
     """
+    if unanswered(record.paths):
+        return False
     trials, spec = record.trials() if trials is None else trials, record.info.spec
     if not have_ended(record.info, trials, record.why_over()) or not any(trial.state in CHOOSABLE for trial in trials):
         return False

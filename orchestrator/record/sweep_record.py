@@ -13,6 +13,7 @@ from orchestrator.record.answers import Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import (
+    AddedTrial,
     MetricPoint,
     Record,
     SweepInfo,
@@ -26,7 +27,7 @@ from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
+_T = TypeVar("_T", SweepInfo, AddedTrial, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -142,6 +143,11 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
 def read_result(paths: TrialPaths) -> TrialResult:
     """Return the result of a trial that has ended."""
     return _read(TrialResult, paths.result)
+
+
+def read_added(paths: TrialPaths) -> AddedTrial | None:
+    """Return how a trial was added by a request; None for a trial of the search."""
+    return _read(AddedTrial, paths.added) if paths.added.is_file() else None
 
 
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:

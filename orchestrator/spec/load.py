@@ -136,7 +136,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _apply_override(document: dict[str, Any], override: str, folder: Path) -> None:
+def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return dotted field -> value of overrides that are written as `a.b=v`.
+
+    Raises:
+        SpecError: an override is not written so, or its value is not YAML.
+    """
+    return dict(map(_parse_override, overrides))
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise SpecError(f"--set {override}: must be written dotted.field=value")
@@ -149,6 +158,11 @@ def _apply_override(document: dict[str, Any], override: str, folder: Path) -> No
             f"--set {override}: the value is not YAML",
             f"Quote text with special characters: --set '{path}=\"...\"'.",
         ) from error
+    return path, value
+
+
+def _apply_override(document: dict[str, Any], override: str, folder: Path) -> None:
+    path, value = _parse_override(override)
     flat = next((flat for flat in _FLAT_MAPS if path.startswith(flat)), None)
     keys = [*flat.rstrip(".").split("."), path.removeprefix(flat)] if flat else path.split(".")
     written: dict[str, Any] = {}

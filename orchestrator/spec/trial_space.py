@@ -86,6 +86,9 @@ class TrialSpace:
                 raise ValueError(f"there is no field {path}") from None
 
         for path, expression in self.search.tied.items():
+            if path in varied:  # somebody has asked for a trial with this value
+                unresolved.remove(path)
+                continue
             try:
                 varied[path] = evaluate_tied(expression, lookup)
             except ValueError as error:

@@ -38,20 +38,27 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
         self._check_stop = check_stop
         self._snapshots = SnapshotWriter(record.paths)
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Take up what people ask of the sweep, before Tune asks the search for trials."""
+        self._conductor.steering.take_up(self._conductor)
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Save a snapshot after Tune has handled an event and written its state on this machine."""
         if trials:
             self._snapshots.save(staging_folder(trials[0]), self._conductor.state)
+        self._conductor.steering.write_answers(self._conductor)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
-        if have_ended and (len(trials) == self._record.info.num_trials or self._record.why_over()):
+        if have_ended and (len(trials) == self._conductor.steering.num_trials or self._record.why_over()):
             _await_trainables([self._paths_of(trial) for trial in trials])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write the result of a trial that has ended by itself or was stopped by the scheduler."""
         paths = self._paths_of(trial)
         if paths.config.is_file():  # otherwise it never began
-            end_unfinished(self._record, paths, TrialState.STOPPED, stopped=self._conductor.why_stopped(trial.trial_id))
+            by = self._conductor.steering.stopped_by.get(trial.trial_id)
+            why = self._conductor.why_stopped(trial.trial_id)
+            end_unfinished(self._record, paths, TrialState.STOPPED, stopped=why, stopped_by=by)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write the result of a trial that has failed and has no attempt left."""

@@ -19,7 +19,7 @@ from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState
+from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState, read_sweep
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
@@ -139,6 +139,7 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     doing("starting the search")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
     _run_trials(record, workers, max_concurrent, watch, say, home=record.paths, worker_fault=fleet.fault)
+    record = read_sweep(record.paths.root)
     if spec.search.repeats > 1:
         if record.budget_spent():
             say("search.repeats: the finalists do not run again, because the budget is spent")
@@ -252,6 +253,7 @@ def _run_trials(
                 f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}",
                 f"All results are kept; continue with: orchestrator resume {home.root}",
             ) from error
+    record = read_sweep(record.paths.root)  # people may have extended it meanwhile
     cancel_unknown(record)
     catch_up(record, say)
     if over := record.why_over():
@@ -280,7 +282,7 @@ def _make_tuner(
         max_concurrent: number of trials that run at a time.
         stop: holds the signal that ends the sweep, once it has arrived.
         fault: returns why the workers cannot go on.
-        say: called with a message about each failed attempt.
+        say: called with messages.
     """
     from ray import tune
 
@@ -301,7 +303,7 @@ def _make_tuner(
     failures = FailureCounter(record, say)
     interrupter = Interrupter(stop, workers, paths, failures, fault)
     saved = restore_snapshot(paths)
-    conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow)
+    conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow, say)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
     new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
     if not has_trials(paths):

@@ -50,16 +50,16 @@ def test_relative_links_lead_to_a_file_of_the_repository(page: Path) -> None:
 
 
 def test_every_command_is_in_the_table_and_every_shown_command_exists() -> None:
-    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     commands |= {group.name for group in app.registered_groups if group.name}
     assert (
-        set(re.findall(r"^\| `(\w+)", read("guide/commands.md").partition("## Exit")[0], flags=re.MULTILINE))
+        set(re.findall(r"^\| `([\w-]+)", read("guide/commands.md").partition("## Exit")[0], flags=re.MULTILINE))
         == commands
     )
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         shown = [line for language in ("bash", "sh") for block in blocks(text, language) for line in block.splitlines()]
-        named = {match[1] for line in shown if (match := re.match(r"orchestrator (\w+)", line))}
+        named = {match[1] for line in shown if (match := re.match(r"orchestrator ([\w-]+)", line))}
         assert named <= commands, page.name
 
 

@@ -5,26 +5,28 @@ the searcher, and ends the sweep when its budget is spent.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
-from orchestrator.record.decisions import append_decision, keep_decisions
+from orchestrator.record.decisions import Action, append_decision, keep_decisions
 from orchestrator.spec.sections.scheduler import BohbScheduler
-from orchestrator.sweep.schedulers.brackets import UNIT, Bohb
 from orchestrator.sweep.schedulers.budget import BudgetTracker
-from orchestrator.sweep.schedulers.decisions import why_cloned, why_stopped
-from orchestrator.sweep.schedulers.factory import make_scheduler, time_unit
+from orchestrator.sweep.schedulers.decisions import why_chosen, why_cloned, why_stopped
+from orchestrator.sweep.schedulers.factory import make_scheduler, with_units
+from orchestrator.sweep.schedulers.failures import report_failure
 from orchestrator.sweep.schedulers.population import CloneRecorder
-from orchestrator.sweep.schedulers.report_queue import ReportQueue
+from orchestrator.sweep.schedulers.report_queue import ReportQueue, action_of, answer_late
 from orchestrator.sweep.schedulers.scheduler_state import freeze, thaw
+from orchestrator.sweep.schedulers.steering import Steering
 from orchestrator.sweep.schedulers.stuck import ACTIVE, StuckWatch
 from orchestrator.sweep.schedulers.together import JudgedTogether
+from orchestrator.sweep.schedulers.waiting import WaitingTrials, next_in_order
 from orchestrator.sweep.tune_trial import COMPLETE, set_folder
 from orchestrator.sweep.turns import reports_need_order, trials_take_turns
-from orchestrator.upstream import continue_training, set_trial_status
+from orchestrator.upstream import set_trial_status
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
@@ -44,6 +46,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         saved_state: bytes | None = None,
         check_failure: Callable[[Any], None] = lambda _: None,
         allow_restarts: Callable[[Any], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -52,6 +55,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             saved_state: the last `state` of the previous driver; None for a new sweep.
             check_failure: called with a trial whose attempt has failed; may end the sweep by raising.
             allow_restarts: called with each trial that is added; sets how often Tune restarts it.
+            say: called with messages for the user.
         """
         super().__init__()
         self._record = record
@@ -59,8 +63,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._num_slots = num_slots
         self._check_failure, self._allow_restarts = check_failure, allow_restarts
         scheduler = self._spec.scheduler
-        self._takes_turns = trials_take_turns(scheduler)
-        self._holds_new_trials = self._takes_turns and not isinstance(scheduler, BohbScheduler)
+        self.takes_turns = trials_take_turns(scheduler)
+        self._holds_new_trials = self.takes_turns and not isinstance(scheduler, BohbScheduler)
         self._inner = make_scheduler(self._spec, record.info.num_rows)
         self._budget = BudgetTracker(self._spec.search.budget)
         needs_order = reports_need_order(scheduler)
@@ -68,21 +72,20 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         record.paths.first_step.unlink(missing_ok=True)
         self._steps: dict[str, int] = {}
         """Trial -> the last step that was processed."""
-        self._unstarted: set[str] = set()
-        """Trials that were added as PAUSED and have not started."""
-        self._waiting: set[str] = set()
-        """Trials that wait for others or for a slot, after a report."""
+        self._waiting = WaitingTrials(self._paths_of)
         self._stop_reasons: dict[str, str] = {}
         self._num_decisions = 0
         self._budget_spent = record.budget_spent()
         self._stuck_watch = StuckWatch(scheduler.kind)
-        self._trials: dict[str, Any] = {}
+        self.trials: dict[str, Any] = {}
         before = None if saved_state is None else thaw(saved_state, {})
         self._frozen: bytes | None = None if before is None else before["frozen"]
         """State of the previous driver, until Tune has restored all of its trials."""
         self._unrestored: set[str] = set() if before is None else set(before["trials"])
+        self.steering = Steering(record, say, before and before.get("steering"))
+        self.controller: Any = None
         if before is not None:
-            self._waiting, self._stop_reasons = before["waiting"], before["stop_reasons"]
+            self._waiting.after_report, self._stop_reasons = before["waiting"], before["stop_reasons"]
 
     @property
     def metric(self) -> Any:
@@ -95,8 +98,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def state(self) -> bytes:
         """Return the state that a resume needs, for `saved_state`."""
-        trials = [*self._trials, *self._unrestored]
-        known = {"trials": trials, "waiting": self._waiting, "stop_reasons": self._stop_reasons}
+        trials = [*self.trials, *self._unrestored]
+        known = {"trials": trials, "waiting": self._waiting.after_report, "stop_reasons": self._stop_reasons}
+        known["steering"] = self.steering.state()
         # Until all trials are restored, the state of the previous driver stays as it is.
         frozen = self._frozen or freeze({name: self.__dict__[name] for name in _SAVED_ATTRIBUTES})
         return freeze(known | {"frozen": frozen})
@@ -107,13 +111,14 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial. Tune adds it again when it restarts it after a fault; it then keeps its place."""
+        self.controller = controller
         set_folder(trial, self._record.paths)
         self._allow_restarts(trial)
-        if trial.trial_id in self._trials:
-            if trial.trial_id in self._waiting:  # its trainable was lost while its checkpoint was written
+        if trial.trial_id in self.trials:
+            if trial.trial_id in self._waiting.after_report:  # its trainable was lost while its checkpoint was written
                 set_trial_status(controller, trial, Trial.PAUSED)
             return
-        self._trials[trial.trial_id] = trial
+        self.trials[trial.trial_id] = trial
         if self._reports is not None:
             self._reports.add(trial)
         if trial.trial_id in self._unrestored:
@@ -122,8 +127,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 self._restore()
         else:
             self._inner.on_trial_add(controller, trial)
-            if (explain := getattr(controller.search_alg, "why_chosen", None)) and (why := explain(trial.trial_id)):
-                self._record_decision(trial, "chosen", why)
+            if trial.trial_id not in self.steering.unstarted and (why := why_chosen(controller, trial)):
+                self.log(trial, "chosen", why)
         if not trial.is_finished():
             self._set_first_status(trial)
 
@@ -153,18 +158,17 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 if result.get(COMPLETE):
                     self._end(trial)
                     if self._budget_spent is None:
-                        self._inner.on_trial_complete(controller, trial, self._with_units(result))
+                        self._inner.on_trial_complete(controller, trial, with_units(self._spec, result))
             going_on = [(trial, result) for trial, result in due if not result.get(COMPLETE)]
             stops = self._judge(controller, going_on)
             for trial, _ in going_on:
                 is_stopped = trial.trial_id in stops
-                (self._reports.end if is_stopped else self._reports.continues)(trial)
+                pauses = not is_stopped and self._pauses_on_request(controller, trial)
+                (self._reports.end if is_stopped or pauses else self._reports.continues)(trial)
                 if trial is reporting:
-                    action = str(TrialScheduler.STOP if is_stopped else TrialScheduler.CONTINUE)
-                elif is_stopped:
-                    controller.stop_trial(trial)
+                    action = action_of(is_stopped, pauses)
                 else:
-                    continue_training(controller, trial)
+                    answer_late(controller, trial, is_stopped, pauses)
         return action
 
     def _judge(self, controller: Any, reports: list[tuple[Any, dict[str, Any]]]) -> dict[str, str]:
@@ -174,9 +178,13 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._steps[trial.trial_id] = result["step"]
         spent = self._check_budget(controller)
         stops = {trial.trial_id: str(spent) for trial, _ in reports} if spent else self._inner.judge(reports)
+        if not spent:
+            asked = [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]
+            stops |= {trial.trial_id: self.steering.stop(trial, controller) for trial in asked}
+            self._inner.ended |= {trial.trial_id for trial in asked}
         for trial, _ in reports:
             if trial.trial_id in stops:
-                self._record_decision(trial, "stopped", stops[trial.trial_id])
+                self.log(trial, "stopped", stops[trial.trial_id])
         if self._spec.search.learns:  # stopped trials count by their present forecasts; Tune passes reports alone
             for trial_id, value in self._inner.forecasts.items():
                 controller.search_alg.searcher.count_as(trial_id, value)
@@ -187,18 +195,23 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         trial_id, step = trial.trial_id, result["step"]
         self._steps[trial_id] = step
         if spent := self._check_budget(controller):
-            self._record_decision(trial, "stopped", str(spent))
+            self.log(trial, "stopped", str(spent))
             return str(TrialScheduler.STOP)
-        action = str(self._inner.on_trial_result(controller, trial, self._with_units(result)))
+        if self.steering.leaves(trial) == "stop":
+            self.log(trial, "stopped", self.steering.stop(trial, controller))
+            return str(TrialScheduler.STOP)
+        action = str(self._inner.on_trial_result(controller, trial, with_units(self._spec, result)))
         if action == TrialScheduler.STOP:
-            self._record_decision(trial, "stopped", why_stopped(self._spec, result))
+            self.log(trial, "stopped", why_stopped(self._spec, result))
+        elif action == TrialScheduler.CONTINUE and self._pauses_on_request(controller, trial):
+            action = str(TrialScheduler.PAUSE)
         elif action == TrialScheduler.PAUSE:
             self._wait(trial, f"{self._spec.scheduler.kind}: waits for the others at step {step}")
         if isinstance(self._inner, CloneRecorder):
             for clone in self._inner.take_clones():
-                cloned = self._trials[clone.trial_id]
+                cloned = self.trials[clone.trial_id]
                 why = why_cloned(self._spec, result if cloned is trial else cloned.last_result, clone)
-                self._record_decision(cloned, "cloned", why, clone.donor)
+                self.log(cloned, "cloned", why, clone.donor)
                 self._steps[clone.trial_id] = clone.step
                 self._wait(cloned, None)
         return action
@@ -213,7 +226,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             return
         self._end(trial)
         if self._budget_spent is None:
-            self._inner.on_trial_complete(controller, trial, self._with_units(result))
+            self._inner.on_trial_complete(controller, trial, with_units(self._spec, result))
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
         """Handle a trial that was stopped while it waited."""
@@ -233,26 +246,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._reports.drop(trial)
         if trial.status == Trial.ERROR:
             return
-        self._report_failure(controller, trial)
+        if self._spec.search.learns:
+            report_failure(controller.search_alg.searcher, self._inner, trial, self._paths_of(trial))
         self._end(trial)
         if self._budget_spent is None:
             self._inner.on_trial_error(controller, trial)
-
-    def _report_failure(self, controller: Any, trial: Any) -> None:
-        """Let the searcher learn from a trial that failed by its own values, such as a rate at which it diverged.
-
-        A failure of the machines says nothing about the values. Tune itself reports no value of a failed trial.
-        """
-        paths = self._paths_of(trial)
-        if not self._spec.search.learns or not paths.result.is_file():
-            return
-        if read_result(paths).failure in (None, "infrastructure"):
-            return
-        searcher = controller.search_alg.searcher
-        if isinstance(self._inner, Bohb):
-            searcher.report_failure(trial.trial_id, self._inner.next_rung(trial))
-        else:
-            searcher.report_failure(trial.trial_id)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         """Return the next trial to start or resume. Tune calls this ten times a second."""
@@ -264,20 +262,49 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 if trial.status in (Trial.PENDING, Trial.PAUSED):
                     controller.stop_trial(trial)
             return None
-        if not self._takes_turns:
-            return self._inner.choose_trial_to_run(controller)
+        if not self.takes_turns:
+            return self._next(controller.get_trials())
         trials = controller.get_trials()
         if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
             return None
-        chosen = next(
-            (trial for trial in trials if trial.trial_id in self._unstarted and trial.status == Trial.PAUSED), None
-        )
+        chosen = self._waiting.first_unstarted(trials)
         if chosen is None:
             chosen = self._inner.choose_trial_to_run(controller)
         self._stuck_watch.look(trials, chosen)
         if chosen is not None and chosen.status == Trial.PAUSED:
             self._resume(chosen)
         return chosen
+
+    def _next(self, trials: list[Any]) -> Any:
+        self.steering.say_if_all_wait(trials)
+        chosen = next_in_order(trials, self._num_slots, self.steering.held, ACTIVE)
+        if chosen is not None and chosen.status == Trial.PAUSED:
+            self._resume(chosen)
+        return chosen
+
+    def _pauses_on_request(self, controller: Any, trial: Any) -> bool:
+        """Have a trial that reports pause, if somebody has asked for it."""
+        if self.steering.leaves(trial) != "pause":
+            return False
+        self._wait(trial, self.steering.pause(trial, controller))
+        return True
+
+    def is_spent(self) -> bool:
+        """Return whether the budget is spent."""
+        return self._budget_spent is not None
+
+    def rejoin(self, trial: Any) -> None:
+        """Note that a trial that was paused by request will continue."""
+        if self._reports is not None:
+            self._reports.rejoin(trial, self._steps.get(trial.trial_id, 0))
+
+    def take_over(self, record: SweepRecord) -> None:
+        """Go on with a record that has more trials or another budget."""
+        self._record, self._spec = record, record.info.spec
+        self._budget.budget = self._spec.search.budget
+        self.controller.search_alg.extend(self._spec.search)
+        if self._reports is not None:
+            self._reports.expect(record.info.num_trials)
 
     def debug_string(self) -> str:
         """Return the description that Tune prints."""
@@ -287,12 +314,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         """Restore the state of the previous driver, once all of its trials are known again."""
         rule, frozen, self._frozen = self._inner, self._frozen, None
         assert frozen is not None
-        self.__dict__.update(thaw(frozen, self._trials))
+        self.__dict__.update(thaw(frozen, self.trials))
         if isinstance(rule, JudgedTogether):
             rule.take_over(self._inner)
             self._inner = rule
         if self._reports is not None:
-            self._reports.resume(self._num_slots, self._spec.search.total_trials, self._trials)
+            self._reports.resume(self._num_slots, self._record.info.num_trials, self.trials)
         self._budget.budget = self._spec.search.budget  # a resume may have changed it
         keep_decisions(self._record.paths, self._num_decisions)
 
@@ -305,28 +332,21 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         if trial.trial_id in self._stop_reasons and self._paths_of(trial).result.is_file():
             trial.set_status(Trial.TERMINATED)
             return
-        if trial.trial_id not in self._waiting:
-            self._paths_of(trial).paused.unlink(missing_ok=True)
-            if not self._holds_new_trials:
-                return
-            self._unstarted.add(trial.trial_id)
-        trial.set_status(Trial.PAUSED)
+        is_held = self._holds_new_trials or trial.trial_id in self.steering.unstarted
+        self._waiting.set_first_status(trial, is_held)
 
     def _wait(self, trial: Any, why: str | None) -> None:
         """Have a trial wait and give its slot back."""
-        self._waiting.add(trial.trial_id)
-        self._paths_of(trial).paused.touch()
+        self._waiting.wait(trial)
         if why is not None:
-            self._record_decision(trial, "paused", why)
+            self.log(trial, "paused", why)
 
     def _resume(self, trial: Any) -> None:
         """Have a trial that waits continue, or start."""
-        self._unstarted.discard(trial.trial_id)
-        if trial.trial_id in self._waiting:
-            self._waiting.discard(trial.trial_id)
-            self._paths_of(trial).paused.unlink(missing_ok=True)
+        self.steering.unstarted.discard(trial.trial_id)
+        if self._waiting.start(trial):
             why = f"{self._spec.scheduler.kind}: continues from step {self._steps[trial.trial_id]}"
-            self._record_decision(trial, "resumed", why)
+            self.log(trial, "resumed", why)
 
     def _record_stop(self, trial: Any) -> None:
         """Record the end of a trial that was not decided at its own report.
@@ -340,24 +360,17 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         ended = read_result(paths) if paths.result.is_file() else None
         if ended is not None and ended.stopped is not None:
             self._steps[trial_id] = ended.step
-            self._record_decision(trial, "stopped", ended.stopped)
+            self.log(trial, "stopped", ended.stopped)
         elif trial_id in self._steps:
             why = str(self._budget_spent or why_stopped(self._spec, trial.last_result))
-            self._record_decision(trial, "stopped", why)
+            self.log(trial, "stopped", why)
 
     def _end(self, trial: Any) -> None:
         """Forget that a trial waits: it has ended."""
         if self._reports is not None:
             self._reports.end(trial)
-        self._unstarted.discard(trial.trial_id)
-        self._waiting.discard(trial.trial_id)
-        self._paths_of(trial).paused.unlink(missing_ok=True)
-
-    def _with_units(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Add the time in units to a report, in place: Tune's schedulers leave data for the searcher in it."""
-        if (unit := time_unit(self._spec)) is not None:
-            result[UNIT] = result[self._spec.scheduler.counts] / unit  # type: ignore[union-attr]
-        return result
+        self.steering.end(trial.trial_id)
+        self._waiting.end(trial)
 
     def _paths_of(self, trial: Any) -> TrialPaths:
         return self._record.paths.trial(trial.trial_id)
@@ -378,18 +391,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             controller.search_alg.set_finished()
         return self._budget_spent
 
-    def _record_decision(
-        self,
-        trial: Any,
-        action: Literal["chosen", "stopped", "paused", "resumed", "cloned"],
-        why: str,
-        donor: str | None = None,
-    ) -> None:
+    def log(self, trial: Any, action: Action, why: str, donor: str | None = None) -> None:
+        """Record a decision about a trial."""
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why
-        step = self._steps.get(trial.trial_id, 0)
-        decision = Decision(trial_id=trial.trial_id, step=step, action=action, why=why, donor=donor)
-        append_decision(self._record.paths, decision)
+        name, step = trial.trial_id, self._steps.get(trial.trial_id, 0)
+        append_decision(self._record.paths, Decision(trial_id=name, step=step, action=action, why=why, donor=donor))
         self._num_decisions += 1
 
 

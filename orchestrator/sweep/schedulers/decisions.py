@@ -17,6 +17,12 @@ from orchestrator.spec.sections.scheduler import (
 from orchestrator.sweep.schedulers.population import Clone
 
 
+def why_chosen(controller: Any, trial: Any) -> str | None:
+    """Return the search's reason for a trial's values; None where the search gives none."""
+    explain = getattr(controller.search_alg, "why_chosen", None)
+    return explain(trial.trial_id) if explain else None
+
+
 def why_stopped(spec: SweepSpec, result: dict[str, Any]) -> str:
     """Name the rule by which a trial was stopped, with its last report."""
     scheduler, metric = spec.scheduler, spec.search.metric

@@ -94,3 +94,10 @@ def _population_settings(spec: SweepSpec, scheduler: Population) -> dict[str, An
         "quantile_fraction": scheduler.quantile,
         "log_config": False,  # decisions.jsonl has it
     }
+
+
+def with_units(spec: SweepSpec, result: dict[str, Any]) -> dict[str, Any]:
+    """Add the time in units to a report, in place: Tune's schedulers leave data for the searcher in it."""
+    if (unit := time_unit(spec)) is not None:
+        result[UNIT] = result[spec.scheduler.counts] / unit  # type: ignore[union-attr]
+    return result

@@ -12,6 +12,7 @@ its slot at the time at which an earlier trial left it.
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import Any
 
 MIN_PATIENCE_S = 60.0
 """Shortest time that a report waits for trials that are behind, in seconds."""
@@ -64,6 +65,8 @@ class ReportOrder:
     _unplaced: list[str] = field(default_factory=list)
     """Trials whose start is not known yet, in that order."""
     _running: dict[str, _Running] = field(default_factory=dict)
+    _rejoined: dict[str, int] = field(default_factory=dict)
+    """Trials that were paused and wait for a slot -> the step from which they continue."""
     _overdue_at: int | None = None
     """Number of trials that had been placed when a report had waited in vain for the next one."""
     _free: list[int] = field(init=False)
@@ -71,6 +74,16 @@ class ReportOrder:
 
     def __post_init__(self) -> None:
         self._free = [0] * self.num_slots
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state, also of a version without `_rejoined`."""
+        self.__dict__.update({"_rejoined": {}} | state)
+
+    def rejoin(self, trial: str, step: int) -> None:
+        """Have a trial that has left its slot continue from a step, once a slot is free."""
+        if trial not in self._unplaced and trial not in self._running:
+            self._unplaced.append(trial)
+            self._rejoined[trial] = step
 
     def add(self, trial: str) -> None:
         """Add a trial behind those that were added before."""
@@ -184,7 +197,7 @@ class ReportOrder:
     def _place(self, name: str) -> None:
         """Give a trial the slot that was free first."""
         running = self._running[name]
-        running.start = self._free.pop(0) if self._free else (self._earliest() or 0)
+        running.start = (self._free.pop(0) if self._free else (self._earliest() or 0)) - self._rejoined.pop(name, 0)
         self._unplaced.remove(name)
         if running.has_ended:
             self._free_slot(name)

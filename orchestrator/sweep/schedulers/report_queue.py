@@ -3,8 +3,11 @@
 import time
 from typing import Any
 
+from ray.tune.schedulers import TrialScheduler
+
 from orchestrator.sweep.schedulers.report_order import ReportOrder
 from orchestrator.sweep.tune_trial import COMPLETE
+from orchestrator.upstream import continue_training
 
 Report = dict[str, Any]
 """A report of a trial, see `workers.trainable`."""
@@ -55,6 +58,14 @@ class ReportQueue:
         names = [*self._held] if all_are_due else self._order.next(time.monotonic())
         return [self._held.pop(name) for name in names]
 
+    def expect(self, num_trials: int) -> None:
+        """Note how many trials the sweep has now."""
+        self._order.num_trials = num_trials
+
+    def rejoin(self, trial: Any, step: int) -> None:
+        """Note that a trial whose end was noted at a step will continue from there."""
+        self._order.rejoin(trial.trial_id, step)
+
     def continues(self, trial: Any) -> None:
         """Note that a trial continues after its report was processed."""
         self._order.processed(trial.trial_id)
@@ -68,3 +79,20 @@ class ReportQueue:
         """Drop the report of a trial that restarts and will make the report again."""
         if self._held.pop(trial.trial_id, None) is not None:
             self._order.processed(trial.trial_id)
+
+
+def action_of(is_stopped: bool, pauses: bool) -> str:
+    """Return Tune's name for the answer to a report."""
+    if is_stopped:
+        return str(TrialScheduler.STOP)
+    return str(TrialScheduler.PAUSE if pauses else TrialScheduler.CONTINUE)
+
+
+def answer_late(controller: Any, trial: Any, is_stopped: bool, pauses: bool) -> None:
+    """Answer a report that has waited, through Tune's wrapper of its controller."""
+    if is_stopped:
+        controller.stop_trial(trial)
+    elif pauses:
+        controller.pause_trial(trial)
+    else:
+        continue_training(controller, trial)

@@ -31,13 +31,15 @@ _PRIOR_WEIGHT = 10.0
 
 @dataclass
 class _Trial:
-    """One trial that the search has suggested."""
+    """One trial that the search has suggested, or that somebody has asked for at a point of the space."""
 
     point: Point
     why: str
     best: float | None = None
     """Best result so far, where lower is better; infinite if the trial failed by its values."""
     has_ended: bool = False
+    is_added: bool = False
+    """Whether somebody has asked for the trial."""
 
 
 class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
@@ -76,6 +78,15 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         self._trials[trial_id] = chosen
         return point
 
+    def take_in(self, trial_id: str, point: Point) -> None:
+        """Take in a trial that somebody has asked for: its results count as those of the search's own trials."""
+        self._drawn.see(point)
+        self._trials[trial_id] = _Trial(dict(point), "added by request", is_added=True)
+
+    def forget(self, trial_id: str) -> None:
+        """Drop the results of a trial that was stopped by request: they say nothing about its values."""
+        self._trials[trial_id].best = None
+
     def why_chosen(self, trial_id: str) -> str | None:
         """Return the reason for a trial's values; None for a trial of another search."""
         return self._trials[trial_id].why if trial_id in self._trials else None
@@ -109,7 +120,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         """
         if self._enqueued:
             return self._enqueued.pop(), "drawn anywhere: the points that the search prefers have been tried"
-        number = len(self._trials)
+        number = sum(not trial.is_added for trial in self._trials.values())
         generator = random.Random(f"{self._search.seed} {number} {attempt}")
         designed = self._designed()
         if number + attempt < len(designed):

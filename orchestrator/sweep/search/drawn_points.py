@@ -42,6 +42,10 @@ class DrawnPoints:
             self._add(point)
         return point
 
+    def see(self, point: Point) -> None:
+        """Remember a point that somebody has asked for, so that the search does not draw it too."""
+        self._add(point)
+
     def _add(self, point: Point) -> bool:
         """Remember a point, and return whether it is new."""
         key = repr(sorted(point.items()))

@@ -103,7 +103,9 @@ class EndRule:
         return [
             trial
             for trial in trials
-            if trial.failure != "infrastructure" and (trial.best is not None or trial.failure is not None)
+            if trial.failure != "infrastructure"
+            and trial.stopped_by is None
+            and (trial.best is not None or trial.failure is not None)
         ]
 
     def _searched(self, values: Mapping[str, Any]) -> Point:

@@ -8,7 +8,9 @@ from ray.tune.search.search_generator import SearchGenerator
 
 from orchestrator.record import SweepRecord
 from orchestrator.record.models import PriorSweep
+from orchestrator.record.requests import unanswered
 from orchestrator.spec import SweepSpec
+from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.ending import EndRule, Ends
 from orchestrator.sweep.search.grid_random import GridRandom
 from orchestrator.sweep.search.space import Point, worst_value
@@ -25,11 +27,14 @@ def make_search_algorithm(record: SweepRecord, max_concurrent: int) -> SearchAlg
         max_concurrent: number of trials at a time.
     """
     spec, is_over, ends = record.info.spec, record.why_over() is not None, EndRule(record).ends
+    hold_open = bool(unanswered(record.paths))
     searcher = make_searcher(spec, max_concurrent, record.info.prior_sweeps)
     if isinstance(searcher, GridRandom):
-        searcher.is_over, searcher.ends = is_over, ends
+        searcher.is_over, searcher.ends, searcher.hold_open = is_over, ends, hold_open
         return searcher
-    return TrialGenerator(searcher, spec.search.total_trials, is_over, ends)
+    generator = TrialGenerator(searcher, spec.search.total_trials, is_over, ends)
+    generator.hold_open = hold_open
+    return generator
 
 
 def make_searcher(
@@ -80,9 +85,47 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
         """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
         """Trials that have ended, in that order."""
+        self.hold_open = False
+        """Whether requests wait that may add trials, so that Tune must not end."""
+
+    def is_finished(self) -> bool:
+        """Return whether Tune may end once no trial runs."""
+        return super().is_finished() and not self.hold_open
+
+    def take_in(self, trial_id: str, point: Point | None) -> None:
+        """Take in a trial that somebody has asked for.
+
+        Args:
+            trial_id: the trial.
+            point: its point; None if that is outside the search space.
+        """
+        self.searcher.take_in(trial_id, point)
+        if point is not None:
+            self._running[trial_id] = dict(point)
+
+    def set_aside(self, trial_id: str) -> None:
+        """Let another trial have the slot of one that is paused by request."""
+        self.searcher.set_aside(trial_id)
+
+    def take_back(self, trial_id: str) -> None:
+        """Keep a slot for a trial that continues."""
+        self.searcher.take_back(trial_id)
+
+    def forget(self, trial_id: str) -> None:
+        """Learn nothing from a trial that is stopped by request."""
+        if isinstance(self.searcher, Limiter):
+            self.searcher.forget(trial_id)
+
+    def extend(self, search: SearchSection) -> None:
+        """Go on with another number of trials."""
+        if search.total_trials > self._num_trials:
+            self._num_trials = self._total_samples = search.total_trials
+            self._finished = False
 
     def next_trial(self) -> Any:
         """Return the next trial; None where there is none at the moment."""
+        if super().is_finished():
+            return None
         trial = super().next_trial()
         if trial is not None:
             self._running[trial.trial_id] = plain_values(trial.config)
@@ -98,7 +141,7 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
         super().on_trial_complete(trial_id, result, error)
         self._running.pop(trial_id, None)
         self._ended.append(trial_id)
-        if not self.is_finished() and self._ends(self._ended, self._running.values(), error):
+        if not super().is_finished() and self._ends(self._ended, self._running.values(), error):
             self.set_finished()
 
     def get_state(self) -> dict[str, Any]:
@@ -114,13 +157,55 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
 class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray
     """Limits the number of concurrent trials. After a resume the limit is that of the current workers."""
 
+    def __init__(self, searcher: Searcher, max_concurrent: int) -> None:
+        """Take the searcher and its limit."""
+        super().__init__(searcher, max_concurrent)
+        self._strangers: set[str] = set()
+        """Trials that somebody has asked for and of which the searcher does not know."""
+
+    def take_in(self, trial_id: str, point: Point | None) -> None:
+        """Count a trial that somebody has asked for, and tell the searcher of its point, where it can learn from it."""
+        self.live_trials.add(trial_id)
+        tell = getattr(self.searcher, "take_in", None)
+        if point is not None and tell is not None:
+            tell(trial_id, point)
+        else:
+            self._strangers.add(trial_id)
+
+    def set_aside(self, trial_id: str) -> None:
+        """Do not count a trial that is paused by request."""
+        self.live_trials.discard(trial_id)
+
+    def take_back(self, trial_id: str) -> None:
+        """Count a trial again that continues."""
+        self.live_trials.add(trial_id)
+
+    def forget(self, trial_id: str) -> None:
+        """Have the searcher learn nothing from a trial. Tune's later report is then ignored."""
+        self.live_trials.add(trial_id)
+        if forget := getattr(self.searcher, "forget", None):
+            forget(trial_id)
+        self.on_trial_complete(trial_id, None, error=True)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an evaluation on, if the searcher knows the trial."""
+        if trial_id not in self._strangers:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the end of a trial on, if the searcher knows the trial."""
+        if trial_id in self._strangers:
+            self.live_trials.discard(trial_id)
+        else:
+            super().on_trial_complete(trial_id, result, error)
+
     def report_failure(self, trial_id: str) -> None:
         """Report the worst value for a trial that failed by its own values. Tune's later report is then ignored."""
         self.on_trial_complete(trial_id, {self.metric: worst_value(self.mode)})
 
     def count_as(self, trial_id: str, value: float) -> None:
         """Have a stopped trial count by the forecast of its end, where the algorithm can."""
-        if count_as := getattr(self.searcher, "count_as", None):
+        if trial_id not in self._strangers and (count_as := getattr(self.searcher, "count_as", None)):
             count_as(trial_id, value)
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Grid search and random search."""
 
 import copy
+import itertools
 from typing import Any, assert_never
 
 from ray import tune
@@ -39,6 +40,8 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         """Whether a restored search draws no further trial."""
         self.ends: Ends | None = None
         """Says whether the search is over, whenever a trial has ended; None if it never ends before its last trial."""
+        self.hold_open = False
+        """Whether requests wait that may add trials, so that Tune must not end."""
         self._running: dict[str, Point] = {}
         """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
@@ -52,7 +55,42 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
 
         Trials that take turns still need them.
         """
-        return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0)
+        return bool(self._finished) and not (self._live_trials and self.max_concurrent == 0) and not self.hold_open
+
+    def take_in(self, trial_id: str, point: Point | None) -> None:
+        """Take in a trial that somebody has asked for.
+
+        Args:
+            trial_id: the trial.
+            point: its point; None if that is outside the search space.
+        """
+        self._live_trials.add(trial_id)
+        if point is not None:
+            self._running[trial_id] = dict(point)
+            if self._search.algorithm != "grid":  # a grid tries each of its points
+                self._drawn.see(point)
+
+    def set_aside(self, trial_id: str) -> None:
+        """Let another trial have the slot of one that is paused by request."""
+        self._live_trials.discard(trial_id)
+
+    def take_back(self, trial_id: str) -> None:
+        """Keep a slot for a trial that continues."""
+        self._live_trials.add(trial_id)
+
+    def forget(self, trial_id: str) -> None:
+        """Do nothing: no result changes what is drawn here."""
+
+    def extend(self, search: SearchSection) -> None:
+        """Go on with another number of trials."""
+        more = search.total_trials - self._search.total_trials
+        self._search = search
+        if more > 0:
+            self._total_samples += more
+            for iterator in self._iterators:
+                iterator.num_samples_left += more
+            self._finished, self._trial_iter = False, None
+            self._trial_generator = itertools.chain(*self._iterators)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take over the end of a trial; it may be that of the search."""
@@ -95,6 +133,7 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
             "_search": self._search,
             "is_over": self.is_over,
             "ends": self.ends,
+            "hold_open": self.hold_open,
             "_finished": self.is_over,
             "_total_samples": self._search.total_trials,
         }

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, assert_never
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import CmaEsSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.record.models import PriorSweep
@@ -44,6 +45,27 @@ class Optuna(OptunaSearch):  # type: ignore[misc]  # mypy skips ray
         super().__init__(**settings)
         self._search = search
         self._drawn = DrawnPoints(search)
+        self._added: dict[str, Point] = {}
+        """Trials that somebody has asked for, with their points."""
+
+    def take_in(self, trial_id: str, point: Point) -> None:
+        """Take in a trial that somebody has asked for. The model sees it once it has its result."""
+        self._drawn.see(point)
+        self._added[trial_id] = point
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an evaluation on, of a trial that Optuna has suggested."""
+        if trial_id not in self._added:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the end of a trial on."""
+        if trial_id not in self._added:
+            super().on_trial_complete(trial_id, result, error)
+        elif result:
+            drawn = encode(self._search, self._added[trial_id])
+            space = {path: _distribution(self._search.space[path]) for path in drawn}
+            self._ot_study.add_trial(create_trial(value=result[self.metric], params=drawn, distributions=space))
 
     def suggest(self, trial_id: str) -> Point | None:
         """Return a new point for a trial."""
@@ -69,6 +91,19 @@ class OptunaSpace:
                 continue
             point[path] = axis.decode(_suggest(trial, path, axis))
         return point
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    """Return what `_suggest` draws from."""
+    match drawn := axis.domain():
+        case IndexDomain():
+            return CategoricalDistribution([*range(drawn.count)])
+        case FloatDomain():
+            return FloatDistribution(drawn.low, drawn.high, log=drawn.is_log)
+        case IntDomain():
+            return IntDistribution(drawn.low, drawn.high, log=drawn.is_log)
+        case _:
+            assert_never(drawn)
 
 
 def _suggest(trial: Any, path: str, axis: Axis) -> Any:

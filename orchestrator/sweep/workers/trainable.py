@@ -12,6 +12,7 @@ from orchestrator.record import (
     MetricPoint,
     TrialResult,
     TrialState,
+    read_added,
     read_metrics,
     read_result,
     read_sweep,
@@ -159,6 +160,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
 
     def _new_result(self) -> TrialResult:
         search = self._sweep.info.spec.search
+        added = read_added(self._paths)
         return TrialResult(
             trial_id=self._paths.trial_id,
             state=TrialState.RUNNING,
@@ -166,6 +168,8 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             metric=search.metric,
             mode=search.resolved_mode,
             warnings=self._warnings,
+            added_by=added and added.by,
+            cloned_from=added and added.cloned_from,
         )
 
     def _adopt(self, checkpoint: dict[str, Any], origin: str) -> None:

@@ -154,7 +154,9 @@ class Attempt:
         inputs, metric = self._inputs, self._start.metric
         questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
         micro_batch = None if limits is None else limits.micro_batch(config)
-        loop = open_loop(config, inputs, slot, self._paths.checkpoints, self._write_queue, questions, micro_batch)
+        paths = self._paths
+        initial = paths.initial_adapter if paths.initial_adapter.is_dir() else None
+        loop = open_loop(config, inputs, slot, paths.checkpoints, self._write_queue, questions, initial, micro_batch)
         try:
             yield from self._follow(loop, wanted, questions)
         finally:  # a remaining reference to the model must not keep its adapter's memory

@@ -121,6 +121,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             control.should_evaluate = True
         if self._start.config.training.save_steps is None and time.monotonic() < self._saved_at + SAVE_EVERY_S:
             control.should_save = False
+        if control.should_evaluate and self._paths.pausing.is_file():
+            control.should_save = True
         if control.should_save or control.should_evaluate:  # so that a checkpoint's metrics are those of its step
             control.should_log = True
         if control.should_log:

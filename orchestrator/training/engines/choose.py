@@ -85,6 +85,7 @@ def open_loop(
     checkpoints: Path,
     write_queue: WriteQueue,
     questions: Questions | None = None,
+    initial: Path | None = None,
     micro_batch: int | None = None,
 ) -> Loop:
     """Open the trial's loop, with a model that shares the base's weights.
@@ -96,17 +97,19 @@ def open_loop(
         checkpoints: the folder of checkpoints.
         write_queue: writes them.
         questions: the prompts that it answers; None for none.
+        initial: the adapter with which the trial begins; None for a new one.
         micro_batch: rows that SFTTrainer puts into a forward pass; None for `training.batch_size`.
     """
     base, tokenizer, data = inputs.base, inputs.tokenizer, inputs.data
     if isinstance(slot, EngineSlot):
-        trainer = build_trainer(config, model_from_template(base, config), tokenizer, data, checkpoints)
+        model = model_from_template(base, config)
+        trainer = build_trainer(config, model, tokenizer, data, checkpoints, initial=initial)
         return Slot(slot.index, trainer, slot.engine, config, inputs.train, inputs.held_out, write_queue, questions)
     modules = expected_modules(base, config.lora)
     is_eva = config.lora.init == "eva"
     components = eva_components(share_modules(base), config, data, list(modules)) if is_eva else None
     model = model_from_peft(base, config, modules, expected_extra_trainables(base, config, modules, tokenizer))
-    trainer = build_trainer(config, model, tokenizer, data, checkpoints, components, micro_batch)
+    trainer = build_trainer(config, model, tokenizer, data, checkpoints, components, initial, micro_batch)
     if config.data.packing:
         require_independent_sequences(trainer)
     return TrlLoop(trainer, config, questions)

@@ -26,6 +26,7 @@ from orchestrator.training.fast.drive.multi_lora import TrialSteps
 from orchestrator.training.model.adapter_init import init_adapter
 from orchestrator.training.model.peft_model import load_adapter_weights
 from orchestrator.training.model.precision import resolve_precision
+from orchestrator.training.model.rank_change import begin_with
 from orchestrator.training.model.readback import read_back, set_rate
 from orchestrator.training.questions import Questions
 
@@ -180,6 +181,7 @@ def build_trainer(
     data: PreparedData,
     checkpoints: Path,
     components: Mapping[str, torch.Tensor] | None = None,
+    initial: Path | None = None,
     micro_batch: int | None = None,
 ) -> Any:
     """Build an SFTTrainer that trains the adapter of `model` on `data`, and set the adapter's first weights.
@@ -191,6 +193,7 @@ def build_trainer(
         data: tokenized rows.
         checkpoints: folder of the trainer's checkpoints.
         components: for `init_adapter`.
+        initial: folder of the adapter whose weights are the first ones; None for those of `init_adapter`.
         micro_batch: rows in a forward pass, a divisor of `training.batch_size`; None for all of them. A step has the
             same rows, and evaluations have as many times fewer rows in a pass.
     """
@@ -218,6 +221,8 @@ def build_trainer(
         if parameter.requires_grad:  # bfloat16 loses the small steps of DoRA's magnitudes; trl spares them too
             parameter.data = parameter.data.to(torch.float32 if "lora_magnitude_vector" in name else dtype)
     init_adapter(trainer.model, config.lora, training.seed, dtype, components)
+    if initial is not None:
+        begin_with(trainer.model, initial, training.seed)
     own = trainer.model.get_base_model()
     if own.base_model is own and "model" in own._modules:  # Llama4 and Mllama name it wrongly (transformers 5.23)
         own.base_model_prefix = "model"  # trl's fused head runs this part, without the head

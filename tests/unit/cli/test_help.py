@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
 GROUPS = [group.name for group in app.registered_groups if group.name]
 PRIORS = ["add", "list", "remove"]
@@ -30,7 +30,7 @@ def test_no_line_is_cut_or_longer_than_80_columns(command: str) -> None:
 
 def test_every_command_has_a_whole_sentence_as_its_summary() -> None:
     listed = help_page().partition("Commands:\n")[2].partition("\n\n")[0]
-    summaries = dict(re.findall(r"^  (\w+) +(.*)$", listed, flags=re.MULTILINE))
+    summaries = dict(re.findall(r"^  ([\w-]+) +(.*)$", listed, flags=re.MULTILINE))
     assert list(summaries) == [*COMMANDS, *GROUPS]  # a summary on two lines would leave a line that is no command
     assert len(listed.splitlines()) == len(COMMANDS) + len(GROUPS)
     assert [summary for summary in summaries.values() if not re.fullmatch(r"[A-Z].*[^.]\.", summary)] == []

@@ -81,7 +81,7 @@ def test_a_trial_that_fails_for_good_while_it_is_paused_waits_no_more(make_stage
     stage.conductor.on_trial_error(stage, trial)
     trial.set_status(Trial.ERROR)
     assert not stage.paths.trial("t7").paused.is_file()
-    assert "t7" not in stage.conductor._waiting
+    assert "t7" not in stage.conductor._waiting.after_report
     stage.run()
     assert {each.status for each in stage.trials} == {Trial.ERROR, Trial.TERMINATED}
 

@@ -1,0 +1,160 @@
+"""What people ask of a running sweep. Each request is a file in the sweep's folder, and so is the driver's answer.
+
+A request is written in one atomic step under a name of its own, so any number of people may ask at once. The driver
+takes requests up in the order of their names, which begin with the time.
+"""
+
+import getpass
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from orchestrator.errors import RecordError
+from orchestrator.record.files import write_atomic
+from orchestrator.record.lock import driver_state
+from orchestrator.record.models import Record, time_now
+from orchestrator.record.paths import SweepPaths
+
+Verb = Literal["stop", "pause", "go-on", "extend", "add", "clone"]
+
+_ANSWER = ".answer.json"
+_LOOK_S = 0.2
+"""Seconds between two looks for an answer."""
+
+
+class Request(Record):
+    """One request, in `requests/NAME.json`."""
+
+    name: str
+    """Time in nanoseconds since 1970, and 8 random hexadecimal digits."""
+    verb: Verb
+    asked: str
+    """Time in UTC, ISO 8601."""
+    by: str
+    """Who has asked, as user@host."""
+    trial_id: str | None = None
+    """Trial that is stopped, paused, continued or cloned; None for a request about the whole sweep."""
+    values: dict[str, Any] = {}
+    """Dotted field -> value, for a trial that is added."""
+    warm: bool = False
+    """Whether a clone begins with the adapter of its donor."""
+    num_trials: int | None = None
+    """New total number of trials."""
+    budget: list[str] = []
+    """New limits, as LIMIT=V."""
+
+    @property
+    def new_trial(self) -> str:
+        """Name of the trial that the request adds. It is the same if the request is taken up again after a kill."""
+        return self.name.rpartition("-")[2]
+
+
+class RequestAnswer(Record):
+    """What has become of a request, in `requests/NAME.answer.json`."""
+
+    name: str
+    """Name of the request."""
+    is_accepted: bool
+    text: str
+    """What has been done or will be done, or why the request is refused."""
+    answered: str
+    """Time in UTC, ISO 8601."""
+    trial_id: str | None = None
+    """Trial that was added."""
+
+
+def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
+    """Write a request into a sweep's folder.
+
+    Args:
+        paths: of the sweep.
+        verb: what is asked.
+        fields: fields of `Request` that belong to it.
+
+    Raises:
+        RecordError: the folder cannot be written to.
+    """
+    name = f"{time.time_ns():020d}-{uuid4().hex[:8]}"
+    request = Request(name=name, verb=verb, asked=time_now(), by=_who(), **fields)
+    file = paths.requests / f"{name}.json"
+    try:
+        write_atomic(file, request.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise RecordError(
+            f"{file}: cannot be written: {error.strerror}",
+            "Ask from an account that may write into the sweep's folder.",
+        ) from error
+    return request
+
+
+def read_request(paths: SweepPaths, name: str) -> Request:
+    """Return one request.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    file = paths.requests / f"{name}.json"
+    try:
+        return Request.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{file}: the request is damaged: {error}", "Ask again with the command.") from error
+
+
+def unanswered(paths: SweepPaths) -> list[str]:
+    """Return the names of the requests without an answer, in their order. It reads one folder and no file."""
+    try:
+        names = {file.name for file in paths.requests.iterdir() if file.suffix == ".json" and file.name[0] != "."}
+    except FileNotFoundError:
+        return []
+    asked = {name.removesuffix(".json") for name in names if not name.endswith(_ANSWER)}
+    return sorted(name for name in asked if name + _ANSWER not in names)
+
+
+def write_answer(paths: SweepPaths, answer: RequestAnswer) -> None:
+    """Write the answer to a request."""
+    write_atomic(_answer_file(paths, answer.name), answer.model_dump_json(indent=2) + "\n")
+
+
+def read_answer(paths: SweepPaths, request: Request) -> RequestAnswer | None:
+    """Return the answer to a request; None if there is none yet.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    try:
+        return RequestAnswer.model_validate_json(_answer_file(paths, request.name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RecordError(f"{_answer_file(paths, request.name)}: the answer is damaged: {error}") from error
+
+
+def await_answer(paths: SweepPaths, request: Request, timeout_s: float) -> RequestAnswer | None:
+    """Wait for the answer to a request, as long as a driver runs.
+
+    Returns:
+        The answer; None if no driver runs, or if none has come within `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        is_running = driver_state(paths).is_running
+        answer = read_answer(paths, request)
+        if answer is not None or not is_running or time.monotonic() > deadline:
+            return answer
+        time.sleep(_LOOK_S)
+
+
+def _answer_file(paths: SweepPaths, name: str) -> Path:
+    return paths.requests / f"{name}{_ANSWER}"
+
+
+def _who() -> str:
+    user = "unknown"
+    with suppress(OSError, KeyError, ImportError):  # a container may have no entry for its user
+        user = getpass.getuser()
+    return f"{user}@{socket.gethostname()}"

@@ -1,0 +1,121 @@
+"""Requests to the driver of a sweep: their files, their order, the wait for an answer, and how a trial is named."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RecordError, RequestError
+from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.record.ask import ask
+from orchestrator.record.find_trial import find_trial
+from orchestrator.record.lock import only_driver
+from orchestrator.record.models import time_now
+from orchestrator.record.requests import (
+    RequestAnswer,
+    await_answer,
+    read_answer,
+    read_request,
+    unanswered,
+    write_answer,
+    write_request,
+)
+
+Make = Any
+
+
+@pytest.fixture
+def paths(tmp_path: Path, make_sweep: Make) -> SweepPaths:
+    made: SweepPaths = make_sweep(tmp_path / "s", {"abc_00001": ("RUNNING", 0.5), "abc_00002": ("COMPLETE", 0.4)})
+    return made
+
+
+def answer(name: str, is_accepted: bool = True, text: str = "done") -> RequestAnswer:
+    return RequestAnswer(name=name, is_accepted=is_accepted, text=text, answered=time_now())
+
+
+def test_a_request_says_what_who_and_when_and_has_a_name_of_its_own(paths: SweepPaths) -> None:
+    request = write_request(paths, "stop", trial_id="abc_00001")
+    assert read_request(paths, request.name) == request
+    assert "@" in request.by
+    assert request.asked.endswith("+00:00")
+    assert len(request.new_trial) == 8
+    assert [file.name for file in paths.requests.iterdir()] == [f"{request.name}.json"], "nothing half written is left"
+
+
+def test_many_may_ask_at_once_and_requests_are_taken_in_their_order(paths: SweepPaths) -> None:
+    with ThreadPoolExecutor(8) as people:
+        asked = [*people.map(lambda number: write_request(paths, "add", values={"n": number}), range(40))]
+    assert len({request.name for request in asked}) == 40
+    assert unanswered(paths) == sorted(request.name for request in asked)
+    later = write_request(paths, "stop", trial_id="abc_00001")
+    assert unanswered(paths)[-1] == later.name
+
+
+def test_an_answered_request_is_not_taken_up_again(paths: SweepPaths) -> None:
+    first, second = (write_request(paths, "pause", trial_id="abc_00001") for _ in range(2))
+    assert read_answer(paths, first) is None
+    write_answer(paths, answer(first.name))
+    assert unanswered(paths) == [second.name]
+    assert read_answer(paths, first) == answer(first.name).model_copy(
+        update={"answered": read_answer(paths, first).answered}
+    )
+
+
+def test_a_damaged_request_is_named(paths: SweepPaths) -> None:
+    request = write_request(paths, "stop", trial_id="abc_00001")
+    (paths.requests / f"{request.name}.json").write_text("{")
+    with pytest.raises(RecordError, match="the request is damaged"):
+        read_request(paths, request.name)
+
+
+def test_without_a_driver_a_request_is_kept_and_the_message_says_what_takes_it_up(paths: SweepPaths) -> None:
+    began = time.monotonic()
+    said = ask(read_sweep(paths.root), "stop", trial_id="abc_00001")
+    assert said == f"no driver is running; the request is kept, and this takes it up: orchestrator resume {paths.root}"
+    assert time.monotonic() - began < 5
+    assert len(unanswered(paths)) == 1
+
+
+def test_a_live_driver_is_waited_for_and_its_refusal_is_an_error(paths: SweepPaths) -> None:
+    record = read_sweep(paths.root)
+
+    def reply() -> None:
+        while not unanswered(paths):
+            time.sleep(0.01)
+        write_answer(paths, answer(unanswered(paths)[0], False, "the trial has ended already"))
+
+    with only_driver(paths), ThreadPoolExecutor() as driver:
+        driver.submit(reply)
+        with pytest.raises(RequestError, match="stop: refused by the driver: the trial has ended already"):
+            ask(record, "stop", trial_id="abc_00001")
+        request = write_request(paths, "stop", trial_id="abc_00001")
+        assert await_answer(paths, request, 0.3) is None
+        assert "has not answered within 0 s" in ask(record, "pause", wait_s=0.1, trial_id="abc_00001")
+
+
+def test_a_trial_is_named_by_its_folder_or_by_sweep_and_name(paths: SweepPaths) -> None:
+    root = paths.root
+    for named in (f"{root}/abc_00001", f"{root}/trials/abc_00001", f"{root}/trials/abc_00001/", "s/abc_00001"):
+        record, trial = find_trial(named, root.parent)
+        assert (record.paths.root, trial) == (root, "abc_00001")
+
+
+def test_an_unknown_trial_has_a_suggestion(paths: SweepPaths) -> None:
+    with pytest.raises(RecordError, match="has no such trial") as error:
+        find_trial(f"{paths.root}/abc_0001", "runs")
+    assert "Did you mean abc_00001?" in str(error.value)
+    with pytest.raises(RecordError, match="orchestrator status"):
+        find_trial(f"{paths.root}/zzz", "runs")
+    with pytest.raises(RecordError, match="is not written as SWEEP/TRIAL"):
+        find_trial("abc_00001", "runs")
+
+
+def test_a_single_trial_takes_no_requests(paths: SweepPaths) -> None:
+    document = json.loads(paths.sweep.read_text())
+    paths.sweep.write_text(json.dumps(document | {"is_single_trial": True}))
+    with pytest.raises(RequestError, match="takes no requests"):
+        ask(read_sweep(paths.root), "stop", trial_id="abc_00001")
