@@ -28,6 +28,8 @@ class DriverInfo(Record):
 
     host: str
     pid: int
+    began: float | None = None
+    """Time at which it took the sweep, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def only_driver(paths: SweepPaths) -> Iterator[None]:
         ) from error
     over = threading.Event()
     with suppress(OSError):  # on a full disk the lock alone tells that this process runs the sweep
-        write_atomic(paths.driver, DriverInfo(host=socket.gethostname(), pid=os.getpid()).model_dump_json())
+        write_atomic(
+            paths.driver, DriverInfo(host=socket.gethostname(), pid=os.getpid(), began=time.time()).model_dump_json()
+        )
     threading.Thread(target=_beat, args=(paths, over), name="heartbeat", daemon=True).start()
     try:
         yield
