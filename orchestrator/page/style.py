@@ -35,16 +35,28 @@ def plain(text: Any) -> str:
     return html.escape(str(text), quote=False)
 
 
+_FACTORS: Final = ((1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), tuple(n / 10 for n in range(10, 100, 2)))
+"""Places of ticks within a power of ten, the coarsest first."""
+_LEAST_TICKS: Final = 4
+
+
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Return ticks of a logarithmic axis between two positive numbers: their decimal logarithms, and their text."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1,) if last - first > 3 else (1, 2, 5)
-    ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
-    inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] or [low, high]
+    powers = range(first, last + 1)
+    inside = list[float]()
+    for factors in [(1.0,)] if last - first > 3 else _FACTORS:
+        inside = [
+            f * 10.0**power for power in powers for f in factors if low * 0.999 <= f * 10.0**power <= high * 1.001
+        ]
+        if len(inside) >= _LEAST_TICKS:
+            break
+    inside = inside or [low, high]
     return [math.log10(tick) for tick in inside], [say_short(float(f"{tick:.4g}")) for tick in inside]
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Return the settings of a logarithmic axis over these positive numbers: ticks at 1, 2 and 5, in plain numbers."""
+    """Return the settings of a logarithmic axis over these positive numbers, with ticks in plain numbers: four or more,
+    unless the numbers are very close."""
     ticks, texts = log_ticks(min(values), max(values))
     return {"type": "log", "tickvals": [10**tick for tick in ticks], "ticktext": texts}

@@ -230,3 +230,14 @@ def test_the_prior_does_not_decide_where_a_running_trial_promises_more_than_any_
     assert max(abs(proposal.drawn[name] - prior[name]) for name in prior) > 0.02
     assert proposal.forecast is not None
     assert proposal.forecast.gain > 1e-4
+
+
+def test_a_forecast_is_not_named_as_the_best_result(make: Make) -> None:
+    """A stopped trial counts by its forecast, which no trial has shown."""
+    searcher = make_searcher(make(), 1)
+    searched(searcher, 0, 4)
+    searcher.count_as("t1", 0.25)
+    searcher.suggest("t4")
+    why = searcher.searcher.why_chosen("t4")
+    assert "the best is eval/loss" in why
+    assert "the best is eval/loss 0.25" not in why
