@@ -47,10 +47,14 @@ def watch(sweep: Sweep, output: Where = "runs") -> None:
             watch_sweep(console, record)
     except Signalled as signalled:
         raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None
-    _show(console, record)
+    _show(console, record, max_lines=max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None)
 
 
-def _show(console: "Console", record: "SweepRecord") -> None:
+_LINES_BELOW = 8
+"""Lines of a terminal that the last table of `watch` leaves for its title and for the lines below it."""
+
+
+def _show(console: "Console", record: "SweepRecord", max_lines: int | None = None) -> None:
     from orchestrator.record import PresentTrials
     from orchestrator.report.standing import standing_lines
     from orchestrator.report.tables import TrialsTable, axes_of, say_failures
@@ -60,7 +64,7 @@ def _show(console: "Console", record: "SweepRecord") -> None:
     present = PresentTrials(record)
     trials, repeats = present.read(), present.repeats()
     title = f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"
-    console.print(TrialsTable(trials, title, axes_of(record.info.spec)))
+    console.print(TrialsTable(trials, title, axes_of(record.info.spec), max_lines=max_lines))
     if repeats:
         axes = [*axes_of(record.info.spec), SEED]
         console.print(TrialsTable(repeats, "the finalists again, with other seeds", axes))

@@ -35,22 +35,28 @@ def plain(text: Any) -> str:
     return html.escape(str(text), quote=False)
 
 
-_FACTORS: Final = ((1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), tuple(n / 10 for n in range(10, 100, 2)))
-"""Places of ticks within a power of ten, the coarsest first."""
 _LEAST_TICKS: Final = 4
+_MOST_GAPS: Final = 6
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Return ticks of a logarithmic axis between two positive numbers: their decimal logarithms, and their text."""
+    """Return ticks of a logarithmic axis between two positive numbers: their decimal logarithms, and their text.
+
+    They are at 1, 2 and 5; where fewer than four of these lie between the numbers, at numbers of two digits, apart
+    enough to be read.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    powers = range(first, last + 1)
-    inside = list[float]()
-    for factors in [(1.0,)] if last - first > 3 else _FACTORS:
-        inside = [
-            f * 10.0**power for power in powers for f in factors if low * 0.999 <= f * 10.0**power <= high * 1.001
-        ]
-        if len(inside) >= _LEAST_TICKS:
-            break
+
+    def between(factors: Sequence[float]) -> list[float]:
+        ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+        return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+
+    inside = between((1,) if last - first > 3 else (1, 2, 5))
+    if len(inside) < _LEAST_TICKS and low < high:
+        ratio, inside = (high / low) ** (1 / _MOST_GAPS), []
+        for tick in between([tenth / 10 for tenth in range(10, 100)]):
+            if not inside or tick >= inside[-1] * ratio:
+                inside.append(tick)
     inside = inside or [low, high]
     return [math.log10(tick) for tick in inside], [say_short(float(f"{tick:.4g}")) for tick in inside]
 

@@ -1,5 +1,7 @@
 """Figures of the searched fields: what was measured at the end is in color, what was stopped early is gray."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,9 @@ def test_a_narrow_logarithmic_axis_has_ticks_to_read_values_by() -> None:
     """A loss from 4.1 to 11 had ticks at 5 and 10 alone."""
     for low, high in ((4.1, 11.0), (4.1, 4.9), (1.2, 3.0), (1e-4, 1e-1)):
         places, texts = log_ticks(low, high)
-        assert len(places) >= 4, (low, high)
+        assert 4 <= len(places) <= 10, (low, high)
+        apart = [(after - before) / math.log10(high / low) for before, after in pairwise(places)]
+        assert min(apart) > 0.09, "texts of ticks would overlap"
         assert places == sorted(places)
         assert len(set(texts)) == len(texts)
     assert log_ticks(2.0, 2.0)[1] == ["2"]
