@@ -33,9 +33,10 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 
 @app.command(epilog="Example: orchestrator watch runs/demo")
 def watch(sweep: Sweep, output: Where = "runs") -> None:
-    """Follow a running sweep, as the command that runs it does, until it ends.
+    """Follow a running sweep until it ends.
 
-    Works on any machine that sees its folder. Ctrl-C ends this view, not the sweep.
+    Shows what the command that runs it shows, on any machine that sees its folder. Ctrl-C ends this view, not the
+    sweep.
     """
     from orchestrator.record import read_sweep
     from orchestrator.report.watch import watch_sweep
