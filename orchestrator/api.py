@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.deploy import FinishedSweep
+from orchestrator.errors import RequestError
 from orchestrator.record import MetricPoint, SweepRecord, TrialResult, read_sweep
 from orchestrator.spec import SweepSpec
 
@@ -108,6 +109,7 @@ def run(
     *,
     without_search: bool = False,
     address: str | None = None,
+    warm_from: Sequence[str | Path] = (),
     watch: Watch = lambda _: None,
     say: Say = print,
 ) -> Sweep:
@@ -121,11 +123,13 @@ def run(
         output: the parent folder of sweeps; default `output.folder` of the experiment.
         without_search: run one trial with the experiment's own values in this process, without Ray.
         address: a Ray cluster, "auto" or "HOST:PORT"; default Ray is started on this machine.
+        warm_from: folders or names of earlier sweeps, whose finished trials are evidence for the search.
         watch: called with all trials whenever one changes; not called with `without_search`.
         say: called with messages.
 
     Raises:
         RequestError: the request is wrong; nothing has been written.
+        RecordError: a sweep of `warm_from` cannot be read.
         ClusterError: Ray cannot be reached, or its nodes do not share the output folder.
         SweepError: no trial of the sweep finished.
         TrialError: the trial failed; with `without_search` only.
@@ -135,6 +139,9 @@ def run(
     """
     from orchestrator.record.new_sweep import claim_folder
 
+    if warm_from and without_search:
+        raise RequestError("warm_from is evidence for a search, but without_search is true", "Leave one of them out.")
+    earlier = [read_sweep(each, output or spec.output.folder) for each in warm_from]
     with claim_folder(spec, "sweep", name, None if output is None else str(output)) as paths:
         if without_search:
             from orchestrator.training.local import run_local_trial
@@ -143,7 +150,7 @@ def run(
         else:
             from orchestrator.sweep import run_sweep
 
-            run_sweep(spec, paths, watch, address, say)
+            run_sweep(spec, paths, watch, address, say, warm_from=earlier)
     return open_sweep(paths.root)
 
 

@@ -121,8 +121,8 @@ PRIVATE: tuple[Private, ...] = (
     Private(
         "optuna 5.0", "optuna/_gp/acqf.py",
         ("BaseAcquisitionFunc.eval_acqf(self, x)", "BaseAcquisitionFunc.length_scales",
-         "BaseAcquisitionFunc.search_space"),
-        "sweep/search/models.py", "an expected improvement with a prior is one of these",
+         "BaseAcquisitionFunc.search_space", "LogEI._threshold", "qLogEI._threshold"),
+        "sweep/search/models.py", "an expected improvement with a prior, and with beliefs about running trials",
     ),
     Private(
         "optuna 5.0", "optuna/_gp/search_space.py",
@@ -130,8 +130,9 @@ PRIVATE: tuple[Private, ...] = (
         "sweep/search/models.py", "the prior's center in the coordinates of the model",
     ),
     Private(
-        "optuna 5.0", "optuna/_gp/gp.py", ("GPRegressor.posterior(self, x, joint)",), "sweep/search/models.py",
-        "what the model expects at the point that it proposes",
+        "optuna 5.0", "optuna/_gp/gp.py",
+        ("GPRegressor.posterior(self, x, joint)", "GPRegressor.append_running_data(self, X_running, y_running)"),
+        "sweep/search/models.py", "what the model expects at the point that it proposes, and of running trials",
     ),
     Private(
         _RAY, f"{_TUNE}/search/basic_variant.py",

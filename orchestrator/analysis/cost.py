@@ -21,6 +21,7 @@ class Cost:
     wall_seconds: float | None
     """Seconds from the start of the first trial to the end of the last; None if the records have no times."""
     steps: int
+    """Steps made, a trial's donor's not counted (PBT)."""
     planned_steps: int
     """Steps that all trials would have made without a stop or a failure; trials that can go on count with theirs.
     Repeats of the finalists count neither here nor in `steps`."""
@@ -54,14 +55,22 @@ def find_cost(data: SweepData) -> Cost:
         trial_seconds=seconds,
         gpu_hours=sum(trial.gpu_seconds for trial in trials) / 3600,
         wall_seconds=_wall_seconds(trials),
-        steps=sum(trial.step for trial in data.trials),
-        planned_steps=sum(trial.step if trial.state in OPEN else trial.total_steps or usual for trial in data.trials),
+        steps=sum(trial.step - _adopted_steps(trial) for trial in data.trials),
+        planned_steps=sum(
+            (trial.step if trial.state in OPEN else trial.total_steps or usual) - _adopted_steps(trial)
+            for trial in data.trials
+        ),
         tokens_saved=round(sum(tokens for tokens, _ in saved)),
         seconds_saved=sum(seconds for _, seconds in saved),
         failed_share=failed / seconds if seconds else 0.0,
         winner_share=leader.seconds / seconds if leader and seconds else None,
         devices=sorted({trial.device for trial in trials if trial.device}),
     )
+
+
+def _adopted_steps(trial: TrialResult) -> int:
+    """Return the net steps that a trial has taken over from others, by its tokens per step (PBT); rounded."""
+    return round(trial.step * trial.adopted_tokens / trial.tokens) if trial.tokens else 0
 
 
 def _saved(trial: TrialResult) -> tuple[float, float]:

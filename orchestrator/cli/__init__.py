@@ -2,15 +2,18 @@
 
 import sys
 
-from orchestrator.cli import train  # noqa: F401 (its import registers commands, in the order of the help)
+from orchestrator.imports import importing
 
-# isort: split
-from orchestrator.cli import audit, look, plan, priors, steer, use, write_report  # noqa: F401
+with importing():
+    from orchestrator.cli import train  # noqa: F401 (its import registers commands, in the order of the help)
 
-# isort: split
-from orchestrator.cli.frame import app
-from orchestrator.errors import OrchestratorError
-from orchestrator.signals import leave_dead_terminal
+    # isort: split
+    from orchestrator.cli import audit, look, plan, priors, steer, use, write_report  # noqa: F401
+
+    # isort: split
+    from orchestrator.cli.frame import app
+    from orchestrator.errors import OrchestratorError
+    from orchestrator.signals import leave_dead_terminal
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Commands that look at sweeps: status, list and board."""
+"""Commands that look at sweeps: status, watch, list and board."""
 
 import os
 import socket
 import sys
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,44 +19,60 @@ if TYPE_CHECKING:
     from orchestrator.record import SweepRecord
 
 
-@app.command(epilog="Example: orchestrator status runs/demo --watch")
-def status(
-    sweep: Sweep,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Follow the sweep, as the command that runs it does, until it ends.")
-    ] = False,
-    as_json: Json = False,
-    output: Where = "runs",
-) -> None:
+@app.command(epilog="Example: orchestrator status runs/demo --json")
+def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     """Show a sweep's trials, best first, and whether a driver runs it."""
     from orchestrator.record import read_sweep
 
     record = read_sweep(sweep, output)
-    if watch and as_json:
-        raise RequestError("--watch and --json cannot be used together", "Leave one of them out.")
     if as_json:
         print_json(_as_document(record))
-        return
-    console = console_on()
-    if watch:
-        from orchestrator.report.watch import watch_sweep
-
-        watch_sweep(console, record)
-    _show(console, record)
+    else:
+        _show(console_on(), record)
 
 
-def _show(console: "Console", record: "SweepRecord") -> None:
+@app.command(epilog="Example: orchestrator watch runs/demo")
+def watch(sweep: Sweep, output: Where = "runs") -> None:
+    """Follow a running sweep until it ends.
+
+    Shows what the command that runs it shows, on any machine that sees its folder. Ctrl-C ends this view, not the
+    sweep.
+    """
+    from orchestrator.record import read_sweep
+    from orchestrator.report.watch import watch_sweep
+    from orchestrator.signals import Signalled, raising_signals
+
+    record, console = read_sweep(sweep, output), console_on()
+    try:
+        with raising_signals():
+            watch_sweep(console, record)
+    except Signalled as signalled:
+        raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None
+    _show(console, record, max_lines=max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None)
+
+
+_LINES_BELOW = 8
+"""Lines of a terminal that the last table of `watch` leaves for its title and for the lines below it."""
+
+
+def _show(console: "Console", record: "SweepRecord", max_lines: int | None = None) -> None:
     from orchestrator.record import PresentTrials
     from orchestrator.report.standing import standing_lines
     from orchestrator.report.tables import TrialsTable, axes_of, say_failures
     from orchestrator.report.warnings import distinct_warnings
+    from orchestrator.spec.search import SEED
 
-    trials = PresentTrials(record).read()
+    present = PresentTrials(record)
+    trials, repeats = present.read(), present.repeats()
     title = f"{record.paths.name}: {len(trials)} of {record.info.num_trials} started"
-    console.print(TrialsTable(trials, title, axes_of(record.info.spec)))
-    say_failures(console, trials)
+    console.print(TrialsTable(trials, title, axes_of(record.info.spec), max_lines=max_lines))
+    if repeats:
+        axes = [*axes_of(record.info.spec), SEED]
+        console.print(TrialsTable(repeats, "the finalists again, with other seeds", axes))
+    say_failures(console, [*trials, *repeats])
     lines = [
-        f"warning ({counted(number, 'trial')}): {warning}" for warning, number in distinct_warnings(trials).values()
+        f"warning ({counted(number, 'trial')}): {warning}"
+        for warning, number in distinct_warnings([*trials, *repeats]).values()
     ]
     lines += [
         f"prior evidence, no trials of this sweep: {counted(len(prior.trials), 'trial')} of {prior.name} "
@@ -63,7 +80,7 @@ def _show(console: "Console", record: "SweepRecord") -> None:
         for prior in record.info.prior_sweeps
     ]
     lines += [str(over) for over in (record.budget_spent(), record.search_ended()) if over]
-    for line in lines + standing_lines(record, trials):
+    for line in lines + standing_lines(record, trials, repeats):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -73,8 +90,9 @@ def _as_document(record: "SweepRecord") -> dict[str, object]:
 
     search, driver = record.info.spec.search, driver_state(record.paths)
     spent, ended = record.budget_spent(), record.search_ended()
-    trials = PresentTrials(record).read()
-    used = totals(trials)
+    present = PresentTrials(record)
+    trials, repeats = present.read(), present.repeats()
+    used = totals([*trials, *repeats])
     return {
         "sweep": record.paths.name,
         "folder": str(record.paths.root),
@@ -90,6 +108,7 @@ def _as_document(record: "SweepRecord") -> dict[str, object]:
         "search_ended": ended and ended.model_dump(mode="json"),
         "prior_sweeps": [prior.model_dump(mode="json") for prior in record.info.prior_sweeps],
         "trials": [trial.model_dump(mode="json") for trial in trials],
+        "repeats": [trial.model_dump(mode="json") for trial in repeats],
     }
 
 

@@ -89,7 +89,12 @@ def check(file: File, set_: Set = None, as_json: Json = False) -> None:
     print(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100), end="")
     for note in notes:
         print(f"# note: {note}")
-    print(f"# valid: {counted(spec.search.total_trials, 'trial')}")
+    total = counted(spec.search.total_trials, "trial")
+    print(
+        f"# valid: at most {total}, as search.stop may end the sweep"
+        if spec.search.stop.is_set
+        else f"# valid: {total}"
+    )
 
 
 @app.command(epilog="Example: orchestrator schema > experiment.schema.json")

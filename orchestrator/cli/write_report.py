@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from signal import Signals
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orchestrator.cli.frame import Where, app
 from orchestrator.errors import RequestError
+
+if TYPE_CHECKING:
+    from orchestrator.record import SweepRecord
 
 
 @app.command(epilog="Example: orchestrator report runs/demo --open")
@@ -35,6 +39,16 @@ def report(
             metavar="N", min=1, help="First ask the base and the best adapter N held-out prompts; loads the base."
         ),
     ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Serve the page on this machine instead, and refresh it while the sweep runs; Ctrl-C ends it.",
+        ),
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", min=0, max=65535, help="Port of --live. Default: a free one.")
+    ] = None,
     output: Where = "runs",
 ) -> None:
     """Write a page that says what a sweep has shown.
@@ -42,6 +56,10 @@ def report(
     It has the verdict in words, figures, and what to try next. It is one file that needs no network. Several sweeps
     are compared.
     """
+    if live and (to is not None or format != "html"):
+        raise RequestError("--live serves a page and writes no file", "Leave out --to and --format.")
+    if port is not None and not live:
+        raise RequestError("--port is the port of --live", "Add --live, or leave it out.")
     from orchestrator.analysis.sweep_data import read_data
     from orchestrator.deploy import open_sweep
     from orchestrator.page.report import write_report
@@ -54,6 +72,9 @@ def report(
         with output_to(Path(os.devnull)):
             for each in opened:
                 record_answers(each, answers)
+    if live:
+        _serve([each.record for each in opened], port or 0, open_)
+        return
     name = f"report.{format}" if format in ("html", "md") else "tables"
     target = to or opened[0].record.paths.root / name
     data = [read_data(each.record) for each in opened]
@@ -67,3 +88,22 @@ def report(
         import webbrowser
 
         webbrowser.open(files[0].resolve().as_uri())
+
+
+def _serve(sweeps: "list[SweepRecord]", port: int, opens: bool) -> None:
+    """Serve the live report until a signal."""
+    from orchestrator.page.live import serve_report
+    from orchestrator.signals import Signalled, raising_signals
+
+    def ready(address: str) -> None:
+        print(f"{address} shows the report to browsers on this machine; Ctrl-C ends it", flush=True)
+        if opens:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    try:
+        with raising_signals():
+            serve_report(sweeps, port, ready)
+    except Signalled as signalled:
+        raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None

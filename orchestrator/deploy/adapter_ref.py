@@ -10,7 +10,6 @@ from orchestrator.adapters.bundle import CONFIG, verify_adapter
 from orchestrator.base_folder import hub_id
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
-from orchestrator.record.models import with_current_names
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 
@@ -80,7 +79,7 @@ def _trial_config(folder: Path) -> TrialConfig | None:
     if not path.is_file():
         return None
     try:
-        return TrialConfig.model_validate_json(with_current_names(path.read_text(encoding="utf-8")))
+        return TrialConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: is damaged or of another version: {error}") from error
 

@@ -53,7 +53,7 @@ class ChosenTrial:
         )
         return score if is_of_it else None
 
-    @property
+    @cached_property
     def num_failed(self) -> int:
         """Number of the sweep's trials that have failed."""
         return sum(trial.state == TrialState.FAILED for trial in self.record.trials())

@@ -1,6 +1,7 @@
 """Figures of the searched fields: parallel coordinates, importances, and each field against the outcome."""
 
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
 from orchestrator.analysis.coverage import moves_with
@@ -163,7 +164,13 @@ def effects(data: SweepData, found: Importances) -> "Figure | str":
         if column == 1:
             figure.update_yaxes(title=plain(data.metric), row=row, col=column)
     figure.update_annotations(font_size=13)
-    figure.update_layout(showlegend=False, height=90 + 250 * rows, margin={"t": 50})
+    if left_out := data.fields()[_MOST_PANELS:]:
+        sentence = f"The first {_MOST_PANELS} fields; not drawn: {', '.join(left_out)}"
+        text = "<br>".join(plain(line) for line in textwrap.wrap(sentence, 100))
+        figure.add_annotation(
+            text=text, xref="paper", yref="paper", x=0, y=0, yshift=-35, yanchor="top", align="left", showarrow=False
+        )
+    figure.update_layout(showlegend=False, height=90 + 250 * rows, margin={"t": 50, "b": 80})
     return figure
 
 

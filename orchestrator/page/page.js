@@ -1,9 +1,10 @@
 "use strict";
 (() => {
-  const plots = JSON.parse(document.getElementById("plots").textContent);
+  let plots = JSON.parse(document.getElementById("plots").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const narrow = window.matchMedia("(max-width: 640px)");
-  const elements = [...document.querySelectorAll("[data-plot]")];
+  const find = () => [...document.querySelectorAll("[data-plot]")];
+  let elements = find();
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -53,20 +54,20 @@
     { rootMargin: "300px" },
   );
   elements.forEach((element) => near.observe(element));
+
+  /* Draw a figure that is drawn already with new data, or with new colors. */
+  const redraw = (element, plot = plots[element.dataset.plot]) =>
+    Plotly.react(element, plot.data, layoutOf(plot), config);
   window.addEventListener("beforeprint", () => elements.forEach(draw));
 
   dark.addEventListener("change", () => {
-    for (const element of elements.filter((each) => !waiting.has(each))) {
-      const plot = plots[element.dataset.plot];
-      Plotly.react(element, plot.data, layoutOf(plot), config);
-    }
+    elements.filter((each) => !waiting.has(each)).forEach((element) => redraw(element));
   });
 
-  const sort = (head) => {
+  const sort = (head, order) => {
     const table = head.closest("table");
     const column = head.cellIndex;
     const isNumber = head.classList.contains("number");
-    const order = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order === 1 ? "ascending" : "descending");
     const keyOf = (row) => row.cells[column].dataset.key;
@@ -77,14 +78,19 @@
     table.tBodies[0].append(...rows);
   };
 
+  const expand = (button) => {
+    document.getElementById(button.dataset.table).classList.remove("cut");
+    button.remove();
+  };
+
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
-    if (button.parentElement.tagName === "TH" && button.closest(".sortable")) sort(button.parentElement);
-    if (button.classList.contains("more")) {
-      document.getElementById(button.dataset.table).classList.remove("cut");
-      button.remove();
+    if (button.parentElement.tagName === "TH" && button.closest(".sortable")) {
+      const head = button.parentElement;
+      sort(head, head.getAttribute("aria-sort") === "ascending" ? -1 : 1);
     }
+    if (button.classList.contains("more")) expand(button);
     if (button.classList.contains("copy")) {
       const code = button.previousElementSibling;
       const done = () => { button.textContent = "Copied"; };
@@ -94,5 +100,18 @@
     }
   });
 
+  /* For live.js: take new figures. Those of `kept` (element -> figure) are drawn already and stay in their elements. */
+  const renew = (newPlots, kept) => {
+    plots = newPlots;
+    elements = find();
+    waiting.clear();
+    near.disconnect();
+    for (const element of elements) {
+      if (kept.has(element)) redraw(element, kept.get(element));
+      else { waiting.add(element); near.observe(element); }
+    }
+  };
+
+  window.report = { expand, renew, sort };
   document.body.dataset.ready = "yes";
 })();

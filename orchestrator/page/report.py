@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -51,10 +52,36 @@ def frames_of(data: SweepData) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class LivePart:
+    """What changes of a page while sweeps run."""
+
+    title: str
+    html: str
+    """The content of `main`."""
+    plots: dict[str, Any]
+    """Key -> figure: its data and layout."""
+    is_over: bool
+    """Whether no trial is left to run in any of the sweeps."""
+
+
 def html_page(sweeps: Sequence[SweepData]) -> str:
     """Return a page that holds everything it needs: text, tables, data, styles, and Plotly."""
-    from plotly.offline import get_plotlyjs
+    return _whole_page(live_part(sweeps))
 
+
+def live_page(part: LivePart, tag: str) -> str:
+    """Return the same page, which asks the server that it comes from for updates.
+
+    Args:
+        part: what it shows.
+        tag: the server's name for this state of the records.
+    """
+    return _whole_page(part, tag)
+
+
+def live_part(sweeps: Sequence[SweepData]) -> LivePart:
+    """Return the text, tables and figures of sweeps; several are compared."""
     parts = [sections_of(data) for data in with_distinct_names(sweeps)]
     compared = compared_leaders(parts) if len(parts) > 1 else None
     plots = {
@@ -65,16 +92,27 @@ def html_page(sweeps: Sequence[SweepData]) -> str:
     }
     if compared is not None and compared.json is not None:
         plots["all-leaders"] = json.loads(compared.json)
+    common = _common(parts)
+    html = _environment().get_template("page.main.html.jinja").render(**common, compared=compared)
+    return LivePart(common["title"], html, plots, all(data.is_over for data in sweeps))
+
+
+def _whole_page(part: LivePart, tag: str = "") -> str:
+    from plotly.offline import get_plotlyjs
+
+    scripts = ["page.js", *(["live.js"] if tag else [])]
     rendered: str = (
         _environment()
         .get_template("page.html.jinja")
         .render(
-            **_common(parts),
-            compared=compared,
+            title=part.title,
+            main=part.html,
+            tag=tag,
+            is_over=part.is_over,
             style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
-            script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
+            scripts=[(_FOLDER / name).read_text(encoding="utf-8") for name in scripts],
             plotly=get_plotlyjs().replace("</script", "<\\/script"),
-            plots=json.dumps(plots, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+            plots=json.dumps(part.plots, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         )
     )
     return rendered
@@ -104,7 +142,7 @@ def _environment() -> Any:
 
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
-        autoescape=lambda name: name is not None and name.startswith("page.html"),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -35,16 +35,34 @@ def plain(text: Any) -> str:
     return html.escape(str(text), quote=False)
 
 
+_LEAST_TICKS: Final = 4
+_MOST_GAPS: Final = 6
+
+
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Return ticks of a logarithmic axis between two positive numbers: their decimal logarithms, and their text."""
+    """Return ticks of a logarithmic axis between two positive numbers: their decimal logarithms, and their text.
+
+    They are at 1, 2 and 5; where fewer than four of these lie between the numbers, at numbers of two digits, apart
+    enough to be read.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1,) if last - first > 3 else (1, 2, 5)
-    ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
-    inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] or [low, high]
+
+    def between(factors: Sequence[float]) -> list[float]:
+        ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+        return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+
+    inside = between((1,) if last - first > 3 else (1, 2, 5))
+    if len(inside) < _LEAST_TICKS and low < high:
+        ratio, inside = (high / low) ** (1 / _MOST_GAPS), []
+        for tick in between([tenth / 10 for tenth in range(10, 100)]):
+            if not inside or tick >= inside[-1] * ratio:
+                inside.append(tick)
+    inside = inside or [low, high]
     return [math.log10(tick) for tick in inside], [say_short(float(f"{tick:.4g}")) for tick in inside]
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Return the settings of a logarithmic axis over these positive numbers: ticks at 1, 2 and 5, in plain numbers."""
+    """Return the settings of a logarithmic axis over these positive numbers, with ticks in plain numbers: four or more,
+    unless the numbers are very close."""
     ticks, texts = log_ticks(min(values), max(values))
     return {"type": "log", "tickvals": [10**tick for tick in ticks], "ticktext": texts}

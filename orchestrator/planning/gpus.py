@@ -47,8 +47,9 @@ GPUS = {
     )
 }
 """Name -> GPU. Rates without sparsity are those of NVIDIA's data sheets: "H200 Tensor Core GPU", "H100 Tensor Core
-GPU", "A100 Tensor Core GPU" (80 GB and 40 GB), "L40S", "A10" and "L4". Where a sheet gives the rate with sparsity
-alone, it is halved."""
+GPU", "A100 Tensor Core GPU" (80 GB and 40 GB), "L40S", "A10" and "L4" (nvidia.com/en-us/data-center). Where a sheet
+gives the rate with sparsity alone, it is halved. The figures of all but the A10 were compared with copies of the sheets
+and product briefs (PB-11133 of the H100 PCIe; the A100's sheet 1758950)."""
 
 _NAMES_HERE = (
     ("H200", "h200"),

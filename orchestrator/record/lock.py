@@ -34,6 +34,8 @@ class DriverInfo(Record):
     pid: int
     session: str | None = None
     """Value of `SESSION_VARIABLE` in the environment of all processes that the driver has started."""
+    began: float | None = None
+    """Time at which it took the sweep, in seconds since 1970."""
 
 
 SESSION_VARIABLE = "ORCHESTRATOR_SESSION"
@@ -75,7 +77,7 @@ def only_driver(paths: SweepPaths) -> Iterator[DriverInfo | None]:
             "A sweep that continues writes into its folder: make it writable, or copy it and resume the copy.",
         ) from error
     over, killed = threading.Event(), _read_driver(paths)
-    own = DriverInfo(host=socket.gethostname(), pid=os.getpid(), session=session())
+    own = DriverInfo(host=socket.gethostname(), pid=os.getpid(), session=session(), began=time.time())
     with suppress(OSError):  # on a full disk the lock alone tells that this process runs the sweep
         write_atomic(paths.driver, own.model_dump_json())
     threading.Thread(target=_beat, args=(paths, over), name="heartbeat", daemon=True).start()

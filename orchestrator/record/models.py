@@ -1,6 +1,5 @@
 """The records that a sweep leaves on disk, as pydantic models."""
 
-import re
 from datetime import UTC, datetime
 from enum import StrEnum
 from math import sqrt
@@ -14,24 +13,10 @@ from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted, say_gib
 
-EARLIER_NAMES = {
-    "alone": "not_packed_reason",
-    "overshoot": "extra_steps",
-    "dequantise": "dequantize",
-    "training.dequantise": "training.dequantize",
-}
-"""Keys of records as earlier versions wrote them -> their names today."""
-
 
 def time_now() -> str:
     """Return the time as records hold it: in UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def with_current_names(document: str) -> str:
-    """Return a JSON document of a record with today's names for its keys."""
-    keys = "|".join(map(re.escape, EARLIER_NAMES))
-    return re.sub(rf'"({keys})"(?=\s*:)', lambda key: f'"{EARLIER_NAMES[key[1]]}"', document)
 
 
 class Record(BaseModel):
@@ -172,7 +157,7 @@ class TrialResult(Record):
     worker: str | None = None
     """`host:pid` of the process that ran the trial last."""
     started: str | None = None
-    """Time at which the first attempt began, in UTC, ISO 8601; None in records of earlier versions."""
+    """Time at which the first attempt began, in UTC, ISO 8601; None before that."""
     ended: str | None = None
     """Time at which the trial ended for good, likewise."""
     applied: dict[str, Any] = {}

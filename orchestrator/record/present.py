@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.record.models import TrialResult, TrialState
 from orchestrator.record.paths import TrialPaths
+from orchestrator.record.standing import repeats_record
 from orchestrator.record.sweep_record import SweepRecord, best_first, read_result, read_trial
 
 _TAIL = 8192
@@ -23,6 +24,7 @@ class PresentTrials:
         self._record = record
         self._ended: dict[str, tuple[int, TrialResult]] = {}
         """Trials that have ended, with the times at which their results were written, in nanoseconds."""
+        self._repeats: PresentTrials | None = None
 
     def read(self) -> list[TrialResult]:
         """Return all trials, best first. Running ones have the steps, tokens and training loss of this moment.
@@ -32,6 +34,13 @@ class PresentTrials:
             OSError: the storage fails.
         """
         return best_first([self._read(trial_id) for trial_id in self._record.paths.trial_ids()])
+
+    def repeats(self) -> list[TrialResult]:
+        """Return the runs of the finalists with other seeds, likewise; empty until they begin."""
+        if self._repeats is None:
+            found = repeats_record(self._record)
+            self._repeats = None if found is None else PresentTrials(found)
+        return self._repeats.read() if self._repeats else []
 
     def _read(self, trial_id: str) -> TrialResult:
         paths = self._record.paths.trial(trial_id)

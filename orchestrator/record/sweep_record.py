@@ -20,7 +20,6 @@ from orchestrator.record.models import (
     TrialResult,
     TrialState,
     time_now,
-    with_current_names,
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.search_ended import SearchEnded
@@ -195,6 +194,6 @@ def write_record(path: Path, record: Record | TrialConfig) -> None:
 
 def _read(model: type[_T], path: Path) -> _T:
     try:
-        return model.model_validate_json(with_current_names(path.read_text(encoding="utf-8")))
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error

@@ -33,6 +33,9 @@ class SweepView:
         num_trials: int,
         title: str,
         has_ended_itself: Callable[[], bool] = lambda: False,
+        *,
+        driver: Callable[[], str] = lambda: "",
+        elapsed_s: float = 0.0,
     ) -> None:
         """Create a view. Nothing is printed yet.
 
@@ -42,6 +45,8 @@ class SweepView:
             num_trials: number of trials that the sweep will have.
             title: printed before the first message or table, because the sweep may be refused before that.
             has_ended_itself: returns whether no trial comes beside those that `update` shows.
+            driver: returns a sentence on the process that runs the sweep, where that is another one.
+            elapsed_s: seconds since that process began.
         """
         self._console = console
         # Decided once: after the terminal is closed this would be False, while the live table still has to be stopped.
@@ -50,13 +55,14 @@ class SweepView:
         self._axes = axes_of(spec)
         self._total = num_trials
         self._has_ended_itself = has_ended_itself
+        self._driver = driver
         self._trials: list[TrialResult] = []
-        self._began = time.monotonic()
+        self._began = time.monotonic() - elapsed_s
         self._time_left = TimeLeft(spec)
         self._tokens = TokenPace()
         self._doing: str | None = None
         self._said: set[str] = set()
-        self._summary_at = self._began
+        self._summary_at = time.monotonic()
         # Libraries print to the driver's log: their output must not come between the table's lines.
         self._live = Live(
             get_renderable=self._render,
@@ -94,7 +100,7 @@ class SweepView:
     def update(self, trials: list[TrialResult]) -> None:
         """Show these trials, best first."""
         self._print_title()
-        self._trials = trials
+        is_first, self._trials = not self._trials, trials
         if self._has_ended_itself():
             self._total = len(trials)
         self._total = max(self._total, len(trials))  # finalists that run again come after the trials of the search
@@ -104,7 +110,9 @@ class SweepView:
             self._doing = None
         self._say_warnings()
         self._say_failures()
-        if not self._is_live:
+        if self._is_live:
+            self._say_stops(is_news=not is_first)
+        else:
             self._say_changes()
 
     def _print_title(self) -> None:
@@ -144,7 +152,7 @@ class SweepView:
             second.append(f"train/loss {low}" + (f" to {high}" if low != high else ""))
         if num_running and (pace := self._tokens.per_second()) is not None:
             second.append(f"{pace:,.0f} tokens/s")
-        lines = [", ".join(parts), ", ".join(second), f"{self._doing} ..." if self._doing else ""]
+        lines = [", ".join(parts), ", ".join(second), self._driver(), f"{self._doing} ..." if self._doing else ""]
         return [line for line in lines if line]
 
     def _left(self) -> list[str]:
@@ -165,6 +173,14 @@ class SweepView:
         for trial in self._trials:
             if trial.state == TrialState.FAILED:
                 self._say_once(failure_line(trial), f"{trial.trial_id} failed")
+
+    def _say_stops(self, is_news: bool) -> None:
+        """Print why trials were stopped, each once; the table has no place for it. What was there before is no news."""
+        for trial in self._trials:
+            if trial.stopped and is_news:
+                self._say_once(f"{trial.trial_id} stopped at step {trial.step}: {trial.stopped}", trial.trial_id)
+            elif trial.stopped:
+                self._said.add(trial.trial_id)
 
     def _say_changes(self) -> None:
         """Print a line for each trial that has improved or ended since the last call, and a summary now and then."""

@@ -49,7 +49,7 @@ def evaluate_tied(expression: str, lookup: Callable[[str], Any]) -> Any:
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _FUNCTIONS[name](*map(value_of, arguments))
             case ast.Attribute():
-                return lookup(ast.unparse(node))
+                return lookup(_dotted(node))
         raise ValueError(f"cannot use {ast.unparse(node)!r}; allowed: numbers, fields, + - * / // **, min, max, round")
 
     try:
@@ -58,3 +58,13 @@ def evaluate_tied(expression: str, lookup: Callable[[str], Any]) -> Any:
         raise ValueError(f"is not arithmetic: {error.msg}") from error
     except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot be computed: {error}") from error
+
+
+def _dotted(node: ast.expr) -> str:
+    """Return a dotted field as it was written; `ast.unparse` of each would take most of the time of a check."""
+    match node:
+        case ast.Attribute(value=parent, attr=name):
+            return f"{_dotted(parent)}.{name}"
+        case ast.Name(id=name):
+            return name
+    return ast.unparse(node)

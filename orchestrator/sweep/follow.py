@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from orchestrator.errors import RecordError
-from orchestrator.record import PresentTrials, SweepRecord, TrialResult, read_decisions
+from orchestrator.record import PresentTrials, SweepRecord, TrialResult
+from orchestrator.record.news import News
 
 Watch = Callable[[list[TrialResult]], None]
 """Called with all trials that have begun, best first, whenever something has changed. Running trials have the steps
@@ -24,20 +25,14 @@ _MAX_SHARE = 0.1
 def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Iterator[None]:
     """Call `watch` from a thread until the block ends, and once more at its end.
 
-    `say` is called once for each trial that the search explains, when it is chosen, and when the sweep ends itself.
+    `say` is called with each decision of search and scheduler (`News`).
     """
     done = threading.Event()
-    explained = {choice.trial_id for choice in read_decisions(record.paths)}
-    present, ended = PresentTrials(record), record.search_ended()
+    present, news = PresentTrials(record), News(record)
 
-    def explain() -> None:
-        for decision in read_decisions(record.paths):
-            if decision.action == "chosen" and decision.trial_id not in explained:
-                explained.add(decision.trial_id)
-                say(f"{decision.trial_id}: {decision.why}")
-        nonlocal ended
-        if ended is None and (ended := record.search_ended()) is not None:
-            say(str(ended))
+    def tell() -> None:
+        for sentence in news.read():
+            say(sentence)
 
     def run() -> None:
         seen: list[TrialResult] = []
@@ -45,7 +40,7 @@ def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Ite
         while not done.wait(max(_PERIOD_S, took / _MAX_SHARE)):
             began = time.thread_time()
             try:
-                explain()
+                tell()
                 trials = present.read()
             except (RecordError, OSError):  # shared storage may fail for a moment; read again next time
                 continue
@@ -62,5 +57,5 @@ def follow(record: SweepRecord, watch: Watch, say: Callable[[str], None]) -> Ite
         done.set()
         thread.join()
         with suppress(RecordError, OSError):  # an error that ended the block is reported by its caller
-            explain()
+            tell()
             watch(record.trials())

@@ -35,6 +35,17 @@ def test_a_sweep_is_run_on_a_local_ray(tmp_path: Path) -> None:
     assert updates[-1] == 2
 
 
+def test_a_sweep_takes_earlier_ones_as_evidence(tmp_path: Path) -> None:
+    chosen = [*TINY, "training.steps=4", "scheduler.kind=none", "search.algorithm=auto"]
+    earlier = run(load_spec(DEMO, [*chosen, "search.num_trials=2"]), "first", tmp_path, say=lambda _: None)
+    spec = load_spec(DEMO, [*chosen, "search.num_trials=1", "search.startup_trials=null"])
+    sweep = run(spec, "second", tmp_path, warm_from=["first"], say=lambda _: None)
+    (prior,) = sweep.record.info.prior_sweeps
+    assert (prior.name, len(prior.trials)) == ("first", 2)
+    with pytest.raises(RequestError, match="warm_from is evidence for a search"):
+        run(spec, "third", tmp_path, without_search=True, warm_from=[earlier.record.paths.root])
+
+
 def test_a_sweep_that_does_not_exist_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RecordError):
         resume("none", tmp_path)

@@ -23,6 +23,7 @@ def test_there_are_experiments() -> None:
     names = {
         "demo",
         "every-field",
+        "gsm8k-embedded",
         "llama2-7b-chat",
         "llama2-70b",
         "qwen2.5-0.5b-chat",

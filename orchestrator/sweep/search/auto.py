@@ -36,7 +36,10 @@ class _Trial:
     point: Point
     why: str
     best: float | None = None
-    """Best result so far, where lower is better; infinite if the trial failed by its values."""
+    """Best result so far, where lower is better; infinite if the trial failed by its values. A stopped trial counts by
+    the forecast of its end."""
+    measured: float | None = None
+    """Best evaluation so far, likewise."""
     has_ended: bool = False
     is_added: bool = False
     """Whether somebody has asked for the trial."""
@@ -111,6 +114,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         value = math.inf if math.isnan(value) else value if self.mode == "min" else -value
         # A failure is reported as the worst value, whatever came before it.
         trial.best = value if trial.best is None or math.isinf(value) else min(trial.best, value)
+        trial.measured = value if trial.measured is None else min(trial.measured, value)
 
     def _choose(self, attempt: int) -> tuple[Point, str]:
         """Return a point and the reason for it.
@@ -166,7 +170,8 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
             path: each.draw_around(center[path], generator) if generator.random() < _CHANGE_SHARE else center[path]
             for path, each in self._coordinates().items()
         }
-        return self._search.active(drawn), f"drawn around the best trial so far ({self._value_phrase(best.best)})"
+        how = "" if best.best == best.measured else "forecast to end with "
+        return self._search.active(drawn), f"drawn around the best trial so far ({how}{self._value_phrase(best.best)})"
 
     def _propose(self, finished: list[_Trial], number: int) -> tuple[Point, str]:
         coordinates = self._coordinates()
@@ -193,7 +198,7 @@ class Auto(Searcher):  # type: ignore[misc]  # mypy skips ray
         return not_replaced(earlier, [trial.point for trial in finished], self._coordinates())
 
     def _proposal_phrase(self, sampler: str, forecast: Forecast | None, finished: list[_Trial]) -> str:
-        best = min(trial.best or 0.0 for trial in finished)
+        best = min((trial.measured for trial in finished if trial.measured is not None), default=None)
         model = f"{sampler} on {len(finished)} results"
         if self._prior_sweeps:
             model += f" and {len(self._prior_results(finished))} of earlier sweeps"

@@ -1,5 +1,6 @@
 """Models of earlier results, by Optuna: where the next trial should be, and what it is expected to gain."""
 
+import copy
 import math
 import statistics
 import warnings
@@ -72,7 +73,8 @@ def propose(
         warnings.simplefilter("ignore", ExperimentalWarning)
         gp = None
         if not has_conditions and find_spec("scipy") is not None:
-            gp = _Gp(_trial(space, prior, TrialState.COMPLETE, 0.0), prior_weight, seed)
+            pending = [_trial(space, drawn, TrialState.RUNNING, None) for drawn in running]
+            gp = _Gp(_trial(space, prior, TrialState.COMPLETE, 0.0), prior_weight, pending, seed)
         sampler: BaseSampler = gp or TPESampler(
             n_startup_trials=1, multivariate=True, group=True, constant_liar=True, seed=seed
         )
@@ -89,21 +91,27 @@ class _Gp(GPSampler):  # type: ignore[misc]  # mypy skips optuna
     """Optuna's GP sampler with a prior, which also tells what it expects at the point that it proposes.
 
     The logarithm of the prior's density is added to the logarithm of the expected improvement (Hvarfner et al. 2022,
-    arXiv 2204.11051, equation 6).
+    arXiv 2204.11051, equation 6). Running trials count with the results that the model expects of them (the Kriging
+    believer of Ginsbourger et al. 2010, "Kriging is well-suited to parallelize optimization"). Optuna's own choice, the
+    improvement of the new point and the running ones together, hardly depends on the new point once the running ones
+    promise more than it, and the prior alone would decide.
     """
 
-    def __init__(self, prior: FrozenTrial, prior_weight: float, seed: int) -> None:
+    def __init__(self, prior: FrozenTrial, prior_weight: float, running: Sequence[FrozenTrial], seed: int) -> None:
         super().__init__(seed=seed, n_startup_trials=1, independent_sampler=RandomSampler(seed=seed))
         self._prior = prior
         self._prior_weight = prior_weight
+        self._running = running
         self._standardized: tuple[float, float] | None = None
         """Mean and standard deviation at the proposed point, of standardized results where higher is better."""
 
     def _optimize_acqf(self, acqf: Any, best_params: Any) -> Any:
         import torch
 
-        chosen = super()._optimize_acqf(_weighted(acqf, self._prior, self._prior_weight), best_params)
         (model,) = self._gprs_cache_list
+        if self._running:
+            acqf = _believing(acqf, model, self._running)
+        chosen = super()._optimize_acqf(_weighted(acqf, self._prior, self._prior_weight), best_params)
         with torch.no_grad():
             mean, variance = model.posterior(torch.from_numpy(chosen))
         self._standardized = float(mean), math.sqrt(float(variance))
@@ -116,6 +124,26 @@ class _Gp(GPSampler):  # type: ignore[misc]  # mypy skips optuna
         unit = statistics.pstdev(values)
         mean, spread = statistics.fmean(values) - unit * self._standardized[0], unit * self._standardized[1]
         return Forecast(mean, spread, expected_gain(min(values), mean, spread))
+
+
+def _believing(acqf: Any, model: Any, running: Sequence[FrozenTrial]) -> Any:
+    """Return the logarithm of the expected improvement of one more point, if running trials end as the model expects.
+
+    Args:
+        acqf: Optuna's own acquisition function, for the space and the best result.
+        model: the Gaussian process on the results.
+        running: trials without a result.
+    """
+    import torch
+    from optuna._gp.acqf import LogEI
+
+    points = torch.from_numpy(acqf.search_space.get_normalized_params(running, [each.params for each in running]))
+    with torch.no_grad():
+        expected, _ = model.posterior(points)
+    believer = copy.copy(model)
+    believer.append_running_data(points, expected)
+    best = max(acqf._threshold, float(expected.max()))
+    return LogEI(believer, acqf.search_space, threshold=best)
 
 
 def _weighted(acqf: Any, prior: FrozenTrial, weight: float) -> Any:

@@ -341,6 +341,15 @@ def test_steps_that_a_running_trial_has_yet_to_make_are_not_saved(tmp_path: Path
     assert find_verdict(data_of(paths)).cost.steps_saved == pytest.approx(140 / 420)
 
 
+def test_steps_of_a_donor_are_neither_made_nor_saved(tmp_path: Path) -> None:
+    """A trial of 200 steps took 100 of them over from another one (PBT)."""
+    paths = plant(tmp_path / "s", 3)
+    change(paths, "t000", adopted_tokens=10_000)
+    cost = find_verdict(data_of(paths)).cost
+    assert (cost.steps, cost.planned_steps) == (360, 500)
+    assert cost.steps_saved == pytest.approx(140 / 500)
+
+
 def test_a_stopped_trial_whose_loss_is_zero_has_that_outcome(tmp_path: Path) -> None:
     paths = plant(tmp_path / "s", 8)
     best = TrialResult.model_validate_json(paths.trial("t001").result.read_text()).best

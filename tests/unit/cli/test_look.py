@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import look
-from orchestrator.cli.look import board, status
+from orchestrator.cli.look import board, status, watch
 from orchestrator.cli.train import resume
 from orchestrator.errors import RequestError
 from orchestrator.record import is_finished, read_sweep
 from orchestrator.record.lock import driver_state, only_driver
 from orchestrator.report.live import SweepView
-from orchestrator.report.watch import watch_sweep
 from tests.unit.conftest import MakeSweep
 
 OPEN_SWEEP = {"a": ("COMPLETE", 0.5), "b": ("RUNNING", 0.7)}
@@ -95,12 +94,24 @@ def test_watch_follows_a_sweep_until_its_driver_ends(
         driver.__exit__(None, None, None)
 
     monkeypatch.setattr(SweepView, "update", update)
-    status(str(paths.root), watch=True)
+    watch(str(paths.root))
     assert len(seen) == 1
     assert "no driver is running" in capsys.readouterr().out
-    with pytest.raises(RequestError, match="--watch and --json cannot be used together"):
-        status(str(paths.root), watch=True, as_json=True)
-    assert watch_sweep.__module__ == "orchestrator.report.watch"
+
+
+def test_repeats_of_finalists_are_shown_and_counted(
+    tmp_path: Path, make_sweep: MakeSweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5)}, num_trials=1)
+    make_sweep(paths.repeats, {"again": ("COMPLETE", 0.52), "more": ("FAILED", None)}, num_trials=3)
+    status(str(paths.root))
+    printed = capsys.readouterr().out
+    assert "the finalists again, with other seeds" in printed
+    assert any(line.startswith("again") for line in printed.splitlines())
+    assert "other seeds: 2 of 3 trials ended (1 COMPLETE, 1 FAILED)" in printed
+    assert "more FAILED at step" in printed
+    status(str(paths.root), as_json=True)
+    assert [each["trial_id"] for each in json.loads(capsys.readouterr().out)["repeats"]] == ["again", "more"]
 
 
 def test_list_shows_all_sweeps_the_damaged_too(

@@ -1,5 +1,7 @@
 """Figures of the searched fields: what was measured at the end is in color, what was stopped early is gray."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from planted import SPACE, plant
 from orchestrator.analysis.importance import find_importances
 from orchestrator.analysis.sweep_data import SweepData, read_data
 from orchestrator.page.figures import draw
-from orchestrator.page.style import BLUE, GRAY
+from orchestrator.page.style import BLUE, GRAY, log_ticks
 from orchestrator.record import TrialState, read_sweep, write_record
 
 
@@ -78,3 +80,24 @@ def test_importances_name_the_fields_that_move_along(tmp_path: Path) -> None:
     data = read_data(read_sweep(plant(tmp_path / "s", 12, tied={"lora.alpha": "2 * lora.rank"}).root))
     (trace,) = draw("importances", data, find_importances(data)).data
     assert set(trace.y) == {"training.learning_rate", "lora.rank (with lora.alpha)", "lora.dropout"}
+
+
+def test_a_narrow_logarithmic_axis_has_ticks_to_read_values_by() -> None:
+    """A loss from 4.1 to 11 had ticks at 5 and 10 alone."""
+    for low, high in ((4.1, 11.0), (4.1, 4.9), (1.2, 3.0), (1e-4, 1e-1)):
+        places, texts = log_ticks(low, high)
+        assert 4 <= len(places) <= 10, (low, high)
+        apart = [(after - before) / math.log10(high / low) for before, after in pairwise(places)]
+        assert min(apart) > 0.09, "texts of ticks would overlap"
+        assert places == sorted(places)
+        assert len(set(texts)) == len(texts)
+    assert log_ticks(2.0, 2.0)[1] == ["2"]
+
+
+def test_fields_beyond_the_most_panels_are_named(data: SweepData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes() -> list[str]:
+        return [str(each.text) for each in draw("effects", data, find_importances(data)).layout.annotations]
+
+    assert not any("not drawn" in text for text in notes())
+    monkeypatch.setattr("orchestrator.page.fields._MOST_PANELS", 2)
+    assert "The first 2 fields; not drawn: lora.dropout" in notes()

@@ -1,4 +1,3 @@
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from orchestrator.record import (
     TrialResult,
     TrialState,
     read_metrics,
-    read_result,
     read_sweep,
     read_trial,
     write_record,
@@ -225,24 +223,3 @@ def test_a_link_to_a_sweep_opens_it(tmp_path: Path, make_sweep: MakeSweep) -> No
     (trial,) = record.trials()
     record.adapter_path(trial).mkdir(parents=True, exist_ok=True)
     assert record.adapter(trial).is_dir()
-
-
-def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, make_sweep: MakeSweep) -> None:
-    paths = make_sweep(tmp_path / "s", EVERY_STATE).trial("complete")
-    record = json.loads(paths.result.read_text())
-    del record["not_packed_reason"], record["extra_steps"]
-    record["config"]["training"]["dequantise"] = "once"
-    del record["config"]["training"]["dequantize"]
-    paths.result.write_text(json.dumps(record | {"alone": "the layers differ", "overshoot": 3}))
-    result = read_result(paths)
-    assert (result.not_packed_reason, result.extra_steps) == ("the layers differ", 3)
-    assert result.config.training.dequantize == "once"
-
-
-def test_a_sweep_over_a_field_with_an_earlier_name_is_read(tmp_path: Path, make_sweep: MakeSweep) -> None:
-    paths = make_sweep(tmp_path / "s", EVERY_STATE)
-    info = json.loads(paths.sweep.read_text())
-    info["spec"]["search"]["space"]["training.dequantise"] = {"choice": ["once", "per_layer"]}
-    del info["spec"]["search"]["num_trials"]
-    paths.sweep.write_text(json.dumps(info))
-    assert "training.dequantize" in read_sweep(paths.root).info.spec.search.space

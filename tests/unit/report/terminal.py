@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyte
 
@@ -15,7 +15,12 @@ SIZES = [(80, 24), (100, 30), (160, 50)]
 
 
 def screens(
-    arguments: Sequence[str], columns: int, lines: int, term: str = "xterm-256color", code: int = 0
+    arguments: Sequence[str],
+    columns: int,
+    lines: int,
+    term: str = "xterm-256color",
+    code: int = 0,
+    look: Callable[[list[str]], None] = lambda _: None,
 ) -> list[list[str]]:
     """Run Python with these arguments in a terminal; return the screen after each piece of output.
 
@@ -25,6 +30,7 @@ def screens(
         lines: height of the terminal.
         term: the variable TERM.
         code: exit code that the program must have.
+        look: called with each screen, while the program runs.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -45,6 +51,7 @@ def screens(
             break
         stream.feed(piece)
         seen.append([line.rstrip() for line in screen.display])
+        look(seen[-1])
     os.close(ours)
     assert process.wait() == code, "\n".join(seen[-1] if seen else [])
     return seen

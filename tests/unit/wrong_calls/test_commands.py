@@ -100,6 +100,18 @@ def test_the_experiment_is_valid_without_what_the_tables_add(
     assert "# valid: 1 trial\n" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("work")
+def test_a_sweep_that_may_end_itself_has_at_most_its_number_of_trials(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "search.space={lora.dropout: {uniform: [0.0, 0.1]}}", "--set", "search.num_trials=20"]
+    monkeypatch.setattr(sys, "argv", ["orchestrator", "check", "x.yaml", *arguments, "--set", "search.stop.unmoved=3"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    assert "# valid: at most 20 trials, as search.stop may end the sweep\n" in capfd.readouterr().out
+
+
 def test_the_tables_are_not_empty_and_no_name_appears_twice() -> None:
     calls = [*CALLS, *OUTPUTS, *FILES, *FIELDS, *SEARCHES, *MISUSES, *DATA]
     assert len(calls) > 90
