@@ -16,6 +16,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.sweep.workers.worker_client import AttemptLost
 from orchestrator.training.attempt.events import Event, LeaseLost
 from orchestrator.training.attempt.log_file import output_to
+from orchestrator.training.fast.shard.place import Place
 from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Worker:
     Ray restarts the actor when it dies; it must then be opened again.
     """
 
-    def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float) -> None:
+    def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float, place: Place | None = None) -> None:
         """Start to import heavy libraries and to compile kernels, while the driver tokenizes.
 
         Args:
@@ -40,6 +41,7 @@ class Worker:
             slots: number of trials at a time.
             is_fixed: whether `slots` is final; otherwise fewer are used where memory requires it.
             gpus: GPUs of this process, possibly a fraction of one.
+            place: which piece of the base this process holds; None where it holds the whole base.
         """
         if ray.get_gpu_ids():
             precompile.start(spec.corners_on_base(), slots)
@@ -51,7 +53,9 @@ class Worker:
         self._opened = 0, ""
         self._interrupted = False
         self._output = ExitStack()
-        self._importing = begin(_import_libraries)
+        self._place = place
+        self._not_joined: Exception | None = None
+        self._importing = begin(self._prepare)
 
     def open(self, data: list[Any], logs: str) -> tuple[int, str]:
         """Load the base model, unless that was done before.
@@ -67,6 +71,8 @@ class Worker:
         with self._lock:
             if self._runtime is None:
                 self._importing.join()
+                if self._not_joined is not None:
+                    raise self._not_joined
                 (rows,) = ray.get(data)
                 from orchestrator.training.model.device import use_device
                 from orchestrator.training.worker.compatibility import plan_slots
@@ -78,6 +84,22 @@ class Worker:
                 self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
                 self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
             return self._opened
+
+    def _prepare(self) -> None:
+        """Import libraries, and join the group that holds the base in pieces.
+
+        The group is joined here rather than in `open`, which a trainable may wait for while no one opens the others.
+        """
+        _import_libraries()
+        if self._place is None:
+            return
+        from orchestrator.training.fast.shard.base import join_group
+        from orchestrator.training.fast.shard.group import GroupLost
+
+        try:
+            join_group(self._place, on_gpu=self._gpus > 0, on_lost=_end_soon)
+        except GroupLost as error:
+            self._not_joined = error
 
     def interrupt(self, wait_s: float) -> None:
         """Have all trials write a checkpoint and stop, within `wait_s` seconds. No other trial starts."""

@@ -15,7 +15,7 @@ import torch
 from orchestrator.base import load_base
 from orchestrator.spec.sections import BaseSection, LoraSection
 from orchestrator.training.fast.shard import base as shard_base
-from orchestrator.training.fast.shard.group import Place
+from orchestrator.training.fast.shard.place import Place
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.engine import Engine, EvaluationBatch, GenerationBatch

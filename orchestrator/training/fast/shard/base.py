@@ -14,12 +14,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from orchestrator.base import empty_model
 from orchestrator.base_size import BaseSize
 from orchestrator.errors import RequestError
+from orchestrator.spec.sections import BaseSection
 from orchestrator.training.fast.families.text_model import find_text_model
 from orchestrator.training.fast.shard.gatherer import Gatherer, Shard
-from orchestrator.training.fast.shard.group import Group, Place
+from orchestrator.training.fast.shard.group import Group
 from orchestrator.training.fast.shard.layout import LayerLayout
+from orchestrator.training.fast.shard.place import Place
+
+LARGEST_SHARE = 0.8
+"""Share of a GPU's free memory that a base may take while it is loaded and cut there."""
 
 Stored = tuple[torch.Tensor, Any]
 """A weight as it is stored, and its `QuantState` of bitsandbytes, or None where it is not quantized."""
@@ -96,9 +102,16 @@ def leave_group() -> None:
     _member = None
 
 
-def is_member() -> bool:
-    """Return whether this process is in a group, so that it can train only by the fast engine."""
-    return _member is not None
+def loading_place(base: BaseSection) -> Any:
+    """Return where to load a base that is cut afterwards: transformers' `device_map`, or None for the usual place.
+
+    A base that does not fit into the memory of one GPU is loaded, and quantized, on the host.
+    """
+    if _member is None or _member.group.device.type == "cpu":
+        return None
+    model, memory = empty_model(base), torch.cuda.mem_get_info()[0]
+    fits = model is None or BaseSize.foreseen(base, model).num_bytes < LARGEST_SHARE * memory
+    return None if fits else {"": "cpu"}
 
 
 def sharded(base: Any) -> ShardedBase | None:
@@ -132,10 +145,11 @@ def shard(base: Any) -> Any:
     layouts = [LayerLayout(each, group.num_ranks) for each in tensors]
     shards = []
     for layer, layout, parts in zip(linears, layouts, tensors, strict=True):
-        shards.append(Shard(layout.shard(parts, group.rank), layout.num_bytes))
+        shards.append(Shard(layout.shard(parts, group.rank).to(group.device), layout.num_bytes))
         parts.clear()
         for linear in layer:
-            _empty(linear.weight)
+            _empty(linear.weight, group.device)
+    _move(base, group.device)
     if _member.gatherer is None:
         _member.gatherer = Gatherer(group, shards, _member.on_lost)
     gatherer = _member.gatherer
@@ -193,18 +207,27 @@ def _tensors(parameter: Any) -> list[torch.Tensor]:
     return found
 
 
-def _empty(parameter: Any) -> None:
-    """Free a weight. What is left has its shape, and takes no memory."""
+def _empty(parameter: Any, device: torch.device) -> None:
+    """Free a weight. What is left has its shape, takes no memory, and is on the device."""
     state = getattr(parameter, "quant_state", None)
-    parameter.data = _hollow(parameter.detach())
-    if state is not None:
-        state.absmax = _hollow(state.absmax)
-        if state.nested:
-            state.state2.absmax = _hollow(state.state2.absmax)
+    parameter.data = _hollow(parameter.detach(), device)
+    while state is not None:  # the scales, and the scales of these
+        state.absmax = _hollow(state.absmax, device)
+        state.code = state.code.to(device)
+        if state.offset is not None:
+            state.offset = state.offset.to(device)
+        state = state.state2
 
 
-def _hollow(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_zeros(1).expand(tensor.shape)
+def _hollow(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.zeros(1, dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+
+def _move(base: Any, device: torch.device) -> None:
+    """Move what is not cut to the device: a base that is too large for one GPU has been loaded on the host."""
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 def _stored(parameter: Any, views: list[torch.Tensor]) -> Stored:

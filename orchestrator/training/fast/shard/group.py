@@ -6,14 +6,13 @@ torch's default process group stays unset: transformers, accelerate and trl woul
 import os
 import socket
 import time
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import distributed
 
 from orchestrator.record.files import write_atomic
+from orchestrator.training.fast.shard.place import Place
 
 LOOPBACK = "127.0.0.1"
 """All processes of a group run on one machine."""
@@ -31,16 +30,6 @@ class GroupLost(Exception):
     """No fault of a trial: the group's processes can gather no more, because one of them has ended."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A process's place in its group."""
-
-    rank: int
-    num_ranks: int
-    port_file: Path
-    """Where rank 0 writes the port by which the others find it. Each start of rank 0 writes a new one."""
-
-
 class Group:
     """Collective operations of the processes of a group. One thread may use it."""
 
@@ -55,6 +44,8 @@ class Group:
             GroupLost: not all have come within `JOIN_S`.
         """
         self.rank, self.num_ranks = place.rank, place.num_ranks
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        """Where this process's pieces lie."""
         timeout = timedelta(seconds=COLLECTIVE_S)
         self._store = _store(place)
         options = distributed.ProcessGroupGloo._Options()
@@ -67,6 +58,8 @@ class Group:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
             store = distributed.PrefixStore("device", self._store)
             self._device = distributed.ProcessGroupNCCL(store, place.rank, size, timeout)
+        if place.rank == 0:  # all have come: the port is needed no more
+            place.port_file.unlink(missing_ok=True)
 
     def exchange(self, value: int) -> list[int]:
         """Tell all processes a number, and return those of all, by rank."""
