@@ -14,8 +14,8 @@ from torch import distributed
 from orchestrator.record.files import write_atomic
 from orchestrator.training.fast.shard.place import Place
 
-LOOPBACK = "127.0.0.1"
-"""All processes of a group run on one machine."""
+LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+"""All processes of a group run on one machine, and nothing listens to others."""
 
 JOIN_S = 900.0
 """Longest time to wait for the other processes of the group."""
@@ -48,14 +48,11 @@ class Group:
         """Where this process's pieces lie."""
         timeout = timedelta(seconds=COLLECTIVE_S)
         self._store = _store(place)
-        options = distributed.ProcessGroupGloo._Options()
-        options._devices = [distributed.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-        options._timeout = timeout
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
         store, size = distributed.PrefixStore("host", self._store), place.num_ranks
-        self._host = distributed.ProcessGroupGloo(store, place.rank, size, options)
+        self._host = distributed.ProcessGroupGloo(store, place.rank, size, timeout)
         self._device = self._host
         if on_gpu:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
             store = distributed.PrefixStore("device", self._store)
             self._device = distributed.ProcessGroupNCCL(store, place.rank, size, timeout)
         if place.rank == 0:  # all have come: the port is needed no more
