@@ -29,7 +29,7 @@ class Started:
         )
 
     def measured(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not self.output.exists() or not self.output.read_text():
             assert self.process.poll() is None or self.output.exists(), Path(self.log.name).read_text()
             assert time.monotonic() < deadline, Path(self.log.name).read_text()
