@@ -35,8 +35,11 @@ def main() -> None:
     parser.add_argument("--port-file", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
+        from orchestrator.training.fast.shard.base import leave_group
+
         print(json.dumps(measure(arguments, arguments.rank)), flush=True)
         sys.stdin.read()  # the other ranks may still gather
+        leave_group()
         return
     figures = {"pieces" if arguments.ranks > 1 else "whole": run(arguments, arguments.ranks)}
     if arguments.compare:

@@ -75,8 +75,7 @@ def main() -> None:
     if num_ranks:
         while sys.stdin.readline():  # the others may not have done yet
             pass
-        if rank == 0:
-            shard_base.leave_group()
+        shard_base.leave_group()
 
 
 if __name__ == "__main__":
