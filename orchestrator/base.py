@@ -268,16 +268,20 @@ def device_name() -> str:
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
 
 
-def shared_base(base: BaseSection) -> Any:
+def shared_base(base: BaseSection, place: Any = None) -> Any:
     """Return the base itself. It is loaded at first use and cached; a cached base of another section is evicted first.
 
     All trials of this process use it: read it, but attach nothing to it. `share_modules` makes a trial's own modules.
+
+    Args:
+        base: what to load.
+        place: as in `load_base`.
     """
     global _cached
     with _cache_lock:
         if _cached is None or _cached[0] != base:
             evict()
-            _cached = (base, load_base(base))
+            _cached = (base, load_base(base, place))
         return _cached[1]
 
 

@@ -15,6 +15,7 @@ Side effects at import or at the start of a process, all of them:
 - `tracking.mlflow`: `MLFLOW_*` defaults and a log level, at its import. `tracking.trackio`: `TRACKIO_DIR`, only during
   the import of trackio.
 - `training.local.take_gpus` and `sweep.workers.worker`: `CUDA_VISIBLE_DEVICES`, before CUDA starts.
+- `training.fast.shard.group`: the network interface of gloo and NCCL, when a process joins a group.
 - `cluster` and `sweep.run`: environment variables and log levels of Ray and Ray Tune, before they start.
   `sweep.search.bohb`: the log level of hpbandster.
 """

@@ -165,6 +165,11 @@ PRIVATE: tuple[Private, ...] = (
         "deploy/export/ray_serve.py", "an exported configuration is validated without starting Ray Serve",
     ),
     Private(
+        "torch 2.13", "torch/_C/_distributed_c10d.pyi",
+        ("ProcessGroup._allgather_base(self, output, input, opts)",), "training/fast/shard/group.py",
+        "gathers into one tensor in a group that is not the process's default one",
+    ),
+    Private(
         "torch 2.13", "torch/_utils.py", ("_unflatten_dense_tensors(flat, tensors)",),
         "training/fast/drive/slot_view.py", "one buffer is split into tensors in one call",
     ),

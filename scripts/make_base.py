@@ -37,6 +37,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     # TinyLlama-1.1B and Llama-2-7B.
     "1.1b": llama(2048, 5632, 22, 32, 4),
     "7b": llama(4096, 11008, 32, 32, 32),
+    "llama-2-70b": llama(8192, 28672, 80, 64, 8),
+    "qwen2.5-32b": llama(5120, 27648, 64, 40, 8) | {"model_type": "qwen2", "vocab_size": 152_064},
     "llama-3.1-8b": llama(4096, 14336, 32, 32, 8) | {"vocab_size": 128_256},
     "smollm2-135m": llama(576, 1536, 30, 9, 3) | {"vocab_size": 49_152, "tie_word_embeddings": True},
     "qwen3-8b": llama(4096, 12288, 36, 32, 8) | {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128},

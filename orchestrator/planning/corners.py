@@ -18,7 +18,7 @@ from orchestrator.training.fast.families.base_shape import BaseShape
 from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
 from orchestrator.training.fast.plan.engine_spec import EngineSpec
-from orchestrator.training.fast.plan.memory import MemoryOption
+from orchestrator.training.fast.plan.memory import MemoryOption, bytes_in_pieces
 from orchestrator.training.fast.plan.memory_plan import (
     MARGIN,
     MemoryPlan,
@@ -58,7 +58,9 @@ class Pack:
 class Outlook:
     """A base without weights and a GPU: what trials of its rows would take there."""
 
-    def __init__(self, base: BaseSection, model: Any, gpu: Gpu, rows: Rows, budget: int | None = None) -> None:
+    def __init__(
+        self, base: BaseSection, model: Any, gpu: Gpu, rows: Rows, budget: int | None = None, num_shards: int = 1
+    ) -> None:
         """
         Args:
             base: the section of the base.
@@ -66,8 +68,10 @@ class Outlook:
             gpu: where trials are to run.
             rows: what they train on.
             budget: bytes of memory that trials may use; None derives it from the GPU's memory.
+            num_shards: GPUs that hold the base in pieces.
         """
         self._base = base
+        self._num_shards = num_shards
         self.model = model
         self.gpu = gpu
         self.rows = rows
@@ -75,8 +79,11 @@ class Outlook:
 
     @cached_property
     def _target(self) -> Target:
-        size = BaseSize.foreseen(self._base, share_modules(self.model))
-        return Target(BaseShape.of(text_config(self.model.config)), size.num_bytes, self._budget)
+        size = BaseSize.foreseen(self._base, share_modules(self.model)).num_bytes
+        shape, count, base = BaseShape.of(text_config(self.model.config)), self._num_shards, self._base
+        if count > 1:
+            size = bytes_in_pieces(shape, size, count, base.quantization != "none", base.double_quant)
+        return Target(shape, size, self._budget, is_sharded=count > 1)
 
     def reason(self, config: TrialConfig) -> str | None:
         """Return why the fast engine cannot hold a trial on this GPU, or None where it can."""
@@ -179,7 +186,9 @@ def together_reason(config: TrialConfig, spec: SweepSpec, outlook: Outlook) -> s
         return error.message
 
 
-def empty_outlook(base: BaseSection, empty: EmptyBases, gpu: Gpu, rows: Rows, budget: int | None) -> Outlook | None:
+def empty_outlook(
+    base: BaseSection, empty: EmptyBases, gpu: Gpu, rows: Rows, budget: int | None, num_shards: int = 1
+) -> Outlook | None:
     """Return the outlook of a base; None for one with its own code, or not on this machine."""
     model = empty.of(base)
-    return None if model is None else Outlook(base, model, gpu, rows, budget)
+    return None if model is None else Outlook(base, model, gpu, rows, budget, num_shards)

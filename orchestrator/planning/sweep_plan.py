@@ -70,7 +70,8 @@ def plan_sweep(
     steps = sorted(config.training.steps_of(len(rows[0])) for config in trials)
     outlooks = {}
     for base in dict.fromkeys(config.base for config in (*spec.samples(), *trials)):
-        if gpu is not None and (outlook := empty_outlook(base, empty, gpu, rows, budget)) is not None:
+        outlook = None if gpu is None else empty_outlook(base, empty, gpu, rows, budget, spec.num_shards)
+        if outlook is not None:
             outlooks[base] = outlook
     sizes = [TrialSize.of(config, *rows) for config in trials]
     shared = _Shared.of(spec, trials, sizes, outlooks.get(spec.base), num_gpus)
@@ -140,6 +141,8 @@ class _Shared:
             slots, why = outlook.slots(supported, wanted)
         elif requested == "auto":
             why = "there are no more trials at a time than GPUs"
+        if spec.num_shards > 1:
+            return cls(slots, why, num_gpus, "times of trials on a base in pieces are not foreseen")
         if spec.resources.gpus_per_trial not in ("auto", 1):
             several = f"times of trials on {spec.resources.gpus_per_trial} GPUs are not foreseen"
             return cls(1, "resources.gpus_per_trial", num_gpus, several)

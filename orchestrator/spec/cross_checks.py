@@ -50,6 +50,7 @@ def check_sections_together(
     _searcher_fits(search, scheduler)
     if search.budget.gpu_hours is not None and resources.gpus_per_trial == 0:
         raise ValueError("search.budget.gpu_hours would never be spent: resources.gpus_per_trial is 0")
+    _strategy_fits(search, training, resources)
     if search.stop.is_set and isinstance(scheduler, Brackets | Population):
         raise ValueError(
             f"search.stop ends the drawing of trials, but scheduler.kind {scheduler.kind} compares trials that begin "
@@ -99,6 +100,21 @@ def check_trials(
             f"search.num_trials: {num_trials} trials would repeat points, because the space has {num_points:.0f}; "
             f"give at most {num_points:.0f}, or algorithm grid, which tries each point once"
         )
+
+
+def _strategy_fits(search: SearchSection, training: TrainingSection, resources: ResourcesSection) -> None:
+    """Refuse a strategy for several GPUs that the engine does not have."""
+    engine = training.engine
+    if resources.strategy == "shard":
+        if engine == "trl" or _varies(search, "training.engine"):
+            raise ValueError("resources.strategy shard needs the fast engine; set training.engine to fast or auto")
+        if searched := [name for name in {*search.space, *search.tied} if name.startswith("base.")]:
+            raise ValueError(
+                f"resources.strategy shard holds one base in pieces, but {min(searched)} is searched; use pipeline, or "
+                "a sweep for each base"
+            )
+    if resources.strategy == "pipeline" and engine == "fast":
+        raise ValueError("resources.strategy pipeline spreads a base over devices, which training.engine fast refuses")
 
 
 def _searcher_fits(search: SearchSection, scheduler: SchedulerSection) -> None:

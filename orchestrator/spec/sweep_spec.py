@@ -113,6 +113,15 @@ class SweepSpec(Section):
         """Steps between two decisions of PBT or PB2 about a trial, if they count steps."""
         return perturbation_steps(self.scheduler, self.training)
 
+    @property
+    def num_shards(self) -> int:
+        """Pieces of the base, each on a GPU of its own; 1 where a process holds the whole base."""
+        gpus, strategy = self.resources.gpus_per_trial, self.resources.strategy
+        is_fast = self.training.engine == "fast" and "training.engine" not in {*self.search.space, *self.search.tied}
+        searches_base = any(name.startswith("base.") for name in {*self.search.space, *self.search.tied})
+        is_sharded = strategy == "shard" or (strategy == "auto" and is_fast and not searches_base)
+        return gpus if is_sharded and gpus != "auto" and gpus > 1 else 1
+
     def corners(self) -> list[TrialConfig]:
         """Return trials that represent all others: each value, or end, of each axis is in one of them."""
         return [self.trial_config(point) for point in self.trials.edges()]

@@ -69,7 +69,16 @@ def resume_local_trial(record: SweepRecord, watcher: Watcher) -> TrialResult | N
 
 
 def _take_device(spec: SweepSpec) -> None:
-    """Restrict this process to the trial's GPUs; if there are any, start to compile the kernels in the background."""
+    """Restrict this process to the trial's GPUs; if there are any, start to compile the kernels in the background.
+
+    Raises:
+        RequestError: see `take_gpus`; or the base is to be in pieces, for which there are no other processes.
+    """
+    if spec.num_shards > 1:
+        raise RequestError(
+            "resources.strategy shard: a single trial has one process, which cannot hold all pieces of a base",
+            "Run it as a sweep with search.num_trials=1, or set resources.strategy to pipeline.",
+        )
     if take_gpus(spec.resources):
         precompile.start([spec.trial_config({})], num_slots=1)
 

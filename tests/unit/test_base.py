@@ -182,7 +182,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseSection]]:
     """Sections of the bases that were loaded; a base here is a few weights."""
     sections, standing = [], weakref.WeakSet[torch.nn.Module]()
 
-    def load(section: BaseSection) -> torch.nn.Module:
+    def load(section: BaseSection, _place: Any) -> torch.nn.Module:
         assert not standing, "two bases in memory at once"
         time.sleep(0.01)
         sections.append(section)

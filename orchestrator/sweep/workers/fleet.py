@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import upstream
 from orchestrator.data import PreparedData
@@ -19,6 +21,7 @@ from orchestrator.sweep.workers.placement import PlacementNotice
 from orchestrator.sweep.workers.supervisor import Supervisor
 from orchestrator.sweep.workers.worker import Worker
 from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.training.fast.shard.place import Place, new_group
 from orchestrator.training.fast.warmup import precompile
 from orchestrator.training.worker.spread import max_concurrent_trials, spread
 from orchestrator.words import counted
@@ -45,6 +48,8 @@ class FleetPlan:
     """Whether `slots` does not depend on memory."""
     why: str
     """Why there are this many, for the user; empty if nothing limits them."""
+    num_shards: int = 1
+    """Workers that hold one base in pieces, on one machine."""
 
 
 def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
@@ -54,6 +59,8 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
         RequestError: the cluster cannot run them, see `_choose_gpus`.
     """
     resources, gpus = spec.resources, _choose_gpus(spec, address)
+    if spec.num_shards > 1:
+        return _plan_shards(spec)
     max_concurrent, requested = max_concurrent_trials(spec), resources.trials_per_gpu
     # SFTTrainer's training loop cannot share a process: trials that share a GPU have a process each.
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
@@ -64,7 +71,7 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     if is_alone:
         slots, why = 1, "training.engine trl has a process for each trial"
     elif gpus > 1:
-        slots, why = 1, f"a trial takes {gpus} GPUs"
+        slots, why = 1, f"a trial takes {gpus} GPUs, one of which works at a time (resources.strategy pipeline)"
     elif requested != "auto":
         why = f"resources.trials_per_gpu is {requested}"
     elif slots == 1:
@@ -78,6 +85,19 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     return FleetPlan(num_workers, gpus / workers_per_gpu, resources.cpus_per_trial, slots, is_fixed, why)
 
 
+def _plan_shards(spec: SweepSpec) -> FleetPlan:
+    """Choose workers of one GPU each, as many as hold whole bases in pieces."""
+    resources, size = spec.resources, spec.num_shards
+    max_concurrent, requested = max_concurrent_trials(spec), resources.trials_per_gpu
+    num_bases = _capacity(size, size * resources.cpus_per_trial, 1) or max_concurrent
+    num_workers, _ = spread(max_concurrent, requested, num_bases * size)
+    num_workers += -num_workers % size
+    slots = -(-max_concurrent // num_workers)
+    slots = slots if requested == "auto" else min(requested, slots)
+    why = f"{size} workers hold one base in pieces (resources.strategy shard)"
+    return FleetPlan(num_workers, 1, resources.cpus_per_trial, slots, slots == 1 or requested != "auto", why, size)
+
+
 @contextmanager
 def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     """Compile kernels for the workers (`precompile`) before Ray starts, if it will start on this machine.
@@ -89,7 +109,7 @@ def compiling_early(spec: SweepSpec, address: str | None) -> Iterator[None]:
     if num_gpus and gpus != 0:
         capacity = max(1, min(num_gpus, (os.cpu_count() or 1) // resources.cpus_per_trial))
         _, slots = spread(max_concurrent_trials(spec), resources.trials_per_gpu, capacity)
-        precompile.start(spec.corners_on_base(), slots if gpus in ("auto", 1) else 1)
+        precompile.start(spec.corners_on_base(), slots if gpus in ("auto", 1) or spec.num_shards > 1 else 1)
     try:
         yield
     finally:
@@ -101,18 +121,39 @@ class Fleet:
 
     def __init__(self, plan: FleetPlan, spec: SweepSpec) -> None:
         """Start the workers. Each imports heavy libraries in its own process."""
+        self._plan = plan
+        self._notice: PlacementNotice | None = None
+        self._supervisor: Supervisor | None = None
+        self._resources = spec.resources
+        self._groups: list[Any] = []
+        """Placement groups of workers that hold a base in pieces."""
+        self._handles: list[Any] = []
+        if plan.num_shards == 1:
+            self._handles = [self._start_worker(spec, "SPREAD", None) for _ in range(plan.num_workers)]
+        for _ in range(plan.num_workers // plan.num_shards if plan.num_shards > 1 else 0):
+            self._handles += self._start_group(spec)
+
+    def _start_group(self, spec: SweepSpec) -> list[Any]:
+        """Start the workers that hold one base in pieces, on one machine."""
+        bundle = {"CPU": self._plan.cpus - _CPUS_LEFT_FREE, "GPU": self._plan.gpus}
+        bundle = {kind: amount for kind, amount in bundle.items() if amount}
+        group = placement_group([bundle] * self._plan.num_shards, strategy="STRICT_PACK")
+        self._groups.append(group)
+        return [
+            self._start_worker(spec, PlacementGroupSchedulingStrategy(group, place.rank), place)
+            for place in new_group(self._plan.num_shards)
+        ]
+
+    def _start_worker(self, spec: SweepSpec, where: Any, place: Place | None) -> Any:
+        plan = self._plan
         actor = ray.remote(
             num_gpus=plan.gpus,
             num_cpus=plan.cpus - _CPUS_LEFT_FREE,
             max_restarts=-1,
             max_concurrency=2 * plan.slots + 16,  # one thread waits for each trial's events
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=where,
         )(Worker)
-        self._plan = plan
-        self._notice: PlacementNotice | None = None
-        self._supervisor: Supervisor | None = None
-        self._resources = spec.resources
-        self._handles = [actor.remote(spec, plan.slots, plan.is_fixed, plan.gpus) for _ in range(plan.num_workers)]
+        return actor.remote(spec, plan.slots, plan.is_fixed, plan.gpus, place)
 
     def open(self, data: PreparedData, paths: SweepPaths, say: Callable[[str], None]) -> tuple[Workers, int, str]:
         """Have the workers load the base model.
@@ -166,6 +207,8 @@ class Fleet:
             self._notice.stop()
         while self._handles:
             ray.kill(self._handles.pop())
+        while self._groups:
+            remove_placement_group(self._groups.pop())
 
 
 @contextmanager
@@ -207,10 +250,10 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
         )
     if gpus == 0 and (reason := spec.cpu_unsupported_reason()):
         raise RequestError(f"{reason}, and this machine has none")
-    if address is None and (gpus > num_gpus or resources.cpus_per_trial > num_cpus):
+    cpus = spec.num_shards * resources.cpus_per_trial
+    if address is None and (gpus > num_gpus or cpus > num_cpus):
         raise RequestError(
-            f"a worker needs {gpus} GPUs and {resources.cpus_per_trial} CPU cores; this machine has {num_gpus:g} and "
-            f"{num_cpus:g}",
+            f"a worker needs {gpus} GPUs and {cpus} CPU cores; this machine has {num_gpus:g} and {num_cpus:g}",
             "Change resources.gpus_per_trial (auto uses the GPUs that exist) or cpus_per_trial, or give --address.",
         )
     return gpus

@@ -86,7 +86,9 @@ class Supervisor:
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which opens the workers."""
+        """Open the workers, and start the thread, which opens them again after restarts."""
+        for member in self._members:
+            member.opening = self._workers.open(member.handle)
         self._thread.start()
 
     def fault(self) -> OrchestratorError | None:

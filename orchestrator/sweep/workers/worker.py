@@ -20,6 +20,7 @@ from orchestrator.sweep.workers.losses import AttemptLost
 from orchestrator.sweep.workers.pulse import ProcessId, Pulse
 from orchestrator.training.attempt.events import Event, LeaseLost
 from orchestrator.training.attempt.log_file import output_to
+from orchestrator.training.fast.shard.place import Place
 from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Worker:
     Ray restarts the actor when it dies; it must then be opened again.
     """
 
-    def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float) -> None:
+    def __init__(self, spec: SweepSpec, slots: int, is_fixed: bool, gpus: float, place: Place | None = None) -> None:
         """Start to import heavy libraries and to compile kernels, while the driver tokenizes.
 
         Args:
@@ -47,6 +48,7 @@ class Worker:
             slots: number of trials at a time.
             is_fixed: whether `slots` is final; otherwise fewer are used where memory requires it.
             gpus: GPUs of this process, possibly a fraction of one.
+            place: which piece of the base this process holds; None where it holds the whole base.
         """
         if ray.get_gpu_ids():
             precompile.start(spec.corners_on_base(), slots)
@@ -60,9 +62,11 @@ class Worker:
         self._retired = False
         self._opening_since: float | None = None
         self._output = ExitStack()
+        self._place = place
+        self._not_joined: Exception | None = None
         self._importing: threading.Thread | None = None
-        if not _is_restarted():  # it may have died of these imports
-            self._importing = begin(_import_libraries)
+        if place is not None or not _is_restarted():  # alone, it may have died of these imports
+            self._importing = begin(self._prepare)
         if ray.is_initialized():  # otherwise this is a test, in a process that is not the actor's own
             retire_on_signals(self._end_by_signal)
 
@@ -80,7 +84,9 @@ class Worker:
         with self._lock:
             if self._runtime is None:
                 self._opening_since = time.monotonic()
-                (self._importing or begin(_import_libraries)).join()
+                (self._importing or begin(self._prepare)).join()
+                if self._not_joined is not None:
+                    raise self._not_joined
                 (rows,) = ray.get(data)
                 from orchestrator.training.model.device import use_device
                 from orchestrator.training.worker.compatibility import plan_slots
@@ -93,6 +99,22 @@ class Worker:
                 self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
                 self._opening_since = None
             return self._opened
+
+    def _prepare(self) -> None:
+        """Import libraries, and join the group that holds the base in pieces.
+
+        The group is joined here rather than in `open`, which a trainable may wait for while no one opens the others.
+        """
+        _import_libraries()
+        if self._place is None:
+            return
+        from orchestrator.training.fast.shard.base import join_group
+        from orchestrator.training.fast.shard.group import GroupLost
+
+        try:
+            join_group(self._place, on_gpu=self._gpus > 0, on_lost=_end_soon)
+        except GroupLost as error:
+            self._not_joined = error
 
     def interrupt(self, wait_s: float) -> None:
         """Have all trials write a checkpoint and stop, within `wait_s` seconds. No other trial starts."""

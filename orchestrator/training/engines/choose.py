@@ -18,6 +18,7 @@ from orchestrator.training.fast.drive.slot import Slot
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
 from orchestrator.training.fast.plan.factory import release
 from orchestrator.training.fast.plan.memory_plan import MemoryPlan
+from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.model.adapter_init import eva_components
 from orchestrator.training.model.peft_model import model_from_peft, model_from_template
@@ -49,7 +50,7 @@ def find_slot(config: TrialConfig, inputs: TrialInputs, limits: MemoryLimits | N
     Raises:
         TrialError: the fast engine cannot hold this trial, but `training.engine` or `training.reproducible` needs it.
     """
-    wanted = config.training.engine
+    wanted = "fast" if sharded(inputs.base) is not None else config.training.engine
     reason = None if wanted == "trl" else unsupported_reason(config, inputs.base, inputs.longest)
     if wanted != "trl" and reason is None:
         try:
@@ -67,6 +68,11 @@ def find_slot(config: TrialConfig, inputs: TrialInputs, limits: MemoryLimits | N
         else:
             return EngineSlot(0, engine, plan)
     elif wanted == "fast":
+        if config.training.engine != "fast":  # on a base in pieces
+            raise TrialError(
+                f"resources.strategy shard needs the fast engine, which does not support {reason}",
+                "Set resources.strategy to pipeline, or change what keeps the trial from the fast engine.",
+            )
         raise TrialError(f"training.engine fast does not support {reason}", "Use auto or trl.")
     if config.training.reproducible and torch.cuda.is_available():
         raise TrialError(

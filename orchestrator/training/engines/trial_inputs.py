@@ -7,6 +7,7 @@ from orchestrator.adapters.stops import stops_of, unique_ids
 from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.spec.sections import BaseSection
+from orchestrator.training.fast.shard.base import loading_place, shard
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 
 
@@ -28,7 +29,13 @@ class TrialInputs:
     def load(cls, base: BaseSection, data: PreparedData) -> "TrialInputs":
         """Load the base, unless it is loaded already, and its tokenizer."""
         tokenizer = load_tokenizer(base, data.chat_template)
-        return cls(shared_base(base), tokenizer, data, TokenizedRows.of(data.train), TokenizedRows.of(data.held_out))
+        return cls(
+            shard(shared_base(base, loading_place(base))),
+            tokenizer,
+            data,
+            TokenizedRows.of(data.train),
+            TokenizedRows.of(data.held_out),
+        )
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -6,6 +6,7 @@ from orchestrator.base import load_tokenizer, shared_base
 from orchestrator.data import PreparedData
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.engines.trial_inputs import TrialInputs
+from orchestrator.training.fast.shard.base import loading_place, shard
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 
 
@@ -23,4 +24,6 @@ class InputsCache:
             self._rows = TokenizedRows.of(self._data.train), TokenizedRows.of(self._data.held_out)
         if base not in self._tokenizers:
             self._tokenizers[base] = load_tokenizer(base, self._data.chat_template)
-        return TrialInputs(shared_base(base), self._tokenizers[base], self._data, *self._rows)
+        return TrialInputs(
+            shard(shared_base(base, loading_place(base))), self._tokenizers[base], self._data, *self._rows
+        )

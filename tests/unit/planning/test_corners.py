@@ -35,6 +35,23 @@ def test_the_memory_of_a_7b_trial_is_that_which_an_h200_measured(
     assert corner.memory_gib["base"] == pytest.approx(3.5, rel=0.1)
 
 
+def test_a_base_in_pieces_takes_a_share_of_its_layers_on_each_gpu(
+    make_spec: MakeSpec, shape_folder: Callable[[str], str], rows: MakeRows
+) -> None:
+    """Llama-2-70B: 68.5 billion weights in 80 layers, at 0.5158 bytes; 1 GiB of embeddings and head is not cut."""
+    resources = {"gpus_per_trial": 8, "strategy": "shard"}
+    spec = make_spec(base={"model": shape_folder("llama-2-70b")}, training={"steps": 30}, resources=resources)
+    config = spec.trial_config({})
+    found = empty_outlook(spec.base, EmptyBases(), GPUS["a100-40"], rows(512), None, spec.num_shards)
+    assert found is not None
+    pieces, whole = found.corner(config), outlook(spec, "a100-40", rows(512)).corner(config)
+    linears = 68.45e9 * (0.5 + (1 + 4 / 256) / 64) / 2**30
+    assert whole.memory_gib["base"] == pytest.approx(linears + 1, rel=0.02)
+    assert pieces.memory_gib["base"] == pytest.approx(linears / 8 + 2 * linears / 80 + 1, rel=0.02)
+    assert pieces.memory_gib["dequantized"] == 0
+    assert (pieces.fits, whole.fits) == (True, False)
+
+
 def test_a_smaller_gpu_gets_a_form_that_takes_less(
     make_spec: MakeSpec, shape_folder: Callable[[str], str], rows: MakeRows
 ) -> None:

@@ -106,6 +106,26 @@ PAIRS: list[tuple[Document, str]] = [
         "training.tf32 (else false) needs a GPU, and resources.gpus_per_trial is 0",
     ),
     (
+        {"resources": {"strategy": "shard"}},
+        "strategy=shard says how several GPUs share a base, but gpus_per_trial=auto",
+    ),
+    ({"resources": {"strategy": "pipeline", "gpus_per_trial": 1}}, "strategy=pipeline says how several GPUs share"),
+    (
+        {"resources": {"strategy": "shard", "gpus_per_trial": 2}, "training": {"engine": "trl"}},
+        "resources.strategy shard needs the fast engine; set training.engine to fast or auto",
+    ),
+    (
+        {"resources": {"strategy": "pipeline", "gpus_per_trial": 2}, "training": {"engine": "fast"}},
+        "resources.strategy pipeline spreads a base over devices, which training.engine fast refuses",
+    ),
+    (
+        {
+            "search": {"space": {"base.quantization": {"choice": ["nf4", "none"]}}},
+            "resources": {"strategy": "shard", "gpus_per_trial": 2},
+        },
+        "resources.strategy shard holds one base in pieces, but base.quantization is searched",
+    ),
+    (
         {"lora": {"dora": True}, "base": INT8, "resources": {"gpus_per_trial": 0}},
         "lora.dora on base.quantization int8 (else nf4 or none) needs a GPU",
     ),

@@ -145,6 +145,37 @@ def test_a_worker_is_on_one_node(cluster: Any) -> None:
     assert plan_fleet(spec(8, "resources.cpus_per_trial=2"), ADDRESS).num_workers == 2
 
 
+SHARDED = ["resources.gpus_per_trial=2", "resources.strategy=shard"]
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "overrides", "expected"),
+    [
+        (16, SHARDED, (4, 1, 4, False)),
+        (3, SHARDED, (4, 1, 1, True)),
+        (1, SHARDED, (2, 1, 1, True)),
+        (16, [*SHARDED, "resources.max_concurrent=4"], (4, 1, 1, True)),
+        (16, [*SHARDED, "resources.trials_per_gpu=2"], (4, 1, 2, True)),
+        (16, ["resources.gpus_per_trial=4", "resources.strategy=shard"], (4, 1, 4, False)),
+        (16, ["resources.gpus_per_trial=2", "training.engine=fast"], (4, 1, 4, False)),
+        (16, [*SHARDED, "resources.cpus_per_trial=4"], (2, 1, 8, False)),
+    ],
+)
+def test_a_base_in_pieces_has_a_worker_for_each_gpu(
+    cluster: Any, num_trials: int, overrides: list[str], expected: tuple[Any, ...]
+) -> None:
+    cluster({"CPU": 8, "GPU": 5})
+    plan, gpus = plan_fleet(spec(num_trials, *overrides), ADDRESS), spec(num_trials, *overrides).num_shards
+    assert (shape(plan), plan.num_shards) == (expected, gpus)
+    assert plan.num_workers % gpus == 0
+    assert "hold one base in pieces" in plan.why
+
+
+def test_pieces_of_a_base_are_on_one_machine(cluster: Any) -> None:
+    cluster({"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3})
+    assert plan_fleet(spec(64, *SHARDED), ADDRESS).num_workers == 4
+
+
 def test_a_cluster_that_can_grow(cluster: Any) -> None:
     cluster({"CPU": 0}, most={"CPU": 32, "GPU": 4})
     assert shape(plan_fleet(spec(8, "resources.gpus_per_trial=1"), ADDRESS)) == (4, 1, 2, False)

@@ -11,6 +11,7 @@ import torch
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.plan.engine_spec import EngineSpec, separate_specs
 from orchestrator.training.fast.plan.memory import MAX_PASS_TOKENS, MemoryOption
+from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.sizes import LONGEST_STEP
 from orchestrator.training.fast.step.adapters import Adapters
 from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
@@ -66,7 +67,10 @@ def cached_engine(
     cached = _engines.get(base)
     if cached is None or cached.key != decoder_key:
         release(base)
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and GRAPHS else None
+        # The gathers of a base in pieces are not captured: each process has buckets of its own, and would wait in a
+        # graph for a collective that the others make for another pass.
+        has_graphs = device.type == "cuda" and GRAPHS and sharded(base) is None
+        pool = torch.cuda.graph_pool_handle() if has_graphs else None
         cached = _engines[base] = _CachedEngines(decoder_key, Decoder(base, *decoder_key), pool, {})
     ranks = spec.rank, spec.expert_rank
     key = (spec.num_slots, ranks, adapter_dtype, spec.eight_bit, lora_dtype, spec.modules, option.recompute)

@@ -203,14 +203,34 @@ def _transient_features(shape: BaseShape, adapts_experts: bool, in_parts: bool) 
     return backward + 3 * shape.hidden, forward + 3 * shape.hidden
 
 
+def bytes_in_pieces(shape: BaseShape, base_bytes: int, num_shards: int, quantized: bool, double_quant: bool) -> int:
+    """Return the bytes of a base of which one process holds a piece (`shard.base`).
+
+    Beside its piece of each layer there are two buffers for whole layers, and all that is not cut.
+
+    Args:
+        shape: sizes of the base.
+        base_bytes: the whole base.
+        num_shards: pieces.
+        quantized: whether the base's weights are in 4 bits rather than 16.
+        double_quant: whether the base's scales are quantized too.
+    """
+    linears = _linear_bytes(shape, quantized, double_quant)
+    return base_bytes - linears + linears // num_shards + 2 * linears // shape.layers
+
+
+def _linear_bytes(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
+    """Return the bytes of the linear layers' weights and scales as loaded."""
+    scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
+    return int(shape.num_linear_weights * (0.5 + scales if quantized else BF16))
+
+
 def _loaded_base(shape: BaseShape, quantized: bool, double_quant: bool) -> int:
     """Return the bytes of the model as loaded."""
-    linears = shape.num_linear_weights
-    scales = (1 + FLOAT / 256 if double_quant else FLOAT) / 64
     embedded = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     norms = ((shape.norms_before + shape.norms_after) * shape.layers + 1) * shape.hidden
     routers = shape.layers * shape.experts * shape.hidden
-    return BF16 * (embedded + norms + routers) + int(linears * (0.5 + scales) if quantized else linears * BF16)
+    return BF16 * (embedded + norms + routers) + _linear_bytes(shape, quantized, double_quant)
 
 
 def _activations_per_token(shape: BaseShape, recompute: Recompute, lora_features: int) -> int:

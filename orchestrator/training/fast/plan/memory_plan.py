@@ -20,6 +20,7 @@ from orchestrator.training.fast.plan.memory import (
     memory_options,
     predict,
 )
+from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.step.engine import CPU_TOKENS
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
 
@@ -62,12 +63,17 @@ class Target:
     """The base as loaded. It counts layers that are left out of quantization, and towers that text skips."""
     budget: int | None
     """Bytes of GPU memory that trials may use; None on a CPU."""
+    is_sharded: bool = False
+    """Whether this process holds one piece of the base, so that nothing dequantized can be kept."""
 
     @classmethod
     def here(cls, base: Any) -> "Target":
         """Describe a loaded base and the device of this process."""
         budget = memory_budget() if torch.cuda.is_available() else None
-        return cls(BaseShape.of(text_config(base.config)), BaseSize.of(base).num_bytes, budget)
+        shape, pieces = BaseShape.of(text_config(base.config)), sharded(base)
+        if pieces is not None:
+            return cls(shape, pieces.num_bytes, budget, is_sharded=True)
+        return cls(shape, BaseSize.of(base).num_bytes, budget)
 
 
 def feasible_plans(
@@ -118,7 +124,7 @@ def _options(
         shape,
         longest,
         pass_tokens(spec, train) if on_gpu else CPU_TOKENS,
-        keeps_base=spec.keeps_base,
+        keeps_base=False if target.is_sharded else spec.keeps_base,
         recompute=spec.recompute,
         max_pass_tokens=MAX_PASS_TOKENS if on_gpu else CPU_TOKENS,
     )

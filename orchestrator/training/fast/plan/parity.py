@@ -20,6 +20,8 @@ from orchestrator.experts import ExpertUpdate
 from orchestrator.training.fast.families.settings import layer_kinds
 from orchestrator.training.fast.families.text_model import text_config, text_model
 from orchestrator.training.fast.plan.choices import ExpertChoices
+from orchestrator.training.fast.plan.first_layers import first_layers
+from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.step.engine import Engine
 from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Span, TokenizedRows
 
@@ -80,7 +82,8 @@ def refuse_mismatch(base: Any) -> None:
 def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     """Compare an engine with transformers, unless one on the same base has been compared with a row as long.
 
-    An engine that adapts experts is compared, too, where only engines that do not have been.
+    An engine that adapts experts is compared, too, where only engines that do not have been. Of a base in pieces, the
+    first layers are compared (`first_layers`), for transformers cannot gather the others.
 
     Args:
         base: the base without adapters.
@@ -95,6 +98,11 @@ def require_parity(base: Any, engine: Engine, *data: TokenizedRows) -> None:
     known = _compared.get(base)
     if known is None or known.num_tokens < num_tokens or known.adapts_experts < adapts_experts:
         ids = rows.ids(int(rows.lengths.argmax()))
+        if sharded(base) is not None:
+            reason = _difference(*first_layers(base, engine), ids[:num_tokens])
+            _compared[base] = _Comparison(num_tokens, adapts_experts, reason)
+            refuse_mismatch(base)
+            return
         engine.adapters.clear(0)
         try:
             reason = _difference(base, engine, ids[:num_tokens])

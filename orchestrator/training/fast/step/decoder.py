@@ -1,6 +1,7 @@
 """A decoder on a flat batch, forward and backward, with a Hugging Face model's weights; `layer` computes each layer."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from orchestrator.training.fast.families.family import Family
 from orchestrator.training.fast.families.settings import LayerKind, Settings
 from orchestrator.training.fast.families.text_model import text_model
 from orchestrator.training.fast.ops.protocol import AttentionConfig, LmHead
+from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.sizes import MAX_LOGITS
 from orchestrator.training.fast.step.adapters import NO_DROPOUT, AdaptedLayer, Adapters, LayerGroup
 from orchestrator.training.fast.step.experts import Experts
@@ -76,7 +78,7 @@ class Decoder:
         family = FAMILIES[config.model_type]
         settings, epsilon = Settings.of(config, family), config.rms_norm_eps
         self.longest = longest
-        self._dtype = dtype
+        self.dtype = dtype
         self.keeps_base = keeps_base
         self._embedding = inner.embed_tokens.weight.detach()
         self._embedding_scale = settings.embedding_scale
@@ -90,6 +92,7 @@ class Decoder:
             kind: _attention_config(inner.rotary_emb, kind, family, shape, settings, dtype, longest, weight.device)
             for kind in dict.fromkeys(settings.kinds)
         }
+        self._sharded = sharded(model)
         self._layers = [
             Layer(layer, family, settings, configs[kind], dtype, epsilon, keeps_base)
             for layer, kind in zip(inner.layers, settings.kinds, strict=True)
@@ -106,10 +109,16 @@ class Decoder:
         Returns:
             (T,) losses and (T,) hits, as from `Ops.cross_entropy`.
         """
+        with self._passing(trains=True) as visit:
+            return self._train(inputs, visit)
+
+    def _train(self, inputs: PassInputs, visit: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute `train`; `visit` gathers the layer at a position of the pass (`shard.gatherer`)."""
         ops, layers = inputs.ops, list(zip(self._layers, self._groups(inputs.adapters), strict=True))
         residual, delta = self._embed(inputs), None
         passes: list[Any] = []  # for each layer its saved activations, or its input where it is computed again
-        for layer, groups in layers:
+        for index, (layer, groups) in enumerate(layers):
+            visit(index)
             layer_input = (residual, delta)
             saves = inputs.recompute != "layers"
             residual, delta, saved = layer.forward(*layer_input, inputs, groups, saves)
@@ -119,7 +128,9 @@ class Decoder:
         assert dnormed is not None
         dresidual = inputs.add_norm_backward(None, dnormed, residual, rstd, self._norm)
         del residual, delta, layer_input, saved, normed, dnormed  # what the backward does not need
-        for layer, groups in reversed(layers):
+        last = len(layers) - 1
+        for index, (layer, groups) in enumerate(reversed(layers)):
+            visit(last + index)
             left = passes.pop()
             saved = (
                 left if isinstance(left, SavedActivations) else layer.forward(left[0], left[1], inputs, groups, True)[2]
@@ -136,21 +147,23 @@ class Decoder:
         """
         ops = inputs.ops
         residual, delta = self._embed(inputs), None
-        for layer, groups in zip(self._layers, self._groups(inputs.adapters), strict=True):
-            residual, delta, _ = layer.forward(residual, delta, inputs, groups, False)
+        with self._passing(trains=False) as visit:
+            for index, (layer, groups) in enumerate(zip(self._layers, self._groups(inputs.adapters), strict=True)):
+                visit(index)
+                residual, delta, _ = layer.forward(residual, delta, inputs, groups, False)
         normed = inputs.add_norm(residual, delta, self._norm)[1]
         losses, hits, _ = ops.cross_entropy(normed, self._lm_head, inputs.batch, with_gradient=False)
         return losses, hits
 
     def new_cache(self, sequences: int, positions: int) -> list[LayerCache]:
         """Return an empty cache for each layer, for so many sequences of so many tokens."""
-        return [LayerCache.empty(sequences, positions, layer.attention_config, self._dtype) for layer in self._layers]
+        return [LayerCache.empty(sequences, positions, layer.attention_config, self.dtype) for layer in self._layers]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of one token in all layers."""
         return sum(
-            2 * layer.attention_config.num_kv_heads * layer.attention_config.head_dim * self._dtype.itemsize
+            2 * layer.attention_config.num_kv_heads * layer.attention_config.head_dim * self.dtype.itemsize
             for layer in self._layers
         )
 
@@ -166,8 +179,11 @@ class Decoder:
             (N,) int64 tokens; of equally likely ones the first.
         """
         residual, delta = self._embed(inputs), None
-        for layer, groups, cache in zip(self._layers, self._groups(inputs.adapters), caches, strict=True):
-            residual, delta, _ = layer.forward(residual, delta, inputs.of_layer(cache), groups, False)
+        layers = zip(self._layers, self._groups(inputs.adapters), caches, strict=True)
+        with self._passing(trains=False) as visit:
+            for index, (layer, groups, cache) in enumerate(layers):
+                visit(index)
+                residual, delta, _ = layer.forward(residual, delta, inputs.of_layer(cache), groups, False)
         normed = inputs.add_norm(residual, delta, self._norm)[1]
         head = self._lm_head
         parts = []
@@ -178,6 +194,10 @@ class Decoder:
             parts.append(logits.argmax(-1))
         return torch.cat(parts)
 
+    def _passing(self, trains: bool) -> AbstractContextManager[Callable[[int], None]]:
+        """Make a pass over the layers; of a whole base, they are always there."""
+        return nullcontext(_is_there) if self._sharded is None else self._sharded.passing(trains)
+
     def _embed(self, inputs: PassInputs) -> torch.Tensor:
         """Return the embeddings of the tokens, (T, H)."""
         embedded = F.embedding(inputs.batch.ids, self._embedding)
@@ -187,6 +207,10 @@ class Decoder:
         """Return for each decoder layer its groups in the order of the family; None where nothing is adapted."""
         groups, per_layer = adapters.groups, len(adapters.groups) // len(self._layers)
         return [groups[at : at + per_layer] for at in range(0, len(groups), per_layer)]
+
+
+def _is_there(_: int) -> None:
+    """Do nothing: the layers of a whole base need not be gathered."""
 
 
 def _attention_config(

@@ -19,7 +19,7 @@ from orchestrator.record import RowScores
 from orchestrator.training.fast.ops.protocol import ops_for
 from orchestrator.training.fast.sizes import EVALUATION_TOKENS, Recompute
 from orchestrator.training.fast.step.adapters import Adapters
-from orchestrator.training.fast.step.decoder import Decoder
+from orchestrator.training.fast.step.decoder import Decoder, adapted_layers
 from orchestrator.training.fast.step.experts import Experts
 from orchestrator.training.fast.step.flat_batch import (
     WITHOUT_DROPOUT,
@@ -135,6 +135,19 @@ class Engine:
     def experts(self) -> dict[int, Experts]:
         """Experts of the base, as in `Decoder.experts`."""
         return self._decoder.experts
+
+    def with_one_slot_on(self, model: Any) -> "Engine":
+        """Return an engine that computes the same with one slot on another model, whose layers are some of this one's.
+
+        Args:
+            model: a whole base.
+        """
+        own = self.adapters
+        names = {name.rpartition(".")[0] for name, _ in own.matrices(0, own.rank, own.weights)}
+        layers, device, eight_bit = adapted_layers(model, names), own.weights.device, own.eight_bit is not None
+        adapters = Adapters(layers, 1, own.rank, own.weights.dtype, own.compute_dtype, device, eight_bit)
+        decoder = Decoder(model, self._decoder.dtype, self._decoder.longest, keeps_base=False)
+        return Engine(decoder, adapters, self._recompute, None, self._on_gpu)
 
     def step(self, spans: Sequence[Span]) -> Pending:
         """Make forward, backward and, where a slot's batch ends here, its update. Does not wait for the device.

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.training.fast.families.family import ExpertNames, Family
+from orchestrator.training.fast.shard.base import stored
 
 
 class FusedLinear:
@@ -48,9 +49,7 @@ class FusedLinear:
 
     def _dequantized(self) -> torch.Tensor:
         """Return (sum of outs, in), exactly the numbers that QLoRA multiplies by."""
-        weights = [
-            _dequantized(layer.weight.detach(), getattr(layer.weight, "quant_state", None)) for layer in self._layers
-        ]
+        weights = [_dequantized(*stored(layer.weight)) for layer in self._layers]
         return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(self._dtype)
 
 
