@@ -16,7 +16,7 @@ from orchestrator.ray_watch import watching_local_ray
 from orchestrator.record.lock import session
 from orchestrator.signals import shielding_children
 from orchestrator.storage import storage_fault
-from orchestrator.upstream import CONNECTION_ATTEMPTS_VARIABLE, kill_ray_processes_at_shutdown
+from orchestrator.upstream import CONNECTION_ATTEMPTS_VARIABLE, kill_ray_processes_at_shutdown, loopback_only
 
 _ANSWER_TIMEOUT_S = 120.0
 """Time to answer the probe: a node starts a process and imports this module. Storage that hangs never answers."""
@@ -43,7 +43,8 @@ def connection(address: str | None) -> Iterator[None]:
     try:
         with shielding_children():
             if address is None:
-                ray.init(address="local", include_dashboard=False, **quiet)
+                with loopback_only() as own_address:
+                    ray.init(address="local", include_dashboard=False, _node_ip_address=own_address, **quiet)
             else:
                 _require_listener(address)
                 with _one_attempt():

@@ -34,6 +34,10 @@ PRIVATE: tuple[Private, ...] = (
         "upstream.py", "see kill_ray_processes_at_shutdown",
     ),
     Private(
+        _RAY, "ray/_private/services.py", ("resolve_ip_for_localhost(host)", "get_node_ip_address(address)"),
+        "upstream.py", "see loopback_only",
+    ),
+    Private(
         _RAY, "ray/_private/accelerators/nvidia_gpu.py",
         ("NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()",
          "NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()"),

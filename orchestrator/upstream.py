@@ -7,6 +7,7 @@ Libraries are imported inside the functions, so that this module is cheap to imp
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,25 @@ def kill_ray_processes_at_shutdown() -> None:
     if node is not None:
         kill = node.kill_all_processes
         node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
+
+
+@contextmanager
+def loopback_only() -> Iterator[str]:
+    """Let a Ray that starts within the block listen on the loopback interface only; yield the address to give it.
+
+    ray 2.60: its servers listen there alone if the node's address is 127.0.0.1 (`GrpcServer`), but `ray.init` replaces
+    this address by that of the machine (`resolve_ip_for_localhost`).
+    """
+    from ray._private import services
+
+    address = "127.0.0.1"
+    before = services.resolve_ip_for_localhost, services.get_node_ip_address
+    services.resolve_ip_for_localhost = lambda host: host
+    services.get_node_ip_address = lambda *_, **__: address
+    try:
+        yield address
+    finally:
+        services.resolve_ip_for_localhost, services.get_node_ip_address = before
 
 
 def num_visible_gpus() -> int:

@@ -298,6 +298,30 @@ def test_local_ray_writes_nothing_at_home_and_shares_its_folder(tmp_path: Path) 
     assert not output.parent.exists()
 
 
+def test_a_local_ray_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
+    code = (
+        "import psutil, ray\n"
+        "from orchestrator.cluster import connection\n"
+        "with connection(None):\n"
+        "    ray.get(ray.remote(lambda: None).remote())\n"
+        "    own = psutil.Process()\n"
+        "    for process in [own, *own.children(recursive=True)]:\n"
+        "        for each in process.net_connections('tcp'):\n"
+        "            if each.status == 'LISTEN':\n"
+        "                print(each.laddr.ip.removeprefix('::ffff:'))\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=_user_environment() | {"HOME": str(tmp_path)},
+    )
+    addresses = said.stdout.split()
+    assert len(addresses) > 5, said.stderr  # of the driver, the GCS, the raylet, its agent and workers
+    assert set(addresses) == {"127.0.0.1"}
+
+
 def test_sweep_with_bad_data_writes_nothing(tmp_path: Path) -> None:
     rows, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 8 + '{"question": "2 + 2?"}\n')
