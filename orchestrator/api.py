@@ -161,6 +161,7 @@ def resume(
     num_trials: int | None = None,
     budget: Sequence[str] = (),
     address: str | None = None,
+    trust_remote_code: bool = False,
     watch: Watch = lambda _: None,
     say: Say = print,
 ) -> Sweep:
@@ -172,17 +173,21 @@ def resume(
         num_trials: a new total number of trials, larger than the present one.
         budget: new limits, such as `["gpu_hours=20"]`, for fields of `search.budget`.
         address: a Ray cluster, "auto" or "HOST:PORT"; default Ray is started on this machine.
+        trust_remote_code: run Python code that comes with the base.
         watch: called with all trials whenever one changes; not called for a sweep of one trial without search.
         say: called with messages.
 
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
-        RequestError: another process runs the sweep, or it cannot have these trials or limits.
+        RequestError: another process runs the sweep, it cannot have these trials or limits, or its base brings code
+            that is not trusted.
         OrchestratorError: the errors that `run` raises.
     """
+    from orchestrator.base_folder import require_trusted_code
     from orchestrator.record.extend import extend_sweep
 
     record: SweepRecord = extend_sweep(read_sweep(sweep, output), num_trials, budget)
+    require_trusted_code(record.info.spec.base, str(record.paths.root), trust_remote_code)
     if record.info.is_single_trial:
         from orchestrator.training.local import resume_local_trial
 

@@ -324,3 +324,21 @@ def _fetch_config(base: BaseSection) -> None:
 
     with suppress(OSError, ValueError):
         hf_hub_download(base.model, "config.json", revision=base.revision)
+
+
+def require_trusted_code(base: BaseSection, name: str, is_trusted: bool) -> None:
+    """Refuse a base whose Python code would run on this machine because somebody else's record says so.
+
+    Args:
+        base: the base that a record names.
+        name: the sweep or the adapter folder with that record.
+        is_trusted: whether the user of this command has allowed it.
+
+    Raises:
+        RequestError: the base brings code, and it is not trusted.
+    """
+    if base.trust_remote_code and not is_trusted:
+        raise RequestError(
+            f"{name}: its base {base.model} brings Python code, which would run on this machine",
+            "Give --trust-remote-code (in Python trust_remote_code=True) if you trust its author.",
+        )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.frame import Address, Json, Sweep, Where, app, print_json
+from orchestrator.cli.frame import Address, Json, Sweep, Trust, Where, app, print_json
 from orchestrator.cli.screen import resumable, screen
 from orchestrator.errors import OrchestratorError
 from orchestrator.words import counted
@@ -23,6 +23,7 @@ def audit(
         int, typer.Option(metavar="N", min=0, help="Seed of the sample. Another one finishes other trials.")
     ] = 0,
     address: Address = None,
+    trust: Trust = False,
     as_json: Json = False,
     output: Where = "runs",
 ) -> None:
@@ -32,12 +33,14 @@ def audit(
     because a stopped trial keeps no checkpoint, in the folder `audit` of the sweep. The sweep's own records and its
     best adapter stay as they are. The same command continues an interrupted audit, and shows one that has ended.
     """
+    from orchestrator.base_folder import require_trusted_code
     from orchestrator.record import read_sweep
     from orchestrator.report.audit import say_audit
     from orchestrator.report.live import SweepView
     from orchestrator.sweep.audit import begin_audit, find
 
     record = read_sweep(sweep, output)
+    require_trusted_code(record.info.spec.base, str(record.paths.root), trust)
     begun = begin_audit(record, trials, seed)
     command = " ".join(
         ["orchestrator audit", str(record.paths.root), f"--trials {begun.info.num_trials} --seed {seed}"]

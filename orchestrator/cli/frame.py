@@ -79,7 +79,10 @@ Output = Annotated[
 Where = Annotated[str, typer.Option("--output", metavar="DIR", help="Parent folder of sweeps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow the base model of an adapter folder to run its Python code.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Allow the base model of a sweep or an adapter folder to run its Python code."
+    ),
 ]
 Address = Annotated[
     str | None,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.frame import Address, Sweep, Where, app
+from orchestrator.cli.frame import Address, Sweep, Trust, Where, app
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def extend(
         typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
     ] = None,
     address: Address = None,
+    trust: Trust = False,
     wait: Wait = 60.0,
     output: Where = "runs",
 ) -> None:
@@ -100,7 +101,7 @@ def extend(
         if driver_state(record.paths).is_running:
             print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
             return
-    resume(str(record.paths.root), trials, budget, address, output)
+    resume(str(record.paths.root), trials, budget, address, trust, output)
 
 
 @app.command(epilog="Example: orchestrator add runs/demo --set training.learning_rate=3e-4")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.base_folder import as_stored
+from orchestrator.base_folder import as_stored, require_trusted_code
 from orchestrator.cli.frame import (
     Address,
     File,
@@ -19,6 +19,7 @@ from orchestrator.cli.frame import (
     Seed,
     Set,
     Sweep,
+    Trust,
     WarmFrom,
     Where,
     app,
@@ -201,6 +202,7 @@ def resume(
         typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
     ] = None,
     address: Address = None,
+    trust: Trust = False,
     output: Where = "runs",
 ) -> None:
     """Continue a sweep after an interruption. Finished trials do not run again.
@@ -217,6 +219,7 @@ def resume(
     if record == found and is_finished(record):
         _show_finished(record)
         return
+    require_trusted_code(record.info.spec.base, str(record.paths.root), trust)
     with resumable(record.paths.root), screen(record.paths.root) as console:
         _say_changed_file(console, record)
         if record.info.is_single_trial:

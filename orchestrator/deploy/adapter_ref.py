@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.adapters.bundle import CONFIG, verify_adapter
-from orchestrator.base_folder import hub_id
-from orchestrator.errors import RecordError, RequestError
+from orchestrator.base_folder import hub_id, require_trusted_code
+from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
@@ -60,12 +60,17 @@ class AdapterRef:
                 raise RecordError(f"{folder / CONFIG}: names no base (base_model_name_or_path)")
             base = at_commit(BaseSection(model=model, quantization="none"), folder)
             return cls(folder.resolve().name, folder, base, None, None)
-        if config.base.trust_remote_code and not trust_remote_code:
-            raise RequestError(
-                f"{folder}: its base {config.base.model} brings Python code, which would run on this machine",
-                "Give --trust-remote-code if you trust its author.",
-            )
+        require_trusted_code(config.base, str(folder), trust_remote_code)
         return cls(folder.resolve().name, folder, at_commit(config.base, folder), config, _enclosing_sweep(folder))
+
+    def trusted(self, trust_remote_code: bool) -> "AdapterRef":
+        """Return this reference.
+
+        Raises:
+            RequestError: its base brings Python code, and `trust_remote_code` is false.
+        """
+        require_trusted_code(self.base, str(self.folder), trust_remote_code)
+        return self
 
 
 def at_commit(base: BaseSection, folder: Path) -> BaseSection:

@@ -10,23 +10,26 @@ from orchestrator.deploy.load import load_model_and_tokenizer
 from orchestrator.errors import RecordError
 
 
-def load_adapter(adapter: AdapterRef | str | Path, output: str = "runs") -> tuple[Any, Any]:
+def load_adapter(
+    adapter: AdapterRef | str | Path, output: str = "runs", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Load an adapter on its base, in the form it was trained in. `model.generate` works at once.
 
     Args:
         adapter: a reference to an adapter, an adapter folder, or a sweep, whose best adapter is loaded.
         output: folder that holds sweeps, for a sweep given by its name.
+        trust_remote_code: run Python code that comes with its base.
 
     Returns:
         A `PeftModel` in evaluation mode, on the GPU if there is one, and its tokenizer.
 
     Raises:
         RecordError: there is no such sweep or adapter, or the adapter is incomplete or changed.
-        RequestError: its base cannot be loaded.
+        RequestError: its base cannot be loaded, or brings code, and code is not trusted.
     """
     if not isinstance(adapter, AdapterRef):
-        adapter = find_adapter(str(adapter), output)
-    return load_model_and_tokenizer(adapter)
+        adapter = find_adapter(str(adapter), output, trust_remote_code)
+    return load_model_and_tokenizer(adapter.trusted(trust_remote_code))
 
 
 def is_adapter(sweep_or_adapter: str) -> bool:
@@ -40,8 +43,8 @@ def find_adapter(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
     Args:
         sweep_or_adapter: the path of either, or the name of a sweep.
         output: folder that holds sweeps.
-        trust_remote_code: run Python code that comes with the base of an adapter folder. The author of the
-            folder has chosen that base.
+        trust_remote_code: run Python code that comes with the base. The author of the sweep or folder has chosen that
+            base.
 
     Raises:
         RecordError: there is neither, or the adapter is incomplete or changed.
@@ -49,7 +52,7 @@ def find_adapter(sweep_or_adapter: str, output: str, trust_remote_code: bool = F
     """
     if is_adapter(sweep_or_adapter):
         return AdapterRef.of_folder(Path(sweep_or_adapter), trust_remote_code)
-    return find_sweep(sweep_or_adapter, output).best().adapter_ref()
+    return find_sweep(sweep_or_adapter, output).best().adapter_ref().trusted(trust_remote_code)
 
 
 def find_bundle(bundle_or_sweep: str, output: str) -> Path:

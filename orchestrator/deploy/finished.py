@@ -74,14 +74,17 @@ class ChosenTrial:
             )
         return AdapterRef.of_trial(self.record, self.trial)
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, trust_remote_code: bool = False) -> tuple[Any, Any]:
         """Load the adapter on its base: a `PeftModel` in evaluation mode, and its tokenizer.
+
+        Args:
+            trust_remote_code: run Python code that comes with the base.
 
         Raises:
             RecordError: the adapter is incomplete or changed, or the choice is in doubt.
-            RequestError: its base cannot be loaded.
+            RequestError: its base cannot be loaded, or brings code, and code is not trusted.
         """
-        return load_model_and_tokenizer(self.adapter_ref())
+        return load_model_and_tokenizer(self.adapter_ref().trusted(trust_remote_code))
 
     def as_dict(self) -> dict[str, Any]:
         """Return which adapter was chosen and why, as plain JSON values; the keys of `config` are dotted fields."""

@@ -99,14 +99,15 @@ def find_finalists(sweep_or_adapter: str, output: str, top: int, trust_remote_co
 
     Raises:
         RecordError: there is no such sweep or adapter, or an adapter is incomplete or changed.
-        RequestError: the base of an adapter folder brings code, and code is not trusted.
+        RequestError: a base brings code, and code is not trusted.
     """
     if is_adapter(sweep_or_adapter):
         return [find_adapter(sweep_or_adapter, output, trust_remote_code)]
     sweep = find_sweep(sweep_or_adapter, output)
     chosen = sweep.best().adapter_ref()
     leaders = [AdapterRef.of_trial(sweep.record, trial) for trial in sweep.top(top)]
-    return leaders if chosen in leaders else [*leaders, chosen]
+    finalists = leaders if chosen in leaders else [*leaders, chosen]
+    return [adapter.trusted(trust_remote_code) for adapter in finalists]
 
 
 def evaluate(

@@ -193,9 +193,12 @@ def _find_adapters(sweep_or_adapter: str, output: str, top: int, trust_remote_co
         adapter = find_adapter(sweep_or_adapter, output, trust_remote_code)
         return [ServedAdapter([adapter.name], adapter)]
     sweep = find_sweep(sweep_or_adapter, output)
-    best = sweep.best().adapter_ref()
+    best = sweep.best().adapter_ref().trusted(trust_remote_code)
     others = [trial for trial in sweep.top(top) if trial.trial_id != best.name]
-    adapters = [best, *(AdapterRef.of_trial(sweep.record, trial) for trial in others[: top - 1])]
+    adapters = [
+        best,
+        *(AdapterRef.of_trial(sweep.record, trial).trusted(trust_remote_code) for trial in others[: top - 1]),
+    ]
     if len({adapter.base for adapter in adapters}) > 1:
         raise RequestError(f"--top {top}: these trials have different bases", "Serve them one by one.")
     return [

@@ -1,12 +1,17 @@
 """Adapter folders: their base and configuration, and invalid folders."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator import resume
 from orchestrator.adapters.bundle import Facts, seal
-from orchestrator.deploy.find import find_adapter
+from orchestrator.deploy import open_sweep
+from orchestrator.deploy.find import find_adapter, load_adapter
+from orchestrator.deploy.scoring.evaluate import find_finalists
+from orchestrator.deploy.serving.serve import _find_adapters
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.spec import parse_spec
 
@@ -40,6 +45,28 @@ def test_code_of_a_base_is_run_only_on_request(adapter: Path, document: dict[str
     with pytest.raises(RequestError, match="someone/base brings Python code"):
         find_adapter(str(adapter), "runs")
     assert find_adapter(str(adapter), "runs", trust_remote_code=True).base.trust_remote_code
+
+
+def test_a_record_of_a_sweep_does_not_allow_the_code_of_its_base(tmp_path: Path, make_sweep: Any) -> None:
+    paths = make_sweep(tmp_path / "sweep", {"a": ("COMPLETE", 0.5), "b": ("RUNNING", 0.6)})
+    for record in (paths.root / "sweep.json", *paths.root.glob("trials/*/*.json")):
+        record.write_text(re.sub(r'"trust_remote_code": *false', '"trust_remote_code":true', record.read_text()))
+    adapter = paths.trial("a").adapter(7)
+    (adapter / "adapter_config.json").write_text("{}")
+    seal(adapter, Facts(format="adapter", base={}, versions={}, metrics={}))
+    folder = str(paths.root)
+    for call in (
+        lambda: find_adapter(folder, "runs"),
+        lambda: load_adapter(folder),
+        lambda: load_adapter(find_adapter(folder, "runs", trust_remote_code=True)),
+        lambda: open_sweep(folder).best().load(),
+        lambda: find_finalists(folder, "runs", 1),
+        lambda: _find_adapters(folder, "runs", 1, trust_remote_code=False),
+        lambda: resume(folder),
+    ):
+        with pytest.raises(RequestError, match="brings Python code, which would run on this machine"):
+            call()
+    assert find_finalists(folder, "runs", 1, trust_remote_code=True)[0].base.trust_remote_code
 
 
 @pytest.mark.parametrize(
