@@ -34,6 +34,16 @@ PRIVATE: tuple[Private, ...] = (
         "upstream.py", "see kill_ray_processes_at_shutdown",
     ),
     Private(
+        _RAY, "ray/tune/execution/tune_controller.py",
+        ("TuneController._checkpoint_manager", "TrialRunnerWrapper._tune_controller"),
+        "upstream.py", "see limit_state_writing",
+    ),
+    Private(
+        _RAY, "ray/tune/execution/experiment_state.py",
+        ("_ExperimentCheckpointManager._update_auto_checkpoint_time(self, time_taken)", "_checkpoint_period"),
+        "upstream.py", "see limit_state_writing",
+    ),
+    Private(
         _RAY, "ray/_private/services.py", ("resolve_ip_for_localhost(host)", "get_node_ip_address(address)"),
         "upstream.py", "see loopback_only",
     ),

@@ -14,9 +14,13 @@ from orchestrator.sweep.failures import end_unfinished, error_of, words_of
 from orchestrator.sweep.schedulers.conductor import Conductor
 from orchestrator.sweep.snapshot import SnapshotWriter
 from orchestrator.sweep.tune_trial import plain_values
-from orchestrator.upstream import staging_folder
+from orchestrator.upstream import limit_state_writing, staging_folder
 
 _CLOSING_S = 60.0
+_FREE_STATE_S = 0.02
+_MAX_STATE_SHARE = 0.1
+_LONGEST_STATE_PAUSE_S = 5.0
+"""Tune's state is written at each turn while that takes 20 ms (some 200 trials); beyond that in a tenth of the time."""
 
 
 class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
@@ -37,6 +41,7 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
         self._conductor = conductor
         self._check_stop = check_stop
         self._snapshots = SnapshotWriter(record.paths)
+        self._limits_writing = False
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Take up what people ask of the sweep, before Tune asks the search for trials."""
@@ -44,9 +49,11 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Save a snapshot after Tune has handled an event and written its state on this machine."""
-        if trials:
-            self._snapshots.save(staging_folder(trials[0]), self._conductor.state)
-        self._conductor.steering.write_answers(self._conductor)
+        if trials and not self._limits_writing:
+            limit_state_writing(self._conductor.controller, _FREE_STATE_S, _MAX_STATE_SHARE, _LONGEST_STATE_PAUSE_S)
+            self._limits_writing = True
+        if trials and self._snapshots.save(staging_folder(trials[0]), self._conductor.state):
+            self._conductor.steering.write_answers(self._conductor)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
         if have_ended and (len(trials) == self._conductor.steering.num_trials or self._record.why_over()):

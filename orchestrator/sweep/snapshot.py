@@ -34,22 +34,26 @@ class SnapshotWriter:
         self._saved: list[tuple[str, int, int]] = []
         """Name, time of change and size of each file in the last snapshot; empty if they may change at that time."""
 
-    def save(self, staging: Path, scheduler_state: Callable[[], bytes]) -> None:
+    def save(self, staging: Path, scheduler_state: Callable[[], bytes]) -> bool:
         """Archive the state files in `staging` and the scheduler's state, if the files have changed since then.
 
         Call it from the thread of Tune's loop, which writes the files.
+
+        Returns:
+            Whether the archive holds the present state.
         """
         began_ns = time.time_ns()
         files = _newest_state_files(staging)
         found = [(file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()]]
         if not files or (found == self._saved and self._paths.tune_snapshot.is_file()):
-            return
+            return False
         with replacing(self._paths.tune_snapshot) as building, zipfile.ZipFile(building, "w") as packed:
             for file in files:
                 packed.writestr(file.name, file.read_bytes())
             packed.writestr(_SCHEDULER, scheduler_state())
         changed_ns = max(changed_ns for _, changed_ns, _ in found)
         self._saved = found if began_ns > changed_ns + _TICK_NS else []
+        return True
 
 
 def restore_snapshot(paths: SweepPaths) -> bytes | None:

@@ -1,12 +1,18 @@
 import errno
 import os
+import time
 import zipfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
 
 from orchestrator.record import SweepPaths
 from orchestrator.sweep.snapshot import SnapshotWriter, has_trials, restore_snapshot
+from orchestrator.upstream import limit_state_writing
 
 
 def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
@@ -70,8 +76,8 @@ def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     (staging / "searcher-state-1.pkl").write_text("old")
     os.utime(staging / "searcher-state-1.pkl", (1.0, 1.0))
     writer = SnapshotWriter(paths)
-    writer.save(staging, lambda: b"first")
-    writer.save(staging, lambda: b"second")
+    assert writer.save(staging, lambda: b"first")
+    assert not writer.save(staging, lambda: b"second")
     assert restore_snapshot(paths) == b"first"
 
 
@@ -104,3 +110,25 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
             SnapshotWriter(paths).save(staging, lambda: b"new")
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
     assert restore_snapshot(paths) == b"old"
+
+
+def test_states_that_take_long_are_written_less_often() -> None:
+    """With a free 20 ms and a tenth of the time, a state of 120 ms is followed by a pause of 0.9 s."""
+    syncer = SimpleNamespace(wait=lambda: None, sync_up=lambda *_: True)
+    storage: Any = SimpleNamespace(experiment_driver_staging_path="", experiment_fs_path="", syncer=syncer)
+    manager = _ExperimentCheckpointManager(storage=storage, checkpoint_period=0, sync_every_n_trial_checkpoints=None)
+    controller = SimpleNamespace(_tune_controller=SimpleNamespace(_checkpoint_manager=manager))
+    manager.sync_up_experiment_state(lambda: None)  # the first one imports libraries
+    limit_state_writing(controller, free_s=0.02, max_share=0.1, longest_s=5.0)
+    written: list[float] = []
+
+    def write(takes_s: float) -> None:
+        time.sleep(takes_s)
+        written.append(takes_s)
+
+    for takes_s in (0.0, 0.0, 0.12, 0.0, 0.0):
+        manager.sync_up_experiment_state(partial(write, takes_s))
+    assert written == [0.0, 0.0, 0.12]
+    assert manager._checkpoint_period == pytest.approx(0.9, abs=0.5)
+    manager._update_auto_checkpoint_time(time_taken=60.0)
+    assert manager._checkpoint_period == 5.0
