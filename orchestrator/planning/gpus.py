@@ -48,8 +48,8 @@ GPUS = {
 }
 """Name -> GPU. Rates without sparsity are those of NVIDIA's data sheets: "H200 Tensor Core GPU", "H100 Tensor Core
 GPU", "A100 Tensor Core GPU" (80 GB and 40 GB), "L40S", "A10" and "L4" (nvidia.com/en-us/data-center). Where a sheet
-gives the rate with sparsity alone, it is halved. The figures of all but the A10 were compared with copies of the sheets
-and product briefs (PB-11133 of the H100 PCIe; the A100's sheet 1758950)."""
+gives the rate with sparsity alone, it is halved. The rates of A100 and L40S, and the bandwidths of H200 and L4, were
+compared with published copies; bf16 rates of H100 and A10 were not."""
 
 _NAMES_HERE = (
     ("H200", "h200"),
