@@ -17,7 +17,7 @@ from orchestrator.adapters.tokenizer_files import tokenizer_files
 from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
-from orchestrator.record.files import BUILDING, building_beside, refuse_links
+from orchestrator.record.files import BUILDING, building_beside, publish, refuse_links, sync, sync_tree
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
@@ -270,8 +270,9 @@ def _link(file: Path, other: Path) -> None:
 def _replace_folder(building: Path, folder: Path) -> None:
     """Rename a completed folder to its final name, replacing an older folder."""
     if not folder.exists():
-        building.rename(folder)
+        publish(building, folder)
         return
+    sync_tree(building)
     # The trial's record may name this folder. After a kill at any point, `recover_interrupted_saves` restores one.
     replaced = folder.with_name(f"{REPLACED}{folder.name}")
     folder.rename(replaced)
@@ -280,6 +281,7 @@ def _replace_folder(building: Path, folder: Path) -> None:
     except OSError:
         replaced.rename(folder)
         raise
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # leftovers are removed by `recover_interrupted_saves`
 
 

@@ -20,7 +20,7 @@ from orchestrator.data.stop_tokens import RowEnds, StopFinder
 from orchestrator.data.unread_columns import find_unread
 from orchestrator.errors import DataError
 from orchestrator.record import BadRows, SourceRows
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, publish
 from orchestrator.spec.sections import BaseSection, DataSection
 
 _MAX_NAMED = 3
@@ -277,7 +277,7 @@ def save(prepared: PreparedData, folder: Path, siblings: Path | None = None) -> 
         if prepared.test is not None:
             write_rows(prepared.test, building / "test", siblings)
         (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        building.rename(folder)
+        publish(building, folder)
 
 
 def load(folder: Path, in_memory: bool = False) -> PreparedData:

@@ -1,4 +1,8 @@
-"""Write files and folders so that they are complete or absent, never half written."""
+"""Write files and folders so that they are complete or absent, never half written, also after a power cut.
+
+A rename may reach the disk before the content of what is renamed. Functions here therefore sync the content before they
+rename it, and the folder that holds the name after it.
+"""
 
 import os
 import shutil
@@ -27,6 +31,39 @@ def refuse_links(folder: Path) -> None:
             )
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk holds the content of a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the disk holds all files of a folder and their names. Symbolic links are not followed."""
+    for where, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not (path := Path(where, name)).is_symlink():
+                sync(path)
+        sync(Path(where))
+
+
+def publish(building: Path, folder: Path) -> None:
+    """Rename a folder that has been filled to its final name, once the disk holds its content.
+
+    Args:
+        building: the filled folder.
+        folder: its final name, which is free or that of an empty folder.
+
+    Raises:
+        OSError: the storage fails, or the name is taken.
+    """
+    sync_tree(building)
+    building.rename(folder)
+    sync(folder.parent)
+
+
 @contextmanager
 def building_beside(folder: Path) -> Iterator[Path]:
     """Make a temporary folder next to `folder`, to be filled and then renamed to it; remove it on any exception.
@@ -45,24 +82,27 @@ def building_beside(folder: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader, or a crash, sees the old text or the new one, never a part."""
+    """Replace `path` in one step: a reader, a crash or a power cut sees the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as building, building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as building:
+        building.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Make a temporary file next to `path` that replaces it at the end of the block; remove it on any exception."""
+    """Make a temporary file next to `path` that replaces it at the end of the block; remove it on any exception.
+
+    At the end, the disk holds the file and its name.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     building = Path(name)
     try:
         os.close(handle)
         yield building
         building.chmod(0o644)
+        sync(building)
         building.replace(path)
+        sync(path.parent)
     except BaseException:
         building.unlink(missing_ok=True)  # Ctrl-C may come after the file has been renamed
         raise

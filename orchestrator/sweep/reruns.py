@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, read_sweep, write_record
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, publish
 from orchestrator.spec import SweepSpec
 
 
@@ -59,5 +59,5 @@ def begin_rerun(record: SweepRecord, root: Path, spec: SweepSpec) -> SweepRecord
         inside = SweepPaths(building)
         inside.data.symlink_to(os.path.relpath(record.paths.data, root))
         write_record(inside.sweep, SweepInfo.model_validate(info.model_dump()))
-        building.rename(root)
+        publish(building, root)
     return read_sweep(root)

@@ -9,7 +9,7 @@ from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
 from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, publish
 from orchestrator.record.models import PriorSweep
 from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
@@ -75,7 +75,7 @@ def start_sweep(
                 inside.metrics.mkdir(exist_ok=True)
                 (inside.metrics / f"{metric.function}.py").write_text(metric.source, encoding="utf-8")
             write_record(inside.sweep, info)
-            building.rename(paths.root)  # replaces an empty folder, but no other
+            publish(building, paths.root)  # replaces an empty folder, but no other
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise already_exists(paths.root) from error

@@ -20,7 +20,7 @@ from orchestrator.deploy.export.parity import Parity, rounding
 from orchestrator.deploy.export.private_details import base_notes
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.errors import ExportError, RequestError
-from orchestrator.record.files import building_beside, refuse_links
+from orchestrator.record.files import building_beside, refuse_links, sync, sync_tree
 from orchestrator.record.versions import installed_versions
 
 _OTHER_FILES_BYTES = 32 << 20
@@ -197,7 +197,9 @@ def _keep_unchecked(building: Path, target: Path, error: NotEnoughMemoryError) -
 
 def _rename_to_target(building: Path, target: Path) -> None:
     try:
+        sync_tree(building)
         building.replace(target)  # also replaces an empty folder
+        sync(target.parent)
     except OSError as error:
         raise ExportError(
             f"{target}: was exported and checked, but cannot be renamed to its final name: {error}",

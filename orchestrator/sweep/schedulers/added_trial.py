@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from orchestrator.adapters.bundle import CONFIG, WEIGHTS
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepRecord, TrialPaths, TrialResult, read_added, read_trial
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, publish
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.axis_checks import check_searchable
 from orchestrator.spec.dotted import read_path
@@ -113,7 +113,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
                     shutil.copyfile(source / name, building / name)
                 _require_same_experts(building, donor, config)
                 shutil.rmtree(paths.initial_adapter, ignore_errors=True)
-                building.rename(paths.initial_adapter)
+                publish(building, paths.initial_adapter)
         except FileNotFoundError:
             continue
         return f"{donor.trial_id}/{donor.best.adapter}"

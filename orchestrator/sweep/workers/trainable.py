@@ -20,7 +20,7 @@ from orchestrator.record import (
     resumable,
     write_record,
 )
-from orchestrator.record.files import BUILDING, building_beside
+from orchestrator.record.files import BUILDING, building_beside, publish
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
@@ -89,7 +89,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             # A copy, not links: a trial that restarts from an earlier step writes its files again.
             shutil.copytree(source, building, dirs_exist_ok=True)
             shutil.rmtree(exploit_checkpoints / source.name, ignore_errors=True)  # from before such a restart
-            building.rename(exploit_checkpoints / source.name)
+            publish(building, exploit_checkpoints / source.name)
         newest_last = sorted(exploit_checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
         for older in newest_last[:-_NUM_EXPLOIT_CHECKPOINTS]:
             shutil.rmtree(older)
@@ -194,7 +194,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             self._warnings = [*so_far.warnings, f"began anew: {origin} was gone before it could be taken over"]
             return
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
-        copied.rename(paths.checkpoints)
+        publish(copied, paths.checkpoints)
         before = [point for point in read_metrics(donor_paths) if point.step <= checkpoint["step"]]
         tokens = before[-1].tokens if before else 0
         start = so_far.model_copy(

@@ -16,6 +16,7 @@ from orchestrator.record import (
     read_result,
     write_record,
 )
+from orchestrator.record.files import sync
 from orchestrator.record.models import time_now
 from orchestrator.spec import SweepSpec
 from orchestrator.tracking import open_trackers, wanted
@@ -178,12 +179,19 @@ class TrialRecorder:
         self._update(state=state, error=error)
         self._trackers.finish(self.result)
         self._note_trackers()
+        self._sync_metrics()
         self.result = end_trial(self._paths, self.result)
         self._drop_adapters()
 
     def _write_progress(self) -> None:
         self._note_trackers()
+        self._sync_metrics()
         write_record(self._paths.progress, self.result)
+
+    def _sync_metrics(self) -> None:
+        """Wait until the disk holds all points, before a record counts them."""
+        if self._paths.metrics.is_file():
+            sync(self._paths.metrics)
 
     def _note_trackers(self) -> None:
         self._update(

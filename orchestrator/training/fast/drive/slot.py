@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from orchestrator.adapters.bundle import Adapter
 from orchestrator.record import RowScores
-from orchestrator.record.files import building_beside
+from orchestrator.record.files import building_beside, publish
 from orchestrator.spec import TrialConfig
 from orchestrator.training.fast.drive.answers import Answering, ask
 from orchestrator.training.fast.drive.multi_lora import Batch, TrialSteps
@@ -353,7 +353,7 @@ class Slot:
                 trainer._save_rng_state(str(building))
                 state.save_to_json(str(building / "trainer_state.json"))
                 shutil.rmtree(folder, ignore_errors=True)
-                building.rename(folder)
+                publish(building, folder)
 
         self._write_queue.do(write)
         self._call("on_save")
