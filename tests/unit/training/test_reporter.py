@@ -58,6 +58,7 @@ def test_only_a_trial_that_continues_later_writes_a_checkpoint(
 def test_step_with_a_checkpoint_gets_no_second_one(document: dict[str, Any], tmp_path: Path) -> None:
     listener = Listener(stopping=False, wants_checkpoint=True)
     reporter, state = make(document, tmp_path, listener), SimpleNamespace(global_step=7, max_steps=40)
+    (tmp_path / "trials/a/checkpoints/checkpoint-7").mkdir(parents=True)
     reporter.on_step_end(None, state, control())
     listener.stopping = True  # while the checkpoint is written
     asked = control()
