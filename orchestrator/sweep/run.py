@@ -8,18 +8,18 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
-from orchestrator.errors import Interrupted, OrchestratorError, SweepError
+from orchestrator.errors import OrchestratorError, SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import OPEN, ExperimentSource, SweepPaths, SweepRecord, TrialResult, TrialState, read_sweep
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
@@ -28,6 +28,7 @@ from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.spec.sections.scheduler import ForecastScheduler
 from orchestrator.storage import storage_fault
+from orchestrator.sweep.conclusion import conclude, ended, raise_interrupted
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.leftovers import held
 from orchestrator.sweep.snapshot import has_trials, restore_snapshot
@@ -181,9 +182,9 @@ def finish_audit(
         The same errors as `run_sweep`.
     """
     with held(record.paths):
-        if len(_ended(audit.trials())) == audit.info.num_trials:
+        if len(ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
-            _conclude(audit, audit.paths, failures_count=True)
+            conclude(audit, audit.paths, failures_count=True)
             return
         spec = audit.info.spec
         with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
@@ -224,7 +225,7 @@ def _run_trials(
         say: called with messages.
         home: the sweep's own paths, which a resume is given.
         worker_fault: returns why the workers cannot go on.
-        failures_count: see `_conclude`.
+        failures_count: see `conclude`.
     """
     from ray.tune.error import TuneError
 
@@ -243,7 +244,7 @@ def _run_trials(
                 tuner.fit()
         except Interruption:
             assert stop.signal is not None
-            _raise_interrupted(record, home, f"by {signal_name(stop.signal)}", 128 + stop.signal)
+            raise_interrupted(record, home, f"by {signal_name(stop.signal)}", 128 + stop.signal)
         except (OSError, TuneError) as error:
             if fault := storage_fault(error):
                 raise storage_error(home, fault) from error
@@ -259,7 +260,7 @@ def _run_trials(
     if over := record.why_over():
         begun = len(record.paths.trial_ids())
         say(f"{over}: {begun} of {counted(record.info.num_trials, 'trial')} begun")
-    _conclude(record, home, failures_count)
+    conclude(record, home, failures_count)
     if isinstance(spec.scheduler, ForecastScheduler) and (coverage := coverage_of(record)) is not None:
         say(coverage)
     for trial_id in record.paths.trial_ids():
@@ -352,52 +353,3 @@ def _quiet_tune() -> None:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     for name in ("ray", "ray.tune", "ray.train", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _conclude(record: SweepRecord, home: SweepPaths, failures_count: bool = False) -> None:
-    """Raise if the sweep has not come to its end, or if no trial has finished.
-
-    Args:
-        record: the sweep's record, or that of its repeats or of an audit.
-        home: the sweep's own paths, which a resume is given.
-        failures_count: whether a trial that has failed by its own values is a result too, as in an audit.
-
-    Raises:
-        Interrupted: trials are left to run.
-        SweepError: no trial finished.
-    """
-    trials = record.trials()
-    is_over = record.why_over() and all(trial.state not in OPEN for trial in trials)
-    if len(_ended(trials)) < record.info.num_trials and not is_over:
-        _raise_interrupted(record, home, "before its end")
-    if not any(
-        trial.state in (TrialState.COMPLETE, TrialState.STOPPED)
-        or (failures_count and trial.failure not in (None, "infrastructure"))
-        for trial in trials
-    ):
-        first = next((trial for trial in trials if trial.error), None)
-        if first is None:
-            remedy = f"Raise it with: orchestrator resume {home.root} --budget LIMIT=V"
-            raise SweepError("the budget was spent before a trial finished", remedy)
-        log = record.paths.trial(first.trial_id).log
-        raise SweepError(
-            f"all of {counted(len(trials), 'trial')} failed; the first one: {first.error}",
-            f"Its log: {log}" if log.is_file() else f"The workers' logs: {record.paths.workers}",
-        )
-
-
-def _ended(trials: list[TrialResult]) -> list[TrialResult]:
-    return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
-
-
-def _raise_interrupted(
-    record: SweepRecord, home: SweepPaths, how: str, exit_code: int = Interrupted.exit_code
-) -> NoReturn:
-    trials = record.trials()
-    ended, total = len(_ended(trials)), record.info.num_trials if record.search_ended() is None else len(trials)
-    raise Interrupted(
-        f"interrupted {how} with {ended} of {counted(total, 'trial')} ended; the others can continue from their last "
-        "steps",
-        f"Continue with: orchestrator resume {home.root}",
-        exit_code,
-    )

@@ -26,5 +26,5 @@ functions there too, because a worker imports it in a thread while kernels compi
 
 Side effects on the process. Each is in one function: `local.take_gpus` hides GPUs, `model.device.use_device` sets the
 number of CPU threads, `attempt.log_file.output_to` redirects the standard output, `engines.sft.import_trainer` replaces
-two functions of accelerate, and `worker.runtime.freeze_garbage_collector` excludes long-lived objects from collections.
+two functions of accelerate, and `worker.garbage.freeze_garbage_collector` excludes long-lived objects from collections.
 """

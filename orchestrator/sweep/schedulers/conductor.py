@@ -1,7 +1,7 @@
 """The scheduler that Tune asks. It wraps the Tune scheduler that decides (`factory`).
 
-The wrapper records decisions, keeps its state for a resume, lets trials take turns on the slots, reports failures to
-the searcher, and ends the sweep when its budget is spent.
+It records decisions, keeps its state for a resume, lets trials take turns on the slots, reports failures to the
+searcher, and ends the sweep when its budget is spent.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from orchestrator.upstream import set_trial_status
 
 
 class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
-    """Wraps a Tune scheduler: keeps its state for a resume, records its decisions, and watches the budget.
+    """Wraps a Tune scheduler.
 
     Under schedulers with brackets or a population all trials must be known before the first one reports; otherwise the
     Tune scheduler would compare only the few that have a slot. Such trials are added as PAUSED and start as slots
@@ -79,12 +79,12 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._stuck_watch = StuckWatch(scheduler.kind)
         self.trials: dict[str, Any] = {}
         before = None if saved_state is None else thaw(saved_state, {})
-        self._frozen: bytes | None = None if before is None else before["frozen"]
+        self._frozen: bytes | None = before and before["frozen"]
         """State of the previous driver, until Tune has restored all of its trials."""
-        self._unrestored: set[str] = set() if before is None else set(before["trials"])
+        self._unrestored: set[str] = set(before["trials"]) if before else set()
         self.steering = Steering(record, say, before and before.get("steering"))
         self.controller: Any = None
-        if before is not None:
+        if before:
             self._waiting.after_report, self._stop_reasons = before["waiting"], before["stop_reasons"]
 
     @property
@@ -99,8 +99,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def state(self) -> bytes:
         """Return the state that a resume needs, for `saved_state`."""
         trials = [*self.trials, *self._unrestored]
-        known = {"trials": trials, "waiting": self._waiting.after_report, "stop_reasons": self._stop_reasons}
-        known["steering"] = self.steering.state()
+        waiting, reasons = self._waiting.after_report, self._stop_reasons
+        known = {"trials": trials, "waiting": waiting, "stop_reasons": reasons, "steering": self.steering.state()}
         # Until all trials are restored, the state of the previous driver stays as it is.
         frozen = self._frozen or freeze({name: self.__dict__[name] for name in _SAVED_ATTRIBUTES})
         return freeze(known | {"frozen": frozen})
@@ -345,8 +345,8 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         """Have a trial that waits continue, or start."""
         self.steering.unstarted.discard(trial.trial_id)
         if self._waiting.start(trial):
-            why = f"{self._spec.scheduler.kind}: continues from step {self._steps[trial.trial_id]}"
-            self.log(trial, "resumed", why)
+            kind, step = self._spec.scheduler.kind, self._steps[trial.trial_id]
+            self.log(trial, "resumed", f"{kind}: continues from step {step}")
 
     def _record_stop(self, trial: Any) -> None:
         """Record the end of a trial that was not decided at its own report.
@@ -362,8 +362,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
             self._steps[trial_id] = ended.step
             self.log(trial, "stopped", ended.stopped)
         elif trial_id in self._steps:
-            why = str(self._budget_spent or why_stopped(self._spec, trial.last_result))
-            self.log(trial, "stopped", why)
+            self.log(trial, "stopped", str(self._budget_spent or why_stopped(self._spec, trial.last_result)))
 
     def _end(self, trial: Any) -> None:
         """Forget that a trial waits: it has ended."""
@@ -395,8 +394,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         """Record a decision about a trial."""
         if action == "stopped":
             self._stop_reasons[trial.trial_id] = why
-        name, step = trial.trial_id, self._steps.get(trial.trial_id, 0)
-        append_decision(self._record.paths, Decision(trial_id=name, step=step, action=action, why=why, donor=donor))
+        step = self._steps.get(trial.trial_id, 0)
+        decision = Decision(trial_id=trial.trial_id, step=step, action=action, why=why, donor=donor)
+        append_decision(self._record.paths, decision)
         self._num_decisions += 1
 
 

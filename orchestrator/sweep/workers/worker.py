@@ -135,7 +135,7 @@ class Worker:
         deadline = time.monotonic() + wait_s
         if self._runtime is not None:
             self._runtime.interrupt(wait_s, reason)
-            while self._runtime.has_unread and time.monotonic() < deadline:
+            while self._runtime.pool.has_unread and time.monotonic() < deadline:
                 time.sleep(_CHECK_S)
 
     def pulse(self) -> Pulse:
@@ -144,9 +144,9 @@ class Worker:
         if runtime is None:
             idle_s = 0.0 if since is None else time.monotonic() - since
             return Pulse(process, False, since is not None, idle_s, 0.0, False, False)
-        clock = runtime.clock
+        clock = runtime.pool.clock
         return Pulse(
-            process, True, runtime.is_busy, clock.idle_s, clock.longest_s, clock.has_stepped, clock.has_evaluated
+            process, True, runtime.pool.is_busy, clock.idle_s, clock.longest_s, clock.has_stepped, clock.has_evaluated
         )
 
     def _end_by_signal(self, number: Signals) -> None:

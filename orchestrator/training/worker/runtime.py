@@ -25,8 +25,9 @@ from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.model.device import reset_peak_memory
 from orchestrator.training.worker.compatibility import Slots, not_packed_reason, open_slots
 from orchestrator.training.worker.file_writers import FileWriters
+from orchestrator.training.worker.garbage import freeze_garbage_collector
 from orchestrator.training.worker.inputs import InputsCache
-from orchestrator.training.worker.slots import ProgressClock, SlotLease, SlotPool
+from orchestrator.training.worker.slots import SlotLease, SlotPool
 
 MAX_ALONE_WAIT_S = 120.0
 """How long newcomers may overtake a trial that must run alone. After that, no other trial starts before it."""
@@ -141,19 +142,9 @@ class WorkerRuntime:
         return self._pool.interrupt(wait_s, reason)
 
     @property
-    def clock(self) -> ProgressClock:
-        """The progress of the trials."""
-        return self._pool.clock
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a trial has not ended."""
-        return self._pool.is_busy
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether a lease that somebody still renews has events that were not taken."""
-        return self._pool.has_unread
+    def pool(self) -> SlotPool:
+        """The slots: the progress of their trials, and whether events were not taken."""
+        return self._pool
 
     def free_slots(self) -> int:
         """Return how many trials could be started now."""
@@ -404,13 +395,3 @@ class WorkerRuntime:
         """End a trial that has failed for good, and free its slot."""
         lease.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
         self._pool.free(lease)
-
-
-def freeze_garbage_collector() -> None:
-    """Exclude all objects that exist now from later garbage collections, for the whole process.
-
-    A collection follows the end of each trial. It need not visit the base and the engine, which stay.
-    `gc.unfreeze` reverses this.
-    """
-    gc.collect()
-    gc.freeze()
