@@ -33,6 +33,7 @@ PRIVATE: tuple[Private, ...] = (
         _RAY, "ray/_private/node.py", ("Node.kill_all_processes(self, check_alive, allow_graceful, wait)",),
         "upstream.py", "see kill_ray_processes_at_shutdown",
     ),
+    Private(_RAY, "ray/tune/tune.py", ("_setup_signal_catching()",), "upstream.py", "see keep_signal_handlers"),
     Private(
         _RAY, "ray/tune/execution/tune_controller.py",
         ("TuneController._checkpoint_manager", "TrialRunnerWrapper._tune_controller"),

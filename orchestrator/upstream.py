@@ -6,6 +6,8 @@ Each library may rename such a name without notice. Calls from `sweep` and `clus
 Libraries are imported inside the functions, so that this module is cheap to import.
 """
 
+import importlib
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,6 @@ TUNE_STATE_FILES = (
 
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the orchestrator has its own trackers
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `signals` handles SIGINT, and other signals too
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table even at verbosity 0
 }
@@ -44,6 +45,15 @@ def kill_ray_processes_at_shutdown() -> None:
     if node is not None:
         kill = node.kill_all_processes
         node.kill_all_processes = lambda **_: kill(check_alive=False, allow_graceful=False)
+
+
+def keep_signal_handlers() -> None:
+    """Let Tune set no signal handlers in this process: `signals` handles them.
+
+    ray 2.60: an environment variable turns off the handler of SIGINT, but nothing that of SIGUSR1.
+    """
+    module = importlib.import_module("ray.tune.tune")
+    module._setup_signal_catching = threading.Event  # type: ignore[attr-defined]
 
 
 def limit_state_writing(controller: Any, free_s: float, max_share: float, longest_s: float) -> None:

@@ -12,14 +12,14 @@ from orchestrator.errors import SweepError
 from orchestrator.record import BudgetSpent, SweepPaths, read_sweep, write_record
 from orchestrator.spec import parse_spec
 from orchestrator.sweep import run
-from orchestrator.sweep.run import _conclude
+from orchestrator.sweep.conclusion import conclude
 
 
 def test_a_budget_that_is_spent_before_a_trial_starts(tmp_path: Path, make_sweep: Callable[..., Any]) -> None:
     paths = make_sweep(tmp_path / "s", {})
     write_record(paths.budget, BudgetSpent(limit="wall_clock_hours", allowed=0.001, spent=0.002))
     with pytest.raises(SweepError, match="the budget was spent before a trial finished"):
-        _conclude(read_sweep(paths.root), paths)
+        conclude(read_sweep(paths.root), paths)
 
 
 class Begun(Exception):

@@ -75,7 +75,8 @@ def test_a_retired_worker_takes_no_trial(document: dict[str, Any], monkeypatch: 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     worker = Worker(parse_spec(document), slots=1, is_fixed=True, gpus=0)
     asked: list[Any] = []
-    runtime = SimpleNamespace(interrupt=lambda *given: asked.append(given), has_unread=False, free_slots=lambda: 1)
+    pool = SimpleNamespace(has_unread=False)
+    runtime = SimpleNamespace(interrupt=lambda *given: asked.append(given), pool=pool, free_slots=lambda: 1)
     worker._runtime = runtime  # type: ignore[assignment]
     assert worker.free_slots() == 1
     worker.retire("its node is about to go away", 3.0)
