@@ -33,11 +33,11 @@ FAKES = {
     "orchestrator": """
         record "orchestrator $*"; record "driver: $RAY_ADDRESS $RAY_AUTH_MODE $RAY_AUTH_TOKEN"
         [[ -z ${ENDS:-} ]] || exit "$ENDS"
-        code=0
-        trap 'record "driver got USR1"; code=138' USR1
+        code=-1
+        trap 'record "driver got USR1"; code=${INTERRUPTED:-138}' USR1
         trap 'record "driver got TERM"; code=143' TERM
         record ready
-        until ((code)); do sleep 0.02; done
+        until ((code >= 0)); do sleep 0.02; done
         for _ in {1..40}; do sleep 0.02; done
         exit "$code" """,
 }
@@ -187,6 +187,18 @@ def test_the_signal_before_the_time_limit_requeues_the_job(start: Callable[..., 
     assert job.calls("driver got") == ["driver got USR1"]
     assert job.calls("scontrol") == ["scontrol requeue 12345"]
     assert "it will resume the sweep" in job.said
+
+
+@pytest.mark.parametrize(("code", "calls"), [("130", ["scontrol requeue 12345"]), ("0", []), ("1", [])])
+def test_a_sweep_that_is_interrupted_at_the_time_limit_is_requeued_whatever_its_code(
+    code: str, calls: list[str], start: Callable[..., Job]
+) -> None:
+    """The sweep may also have ended or failed at that moment."""
+    job = start(INTERRUPTED=code)
+    job.wait_until_ready()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == int(code)
+    assert job.calls("scontrol") == calls
 
 
 @pytest.mark.parametrize("to_all", [False, True])
