@@ -139,7 +139,7 @@ def test_the_job_has_the_same_cluster(cluster: dict[str, Any]) -> None:
 def test_clients_need_a_token_from_a_secret(cluster: dict[str, Any]) -> None:
     assert cluster["authOptions"] == {"mode": "token", "secretName": "orchestrator-ray-token"}
     text = (FOLDER / "raycluster.yaml").read_text(encoding="utf-8")
-    assert 'create secret generic orchestrator-ray-token --from-literal=auth_token="$(openssl rand -hex 32)"' in text
+    assert "kubectl create secret generic orchestrator-ray-token --from-file=auth_token=/dev/stdin" in text
 
 
 def test_pods_run_the_installed_ray(cluster: dict[str, Any]) -> None:

@@ -34,8 +34,7 @@ FAKES = {
         record "orchestrator $*"; record "driver: $RAY_ADDRESS $RAY_AUTH_MODE $RAY_AUTH_TOKEN"
         [[ -z ${ENDS:-} ]] || exit "$ENDS"
         code=-1
-        trap 'record "driver got USR1"; code=${INTERRUPTED:-138}' USR1
-        trap 'record "driver got TERM"; code=143' TERM
+        trap 'record "driver got TERM"; code=${INTERRUPTED:-143}' TERM
         record ready
         until ((code >= 0)); do sleep 0.02; done
         for _ in {1..40}; do sleep 0.02; done
@@ -183,14 +182,14 @@ def test_the_signal_before_the_time_limit_requeues_the_job(start: Callable[..., 
     job = start()
     job.wait_until_ready()
     job.process.send_signal(signal.SIGUSR1)  # Slurm signals the batch shell alone
-    assert job.end() == 138
-    assert job.calls("driver got") == ["driver got USR1"]
+    assert job.end() == 143
+    assert job.calls("driver got") == ["driver got TERM"]
     assert job.calls("scontrol") == ["scontrol requeue 12345"]
     assert "it will resume the sweep" in job.said
 
 
 @pytest.mark.parametrize(("code", "calls"), [("130", ["scontrol requeue 12345"]), ("0", []), ("1", [])])
-def test_a_sweep_that_is_interrupted_at_the_time_limit_is_requeued_whatever_its_code(
+def test_only_a_sweep_that_is_interrupted_at_the_time_limit_is_requeued(
     code: str, calls: list[str], start: Callable[..., Job]
 ) -> None:
     """The sweep may also have ended or failed at that moment."""
@@ -213,6 +212,12 @@ def test_the_driver_gets_sigterm_once(to_all: bool, start: Callable[..., Job]) -
     assert job.end() == 143
     assert job.calls("driver got") == ["driver got TERM"]
     assert job.calls("scontrol") == []
+
+
+def test_a_driver_that_got_the_signal_itself_is_requeued(start: Callable[..., Job]) -> None:
+    job = start(ENDS="138")
+    assert job.end() == 138
+    assert job.calls("scontrol") == ["scontrol requeue 12345"]
 
 
 @pytest.mark.parametrize("code", ["1", "3", "69"])
