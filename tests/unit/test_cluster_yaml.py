@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.authentication import authentication_token_setup as authentication
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -81,11 +82,52 @@ def test_every_node_mounts_the_shared_folder(written: dict[str, Any]) -> None:
 
 
 def test_the_synced_files_exist_and_suffice_to_install(written: dict[str, Any]) -> None:
-    sources = [ROOT / local for local in written["file_mounts"].values()]
+    sources = [ROOT / local for local in written["file_mounts"].values() if not local.startswith("~")]
     assert [source for source in sources if not source.exists()] == []
     synced = {source.resolve() for source in sources}
     for needed in ("orchestrator", "pyproject.toml", "README.md", "constraints.txt", "experiments"):
         assert ROOT / needed in synced, needed
+
+
+def test_every_node_asks_for_the_token(written: dict[str, Any]) -> None:
+    """Ray reads the file by itself (`_get_default_token_path`), and on workers only with RAY_AUTH_MODE."""
+    assert written["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert authentication._get_default_token_path() == Path.home() / ".ray" / "auth_token"
+    config = accept(written)
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        (line,) = [command for command in commands if ".bashrc" in command]
+        assert f"{authentication.AUTH_MODE_ENV_VAR}=token" in line
+    assert "ray get-auth-token --generate" in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+
+
+def alternative(provider: str) -> dict[str, Any]:
+    """Read the commented sections for another provider."""
+    for paragraph in (ROOT / "cluster.yaml").read_text(encoding="utf-8").split("\n\n"):
+        lines = [line.removeprefix("#| ") for line in paragraph.splitlines() if line.startswith("#| ")]
+        sections: dict[str, Any] = yaml.safe_load("\n".join(lines)) or {}
+        if sections.get("provider", {}).get("type") == provider:
+            return sections
+    raise AssertionError(provider)
+
+
+def test_ray_accepts_the_sections_for_google_cloud(written: dict[str, Any]) -> None:
+    sections = alternative("gcp")
+    config = accept(written | sections)
+    ours, theirs = written["available_node_types"], config["available_node_types"]
+    assert list(ours) == list(theirs)
+    for name, node_type in theirs.items():
+        assert node_type["resources"] == ours[name]["resources"]
+        assert node_type.get("priority") == ours[name].get("priority")
+    assert theirs["gpu_spot"]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    assert "provisioningModel" not in theirs["gpu_on_demand"]["node_config"]["scheduling"]
+
+
+def test_ray_accepts_the_section_for_machines_at_hand(written: dict[str, Any]) -> None:
+    dropped = {"max_workers", "head_node_type", "available_node_types"}
+    config = accept({name: value for name, value in written.items() if name not in dropped} | alternative("local"))
+    (node_type,) = config["available_node_types"].values()
+    assert node_type["min_workers"] == node_type["max_workers"] == 2
+    assert config["worker_setup_commands"] == accept(written)["worker_setup_commands"]
 
 
 def test_commands_are_valid_shell(written: dict[str, Any]) -> None:
