@@ -68,7 +68,7 @@ def _find(record: SweepRecord, num_kept: int) -> Freed:
     folders = [record.paths.trial(trial.trial_id).checkpoints for trial in trials if trial.state not in OPEN]
     if is_over:
         folders += [record.paths.trial(trial.trial_id).exploit_checkpoints for trial in trials]
-    why = None if is_over else "the sweep has not ended"
+    why = None if is_over else "something is left to run, or no trial has an adapter"
     kept = {trial.trial_id for trial in trials}
     if is_over:
         best = FinishedSweep(record).best()

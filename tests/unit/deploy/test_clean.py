@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -94,6 +95,25 @@ def test_a_dry_run_and_a_pipe_remove_nothing(paths: SweepPaths) -> None:
     assert files(paths) == before
 
 
+@pytest.mark.parametrize(("answer", "left"), [("n", "abcd"), ("y", "ab")])
+def test_a_terminal_is_asked(paths: SweepPaths, monkeypatch: pytest.MonkeyPatch, answer: str, left: str) -> None:
+    monkeypatch.setattr("orchestrator.cli.clean.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    said = CliRunner().invoke(app, ["clean", str(paths.root)], input=f"{answer}\n")
+    assert "Remove these files?" in said.stdout
+    assert have_weights(paths) == left
+
+
+def test_a_sweep_that_changes_after_the_question_is_left_alone(paths: SweepPaths) -> None:
+    record = read_sweep(paths.root)
+    announced = what_to_free(record, 1)
+    (paths.trial("b").checkpoints / "checkpoint-9").mkdir(parents=True)
+    (paths.trial("b").checkpoints / "checkpoint-9" / "optimizer").write_bytes(b"state")
+    before = files(paths)
+    with pytest.raises(RequestError, match="the sweep has changed meanwhile"):
+        clean(record, 1, announced)
+    assert files(paths) == before
+
+
 def test_a_running_driver_is_refused(paths: SweepPaths) -> None:
     before = files(paths)
     with only_driver(paths):
@@ -153,7 +173,7 @@ def test_an_open_sweep_loses_only_checkpoints_of_ended_trials(tmp_path: Path, ma
     before = files(paths)
     said = run(paths, "--yes")
     assert before - files(paths) == {"trials/a/checkpoints/file"}
-    assert "adapters stay: the sweep has not ended" in said.stdout
+    assert "adapters stay: something is left to run" in said.stdout
 
 
 def test_while_an_adapter_is_damaged_all_stay(paths: SweepPaths) -> None:
