@@ -7,6 +7,7 @@ Modules, lowest layer first (`pyproject.toml` enforces this order):
     adapter_ref   `AdapterRef`: an adapter folder, its base and its configuration
     load          base + adapter -> `PeftModel`, tokenizer, stop tokens
     finished      `FinishedSweep`, `ChosenTrial`: the trials of a sweep, and its best adapter
+    clean         frees the disk of what ended sweeps no longer need
     find          resolves what a user named to one of these
     chat          prompts in the form of the training rows; streamed answers
     side_by_side  the base and the best adapter, asked the same held-out prompts

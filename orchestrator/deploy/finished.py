@@ -21,6 +21,7 @@ from orchestrator.deploy.recommend import (
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
+from orchestrator.record.absent import AbsentError
 from orchestrator.spec.search import BETTER_END, SEED
 from orchestrator.words import counted
 
@@ -137,6 +138,7 @@ class FinishedSweep:
             strict: choose the best value, however small its lead.
 
         Raises:
+            AbsentError: `orchestrator clean` has removed the adapter that this metric chooses.
             RecordError: no finished trial has an undamaged adapter.
             RequestError: no finished trial has this metric.
         """
@@ -154,6 +156,8 @@ class FinishedSweep:
             try:
                 adapter = self.record.adapter(trial)
                 verify_adapter(adapter)
+            except AbsentError:
+                raise  # the next one is not what the rows say
             except RecordError as error:
                 damaged[trial.trial_id] = error.message
                 whole.remove(recommendation.recommended)
@@ -176,7 +180,7 @@ class FinishedSweep:
         if by_rows.why_not_compared:
             return by_rows
         again = self._repeats
-        runs = {each.trial.trial_id: [each, *again[key]] for each in whole if (key := _point_of(each.trial)) in again}
+        runs = {each.trial.trial_id: [each, *again[key]] for each in whole if (key := point_of(each.trial)) in again}
         finalists = [each for each in whole if each.trial.trial_id in runs and each.scores]
         if len(finalists) < 2:
             return by_rows
@@ -192,7 +196,7 @@ class FinishedSweep:
         for trial in record.finished():
             scores = read_scores(record.adapter_path(trial))
             if scores is not None:
-                found.setdefault(_point_of(trial), []).append(Candidate(trial, scores))
+                found.setdefault(point_of(trial), []).append(Candidate(trial, scores))
         return found
 
     def top(self, number: int, metric: str | None = None) -> list[TrialResult]:
@@ -231,7 +235,7 @@ class FinishedSweep:
         return [Candidate(trial, scores=None) for trial in finished]
 
 
-def _point_of(trial: TrialResult) -> str:
+def point_of(trial: TrialResult) -> str:
     """Return the values of a trial but its seed, for comparison."""
     return repr(sorted((path, value) for path, value in trial.config.varied.items() if path != SEED))
 

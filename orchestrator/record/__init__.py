@@ -3,7 +3,8 @@
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
 `search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base
-and winner side by side). `files` writes atomically, `lock` keeps a second driver out and tells whether one runs.
+and winner side by side). `files` writes atomically, `absent` says which adapters were
+removed, `lock` keeps a second driver out and tells whether one runs.
 `requests` holds what people ask of a running sweep, `ask` waits for the driver's answer, `find_trial` finds the trial.
 `present` reads a sweep while it runs, `standing` sums it up.
 """

@@ -169,6 +169,11 @@ class SweepPaths:
         return self.root / "search-ended.json"
 
     @property
+    def absent(self) -> Path:
+        """AbsentAdapters; exists once `orchestrator clean` has removed an adapter."""
+        return self.root / "absent.json"
+
+    @property
     def first_step(self) -> Path:
         """Empty file; exists once a trial has made a step under the present driver."""
         return self.root / ".first-step"

@@ -9,6 +9,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from orchestrator.errors import RecordError
+from orchestrator.record.absent import require_present
 from orchestrator.record.answers import Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
@@ -79,8 +80,10 @@ class SweepRecord:
         """Return the folder of the adapter of a trial's best evaluation.
 
         Raises:
+            AbsentError: `orchestrator clean` has removed it.
             RecordError: it is missing, or the record or a symbolic link leads out of the sweep's folder.
         """
+        require_present(self.paths, trial.trial_id)
         folder = self.adapter_path(trial)
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")

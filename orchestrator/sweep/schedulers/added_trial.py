@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 from orchestrator.adapters.bundle import CONFIG, WEIGHTS
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepRecord, TrialPaths, TrialResult, read_added, read_trial
+from orchestrator.record.absent import require_present
 from orchestrator.record.files import building_beside, publish
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.axis_checks import check_searchable
@@ -106,6 +107,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
         donor = read_trial(record.paths.trial(donor.trial_id), record.info)
         if donor.best is None:
             break
+        require_present(record.paths, donor.trial_id)
         source = record.adapter_path(donor)
         try:
             with building_beside(paths.initial_adapter) as building:
