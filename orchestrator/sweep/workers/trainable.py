@@ -106,6 +106,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             self._adopt(checkpoint, origin)
         # Tune knows the reports up to that step.
         self._known = [point for point in self._known_points() if point.step > checkpoint["step"]]
+        self._last_step = checkpoint["step"]
 
     def cleanup(self) -> None:
         """Stop the trial and give its slot back."""
