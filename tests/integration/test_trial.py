@@ -119,14 +119,14 @@ def test_setting_that_is_not_applied_fails_the_trial(
     message: str,
 ) -> None:
     def with_another_value(build: Callable[..., Any]) -> Callable[..., Any]:
-        def built(*given: Any) -> Any:
+        def built(*given: Any, **options: Any) -> Any:
             changed = [
                 each.model_copy(update={section: getattr(each, section).model_copy(update={field: value})})
                 if isinstance(each, TrialConfig)
                 else each
                 for each in given
             ]
-            return build(*changed)
+            return build(*changed, **options)
 
         return built
 

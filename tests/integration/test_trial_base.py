@@ -67,8 +67,8 @@ def test_trial_leaves_nothing_on_the_base(
 ) -> None:
     build, trained = choose_module.build_trainer, []
 
-    def build_and_observe(*arguments: Any) -> Any:
-        trainer = build(*arguments)
+    def build_and_observe(*arguments: Any, **options: Any) -> Any:
+        trainer = build(*arguments, **options)
         trained.append(weakref.ref(trainer.model))
         return trainer
 
@@ -94,8 +94,8 @@ def test_reference_to_a_trials_model_keeps_no_adapter(
 ) -> None:
     build, kept, adapters = choose_module.build_trainer, [], []
 
-    def build_and_keep(*arguments: Any) -> Any:
-        trainer = build(*arguments)
+    def build_and_keep(*arguments: Any, **options: Any) -> Any:
+        trainer = build(*arguments, **options)
         kept.append(trainer.model)
         adapters.extend(weakref.ref(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
         return trainer
