@@ -89,6 +89,18 @@ Address = Annotated[
     typer.Option(metavar="ADDRESS", help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine."),
 ]
 
+MoreTrials = Annotated[
+    int | None,
+    typer.Option("--trials", metavar="N", min=1, help="New total number of trials; larger than the present one."),
+]
+NewBudget = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
+]
+
+_LINES_BELOW = 8
+"""Lines of a terminal that the last table of a command leaves for its title and for the lines below it."""
+
 
 def console_on(file: TextIO | None = None) -> "Console":
     """Return a console that is as wide as the terminal. In a pipe or a file it has 160 columns instead of 80."""
@@ -96,6 +108,11 @@ def console_on(file: TextIO | None = None) -> "Console":
 
     console = Console(file=file)
     return console if console.is_terminal else Console(file=file, width=160)
+
+
+def table_lines(console: "Console") -> int | None:
+    """Return how many lines the last table of a command may have; None where the console is no terminal."""
+    return max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None
 
 
 def now_and_then(say: Callable[[str], None], interval_s: float = 2.0) -> Callable[[str], None]:

@@ -4,12 +4,12 @@ import os
 import socket
 import sys
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.frame import Json, Sweep, Where, app, console_on, print_json
+from orchestrator.cli.frame import Json, Sweep, Where, app, console_on, print_json, table_lines
+from orchestrator.cli.screen import until_signal
 from orchestrator.errors import RequestError
 from orchestrator.words import counted
 
@@ -40,19 +40,11 @@ def watch(sweep: Sweep, output: Where = "runs") -> None:
     """
     from orchestrator.record import read_sweep
     from orchestrator.report.watch import watch_sweep
-    from orchestrator.signals import Signalled, raising_signals
 
     record, console = read_sweep(sweep, output), console_on()
-    try:
-        with raising_signals():
-            watch_sweep(console, record)
-    except Signalled as signalled:
-        raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None
-    _show(console, record, max_lines=max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None)
-
-
-_LINES_BELOW = 8
-"""Lines of a terminal that the last table of `watch` leaves for its title and for the lines below it."""
+    with until_signal():
+        watch_sweep(console, record)
+    _show(console, record, max_lines=table_lines(console))
 
 
 def _show(console: "Console", record: "SweepRecord", max_lines: int | None = None) -> None:

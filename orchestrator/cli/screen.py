@@ -8,6 +8,8 @@ from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
+import typer
+
 from orchestrator.cli.frame import console_on
 from orchestrator.errors import Interrupted, RayLostError, StorageError
 from orchestrator.signals import Signalled, raising_signals, signal_name
@@ -53,6 +55,16 @@ def screen(root: Path, descriptor: int = 1) -> Iterator["Console"]:
         finally:
             keep_log()
             os.close(errors)
+
+
+@contextmanager
+def until_signal() -> Iterator[None]:
+    """Let a view last until it ends or a signal arrives. Ctrl-C is its ordinary end, with exit code 0."""
+    try:
+        with raising_signals():
+            yield
+    except Signalled as signalled:
+        raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None
 
 
 @contextmanager

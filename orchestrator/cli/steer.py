@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.frame import Address, Sweep, Trust, Where, app
+from orchestrator.cli.frame import Address, MoreTrials, NewBudget, Sweep, Trust, Where, app
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -61,20 +61,14 @@ def extend(
             show_default=False,
         ),
     ],
-    trials: Annotated[
-        int | None,
-        typer.Option("--trials", metavar="N", min=1, help="New total number of trials; larger than the present one."),
-    ] = None,
+    trials: MoreTrials = None,
     steps: Annotated[
         int | None,
         typer.Option(
             metavar="N", min=1, help="Train the best trial, or the given one, N steps longer: a warm clone of it."
         ),
     ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
-    ] = None,
+    budget: NewBudget = None,
     address: Address = None,
     trust: Trust = False,
     wait: Wait = 60.0,

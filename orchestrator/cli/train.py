@@ -14,7 +14,9 @@ from orchestrator.cli.frame import (
     Address,
     File,
     Json,
+    MoreTrials,
     Name,
+    NewBudget,
     Output,
     Seed,
     Set,
@@ -27,6 +29,7 @@ from orchestrator.cli.frame import (
     now_and_then,
     print_json,
     show_best,
+    table_lines,
 )
 from orchestrator.cli.screen import resumable, screen
 from orchestrator.errors import SpecError, TrialsFailedError
@@ -193,14 +196,8 @@ def sweep(
 @app.command(epilog="Example: orchestrator resume runs/demo")
 def resume(
     sweep: Sweep,
-    trials: Annotated[
-        int | None,
-        typer.Option("--trials", metavar="N", min=1, help="New total number of trials; larger than the present one."),
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option("--budget", metavar="LIMIT=V", help="Change a limit of search.budget, for example gpu_hours=20."),
-    ] = None,
+    trials: MoreTrials = None,
+    budget: NewBudget = None,
     address: Address = None,
     trust: Trust = False,
     output: Where = "runs",
@@ -319,7 +316,7 @@ def _show_trials(console: "Console", record: "SweepRecord") -> None:
     from orchestrator.report.tables import TrialsTable, axes_of, say_failures
 
     trials = record.trials()
-    max_lines = max(console.height - _LINES_BELOW, _LINES_BELOW) if console.is_terminal else None
+    max_lines = table_lines(console)
     console.print(TrialsTable(trials, axes=axes_of(record.info.spec), max_lines=max_lines))
     if max_lines is not None and len(trials) > max_lines:
         line = f"all trials: orchestrator status {record.paths.root}"
@@ -343,7 +340,3 @@ def _require_no_failures(record: "SweepRecord") -> None:
             f"{num_failed} of {counted(len(trials), 'trial')} failed; the best adapter comes from the others",
             f"See the reasons with: orchestrator status {record.paths.root}",
         )
-
-
-_LINES_BELOW = 8
-"""Lines of a terminal that the final table leaves for the lines below it."""

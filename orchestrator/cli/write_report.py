@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orchestrator.cli.frame import Where, app
+from orchestrator.cli.screen import until_signal
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ def report(
 def _serve(sweeps: "list[SweepRecord]", port: int, opens: bool) -> None:
     """Serve the live report until a signal."""
     from orchestrator.page.live import serve_report
-    from orchestrator.signals import Signalled, raising_signals
 
     def ready(address: str) -> None:
         print(f"{address} shows the report to browsers on this machine; Ctrl-C ends it", flush=True)
@@ -102,8 +101,5 @@ def _serve(sweeps: "list[SweepRecord]", port: int, opens: bool) -> None:
 
             webbrowser.open(address)
 
-    try:
-        with raising_signals():
-            serve_report(sweeps, port, ready)
-    except Signalled as signalled:
-        raise typer.Exit(0 if signalled.signal == Signals.SIGINT else 128 + signalled.signal) from None
+    with until_signal():
+        serve_report(sweeps, port, ready)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.adapters.bundle import MANIFEST, SCORES
-from orchestrator.deploy.finished import FinishedSweep, point_of
+from orchestrator.deploy.finished import ChosenTrial, FinishedSweep, point_of
 from orchestrator.errors import RequestError
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialResult, is_finished, read_sweep
 from orchestrator.record.absent import AbsentAdapter, read_absent, write_absent
@@ -75,7 +75,7 @@ def _find(record: SweepRecord, num_kept: int) -> Freed:
         if best.damaged:
             why = f"the adapter of trial {next(iter(best.damaged))} is damaged"
         else:
-            kept = _needed(record, trials, num_kept)
+            kept = _needed(record, trials, num_kept, best)
     removed = read_absent(record.paths)  # an interrupted clean is finished, whatever is to be kept now
     adapters = {
         trial.trial_id: files
@@ -137,11 +137,10 @@ def _held(paths: SweepPaths) -> Iterator[None]:
             os.utime(paths.driver, (beat, beat))
 
 
-def _needed(record: SweepRecord, trials: list[TrialResult], num_kept: int) -> set[str]:
-    """Return the trials whose adapters stay in a sweep that has ended."""
-    sweep = FinishedSweep(record)
-    choices = [sweep.best(), FinishedSweep(record, uses_repeats=False).best()]
-    needed = {trial.trial_id for trial in sweep.top(num_kept)}
+def _needed(record: SweepRecord, trials: list[TrialResult], num_kept: int, best: ChosenTrial) -> set[str]:
+    """Return the trials whose adapters stay in a sweep that has ended; `best` is the one that it recommends."""
+    choices = [best, FinishedSweep(record, uses_repeats=False).best()]
+    needed = {trial.trial_id for trial in FinishedSweep(record).top(num_kept)}
     for choice in choices:
         needed |= {choice.trial.trial_id, choice.recommendation.leader.trial.trial_id}
         needed |= {rival.candidate.trial.trial_id for rival in choice.recommendation.tied}

@@ -1,6 +1,5 @@
 """The record of adapters that a sweep's folder no longer holds, and why."""
 
-import os
 from typing import Literal
 
 from pydantic import ValidationError
@@ -55,11 +54,6 @@ def read_absent(paths: SweepPaths) -> dict[str, AbsentAdapter]:
 def write_absent(paths: SweepPaths, trials: dict[str, AbsentAdapter]) -> None:
     """Write the record; it has reached the disk when this returns."""
     write_atomic(paths.absent, AbsentAdapters(trials=trials).model_dump_json(indent=2) + "\n")
-    folder = os.open(paths.root, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def require_present(paths: SweepPaths, trial_id: str) -> None:

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 from orchestrator.errors import Interrupted, SweepError
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialResult, TrialState
+from orchestrator.record.sweep_record import CHOOSABLE
 from orchestrator.words import counted
 
 
@@ -24,8 +25,7 @@ def conclude(record: SweepRecord, home: SweepPaths, failures_count: bool = False
     if len(ended(trials)) < record.info.num_trials and not is_over:
         raise_interrupted(record, home, "before its end")
     if not any(
-        trial.state in (TrialState.COMPLETE, TrialState.STOPPED)
-        or (failures_count and trial.failure not in (None, "infrastructure"))
+        trial.state in CHOOSABLE or (failures_count and trial.failure not in (None, "infrastructure"))
         for trial in trials
     ):
         first = next((trial for trial in trials if trial.error), None)
@@ -41,7 +41,7 @@ def conclude(record: SweepRecord, home: SweepPaths, failures_count: bool = False
 
 def ended(trials: list[TrialResult]) -> list[TrialResult]:
     """Return the trials that have a result of their own."""
-    return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED)]
+    return [trial for trial in trials if trial.state in (*CHOOSABLE, TrialState.FAILED)]
 
 
 def raise_interrupted(

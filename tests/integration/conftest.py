@@ -1,6 +1,7 @@
 """Fixtures of the integration tests."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ def tiny() -> Callable[..., SweepSpec]:
 def folder(tmp_path: Path) -> SweepPaths:
     """The paths of a sweep folder that does not exist yet."""
     return SweepPaths(tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium that this machine has: the environment variable CHROMIUM names it, else it is looked for."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
 
 
 # For tests of the worker and of engines that trials share

@@ -275,6 +275,16 @@ def test_address_that_is_not_ray_is_given_up() -> None:
     assert f"ClusterError: Ray at {address} cannot be reached" in said.stderr
 
 
+def _run_python(code: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=_user_environment() | {"HOME": str(home)},
+    )
+
+
 def test_local_ray_writes_nothing_at_home_and_shares_its_folder(tmp_path: Path) -> None:
     home, output = tmp_path / "home", tmp_path / "new" / "runs"
     home.mkdir()
@@ -285,13 +295,7 @@ def test_local_ray_writes_nothing_at_home_and_shares_its_folder(tmp_path: Path) 
         f"    require_shared_folder(Path({str(output)!r}))\n"
         "    print('shared')"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=_user_environment() | {"HOME": str(home)},
-    )
+    said = _run_python(code, home)
     assert said.stdout == "shared\n", said.stderr
     assert said.stderr == ""
     assert list(home.rglob("*")) == []
@@ -310,13 +314,7 @@ def test_a_local_ray_listens_on_the_loopback_interface_only(tmp_path: Path) -> N
         "            if each.status == 'LISTEN':\n"
         "                print(each.laddr.ip.removeprefix('::ffff:'))\n"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=_user_environment() | {"HOME": str(tmp_path)},
-    )
+    said = _run_python(code, tmp_path)
     addresses = said.stdout.split()
     assert len(addresses) > 5, said.stderr  # of the driver, the GCS, the raylet, its agent and workers
     assert set(addresses) == {"127.0.0.1"}
