@@ -1,6 +1,6 @@
 """Generate answers in batches, greedily or by sampling."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.adapters.stops import stops_of
@@ -71,9 +71,18 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     sampling: Mapping[str, Any] = GREEDY,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Return the token ids of the answers before their first stop token; arguments and errors are those of `answer`."""
+    """Return the token ids of the answers before their first stop token.
+
+    Arguments and errors are those of `answer`; `on_token` is called whenever the answers of a batch have grown by one.
+    """
     import torch
+
+    def go_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Answer as a stopping criterion that no answer meets."""
+        on_token()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     model.eval()
     answers, stops = [list[int]()] * len(prompts), stops_of(model)
@@ -95,6 +104,7 @@ def generate_ids(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=[go_on],
                 **sampling,
             )
         for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):

@@ -69,8 +69,11 @@ def _digest(rows: Any) -> str:
     """Return a hash of all columns: their names, types, lengths of rows and values."""
     table, digest = rows.with_format("arrow")[:], hashlib.sha256()
     for name in sorted(table.column_names):
-        column = table.column(name).combine_chunks()
+        column = table.column(name)
         digest.update(f"{name} {column.type} {len(column)}".encode())
-        digest.update(column.value_lengths().to_numpy().tobytes())
-        digest.update(column.flatten().to_numpy().tobytes())
+        # Chunk after chunk: one array of lists holds no more than 2^31 - 1 values.
+        for chunk in column.chunks:
+            digest.update(chunk.value_lengths().to_numpy().tobytes())
+        for chunk in column.chunks:
+            digest.update(chunk.flatten().to_numpy().tobytes())
     return digest.hexdigest()

@@ -49,6 +49,12 @@ def sync_tree(folder: Path) -> None:
         sync(Path(where))
 
 
+def sync_published(folder: Path) -> None:
+    """Wait until the disk holds a folder's content and its name, so that a record may name it."""
+    sync_tree(folder)
+    sync(folder.parent)
+
+
 def publish(building: Path, folder: Path) -> None:
     """Rename a folder that has been filled to its final name, once the disk holds its content.
 

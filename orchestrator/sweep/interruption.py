@@ -55,13 +55,16 @@ class Interrupter:
         Raises:
             Interruption: a signal has arrived. All trials that could do so have written a checkpoint of their last
                 step.
-            OrchestratorError: the sweep cannot go on.
+            OrchestratorError: the sweep cannot go on. Here too, trials have written checkpoints where that is possible.
         """
+        fault = self._fault()
+        if self._stop.signal is None and fault is None:
+            return
+        self._workers.interrupt(_SAVING_S)
         if self._stop.signal is not None:
-            self._workers.interrupt(_SAVING_S)
             raise Interruption
-        if (fault := self._fault()) is not None:
-            raise fault
+        assert fault is not None
+        raise fault
 
     def check_trial(self, trial: Any) -> None:
         """Check a trial whose attempt has failed, and decide whether it restarts.

@@ -83,7 +83,7 @@ def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Pa
                 raise
             except OrchestratorError as error:
                 listener.emit(Failed(0.0, 0.0, 0.0, error.message, error.remedy, None, error.cause))
-            if not listener.needs_less_memory:
+            if not listener.needs_less_memory or stop.signal is not None:
                 break
             start = trial_so_far(start.config, spec, paths)
     if stop.signal is not None and not paths.result.is_file():
@@ -121,6 +121,9 @@ class _LocalListener:
         """
         self._stop.defers = True
         self._is_refused |= not self._watcher.on_step(step, total_steps)
+
+    def on_progress(self) -> None:
+        """Do nothing: nobody watches this process for a hang."""
 
     def emit(self, event: Event) -> None:
         """Record an event, and ask the watcher after an evaluation.

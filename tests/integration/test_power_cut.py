@@ -10,6 +10,8 @@ from one_trial import ENGINES, Tiny, run
 
 from orchestrator.record import SweepPaths, TrialState
 from orchestrator.record.files import publish, write_atomic
+from orchestrator.training.attempt.events import Event, Saved
+from orchestrator.training.attempt.reporter import Reporter
 
 pytestmark = pytest.mark.slow
 
@@ -72,15 +74,16 @@ def test_what_a_trial_keeps_survives_a_power_cut(
     synced_checkpoints: set[Version] = set()
     spec = tiny(f"training.engine={engine}")
 
-    from orchestrator.training.attempt import reporter
+    report = Reporter.report
 
-    sync_checkpoint = reporter.sync_checkpoint
+    def followed(reporter: Reporter, kind: type[Event], **values: Any) -> None:
+        """Note the files of each checkpoint as it is reported, behind the jobs that write it."""
+        if kind is Saved:
+            checkpoint = reporter._paths.root / values["checkpoint"]
+            synced_checkpoints.update(version(file) for file in checkpoint.rglob("*") if file.is_file())
+        report(reporter, kind, **values)
 
-    def followed(checkpoint: Path) -> None:
-        sync_checkpoint(checkpoint)
-        synced_checkpoints.update(version(file) for file in checkpoint.rglob("*") if file.is_file())
-
-    monkeypatch.setattr(reporter, "sync_checkpoint", followed)
+    monkeypatch.setattr(Reporter, "report", followed)
     result = run(spec, folder)
     assert result.state == TrialState.COMPLETE
     assert disk.lost == []

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import upstream
 from orchestrator.data import PreparedData
-from orchestrator.errors import OrchestratorError, RequestError, SweepError
+from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
-from orchestrator.storage import storage_fault
 from orchestrator.sweep.workers.placement import PlacementNotice
 from orchestrator.sweep.workers.supervisor import Supervisor
 from orchestrator.sweep.workers.worker import Worker
@@ -167,7 +165,7 @@ class Fleet:
             The workers, for trainables; the number of slots of all workers together; and a message about the choice.
 
         Raises:
-            OrchestratorError: no worker could load the base model.
+            OrchestratorError: no worker can load the base model.
         """
         plan = self._plan
         workers = Workers(
@@ -177,12 +175,9 @@ class Fleet:
             logs=paths.workers,
         )
         self._notice = PlacementNotice(workers.ready, plan.gpus, plan.cpus, say)
-        if plan.is_fixed:
-            slots, why = plan.slots, ""
-        else:
-            slots, why = _first_answer([workers.open(handle) for handle in self._handles])
-        self._supervisor = Supervisor(workers, paths, self._resources, say)
+        self._supervisor = Supervisor(workers, paths, self._resources, say, plan.num_shards)
         self._supervisor.start()
+        slots, why = (plan.slots, "") if plan.is_fixed else self._supervisor.first_slots()
         device = f"{plan.gpus:g} GPU" if plan.gpus else f"{counted(plan.cpus, 'CPU core')}"
         reasons = "; ".join(filter(None, [plan.why, why]))
         message = f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each" + (
@@ -192,8 +187,8 @@ class Fleet:
 
     @property
     def resources(self) -> tuple[float, int]:
-        """GPUs and CPU cores of a worker."""
-        return self._plan.gpus, self._plan.cpus
+        """GPUs and CPU cores of a process that holds a whole base: those of all workers that hold one in pieces."""
+        return self._plan.gpus * self._plan.num_shards, self._plan.cpus
 
     def fault(self) -> OrchestratorError | None:
         """Return why the sweep cannot go on; None while it can."""
@@ -269,23 +264,3 @@ def _capacity(gpus: int, cpus: int, workers_per_gpu: int) -> int:
     limits = upstream.autoscaler_limits()
     kind, each = ("GPU", gpus) if gpus else ("CPU", cpus)
     return max(now, int(limits.get(kind, 0)) // each * (workers_per_gpu if gpus else 1))
-
-
-def _first_answer(answers: list[Any]) -> tuple[int, str]:
-    """Return the answer of the worker that opens first: the others are equal to it, or wait for resources.
-
-    Raises:
-        OrchestratorError: no worker has opened.
-    """
-    fault: Exception | None = None
-    while answers:
-        (done,), answers = ray.wait(answers)
-        try:
-            slots: tuple[int, str] = ray.get(done)
-        except RayError as error:
-            fault = error
-        else:
-            return slots
-    if isinstance(fault, RayTaskError) and (isinstance(fault.cause, OrchestratorError) or storage_fault(fault.cause)):
-        raise fault.cause
-    raise SweepError(f"no worker could be started: {str(fault).strip().splitlines()[-1]}") from fault

@@ -52,3 +52,5 @@ class Pulse:
     """Whether a step has been made."""
     has_evaluated: bool
     """Whether an evaluation has been done."""
+    is_retired: bool = False
+    """Whether its trials have been asked to go on elsewhere, because its process or its node ends soon."""

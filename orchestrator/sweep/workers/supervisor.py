@@ -2,11 +2,13 @@
 
 It opens each worker, again after each restart and with growing pauses; ends workers that hang; has workers write
 checkpoints whose node is about to go away; and notes why the sweep cannot go on once no worker can start. Each of these
-is said and recorded in `faults.jsonl`.
+is said and recorded in `faults.jsonl`. Workers that hold one base in pieces are a group: they retire together, and if
+one is given up, so are the others.
 """
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,16 +20,20 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import upstream
-from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.errors import OrchestratorError, StorageError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.record.faults import Fault, append_fault
 from orchestrator.spec.sections import ResourcesSection
+from orchestrator.storage import storage_fault
 from orchestrator.sweep.workers.losses import why_lost
 from orchestrator.sweep.workers.pulse import ProcessId, Pulse
 from orchestrator.sweep.workers.worker import SAVING_S
 from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.training.fast.shard.place import GroupLost
 
 _PERIOD_S = 1.0
+_FIRST_PERIOD_S = 0.2
+"""Period until a worker is open, for which the sweep may wait."""
 _STOP_S = 5.0
 _LONGEST_PAUSE_S = 60.0
 """Longest pause before a worker is opened again, in seconds."""
@@ -49,7 +55,7 @@ class _Member:
     """Reference to the answer that is awaited."""
     asked_at: float = 0.0
     opening: Any = None
-    """Reference to the end of `Worker.open`."""
+    """Reference to the end of `Worker.open`, while that runs."""
     open_at: float = 0.0
     """Time before which it is not opened, by time.monotonic."""
     num_restarts: int = 0
@@ -67,14 +73,23 @@ class _Member:
 class Supervisor:
     """Watches the workers of a sweep from a thread of its own."""
 
-    def __init__(self, workers: Workers, paths: SweepPaths, resources: ResourcesSection, say: Callable[[str], None]):
+    def __init__(
+        self,
+        workers: Workers,
+        paths: SweepPaths,
+        resources: ResourcesSection,
+        say: Callable[[str], None],
+        num_shards: int = 1,
+    ) -> None:
         """
         Args:
             workers: the workers of the sweep.
             paths: the sweep's paths.
             resources: of the experiment.
             say: called with a message about each fault, from the thread.
+            num_shards: workers that hold one base in pieces; they follow each other in `workers`.
         """
+        self._num_shards = num_shards
         self._workers = workers
         self._paths = paths
         self._resources = resources
@@ -82,6 +97,8 @@ class Supervisor:
         self._members = [_Member(handle, number) for number, handle in enumerate(workers.handles)]
         self._stopped = threading.Event()
         self._fault: OrchestratorError | None = None
+        self._first_slots: tuple[int, str] | None = None
+        """What the first worker that opened has answered."""
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -90,6 +107,20 @@ class Supervisor:
         for member in self._members:
             member.opening = self._workers.open(member.handle)
         self._thread.start()
+
+    def first_slots(self) -> tuple[int, str]:
+        """Wait until a worker is open, and return its answer: its slots, and why there are not more.
+
+        The others are equal to it, or wait for resources.
+
+        Raises:
+            OrchestratorError: no worker can be opened.
+        """
+        while self._first_slots is None:
+            if self._fault is not None:
+                raise self._fault
+            time.sleep(_FIRST_PERIOD_S / 4)
+        return self._first_slots
 
     def fault(self) -> OrchestratorError | None:
         """Return why the sweep cannot go on; None while it can."""
@@ -116,9 +147,20 @@ class Supervisor:
                 self._look(member, now, draining)
 
     def _run(self) -> None:
-        while not self._stopped.wait(_PERIOD_S) and self._fault is None:
-            with suppress(RayError, OSError):  # Ray or the disk fails for a moment, or for good: others report that
-                self.look(time.monotonic())
+        try:
+            while not self._stopped.wait(self._period_s()) and self._fault is None:
+                with suppress(RayError, OSError):  # Ray or the disk fails for a moment, or for good: others report that
+                    self.look(time.monotonic())
+        except Exception as error:  # unwatched, a sweep could wait for ever
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self._fault = SweepError(
+                f"the supervision of the workers has failed in {place.name}, line {place.lineno}: "
+                f"{type(error).__name__}: {error}",
+                f"All results are kept; continue with: orchestrator resume {self._paths.root}",
+            )
+
+    def _period_s(self) -> float:
+        return _FIRST_PERIOD_S if self._first_slots is None else _PERIOD_S
 
     def _look(self, member: _Member, now: float, draining: set[str]) -> None:
         state = upstream.actor_state(member.handle)
@@ -126,6 +168,8 @@ class Supervisor:
             return
         if state.num_restarts > member.num_restarts or state.state == "DEAD":
             self._take_loss(member, state, now)
+        if not member.is_gone and state.state == "ALIVE" and member.opening is not None:
+            self._take_opening(member)
         if member.is_gone or state.state != "ALIVE":
             return
         if state.node_id in draining and member.retiring is None:
@@ -148,22 +192,37 @@ class Supervisor:
         member.asked = member.opening = member.retiring = None
         limit = self._resources.max_restarts
         if member.in_a_row > limit or state.state == "DEAD":
-            member.is_gone = True
-            with suppress(RayError):
-                ray.kill(member.handle)
             times = f"died {counted_times(member.in_a_row)} in a row without a step"
             then = f"given up: it {times}" if member.in_a_row > limit else "given up: Ray does not restart it"
+            then += self._give_up(member)
         else:
             pause_s = 0.0 if progressed else min(2.0 ** (member.in_a_row - 1), _LONGEST_PAUSE_S)
             member.open_at = now + pause_s
             then = "restarts" + (f" in {pause_s:g} s" if pause_s else "")
-        self._record(before.process if before else None, state, cause, then)
+        self._record(before.process if before else None, cause, then)
         if all(each.is_gone for each in self._members):
-            self._fault = SweepError(
-                f"no worker is left; the last one {then.removeprefix('given up: it ')}: {cause}{self._last_lines()}",
-                f"The workers' logs: {self._paths.workers}. When the cause is mended, continue with: "
-                f"orchestrator resume {self._paths.root}",
-            )
+            self._fault = self._none_left(f"the last one {then.removeprefix('given up: it ')}: {cause}")
+
+    def _give_up(self, member: _Member) -> str:
+        """End a worker for good, with the others of its group; return what to add to the message about it."""
+        given_up = [each for each in self._group(member) if not each.is_gone]
+        for each in given_up:
+            each.is_gone = True
+            with suppress(RayError):
+                ray.kill(each.handle)
+        return "" if len(given_up) == 1 else ", with the workers that hold the other pieces of its base"
+
+    def _none_left(self, why: str) -> SweepError:
+        return SweepError(
+            f"no worker is left; {why}{self._last_lines()}",
+            f"The workers' logs: {self._paths.workers}. When the cause is mended, continue with: "
+            f"orchestrator resume {self._paths.root}",
+        )
+
+    def _group(self, member: _Member) -> list[_Member]:
+        """Return the workers that hold one base in pieces together with this one, which is among them."""
+        first = member.number - member.number % self._num_shards
+        return self._members[first : first + self._num_shards]
 
     def _take_answer(self, member: _Member, state: upstream.ActorState, now: float) -> None:
         """Look at the answer to a question, or at how long it has not come."""
@@ -182,28 +241,45 @@ class Supervisor:
         if pulse.is_busy and pulse.idle_s > self._hang_s(pulse):
             longest = f"; the longest pause before was {pulse.longest_s:.0f} s" if pulse.has_stepped else ""
             self._end(member, state, pulse.process, f"no step and no evaluation for {pulse.idle_s:.0f} s{longest}")
-        elif not pulse.is_open and now >= member.open_at:
-            self._open(member)
-
-    def _open(self, member: _Member) -> None:
-        """Have a worker load the base, unless it does."""
-        if member.opening is None:
+        elif pulse.is_retired and self._num_shards > 1:  # by a signal; otherwise it ends by itself
+            self._retire(member, "a process that holds a piece of its base is about to end")
+        elif not pulse.is_open and member.opening is None and now >= member.open_at:
             member.opening = self._workers.open(member.handle)
-            return
+
+    def _take_opening(self, member: _Member) -> None:
+        """Look at the end of `Worker.open`, if it has come."""
         done, _ = ray.wait([member.opening], timeout=0)
-        if done:
-            try:
-                ray.get(member.opening)
-            except RayTaskError as error:  # its process lives, but cannot hold the base: another attempt fails likewise
-                fault = error.cause
-                self._fault = (
-                    fault
-                    if isinstance(fault, OrchestratorError)
-                    else SweepError(f"no worker could be started: {str(error).strip().splitlines()[-1]}")
-                )
-            except RayActorError:
-                pass
-            member.opening = None
+        if not done:
+            return
+        opening, member.opening = member.opening, None
+        try:
+            slots: tuple[int, str] = ray.get(opening)
+        except RayTaskError as error:
+            self._take_refusal(member, error)
+        except RayActorError:  # the table of actors tells it next time
+            return
+        else:
+            self._first_slots = self._first_slots or slots
+
+    def _take_refusal(self, member: _Member, error: RayTaskError) -> None:
+        """Handle the error of a worker whose process lives, but that could not be opened."""
+        cause = error.cause
+        if isinstance(cause, GroupLost):  # the others of the group may come later
+            member.cause = str(cause)
+            with suppress(RayError):
+                ray.kill(member.handle, no_restart=False)
+        elif fault := storage_fault(cause):
+            self._fault = StorageError(
+                f"{self._paths.root}: a worker cannot be opened because its storage fails: {fault}",
+                f"Free some space or repair the storage, then continue with: orchestrator resume {self._paths.root}",
+            )
+        else:  # another attempt would fail likewise, but workers on other nodes may be sound
+            text = cause.message if isinstance(cause, OrchestratorError) else str(error).strip().splitlines()[-1]
+            then = f"given up: it could not be opened{self._give_up(member)}"
+            self._record(member.pulse.process if member.pulse else None, text, then)
+            if all(each.is_gone for each in self._members):
+                is_ours = isinstance(cause, OrchestratorError)
+                self._fault = cause if is_ours else self._none_left(f"the last one could not be opened: {text}")
 
     def _hang_s(self, pulse: Pulse | None) -> float:
         """Return the seconds without a sign of progress after which a worker counts as hung."""
@@ -220,20 +296,28 @@ class Supervisor:
             ray.kill(member.handle, no_restart=False)
 
     def _retire(self, member: _Member, why: str) -> None:
-        """Have a worker's trials write checkpoints and go on elsewhere."""
-        member.retiring, member.asked_at = member.handle.retire.remote(why, SAVING_S), time.monotonic()
-        process = member.pulse.process if member.pulse else None
-        self._say(f"worker {process or '(starting)'}: {why}; its trials write checkpoints and continue elsewhere")
-        member.cause = why
+        """Have the trials of a worker, and of the others of its group, write checkpoints and go on elsewhere."""
+        for each in self._group(member):
+            if each.retiring is None and not each.is_gone:
+                each.retiring, each.asked_at = each.handle.retire.remote(why, SAVING_S), time.monotonic()
+                process = each.pulse.process if each.pulse else None
+                self._say(
+                    f"worker {process or '(starting)'}: {why}; its trials write checkpoints and continue elsewhere"
+                )
+                each.cause = why
 
     def _end_retired(self, member: _Member, now: float) -> None:
-        """End a worker that has retired, so that Ray starts it on another node."""
-        done, _ = ray.wait([member.retiring], timeout=0)
-        if done or now > member.asked_at + 2 * SAVING_S:
+        """End a worker that has retired, so that Ray starts it on another node.
+
+        Trials of its group need it until they have written their checkpoints.
+        """
+        retiring = [each.retiring for each in self._group(member) if each.retiring is not None]
+        done, _ = ray.wait(retiring, num_returns=len(retiring), timeout=0)
+        if len(done) == len(retiring) or now > member.asked_at + 2 * SAVING_S:
             with suppress(RayError):
                 ray.kill(member.handle, no_restart=False)
 
-    def _record(self, process: ProcessId | None, state: upstream.ActorState, cause: str, then: str) -> None:
+    def _record(self, process: ProcessId | None, cause: str, then: str) -> None:
         fault = Fault(worker=str(process) if process else None, cause=cause, then=then)
         with suppress(OSError):  # on a full disk the trials end the sweep
             append_fault(self._paths, fault)

@@ -63,7 +63,8 @@ class Worker:
         self._opening_since: float | None = None
         self._output = ExitStack()
         self._place = place
-        self._not_joined: Exception | None = None
+        self._not_prepared: Exception | None = None
+        """Why the libraries could not be imported or the group not be joined."""
         self._importing: threading.Thread | None = None
         if place is not None or not _is_restarted():  # alone, it may have died of these imports
             self._importing = begin(self._prepare)
@@ -80,41 +81,48 @@ class Worker:
 
         Returns:
             The number of slots, and why there are not more; an empty reason where there are as many as requested.
+
+        Raises:
+            GroupLost: the processes that hold the base in pieces with this one have not come.
+            Exception: the libraries cannot be imported, or the base cannot be loaded.
         """
         with self._lock:
             if self._runtime is None:
                 self._opening_since = time.monotonic()
-                (self._importing or begin(self._prepare)).join()
-                if self._not_joined is not None:
-                    raise self._not_joined
-                (rows,) = ray.get(data)
-                from orchestrator.training.model.device import use_device
-                from orchestrator.training.worker.compatibility import plan_slots
-                from orchestrator.training.worker.runtime import WorkerRuntime
-
-                Path(logs).mkdir(parents=True, exist_ok=True)
-                self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
-                use_device(self._spec.resources.cpus_per_trial)
-                self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
-                self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
-                self._opening_since = None
+                try:
+                    self._open(data, logs)
+                finally:
+                    self._opening_since = None
             return self._opened
 
+    def _open(self, data: list[Any], logs: str) -> None:
+        (self._importing or begin(self._prepare)).join()
+        if self._not_prepared is not None:
+            raise self._not_prepared
+        (rows,) = ray.get(data)
+        from orchestrator.training.model.device import use_device
+        from orchestrator.training.worker.compatibility import plan_slots
+        from orchestrator.training.worker.runtime import WorkerRuntime
+
+        Path(logs).mkdir(parents=True, exist_ok=True)
+        self._output.enter_context(output_to(Path(logs) / f"{socket.gethostname()}-{os.getpid()}.log"))
+        use_device(self._spec.resources.cpus_per_trial)
+        self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
+        self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
+
     def _prepare(self) -> None:
-        """Import libraries, and join the group that holds the base in pieces.
+        """Import libraries, and join the group that holds the base in pieces. `open` raises what goes wrong.
 
-        The group is joined here rather than in `open`, which a trainable may wait for while no one opens the others.
+        A process that went on without its group would load the whole base.
         """
-        _import_libraries()
-        if self._place is None:
-            return
-        from orchestrator.training.fast.shard.base import join_group
-        from orchestrator.training.fast.shard.group import GroupLost
-
         try:
-            join_group(self._place, on_gpu=self._gpus > 0, on_lost=_end_soon)
-        except GroupLost as error:
-            self._not_joined = error
+            _import_libraries()
+            if self._place is not None:
+                from orchestrator.training.fast.shard.base import join_group
+
+                join_group(self._place, on_gpu=self._gpus > 0, on_lost=_end_soon)
+        except Exception as error:
+            self._not_prepared = error
 
     def interrupt(self, wait_s: float) -> None:
         """Have all trials write a checkpoint and stop, within `wait_s` seconds. No other trial starts."""
@@ -143,15 +151,28 @@ class Worker:
         process, runtime, since = ProcessId.own(), self._runtime, self._opening_since
         if runtime is None:
             idle_s = 0.0 if since is None else time.monotonic() - since
-            return Pulse(process, False, since is not None, idle_s, 0.0, False, False)
+            return Pulse(process, False, since is not None, idle_s, 0.0, False, False, self._retired)
         clock = runtime.pool.clock
         return Pulse(
-            process, True, runtime.pool.is_busy, clock.idle_s, clock.longest_s, clock.has_stepped, clock.has_evaluated
+            process,
+            True,
+            runtime.pool.is_busy,
+            clock.idle_s,
+            clock.longest_s,
+            clock.has_stepped,
+            clock.has_evaluated,
+            self._retired,
         )
 
     def _end_by_signal(self, number: Signals) -> None:
-        """Retire, then end this process with the code of the signal."""
+        """Retire, then end this process with the code of the signal.
+
+        A process that holds a piece of a base stays for the whole time: the others need it to save their last steps.
+        """
+        deadline = time.monotonic() + SAVING_S
         self.retire(f"its process got {number.name}, as before a preemption", SAVING_S)
+        while self._place is not None and time.monotonic() < deadline:
+            time.sleep(_CHECK_S)
         time.sleep(_LAST_EVENTS_S)
         os._exit(128 + number)
 

@@ -86,6 +86,10 @@ class Attempt:
         self._probed_gib = 0.0
         self._limits = limits
         self._slot: EngineSlot | str | None = None
+        self._has_engine = False
+        """Whether `_slot` has been found."""
+        self.ran_out = False
+        """Whether the attempt has run out of GPU memory."""
 
     def run(self, find_slot: Callable[[], EngineSlot | str | None]) -> TrialSteps:
         """Train as a generator of steps. The last event says how the trial ended.
@@ -108,17 +112,18 @@ class Attempt:
             report(Failed, error=error.message, remedy=error.remedy, traceback=None, cause=error.cause)
         except Exception as error:
             log_traceback()
-            is_memory = isinstance(error, torch.OutOfMemoryError)
-            if is_memory and self._limits is not None and not self._limits.lower(self._config, self._slot):
+            self.ran_out = isinstance(error, torch.OutOfMemoryError)
+            if self.ran_out and (when := self._why_nothing_smaller()) is not None:
                 report(
                     Failed,
-                    error=f"out of GPU memory with one row in a forward pass: {error}",
-                    remedy="Lower data.max_length or lora.rank, or set training.recompute: true.",
+                    error=f"out of GPU memory {when}: {error}",
+                    remedy="Lower data.max_length or lora.rank, set training.recompute: true, or end other processes "
+                    "that hold memory of this GPU.",
                     traceback=None,
                     cause="out_of_memory",
                 )
             else:
-                report(Left, step=self._reporter.step, is_memory=is_memory, **fault_fields(error))
+                report(Left, step=self._reporter.step, is_memory=self.ran_out, **fault_fields(error))
         except BaseException:  # Ctrl-C, or the generator is closed
             report(Left, step=self._reporter.step, lost=None)
             raise
@@ -128,9 +133,19 @@ class Attempt:
             else:
                 report(Completed)
 
+    def _why_nothing_smaller(self) -> str | None:
+        """Say when a trial that is alone ran out of memory, if it has no smaller form; None if it may have one."""
+        if self._limits is None:  # the owner of the engine makes a smaller one
+            return None
+        if not self._has_engine:  # each smaller form has been tried already
+            return "before the trial had an engine"
+        if self._limits.lower(self._config, self._slot):
+            return None
+        return "with one row in a forward pass"
+
     def _train(self, slot: EngineSlot | str | None) -> TrialSteps:
         """Open the trial's loop, train, and release its model at the end."""
-        config, limits, self._slot = self._config, self._limits, slot
+        config, limits, self._slot, self._has_engine = self._config, self._limits, slot, True
         if isinstance(slot, EngineSlot):
             self._probed_gib = slot.plan.measured_gib  # a cached engine is not probed again
         size = BaseSize.of(self._inputs.base)
@@ -156,7 +171,17 @@ class Attempt:
         micro_batch = None if limits is None else limits.micro_batch(config)
         paths = self._paths
         initial = paths.initial_adapter if paths.initial_adapter.is_dir() else None
-        loop = open_loop(config, inputs, slot, paths.checkpoints, self._write_queue, questions, initial, micro_batch)
+        loop = open_loop(
+            config,
+            inputs,
+            slot,
+            paths.checkpoints,
+            self._write_queue,
+            questions,
+            initial,
+            micro_batch,
+            self._reporter.note_progress,
+        )
         try:
             yield from self._follow(loop, wanted, questions)
         finally:  # a remaining reference to the model must not keep its adapter's memory
@@ -233,7 +258,7 @@ def run_alone(
         gpus: the number of GPUs that the process holds, for the count of GPU seconds.
         limits: what has run out of memory in this process.
     """
-    config, driver = start.config, MultiLora()
+    config, driver = start.config, MultiLora(listener.on_progress)
     attempt = Attempt(start, paths, inputs, listener, write_queue, lambda seconds: gpus * seconds, limits)
     with guarded(config.base):
         driver.join(attempt.run(partial(find_slot, config, inputs, limits)))

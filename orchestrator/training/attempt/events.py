@@ -143,5 +143,8 @@ class Listener(Protocol):
     def on_step(self, step: int, total_steps: int) -> None:
         """Handle the end of an optimizer step."""
 
+    def on_progress(self) -> None:
+        """Note that work goes on between steps: a pass of an evaluation, or the next token of an answer."""
+
     def emit(self, event: Event) -> None:
         """Receive an event. Events come in order."""

@@ -3,8 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +10,6 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.record.files import sync, sync_tree
 from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Stepped, Warned
 from orchestrator.training.finite import require_finite
 from orchestrator.training.write_queue import WriteQueue
@@ -21,12 +18,6 @@ STEP_EVERY_S = 3.0
 """Seconds after which the number of steps is reported if no metrics have been."""
 SAVE_EVERY_S = 60.0
 """Seconds between checkpoints if `training.save_steps` is not set. They are written at evaluations only."""
-
-
-def sync_checkpoint(folder: Path) -> None:
-    """Wait until the disk holds a checkpoint and its name, so that a record may name it."""
-    sync_tree(folder)
-    sync(folder.parent)
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
@@ -112,6 +103,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         """Emit a warning at once. A job of the write queue calls this, before the events queued behind it."""
         self._listener.emit(Warned(0.0, 0.0, 0.0, warning))
 
+    def note_progress(self) -> None:
+        """Tell the listener that work goes on between steps."""
+        self._listener.on_progress()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.note_progress()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # If the experiment gives epochs, the number of steps is known only here.
         if reason := self._start.config.training.schedule_overflow_reason(state.max_steps):
@@ -180,7 +178,6 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._training_since = None
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         checkpoint = f"checkpoints/checkpoint-{state.global_step}"
-        self._write_queue.do(partial(sync_checkpoint, self._paths.root / checkpoint))
         self.report(Saved, step=state.global_step, checkpoint=checkpoint)
         self._stop_if_asked(control)
 

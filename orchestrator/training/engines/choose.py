@@ -1,5 +1,6 @@
 """Choose the engine of a trial, and open its training loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def open_loop(
     questions: Questions | None = None,
     initial: Path | None = None,
     micro_batch: int | None = None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Loop:
     """Open the trial's loop, with a model that shares the base's weights.
 
@@ -105,6 +107,7 @@ def open_loop(
         questions: the prompts that it answers; None for none.
         initial: the adapter with which the trial begins; None for a new one.
         micro_batch: rows that SFTTrainer puts into a forward pass; None for `training.batch_size`.
+        on_progress: called for each token of SFTTrainer's answers; the owner of a fast engine has its own.
     """
     base, tokenizer, data = inputs.base, inputs.tokenizer, inputs.data
     if isinstance(slot, EngineSlot):
@@ -118,7 +121,7 @@ def open_loop(
     trainer = build_trainer(config, model, tokenizer, data, checkpoints, components, initial, micro_batch)
     if config.data.packing:
         require_independent_sequences(trainer)
-    return TrlLoop(trainer, config, questions)
+    return TrlLoop(trainer, config, questions, on_progress)
 
 
 def engine_fields(slot: EngineSlot | str | None) -> dict[str, Any]:

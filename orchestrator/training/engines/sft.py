@@ -1,7 +1,7 @@
 """The classic engine: trl's SFTTrainer, built from a trial's configuration, with its own training loop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.positions import independent_length, rows_per_pass
 from orchestrator.record import RowScores
+from orchestrator.record.files import sync_published
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.engines.loss_meter import LossMeter
@@ -61,9 +62,20 @@ def _patch_accelerate() -> None:
 class TrlLoop:
     """SFTTrainer's own loop, as a `Loop`."""
 
-    def __init__(self, trainer: Any, config: TrialConfig, questions: Questions | None) -> None:
+    def __init__(
+        self, trainer: Any, config: TrialConfig, questions: Questions | None, on_progress: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            trainer: an SFTTrainer for this trial.
+            config: the trial.
+            questions: the prompts that it answers; None for none.
+            on_progress: called for each token of the answers.
+        """
         self.trainer = trainer
         self._questions = questions
+        self._on_progress = on_progress
+        trainer.add_callback(_SyncCheckpoints())
         self._training = config.training
         self._initial = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
         """The first weights, if a hook subtracts their update from the base's output (olora, pissa)."""
@@ -105,6 +117,7 @@ class TrlLoop:
             questions.ids,
             questions.max_new_tokens,
             self.trainer.args.per_device_eval_batch_size,
+            on_token=self._on_progress,
         )
         return questions.score(answers, time.monotonic() - began)
 
@@ -161,6 +174,13 @@ class _Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return (self._packed if "seq_lengths" in rows[0] else self._padded)(rows)  # type: ignore[no-any-return]
+
+
+class _SyncCheckpoints(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
+    """Waits until the disk holds a checkpoint that the Trainer has written, before it is reported."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sync_published(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _SetRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers

@@ -77,7 +77,7 @@ class WorkerRuntime:
         self._shared_slots: Slots | str | None = None
         """The slots that trials share; or why there are none; None if they have not been opened."""
         self._too_large: MemoryOption | None = None
-        self._multi_lora = MultiLora()
+        self._multi_lora = MultiLora(self._pool.clock.mark)
         self._together: list[SlotLease] = []
         """Leases of the trials that train together."""
         self._has_begun = False
@@ -208,6 +208,8 @@ class WorkerRuntime:
                 return
             else:
                 self._take_arrival()
+                if self._multi_lora.ran_out:  # as a trial was set up
+                    self._use_less_memory()
 
     def _is_gathering(self) -> bool:
         """Return whether no step has been made and more trials are being set up.
@@ -359,6 +361,7 @@ class WorkerRuntime:
         try:
             yield from attempt.run(lambda: shared.engine_slot(lease.slot, lease.start.config))
         finally:
+            self._multi_lora.ran_out |= attempt.ran_out  # outside a pass of the engine, only the attempt knows
             write_queue.close()
             self._pool.free(lease)
             del attempt

@@ -14,7 +14,7 @@ _POLL_S = 0.05
 
 
 class ProgressClock:
-    """Measures the pauses between signs of progress of a process: steps and events of its trials."""
+    """Measures the pauses between signs of progress of a process: steps, other passes and events of its trials."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -128,6 +128,10 @@ class SlotLease:
     def on_step(self, step: int, total_steps: int) -> None:
         """Note the progress; see `Listener`."""
         self._clock.has_stepped = True
+        self._clock.mark()
+
+    def on_progress(self) -> None:
+        """Note that the process is at work; see `Listener`."""
         self._clock.mark()
 
     def emit(self, event: Event) -> None:

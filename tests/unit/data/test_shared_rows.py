@@ -4,11 +4,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from orchestrator.data import load, prepare, save
 from orchestrator.data.prepare import PreparedData
-from orchestrator.data.shared_rows import id_types
+from orchestrator.data.shared_rows import _digest, id_types
 from orchestrator.spec.sections import BaseSection, DataSection
 
 SECTION = {
@@ -105,3 +105,44 @@ def test_sweeps_that_start_at_once_all_have_whole_rows(prepared: PreparedData, t
     assert [process.exitcode for process in processes] == [0, 0, 0]
     for i in range(3):
         assert Dataset.load_from_disk(tmp_path / str(i) / "data" / "train").to_dict() == rows
+
+
+def test_the_digest_does_not_depend_on_how_rows_are_split_into_arrays() -> None:
+    """Rows of more than 2^31 - 1 tokens are several arrays."""
+    parts = [Dataset.from_dict({"input_ids": ids, "labels": ids}) for ids in ([[1, 2], [3]], [[4, 5, 6]], [[], [7]])]
+    split = concatenate_datasets(parts)
+    whole = Dataset.from_dict(split.to_dict())
+    assert len(split.data.column("labels").chunks) == 3
+    assert _digest(split) == _digest(whole)
+    assert _digest(whole) != _digest(
+        Dataset.from_dict({**whole.to_dict(), "labels": [[1], [2, 3], [4, 5, 6], [], [7]]})
+    )
+
+
+class Unjoinable:
+    """Rows of one column, whose arrays hold too many values to be joined."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.column_names = rows.column_names
+        column = rows.data.column(rows.column_names[0])
+        self.type, self.chunks, self._length = column.type, column.chunks, len(column)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, _: slice) -> "Unjoinable":
+        return self
+
+    def with_format(self, _: str) -> "Unjoinable":
+        return self
+
+    def column(self, _: str) -> "Unjoinable":
+        return self
+
+    def combine_chunks(self) -> None:
+        raise AssertionError("offset overflow while concatenating arrays")
+
+
+def test_more_than_2_31_tokens_have_a_digest() -> None:
+    split = concatenate_datasets([Dataset.from_dict({"input_ids": [[1, 2]]})] * 2)
+    assert _digest(Unjoinable(split)) == _digest(split)

@@ -82,9 +82,10 @@ def test_any_other_error_is_left_to_the_trial(tmp_path: Path, error: BaseExcepti
 
 
 def test_a_fault_of_all_workers_ends_the_sweep(tmp_path: Path) -> None:
-    interrupter, _ = make(tmp_path, fault=SweepError("no worker is left"))
+    interrupter, workers = make(tmp_path, fault=SweepError("no worker is left"))
     with pytest.raises(SweepError, match="no worker is left"):
         interrupter.check()
+    assert workers.num_asked == 1, "workers that still live write checkpoints first"
 
 
 def test_a_signal_ends_the_sweep_after_checkpoints_and_before_a_failure_counts(tmp_path: Path) -> None:

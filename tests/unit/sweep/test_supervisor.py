@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from orchestrator.errors import SweepError
+from orchestrator.errors import RequestError, StorageError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.record.faults import read_faults
 from orchestrator.spec.sections import ResourcesSection
@@ -15,6 +15,7 @@ from orchestrator.sweep.workers import supervisor as module
 from orchestrator.sweep.workers.pulse import ProcessId, Pulse
 from orchestrator.sweep.workers.supervisor import Supervisor, hang_s
 from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.training.fast.shard.place import GroupLost
 from orchestrator.upstream import ActorState
 
 N1, N2 = "1" * 56, "2" * 56
@@ -38,16 +39,22 @@ class FakeWorker:
         self.fields: dict[str, Any] = dict(OPEN)
         self.answers = True
         self.calls: list[tuple[str, Any]] = []
+        self.opened: Any = (2, "")
+        self.has_retired = True
         self.pulse = SimpleNamespace(remote=lambda: Answer(self._pulse(), self.answers))
-        self.open = SimpleNamespace(remote=lambda *_: self._call("open", None))
-        self.retire = SimpleNamespace(remote=lambda why, _: self._call("retire", why))
+        self.open = SimpleNamespace(remote=lambda *_: self._call("open", None, self.opened))
+        self.retire = SimpleNamespace(remote=lambda why, _: self._call("retire", why, is_done=self.has_retired))
 
     def _pulse(self) -> Pulse:
         return Pulse(ProcessId("host", 100 + self.num_restarts, 1.0), **self.fields)
 
-    def _call(self, name: str, argument: Any) -> Answer:
+    def refuse(self, error: Exception) -> None:
+        """Answer `open` with this error, as Ray passes it on."""
+        self.opened = RayTaskError("open", "the traceback", error).as_instanceof_cause()
+
+    def _call(self, name: str, argument: Any, value: Any = None, is_done: bool = True) -> Answer:
         self.calls.append((name, argument))
-        return Answer()
+        return Answer(value, is_done)
 
     def die(self, cause: str = KILLED) -> None:
         self.num_restarts, self.cause = self.num_restarts + 1, cause
@@ -56,11 +63,15 @@ class FakeWorker:
 class Stage:
     """Supervises fake workers, second by second."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, **resources: Any) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, num_shards: int = 1, **resources: Any
+    ) -> None:
         self.workers = [FakeWorker() for _ in range(number)]
         self.said: list[str] = []
         self.draining: set[str] = set()
         self.killed: list[tuple[str, Any]] = []
+        self.ended: list[int] = []
+        """Numbers of the workers that were killed."""
         self.paths = SweepPaths(folder)
         self.paths.workers.mkdir(parents=True)
         monkeypatch.setattr(module.upstream, "draining_nodes", lambda: self.draining)
@@ -69,11 +80,11 @@ class Stage:
         )
         monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([r for r in refs if r.is_done], []))
         monkeypatch.setattr(module.ray, "get", self._get)
-        monkeypatch.setattr(module.ray, "kill", lambda _, no_restart=True: self.killed.append(("kill", no_restart)))
+        monkeypatch.setattr(module.ray, "kill", lambda worker, no_restart=True: self._kill(worker, no_restart))
         task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._end))
         monkeypatch.setattr(module.ray, "remote", lambda **_: lambda _: task)
         workers = Workers(self.workers, [], None, self.paths.workers)
-        self.supervisor = Supervisor(workers, self.paths, ResourcesSection(**resources), self.said.append)
+        self.supervisor = Supervisor(workers, self.paths, ResourcesSection(**resources), self.said.append, num_shards)
         self.now = self.supervisor._looked
 
     @staticmethod
@@ -81,6 +92,10 @@ class Stage:
         if isinstance(reference.value, Exception):
             raise reference.value
         return reference.value
+
+    def _kill(self, worker: FakeWorker, no_restart: bool) -> None:
+        self.killed.append(("kill", no_restart))
+        self.ended.append(self.workers.index(worker))
 
     def _end(self, process: ProcessId) -> Answer:
         self.killed.append(("process", process.pid))
@@ -227,3 +242,124 @@ def test_the_time_without_progress_that_counts_as_a_hang() -> None:
     assert hang_s("auto", None) == hang_s("auto", pulse(has_evaluated=False)) == 1800
     assert hang_s("auto", pulse()) == 600
     assert hang_s("auto", pulse(longest_s=100.0)) == 2000
+
+
+def test_the_first_answer_of_an_open_worker_is_the_number_of_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, 2)
+    for worker in stage.workers:
+        worker.fields |= {"is_open": False}
+    stage.workers[0].opened = RayActorError()
+    stage.workers[1].opened = (3, "memory")
+    stage.run(4)
+    assert stage.supervisor.first_slots() == (3, "memory")
+    assert len(stage.workers[0].calls) > 1, "it is opened again"
+
+
+def test_a_worker_that_dies_as_it_is_opened_first_has_pauses_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, 1, max_restarts=2)
+    (worker,) = stage.workers
+    worker.fields |= {"is_open": False, "has_stepped": False}
+    worker.opened = RayActorError()
+    for _ in range(3):
+        worker.die()
+        stage.run(6)
+    with pytest.raises(SweepError, match="no worker is left; the last one died 3 times in a row without a step"):
+        stage.supervisor.first_slots()
+    assert [fault.then for fault in read_faults(stage.paths)][:2] == ["restarts in 1 s", "restarts in 2 s"]
+
+
+@pytest.mark.parametrize("error", [RequestError("base.model: no such folder"), ValueError("damaged\nweights")])
+def test_a_worker_that_cannot_be_opened_is_given_up_and_ends_the_sweep_only_if_it_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, 2)
+    for worker in stage.workers:
+        worker.fields |= {"is_open": False}
+    stage.workers[0].refuse(error)
+    stage.run(4)
+    assert stage.ended == [0]
+    assert stage.supervisor.fault() is None
+    (fault,) = read_faults(stage.paths)
+    assert fault.then == "given up: it could not be opened"
+    stage.workers[1].refuse(error)
+    stage.workers[1].die()
+    stage.run(4)
+    last = stage.supervisor.fault()
+    if isinstance(error, RequestError):
+        assert last == error
+    else:
+        assert isinstance(last, SweepError)
+        assert last.message.startswith("no worker is left; the last one could not be opened: ")
+
+
+def test_full_storage_ends_the_sweep_as_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, monkeypatch, 2)
+    stage.workers[0].fields |= {"is_open": False}
+    stage.workers[0].refuse(OSError(28, "No space left on device", "worker.log"))
+    stage.run(4)
+    fault = stage.supervisor.fault()
+    assert isinstance(fault, StorageError)
+    assert fault.exit_code == 74
+
+
+def test_an_error_of_the_supervisor_itself_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, monkeypatch, 1)
+    monkeypatch.setattr(module, "_FIRST_PERIOD_S", 0.01)
+
+    def fail(_: Any) -> None:
+        raise KeyError("NodeID")
+
+    monkeypatch.setattr(module.upstream, "actor_state", fail)
+    stage.supervisor.start()
+    with pytest.raises(SweepError, match=r"the supervision of the workers has failed in fail, line \d+: KeyError"):
+        stage.supervisor.first_slots()
+    stage.supervisor.stop()
+
+
+def test_workers_of_a_group_retire_together_and_end_only_once_all_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each needs the others for the steps that its trials still make."""
+    stage = Stage(tmp_path, monkeypatch, 4, num_shards=2)
+    stage.run(3)
+    stage.workers[0].fields["is_retired"] = True  # it got SIGTERM
+    stage.workers[1].has_retired = False
+    stage.run(3)
+    assert [[name for name, _ in worker.calls] for worker in stage.workers] == [["retire"], ["retire"], [], []]
+    assert stage.ended == []
+    for member in stage.supervisor._members[:2]:
+        member.retiring.is_done = True
+    stage.run(1)
+    assert stage.ended == [0, 1]
+
+
+def test_a_group_that_has_lost_a_worker_for_good_is_given_up_and_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, 4, num_shards=2)
+    stage.run(3)
+    stage.workers[2].state = "DEAD"
+    stage.run(2)
+    assert sorted(stage.ended) == [2, 3]
+    assert stage.supervisor.fault() is None
+    (fault,) = read_faults(stage.paths)
+    assert fault.then == "given up: Ray does not restart it, with the workers that hold the other pieces of its base"
+
+
+def test_a_worker_whose_group_has_not_come_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, monkeypatch, 2, num_shards=2)
+    worker = stage.workers[1]
+    worker.fields |= {"is_open": False, "has_stepped": False}
+    worker.refuse(GroupLost("process 1 of 2 has not found the first one"))
+    stage.run(3)
+    assert stage.killed[0] == ("kill", False)
+    assert stage.supervisor.fault() is None
+    worker.opened = (2, "")
+    worker.die("the actor is dead because it was killed by `ray.kill`")
+    stage.run(1)
+    (fault,) = read_faults(stage.paths)
+    assert (fault.cause, fault.then) == ("process 1 of 2 has not found the first one", "restarts in 1 s")

@@ -14,6 +14,7 @@ from orchestrator.spec import parse_spec
 from orchestrator.sweep.workers import worker as worker_module
 from orchestrator.sweep.workers.worker import Worker
 from orchestrator.sweep.workers.worker_client import Workers
+from orchestrator.training.fast.shard.place import Place
 
 
 class Fetched(Exception):
@@ -50,6 +51,26 @@ def test_a_workers_rows_come_after_its_imports(
     handle = SimpleNamespace(open=SimpleNamespace(remote=open_))
     Workers([handle], [], rows, tmp_path).open(handle)
     assert order == ["imports", [rows]]
+
+
+def test_a_worker_without_its_group_does_not_open(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would load the whole base."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no shared library")
+
+    monkeypatch.setattr(worker_module, "_import_libraries", lambda: None)
+    monkeypatch.setattr("orchestrator.training.fast.shard.base.join_group", fail)
+    monkeypatch.setattr(worker_module.ray, "get_gpu_ids", list)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    place = Place(0, 2, tmp_path / "port")
+    worker = Worker(parse_spec(document), slots=1, is_fixed=True, gpus=0, place=place)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no shared library"):
+            worker.open([None], str(tmp_path))
+    assert not worker.pulse().is_busy, "an opening that has failed is no hang"
 
 
 @pytest.mark.parametrize("number", [Signals.SIGTERM, Signals.SIGHUP], ids=lambda each: each.name)

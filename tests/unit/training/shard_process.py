@@ -6,6 +6,7 @@ With NUM_RANKS 0 the base is whole, and nothing is gathered.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def main() -> None:
     if num_ranks:
         while sys.stdin.readline():  # the others may not have done yet
             pass
-        shard_base.leave_group()
+        os._exit(0)  # the thread that gathers has no end of its own
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from orchestrator.errors import DivergedError, FailureCause, HubError, TooLargeError, TrialError
 from orchestrator.record import SweepPaths, TrialResult, TrialState
 from orchestrator.spec import parse_spec
+from orchestrator.training.attempt import attempt as module
 from orchestrator.training.attempt.attempt import Attempt
 from orchestrator.training.attempt.events import Event, Failed, Left
 from orchestrator.training.engines.memory_limits import MemoryLimits
@@ -27,16 +28,22 @@ class RecordingListener:
     def on_step(self, step: int, total_steps: int) -> None:
         pass
 
+    def on_progress(self) -> None:
+        pass
+
     def emit(self, event: Event) -> None:
         self.events.append(event)
 
 
-def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Event:
-    """Return the last event of a trial that meets this error as it begins."""
+def last_event(
+    error: Exception, document: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, has_engine: bool = False
+) -> Event:
+    """Return the last event of a trial that meets this error as it looks for its engine, or as it opens it."""
 
-    def fail() -> None:
+    def fail(*_: Any) -> None:
         raise error
 
+    monkeypatch.setattr(module, "engine_fields", fail)
     listener = RecordingListener()
     config = parse_spec(document).trial_config({})
     start = TrialResult(trial_id="a", state=TrialState.RUNNING, config=config, metric="eval/loss", mode="min")
@@ -44,7 +51,7 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     inputs: Any = SimpleNamespace(data=data, tokenizer=None, stop_tokens=[], base=torch.nn.Module())
     paths, limits = SweepPaths(folder).trial("a"), MemoryLimits()
     attempt = Attempt(start, paths, inputs, listener, WriteNow(), lambda _: 0.0, limits)
-    assert list(attempt.run(fail)) == []
+    assert list(attempt.run((lambda: None) if has_engine else fail)) == []
     return listener.events[-1]
 
 
@@ -58,29 +65,46 @@ def last_event(error: Exception, document: dict[str, Any], folder: Path) -> Even
     ],
 )
 def test_failure_names_its_cause(
-    error: Exception, cause: FailureCause, document: dict[str, Any], tmp_path: Path
+    error: Exception,
+    cause: FailureCause,
+    document: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    event = last_event(error, document, tmp_path)
+    event = last_event(error, document, tmp_path, monkeypatch)
     assert isinstance(event, Failed)
     assert event.cause == cause
 
 
-def test_outside_fault_is_not_a_failure_of_the_trial(document: dict[str, Any], tmp_path: Path) -> None:
-    assert isinstance(last_event(RuntimeError("CUDA error"), document, tmp_path), Left)
+def test_outside_fault_is_not_a_failure_of_the_trial(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(last_event(RuntimeError("CUDA error"), document, tmp_path, monkeypatch), Left)
 
 
 def test_trial_that_runs_out_of_memory_leaves_until_no_smaller_form_is_left(
-    document: dict[str, Any], tmp_path: Path
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
     document["training"] = {"batch_size": 2}
-    event = last_event(error, document, tmp_path)
+    event = last_event(error, document, tmp_path, monkeypatch, has_engine=True)
     assert isinstance(event, Left)
     assert event.is_memory
     document["training"] = {"batch_size": 1}
-    event = last_event(error, document, tmp_path)
+    event = last_event(error, document, tmp_path, monkeypatch, has_engine=True)
     assert isinstance(event, Failed)
     assert event.cause == "out_of_memory"
+    assert event.error == "out of GPU memory with one row in a forward pass: CUDA out of memory"
+
+
+def test_memory_that_is_out_before_there_is_an_engine_is_not_blamed_on_the_rows(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["training"] = {"batch_size": 2}
+    event = last_event(torch.OutOfMemoryError("CUDA out of memory"), document, tmp_path, monkeypatch)
+    assert isinstance(event, Failed)
+    assert event.cause == "out_of_memory"
+    assert event.error == "out of GPU memory before the trial had an engine: CUDA out of memory"
 
 
 def test_limits_hold_for_trials_that_take_the_same_memory(document: dict[str, Any]) -> None:

@@ -24,6 +24,9 @@ class Listener:
     def on_step(self, step: int, total_steps: int) -> None:
         pass
 
+    def on_progress(self) -> None:
+        pass
+
     def emit(self, event: Event) -> None:
         self.events.append(event)
 

@@ -27,6 +27,8 @@ def engine_for(
 ) -> tuple[Engine, MemoryPlan]:
     """Return the engine for these trials, cached or new, and how it is held. On a GPU it has run its largest step.
 
+    An option that runs out of memory in that step, or as it is compared with transformers, is followed by the next one.
+
     Args:
         base: the base without adapters.
         configs: the trials, or trials that represent them: the largest of each kind.
@@ -51,21 +53,13 @@ def engine_for(
         # Try again where other engines of the base were cached: they may have taken the memory.
         for _ in range(1 + is_cached(base)):
             sizes = pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out)
-            if probed := _probed(base, spec, compute, longest, plan.option, *sizes):
-                require_parity(base, probed, train, held_out)
-                return probed, replace(plan, measured=probed.peak_bytes)
-            release(base)
-    raise too_large_error(spec, longest)
-
-
-def _probed(
-    base: Any, spec: EngineSpec, compute: torch.dtype, longest: int, option: MemoryOption, tokens: int, evaluated: int
-) -> Engine | None:
-    """Return an engine that has run its largest step, or None where that ran out of memory."""
-    try:
-        engine = cached_engine(base, spec, compute, longest, option, on_gpu=True)
-        precompile.join()
-        engine.probe(tokens, evaluated)
-    except torch.OutOfMemoryError:
-        return None
-    return engine
+            try:
+                engine = cached_engine(base, spec, compute, longest, plan.option, on_gpu)
+                precompile.join()
+                engine.probe(*sizes)
+                require_parity(base, engine, train, held_out)
+            except torch.OutOfMemoryError:
+                release(base)
+            else:
+                return engine, replace(plan, measured=engine.peak_bytes)
+    raise too_large_error(spec, longest, too_large)

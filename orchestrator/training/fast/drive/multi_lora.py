@@ -4,7 +4,7 @@ Trials on one engine step jointly: a pass holds rows of all of them. Trials with
 every metric of a trial has the same bits whatever else runs.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +40,15 @@ TrialSteps = Generator[Task, Any, None]
 class MultiLora:
     """Steps its members in turns. Each goes on as soon as its own task is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            on_progress: called after each pass of an engine, so that long evaluations and answers do not look like a
+                hang.
+        """
         self.ran_out = False
-        """Whether an engine has run out of memory. The code that handles it resets it."""
+        """Whether an engine, or a trial outside it, has run out of memory. The code that handles it resets it."""
+        self._on_progress = on_progress
         self._members: list[Member] = []
 
     def __len__(self) -> int:
@@ -95,10 +101,10 @@ class MultiLora:
         try:
             if evaluations:
                 done = [member for member in members if isinstance(member.task, EvaluationBatch)]
-                answers = engine.evaluate(evaluations)
+                answers = engine.evaluate(evaluations, self._on_progress)
             elif questions:
                 done = [member for member in members if isinstance(member.task, GenerationBatch)]
-                answers = engine.generate(questions)
+                answers = engine.generate(questions, self._on_progress)
             else:
                 done = self._train(engine, members)
                 answers = [member.pending for member in done]
@@ -128,6 +134,7 @@ class MultiLora:
                 taken.append(member)
                 left -= engine.whole_tiles(span.num_tokens)
         pending = engine.step(spans)
+        self._on_progress()
         for member in taken:
             member.pending.append(pending)
         self._members = [member for member in self._members if member not in taken] + taken

@@ -61,15 +61,16 @@ class SeparateEngines:
         for plan in plans:
             try:
                 peak = self._probe(plan, pass_tokens(spec, train, plan.option), evaluation_tokens(spec, held_out))
+                # The largest engine may adapt no experts where another one does.
+                most_experts = max(self._slot_specs, key=lambda spec: spec.expert_rank)
+                for each in dict.fromkeys((self._slot_specs[0], most_experts)):
+                    require_parity(base, self._engine(each, 0, plan), train, held_out)
             except torch.OutOfMemoryError:
                 release(base)
                 continue
             self.plan = replace(plan, measured=peak)
-            # The largest engine may adapt no experts where another one does.
-            for each in dict.fromkeys((self._slot_specs[0], max(self._slot_specs, key=lambda spec: spec.expert_rank))):
-                require_parity(base, self._engine(each, 0, plan), train, held_out)
             return
-        raise too_large_error(spec, self._longest)
+        raise too_large_error(spec, self._longest, too_large)
 
     def refuses(self, config: TrialConfig) -> str | None:
         """Return why a trial, which the fast engine can hold, cannot train in these engines; None where it can."""

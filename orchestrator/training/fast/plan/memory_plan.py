@@ -23,6 +23,7 @@ from orchestrator.training.fast.plan.memory import (
 from orchestrator.training.fast.shard.base import sharded
 from orchestrator.training.fast.step.engine import CPU_TOKENS
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
+from orchestrator.words import counted
 
 CPU_FULL = 512
 """Tokens of a pass beyond which a token takes no less time on a CPU: measured with the demo, docs/log.md."""
@@ -140,17 +141,25 @@ def _options(
     return options, predicted
 
 
-def too_large_error(spec: EngineSpec, longest: int) -> TooLargeError:
+def too_large_error(spec: EngineSpec, longest: int, too_large: MemoryOption | None = None) -> TooLargeError:
     """Return the error for trials that do not fit into memory with any option.
 
     Args:
         spec: the engine.
         longest: tokens of the longest row.
+        too_large: the option that ran out of memory before, if one did. Only options that need less were tried.
     """
     memory = f"{memory_budget() / GIB:.1f} GiB of GPU memory" if torch.cuda.is_available() else "this machine's memory"
     hint = " training.reproducible keeps batches whole: lower training.batch_size too." if spec.reproducible else ""
+    trials = f"{counted(spec.num_slots, 'trial')} of rank {spec.rank} with rows of up to {longest} tokens"
+    message = f"{trials} do not fit into {memory}"
+    if too_large is not None:
+        message = (
+            f"{trials} ran out of memory with recompute={too_large.recompute} and passes of {too_large.max_tokens} "
+            f"tokens, and nothing smaller fits into {memory}"
+        )
     return TooLargeError(
-        f"{spec.num_slots} trials of rank {spec.rank} do not fit into {memory}: their longest row has {longest} tokens",
+        message,
         f"Lower data.max_length or lora.rank, or set training.dequantize and training.recompute to auto.{hint}",
     )
 

@@ -94,14 +94,6 @@ def join_group(place: Place, on_gpu: bool, on_lost: Callable[[], None]) -> None:
     _member = _Member(Group(place, on_gpu), on_lost)
 
 
-def leave_group() -> None:
-    """End the gathering of the whole group, if this process is in one."""
-    global _member
-    if _member is not None and _member.gatherer is not None:
-        _member.gatherer.close()
-    _member = None
-
-
 def loading_place(base: BaseSection) -> Any:
     """Return where to load a base that is cut afterwards: transformers' `device_map`, or None for the usual place.
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.fast.shard.group import Group, GroupLost
+from orchestrator.training.fast.shard.group import Group
+from orchestrator.training.fast.shard.place import GroupLost
 
-IDLE, FORWARD, TRAIN, END = range(4)
+IDLE, FORWARD, TRAIN = range(3)
 """What a process tells the others."""
 
 IDLE_S = 0.02
@@ -66,7 +67,6 @@ class Gatherer:
         """(layer, buffer) that the pass of this process may read now."""
         self._condition = threading.Condition()
         self._waiting: _Pass | None = None
-        self._is_ending = False
         self._error: GroupLost | None = None
         self._was_busy = self._others_busy = False
         self._last_uses: list[Any] = [None, None]
@@ -97,13 +97,6 @@ class Gatherer:
             yield lambda position: self._visit(made, position)
         finally:
             self._leave(made)
-
-    def close(self) -> None:
-        """End the gathering of all processes of the group. No pass may be under way."""
-        with self._condition:
-            self._is_ending = True
-            self._condition.notify_all()
-        self._thread.join()
 
     # The thread that makes passes
 
@@ -152,28 +145,27 @@ class Gatherer:
         stream = torch.cuda.stream(torch.cuda.Stream()) if self._on_gpu else nullcontext()
         try:
             with stream:
-                while self._round():
-                    pass
+                while True:
+                    self._round()
         except RuntimeError as error:  # what torch raises when another process is gone
             self._lose(f"another process of the group is gone: {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # without this thread, each pass would wait for ever
+            self._lose(f"layers cannot be gathered: {type(error).__name__}: {error}")
+            raise
 
-    def _round(self) -> bool:
-        """Agree with the other processes on a pass, and make it; return whether more may follow."""
+    def _round(self) -> None:
+        """Agree with the other processes on a pass, and make it."""
         made = self._next_pass()
-        wishes = self._group.exchange(END if self._is_ending else IDLE if made is None else made.kind)
-        if END in wishes:
-            self._lose("another process of the group has ended")
-            return False
+        wishes = self._group.exchange(IDLE if made is None else made.kind)
         self._was_busy, self._others_busy = made is not None, max(wishes) > IDLE
         if self._others_busy:
             self._gather_pass(max(wishes), made)
-        return True
 
     def _next_pass(self) -> "_Pass | None":
         """Return the pass that this process waits for; None if there is none for a while."""
         wait_s = PATIENCE_S if self._was_busy else 0.0 if self._others_busy else IDLE_S
         with self._condition:
-            self._condition.wait_for(lambda: self._waiting is not None or self._is_ending, wait_s)
+            self._condition.wait_for(lambda: self._waiting is not None, wait_s)
             made, self._waiting = self._waiting, None
             return made
 

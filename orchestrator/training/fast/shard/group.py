@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from orchestrator.record.files import write_atomic
-from orchestrator.training.fast.shard.place import Place
+from orchestrator.training.fast.shard.place import GroupLost, Place
 
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 """All processes of a group run on one machine, and nothing listens to others."""
@@ -26,10 +26,6 @@ COLLECTIVE_S = 1800.0
 _RETRY_S = 0.2
 
 
-class GroupLost(Exception):
-    """No fault of a trial: the group's processes can gather no more, because one of them has ended."""
-
-
 class Group:
     """Collective operations of the processes of a group. One thread may use it."""
 
@@ -41,20 +37,26 @@ class Group:
             on_gpu: whether weights lie on this process's GPU, and are gathered by NCCL. Otherwise gloo gathers them.
 
         Raises:
-            GroupLost: not all have come within `JOIN_S`.
+            GroupLost: not all have come within `JOIN_S`, or one has ended since it came.
         """
         self.rank, self.num_ranks = place.rank, place.num_ranks
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         """Where this process's pieces lie."""
         timeout = timedelta(seconds=COLLECTIVE_S)
-        self._store = _store(place)
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
-        store, size = distributed.PrefixStore("host", self._store), place.num_ranks
-        self._host = distributed.ProcessGroupGloo(store, place.rank, size, timeout)
-        self._device = self._host
-        if on_gpu:
-            store = distributed.PrefixStore("device", self._store)
-            self._device = distributed.ProcessGroupNCCL(store, place.rank, size, timeout)
+        try:
+            self._store = _store(place)
+            store, size = distributed.PrefixStore("host", self._store), place.num_ranks
+            self._host = distributed.ProcessGroupGloo(store, place.rank, size, timeout)
+            self._device = self._host
+            if on_gpu:
+                store = distributed.PrefixStore("device", self._store)
+                self._device = distributed.ProcessGroupNCCL(store, place.rank, size, timeout)
+        except RuntimeError as error:  # torch's errors of a connection or a wait are among these
+            raise GroupLost(
+                f"resources.strategy shard: process {place.rank} of {place.num_ranks} cannot join the others: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
         if place.rank == 0:  # all have come: the port is needed no more
             place.port_file.unlink(missing_ok=True)
 

@@ -1,9 +1,14 @@
-"""A process's place among those that hold a base in pieces. Imports no ML library: the driver hands places out."""
+"""A process's place among those that hold a base in pieces. Imports no ML library: the driver hands places out, and is
+told when a group is lost."""
 
 import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+
+class GroupLost(Exception):
+    """No fault of a trial: the processes of a group can gather no more, because one of them is missing."""
 
 
 @dataclass(frozen=True)

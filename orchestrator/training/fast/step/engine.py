@@ -5,7 +5,7 @@
 The host does not wait for the device: it sends the next steps and reads the results of a step later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -205,11 +205,14 @@ class Engine:
         sizes = ((tokens, True), (evaluation_tokens, False))
         return [(self._bucket_of(size, size, -(-size // self._decoder.longest)), trains) for size, trains in sizes]
 
-    def evaluate(self, evaluations: Sequence[EvaluationBatch]) -> list[RowScores]:
+    def evaluate(
+        self, evaluations: Sequence[EvaluationBatch], on_pass: Callable[[], None] = lambda: None
+    ) -> list[RowScores]:
         """Measure losses and hits of each row, without dropout.
 
         Args:
             evaluations: at most one for each slot. Their rows fill passes of one bucket, one after another.
+            on_pass: called after each pass has been sent, and after its values have arrived.
 
         Returns:
             The scores of each evaluation, in the same order.
@@ -224,8 +227,13 @@ class Engine:
         passes = split_into_passes(whole, max_tokens, self.whole_tiles)
         shape = self._bucket_shape(passes)
         sums: dict[int, list[Any]] = {evaluation.slot: [] for evaluation in evaluations}
-        for spans, pending in zip(passes, [self._run(spans, shape, trains=False) for spans in passes], strict=True):
+        sent = []
+        for spans in passes:
+            sent.append(self._run(spans, shape, trains=False))
+            on_pass()
+        for spans, pending in zip(passes, sent, strict=True):
             self._sum_by_row(spans, pending.values().numpy(), sums)
+            on_pass()
         measured = []
         for evaluation in evaluations:
             losses, hits = np.concatenate(sums[evaluation.slot], axis=1).tolist()
@@ -233,19 +241,21 @@ class Engine:
             measured.append(RowScores(losses=losses, hits=[round(each) for each in hits], tokens=tokens))
         return measured
 
-    def generate(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+    def generate(
+        self, batches: Sequence[GenerationBatch], on_pass: Callable[[], None] = lambda: None
+    ) -> list[list[list[int]]]:
         """Answer prompts greedily, those of all slots together.
 
         Args:
             batches: at most one for each slot.
+            on_pass: called after each pass.
 
         Returns:
             For each batch the token ids of its answers, without their stop tokens, in the order of its prompts.
         """
         limit = EVALUATION_TOKENS if self._on_gpu else CPU_TOKENS
-        return Generator(self._decoder, self.adapters, self._ops, limit, self._bucket_shape).answer(
-            [batch.asked for batch in batches]
-        )
+        generator = Generator(self._decoder, self.adapters, self._ops, limit, self._bucket_shape, on_pass)
+        return generator.answer([batch.asked for batch in batches])
 
     def _sum_by_row(self, spans: Sequence[Span], values: Any, sums: dict[int, list[Any]]) -> None:
         """Append to each slot's `sums` the (2, rows) losses and hits of its rows in this pass.

@@ -84,6 +84,7 @@ class Generator:
         ops: Ops,
         max_tokens: int,
         bucket_of: Callable[[Sequence[Sequence[Span]]], BucketShape],
+        on_pass: Callable[[], None],
     ) -> None:
         """
         Args:
@@ -92,12 +93,14 @@ class Generator:
             ops: operations of the device.
             max_tokens: tokens of a pass over prompts.
             bucket_of: returns the bucket that holds each of some passes.
+            on_pass: called after each pass.
         """
         self._decoder = decoder
         self._adapters = adapters
         self._ops = ops
         self._max_tokens = max_tokens
         self._bucket_of = bucket_of
+        self._on_pass = on_pass
         self._device = adapters.weights.device
 
     def answer(self, asked: Sequence[Asked]) -> list[list[list[int]]]:
@@ -142,6 +145,7 @@ class Generator:
         while True:
             for answer, token in zip(group, tokens.tolist(), strict=True):
                 answer.add(token)
+            self._on_pass()
             going_on = [index for index, answer in enumerate(group) if not answer.has_ended]
             if not going_on:
                 return
@@ -163,6 +167,7 @@ class Generator:
             at += len(last)
             inputs = self._inputs(self._filled(shape, spans), places, reads_cache=False, length=0)
             found.append(self._decoder.next_tokens(inputs, caches, last))
+            self._on_pass()
         return torch.cat(found)
 
     def _step_of(self, group: Sequence[_Answer]) -> tuple[FlatBatch, torch.Tensor]:
