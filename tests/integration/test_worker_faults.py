@@ -22,7 +22,6 @@ from orchestrator.training.attempt.events import (
 from orchestrator.training.attempt.recorder import TrialRecorder
 from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.slot import Slot
-from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.step.engine import CPU_TOKENS, Engine
 from orchestrator.training.worker import runtime as runtime_module
 
@@ -173,28 +172,29 @@ def test_after_running_out_of_memory_trials_continue_on_an_engine_that_takes_les
 
 @pytest.mark.usefixtures("joint")
 def test_a_trial_that_always_runs_out_of_memory_as_it_is_set_up_has_less_each_time_and_then_fails(
-    worker: FollowedWorker, monkeypatch: pytest.MonkeyPatch
+    worker_spec: SweepSpec, inputs: TrialInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outside the passes of the engine, which notice it by themselves."""
-    plans: list[MemoryOption] = []
 
     def begin(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Slot, "begin", begin)
-    config = worker.config(engine="fast")
-    for number in range(12):
-        followed = worker.start("one", config, again=number > 0)
+    training = worker_spec.training.model_copy(update={"engine": "fast", "recompute": True})
+    spec = worker_spec.model_copy(update={"training": training})
+    worker, kept = FollowedWorker(tmp_path / "sweep", spec, inputs.data), list[bool]()
+    for number in range(8):
+        followed = worker.start("one", again=number > 0)
         assert followed
         worker.follow(lambda followed=followed: followed.end)  # type: ignore[misc]
         if isinstance(followed.end, Failed):
             break
         assert isinstance(followed.end, Left)
         assert followed.end.is_memory
-        plans.append(MemoryOption(**followed.fields["memory_plan"]))
-        worker.follow(lambda: worker.runtime.free_slots() == 2)
+        kept.append(followed.fields["memory_plan"]["keeps_base"])
     assert isinstance(followed.end, Failed), "endless"
     assert followed.end.cause == "out_of_memory"
     assert followed.end.error.startswith("1 trial of rank 8 with rows of up to ")
-    assert f"ran out of memory with recompute={plans[-1].recompute} and passes of" in followed.end.error
-    assert [plan.recompute for plan in plans] == ["nothing", "elementwise", "layers"] * 2, "in the pack, then alone"
+    assert "ran out of memory with recompute=layers and passes of" in followed.end.error
+    assert kept == [True, False, True, False], "in the pack, then alone"
+    worker.close()

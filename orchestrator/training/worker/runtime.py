@@ -192,15 +192,15 @@ class WorkerRuntime:
     def _admit(self) -> None:
         """Take in the trials that have been started. If there is nothing else to do, wait for one.
 
-        If a trial that must run alone has waited for `MAX_ALONE_WAIT_S`, no other is admitted before it. The trials
-        that train now end, and it runs next.
+        If a trial that must run alone has waited for `MAX_ALONE_WAIT_S`, no other is admitted before it.
         """
         while not self._waiting_alone or not self._is_shared_engine_empty():
             waiting = self._waiting_alone
             is_draining = bool(waiting) and time.monotonic() > waiting[0][0].requested_at + MAX_ALONE_WAIT_S
             with self._lock:
                 self._open_slots = None
-                if isinstance(self._shared_slots, Slots) and not (is_draining or self._unplaced):
+                is_closed = is_draining or self._unplaced or self._multi_lora.ran_out
+                if isinstance(self._shared_slots, Slots) and not is_closed:
                     self._open_slots = self._shared_slots
             if self._unplaced and not is_draining:
                 self._place(self._unplaced.popleft())
@@ -335,10 +335,7 @@ class WorkerRuntime:
             self._use_less_memory()
 
     def _use_less_memory(self) -> None:
-        """Replace an engine that has run out of memory, and whose trials have ended, by one that takes less.
-
-        If there is none, the next trials run alone.
-        """
+        """Replace an engine that has run out of memory by one that takes less; if there is none, trials run alone."""
         assert isinstance(self._shared_slots, Slots)
         with self._lock:
             self._open_slots = None
@@ -361,7 +358,9 @@ class WorkerRuntime:
         try:
             yield from attempt.run(lambda: shared.engine_slot(lease.slot, lease.start.config))
         finally:
-            self._multi_lora.ran_out |= attempt.ran_out  # outside a pass of the engine, only the attempt knows
+            if attempt.ran_out:  # outside a pass of the engine, only the attempt knows
+                with self._lock:  # this slot gets free, but the next trial needs another engine
+                    self._multi_lora.ran_out, self._open_slots = True, None
             write_queue.close()
             self._pool.free(lease)
             del attempt
