@@ -13,6 +13,9 @@ class ResourcesSection(Section):
     gpus_per_trial: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """GPUs over which a base is spread. auto is one if the cluster has any, else none. With several,
     strategy says how they share it."""
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    """Kind of GPU by Ray's name, such as H100 or A100-80G (`ray.util.accelerators`); no other kind is used. Default: any
+    kind that the cluster has."""
     strategy: Literal["auto", "shard", "pipeline"] = "auto"
     """How several GPUs share a base. shard: each GPU holds a piece of every layer and trains its own trials; layers
     are gathered when they are used. It needs the fast engine. pipeline: each GPU holds some of the layers, and a
@@ -40,6 +43,12 @@ class ResourcesSection(Section):
     def has_several_gpus(self) -> bool:
         """Whether a base is spread over more than one GPU."""
         return self.gpus_per_trial not in ("auto", 0, 1)
+
+    @model_validator(mode="after")
+    def _accelerator_fits(self) -> Self:
+        if self.accelerator is not None and self.gpus_per_trial == 0:
+            raise ValueError(f"accelerator={self.accelerator} names a kind of GPU, but gpus_per_trial=0")
+        return self
 
     @model_validator(mode="after")
     def _strategy_fits(self) -> Self:

@@ -27,6 +27,9 @@ from orchestrator.words import counted
 TRAINABLE_CPUS = 0.001
 """Fraction of a CPU core for each trainable: Tune refuses zero."""
 
+_KIND_AMOUNT = 0.001
+"""Amount of a node's resource for its kind of GPU that each worker takes, as Ray's own option `accelerator_type` does."""
+
 _CPUS_LEFT_FREE = 0.1
 """Fraction of a CPU core that each worker leaves free, for trainables."""
 
@@ -64,7 +67,7 @@ def plan_fleet(spec: SweepSpec, address: str | None) -> FleetPlan:
     is_alone = "training.engine" not in spec.search.space | spec.search.tied and spec.training.engine == "trl"
     workers_per_gpu = requested if is_alone and gpus == 1 and requested != "auto" else 1
     # The capacity is 0 on a cluster that has not started its nodes yet.
-    capacity = _capacity(gpus, resources.cpus_per_trial, workers_per_gpu) or max_concurrent
+    capacity = _capacity(gpus, resources.cpus_per_trial, workers_per_gpu, resources.accelerator) or max_concurrent
     num_workers, slots = spread(max_concurrent, "auto" if is_alone else requested, capacity)
     if is_alone:
         slots, why = 1, "training.engine trl has a process for each trial"
@@ -87,7 +90,7 @@ def _plan_shards(spec: SweepSpec) -> FleetPlan:
     """Choose workers of one GPU each, as many as hold whole bases in pieces."""
     resources, size = spec.resources, spec.num_shards
     max_concurrent, requested = max_concurrent_trials(spec), resources.trials_per_gpu
-    num_bases = _capacity(size, size * resources.cpus_per_trial, 1) or max_concurrent
+    num_bases = _capacity(size, size * resources.cpus_per_trial, 1, resources.accelerator) or max_concurrent
     num_workers, _ = spread(max_concurrent, requested, num_bases * size)
     num_workers += -num_workers % size
     slots = -(-max_concurrent // num_workers)
@@ -123,6 +126,9 @@ class Fleet:
         self._notice: PlacementNotice | None = None
         self._supervisor: Supervisor | None = None
         self._resources = spec.resources
+        name = spec.resources.accelerator
+        # The whole of this resource is 1 a node, and workers may be many.
+        self._kind = {_kind(name): _KIND_AMOUNT} if name is not None and plan.gpus else {}
         self._groups: list[Any] = []
         """Placement groups of workers that hold a base in pieces."""
         self._handles: list[Any] = []
@@ -133,7 +139,7 @@ class Fleet:
 
     def _start_group(self, spec: SweepSpec) -> list[Any]:
         """Start the workers that hold one base in pieces, on one machine."""
-        bundle = {"CPU": self._plan.cpus - _CPUS_LEFT_FREE, "GPU": self._plan.gpus}
+        bundle = {"CPU": self._plan.cpus - _CPUS_LEFT_FREE, "GPU": self._plan.gpus, **self._kind}
         bundle = {kind: amount for kind, amount in bundle.items() if amount}
         group = placement_group([bundle] * self._plan.num_shards, strategy="STRICT_PACK")
         self._groups.append(group)
@@ -147,6 +153,7 @@ class Fleet:
         actor = ray.remote(
             num_gpus=plan.gpus,
             num_cpus=plan.cpus - _CPUS_LEFT_FREE,
+            resources=self._kind,
             max_restarts=-1,
             max_concurrency=2 * plan.slots + 16,  # one thread waits for each trial's events
             scheduling_strategy=where,
@@ -174,7 +181,7 @@ class Fleet:
             data=ray.put(data),
             logs=paths.workers,
         )
-        self._notice = PlacementNotice(workers.ready, plan.gpus, plan.cpus, say)
+        self._notice = PlacementNotice(workers.ready, plan.gpus, plan.cpus, say, self._resources.accelerator)
         self._supervisor = Supervisor(workers, paths, self._resources, say, plan.num_shards)
         self._supervisor.start()
         slots, why = (plan.slots, "") if plan.is_fixed else self._supervisor.first_slots()
@@ -245,6 +252,12 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
         )
     if gpus == 0 and (reason := spec.cpu_unsupported_reason()):
         raise RequestError(f"{reason}, and this machine has none")
+    kinds = sorted(kind.removeprefix(_kind("")) for kind in available if kind.startswith(_kind("")))
+    if gpus and address is None and resources.accelerator not in (None, *kinds):
+        raise RequestError(
+            f"resources.accelerator is {resources.accelerator}; this machine has {' and '.join(kinds) or 'no such GPU'}",
+            "Leave it out, or give --address of a cluster that has this kind.",
+        )
     cpus = spec.num_shards * resources.cpus_per_trial
     if address is None and (gpus > num_gpus or cpus > num_cpus):
         raise RequestError(
@@ -254,13 +267,23 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
     return gpus
 
 
-def _capacity(gpus: int, cpus: int, workers_per_gpu: int) -> int:
-    """Return the number of workers that fit into the cluster, counting the nodes that its autoscaler may start."""
+def _capacity(gpus: int, cpus: int, workers_per_gpu: int, accelerator: str | None) -> int:
+    """Return the number of workers that fit into the cluster, counting the nodes that its autoscaler may start.
+
+    Which kinds of GPU these will have is not known; they count as the kind that is asked for.
+    """
     now = 0
     for node in ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
         by_cpus = int(has.get("CPU", 0)) // cpus
+        if gpus and accelerator is not None and _kind(accelerator) not in has:
+            continue
         now += min(int(has.get("GPU", 0)) // gpus * workers_per_gpu, by_cpus) if gpus else by_cpus
     limits = upstream.autoscaler_limits()
     kind, each = ("GPU", gpus) if gpus else ("CPU", cpus)
     return max(now, int(limits.get(kind, 0)) // each * (workers_per_gpu if gpus else 1))
+
+
+def _kind(accelerator: str) -> str:
+    """Return the resource by which Ray marks nodes with this kind of GPU."""
+    return f"{RESOURCE_CONSTRAINT_PREFIX}{accelerator}"

@@ -18,7 +18,9 @@ _STOP_S = 5.0
 class PlacementNotice:
     """A thread of the driver that reports how many workers have started, what each needs, and what is free."""
 
-    def __init__(self, ready: list[Any], gpus: float, cpus: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, ready: list[Any], gpus: float, cpus: int, say: Callable[[str], None], accelerator: str | None = None
+    ) -> None:
         """Start the thread.
 
         Args:
@@ -26,7 +28,9 @@ class PlacementNotice:
             gpus: GPUs of each worker.
             cpus: CPU cores of each worker.
             say: called with a message for the user.
+            accelerator: the kind of GPU; None for any kind.
         """
+        self._gpu = "GPU" if accelerator is None else f"{accelerator} GPU"
         self._ready = ready
         self._gpus = gpus
         self._cpus = cpus
@@ -57,7 +61,7 @@ class PlacementNotice:
         free, there = ray.available_resources(), ray.cluster_resources()
         kinds = (["GPU"] if self._gpus else []) + ["CPU"]
         names = {"GPU": "GPUs", "CPU": "CPU cores"}
-        takes = {"GPU": f"{self._gpus:g} GPU", "CPU": counted(self._cpus, "CPU core")}
+        takes = {"GPU": f"{self._gpus:g} {self._gpu}", "CPU": counted(self._cpus, "CPU core")}
         left = [f"{int(free.get(kind, 0))} of {int(there.get(kind, 0))} {names[kind]}" for kind in kinds]
         return (
             f"waiting for the cluster: {num_started} of {counted(len(self._ready), 'worker')} started; each takes "
