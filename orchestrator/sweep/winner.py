@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 from orchestrator.deploy import FinishedSweep
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import SweepRecord, read_sweep
+from orchestrator.sweep.workers.placement import kind_of_gpu
 
 
 def measure_winner(record: SweepRecord, gpus: float, cpus: int) -> None:
@@ -25,7 +26,8 @@ def measure_winner(record: SweepRecord, gpus: float, cpus: int) -> None:
     """
     if FinishedSweep(record).best().test_score is not None:
         return
-    task: Any = ray.remote(num_gpus=gpus, num_cpus=1, max_retries=0)(_score)
+    kind = kind_of_gpu(record.info.spec.resources.accelerator if gpus else None)
+    task: Any = ray.remote(num_gpus=gpus, num_cpus=1, resources=kind, max_retries=0)(_score)
     try:
         ray.get(task.remote(str(record.paths.root), cpus))
     except RayTaskError as error:

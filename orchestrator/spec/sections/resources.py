@@ -14,8 +14,8 @@ class ResourcesSection(Section):
     """GPUs over which a base is spread. auto is one if the cluster has any, else none. With several,
     strategy says how they share it."""
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
-    """Kind of GPU by Ray's name, such as H100 or A100-80G (`ray.util.accelerators`); no other kind is used. Default: any
-    kind that the cluster has."""
+    """Kind of GPU by Ray's name, such as H100 or A100-80G (`ray.util.accelerators`); no other kind is used. Default:
+    any kind that the cluster has."""
     strategy: Literal["auto", "shard", "pipeline"] = "auto"
     """How several GPUs share a base. shard: each GPU holds a piece of every layer and trains its own trials; layers
     are gathered when they are used. It needs the fast engine. pipeline: each GPU holds some of the layers, and a

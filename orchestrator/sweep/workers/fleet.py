@@ -15,7 +15,7 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.workers.placement import PlacementNotice
+from orchestrator.sweep.workers.placement import KIND_PREFIX, PlacementNotice, kind_of_gpu
 from orchestrator.sweep.workers.supervisor import Supervisor
 from orchestrator.sweep.workers.worker import Worker
 from orchestrator.sweep.workers.worker_client import Workers
@@ -26,9 +26,6 @@ from orchestrator.words import counted
 
 TRAINABLE_CPUS = 0.001
 """Fraction of a CPU core for each trainable: Tune refuses zero."""
-
-_KIND_AMOUNT = 0.001
-"""Amount of a node's resource for its kind of GPU that each worker takes, as Ray's own option `accelerator_type` does."""
 
 _CPUS_LEFT_FREE = 0.1
 """Fraction of a CPU core that each worker leaves free, for trainables."""
@@ -126,9 +123,7 @@ class Fleet:
         self._notice: PlacementNotice | None = None
         self._supervisor: Supervisor | None = None
         self._resources = spec.resources
-        name = spec.resources.accelerator
-        # The whole of this resource is 1 a node, and workers may be many.
-        self._kind = {_kind(name): _KIND_AMOUNT} if name is not None and plan.gpus else {}
+        self._kind = kind_of_gpu(spec.resources.accelerator if plan.gpus else None)
         self._groups: list[Any] = []
         """Placement groups of workers that hold a base in pieces."""
         self._handles: list[Any] = []
@@ -252,10 +247,11 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
         )
     if gpus == 0 and (reason := spec.cpu_unsupported_reason()):
         raise RequestError(f"{reason}, and this machine has none")
-    kinds = sorted(kind.removeprefix(_kind("")) for kind in available if kind.startswith(_kind("")))
+    kinds = [kind.removeprefix(KIND_PREFIX) for kind in sorted(available) if kind.startswith(KIND_PREFIX)]
     if gpus and address is None and resources.accelerator not in (None, *kinds):
+        here = " and ".join(kinds) or "no kind that Ray knows"
         raise RequestError(
-            f"resources.accelerator is {resources.accelerator}; this machine has {' and '.join(kinds) or 'no such GPU'}",
+            f"resources.accelerator is {resources.accelerator}; this machine has {here}",
             "Leave it out, or give --address of a cluster that has this kind.",
         )
     cpus = spec.num_shards * resources.cpus_per_trial
@@ -276,14 +272,9 @@ def _capacity(gpus: int, cpus: int, workers_per_gpu: int, accelerator: str | Non
     for node in ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
         by_cpus = int(has.get("CPU", 0)) // cpus
-        if gpus and accelerator is not None and _kind(accelerator) not in has:
+        if gpus and not kind_of_gpu(accelerator).keys() <= has.keys():
             continue
         now += min(int(has.get("GPU", 0)) // gpus * workers_per_gpu, by_cpus) if gpus else by_cpus
     limits = upstream.autoscaler_limits()
     kind, each = ("GPU", gpus) if gpus else ("CPU", cpus)
     return max(now, int(limits.get(kind, 0)) // each * (workers_per_gpu if gpus else 1))
-
-
-def _kind(accelerator: str) -> str:
-    """Return the resource by which Ray marks nodes with this kind of GPU."""
-    return f"{RESOURCE_CONSTRAINT_PREFIX}{accelerator}"

@@ -13,6 +13,17 @@ _PATIENCE_S = 15.0
 _PERIOD_S = 60.0
 """Shortest time between two messages. A message is repeated only if it has changed."""
 _STOP_S = 5.0
+KIND_PREFIX = "accelerator_type:"
+"""Beginning of the names of the resources that mark nodes by their kind of GPU."""
+
+
+def kind_of_gpu(accelerator: str | None) -> dict[str, float]:
+    """Return the resource by which Ray marks nodes with this kind of GPU, and the little that a process takes of it.
+
+    Empty for any kind. The amount is that of Ray's own option `accelerator_type` (ray/_common/utils.py), which
+    placement groups do not have.
+    """
+    return {} if accelerator is None else {f"{KIND_PREFIX}{accelerator}": 0.001}
 
 
 class PlacementNotice:

@@ -25,7 +25,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(*nodes: dict[str, float], most: dict[str, int] | None = None) -> None:
         import ray
 
-        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in {"CPU", "GPU"}.union(*nodes)}
         monkeypatch.setattr(ray, "cluster_resources", lambda: there)
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
         monkeypatch.setattr(upstream, "autoscaler_limits", lambda: most or {})
@@ -105,6 +105,30 @@ def test_gpus_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch, vi
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert upstream.num_visible_gpus() == gpus
+
+
+def test_only_the_kind_of_gpu_that_is_asked_for_counts(cluster: Any) -> None:
+    cluster(
+        {"CPU": 16, "GPU": 2, "accelerator_type:L4": 1},
+        {"CPU": 64, "GPU": 4, "accelerator_type:H100": 1},
+        {"CPU": 16},
+    )
+    assert plan_fleet(spec(16), ADDRESS).num_workers == 6
+    assert shape(plan_fleet(spec(16, "resources.accelerator=H100"), ADDRESS)) == (4, 1, 4, False)
+    assert plan_fleet(spec(16, *SHARDED, "resources.accelerator=L4"), ADDRESS).num_workers == 2
+
+
+def test_workers_for_a_kind_that_is_not_there_yet_are_planned_by_the_autoscaler(cluster: Any) -> None:
+    cluster({"CPU": 2}, {"CPU": 16, "GPU": 2, "accelerator_type:L4": 1}, most={"GPU": 3})
+    wanted = ("resources.accelerator=H100", "resources.gpus_per_trial=1")
+    assert plan_fleet(spec(16, *wanted), ADDRESS).num_workers == 3
+
+
+def test_a_machine_with_another_kind_of_gpu_is_refused(cluster: Any) -> None:
+    cluster({"CPU": 16, "GPU": 2, "accelerator_type:L4": 1})
+    with pytest.raises(RequestError, match=r"resources\.accelerator is H100; this machine has L4"):
+        plan_fleet(spec(8, "resources.accelerator=H100"), None)
+    assert plan_fleet(spec(8, "resources.accelerator=L4"), None).num_workers == 2
 
 
 def test_a_machine_without_gpus(cluster: Any) -> None:

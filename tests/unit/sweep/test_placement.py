@@ -71,3 +71,13 @@ def test_nothing_is_reported_if_workers_start_in_time(cluster: Cluster) -> None:
     notice = PlacementNotice(["a"], gpus=0, cpus=1, say=said.append)
     notice._thread.join(10)
     assert said == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_kind_of_gpu_is_named() -> None:
+    said: list[str] = []
+    came = threading.Event()
+    notice = PlacementNotice(["a", "b", "c"], 1, 4, lambda line: (said.append(line), came.set())[0], "H100")
+    assert came.wait(10)
+    notice.stop()
+    assert "each takes 1 H100 GPU and 4 CPU cores on one node" in said[0]
