@@ -44,15 +44,19 @@ class FakeEngine:
         self.passes.append(list(spans))
         return Passed(len(self.passes) - 1)
 
-    def evaluate(self, evaluations: Sequence[EvaluationBatch]) -> list[tuple[float, float]]:
+    def evaluate(
+        self, evaluations: Sequence[EvaluationBatch], on_pass: Callable[[], None]
+    ) -> list[tuple[float, float]]:
         self.calls.append("evaluate")
+        on_pass()
         if self.error:
             raise self.error
         self.evaluations.append(list(evaluations))
         return [(float(each.slot), len(each.rows) / 10) for each in evaluations]
 
-    def generate(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+    def generate(self, batches: Sequence[GenerationBatch], on_pass: Callable[[], None]) -> list[list[list[int]]]:
         self.calls.append("generate")
+        on_pass()
         self.generated.append([batch.asked for batch in batches])
         return [[[batch.asked.slot]] for batch in batches]
 
