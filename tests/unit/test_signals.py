@@ -84,8 +84,10 @@ def test_without_a_signal_nothing_is_announced_and_no_thread_stays() -> None:
     assert said == []
 
 
-def interrupt_as_ray_does() -> None:
-    """Raise what is left of a signal that arrives while Ray waits in its own code."""
+def interrupt_as_ray_does(*before: Signals) -> None:
+    """Raise what is left of a signal that arrives, after others, while Ray waits in its own code."""
+    for each in before:
+        signal.raise_signal(each)
     try:
         signal.raise_signal(Signals.SIGTERM)
     except KeyboardInterrupt:
@@ -97,8 +99,7 @@ def test_a_signal_that_a_library_turns_into_a_plain_interrupt_keeps_its_name() -
         interrupt_as_ray_does()
     assert raised.value.signal == Signals.SIGTERM
     with pytest.raises(Signalled) as raised, deferred_signals(lambda _: None):
-        signal.raise_signal(Signals.SIGINT)  # only asks for a stop
-        interrupt_as_ray_does()
+        interrupt_as_ray_does(Signals.SIGINT)  # the first one only asks for a stop
     assert raised.value.signal == Signals.SIGTERM
     with pytest.raises(KeyboardInterrupt) as plain, raising_signals():
         raise KeyboardInterrupt
