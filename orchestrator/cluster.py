@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.errors import ClusterError, RequestError, StorageError
 from orchestrator.ray_watch import watching_local_ray
-from orchestrator.record.lock import session
+from orchestrator.record.lock import marking_children
 from orchestrator.signals import shielding_children
 from orchestrator.storage import storage_fault
 from orchestrator.upstream import CONNECTION_ATTEMPTS_VARIABLE, kill_ray_processes_at_shutdown, loopback_only
@@ -43,7 +43,7 @@ def connection(address: str | None) -> Iterator[None]:
     try:
         with shielding_children():
             if address is None:
-                with loopback_only() as own_address:
+                with marking_children(), loopback_only() as own_address:
                     ray.init(address="local", include_dashboard=False, _node_ip_address=own_address, **quiet)
             else:
                 _require_listener(address)
@@ -185,7 +185,6 @@ def _one_attempt() -> Iterator[None]:
 
 def _prepare_local() -> None:
     """Set the environment of a local Ray, except for variables that the user has set."""
-    session()  # if this process is killed, its Ray processes are known by it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A new local Ray requires a token of its clients, and writes one into the home folder if there is none. This token

@@ -111,6 +111,10 @@ def shielding_children() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {Signals.SIGINT})
     try:
         yield
+    except SystemExit as error:  # by Ray's handler, because a thread in which the signal is not blocked has taken it
+        if error.code != Signals.SIGTERM:
+            raise
+        signal.raise_signal(Signals.SIGTERM)  # handled at the end of the block
     finally:
         if callable(on_term):
             signal.signal(Signals.SIGTERM, on_term)
@@ -119,15 +123,22 @@ def shielding_children() -> Iterator[None]:
 
 @contextmanager
 def _handling(handler: _Handler) -> Iterator[None]:
-    """Set a handler for all signals that this process does not ignore. Does nothing outside the main thread."""
+    """Set a handler for all signals that this process does not ignore. Does nothing outside the main thread.
+
+    A handler that raises while Ray waits in its own code ends that wait by a plain KeyboardInterrupt (2.60, `_raylet`
+    `check_status`). It becomes a `Signalled` again here, with the signal that arrived last.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    arrived: list[Signals] = []
+
     def handle(number: int, _: FrameType | None) -> None:
         if number == Signals.SIGHUP:
             leave_dead_terminal()
-        handler(Signals(number))
+        arrived.append(Signals(number))
+        handler(arrived[-1])
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     ours = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
@@ -135,6 +146,10 @@ def _handling(handler: _Handler) -> Iterator[None]:
         for number in ours:
             signal.signal(number, handle)
         yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, Signalled) or not arrived:
+            raise
+        raise Signalled(arrived[-1]) from error
     finally:
         for number in ours:
             signal.signal(number, before[number] or signal.SIG_DFL)

@@ -33,13 +33,13 @@ class DriverInfo(Record):
     host: str
     pid: int
     session: str | None = None
-    """Value of `SESSION_VARIABLE` in the environment of all processes that the driver has started."""
+    """Value of `SESSION_VARIABLE` in the environment of the Ray that the driver has started on its machine."""
     began: float | None = None
     """Time at which it took the sweep, in seconds since 1970."""
 
 
 SESSION_VARIABLE = "ORCHESTRATOR_SESSION"
-"""Environment variable by which the processes of a killed driver are known."""
+"""Environment variable by which the Ray processes of a killed driver are known."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,26 @@ def only_driver(paths: SweepPaths) -> Iterator[DriverInfo | None]:
 
 
 def session() -> str:
-    """Return the name of this process's session, and set it in the environment that child processes inherit."""
+    """Return the name of this process's session."""
     if _own_session[0] != os.getpid():
         _own_session[:] = [os.getpid(), uuid.uuid4().hex]
-    os.environ[SESSION_VARIABLE] = str(_own_session[1])
     return str(_own_session[1])
+
+
+@contextmanager
+def marking_children() -> Iterator[None]:
+    """Have processes that start in this block, and their children, carry the name of this process's session.
+
+    Other processes that the same program starts, such as another Ray, must not: `resume` ends those that carry it.
+    """
+    before = os.environ.get(SESSION_VARIABLE)
+    os.environ[SESSION_VARIABLE] = session()
+    try:
+        yield
+    finally:
+        del os.environ[SESSION_VARIABLE]
+        if before is not None:
+            os.environ[SESSION_VARIABLE] = before
 
 
 def driver_state(paths: SweepPaths) -> DriverState:

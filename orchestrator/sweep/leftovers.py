@@ -29,8 +29,9 @@ def held(paths: SweepPaths) -> Iterator[None]:
 def end_leftovers(killed: DriverInfo | None) -> int:
     """End the processes of Ray that a killed driver has started on this machine.
 
-    They are known by a random name in their environment, which the driver recorded, and by Ray's own name in their
-    command. Processes on other machines belong to a cluster, and end by themselves.
+    They are known by a random name in their environment, which the driver recorded and gave to its Ray alone, and by
+    Ray's own name in their command. Processes on other machines belong to a cluster, and end by themselves. Nothing is
+    ended while the driver itself still runs: the record may be in a copy of its sweep.
 
     Args:
         killed: the driver, from `record.lock.only_driver`; None if it was not killed.
@@ -38,7 +39,7 @@ def end_leftovers(killed: DriverInfo | None) -> int:
     Returns:
         The number of processes.
     """
-    if killed is None or killed.session is None or killed.host != socket.gethostname():
+    if killed is None or killed.session is None or killed.host != socket.gethostname() or _runs(killed):
         return 0
     found = [process for process in psutil.process_iter() if _belongs_to(process, killed.session)]
     for process in found:
@@ -46,6 +47,14 @@ def end_leftovers(killed: DriverInfo | None) -> int:
             process.send_signal(signal.SIGKILL)  # psutil refuses a process that has got the number of another one
     psutil.wait_procs(found, _WAIT_S)
     return len(found)
+
+
+def _runs(driver: DriverInfo) -> bool:
+    """Return whether a driver's process lives. A process that has got its number since then began after it."""
+    try:
+        return driver.began is not None and psutil.Process(driver.pid).create_time() <= driver.began
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _belongs_to(process: psutil.Process, session: str) -> bool:

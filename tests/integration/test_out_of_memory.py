@@ -1,5 +1,6 @@
 """Trials that run out of GPU memory go on with less, and their losses stay the same. The errors are injected."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import Witness
 
 from orchestrator.errors import TrialError
 from orchestrator.record import SweepPaths, TrialState
+from orchestrator.signals import Signalled
 from orchestrator.training.fast.step.engine import Engine
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,25 @@ def test_one_row_that_does_not_fit_fails_the_trial(tiny: Tiny, folder: SweepPath
     with pytest.raises(TrialError, match="out of GPU memory with one row in a forward pass"):
         run(tiny(*SETTINGS, "training.engine=trl"), folder)
     assert max_rows["failures"] == 3
+
+
+def test_a_signal_is_heard_by_a_trial_that_runs_out_of_memory(
+    tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not begin again with less."""
+    step, steps = Engine.step, [0]
+
+    def limited(engine: Engine, spans: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(engine, spans)
+
+    monkeypatch.setattr(Engine, "step", limited)
+    with pytest.raises(Signalled):
+        run(tiny(*SETTINGS), folder)
+    assert steps == [3]
 
 
 def test_fast_engine_takes_a_smaller_plan(tiny: Tiny, folder: SweepPaths, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,36 @@ def test_without_a_signal_nothing_is_announced_and_no_thread_stays() -> None:
     assert said == []
 
 
+def interrupt_as_ray_does(*before: Signals) -> None:
+    """Raise what is left of a signal that arrives, after others, while Ray waits in its own code."""
+    for each in before:
+        signal.raise_signal(each)
+    try:
+        signal.raise_signal(Signals.SIGTERM)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+
+
+def test_a_signal_that_a_library_turns_into_a_plain_interrupt_keeps_its_name() -> None:
+    with pytest.raises(Signalled) as raised, raising_signals():
+        interrupt_as_ray_does()
+    assert raised.value.signal == Signals.SIGTERM
+    with pytest.raises(Signalled) as raised, deferred_signals(lambda _: None):
+        interrupt_as_ray_does(Signals.SIGINT)  # the first one only asks for a stop
+    assert raised.value.signal == Signals.SIGTERM
+    with pytest.raises(KeyboardInterrupt) as plain, raising_signals():
+        raise KeyboardInterrupt
+    assert not isinstance(plain.value, Signalled), "no signal has arrived"
+
+
+def test_a_signal_that_rays_own_handler_has_taken_as_ray_starts_keeps_its_name() -> None:
+    with pytest.raises(Signalled) as raised, raising_signals(), shielding_children():
+        sys.exit(Signals.SIGTERM)
+    assert raised.value.signal == Signals.SIGTERM
+    with pytest.raises(SystemExit), raising_signals(), shielding_children():
+        sys.exit(2)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """SIGHUP is ignored under nohup."""
     before = signal.signal(Signals.SIGHUP, signal.SIG_IGN)

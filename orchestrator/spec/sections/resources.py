@@ -35,9 +35,9 @@ class ResourcesSection(Section):
     """Restarts in a row of a trial without a new checkpoint, or of a worker without a step, after faults of the
     infrastructure: a lost process or node, short host memory. They do not count as failures."""
     hang_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Minutes without a step, an evaluation or an answer after which a worker is ended and its trials continue
-    elsewhere; at least 30 before its first step. auto: 20 times the longest pause so far, at least 10 minutes, and 30
-    before its first evaluation."""
+    """Minutes without a step, a pass of an evaluation or a token of an answer after which a worker is ended and its
+    trials continue elsewhere; at least 30 before its first step. auto: 20 times the longest pause so far, at least 10
+    minutes, and 30 before its first evaluation."""
 
     @property
     def has_several_gpus(self) -> bool:

@@ -113,10 +113,10 @@ class Attempt:
         except Exception as error:
             log_traceback()
             self.ran_out = isinstance(error, torch.OutOfMemoryError)
-            if self.ran_out and (when := self._why_nothing_smaller()) is not None:
+            if self.ran_out and (why := self._why_nothing_smaller()) is not None:
                 report(
                     Failed,
-                    error=f"out of GPU memory {when}: {error}",
+                    error=f"{why}: {error}",
                     remedy="Lower data.max_length or lora.rank, set training.recompute: true, or end other processes "
                     "that hold memory of this GPU.",
                     traceback=None,
@@ -134,14 +134,14 @@ class Attempt:
                 report(Completed)
 
     def _why_nothing_smaller(self) -> str | None:
-        """Say when a trial that is alone ran out of memory, if it has no smaller form; None if it may have one."""
+        """Say why a trial that is alone has failed, if it has no smaller form; None if it may have one."""
         if self._limits is None:  # the owner of the engine makes a smaller one
             return None
         if not self._has_engine:  # each smaller form has been tried already
-            return "before the trial had an engine"
+            return "out of GPU memory before the trial had an engine"
         if self._limits.lower(self._config, self._slot):
             return None
-        return "with one row in a forward pass"
+        return "out of GPU memory with one row in a forward pass"
 
     def _train(self, slot: EngineSlot | str | None) -> TrialSteps:
         """Open the trial's loop, train, and release its model at the end."""

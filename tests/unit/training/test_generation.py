@@ -158,3 +158,16 @@ def test_each_slot_has_its_own_limit(setup: Setup) -> None:
     one, other = (setup.asked(slot, []) for slot in RANKS)
     short = replace(one, asked=replace(one.asked, max_new_tokens=1))
     assert setup.engine.generate([short, other]) == [[answer[:1] for answer in whole[0]], whole[1]]
+
+
+def test_each_new_token_is_a_sign_of_life(setup: Setup) -> None:
+    """Otherwise long answers would count as a hang."""
+    passes: list[None] = []
+    setup.engine.generate([setup.asked(0, [])], lambda: passes.append(None))
+    assert len(passes) >= NEW
+    passes.clear()
+    stop_at(setup.peft, [10_000])
+    prompts = [setup.rows[0].ids(0).tolist()]
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    (answer,) = generate_ids(setup.peft, tokenizer, prompts, NEW, 4, on_token=lambda: passes.append(None))
+    assert len(passes) == len(answer) == NEW

@@ -44,15 +44,19 @@ class FakeEngine:
         self.passes.append(list(spans))
         return Passed(len(self.passes) - 1)
 
-    def evaluate(self, evaluations: Sequence[EvaluationBatch]) -> list[tuple[float, float]]:
+    def evaluate(
+        self, evaluations: Sequence[EvaluationBatch], on_pass: Callable[[], None]
+    ) -> list[tuple[float, float]]:
         self.calls.append("evaluate")
+        on_pass()
         if self.error:
             raise self.error
         self.evaluations.append(list(evaluations))
         return [(float(each.slot), len(each.rows) / 10) for each in evaluations]
 
-    def generate(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+    def generate(self, batches: Sequence[GenerationBatch], on_pass: Callable[[], None]) -> list[list[list[int]]]:
         self.calls.append("generate")
+        on_pass()
         self.generated.append([batch.asked for batch in batches])
         return [[[batch.asked.slot]] for batch in batches]
 
@@ -368,3 +372,17 @@ def test_closing_ends_all_members_wherever_they_are(batch: Callable[..., Batch])
     assert [member.ended_by for member in members] == ["closed"] * 2
     assert [len(member.answers) for member in members] == [1, 1]
     assert len(multi_lora) == 0
+
+
+def test_each_pass_is_a_sign_of_life(batch: Callable[..., Batch]) -> None:
+    """Otherwise a long evaluation, or long answers, would count as a hang."""
+    engine, passes = FakeEngine(), list[None]()
+    multi_lora = MultiLora(lambda: passes.append(None))
+    task = batch(0, 4, 4)
+    asked = GenerationBatch(NO_ENGINE, Asked(0, task.rows, 1, frozenset(), {}))
+    evaluation = EvaluationBatch(NO_ENGINE, 0, task.rows, {})
+    multi_lora.join(Trial(task, evaluation, asked).steps(engine))
+    for number in range(1, 4):
+        multi_lora.turn()
+        assert len(passes) == number
+    assert engine.calls == ["step", "evaluate", "generate"]
