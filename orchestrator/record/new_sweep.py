@@ -35,13 +35,9 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
         output: overrides `output.folder`.
 
     Raises:
-        RequestError: the folder already exists, cannot be made, or is a URI.
+        RequestError: the folder already exists or cannot be made.
     """
     folder = output or spec.output.folder
-    if "://" in folder:
-        raise RequestError(
-            f"output {folder}: must be a folder, not a URI", "Mount the storage on every node and give the mount."
-        )
     if name is not None and not re.match(NAME_PATTERN, name):
         raise RequestError(
             f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
