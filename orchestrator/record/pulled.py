@@ -46,7 +46,7 @@ def require_pulled(paths: SweepPaths, file: Path, what: str, option: str) -> Non
     Args:
         paths: the sweep.
         file: the file of this part that is pulled last.
-        what: the part, for the message.
+        what: the part and its verb, for the message: `its rows were`.
         option: the option of `orchestrator pull` that fetches it.
 
     Raises:
@@ -55,6 +55,6 @@ def require_pulled(paths: SweepPaths, file: Path, what: str, option: str) -> Non
     pulled = None if file.is_file() else read_pulled(paths)
     if pulled is not None:
         raise NotPulledError(
-            f"{what} was not pulled from {pulled.uri}",
+            f"{what} not pulled from {pulled.uri}",
             f"Fetch it with: orchestrator pull {pulled.uri} {option} --to {paths.root}",
         )

@@ -85,7 +85,7 @@ class SweepRecord:
             NotPulledError: they were left out when the sweep was pulled.
         """
         self.fetch(self.paths.data)
-        require_pulled(self.paths, self.paths.data / "meta.json", "the tokenized rows", "--rows")
+        require_pulled(self.paths, self.paths.data / "meta.json", "the tokenized rows were", "--rows")
         return self.paths.data
 
     def adapter_path(self, trial: TrialResult) -> Path:
@@ -104,7 +104,7 @@ class SweepRecord:
         require_present(self.paths, trial.trial_id)
         folder = self.adapter_path(trial)
         self.fetch(folder)
-        require_pulled(self.paths, folder / LAST_PULLED, f"{trial.trial_id}: its adapter", "--adapters all")
+        require_pulled(self.paths, folder / LAST_PULLED, f"{trial.trial_id}: its adapter was", "--adapters all")
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
         if folder.resolve() != self.paths.root.resolve() / folder.relative_to(self.paths.root):
@@ -122,12 +122,7 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
     """
-    if any(is_uri(str(each)) for each in (sweep, output)):
-        where = sweep if is_uri(str(sweep)) else f"{output}/{sweep}"
-        raise RecordError(
-            f"{where}: is in an object store, where this command cannot work",
-            "Give the folder of its driver, or of a copy: `orchestrator pull` makes one.",
-        )
+    require_folder(sweep, output)
     for root in (Path(sweep), Path(output) / sweep):
         try:
             paths = SweepPaths(root.resolve())
@@ -142,6 +137,20 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
         "Give the sweep's folder, or its name together with --output.",
     )
+
+
+def require_folder(sweep: str | Path, output: str | Path) -> None:
+    """Check that a sweep is named by its folder, for what cannot be done in an object store.
+
+    Raises:
+        RecordError: it is named by its URI, or by its name under one.
+    """
+    if any(is_uri(str(each)) for each in (sweep, output)):
+        where = sweep if is_uri(str(sweep)) else f"{output}/{sweep}"
+        raise RecordError(
+            f"{where}: is in an object store, where this command cannot work",
+            "Give the folder of its driver, or of a copy: `orchestrator pull` makes one.",
+        )
 
 
 def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:

@@ -67,7 +67,7 @@ def sweep_to_resume(sweep: str | Path, output: str | Path) -> SweepRecord:
         return read_sweep(sweep, output)
     root, remote = driver_copy(uri), RemoteFolder(uri)
     holder = patiently(lambda: holder_in(remote))
-    if holder is None or holder != own_holder(root):
+    if holder is None or holder != own_holder(root) or not SweepPaths(root).sweep.is_file():
         _take_over(remote, root)
     return read_sweep(root)
 
