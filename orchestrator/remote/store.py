@@ -17,8 +17,10 @@ _PART_BYTES = 8 * 2**20
 _CONNECT_S = 5.0
 _SILENCE_S = 20.0
 """Seconds without a byte after which a request has failed."""
-_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
-"""Pauses between the attempts of a command that waits for its answer."""
+_PATIENCE_S = 30.0
+"""Seconds after which a command that waits for its answer makes no further attempt."""
+_FIRST_PAUSE_S = 0.5
+"""Pause before its second attempt; each later one is twice as long."""
 
 _FINAL = (
     "NO_SUCH_BUCKET",
@@ -172,19 +174,20 @@ class RemoteFolder:
 
 
 def patiently(request: Callable[[], _T]) -> _T:
-    """Make a request, again after a pause if it fails by a fault that may pass; at most for half a minute.
+    """Make a request, again after a pause if it fails by a fault that may pass; for about half a minute.
 
     Raises:
         RemoteError: of the last attempt.
     """
-    for pause_s in _PAUSES_S:
+    deadline, pause_s = time.monotonic() + _PATIENCE_S, _FIRST_PAUSE_S
+    while True:
         try:
             return request()
         except RemoteError as error:
-            if error.is_final:
+            if error.is_final or time.monotonic() + pause_s > deadline:
                 raise
         time.sleep(pause_s)
-    return request()
+        pause_s *= 2
 
 
 def _remedy(text: str) -> str:

@@ -19,7 +19,7 @@ from orchestrator.spec import parse_spec
 
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(store, "_PATIENCE_S", 0.0)
 
 
 def refused(document: dict[str, Any], folder: str) -> RequestError:
