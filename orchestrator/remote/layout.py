@@ -10,6 +10,7 @@ _HIDDEN = frozenset({".driver.json", ".paused", ".step"})
 
 _FOLDERS = frozenset({"adapters", "checkpoints", "exploit_checkpoints", "initial_adapter", "data", "tune"})
 _LOGS = frozenset({"tensorboard", "workers"})
+_LOG_SUFFIXES = (".txt", ".log")
 
 COMPARED = ("held_out.json", "manifest.json")
 """Files of an adapter that the choice of the best one reads; they are pulled with the records."""
@@ -41,7 +42,7 @@ def rank_of(name: str) -> Rank | None:
         return None
     if len(path.parts) > 1 and path.parts[-2] == "tune":
         return None  # Tune's present state; `tune-snapshot.zip` is the complete one
-    if _FOLDERS & {*path.parts[:-1]} or path.parts[0] in _LOGS or path.suffix == ".txt" or path.suffix == ".log":
+    if _FOLDERS & {*path.parts[:-1]} or is_log(name):
         return Rank.FOLDER
     if path.suffix == ".jsonl":
         return Rank.LINES
@@ -50,6 +51,12 @@ def rank_of(name: str) -> Rank | None:
         "tune-snapshot.zip": Rank.STATE,
         "sweep.json": Rank.SWEEP,
     }.get(path.name, Rank.RECORD)
+
+
+def is_log(name: str) -> bool:
+    """Return whether a file is a log: it grows all the time, and nothing depends on it."""
+    path = PurePosixPath(name)
+    return not _FOLDERS & {*path.parts[:-1]} and (path.parts[0] in _LOGS or path.suffix in _LOG_SUFFIXES)
 
 
 def is_record(name: str) -> bool:

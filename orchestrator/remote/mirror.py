@@ -19,7 +19,7 @@ from pathlib import Path
 from orchestrator.errors import StorageError
 from orchestrator.record import SweepPaths
 from orchestrator.remote.holder import Holder, holder_in, own_holder
-from orchestrator.remote.layout import COMPARED, Rank, files_in, rank_of
+from orchestrator.remote.layout import COMPARED, Rank, files_in, is_log, rank_of
 from orchestrator.remote.location import uri_of
 from orchestrator.remote.store import RefusedError, RemoteError, RemoteFolder
 
@@ -27,6 +27,8 @@ Say = Callable[[str], None]
 
 PERIOD_S = 5.0
 """Seconds between two rounds: the lag of the store, besides the time that sending takes."""
+LOGS_PERIOD_S = 60.0
+"""The same for logs, which are sent as a whole whenever they have grown."""
 LONGEST_PAUSE_S = 30.0
 """Longest pause before a round that has failed is made again."""
 LAST_ROUNDS_S = 120.0
@@ -99,6 +101,8 @@ class Mirror:
         """What the store holds, by name; None for what is out of date or no longer here."""
         self._is_known = False
         """Whether `_sent` has been compared with the store."""
+        self._logs_at = 0.0
+        """When logs are due again, on the monotonic clock."""
         self._over = threading.Event()
         self._fault: RemoteError | None = None
         """Why the last round failed."""
@@ -182,12 +186,16 @@ class Mirror:
             )
         if not self._is_known:
             self._sent, self._is_known = self._compare(), True
-        present, changes = self._find_changes()
+        with_logs = self._over.is_set() or time.monotonic() >= self._logs_at
+        present, changes = self._find_changes(with_logs)
         with ThreadPoolExecutor(_NUM_SENDERS) as senders:
             for rank in Rank:
                 list(senders.map(self._send, [each for each in changes if rank_of(each.name) == rank]))
             gone = [name for name in self._sent if name not in present]
             list(senders.map(self._delete, gone))
+        shutil.rmtree(self._links)
+        if with_logs:
+            self._logs_at = time.monotonic() + LOGS_PERIOD_S
 
     def _compare(self) -> dict[str, _Signature | None]:
         """Return what the store holds already. Only files that never change are taken as equal by their size."""
@@ -199,24 +207,26 @@ class Mirror:
                 sent[name] = _signature(path)
         return sent
 
-    def _find_changes(self) -> tuple[set[str], list[_Change]]:
+    def _find_changes(self, with_logs: bool) -> tuple[set[str], list[_Change]]:
         """Return the names of all files, and those that have changed. Begin again if one vanishes meanwhile."""
         while True:
             shutil.rmtree(self._links, ignore_errors=True)
             self._links.mkdir()
             try:
-                return self._capture()
+                return self._capture(with_logs)
             except FileNotFoundError:
                 if not (self._root / "sweep.json").is_file():  # otherwise all would be removed from the store
                     raise RefusedError(f"{self._root}: the sweep's folder is gone", "Put it back.") from None
 
-    def _capture(self) -> tuple[set[str], list[_Change]]:
+    def _capture(self, with_logs: bool) -> tuple[set[str], list[_Change]]:
         present, changes = set[str](), list[_Change]()
         for rank in sorted(Rank, reverse=True):
             for name, path in files_in(self._root):
                 if rank_of(name) != rank or (self._over.is_set() and path == self._driver):
                     continue
                 present.add(name)
+                if is_log(name) and not with_logs:
+                    continue
                 signature = _signature(path)
                 if self._sent.get(name) != signature:
                     content = self._link(path, len(changes)) if rank == Rank.FOLDER else path.read_bytes()

@@ -91,6 +91,18 @@ def test_only_changes_are_sent_and_what_is_gone_is_removed_last(
     assert "trials/b/checkpoints/weights" not in names(s3)
 
 
+def test_logs_are_sent_less_often_and_at_the_end(mirror: Mirror, driver: SweepPaths, s3: S3Server) -> None:
+    mirror.make_round()
+    with (driver.root / "driver.log").open("a") as log:
+        log.write("more\n")
+    mirror.make_round()
+    assert s3.text(f"{PREFIX}driver.log") == "started\n"
+    mirror.start()
+    mirror.finish()
+    assert s3.text(f"{PREFIX}driver.log") == "started\nmore\n"
+    assert not (driver.root / ".mirror").exists()
+
+
 def test_a_folder_that_the_trial_removes_while_it_is_sent_is_sent_whole(
     mirror: Mirror, driver: SweepPaths, s3: S3Server
 ) -> None:
