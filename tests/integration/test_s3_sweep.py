@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from drivers import assert_complete, command, finished, is_under_way, start_sweep, wait_until
 from s3_server import KEY, SECRET, S3Server, s3_server
+from tiny import DEMO, TINY
 
 from orchestrator.record import read_sweep
 from orchestrator.remote.location import driver_copy
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 OUTPUT = "s3://bucket/runs"
 
@@ -24,6 +25,22 @@ def orchestrator(*arguments: str, cache: Path, cwd: Path) -> subprocess.Complete
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
 
 
+def test_a_trial_into_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(monkeypatch):
+        overrides = [part for each in [*TINY, "training.steps=4"] for part in ("--set", each)]
+        machine = {"cache": tmp_path / "machine", "cwd": tmp_path}
+        ran = orchestrator("trial", str(DEMO), "--output", OUTPUT, "--name", "t", *overrides, **machine)
+        assert ran.returncode == 0, ran.stderr
+        best = orchestrator("best", "t", "--output", OUTPUT, cache=tmp_path / "laptop", cwd=tmp_path)
+        assert best.returncode == 0, best.stderr
+        assert str(tmp_path / "laptop") in best.stdout
+        (tmp_path / "machine").rename(tmp_path / "gone")
+        again = orchestrator("resume", f"{OUTPUT}/t", **machine)
+        assert again.returncode == 0, again.stderr
+        assert "is finished; nothing is left to run" in again.stdout
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_sweep_is_resumed_elsewhere_after_an_outage_and_pulled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
