@@ -134,6 +134,24 @@ def test_a_record_that_changes_during_a_round_is_sent_as_it_was_when_the_round_b
     assert s3.text(f"{PREFIX}trials/b/progress.json") == "names a later checkpoint"
 
 
+def test_a_record_that_changes_while_a_round_begins_names_nothing_that_is_not_sent(
+    mirror: Mirror, driver: SweepPaths, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature, checkpoint = module._signature, driver.trial("b").checkpoints / "second"
+
+    def change(path: Path) -> tuple[int, int, int]:
+        before = signature(path)
+        if path == driver.trial("b").progress and not checkpoint.exists():
+            checkpoint.write_text("weights")
+            path.write_text("names the second checkpoint")
+        return before
+
+    monkeypatch.setattr(module, "_signature", change)
+    mirror.make_round()
+    assert s3.text(f"{PREFIX}trials/b/progress.json") == "names the second checkpoint"
+    assert "trials/b/checkpoints/second" in names(s3)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_store_that_answers_503_for_a_while_gets_everything_later(
     mirror: Mirror, driver: SweepPaths, s3: S3Server, said: list[str]
