@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.deploy import FinishedSweep
 from orchestrator.errors import RequestError
-from orchestrator.record import MetricPoint, SweepRecord, TrialResult, read_sweep
+from orchestrator.record import MetricPoint, SweepRecord, TrialResult
+from orchestrator.remote.view import view_sweep
 from orchestrator.spec import SweepSpec
 
 if TYPE_CHECKING:
@@ -94,12 +95,14 @@ class Sweep(FinishedSweep):
 
 
 def open_sweep(sweep: str | Path, output: str | Path = "runs") -> Sweep:
-    """Open a sweep by its folder, or by its name under `output`.
+    """Open a sweep by its folder, by its URI, or by its name under `output`.
 
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
+        RequestError: the URI is none of a supported store.
+        RemoteError: the store refuses it, or does not answer.
     """
-    return Sweep(read_sweep(sweep, output))
+    return Sweep(view_sweep(sweep, output))
 
 
 def run(
@@ -120,7 +123,7 @@ def run(
     Args:
         spec: the experiment, from `load_spec`.
         name: the name of the sweep's folder; default `output.name` of the experiment, else "sweep" and the time.
-        output: the parent folder of sweeps; default `output.folder` of the experiment.
+        output: the parent folder of sweeps, or its URI; default `output.folder` of the experiment.
         without_search: run one trial with the experiment's own values in this process, without Ray.
         address: a Ray cluster, "auto" or "HOST:PORT"; default Ray is started on this machine.
         warm_from: folders or names of earlier sweeps, whose finished trials are evidence for the search.
@@ -137,12 +140,12 @@ def run(
         Signalled: the same with `without_search`; it is a KeyboardInterrupt.
         StorageError: the disk is full or fails; `resume` continues the sweep.
     """
-    from orchestrator.record.new_sweep import claim_folder
+    from orchestrator.remote.output import new_sweep
 
     if warm_from and without_search:
         raise RequestError("warm_from is evidence for a search, but without_search is true", "Leave one of them out.")
-    earlier = [read_sweep(each, output or spec.output.folder) for each in warm_from]
-    with claim_folder(spec, "sweep", name, None if output is None else str(output)) as paths:
+    earlier = [view_sweep(each, output or spec.output.folder) for each in warm_from]
+    with new_sweep(spec, "sweep", name, None if output is None else str(output)) as paths:
         if without_search:
             from orchestrator.training.local import run_local_trial
 
@@ -168,7 +171,7 @@ def resume(
     """Continue an interrupted sweep and return it. Finished trials do not run again.
 
     Args:
-        sweep: the sweep's folder, or its name under `output`.
+        sweep: the sweep's folder, its URI, or its name under `output`.
         output: the parent folder of sweeps.
         num_trials: a new total number of trials, larger than the present one.
         budget: new limits, such as `["gpu_hours=20"]`, for fields of `search.budget`.
@@ -185,8 +188,9 @@ def resume(
     """
     from orchestrator.base_folder import require_trusted_code
     from orchestrator.record.extend import extend_sweep
+    from orchestrator.remote.output import sweep_to_resume
 
-    record: SweepRecord = extend_sweep(read_sweep(sweep, output), num_trials, budget)
+    record: SweepRecord = extend_sweep(sweep_to_resume(sweep, output), num_trials, budget)
     require_trusted_code(record.info.spec.base, str(record.paths.root), trust_remote_code)
     if record.info.is_single_trial:
         from orchestrator.training.local import resume_local_trial

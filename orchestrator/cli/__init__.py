@@ -8,7 +8,7 @@ with importing():
     from orchestrator.cli import train  # noqa: F401 (its import registers commands, in the order of the help)
 
     # isort: split
-    from orchestrator.cli import audit, clean, look, plan, priors, steer, use, write_report  # noqa: F401
+    from orchestrator.cli import audit, clean, look, plan, priors, pull, steer, use, write_report  # noqa: F401
 
     # isort: split
     from orchestrator.cli.frame import app

@@ -45,7 +45,8 @@ def _options(
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Experiment file (YAML).", show_default=False)]
 Sweep = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or its name under --output.", show_default=False)
+    str,
+    typer.Argument(metavar="SWEEP", help="Folder of a sweep, its URI, or its name under --output.", show_default=False),
 ]
 SweepOrAdapter = Annotated[
     str,
@@ -74,9 +75,11 @@ WarmFrom = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Parent folder of sweeps. Default: output.folder of the experiment (runs)."),
+    typer.Option(
+        metavar="DIR", help="Parent folder of sweeps, or its URI. Default: output.folder of the experiment (runs)."
+    ),
 ]
-Where = Annotated[str, typer.Option("--output", metavar="DIR", help="Parent folder of sweeps.")]
+Where = Annotated[str, typer.Option("--output", metavar="DIR", help="Parent folder of sweeps, or its URI.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Trust = Annotated[
     bool,

@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: orchestrator status runs/demo --json")
 def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
     """Show a sweep's trials, best first, and whether a driver runs it."""
-    from orchestrator.record import read_sweep
+    from orchestrator.remote.view import view_sweep
 
-    record = read_sweep(sweep, output)
+    record = view_sweep(sweep, output)
     if as_json:
         print_json(_as_document(record))
     else:
@@ -35,14 +34,14 @@ def status(sweep: Sweep, as_json: Json = False, output: Where = "runs") -> None:
 def watch(sweep: Sweep, output: Where = "runs") -> None:
     """Follow a running sweep until it ends.
 
-    Shows what the command that runs it shows, on any machine that sees its folder. Ctrl-C ends this view, not the
-    sweep.
+    Shows what the command that runs it shows, on any machine that sees its folder or its object store. Ctrl-C ends this
+    view, not the sweep.
     """
-    from orchestrator.record import read_sweep
+    from orchestrator.remote.view import refreshing, view_sweep
     from orchestrator.report.watch import watch_sweep
 
-    record, console = read_sweep(sweep, output), console_on()
-    with until_signal():
+    record, console = view_sweep(sweep, output), console_on()
+    with until_signal(), refreshing(record):
         watch_sweep(console, record)
     _show(console, record, max_lines=table_lines(console))
 
@@ -107,9 +106,10 @@ def _as_document(record: "SweepRecord") -> dict[str, object]:
 @app.command(epilog="Example: orchestrator list --output runs")
 def list(as_json: Json = False, output: Where = "runs") -> None:  # the command's name
     """List all sweeps in a folder, the newest first."""
+    from orchestrator.remote.view import view_output
     from orchestrator.report.sweeps import sweep_rows, sweeps_lines
 
-    rows = sweep_rows(Path(output))
+    rows = sweep_rows(view_output(output))
     if as_json:
         print_json(rows)
         return

@@ -33,10 +33,10 @@ def add(
 ) -> None:
     """Add the best values of finished sweeps. A sweep that is added again replaces its row."""
     from orchestrator.priors.library import add_rows, change_library, library_path, row_of
-    from orchestrator.record import read_sweep
+    from orchestrator.remote.view import view_sweep
 
     path = library_path(file)
-    new = [row_of(read_sweep(sweep, output)) for sweep in sweeps]
+    new = [row_of(view_sweep(sweep, output)) for sweep in sweeps]
     change_library(path, lambda rows: add_rows(rows, new))
     for row in new:
         print(f"{path}: {row.sweep}: learning rate {row.rate:.3g}, rank {row.rank} for {row.kin}")

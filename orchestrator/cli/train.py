@@ -156,12 +156,13 @@ def trial(file: File, set_: Set = None, name: Name = None, output: Output = None
     Searched fields keep the values that the experiment gives outside `search`, or their defaults.
     """
     from orchestrator.record import read_sweep
-    from orchestrator.record.new_sweep import claim_folder, source_of
+    from orchestrator.record.new_sweep import source_of
+    from orchestrator.remote.output import new_sweep
     from orchestrator.report.trial_view import TrialView
 
     spec = load_spec(file, set_ or [])
     with (
-        claim_folder(spec, file.name, name, output) as paths,
+        new_sweep(spec, file.name, name, output) as paths,
         resumable(paths.root),
         screen(paths.root) as console,
     ):
@@ -185,8 +186,9 @@ def sweep(
     output: Output = None,
 ) -> None:
     """Run a sweep on this machine or on a Ray cluster."""
-    from orchestrator.record import read_sweep
-    from orchestrator.record.new_sweep import chosen_name, claim_folder, source_of
+    from orchestrator.record.new_sweep import chosen_name, source_of
+    from orchestrator.remote.output import new_sweep
+    from orchestrator.remote.view import view_sweep
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
     spec = load_spec(file, overrides)
@@ -198,8 +200,8 @@ def sweep(
         options = [part for each in warm_from or [] for part in ("--warm-from", each)]
         _say_submitted(submit_sweep(spec, name, folder, submit, options, print), name, folder, submit)
         return
-    earlier = [read_sweep(each, output or spec.output.folder) for each in warm_from or []]
-    with claim_folder(spec, file.name, name, output) as paths:
+    earlier = [view_sweep(each, output or spec.output.folder) for each in warm_from or []]
+    with new_sweep(spec, file.name, name, output) as paths:
         record = _sweep(spec, paths, address, source_of(file, overrides), earlier)
     _require_no_failures(record)
 
@@ -218,8 +220,9 @@ def resume(
 
     The recorded experiment is used, even if its file has changed. Changes by --trials and --budget are recorded.
     """
-    from orchestrator.record import is_finished, read_sweep
+    from orchestrator.record import is_finished
     from orchestrator.record.extend import extend_sweep
+    from orchestrator.remote.output import send_rest, sweep_to_resume
     from orchestrator.report.live import SweepView
     from orchestrator.report.trial_view import TrialView
 
@@ -232,9 +235,10 @@ def resume(
         options += ["--trust-remote-code"] if trust else []
         _say_submitted(submit_resume(sweep, output, submit, options, print), sweep, output, submit)
         return
-    found = read_sweep(sweep, output)
+    found = sweep_to_resume(sweep, output)
     record = extend_sweep(found, trials, budget or [])
     if record == found and is_finished(record):
+        send_rest(record, print)
         _show_finished(record)
         return
     require_trusted_code(record.info.spec.base, str(record.paths.root), trust)
@@ -271,11 +275,12 @@ def demo(
     """
     from orchestrator.deploy import FinishedSweep
     from orchestrator.embedded import EXPERIMENT
-    from orchestrator.record.new_sweep import claim_folder, source_of
+    from orchestrator.record.new_sweep import source_of
+    from orchestrator.remote.output import new_sweep
     from orchestrator.report.demo import show_side_by_side
 
     spec = load_spec(EXPERIMENT, set_ or [])
-    with claim_folder(spec, "demo", name, output) as paths:
+    with new_sweep(spec, "demo", name, output) as paths:
         record = _sweep(spec, paths, None, source_of(EXPERIMENT, set_ or []))
     with screen(paths.root) as console:
         console.print("loading the base and the best adapter ...", highlight=False)

@@ -1,6 +1,7 @@
 """The command that reports on sweeps: report."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,6 +94,7 @@ def report(
 def _serve(sweeps: "list[SweepRecord]", port: int, opens: bool) -> None:
     """Serve the live report until a signal."""
     from orchestrator.page.live import serve_report
+    from orchestrator.remote.view import refreshing
 
     def ready(address: str) -> None:
         print(f"{address} shows the report to browsers on this machine; Ctrl-C ends it", flush=True)
@@ -101,5 +103,7 @@ def _serve(sweeps: "list[SweepRecord]", port: int, opens: bool) -> None:
 
             webbrowser.open(address)
 
-    with until_signal():
+    with until_signal(), ExitStack() as stack:
+        for each in sweeps:
+            stack.enter_context(refreshing(each))
         serve_report(sweeps, port, ready)

@@ -8,6 +8,7 @@ from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.finished import FinishedSweep, open_sweep
 from orchestrator.deploy.load import load_model_and_tokenizer
 from orchestrator.errors import RecordError
+from orchestrator.remote.location import find_uri
 
 
 def load_adapter(
@@ -69,7 +70,7 @@ def find_bundle(bundle_or_sweep: str, output: str) -> Path:
     is_sweep = _has_file(folder, "sweep.json")
     if not is_sweep and (_is_invalid_path(folder) or folder.exists()):
         return folder
-    if is_sweep or _has_file(Path(output) / bundle_or_sweep, "sweep.json"):
+    if is_sweep or find_uri(bundle_or_sweep, output) or _has_file(Path(output) / bundle_or_sweep, "sweep.json"):
         return open_sweep(bundle_or_sweep, output).best().adapter_ref().folder
     return folder
 
@@ -84,7 +85,9 @@ def find_sweep(sweep: str, output: str) -> FinishedSweep:
         return open_sweep(sweep, output)
     except RecordError as error:
         folder = Path(sweep)
-        if _is_invalid_path(folder) or _has_file(folder, "sweep.json") or _has_file(Path(output) / sweep, "sweep.json"):
+        if find_uri(sweep, output) or _is_invalid_path(folder):
+            raise
+        if _has_file(folder, "sweep.json") or _has_file(Path(output) / sweep, "sweep.json"):
             raise
         if folder.is_dir():
             raise _wrong_folder(folder) from error

@@ -22,6 +22,8 @@ from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
 from orchestrator.record.absent import AbsentError
+from orchestrator.record.pulled import NotPulledError
+from orchestrator.remote.view import view_sweep
 from orchestrator.spec.search import BETTER_END, SEED
 from orchestrator.words import counted
 
@@ -139,6 +141,7 @@ class FinishedSweep:
 
         Raises:
             AbsentError: `orchestrator clean` has removed the adapter that this metric chooses.
+            NotPulledError: the adapter was left out when the sweep was pulled.
             RecordError: no finished trial has an undamaged adapter.
             RequestError: no finished trial has this metric.
         """
@@ -156,7 +159,7 @@ class FinishedSweep:
             try:
                 adapter = self.record.adapter(trial)
                 verify_adapter(adapter)
-            except AbsentError:
+            except (AbsentError, NotPulledError):
                 raise  # the next one is not what the rows say
             except RecordError as error:
                 damaged[trial.trial_id] = error.message
@@ -241,9 +244,11 @@ def point_of(trial: TrialResult) -> str:
 
 
 def open_sweep(sweep: str | Path, output: str | Path = "runs") -> FinishedSweep:
-    """Open a sweep by its folder, or by its name under `output`.
+    """Open a sweep by its folder, by its URI, or by its name under `output`.
 
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
+        RequestError: the URI is none of a supported store.
+        RemoteError: the store refuses it, or does not answer.
     """
-    return FinishedSweep(read_sweep(sweep, output))
+    return FinishedSweep(view_sweep(sweep, output))

@@ -12,11 +12,11 @@ def record_answers(sweep: FinishedSweep, number: int) -> Answers:
     """Ask the first `number` held-out prompts, record the answers in the sweep's folder, and return them.
 
     Raises:
-        RecordError: there is no adapter to ask, or it is damaged.
+        RecordError: there is no adapter to ask, or it is damaged; or the rows were not pulled.
         RequestError: the rows have no prompts, or the base cannot be loaded.
     """
     winner = sweep.best()
-    prompts = load(sweep.record.paths.data).prompts[:number]
+    prompts = load(sweep.record.rows()).prompts[:number]
     if not prompts:
         raise RequestError(
             f"{sweep.record.paths.root}: its held-out rows have no prompts, so nothing can be asked",

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from orchestrator.errors import RecordError
-from orchestrator.record.sweep_record import SweepRecord, read_sweep
+from orchestrator.record.sweep_record import SweepRecord, read_sweep, require_folder
 
 
 def find_trial(trial: str, output: str | Path = "runs") -> tuple[SweepRecord, str]:
@@ -17,6 +17,7 @@ def find_trial(trial: str, output: str | Path = "runs") -> tuple[SweepRecord, st
     Raises:
         RecordError: there is no such sweep, or it has no such trial.
     """
+    require_folder(trial, output)
     path = Path(trial)
     sweep = path.parent.parent if path.parent.name == "trials" else path.parent
     if sweep == path.parent and "/" not in trial.strip("/"):

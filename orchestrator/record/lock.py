@@ -23,6 +23,8 @@ _BEAT_S = 5.0
 """Seconds between two signs of life of a driver."""
 _SILENCE_S = 60.0
 """Seconds without a sign after which a driver on another machine counts as dead."""
+_PULLED_SILENCE_S = 180.0
+"""The same for a sweep that was pulled: an object store gets the signs between the files of a round of copying."""
 _PROBE_S = 1.0
 """Longest time for which a new driver waits for a lock, which `driver_state` takes for a moment."""
 
@@ -119,6 +121,8 @@ def driver_state(paths: SweepPaths) -> DriverState:
     Not every shared file system passes locks from machine to machine.
     """
     driver, silent_s = _read_driver(paths), max(time.time() - _last_sign(paths), 0.0)
+    if paths.pulled.is_file():  # a copy: nobody locks it, on whatever machine the driver runs
+        return DriverState(driver is not None and silent_s < _PULLED_SILENCE_S, driver, silent_s)
     is_elsewhere = driver is not None and driver.host != socket.gethostname()
     is_running = _is_locked(paths) or (is_elsewhere and silent_s < _SILENCE_S)
     return DriverState(is_running, driver, silent_s)

@@ -35,13 +35,9 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
         output: overrides `output.folder`.
 
     Raises:
-        RequestError: the folder already exists, cannot be made, or is a URI.
+        RequestError: the folder already exists or cannot be made.
     """
     folder = output or spec.output.folder
-    if "://" in folder:
-        raise RequestError(
-            f"output {folder}: must be a folder, not a URI", "Mount the storage on every node and give the mount."
-        )
     _require_valid(name)
     parent = Path(folder).resolve()
     existing = next(path for path in (parent, *parent.parents) if path.exists())

@@ -174,6 +174,11 @@ class SweepPaths:
         return self.root / "absent.json"
 
     @property
+    def pulled(self) -> Path:
+        """Pulled; exists in a copy that was pulled from an object store."""
+        return self.root / ".pulled.json"
+
+    @property
     def first_step(self) -> Path:
         """Empty file; exists once a trial has made a step under the present driver."""
         return self.root / ".first-step"

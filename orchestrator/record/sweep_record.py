@@ -1,8 +1,8 @@
 """Read a sweep back from its folder. What is on disk is authoritative; everything else is a view of it."""
 
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,14 +23,19 @@ from orchestrator.record.models import (
     time_now,
 )
 from orchestrator.record.paths import SweepPaths, TrialPaths
+from orchestrator.record.pulled import require_pulled
 from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
+from orchestrator.spec.output_uri import is_uri
 
 _T = TypeVar("_T", SweepInfo, AddedTrial, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
+
+LAST_PULLED = "adapter_config.json"
+"""The file of an adapter that is pulled last: with it, the adapter is complete."""
 
 OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
 """States of trials that have not ended."""
@@ -42,6 +47,8 @@ class SweepRecord:
 
     paths: SweepPaths
     info: SweepInfo
+    fetch: Callable[[Path], None] = field(default=lambda _: None, compare=False, repr=False)
+    """Fetches a folder of the sweep if it is in an object store and not here yet."""
 
     def trials(self) -> list[TrialResult]:
         """Return all trials, best first; those without an evaluation last."""
@@ -71,6 +78,16 @@ class SweepRecord:
         """Return answers of the base and of the recommended adapter, if they were recorded."""
         return _read(Answers, self.paths.answers) if self.paths.answers.is_file() else None
 
+    def rows(self) -> Path:
+        """Return the folder of the tokenized rows.
+
+        Raises:
+            NotPulledError: they were left out when the sweep was pulled.
+        """
+        self.fetch(self.paths.data)
+        require_pulled(self.paths, self.paths.data / "meta.json", "the tokenized rows were", "--rows")
+        return self.paths.data
+
     def adapter_path(self, trial: TrialResult) -> Path:
         """Return where the adapter of a trial's best evaluation should be."""
         assert trial.best is not None
@@ -81,10 +98,13 @@ class SweepRecord:
 
         Raises:
             AbsentError: `orchestrator clean` has removed it.
+            NotPulledError: it was left out when the sweep was pulled.
             RecordError: it is missing, or the record or a symbolic link leads out of the sweep's folder.
         """
         require_present(self.paths, trial.trial_id)
         folder = self.adapter_path(trial)
+        self.fetch(folder)
+        require_pulled(self.paths, folder / LAST_PULLED, f"{trial.trial_id}: its adapter was", "--adapters all")
         if not folder.is_dir():
             raise RecordError(f"{folder}: the adapter of trial {trial.trial_id} is missing")
         if folder.resolve() != self.paths.root.resolve() / folder.relative_to(self.paths.root):
@@ -102,6 +122,7 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
     Raises:
         RecordError: there is no such sweep, or its record cannot be read.
     """
+    require_folder(sweep, output)
     for root in (Path(sweep), Path(output) / sweep):
         try:
             paths = SweepPaths(root.resolve())
@@ -116,6 +137,20 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
         f"{sweep}: there is no such sweep (no sweep.json in {sweep} or {Path(output) / sweep})",
         "Give the sweep's folder, or its name together with --output.",
     )
+
+
+def require_folder(sweep: str | Path, output: str | Path) -> None:
+    """Check that a sweep is named by its folder, for what cannot be done in an object store.
+
+    Raises:
+        RecordError: it is named by its URI, or by its name under one.
+    """
+    if any(is_uri(str(each)) for each in (sweep, output)):
+        where = sweep if is_uri(str(sweep)) else f"{output}/{sweep}"
+        raise RecordError(
+            f"{where}: is in an object store, where this command cannot work",
+            "Give the folder of its driver, or of a copy: `orchestrator pull` makes one.",
+        )
 
 
 def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:

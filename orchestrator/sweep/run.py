@@ -22,6 +22,7 @@ from orchestrator.rate_prior import with_prior
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
+from orchestrator.remote.mirror import mirroring
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
@@ -77,7 +78,7 @@ def run_sweep(
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. Trials have written a checkpoint of their last step.
-        StorageError: the disk is full or fails.
+        StorageError: the disk is full or fails; or the object store of the output lacks files at the end.
     """
     require_extras(spec)
     require_scheduler_effect(spec)
@@ -96,7 +97,7 @@ def run_sweep(
         info = start_sweep(spec, paths, source, prior_sweeps=prior_sweeps)
         for note in notes_on_rows(info):
             say(note)
-        with held(paths):
+        with held(paths), mirroring(paths, say):
             return _drive(SweepRecord(paths, info), fleet, watch, say, doing)
 
 
@@ -128,7 +129,8 @@ def resume_sweep(
     ):
         require_shared_folder(record.paths.root)
         save_extension(record)
-        return _drive(record, fleet, watch, say, doing)
+        with mirroring(record.paths, say):
+            return _drive(record, fleet, watch, say, doing)
 
 
 def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say) -> SweepRecord:
@@ -181,7 +183,7 @@ def finish_audit(
     Raises:
         The same errors as `run_sweep`.
     """
-    with held(record.paths):
+    with held(record.paths), mirroring(record.paths, say):
         if len(ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
             conclude(audit, audit.paths, failures_count=True)

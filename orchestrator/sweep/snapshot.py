@@ -64,6 +64,7 @@ def restore_snapshot(paths: SweepPaths) -> bytes | None:
     """
     if not paths.tune_snapshot.is_file():
         return None
+    paths.tune.mkdir(exist_ok=True)  # a copy from an object store has none if no trial has saved anything there
     for pattern in TUNE_STATE_FILES:
         for file in paths.tune.glob(pattern):
             file.unlink()

@@ -10,6 +10,7 @@ from orchestrator.imports import importing, leave_out_compiler
 from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.record.rows import notes_on_rows
+from orchestrator.remote.mirror import mirroring
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.sections import ResourcesSection
@@ -89,7 +90,7 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
         from orchestrator.training.trial import run_trial
 
     spec, paths = record.info.spec, record.paths
-    with only_driver(paths):
+    with only_driver(paths), mirroring(paths, watcher.say):
         try:
             result = run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
         except TrialError:

@@ -18,7 +18,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "orchestrator.cli", *arguments]
 
 
-def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start_sweep(folder: Path | str, *overrides: str) -> subprocess.Popen[str]:
     settings = [
         *TINY,
         f"search.num_trials={NUM_TRIALS}",

@@ -35,6 +35,21 @@ def test_later_calls_resume_it(tmp_path: Path) -> None:
     assert done.stdout.startswith(expected)
 
 
+@pytest.mark.parametrize(("status", "verb"), [(0, "resume"), (2, "sweep")])
+def test_a_sweep_in_an_object_store_is_looked_up_there(status: int, verb: str, tmp_path: Path) -> None:
+    call(tmp_path, "mine.yaml")  # makes the program
+    fake = tmp_path / "bin" / "orchestrator"
+    fake.write_text(f'#!/bin/bash\nprintf "[%s]" "$@"\n[[ $1 != status ]] || exit {status}\n')
+    done = subprocess.run(
+        [str(PROGRAM), "mine.yaml", "mine", "s3://b/runs"],
+        env={"PATH": f"{fake.parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(f"[{verb}][m"), done.stdout
+    assert "[--output][s3://b/runs]" in done.stdout
+
+
 @pytest.mark.parametrize(("address", "options"), [("none", ""), ("head:6379", "[--address][head:6379]")])
 def test_the_address_is_given_by_the_environment(address: str, options: str, tmp_path: Path) -> None:
     done = call(tmp_path, "mine.yaml", "mine", "runs", ADDRESS=address)

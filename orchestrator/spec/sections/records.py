@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from orchestrator.spec.output_uri import is_uri, uri_fault
 from orchestrator.spec.sections.section import NAME_PATTERN, Section
 
 
@@ -31,10 +32,18 @@ class TrackingSection(Section):
     """Write to trackio: to files in TRACKIO_DIR, or in the sweep's folder (extra trackio)."""
 
 
+def _checked_folder(folder: str) -> str:
+    """Check that an output is a folder or a URI that is supported."""
+    if is_uri(folder) and (fault := uri_fault(folder)):
+        raise ValueError(fault)
+    return folder
+
+
 class OutputSection(Section):
     """The folder of the sweep."""
 
-    folder: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder that holds one folder for each sweep. On a cluster, all nodes must share it. `--output` overrides it."""
+    folder: Annotated[str, Field(min_length=1), AfterValidator(_checked_folder)] = "runs"
+    """Folder that holds one folder for each sweep, or a URI: s3://, gs:// or az://, then BUCKET/FOLDER. On a cluster,
+    all nodes must share the folder. `--output` overrides it."""
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Name of this sweep's folder. Default: the experiment file's name and the time. `--name` overrides it."""

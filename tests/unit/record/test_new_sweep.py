@@ -42,8 +42,6 @@ def test_an_existing_folder_is_refused(document: dict[str, Any], tmp_path: Path)
         with pytest.raises(RequestError, match=rf"{name}: already exists\n.*{remedy}"):
             claimed(spec, "x.yaml", name, str(tmp_path))
         assert (tmp_path / name).is_dir()
-    with pytest.raises(RequestError, match="must be a folder, not a URI"):
-        claimed(spec, "x.yaml", "one", "s3://bucket/runs")
 
 
 def test_a_file_in_place_of_the_folder_is_refused(document: dict[str, Any], tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ CALLS = [
 ]
 
 OUTPUTS = [
-    trial("output is a URI", ["output.folder=s3://bucket/runs"], "s3://bucket/runs", "not a URI"),
-    command("option is a URI", ["trial", "x.yaml", "--output", "gs://b"], "gs://b", "not a URI"),
-    command("sweep to a URI", ["sweep", "x.yaml", "--output", "gs://b"], "gs://b", "not a URI"),
+    trial("output of no store", ["output.folder=ftp://b/runs"], "output.folder", "ftp is not supported", "s3://"),
+    command("option of no store", ["trial", "x.yaml", "--output", "ftp://b"], "ftp://b", "not supported", "s3://"),
+    command("sweep to no store", ["sweep", "x.yaml", "--output", "ftp://b"], "ftp://b", "not supported", "s3://"),
+    command("no Azure account", ["sweep", "x.yaml", "--output", "az://b/c"], "az://b", "AZURE_STORAGE_ACCOUNT"),
     command("folder is there", ["trial", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "already exists"),
     command("sweep is there", ["sweep", "x.yaml", "--output", "sweeps", "--name", "open"], "open", "resume"),
     command("output is a file", ["trial", "x.yaml", "--output", "x.yaml"], "output x.yaml", "is not a writable folder"),
