@@ -179,9 +179,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         spent = self._check_budget(controller)
         stops = {trial.trial_id: str(spent) for trial, _ in reports} if spent else self._inner.judge(reports)
         if not spent:
-            asked = [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]
-            stops |= {trial.trial_id: self.steering.stop(trial, controller) for trial in asked}
-            self._inner.ended |= {trial.trial_id for trial in asked}
+            for trial in [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]:
+                stops[trial.trial_id] = self.steering.stop(trial, controller)
+                self._inner.leave_out(trial.trial_id)
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self.log(trial, "stopped", stops[trial.trial_id])
@@ -292,6 +292,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def is_spent(self) -> bool:
         """Return whether the budget is spent."""
         return self._budget_spent is not None
+
+    def set_aside(self, trial: Any) -> None:
+        """Note that a trial is paused by request while it waits for a slot."""
+        if self._reports is not None:
+            self._reports.set_aside(trial)
 
     def rejoin(self, trial: Any) -> None:
         """Note that a trial that was paused by request will continue."""

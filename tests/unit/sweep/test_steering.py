@@ -4,26 +4,11 @@ from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
-from simulated import ASHA, BAND, PBT, MakeStage, falling
+from simulated import ASHA, BAND, PBT, MakeStage, falling, steered
 
 from orchestrator.record.requests import Request, read_answer, unanswered, write_request
 
 NONE = {"kind": "none"}
-
-
-def steered(stage: Any) -> Any:
-    """Give a stage what steering asks of Tune's controller and of the search."""
-    stage.calls = []
-    for name in ("forget", "set_aside", "take_back", "take_in", "extend"):
-        setattr(stage.search_alg, name, lambda *args, name=name: stage.calls.append((name, args[0])))
-
-    def add_trial(trial: Any) -> None:
-        stage.losses[trial.trial_id] = falling(0)
-        stage.trials.append(trial)
-        stage.conductor.on_trial_add(stage, trial)
-
-    stage.add_trial = add_trial
-    return stage
 
 
 def ask(stage: Any, verb: Any, **fields: Any) -> Request:
@@ -33,9 +18,10 @@ def ask(stage: Any, verb: Any, **fields: Any) -> Request:
 def take_up(stage: Any) -> None:
     """Take requests up and write the answers, as one iteration of Tune's loop does."""
     steering = stage.conductor.steering
-    steering._has_new, steering._looked_s = True, 0.0
+    steering._looked_s = 0.0
+    steering.look(stage.conductor)
     steering.take_up(stage.conductor)
-    steering.write_answers(stage.conductor)
+    steering.write_answers()
 
 
 def answer(stage: Any, verb: Any, **fields: Any) -> tuple[bool, str]:
