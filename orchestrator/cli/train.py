@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -206,7 +207,7 @@ def resume(
 
     The recorded experiment is used, even if its file has changed. Changes by --trials and --budget are recorded.
     """
-    from orchestrator.record import is_finished, read_sweep
+    from orchestrator.record import is_finished, planned_trials, read_sweep
     from orchestrator.record.extend import extend_sweep
     from orchestrator.report.live import SweepView
     from orchestrator.report.trial_view import TrialView
@@ -227,8 +228,9 @@ def resume(
                 resume_local_trial(record, trial_view)
         else:
             title = f"resuming the sweep in {record.paths.root}"
+            planned = partial(planned_trials, record.paths, record.info.num_trials)
             has_ended = record.paths.search_ended.is_file
-            with SweepView(console, record.info.spec, record.info.num_trials, title, has_ended) as view:
+            with SweepView(console, record.info.spec, planned, title, has_ended) as view:
                 view.doing("importing libraries")
                 from orchestrator.sweep import resume_sweep
 
@@ -270,12 +272,14 @@ def _sweep(
     source: "ExperimentSource",
     warm_from: "Sequence[SweepRecord]" = (),
 ) -> "SweepRecord":
+    from orchestrator.record import planned_trials
     from orchestrator.report.live import SweepView
 
     with resumable(paths.root), screen(paths.root) as console:
         total = spec.search.total_trials
         title = f"sweep of {counted(total, 'trial')} in {paths.root}"
-        with SweepView(console, spec, total, title, paths.search_ended.is_file) as view:
+        planned = partial(planned_trials, paths, total)
+        with SweepView(console, spec, planned, title, paths.search_ended.is_file) as view:
             view.doing("importing libraries")
             from orchestrator.sweep import run_sweep
 

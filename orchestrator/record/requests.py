@@ -113,7 +113,8 @@ def share_folder(paths: SweepPaths) -> None:
     """Let whoever may begin sweeps beside this one ask it for something: make the folder of the requests for them.
 
     It gets the group of the folder that holds the sweeps, and its permissions. Nothing is made where only its owner may
-    write into that folder, or where it has the sticky bit, as /tmp has: accounts may not touch each other's files there.
+    write into that folder, or where it has the sticky bit, as /tmp has: there, accounts may not touch each other's
+    files.
 
     Raises:
         OSError: the folder cannot be made.

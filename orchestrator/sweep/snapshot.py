@@ -20,6 +20,7 @@ _SCHEDULER = "scheduler.pkl"
 _RESTORED = "0000-restored"
 """Takes the place of the time in the names of restored files."""
 
+
 def save_snapshot(paths: SweepPaths, staging: Path, scheduler_state: bytes) -> None:
     """Archive the state files in `staging` with the scheduler's state.
 

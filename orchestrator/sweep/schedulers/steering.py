@@ -230,7 +230,7 @@ class Steering:
             self._stop_waiting(trial, sweep)
             return f"{name} is stopped"
         if name in self.held:
-            return f"{name} stops as soon as the checkpoint of its pause is written"
+            return f"{name} stops once the checkpoint of its pause is written"
         return f"{name} stops at its next evaluation"
 
     def _stop_waiting(self, trial: Any, sweep: Steered) -> None:
@@ -271,7 +271,7 @@ class Steering:
         if name not in self.held:
             raise RequestError(f"{name}: is not paused by a request, so there is nothing to continue")
         if self.leaves(trial) == "stop":
-            raise RequestError(f"{name}: stops as soon as the checkpoint of its pause is written, as somebody has asked")
+            raise RequestError(f"{name}: stops once the checkpoint of its pause is written, as somebody has asked")
         self._let_go(name)
         sweep.controller.search_alg.take_back(name)
         sweep.rejoin(trial)

@@ -83,7 +83,7 @@ class JudgedTogether(FIFOScheduler):  # type: ignore[misc]  # mypy skips ray
         return stops
 
     def leave_out(self, trial_id: str) -> None:
-        """Note that a trial is stopped by request, even if the rule has just stopped it too. Its forecast is dropped."""
+        """Note that a trial is stopped by request. It has no forecast, even if the rule has just stopped it too."""
         self.ended.add(trial_id)
         self.forecasts.pop(trial_id, None)
 

@@ -141,7 +141,7 @@ def test_a_snapshot_holds_the_states_of_one_moment_and_answers_come_after_it(
 ) -> None:
     """While Tune's last state is one of before, neither the scheduler's state nor an answer is written."""
     stage = steered(make_stage({"kind": "none"}))
-    controller, manager = managed()
+    _, manager = managed()
     stage._checkpoint_manager, stage._tune_controller = manager, stage
     stage.add(a=falling(0), b=falling(0))
     for trial in stage.trials:
