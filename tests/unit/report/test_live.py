@@ -43,6 +43,15 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_the_reason(
     assert file.getvalue().count(LINE) == 1
 
 
+def test_the_total_is_that_of_a_sweep_that_people_extend(trials: list[TrialResult]) -> None:
+    planned = [2]
+    with SweepView(Console(file=io.StringIO(), width=160), made_up_spec(), lambda: planned[-1], "a sweep") as view:
+        view.update(trials)
+        planned.append(5)
+        view.update(trials)
+        assert view._summary()[0].startswith("1 of 5 trials ended")
+
+
 def test_a_sweep_that_has_ended_itself_waits_for_its_own_trials_only(trials: list[TrialResult]) -> None:
     """Two of 20 trials exist, and no other one comes."""
     console = Console(file=io.StringIO(), width=160)
