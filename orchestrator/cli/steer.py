@@ -93,14 +93,14 @@ def extend(
             return
         request = leave(record, "clone", **wanted)
         print("no driver is running; this command resumes the sweep, which takes the request up")
-        resume(str(record.paths.root), None, None, address, trust, output)
+        resume(str(record.paths.root), address=address, trust=trust, output=output)
         print(outcome(record, request))
         return
     record = read_sweep(sweep_or_trial, output)
     if driver_state(record.paths).is_running:
         print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
         return
-    resume(str(record.paths.root), trials, budget, address, trust, output)
+    resume(str(record.paths.root), trials, budget, address, trust=trust, output=output)
 
 
 @app.command(epilog="Example: orchestrator add runs/demo --set training.learning_rate=3e-4")
