@@ -82,7 +82,8 @@ class Sweep(FinishedSweep):
             fields: what belongs to it: `trial_id`, `values` (dotted field -> value), `warm`, `num_trials`, `budget`.
 
         Raises:
-            RequestError: the driver refuses it.
+            RequestError: there is no such verb or field, a value does not fit, or the driver refuses it.
+            RecordError: the sweep's folder cannot be written to.
         """
         from orchestrator.record.ask import ask
 

@@ -37,12 +37,12 @@ PRIVATE: tuple[Private, ...] = (
     Private(
         _RAY, "ray/tune/execution/tune_controller.py",
         ("TuneController._checkpoint_manager", "TrialRunnerWrapper._tune_controller"),
-        "upstream.py", "see limit_state_writing",
+        "upstream.py", "see limit_state_writing and write_state_next",
     ),
     Private(
         _RAY, "ray/tune/execution/experiment_state.py",
         ("_ExperimentCheckpointManager._update_auto_checkpoint_time(self, time_taken)", "_checkpoint_period"),
-        "upstream.py", "see limit_state_writing",
+        "upstream.py", "see limit_state_writing and write_state_next",
     ),
     Private(
         _RAY, "ray/_private/services.py", ("resolve_ip_for_localhost(host)", "get_node_ip_address(address)"),

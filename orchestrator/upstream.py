@@ -8,7 +8,7 @@ Libraries are imported inside the functions, so that this module is cheap to imp
 
 import importlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,9 @@ def keep_signal_handlers() -> None:
     module._setup_signal_catching = threading.Event  # type: ignore[attr-defined]
 
 
-def limit_state_writing(controller: Any, free_s: float, max_share: float, longest_s: float) -> None:
+def limit_state_writing(
+    controller: Any, free_s: float, max_share: float, longest_s: float, written: Callable[[], None]
+) -> None:
     """Let Tune write its state less often where that takes longer: with 1,000 trials, 0.1 s at each turn.
 
     ray 2.60: the manager of the state calls `_update_auto_checkpoint_time` after each writing. Its own rule waits at
@@ -67,13 +69,20 @@ def limit_state_writing(controller: Any, free_s: float, max_share: float, longes
         free_s: seconds of a writing that need no pause after it.
         max_share: largest share of the time that goes into writing beyond that.
         longest_s: longest pause in seconds, such as after a disk that was slow once.
+        written: called after each writing.
     """
     manager = controller._tune_controller._checkpoint_manager  # a scheduler is given a wrapper
 
     def adapt(time_taken: float) -> None:
         manager._checkpoint_period = min(max(0.0, time_taken - free_s) * (1 / max_share - 1), longest_s)
+        written()
 
     manager._update_auto_checkpoint_time = adapt
+
+
+def write_state_next(controller: Any) -> None:
+    """Have Tune write its state at the end of this turn, whatever `limit_state_writing` would do (ray 2.60)."""
+    controller._tune_controller._checkpoint_manager._checkpoint_period = 0.0
 
 
 @contextmanager

@@ -105,7 +105,8 @@ def next_steps(data: SweepData, edges: list[Edge], found: Importances, longer: L
     steps: list[Step] = []
     if not data.is_over:
         left = max(data.info.num_trials - sum(trial.state not in OPEN for trial in data.trials), 0)
-        why = f"{counted(left, 'trial has', 'trials have')} not ended; continue if no driver is running."
+        what = counted(left, "trial has", "trials have") if left else "the runs of the finalists with other seeds have"
+        why = f"{what} not ended; continue if no driver is running."
         steps.append(Step(why, resume_command(data)))
     if leader is None:
         failed = [trial for trial in data.trials if trial.state == TrialState.FAILED]

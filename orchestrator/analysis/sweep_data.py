@@ -24,6 +24,7 @@ from orchestrator.record import (
     TrialResult,
     TrialState,
     have_ended,
+    have_repeats_ended,
     read_decisions,
     read_metrics,
     read_sweep,
@@ -50,6 +51,8 @@ class SweepData:
     why_no_choice: str
     """Why there is no recommended trial; empty if there is one."""
     why_over: BudgetSpent | SearchEnded | None
+    have_repeats_ended: bool
+    """Whether no finalist is left to run again."""
     test_score: TestScore | None
     answers: Answers | None
     """Answers of the base and of a recommended adapter to held-out prompts."""
@@ -93,8 +96,8 @@ class SweepData:
 
     @property
     def is_over(self) -> bool:
-        """Whether no trial of the sweep is left to run."""
-        return have_ended(self.info, self.trials, self.why_over)
+        """Whether no trial of the sweep is left to run, nor one of the finalists again."""
+        return have_ended(self.info, self.trials, self.why_over) and self.have_repeats_ended
 
     def fields(self) -> list[str]:
         """Return the searched fields; tied ones follow from them. A single trial searches none."""
@@ -134,6 +137,7 @@ def read_data(record: SweepRecord) -> SweepData:
         choice=choice,
         why_no_choice=why,
         why_over=_attempt(record.why_over, None, damaged),
+        have_repeats_ended=_attempt(lambda: have_repeats_ended(record, trials), True, damaged),
         test_score=_attempt(record.test_score, None, damaged),
         answers=_attempt(record.answers, None, damaged),
         damaged=damaged,

@@ -49,7 +49,7 @@ def audit(
         from orchestrator.sweep import finish_audit
 
         title = f"audit of {counted(begun.info.num_trials, 'stopped trial')} in {begun.paths.root}"
-        with SweepView(console, begun.info.spec, begun.info.num_trials, title) as view:
+        with SweepView(console, begun.info.spec, lambda: begun.info.num_trials, title) as view:
             try:
                 finish_audit(record, begun, view.update, address, view.say)
             except OrchestratorError as error:

@@ -43,7 +43,7 @@ def watch(sweep: Sweep, output: Where = "runs") -> None:
     record, console = view_sweep(sweep, output), console_on()
     with until_signal(), refreshing(record):
         watch_sweep(console, record)
-    _show(console, record, max_lines=table_lines(console))
+    _show(console, read_sweep(record.paths.root), max_lines=table_lines(console))
 
 
 def _show(console: "Console", record: "SweepRecord", max_lines: int | None = None) -> None:
@@ -77,6 +77,7 @@ def _show(console: "Console", record: "SweepRecord", max_lines: int | None = Non
 
 def _as_document(record: "SweepRecord") -> dict[str, object]:
     from orchestrator.record import PresentTrials, is_finished, totals
+    from orchestrator.record.held import only_paused
     from orchestrator.record.lock import driver_state
 
     search, driver = record.info.spec.search, driver_state(record.paths)
@@ -92,6 +93,7 @@ def _as_document(record: "SweepRecord") -> dict[str, object]:
         "num_trials": record.info.num_trials,
         "is_running": driver.is_running,
         "is_finished": is_finished(record, trials),
+        "only_paused": only_paused(record, trials),
         "seconds_since_last_sign": round(driver.silent_s, 1),
         "tokens": used.tokens,
         "gpu_hours": round(used.gpu_hours, 6),

@@ -80,21 +80,26 @@ def extend(
     """
     from orchestrator.cli.train import resume
     from orchestrator.record import read_sweep
-    from orchestrator.record.ask import ask
+    from orchestrator.record.ask import ask, leave, outcome
     from orchestrator.record.lock import driver_state
 
     if (trials is not None or bool(budget)) == (steps is not None):
         raise RequestError("extend: give --steps N, or --trials N and --budget LIMIT=V, which may be used together")
     if steps is not None:
         record, trial_id = _best_or_given(sweep_or_trial, output)
-        print(ask(record, "clone", wait, trial_id=trial_id, warm=True, values=_longer(record, trial_id, steps)))
+        wanted: dict[str, Any] = {"trial_id": trial_id, "warm": True, "values": _longer(record, trial_id, steps)}
         if driver_state(record.paths).is_running:
+            print(ask(record, "clone", wait, **wanted))
             return
-    else:
-        record = read_sweep(sweep_or_trial, output)
-        if driver_state(record.paths).is_running:
-            print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
-            return
+        request = leave(record, "clone", **wanted)
+        print("no driver is running; this command resumes the sweep, which takes the request up")
+        resume(str(record.paths.root), address=address, trust=trust, output=output)
+        print(outcome(record, request))
+        return
+    record = read_sweep(sweep_or_trial, output)
+    if driver_state(record.paths).is_running:
+        print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
+        return
     resume(str(record.paths.root), trials, budget, address, trust=trust, output=output)
 
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -220,7 +221,7 @@ def resume(
 
     The recorded experiment is used, even if its file has changed. Changes by --trials and --budget are recorded.
     """
-    from orchestrator.record import is_finished
+    from orchestrator.record import is_finished, planned_trials
     from orchestrator.record.extend import extend_sweep
     from orchestrator.remote.output import send_rest, sweep_to_resume
     from orchestrator.report.live import SweepView
@@ -252,8 +253,9 @@ def resume(
                 resume_local_trial(record, trial_view)
         else:
             title = f"resuming the sweep in {record.paths.root}"
+            planned = partial(planned_trials, record.paths, record.info.num_trials)
             has_ended = record.paths.search_ended.is_file
-            with SweepView(console, record.info.spec, record.info.num_trials, title, has_ended) as view:
+            with SweepView(console, record.info.spec, planned, title, has_ended) as view:
                 view.doing("importing libraries")
                 from orchestrator.sweep import resume_sweep
 
@@ -313,12 +315,14 @@ def _sweep(
     source: "ExperimentSource",
     warm_from: "Sequence[SweepRecord]" = (),
 ) -> "SweepRecord":
+    from orchestrator.record import planned_trials
     from orchestrator.report.live import SweepView
 
     with resumable(paths.root), screen(paths.root) as console:
         total = spec.search.total_trials
         title = f"sweep of {counted(total, 'trial')} in {paths.root}"
-        with SweepView(console, spec, total, title, paths.search_ended.is_file) as view:
+        planned = partial(planned_trials, paths, total)
+        with SweepView(console, spec, planned, title, paths.search_ended.is_file) as view:
             view.doing("importing libraries")
             from orchestrator.sweep import run_sweep
 

@@ -78,8 +78,8 @@
     if (text !== shown) said.textContent = shown = text;
   };
 
+  let isOver = said.dataset.over === "yes";
   const ask = async () => {
-    let isOver = false;
     try {
       const answer = await fetch("update", { headers: { "If-None-Match": tag } });
       /* Somebody who marks text would lose the mark. */
@@ -95,9 +95,9 @@
         say("The records cannot be read at this moment; trying again.");
       }
     } catch {
-      say("The server does not answer: this is the last state that it has sent.");
+      if (!isOver) say("The server does not answer: this is the last state that it has sent.");
     }
-    if (!isOver) setTimeout(ask, PERIOD);
+    setTimeout(ask, PERIOD); /* also after the end: the sweep may be extended */
   };
-  if (said.dataset.over !== "yes") setTimeout(ask, PERIOD);
+  setTimeout(ask, PERIOD);
 })();

@@ -13,7 +13,7 @@ from typing import Final
 from orchestrator.analysis.sweep_data import read_data
 from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.page.report import live_page, live_part
-from orchestrator.record import SweepRecord
+from orchestrator.record import SweepRecord, read_sweep
 
 HOST: Final = "127.0.0.1"
 """Only this machine can connect."""
@@ -40,7 +40,7 @@ class _Made:
     @classmethod
     def of_sweeps(cls, sweeps: Sequence[SweepRecord], records: str) -> "_Made":
         began = time.monotonic()
-        part = live_part([read_data(sweep) for sweep in sweeps])
+        part = live_part([read_data(read_sweep(sweep.paths.root)) for sweep in sweeps])  # they may have been extended
         document = {"html": part.html, "plots": part.plots, "is_over": part.is_over}
         update = json.dumps(document, allow_nan=False).encode()
         tag = f'"{sha256(update).hexdigest()[:16]}"'
@@ -112,7 +112,12 @@ def _records(sweeps: Sequence[SweepRecord]) -> str:
     seen = []
     for sweep in sweeps:
         root = sweep.paths.root
-        files = [*root.glob("*.json*"), *root.glob("trials/*/*.json*"), *root.glob("repeats/trials/*/*.json*")]
+        files = [
+            *root.glob("*.json*"),
+            *root.glob("trials/*/*.json*"),
+            *root.glob("repeats/*.json*"),
+            *root.glob("repeats/trials/*/*.json*"),
+        ]
         for file in sorted(file for file in files if not file.name.startswith(".")):
             try:
                 found = file.stat()

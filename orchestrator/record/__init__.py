@@ -27,7 +27,14 @@ from orchestrator.record.models import (
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.present import PresentTrials
 from orchestrator.record.search_ended import SearchEnded
-from orchestrator.record.standing import have_ended, is_finished, repeats_record, totals
+from orchestrator.record.standing import (
+    have_ended,
+    have_repeats_ended,
+    is_finished,
+    planned_trials,
+    repeats_record,
+    totals,
+)
 from orchestrator.record.sweep_record import (
     OPEN,
     SweepRecord,
@@ -66,7 +73,9 @@ __all__ = [
     "TrialState",
     "end_trial",
     "have_ended",
+    "have_repeats_ended",
     "is_finished",
+    "planned_trials",
     "read_added",
     "read_decisions",
     "read_metrics",

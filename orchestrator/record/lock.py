@@ -116,15 +116,17 @@ def marking_children() -> Iterator[None]:
 
 
 def driver_state(paths: SweepPaths) -> DriverState:
-    """Tell whether a driver runs the sweep: by its lock, and on another machine by its last sign of life.
+    """Tell whether a driver runs the sweep: by its lock, else by its last sign of life.
 
-    Not every shared file system passes locks from machine to machine.
+    The sign decides about a driver on another machine, because not every shared file system passes locks on, and for an
+    account that may not write into the sweep's folder, because it cannot try the lock.
     """
     driver, silent_s = _read_driver(paths), max(time.time() - _last_sign(paths), 0.0)
     if paths.pulled.is_file():  # a copy: nobody locks it, on whatever machine the driver runs
         return DriverState(driver is not None and silent_s < _PULLED_SILENCE_S, driver, silent_s)
-    is_elsewhere = driver is not None and driver.host != socket.gethostname()
-    is_running = _is_locked(paths) or (is_elsewhere and silent_s < _SILENCE_S)
+    is_locked = _is_locked(paths)
+    sign_decides = is_locked is None or (driver is not None and driver.host != socket.gethostname())
+    is_running = bool(is_locked) or (sign_decides and driver is not None and silent_s < _SILENCE_S)
     return DriverState(is_running, driver, silent_s)
 
 
@@ -134,7 +136,8 @@ def _beat(paths: SweepPaths, over: threading.Event) -> None:
             os.utime(paths.driver)
 
 
-def _is_locked(paths: SweepPaths) -> bool:
+def _is_locked(paths: SweepPaths) -> bool | None:
+    """Return whether a process holds the lock; None where this account cannot try it."""
     if not paths.driver_lock.is_file():
         return False
     lock = FileLock(paths.driver_lock, fallback_to_soft=False)
@@ -142,8 +145,8 @@ def _is_locked(paths: SweepPaths) -> bool:
         lock.acquire(blocking=False)
     except Timeout:
         return True
-    except OSError:  # the folder cannot be written to: the last sign decides
-        return False
+    except OSError:  # the folder cannot be written to
+        return None
     lock.release()
     return False
 

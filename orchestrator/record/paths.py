@@ -71,6 +71,11 @@ class TrialPaths:
         return self.root / ".pausing"
 
     @property
+    def held(self) -> Path:
+        """Exists while the trial is paused by request, from the pause until it goes on or ends."""
+        return self.root / ".held"
+
+    @property
     def added(self) -> Path:
         """AddedTrial; exists if the trial was added by a request."""
         return self.root / "added.json"

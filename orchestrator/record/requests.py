@@ -5,16 +5,19 @@ takes requests up in the order of their names, which begin with the time.
 """
 
 import getpass
+import os
 import socket
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
-from orchestrator.errors import RecordError
+from orchestrator.errors import RecordError, RequestError
 from orchestrator.record.files import write_atomic
 from orchestrator.record.lock import driver_state
 from orchestrator.record.models import Record, time_now
@@ -77,19 +80,53 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
         fields: fields of `Request` that belong to it.
 
     Raises:
+        RequestError: there is no such verb or field, or a value does not fit.
         RecordError: the folder cannot be written to.
     """
     name = f"{time.time_ns():020d}-{uuid4().hex[:8]}"
-    request = Request(name=name, verb=verb, asked=time_now(), by=_who(), **fields)
+    known = {"name": name, "verb": verb, "asked": time_now(), "by": _who()}
+    try:
+        request = Request.model_validate(fields | known)
+        text = request.model_dump_json(indent=2) + "\n"
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(
+            f"{verb}: {where}: {first['msg']}",
+            f"The verbs are {', '.join(get_args(Verb))}; the fields {', '.join(Request.model_fields.keys() - known)}.",
+        ) from error
+    except PydanticSerializationError as error:
+        raise RequestError(f"{verb}: {error}", "Give values of JSON: numbers, strings, booleans, lists.") from error
     file = paths.requests / f"{name}.json"
     try:
-        write_atomic(file, request.model_dump_json(indent=2) + "\n")
+        share_folder(paths)
+        write_atomic(file, text)
     except OSError as error:
         raise RecordError(
             f"{file}: cannot be written: {error.strerror}",
             "Ask from an account that may write into the sweep's folder.",
         ) from error
     return request
+
+
+def share_folder(paths: SweepPaths) -> None:
+    """Let whoever may begin sweeps beside this one ask it for something: make the folder of the requests for them.
+
+    It gets the group of the folder that holds the sweeps, and its permissions. Nothing is made where only its owner may
+    write into that folder, or where it has the sticky bit, as /tmp has: there, accounts may not touch each other's
+    files.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    shared = paths.root.parent.stat()
+    is_shared = shared.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not shared.st_mode & stat.S_ISVTX
+    if not is_shared or paths.requests.is_dir():
+        return
+    paths.requests.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # this account is not in that group
+        os.chown(paths.requests, -1, shared.st_gid)
+        paths.requests.chmod(stat.S_IMODE(shared.st_mode))
 
 
 def read_request(paths: SweepPaths, name: str) -> Request:
@@ -103,6 +140,8 @@ def read_request(paths: SweepPaths, name: str) -> Request:
         return Request.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise RecordError(f"{file}: the request is damaged: {error}", "Ask again with the command.") from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise RecordError(f"{file}: cannot be read: {error.strerror}", "Ask again with the command.") from error
 
 
 def unanswered(paths: SweepPaths) -> list[str]:

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from orchestrator.errors import RecordError
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.models import SweepInfo, TrialResult, TrialState
 from orchestrator.record.paths import SweepPaths
@@ -51,6 +53,18 @@ def repeats_record(record: SweepRecord) -> SweepRecord | None:
     return read_sweep(paths.root) if paths.sweep.is_file() else None
 
 
+def planned_trials(paths: SweepPaths, at_first: int) -> int:
+    """Return how many trials a sweep is to have now; people may change that while it runs.
+
+    Args:
+        paths: of the sweep.
+        at_first: the number while there is no record that can be read.
+    """
+    with suppress(RecordError, OSError):
+        return read_sweep(paths.root).info.num_trials
+    return at_first
+
+
 def is_finished(record: SweepRecord, trials: Sequence[TrialResult] | None = None) -> bool:
     """Return whether a sweep has an adapter and nothing is left to run, measure or send to trackers.
 
@@ -65,8 +79,23 @@ def is_finished(record: SweepRecord, trials: Sequence[TrialResult] | None = None
         return False
     if any(trial.untracked for trial in trials) or (spec.data.test is not None and not record.paths.test.is_file()):
         return False
-    if record.info.is_single_trial or spec.search.repeats < 2 or record.budget_spent():
+    return have_repeats_ended(record, trials)
+
+
+def have_repeats_ended(record: SweepRecord, trials: Sequence[TrialResult]) -> bool:
+    """Return whether no finalist is left to run again, in a sweep whose own trials have ended.
+
+    Args:
+        record: the sweep.
+        trials: its trials.
+
+    Raises:
+        RecordError: the record of the repeats is damaged.
+    """
+    if record.info.is_single_trial or record.info.spec.search.repeats < 2 or record.budget_spent():
         return True
+    if not any(trial.state == TrialState.COMPLETE for trial in trials):
+        return True  # a stopped trial is no finalist
     repeats = repeats_record(record)
     return repeats is not None and have_ended(repeats.info, repeats.trials(), repeats.why_over())
 
@@ -83,4 +112,7 @@ def have_ended(info: SweepInfo, trials: Sequence[TrialResult], why_over: BudgetS
         return False
     # Another trial takes a canceled one's place.
     num_ended = sum(trial.state != TrialState.CANCELLED for trial in trials)
-    return num_ended >= info.num_trials or why_over is not None
+    if num_ended >= info.num_trials or isinstance(why_over, BudgetSpent):
+        return True
+    # A sweep that ends itself still runs the trials that people have added.
+    return why_over is not None and set(info.added) <= {trial.trial_id for trial in trials}

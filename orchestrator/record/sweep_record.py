@@ -161,12 +161,21 @@ def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:
 
 
 def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
-    """Return one trial: its result, or its progress, or PENDING with its configuration."""
+    """Return one trial: its result, or its progress, or PENDING with its configuration.
+
+    Raises:
+        RecordError: it has not begun, there is no such trial, or its record is damaged.
+    """
     for path in (paths.result, paths.progress):
         if path.is_file():
             trial = _read(TrialResult, path)
             is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
             return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
+    if not paths.config.is_file():
+        raise RecordError(
+            f"{paths.trial_id}: the trial has not begun, or the sweep has no such trial",
+            f"`orchestrator status {paths.sweep}` lists those that have begun.",
+        )
     search = info.spec.search
     return TrialResult(
         trial_id=paths.trial_id,

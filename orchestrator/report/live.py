@@ -30,7 +30,7 @@ class SweepView:
         self,
         console: Console,
         spec: SweepSpec,
-        num_trials: int,
+        num_trials: Callable[[], int],
         title: str,
         has_ended_itself: Callable[[], bool] = lambda: False,
         *,
@@ -42,7 +42,7 @@ class SweepView:
         Args:
             console: where to print.
             spec: the experiment.
-            num_trials: number of trials that the sweep will have.
+            num_trials: returns the number of trials that the sweep will have; people may change it.
             title: printed before the first message or table, because the sweep may be refused before that.
             has_ended_itself: returns whether no trial comes beside those that `update` shows.
             driver: returns a sentence on the process that runs the sweep, where that is another one.
@@ -53,7 +53,8 @@ class SweepView:
         self._is_live = is_live(console)
         self._title: str | None = title
         self._axes = axes_of(spec)
-        self._total = num_trials
+        self._num_trials = num_trials
+        self._total = num_trials()
         self._has_ended_itself = has_ended_itself
         self._driver = driver
         self._trials: list[TrialResult] = []
@@ -101,9 +102,8 @@ class SweepView:
         """Show these trials, best first."""
         self._print_title()
         is_first, self._trials = not self._trials, trials
-        if self._has_ended_itself():
-            self._total = len(trials)
-        self._total = max(self._total, len(trials))  # finalists that run again come after the trials of the search
+        planned = 0 if self._has_ended_itself() else self._num_trials()
+        self._total = max(planned, len(trials))  # finalists that run again come after the trials of the search
         self._time_left.update(trials, self._total)
         self._tokens.update(trials)
         if any(trial.step and trial.state in OPEN for trial in trials):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from orchestrator.record import SweepRecord, TrialResult, is_finished, repeats_record, totals
+from orchestrator.record.held import only_paused, say_only_paused
 from orchestrator.record.lock import DriverState, driver_state
 from orchestrator.report.tables import duration
 from orchestrator.words import counted
@@ -40,7 +41,9 @@ def standing(record: SweepRecord, trials: Sequence[TrialResult], driver: DriverS
     """Return one sentence on whether a sweep runs; if it does not and is not finished, how to resume it."""
     if driver.is_running:
         where = f" on {driver.driver.host} (process {driver.driver.pid})" if driver.driver else ""
-        return f"running{where}, last sign {duration(driver.silent_s)} ago"
+        names = only_paused(record, trials)
+        waits = f"; {say_only_paused(record, names)}" if names else ""
+        return f"running{where}, last sign {duration(driver.silent_s)} ago{waits}"
     if is_finished(record, trials):
         return "finished"
     return (

@@ -6,7 +6,7 @@ from contextlib import suppress
 from rich.console import Console
 
 from orchestrator.errors import RecordError
-from orchestrator.record import PresentTrials, SweepRecord, TrialResult
+from orchestrator.record import PresentTrials, SweepRecord, TrialResult, read_sweep
 from orchestrator.record.lock import driver_state
 from orchestrator.record.news import News
 from orchestrator.report.live import SweepView
@@ -25,7 +25,7 @@ def watch_sweep(console: Console, record: SweepRecord) -> None:
     view = SweepView(
         console,
         record.info.spec,
-        record.info.num_trials,
+        lambda: record.info.num_trials,
         f"watching {record.paths.root}; Ctrl-C ends this view, not the sweep",
         record.paths.search_ended.is_file,
         driver=lambda: standing(record, seen, state),
@@ -34,6 +34,7 @@ def watch_sweep(console: Console, record: SweepRecord) -> None:
     with view:
         while state.is_running:
             with suppress(RecordError, OSError):  # shared storage may fail for a moment; read again next time
+                record = read_sweep(record.paths.root)  # people may have extended it
                 for sentence in news.read():
                     view.say(sentence)
                 trials = present.read() + present.repeats()

@@ -9,6 +9,7 @@ from orchestrator.embedded.task import COLUMNS
 from orchestrator.spec.axis_checks import check_axes
 from orchestrator.spec.cross_checks import check_sections_together, check_trials, first_rung_steps, perturbation_steps
 from orchestrator.spec.default_search import complete_search
+from orchestrator.spec.dotted import read_path
 from orchestrator.spec.search import SearchSection
 from orchestrator.spec.sections import (
     BaseSection,
@@ -141,3 +142,11 @@ class SweepSpec(Section):
     def trial_config(self, point: Mapping[str, Any]) -> TrialConfig:
         """Return the configuration of one trial, see `TrialSpace.config`."""
         return self.trials.config(point)
+
+    def point_of(self, config: TrialConfig) -> dict[str, Any] | None:
+        """Return the point of a trial in the search space; None if a trial that was added lies outside of it."""
+        document, search = config.model_dump(mode="json"), self.search
+        point = search.active({path: read_path(document, path) for path in search.space})
+        varies_others = not config.varied.keys() <= {*search.space, *search.tied}
+        is_inside = not varies_others and all(search.space[path].holds(value) for path, value in point.items())
+        return point if is_inside else None

@@ -9,9 +9,7 @@ Names of state files contain the time at which their driver started, and Tune re
 clock may have been set back since then. Restored files therefore get names that sort before any time.
 """
 
-import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record import SweepPaths
@@ -22,38 +20,16 @@ _SCHEDULER = "scheduler.pkl"
 _RESTORED = "0000-restored"
 """Takes the place of the time in the names of restored files."""
 
-_TICK_NS = 10_000_000
-"""Two changes of a file within this time may get the same time of change (Linux: 1 to 10 ms)."""
 
+def save_snapshot(paths: SweepPaths, staging: Path, scheduler_state: bytes) -> None:
+    """Archive the state files in `staging` with the scheduler's state.
 
-class SnapshotWriter:
-    """Saves snapshots of one driver."""
-
-    def __init__(self, paths: SweepPaths) -> None:
-        self._paths = paths
-        self._saved: list[tuple[str, int, int]] = []
-        """Name, time of change and size of each file in the last snapshot; empty if they may change at that time."""
-
-    def save(self, staging: Path, scheduler_state: Callable[[], bytes]) -> bool:
-        """Archive the state files in `staging` and the scheduler's state, if the files have changed since then.
-
-        Call it from the thread of Tune's loop, which writes the files.
-
-        Returns:
-            Whether the archive holds the present state.
-        """
-        began_ns = time.time_ns()
-        files = _newest_state_files(staging)
-        found = [(file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()]]
-        if not files or (found == self._saved and self._paths.tune_snapshot.is_file()):
-            return False
-        with replacing(self._paths.tune_snapshot) as building, zipfile.ZipFile(building, "w") as packed:
-            for file in files:
-                packed.writestr(file.name, file.read_bytes())
-            packed.writestr(_SCHEDULER, scheduler_state())
-        changed_ns = max(changed_ns for _, changed_ns, _ in found)
-        self._saved = found if began_ns > changed_ns + _TICK_NS else []
-        return True
+    Call it from the thread of Tune's loop, right after Tune has written its files: both states must be of one moment.
+    """
+    with replacing(paths.tune_snapshot) as building, zipfile.ZipFile(building, "w") as packed:
+        for file in _newest_state_files(staging):
+            packed.writestr(file.name, file.read_bytes())
+        packed.writestr(_SCHEDULER, scheduler_state)
 
 
 def restore_snapshot(paths: SweepPaths) -> bytes | None:

@@ -45,7 +45,7 @@ def test_a_sweep_ends_itself_and_more_trials_lift_its_rule(tmp_path: Path) -> No
     assert {trial.trial_id: trial.seconds for trial in resumed.trials()} == began, "a resume decides the same"
 
     console, has_ended = Console(file=io.StringIO()), record.paths.search_ended.is_file
-    with SweepView(console, record.info.spec, 6, "more", has_ended) as view:
+    with SweepView(console, record.info.spec, lambda: 6, "more", has_ended) as view:
         more = resume_sweep(extend_sweep(read_sweep(record.paths.root), 6, []), view.update, say=view.say)
         assert view._summary()[0].startswith("6 of 6 trials ended")
     assert len(more.trials()) == 6

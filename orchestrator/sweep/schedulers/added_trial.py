@@ -52,7 +52,6 @@ def wanted_trial(spec: SweepSpec, values: Mapping[str, Any]) -> Wanted:
     Raises:
         RequestError: a field cannot be set, or a value does not fit.
     """
-    search = spec.search
     try:
         for path in values:
             check_searchable(path)
@@ -64,9 +63,8 @@ def wanted_trial(spec: SweepSpec, values: Mapping[str, Any]) -> Wanted:
     except ValueError as error:
         raise RequestError(str(error).removeprefix("search: ")) from error
     document = config.model_dump(mode="json")
-    point = search.active({path: read_path(document, path) for path in search.space})
-    is_inside = values.keys() <= search.space.keys() and all(search.space[path].holds(point[path]) for path in point)
-    return Wanted(config, {path: read_path(document, path) for path in values}, point if is_inside else None)
+    point = spec.point_of(config) if values.keys() <= spec.search.space.keys() else None
+    return Wanted(config, {path: read_path(document, path) for path in values}, point)
 
 
 def added_trial(like: Any, trial_id: str, values: Mapping[str, Any]) -> Any:

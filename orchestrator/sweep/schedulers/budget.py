@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from orchestrator.record import BudgetSpent, TrialResult
+from orchestrator.record import BudgetSpent, SweepPaths, TrialResult, write_record
 from orchestrator.spec.search import Budget
 
 _HOUR_S = 3600.0
@@ -65,3 +65,13 @@ class BudgetTracker:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with a stopped clock."""
         return {**self.__dict__, "_seconds": self._seconds + self._clock_s(), "_clock_start_s": None}
+
+
+def record_spent(budget: BudgetTracker, paths: SweepPaths) -> BudgetSpent | None:
+    """Return the limit that is reached now, and record it in the sweep's folder; None if there is none."""
+    if budget.needs_clock and paths.first_step.is_file():
+        budget.start_clock()
+    spent = budget.spent()
+    if spent is not None:
+        write_record(paths.budget, spent)
+    return spent

@@ -10,11 +10,11 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial, write_record
-from orchestrator.record.decisions import Action, append_decision, keep_decisions
+from orchestrator.record import BudgetSpent, Decision, SweepRecord, TrialPaths, read_result, read_trial
+from orchestrator.record.decisions import Action
 from orchestrator.spec.sections.scheduler import BohbScheduler
-from orchestrator.sweep.schedulers.budget import BudgetTracker
-from orchestrator.sweep.schedulers.decisions import why_chosen, why_cloned, why_stopped
+from orchestrator.sweep.schedulers.budget import BudgetTracker, record_spent
+from orchestrator.sweep.schedulers.decisions import DecisionLog, why_chosen, why_cloned, why_stopped
 from orchestrator.sweep.schedulers.factory import make_scheduler, with_units
 from orchestrator.sweep.schedulers.failures import report_failure
 from orchestrator.sweep.schedulers.population import CloneRecorder
@@ -73,8 +73,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self._steps: dict[str, int] = {}
         """Trial -> the last step that was processed."""
         self._waiting = WaitingTrials(self._paths_of)
-        self._stop_reasons: dict[str, str] = {}
-        self._num_decisions = 0
+        self._decisions = DecisionLog(record.paths)
         self._budget_spent = record.budget_spent()
         self._stuck_watch = StuckWatch(scheduler.kind)
         self.trials: dict[str, Any] = {}
@@ -85,7 +84,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         self.steering = Steering(record, say, before and before.get("steering"))
         self.controller: Any = None
         if before:
-            self._waiting.after_report, self._stop_reasons = before["waiting"], before["stop_reasons"]
+            self._waiting.after_report, self._decisions.stop_reasons = before["waiting"], before["stop_reasons"]
 
     @property
     def metric(self) -> Any:
@@ -94,15 +93,16 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def why_stopped(self, trial_id: str) -> str | None:
         """Return why a trial was stopped; None for a trial that was not stopped."""
-        return self._stop_reasons.get(trial_id)
+        return self._decisions.stop_reasons.get(trial_id)
 
     def state(self) -> bytes:
         """Return the state that a resume needs, for `saved_state`."""
         trials = [*self.trials, *self._unrestored]
-        waiting, reasons = self._waiting.after_report, self._stop_reasons
+        waiting, reasons = self._waiting.after_report, self._decisions.stop_reasons
         known = {"trials": trials, "waiting": waiting, "stop_reasons": reasons, "steering": self.steering.state()}
         # Until all trials are restored, the state of the previous driver stays as it is.
-        frozen = self._frozen or freeze({name: self.__dict__[name] for name in _SAVED_ATTRIBUTES})
+        present = {name: self.__dict__[name] for name in _SAVED_ATTRIBUTES}
+        frozen = self._frozen or freeze(present | {"_num_decisions": self._decisions.number})
         return freeze(known | {"frozen": frozen})
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
@@ -179,9 +179,9 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         spent = self._check_budget(controller)
         stops = {trial.trial_id: str(spent) for trial, _ in reports} if spent else self._inner.judge(reports)
         if not spent:
-            asked = [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]
-            stops |= {trial.trial_id: self.steering.stop(trial, controller) for trial in asked}
-            self._inner.ended |= {trial.trial_id for trial in asked}
+            for trial in [trial for trial, _ in reports if self.steering.leaves(trial) == "stop"]:
+                stops[trial.trial_id] = self.steering.stop(trial, controller)
+                self._inner.leave_out(trial.trial_id)
         for trial, _ in reports:
             if trial.trial_id in stops:
                 self.log(trial, "stopped", stops[trial.trial_id])
@@ -262,24 +262,22 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
                 if trial.status in (Trial.PENDING, Trial.PAUSED):
                     controller.stop_trial(trial)
             return None
-        if not self.takes_turns:
-            return self._next(controller.get_trials())
-        trials = controller.get_trials()
-        if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
-            return None
-        chosen = self._waiting.first_unstarted(trials)
-        if chosen is None:
-            chosen = self._inner.choose_trial_to_run(controller)
-        self._stuck_watch.look(trials, chosen)
+        if self.takes_turns:
+            chosen = self._next_by_turns(controller)
+        else:
+            trials = controller.get_trials()
+            self.steering.say_if_all_wait(trials)
+            chosen = next_in_order(trials, self._num_slots, self.steering.held, ACTIVE)
         if chosen is not None and chosen.status == Trial.PAUSED:
             self._resume(chosen)
         return chosen
 
-    def _next(self, trials: list[Any]) -> Any:
-        self.steering.say_if_all_wait(trials)
-        chosen = next_in_order(trials, self._num_slots, self.steering.held, ACTIVE)
-        if chosen is not None and chosen.status == Trial.PAUSED:
-            self._resume(chosen)
+    def _next_by_turns(self, controller: Any) -> Any:
+        trials = controller.get_trials()
+        if sum(trial.status in ACTIVE for trial in trials) >= self._num_slots:
+            return None
+        chosen = self._waiting.first_unstarted(trials) or self._inner.choose_trial_to_run(controller)
+        self._stuck_watch.look(trials, chosen)
         return chosen
 
     def _pauses_on_request(self, controller: Any, trial: Any) -> bool:
@@ -292,6 +290,11 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
     def is_spent(self) -> bool:
         """Return whether the budget is spent."""
         return self._budget_spent is not None
+
+    def set_aside(self, trial: Any) -> None:
+        """Note that a trial is paused by request while it waits for a slot."""
+        if self._reports is not None:
+            self._reports.set_aside(trial)
 
     def rejoin(self, trial: Any) -> None:
         """Note that a trial that was paused by request will continue."""
@@ -314,14 +317,15 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         """Restore the state of the previous driver, once all of its trials are known again."""
         rule, frozen, self._frozen = self._inner, self._frozen, None
         assert frozen is not None
-        self.__dict__.update(thaw(frozen, self.trials))
+        state = thaw(frozen, self.trials)
+        self._decisions.keep(state.pop("_num_decisions"))
+        self.__dict__.update(state)
         if isinstance(rule, JudgedTogether):
             rule.take_over(self._inner)
             self._inner = rule
         if self._reports is not None:
             self._reports.resume(self._num_slots, self._record.info.num_trials, self.trials)
         self._budget.budget = self._spec.search.budget  # a resume may have changed it
-        keep_decisions(self._record.paths, self._num_decisions)
 
     def _set_first_status(self, trial: Any) -> None:
         """Set the status of a trial that Tune is about to add: it may have ended, wait for others or for a slot.
@@ -329,7 +333,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         Tune's state does not hold the end of a trial that was stopped while it waited (ray 2.60,
         `_schedule_trial_stop`).
         """
-        if trial.trial_id in self._stop_reasons and self._paths_of(trial).result.is_file():
+        if self.why_stopped(trial.trial_id) is not None and self._paths_of(trial).result.is_file():
             trial.set_status(Trial.TERMINATED)
             return
         is_held = self._holds_new_trials or trial.trial_id in self.steering.unstarted
@@ -355,7 +359,7 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
         it was lost before it could save that, and the trial's result exists already.
         """
         trial_id, paths = trial.trial_id, self._paths_of(trial)
-        if trial_id in self._stop_reasons:
+        if self.why_stopped(trial_id) is not None:
             return
         ended = read_result(paths) if paths.result.is_file() else None
         if ended is not None and ended.stopped is not None:
@@ -380,24 +384,16 @@ class Conductor(TrialScheduler):  # type: ignore[misc]  # mypy skips ray
 
     def _check_budget(self, controller: Any) -> BudgetSpent | None:
         """Return the limit of the budget that is reached, or None. End the search once it is reached."""
-        if self._budget.needs_clock and self._record.paths.first_step.is_file():
-            self._budget.start_clock()
         if self._budget_spent is None:
-            self._budget_spent = self._budget.spent()
-            if self._budget_spent is not None:
-                write_record(self._record.paths.budget, self._budget_spent)
+            self._budget_spent = record_spent(self._budget, self._record.paths)
         if self._budget_spent is not None:
             controller.search_alg.set_finished()
         return self._budget_spent
 
     def log(self, trial: Any, action: Action, why: str, donor: str | None = None) -> None:
         """Record a decision about a trial."""
-        if action == "stopped":
-            self._stop_reasons[trial.trial_id] = why
         step = self._steps.get(trial.trial_id, 0)
-        decision = Decision(trial_id=trial.trial_id, step=step, action=action, why=why, donor=donor)
-        append_decision(self._record.paths, decision)
-        self._num_decisions += 1
+        self._decisions.add(Decision(trial_id=trial.trial_id, step=step, action=action, why=why, donor=donor))
 
 
-_SAVED_ATTRIBUTES = ("_inner", "_steps", "_num_decisions", "_budget", "_reports")
+_SAVED_ATTRIBUTES = ("_inner", "_steps", "_budget", "_reports")

@@ -1,7 +1,9 @@
-"""The sentences that `decisions.jsonl` and `result.json` hold: by which rule a trial was stopped or cloned."""
+"""The log of decisions, and its sentences: by which rule a trial was stopped or cloned."""
 
 from typing import Any, assert_never
 
+from orchestrator.record import Decision, SweepPaths
+from orchestrator.record.decisions import append_decision, keep_decisions
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sections.scheduler import (
     AshaScheduler,
@@ -15,6 +17,33 @@ from orchestrator.spec.sections.scheduler import (
     Population,
 )
 from orchestrator.sweep.schedulers.population import Clone
+
+
+class DecisionLog:
+    """Writes `decisions.jsonl`, and knows why trials were stopped."""
+
+    def __init__(self, paths: SweepPaths) -> None:
+        """
+        Args:
+            paths: of the sweep.
+        """
+        self.number = 0
+        """Number of decisions in the log."""
+        self.stop_reasons: dict[str, str] = {}
+        """Stopped trial -> why."""
+        self._paths = paths
+
+    def add(self, decision: Decision) -> None:
+        """Append a decision."""
+        if decision.action == "stopped":
+            self.stop_reasons[decision.trial_id] = decision.why
+        append_decision(self._paths, decision)
+        self.number += 1
+
+    def keep(self, number: int) -> None:
+        """Go back to the first `number` decisions; a killed driver has made the others, which are made again."""
+        self.number = number
+        keep_decisions(self._paths, number)
 
 
 def why_chosen(controller: Any, trial: Any) -> str | None:

@@ -79,6 +79,12 @@ class ReportOrder:
         """Restore a state, also of a version without `_rejoined`."""
         self.__dict__.update({"_rejoined": {}} | state)
 
+    def set_aside(self, trial: str) -> None:
+        """Leave out a trial that waits for a slot, until `rejoin`: no report waits for it."""
+        if trial in self._unplaced and trial not in self._running:
+            self._unplaced.remove(trial)
+            self._rejoined.pop(trial, None)
+
     def rejoin(self, trial: str, step: int) -> None:
         """Have a trial that has left its slot continue from a step, once a slot is free."""
         if trial not in self._unplaced and trial not in self._running:

@@ -62,8 +62,12 @@ class ReportQueue:
         """Note how many trials the sweep has now."""
         self._order.num_trials = num_trials
 
+    def set_aside(self, trial: Any) -> None:
+        """Note that a trial that waits for a slot gets none until `rejoin`."""
+        self._order.set_aside(trial.trial_id)
+
     def rejoin(self, trial: Any, step: int) -> None:
-        """Note that a trial whose end was noted at a step will continue from there."""
+        """Note that a trial that was set aside, or whose end was noted at a step, will continue from there."""
         self._order.rejoin(trial.trial_id, step)
 
     def continues(self, trial: Any) -> None:

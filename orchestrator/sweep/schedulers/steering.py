@@ -1,10 +1,11 @@
 """Take up what people ask of a running sweep: stop, pause and continue trials, add trials, extend the sweep.
 
-A request takes effect, and its answer is saved, in the same iteration of Tune's loop, before the snapshot of that
-iteration. A driver that is killed before the snapshot takes the request up again, and one that is killed after it finds
+A request takes effect, and its answer is saved, in the same iteration of Tune's loop, at whose end a snapshot is
+written. A driver that is killed before the snapshot takes the request up again, and one that is killed after it finds
 the answer in its state. So each request takes effect once.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, assert_never
@@ -14,10 +15,17 @@ from ray.tune.experiment import Trial
 from orchestrator.errors import OrchestratorError, RequestError
 from orchestrator.record import AddedTrial, SweepRecord, read_trial, write_record
 from orchestrator.record.extend import extend_sweep, save_extension
+from orchestrator.record.held import say_only_paused
 from orchestrator.record.models import time_now
-from orchestrator.record.requests import Request, RequestAnswer, read_request, unanswered, write_answer
+from orchestrator.record.requests import (
+    Request,
+    RequestAnswer,
+    read_request,
+    share_folder,
+    unanswered,
+    write_answer,
+)
 from orchestrator.sweep.schedulers.added_trial import added_trial, copy_adapter, donor_values, wanted_trial
-from orchestrator.words import counted
 
 _LOOK_S = 0.5
 """Seconds between two looks for new requests."""
@@ -41,6 +49,10 @@ class Steered(Protocol):
 
     def log(self, trial: Any, action: Literal["added", "stopped"], why: str) -> None:
         """Record a decision about a trial."""
+        ...
+
+    def set_aside(self, trial: Any) -> None:
+        """Note that a trial is paused by request while it waits for a slot."""
         ...
 
     def rejoin(self, trial: Any) -> None:
@@ -77,6 +89,7 @@ class Steering:
         self._record, self._say = record, say
         self._has_new, self._looked_s = True, 0.0
         self._has_said_why = False
+        share_folder(record.paths)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an empty state: Tune pickles a tuner with its scheduler, and each driver replaces it by its own."""
@@ -92,19 +105,28 @@ class Steering:
             "answers": self._answers,
         }
 
-    def take_up(self, sweep: Steered) -> None:
+    def take_up(self, sweep: Steered) -> bool:
         """Carry out all requests that have no answer, in their order.
 
         Call it before Tune asks the search for trials. The answers are written by `write_answers`.
+
+        Returns:
+            Whether answers wait for a snapshot.
         """
-        if not self._has_new or sweep.controller is None:
-            return
+        if sweep.controller is None:
+            return False
+        for name, (leave, _) in [*self._leaving.items()]:  # asked while the checkpoint of a pause was written
+            if leave == "stop" and (trial := sweep.trials.get(name)) is not None and trial.status == Trial.PAUSED:
+                self._stop_waiting(trial, sweep)
+        if not self._has_new:
+            return False
         for name in unanswered(self._record.paths):
             if name in self._answers:  # carried out by a driver that was killed before it wrote the answer
                 self._unwritten.append(RequestAnswer.model_validate(self._answers[name]))
             else:
                 self._answer(name, sweep)
         self._has_new = sweep.controller.search_alg.hold_open = False
+        return bool(self._unwritten)
 
     def _answer(self, name: str, sweep: Steered) -> None:
         """Carry out a request, and keep the answer until the snapshot is written."""
@@ -121,11 +143,14 @@ class Steering:
         self._unwritten.append(answer)
         self._say(f"{asked}: {'' if is_accepted else 'refused: '}{text}")
 
-    def write_answers(self, sweep: Steered) -> None:
-        """Write the answers whose effects the snapshot holds, and look for new requests now and then."""
+    def write_answers(self) -> None:
+        """Write the answers. Call it once a snapshot holds them and the effects of their requests."""
         for answer in self._unwritten:
             write_answer(self._record.paths, answer)
         self._unwritten = []
+
+    def look(self, sweep: Steered) -> None:
+        """Look for new requests now and then."""
         if sweep.controller is not None and time.monotonic() > self._looked_s + _LOOK_S:
             self._looked_s = time.monotonic()
             self._has_new = bool(unanswered(self._record.paths))
@@ -151,7 +176,7 @@ class Steering:
     def pause(self, trial: Any, controller: Any) -> str:
         """Note that a trial pauses now; return the reason. Another trial may take its slot."""
         _, by = self._leaving.pop(trial.trial_id)
-        self.held.add(trial.trial_id)
+        self._hold(trial.trial_id)
         self._record.paths.trial(trial.trial_id).pausing.unlink(missing_ok=True)
         controller.search_alg.set_aside(trial.trial_id)
         return f"paused on request of {by}"
@@ -159,7 +184,7 @@ class Steering:
     def end(self, trial_id: str) -> None:
         """Forget a trial that has ended."""
         self._leaving.pop(trial_id, None)
-        self.held.discard(trial_id)
+        self._let_go(trial_id)
         self.unstarted.discard(trial_id)
 
     def say_if_all_wait(self, trials: list[Any]) -> None:
@@ -169,7 +194,8 @@ class Steering:
             self._has_said_why = False
         elif not self._has_said_why:
             self._has_said_why = True
-            self._say(only_paused(self._record, [trial.trial_id for trial in open_trials]))
+            sentence = say_only_paused(self._record, [trial.trial_id for trial in open_trials])
+            self._say(f"{sentence}; or end the command with Ctrl-C: a resume keeps them paused")
 
     def _carry_out(self, request: Request, sweep: Steered) -> str:
         """Carry out a request, and return what has been done.
@@ -187,7 +213,11 @@ class Steering:
             case "extend":
                 return self._extend(request, sweep)
             case "add" | "clone":
-                return self._add(request, sweep)
+                try:
+                    return self._add(request, sweep)
+                except OrchestratorError:
+                    self._withdraw(request.new_trial, sweep)
+                    raise
             case _:
                 assert_never(request.verb)
 
@@ -195,11 +225,18 @@ class Steering:
         trial = _open_trial(request, sweep)
         name = trial.trial_id
         self._leaving[name] = "stop", request.by
-        if trial.status not in (Trial.PENDING, Trial.PAUSED):
-            return f"{name} stops at its next evaluation"
+        self._record.paths.trial(name).pausing.unlink(missing_ok=True)
+        if trial.status in (Trial.PENDING, Trial.PAUSED):
+            self._stop_waiting(trial, sweep)
+            return f"{name} is stopped"
+        if name in self.held:
+            return f"{name} stops once the checkpoint of its pause is written"
+        return f"{name} stops at its next evaluation"
+
+    def _stop_waiting(self, trial: Any, sweep: Steered) -> None:
+        """Stop a trial that has no slot."""
         sweep.log(trial, "stopped", self.stop(trial, sweep.controller))
         sweep.controller.stop_trial(trial)
-        return f"{name} is stopped"
 
     def _pause(self, request: Request, sweep: Steered) -> str:
         trial = _open_trial(request, sweep)
@@ -215,8 +252,9 @@ class Steering:
         if self.leaves(trial) == "stop":
             raise RequestError(f"{name}: stops at its next evaluation, as somebody has asked")
         if trial.status == Trial.PAUSED:  # it waits for a slot
-            self.held.add(name)
+            self._hold(name)
             sweep.controller.search_alg.set_aside(name)
+            sweep.set_aside(trial)
             return f"{name} is paused"
         self._leaving[name] = "pause", request.by
         self._record.paths.trial(name).root.mkdir(parents=True, exist_ok=True)
@@ -232,7 +270,9 @@ class Steering:
             return f"{name} trains on without a pause"
         if name not in self.held:
             raise RequestError(f"{name}: is not paused by a request, so there is nothing to continue")
-        self.held.discard(name)
+        if self.leaves(trial) == "stop":
+            raise RequestError(f"{name}: stops once the checkpoint of its pause is written, as somebody has asked")
+        self._let_go(name)
         sweep.controller.search_alg.take_back(name)
         sweep.rejoin(trial)
         return f"{name} goes on as soon as a slot is free"
@@ -292,14 +332,25 @@ class Steering:
         )
         return f"trial {name} is added{of}; it begins as soon as a slot is free{note}"
 
+    def _withdraw(self, name: str, sweep: Steered) -> None:
+        """Remove what a driver that was killed before its snapshot has written of a trial that is now refused."""
+        record = self._record
+        if name in sweep.trials:
+            return
+        if name in record.info.added:
+            info = record.info.model_copy(update={"added": [each for each in record.info.added if each != name]})
+            write_record(record.paths.sweep, info)
+            self._record = SweepRecord(record.paths, info)
+            sweep.take_over(self._record)
+        shutil.rmtree(record.paths.trial(name).root, ignore_errors=True)
 
-def only_paused(record: SweepRecord, names: list[str]) -> str:
-    """Say that only paused trials are left, and what to do."""
-    root = record.paths.root
-    return (
-        f"only {counted(len(names), 'paused trial')} left: {', '.join(names)}; have them go on with: "
-        f"orchestrator go-on {root}/{names[0]}; or end the command with Ctrl-C: a resume keeps them paused"
-    )
+    def _hold(self, name: str) -> None:
+        self.held.add(name)
+        self._record.paths.trial(name).held.touch()
+
+    def _let_go(self, name: str) -> None:
+        self.held.discard(name)
+        self._record.paths.trial(name).held.unlink(missing_ok=True)
 
 
 def _open_trial(request: Request, sweep: Steered) -> Any:

@@ -82,6 +82,11 @@ class JudgedTogether(FIFOScheduler):  # type: ignore[misc]  # mypy skips ray
         self.ended |= stops.keys()
         return stops
 
+    def leave_out(self, trial_id: str) -> None:
+        """Note that a trial is stopped by request. It has no forecast, even if the rule has just stopped it too."""
+        self.ended.add(trial_id)
+        self.forecasts.pop(trial_id, None)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Judge a report that comes alone."""
         return str(TrialScheduler.STOP if self.judge([(trial, result)]) else TrialScheduler.CONTINUE)

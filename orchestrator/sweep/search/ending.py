@@ -40,7 +40,7 @@ class EndRule:
     def __init__(self, record: SweepRecord) -> None:
         """Take a sweep, which may have ended itself under an earlier driver."""
         self._record = record
-        self._search = record.info.spec.search
+        self._spec, self._search = record.info.spec, record.info.spec.search
 
     def ends(self, ended: Sequence[str], running: Collection[Point], has_failed: bool) -> bool:
         """Return whether no further trial is drawn, and record the reason when that is found out. See `Ends`."""
@@ -64,7 +64,10 @@ class EndRule:
         share, measured = self._search.stop.gain, self._measured(trials)
         if share is None or len(measured) < 2:
             return None
-        results = [(self._searched(trial.config.varied), self._value(trial)) for trial in trials]
+        found = [(self._spec.point_of(trial.config), self._value(trial)) for trial in trials]
+        results = [(point, value) for point, value in found if point is not None]  # added trials may lie outside
+        if sum(math.isfinite(value) for _, value in results) < 2:
+            return None
         gain = small_gain(self._search, results, [self._searched(point) for point in running])
         if gain is None:
             return None

@@ -183,7 +183,7 @@ class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray
     def forget(self, trial_id: str) -> None:
         """Have the searcher learn nothing from a trial. Tune's later report is then ignored."""
         self.live_trials.add(trial_id)
-        if forget := getattr(self.searcher, "forget", None):
+        if trial_id not in self._strangers and (forget := getattr(self.searcher, "forget", None)):
             forget(trial_id)
         self.on_trial_complete(trial_id, None, error=True)
 

@@ -36,6 +36,22 @@ def test_status_tells_a_dead_sweep_from_a_living_one(
     assert last == f"no driver is running, last sign 3m00s ago; resume with: orchestrator resume {paths.root}"
 
 
+def test_status_says_that_only_paused_trials_are_left(
+    tmp_path: Path, make_sweep: MakeSweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = make_sweep(tmp_path / "s", OPEN_SWEEP, num_trials=2)
+    said = f"only 1 paused trial left: b; have them go on with: orchestrator go-on {paths.root}/b"
+    paths.trial("b").held.touch()
+    with only_driver(paths):
+        status(str(paths.root))
+        assert said not in capsys.readouterr().out, "it still trains"
+        paths.trial("b").paused.touch()
+        status(str(paths.root))
+        assert said in capsys.readouterr().out
+        status(str(paths.root), as_json=True)
+        assert json.loads(capsys.readouterr().out)["only_paused"] == ["b"]
+
+
 def test_a_killed_driver_is_dead_here_at_once_and_on_another_machine_after_a_minute(
     tmp_path: Path, make_sweep: MakeSweep
 ) -> None:

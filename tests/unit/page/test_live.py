@@ -12,8 +12,9 @@ from growing import Growing, served
 
 from orchestrator.cli.write_report import report
 from orchestrator.errors import RequestError
-from orchestrator.page.live import serve_report
-from orchestrator.record import read_sweep
+from orchestrator.page.live import LiveReport, serve_report
+from orchestrator.record import read_sweep, write_record
+from orchestrator.record.extend import extend_sweep, save_extension
 
 
 @pytest.fixture
@@ -113,3 +114,25 @@ def test_wrong_calls(sweep: Growing) -> None:
         report([folder], live=True, to=Path("x.html"))
     with pytest.raises(RequestError, match="--port is the port of --live"):
         report([folder], port=1)
+
+
+def test_a_sweep_that_is_extended_has_not_ended(tmp_path: Path) -> None:
+    growing = Growing(tmp_path, 3)
+    growing.grow(3)
+    report = LiveReport([read_sweep(growing.paths.root)])
+    assert json.loads(report.newest().update)["is_over"]
+    save_extension(extend_sweep(read_sweep(growing.paths.root), 5, []))
+    report._made = None  # the page is not made again at once
+    update = json.loads(report.newest().update)
+    assert not update["is_over"]
+    assert "3 of 5 trials ended" in update["html"]
+
+
+def test_a_sweep_whose_finalists_are_to_run_again_has_not_ended(tmp_path: Path) -> None:
+    growing = Growing(tmp_path, 3)
+    growing.grow(3)
+    record = read_sweep(growing.paths.root)
+    search = record.info.spec.search.model_copy(update={"repeats": 2})
+    spec = record.info.spec.model_copy(update={"search": search})
+    write_record(growing.paths.sweep, record.info.model_copy(update={"spec": spec}))
+    assert not json.loads(LiveReport([record]).newest().update)["is_over"]

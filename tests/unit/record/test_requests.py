@@ -1,10 +1,12 @@
 """Requests to the driver of a sweep: their files, their order, the wait for an answer, and how a trial is named."""
 
+import errno
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,13 +14,14 @@ from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.record.ask import ask
 from orchestrator.record.find_trial import find_trial
-from orchestrator.record.lock import only_driver
+from orchestrator.record.lock import driver_state, only_driver
 from orchestrator.record.models import time_now
 from orchestrator.record.requests import (
     RequestAnswer,
     await_answer,
     read_answer,
     read_request,
+    share_folder,
     unanswered,
     write_answer,
     write_request,
@@ -112,6 +115,68 @@ def test_an_unknown_trial_has_a_suggestion(paths: SweepPaths) -> None:
         find_trial(f"{paths.root}/zzz", "runs")
     with pytest.raises(RecordError, match="is not written as SWEEP/TRIAL"):
         find_trial("abc_00001", "runs")
+
+
+@pytest.mark.parametrize(
+    ("verb", "fields", "why"),
+    [
+        ("halt", {}, "halt: verb: "),
+        ("extend", {"trials": 9}, "extend: trials: Extra inputs are not permitted"),
+        ("extend", {"num_trials": "many"}, "extend: num_trials: "),
+        ("add", {"values": {"lora.rank": object()}}, "add: .*object"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_an_error_of_the_project(
+    verb: Any, fields: dict[str, Any], why: str, paths: SweepPaths
+) -> None:
+    with pytest.raises(RequestError, match=why):
+        ask(read_sweep(paths.root), verb, **fields)
+    assert unanswered(paths) == []
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [(0o2775, True), (0o777, True), (0o755, False), (0o1777, False)])
+def test_whoever_shares_the_output_folder_may_ask(mode: int, is_open: bool, paths: SweepPaths) -> None:
+    paths.root.parent.chmod(mode)
+    share_folder(paths)
+    assert paths.requests.is_dir() == is_open
+    if is_open:
+        assert paths.requests.stat().st_mode & 0o7777 == mode
+        assert paths.requests.stat().st_gid == paths.root.parent.stat().st_gid
+    write_request(paths, "stop", trial_id="abc_00001")
+    assert bool(paths.requests.stat().st_mode & 0o020) == is_open
+
+
+def test_an_account_that_may_not_try_the_lock_goes_by_the_last_sign(
+    paths: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_driver(paths):
+        with monkeypatch.context() as patched:
+            patched.setattr("os.open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+            assert driver_state(paths).is_running
+        assert driver_state(paths).is_running
+    with monkeypatch.context() as patched:
+        patched.setattr("os.open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        assert not driver_state(paths).is_running, "the driver has left"
+
+
+def test_trials_that_run_again_take_no_requests(paths: SweepPaths, make_sweep: Make) -> None:
+    for inside in (paths.repeats, paths.audits / "2-trials-seed-0"):
+        make_sweep(inside, {"abc_00001": ("RUNNING", 0.5)})
+        with pytest.raises(RequestError, match=f"s/{inside.name}: holds trials that run again"):
+            ask(read_sweep(inside), "stop", trial_id="abc_00001")
+    make_sweep(paths.root.parent / "repeats", {})  # a sweep of this name
+    assert "no driver is running" in ask(read_sweep(paths.root.parent / "repeats"), "add", values={"lora.rank": 8})
+
+
+def test_a_driver_whose_trials_have_ended_takes_no_more_requests(
+    paths: SweepPaths, make_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.record.ask._LAST_S", 0.1)
+    ended = make_sweep(paths.root.parent / "ended", {"a": ("COMPLETE", 0.5)}, num_trials=1)
+    with only_driver(ended):
+        said = ask(read_sweep(ended.root), "add", values={"lora.rank": 8})
+    assert "the driver takes no more requests" in said
+    assert f"once the driver has ended: orchestrator resume {ended.root}" in said
 
 
 def test_a_single_trial_takes_no_requests(paths: SweepPaths) -> None:

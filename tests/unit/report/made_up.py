@@ -75,7 +75,7 @@ if __name__ == "__main__":
     if what == "table":
         Console().print(TrialsTable(made, axes=axes_of(experiment)))
     else:
-        with SweepView(Console(), experiment, 100, "sweep of 100 trials in runs/x") as view:
+        with SweepView(Console(), experiment, lambda: 100, "sweep of 100 trials in runs/x") as view:
             for part in (4, 3, 2, 1):  # so that a pace can be measured
                 view.update([trial.model_copy(update={"step": trial.step // part}) for trial in made])
                 time.sleep(0.05)

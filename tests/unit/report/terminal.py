@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pyte
 
+_PAUSE_S = 0.02
 SIZES = [(80, 24), (100, 30), (160, 50)]
 
 
@@ -22,7 +24,9 @@ def screens(
     code: int = 0,
     look: Callable[[list[str]], None] = lambda _: None,
 ) -> list[list[str]]:
-    """Run Python with these arguments in a terminal; return the screen after each piece of output.
+    """Run Python with these arguments in a terminal; return the screen whenever the output pauses.
+
+    A frame may come in several pieces, which follow each other at once.
 
     Args:
         arguments: arguments of Python.
@@ -50,6 +54,8 @@ def screens(
         if not piece:
             break
         stream.feed(piece)
+        if select.select([ours], [], [], _PAUSE_S)[0]:
+            continue
         seen.append([line.rstrip() for line in screen.display])
         look(seen[-1])
     os.close(ours)

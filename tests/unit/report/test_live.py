@@ -36,17 +36,26 @@ def test_a_trial_that_fails_at_step_0_is_shown_once_with_the_reason(
 ) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=is_terminal, width=160, color_system=None)
-    with SweepView(console, made_up_spec(), 2, "sweep of 2 trials") as view:
+    with SweepView(console, made_up_spec(), lambda: 2, "sweep of 2 trials") as view:
         view.update(trials)
         view.update(trials)
         assert view._summary()[0].startswith("1 of 2 trials ended (1 failed), 1 running, ")
     assert file.getvalue().count(LINE) == 1
 
 
+def test_the_total_is_that_of_a_sweep_that_people_extend(trials: list[TrialResult]) -> None:
+    planned = [2]
+    with SweepView(Console(file=io.StringIO(), width=160), made_up_spec(), lambda: planned[-1], "a sweep") as view:
+        view.update(trials)
+        planned.append(5)
+        view.update(trials)
+        assert view._summary()[0].startswith("1 of 5 trials ended")
+
+
 def test_a_sweep_that_has_ended_itself_waits_for_its_own_trials_only(trials: list[TrialResult]) -> None:
     """Two of 20 trials exist, and no other one comes."""
     console = Console(file=io.StringIO(), width=160)
-    with SweepView(console, made_up_spec(), 20, "sweep of 20 trials", has_ended_itself=lambda: True) as view:
+    with SweepView(console, made_up_spec(), lambda: 20, "sweep of 20 trials", has_ended_itself=lambda: True) as view:
         view.update(trials)
         assert view._summary()[0].startswith("1 of 2 trials ended")
 
@@ -55,7 +64,7 @@ def test_what_libraries_print_does_not_come_between_the_lines_of_the_table() -> 
     before = sys.stdout, sys.stderr
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w", encoding="utf-8") as file:
-        with SweepView(Console(file=file), made_up_spec(), 2, "sweep of 2 trials"):
+        with SweepView(Console(file=file), made_up_spec(), lambda: 2, "sweep of 2 trials"):
             assert (sys.stdout, sys.stderr) == before
         with TrialView(Console(file=file), "a trial"):
             assert (sys.stdout, sys.stderr) == before

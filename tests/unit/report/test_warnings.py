@@ -26,7 +26,7 @@ def trials(make_sweep: Callable[..., SweepPaths], tmp_path: Path) -> list[TrialR
 
 def test_a_warning_of_many_trials_is_printed_once_in_the_live_view(trials: list[TrialResult]) -> None:
     shown = StringIO()
-    view = SweepView(Console(file=shown, width=80), made_up_spec(), 2, "a sweep")
+    view = SweepView(Console(file=shown, width=80), made_up_spec(), lambda: 2, "a sweep")
     view.update(trials[:1])
     view.update(trials)
     printed = [line[len("19:30:00 ") :] for line in shown.getvalue().splitlines() if " warning: " in line]

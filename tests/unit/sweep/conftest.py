@@ -69,6 +69,8 @@ class Stage:
         self.is_search_over = False
         self.to_come: dict[str, Sequence[float]] = {}
         """Trials that are added when others end or wait."""
+        self.stopped: Callable[[Any], None] = lambda _: None
+        """Called with each trial that is stopped, as Tune calls `on_trial_complete` of its callbacks."""
         self.counted: dict[str, float] = {}
         """Stopped trial -> forecast that the searcher was given."""
         searcher = SimpleNamespace(
@@ -221,6 +223,7 @@ class Stage:
         else:
             self.conductor.on_trial_remove(self, trial)
             self._forgotten.add(trial.trial_id)
+        self.stopped(trial)
         trial.temporary_state.saving_to = None
         trial.set_status(Trial.TERMINATED)
         paths = self.paths.trial(trial.trial_id)

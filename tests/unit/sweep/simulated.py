@@ -32,3 +32,18 @@ def begin_record(paths: SweepPaths, spec: SweepSpec) -> None:
         num_train=9, num_held_out=1, num_truncated=0, num_dropped=0, num_shared=0, versions={}, git_commit=None,
     )  # fmt: skip
     write_record(paths.sweep, info)
+
+
+def steered(stage: Any) -> Any:
+    """Give a stage what steering asks of Tune's controller and of the search."""
+    stage.calls = []
+    for name in ("forget", "set_aside", "take_back", "take_in", "extend"):
+        setattr(stage.search_alg, name, lambda *args, name=name: stage.calls.append((name, args[0])))
+
+    def add_trial(trial: Any) -> None:
+        stage.losses[trial.trial_id] = falling(0)
+        stage.trials.append(trial)
+        stage.conductor.on_trial_add(stage, trial)
+
+    stage.add_trial = add_trial
+    return stage

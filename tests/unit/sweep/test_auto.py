@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 from optuna.distributions import FloatDistribution
+from ray import tune
+from simulated import begin_record
 
 from orchestrator.rate_prior import with_prior
+from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.search import RATE
 from orchestrator.sweep.search import models
 from orchestrator.sweep.search.coordinates import Coordinate
-from orchestrator.sweep.search.factory import make_searcher
+from orchestrator.sweep.search.factory import make_search_algorithm, make_searcher
+from orchestrator.sweep.search.grid_random import tune_space
 from orchestrator.sweep.search.models import expected_gain, propose
 
 Document = dict[str, Any]
@@ -241,3 +245,26 @@ def test_a_forecast_is_not_named_as_the_best_result(make: Make) -> None:
     why = searcher.searcher.why_chosen("t4")
     assert "the best is eval/loss" in why
     assert "the best is eval/loss 0.25" not in why
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "optuna", "random"])
+def test_a_trial_outside_the_space_can_be_stopped_and_can_end(algorithm: str, make: Make, tmp_path: Path) -> None:
+    """The searcher does not know it, also after a resume."""
+    spec = make(algorithm=algorithm, prior={RATE: 1e-3} if algorithm == "auto" else {})
+    begin_record(SweepPaths(tmp_path / "s"), spec)
+    record = read_sweep(tmp_path / "s")
+    tune.register_trainable("idle", lambda _: None)
+    search = make_search_algorithm(record, 2)
+    search.add_configurations({"sweep": {"run": "idle", "config": tune_space(spec.search), "num_samples": 30}})
+    search.next_trial()
+    search.take_in("stopped", None)
+    search.take_in("ended", None)
+    assert search.next_trial() is None, "both count for the limit"
+    search.save_to_dir(str(tmp_path), "one")
+    search = make_search_algorithm(record, 2)
+    search.restore_from_dir(str(tmp_path))
+    search.forget("stopped")
+    search.on_trial_complete("stopped")
+    search.on_trial_result("ended", {"eval/loss": 1.0, "training_iteration": 1})
+    search.on_trial_complete("ended", {"eval/loss": 1.0, "training_iteration": 1})
+    assert search.next_trial() is not None

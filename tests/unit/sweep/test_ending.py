@@ -302,3 +302,17 @@ def test_the_record_of_an_earlier_driver_holds_even_if_tune_lost_the_last_end(
     sweep.search = sweep.driver()
     sweep.search.restore_from_dir(str(tmp_path))
     assert sweep.run(lambda _: 2.0) == 5
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "random"])
+@pytest.mark.parametrize("values", [{RATE: 0.5}, {"lora.rank": 8}, {"training.steps": 9}])
+def test_added_trials_outside_the_space_say_nothing_about_the_gain(
+    algorithm: str, values: Point, simulate: Callable[..., Simulated]
+) -> None:
+    """A point outside of its axis, or without a value on each, would raise in the model."""
+    sweep = simulate(algorithm=algorithm, stop={"gain": "2%", "min_trials": 4})
+    sweep.search.take_in("added", None)
+    sweep.finish("added", values, 1.5, None)
+    sweep.search.on_trial_complete("added", {"eval/loss": 1.5})
+    assert sweep.run(bowl) < 40
+    assert sweep.record.search_ended() is not None

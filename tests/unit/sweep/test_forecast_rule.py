@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from annealed import EVERY, STEPS, losses
 from annealed import plan as planned
-from simulated import ASHA, MEDIAN, MakeStage, falling
+from simulated import ASHA, MEDIAN, MakeStage, falling, steered
 
 from orchestrator.record import SweepInfo
 from orchestrator.spec import parse_spec
@@ -74,6 +74,20 @@ def test_a_stopped_trial_counts_for_the_search_by_its_forecast(pack: Any) -> Non
     assert stage.counted == stage.conductor._inner.forecasts
     whys = {name: stage.conductor.why_stopped(name) for name in stopped}
     assert any(f"forecast {stage.counted[name]:.3g} " not in whys[name] for name in stopped), "forecast anew later"
+
+
+def test_a_trial_that_the_rule_and_a_person_stop_at_once_does_not_reach_the_search(pack: Any) -> None:
+    found = curves()
+    (name, *_), _ = zip(*play(pack(), dict(found)).decisions("stopped"), strict=True)
+    stage = steered(pack())
+    stage.conductor.steering._leaving[name] = "stop", "somebody"
+    stage.conductor.steering.leaves = lambda trial: (  # asked right before the evaluation at which the rule stops it
+        "stop" if trial.trial_id == name and name in dict(stage.conductor._inner.forecasts) else None
+    )
+    play(stage, found)
+    assert stage.conductor.why_stopped(name) == "stopped on request of somebody"
+    assert name not in stage.counted
+    assert ("forget", name) in stage.calls
 
 
 def test_a_moment_costs_one_forecast_and_a_trial_one_plan(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
+from simulated import MakeStage, falling, steered
 
-from orchestrator.record import SweepPaths
-from orchestrator.sweep.snapshot import SnapshotWriter, has_trials, restore_snapshot
-from orchestrator.upstream import limit_state_writing
+from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.record.requests import read_answer, write_request
+from orchestrator.sweep.results import ResultKeeper
+from orchestrator.sweep.schedulers.scheduler_state import thaw
+from orchestrator.sweep.snapshot import has_trials, restore_snapshot, save_snapshot
+from orchestrator.upstream import limit_state_writing, write_state_next
 
 
 def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> None:
@@ -27,7 +31,7 @@ def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> 
     }
     for name, text in whole.items():
         (staging / name).write_text(text)
-    SnapshotWriter(paths).save(staging, lambda: b"rungs")
+    save_snapshot(paths, staging, b"rungs")
     for name in (*whole, "searcher-state-2.pkl"):  # the last is of a driver that died at once
         (paths.tune / name).write_text("")
     (paths.tune / "tuner.pkl").write_text("tuner")
@@ -43,8 +47,8 @@ def test_the_newest_state_is_kept(tmp_path: Path) -> None:
     staging.mkdir()
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
-        SnapshotWriter(paths).save(staging, text.encode)
-    assert restore_snapshot(paths) == b"new", "both states are of the same time"
+        save_snapshot(paths, staging, text.encode())
+    assert restore_snapshot(paths) == b"new"
     assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "new"
 
 
@@ -54,31 +58,19 @@ def test_a_clock_that_was_set_back_hides_no_later_state(tmp_path: Path) -> None:
     paths.tune.mkdir(parents=True)
     staging.mkdir()
     (staging / "experiment_state-2026-05-01_12-00-00.json").write_text("first driver")
-    SnapshotWriter(paths).save(staging, lambda: b"first")
+    save_snapshot(paths, staging, b"first")
     assert restore_snapshot(paths) == b"first"
     for file in staging.iterdir():
         file.unlink()
     for file in paths.tune.iterdir():  # Tune copies what it restores to its new folder on this machine
         (staging / file.name).write_bytes(file.read_bytes())
-    second, writer = staging / "experiment_state-2026-05-01_11-00-00.json", SnapshotWriter(paths)
+    second = staging / "experiment_state-2026-05-01_11-00-00.json"
     for text in ("second driver", "its later state"):
         second.write_text(text)
         os.utime(second, (1.0, 1.0 + len(text)))
-        writer.save(staging, text.encode)
+        save_snapshot(paths, staging, text.encode())
     assert restore_snapshot(paths) == b"its later state"
     assert [file.read_text() for file in paths.tune.iterdir()] == ["its later state"]
-
-
-def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
-    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
-    paths.tune.mkdir(parents=True)
-    staging.mkdir()
-    (staging / "searcher-state-1.pkl").write_text("old")
-    os.utime(staging / "searcher-state-1.pkl", (1.0, 1.0))
-    writer = SnapshotWriter(paths)
-    assert writer.save(staging, lambda: b"first")
-    assert not writer.save(staging, lambda: b"second")
-    assert restore_snapshot(paths) == b"first"
 
 
 def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
@@ -98,7 +90,7 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     paths.tune.mkdir(parents=True)
     staging.mkdir()
     (staging / "searcher-state-1.pkl").write_text("old")
-    SnapshotWriter(paths).save(staging, lambda: b"old")
+    save_snapshot(paths, staging, b"old")
     (staging / "searcher-state-1.pkl").write_text("new")
 
     def fail(*_: object) -> None:
@@ -107,19 +99,25 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
     with monkeypatch.context() as patched:
         patched.setattr(zipfile.ZipFile, "writestr", fail)
         with pytest.raises(OSError, match="No space left"):
-            SnapshotWriter(paths).save(staging, lambda: b"new")
+            save_snapshot(paths, staging, b"new")
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
     assert restore_snapshot(paths) == b"old"
 
 
-def test_states_that_take_long_are_written_less_often() -> None:
-    """With a free 20 ms and a tenth of the time, a state of 120 ms is followed by a pause of 0.9 s."""
+def managed() -> tuple[Any, Any]:
+    """Return a controller with Tune's own manager of its state, and the manager."""
     syncer = SimpleNamespace(wait=lambda: None, sync_up=lambda *_: True)
     storage: Any = SimpleNamespace(experiment_driver_staging_path="", experiment_fs_path="", syncer=syncer)
     manager = _ExperimentCheckpointManager(storage=storage, checkpoint_period=0, sync_every_n_trial_checkpoints=None)
-    controller = SimpleNamespace(_tune_controller=SimpleNamespace(_checkpoint_manager=manager))
     manager.sync_up_experiment_state(lambda: None)  # the first one imports libraries
-    limit_state_writing(controller, free_s=0.02, max_share=0.1, longest_s=5.0)
+    return SimpleNamespace(_tune_controller=SimpleNamespace(_checkpoint_manager=manager)), manager
+
+
+def test_states_that_take_long_are_written_less_often() -> None:
+    """With a free 20 ms and a tenth of the time, a state of 120 ms is followed by a pause of 0.9 s."""
+    controller, manager = managed()
+    heard: list[bool] = []
+    limit_state_writing(controller, free_s=0.02, max_share=0.1, longest_s=5.0, written=lambda: heard.append(True))
     written: list[float] = []
 
     def write(takes_s: float) -> None:
@@ -129,6 +127,54 @@ def test_states_that_take_long_are_written_less_often() -> None:
     for takes_s in (0.0, 0.0, 0.12, 0.0, 0.0):
         manager.sync_up_experiment_state(partial(write, takes_s))
     assert written == [0.0, 0.0, 0.12]
+    assert len(heard) == 3
     assert manager._checkpoint_period == pytest.approx(0.9, abs=0.5)
+    write_state_next(controller)
+    manager.sync_up_experiment_state(partial(write, 0.0))
+    assert written == [0.0, 0.0, 0.12, 0.0], "whatever the pause"
     manager._update_auto_checkpoint_time(time_taken=60.0)
     assert manager._checkpoint_period == 5.0
+
+
+def test_a_snapshot_holds_the_states_of_one_moment_and_answers_come_after_it(
+    make_stage: MakeStage, tmp_path: Path
+) -> None:
+    """While Tune's last state is one of before, neither the scheduler's state nor an answer is written."""
+    stage = steered(make_stage({"kind": "none"}))
+    _, manager = managed()
+    stage._checkpoint_manager, stage._tune_controller = manager, stage
+    stage.add(a=falling(0), b=falling(0))
+    for trial in stage.trials:
+        trial.storage.experiment_driver_staging_path = tmp_path / "staging"
+        trial.set_status("RUNNING")
+    (tmp_path / "staging").mkdir()
+    paths, turn = stage.paths, 0
+    paths.tune.mkdir(exist_ok=True)
+    keeper = ResultKeeper(read_sweep(paths.root), stage.conductor, lambda: None)
+
+    def take_turn(takes_s: float = 0.0) -> tuple[str, set[str]]:
+        """Return Tune's state in the snapshot, and the trials that are to leave in the scheduler's state there."""
+        nonlocal turn
+        turn += 1
+        stage.conductor.steering._looked_s = 0.0
+        keeper.on_step_begin(turn, stage.trials)
+
+        def write() -> None:
+            time.sleep(takes_s)
+            (tmp_path / "staging" / "experiment_state-1.json").write_text(f"turn {turn}")
+
+        manager.sync_up_experiment_state(write)
+        keeper.on_step_end(turn, stage.trials)
+        with zipfile.ZipFile(paths.tune_snapshot) as packed:
+            state = thaw(packed.read("scheduler.pkl"), {})
+            return packed.read("experiment_state-1.json").decode(), set(state["steering"]["leaving"])
+
+    assert take_turn() == ("turn 1", set())
+    assert take_turn(0.12) == ("turn 2", set())
+    stage.conductor.steering._leaving["b"] = "stop", "somebody"
+    assert take_turn() == ("turn 2", set()), "Tune pauses after the long state"
+    request = write_request(paths, "stop", trial_id="a")
+    assert take_turn() == ("turn 2", set())  # sees the request
+    assert read_answer(paths, request) is None
+    assert take_turn() == ("turn 5", {"a", "b"}), "a request does not wait for the end of the pause"
+    assert read_answer(paths, request) is not None

@@ -4,26 +4,15 @@ from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
-from simulated import ASHA, BAND, PBT, MakeStage, falling
+from simulated import ASHA, BAND, PBT, MakeStage, falling, steered
 
+from orchestrator.record import BudgetSpent, TrialState, read_sweep, read_trial, write_record
+from orchestrator.record.held import only_paused
 from orchestrator.record.requests import Request, read_answer, unanswered, write_request
+from orchestrator.record.standing import have_ended
+from orchestrator.sweep.results import ResultKeeper
 
 NONE = {"kind": "none"}
-
-
-def steered(stage: Any) -> Any:
-    """Give a stage what steering asks of Tune's controller and of the search."""
-    stage.calls = []
-    for name in ("forget", "set_aside", "take_back", "take_in", "extend"):
-        setattr(stage.search_alg, name, lambda *args, name=name: stage.calls.append((name, args[0])))
-
-    def add_trial(trial: Any) -> None:
-        stage.losses[trial.trial_id] = falling(0)
-        stage.trials.append(trial)
-        stage.conductor.on_trial_add(stage, trial)
-
-    stage.add_trial = add_trial
-    return stage
 
 
 def ask(stage: Any, verb: Any, **fields: Any) -> Request:
@@ -33,9 +22,10 @@ def ask(stage: Any, verb: Any, **fields: Any) -> Request:
 def take_up(stage: Any) -> None:
     """Take requests up and write the answers, as one iteration of Tune's loop does."""
     steering = stage.conductor.steering
-    steering._has_new, steering._looked_s = True, 0.0
+    steering._looked_s = 0.0
+    steering.look(stage.conductor)
     steering.take_up(stage.conductor)
-    steering.write_answers(stage.conductor)
+    steering.write_answers()
 
 
 def answer(stage: Any, verb: Any, **fields: Any) -> tuple[bool, str]:
@@ -161,6 +151,9 @@ def test_trials_that_wait_for_each_other_can_only_be_stopped(scheduler: dict[str
             {"trial_id": "b", "warm": True, "values": {"lora.target_modules": ["q_proj"]}},
             "lora.target_modules",
         ),
+        ("clone", {"trial_id": "z"}, "z: the trial has not begun, or the sweep has no such trial"),
+        ("clone", {"trial_id": "c"}, "c: the trial has not begun"),
+        ("clone", {"trial_id": "c", "warm": True}, "c: the trial has not begun"),
         ("extend", {"num_trials": 1}, "give the total number"),
     ],
 )
@@ -170,6 +163,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     stage = steered(make_stage(NONE, num_trials=2))
     stage.add(a=[0.5], b=falling(0))
     stage.run(turns=4)
+    stage.add(c=falling(0))
     assert stage.trial("a").is_finished()
     is_accepted, text = answer(stage, verb, **fields)
     assert not is_accepted
@@ -198,3 +192,111 @@ def test_a_sweep_is_extended_once(make_stage: MakeStage) -> None:
     assert "search.num_trials 2 -> 5" in text
     assert "search.budget.tokens None -> 1000000" in text
     assert stage.conductor.steering.num_trials == 5
+
+
+@pytest.mark.parametrize("scheduler", [NONE, ASHA])
+def test_a_stop_while_the_checkpoint_of_a_pause_is_written_is_not_lost(
+    scheduler: dict[str, Any], make_stage: MakeStage
+) -> None:
+    stage = steered(make_stage(scheduler, num_slots=2))
+    stage.add(a=falling(0), b=falling(0))
+    stage.run(turns=3)
+    assert answer(stage, "pause", trial_id="b")[0]
+    b = stage.trial("b")
+    while b.trial_id not in stage.conductor.steering.held:
+        stage.report(min((t for t in stage.trials if not t.is_saving), key=lambda t: t.last_result.get("step", 0)))
+        stage.ask()
+    b.set_status(Trial.RUNNING)  # its checkpoint is still being written
+    assert answer(stage, "stop", trial_id="b") == (True, "b stops once the checkpoint of its pause is written")
+    assert answer(stage, "go-on", trial_id="b")[0] is False
+    assert not b.is_finished()
+    b.set_status(Trial.PAUSED)
+    stage.conductor.steering.take_up(stage.conductor)
+    assert b.is_finished()
+    assert stage.conductor.steering.stopped_by.keys() == {"b"}
+    assert not stage.paths.trial("b").held.is_file()
+
+
+def test_a_stop_of_a_trial_that_has_not_begun_is_its_result(make_stage: MakeStage) -> None:
+    stage = steered(make_stage(NONE, num_slots=1, num_trials=1))
+    stage.add(a=falling(0))
+    stage.run(turns=2)
+    request = ask(stage, "add", values={"training.learning_rate": 0.5})
+    take_up(stage)
+    added = stage.trial(request.new_trial)
+    keeper = ResultKeeper(read_sweep(stage.paths.root), stage.conductor, lambda: None)
+    stage.stopped = lambda trial: keeper.on_trial_complete(1, stage.trials, trial)
+    assert answer(stage, "stop", trial_id=added.trial_id) == (True, f"{added.trial_id} is stopped")
+    stage.run()
+    keeper.on_trial_complete(1, stage.trials, stage.trial("a"))
+    record = read_sweep(stage.paths.root)
+    result = read_trial(record.paths.trial(added.trial_id), record.info)
+    assert (result.state, result.step, result.added_by) == (TrialState.STOPPED, 0, request.by)
+    assert result.stopped == f"stopped on request of {result.stopped_by}"
+    assert have_ended(record.info, record.trials(), None)
+    stage.resume(stage.conductor.state())
+    assert stage.trial(added.trial_id).is_finished(), "a resume does not train it"
+
+
+def test_an_added_trial_that_is_refused_after_a_kill_is_withdrawn(make_stage: MakeStage) -> None:
+    stage = steered(make_stage(NONE, num_trials=1))
+    stage.add(a=falling(0))
+    stage.run(turns=2)
+    before = stage.conductor.state()
+    request = ask(stage, "add", values={"training.learning_rate": 1e-3})
+    stage.conductor.steering.take_up(stage.conductor)  # and killed before the snapshot
+    assert read_sweep(stage.paths.root).info.added == [request.new_trial]
+
+    stage.trials = [each for each in stage.trials if each.trial_id == "a"]
+    write_record(stage.paths.budget, BudgetSpent(limit="tokens", allowed=1, spent=2))
+    stage.resume(before)
+    take_up(stage)
+    given = read_answer(stage.paths, request)
+    assert given is not None
+    assert "the budget is spent" in given.text
+    assert read_sweep(stage.paths.root).info.added == []
+    assert stage.conductor.steering.num_trials == 1
+    assert not stage.paths.trial(request.new_trial).root.exists()
+
+
+def test_reports_do_not_wait_for_a_trial_that_was_paused_before_it_began(make_stage: MakeStage) -> None:
+    stage = steered(make_stage(ASHA, num_slots=1, is_patient=True, num_trials=1))
+    stage.add(a=falling(0))
+    stage.run(turns=2)
+    first, second = (ask(stage, "add", values={"training.learning_rate": rate}) for rate in (1e-3, 2e-3))
+    take_up(stage)
+    assert answer(stage, "pause", trial_id=first.new_trial) == (True, f"{first.new_trial} is paused")
+    stage.run(turns=20)  # less than a second, and the patience is seconds
+    assert stage.trial("a").is_finished()
+    assert stage.trial(second.new_trial).is_finished()
+    held = stage.trial(first.new_trial)
+    assert held.status == Trial.PAUSED
+    assert answer(stage, "go-on", trial_id=first.new_trial)[0]
+    stage.run(turns=20)
+    assert held.is_finished()
+    assert stage.decisions("stopped") in ([], [(first.new_trial, 10)])
+
+
+def test_a_sweep_of_paused_trials_says_so_in_its_folder(make_stage: MakeStage) -> None:
+    stage = steered(make_stage(NONE, num_slots=2, num_trials=2))
+    stage.add(a=falling(0), b=falling(0))
+    stage.run(turns=3)
+    added = ask(stage, "add", values={"training.learning_rate": 1e-3}).new_trial
+    take_up(stage)
+
+    def left() -> list[str]:
+        record = read_sweep(stage.paths.root)
+        return only_paused(record, record.trials())
+
+    assert answer(stage, "pause", trial_id="b")[0]
+    assert answer(stage, "pause", trial_id=added)[0]
+    stage.run(turns=2)
+    assert left() == [], "a runs"
+    stage.run(turns=30)
+    assert left() == ["b", added]
+    assert answer(stage, "go-on", trial_id=added)[0]
+    assert left() == []
+    stage.run(turns=30)
+    assert left() == ["b"]
+    assert answer(stage, "stop", trial_id="b")[0]
+    assert left() == []
