@@ -1,11 +1,12 @@
 """Finished sweeps: rank their trials, and choose the adapter to take."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.bundle import read_scores, verify_adapter
+from orchestrator.adapters.bundle import has_manifest, read_scores, verify_adapter
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import load_model_and_tokenizer
 from orchestrator.deploy.recommend import (
@@ -106,6 +107,7 @@ class ChosenTrial:
             "choice": self.recommendation.as_dict(),
             "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
+            "is_verified": has_manifest(self.adapter),
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
@@ -194,7 +196,9 @@ class FinishedSweep:
             return {}
         record, found = read_sweep(paths.root), dict[str, list[Candidate]]()
         for trial in record.finished():
-            scores = read_scores(record.adapter_path(trial))
+            scores = None
+            with suppress(RecordError):  # a run with damaged scores does not count
+                scores = read_scores(record.adapter_path(trial))
             if scores is not None:
                 found.setdefault(point_of(trial), []).append(Candidate(trial, scores))
         return found

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import ValidationError
-
 from orchestrator.errors import RecordError
-from orchestrator.record.files import write_atomic
+from orchestrator.record.checked import DamagedError, read_record, write_record
 from orchestrator.record.lock import driver_state
 from orchestrator.record.models import Record, time_now
 from orchestrator.record.paths import SweepPaths
@@ -83,7 +81,7 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
     request = Request(name=name, verb=verb, asked=time_now(), by=_who(), **fields)
     file = paths.requests / f"{name}.json"
     try:
-        write_atomic(file, request.model_dump_json(indent=2) + "\n")
+        write_record(file, request)
     except OSError as error:
         raise RecordError(
             f"{file}: cannot be written: {error.strerror}",
@@ -96,13 +94,12 @@ def read_request(paths: SweepPaths, name: str) -> Request:
     """Return one request.
 
     Raises:
-        RecordError: it is damaged.
+        DamagedError: it is damaged.
     """
-    file = paths.requests / f"{name}.json"
     try:
-        return Request.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{file}: the request is damaged: {error}", "Ask again with the command.") from error
+        return read_record(Request, paths.requests / f"{name}.json")
+    except DamagedError as error:
+        raise DamagedError(error.message, "Ask again with the command.") from error
 
 
 def unanswered(paths: SweepPaths) -> list[str]:
@@ -117,21 +114,19 @@ def unanswered(paths: SweepPaths) -> list[str]:
 
 def write_answer(paths: SweepPaths, answer: RequestAnswer) -> None:
     """Write the answer to a request."""
-    write_atomic(_answer_file(paths, answer.name), answer.model_dump_json(indent=2) + "\n")
+    write_record(_answer_file(paths, answer.name), answer)
 
 
 def read_answer(paths: SweepPaths, request: Request) -> RequestAnswer | None:
     """Return the answer to a request; None if there is none yet.
 
     Raises:
-        RecordError: it is damaged.
+        DamagedError: it is damaged.
     """
     try:
-        return RequestAnswer.model_validate_json(_answer_file(paths, request.name).read_text(encoding="utf-8"))
+        return read_record(RequestAnswer, _answer_file(paths, request.name))
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{_answer_file(paths, request.name)}: the answer is damaged: {error}") from error
 
 
 def await_answer(paths: SweepPaths, request: Request, timeout_s: float) -> RequestAnswer | None:

@@ -8,7 +8,7 @@ from orchestrator.adapters.row_metrics import try_own_metrics
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare, save
 from orchestrator.errors import RequestError
-from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
+from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_info
 from orchestrator.record.files import building_beside, publish
 from orchestrator.record.models import PriorSweep
 from orchestrator.record.new_sweep import already_exists, describe_sweep
@@ -74,7 +74,7 @@ def start_sweep(
             for metric in spec.evaluation.own:
                 inside.metrics.mkdir(exist_ok=True)
                 (inside.metrics / f"{metric.function}.py").write_text(metric.source, encoding="utf-8")
-            write_record(inside.sweep, info)
+            write_info(inside, info)
             publish(building, paths.root)  # replaces an empty folder, but no other
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

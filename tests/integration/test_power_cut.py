@@ -74,13 +74,13 @@ def test_what_a_trial_keeps_survives_a_power_cut(
 
     from orchestrator.training.attempt import reporter
 
-    sync_checkpoint = reporter.sync_checkpoint
+    seal_checkpoint = reporter.seal_checkpoint
 
     def followed(checkpoint: Path) -> None:
-        sync_checkpoint(checkpoint)
+        seal_checkpoint(checkpoint)
         synced_checkpoints.update(version(file) for file in checkpoint.rglob("*") if file.is_file())
 
-    monkeypatch.setattr(reporter, "sync_checkpoint", followed)
+    monkeypatch.setattr(reporter, "seal_checkpoint", followed)
     result = run(spec, folder)
     assert result.state == TrialState.COMPLETE
     assert disk.lost == []

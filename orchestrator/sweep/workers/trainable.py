@@ -18,6 +18,7 @@ from orchestrator.record import (
     read_sweep,
     read_trial,
     resumable,
+    start_of,
     write_record,
 )
 from orchestrator.record.files import BUILDING, building_beside, publish
@@ -156,8 +157,8 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         return self._claim
 
     def _so_far(self) -> TrialResult:
-        """Return the trial at its last complete checkpoint, or as a new trial."""
-        return resumable(self._paths, self._config) or self._new_result()
+        """Return the trial at its newest whole checkpoint, or as a new trial."""
+        return start_of(self._paths, self._new_result())
 
     def _new_result(self) -> TrialResult:
         search = self._sweep.info.spec.search

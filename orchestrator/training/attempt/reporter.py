@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +11,7 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
-from orchestrator.record.files import sync, sync_tree
+from orchestrator.record.checkpoints import seal_checkpoint
 from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Stepped, Warned
 from orchestrator.training.finite import require_finite
 from orchestrator.training.write_queue import WriteQueue
@@ -21,12 +20,6 @@ STEP_EVERY_S = 3.0
 """Seconds after which the number of steps is reported if no metrics have been."""
 SAVE_EVERY_S = 60.0
 """Seconds between checkpoints if `training.save_steps` is not set. They are written at evaluations only."""
-
-
-def sync_checkpoint(folder: Path) -> None:
-    """Wait until the disk holds a checkpoint and its name, so that a record may name it."""
-    sync_tree(folder)
-    sync(folder.parent)
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
@@ -180,7 +173,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._training_since = None
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         checkpoint = f"checkpoints/checkpoint-{state.global_step}"
-        self._write_queue.do(partial(sync_checkpoint, self._paths.root / checkpoint))
+        self._write_queue.do(partial(seal_checkpoint, self._paths.root / checkpoint))
         self.report(Saved, step=state.global_step, checkpoint=checkpoint)
         self._stop_if_asked(control)
 
