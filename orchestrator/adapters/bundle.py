@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
 from orchestrator.record.checked import read_record
-from orchestrator.record.files import BUILDING, building_beside, publish, refuse_links, sync, sync_tree
+from orchestrator.record.files import BUILDING, building_beside, link_or_copy, publish, refuse_links, sync, sync_tree
 from orchestrator.record.manifest import MANIFEST, FileChecksum, file_fault, sha256_of
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
@@ -240,18 +239,10 @@ def add_metrics(folder: Path, metric: str, metrics: dict[str, list[float]]) -> N
     with building_beside(folder) as building:
         for name, file in _files(folder).items():
             if name not in (SCORES, CARD):
-                _link(file, building / name)
+                (building / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, building / name)
         _describe(building, config, facts.model_copy(update={"metrics": values}), metric, scores)
         _replace_folder(building, folder)
-
-
-def _link(file: Path, other: Path) -> None:
-    """Hard-link a file, so that weights are not written twice; copy it if the file system has no hard links."""
-    other.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, other)
-    except OSError:
-        shutil.copy2(file, other)
 
 
 def _replace_folder(building: Path, folder: Path) -> None:

@@ -108,6 +108,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def link_or_copy(file: Path, other: Path) -> None:
+    """Hard-link a file, so that it is not written twice; copy it if the file system has no hard links."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file: all of it, or nothing if the disk is full."""
     rest = f"{line}\n".encode()

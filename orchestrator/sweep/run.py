@@ -14,7 +14,7 @@ from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
-from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.errors import OrchestratorError, RecordError, SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
@@ -303,14 +303,22 @@ def _make_tuner(
     algorithm = make_search_algorithm(record, max_concurrent)
     failures = FailureCounter(record, say)
     interrupter = Interrupter(stop, workers, paths, failures, fault)
-    saved = restore_snapshot(paths)
+    saved = restore_snapshot(paths, say)
     conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow, say)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
     new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
     if not has_trials(paths):
         return new
     # An earlier driver may have been killed while it wrote tuner.pkl; all of it that matters is given or replaced here.
-    tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True)
+    space = tune_space(spec.search)
+    try:
+        tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=space, resume_unfinished=True)
+    except Exception as error:  # damaged JSON or pickles raise almost anything
+        raise RecordError(
+            f"{paths.tune}: the state of the search cannot be read: {error}",
+            f"The trials are kept: `orchestrator best {paths.root}` works. Restore {paths.tune_snapshot.name} from a "
+            f"backup, or start a new sweep that learns from them: orchestrator sweep FILE --warm-from {paths.root}",
+        ) from error
     replace_parts(tuner, algorithm, conductor, callbacks)
     return tuner
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from damaging import damaged_texts
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
 
 from orchestrator.record import SweepPaths
@@ -108,8 +109,45 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
         patched.setattr(zipfile.ZipFile, "writestr", fail)
         with pytest.raises(OSError, match="No space left"):
             SnapshotWriter(paths).save(staging, lambda: b"new")
-    assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
+    archives = {paths.tune_snapshot.name, paths.tune_snapshot_before.name}
+    assert {file.name for file in paths.root.iterdir()} == {"tune", *archives}
     assert restore_snapshot(paths) == b"old"
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    for text in ("old", "new"):
+        (staging / "searcher-state-1.pkl").write_text(text)
+        SnapshotWriter(paths).save(staging, text.encode)
+    whole, before = paths.tune_snapshot.read_bytes(), paths.tune_snapshot_before.read_bytes()
+    for damaged in damaged_texts(whole, step=1):
+        paths.tune_snapshot.write_bytes(damaged)
+        paths.tune_snapshot_before.write_bytes(before)
+        said: list[str] = []
+        restored = restore_snapshot(paths, said.append)
+        if restored == b"new":  # the byte is one that nobody reads, such as a file's time
+            assert not said
+        else:
+            assert restored == b"old"
+            assert "the one before it is looked for" in said[0]
+            assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "old"
+            assert paths.tune_snapshot.read_bytes() == before
+
+
+def test_without_a_whole_state_tunes_own_files_stay(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    (paths.tune / "searcher-state-1.pkl").write_text("own")
+    (staging / "searcher-state-1.pkl").write_text("saved")
+    SnapshotWriter(paths).save(staging, lambda: b"rungs")
+    paths.tune_snapshot.write_bytes(b"")
+    said: list[str] = []
+    assert restore_snapshot(paths, said.append) is None
+    assert said[-1].startswith("the search continues from Tune's own files")
+    assert (paths.tune / "searcher-state-1.pkl").read_text() == "own"
 
 
 def test_states_that_take_long_are_written_less_often() -> None:
