@@ -15,7 +15,16 @@ from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
 from orchestrator.record.checked import read_record
-from orchestrator.record.files import BUILDING, building_beside, link_or_copy, publish, refuse_links, sync, sync_tree
+from orchestrator.record.files import (
+    BUILDING,
+    REPLACED,
+    building_beside,
+    link_or_copy,
+    publish,
+    refuse_links,
+    sync,
+    sync_tree,
+)
 from orchestrator.record.manifest import MANIFEST, FileChecksum, file_fault, sha256_of
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
@@ -27,9 +36,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)
-
-REPLACED = ".replaced-"
-"""Name prefix of an adapter folder while a new version is being renamed to its place."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 """Suffixes of files that run code when they are loaded. No bundle contains one."""

@@ -21,7 +21,7 @@ from orchestrator.deploy.recommend import (
 )
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, find_damage, read_sweep
 from orchestrator.record.absent import AbsentError
 from orchestrator.spec.search import BETTER_END, SEED
 from orchestrator.words import counted
@@ -107,6 +107,7 @@ class ChosenTrial:
             "choice": self.recommendation.as_dict(),
             "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
+            "damaged_records": [str(damage) for damage in find_damage(self.record)],
             "is_verified": has_manifest(self.adapter),
             "config": trial.config.dotted(),
             "varied": trial.config.varied,

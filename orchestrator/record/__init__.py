@@ -41,6 +41,7 @@ from orchestrator.record.sweep_record import (
     read_result,
     read_sweep,
     read_trial,
+    read_trials,
     write_info,
 )
 from orchestrator.record.test_score import TestScore
@@ -79,6 +80,7 @@ __all__ = [
     "read_result",
     "read_sweep",
     "read_trial",
+    "read_trials",
     "repair",
     "repeats_record",
     "resumable",

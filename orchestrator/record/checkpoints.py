@@ -2,27 +2,17 @@
 
 from pathlib import Path
 
-from orchestrator.record.checked import DamagedError, read_lines, read_record, write_record
-from orchestrator.record.files import sync, sync_tree
-from orchestrator.record.manifest import MANIFEST, FileChecksum, FileList, folder_fault
+from orchestrator.record.checked import DamagedError, read_lines, read_record
+from orchestrator.record.files import REPLACED, sync
+from orchestrator.record.manifest import folder_fault, seal_folder
 from orchestrator.record.models import MetricPoint, TrialResult
 from orchestrator.record.paths import TrialPaths
 from orchestrator.spec import TrialConfig
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Write the manifest of a complete checkpoint.
-
-    A record may name the checkpoint then: the disk holds all of it.
-    """
-    (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier checkpoint of the same step
-    sync_tree(folder)
-    files = {
-        path.relative_to(folder).as_posix(): FileChecksum.of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_record(folder / MANIFEST, FileList(files=files))
+    """Write the manifest of a complete checkpoint. A record may name it then: the disk holds all of it."""
+    seal_folder(folder)
     sync(folder.parent)
 
 
@@ -62,6 +52,12 @@ def start_of(paths: TrialPaths, new: TrialResult) -> TrialResult:
     return start.model_copy(update={"warnings": [*start.warnings, *(f"{fault}; {then}" for fault in faults)]})
 
 
+def _adapter_fault(adapter: Path) -> str | None:
+    """Return what is wrong with an adapter. One that was being replaced at a kill is put back later."""
+    replaced = adapter.with_name(f"{REPLACED}{adapter.name}")
+    return folder_fault(adapter if adapter.is_dir() or not replaced.is_dir() else replaced)
+
+
 def _newest_whole(paths: TrialPaths, config: TrialConfig) -> tuple[TrialResult | None, list[str]]:
     """Return a trial as at its newest whole checkpoint, and what was wrong with the later ones."""
     if not paths.progress.is_file():
@@ -76,7 +72,7 @@ def _newest_whole(paths: TrialPaths, config: TrialConfig) -> tuple[TrialResult |
     points = read_lines(MetricPoint, paths.metrics)
     whole = points.records[: points.num_before]
     best = progress.best
-    best_fault = folder_fault(paths.root / best.adapter) if best else None
+    best_fault = _adapter_fault(paths.root / best.adapter) if best else None
     faults = []
     for step in dict.fromkeys([last, *(step for step in checkpoint_steps(paths) if step < last)]):
         name = f"checkpoints/checkpoint-{step}"

@@ -16,6 +16,9 @@ from orchestrator.errors import RecordError
 BUILDING = ".building-"
 """Prefix of the temporary name of a folder that is being filled."""
 
+REPLACED = ".replaced-"
+"""Name prefix of an adapter folder while a new version is being renamed to its place."""
+
 
 def refuse_links(folder: Path) -> None:
     """Check that a folder contains no symbolic link: copying or sending it would include what the link points to.

@@ -1,11 +1,12 @@
-"""Manifests: lists of the files of a folder with their checksums. Checkpoints and adapters have one."""
+"""Manifests: lists of the files of a folder with their checksums. Checkpoints, rows and adapters have one."""
 
 import hashlib
 from pathlib import Path
 
 from pydantic import ConfigDict
 
-from orchestrator.record.checked import DamagedError, read_record
+from orchestrator.record.checked import DamagedError, read_record, write_record
+from orchestrator.record.files import sync_tree
 from orchestrator.record.models import Record
 
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ def file_fault(path: Path, listed: FileChecksum) -> str | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint or an adapter by its manifest; None if it is whole."""
+    """Return what is wrong with a folder by its manifest; None if it is whole."""
     if not folder.is_dir():
         return "is missing"
     manifest = folder / MANIFEST
@@ -65,3 +66,15 @@ def folder_fault(folder: Path) -> str | None:
         if fault := file_fault(folder / name, listed):
             return f"{name} {fault}"
     return None
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the manifest of a folder, once the disk holds all its files."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier content
+    sync_tree(folder)
+    files = {
+        path.relative_to(folder).as_posix(): FileChecksum.of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_record(folder / MANIFEST, FileList(files=files))

@@ -19,7 +19,7 @@ from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep, repair
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
@@ -36,7 +36,7 @@ from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_ea
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
-from orchestrator.training.start import start_sweep
+from orchestrator.training.start import restore_rows, start_sweep
 from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, replace_parts
 from orchestrator.words import counted
 
@@ -127,6 +127,9 @@ def resume_sweep(
         start_fleet(spec, address) as fleet,
     ):
         require_shared_folder(record.paths.root)
+        for damage in repair(record):
+            say(f"damaged: {damage}")
+        restore_rows(record, say)
         save_extension(record)
         return _drive(record, fleet, watch, say, doing)
 
