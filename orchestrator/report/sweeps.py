@@ -33,7 +33,8 @@ def sweeps_lines(rows: list[dict[str, Any]], folder: str, width: int) -> list[st
     while len(widths) > 2 and sum(widths) + 2 * (len(widths) - 1) > width:
         widths.pop()
     lines = ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=False)).rstrip() for row in cells]
-    return lines + [f"damaged: {damage}" for row in rows for damage in row.get("damaged", [row.get("fault")])]
+    faults = [fault for row in rows for fault in ([row["fault"]] if "fault" in row else row["damaged"])]
+    return lines + [f"damaged: {fault}" for fault in faults]
 
 
 def _row(record: SweepRecord) -> dict[str, Any]:

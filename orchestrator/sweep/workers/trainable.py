@@ -22,6 +22,7 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.record.files import BUILDING, building_beside, publish
+from orchestrator.record.manifest import folder_fault
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
@@ -194,6 +195,10 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             if storage_fault(error):
                 raise
             self._warnings = [*so_far.warnings, f"began anew: {origin} was gone before it could be taken over"]
+            return
+        if fault := folder_fault(copied / source.name):
+            shutil.rmtree(copied)
+            self._warnings = [*so_far.warnings, f"began anew: {origin} is damaged: {fault}"]
             return
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         publish(copied, paths.checkpoints)
