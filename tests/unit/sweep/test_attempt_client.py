@@ -20,6 +20,8 @@ from orchestrator.record import (
     resumable,
 )
 from orchestrator.record.checked import read_record
+from orchestrator.record.checkpoints import seal_checkpoint
+from orchestrator.record.manifest import seal_folder
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
 from orchestrator.sweep.workers.worker_client import AttemptLost
@@ -37,12 +39,15 @@ def logged(step: int) -> Logged:
 
 def evaluated(paths: TrialPaths, step: int, saves: bool = False) -> Evaluated:
     paths.adapter(step).mkdir(parents=True)
+    seal_folder(paths.adapter(step))
     adapter = f"adapters/step-{step}"
     return Evaluated(*USE, step=step, tokens=10 * step, values={"eval/loss": 1 / step}, adapter=adapter, saves=saves)
 
 
 def saved(paths: TrialPaths, step: int) -> Saved:
-    (paths.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    folder = paths.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    seal_checkpoint(folder)
     return Saved(*USE, step=step, checkpoint=f"checkpoints/checkpoint-{step}")
 
 
