@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.record.checked import DamagedError, read_lines, read_record
+from orchestrator.record.checked import DamagedError, Lines, read_lines, read_record
 from orchestrator.record.files import REPLACED, sync
 from orchestrator.record.manifest import folder_fault, seal_folder
 from orchestrator.record.models import MetricPoint, TrialResult
@@ -52,6 +52,12 @@ def start_of(paths: TrialPaths, new: TrialResult) -> TrialResult:
     return start.model_copy(update={"warnings": [*start.warnings, *(f"{fault}; {then}" for fault in faults)]})
 
 
+def _has_points(points: Lines[MetricPoint], step: int) -> bool:
+    """Return whether all points up to a step are there. Before a damaged line, those of the last step may be missing."""
+    steps = [point.step for point in points.records[: points.num_before]]
+    return step in steps and (points.fault is None or steps[-1] > step)
+
+
 def _adapter_fault(adapter: Path) -> str | None:
     """Return what is wrong with an adapter. One that was being replaced at a kill is put back later."""
     replaced = adapter.with_name(f"{REPLACED}{adapter.name}")
@@ -79,7 +85,7 @@ def _newest_whole(paths: TrialPaths, config: TrialConfig) -> tuple[TrialResult |
         is_adopted = progress.parent is not None and progress.parent.endswith(f"/{name}")
         if fault := folder_fault(paths.root / name):
             faults.append(f"{name}: {fault}")
-        elif not is_adopted and all(point.step != step for point in whole):
+        elif not is_adopted and not _has_points(points, step):
             faults.append(f"{name}: metrics.jsonl has lost points up to this step ({points.fault or 'it was cut'})")
         elif best and best_fault and best.step <= step:
             faults.append(f"{name}: the best adapter of an earlier step, {best.adapter}, {best_fault}")

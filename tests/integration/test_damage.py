@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.data import load
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.record import SweepPaths, TrialResult, TrialState, read_sweep, start_of
+from orchestrator.record import SweepPaths, TrialState, read_sweep, start_of
 from orchestrator.record.faults import read_faults
 from orchestrator.record.manifest import MANIFEST
 from orchestrator.spec import load_spec
@@ -73,21 +73,16 @@ def facts(paths: SweepPaths, file: Path | None = None) -> tuple[Any, Any, str]:
 
 def words_of_readers(paths: SweepPaths, file: Path) -> str:
     """Return what is said by those who read a file: of adapters, of rows, and of the checkpoint to continue from."""
-    kind, trial = file.relative_to(paths.root).parts[0], read_trials_of(paths).get(file.parents[1].parent.name)
+    kind, *rest = file.relative_to(paths.root).parts
     if kind == "data":
         with pytest.raises(DataError) as error:
             load(paths.data)
         return str(error.value)
-    if file.parents[1].name == "adapters":
+    if "adapters" in rest:
         return answer("verify", str(file.parent))[1]
-    if file.parents[1].name == "checkpoints":
-        assert trial is not None
-        return " ".join(start_of(paths.trial(trial.trial_id), trial.model_copy(update={"warnings": []})).warnings)
-    return ""
-
-
-def read_trials_of(paths: SweepPaths) -> dict[str, TrialResult]:
-    return {trial.trial_id: trial for trial in read_sweep(paths.root).trials()}
+    open_ones = [trial for trial in read_sweep(paths.root).trials() if trial.state == TrialState.RUNNING]
+    starts = [start_of(paths.trial(trial.trial_id), trial.model_copy(update={"warnings": []})) for trial in open_ones]
+    return " ".join(warning for start in starts for warning in start.warnings)
 
 
 def files_of(paths: SweepPaths) -> list[Path]:

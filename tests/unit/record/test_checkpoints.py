@@ -75,6 +75,12 @@ def test_a_checkpoint_whose_points_are_lost_is_passed_over(paths: TrialPaths, co
     assert "metrics.jsonl has lost points up to this step" in start.warnings[0]
 
 
+def test_a_step_whose_last_point_is_cut_is_made_again(paths: TrialPaths, config: TrialConfig) -> None:
+    append_record(paths.metrics, MetricPoint(step=4, tokens=40, time_s=1.0, values={"eval/loss": 0.4}))
+    paths.metrics.write_bytes(paths.metrics.read_bytes()[:-9])
+    assert start_of(paths, new_trial(config)).step == 2
+
+
 def test_a_damaged_best_adapter_is_trained_again(paths: TrialPaths, config: TrialConfig) -> None:
     (paths.adapter(2) / "weights").write_text("damaged")
     assert start_of(paths, new_trial(config)).step == 0
