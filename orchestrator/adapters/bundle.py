@@ -3,13 +3,10 @@
 import copy
 import hashlib
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from orchestrator.adapters.card import adapter_card
 from orchestrator.adapters.stops import write_stops
@@ -17,21 +14,28 @@ from orchestrator.adapters.tokenizer_files import tokenizer_files
 from orchestrator.base_folder import base_commit
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
-from orchestrator.record.files import BUILDING, building_beside, publish, refuse_links, sync, sync_tree
+from orchestrator.record.checked import read_record
+from orchestrator.record.files import (
+    BUILDING,
+    REPLACED,
+    building_beside,
+    link_or_copy,
+    publish,
+    refuse_links,
+    sync,
+    sync_tree,
+)
+from orchestrator.record.manifest import MANIFEST, FileChecksum, file_fault, sha256_of
 from orchestrator.record.models import Record
 from orchestrator.record.versions import installed_versions
 from orchestrator.spec import TrialConfig
 
-MANIFEST = "manifest.json"
 SCORES = "held_out.json"
 """`RowScores` of the held-out rows at the adapter's step, which adapters are compared by."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)
-
-REPLACED = ".replaced-"
-"""Name prefix of an adapter folder while a new version is being renamed to its place."""
 
 PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 """Suffixes of files that run code when they are loaded. No bundle contains one."""
@@ -65,14 +69,6 @@ class Facts(Record):
     """Whether fused experts of the base were in 4 bits while the adapter trained."""
 
 
-class FileChecksum(Record):
-    """Checksum and size of a file when the bundle was sealed."""
-
-    sha256: str
-    size: int
-    """Bytes."""
-
-
 class Manifest(Record):
     """The content of `manifest.json`."""
 
@@ -91,7 +87,9 @@ def seal(folder: Path, facts: Facts) -> None:
         RecordError: a file is a pickle or a symbolic link.
     """
     refuse_links(folder)
-    sums = {name: FileChecksum(sha256=_sha256(path), size=path.stat().st_size) for name, path in _files(folder).items()}
+    sums = {
+        name: FileChecksum(sha256=sha256_of(path), size=path.stat().st_size) for name, path in _files(folder).items()
+    }
     unsigned = Manifest(facts=facts, files=sums)
     text = (unsigned.model_dump_json(indent=2) + "\n").encode()
     digest = hashlib.sha256(text).hexdigest()
@@ -108,12 +106,10 @@ def verify(folder: Path) -> Manifest:
     refuse_links(folder)
     manifest, found = read_manifest(folder), _files(folder)
     for name, listed in manifest.files.items():
-        if name not in found or not found[name].is_file():
+        if name not in found:
             raise RecordError(f"{folder / name}: is missing, but {MANIFEST} lists it")
-        size = found[name].stat().st_size
-        if size != listed.size or _sha256(found[name]) != listed.sha256:
-            difference = f"{listed.size} bytes, not {size}" if size != listed.size else "another sha256"
-            raise RecordError(f"{folder / name}: has changed since it was saved ({MANIFEST} lists {difference})")
+        if fault := file_fault(found[name], listed):
+            raise RecordError(f"{folder / name}: {fault}")
     if extra := sorted(found.keys() - manifest.files.keys()):
         raise RecordError(f"{folder / extra[0]}: does not belong here ({MANIFEST} does not list it)")
     return manifest
@@ -131,11 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"has no {MANIFEST}, so that its files cannot be checked" if folder.is_dir() else "there is no such folder"
         )
         raise RecordError(f"{folder}: {what}")
-    text = path.read_bytes()
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
+    manifest, text = read_record(Manifest, path), path.read_bytes()
     unsigned = text.replace(manifest.sha256.encode(), b"0" * 64, 1)
     if hashlib.sha256(unsigned).hexdigest() != manifest.sha256:
         raise RecordError(f"{path}: has changed since it was saved (its own sha256 does not match)")
@@ -253,18 +245,10 @@ def add_metrics(folder: Path, metric: str, metrics: dict[str, list[float]]) -> N
     with building_beside(folder) as building:
         for name, file in _files(folder).items():
             if name not in (SCORES, CARD):
-                _link(file, building / name)
+                (building / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, building / name)
         _describe(building, config, facts.model_copy(update={"metrics": values}), metric, scores)
         _replace_folder(building, folder)
-
-
-def _link(file: Path, other: Path) -> None:
-    """Hard-link a file, so that weights are not written twice; copy it if the file system has no hard links."""
-    other.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, other)
-    except OSError:
-        shutil.copy2(file, other)
 
 
 def _replace_folder(building: Path, folder: Path) -> None:
@@ -333,6 +317,11 @@ def _describe(building: Path, config: TrialConfig, facts: Facts, metric: str, sc
     seal(building, facts)
 
 
+def has_manifest(folder: Path) -> bool:
+    """Return whether a bundle's files can be checked: without a manifest, nothing says that they are those saved."""
+    return (folder / MANIFEST).is_file()
+
+
 def verify_adapter(folder: Path) -> None:
     """Check that a folder is a PEFT adapter; if it has a manifest, check every byte.
 
@@ -342,7 +331,7 @@ def verify_adapter(folder: Path) -> None:
     refuse_links(folder)
     if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
         raise RecordError(f"{folder}: is not a PEFT adapter folder ({missing[0]} is missing)")
-    if (folder / MANIFEST).is_file():
+    if has_manifest(folder):
         verify(folder)
 
 
@@ -356,12 +345,9 @@ def read_scores(folder: Path) -> RowScores | None:
     if not path.is_file():
         return None
     listed = read_manifest(folder).files.get(SCORES) if (folder / MANIFEST).is_file() else None
-    if listed is not None and listed.sha256 != _sha256(path):
+    if listed is not None and listed.sha256 != sha256_of(path):
         raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} lists another sha256)")
-    try:
-        return RowScores.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
+    return read_record(RowScores, path)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -382,8 +368,3 @@ def _files(folder: Path) -> dict[str, Path]:
             raise RecordError(f"{path}: has the suffix of a pickle, which would run code when it is loaded")
         found[name] = path
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,11 @@
 """Read all records of a sweep. What is damaged is left out and named, so that the rest can still be analyzed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from orchestrator.deploy import ChosenTrial, FinishedSweep
-from orchestrator.errors import OrchestratorError, RecordError
+from orchestrator.errors import OrchestratorError
 from orchestrator.record import (
     Answers,
     BudgetSpent,
@@ -18,20 +13,18 @@ from orchestrator.record import (
     MetricPoint,
     SearchEnded,
     SweepInfo,
-    SweepPaths,
     SweepRecord,
     TestScore,
     TrialResult,
     TrialState,
+    find_damage,
     have_ended,
     have_repeats_ended,
     read_decisions,
     read_metrics,
-    read_sweep,
-    read_trial,
+    read_trials,
+    repeats_record,
 )
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class SweepData:
     answers: Answers | None
     """Answers of the base and of a recommended adapter to held-out prompts."""
     damaged: list[str] = field(default_factory=list)
-    """What could not be read, one message for each file."""
+    """What is damaged, one message for each file."""
     title: str = ""
     """Name among several sweeps, if another one has a folder of the same name."""
 
@@ -120,26 +113,21 @@ def value_of(trial: TrialResult) -> float | None:
 
 def read_data(record: SweepRecord) -> SweepData:
     """Read all records of a sweep."""
-    damaged: list[str] = []
-    trials = _read_trials(record, damaged)
-    points = {}
-    for trial in trials:
-        paths = record.paths.trial(trial.trial_id)
-        points[trial.trial_id] = _attempt(partial(read_metrics, paths), [], damaged, paths.metrics)
-    decisions = _attempt(lambda: read_decisions(record.paths), [], damaged, record.paths.decisions)
+    damaged = [str(damage) for damage in find_damage(record)]
+    trials = _read_trials(record)
     choice, why = _choose(record, damaged)
     return SweepData(
         record=record,
         trials=trials,
-        points=points,
-        decisions=decisions,
-        repeats=_read_repeats(record, damaged),
+        points={trial.trial_id: read_metrics(record.paths.trial(trial.trial_id)) for trial in trials},
+        decisions=read_decisions(record.paths),
+        repeats=_read_repeats(record),
         choice=choice,
         why_no_choice=why,
-        why_over=_attempt(record.why_over, None, damaged),
-        have_repeats_ended=_attempt(lambda: have_repeats_ended(record, trials), True, damaged),
-        test_score=_attempt(record.test_score, None, damaged),
-        answers=_attempt(record.answers, None, damaged),
+        why_over=record.why_over(),
+        have_repeats_ended=have_repeats_ended(record, trials),
+        test_score=record.test_score(),
+        answers=record.answers(),
         damaged=damaged,
     )
 
@@ -154,27 +142,19 @@ def with_distinct_names(sweeps: Sequence[SweepData]) -> list[SweepData]:
     return [replace(data, title=name) for data, name in zip(sweeps, names, strict=True)]
 
 
-def _read_trials(record: SweepRecord, damaged: list[str]) -> list[TrialResult]:
-    trials = []
-    for trial_id in record.paths.trial_ids():
-        trial = _attempt(lambda t=trial_id: read_trial(record.paths.trial(t), record.info), None, damaged)  # type: ignore[misc]
-        if trial is not None:
-            trials.append(trial)
+def _read_trials(record: SweepRecord) -> list[TrialResult]:
     sign = 1 if record.info.spec.search.resolved_mode == "min" else -1
 
     def place(trial: TrialResult) -> float:
         value = value_of(trial)
         return math.inf if value is None else sign * value
 
-    return sorted(trials, key=place)
+    return sorted(read_trials(record.paths, record.info), key=place)
 
 
-def _read_repeats(record: SweepRecord, damaged: list[str]) -> list[TrialResult]:
-    paths = SweepPaths(record.paths.repeats)
-    if not paths.sweep.is_file():
-        return []
-    repeats = _attempt(lambda: read_sweep(paths.root), None, damaged)
-    return [] if repeats is None else _read_trials(repeats, damaged)
+def _read_repeats(record: SweepRecord) -> list[TrialResult]:
+    repeats = repeats_record(record)
+    return [] if repeats is None else _read_trials(repeats)
 
 
 def _choose(record: SweepRecord, damaged: list[str]) -> tuple[ChosenTrial | None, str]:
@@ -183,22 +163,8 @@ def _choose(record: SweepRecord, damaged: list[str]) -> tuple[ChosenTrial | None
         choice = FinishedSweep(record).best()
     except OrchestratorError as error:
         return None, error.message
-    except ValidationError as error:
-        return None, f"a record is damaged: {error}"
     value = value_of(choice.recommendation.leader.trial)
     if value is None:
         return None, "the best value is not finite"
     damaged.extend(f"trial {trial_id}: {fault}" for trial_id, fault in choice.damaged.items())
     return choice, ""
-
-
-def _attempt(read: Callable[[], _T], otherwise: Any, damaged: list[str], path: Path | None = None) -> _T:
-    """Return what `read` returns; note a damaged record and return `otherwise`."""
-    try:
-        return read()
-    except RecordError as error:
-        damaged.append(error.message)
-    except (ValidationError, UnicodeDecodeError) as error:
-        damaged.append(f"{path or 'a record'}: the record is damaged: {error}")
-    result: _T = otherwise
-    return result

@@ -47,7 +47,7 @@ def watch(sweep: Sweep, output: Where = "runs") -> None:
 
 
 def _show(console: "Console", record: "SweepRecord", max_lines: int | None = None) -> None:
-    from orchestrator.record import PresentTrials
+    from orchestrator.record import PresentTrials, find_damage
     from orchestrator.report.standing import standing_lines
     from orchestrator.report.tables import TrialsTable, axes_of, say_failures
     from orchestrator.report.warnings import distinct_warnings
@@ -71,12 +71,13 @@ def _show(console: "Console", record: "SweepRecord", max_lines: int | None = Non
         for prior in record.info.prior_sweeps
     ]
     lines += [str(over) for over in (record.budget_spent(), record.search_ended()) if over]
+    lines += [f"damaged: {damage}" for damage in find_damage(record)]
     for line in lines + standing_lines(record, trials, repeats):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _as_document(record: "SweepRecord") -> dict[str, object]:
-    from orchestrator.record import PresentTrials, is_finished, totals
+    from orchestrator.record import PresentTrials, find_damage, is_finished, totals
     from orchestrator.record.held import only_paused
     from orchestrator.record.lock import driver_state
 
@@ -99,6 +100,7 @@ def _as_document(record: "SweepRecord") -> dict[str, object]:
         "gpu_hours": round(used.gpu_hours, 6),
         "budget_spent": spent and spent.model_dump(mode="json"),
         "search_ended": ended and ended.model_dump(mode="json"),
+        "damaged": [str(damage) for damage in find_damage(record)],
         "prior_sweeps": [prior.model_dump(mode="json") for prior in record.info.prior_sweeps],
         "trials": [trial.model_dump(mode="json") for trial in trials],
         "repeats": [trial.model_dump(mode="json") for trial in repeats],

@@ -239,6 +239,7 @@ def resume(
     found = sweep_to_resume(sweep, output)
     record = extend_sweep(found, trials, budget or [])
     if record == found and is_finished(record):
+        _repair_finished(record)
         send_rest(record, print)
         _show_finished(record)
         return
@@ -344,6 +345,25 @@ def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
         "  (--trials N and --budget LIMIT=V change a sweep; for anything else start a new one)",
     ]
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def _repair_finished(record: "SweepRecord") -> None:
+    """Repair damaged files of a sweep of which nothing is left to run, and print them."""
+    from orchestrator.record import find_damage, repair
+    from orchestrator.record.lock import only_driver
+    from orchestrator.record.manifest import folder_fault
+
+    def say(line: str) -> None:
+        console_on().print(line, soft_wrap=True, highlight=False, markup=False)
+
+    has_bad_rows = record.paths.data.exists() and folder_fault(record.paths.data)
+    if has_bad_rows or any(damage.repair for damage in find_damage(record)):
+        from orchestrator.training.start import restore_rows
+
+        with only_driver(record.paths):
+            for damage in repair(record):
+                say(f"damaged: {damage}")
+            restore_rows(record, say)
 
 
 def _show_finished(record: "SweepRecord") -> None:

@@ -20,9 +20,13 @@ from orchestrator.data.stop_tokens import RowEnds, StopFinder
 from orchestrator.data.unread_columns import find_unread
 from orchestrator.errors import DataError
 from orchestrator.record import BadRows, SourceRows
+from orchestrator.record.checked import read_record, write_record
 from orchestrator.record.files import building_beside, publish
+from orchestrator.record.manifest import folder_fault, seal_folder
+from orchestrator.record.models import Record
 from orchestrator.spec.sections import BaseSection, DataSection
 
+META = "meta.json"
 _MAX_NAMED = 3
 
 _CHUNK_ROWS = 1000
@@ -138,6 +142,22 @@ class PreparedData:
     """Rows that the format cannot use and that were left out."""
     test: Any = None
     """Tokenized rows of data.test, which no decision sees, like `held_out`; None without them."""
+
+
+class Meta(Record):
+    """The content of `meta.json`: all of `PreparedData` but the rows."""
+
+    fingerprint: str
+    num_train: int
+    num_truncated: int
+    num_dropped: int
+    num_shared: int
+    num_sequences: int | None
+    sources: list[SourceRows]
+    bad_rows: list[BadRows]
+    chat_template: str | None
+    stop_tokens: list[int]
+    prompts: list[Prompt]
 
 
 def tokenize(data: DataSection, tokenizer: Any, say: Say = lambda _: None) -> EncodedRows:
@@ -261,48 +281,51 @@ def save(prepared: PreparedData, folder: Path, siblings: Path | None = None) -> 
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    meta = {
-        name: getattr(prepared, name)
-        for name in ("fingerprint", "num_train", "num_truncated", "num_dropped", "num_shared", "num_sequences")
-    } | {
-        "sources": [source.model_dump(mode="json") for source in prepared.sources],
-        "bad_rows": [bad.model_dump(mode="json") for bad in prepared.bad_rows],
-        "chat_template": prepared.chat_template,
-        "stop_tokens": prepared.stop_tokens,
-        "prompts": [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prepared.prompts],
-    }
+    meta = Meta(**{name: getattr(prepared, name) for name in Meta.model_fields})
     with building_beside(folder) as building:
         write_rows(prepared.train, building / "train", siblings)
         write_rows(prepared.held_out, building / "held_out", siblings)
         if prepared.test is not None:
             write_rows(prepared.test, building / "test", siblings)
-        (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_record(building / META, meta)
+        seal_folder(building)
         publish(building, folder)
 
 
 def load(folder: Path, in_memory: bool = False) -> PreparedData:
-    """Read what `save` has written. Rows are read when they are needed, or all at once if `in_memory`."""
+    """Read what `save` has written. Rows are read when they are needed, or all at once if `in_memory`.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
     from datasets import load_from_disk
 
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    prompts = [Prompt(**prompt) for prompt in meta.pop("prompts")]
-    sources = [SourceRows.model_validate(source) for source in meta.pop("sources")]
-    bad = [BadRows.model_validate(each) for each in meta.pop("bad_rows")]
+    _require_whole(folder)
+    meta = read_record(Meta, folder / META)
     train, held_out = (load_from_disk(folder / part, keep_in_memory=in_memory) for part in ("train", "held_out"))
-    return PreparedData(train, held_out, prompts, sources=sources, bad_rows=bad, **meta)
+    return PreparedData(train, held_out, **{name: getattr(meta, name) for name in Meta.model_fields})
 
 
 def load_test(folder: Path) -> Any:
     """Return the test rows that `save` has written, a `datasets.Dataset`. Trials and workers do not read them.
 
     Raises:
-        DataError: the sweep has none.
+        DataError: the sweep has none, or they are damaged.
     """
     from datasets import load_from_disk
 
+    _require_whole(folder)
     if not (folder / "test").is_dir():
         raise DataError(f"{folder}: has no test rows", "They are those of data.test, at the start of a sweep.")
     return load_from_disk(folder / "test")
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise DataError if a file is missing or damaged: the rows of a damaged file must not be read."""
+    if fault := folder_fault(folder):
+        raise DataError(
+            f"{folder}: {fault}", f"`orchestrator resume {folder.parent}` makes the rows anew from their sources."
+        )
 
 
 def _tokenized(

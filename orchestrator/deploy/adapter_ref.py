@@ -4,12 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from orchestrator.adapters.bundle import CONFIG, verify_adapter
 from orchestrator.base_folder import hub_id, require_trusted_code
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
+from orchestrator.record.checked import read_record
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import BaseSection
 
@@ -81,12 +80,7 @@ def at_commit(base: BaseSection, folder: Path) -> BaseSection:
 
 def _trial_config(folder: Path) -> TrialConfig | None:
     path = folder / "trial.json"
-    if not path.is_file():
-        return None
-    try:
-        return TrialConfig.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is damaged or of another version: {error}") from error
+    return read_record(TrialConfig, path) if path.is_file() else None
 
 
 def _peft_config(folder: Path) -> dict[str, object]:

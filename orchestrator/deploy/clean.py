@@ -6,13 +6,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.adapters.bundle import MANIFEST, SCORES
+from orchestrator.adapters.bundle import SCORES
 from orchestrator.deploy.finished import ChosenTrial, FinishedSweep, point_of
 from orchestrator.errors import RequestError
 from orchestrator.record import OPEN, SweepPaths, SweepRecord, TrialResult, is_finished, read_sweep
 from orchestrator.record.absent import AbsentAdapter, read_absent, write_absent
 from orchestrator.record.files import write_atomic
 from orchestrator.record.lock import driver_state, only_driver
+from orchestrator.record.manifest import MANIFEST
 from orchestrator.record.models import time_now
 
 _KEPT = (SCORES, MANIFEST)

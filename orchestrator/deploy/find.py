@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.adapters.bundle import CONFIG, MANIFEST, Format, read_manifest
+from orchestrator.adapters.bundle import CONFIG, Format, read_manifest
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.finished import FinishedSweep, open_sweep
 from orchestrator.deploy.load import load_model_and_tokenizer
 from orchestrator.errors import RecordError
+from orchestrator.record.manifest import MANIFEST
 from orchestrator.remote.location import find_uri
 
 

@@ -1,11 +1,12 @@
 """Finished sweeps: rank their trials, and choose the adapter to take."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.bundle import read_scores, verify_adapter
+from orchestrator.adapters.bundle import has_manifest, read_scores, verify_adapter
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.load import load_model_and_tokenizer
 from orchestrator.deploy.recommend import (
@@ -20,7 +21,7 @@ from orchestrator.deploy.recommend import (
 )
 from orchestrator.deploy.repeated import recommend_repeated
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord, TestScore, TrialResult, TrialState, find_damage, read_sweep
 from orchestrator.record.absent import AbsentError
 from orchestrator.record.pulled import NotPulledError
 from orchestrator.remote.view import view_sweep
@@ -108,6 +109,8 @@ class ChosenTrial:
             "choice": self.recommendation.as_dict(),
             "test": self.test_score and self.test_score.scores.values(),
             "damaged": self.damaged,
+            "damaged_records": [str(damage) for damage in find_damage(self.record)],
+            "is_verified": has_manifest(self.adapter),
             "config": trial.config.dotted(),
             "varied": trial.config.varied,
             "adapter": str(self.adapter),
@@ -197,7 +200,9 @@ class FinishedSweep:
             return {}
         record, found = read_sweep(paths.root), dict[str, list[Candidate]]()
         for trial in record.finished():
-            scores = read_scores(record.adapter_path(trial))
+            scores = None
+            with suppress(RecordError):  # a run with damaged scores does not count
+                scores = read_scores(record.adapter_path(trial))
             if scores is not None:
                 found.setdefault(point_of(trial), []).append(Candidate(trial, scores))
         return found

@@ -3,7 +3,8 @@
 Reading order: `models` (what is recorded), `paths` (where), `sweep_record` (read it back), `new_sweep` (claim the
 folder of a new sweep), `extend` (add trials or budget to a sweep), `decisions` (the scheduler's log), `budget` and
 `search_ended` (what ended the search before its last trial), `test_score` (the winner on test rows), `answers` (base
-and winner side by side). `files` writes atomically, `absent` says which adapters were
+and winner side by side). `files` writes atomically, `checked` adds a checksum to each record, `checkpoints` verifies
+checkpoints, `damage` finds and repairs damaged records, `absent` says which adapters were
 removed, `lock` keeps a second driver out and tells whether one runs.
 `requests` holds what people ask of a running sweep, `ask` waits for the driver's answer, `find_trial` finds the trial.
 `present` reads a sweep while it runs, `standing` sums it up.
@@ -11,6 +12,9 @@ removed, `lock` keeps a second driver out and tells whether one runs.
 
 from orchestrator.record.answers import AnsweredPrompt, Answers
 from orchestrator.record.budget import BudgetSpent
+from orchestrator.record.checked import DamagedError, write_record
+from orchestrator.record.checkpoints import resumable, start_of
+from orchestrator.record.damage import Damage, find_damage, repair
 from orchestrator.record.decisions import Decision, read_decisions
 from orchestrator.record.models import (
     AddedTrial,
@@ -44,8 +48,8 @@ from orchestrator.record.sweep_record import (
     read_result,
     read_sweep,
     read_trial,
-    resumable,
-    write_record,
+    read_trials,
+    write_info,
 )
 from orchestrator.record.test_score import TestScore
 
@@ -57,6 +61,8 @@ __all__ = [
     "BadRows",
     "BestPoint",
     "BudgetSpent",
+    "Damage",
+    "DamagedError",
     "Decision",
     "ExperimentSource",
     "MetricPoint",
@@ -72,6 +78,7 @@ __all__ = [
     "TrialResult",
     "TrialState",
     "end_trial",
+    "find_damage",
     "have_ended",
     "have_repeats_ended",
     "is_finished",
@@ -82,8 +89,12 @@ __all__ = [
     "read_result",
     "read_sweep",
     "read_trial",
+    "read_trials",
+    "repair",
     "repeats_record",
     "resumable",
+    "start_of",
     "totals",
+    "write_info",
     "write_record",
 ]

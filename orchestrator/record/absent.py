@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-from pydantic import ValidationError
-
 from orchestrator.errors import RecordError
-from orchestrator.record.files import write_atomic
+from orchestrator.record.checked import DamagedError, read_record, write_record
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
@@ -37,23 +35,17 @@ def read_absent(paths: SweepPaths) -> dict[str, AbsentAdapter]:
     """Return the adapters that were removed from a sweep's folder, by trial.
 
     Raises:
-        RecordError: the record is damaged.
+        DamagedError: the record is damaged.
     """
     try:
-        text = paths.absent.read_text(encoding="utf-8")
+        return read_record(AbsentAdapters, paths.absent).trials
     except FileNotFoundError:
         return {}
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{paths.absent}: the record is damaged or of another version: {error}") from error
-    try:
-        return AbsentAdapters.model_validate_json(text).trials
-    except ValidationError as error:
-        raise RecordError(f"{paths.absent}: the record is damaged or of another version: {error}") from error
 
 
 def write_absent(paths: SweepPaths, trials: dict[str, AbsentAdapter]) -> None:
     """Write the record; it has reached the disk when this returns."""
-    write_atomic(paths.absent, AbsentAdapters(trials=trials).model_dump_json(indent=2) + "\n")
+    write_record(paths.absent, AbsentAdapters(trials=trials))
 
 
 def require_present(paths: SweepPaths, trial_id: str) -> None:
@@ -62,7 +54,11 @@ def require_present(paths: SweepPaths, trial_id: str) -> None:
     Raises:
         AbsentError: it was.
     """
-    if absent := read_absent(paths).get(trial_id):
+    try:
+        absent = read_absent(paths).get(trial_id)
+    except DamagedError:  # `record.damage` names it; a removed adapter then counts as missing
+        return
+    if absent:
         raise AbsentError(
             f"{trial_id}: its adapter was removed by `orchestrator clean` on {absent.time[:10]}; "
             f"it was not among the {absent.num_kept} best",

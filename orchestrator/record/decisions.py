@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from orchestrator.record.files import append_line, write_atomic
+from orchestrator.record.checked import append_record, read_lines, record_line
+from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
@@ -26,19 +27,16 @@ class Decision(Record):
 
 def append_decision(paths: SweepPaths, decision: Decision) -> None:
     """Append one line to the log."""
-    append_line(paths.decisions, decision.model_dump_json())
+    append_record(paths.decisions, decision)
 
 
 def read_decisions(paths: SweepPaths) -> list[Decision]:
-    """Return all decisions of a sweep, in order. A line that a crash cut short is left out."""
-    if not paths.decisions.is_file():
-        return []
-    lines = paths.decisions.read_text(encoding="utf-8").split("\n")
-    return [Decision.model_validate_json(line) for line in lines[:-1]]
+    """Return all decisions of a sweep, in order. Lines that are cut or damaged are left out."""
+    return read_lines(Decision, paths.decisions).records
 
 
 def keep_decisions(paths: SweepPaths, number: int) -> None:
     """Keep the first `number` decisions; later ones will be made again."""
     kept = read_decisions(paths)[:number]
     if paths.decisions.is_file():
-        write_atomic(paths.decisions, "".join(each.model_dump_json() + "\n" for each in kept))
+        write_atomic(paths.decisions, "".join(record_line(each) + "\n" for each in kept))

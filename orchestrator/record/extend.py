@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, RequestError
-from orchestrator.record.files import write_atomic
 from orchestrator.record.models import SpecChange, SweepInfo, TrialState
-from orchestrator.record.sweep_record import SweepRecord, read_sweep
+from orchestrator.record.sweep_record import SweepRecord, read_sweep, write_info
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.dotted import read_path
 from orchestrator.spec.load import override_spec
@@ -71,7 +70,7 @@ def save_extension(record: SweepRecord) -> None:
         if any(change.field.startswith(_BUDGET) for change in record.info.changes[len(known) :]):
             # First, because a killed driver leaves no other sign of it. It is written again when the budget is spent.
             record.paths.budget.unlink(missing_ok=True)
-        write_atomic(record.paths.sweep, record.info.model_dump_json(indent=2) + "\n")
+        write_info(record.paths, record.info)
     if not record.info.spec.search.stop.is_set:  # lifted now, or by a driver that was killed before the next line
         record.paths.search_ended.unlink(missing_ok=True)
 

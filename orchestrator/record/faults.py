@@ -1,8 +1,8 @@
 """The log of faults: which trials and workers have been lost or ended, when, why, and what followed."""
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from orchestrator.record.files import append_line
+from orchestrator.record.checked import append_record, read_lines
 from orchestrator.record.models import Record, time_now
 from orchestrator.record.paths import SweepPaths
 
@@ -29,17 +29,9 @@ class Fault(Record):
 
 def append_fault(paths: SweepPaths, fault: Fault) -> None:
     """Append one line to the log."""
-    append_line(paths.faults, fault.model_dump_json())
+    append_record(paths.faults, fault)
 
 
 def read_faults(paths: SweepPaths) -> list[Fault]:
-    """Return all faults of a sweep, in order. A line that cannot be read is left out: nothing depends on it."""
-    if not paths.faults.is_file():
-        return []
-    faults = []
-    for line in paths.faults.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            faults.append(Fault.model_validate_json(line))
-        except ValidationError:
-            continue
-    return faults
+    """Return all faults of a sweep, in order. Lines that are cut or damaged are left out: nothing depends on them."""
+    return read_lines(Fault, paths.faults).records

@@ -16,6 +16,9 @@ from orchestrator.errors import RecordError
 BUILDING = ".building-"
 """Prefix of the temporary name of a folder that is being filled."""
 
+REPLACED = ".replaced-"
+"""Name prefix of an adapter folder while a new version is being renamed to its place."""
+
 
 def refuse_links(folder: Path) -> None:
     """Check that a folder contains no symbolic link: copying or sending it would include what the link points to.
@@ -47,12 +50,6 @@ def sync_tree(folder: Path) -> None:
             if not (path := Path(where, name)).is_symlink():
                 sync(path)
         sync(Path(where))
-
-
-def sync_published(folder: Path) -> None:
-    """Wait until the disk holds a folder's content and its name, so that a record may name it."""
-    sync_tree(folder)
-    sync(folder.parent)
 
 
 def publish(building: Path, folder: Path) -> None:
@@ -112,6 +109,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         building.unlink(missing_ok=True)  # Ctrl-C may come after the file has been renamed
         raise
+
+
+def link_or_copy(file: Path, other: Path) -> None:
+    """Hard-link a file, so that it is not written twice; copy it if the file system has no hard links."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
 
 
 def append_line(path: Path, line: str) -> None:

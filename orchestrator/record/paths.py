@@ -125,6 +125,11 @@ class SweepPaths:
         return self.root / "sweep.json"
 
     @property
+    def sweep_copy(self) -> Path:
+        """A copy of `sweep`, which is read if that is damaged."""
+        return self.root / ".sweep-copy.json"
+
+    @property
     def data(self) -> Path:
         """Tokenized rows, shared by all trials."""
         return self.root / "data"
@@ -147,6 +152,11 @@ class SweepPaths:
     def tune_snapshot(self) -> Path:
         """The last complete state of Ray Tune: trials, searcher and scheduler."""
         return self.root / "tune-snapshot.zip"
+
+    @property
+    def tune_snapshot_before(self) -> Path:
+        """The state before the last one, which is restored if that is damaged."""
+        return self.root / "tune-snapshot-before.zip"
 
     @property
     def decisions(self) -> Path:

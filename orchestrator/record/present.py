@@ -4,10 +4,11 @@ import json
 from contextlib import suppress
 from typing import Any
 
+from orchestrator.record.checked import DamagedError
 from orchestrator.record.models import TrialResult, TrialState
 from orchestrator.record.paths import TrialPaths
 from orchestrator.record.standing import repeats_record
-from orchestrator.record.sweep_record import SweepRecord, best_first, read_result, read_trial
+from orchestrator.record.sweep_record import SweepRecord, best_first, read_trial
 
 _TAIL = 8192
 """Bytes at the end of the metrics in which the last point is looked for."""
@@ -29,11 +30,16 @@ class PresentTrials:
     def read(self) -> list[TrialResult]:
         """Return all trials, best first. Running ones have the steps, tokens and training loss of this moment.
 
+        Trials of which too little is left are missing; `record.damage` names them.
+
         Raises:
-            RecordError: a record is damaged.
             OSError: the storage fails.
         """
-        return best_first([self._read(trial_id) for trial_id in self._record.paths.trial_ids()])
+        trials = []
+        for trial_id in self._record.paths.trial_ids():
+            with suppress(DamagedError):
+                trials.append(self._read(trial_id))
+        return best_first(trials)
 
     def repeats(self) -> list[TrialResult]:
         """Return the runs of the finalists with other seeds, likewise; empty until they begin."""
@@ -50,7 +56,7 @@ class PresentTrials:
             return _at_this_moment(read_trial(paths, self._record.info), paths)
         known = self._ended.get(trial_id)
         if known is None or known[0] != written:
-            known = self._ended[trial_id] = written, read_result(paths)
+            known = self._ended[trial_id] = written, read_trial(paths, self._record.info)
         return known[1]
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from orchestrator.errors import RecordError, RequestError
-from orchestrator.record.files import write_atomic
+from orchestrator.record.checked import DamagedError, read_record, write_record
 from orchestrator.record.lock import driver_state
 from orchestrator.record.models import Record, time_now
 from orchestrator.record.paths import SweepPaths
@@ -87,7 +87,7 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
     known = {"name": name, "verb": verb, "asked": time_now(), "by": _who()}
     try:
         request = Request.model_validate(fields | known)
-        text = request.model_dump_json(indent=2) + "\n"
+        request.model_dump_json()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -100,7 +100,7 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
     file = paths.requests / f"{name}.json"
     try:
         share_folder(paths)
-        write_atomic(file, text)
+        write_record(file, request)
     except OSError as error:
         raise RecordError(
             f"{file}: cannot be written: {error.strerror}",
@@ -133,13 +133,13 @@ def read_request(paths: SweepPaths, name: str) -> Request:
     """Return one request.
 
     Raises:
-        RecordError: it is damaged.
+        DamagedError: it is damaged.
     """
     file = paths.requests / f"{name}.json"
     try:
-        return Request.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{file}: the request is damaged: {error}", "Ask again with the command.") from error
+        return read_record(Request, file)
+    except DamagedError as error:
+        raise DamagedError(error.message, "Ask again with the command.") from error
     except (FileNotFoundError, PermissionError) as error:
         raise RecordError(f"{file}: cannot be read: {error.strerror}", "Ask again with the command.") from error
 
@@ -156,21 +156,19 @@ def unanswered(paths: SweepPaths) -> list[str]:
 
 def write_answer(paths: SweepPaths, answer: RequestAnswer) -> None:
     """Write the answer to a request."""
-    write_atomic(_answer_file(paths, answer.name), answer.model_dump_json(indent=2) + "\n")
+    write_record(_answer_file(paths, answer.name), answer)
 
 
 def read_answer(paths: SweepPaths, request: Request) -> RequestAnswer | None:
     """Return the answer to a request; None if there is none yet.
 
     Raises:
-        RecordError: it is damaged.
+        DamagedError: it is damaged.
     """
     try:
-        return RequestAnswer.model_validate_json(_answer_file(paths, request.name).read_text(encoding="utf-8"))
+        return read_record(RequestAnswer, _answer_file(paths, request.name))
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{_answer_file(paths, request.name)}: the answer is damaged: {error}") from error
 
 
 def await_answer(paths: SweepPaths, request: Request, timeout_s: float) -> RequestAnswer | None:

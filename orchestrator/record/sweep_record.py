@@ -1,22 +1,23 @@
 """Read a sweep back from its folder. What is on disk is authoritative; everything else is a view of it."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
-
-from pydantic import ValidationError
 
 from orchestrator.errors import RecordError
 from orchestrator.record.absent import require_present
 from orchestrator.record.answers import Answers
 from orchestrator.record.budget import BudgetSpent
-from orchestrator.record.files import write_atomic
+from orchestrator.record.checked import DamagedError, read_lines, read_record, write_record
+from orchestrator.record.checkpoints import checkpoint_steps, step_of
 from orchestrator.record.models import (
     AddedTrial,
+    BestPoint,
     MetricPoint,
-    Record,
     SweepInfo,
     TrialResult,
     TrialState,
@@ -29,7 +30,7 @@ from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.output_uri import is_uri
 
-_T = TypeVar("_T", SweepInfo, AddedTrial, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
+_T = TypeVar("_T", BudgetSpent, SearchEnded, TestScore, Answers)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -51,8 +52,8 @@ class SweepRecord:
     """Fetches a folder of the sweep if it is in an object store and not here yet."""
 
     def trials(self) -> list[TrialResult]:
-        """Return all trials, best first; those without an evaluation last."""
-        return best_first([read_trial(self.paths.trial(trial_id), self.info) for trial_id in self.paths.trial_ids()])
+        """Return all trials, best first; those without an evaluation last. `record.damage` names unreadable ones."""
+        return best_first(read_trials(self.paths, self.info))
 
     def finished(self) -> list[TrialResult]:
         """Return trials whose adapter may be chosen (COMPLETE or STOPPED, with an evaluation), best first."""
@@ -60,11 +61,11 @@ class SweepRecord:
 
     def budget_spent(self) -> BudgetSpent | None:
         """Return the limit that was reached, if one was; there may then be fewer trials than requested."""
-        return _read(BudgetSpent, self.paths.budget) if self.paths.budget.is_file() else None
+        return _optional(BudgetSpent, self.paths.budget)
 
     def search_ended(self) -> SearchEnded | None:
         """Return why the sweep has ended itself, if it has; no further trial is then drawn."""
-        return _read(SearchEnded, self.paths.search_ended) if self.paths.search_ended.is_file() else None
+        return _optional(SearchEnded, self.paths.search_ended)
 
     def why_over(self) -> BudgetSpent | SearchEnded | None:
         """Return why no further trial begins, if that is so; there may then be fewer trials than requested."""
@@ -72,11 +73,11 @@ class SweepRecord:
 
     def test_score(self) -> TestScore | None:
         """Return the winner's scores on the test rows, if they were measured."""
-        return _read(TestScore, self.paths.test) if self.paths.test.is_file() else None
+        return _optional(TestScore, self.paths.test)
 
     def answers(self) -> Answers | None:
         """Return answers of the base and of the recommended adapter, if they were recorded."""
-        return _read(Answers, self.paths.answers) if self.paths.answers.is_file() else None
+        return _optional(Answers, self.paths.answers)
 
     def rows(self) -> Path:
         """Return the folder of the tokenized rows.
@@ -130,7 +131,7 @@ def read_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
         except (OSError, ValueError) as error:  # a name that is too long for a path, or has a null byte
             raise RecordError(f"{sweep!s:.80}: is not the name of a sweep: {error}") from error
         if found:
-            return SweepRecord(paths, _read(SweepInfo, paths.sweep))
+            return SweepRecord(paths, _read_info(paths))
     if Path(sweep).suffix in (".yaml", ".yml"):
         raise RecordError(f"{sweep}: is an experiment file, not a sweep", "Give the folder of a sweep, or its name.")
     raise RecordError(
@@ -153,6 +154,38 @@ def require_folder(sweep: str | Path, output: str | Path) -> None:
         )
 
 
+def _optional(model: type[_T], path: Path) -> _T | None:
+    """Return a record; None if there is none, or if it is damaged, which `record.damage` names."""
+    with suppress(FileNotFoundError, DamagedError):
+        return read_record(model, path)
+    return None
+
+
+def _read_info(paths: SweepPaths) -> SweepInfo:
+    """Return what is known of a sweep, from the copy if the record is damaged."""
+    try:
+        return read_record(SweepInfo, paths.sweep)
+    except DamagedError:
+        if not paths.sweep_copy.is_file():
+            raise
+        return read_record(SweepInfo, paths.sweep_copy)
+
+
+def write_info(paths: SweepPaths, info: SweepInfo) -> None:
+    """Write what is known of a sweep, and a copy: nothing in the folder can be read without it."""
+    write_record(paths.sweep, info)
+    write_record(paths.sweep_copy, info)
+
+
+def read_trials(paths: SweepPaths, info: SweepInfo) -> list[TrialResult]:
+    """Return all trials of which enough is left, the oldest first."""
+    trials = []
+    for trial_id in paths.trial_ids():
+        with suppress(DamagedError):
+            trials.append(read_trial(paths.trial(trial_id), info))
+    return trials
+
+
 def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:
     """Sort trials by their best evaluations; those without an evaluation come last."""
     return sorted(
@@ -163,84 +196,88 @@ def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:
 def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
     """Return one trial: its result, or its progress, or PENDING with its configuration.
 
+    A damaged record is passed over, see `record.damage`: the progress of an ended trial holds its result too, and the
+    progress of an open one is put together from its other files.
+
     Raises:
-        RecordError: it has not begun, there is no such trial, or its record is damaged.
+        RecordError: it has not begun, or there is no such trial.
+        DamagedError: too little of the trial's files is left.
     """
     for path in (paths.result, paths.progress):
         if path.is_file():
-            trial = _read(TrialResult, path)
-            is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
-            return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
-    if not paths.config.is_file():
+            with suppress(DamagedError):
+                trial = read_record(TrialResult, path)
+                is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
+                return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
+    if not (paths.config.is_file() or paths.result.is_file() or paths.progress.is_file()):
         raise RecordError(
             f"{paths.trial_id}: the trial has not begun, or the sweep has no such trial",
             f"`orchestrator status {paths.sweep}` lists those that have begun.",
         )
     search = info.spec.search
-    return TrialResult(
+    trial = TrialResult(
         trial_id=paths.trial_id,
         state=TrialState.PENDING,
-        config=_read(TrialConfig, paths.config),
+        config=read_record(TrialConfig, paths.config),
         metric=search.metric,
         mode=search.resolved_mode,
     )
+    return _put_together(paths, trial) if paths.progress.is_file() else trial
+
+
+def _put_together(paths: TrialPaths, new: TrialResult) -> TrialResult:
+    """Return an open trial whose progress is damaged, from its points, checkpoints and adapters."""
+    points, steps = read_metrics(paths), checkpoint_steps(paths)
+    checkpoint = f"checkpoints/checkpoint-{steps[0]}" if steps else None
+    best = None
+    for folder in paths.adapters.glob("step-*"):
+        step, values = step_of(folder.name), dict[str, float]()
+        for point in points:
+            values |= point.values if point.step == step else {}
+        if new.metric in values:
+            adapter = str(folder.relative_to(paths.root))
+            best = BestPoint(value=values[new.metric], step=step, values=values, adapter=adapter)
+    update: dict[str, object] = {"state": TrialState.RUNNING, "best": best, "checkpoint": checkpoint}
+    if points:
+        update |= {"step": points[-1].step, "tokens": points[-1].tokens, "seconds": points[-1].time_s}
+    if steps:
+        with suppress(OSError, ValueError, KeyError):  # a damaged checkpoint is found when the trial resumes
+            state = json.loads((paths.checkpoints / f"checkpoint-{steps[0]}" / "trainer_state.json").read_bytes())
+            update["total_steps"] = int(state["max_steps"])
+    return new.model_copy(update=update)
 
 
 def read_result(paths: TrialPaths) -> TrialResult:
-    """Return the result of a trial that has ended."""
-    return _read(TrialResult, paths.result)
+    """Return the result of a trial that has ended.
+
+    Raises:
+        DamagedError: neither the result nor the progress, which holds it too, is whole.
+    """
+    try:
+        return read_record(TrialResult, paths.result)
+    except DamagedError:
+        if paths.progress.is_file() and (last := read_record(TrialResult, paths.progress)).state not in OPEN:
+            return last
+        raise
 
 
 def read_added(paths: TrialPaths) -> AddedTrial | None:
     """Return how a trial was added by a request; None for a trial of the search."""
-    return _read(AddedTrial, paths.added) if paths.added.is_file() else None
+    return read_record(AddedTrial, paths.added) if paths.added.is_file() else None
 
 
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
-    """Return every point of a trial in order. A line that a crash cut short is left out."""
-    if not paths.metrics.is_file():
-        return []
-    lines = paths.metrics.read_text(encoding="utf-8").split("\n")
-    # Each point is one write that ends with a line break, so only the text after the last one can be incomplete.
-    try:
-        return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
-    except ValidationError as error:
-        raise RecordError(f"{paths.metrics}: the record is damaged: {error}") from error
-
-
-def resumable(paths: TrialPaths, config: TrialConfig) -> TrialResult | None:
-    """Return a trial as it was at its last complete checkpoint; None if it must start from the beginning.
-
-    Step and tokens are those of the checkpoint: what was done after it will be done again. The best adapter may be
-    from a later step: it is complete, and will be measured again with the same value.
-    """
-    if not paths.progress.is_file():
-        return None
-    progress = _read(TrialResult, paths.progress)
-    if progress.config != config or progress.checkpoint is None or not (paths.root / progress.checkpoint).is_dir():
-        return None
-    step = int(progress.checkpoint.rpartition("-")[2])
-    if progress.step == step:
-        return progress
-    points = [point for point in read_metrics(paths) if point.step <= step]
-    return progress.model_copy(update={"step": step, "tokens": points[-1].tokens if points else 0})
+    """Return every point of a trial in order. Lines that are cut or damaged are left out."""
+    return read_lines(MetricPoint, paths.metrics).records
 
 
 def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
-    """Write the final result of a trial, and remove its checkpoints."""
+    """Write the final result of a trial, and remove its checkpoints.
+
+    The progress becomes a copy of the result, from which a damaged result is read.
+    """
     result = result.model_copy(update={"checkpoint": None, "ended": time_now()})
+    write_record(paths.progress, result)
     write_record(paths.result, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return result
-
-
-def write_record(path: Path, record: Record | TrialConfig) -> None:
-    """Write a record in one atomic step."""
-    write_atomic(path, record.model_dump_json(indent=2) + "\n")
-
-
-def _read(model: type[_T], path: Path) -> _T:
-    try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error

@@ -4,9 +4,10 @@ from statistics import fmean
 
 from rich.console import Console
 
+from orchestrator.adapters.bundle import has_manifest
 from orchestrator.deploy import ChosenTrial
 from orchestrator.deploy.recommend import CONFIDENCE, Candidate, Recommendation, mean_interval
-from orchestrator.record import TestScore
+from orchestrator.record import TestScore, find_damage
 from orchestrator.report.tables import duration
 from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted
@@ -43,6 +44,9 @@ def say_best(console: Console, best: ChosenTrial) -> None:
         value = _value(choice.recommended, metric)
         lines.append(f"recommended: {best.trial.trial_id}, the smallest of them, {value}{_size(choice.recommended)}")
     lines += [f"left out, because its adapter is damaged: {trial}: {fault}" for trial, fault in best.damaged.items()]
+    lines += [f"damaged: {damage}" for damage in find_damage(best.record)]
+    if not has_manifest(best.adapter):
+        lines.append("the adapter is unverified: it has no manifest.json, by which its files could be checked")
     lines += [best.trial.base_size] if best.trial.base_size else []
     if tokens := best.trial.generated_tokens:
         lines.append(f"its answers for evaluation.metrics: {tokens:,} tokens in {duration(best.trial.generation_s)}")

@@ -6,7 +6,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from orchestrator.errors import RecordError
-from orchestrator.record import OPEN, SweepRecord, TrialState, is_finished, read_sweep
+from orchestrator.record import OPEN, SweepRecord, TrialState, find_damage, is_finished, read_sweep
 from orchestrator.record.lock import driver_state
 from orchestrator.report.tables import number
 
@@ -32,7 +32,9 @@ def sweeps_lines(rows: list[dict[str, Any]], folder: str, width: int) -> list[st
     widths = [max(cell_len(row[column]) for row in cells) for column in range(len(_HEADS))]
     while len(widths) > 2 and sum(widths) + 2 * (len(widths) - 1) > width:
         widths.pop()
-    return ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=False)).rstrip() for row in cells]
+    lines = ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=False)).rstrip() for row in cells]
+    faults = [fault for row in rows for fault in ([row["fault"]] if "fault" in row else row["damaged"])]
+    return lines + [f"damaged: {fault}" for fault in faults]
 
 
 def _row(record: SweepRecord) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def _row(record: SweepRecord) -> dict[str, Any]:
         "metric": info.spec.search.metric,
         "best": best.best.value if best and best.best else None,
         "created": info.created,
+        "damaged": [str(damage) for damage in find_damage(record)],
     }
 
 

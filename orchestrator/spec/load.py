@@ -133,6 +133,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}:{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path}: must hold sections such as base and data, got {type(document).__name__}")
+    document.pop("crc32", None)  # a trial's own file is an experiment too, and ends with its checksum
     return document
 
 

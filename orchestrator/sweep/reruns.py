@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, read_sweep, write_record
+from orchestrator.record import SweepInfo, SweepPaths, SweepRecord, TrialResult, read_sweep, write_info
 from orchestrator.record.files import building_beside, publish
 from orchestrator.spec import SweepSpec
 
@@ -58,6 +58,6 @@ def begin_rerun(record: SweepRecord, root: Path, spec: SweepSpec) -> SweepRecord
     with building_beside(root) as building:
         inside = SweepPaths(building)
         inside.data.symlink_to(os.path.relpath(record.paths.data, root))
-        write_record(inside.sweep, SweepInfo.model_validate(info.model_dump()))
+        write_info(inside, SweepInfo.model_validate(info.model_dump()))
         publish(building, root)
     return read_sweep(root)

@@ -14,12 +14,12 @@ from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import load
-from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.errors import OrchestratorError, RecordError, SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep, repair
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.remote.mirror import mirroring
@@ -37,7 +37,7 @@ from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_ea
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
-from orchestrator.training.start import start_sweep
+from orchestrator.training.start import restore_rows, start_sweep
 from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, replace_parts
 from orchestrator.words import counted
 
@@ -128,6 +128,9 @@ def resume_sweep(
         start_fleet(spec, address) as fleet,
     ):
         require_shared_folder(record.paths.root)
+        for damage in repair(record):
+            say(f"damaged: {damage}")
+        restore_rows(record, say)
         save_extension(record)
         with mirroring(record.paths, say):
             return _drive(record, fleet, watch, say, doing)
@@ -305,14 +308,22 @@ def _make_tuner(
     algorithm = make_search_algorithm(record, max_concurrent)
     failures = FailureCounter(record, say)
     interrupter = Interrupter(stop, workers, paths, failures, fault)
-    saved = restore_snapshot(paths)
+    saved = restore_snapshot(paths, say)
     conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow, say)
     callbacks = [ResultKeeper(record, conductor, interrupter.check)]
     new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
     if not has_trials(paths):
         return new
     # An earlier driver may have been killed while it wrote tuner.pkl; all of it that matters is given or replaced here.
-    tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=tune_space(spec.search), resume_unfinished=True)
+    space = tune_space(spec.search)
+    try:
+        tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=space, resume_unfinished=True)
+    except Exception as error:  # damaged JSON or pickles raise almost anything
+        raise RecordError(
+            f"{paths.tune}: the state of the search cannot be read: {error}",
+            f"The trials are kept: `orchestrator best {paths.root}` works. Restore {paths.tune_snapshot.name} from a "
+            f"backup, or start a new sweep that learns from them: orchestrator sweep FILE --warm-from {paths.root}",
+        ) from error
     replace_parts(tuner, algorithm, conductor, callbacks)
     return tuner
 

@@ -1,7 +1,8 @@
 """Write `metrics.jsonl`, with one `MetricPoint` per line."""
 
 from orchestrator.record import MetricPoint, TrialPaths, read_metrics
-from orchestrator.record.files import append_line, write_atomic
+from orchestrator.record.checked import append_record, record_line
+from orchestrator.record.files import write_atomic
 
 
 class JsonlTracker:
@@ -11,8 +12,8 @@ class JsonlTracker:
 
     def __init__(self, paths: TrialPaths, resumed_step: int) -> None:
         kept = [point for point in read_metrics(paths) if point.step <= resumed_step]
-        write_atomic(paths.metrics, "".join(f"{point.model_dump_json()}\n" for point in kept))
+        write_atomic(paths.metrics, "".join(f"{record_line(point)}\n" for point in kept))
         self._path = paths.metrics
 
     def log(self, point: MetricPoint) -> None:
-        append_line(self._path, point.model_dump_json())
+        append_record(self._path, point)

@@ -1,20 +1,47 @@
-"""Write a new sweep to disk. Its data is prepared first, so that a bad row is reported before anything is written."""
+"""Write a new sweep to disk, or its rows again. Bad rows are reported before anything is written."""
 
 import errno
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 
 from orchestrator.adapters.generate import texts_of
 from orchestrator.adapters.row_metrics import try_own_metrics
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare, save
-from orchestrator.errors import RequestError
-from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, write_record
+from orchestrator.errors import DataError, RequestError
+from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, SweepRecord, write_info
 from orchestrator.record.files import building_beside, publish
+from orchestrator.record.manifest import folder_fault
 from orchestrator.record.models import PriorSweep
 from orchestrator.record.new_sweep import already_exists, describe_sweep
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.training.engines.check_targets import check_targets
+
+
+def restore_rows(record: SweepRecord, say: Callable[[str], None]) -> None:
+    """Make the rows of a sweep anew from their sources, if their files are missing or damaged.
+
+    Args:
+        record: the sweep; the caller is its only driver.
+        say: called with a message if they are.
+
+    Raises:
+        DataError: the sources no longer give the same rows.
+    """
+    paths, info = record.paths, record.info
+    fault = folder_fault(paths.data)
+    if fault is None:
+        return
+    say(f"damaged: {paths.data}: {fault}; the rows are made anew from their sources")
+    prepared = prepare(info.spec.data, info.spec.base)
+    if prepared.fingerprint != info.data_fingerprint:
+        raise DataError(
+            f"{paths.data}: {fault}, and the sources of the rows have changed since the sweep began",
+            "Restore the sources or this folder from a backup; trials on other rows cannot be compared with these.",
+        )
+    shutil.rmtree(paths.data, ignore_errors=True)
+    save(prepared, paths.data, siblings=paths.root.parent)
 
 
 def start_sweep(
@@ -74,7 +101,7 @@ def start_sweep(
             for metric in spec.evaluation.own:
                 inside.metrics.mkdir(exist_ok=True)
                 (inside.metrics / f"{metric.function}.py").write_text(metric.source, encoding="utf-8")
-            write_record(inside.sweep, info)
+            write_info(inside, info)
             publish(building, paths.root)  # replaces an empty folder, but no other
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from orchestrator.data import load
 from orchestrator.errors import OrchestratorError, StorageError, TrialError
-from orchestrator.record import TrialPaths, TrialResult, TrialState, read_result, resumable
+from orchestrator.record import TrialPaths, TrialResult, TrialState, read_result, start_of
 from orchestrator.signals import Signalled, StopRequest, deferred_signals
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.storage import storage_fault
@@ -58,14 +58,15 @@ def run_trial(
 
 
 def trial_so_far(config: TrialConfig, spec: SweepSpec, paths: TrialPaths) -> TrialResult:
-    """Return the trial as at its last complete checkpoint, or as one that has not begun."""
-    return resumable(paths, config) or TrialResult(
+    """Return the trial as at its newest whole checkpoint, or as one that has not begun."""
+    new = TrialResult(
         trial_id=paths.trial_id,
         state=TrialState.RUNNING,
         config=config,
         metric=spec.search.metric,
         mode=spec.search.resolved_mode,
     )
+    return start_of(paths, new)
 
 
 def _run(start: TrialResult, spec: SweepSpec, paths: TrialPaths, data_folder: Path, watcher: Watcher) -> None:

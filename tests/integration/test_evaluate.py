@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import DEMO, TINY, Witness
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from orchestrator.adapters.bundle import MANIFEST, SCORES, read_scores
+from orchestrator.adapters.bundle import SCORES, read_scores
 from orchestrator.base import load_base
 from orchestrator.data import load
 from orchestrator.data.sources import read_rows
@@ -32,6 +32,7 @@ from orchestrator.deploy.scoring.row_scores import score_rows
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import DataError, RequestError
 from orchestrator.record import SweepPaths
+from orchestrator.record.manifest import MANIFEST
 from orchestrator.report.evaluation import evaluation_table
 from orchestrator.spec import load_spec
 from orchestrator.spec.sections import Source

@@ -74,16 +74,13 @@ def test_what_a_trial_keeps_survives_a_power_cut(
     synced_checkpoints: set[Version] = set()
     spec = tiny(f"training.engine={engine}")
 
-    report = Reporter.report
+    seal_checkpoint = reporter.seal_checkpoint
 
-    def followed(reporter: Reporter, kind: type[Event], **values: Any) -> None:
-        """Note the files of each checkpoint as it is reported, behind the jobs that write it."""
-        if kind is Saved:
-            checkpoint = reporter._paths.root / values["checkpoint"]
-            synced_checkpoints.update(version(file) for file in checkpoint.rglob("*") if file.is_file())
-        report(reporter, kind, **values)
+    def followed(checkpoint: Path) -> None:
+        seal_checkpoint(checkpoint)
+        synced_checkpoints.update(version(file) for file in checkpoint.rglob("*") if file.is_file())
 
-    monkeypatch.setattr(Reporter, "report", followed)
+    monkeypatch.setattr(reporter, "seal_checkpoint", followed)
     result = run(spec, folder)
     assert result.state == TrialState.COMPLETE
     assert disk.lost == []

@@ -32,12 +32,15 @@ def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[
         driver.send_signal(signal.SIGKILL)
     for torn in record.paths.tune.glob("searcher-state-*.pkl"):  # as after a kill while Tune copies it
         torn.write_bytes(b"")
+    if "search.algorithm=optuna" in overrides:
+        record.paths.tune_snapshot.write_bytes(b"")  # the state before it is restored
     (record.paths.tune / "tuner.pkl").write_bytes(b"")  # as after a kill at the start of an earlier resume
     before = finished(record)
     configs = {trial.trial_id: trial.config for trial in record.trials()}
     assert before
     resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
+    assert ("the one before it is looked for" in resumed.stdout) == ("search.algorithm=optuna" in overrides)
     assert "best of 5" in resumed.stdout
     assert_complete(record, before)
     after = {trial.trial_id: trial.config for trial in record.trials()}

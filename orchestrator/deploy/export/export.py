@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.adapters.bundle import MANIFEST, PICKLES, Facts, Format, read_manifest, seal
+from orchestrator.adapters.bundle import PICKLES, Facts, Format, has_manifest, read_manifest, seal
 from orchestrator.adapters.card import merged_card
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.dtypes import DTYPES, Dtype, default_dtype
@@ -21,6 +21,7 @@ from orchestrator.deploy.export.private_details import base_notes
 from orchestrator.deploy.scoring.evaluate import own_rows, rows_of_file
 from orchestrator.errors import ExportError, RequestError
 from orchestrator.record.files import building_beside, refuse_links, sync, sync_tree
+from orchestrator.record.manifest import MANIFEST
 from orchestrator.record.versions import installed_versions
 
 _OTHER_FILES_BYTES = 32 << 20
@@ -84,6 +85,8 @@ def export(
         ExportError: the export does not answer as the adapter does; nothing is left behind. Or there is not enough
             memory for the comparison, or the target was taken meanwhile; then the export is kept beside the target.
     """
+    if not has_manifest(adapter.folder):
+        say(f"note: {adapter.folder} is unverified: it has no {MANIFEST}, by which its files could be checked")
     target = _resolved(target)
     _require_target(target, format, dtype, onto)
     refuse_links(adapter.folder)

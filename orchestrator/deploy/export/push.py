@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.adapters.bundle import MANIFEST, Manifest, verify
+from orchestrator.adapters.bundle import Manifest, verify
 from orchestrator.deploy.export.private_details import base_notes, path_notes
 from orchestrator.errors import HubError, RequestError
+from orchestrator.record.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, assert_never
 from ray.tune.experiment import Trial
 
 from orchestrator.errors import OrchestratorError, RequestError
-from orchestrator.record import AddedTrial, SweepRecord, read_trial, write_record
+from orchestrator.record import AddedTrial, SweepRecord, read_trial, write_info, write_record
 from orchestrator.record.extend import extend_sweep, save_extension
 from orchestrator.record.held import say_only_paused
 from orchestrator.record.models import time_now
@@ -315,7 +315,7 @@ class Steering:
         write_record(paths.added, added)
         if name not in record.info.added:
             info = record.info.model_copy(update={"added": [*record.info.added, name]})
-            write_record(record.paths.sweep, info)
+            write_info(record.paths, info)
             self._record = SweepRecord(record.paths, info)
         self.unstarted.add(name)
         sweep.take_over(self._record)

@@ -18,9 +18,11 @@ from orchestrator.record import (
     read_sweep,
     read_trial,
     resumable,
+    start_of,
     write_record,
 )
 from orchestrator.record.files import BUILDING, building_beside, publish
+from orchestrator.record.manifest import folder_fault
 from orchestrator.storage import storage_fault
 from orchestrator.sweep.tune_trial import COMPLETE, plain_values
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
@@ -156,8 +158,8 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         return self._claim
 
     def _so_far(self) -> TrialResult:
-        """Return the trial at its last complete checkpoint, or as a new trial."""
-        return resumable(self._paths, self._config) or self._new_result()
+        """Return the trial at its newest whole checkpoint, or as a new trial."""
+        return start_of(self._paths, self._new_result())
 
     def _new_result(self) -> TrialResult:
         search = self._sweep.info.spec.search
@@ -193,6 +195,10 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             if storage_fault(error):
                 raise
             self._warnings = [*so_far.warnings, f"began anew: {origin} was gone before it could be taken over"]
+            return
+        if fault := folder_fault(copied / source.name):
+            shutil.rmtree(copied)
+            self._warnings = [*so_far.warnings, f"began anew: {origin} is damaged: {fault}"]
             return
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         publish(copied, paths.checkpoints)

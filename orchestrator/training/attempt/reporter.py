@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 from orchestrator.adapters.bundle import Adapter, Origin, save_adapter
 from orchestrator.errors import TrialError
 from orchestrator.record import RowScores, TrialPaths, TrialResult
+from orchestrator.record.checkpoints import seal_checkpoint
 from orchestrator.training.attempt.events import Evaluated, Event, Listener, Logged, Noted, Saved, Stepped, Warned
 from orchestrator.training.finite import require_finite
 from orchestrator.training.write_queue import WriteQueue
@@ -178,6 +180,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._training_since = None
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         checkpoint = f"checkpoints/checkpoint-{state.global_step}"
+        self._write_queue.do(partial(seal_checkpoint, self._paths.root / checkpoint))
         self.report(Saved, step=state.global_step, checkpoint=checkpoint)
         self._stop_if_asked(control)
 

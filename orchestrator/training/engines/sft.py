@@ -17,7 +17,6 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import TrialError
 from orchestrator.positions import independent_length, rows_per_pass
 from orchestrator.record import RowScores
-from orchestrator.record.files import sync_published
 from orchestrator.spec import TrialConfig
 from orchestrator.spec.sections import TrainingSection
 from orchestrator.training.engines.loss_meter import LossMeter
@@ -75,7 +74,6 @@ class TrlLoop:
         self.trainer = trainer
         self._questions = questions
         self._on_progress = on_progress
-        trainer.add_callback(_SyncCheckpoints())
         self._training = config.training
         self._initial = Adapter.of(trainer.model).copied() if config.lora.starts_from_base else None
         """The first weights, if a hook subtracts their update from the base's output (olora, pissa)."""
@@ -174,13 +172,6 @@ class _Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return (self._packed if "seq_lengths" in rows[0] else self._padded)(rows)  # type: ignore[no-any-return]
-
-
-class _SyncCheckpoints(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
-    """Waits until the disk holds a checkpoint that the Trainer has written, before it is reported."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sync_published(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _SetRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers

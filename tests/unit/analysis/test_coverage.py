@@ -9,6 +9,7 @@ from orchestrator.analysis.coverage import say_coverage, say_tied
 from orchestrator.analysis.sweep_data import SweepData, read_data
 from orchestrator.analysis.verdict import find_verdict
 from orchestrator.record import SweepPaths, TrialResult, read_sweep, write_record
+from orchestrator.record.checked import read_record
 
 MATTERED = 2
 
@@ -22,7 +23,7 @@ def set_values(paths: SweepPaths, values: list[dict[str, Any]]) -> None:
     record = read_sweep(paths.root)
     for name, each in zip(sorted(paths.trial_ids()), values, strict=True):
         file = paths.trial(name).result
-        result = TrialResult.model_validate_json(file.read_text())
+        result = read_record(TrialResult, file)
         write_record(file, result.model_copy(update={"config": record.info.spec.trial_config(each)}))
 
 

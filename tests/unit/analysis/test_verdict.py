@@ -30,6 +30,7 @@ from orchestrator.record import (
     read_sweep,
     write_record,
 )
+from orchestrator.record.checked import read_record
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.axes import Axis
 from orchestrator.spec.search import SEED
@@ -47,7 +48,7 @@ def said(verdict: Verdict, question: int) -> str:
 
 def change(paths: SweepPaths, name: str, **fields: Any) -> None:
     trial = paths.trial(name)
-    result = TrialResult.model_validate_json(trial.result.read_text())
+    result = read_record(TrialResult, trial.result)
     write_record(trial.result, result.model_copy(update=fields))
 
 
@@ -352,7 +353,7 @@ def test_steps_of_a_donor_are_neither_made_nor_saved(tmp_path: Path) -> None:
 
 def test_a_stopped_trial_whose_loss_is_zero_has_that_outcome(tmp_path: Path) -> None:
     paths = plant(tmp_path / "s", 8)
-    best = TrialResult.model_validate_json(paths.trial("t001").result.read_text()).best
+    best = read_record(TrialResult, paths.trial("t001").result).best
     assert best is not None
     change(paths, "t001", best=best.model_copy(update={"value": 0.0}))
     found = find_verdict(data_of(paths)).importances.outcomes.known

@@ -12,7 +12,8 @@ from orchestrator.cli import look
 from orchestrator.cli.look import board, status, watch
 from orchestrator.cli.train import resume
 from orchestrator.errors import RequestError
-from orchestrator.record import is_finished, read_sweep
+from orchestrator.record import TrialResult, is_finished, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.record.lock import driver_state, only_driver
 from orchestrator.report.live import SweepView
 from tests.unit.conftest import MakeSweep
@@ -82,11 +83,8 @@ def test_a_driver_touches_its_file_while_it_runs(
 def test_status_has_totals(tmp_path: Path, make_sweep: MakeSweep, capsys: pytest.CaptureFixture[str]) -> None:
     paths = make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5), "b": ("FAILED", None)}, num_trials=2)
     file = paths.trial("a").result
-    file.write_text(
-        file.read_text()
-        .replace('"tokens": 0', '"tokens": 1234567')
-        .replace('"gpu_seconds": 0.0', '"gpu_seconds": 5400.0')
-    )
+    used = {"tokens": 1234567, "gpu_seconds": 5400.0}
+    write_record(file, read_record(TrialResult, file).model_copy(update=used))
     status(str(paths.root))
     *_, totals, state = capsys.readouterr().out.splitlines()
     assert totals == "2 of 2 trials ended (1 COMPLETE, 1 FAILED), 1,234,567 tokens, 1.5 GPU-hours, 0s of work"

@@ -10,6 +10,7 @@ from orchestrator.cli import use
 from orchestrator.deploy import open_sweep
 from orchestrator.deploy.find import find_bundle
 from orchestrator.record import TrialResult, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.record.new_sweep import claim_folder
 from orchestrator.spec import load_spec, parse_spec
 from tests.unit.conftest import MakeSweep
@@ -20,7 +21,7 @@ def sweep(tmp_path: Path, make_sweep: MakeSweep) -> Path:
     """A sweep whose second trial is better by `eval/exact_match`, and whose third failed."""
     paths = make_sweep(tmp_path / "s", {"a": ("COMPLETE", 0.5), "b": ("COMPLETE", 0.6), "c": ("FAILED", None)})
     for name, share in (("a", 0.25), ("b", 0.75)):
-        trial = TrialResult.model_validate_json(paths.trial(name).result.read_text())
+        trial = read_record(TrialResult, paths.trial(name).result)
         assert trial.best is not None
         best = trial.best.model_copy(update={"values": trial.best.values | {"eval/exact_match": share}})
         write_record(paths.trial(name).result, trial.model_copy(update={"best": best}))
@@ -66,7 +67,7 @@ def test_a_trials_own_file_is_an_experiment(sweep: Path) -> None:
     trial = read_sweep(sweep).paths.trial("a")
     spec = load_spec(trial.config, ["training.steps=3"])
     config = spec.trial_config({})
-    before = TrialResult.model_validate_json(trial.result.read_text()).config
+    before = read_record(TrialResult, trial.result).config
     assert config.training.steps == 3
     assert config.lora == before.lora
     assert config.data == before.data

@@ -194,5 +194,5 @@ def test_links_are_not_followed(paths: SweepPaths, tmp_path: Path) -> None:
 
 def test_a_damaged_record_of_absent_adapters(paths: SweepPaths) -> None:
     paths.absent.write_text("{")
-    with pytest.raises(RecordError, match=r"absent\.json: the record is damaged"):
+    with pytest.raises(RecordError, match=r"absent\.json: is damaged"):
         read_absent(paths)

@@ -14,6 +14,7 @@ from orchestrator.deploy import open_sweep
 from orchestrator.deploy.recommend import Candidate, Recommendation, pareto, recommend
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record import BestPoint, RowScores, SweepPaths, TrialResult, read_result, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.report.best import say_best
 
 ROWS = 100
@@ -145,7 +146,7 @@ def test_the_best_of_a_sweep_is_the_smallest_tied_adapter(tmp_path: Path, make_s
     ):
         made, trial = make(name, values, size), paths.trial(name)
         assert made.scores is not None
-        result = TrialResult.model_validate_json(trial.result.read_text())
+        result = read_record(TrialResult, trial.result)
         write_record(trial.result, result.model_copy(update={"best": made.trial.best, "applied": made.trial.applied}))
         (trial.adapter(7) / SCORES).write_text(made.scores.model_dump_json())
     sweep = open_sweep(paths.root)
@@ -275,7 +276,7 @@ def test_too_few_rows_are_not_compared(make: Make) -> None:
 
 def test_the_best_by_size_as_json(tmp_path: Path, make_sweep: MakeSweep) -> None:
     paths = make_sweep(tmp_path / "t", {"a": ("COMPLETE", 0.5)})
-    result = TrialResult.model_validate_json(paths.trial("a").result.read_text())
+    result = read_record(TrialResult, paths.trial("a").result)
     write_record(paths.trial("a").result, result.model_copy(update={"applied": {"num_trainable_parameters": 7}}))
     assert open_sweep(paths.root).best("size").as_dict()["value"] == 7
 

@@ -18,6 +18,7 @@ from orchestrator.record import (
     TrialState,
     write_record,
 )
+from orchestrator.record.checked import read_record
 from orchestrator.record.decisions import append_decision
 from orchestrator.record.files import write_atomic
 from orchestrator.spec import parse_spec
@@ -146,7 +147,7 @@ def plant_repeats(paths: SweepPaths, num: int, worse: str, factor: float = 1.5, 
     """
     again = plant(paths.repeats, num, stops=False, **how)
     trial = again.trial(worse)
-    result = TrialResult.model_validate_json(trial.result.read_text())
+    result = read_record(TrialResult, trial.result)
     assert result.best is not None
     value = factor * result.best.value
     best = result.best.model_copy(update={"value": value, "values": result.best.values | {"eval/loss": value}})

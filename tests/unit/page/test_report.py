@@ -18,6 +18,7 @@ from orchestrator.errors import RequestError
 from orchestrator.page.figures import FIGURES
 from orchestrator.page.report import _environment, html_page, markdown_page, write_report
 from orchestrator.record import AnsweredPrompt, Answers, SweepPaths, TrialResult, TrialState, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.spec import parse_spec
 
 
@@ -147,7 +148,7 @@ def test_odd_sweeps_give_a_readable_page(tmp_path: Path, odd: str) -> None:
     }[odd]
     if odd == "running":
         first.result.rename(first.progress)
-        progress = TrialResult.model_validate_json(first.progress.read_text())
+        progress = read_record(TrialResult, first.progress)
         write_record(first.progress, progress.model_copy(update={"state": TrialState.RUNNING, "ended": None}))
     if odd == "damaged":
         first.result.write_text("{")

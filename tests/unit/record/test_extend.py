@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RequestError
-from orchestrator.record import BudgetSpent, SearchEnded, SweepRecord, extend, read_sweep, write_record
+from orchestrator.record import (
+    BudgetSpent,
+    SearchEnded,
+    SweepInfo,
+    SweepPaths,
+    SweepRecord,
+    extend,
+    read_sweep,
+    write_info,
+    write_record,
+)
 from orchestrator.record.extend import changed_since, extend_sweep, save_extension
-from orchestrator.record.files import write_atomic
 from orchestrator.record.new_sweep import source_of
 from orchestrator.spec import load_spec
 
@@ -62,13 +71,13 @@ def test_a_larger_budget_holds_if_the_driver_is_killed_once_it_is_recorded(
     record = make(budget={"tokens": 100})
     write_record(record.paths.budget, BudgetSpent(limit="tokens", allowed=100, spent=120))
 
-    def write_and_die(path: Path, text: str) -> None:
-        write_atomic(path, text)
+    def write_and_die(paths: SweepPaths, info: SweepInfo) -> None:
+        write_info(paths, info)
         raise KeyboardInterrupt
 
     extended = extend_sweep(record, None, ["tokens=500"])
     with monkeypatch.context() as patched:
-        patched.setattr(extend, "write_atomic", write_and_die)
+        patched.setattr(extend, "write_info", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             save_extension(extended)
     save_extension(extend_sweep(read_sweep(record.paths.root), None, ["tokens=500"]))

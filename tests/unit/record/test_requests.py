@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from orchestrator.errors import RecordError, RequestError
-from orchestrator.record import SweepPaths, read_sweep
+from orchestrator.record import SweepPaths, read_sweep, write_info
 from orchestrator.record.ask import ask
 from orchestrator.record.find_trial import find_trial
 from orchestrator.record.lock import driver_state, only_driver
@@ -71,7 +71,7 @@ def test_an_answered_request_is_not_taken_up_again(paths: SweepPaths) -> None:
 def test_a_damaged_request_is_named(paths: SweepPaths) -> None:
     request = write_request(paths, "stop", trial_id="abc_00001")
     (paths.requests / f"{request.name}.json").write_text("{")
-    with pytest.raises(RecordError, match="the request is damaged"):
+    with pytest.raises(RecordError, match="is damaged or of another version"):
         read_request(paths, request.name)
 
 
@@ -180,7 +180,6 @@ def test_a_driver_whose_trials_have_ended_takes_no_more_requests(
 
 
 def test_a_single_trial_takes_no_requests(paths: SweepPaths) -> None:
-    document = json.loads(paths.sweep.read_text())
-    paths.sweep.write_text(json.dumps(document | {"is_single_trial": True}))
+    write_info(paths, read_sweep(paths.root).info.model_copy(update={"is_single_trial": True}))
     with pytest.raises(RequestError, match="takes no requests"):
         ask(read_sweep(paths.root), "stop", trial_id="abc_00001")

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from orchestrator.deploy.finished import FinishedSweep
 from orchestrator.record import SweepPaths, TrialResult, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.report.best import say_best
 
 MakeSweep = Callable[..., SweepPaths]
@@ -15,7 +16,7 @@ MakeSweep = Callable[..., SweepPaths]
 def test_best_says_how_much_of_the_base_is_quantized(make_sweep: MakeSweep, tmp_path: Path) -> None:
     paths = make_sweep(tmp_path / "run", {"a": ("COMPLETE", 0.5)})
     file = paths.trial("a").result
-    result = TrialResult.model_validate_json(file.read_text())
+    result = read_record(TrialResult, file)
     for share, said in ((0.9712, "base: 97% of its weights in 4 bits, 17.3 GiB"), (None, "adapter: ")):
         write_record(file, result.model_copy(update={"base_quantized_share": share, "base_gib": share and 17.34}))
         console = Console(record=True, width=200)
@@ -33,7 +34,7 @@ def test_best_says_the_standard_error_of_a_metric_of_answers_and_what_it_cost(
 ) -> None:
     paths = make_sweep(tmp_path / "run", {"a": ("COMPLETE", 0.5)})
     file = paths.trial("a").result
-    result = TrialResult.model_validate_json(file.read_text())
+    result = read_record(TrialResult, file)
     assert result.best is not None
     values = result.best.values | {"eval/exact_match": 0.25, "eval/exact_match_stderr": 0.0546}
     best = result.best.model_copy(update={"values": values})

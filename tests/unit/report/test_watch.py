@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record import Decision, SweepPaths, read_sweep
+from orchestrator.record import Decision, SweepPaths, TrialResult, read_sweep, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.record.decisions import append_decision
 from orchestrator.record.lock import only_driver
 from orchestrator.record.news import News
@@ -24,7 +25,7 @@ WHY = "stopped by forecast at 4: forecast 0.9 +- 0.1; 3% chance of beating a"
 DRIVER = """
 import sys, time
 from pathlib import Path
-from orchestrator.record import Decision, SweepPaths
+from orchestrator.record import Decision, SweepPaths, TrialState, read_sweep, write_record
 from orchestrator.record.decisions import append_decision
 from orchestrator.record.lock import only_driver
 
@@ -33,9 +34,9 @@ with only_driver(paths):
     print("held", flush=True)
     input()
     append_decision(paths, Decision(trial_id="c", step=0, action="chosen", why="near a, the best so far"))
-    progress = paths.trial("b").progress
-    text = progress.read_text().replace('"stopped": null', '"stopped": "' + sys.argv[2] + '"')
-    paths.trial("b").result.write_text(text.replace("RUNNING", "STOPPED"))
+    update = {"stopped": sys.argv[2], "state": TrialState.STOPPED}
+    (trial,) = [trial for trial in read_sweep(paths.root).trials() if trial.trial_id == "b"]
+    write_record(paths.trial("b").result, trial.model_copy(update=update))
     time.sleep(float(sys.argv[3]))
 """
 
@@ -75,7 +76,7 @@ def test_a_terminal_of_80_columns_shows_progress_the_driver_and_decisions_until_
 ) -> None:
     paths = make_sweep(tmp_path / "s", RUNNING, num_trials=3)
     progress = paths.trial("b").progress
-    progress.write_text(progress.read_text().replace('"step": 0', '"step": 4'))
+    write_record(progress, read_record(TrialResult, progress).model_copy(update={"step": 4}))
     with driver(paths, lasts_s=4.0) as go_on:
         waits = [go_on]
 

@@ -19,6 +19,9 @@ from orchestrator.record import (
     read_result,
     resumable,
 )
+from orchestrator.record.checked import read_record
+from orchestrator.record.checkpoints import seal_checkpoint
+from orchestrator.record.manifest import seal_folder
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
 from orchestrator.sweep.workers.worker_client import AttemptLost
@@ -36,12 +39,15 @@ def logged(step: int) -> Logged:
 
 def evaluated(paths: TrialPaths, step: int, saves: bool = False) -> Evaluated:
     paths.adapter(step).mkdir(parents=True)
+    seal_folder(paths.adapter(step))
     adapter = f"adapters/step-{step}"
     return Evaluated(*USE, step=step, tokens=10 * step, values={"eval/loss": 1 / step}, adapter=adapter, saves=saves)
 
 
 def saved(paths: TrialPaths, step: int) -> Saved:
-    (paths.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    folder = paths.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    seal_checkpoint(folder)
     return Saved(*USE, step=step, checkpoint=f"checkpoints/checkpoint-{step}")
 
 
@@ -141,7 +147,7 @@ def test_steps_past_a_stop_are_counted_and_their_files_deleted(
     workers = Workers(early, unread=unread)
     remote = trial(start, paths, workers)
     remote.next()
-    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    so_far = read_record(TrialResult, paths.progress)
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))  # as the driver does
     (paths.checkpoints / "checkpoint-4").mkdir(parents=True)
     if is_stopped_by_tune:
@@ -159,7 +165,7 @@ def test_release_is_not_called_for_a_trial_that_has_ended(start: TrialResult, pa
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 4), evaluated(paths, 6), Completed(*USE)])
     remote = trial(start, paths, workers)
     remote.next()
-    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    so_far = read_record(TrialResult, paths.progress)
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
     remote.stop()
     assert not workers.is_released, "its last event has been read: no other one would come"
@@ -173,7 +179,7 @@ def test_an_interrupted_trial_stays_as_it_was_reported(start: TrialResult, paths
     remote = trial(start, paths, workers)
     remote.next()
     remote.stop()
-    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    so_far = read_record(TrialResult, paths.progress)
     assert (so_far.state, so_far.step, so_far.extra_steps) == (TrialState.RUNNING, 2, 0)
     assert not paths.result.exists()
     assert not paths.lease.exists()
@@ -205,7 +211,7 @@ def test_a_fault_outside_the_trial_ends_the_attempt(start: TrialResult, paths: T
     with pytest.raises(AttemptLost, match="CUDA error" if events else "worker was lost"):
         remote.next()
     assert not paths.result.exists()
-    assert TrialResult.model_validate_json(paths.progress.read_text()).step == 2
+    assert read_record(TrialResult, paths.progress).step == 2
 
 
 def test_a_failure_is_recorded_and_raised(start: TrialResult, paths: TrialPaths) -> None:
@@ -278,7 +284,7 @@ def test_a_tracker_that_cannot_start_is_a_warning_and_the_trial_continues(
     paths.tensorboard.touch()  # a file at the path of its folder
     workers = Workers([begun(), evaluated(paths, 2), evaluated(paths, 6), Completed(*USE)])
     remote = trial(start, paths, workers, {"tensorboard": True, "wandb": {"mode": "disabled"}})
-    (warning,) = TrialResult.model_validate_json(paths.progress.read_text()).warnings
+    (warning,) = read_record(TrialResult, paths.progress).warnings
     assert warning.startswith("TensorBoard failed: FileExistsError: ")
     remote.next()
     result = remote.next()
@@ -291,7 +297,7 @@ def test_a_stopped_trial_is_tracked_to_its_end(start: TrialResult, paths: TrialP
     """The driver writes the result of the trial while the trackers are open."""
     remote = trial(start, paths, Workers([begun(), evaluated(paths, 2)]), {"wandb": {"mode": "disabled"}})
     remote.next()
-    so_far = TrialResult.model_validate_json(paths.progress.read_text())
+    so_far = read_record(TrialResult, paths.progress)
     assert so_far.untracked == ["TensorBoard"], "if the trainable is killed now, the driver catches up"
     end_trial(paths, so_far.model_copy(update={"state": TrialState.STOPPED}))
     remote.stop()

@@ -16,6 +16,7 @@ from orchestrator.record import (
     read_sweep,
     write_record,
 )
+from orchestrator.record.checked import read_record
 from orchestrator.tracking import fan_out
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.jsonl import JsonlTracker
@@ -63,7 +64,7 @@ def record(make_sweep: Callable[..., SweepPaths], tmp_path: Path, monkeypatch: p
 def test_an_interrupted_sweep_is_left_unchanged(record: SweepRecord) -> None:
     paths = record.paths.trial("c")
     paths.result.rename(paths.progress)
-    stopped = TrialResult.model_validate_json(paths.progress.read_text())
+    stopped = read_record(TrialResult, paths.progress)
     write_record(paths.progress, stopped.model_copy(update={"state": TrialState.RUNNING}))
     catch_up(record, lambda sentence: pytest.fail(sentence))
     assert Recorder.trials == {}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.record import SweepPaths, TrialResult, TrialState
+from orchestrator.record.checked import read_record
 from orchestrator.spec import parse_spec
 from orchestrator.training.attempt.events import Completed, Left, Logged, Noted, Stepped
 from orchestrator.training.attempt.recorder import TrialRecorder
@@ -23,7 +24,7 @@ def recorder(document: dict[str, Any], tmp_path: Path) -> TrialRecorder:
 
 
 def on_disk(recorder: TrialRecorder) -> TrialResult:
-    return TrialResult.model_validate_json(recorder._paths.progress.read_text())
+    return read_record(TrialResult, recorder._paths.progress)
 
 
 def test_the_number_of_steps_is_on_disk_before_the_first_evaluation(recorder: TrialRecorder) -> None:

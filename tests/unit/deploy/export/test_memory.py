@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from orchestrator.adapters.bundle import MANIFEST, WEIGHTS, Facts, seal
+from orchestrator.adapters.bundle import WEIGHTS, Facts, seal
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.export import check, memory_limit, ray_serve
 from orchestrator.deploy.export.export import export
 from orchestrator.deploy.export.parity import AdapterLogits
 from orchestrator.errors import ExportError, RequestError
+from orchestrator.record.manifest import MANIFEST
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
