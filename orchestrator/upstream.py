@@ -25,6 +25,10 @@ TUNE_STATE_FILES = (
 )
 """Patterns of the files of Tune's state (ray 2.60, `CKPT_FILE_TMPL` of four classes): a snapshot must hold them all."""
 
+TUNE_PICKLES = ("*.json", "*.pkl", "*/**/*.pkl")
+"""Patterns of all files in Tune's folder that it may unpickle (ray 2.60): its state, which is pickled in the JSON files
+too, `callback-states-*.pkl`, `tuner.pkl`, and in the folders of trials their errors and checkpoints."""
+
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the orchestrator has its own trackers
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.frame import Address, MoreTrials, NewBudget, Sweep, Trust, Where, app
+from orchestrator.cli.frame import Address, MoreTrials, NewBudget, Sweep, Trust, TrustState, Where, app
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def extend(
     budget: NewBudget = None,
     address: Address = None,
     trust: Trust = False,
+    trust_state: TrustState = False,
     wait: Wait = 60.0,
     output: Where = "runs",
 ) -> None:
@@ -95,7 +96,7 @@ def extend(
         if driver_state(record.paths).is_running:
             print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
             return
-    resume(str(record.paths.root), trials, budget, address, trust, output)
+    resume(str(record.paths.root), trials, budget, address, trust, trust_state, output)
 
 
 @app.command(epilog="Example: orchestrator add runs/demo --set training.learning_rate=3e-4")

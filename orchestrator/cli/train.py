@@ -22,6 +22,7 @@ from orchestrator.cli.frame import (
     Set,
     Sweep,
     Trust,
+    TrustState,
     WarmFrom,
     Where,
     app,
@@ -200,6 +201,7 @@ def resume(
     budget: NewBudget = None,
     address: Address = None,
     trust: Trust = False,
+    trust_state: TrustState = False,
     output: Where = "runs",
 ) -> None:
     """Continue a sweep after an interruption. Finished trials do not run again.
@@ -232,7 +234,7 @@ def resume(
                 view.doing("importing libraries")
                 from orchestrator.sweep import resume_sweep
 
-                resume_sweep(record, view.update, address, view.say, view.doing)
+                resume_sweep(record, view.update, address, view.say, view.doing, trust_state)
             _show_trials(console, record)
         show_best(console, record)
     _require_no_failures(record)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from orchestrator.record.files import append_line, write_atomic
 from orchestrator.record.models import Record
+from orchestrator.record.names import Name
 from orchestrator.record.paths import SweepPaths
 
 Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
@@ -13,7 +14,7 @@ Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
 class Decision(Record):
     """One line of decisions.jsonl."""
 
-    trial_id: str
+    trial_id: Name
     step: int
     """Optimizer step of the trial's last evaluation."""
     action: Action

@@ -15,6 +15,7 @@ from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import (
     AddedTrial,
+    ExploitCheckpoint,
     MetricPoint,
     Record,
     SweepInfo,
@@ -27,7 +28,18 @@ from orchestrator.record.search_ended import SearchEnded
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
-_T = TypeVar("_T", SweepInfo, AddedTrial, TrialResult, TrialConfig, BudgetSpent, SearchEnded, TestScore, Answers)
+_T = TypeVar(
+    "_T",
+    SweepInfo,
+    AddedTrial,
+    ExploitCheckpoint,
+    TrialResult,
+    TrialConfig,
+    BudgetSpent,
+    SearchEnded,
+    TestScore,
+    Answers,
+)
 
 # States of trials whose adapter may be chosen: a running trial can still improve, a failed one is not trusted.
 CHOOSABLE = (TrialState.COMPLETE, TrialState.STOPPED)
@@ -126,10 +138,19 @@ def best_first(trials: Iterable[TrialResult]) -> list[TrialResult]:
 
 
 def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
-    """Return one trial: its result, or its progress, or PENDING with its configuration."""
+    """Return one trial: its result, or its progress, or PENDING with its configuration.
+
+    Raises:
+        RecordError: a record is damaged, or belongs to another trial.
+    """
     for path in (paths.result, paths.progress):
         if path.is_file():
             trial = _read(TrialResult, path)
+            if trial.trial_id != paths.trial_id:
+                raise RecordError(
+                    f"{path}: is the record of another trial, {trial.trial_id}",
+                    "Remove the folder, or put it back where it belongs.",
+                )
             is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
             return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
     search = info.spec.search
@@ -150,6 +171,15 @@ def read_result(paths: TrialPaths) -> TrialResult:
 def read_added(paths: TrialPaths) -> AddedTrial | None:
     """Return how a trial was added by a request; None for a trial of the search."""
     return _read(AddedTrial, paths.added) if paths.added.is_file() else None
+
+
+def read_exploit_checkpoint(path: Path) -> ExploitCheckpoint:
+    """Return what one of Tune's checkpoints refers to.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    return _read(ExploitCheckpoint, path)
 
 
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:

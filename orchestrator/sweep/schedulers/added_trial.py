@@ -14,7 +14,7 @@ from orchestrator.adapters.bundle import CONFIG, WEIGHTS
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepRecord, TrialPaths, TrialResult, read_added, read_trial
 from orchestrator.record.absent import require_present
-from orchestrator.record.files import building_beside, publish
+from orchestrator.record.files import building_beside, publish, refuse_links
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.axis_checks import check_searchable
 from orchestrator.spec.dotted import read_path
@@ -100,7 +100,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
         Where the adapter comes from, as TRIAL/adapters/step-N.
 
     Raises:
-        RequestError: the donor has no adapter yet, or its adapter does not fit the clone.
+        RequestError: the donor has no adapter yet, its adapter does not fit the clone, or contains a link.
     """
     _require_fit(donor, config)
     for _ in range(_NUM_COPIES):
@@ -109,6 +109,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
             break
         require_present(record.paths, donor.trial_id)
         source = record.adapter_path(donor)
+        refuse_links(source.parent)
         try:
             with building_beside(paths.initial_adapter) as building:
                 for name in (CONFIG, WEIGHTS):
