@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from orchestrator.adapters.card import adapter_card
+from orchestrator.adapters.peft_config import CONFIG
 from orchestrator.adapters.stops import write_stops
 from orchestrator.adapters.tokenizer_files import tokenizer_files
 from orchestrator.base_folder import base_commit
+from orchestrator.documents import read_text
 from orchestrator.errors import RecordError
 from orchestrator.record import RowScores
 from orchestrator.record.files import BUILDING, building_beside, publish, refuse_links, sync, sync_tree
@@ -25,7 +25,6 @@ from orchestrator.spec import TrialConfig
 MANIFEST = "manifest.json"
 SCORES = "held_out.json"
 """`RowScores` of the held-out rows at the adapter's step, which adapters are compared by."""
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)
@@ -131,10 +130,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"has no {MANIFEST}, so that its files cannot be checked" if folder.is_dir() else "there is no such folder"
         )
         raise RecordError(f"{folder}: {what}")
-    text = path.read_bytes()
     try:
+        text = read_text(path).encode()
         manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         raise RecordError(f"{path}: is damaged or of another version: {error}") from error
     unsigned = text.replace(manifest.sha256.encode(), b"0" * 64, 1)
     if hashlib.sha256(unsigned).hexdigest() != manifest.sha256:
@@ -359,8 +358,8 @@ def read_scores(folder: Path) -> RowScores | None:
     if listed is not None and listed.sha256 != _sha256(path):
         raise RecordError(f"{path}: has changed since it was saved ({MANIFEST} lists another sha256)")
     try:
-        return RowScores.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        return RowScores.model_validate_json(read_text(path))
+    except ValueError as error:
         raise RecordError(f"{path}: is damaged or of another version: {error}") from error
 
 

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ValidationError
-
+from orchestrator.documents import read_text
 from orchestrator.errors import RecordError
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
@@ -40,14 +39,10 @@ def read_absent(paths: SweepPaths) -> dict[str, AbsentAdapter]:
         RecordError: the record is damaged.
     """
     try:
-        text = paths.absent.read_text(encoding="utf-8")
+        return AbsentAdapters.model_validate_json(read_text(paths.absent)).trials
     except FileNotFoundError:
         return {}
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{paths.absent}: the record is damaged or of another version: {error}") from error
-    try:
-        return AbsentAdapters.model_validate_json(text).trials
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         raise RecordError(f"{paths.absent}: the record is damaged or of another version: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from orchestrator.documents import MAX_LINES_BYTES, read_text
+from orchestrator.errors import RecordError
 from orchestrator.record.files import append_line, write_atomic
 from orchestrator.record.models import Record
 from orchestrator.record.names import Name
@@ -31,11 +33,18 @@ def append_decision(paths: SweepPaths, decision: Decision) -> None:
 
 
 def read_decisions(paths: SweepPaths) -> list[Decision]:
-    """Return all decisions of a sweep, in order. A line that a crash cut short is left out."""
+    """Return all decisions of a sweep, in order. A line that a crash cut short is left out.
+
+    Raises:
+        RecordError: the log is damaged.
+    """
     if not paths.decisions.is_file():
         return []
-    lines = paths.decisions.read_text(encoding="utf-8").split("\n")
-    return [Decision.model_validate_json(line) for line in lines[:-1]]
+    try:
+        lines = read_text(paths.decisions, MAX_LINES_BYTES).split("\n")
+        return [Decision.model_validate_json(line) for line in lines[:-1]]
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise RecordError(f"{paths.decisions}: the log is damaged: {error}") from error
 
 
 def keep_decisions(paths: SweepPaths, number: int) -> None:

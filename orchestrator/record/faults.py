@@ -2,6 +2,7 @@
 
 from pydantic import Field, ValidationError
 
+from orchestrator.documents import MAX_LINES_BYTES
 from orchestrator.record.files import append_line
 from orchestrator.record.models import Record, time_now
 from orchestrator.record.names import Name
@@ -38,7 +39,9 @@ def read_faults(paths: SweepPaths) -> list[Fault]:
     if not paths.faults.is_file():
         return []
     faults = []
-    for line in paths.faults.read_text(encoding="utf-8", errors="replace").splitlines():
+    with paths.faults.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(MAX_LINES_BYTES).splitlines()
+    for line in lines:
         try:
             faults.append(Fault.model_validate_json(line))
         except ValidationError:

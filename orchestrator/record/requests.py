@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import ValidationError
-
+from orchestrator.documents import read_text
 from orchestrator.errors import RecordError
 from orchestrator.record.files import write_atomic
 from orchestrator.record.lock import driver_state
@@ -101,8 +100,8 @@ def read_request(paths: SweepPaths, name: str) -> Request:
     """
     file = paths.requests / f"{name}.json"
     try:
-        request = Request.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        request = Request.model_validate_json(read_text(file))
+    except ValueError as error:  # pydantic's ValidationError is one
         raise RecordError(f"{file}: the request is damaged: {error}", "Ask again with the command.") from error
     if request.name != name:
         raise RecordError(f"{file}: is a request of another name, {request.name}", "Ask again with the command.")
@@ -131,10 +130,10 @@ def read_answer(paths: SweepPaths, request: Request) -> RequestAnswer | None:
         RecordError: it is damaged.
     """
     try:
-        return RequestAnswer.model_validate_json(_answer_file(paths, request.name).read_text(encoding="utf-8"))
+        return RequestAnswer.model_validate_json(read_text(_answer_file(paths, request.name)))
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecordError(f"{_answer_file(paths, request.name)}: the answer is damaged: {error}") from error
 
 

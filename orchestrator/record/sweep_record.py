@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
+from orchestrator.documents import MAX_LINES_BYTES, read_text
 from orchestrator.errors import RecordError
 from orchestrator.record.absent import require_present
 from orchestrator.record.answers import Answers
@@ -186,11 +185,11 @@ def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
     """Return every point of a trial in order. A line that a crash cut short is left out."""
     if not paths.metrics.is_file():
         return []
-    lines = paths.metrics.read_text(encoding="utf-8").split("\n")
-    # Each point is one write that ends with a line break, so only the text after the last one can be incomplete.
     try:
+        # Each point is one write that ends with a line break, so only the text after the last one can be incomplete.
+        lines = read_text(paths.metrics, MAX_LINES_BYTES).split("\n")
         return [MetricPoint.model_validate_json(line) for line in lines[:-1]]
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         raise RecordError(f"{paths.metrics}: the record is damaged: {error}") from error
 
 
@@ -227,6 +226,6 @@ def write_record(path: Path, record: Record | TrialConfig) -> None:
 
 def _read(model: type[_T], path: Path) -> _T:
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        return model.model_validate_json(read_text(path))
+    except ValueError as error:  # pydantic's ValidationError is one
         raise RecordError(f"{path}: the record is damaged or of another version: {error}") from error

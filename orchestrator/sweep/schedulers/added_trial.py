@@ -1,6 +1,5 @@
 """Make a trial that somebody has asked for: its values, its point for the searcher, the adapter of a warm clone."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from ray.tune.experiment import Trial
 
-from orchestrator.adapters.bundle import CONFIG, WEIGHTS
+from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.peft_config import CONFIG, read_peft_config
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepRecord, TrialPaths, TrialResult, read_added, read_trial
 from orchestrator.record.absent import require_present
@@ -147,7 +147,7 @@ def _require_fit(donor: TrialResult, config: TrialConfig) -> None:
 
 def _require_same_experts(folder: Path, donor: TrialResult, config: TrialConfig) -> None:
     """Raise RequestError if the rank or the scale of fused experts would change."""
-    adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    adapter = read_peft_config(folder)
     changed = [name for name in MAY_DIFFER[:5] if getattr(donor.config.lora, name) != getattr(config.lora, name)]
     if adapter.get("target_parameters") and changed:
         raise RequestError(
