@@ -32,7 +32,7 @@ import os
 
 calls = 0
 
-def leaky(answer: str, expected: str) -> float:
+def leaky(prompt: str, answer: str, reference: str) -> float:
     global calls
     calls += 1
     if calls > 3:  # the first call is the check before the first trial
