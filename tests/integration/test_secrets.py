@@ -30,15 +30,11 @@ STORE = "s3://pl4nted-user:pl4nted-store-secret@bucket/models"
 METRIC = f"""
 import os
 
-calls = 0
-
-def leaky(prompt: str, answer: str, reference: str) -> float:
-    global calls
-    calls += 1
-    if calls > 3:  # the first call is the check before the first trial
+def leaky(prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
+    if len(prompts) > 1:  # the check before the first trial passes one row
         names = {[*KEYS, "MLFLOW_TRACKING_URI"]}
         raise RuntimeError("cannot reach {STORE}: " + " ".join(os.environ[name] for name in names))
-    return 1.0
+    return [1.0]
 """
 SETTINGS = [
     *TINY, "tracking.wandb.mode=offline", "tracking.mlflow=true", "search.num_trials=2", "scheduler.kind=none",
