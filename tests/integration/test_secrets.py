@@ -26,14 +26,14 @@ KEYS = {
     "AWS_SESSION_TOKEN": "pl4nted-session-token-0123456789",
     "ORCHESTRATOR_STATE_KEY": "pl4nted-state-key-0123456789abcdef0123",
 }
-STORE = "s3://pl4nted-user:pl4nted-store-secret@bucket/models"
+STORE = "s3://pl4nted-user:pl4nted-store-secret@bucket/models"  # in a variable whose name does not say so
 METRIC = f"""
 import os
 
 def leaky(prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
     if len(prompts) > 1:  # the check before the first trial passes one row
-        names = {[*KEYS, "MLFLOW_TRACKING_URI"]}
-        raise RuntimeError("cannot reach {STORE}: " + " ".join(os.environ[name] for name in names))
+        names = {["MODEL_STORE", *KEYS, "MLFLOW_TRACKING_URI"]}
+        raise RuntimeError("cannot reach " + " ".join(os.environ[name] for name in names))
     return [1.0]
 """
 SETTINGS = [
@@ -68,13 +68,12 @@ def processes(root: psutil.Process) -> list[str]:
 @pytest.mark.parametrize("command", ["trial", "sweep"])
 def test_planted_keys_are_nowhere(tmp_path: Path, serve: Serve, command: str) -> None:
     server = MlflowServer("alice", PASSWORD)
-    server.answers_left = 1  # it answers the check before the first trial, and fails then
     address = serve(server.answer).replace("http://", f"http://alice:{ENCODED}@")
     metric = tmp_path / "metric.py"
     metric.write_text(METRIC)
     settings = [*SETTINGS, f"evaluation.metrics=['{metric}:leaky']"]
     options = ["--name", "s", *(part for setting in settings for part in ("--set", setting))]
-    environment = KEYS | {"MLFLOW_TRACKING_URI": address, "HOME": str(tmp_path / "home"), "RAY_TMPDIR": "/tmp"}
+    environment = KEYS | {"MLFLOW_TRACKING_URI": address, "MODEL_STORE": STORE, "HOME": str(tmp_path / "home")}
     with (tmp_path / "said").open("w") as said:
         driver = subprocess.Popen(
             [sys.executable, "-m", "orchestrator", command, str(DEMO), "--output", str(tmp_path), *options],
