@@ -38,7 +38,7 @@ from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.start import start_sweep
-from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, replace_parts
+from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, pass_on_no_keys, replace_parts
 from orchestrator.words import counted
 
 Say = Callable[[str], None]
@@ -371,6 +371,7 @@ def _quiet_tune() -> None:
     """Set Tune's options and silence its output: the user sees the orchestrator's own messages."""
     os.environ.update(TUNE_SETTINGS)
     keep_signal_handlers()
+    pass_on_no_keys()
     # Tune writes trials and searcher to disk at each iteration, not every 10 s: a killed driver loses nothing.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
