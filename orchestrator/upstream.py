@@ -63,11 +63,11 @@ def keep_signal_handlers() -> None:
 def pass_on_no_keys() -> None:
     """Let Tune pass no keys of AWS to trainables: they would stand on a command line, which every user can read.
 
-    ray 2.60: the actors' class takes them from the driver's environment, and no option turns it off. Trainables have the
-    environment of their node.
+    ray 2.60: the actors' class takes them from the driver's environment, and no option turns it off. Trainables have
+    the environment of their node.
     """
-    module = importlib.import_module("ray.tune.execution.class_cache")
-    module.ENV_VARS_TO_PROPAGATE = {name for name in module.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}  # type: ignore[attr-defined]
+    passed_on: set[str] = importlib.import_module("ray.tune.execution.class_cache").ENV_VARS_TO_PROPAGATE
+    passed_on.difference_update([name for name in passed_on if name.startswith("AWS_")])
 
 
 def limit_state_writing(controller: Any, free_s: float, max_share: float, longest_s: float) -> None:
