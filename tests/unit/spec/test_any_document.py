@@ -8,8 +8,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, SpecError
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.spec.load import override_spec, parse_values
 from orchestrator.spec.manual.schema import spec_schema
@@ -34,7 +35,9 @@ SCALARS = (
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from([*NAMES, "1e-4", "a/b", "../x", "{question}", "*.jsonl", "lora.rank"])
+    | st.sampled_from(
+        [*NAMES, "1e-4", "a/b", "../x", "{question}", "*.jsonl", "lora.rank", 10**400, [10**400, 10**401]]
+    )
     | st.dates()
 )
 VALUES = st.recursive(
@@ -128,3 +131,15 @@ def test_any_bytes_are_an_experiment_or_an_error(tmp_path_factory: pytest.TempPa
     file.write_bytes(content)
     with pytest.raises(OrchestratorError, match=r"bytes\.yaml"):
         load_spec(file)
+
+
+@pytest.mark.parametrize(
+    "override", ["lora.rank=N", "search.space.lora.rank={uniform: [1, N]}", "search.budget.tokens=N"]
+)
+def test_a_number_that_no_float_holds_is_an_error(override: str) -> None:
+    with pytest.raises(SpecError, match="a number of 1329 bits is too large"):
+        override_spec(json.loads(json.dumps(VALID)), [override.replace("N", str(10**400))], "any")
+    with pytest.raises(ValidationError, match="too large"):
+        SweepSpec.model_validate_json(
+            json.dumps(VALID | {"search": {"space": {"lora.rank": {"uniform": [1, 10**400]}}}})
+        )
