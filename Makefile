@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check
 CONSTRAIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(shell sed -nE '$(if $(CONSTRAINTS),s/^(torch==.*)/\1/p,s/^ *"(torch>=[^"]*)".*/\1/p)' $(or $(CONSTRAINTS),pyproject.toml))
 
-.PHONY: help demo test test-long test-fast test-faults test-gpu lint format manual clean
+.PHONY: help demo test test-long test-fast test-faults test-gpu lint format manual audit fuzz clean
 
 help:            ## print this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,12 @@ format: $(INSTALLED) ## format the code and apply the linter's fixes
 
 manual: $(INSTALLED) ## write the files generated from the specification: JSON Schema, reference, every-field.yaml
 	@$(BIN)/python scripts/write_manual.py
+
+audit: $(INSTALLED)  ## look up the pinned versions in the database of known vulnerabilities (needs the network; not in CI)
+	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+fuzz: $(INSTALLED)   ## read damaged experiments, records and bundles for a minute each (extra fuzz; not in CI)
+	@$(BIN)/python scripts/fuzz.py
 
 clean:           ## remove the environment .venv
 	@rm -rf .venv

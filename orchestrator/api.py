@@ -166,6 +166,7 @@ def resume(
     budget: Sequence[str] = (),
     address: str | None = None,
     trust_remote_code: bool = False,
+    trust_state: bool = False,
     watch: Watch = lambda _: None,
     say: Say = print,
 ) -> Sweep:
@@ -178,11 +179,13 @@ def resume(
         budget: new limits, such as `["gpu_hours=20"]`, for fields of `search.budget`.
         address: a Ray cluster, "auto" or "HOST:PORT"; default Ray is started on this machine.
         trust_remote_code: run Python code that comes with the base.
+        trust_state: load the search's state whoever has signed it. It can run code.
         watch: called with all trials whenever one changes; not called for a sweep of one trial without search.
         say: called with messages.
 
     Raises:
-        RecordError: there is no such sweep, or its record cannot be read.
+        RecordError: there is no such sweep, its record cannot be read, or the search's state is not signed with the
+            owner's key.
         RequestError: another process runs the sweep, it cannot have these trials or limits, or its base brings code
             that is not trusted.
         OrchestratorError: the errors that `run` raises.
@@ -200,7 +203,7 @@ def resume(
     else:
         from orchestrator.sweep import resume_sweep
 
-        resume_sweep(record, watch, address, say)
+        resume_sweep(record, watch, address, say, trust_state=trust_state)
     return open_sweep(record.paths.root)
 
 

@@ -1,6 +1,5 @@
 """What a base's own folder says: where it is, its configuration, and how its weights are stored."""
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from orchestrator.documents import DocumentError, read_json
 from orchestrator.embedded import BASE_DIR
 from orchestrator.errors import RequestError, SpecError
 from orchestrator.spec import SweepSpec
@@ -187,8 +187,8 @@ def config_document(base: BaseSection) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        document = read_json(file)
+    except DocumentError:
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -214,7 +214,13 @@ def has_experts(base: BaseSection) -> bool:
 def weight_map(base: BaseSection) -> dict[str, str]:
     """Return the names of the weights in the base's safetensors files, with the file that has each; {} without such."""
     if index := find_file(base, INDEX):
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            document = read_json(index)
+        except DocumentError as error:
+            raise RequestError(f"{index}: {error}", "Download the base again.") from error
+        names = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(names, dict):
+            raise RequestError(f"{index}: has no weight_map", "Download the base again.")
         return names
     if weights := find_file(base, WEIGHTS):
         from safetensors import safe_open

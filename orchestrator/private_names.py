@@ -83,6 +83,9 @@ PRIVATE: tuple[Private, ...] = (
         "upstream.py", "see continue_training and set_trial_status",
     ),
     Private(
+        _RAY, f"{_TUNE}/execution/class_cache.py", ("ENV_VARS_TO_PROPAGATE",), "upstream.py", "see pass_on_no_keys"
+    ),
+    Private(
         _RAY, f"{_TUNE}/experiment/trial.py", ("Trial.pickled_error_file(self)",), "upstream.py", "see error_file"
     ),
     Private(

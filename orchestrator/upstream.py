@@ -25,6 +25,10 @@ TUNE_STATE_FILES = (
 )
 """Patterns of the files of Tune's state (ray 2.60, `CKPT_FILE_TMPL` of four classes): a snapshot must hold them all."""
 
+TUNE_PICKLES = ("*.json", "*.pkl", "*/**/*.pkl")
+"""Patterns of all files in Tune's folder that it may unpickle (ray 2.60): its state, which is pickled in the JSON files
+too, `callback-states-*.pkl`, `tuner.pkl`, and in the folders of trials their errors and checkpoints."""
+
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the orchestrator has its own trackers
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -54,6 +58,16 @@ def keep_signal_handlers() -> None:
     """
     module = importlib.import_module("ray.tune.tune")
     module._setup_signal_catching = threading.Event  # type: ignore[attr-defined]
+
+
+def pass_on_no_keys() -> None:
+    """Let Tune pass no keys of AWS to trainables: they would stand on a command line, which every user can read.
+
+    ray 2.60: the actors' class takes them from the driver's environment, and no option turns it off. Trainables have
+    the environment of their node.
+    """
+    passed_on: set[str] = importlib.import_module("ray.tune.execution.class_cache").ENV_VARS_TO_PROPAGATE
+    passed_on.difference_update([name for name in passed_on if name.startswith("AWS_")])
 
 
 def limit_state_writing(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.adapters.card import adapter_card
+from orchestrator.adapters.peft_config import CONFIG
 from orchestrator.adapters.stops import write_stops
 from orchestrator.adapters.tokenizer_files import tokenizer_files
 from orchestrator.base_folder import base_commit
@@ -32,7 +33,6 @@ from orchestrator.spec import TrialConfig
 
 SCORES = "held_out.json"
 """`RowScores` of the held-out rows at the adapter's step, which adapters are compared by."""
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 REQUIRED = (CONFIG, WEIGHTS)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.documents import read_json
 from orchestrator.errors import RecordError
 
 GENERATION = "generation_config.json"
@@ -49,7 +50,7 @@ def write_stops(folder: Path, stops: Sequence[int], tokenizer: Any) -> None:
     path = folder / GENERATION
     document = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if path.is_file():
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     # transformers refuses to save some published files, such as Llama 2's: they set a temperature for greedy decoding.
     text = json.dumps(document | {"eos_token_id": as_eos(stops)}, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
@@ -65,6 +66,6 @@ def read_stops(folder: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        return stop_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        return stop_ids(read_json(path).get("eos_token_id"))
     except (ValueError, TypeError, AttributeError) as error:  # not JSON, not an object, or not ids
         raise RecordError(f"{path}: is damaged: {error}") from error

@@ -14,6 +14,7 @@ with importing():
     from orchestrator.cli.frame import app
     from orchestrator.errors import OrchestratorError
     from orchestrator.signals import leave_dead_terminal
+    from orchestrator.tracking.secrets import hide_secrets, traceback_of
 
 
 def main() -> None:
@@ -22,5 +23,8 @@ def main() -> None:
         app()  # exits with 2 on a usage error and with 130 on Ctrl-C
     except OrchestratorError as error:
         leave_dead_terminal()  # after SIGHUP
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide_secrets(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # a fault of ours or of a library: its traceback, without passwords and keys
+        print(traceback_of(error), file=sys.stderr, end="")
+        sys.exit(1)

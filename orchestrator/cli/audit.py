@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.frame import Address, Json, Sweep, Trust, Where, app, print_json
+from orchestrator.cli.frame import Address, Json, Sweep, Trust, TrustState, Where, app, print_json
 from orchestrator.cli.screen import resumable, screen
 from orchestrator.errors import OrchestratorError
 from orchestrator.words import counted
@@ -24,6 +24,7 @@ def audit(
     ] = 0,
     address: Address = None,
     trust: Trust = False,
+    trust_state: TrustState = False,
     as_json: Json = False,
     output: Where = "runs",
 ) -> None:
@@ -51,7 +52,7 @@ def audit(
         title = f"audit of {counted(begun.info.num_trials, 'stopped trial')} in {begun.paths.root}"
         with SweepView(console, begun.info.spec, lambda: begun.info.num_trials, title) as view:
             try:
-                finish_audit(record, begun, view.update, address, view.say)
+                finish_audit(record, begun, view.update, address, view.say, trust_state)
             except OrchestratorError as error:
                 # `resume` would run the same trials, but neither hold the sweep nor say what the audit has found.
                 error.remedy = error.remedy.replace(f"orchestrator resume {begun.paths.root}", command)

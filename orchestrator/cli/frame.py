@@ -87,6 +87,13 @@ Trust = Annotated[
         "--trust-remote-code", help="Allow the base model of a sweep or an adapter folder to run its Python code."
     ),
 ]
+TrustState = Annotated[
+    bool,
+    typer.Option(
+        "--trust-state",
+        help="Load the search's state whoever has signed it. It can run code: only if nobody else can write there.",
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine."),

@@ -37,6 +37,7 @@ def watch(sweep: Sweep, output: Where = "runs") -> None:
     Shows what the command that runs it shows, on any machine that sees its folder or its object store. Ctrl-C ends this
     view, not the sweep.
     """
+    from orchestrator.record import read_sweep
     from orchestrator.remote.view import refreshing, view_sweep
     from orchestrator.report.watch import watch_sweep
 

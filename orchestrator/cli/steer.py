@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.frame import Address, MoreTrials, NewBudget, Sweep, Trust, Where, app
+from orchestrator.cli.frame import Address, MoreTrials, NewBudget, Sweep, Trust, TrustState, Where, app
 from orchestrator.errors import RequestError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def extend(
     budget: NewBudget = None,
     address: Address = None,
     trust: Trust = False,
+    trust_state: TrustState = False,
     wait: Wait = 60.0,
     output: Where = "runs",
 ) -> None:
@@ -93,14 +94,14 @@ def extend(
             return
         request = leave(record, "clone", **wanted)
         print("no driver is running; this command resumes the sweep, which takes the request up")
-        resume(str(record.paths.root), address=address, trust=trust, output=output)
+        resume(str(record.paths.root), address=address, trust=trust, trust_state=trust_state, output=output)
         print(outcome(record, request))
         return
     record = read_sweep(sweep_or_trial, output)
     if driver_state(record.paths).is_running:
         print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
         return
-    resume(str(record.paths.root), trials, budget, address, trust=trust, output=output)
+    resume(str(record.paths.root), trials, budget, address, trust=trust, trust_state=trust_state, output=output)
 
 
 @app.command(epilog="Example: orchestrator add runs/demo --set training.learning_rate=3e-4")

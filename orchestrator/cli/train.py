@@ -25,6 +25,7 @@ from orchestrator.cli.frame import (
     Submit,
     Sweep,
     Trust,
+    TrustState,
     WarmFrom,
     Where,
     app,
@@ -215,6 +216,7 @@ def resume(
     address: Address = None,
     submit: Submit = None,
     trust: Trust = False,
+    trust_state: TrustState = False,
     output: Where = "runs",
 ) -> None:
     """Continue a sweep after an interruption. Finished trials do not run again.
@@ -260,7 +262,7 @@ def resume(
                 view.doing("importing libraries")
                 from orchestrator.sweep import resume_sweep
 
-                resume_sweep(record, view.update, address, view.say, view.doing)
+                resume_sweep(record, view.update, address, view.say, view.doing, trust_state)
             _show_trials(console, record)
         show_best(console, record)
     _require_no_failures(record)

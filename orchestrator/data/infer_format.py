@@ -12,6 +12,7 @@ from orchestrator.data.json_rows import array_within
 from orchestrator.data.open_files import read_whole
 from orchestrator.data.row import Row
 from orchestrator.data.turns import in_two_columns
+from orchestrator.documents import DocumentError, load_yaml
 from orchestrator.errors import DataError
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.load import override_spec
@@ -53,8 +54,8 @@ def _delimiter(overrides: Sequence[str]) -> str | None:
         name, _, text = override.partition("=")
         if name == "data.delimiter":
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
+                value = load_yaml(text)
+            except (yaml.YAMLError, DocumentError):
                 return None
             return value if isinstance(value, str) and len(value) == 1 else None
     return None

@@ -1,10 +1,10 @@
 """References to adapter folders: the folder, its base, and the configuration of the training."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.adapters.bundle import CONFIG, verify_adapter
+from orchestrator.adapters.bundle import verify_adapter
+from orchestrator.adapters.peft_config import CONFIG, read_peft_config
 from orchestrator.base_folder import hub_id, require_trusted_code
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, SweepRecord, TrialResult
@@ -54,7 +54,7 @@ class AdapterRef:
         config = _trial_config(folder)
         if config is None:
             # Adapters of unknown origin were mostly trained on an unquantized base.
-            model = _peft_config(folder).get("base_model_name_or_path")
+            model = read_peft_config(folder).get("base_model_name_or_path")
             if not model or not isinstance(model, str):
                 raise RecordError(f"{folder / CONFIG}: names no base (base_model_name_or_path)")
             base = at_commit(BaseSection(model=model, quantization="none"), folder)
@@ -74,24 +74,13 @@ class AdapterRef:
 
 def at_commit(base: BaseSection, folder: Path) -> BaseSection:
     """Pin a base from the hub to the commit that an adapter was trained on, as its PEFT configuration names it."""
-    commit = _peft_config(folder).get("revision")
+    commit = read_peft_config(folder).get("revision")
     return base.model_copy(update={"revision": commit}) if hub_id(base.model) and isinstance(commit, str) else base
 
 
 def _trial_config(folder: Path) -> TrialConfig | None:
     path = folder / "trial.json"
     return read_record(TrialConfig, path) if path.is_file() else None
-
-
-def _peft_config(folder: Path) -> dict[str, object]:
-    path = folder / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # invalid JSON or invalid UTF-8
-        raise RecordError(f"{path}: is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise RecordError(f"{path}: is damaged: the document is not a JSON object")
-    return found
 
 
 def _enclosing_sweep(folder: Path) -> SweepPaths | None:

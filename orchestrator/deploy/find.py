@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, assert_never
 
-from orchestrator.adapters.bundle import CONFIG, Format, read_manifest
+from orchestrator.adapters.bundle import Format, read_manifest
+from orchestrator.adapters.peft_config import CONFIG
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.finished import FinishedSweep, open_sweep
 from orchestrator.deploy.load import load_model_and_tokenizer

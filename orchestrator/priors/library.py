@@ -15,6 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from orchestrator.documents import MAX_YAML_BYTES, load_yaml, read_text
 from orchestrator.errors import RequestError
 from orchestrator.priors.kinship import Kin
 from orchestrator.rate_prior import RANK, begin_at, nearest
@@ -79,7 +80,7 @@ def read_library(path: Path) -> list[PriorRow]:
         RequestError: the file cannot be read, or is no list of rows.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+        document = load_yaml(read_text(path, MAX_YAML_BYTES)) or []
         if not isinstance(document, list):
             raise ValueError("it must be a list of rows")
         return [PriorRow.model_validate(row) for row in document]

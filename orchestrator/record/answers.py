@@ -1,6 +1,7 @@
 """The record of answers: the base and the recommended adapter, asked the same held-out prompts."""
 
 from orchestrator.record.models import Record
+from orchestrator.record.names import Name
 
 
 class AnsweredPrompt(Record):
@@ -17,7 +18,7 @@ class AnsweredPrompt(Record):
 class Answers(Record):
     """Answers to the first held-out prompts."""
 
-    trial_id: str
+    trial_id: Name
     step: int
     """Optimizer step of the adapter."""
     prompts: list[AnsweredPrompt]

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.documents import MAX_LINES_BYTES, DocumentError, read_bytes
 from orchestrator.errors import RecordError
 from orchestrator.record.files import append_line, write_atomic
 
@@ -80,8 +81,8 @@ def read_record(model: type[_T], path: Path) -> _T:
         OSError: it cannot be read.
     """
     try:
-        return _parse(model, path.read_bytes())
-    except _Damage as damage:
+        return _parse(model, read_bytes(path))
+    except (_Damage, DocumentError) as damage:
         raise DamagedError(f"{path}: is damaged or of another version: {damage}", _EDITED) from damage
 
 
@@ -89,12 +90,15 @@ def read_lines(model: type[_T], path: Path) -> Lines[_T]:
     """Read a file with one record per line. A missing file has no records.
 
     Raises:
+        DamagedError: it is too large.
         OSError: it cannot be read.
     """
     try:
-        *lines, rest = path.read_bytes().split(b"\n")
+        *lines, rest = read_bytes(path, MAX_LINES_BYTES).split(b"\n")
     except FileNotFoundError:
         return Lines([], 0, None)
+    except DocumentError as error:
+        raise DamagedError(f"{path}: is damaged: {error}") from error
     records: list[_T] = []
     num_before, fault = len(lines), None
     for number, line in enumerate(lines, 1):

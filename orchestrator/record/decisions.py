@@ -5,6 +5,7 @@ from typing import Literal
 from orchestrator.record.checked import append_record, read_lines, record_line
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
+from orchestrator.record.names import Name
 from orchestrator.record.paths import SweepPaths
 
 Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
@@ -14,7 +15,7 @@ Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
 class Decision(Record):
     """One line of decisions.jsonl."""
 
-    trial_id: str
+    trial_id: Name
     step: int
     """Optimizer step of the trial's last evaluation."""
     action: Action

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from orchestrator.record.checked import append_record, read_lines
 from orchestrator.record.models import Record, time_now
+from orchestrator.record.names import Name
 from orchestrator.record.paths import SweepPaths
 
 
@@ -12,7 +13,7 @@ class Fault(Record):
 
     time: str = Field(default_factory=time_now)
     """Time in UTC, ISO 8601."""
-    trial_id: str | None = None
+    trial_id: Name | None = None
     """Trial whose attempt has ended; None for a fault of a worker."""
     worker: str | None = None
     """The worker's process as `host:pid`, where it is known; None for a fault of a trial."""

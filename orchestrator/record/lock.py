@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
+from orchestrator.documents import read_text
 from orchestrator.errors import RequestError
 from orchestrator.record.files import write_atomic
 from orchestrator.record.models import Record
@@ -153,7 +154,7 @@ def _is_locked(paths: SweepPaths) -> bool | None:
 
 def _read_driver(paths: SweepPaths) -> DriverInfo | None:
     try:
-        return DriverInfo.model_validate_json(paths.driver.read_text(encoding="utf-8"))
+        return DriverInfo.model_validate_json(read_text(paths.driver))
     except (OSError, ValueError):
         return None
 

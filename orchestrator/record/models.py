@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import FailureCause
+from orchestrator.record.names import InnerPath, Name
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted, say_gib
@@ -59,7 +60,7 @@ class BestPoint(Record):
     """Optimizer step of the evaluation."""
     values: dict[str, float]
     """All metrics of this adapter."""
-    adapter: str
+    adapter: InnerPath
     """PEFT adapter folder, relative to the trial's folder."""
 
 
@@ -110,7 +111,7 @@ def metric_values(metrics: dict[str, list[float]]) -> dict[str, float]:
 class TrialResult(Record):
     """The state of one trial: so far (progress.json), or final (result.json)."""
 
-    trial_id: str
+    trial_id: Name
     state: TrialState
     config: TrialConfig
     metric: str
@@ -162,7 +163,7 @@ class TrialResult(Record):
     """Time at which the trial ended for good, likewise."""
     applied: dict[str, Any] = {}
     """Settings read back from the live modules and optimizer after the first step."""
-    checkpoint: str | None = None
+    checkpoint: InnerPath | None = None
     """Last complete checkpoint, relative to the trial's folder."""
     parent: str | None = None
     """Checkpoint of another trial from which this one continued (PBT), as trial/checkpoints/checkpoint-step."""
@@ -202,6 +203,17 @@ class TrialResult(Record):
     def num_parameters(self) -> int | None:
         """Trainable parameters of the adapter; None if the trial ended before they were read back."""
         return self.applied.get("num_trainable_parameters")
+
+
+class ExploitCheckpoint(Record):
+    """A copy of a trial's checkpoint from which other trials may continue (PBT), in Tune's folder of a checkpoint."""
+
+    trial_id: Name
+    """Trial whose checkpoint it is."""
+    checkpoint: InnerPath
+    """The checkpoint, relative to the trial's folder. The copy has the same name."""
+    step: int
+    """Its optimizer step."""
 
 
 class SourceRows(Record):
@@ -270,7 +282,7 @@ class SpecChange(Record):
 class PriorTrial(Record):
     """A finished trial of an earlier sweep, as evidence for another."""
 
-    trial_id: str
+    trial_id: Name
     point: dict[str, Any]
     """Field that is searched now -> value of the trial."""
     value: float
@@ -280,7 +292,7 @@ class PriorTrial(Record):
 class PriorSweep(Record):
     """What a sweep has taken from an earlier one (`sweep --warm-from`). A resume does not need the earlier folder."""
 
-    name: str
+    name: Name
     created: str
     """Time in UTC, ISO 8601."""
     base: str
@@ -292,7 +304,7 @@ class PriorSweep(Record):
 class SweepInfo(Record):
     """What is known of a sweep before its first trial starts."""
 
-    name: str
+    name: Name
     created: str
     """Time in UTC, ISO 8601."""
     spec: SweepSpec
@@ -301,7 +313,7 @@ class SweepInfo(Record):
     """None for an experiment that was not read from a file."""
     changes: list[SpecChange] = []
     """Changes made by `resume` or `extend`, oldest first."""
-    added: list[str] = []
+    added: list[Name] = []
     """Trials that were added by requests, besides those of the search."""
     prior_sweeps: list[PriorSweep] = []
     """Earlier sweeps whose trials are evidence for the search; they are no trials of this sweep."""

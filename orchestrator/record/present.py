@@ -1,11 +1,9 @@
 """Read the trials of a running sweep, with the steps that they have made by now."""
 
-import json
 from contextlib import suppress
-from typing import Any
 
 from orchestrator.record.checked import DamagedError
-from orchestrator.record.models import TrialResult, TrialState
+from orchestrator.record.models import MetricPoint, TrialResult, TrialState
 from orchestrator.record.paths import TrialPaths
 from orchestrator.record.standing import repeats_record
 from orchestrator.record.sweep_record import SweepRecord, best_first, read_trial
@@ -65,22 +63,22 @@ def _at_this_moment(trial: TrialResult, paths: TrialPaths) -> TrialResult:
     if trial.state not in (TrialState.RUNNING, TrialState.PAUSED):
         return trial
     point = _last_point(paths)
-    if point.get("step", 0) > trial.step:
-        update = {"step": point["step"], "tokens": max(trial.tokens, point["tokens"])}
-        loss = point["values"].get("train/loss", trial.train_loss)
-        trial = trial.model_copy(update=update | {"train_loss": None if loss is None else float(loss)})
+    if point is not None and point.step > trial.step:
+        loss = point.values.get("train/loss", trial.train_loss)
+        update = {"step": point.step, "tokens": max(trial.tokens, point.tokens), "train_loss": loss}
+        trial = trial.model_copy(update=update)
     with suppress(OSError, ValueError):  # there is none, or it is being written
         trial = trial.model_copy(update={"step": max(trial.step, int(paths.step.read_text()))})
     return trial
 
 
-def _last_point(paths: TrialPaths) -> dict[str, Any]:
-    """Return the last complete line of a trial's metrics; an empty document if there is none yet."""
+def _last_point(paths: TrialPaths) -> MetricPoint | None:
+    """Return the last complete line of a trial's metrics; None if there is none yet, or if it is damaged."""
     try:
         with paths.metrics.open("rb") as file:
             end = file.seek(0, 2)
             file.seek(max(end - _TAIL, 0))
             lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines else {}
+        return MetricPoint.model_validate_json(lines[-1]) if lines else None
     except (OSError, ValueError):
-        return {}
+        return None

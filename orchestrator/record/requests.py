@@ -21,6 +21,7 @@ from orchestrator.errors import RecordError, RequestError
 from orchestrator.record.checked import DamagedError, read_record, write_record
 from orchestrator.record.lock import driver_state
 from orchestrator.record.models import Record, time_now
+from orchestrator.record.names import Name
 from orchestrator.record.paths import SweepPaths
 
 Verb = Literal["stop", "pause", "go-on", "extend", "add", "clone"]
@@ -33,14 +34,14 @@ _LOOK_S = 0.2
 class Request(Record):
     """One request, in `requests/NAME.json`."""
 
-    name: str
+    name: Name
     """Time in nanoseconds since 1970, and 8 random hexadecimal digits."""
     verb: Verb
     asked: str
     """Time in UTC, ISO 8601."""
     by: str
     """Who has asked, as user@host."""
-    trial_id: str | None = None
+    trial_id: Name | None = None
     """Trial that is stopped, paused, continued or cloned; None for a request about the whole sweep."""
     values: dict[str, Any] = {}
     """Dotted field -> value, for a trial that is added."""
@@ -60,14 +61,14 @@ class Request(Record):
 class RequestAnswer(Record):
     """What has become of a request, in `requests/NAME.answer.json`."""
 
-    name: str
+    name: Name
     """Name of the request."""
     is_accepted: bool
     text: str
     """What has been done or will be done, or why the request is refused."""
     answered: str
     """Time in UTC, ISO 8601."""
-    trial_id: str | None = None
+    trial_id: Name | None = None
     """Trial that was added."""
 
 
@@ -133,15 +134,18 @@ def read_request(paths: SweepPaths, name: str) -> Request:
     """Return one request.
 
     Raises:
-        DamagedError: it is damaged.
+        DamagedError: it is damaged, or has another name than its file.
     """
     file = paths.requests / f"{name}.json"
     try:
-        return read_record(Request, file)
+        request = read_record(Request, file)
     except DamagedError as error:
         raise DamagedError(error.message, "Ask again with the command.") from error
     except (FileNotFoundError, PermissionError) as error:
         raise RecordError(f"{file}: cannot be read: {error.strerror}", "Ask again with the command.") from error
+    if request.name != name:
+        raise DamagedError(f"{file}: is a request of another name, {request.name}", "Ask again with the command.")
+    return request
 
 
 def unanswered(paths: SweepPaths) -> list[str]:

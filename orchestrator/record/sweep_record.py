@@ -17,6 +17,7 @@ from orchestrator.record.checkpoints import checkpoint_steps, step_of
 from orchestrator.record.models import (
     AddedTrial,
     BestPoint,
+    ExploitCheckpoint,
     MetricPoint,
     SweepInfo,
     TrialResult,
@@ -207,6 +208,7 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
         if path.is_file():
             with suppress(DamagedError):
                 trial = read_record(TrialResult, path)
+                _require_own(paths, path, trial)
                 is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
                 return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
     if not (paths.config.is_file() or paths.result.is_file() or paths.progress.is_file()):
@@ -266,6 +268,15 @@ def read_added(paths: TrialPaths) -> AddedTrial | None:
     return read_record(AddedTrial, paths.added) if paths.added.is_file() else None
 
 
+def read_exploit_checkpoint(path: Path) -> ExploitCheckpoint:
+    """Return what one of Tune's checkpoints refers to.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    return read_record(ExploitCheckpoint, path)
+
+
 def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
     """Return every point of a trial in order. Lines that are cut or damaged are left out."""
     return read_lines(MetricPoint, paths.metrics).records
@@ -281,3 +292,12 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     write_record(paths.result, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return result
+
+
+def _require_own(paths: TrialPaths, path: Path, trial: TrialResult) -> None:
+    """Raise RecordError if a record in a trial's folder is that of another trial."""
+    if trial.trial_id != paths.trial_id:
+        raise RecordError(
+            f"{path}: is the record of another trial, {trial.trial_id}",
+            "Remove the folder, or put it back where it belongs.",
+        )

@@ -1,6 +1,7 @@
 """The record of the winner on the test rows."""
 
 from orchestrator.record.models import Record, RowScores
+from orchestrator.record.names import Name
 
 
 class TestScore(Record):
@@ -8,7 +9,7 @@ class TestScore(Record):
 
     __test__ = False  # pytest takes a class of this name for tests
 
-    trial_id: str
+    trial_id: Name
     step: int
     """Optimizer step of the adapter."""
     scores: RowScores

@@ -2,12 +2,13 @@
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from orchestrator.documents import MAX_YAML_BYTES, DocumentError, load_yaml, read_text
 from orchestrator.errors import SpecError
 from orchestrator.spec.dotted import read_path, write_keys
 from orchestrator.spec.messages import describe
@@ -32,11 +33,14 @@ class _Loader(_Parent):  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in named]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = named[i].start_mark
-                raise SpecError(f"line {mark.line + 1}: {key!r} is given twice")
+        seen = set()
+        for node_of_key in named:
+            key = self.construct_object(node_of_key, deep=True)
+            if not isinstance(key, Hashable):  # an error of the parent class
+                continue
+            if key in seen:
+                raise SpecError(f"line {node_of_key.start_mark.line + 1}: {key!r} is given twice")
+            seen.add(key)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -120,13 +124,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"Name it in an experiment, as data.source. `orchestrator data {path}` shows what a model would see of it.",
         )
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: is not UTF-8 text") from error
+        document = load_yaml(read_text(path, MAX_YAML_BYTES), _Loader)
+    except DocumentError as error:
+        raise SpecError(f"{path}: {error}") from error
     except SpecError as error:
         raise SpecError(f"{path}: {error.message}") from error
-    except RecursionError as error:
-        raise SpecError(f"{path}: is nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -151,10 +153,12 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not path:
         raise SpecError(f"--set {override}: must be written dotted.field=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = load_yaml(text, _Loader)
     except SpecError as error:
         raise SpecError(f"--set {override}: {error.message}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except DocumentError as error:
+        raise SpecError(f"--set {path}: the value {error}") from error
+    except yaml.YAMLError as error:
         raise SpecError(
             f"--set {override}: the value is not YAML",
             f"Quote text with special characters: --set '{path}=\"...\"'.",

@@ -9,6 +9,10 @@ from pydantic import BaseModel, Tag, ValidationError
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.spec.suggestions import suggested_field, suggested_value
 
+_MOST_FAULTS = 50
+_LONGEST_VALUE = 300
+"""Characters of a value in a message."""
+
 _Members = dict[str, type[BaseModel]]
 """Kind -> section, for a field that takes one of several sections."""
 
@@ -23,7 +27,8 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
     if not isinstance(error, ValidationError):
         return [str(error)]
     rules_of: dict[tuple[str, str], list[str]] = {}  # (field, value) -> the rules of each type that the field takes
-    for fault in error.errors():
+    faults = error.errors()
+    for fault in faults[:_MOST_FAULTS]:
         if fault["type"] == "default_factory_not_called":  # it needs a section that has a fault of its own
             continue
         parts, model, members, inner = _walk(fault["loc"], root)
@@ -31,13 +36,21 @@ def describe(error: ValueError, root: type[BaseModel] | None = None) -> list[str
         if fault["type"] == "extra_forbidden":
             rules_of[_unknown_field(path, model, members, root), ""] = []
             continue
-        shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})"
+        shown = "" if fault["type"] in ("value_error", "missing") else f" (got {_shortened(repr(fault['input']))})"
         shown += _value_meant(fault)
         rule = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "model_type" and inner:
             rule = f"must be a section of {', '.join(inner.model_fields)}"
         rules_of.setdefault((path, shown), []).append(rule)
-    return [": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in rules_of.items()]
+    more = [f"and {len(faults) - _MOST_FAULTS} more faults"] if len(faults) > _MOST_FAULTS else []
+    return [
+        *(": ".join(filter(None, [path, " or ".join(rules) + shown])) for (path, shown), rules in rules_of.items()),
+        *more,
+    ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."
 
 
 def _value_meant(fault: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.axes import Axis
-from orchestrator.spec.sections import PositiveInt, Section, Seed
+from orchestrator.spec.sections import PositiveInt, RootSection, Section, Seed
 from orchestrator.spec.sections.scheduler import FIELDS_OF_KIND
 from orchestrator.words import counted
 
@@ -99,7 +99,7 @@ class Stop(Section):
         return self.min_trials if self.gain is not None else max(self.min_trials, (self.unmoved or 0) + 1)
 
 
-class SearchSection(Section):
+class SearchSection(RootSection):
     """Which trials there are, and which of them is the best."""
 
     algorithm: Literal["auto", "grid", "random", "optuna", "hyperopt", "bohb"] = "auto"

@@ -23,6 +23,7 @@ from orchestrator.spec.sections import (
     TrackingSection,
     TrainingSection,
     TrialConfig,
+    require_floats,
 )
 from orchestrator.spec.sections.scheduler import Brackets, ForecastScheduler, NoScheduler, Population
 from orchestrator.spec.trial_space import TRIAL_SECTIONS, TrialSpace
@@ -63,6 +64,7 @@ class SweepSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _search_is_complete(cls, written: Any) -> Any:
+        require_floats(written)
         return complete_search(written) if isinstance(written, dict) else written
 
     @model_validator(mode="after")

@@ -32,13 +32,14 @@ from orchestrator.storage import storage_fault
 from orchestrator.sweep.conclusion import conclude, ended, raise_interrupted
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.leftovers import held
-from orchestrator.sweep.snapshot import has_trials, restore_snapshot
+from orchestrator.sweep.signature import owner_key
+from orchestrator.sweep.snapshot import has_trials, require_signed, restore_snapshot, trust_snapshot
 from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_early, start_fleet
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.start import restore_rows, start_sweep
-from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, replace_parts
+from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, pass_on_no_keys, replace_parts
 from orchestrator.words import counted
 
 Say = Callable[[str], None]
@@ -73,8 +74,8 @@ def run_sweep(
 
     Raises:
         RequestError: base or data do not match the experiment, an earlier sweep or the library of priors does not fit,
-            a package is missing, the scheduler would change nothing, or a tracker's server does not accept the sweep;
-            nothing is written.
+            a package is missing, the scheduler would change nothing, a tracker's server does not accept the sweep, or
+            there is no key to sign its state with; nothing is written.
         ClusterError: Ray cannot be reached, or its nodes do not share the folder.
         SweepError: no trial finished, or Ray Tune gave up.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. Trials have written a checkpoint of their last step.
@@ -83,6 +84,7 @@ def run_sweep(
     require_extras(spec)
     require_scheduler_effect(spec)
     require_servers(spec.tracking)
+    owner_key()
     prior_sweeps = evidence_from(spec, warm_from)
     for change in (with_library, lambda spec: with_evidence(spec, prior_sweeps), with_prior, as_stored):
         spec, notes = change(spec)
@@ -107,33 +109,38 @@ def resume_sweep(
     address: str | None = None,
     say: Say = lambda _: None,
     doing: Say = lambda _: None,
+    trust_state: bool = False,
 ) -> SweepRecord:
     """Resume a sweep whose driver died or was interrupted. Finished trials do not run again.
 
     Changes that `record.extend.extend_sweep` has made to the record are written before the first trial. A tracker's
     server that does not answer is only a warning: the sweep has begun, and its trackers can catch up later.
 
+    Args:
+        record: the sweep.
+        watch, address, say, doing: as in `run_sweep`.
+        trust_state: load Tune's state whoever has signed it. It can run code.
+
     Raises:
-        The same errors as `run_sweep`.
+        RecordError: the state of Tune is not signed with the owner's key, and is not trusted.
+        OrchestratorError: the other errors of `run_sweep`.
     """
     require_extras(record.info.spec)
     spec = record.info.spec
     for fault in server_faults(spec.tracking):
         say(f"warning: {fault.message}")
-    doing("starting Ray and the workers")
-    with (
-        held(record.paths),
-        compiling_early(spec, address),
-        connection(address),
-        start_fleet(spec, address) as fleet,
-    ):
-        require_shared_folder(record.paths.root)
-        for damage in repair(record):
-            say(f"damaged: {damage}")
-        restore_rows(record, say)
-        save_extension(record)
-        with mirroring(record.paths, say):
-            return _drive(record, fleet, watch, say, doing)
+    with held(record.paths):
+        for paths in (record.paths, SweepPaths(record.paths.repeats)):
+            _require_state(paths, trust_state)
+        doing("starting Ray and the workers")
+        with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
+            require_shared_folder(record.paths.root)
+            for damage in repair(record):
+                say(f"damaged: {damage}")
+            restore_rows(record, say)
+            save_extension(record)
+            with mirroring(record.paths, say):
+                return _drive(record, fleet, watch, say, doing)
 
 
 def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say) -> SweepRecord:
@@ -173,8 +180,21 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     return record
 
 
+def _require_state(paths: SweepPaths, is_trusted: bool) -> None:
+    """Check that the owner has signed the state of a sweep, or sign it if the user trusts it."""
+    if is_trusted:
+        trust_snapshot(paths)
+    else:
+        require_signed(paths)
+
+
 def finish_audit(
-    record: SweepRecord, audit: SweepRecord, watch: Watch, address: str | None = None, say: Say = lambda _: None
+    record: SweepRecord,
+    audit: SweepRecord,
+    watch: Watch,
+    address: str | None = None,
+    say: Say = lambda _: None,
+    trust_state: bool = False,
 ) -> None:
     """Run the trials of an audit that have not ended, while no other driver holds the sweep.
 
@@ -182,11 +202,13 @@ def finish_audit(
         record: the sweep.
         audit: the record of `audit.begin_audit`.
         watch, address, say: as in `run_sweep`.
+        trust_state: as in `resume_sweep`.
 
     Raises:
-        The same errors as `run_sweep`.
+        The same errors as `resume_sweep`.
     """
     with held(record.paths), mirroring(record.paths, say):
+        _require_state(audit.paths, trust_state)
         if len(ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
             conclude(audit, audit.paths, failures_count=True)
@@ -362,6 +384,7 @@ def _quiet_tune() -> None:
     """Set Tune's options and silence its output: the user sees the orchestrator's own messages."""
     os.environ.update(TUNE_SETTINGS)
     keep_signal_handlers()
+    pass_on_no_keys()
     # Tune writes trials and searcher to disk at each iteration, not every 10 s: a killed driver loses nothing.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")

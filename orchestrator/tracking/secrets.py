@@ -2,13 +2,15 @@
 
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from urllib.parse import unquote
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "WANDB_BASE_URL", "TRACKIO_SERVER_URL")
 """Variables with an address, which may contain a user name and a password."""
 
-_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "HF_TOKEN")
+_SECRETS = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|KEY|KEY_ID)$")
+"""Matches names of variables with a secret, such as HF_TOKEN, WANDB_API_KEY and AWS_SECRET_ACCESS_KEY."""
 
 _USER_INFO = re.compile(r"://[^\s'\"]*@")
 """Matches up to the last @ of a word, because a password that is not percent-encoded may contain other characters."""
@@ -16,16 +18,23 @@ _USER_INFO = re.compile(r"://[^\s'\"]*@")
 _SHORTEST = 4
 """Length in characters. A shorter password may be part of any word, so it is hidden only in addresses."""
 
+_SHORTEST_KEY = 8
+"""Length of the value of a variable by whose name it is a secret: `true` and numbers are none."""
+
 _LONGEST_REASON = 300
 
 
 def hide_secrets(text: str) -> str:
     """Replace user names and passwords in addresses, and passwords and keys of this process's environment, by `***`."""
     text = _USER_INFO.sub("://***@", text)
-    for secret in _known_secrets():
-        if len(secret) >= _SHORTEST:
-            text = text.replace(secret, "***")
+    for secret in sorted(_known_secrets(), key=len, reverse=True):  # one may be a part of another
+        text = text.replace(secret, "***")
     return text
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return an error's traceback with those of its causes, without secrets."""
+    return hide_secrets("".join(traceback.format_exception(error)))
 
 
 def reason(error: Exception) -> str:
@@ -36,9 +45,10 @@ def reason(error: Exception) -> str:
 
 
 def _known_secrets() -> Iterator[str]:
-    for name in _SECRETS:
-        yield os.environ.get(name, "")
+    for name, value in os.environ.items():
+        if _SECRETS.search(name) and len(value) >= _SHORTEST_KEY:
+            yield value
     for name in _ADDRESSES:
         user_info, at, _ = os.environ.get(name, "").partition("://")[2].rpartition("@")
         password = user_info.partition(":")[2] if at else ""
-        yield from (password, unquote(password))
+        yield from (each for each in (password, unquote(password)) if len(each) >= _SHORTEST)

@@ -10,8 +10,6 @@ from one_trial import ENGINES, Tiny, run
 
 from orchestrator.record import SweepPaths, TrialState
 from orchestrator.record.files import publish, write_atomic
-from orchestrator.training.attempt.events import Event, Saved
-from orchestrator.training.attempt.reporter import Reporter
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +71,8 @@ def test_what_a_trial_keeps_survives_a_power_cut(
     disk = Disk(monkeypatch)
     synced_checkpoints: set[Version] = set()
     spec = tiny(f"training.engine={engine}")
+
+    from orchestrator.training.attempt import reporter
 
     seal_checkpoint = reporter.seal_checkpoint
 

@@ -1,7 +1,9 @@
 """A trial that is interrupted and resumed has the results of an uninterrupted one. More in `test_fast.py`."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from one_trial import ENGINES, Tiny, curve, run
 from tiny import Witness
 
 from orchestrator.adapters.bundle import verify_adapter
+from orchestrator.errors import OrchestratorError
 from orchestrator.record import SweepPaths, TrialState, read_metrics, read_sweep, write_record
 from orchestrator.spec.search import SearchSection
 from orchestrator.training.local import resume_local_trial, run_local_trial
@@ -49,6 +52,33 @@ def test_resumed_trial_is_identical_to_an_uninterrupted_one(
     assert resumed.best == uninterrupted.best
     assert (resumed.step, resumed.tokens) == (uninterrupted.step, uninterrupted.tokens)
     assert resumed.seconds > 0
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pickle_planted_in_a_checkpoint_does_not_run(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    spec = tiny(f"training.engine={engine}", "training.save_steps=2")
+    broken = SweepPaths(tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, broken, Witness(die_at=3))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        copied = SweepPaths(shutil.copytree(broken.root, tmp_path / name))
+        found = list(copied.root.glob(f"trials/*/checkpoints/checkpoint-2/{name}"))
+        for file in found:
+            torch.save(Planted(tmp_path / "mark"), file)
+        assert found or name == "training_args.bin"
+        with suppress(OrchestratorError, UnpicklingError):
+            resume_local_trial(read_sweep(copied.root), Witness())
+        assert not (tmp_path / "mark").exists(), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)

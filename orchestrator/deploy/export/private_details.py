@@ -1,11 +1,11 @@
 """Notes on details of a bundle that are valid only on this machine, for users who publish it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.adapters.bundle import CONFIG, Facts
+from orchestrator.adapters.bundle import Facts
+from orchestrator.adapters.peft_config import CONFIG, read_peft_config
 from orchestrator.base_folder import hub_id
 
 
@@ -18,7 +18,7 @@ def base_notes(folder: Path, facts: Facts) -> list[str]:
     """
     if facts.format != "adapter":
         return []
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_peft_config(folder)
     model, named = str(facts.base["model"]), config.get("base_model_name_or_path")
     if hub_id(model) is None:
         return [

@@ -25,12 +25,13 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
+from orchestrator.adapters.peft_config import largest_rank
 from orchestrator.base_folder import stored_quantization
 from orchestrator.deploy.adapter_ref import AdapterRef
 from orchestrator.deploy.chat import open_prompt_form
 from orchestrator.deploy.find import find_adapter, find_sweep, is_adapter
 from orchestrator.deploy.serving.adapter_server import AdapterServer, open_adapter_servers
-from orchestrator.deploy.serving.vllm import RANKS, largest_rank, more_than_lora, vllm_command
+from orchestrator.deploy.serving.vllm import RANKS, more_than_lora, vllm_command
 from orchestrator.errors import RequestError
 from orchestrator.spec.optional_packages import require_package
 from orchestrator.spec.sections import BaseSection

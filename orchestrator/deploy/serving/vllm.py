@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.adapters.bundle import CONFIG
+from orchestrator.adapters.peft_config import largest_rank, read_peft_config
 from orchestrator.adapters.stops import GENERATION
 from orchestrator.base_folder import base_location
 from orchestrator.deploy.chat import PromptForm, question_template
@@ -58,7 +58,7 @@ def vllm_command(base: BaseSection, adapters: Mapping[str, Path], form: PromptFo
 
 def more_than_lora(adapter: Path) -> str | None:
     """Name a part of an adapter that vLLM does not support, other than LoRA matrices; None if there is none."""
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    config = read_peft_config(adapter)
     init, kind = config.get("init_lora_weights"), config.get("peft_type", "LORA")
     parts = {
         f"parts of {kind}": kind != "LORA",
@@ -70,10 +70,3 @@ def more_than_lora(adapter: Path) -> str | None:
         f"a base that was changed by {init}": isinstance(init, str) and init.lower() not in _SUPPORTED_INITS,
     }
     return next((part for part, is_present in parts.items() if is_present), None)
-
-
-def largest_rank(adapter: Path) -> int:
-    """Return the largest rank of an adapter's modules, by its LoRA configuration."""
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    largest: int = max([config["r"], *config.get("rank_pattern", {}).values()])
-    return largest

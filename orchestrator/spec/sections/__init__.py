@@ -20,7 +20,7 @@ from orchestrator.spec.sections.lora import LoraSection
 from orchestrator.spec.sections.records import OutputSection, TrackingSection, WandbSection
 from orchestrator.spec.sections.resources import ResourcesSection
 from orchestrator.spec.sections.scheduler import SchedulerSection
-from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, Section, Seed
+from orchestrator.spec.sections.section import NAME_PATTERN, PositiveInt, RootSection, Section, Seed, require_floats
 from orchestrator.spec.sections.training import TrainingSection
 from orchestrator.spec.sections.trial import TrialConfig
 
@@ -39,6 +39,7 @@ __all__ = [
     "OwnMetric",
     "PositiveInt",
     "ResourcesSection",
+    "RootSection",
     "SchedulerSection",
     "Section",
     "Seed",
@@ -48,4 +49,5 @@ __all__ = [
     "TrialConfig",
     "WandbSection",
     "file_kind",
+    "require_floats",
 ]

@@ -9,11 +9,11 @@ from orchestrator.spec.sections.data import DataSection
 from orchestrator.spec.sections.evaluation import EvaluationSection
 from orchestrator.spec.sections.honored import honored_by
 from orchestrator.spec.sections.lora import LoraSection
-from orchestrator.spec.sections.section import Section
+from orchestrator.spec.sections.section import RootSection
 from orchestrator.spec.sections.training import TrainingSection
 
 
-class TrialConfig(Section):
+class TrialConfig(RootSection):
     """Everything that is needed to run one trial again."""
 
     base: BaseSection

@@ -1,6 +1,5 @@
 """Make a trial that somebody has asked for: its values, its point for the searcher, the adapter of a warm clone."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 from ray.tune.experiment import Trial
 
-from orchestrator.adapters.bundle import CONFIG, WEIGHTS
+from orchestrator.adapters.bundle import WEIGHTS
+from orchestrator.adapters.peft_config import CONFIG, read_peft_config
 from orchestrator.errors import RequestError
 from orchestrator.record import SweepRecord, TrialPaths, TrialResult, read_added, read_trial
 from orchestrator.record.absent import require_present
-from orchestrator.record.files import building_beside, publish
+from orchestrator.record.files import building_beside, publish, refuse_links
 from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.axis_checks import check_searchable
 from orchestrator.spec.dotted import read_path
@@ -98,7 +98,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
         Where the adapter comes from, as TRIAL/adapters/step-N.
 
     Raises:
-        RequestError: the donor has no adapter yet, or its adapter does not fit the clone.
+        RequestError: the donor has no adapter yet, its adapter does not fit the clone, or contains a link.
     """
     _require_fit(donor, config)
     for _ in range(_NUM_COPIES):
@@ -107,6 +107,7 @@ def copy_adapter(record: SweepRecord, donor: TrialResult, config: TrialConfig, p
             break
         require_present(record.paths, donor.trial_id)
         source = record.adapter_path(donor)
+        refuse_links(source.parent)
         try:
             with building_beside(paths.initial_adapter) as building:
                 for name in (CONFIG, WEIGHTS):
@@ -144,7 +145,7 @@ def _require_fit(donor: TrialResult, config: TrialConfig) -> None:
 
 def _require_same_experts(folder: Path, donor: TrialResult, config: TrialConfig) -> None:
     """Raise RequestError if the rank or the scale of fused experts would change."""
-    adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    adapter = read_peft_config(folder)
     changed = [name for name in MAY_DIFFER[:5] if getattr(donor.config.lora, name) != getattr(config.lora, name)]
     if adapter.get("target_parameters") and changed:
         raise RequestError(

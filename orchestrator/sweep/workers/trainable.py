@@ -9,10 +9,12 @@ from ray import tune
 
 from orchestrator.errors import ClusterError, RecordError, TrialError
 from orchestrator.record import (
+    ExploitCheckpoint,
     MetricPoint,
     TrialResult,
     TrialState,
     read_added,
+    read_exploit_checkpoint,
     read_metrics,
     read_result,
     read_sweep,
@@ -29,6 +31,7 @@ from orchestrator.sweep.workers.attempt_client import Claim, RemoteTrial
 from orchestrator.sweep.workers.losses import OutOfMemory
 from orchestrator.sweep.workers.worker_client import Workers
 
+_SAVED = "checkpoint.json"
 _NUM_EXPLOIT_CHECKPOINTS = 3
 """Newest checkpoints that are kept for other trials of a population."""
 
@@ -75,15 +78,17 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         progress = self._next()
         return _report_result(progress) if isinstance(progress, TrialResult) else self._report(progress)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
         """Copy the last complete checkpoint for other trials: the trial itself may delete it soon.
 
+        Writes an `ExploitCheckpoint` into Tune's folder. Tune would pickle a dictionary.
+
         Returns:
-            Trial, checkpoint and step, for `load_checkpoint`; empty if there is no checkpoint.
+            The folder. It stays empty if there is no checkpoint.
         """
         so_far = resumable(self._paths, self._config)
         if so_far is None or so_far.checkpoint is None:
-            return {}
+            return checkpoint_dir
         source, exploit_checkpoints = self._paths.root / so_far.checkpoint, self._paths.exploit_checkpoints
         for partial in exploit_checkpoints.glob(f"{BUILDING}*"):  # left by a trainable that was killed
             shutil.rmtree(partial, ignore_errors=True)
@@ -95,20 +100,23 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         newest_last = sorted(exploit_checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_ctime_ns)
         for older in newest_last[:-_NUM_EXPLOIT_CHECKPOINTS]:
             shutil.rmtree(older)
-        return {"trial": self._paths.trial_id, "checkpoint": so_far.checkpoint, "step": so_far.step}
+        saved = ExploitCheckpoint(trial_id=self._paths.trial_id, checkpoint=so_far.checkpoint, step=so_far.step)
+        write_record(Path(checkpoint_dir, _SAVED), saved)
+        return checkpoint_dir
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Continue from a checkpoint of `save_checkpoint`, made here or in the trainable of another trial."""
-        if not checkpoint or self._paths.result.is_file():
+        if not (saved := Path(checkpoint_dir, _SAVED)).is_file() or self._paths.result.is_file():
             return
+        checkpoint = read_exploit_checkpoint(saved)
         self._claim_trial()
         so_far = resumable(self._paths, self._config)
-        origin = f"{checkpoint['trial']}/{checkpoint['checkpoint']}"
-        if so_far is None or (checkpoint["trial"] != self._paths.trial_id and so_far.parent != origin):
+        origin = f"{checkpoint.trial_id}/{checkpoint.checkpoint}"
+        if so_far is None or (checkpoint.trial_id != self._paths.trial_id and so_far.parent != origin):
             self._adopt(checkpoint, origin)
         # Tune knows the reports up to that step.
-        self._known = [point for point in self._known_points() if point.step > checkpoint["step"]]
-        self._last_step = checkpoint["step"]
+        self._known = [point for point in self._known_points() if point.step > checkpoint.step]
+        self._last_step = checkpoint.step
 
     def cleanup(self) -> None:
         """Stop the trial and give its slot back."""
@@ -175,7 +183,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             cloned_from=added and added.cloned_from,
         )
 
-    def _adopt(self, checkpoint: dict[str, Any], origin: str) -> None:
+    def _adopt(self, checkpoint: ExploitCheckpoint, origin: str) -> None:
         """Continue from another trial's checkpoint, or from this trial's own under another configuration.
 
         The records of this trial up to that step stay, but its best adapter is dropped: it belongs to another
@@ -183,9 +191,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
         """
         paths, info = self._paths, self._sweep.info
         so_far = read_trial(paths, info) if paths.progress.is_file() else self._new_result()
-        donor_paths = self._sweep.paths.trial(checkpoint["trial"])
+        donor_paths = self._sweep.paths.trial(checkpoint.trial_id)
         donor = read_trial(donor_paths, info)
-        source = donor_paths.exploit_checkpoints / Path(checkpoint["checkpoint"]).name
+        source = donor_paths.exploit_checkpoints / Path(checkpoint.checkpoint).name
         copied = paths.root / ".adopted"
         shutil.rmtree(copied, ignore_errors=True)
         try:
@@ -202,21 +210,21 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
             return
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
         publish(copied, paths.checkpoints)
-        before = [point for point in read_metrics(donor_paths) if point.step <= checkpoint["step"]]
+        before = [point for point in read_metrics(donor_paths) if point.step <= checkpoint.step]
         tokens = before[-1].tokens if before else 0
         start = so_far.model_copy(
             update={
                 "state": TrialState.RUNNING,
                 "config": self._config,
                 "best": None,
-                "step": checkpoint["step"],
+                "step": checkpoint.step,
                 "total_steps": donor.total_steps,
                 "tokens": tokens,
                 "adopted_tokens": so_far.adopted_tokens + tokens - so_far.tokens,
                 "tokens_per_second": donor.tokens_per_second,
                 "grad_norm": None,
                 "applied": {},
-                "checkpoint": checkpoint["checkpoint"],
+                "checkpoint": checkpoint.checkpoint,
                 "parent": so_far.parent if donor_paths == paths else origin,
             }
         )

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from orchestrator.errors import FailureCause
 from orchestrator.storage import storage_fault
+from orchestrator.tracking.secrets import hide_secrets
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class Warned(Event):
 
     warning: str
 
+    def __post_init__(self) -> None:
+        _hide(self, "warning")
+
 
 @dataclass(frozen=True)
 class Completed(Event):
@@ -99,6 +103,9 @@ class Failed(Event):
     cause: FailureCause
     """Whether the trial's own values made it fail, and how."""
 
+    def __post_init__(self) -> None:
+        _hide(self, "error", "remedy", "traceback")
+
 
 @dataclass(frozen=True)
 class Left(Event):
@@ -114,6 +121,16 @@ class Left(Event):
     """Whether the trial has run out of GPU memory. The next attempt takes less."""
     is_outside: bool = False
     """Whether the whole process has ended its trials, such as before a preemption. The trial is not to blame."""
+
+    def __post_init__(self) -> None:
+        _hide(self, "lost")
+
+
+def _hide(event: Event, *fields: str) -> None:
+    """Remove passwords and keys of this process from texts of libraries, before they reach a record or a log."""
+    for field in fields:
+        if (text := getattr(event, field)) is not None:
+            object.__setattr__(event, field, hide_secrets(text))
 
 
 END = (Completed, Failed, Left)

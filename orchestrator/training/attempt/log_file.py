@@ -2,11 +2,12 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from orchestrator.tracking.secrets import traceback_of
 
 
 @contextmanager
@@ -41,6 +42,8 @@ def _flush(stream: TextIO, number: int) -> None:
 
 
 def log_traceback() -> None:
-    """Print the traceback of the error that is being handled. On a full disk nothing is printed."""
+    """Print the traceback of the error that is being handled, without secrets. On a full disk nothing is printed."""
+    error = sys.exception()
+    assert error is not None
     with suppress(OSError):
-        traceback.print_exc()
+        print(traceback_of(error), file=sys.stderr, end="")

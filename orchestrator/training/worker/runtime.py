@@ -14,6 +14,7 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import TrialPaths, TrialResult
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.tracking.secrets import hide_secrets
 from orchestrator.training.attempt.attempt import Attempt, run_alone
 from orchestrator.training.attempt.events import Event, Failed, LeaseLost, Left, Noted, fault_fields
 from orchestrator.training.attempt.log_file import log_traceback
@@ -166,7 +167,7 @@ class WorkerRuntime:
                     self._run_alone(*self._waiting_alone.popleft())
         except BaseException as error:  # reported to all current leases, and to all who ask for one
             log_traceback()
-            self._pool.fail_all(f"{type(error).__name__}: {error}")
+            self._pool.fail_all(hide_secrets(f"{type(error).__name__}: {error}"))
             self._on_lost()
 
     def _drop_released(self) -> None:

@@ -1,7 +1,6 @@
 """Requests to the driver of a sweep: their files, their order, the wait for an answer, and how a trial is named."""
 
 import errno
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

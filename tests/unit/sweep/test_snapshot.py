@@ -1,5 +1,7 @@
 import errno
+import io
 import os
+import pickle
 import time
 import zipfile
 from functools import partial
@@ -8,14 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from damaging import damaged_texts
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
 from simulated import MakeStage, falling, steered
 
+from orchestrator.errors import RecordError
 from orchestrator.record import SweepPaths, read_sweep
 from orchestrator.record.requests import read_answer, write_request
 from orchestrator.sweep.results import ResultKeeper
 from orchestrator.sweep.schedulers.scheduler_state import thaw
-from orchestrator.sweep.snapshot import has_trials, restore_snapshot, save_snapshot
+from orchestrator.sweep.snapshot import has_trials, require_signed, restore_snapshot, save_snapshot, trust_snapshot
 from orchestrator.upstream import limit_state_writing, write_state_next
 
 
@@ -34,10 +38,9 @@ def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> 
     save_snapshot(paths, staging, b"rungs")
     for name in (*whole, "searcher-state-2.pkl"):  # the last is of a driver that died at once
         (paths.tune / name).write_text("")
-    (paths.tune / "tuner.pkl").write_text("tuner")
     assert restore_snapshot(paths) == b"rungs"
     restored = {name.replace("-1.", "-0000-restored."): text for name, text in whole.items()}
-    assert {file.name: file.read_text() for file in paths.tune.iterdir()} == restored | {"tuner.pkl": "tuner"}
+    assert {file.name: file.read_text() for file in paths.tune.iterdir()} == restored
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
 
 
@@ -73,14 +76,96 @@ def test_a_clock_that_was_set_back_hides_no_later_state(tmp_path: Path) -> None:
     assert [file.read_text() for file in paths.tune.iterdir()] == ["its later state"]
 
 
-def test_without_a_snapshot_nothing_is_touched(tmp_path: Path) -> None:
+def test_without_a_snapshot_nothing_is_loaded(tmp_path: Path) -> None:
     paths = SweepPaths(tmp_path)
     paths.tune.mkdir()
     (paths.tune / "experiment_state-1.json").write_text("{}")
     assert not has_trials(SweepPaths(tmp_path / "none"))
     assert has_trials(paths)
     assert restore_snapshot(paths) is None
-    assert (paths.tune / "experiment_state-1.json").read_text() == "{}"
+    assert not has_trials(paths)
+
+
+def test_a_search_whose_snapshot_is_missing_does_not_begin_anew(tmp_path: Path, make_sweep: Any) -> None:
+    paths = make_sweep(tmp_path / "sweep", {"a": ("RUNNING", 0.5)})
+    with pytest.raises(RecordError, match=r"tune-snapshot.zip: is missing.* after a") as refused:
+        restore_snapshot(paths)
+    assert f"--warm-from {paths.root}" in refused.value.remedy
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "experiment_state-9999.json",
+        "search_gen_state-9999.json",
+        "searcher-state-9999.pkl",
+        "basic-variant-state-9999.json",
+        "callback-states-9999.pkl",
+        "tuner.pkl",
+        "a_00000/error.pkl",
+        "a_00000/checkpoint_000000/_dict_checkpoint.pkl",
+    ],
+)
+def test_a_pickle_planted_in_tunes_folder_is_removed(tmp_path: Path, name: str) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    staging.mkdir()
+    (staging / "searcher-state-1.pkl").write_text("own")
+    planted = paths.tune / name
+    planted.parent.mkdir(parents=True)
+    save_snapshot(paths, staging, b"own")
+    planted.write_bytes(pickle.dumps(Planted(tmp_path / "mark")))
+    assert restore_snapshot(paths) == b"own"
+    assert [file.name for file in paths.tune.rglob("*") if file.is_file()] == ["searcher-state-0000-restored.pkl"]
+    assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "own"
+
+
+@pytest.mark.parametrize("linked", ["tune", "tune/a_00000", "tune/searcher-state-9999.pkl"])
+def test_a_link_in_tunes_folder_is_refused(tmp_path: Path, linked: str) -> None:
+    """A link to a folder hides the files in it from the search for pickles, but not from Tune."""
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    staging.mkdir()
+    paths.root.mkdir()
+    (staging / "searcher-state-1.pkl").write_text("own")
+    save_snapshot(paths, staging, b"own")
+    (paths.root / linked).parent.mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "error.pkl").touch()
+    (paths.root / linked).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecordError, match="is a symbolic link"):
+        restore_snapshot(paths)
+    assert (tmp_path / "elsewhere" / "error.pkl").is_file()
+
+
+def test_a_snapshot_of_somebody_else_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = SweepPaths(tmp_path)
+    paths.tune.mkdir()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("experiment_state-1.json", "{}")
+        packed.writestr("scheduler.pkl", pickle.dumps(Planted(tmp_path / "mark")))
+    paths.tune_snapshot.write_bytes(archive.getvalue())
+    with pytest.raises(RecordError, match=r"tune-snapshot.zip: is not signed"):
+        require_signed(paths)
+    with pytest.raises(RecordError, match=r"tune-snapshot.zip: is not signed"):
+        restore_snapshot(paths)
+    trust_snapshot(paths)
+    require_signed(paths)
+    assert restore_snapshot(paths) == pickle.dumps(Planted(tmp_path / "mark"))
+    monkeypatch.setenv("ORCHESTRATOR_STATE_KEY", "b" * 64)
+    with pytest.raises(RecordError, match="is signed with another key"):
+        require_signed(paths)
+    trust_snapshot(paths)
+    require_signed(paths)
 
 
 def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
@@ -102,6 +187,31 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
             save_snapshot(paths, staging, b"new")
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
     assert restore_snapshot(paths) == b"old"
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+    paths.tune.mkdir(parents=True)
+    staging.mkdir()
+    for text in ("old", "new"):
+        (staging / "searcher-state-1.pkl").write_text(text)
+        save_snapshot(paths, staging, text.encode())
+    whole, before = paths.tune_snapshot.read_bytes(), paths.tune_snapshot_before.read_bytes()
+    for damaged in damaged_texts(whole, step=1):
+        paths.tune_snapshot.write_bytes(damaged)
+        paths.tune_snapshot_before.write_bytes(before)
+        said: list[str] = []
+        assert restore_snapshot(paths, said.append) == b"old"
+        assert "the search continues from the state before it" in said[0]
+        assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "old"
+        assert paths.tune_snapshot.read_bytes() == before
+    paths.tune_snapshot.write_bytes(b"")
+    paths.tune_snapshot_before.write_bytes(whole[:-1])
+    with pytest.raises(RecordError, match=r"tune-snapshot.zip: is not signed"):
+        restore_snapshot(paths)
+    trust_snapshot(paths)
+    with pytest.raises(RecordError, match=r"tune-snapshot.zip: is not signed"):
+        require_signed(paths)
 
 
 def managed() -> tuple[Any, Any]:
