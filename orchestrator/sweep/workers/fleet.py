@@ -27,6 +27,9 @@ from orchestrator.words import counted
 TRAINABLE_CPUS = 0.001
 """Fraction of a CPU core for each trainable: Tune refuses zero."""
 
+_OTHERS_S = 60.0
+"""Longest wait, after one worker has loaded the base, for those that have other GPUs."""
+
 _CPUS_LEFT_FREE = 0.1
 """Fraction of a CPU core that each worker leaves free, for trainables."""
 
@@ -180,12 +183,16 @@ class Fleet:
         self._supervisor = Supervisor(workers, paths, self._resources, say, plan.num_shards)
         self._supervisor.start()
         slots, why = (plan.slots, "") if plan.is_fixed else self._supervisor.first_slots()
+        # GPUs of several kinds have room for different numbers of trials.
+        is_uneven = not plan.is_fixed and plan.gpus and self._resources.accelerator is None and len(_kinds()) > 1
+        every = self._supervisor.all_slots(_OTHERS_S) if is_uneven else [slots] * plan.num_workers
+        each = f"{min(every)} to {max(every)} trials" if min(every) < max(every) else counted(slots, "trial")
         device = f"{plan.gpus:g} GPU" if plan.gpus else f"{counted(plan.cpus, 'CPU core')}"
         reasons = "; ".join(filter(None, [plan.why, why]))
-        message = f"{counted(plan.num_workers, 'worker')} of {device}, {counted(slots, 'trial')} at a time in each" + (
+        message = f"{counted(plan.num_workers, 'worker')} of {device}, {each} at a time in each" + (
             f": {reasons}" if reasons else ""
         )
-        return workers, slots * plan.num_workers, message
+        return workers, sum(every), message
 
     @property
     def resources(self) -> tuple[float, int]:
@@ -247,7 +254,7 @@ def _choose_gpus(spec: SweepSpec, address: str | None) -> int:
         )
     if gpus == 0 and (reason := spec.cpu_unsupported_reason()):
         raise RequestError(f"{reason}, and this machine has none")
-    kinds = [kind.removeprefix(KIND_PREFIX) for kind in sorted(available) if kind.startswith(KIND_PREFIX)]
+    kinds = _kinds()
     if gpus and address is None and resources.accelerator not in (None, *kinds):
         here = " and ".join(kinds) or "no kind that Ray knows"
         raise RequestError(
@@ -278,3 +285,8 @@ def _capacity(gpus: int, cpus: int, workers_per_gpu: int, accelerator: str | Non
     limits = upstream.autoscaler_limits()
     kind, each = ("GPU", gpus) if gpus else ("CPU", cpus)
     return max(now, int(limits.get(kind, 0)) // each * (workers_per_gpu if gpus else 1))
+
+
+def _kinds() -> list[str]:
+    """Return the kinds of GPU that the cluster has now."""
+    return [kind.removeprefix(KIND_PREFIX) for kind in sorted(ray.cluster_resources()) if kind.startswith(KIND_PREFIX)]

@@ -56,6 +56,10 @@ class _Member:
     asked_at: float = 0.0
     opening: Any = None
     """Reference to the end of `Worker.open`, while that runs."""
+    slots: int | None = None
+    """Trials at a time in it, by its own answer."""
+    is_placed: bool = False
+    """Whether its process has been started at least once."""
     open_at: float = 0.0
     """Time before which it is not opened, by time.monotonic."""
     num_restarts: int = 0
@@ -122,6 +126,20 @@ class Supervisor:
             time.sleep(_FIRST_PERIOD_S / 4)
         return self._first_slots
 
+    def all_slots(self, timeout_s: float) -> list[int]:
+        """Return the slots of each worker. Those that wait for resources count as the first one that has opened.
+
+        Args:
+            timeout_s: time to wait for the workers that have been started, in seconds.
+
+        Raises:
+            OrchestratorError: as in `first_slots`.
+        """
+        (first, _), deadline = self.first_slots(), time.monotonic() + timeout_s
+        while self._fault is None and time.monotonic() < deadline and any(map(_is_opening, self._members)):
+            time.sleep(_FIRST_PERIOD_S / 4)
+        return [first if member.slots is None else member.slots for member in self._members if not member.is_gone]
+
     def fault(self) -> OrchestratorError | None:
         """Return why the sweep cannot go on; None while it can."""
         return self._fault
@@ -168,6 +186,7 @@ class Supervisor:
             return
         if state.num_restarts > member.num_restarts or state.state == "DEAD":
             self._take_loss(member, state, now)
+        member.is_placed |= state.state == "ALIVE"
         if not member.is_gone and state.state == "ALIVE" and member.opening is not None:
             self._take_opening(member)
         if member.is_gone or state.state != "ALIVE":
@@ -259,7 +278,7 @@ class Supervisor:
         except RayActorError:  # the table of actors tells it next time
             return
         else:
-            self._first_slots = self._first_slots or slots
+            self._first_slots, member.slots = self._first_slots or slots, slots[0]
 
     def _take_refusal(self, member: _Member, error: RayTaskError) -> None:
         """Handle the error of a worker whose process lives, but that could not be opened."""
@@ -359,3 +378,8 @@ def counted_times(number: int) -> str:
 def _end_process(process: ProcessId) -> bool:
     """End a process of the node on which this task runs."""
     return process.end()
+
+
+def _is_opening(member: _Member) -> bool:
+    """Return whether a worker has been started and has not said how many slots it has."""
+    return member.is_placed and member.slots is None and not member.is_gone

@@ -1,5 +1,6 @@
 """The supervisor opens workers, ends those that hang, retires those whose node goes away, and gives up."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,23 @@ class Stage:
         for _ in range(int(seconds)):
             self.now += 1.0
             self.supervisor.look(self.now)
+
+
+def test_each_worker_has_its_own_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large GPU, a small one, one that waits for a machine, and one whose process still loads the base."""
+    stage = Stage(tmp_path, monkeypatch, 4)
+    large, small, waiting, loading = stage.workers
+    large.opened, small.opened, waiting.state = (6, ""), (2, "memory"), "PENDING_CREATION"
+    loading.open = SimpleNamespace(remote=lambda *_: Answer(is_done=False))
+    for member in stage.supervisor._members:
+        member.opening = member.handle.open.remote()
+    stage.run(1)
+    began = time.monotonic()
+    assert stage.supervisor.all_slots(0.3) == [6, 2, 6, 6]
+    assert time.monotonic() - began >= 0.3, "it waits for the process that loads the base"
+    loading.state = "PENDING_CREATION"
+    stage.supervisor._members[3].is_gone = True
+    assert stage.supervisor.all_slots(60.0) == [6, 2, 6]
 
 
 def test_a_worker_is_opened_and_again_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
