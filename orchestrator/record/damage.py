@@ -19,7 +19,7 @@ from orchestrator.record.faults import Fault, append_fault
 from orchestrator.record.models import AddedTrial, MetricPoint, SweepInfo, TrialResult
 from orchestrator.record.paths import SweepPaths, TrialPaths
 from orchestrator.record.search_ended import SearchEnded
-from orchestrator.record.sweep_record import OPEN, SweepRecord, read_sweep, read_trial, write_info
+from orchestrator.record.sweep_record import OPEN, SweepRecord, read_own, read_sweep, read_trial, write_info
 from orchestrator.record.test_score import TestScore
 from orchestrator.spec import TrialConfig
 
@@ -103,7 +103,7 @@ def _damage_of_trial(paths: TrialPaths, info: SweepInfo) -> Iterator[Damage]:
     except DamagedError:
         trial = None
     has_ended = trial is not None and trial.state not in OPEN
-    result_fault = _fault(TrialResult, paths.result)
+    result_fault = _fault_by(partial(read_own, paths, paths.result))
     if fault := _fault(TrialConfig, paths.config):
         if trial is not None:
             then = "`resume` writes it anew from the trial's other records"
@@ -118,7 +118,7 @@ def _damage_of_trial(paths: TrialPaths, info: SweepInfo) -> Iterator[Damage]:
         else:
             then = "`resume` continues the trial from its last whole checkpoint, or runs it anew"
             yield damaged(paths.result, result_fault, then, repair=partial(_set_aside, paths.result))
-    if fault := _fault(TrialResult, paths.progress):
+    if fault := _fault_by(partial(read_own, paths, paths.progress)):
         if trial is not None and not result_fault:
             then = "`resume` writes it anew from the trial's other files"
             yield damaged(paths.progress, fault, then, repair=partial(write_record, paths.progress, trial))
@@ -146,8 +146,13 @@ def _lost_points(paths: TrialPaths, trial: TrialResult, has_ended: bool) -> str 
 
 def _fault(model: type[BaseModel], path: Path) -> str | None:
     """Return the file and what is wrong with it; None if it is whole or absent."""
+    return _fault_by(partial(read_record, model, path))
+
+
+def _fault_by(read: Callable[[], object]) -> str | None:
+    """Return what is wrong with a record by the error of its reader; None if there is none, or no file."""
     try:
-        read_record(model, path)
+        read()
     except FileNotFoundError:
         return None
     except DamagedError as error:

@@ -207,8 +207,7 @@ def read_trial(paths: TrialPaths, info: SweepInfo) -> TrialResult:
     for path in (paths.result, paths.progress):
         if path.is_file():
             with suppress(DamagedError):
-                trial = read_record(TrialResult, path)
-                _require_own(paths, path, trial)
+                trial = read_own(paths, path)
                 is_paused = trial.state == TrialState.RUNNING and paths.paused.is_file()
                 return trial.model_copy(update={"state": TrialState.PAUSED}) if is_paused else trial
     if not (paths.config.is_file() or paths.result.is_file() or paths.progress.is_file()):
@@ -249,6 +248,19 @@ def _put_together(paths: TrialPaths, new: TrialResult) -> TrialResult:
     return new.model_copy(update=update)
 
 
+def read_own(paths: TrialPaths, path: Path) -> TrialResult:
+    """Read the result or the progress of a trial.
+
+    Raises:
+        DamagedError: it is damaged, or is that of another trial.
+        OSError: it cannot be read.
+    """
+    trial = read_record(TrialResult, path)
+    if trial.trial_id != paths.trial_id:
+        raise DamagedError(f"{path}: is the record of another trial, {trial.trial_id}")
+    return trial
+
+
 def read_result(paths: TrialPaths) -> TrialResult:
     """Return the result of a trial that has ended.
 
@@ -256,9 +268,9 @@ def read_result(paths: TrialPaths) -> TrialResult:
         DamagedError: neither the result nor the progress, which holds it too, is whole.
     """
     try:
-        return read_record(TrialResult, paths.result)
+        return read_own(paths, paths.result)
     except DamagedError:
-        if paths.progress.is_file() and (last := read_record(TrialResult, paths.progress)).state not in OPEN:
+        if paths.progress.is_file() and (last := read_own(paths, paths.progress)).state not in OPEN:
             return last
         raise
 
@@ -292,12 +304,3 @@ def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     write_record(paths.result, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return result
-
-
-def _require_own(paths: TrialPaths, path: Path, trial: TrialResult) -> None:
-    """Raise RecordError if a record in a trial's folder is that of another trial."""
-    if trial.trial_id != paths.trial_id:
-        raise RecordError(
-            f"{path}: is the record of another trial, {trial.trial_id}",
-            "Remove the folder, or put it back where it belongs.",
-        )
