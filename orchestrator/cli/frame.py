@@ -88,6 +88,14 @@ Address = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Ray cluster to use: auto or HOST:PORT. Default: start Ray on this machine."),
 ]
+Submit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Submit this command as a job to the Ray cluster with this dashboard (http://HOST:8265), and return. "
+        "--output is a folder of the cluster then.",
+    ),
+]
 
 MoreTrials = Annotated[
     int | None,

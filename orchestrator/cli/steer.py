@@ -95,7 +95,7 @@ def extend(
         if driver_state(record.paths).is_running:
             print(ask(record, "extend", wait, num_trials=trials, budget=budget or []))
             return
-    resume(str(record.paths.root), trials, budget, address, trust, output)
+    resume(str(record.paths.root), trials, budget, address, trust=trust, output=output)
 
 
 @app.command(epilog="Example: orchestrator add runs/demo --set training.learning_rate=3e-4")

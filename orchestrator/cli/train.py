@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from orchestrator.cli.frame import (
     Output,
     Seed,
     Set,
+    Submit,
     Sweep,
     Trust,
     WarmFrom,
@@ -32,7 +34,7 @@ from orchestrator.cli.frame import (
     table_lines,
 )
 from orchestrator.cli.screen import resumable, screen
-from orchestrator.errors import SpecError, TrialsFailedError
+from orchestrator.errors import RequestError, SpecError, TrialsFailedError
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.words import counted
@@ -179,14 +181,23 @@ def sweep(
     seed: Seed = None,
     warm_from: WarmFrom = None,
     address: Address = None,
+    submit: Submit = None,
     output: Output = None,
 ) -> None:
     """Run a sweep on this machine or on a Ray cluster."""
     from orchestrator.record import read_sweep
-    from orchestrator.record.new_sweep import claim_folder, source_of
+    from orchestrator.record.new_sweep import chosen_name, claim_folder, source_of
 
     overrides = [*(set_ or []), *([] if seed is None else [f"search.seed={seed}"])]
     spec = load_spec(file, overrides)
+    if submit is not None:
+        _refuse_address(address)
+        from orchestrator.submission import submit_sweep
+
+        name, folder = chosen_name(spec, file.name, name), output or spec.output.folder
+        options = [part for each in warm_from or [] for part in ("--warm-from", each)]
+        _say_submitted(submit_sweep(spec, name, folder, submit, options, print), name, folder, submit)
+        return
     earlier = [read_sweep(each, output or spec.output.folder) for each in warm_from or []]
     with claim_folder(spec, file.name, name, output) as paths:
         record = _sweep(spec, paths, address, source_of(file, overrides), earlier)
@@ -199,6 +210,7 @@ def resume(
     trials: MoreTrials = None,
     budget: NewBudget = None,
     address: Address = None,
+    submit: Submit = None,
     trust: Trust = False,
     output: Where = "runs",
 ) -> None:
@@ -211,6 +223,15 @@ def resume(
     from orchestrator.report.live import SweepView
     from orchestrator.report.trial_view import TrialView
 
+    if submit is not None:
+        _refuse_address(address)
+        from orchestrator.submission import submit_resume
+
+        options = [] if trials is None else ["--trials", str(trials)]
+        options += [part for each in budget or [] for part in ("--budget", each)]
+        options += ["--trust-remote-code"] if trust else []
+        _say_submitted(submit_resume(sweep, output, submit, options, print), sweep, output, submit)
+        return
     found = read_sweep(sweep, output)
     record = extend_sweep(found, trials, budget or [])
     if record == found and is_finished(record):
@@ -261,6 +282,23 @@ def demo(
         show_side_by_side(console, FinishedSweep(record))
         console.print(f"\nMore: orchestrator chat {paths.root} --compare-base", soft_wrap=True, highlight=False)
     _require_no_failures(record)
+
+
+def _refuse_address(address: str | None) -> None:
+    if address is not None:
+        raise RequestError("--address and --submit exclude each other", "A submitted sweep runs on its job's cluster.")
+
+
+def _say_submitted(job_id: str, name: str, output: str, url: str) -> None:
+    """Print the commands that follow, stop and resume a submitted sweep."""
+    file = shlex.quote(f"{output}/{name}")
+    print(
+        f"{name} goes on on the cluster, also without this machine.\n"
+        f"  log:     ray job logs --address {url} --follow {job_id}\n"
+        f"  stop:    ray job stop --address {url} {job_id}\n"
+        f"  resume:  orchestrator resume {name} --output {output} --submit {url}\n"
+        f"  state:   orchestrator status {file}    # on a machine that has this folder"
+    )
 
 
 def _sweep(

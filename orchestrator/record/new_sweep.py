@@ -42,10 +42,7 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
         raise RequestError(
             f"output {folder}: must be a folder, not a URI", "Mount the storage on every node and give the mount."
         )
-    if name is not None and not re.match(NAME_PATTERN, name):
-        raise RequestError(
-            f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
-        )
+    _require_valid(name)
     parent = Path(folder).resolve()
     existing = next(path for path in (parent, *parent.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -58,7 +55,7 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
             if not _make(root):
                 raise already_exists(root)
         else:
-            dated = f"{_name_of(source)}-{datetime.now():%m%d-%H%M%S}"
+            dated = _dated_name(source)
             candidates = chain([dated], (f"{dated}-{number}" for number in count(2)))
             root = next(parent / candidate for candidate in candidates if _make(parent / candidate))
     except OSError as error:
@@ -71,6 +68,27 @@ def claim_folder(spec: SweepSpec, source: str, name: str | None, output: str | N
             for path in (root, *made):
                 with suppress(OSError):  # another sweep may have begun in the parent
                     path.rmdir()
+
+
+def chosen_name(spec: SweepSpec, source: str, name: str | None) -> str:
+    """Return the name of a new sweep whose folder is made elsewhere; the arguments are those of `claim_folder`.
+
+    Raises:
+        RequestError: `name` cannot be the name of a folder.
+    """
+    _require_valid(name)
+    return name or spec.output.name or _dated_name(source)
+
+
+def _require_valid(name: str | None) -> None:
+    if name is not None and not re.match(NAME_PATTERN, name):
+        raise RequestError(
+            f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        )
+
+
+def _dated_name(source: str) -> str:
+    return f"{_name_of(source)}-{datetime.now():%m%d-%H%M%S}"
 
 
 def _name_of(source: str) -> str:

@@ -42,6 +42,7 @@ def capybara(question: str, answer: str) -> Row:
 
 
 ROWS: dict[str, Callable[[str, str], Row]] = {
+    "gsm8k-embedded": lambda question, answer: {"question": question, "answer": f"so\n#### {answer}"},
     "llama2-70b": lambda question, answer: {"text": f"### Human: {question}### Assistant: {answer}"},
     "llama2-7b-chat": lambda question, answer: {"text": f"<s>[INST] {question} [/INST] {answer} </s>"},
     "qwen2.5-0.5b-chat": capybara,
