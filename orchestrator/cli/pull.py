@@ -27,7 +27,8 @@ def pull(
 ) -> None:
     """Copy a sweep from an object store into a folder.
 
-    Its records are copied, and the adapter that `best` recommends. The same command again copies what has changed since.
+    Its records are copied, and the adapter that `best` recommends. The same command again copies what has changed
+    since.
     """
     from orchestrator.remote.location import find_uri
 
