@@ -25,9 +25,10 @@ def pull(
     rows: Annotated[bool, typer.Option("--rows", help="Also copy the tokenized rows.")] = False,
     output: Where = "runs",
 ) -> None:
-    """Copy a sweep from an object store into a folder: its records, and the adapter that `best` recommends.
+    """Copy a sweep from an object store into a folder.
 
-    The same command again copies what has changed since.
+    Its records are copied, and the adapter that `best` recommends. The same command again copies what has changed
+    since.
     """
     from orchestrator.remote.location import find_uri
 

@@ -43,13 +43,17 @@ OPEN = (TrialState.PENDING, TrialState.RUNNING, TrialState.PAUSED)
 """States of trials that have not ended."""
 
 
+def _fetch_nothing(folder: Path) -> None:
+    """Fetch nothing: all of the sweep is here. Not a lambda, so that records can be pickled."""
+
+
 @dataclass(frozen=True)
 class SweepRecord:
     """A sweep, read from its folder."""
 
     paths: SweepPaths
     info: SweepInfo
-    fetch: Callable[[Path], None] = field(default=lambda _: None, compare=False, repr=False)
+    fetch: Callable[[Path], None] = field(default=_fetch_nothing, compare=False, repr=False)
     """Fetches a folder of the sweep if it is in an object store and not here yet."""
 
     def trials(self) -> list[TrialResult]:

@@ -1,4 +1,5 @@
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +219,8 @@ def test_a_link_to_a_sweep_opens_it(tmp_path: Path, make_sweep: MakeSweep) -> No
     (trial,) = record.trials()
     record.adapter_path(trial).mkdir(parents=True, exist_ok=True)
     assert record.adapter(trial).is_dir()
+
+
+def test_a_record_can_be_sent_to_another_process(tmp_path: Path, make_sweep: MakeSweep) -> None:
+    record = read_sweep(make_sweep(tmp_path / "s", EVERY_STATE).root)
+    assert pickle.loads(pickle.dumps(record)) == record
