@@ -14,7 +14,6 @@ with importing():
     from orchestrator.cli.frame import app
     from orchestrator.errors import OrchestratorError
     from orchestrator.signals import leave_dead_terminal
-    from orchestrator.tracking.secrets import hide_secrets, traceback_of
 
 
 def main() -> None:
@@ -22,9 +21,13 @@ def main() -> None:
     try:
         app()  # exits with 2 on a usage error and with 130 on Ctrl-C
     except OrchestratorError as error:
+        from orchestrator.tracking.secrets import hide_secrets
+
         leave_dead_terminal()  # after SIGHUP
         print(f"error: {hide_secrets(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:  # a fault of ours or of a library: its traceback, without passwords and keys
+        from orchestrator.tracking.secrets import traceback_of
+
         print(traceback_of(error), file=sys.stderr, end="")
         sys.exit(1)
