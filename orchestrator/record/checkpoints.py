@@ -53,7 +53,7 @@ def start_of(paths: TrialPaths, new: TrialResult) -> TrialResult:
 
 
 def _has_points(points: Lines[MetricPoint], step: int) -> bool:
-    """Return whether all points up to a step are there. Before a damaged line, those of the last step may be missing."""
+    """Return whether all points up to a step are there. Before a damaged line, those of its last step may be lost."""
     steps = [point.step for point in points.records[: points.num_before]]
     return step in steps and (points.fault is None or steps[-1] > step)
 
