@@ -91,7 +91,7 @@ def test_a_result_that_cannot_be_written_leaves_the_progress_as_it_was(
     paths = make_sweep(tmp_path / "sweep", {"a": ("RUNNING", 0.5)})
     (trial,) = read_sweep(paths.root).trials()
 
-    def fail(path: Path, text: str) -> None:
+    def fail(*_: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("orchestrator.record.checked.write_atomic", fail)
