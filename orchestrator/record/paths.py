@@ -127,7 +127,7 @@ class SweepPaths:
     @property
     def sweep_copy(self) -> Path:
         """A copy of `sweep`, which is read if that is damaged."""
-        return self.root / ".sweep-copy.json"
+        return self.root / "sweep-copy.json"
 
     @property
     def data(self) -> Path:

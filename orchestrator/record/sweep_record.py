@@ -301,10 +301,10 @@ def read_metrics(paths: TrialPaths) -> list[MetricPoint]:
 def end_trial(paths: TrialPaths, result: TrialResult) -> TrialResult:
     """Write the final result of a trial, and remove its checkpoints.
 
-    The progress becomes a copy of the result, from which a damaged result is read.
+    The progress then becomes a copy of the result, from which a damaged result is read.
     """
     result = result.model_copy(update={"checkpoint": None, "ended": time_now()})
-    write_record(paths.progress, result)
     write_record(paths.result, result)
+    write_record(paths.progress, result)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return result

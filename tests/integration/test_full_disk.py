@@ -126,7 +126,7 @@ def test_each_kind_of_write_may_fail(
     module, name, at, concerns = WRITES[kind]
     failing = fails_once(getattr(module, name), number, at, concerns)
     with monkeypatch.context() as patched:
-        for place in ("orchestrator.record.sweep_record", "orchestrator.tracking.jsonl", module.__name__):
+        for place in ("orchestrator.record.checked", "orchestrator.tracking.jsonl", module.__name__):
             patched.setattr(f"{place}.{name}", failing, raising=False)
         with pytest.raises(StorageError, match=f"its storage fails: .*{os.strerror(number)}") as raised:
             run_local_trial(spec, broken, Witness())

@@ -9,6 +9,7 @@ from orchestrator.record import (
     DamagedError,
     MetricPoint,
     TrialState,
+    end_trial,
     find_damage,
     read_metrics,
     read_sweep,
@@ -82,3 +83,18 @@ def test_a_trial_of_which_too_little_is_left_blocks_no_other(tmp_path: Path, mak
     assert [each.trial_id for each in record.trials()] == ["b"]
     assert {damage.path for damage in find_damage(record)} >= {trial.config, trial.result}
     assert read_metrics(trial) == []
+
+
+def test_a_result_that_cannot_be_written_leaves_the_progress_as_it_was(
+    tmp_path: Path, make_sweep: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_sweep(tmp_path / "sweep", {"a": ("RUNNING", 0.5)})
+    (trial,) = read_sweep(paths.root).trials()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("orchestrator.record.checked.write_atomic", fail)
+    with pytest.raises(OSError, match="no space left"):
+        end_trial(paths.trial("a"), trial.model_copy(update={"state": TrialState.COMPLETE}))
+    assert read_sweep(paths.root).trials() == [trial]
