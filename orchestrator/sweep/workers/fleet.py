@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -25,6 +25,9 @@ from orchestrator.training.fast.shard.place import Place, new_group
 from orchestrator.training.fast.warmup import precompile
 from orchestrator.training.worker.spread import max_concurrent_trials, spread
 from orchestrator.words import counted
+
+if TYPE_CHECKING:
+    from orchestrator.planning.fit import GpuMemory
 
 TRAINABLE_CPUS = 0.001
 """Fraction of a CPU core for each trainable: Tune refuses zero."""
@@ -190,6 +193,20 @@ class Fleet:
         )
         return workers, slots * plan.num_workers, message
 
+    def gpu_memory(self, workers: Workers) -> "GpuMemory | None":
+        """Return what trials may use of a worker's GPU; None for workers on CPUs.
+
+        Args:
+            workers: of `open`.
+
+        Raises:
+            OrchestratorError: no worker could load the base model.
+        """
+        if not self._plan.gpus:
+            return None
+        memory: GpuMemory | None = _first_answer([workers.measure_memory(handle) for handle in self._handles])
+        return memory
+
     @property
     def resources(self) -> tuple[float, int]:
         """GPUs and CPU cores of a worker."""
@@ -271,7 +288,7 @@ def _capacity(gpus: int, cpus: int, workers_per_gpu: int) -> int:
     return max(now, int(limits.get(kind, 0)) // each * (workers_per_gpu if gpus else 1))
 
 
-def _first_answer(answers: list[Any]) -> tuple[int, str]:
+def _first_answer(answers: list[Any]) -> Any:
     """Return the answer of the worker that opens first: the others are equal to it, or wait for resources.
 
     Raises:
@@ -281,11 +298,11 @@ def _first_answer(answers: list[Any]) -> tuple[int, str]:
     while answers:
         (done,), answers = ray.wait(answers)
         try:
-            slots: tuple[int, str] = ray.get(done)
+            answer = ray.get(done)
         except RayError as error:
             fault = error
         else:
-            return slots
+            return answer
     if isinstance(fault, RayTaskError) and (isinstance(fault.cause, OrchestratorError) or storage_fault(fault.cause)):
         raise fault.cause
     raise SweepError(f"no worker could be started: {str(fault).strip().splitlines()[-1]}") from fault

@@ -24,6 +24,7 @@ from orchestrator.training.fast.shard.place import Place
 from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
+    from orchestrator.planning.fit import GpuMemory
     from orchestrator.training.worker.runtime import WorkerRuntime
 
 
@@ -99,6 +100,16 @@ class Worker:
                 self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
                 self._opening_since = None
             return self._opened
+
+    def measure_memory(self, data: list[Any], logs: str) -> "GpuMemory | None":
+        """Load the base model, unless that was done before, and return what trials may use of this process's GPU.
+
+        The arguments are those of `open`. The result is None on a CPU.
+        """
+        self.open(data, logs)
+        from orchestrator.planning.fit import GpuMemory
+
+        return GpuMemory.here()
 
     def _prepare(self) -> None:
         """Import libraries, and join the group that holds the base in pieces.
