@@ -1,6 +1,6 @@
 """Generate answers in batches, greedily or by sampling."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.adapters.stops import stops_of
@@ -71,9 +71,16 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     sampling: Mapping[str, Any] = GREEDY,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
-    """Return the token ids of the answers before their first stop token; arguments and errors are those of `answer`."""
+    """Return the token ids of the answers before their first stop token; arguments and errors are those of `answer`.
+
+    Once `is_stopping` returns True, which is asked before each token, answers end where they are.
+    """
     import torch
+
+    def end_all(ids: Any, _: Any, **__: Any) -> Any:
+        return torch.full((len(ids),), is_stopping(), device=ids.device)
 
     model.eval()
     answers, stops = [list[int]()] * len(prompts), stops_of(model)
@@ -82,6 +89,8 @@ def generate_ids(
     require_room(model, longest - max_new_tokens, max_new_tokens)
     batch_size = rows_per_pass(model.config, batch_size, longest)
     for chosen in batches(lengths, max_new_tokens, batch_size):
+        if is_stopping():
+            break
         width = max(len(prompts[i]) for i in chosen)
         # Pad on the left, so that all answers begin at the same column.
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
@@ -95,6 +104,7 @@ def generate_ids(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=[end_all],
                 **sampling,
             )
         for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):

@@ -70,6 +70,7 @@ class Attempt:
         self._config = start.config
         self._paths = paths
         self._inputs = inputs
+        self._listener = listener
         self._write_queue = write_queue
         self._gpu_seconds = gpu_seconds
         self._reporter = Reporter(
@@ -152,7 +153,14 @@ class Attempt:
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         inputs, metric = self._inputs, self._start.metric
-        questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
+        questions = Questions(
+            config.evaluation,
+            inputs.data.prompts,
+            inputs.tokenizer,
+            inputs.stop_tokens,
+            metric,
+            lambda: self._listener.stopping,
+        )
         micro_batch = None if limits is None else limits.micro_batch(config)
         paths = self._paths
         initial = paths.initial_adapter if paths.initial_adapter.is_dir() else None
@@ -172,7 +180,7 @@ class Attempt:
         """
         start, reporter = self._start, self._reporter
 
-        def scores() -> RowScores:
+        def scores() -> RowScores | None:
             measured = loop.scores()
             if questions.at_evaluations:
                 self._report_cost(questions)
@@ -184,14 +192,18 @@ class Attempt:
             return live
 
         reporter.attach(loop.trainer, scores, read_applied, loop.adapter)
-        trains = start.step != start.total_steps  # with no step left, the Trainer would still do one
-        if trains:
-            yield from loop.train(str(self._paths.root / start.checkpoint) if start.checkpoint else None)
+        # With no step and no evaluation left, the Trainer would still do a step.
+        if start.step != start.total_steps or start.lacks_evaluation:
+            checkpoint = str(self._paths.root / start.checkpoint) if start.checkpoint else None
+            yield from loop.train(checkpoint, start.lacks_evaluation)
         if questions.after_training and not reporter.stopped:
             assert reporter.best is not None
             self._write_queue.wait()  # until the best adapter is written
             folder = self._paths.adapter(reporter.best[1])
             metrics = yield from loop.answer(load_peft_weights(str(folder)))
+            if metrics is None:
+                reporter.stop()
+                return
             self._report_cost(questions)
             self._write_queue.do(partial(self._keep_metrics, folder, metrics))
             reporter.report(Answered, values=metric_values(metrics))
