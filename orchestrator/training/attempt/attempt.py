@@ -30,6 +30,7 @@ from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.model.device import peak_memory_gib
 from orchestrator.training.model.precision import require_device
+from orchestrator.training.model.rank_change import checkpoint_at_rank
 from orchestrator.training.model.readback import require_applied
 from orchestrator.training.model.targets import (
     expected,
@@ -194,8 +195,12 @@ class Attempt:
         reporter.attach(loop.trainer, scores, read_applied, loop.adapter)
         # With no step and no evaluation left, the Trainer would still do a step.
         if start.step != start.total_steps or start.lacks_evaluation:
-            checkpoint = str(self._paths.root / start.checkpoint) if start.checkpoint else None
-            yield from loop.train(checkpoint, start.lacks_evaluation)
+            if start.checkpoint is None:
+                yield from loop.train(None)
+            else:
+                folder, seed = self._paths.root / start.checkpoint, self._config.training.seed
+                with checkpoint_at_rank(folder, loop.trainer, seed) as checkpoint:
+                    yield from loop.train(str(checkpoint), start.lacks_evaluation)
         if questions.after_training and not reporter.stopped:
             assert reporter.best is not None
             self._write_queue.wait()  # until the best adapter is written
