@@ -72,17 +72,21 @@ def generate_ids(
     batch_size: int,
     sampling: Mapping[str, Any] = GREEDY,
     on_token: Callable[[], None] = lambda: None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """Return the token ids of the answers before their first stop token.
 
-    Arguments and errors are those of `answer`; `on_token` is called whenever the answers of a batch have grown by one.
+    Arguments and errors are those of `answer`.
+
+    Args:
+        on_token: called whenever the answers of a batch have grown by one token.
+        is_stopping: asked before each further token; once it returns True, answers end where they are.
     """
     import torch
 
-    def go_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Answer as a stopping criterion that no answer meets."""
+    def after_token(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         on_token()
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return torch.full((len(ids),), is_stopping(), device=ids.device)
 
     model.eval()
     answers, stops = [list[int]()] * len(prompts), stops_of(model)
@@ -91,6 +95,8 @@ def generate_ids(
     require_room(model, longest - max_new_tokens, max_new_tokens)
     batch_size = rows_per_pass(model.config, batch_size, longest)
     for chosen in batches(lengths, max_new_tokens, batch_size):
+        if is_stopping():
+            break
         width = max(len(prompts[i]) for i in chosen)
         # Pad on the left, so that all answers begin at the same column.
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
@@ -104,7 +110,7 @@ def generate_ids(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=[go_on],
+                stopping_criteria=[after_token],
                 **sampling,
             )
         for i, new in zip(chosen, produced[:, width:].tolist(), strict=True):

@@ -157,14 +157,20 @@ def _margin(data: SweepData, choice: ChosenTrial) -> Iterator[str]:
     interval = f"{CONFIDENCE:.0%} interval {nearest.low:+.2g} to {nearest.high:+.2g}"
     trial = nearest.candidate.trial
     early = f" (stopped at step {trial.step})" if trial.state == TrialState.STOPPED else ""
-    rival = f"{trial.trial_id}{early}, differs from it by {nearest.difference:+.2g} ({interval})"
+    metric = data.info.spec.search.metric
+    rival = f"{trial.trial_id}{early}, differs from it by {nearest.difference:+.2g} in {metric} ({interval})"
     if not tied:
-        yield f"On the {rows} the lead of {leader} is real: the next best, {rival}."
+        yield f"The {rows} suffice to tell {leader} from the others: the next best, {rival}."
     else:
         names = listed([each.candidate.trial.trial_id for each in tied], 4)
         yield (
             f"Not very: on the {rows} {counted(len(tied), 'trial')} cannot be told apart from it: {names}. "
             f"The nearest, {rival}."
+        )
+    if early:
+        yield (
+            f"{trial.trial_id} was stopped before its end and is compared at its best evaluation until then: this "
+            "does not say how it would have ended."
         )
     left_out = found.num_compared - 1 - len(found.rivals)
     if left_out and not found.over_seeds:

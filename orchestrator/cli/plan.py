@@ -31,7 +31,8 @@ def plan(
 ) -> None:
     """Foresee a sweep: memory, time, GPU hours, price, disk.
 
-    Nothing is trained without --probe. Exit code 2 if some trials cannot fit into memory.
+    Nothing is trained without --probe. Exit code 2 if some trials cannot fit into memory and are not dropped
+    (`search.skip_unfit`).
     """
     from orchestrator.planning.gpus import find_gpu
 
@@ -67,9 +68,10 @@ def plan(
             print(found.model_dump_json(indent=2), file=own)
         else:
             say_plan(console_on(own), found)
-    if unfit := found.unfit:
+    if (unfit := found.unfit) and not spec.search.skip_unfit:
         raise RequestError(
             f"{file}: {counted(len(unfit), 'kind')} of trials cannot fit into the memory of an {found.device}, "
             f"such as {unfit[0].name}",
-            "Take these values out of search, lower data.max_length, or use a larger GPU.",
+            "Take these values out of search, set search.skip_unfit=true to have such points dropped, lower "
+            "data.max_length, or use a larger GPU.",
         )

@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.analysis.sweep_data import SweepData, value_of
 from orchestrator.analysis.wording import say_number
 from orchestrator.deploy.recommend import CONFIDENCE, ComparedCandidate
-from orchestrator.record import TrialResult
+from orchestrator.record import TrialResult, TrialState
 from orchestrator.report.tables import duration
 from orchestrator.spec.sections.evaluation import STDERR
 from orchestrator.words import counted
@@ -120,8 +120,10 @@ def legend(data: SweepData) -> str:
             f"A difference is the trial's value minus the winner's, with the {level} interval of the paired bootstrap "
             "over the held-out rows."
         )
+    stopped = any(trial.state == TrialState.STOPPED for trial in data.trials)
+    until = " A STOPPED trial has its best value until it was stopped, not that of its end." if stopped else ""
     return (
-        f"{basis} Tied: the interval holds zero, so the two cannot be told apart. Not compared: no interval was "
+        f"{basis}{until} Tied: the interval holds zero, so the two cannot be told apart. Not compared: no interval was "
         "computed, so whether the trial is worse cannot be said."
     )
 

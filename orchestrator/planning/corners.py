@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from orchestrator.base import share_modules
-from orchestrator.base_size import BaseSize
 from orchestrator.errors import TrialError
+from orchestrator.planning.fit import foreseen_target
 from orchestrator.planning.gpus import GIB, Gpu
 from orchestrator.planning.makespan import PackTimes, TrialSize
 from orchestrator.planning.models import CornerPlan
@@ -15,10 +14,9 @@ from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.sections import BaseSection
 from orchestrator.training.engines.check_targets import EmptyBases
 from orchestrator.training.fast.families.base_shape import BaseShape
-from orchestrator.training.fast.families.text_model import text_config
 from orchestrator.training.fast.plan.eligibility import unsupported_reason
 from orchestrator.training.fast.plan.engine_spec import EngineSpec
-from orchestrator.training.fast.plan.memory import MemoryOption, bytes_in_pieces
+from orchestrator.training.fast.plan.memory import MemoryOption
 from orchestrator.training.fast.plan.memory_plan import (
     MARGIN,
     MemoryPlan,
@@ -79,11 +77,7 @@ class Outlook:
 
     @cached_property
     def _target(self) -> Target:
-        size = BaseSize.foreseen(self._base, share_modules(self.model)).num_bytes
-        shape, count, base = BaseShape.of(text_config(self.model.config)), self._num_shards, self._base
-        if count > 1:
-            size = bytes_in_pieces(shape, size, count, base.quantization != "none", base.double_quant)
-        return Target(shape, size, self._budget, is_sharded=count > 1)
+        return foreseen_target(self._base, self.model, self._budget, self._num_shards)
 
     def reason(self, config: TrialConfig) -> str | None:
         """Return why the fast engine cannot hold a trial on this GPU, or None where it can."""

@@ -59,6 +59,9 @@ class Duration(Record):
     """From the command to the first step: imports, Ray, compiled kernels, the base, set-ups."""
     train_s: float
     evaluate_s: float
+    """Measuring the held-out rows."""
+    answer_s: float = 0.0
+    """Generating answers for `evaluation.metrics`."""
     total_s: float
     gpu_hours: float
     """Hours that the workers hold their GPUs."""
@@ -126,6 +129,9 @@ class SweepPlan(Record):
     disk: DiskPlan | None
     warnings: list[str]
     notes: list[str]
+
+    num_dropped: int = 0
+    """Of as many points as the sweep has trials, drawn at random, those that would be dropped (`search.skip_unfit`)."""
 
     @property
     def unfit(self) -> list[CornerPlan]:

@@ -7,10 +7,11 @@ from orchestrator.base import load_tokenizer
 from orchestrator.data.long_rows import note_on_max_length
 from orchestrator.data.prepare import PreparedData, prepare_encoded, tokenize
 from orchestrator.data.preview import DataPreview, preview_encoded
+from orchestrator.planning.answers import AnswerSize, num_rounds
 from orchestrator.planning.corners import Outlook, Pack, empty_outlook, plan_corners, together_reason
 from orchestrator.planning.disk import plan_disk
 from orchestrator.planning.doubts import doubts_of
-from orchestrator.planning.gpus import Gpu
+from orchestrator.planning.gpus import GIB, Gpu
 from orchestrator.planning.makespan import (
     END_S,
     TrialSize,
@@ -23,6 +24,7 @@ from orchestrator.planning.models import CornerPlan, Duration, RowsPlan, SweepPl
 from orchestrator.planning.saved_tokens import shares_of, trained_shares
 from orchestrator.planning.trials import drawn_trials, rungs_of
 from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.spec.sections import BaseSection
 from orchestrator.training.engines.check_targets import EmptyBases, check_targets
 from orchestrator.training.fast.plan.memory_plan import CPU_FULL
 from orchestrator.training.fast.step.flat_batch import TokenizedRows
@@ -73,9 +75,11 @@ def plan_sweep(
         outlook = None if gpu is None else empty_outlook(base, empty, gpu, rows, budget, spec.num_shards)
         if outlook is not None:
             outlooks[base] = outlook
+    num_dropped = _num_dropped(spec, trials, outlooks)
     sizes = [TrialSize.of(config, *rows) for config in trials]
     shared = _Shared.of(spec, trials, sizes, outlooks.get(spec.base), num_gpus)
-    whole, stopped = _durations(spec, sizes, shared, price)
+    answers = AnswerSize.of(spec, [len(prompt.ids) for prompt in data.prompts])
+    whole, stopped = _durations(spec, sizes, shared, price, answers)
     model = empty.of(spec.base)
     num_tokens = shown.num_tokens + int(rows[1].lengths.sum())
     running = min(len(trials), shared.slots * num_gpus)
@@ -100,7 +104,12 @@ def plan_sweep(
         time_unknown=shared.unknown,
         disk=None if model is None else plan_disk(model, trials, running, num_tokens),
         warnings=[*doubts_of(spec), *_doubts_of_rows(spec, shown, data)],
-        notes=_notes(spec, gpu),
+        notes=[
+            *_notes(spec, gpu),
+            *_note_on_answers(answers, shared),
+            *_note_on_dropped(spec, num_dropped, len(trials)),
+        ],
+        num_dropped=num_dropped,
     )
 
 
@@ -157,32 +166,45 @@ class _Shared:
 
 
 def _durations(
-    spec: SweepSpec, sizes: Sequence[TrialSize], shared: _Shared, price: float | None
+    spec: SweepSpec, sizes: Sequence[TrialSize], shared: _Shared, price: float | None, answers: AnswerSize | None
 ) -> tuple[Duration | None, list[Duration] | None]:
     """Return the duration without a stopping rule, and the shortest and longest with it."""
     if shared.unknown is not None or shared.pack is None or shared.outlook is None:
         return None, None
-    whole = _duration(sizes, shared, price)
+    whole = _duration(sizes, shared, price, answers, len(sizes))
     shares = shares_of(spec)
     if shares is None:
         return whole, None
-    return whole, [_duration(shortened(sizes, trained_shares(len(sizes), each)), shared, price) for each in shares]
+    found = []
+    for share in shares:
+        trained = trained_shares(len(sizes), share)
+        found.append(_duration(shortened(sizes, trained), shared, price, answers, trained.count(1.0)))
+    return whole, found
 
 
-def _duration(sizes: Sequence[TrialSize], shared: _Shared, price: float | None) -> Duration:
+def _duration(
+    sizes: Sequence[TrialSize], shared: _Shared, price: float | None, answers: AnswerSize | None, num_whole: int
+) -> Duration:
+    """Foresee the time of trials of these sizes, of which `num_whole` run to their end."""
     assert shared.pack is not None
     assert shared.outlook is not None
     shape, num_gpus = shared.pack.shape, shared.num_gpus
     train_s, evaluate_s = train_makespan(sizes, shared.pack.times, shared.outlook.gpu, num_gpus, shared.slots)
     heads = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
     start_s = start_seconds(2 * (shape.num_linear_weights + heads), min(shared.slots, len(sizes)))
-    total_s = start_s + train_s + evaluate_s + END_S
+    answer_s = 0.0
+    if answers is not None:
+        slots = min(shared.slots, len(sizes))
+        a_round = answers.seconds(shared.pack.times, shared.outlook.gpu, slots) / slots
+        answer_s = num_rounds(answers, sizes, num_whole) * a_round / num_gpus
+    total_s = start_s + train_s + evaluate_s + answer_s + END_S
     gpu_hours = num_gpus * total_s / _HOUR
     return Duration(
         tokens=total_tokens(sizes),
         start_s=round(start_s, 1),
         train_s=round(train_s, 1),
         evaluate_s=round(evaluate_s, 1),
+        answer_s=round(answer_s, 1),
         total_s=round(total_s, 1),
         gpu_hours=round(gpu_hours, 4),
         price=None if price is None else round(price * gpu_hours, 2),
@@ -221,8 +243,6 @@ def _doubts_of_rows(spec: SweepSpec, shown: DataPreview, data: PreparedData) -> 
 def _notes(spec: SweepSpec, gpu: Gpu | None) -> list[str]:
     """Return what the plan leaves out."""
     notes = []
-    if spec.evaluation.metrics:
-        notes.append("the time of answers for evaluation.metrics is not counted")
     if spec.search.repeats > 1:
         notes.append("the runs of search.repeats come on top")
     limits = {name: value for name, value in vars(spec.search.budget).items() if value is not None}
@@ -233,6 +253,34 @@ def _notes(spec: SweepSpec, gpu: Gpu | None) -> list[str]:
             f"times are measured on an H200 and scaled to the {gpu.title} by the rates of NVIDIA's data sheets"
         )
     return notes
+
+
+def _note_on_answers(answers: AnswerSize | None, shared: _Shared) -> list[str]:
+    """Say what is counted for answers, and the memory of their keys and values."""
+    if answers is None:
+        return []
+    if shared.pack is None or shared.outlook is None:
+        return ["the time of answers for evaluation.metrics is not counted"]
+    cache = answers.cache_bytes(shared.pack.shape, shared.outlook.gpu, shared.slots) / GIB
+    when = "at each evaluation" if answers.at_evaluations else "after training"
+    return [
+        f"evaluation.metrics: {counted(answers.num_prompts, 'answer')} of {answers.new_tokens} tokens {when}; their "
+        f"keys and values take {cache:.2g} GiB of the memory that is left free"
+    ]
+
+
+def _num_dropped(spec: SweepSpec, trials: Sequence[TrialConfig], outlooks: dict[BaseSection, Outlook]) -> int:
+    """Return how many of these trials a sweep would drop because they cannot fit into memory."""
+    if not spec.search.skip_unfit:
+        return 0
+    return sum(config.base in outlooks and outlooks[config.base].corner(config).fits is False for config in trials)
+
+
+def _note_on_dropped(spec: SweepSpec, number: int, of: int) -> list[str]:
+    if not number:
+        return []
+    instead = "are dropped" if spec.search.algorithm == "grid" else "would be dropped, and others drawn instead"
+    return [f"search.skip_unfit: {number} of {counted(of, 'point')} cannot fit into memory and {instead}"]
 
 
 def extreme_corners(corners: Sequence[CornerPlan]) -> list[CornerPlan]:

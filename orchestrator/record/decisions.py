@@ -8,7 +8,7 @@ from orchestrator.record.models import Record
 from orchestrator.record.names import Name
 from orchestrator.record.paths import SweepPaths
 
-Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned"]
+Action = Literal["chosen", "added", "stopped", "paused", "resumed", "cloned", "dropped"]
 """What happened to a trial, see `Decision.action`."""
 
 
@@ -20,7 +20,8 @@ class Decision(Record):
     """Optimizer step of the trial's last evaluation."""
     action: Action
     """What happened to the trial. chosen: the search made it. added: somebody has asked for it. cloned:
-    it continues from the state of `donor`, with other values."""
+    it continues from the state of `donor`, with other values. dropped: the search has drawn its point, which cannot fit
+    into memory (`search.skip_unfit`); the trial never began, and has no folder."""
     why: str
     donor: str | None = None
     """Trial whose state it takes over."""

@@ -165,6 +165,9 @@ class TrialResult(Record):
     """Settings read back from the live modules and optimizer after the first step."""
     checkpoint: InnerPath | None = None
     """Last complete checkpoint, relative to the trial's folder."""
+    lacks_evaluation: bool = False
+    """Whether the trial was interrupted while it evaluated at the step of its last checkpoint; that is done first when
+    it continues."""
     parent: str | None = None
     """Checkpoint of another trial from which this one continued (PBT), as trial/checkpoints/checkpoint-step."""
     adopted_tokens: int = 0

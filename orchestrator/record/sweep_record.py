@@ -14,6 +14,7 @@ from orchestrator.record.answers import Answers
 from orchestrator.record.budget import BudgetSpent
 from orchestrator.record.checked import DamagedError, read_lines, read_record, write_record
 from orchestrator.record.checkpoints import checkpoint_steps, step_of
+from orchestrator.record.decisions import read_decisions
 from orchestrator.record.models import (
     AddedTrial,
     BestPoint,
@@ -71,6 +72,18 @@ class SweepRecord:
     def search_ended(self) -> SearchEnded | None:
         """Return why the sweep has ended itself, if it has; no further trial is then drawn."""
         return _optional(SearchEnded, self.paths.search_ended)
+
+    def num_trials(self) -> int:
+        """Return the number of trials of the sweep, unless its budget is spent before.
+
+        Points that were dropped because they cannot fit into memory may leave fewer than were requested.
+        """
+        search = self.info.spec.search
+        if self.info.is_single_trial or not search.skip_unfit:
+            return self.info.num_trials
+        num_dropped = sum(decision.action == "dropped" for decision in read_decisions(self.paths))
+        num_left = search.num_points - num_dropped
+        return int(min(search.total_trials, num_left)) + len(self.info.added)
 
     def why_over(self) -> BudgetSpent | SearchEnded | None:
         """Return why no further trial begins, if that is so; there may then be fewer trials than requested."""

@@ -174,6 +174,7 @@ def _time_table(plan: SweepPlan, whole: Duration) -> Table:
         ("start", [each.start_s for each in durations]),
         ("training", [each.train_s for each in durations]),
         ("evaluation", [each.evaluate_s for each in durations]),
+        ("answers", [each.answer_s for each in durations]),
         ("whole command", [each.total_s for each in durations]),
     ]
     for name, seconds in parts:

@@ -19,7 +19,7 @@ def standing_lines(
         trials: those that have begun.
         repeats: runs of its finalists with other seeds that have begun.
     """
-    lines = [_used(trials, record.info.num_trials)]
+    lines = [_used(trials, record.num_trials())]
     if repeats:
         found = repeats_record(record)
         planned = found.info.num_trials if found else len(repeats)

@@ -45,7 +45,7 @@ def _row(record: SweepRecord) -> dict[str, Any]:
         "sweep": record.paths.name,
         "state": "running" if is_running else "finished" if is_finished(record, trials) else "interrupted",
         "num_ended": sum(trial.state not in OPEN for trial in trials),
-        "num_trials": info.num_trials,
+        "num_trials": record.num_trials(),
         "num_failed": sum(trial.state == TrialState.FAILED for trial in trials),
         "metric": info.spec.search.metric,
         "best": best.best.value if best and best.best else None,

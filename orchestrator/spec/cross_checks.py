@@ -20,14 +20,23 @@ from orchestrator.spec.sections.scheduler import (
     Rungs,
 )
 
-MUTABLE = ("training.learning_rate", "training.weight_decay", "training.max_grad_norm", "lora.dropout")
-"""Fields that may change during a trial: both engines read them again when they continue from a checkpoint."""
+MUTABLE = (
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.max_grad_norm",
+    "lora.dropout",
+    "lora.rank",
+    "lora.alpha",
+)
+"""Fields that may change during a trial: both engines read them again when they continue from a checkpoint. Where rank
+or alpha change, the adapter and the optimizer's moments are resized (`training.model.rank_change`)."""
+
+_PB2_KINDS = ("uniform", "loguniform", "randint", "lograndint")
+"""Kinds of axes that PB2 can search."""
 
 _WHY_NOT_MUTABLE = {
-    "lora.rank": "the adapter's matrices and the optimizer's state would have another shape",
     "lora.target_modules": "other layers would be adapted, which have learned nothing yet",
     "lora.bias": "other weights would train, for which the optimizer has no state",
-    "lora.alpha": "it scales what was learned: the adapter's output would change at once",
     "training.batch_size": "the checkpoint counts its position in the data in batches",
     "training.accumulation": "the checkpoint counts its position in the data in batches",
     "training.steps": "the checkpoint's learning rate schedule depends on the number of steps",
@@ -93,6 +102,8 @@ def check_trials(
         for config in samples():
             if reason := config.cpu_unsupported_reason():
                 raise ValueError(f"{reason}, and resources.gpus_per_trial is 0")
+    if isinstance(scheduler, Population) and {"lora.rank", "lora.alpha"} & {*search.space, *search.tied}:
+        _ranks_can_change(scheduler, samples())
     num_trials, num_points = search.num_trials, search.num_points
     # Members of a population may begin at the same point.
     if num_trials is not None and search.space and num_trials > num_points and not isinstance(scheduler, Population):
@@ -100,6 +111,26 @@ def check_trials(
             f"search.num_trials: {num_trials} trials would repeat points, because the space has {num_points:.0f}; "
             f"give at most {num_points:.0f}, or algorithm grid, which tries each point once"
         )
+
+
+def _ranks_can_change(scheduler: Population, configs: Sequence[TrialConfig]) -> None:
+    """Refuse to change rank or alpha during a trial where more than LoRA's matrices and AdamW's moments depends on
+    them."""
+    for lora, optimizer in ((config.lora, config.training.optimizer) for config in configs):
+        reason = None
+        if "adamw" not in optimizer or "8bit" in optimizer:
+            reason = f"training.optimizer is {optimizer}, and only AdamW's moments in 32 bits can be resized"
+        elif lora.dora:
+            reason = "lora.dora: the magnitudes of the adapted weights depend on the update"
+        elif lora.starts_from_base:
+            reason = f"lora.init {lora.init}: the first update is subtracted from the base"
+        elif lora.names_experts:
+            reason = "lora.target_modules names experts, whose adapters cannot be resized"
+        if reason is not None:
+            raise ValueError(
+                f"scheduler.kind {scheduler.kind} cannot change lora.rank or lora.alpha during a trial here: {reason}; "
+                "take them out of search, or change that"
+            )
 
 
 def _strategy_fits(search: SearchSection, training: TrainingSection, resources: ResourcesSection) -> None:
@@ -239,8 +270,8 @@ def _population_can_change(search: SearchSection, scheduler: Population) -> None
             raise ValueError(
                 f"scheduler.kind {kind} changes values of all trials: search.space.{path} may have no `when`"
             )
-        if isinstance(scheduler, Pb2Scheduler) and axis.kind not in ("uniform", "loguniform"):
+        if isinstance(scheduler, Pb2Scheduler) and axis.kind not in _PB2_KINDS:
             raise ValueError(
                 f"scheduler.kind pb2 draws any value between two ends, but search.space.{path} is {axis.kind}; use "
-                "uniform or loguniform, or scheduler pbt"
+                "uniform or loguniform (randint or lograndint for whole numbers), or scheduler pbt"
             )

@@ -127,6 +127,10 @@ class SearchSection(RootSection):
     """Dotted field -> arithmetic over other fields, such as `lora.alpha: 2 * lora.rank`."""
     first: list[dict[str, Any]] = []
     """Points to try first: a value for each searched field that exists there."""
+    skip_unfit: bool = False
+    """Whether points that cannot fit into the GPUs' memory are dropped before their trial begins, so that others are
+    drawn instead. Otherwise trl trains such a trial, or it fails. Trials that need trl for another reason, and trials
+    on CPUs, are not foreseen."""
     prior: dict[str, Any] | str = {}
     """Dotted field -> value around which `auto` begins. Default: a learning rate by the base's width, the largest rank,
     and the experiment's own values of other fields. `auto` or the path of a file: begin at the best values of earlier

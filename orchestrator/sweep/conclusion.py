@@ -22,7 +22,7 @@ def conclude(record: SweepRecord, home: SweepPaths, failures_count: bool = False
     """
     trials = record.trials()
     is_over = record.why_over() and all(trial.state not in OPEN for trial in trials)
-    if len(ended(trials)) < record.info.num_trials and not is_over:
+    if len(ended(trials)) < record.num_trials() and not is_over:
         raise_interrupted(record, home, "before its end")
     if not any(
         trial.state in CHOOSABLE or (failures_count and trial.failure not in (None, "infrastructure"))
@@ -56,7 +56,7 @@ def raise_interrupted(
         exit_code: of the command.
     """
     trials = record.trials()
-    num_ended, total = len(ended(trials)), record.info.num_trials if record.search_ended() is None else len(trials)
+    num_ended, total = len(ended(trials)), record.num_trials() if record.search_ended() is None else len(trials)
     raise Interrupted(
         f"interrupted {how} with {num_ended} of {counted(total, 'trial')} ended; the others can continue from their "
         "last steps",

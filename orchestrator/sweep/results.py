@@ -56,16 +56,27 @@ class ResultKeeper(tune.Callback):  # type: ignore[misc]  # mypy skips ray
             limit_state_writing(
                 self._conductor.controller, _FREE_STATE_S, _MAX_STATE_SHARE, _LONGEST_STATE_PAUSE_S, self._note_written
             )
+        self._log_dropped()
         self._save_snapshot(trials)
         self._conductor.steering.look(self._conductor)
         self._check_stop()
         have_ended = trials and all(trial.is_finished() for trial in trials)
-        if have_ended and (len(trials) == self._conductor.steering.num_trials or self._record.why_over()):
+        if have_ended and (len(trials) == self._conductor.steering.num_trials or self._is_over()):
             _await_trainables([self._paths_of(trial) for trial in trials])
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Save the state that Tune writes after its last turn."""
         self._save_snapshot(trials)
+
+    def _is_over(self) -> bool:
+        """Return whether no further trial begins, although fewer were made than the sweep asks for."""
+        return self._record.why_over() is not None or self._conductor.controller.search_alg.is_finished()
+
+    def _log_dropped(self) -> None:
+        """Record the points that the search has dropped in this iteration."""
+        if self._conductor.controller is not None:
+            for dropped in self._conductor.controller.search_alg.take_dropped():
+                self._conductor.log(dropped, "dropped", dropped.why)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write the result of a trial that has ended by itself or was stopped.

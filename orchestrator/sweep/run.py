@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
-from orchestrator.data import load
+from orchestrator.data import PreparedData, load
 from orchestrator.errors import OrchestratorError, RecordError, SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
@@ -24,7 +24,7 @@ from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.remote.mirror import mirroring
 from orchestrator.signals import StopRequest, deferred_signals, signal_name
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, TrialConfig
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.spec.sections.scheduler import ForecastScheduler
@@ -44,6 +44,9 @@ from orchestrator.words import counted
 
 Say = Callable[[str], None]
 """Takes a message for the user who has started the sweep."""
+
+UnfitReason = Callable[[TrialConfig], str | None]
+"""Returns why a trial cannot fit into memory; None where it fits, or where its memory is not foreseen."""
 
 Fault = Callable[[], OrchestratorError | None]
 """Returns why a sweep cannot go on; None while it can."""
@@ -147,11 +150,21 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     """Run the trials of the search, then the finalists again with other seeds, if the experiment asks for that."""
     spec = record.info.spec
     doing("loading the base in the workers")
-    workers, num_slots, choice = fleet.open(load(record.paths.data, in_memory=True), record.paths, say)
+    data = load(record.paths.data, in_memory=True)
+    workers, num_slots, choice = fleet.open(data, record.paths, say)
     say(choice)
     doing("starting the search")
     max_concurrent = min(num_slots, spec.resources.max_concurrent or num_slots)
-    _run_trials(record, workers, max_concurrent, watch, say, home=record.paths, worker_fault=fleet.fault)
+    _run_trials(
+        record,
+        workers,
+        max_concurrent,
+        watch,
+        say,
+        home=record.paths,
+        worker_fault=fleet.fault,
+        unfit_reason=_unfit_reason(record, fleet, workers, data),
+    )
     record = read_sweep(record.paths.root)
     if spec.search.repeats > 1:
         if record.budget_spent():
@@ -186,6 +199,15 @@ def _require_state(paths: SweepPaths, is_trusted: bool) -> None:
         trust_snapshot(paths)
     else:
         require_signed(paths)
+
+
+def _unfit_reason(record: SweepRecord, fleet: Fleet, workers: Workers, data: PreparedData) -> UnfitReason | None:
+    """Return a function that says why a trial cannot fit into the workers' GPUs; None where no trial is dropped."""
+    if not record.info.spec.search.skip_unfit or (memory := fleet.gpu_memory(workers)) is None:
+        return None
+    from orchestrator.planning.fit import FitCheck
+
+    return FitCheck(record.info.spec, data, memory)
 
 
 def finish_audit(
@@ -241,6 +263,7 @@ def _run_trials(
     home: SweepPaths,
     worker_fault: Fault,
     failures_count: bool = False,
+    unfit_reason: UnfitReason | None = None,
 ) -> None:
     """Run all trials of a record to their end.
 
@@ -253,6 +276,7 @@ def _run_trials(
         home: the sweep's own paths, which a resume is given.
         worker_fault: returns why the workers cannot go on.
         failures_count: see `conclude`.
+        unfit_reason: see `_unfit_reason`.
     """
     from ray.tune.error import TuneError
 
@@ -266,7 +290,7 @@ def _run_trials(
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
     with deferred_signals(say, lambda: _checkpoints_to_write(record)) as stop:
         try:
-            tuner = _make_tuner(record, workers, max_concurrent, stop, worker_fault, say)
+            tuner = _make_tuner(record, workers, max_concurrent, stop, worker_fault, say, unfit_reason)
             with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
@@ -300,7 +324,13 @@ def _checkpoints_to_write(record: SweepRecord) -> str:
 
 
 def _make_tuner(
-    record: SweepRecord, workers: Workers, max_concurrent: int, stop: StopRequest, fault: Fault, say: Say
+    record: SweepRecord,
+    workers: Workers,
+    max_concurrent: int,
+    stop: StopRequest,
+    fault: Fault,
+    say: Say,
+    unfit_reason: UnfitReason | None,
 ) -> Any:
     """Make a tuner, or restore the one whose state is in the sweep's folder.
 
@@ -311,6 +341,7 @@ def _make_tuner(
         stop: holds the signal that ends the sweep, once it has arrived.
         fault: returns why the workers cannot go on.
         say: called with messages.
+        unfit_reason: see `_unfit_reason`.
     """
     from ray import tune
 
@@ -320,6 +351,7 @@ def _make_tuner(
     from orchestrator.sweep.schedulers.conductor import Conductor
     from orchestrator.sweep.search.factory import make_search_algorithm
     from orchestrator.sweep.search.grid_random import tune_space
+    from orchestrator.sweep.search.unfit import point_check
     from orchestrator.sweep.workers.trainable import TrialTrainable
 
     _quiet_tune()
@@ -327,7 +359,8 @@ def _make_tuner(
     trainable = tune.with_resources(
         tune.with_parameters(TrialTrainable, folder=str(paths.root), workers=workers), {"cpu": TRAINABLE_CPUS}
     )
-    algorithm = make_search_algorithm(record, max_concurrent)
+    check = None if unfit_reason is None else point_check(spec, unfit_reason)
+    algorithm = make_search_algorithm(record, max_concurrent, check)
     failures = FailureCounter(record, say)
     interrupter = Interrupter(stop, workers, paths, failures, fault)
     saved = restore_snapshot(paths, say)

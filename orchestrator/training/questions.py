@@ -1,6 +1,6 @@
 """The held-out prompts that trials answer during or after training, and the metrics of their answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ class Questions:
         tokenizer: Any,
         stop_tokens: list[int],
         searched: str,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -28,10 +29,12 @@ class Questions:
             tokenizer: of the base.
             stop_tokens: ids that end an answer.
             searched: metric by which trials are compared, such as `eval/loss`.
+            is_stopping: returns whether the trial is to end now, so that no further token is generated.
         """
         self._metrics = section.metrics
         self._prompts = prompts[: section.rows]
         self._tokenizer = tokenizer
+        self.is_stopping = is_stopping
         self.stop_tokens = stop_tokens
         self.max_new_tokens = section.max_new_tokens
         self.at_evaluations = section.is_measured_at_evaluations(searched)

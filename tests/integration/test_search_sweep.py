@@ -203,7 +203,8 @@ def test_pb2_chooses_values_within_the_ranges_with_time_in_tokens(tmp_path: Path
 
 def between(ranges: dict[str, list[float]], rate: float) -> dict[str, float]:
     """Return a point of these ranges: this learning rate, and the middle of the other ranges."""
-    return {path: (low + high) / 2 for path, (low, high) in ranges.items()} | {"training.learning_rate": rate}
+    middles = {path: (low + high) / 2 for path, (low, high) in ranges.items()}
+    return middles | {"training.learning_rate": rate, "lora.rank": 10}
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])
@@ -213,14 +214,17 @@ def test_every_mutable_field_takes_effect_in_a_clone(tmp_path: Path, engine: str
         "training.weight_decay": [0.01, 0.5],
         "training.max_grad_norm": [0.1, 2.0],
         "lora.dropout": [0.05, 0.5],
+        "lora.alpha": [8.0, 24.0],
+        "lora.rank": [4, 16],
     }
     assert set(ranges) == set(MUTABLE)
+    axes = {path: {"randint" if path == "lora.rank" else "uniform": ends} for path, ends in ranges.items()}
     record = sweep(
         tmp_path,
         f"resources={{max_concurrent: 2, cpus_per_trial: {2 if engine == 'fast' else 1}}}",
         f"training.engine={engine}",
         "search.num_trials=4",
-        f"search.space={ {path: {'uniform': ends} for path, ends in ranges.items()} }",
+        f"search.space={axes}",
         f"search.first={[between(ranges, rate) for rate in APART]}",
         "scheduler={kind: pbt, interval_steps: 2, quantile: 0.5, resample_probability: 0}",
         "training.steps=8",

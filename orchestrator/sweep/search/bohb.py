@@ -57,6 +57,10 @@ class BohbSearch(TuneBOHB):  # type: ignore[misc]  # mypy skips ray
         worst = {self.metric: worst_value(self.mode), "hyperband_info": {"budget": rung}}
         self.on_trial_result(trial_id, worst)
 
+    def drop(self, trial_id: str) -> None:
+        """Forget a point that cannot fit into memory: it has reached no rung. It is not drawn again."""
+        self.on_trial_complete(trial_id)
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a report on. For a field that does not exist in the trial, the model draws a value of other trials."""
         with self._rng.in_use():

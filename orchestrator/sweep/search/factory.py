@@ -1,6 +1,6 @@
 """Make the search algorithm that an experiment asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
@@ -14,25 +14,30 @@ from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.ending import EndRule, Ends
 from orchestrator.sweep.search.grid_random import GridRandom
 from orchestrator.sweep.search.space import Point, worst_value
+from orchestrator.sweep.search.unfit import MAX_DROPPED, Dropped, nothing_fits
 from orchestrator.sweep.tune_trial import plain_values
 from orchestrator.sweep.turns import trials_take_turns
 
 
-def make_search_algorithm(record: SweepRecord, max_concurrent: int) -> SearchAlgorithm:
+def make_search_algorithm(
+    record: SweepRecord, max_concurrent: int, unfit_reason: Callable[[Point], str | None] | None = None
+) -> SearchAlgorithm:
     """Return the algorithm in the form that Tune takes. It makes as many trials as the experiment asks for now.
 
     Args:
         record: the sweep; a resume may have increased its number of trials. If its budget is spent or it has ended
             itself, a restored search draws no further trial.
         max_concurrent: number of trials at a time.
+        unfit_reason: returns why a point cannot fit into memory, so that it is dropped; None drops none.
     """
     spec, is_over, ends = record.info.spec, record.why_over() is not None, EndRule(record).ends
     hold_open = bool(unanswered(record.paths))
     searcher = make_searcher(spec, max_concurrent, record.info.prior_sweeps)
     if isinstance(searcher, GridRandom):
         searcher.is_over, searcher.ends, searcher.hold_open = is_over, ends, hold_open
+        searcher.unfit_reason = unfit_reason
         return searcher
-    generator = TrialGenerator(searcher, spec.search.total_trials, is_over, ends)
+    generator = TrialGenerator(searcher, spec.search, is_over, ends, unfit_reason)
     generator.hold_open = hold_open
     return generator
 
@@ -69,18 +74,30 @@ def make_searcher(
 class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
     """Makes trials of a searcher's points. After a resume their number is the one that the experiment has now."""
 
-    def __init__(self, searcher: Searcher, num_trials: int, is_over: bool, ends: Ends) -> None:
+    def __init__(
+        self,
+        searcher: Searcher,
+        search: SearchSection,
+        is_over: bool,
+        ends: Ends,
+        unfit_reason: Callable[[Point], str | None] | None = None,
+    ) -> None:
         """
         Args:
             searcher: suggests the points.
-            num_trials: number of trials in all, if the search does not end before.
+            search: the section of the experiment, with the number of trials in all.
             is_over: whether a restored search draws no further trial.
             ends: says whether the search is over, whenever a trial has ended.
+            unfit_reason: see `make_search_algorithm`.
         """
         super().__init__(searcher)
-        self._num_trials = num_trials
+        self._num_trials = search.total_trials
+        self._num_points = search.num_points
         self._is_over = is_over
         self._ends = ends
+        self._unfit_reason = unfit_reason
+        self._dropped: list[Dropped] = []
+        self._num_dropped = 0
         self._running: dict[str, Point] = {}
         """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
@@ -123,13 +140,40 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
             self._finished = False
 
     def next_trial(self) -> Any:
-        """Return the next trial; None where there is none at the moment."""
-        if super().is_finished():
-            return None
-        trial = super().next_trial()
-        if trial is not None:
-            self._running[trial.trial_id] = plain_values(trial.config)
-        return trial
+        """Return the next trial; None where there is none at the moment.
+
+        Raises:
+            SweepError: many points in a row, or all points, cannot fit into memory.
+        """
+        reason = ""
+        for _ in range(MAX_DROPPED):
+            trial = None if super().is_finished() else super().next_trial()
+            if trial is None:
+                return None
+            point = plain_values(trial.config)
+            unfit = None if self._unfit_reason is None else self._unfit_reason(point)
+            if unfit is None:
+                self._running[trial.trial_id] = point
+                return trial
+            reason = unfit
+            self._drop(trial.trial_id, reason)
+            if not self._counter and super().is_finished():
+                break
+        raise nothing_fits(self._num_dropped, reason)
+
+    def take_dropped(self) -> list[Dropped]:
+        """Return the points that were dropped since the last call."""
+        taken, self._dropped = self._dropped, []
+        return taken
+
+    def _drop(self, trial_id: str, reason: str) -> None:
+        """Drop the point that was drawn last: the searcher learns that it is bad, and draws another one for it."""
+        self._counter -= 1
+        self._num_dropped += 1
+        self._dropped.append(Dropped(trial_id, reason))
+        self.searcher.drop(trial_id)
+        if self._counter + self._num_dropped >= self._num_points:  # no other point is left
+            self.set_finished()
 
     def why_chosen(self, trial_id: str) -> str | None:
         """Return the searcher's reason for a trial's values; None from a searcher that gives none."""
@@ -146,11 +190,17 @@ class TrialGenerator(SearchGenerator):  # type: ignore[misc]  # mypy skips ray
 
     def get_state(self) -> dict[str, Any]:
         """Return the state that a resume needs, without that of the searcher."""
-        return {**super().get_state(), "running": self._running, "ended": self._ended}
+        return {
+            **super().get_state(),
+            "running": self._running,
+            "ended": self._ended,
+            "num_dropped": self._num_dropped,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current number of trials."""
         self._running, self._ended = state.get("running", {}), state.get("ended", [])
+        self._num_dropped = state.get("num_dropped", 0)
         super().set_state(state | {"total_samples": self._num_trials, "finished": self._is_over})
 
 
@@ -202,6 +252,10 @@ class Limiter(ConcurrencyLimiter):  # type: ignore[misc]  # mypy skips ray
     def report_failure(self, trial_id: str) -> None:
         """Report the worst value for a trial that failed by its own values. Tune's later report is then ignored."""
         self.on_trial_complete(trial_id, {self.metric: worst_value(self.mode)})
+
+    def drop(self, trial_id: str) -> None:
+        """Report the worst value for a point that cannot fit into memory."""
+        self.report_failure(trial_id)
 
     def count_as(self, trial_id: str, value: float) -> None:
         """Have a stopped trial count by the forecast of its end, where the algorithm can."""

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any, assert_never
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.search import BasicVariantGenerator
 
 from orchestrator.spec.axes import Axis, FloatDomain, IndexDomain, IntDomain
@@ -12,6 +14,7 @@ from orchestrator.spec.search import SearchSection
 from orchestrator.sweep.search.drawn_points import DrawnPoints
 from orchestrator.sweep.search.ending import Ends
 from orchestrator.sweep.search.space import Point
+from orchestrator.sweep.search.unfit import MAX_DROPPED, Dropped, nothing_fits
 from orchestrator.sweep.tune_trial import plain_values
 
 
@@ -42,6 +45,10 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         """Says whether the search is over, whenever a trial has ended; None if it never ends before its last trial."""
         self.hold_open = False
         """Whether requests wait that may add trials, so that Tune must not end."""
+        self.unfit_reason: Callable[[Point], str | None] | None = None
+        """Returns why a point cannot fit into memory; None where no point is dropped for that."""
+        self._dropped: list[Dropped] = []
+        self._num_dropped, self._last_reason = 0, ""
         self._running: dict[str, Point] = {}
         """Trials that were drawn and have not ended, with their points."""
         self._ended: list[str] = []
@@ -105,16 +112,48 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         """Return the next trial, at a point that no other trial has; None where there is none at the moment."""
         trial = None if self._finished else super().next_trial()
         if trial is not None:
-            from_tune = [self._search.decode(plain_values(trial.config))]
+            point = self._next_point([self._search.decode(plain_values(trial.config))])
+            if point is None:
+                self._live_trials.discard(trial.trial_id)
+                self.set_finished()
+                return None
+            trial.set_config(point)
+            trial.evaluated_params = dict(trial.config)
+            self._running[trial.trial_id] = plain_values(trial.config)
+        return trial
+
+    def take_dropped(self) -> list[Dropped]:
+        """Return the points that were dropped since the last call."""
+        taken, self._dropped = self._dropped, []
+        return taken
+
+    def _next_point(self, from_tune: list[Point]) -> Point | None:
+        """Return a point that no other trial has and that fits into memory; None where no such point is left.
+
+        Args:
+            from_tune: the point that Tune has drawn, if it is to be used.
+
+        Raises:
+            SweepError: many points in a row, or all points, cannot fit.
+        """
+        for _ in range(MAX_DROPPED):
+            num_drawn = len(self._running) + len(self._ended) + self._num_dropped
+            if self._num_dropped and num_drawn >= self._search.num_points:
+                if not self._running and not self._ended:
+                    raise nothing_fits(self._num_dropped, self._last_reason)
+                return None
             point = self._drawn.draw_new(
                 lambda: self._points.pop(0) if self._points else from_tune.pop() if from_tune else self._draw(),
                 lambda: None,
                 lambda chosen: self._points.insert(0, chosen),
             )
-            trial.set_config(point)
-            trial.evaluated_params = dict(trial.config)
-            self._running[trial.trial_id] = plain_values(trial.config)
-        return trial
+            assert point is not None
+            reason = None if self.unfit_reason is None else self.unfit_reason(plain_values(point))
+            if reason is None:
+                return point
+            self._num_dropped, self._last_reason = self._num_dropped + 1, reason
+            self._dropped.append(Dropped(Trial.generate_id(), reason))
+        raise nothing_fits(self._num_dropped, self._last_reason)
 
     def _draw(self) -> Point:
         space = self._search.space
@@ -122,9 +161,9 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
         return self._search.decode(plain_values(drawn))
 
     def get_state(self) -> Any:
-        """Return the state that a resume needs, as Tune saves it: without the rule, which belongs to the driver."""
+        """Return the state that a resume needs, as Tune saves it: without the rules, which belong to the driver."""
         state = super().get_state()
-        return state and {name: value for name, value in state.items() if name != "ends"}
+        return state and {name: value for name, value in state.items() if name not in _OF_THE_DRIVER}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a state of `get_state`, with the current limit and number of trials."""
@@ -133,13 +172,19 @@ class GridRandom(BasicVariantGenerator):  # type: ignore[misc]  # mypy skips ray
             "_search": self._search,
             "is_over": self.is_over,
             "ends": self.ends,
+            "unfit_reason": self.unfit_reason,
             "hold_open": self.hold_open,
             "_finished": self.is_over,
             "_total_samples": self._search.total_trials,
         }
-        super().set_state({"_running": {}, "_ended": []} | state | current)
+        before = {"_running": {}, "_ended": [], "_dropped": [], "_num_dropped": 0, "_last_reason": ""}
+        super().set_state(before | state | current)
         for iterator in self._iterators:
             iterator.num_samples_left += self._search.total_trials - state["_total_samples"]
+
+
+_OF_THE_DRIVER = ("ends", "unfit_reason", "_dropped")
+"""Attributes that are not saved."""
 
 
 def _domain(axis: Axis) -> Any:

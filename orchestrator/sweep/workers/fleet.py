@@ -4,17 +4,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import upstream
 from orchestrator.data import PreparedData
-from orchestrator.errors import OrchestratorError, RequestError
+from orchestrator.errors import OrchestratorError, RequestError, SweepError
 from orchestrator.record import SweepPaths
 from orchestrator.spec import SweepSpec
+from orchestrator.storage import storage_fault
 from orchestrator.sweep.workers.placement import KIND_PREFIX, PlacementNotice, kind_of_gpu
 from orchestrator.sweep.workers.supervisor import Supervisor
 from orchestrator.sweep.workers.worker import Worker
@@ -23,6 +25,9 @@ from orchestrator.training.fast.shard.place import Place, new_group
 from orchestrator.training.fast.warmup import precompile
 from orchestrator.training.worker.spread import max_concurrent_trials, spread
 from orchestrator.words import counted
+
+if TYPE_CHECKING:
+    from orchestrator.planning.fit import GpuMemory
 
 TRAINABLE_CPUS = 0.001
 """Fraction of a CPU core for each trainable: Tune refuses zero."""
@@ -194,6 +199,20 @@ class Fleet:
         )
         return workers, sum(every), message
 
+    def gpu_memory(self, workers: Workers) -> "GpuMemory | None":
+        """Return what trials may use of a worker's GPU; None for workers on CPUs.
+
+        Args:
+            workers: of `open`.
+
+        Raises:
+            OrchestratorError: no worker could load the base model.
+        """
+        if not self._plan.gpus:
+            return None
+        memory: GpuMemory | None = _first_answer([workers.measure_memory(handle) for handle in self._handles])
+        return memory
+
     @property
     def resources(self) -> tuple[float, int]:
         """GPUs and CPU cores of a process that holds a whole base: those of all workers that hold one in pieces."""
@@ -290,3 +309,23 @@ def _capacity(gpus: int, cpus: int, workers_per_gpu: int, accelerator: str | Non
 def _kinds() -> list[str]:
     """Return the kinds of GPU that the cluster has now."""
     return [kind.removeprefix(KIND_PREFIX) for kind in sorted(ray.cluster_resources()) if kind.startswith(KIND_PREFIX)]
+
+
+def _first_answer(answers: list[Any]) -> Any:
+    """Return the answer of the worker that opens first: the others are equal to it, or wait for resources.
+
+    Raises:
+        OrchestratorError: no worker has opened.
+    """
+    fault: Exception | None = None
+    while answers:
+        (done,), answers = ray.wait(answers)
+        try:
+            answer = ray.get(done)
+        except RayError as error:
+            fault = error
+        else:
+            return answer
+    if isinstance(fault, RayTaskError) and (isinstance(fault.cause, OrchestratorError) or storage_fault(fault.cause)):
+        raise fault.cause
+    raise SweepError(f"no worker could be started: {str(fault).strip().splitlines()[-1]}") from fault

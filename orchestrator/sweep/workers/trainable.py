@@ -225,6 +225,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # mypy skips ray
                 "grad_norm": None,
                 "applied": {},
                 "checkpoint": checkpoint.checkpoint,
+                "lacks_evaluation": False,
                 "parent": so_far.parent if donor_paths == paths else origin,
             }
         )

@@ -24,6 +24,7 @@ from orchestrator.training.fast.shard.place import Place
 from orchestrator.training.fast.warmup import precompile
 
 if TYPE_CHECKING:
+    from orchestrator.planning.fit import GpuMemory
     from orchestrator.training.worker.runtime import WorkerRuntime
 
 
@@ -109,6 +110,16 @@ class Worker:
         use_device(self._spec.resources.cpus_per_trial)
         self._opened = (self._slots, "") if self._is_fixed else plan_slots(self._spec, rows, self._slots)
         self._runtime = WorkerRuntime(self._spec, rows, self._opened[0], self._gpus, on_lost=_end_soon)
+
+    def measure_memory(self, data: list[Any], logs: str) -> "GpuMemory | None":
+        """Load the base model, unless that was done before, and return what trials may use of this process's GPU.
+
+        The arguments are those of `open`. The result is None on a CPU.
+        """
+        self.open(data, logs)
+        from orchestrator.planning.fit import GpuMemory
+
+        return GpuMemory.here()
 
     def _prepare(self) -> None:
         """Import libraries, and join the group that holds the base in pieces. `open` raises what goes wrong.

@@ -44,6 +44,10 @@ class Workers:
         """Return a reference to the result of `Worker.open`: the number of slots, and why there are not more."""
         return handle.open.remote([self.data], str(self.logs))
 
+    def measure_memory(self, handle: Any) -> Any:
+        """Return a reference to the result of `Worker.measure_memory`."""
+        return handle.measure_memory.remote([self.data], str(self.logs))
+
     def acquire(self, name: str, start: TrialResult, paths: TrialPaths) -> "WorkerLease":
         """Wait for a free slot, and start a trial there.
 

@@ -30,6 +30,7 @@ from orchestrator.training.engines.trial_inputs import TrialInputs
 from orchestrator.training.fast.drive.multi_lora import MultiLora, TrialSteps
 from orchestrator.training.model.device import peak_memory_gib
 from orchestrator.training.model.precision import require_device
+from orchestrator.training.model.rank_change import checkpoint_at_rank
 from orchestrator.training.model.readback import require_applied
 from orchestrator.training.model.targets import (
     expected,
@@ -70,6 +71,7 @@ class Attempt:
         self._config = start.config
         self._paths = paths
         self._inputs = inputs
+        self._listener = listener
         self._write_queue = write_queue
         self._gpu_seconds = gpu_seconds
         self._reporter = Reporter(
@@ -167,7 +169,14 @@ class Attempt:
         extra = expected_extra_trainables(base, config, modules, self._inputs.tokenizer)
         wanted = expected(config, modules, extra, left_out_layers(base, modules))
         inputs, metric = self._inputs, self._start.metric
-        questions = Questions(config.evaluation, inputs.data.prompts, inputs.tokenizer, inputs.stop_tokens, metric)
+        questions = Questions(
+            config.evaluation,
+            inputs.data.prompts,
+            inputs.tokenizer,
+            inputs.stop_tokens,
+            metric,
+            lambda: self._listener.stopping,
+        )
         micro_batch = None if limits is None else limits.micro_batch(config)
         paths = self._paths
         initial = paths.initial_adapter if paths.initial_adapter.is_dir() else None
@@ -197,7 +206,7 @@ class Attempt:
         """
         start, reporter = self._start, self._reporter
 
-        def scores() -> RowScores:
+        def scores() -> RowScores | None:
             measured = loop.scores()
             if questions.at_evaluations:
                 self._report_cost(questions)
@@ -209,14 +218,22 @@ class Attempt:
             return live
 
         reporter.attach(loop.trainer, scores, read_applied, loop.adapter)
-        trains = start.step != start.total_steps  # with no step left, the Trainer would still do one
-        if trains:
-            yield from loop.train(str(self._paths.root / start.checkpoint) if start.checkpoint else None)
+        # With no step and no evaluation left, the Trainer would still do a step.
+        if start.step != start.total_steps or start.lacks_evaluation:
+            if start.checkpoint is None:
+                yield from loop.train(None)
+            else:
+                folder, seed = self._paths.root / start.checkpoint, self._config.training.seed
+                with checkpoint_at_rank(folder, loop.trainer, seed) as checkpoint:
+                    yield from loop.train(str(checkpoint), start.lacks_evaluation)
         if questions.after_training and not reporter.stopped:
             assert reporter.best is not None
             self._write_queue.wait()  # until the best adapter is written
             folder = self._paths.adapter(reporter.best[1])
             metrics = yield from loop.answer(load_peft_weights(str(folder)))
+            if metrics is None:
+                reporter.stop()
+                return
             self._report_cost(questions)
             self._write_queue.do(partial(self._keep_metrics, folder, metrics))
             reporter.report(Answered, values=metric_values(metrics))

@@ -68,6 +68,8 @@ class Saved(Event):
     step: int
     checkpoint: str
     """Its folder, relative to the trial's."""
+    lacks_evaluation: bool = False
+    """See `TrialResult.lacks_evaluation`."""
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,8 @@ class TrialRecorder:
                 if not event.saves:
                     return measured
                 self._unreported = measured
-            case Saved(step=step, checkpoint=checkpoint):
-                self._update(checkpoint=checkpoint, step=max(step, self.result.step))
+            case Saved(step=step, checkpoint=checkpoint, lacks_evaluation=lacks):
+                self._update(checkpoint=checkpoint, step=max(step, self.result.step), lacks_evaluation=lacks)
                 self._write_progress()
                 self._drop_checkpoints()
                 point, self._unreported = self._unreported, None
@@ -156,7 +156,7 @@ class TrialRecorder:
 
     def _record_evaluation(self, event: Evaluated) -> MetricPoint:
         self._count_tokens(event.tokens)
-        self._update(step=event.step)
+        self._update(step=event.step, lacks_evaluation=False)
         point = self._log_point(event.step, event.values)
         if event.adapter is not None:
             value = event.values[self.result.metric]

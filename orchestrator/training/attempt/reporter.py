@@ -66,6 +66,11 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._has_packed_experts = has_packed_experts
         self._began = self._saved_at = self._told_at = time.monotonic()
         self._saved_step = start.step
+        self._lacks_evaluation = start.lacks_evaluation
+        evaluation = start.config.evaluation
+        self._answers_after_training = bool(evaluation.metrics) and not evaluation.is_measured_at_evaluations(
+            start.metric
+        )
         self._training_since: float | None = None
         self._training_s = 0.0
         self._grad_norm = start.grad_norm
@@ -73,7 +78,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
     def attach(
         self,
         trainer: Any,
-        scores: Callable[[], RowScores],
+        scores: Callable[[], RowScores | None],
         read_applied: Callable[[], dict[str, Any]],
         adapter: Callable[[], Adapter],
     ) -> None:
@@ -81,7 +86,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
 
         Args:
             trainer: the trainer to report on.
-            scores: returns the scores of the evaluation that has just run.
+            scores: returns the scores of the evaluation that has just run; None if the trial was asked to end before
+                all of them were measured.
             read_applied: returns the live values of the configured fields; raises TrialError if they differ.
             adapter: returns the adapter as trained up to an evaluation.
         """
@@ -89,6 +95,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._scores = scores
         self._read_applied = read_applied
         trainer.add_callback(self)
+
+    def stop(self) -> None:
+        """Note that the trial ends here and continues later."""
+        self.stopped = True
 
     def report(self, kind: type[Event], **values: Any) -> None:
         """Queue an event behind the files that were queued before it.
@@ -132,6 +142,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             control.should_save = False
         if control.should_evaluate and self._paths.pausing.is_file():
             control.should_save = True
+        if self.step == state.max_steps and self._answers_after_training:  # which may be interrupted
+            control.should_save = True
         if control.should_save or control.should_evaluate:  # so that a checkpoint's metrics are those of its step
             control.should_log = True
         if control.should_log:
@@ -164,6 +176,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
             raise TrialError(f"the gradient has been zero up to step {state.global_step}: the adapter does not train")
         self._training_since = None
         scores = self._scores()
+        self._lacks_evaluation = scores is None
+        if scores is None:
+            self._stop_if_asked(control)
+            return
         values = scores.values()
         value, step = values[self._start.metric], state.global_step
         adapter = None
@@ -181,7 +197,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         checkpoint = f"checkpoints/checkpoint-{state.global_step}"
         self._write_queue.do(partial(seal_checkpoint, self._paths.root / checkpoint))
-        self.report(Saved, step=state.global_step, checkpoint=checkpoint)
+        lacks = self._lacks_evaluation
+        self.report(Saved, step=state.global_step, checkpoint=checkpoint, lacks_evaluation=lacks)
         self._stop_if_asked(control)
 
     def _stop_if_asked(self, control: Any) -> None:

@@ -15,14 +15,22 @@ class Loop(Protocol):
     trainer: Any
     """The SFTTrainer, with its callbacks. Its PEFT model is up to date at evaluations, saves and the end."""
 
-    def train(self, checkpoint: str | None) -> TrialSteps:
-        """Train from the start or a checkpoint to the last step, or until a callback stops the training."""
+    def train(self, checkpoint: str | None, evaluates_first: bool = False) -> TrialSteps:
+        """Train from the start or a checkpoint to the last step, or until a callback stops the training.
+
+        Args:
+            checkpoint: folder to continue from; None begins anew.
+            evaluates_first: whether the evaluation at the checkpoint's step is made before the next step.
+        """
 
     def adapter(self) -> Adapter:
         """Return the trained adapter, as a copy that later steps do not change. Call it at evaluations and the end."""
 
-    def scores(self) -> RowScores:
-        """Return the scores of the evaluation that has just run, with those of answers if it asks for them."""
+    def scores(self) -> RowScores | None:
+        """Return the scores of the evaluation that has just run, with those of answers if it asks for them.
+
+        None if the trial was asked to end while it answered.
+        """
 
     def answer(self, weights: Mapping[str, Any]) -> Answering:
         """Load an adapter in place of the trained one, and have it answer. No step may follow.

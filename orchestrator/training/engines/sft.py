@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,15 @@ class TrlLoop:
         """The first weights, if a hook subtracts their update from the base's output (olora, pissa)."""
         self._meter = LossMeter(trainer.model, list(trainer._get_eval_sampler(trainer.eval_dataset)))
 
-    def train(self, checkpoint: str | None) -> TrialSteps:
-        """Train without yielding, from the start or a checkpoint to the last step or until a callback stops it."""
+    def train(self, checkpoint: str | None, evaluates_first: bool = False) -> TrialSteps:
+        """Train without yielding to the last step or until a callback stops the trial; see `engines.loop.Loop`."""
         yield from ()
         if checkpoint is not None:
             self.trainer.add_callback(_SetRate(self.trainer, self._training))
-        self.trainer.train(resume_from_checkpoint=checkpoint)
+        if evaluates_first:
+            self.trainer.add_callback(_EvaluateFirst(self.trainer))
+        with suppress(_NoStepLeft):
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         self._meter.close()
 
     def adapter(self) -> Adapter:
@@ -92,12 +96,13 @@ class TrlLoop:
         trained = Adapter.of(self.trainer.model).copied()
         return trained if self._initial is None else trained.minus(self._initial)
 
-    def scores(self) -> RowScores:
-        """Return the scores of the evaluation that has just run, with those of answers if it asks for them."""
+    def scores(self) -> RowScores | None:
+        """Return the scores of the evaluation that has just run; see `engines.loop.Loop`."""
         scores = self._meter.read()
         if self._questions is None or not self._questions.at_evaluations:
             return scores
-        return scores.model_copy(update={"metrics": self._answer()})
+        metrics = self._answer()
+        return None if metrics is None else scores.model_copy(update={"metrics": metrics})
 
     def answer(self, weights: Mapping[str, Any]) -> Answering:
         """Load an adapter in place of the trained one, and have it answer."""
@@ -105,7 +110,8 @@ class TrlLoop:
         load_adapter_weights(self.trainer.model, weights)
         return self._answer()
 
-    def _answer(self) -> dict[str, list[float]]:
+    def _answer(self) -> dict[str, list[float]] | None:
+        """Have the adapter answer. Return the metrics; None if the trial was asked to end meanwhile."""
         began, model, questions = time.monotonic(), self.trainer.model, self._questions
         assert questions is not None
         stop_at(model, questions.stop_tokens)
@@ -116,7 +122,10 @@ class TrlLoop:
             questions.max_new_tokens,
             self.trainer.args.per_device_eval_batch_size,
             on_token=self._on_progress,
+            is_stopping=questions.is_stopping,
         )
+        if questions.is_stopping():
+            return None
         return questions.score(answers, time.monotonic() - began)
 
     def read_back(self) -> dict[str, Any]:
@@ -183,6 +192,22 @@ class _SetRate(TrainerCallback):  # type: ignore[misc]  # mypy skips transformer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         set_rate(self._trainer, self._training)
+
+
+class _NoStepLeft(Exception):
+    """Ends the Trainer's loop before its first step."""
+
+
+class _EvaluateFirst(TrainerCallback):  # type: ignore[misc]  # mypy skips transformers
+    """Makes the evaluation of a checkpoint's step after the Trainer has loaded the checkpoint."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.evaluate()
+        if control.should_training_stop or state.global_step == state.max_steps:
+            raise _NoStepLeft
 
 
 def build_trainer(

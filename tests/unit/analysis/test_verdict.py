@@ -61,8 +61,9 @@ def test_the_winner_its_values_and_its_margin_are_named(tmp_path: Path) -> None:
     choice = FinishedSweep(read_sweep(paths.root)).best().recommendation
     nearest = choice.rivals[0]
     sure = said(verdict, SURE)
-    assert f"{nearest.difference:+.2g} (95% interval {nearest.low:+.2g} to {nearest.high:+.2g})" in sure
-    assert ("the lead of" in sure) == (not choice.tied)
+    assert f"{nearest.difference:+.2g} in eval/loss (95% interval {nearest.low:+.2g} to {nearest.high:+.2g})" in sure
+    assert ("suffice to tell" in sure) == (not choice.tied)
+    assert ("does not say how it would have ended" in sure) == (nearest.candidate.trial.state == TrialState.STOPPED)
     assert "another seed would keep this order cannot be said" in sure
     assert "How it does on new rows cannot be said" in sure
 

@@ -45,7 +45,9 @@ def test_the_plan_of_the_demo(demo: SweepPlan) -> None:
     assert demo.whole is not None
     assert demo.stopped is not None
     whole = demo.whole
-    assert whole.total_s == pytest.approx(whole.start_s + whole.train_s + whole.evaluate_s + 3, abs=0.2)
+    assert whole.total_s == pytest.approx(
+        whole.start_s + whole.train_s + whole.evaluate_s + whole.answer_s + 3, abs=0.2
+    )
     assert whole.gpu_hours == pytest.approx(2 * whole.total_s / 3600, rel=0.01)
     assert whole.price == pytest.approx(3 * whole.gpu_hours, abs=0.01)
     assert [round(each.tokens / whole.tokens, 2) for each in demo.stopped] == [0.47, 0.60]

@@ -78,8 +78,17 @@ def scheduler(kind: str, **fields: Any) -> Document:
             "scheduler.kind pbt would try no other value: listed axes need two values",
         ),
         (search() | scheduler("pbt", factors=[1, 1.0], resample_probability=0), "ranges need scheduler.factors other"),
-        (search(space=RANK) | scheduler("pbt"), "cannot change lora.rank during a trial: the adapter's matrices"),
-        (search(space=RATE | RANK) | scheduler("pb2"), "pb2 cannot change lora.rank during a trial"),
+        (
+            search(space=RANK) | scheduler("pbt") | {"training": STEPS | {"optimizer": "adamw_8bit"}},
+            "pbt cannot change lora.rank or lora.alpha during a trial here: training.optimizer is adamw_8bit",
+        ),
+        (
+            search(space=RANK) | scheduler("pbt") | {"training": STEPS | {"optimizer": "lion_32bit"}},
+            "only AdamW's moments in 32 bits can be resized",
+        ),
+        (search(space=RANK) | scheduler("pbt") | {"lora": {"dora": True}}, "here: lora.dora: the magnitudes"),
+        (search(space=RANK) | scheduler("pbt") | {"lora": {"init": "olora"}}, "here: lora.init olora: the first"),
+        (search(space=RATE | RANK) | scheduler("pb2"), "lora.rank is choice; use uniform or loguniform (randint or"),
         (
             search(space={"lora.target_modules": {"choice": ["all-linear", ["q_proj"]]}}) | scheduler("pbt"),
             "cannot change lora.target_modules during a trial: other layers would be adapted",
@@ -96,11 +105,7 @@ def scheduler(kind: str, **fields: Any) -> Document:
             search(space={"training.precision": {"choice": ["auto", "none"]}}) | scheduler("pbt"),
             "cannot change training.precision during a trial: it cannot change between",
         ),
-        (
-            search(tied={"lora.alpha": "1e4 * training.learning_rate"}) | scheduler("pbt"),
-            "cannot change lora.alpha during a trial: it scales what was learned",
-        ),
-        (search(space=DROPOUT) | scheduler("pb2"), "lora.dropout is choice; use uniform or loguniform, or"),
+        (search(space=DROPOUT) | scheduler("pb2"), "lora.dropout is choice; use uniform or loguniform ("),
         (
             search(space={"lora.dropout": {"quniform": [0, 0.5, 0.1]}}) | scheduler("pb2"),
             "lora.dropout is quniform; use uniform",
@@ -166,7 +171,10 @@ def test_a_senseless_combination_is_refused(document: Document, written: Documen
         search("grid", {"lora.dropout": {"grid": [0.0, 0.1]}}) | scheduler("pbt"),
         search("random", RATE | DROPOUT) | scheduler("pbt", factors=[1, 1], resample_probability=0),
         search("random") | scheduler("pbt", factors=[1, 1]),
-        search("random", {path: {"uniform": [0.1, 0.2]} for path in MUTABLE}) | scheduler("pb2"),
+        search("random", {path: {"uniform": [0.1, 0.2]} for path in MUTABLE if path != "lora.rank"}) | scheduler("pb2"),
+        search("random", {"lora.rank": {"lograndint": [4, 64]}}, tied={"lora.alpha": "2 * lora.rank"})
+        | scheduler("pb2"),
+        search("random", RANK) | scheduler("pbt"),
         search(tied={"training.weight_decay": "10 * training.learning_rate"}) | scheduler("pbt"),
         search(budget={"gpu_hours": 1.0, "wall_clock_hours": 0.5, "tokens": 10}) | scheduler("asha"),
     ],

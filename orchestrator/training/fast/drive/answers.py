@@ -11,8 +11,9 @@ from orchestrator.training.fast.step.flat_batch import IGNORED, TABLE, Tokenized
 from orchestrator.training.fast.step.generation import Asked
 from orchestrator.training.questions import Questions
 
-Answering = Generator[Task, Any, dict[str, list[float]]]
-"""Yields what the generation of answers needs, and returns their metrics: name -> a number for each prompt."""
+Answering = Generator[Task, Any, dict[str, list[float]] | None]
+"""Yields what the generation of answers needs, and returns their metrics: name -> a number for each prompt. None if the
+trial was asked to end meanwhile, so that answers are missing."""
 
 
 def ask(engine: Engine, slot: int, lora: LoraSection, questions: Questions) -> Answering:
@@ -28,5 +29,8 @@ def ask(engine: Engine, slot: int, lora: LoraSection, questions: Questions) -> A
     table |= {"scale": lora.scale(lora.rank, lora.alpha), "rank": lora.rank}
     rows = TokenizedRows(questions.ids, [[IGNORED] * len(ids) for ids in questions.ids])
     stops = frozenset(questions.stop_tokens)
-    answers = yield GenerationBatch(engine, Asked(slot, rows, questions.max_new_tokens, stops, table))
+    asked = Asked(slot, rows, questions.max_new_tokens, stops, table, questions.is_stopping)
+    answers = yield GenerationBatch(engine, asked)
+    if questions.is_stopping():
+        return None
     return questions.score(answers, time.monotonic() - began)

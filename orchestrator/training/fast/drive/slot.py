@@ -84,13 +84,19 @@ class Slot:
         self._num_tokens = 0
         self._num_targets = 0
         self._scores = RowScores(losses=[], hits=[], tokens=[])
+        self._lacks_answers = False
+        """Whether the trial was asked to end while the last evaluation generated answers."""
         self._copied_at: int | None = None
         self._optimizer_steps = 0
 
-    def train(self, checkpoint: str | None) -> TrialSteps:
-        """Train from the start, or from a checkpoint, to the last step or until a callback stops the trial."""
+    def train(self, checkpoint: str | None, evaluates_first: bool = False) -> TrialSteps:
+        """Train to the last step or until a callback stops the trial; see `engines.loop.Loop`."""
         batches, start = self.begin(checkpoint), time.monotonic()
         trainer, first = self.trainer, self.trainer.state.global_step
+        if evaluates_first:
+            yield from self._evaluate()
+            if trainer.control.should_training_stop or first == trainer.state.max_steps:
+                return
         for epoch, batch in batches:
             if self._rate_to_log is None:
                 self._call("on_step_begin")  # before the batch is sent: a clock that was stopped restarts here
@@ -112,12 +118,7 @@ class Slot:
             if trainer.control.should_evaluate or trainer.control.should_save:
                 self._log()
             if trainer.control.should_evaluate:
-                began = time.monotonic()
-                self._scores = yield self.evaluation()
-                if self._questions is not None and self._questions.at_evaluations:
-                    metrics = yield from ask(self._engine, self._index, self._config.lora, self._questions)
-                    self._scores = self._scores.model_copy(update={"metrics": metrics})
-                self._evaluated(time.monotonic() - began)
+                yield from self._evaluate()
             if trainer.control.should_save:
                 self._save()
         self.collect()
@@ -125,6 +126,24 @@ class Slot:
         steps, seconds = trainer.state.global_step - first, time.monotonic() - start
         trainer.log({"train_runtime": seconds, "train_steps_per_second": steps / seconds})
         self._call("on_train_end")
+
+    def _evaluate(self) -> TrialSteps:
+        """Measure the held-out rows, ask the questions if each evaluation does, and call the callbacks."""
+        began = time.monotonic()
+        self._scores, self._lacks_answers = (yield self.evaluation()), False
+        if self._questions is not None and self._questions.at_evaluations:
+            answered = yield from ask(self._engine, self._index, self._config.lora, self._questions)
+            self._lacks_answers = answered is None
+            self._scores = self._scores.model_copy(update={"metrics": answered or {}})
+        metrics = {
+            "eval_loss": self._scores.loss,
+            "eval_mean_token_accuracy": self._scores.token_accuracy,
+            "eval_num_tokens": self._num_tokens,
+            "eval_runtime": time.monotonic() - began,
+        }
+        self._copy_to_model()
+        self.trainer.log(dict(metrics))
+        self._call("on_evaluate", metrics)
 
     def adapter(self) -> Adapter:
         """Return the adapter that the trainer's model holds, with PEFT's file names."""
@@ -136,9 +155,9 @@ class Slot:
         weights = {name: each.detach() for name, each in zip(names, parameters.values(), strict=True)}
         return Adapter.with_config(weights, model.peft_config["default"])
 
-    def scores(self) -> RowScores:
-        """Return the last evaluation's scores of each held-out row."""
-        return self._scores
+    def scores(self) -> RowScores | None:
+        """Return the last evaluation's scores of each held-out row; None if answers are missing."""
+        return None if self._lacks_answers else self._scores
 
     def answer(self, weights: Mapping[str, torch.Tensor]) -> Answering:
         """Load an adapter in place of the trained one, and have it answer; see `engines.loop.Loop`."""
@@ -313,22 +332,6 @@ class Slot:
             }
         )
         self._losses, self._hits, self._num_targets = [], 0.0, 0
-
-    def _evaluated(self, seconds: float) -> None:
-        """Log an evaluation, and call the callbacks.
-
-        Args:
-            seconds: duration of the evaluation.
-        """
-        metrics = {
-            "eval_loss": self._scores.loss,
-            "eval_mean_token_accuracy": self._scores.token_accuracy,
-            "eval_num_tokens": self._num_tokens,
-            "eval_runtime": seconds,
-        }
-        self._copy_to_model()
-        self.trainer.log(dict(metrics))
-        self._call("on_evaluate", metrics)
 
     def _save(self) -> None:
         """Queue the write of a checkpoint as the Trainer writes it: PEFT's files, AdamW's state, schedule, state."""

@@ -51,6 +51,8 @@ class Asked:
     stop_tokens: frozenset[int]
     table: dict[str, float]
     """The slot's values of `flat_batch.TABLE`."""
+    is_stopping: Callable[[], bool] = lambda: False
+    """Returns whether the slot's trial is to end now; its answers then end where they are. Asked before each token."""
 
 
 @dataclass
@@ -109,8 +111,11 @@ class Generator:
         every = [answer for part in answers for answer in part]
         lengths = [int(answer.asked.prompts.lengths[answer.row]) for answer in every]
         longest = max((each.max_new_tokens for each in asked), default=0)
-        for group in batches(lengths, longest, len(every), self._max_positions()):
-            self._answer_group([every[index] for index in sorted(group)])  # sorted: by slot
+        for indices in batches(lengths, longest, len(every), self._max_positions()):
+            group = [every[index] for index in sorted(indices)]  # sorted: by slot
+            _end_stopping(group)
+            if left := [answer for answer in group if not answer.has_ended]:
+                self._answer_group(left)
         return [[answer.tokens for answer in part] for part in answers]
 
     def _max_positions(self) -> int:
@@ -146,6 +151,7 @@ class Generator:
             for answer, token in zip(group, tokens.tolist(), strict=True):
                 answer.add(token)
             self._on_pass()
+            _end_stopping(group)
             going_on = [index for index, answer in enumerate(group) if not answer.has_ended]
             if not going_on:
                 return
@@ -229,6 +235,13 @@ class Generator:
 
     def _whole_tiles(self, tokens: int) -> int:
         return tokens + -tokens % self._ops.TILE
+
+
+def _end_stopping(group: Sequence[_Answer]) -> None:
+    """End the answers of trials that are to end now."""
+    stopping = {id(asked) for asked in {id(each.asked): each.asked for each in group}.values() if asked.is_stopping()}
+    for answer in group:
+        answer.has_ended |= id(answer.asked) in stopping
 
 
 def _rounded(length: int) -> int:
