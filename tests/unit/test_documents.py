@@ -100,15 +100,13 @@ def test_a_damaged_file_of_an_adapter_is_an_error_of_the_record(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000 + b"\n", b"\xff\n", b"[]\n", b"null\n"])
-def test_damaged_logs_and_records_of_a_sweep_are_errors(tmp_path: Path, content: bytes) -> None:
+def test_damaged_records_are_errors_and_damaged_lines_are_left_out(tmp_path: Path, content: bytes) -> None:
     paths = SweepPaths(tmp_path)
     trial = paths.trial("a")
     trial.root.mkdir(parents=True)
     for file in (paths.sweep, paths.decisions, trial.metrics):
         file.write_bytes(content)
-    with pytest.raises(OrchestratorError, match=r"sweep\.json: the record is damaged"):
+    with pytest.raises(OrchestratorError, match=r"sweep\.json: is damaged"):
         read_sweep(tmp_path)
-    with pytest.raises(OrchestratorError, match="the log is damaged"):
-        read_decisions(paths)
-    with pytest.raises(OrchestratorError, match="the record is damaged"):
-        read_metrics(trial)
+    assert read_decisions(paths) == []
+    assert read_metrics(trial) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths, find_damage, read_exploit_checkpoint, read_sweep
+from orchestrator.record import SweepPaths, find_damage, read_exploit_checkpoint, read_sweep, write_info
 from orchestrator.record.requests import read_request, unanswered, write_request
 
 OUTSIDE = ["", "..", "../x", "/etc/x", "a/../../x", "a\\..\\x", "a\0"]
@@ -47,6 +47,7 @@ def test_a_trial_that_names_something_outside_is_passed_over(
 @pytest.mark.parametrize("value", NOT_NAMES)
 def test_a_sweep_whose_name_is_a_path_is_refused(tmp_path: Path, make_sweep: Any, value: str) -> None:
     paths: SweepPaths = make_sweep(tmp_path / "s", {})
+    write_info(paths, read_sweep(paths.root).info)
     for file in (paths.sweep, paths.sweep_copy):
         change(file, ("name",), value)
     with pytest.raises(RecordError, match=r"sweep.*\.json: is damaged"):

@@ -39,6 +39,7 @@ def steered(stage: Any) -> Any:
     stage.calls = []
     for name in ("forget", "set_aside", "take_back", "take_in", "extend"):
         setattr(stage.search_alg, name, lambda *args, name=name: stage.calls.append((name, args[0])))
+    stage.search_alg.take_dropped = list
 
     def add_trial(trial: Any) -> None:
         stage.losses[trial.trial_id] = falling(0)

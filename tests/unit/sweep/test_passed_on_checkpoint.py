@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record import SweepPaths, TrialResult, TrialState, read_sweep, write_record
+from orchestrator.record import MetricPoint, SweepPaths, TrialResult, TrialState, read_sweep, write_record
+from orchestrator.record.checked import append_record
+from orchestrator.record.checkpoints import seal_checkpoint
 from orchestrator.sweep.workers.trainable import TrialTrainable
 
 
@@ -34,9 +36,11 @@ def running(paths: SweepPaths, trial_id: str, checkpoint: str | None) -> None:
     )  # fmt: skip
     write_record(trial.config, result.config)
     write_record(trial.progress, result)
+    append_record(trial.metrics, MetricPoint(step=step, tokens=1, time_s=1.0, values={"train/loss": 1.0}))
     if checkpoint:
         (trial.root / checkpoint).mkdir(parents=True)
         (trial.root / checkpoint / "optimizer.pt").write_text("moments")
+        seal_checkpoint(trial.root / checkpoint)
 
 
 @pytest.fixture
