@@ -27,7 +27,7 @@ class GpuMemory:
     budget: int
     """Bytes, with those of the base."""
     has_grouped_products: bool
-    """See `gpus.Gpu.has_grouped_products`."""
+    """Whether grouped products read their sizes on the device, as in `gpus.Gpu.has_grouped_products`."""
 
     @classmethod
     def here(cls) -> "GpuMemory | None":

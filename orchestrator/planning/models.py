@@ -131,7 +131,7 @@ class SweepPlan(Record):
     notes: list[str]
 
     num_dropped: int = 0
-    """Of as many points as the sweep has trials, drawn at random, those that would be dropped (`search.skip_unfit`)."""
+    """Points that `search.skip_unfit` would drop, of as many random points as the sweep has trials."""
 
     @property
     def unfit(self) -> list[CornerPlan]:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,9 +102,9 @@ def test_trials_in_first_and_last_slot_are_as_alone(
     """Six slots lie between them, with trials of which one leaves, one diverges, one gets NaN, and one joins later."""
     evaluate, asked = Engine.evaluate, []
 
-    def observed_evaluate(engine: Engine, batches: Sequence[EvaluationBatch]) -> list[RowScores]:
+    def observed_evaluate(engine: Engine, batches: Sequence[EvaluationBatch], *rest: Any) -> list[RowScores]:
         asked.append([each.slot for each in batches])
-        return evaluate(engine, batches)
+        return evaluate(engine, batches, *rest)
 
     monkeypatch.setattr(Engine, "evaluate", observed_evaluate)
     bench = Bench(inputs, tmp_path, 8, ALL)

@@ -97,9 +97,9 @@ def test_trials_that_evaluate_together_answer_in_one_batch(
     )
     generate, sizes = Engine.generate, []
 
-    def counted(engine: Engine, batches: Any) -> Any:
+    def counted(engine: Engine, batches: Any, *rest: Any) -> Any:
         sizes.append(len(batches))
-        return generate(engine, batches)
+        return generate(engine, batches, *rest)
 
     monkeypatch.setattr(Engine, "generate", counted)
     for rank in (4, 8):

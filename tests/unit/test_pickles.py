@@ -10,6 +10,7 @@ MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torc
 KNOWN = {
     "sweep/schedulers/scheduler_state.py",  # from the signed snapshot
     "sweep/search/auto.py",  # from the signed snapshot
+    "training/model/rank_change.py",  # tensors of an optimizer, with weights_only
     "sweep/failures.py",  # the error of an attempt, which the driver itself has just written outside the sweep's folder
 }
 

@@ -69,7 +69,7 @@ class Saved(Event):
     checkpoint: str
     """Its folder, relative to the trial's."""
     lacks_evaluation: bool = False
-    """See `TrialResult.lacks_evaluation`."""
+    """Whether its step was to be evaluated and was not, as in `TrialResult.lacks_evaluation`."""
 
 
 @dataclass(frozen=True)

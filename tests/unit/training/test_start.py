@@ -51,7 +51,7 @@ def test_a_prompt_without_tokens_is_refused_where_it_must_be_answered(
     assert start_sweep(load_spec(DEMO, [*asks, "evaluation.rows=3"]), SweepPaths(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("place", ["save", "write_record"])
+@pytest.mark.parametrize("place", ["save", "write_info"])
 def test_full_disk_at_the_start_leaves_nothing(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
