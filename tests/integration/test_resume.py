@@ -40,7 +40,9 @@ def test_driver_is_killed_and_the_sweep_resumed(tmp_path: Path, overrides: list[
     assert before
     resumed = subprocess.run(command("resume", str(tmp_path / "s")), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert ("the one before it is looked for" in resumed.stdout) == ("search.algorithm=optuna" in overrides)
+    assert ("the search continues from the state before it" in resumed.stdout) == (
+        "search.algorithm=optuna" in overrides
+    )
     assert "best of 5" in resumed.stdout
     assert_complete(record, before)
     after = {trial.trial_id: trial.config for trial in record.trials()}

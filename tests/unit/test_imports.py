@@ -47,7 +47,7 @@ def test_looking_at_a_sweep_takes_at_most_four_tenths_of_a_second_of_cpu(
     for _ in range(5):  # in turns, so that other load on the machine affects both
         libraries.append(_cpu_seconds("-c", "import typer, pydantic, yaml; print(1)"))
         answers.append(_cpu_seconds(*call))
-    # On a slow machine in terms of the libraries: 3.5 times (list) to 5 times (best, check), where no bytecode is cached.
+    # On a slow machine in terms of the libraries: 3.5 times (list) to 5 times (best, check) without cached bytecode.
     assert min(answers) < max(0.4, 6 * min(libraries))
 
 
