@@ -23,7 +23,7 @@ test: lint       ## run lint and all tests except the long ones; GPU tests too i
 	@if command -v nvidia-smi > /dev/null; then $(BIN)/pytest tests/gpu; fi
 
 test-long: $(INSTALLED) ## run the long tests: whole sweeps that are killed, resumed, exported and served
-	@$(BIN)/pytest --durations=20 -m "not gpu and long"
+	@$(BIN)/pytest --durations=20 -rs -m "not gpu and long"
 
 test-fast: lint  ## run lint and the tests that neither train nor start Ray
 	@$(BIN)/pytest -m "not gpu and not slow"

@@ -15,7 +15,7 @@ from orchestrator.sweep import run
 from orchestrator.sweep.workers import fleet
 from orchestrator.sweep.workers.fleet import FleetPlan
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 Tiny = Callable[..., SweepSpec]
 RATES = [3e-3, 1e-3, 2e-4, 1e-5]

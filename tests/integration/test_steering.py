@@ -27,7 +27,7 @@ from orchestrator.record import (
 from orchestrator.record.ask import ask
 from orchestrator.record.requests import read_answer, unanswered, write_request
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 STEPS = 120
 LONG = [f"training.steps={STEPS}", "search.num_trials=3", "resources.max_concurrent=2", "search.algorithm=random"]
