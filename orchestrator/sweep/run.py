@@ -4,17 +4,14 @@ Ray Tune takes seconds to import. It is imported inside functions, after the wor
 take longer.
 """
 
-import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from orchestrator.base import import_tokenizers
 from orchestrator.base_folder import as_stored
 from orchestrator.cluster import connection, require_shared_folder
 from orchestrator.data import PreparedData, load
-from orchestrator.errors import OrchestratorError, RecordError, SweepError
+from orchestrator.errors import SweepError
 from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
@@ -23,8 +20,8 @@ from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, Trial
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.remote.mirror import mirroring
-from orchestrator.signals import StopRequest, deferred_signals, signal_name
-from orchestrator.spec import SweepSpec, TrialConfig
+from orchestrator.signals import deferred_signals, signal_name
+from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_extras
 from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.spec.sections.scheduler import ForecastScheduler
@@ -33,23 +30,14 @@ from orchestrator.sweep.conclusion import conclude, ended, raise_interrupted
 from orchestrator.sweep.follow import Watch, follow
 from orchestrator.sweep.leftovers import held
 from orchestrator.sweep.signature import owner_key
-from orchestrator.sweep.snapshot import has_trials, require_signed, restore_snapshot, trust_snapshot
-from orchestrator.sweep.workers.fleet import TRAINABLE_CPUS, Fleet, compiling_early, start_fleet
+from orchestrator.sweep.snapshot import require_signed, trust_snapshot
+from orchestrator.sweep.tuner import Fault, Say, UnfitReason, make_tuner
+from orchestrator.sweep.workers.fleet import Fleet, compiling_early, start_fleet
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.start import restore_rows, start_sweep
-from orchestrator.upstream import TUNE_SETTINGS, keep_signal_handlers, pass_on_no_keys, replace_parts
 from orchestrator.words import counted
-
-Say = Callable[[str], None]
-"""Takes a message for the user who has started the sweep."""
-
-UnfitReason = Callable[[TrialConfig], str | None]
-"""Returns why a trial cannot fit into memory; None where it fits, or where its memory is not foreseen."""
-
-Fault = Callable[[], OrchestratorError | None]
-"""Returns why a sweep cannot go on; None while it can."""
 
 
 def run_sweep(
@@ -290,7 +278,7 @@ def _run_trials(
         say(f"note: scheduler forecast: the median rule decides, because {reason}")
     with deferred_signals(say, lambda: _checkpoints_to_write(record)) as stop:
         try:
-            tuner = _make_tuner(record, workers, max_concurrent, stop, worker_fault, say, unfit_reason)
+            tuner = make_tuner(record, workers, max_concurrent, stop, worker_fault, say, unfit_reason)
             with follow(record, watch, say):
                 tuner.fit()
         except Interruption:
@@ -321,105 +309,3 @@ def _run_trials(
 def _checkpoints_to_write(record: SweepRecord) -> str:
     running = sum(trial.state == TrialState.RUNNING for trial in record.trials())
     return f"stopping at the next step, {counted(running, 'checkpoint')} to write"
-
-
-def _make_tuner(
-    record: SweepRecord,
-    workers: Workers,
-    max_concurrent: int,
-    stop: StopRequest,
-    fault: Fault,
-    say: Say,
-    unfit_reason: UnfitReason | None,
-) -> Any:
-    """Make a tuner, or restore the one whose state is in the sweep's folder.
-
-    Args:
-        record: the sweep's record.
-        workers: train the trials.
-        max_concurrent: number of trials that run at a time.
-        stop: holds the signal that ends the sweep, once it has arrived.
-        fault: returns why the workers cannot go on.
-        say: called with messages.
-        unfit_reason: see `_unfit_reason`.
-    """
-    from ray import tune
-
-    from orchestrator.sweep.failures import FailureCounter
-    from orchestrator.sweep.interruption import Interrupter
-    from orchestrator.sweep.results import ResultKeeper
-    from orchestrator.sweep.schedulers.conductor import Conductor
-    from orchestrator.sweep.search.factory import make_search_algorithm
-    from orchestrator.sweep.search.grid_random import tune_space
-    from orchestrator.sweep.search.unfit import point_check
-    from orchestrator.sweep.workers.trainable import TrialTrainable
-
-    _quiet_tune()
-    spec, paths = record.info.spec, record.paths
-    trainable = tune.with_resources(
-        tune.with_parameters(TrialTrainable, folder=str(paths.root), workers=workers), {"cpu": TRAINABLE_CPUS}
-    )
-    check = None if unfit_reason is None else point_check(spec, unfit_reason)
-    algorithm = make_search_algorithm(record, max_concurrent, check)
-    failures = FailureCounter(record, say)
-    interrupter = Interrupter(stop, workers, paths, failures, fault)
-    saved = restore_snapshot(paths, say)
-    conductor = Conductor(record, max_concurrent, saved, interrupter.check_trial, failures.allow, say)
-    callbacks = [ResultKeeper(record, conductor, interrupter.check)]
-    new = _new_tuner(record, trainable, algorithm, conductor, callbacks)  # writes tuner.pkl
-    if not has_trials(paths):
-        return new
-    # An earlier driver may have been killed while it wrote tuner.pkl; all of it that matters is given or replaced here.
-    space = tune_space(spec.search)
-    try:
-        tuner = tune.Tuner.restore(str(paths.tune), trainable, param_space=space, resume_unfinished=True)
-    except Exception as error:  # damaged JSON or pickles raise almost anything
-        raise RecordError(
-            f"{paths.tune}: the state of the search cannot be read: {error}",
-            f"The trials are kept: `orchestrator best {paths.root}` works. Restore {paths.tune_snapshot.name} from a "
-            f"backup, or start a new sweep that learns from them: orchestrator sweep FILE --warm-from {paths.root}",
-        ) from error
-    replace_parts(tuner, algorithm, conductor, callbacks)
-    return tuner
-
-
-def _new_tuner(record: SweepRecord, trainable: Any, algorithm: Any, conductor: Any, callbacks: list[Any]) -> Any:
-    from ray import tune
-
-    from orchestrator.sweep.failures import UNLIMITED
-    from orchestrator.sweep.search.grid_random import tune_space
-
-    spec, paths = record.info.spec, record.paths
-    return tune.Tuner(
-        trainable,
-        param_space=tune_space(spec.search),
-        tune_config=tune.TuneConfig(
-            metric=spec.search.metric,
-            mode=spec.search.resolved_mode,
-            search_alg=algorithm,
-            scheduler=conductor,
-            num_samples=spec.search.total_trials,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=paths.tune.name,
-            storage_path=str(paths.root),
-            failure_config=tune.FailureConfig(max_failures=UNLIMITED),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    )
-
-
-def _quiet_tune() -> None:
-    """Set Tune's options and silence its output: the user sees the orchestrator's own messages."""
-    os.environ.update(TUNE_SETTINGS)
-    keep_signal_handlers()
-    pass_on_no_keys()
-    # Tune writes trials and searcher to disk at each iteration, not every 10 s: a killed driver loses nothing.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "0")
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    for name in ("ray", "ray.tune", "ray.train", "optuna"):
-        logging.getLogger(name).setLevel(logging.ERROR)

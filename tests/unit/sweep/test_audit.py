@@ -208,11 +208,11 @@ def test_an_audit_in_which_every_trial_fails_by_its_values_is_a_result(
     monkeypatch.setattr(run, "start_fleet", lambda *_: nullcontext(fleet))
     monkeypatch.setattr(run, "require_shared_folder", lambda *_: None)
     monkeypatch.setattr(run, "load", lambda *_, **__: None)
-    monkeypatch.setattr(run, "_make_tuner", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(run, "make_tuner", lambda *_: SimpleNamespace(fit=fit))
     for _ in range(2):
         run.finish_audit(record, audit, lambda _: None)
         assert [trial.value for trial in find(record, audit, 0).trials] == [None]
-        monkeypatch.setattr(run, "_make_tuner", None)
+        monkeypatch.setattr(run, "make_tuner", None)
 
 
 def test_an_audit_whose_trials_machines_have_lost_says_so(make: Make) -> None:
