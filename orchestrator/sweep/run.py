@@ -122,7 +122,7 @@ def resume_sweep(
         say(f"warning: {fault.message}")
     with held(record.paths):
         for paths in (record.paths, SweepPaths(record.paths.repeats)):
-            _require_state(paths, trust_state)
+            _require_state(paths, trust_state, say)
         doing("starting Ray and the workers")
         with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
             require_shared_folder(record.paths.root)
@@ -181,12 +181,12 @@ def _drive(record: SweepRecord, fleet: Fleet, watch: Watch, say: Say, doing: Say
     return record
 
 
-def _require_state(paths: SweepPaths, is_trusted: bool) -> None:
+def _require_state(paths: SweepPaths, is_trusted: bool, say: Say) -> None:
     """Check that the owner has signed the state of a sweep, or sign it if the user trusts it."""
     if is_trusted:
         trust_snapshot(paths)
     else:
-        require_signed(paths)
+        require_signed(paths, say)
 
 
 def _unfit_reason(record: SweepRecord, fleet: Fleet, workers: Workers, data: PreparedData) -> UnfitReason | None:
@@ -218,7 +218,7 @@ def finish_audit(
         The same errors as `resume_sweep`.
     """
     with held(record.paths), mirroring(record.paths, say):
-        _require_state(audit.paths, trust_state)
+        _require_state(audit.paths, trust_state, say)
         if len(ended(audit.trials())) == audit.info.num_trials:
             watch(audit.trials())
             conclude(audit, audit.paths, failures_count=True)

@@ -67,13 +67,12 @@ def restore_snapshot(paths: SweepPaths, say: Callable[[str], None] = lambda _: N
         return packed.read(_SCHEDULER)
 
 
-def require_signed(paths: SweepPaths) -> None:
+def require_signed(paths: SweepPaths, say: Callable[[str], None] = lambda _: None) -> None:
     """Check that a sweep's state can be restored: that its owner has signed one of its archives, if trials have begun.
 
-    Raises:
-        RecordError: as in `restore_snapshot`.
+    Arguments and errors are those of `restore_snapshot`.
     """
-    _newest_whole(paths, lambda _: None)
+    _newest_whole(paths, say)
 
 
 def trust_snapshot(paths: SweepPaths) -> None:

@@ -44,6 +44,6 @@ def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, f"{page.name}:\n{block}\n{done.stdout}\n{done.stderr}"
             ran += 1
-    assert ran == 18
+    assert ran == 19
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "manifest.json").is_file()
