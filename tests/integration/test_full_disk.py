@@ -70,7 +70,9 @@ def test_a_full_disk_interrupts_and_fails_no_trial(small_disk: Path, verb: str) 
     assert f"orchestrator resume {record.paths.root}" in message
     assert len(message.splitlines()) <= 3, message
     assert {trial.state for trial in record.trials()} <= {TrialState.RUNNING, TrialState.PENDING}
-    hidden = {path.name for path in record.paths.root.rglob(".*") if path.name not in (".driver.lock", ".lease", ".step")}
+    hidden = {
+        path.name for path in record.paths.root.rglob(".*") if path.name not in (".driver.lock", ".lease", ".step")
+    }
     assert hidden <= {".validate_storage_marker", ".first-step"}, "something half-written is left"
 
     still_full = resume(record.paths.root)
